@@ -61,7 +61,8 @@ class StageEntry:
 
     def costs(self, equal: StageCosts) -> StageCosts:
         """Returns the stage's costs, given those of an equal share of the model."""
-        scaled = {name: self.factor * getattr(equal, name) for name in _STAGE_KEYS}
+        given = {name: getattr(equal, name) for name in _STAGE_KEYS}
+        scaled = {name: self.factor * value for name, value in given.items() if value is not None}
         return StageCosts(**(scaled | dict(self.values)))
 
 
@@ -81,6 +82,7 @@ class ModelCosts:
         backward_weight: computation of one W.
         exchange: exchange of one F, and also of one I.
         latency: time of a transfer between two ranks.
+        offload: copy of one activation to host memory, and also the copy back; None if activations stay on the device.
         stages: costs of each stage if stages differ; empty for equal stages.
         weights: memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P; 0 to
             count activations only.
@@ -94,6 +96,7 @@ class ModelCosts:
     backward_weight: float
     exchange: float
     latency: float
+    offload: float | None
     stages: tuple[StageEntry, ...]
     weights: NonNegativeFloat
 
@@ -109,6 +112,7 @@ class ModelCosts:
             backward_weight=self.backward_weight,
             exchange=self.exchange,
             latency=self.latency,
+            offload=self.offload,
         )
 
     def of_stages(self, num_ranks: int, num_stages: int) -> CostModel:

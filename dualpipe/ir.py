@@ -21,6 +21,10 @@ class MemoryCapError(ScheduleError):
 class Op(StrEnum):
     """Kind of an operation. A full backward is the backward for inputs followed by the one for weights.
 
+    An offload waits until the activation of a micro-batch is in host memory, and frees it on the device. The copy
+    itself starts when the forward has ended. A reload allocates the activation again and starts the copy back. Both
+    are groups of one operation.
+
     It is a string so that operations can be sorted.
     """
 
@@ -28,10 +32,17 @@ class Op(StrEnum):
     BACKWARD = "B"
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
+    OFFLOAD = "O"
+    RELOAD = "R"
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it copies an activation between device and host, and computes nothing."""
+        return self in (Op.OFFLOAD, Op.RELOAD)
 
 
 class Operation(NamedTuple):
-    """Forward or backward of one micro-batch in one stage.
+    """Forward, backward, offload or reload of one micro-batch in one stage.
 
     `micro_batch` counts from 0 within its direction. Schedules have up to millions of operations, which are created,
     hashed and compared all the time. A tuple does that several times faster than a dataclass.
@@ -108,6 +119,11 @@ class Schedule:
         """Returns the rank that runs `stage` for the micro-batches of `direction`."""
         return self.placement[direction][stage]
 
+    @property
+    def has_offload(self) -> bool:
+        """Whether any activation is offloaded to host memory."""
+        return any(op.kind is Op.OFFLOAD for groups in self.ranks for group in groups for op in group)
+
     def stages_of(self, rank: int) -> tuple[tuple[int, int], ...]:
         """Returns the rank's (direction, stage) pairs, in that order."""
         return tuple(
@@ -118,12 +134,12 @@ class Schedule:
         )
 
     def _repr_html_(self) -> str | None:
-        """Returns the picture for notebooks, with F = I = W and no exchange, or None if ranks deadlock."""
+        """Returns the picture for notebooks, with F = I = W = O and no exchange, or None if ranks deadlock."""
         from dualpipe.draw.svg import svg
         from dualpipe.simulate.costs import Costs
         from dualpipe.simulate.simulate import simulate
 
-        equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
+        equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0, offload=1.0)
         try:
             return f'<div style="overflow-x: auto">{svg(self, simulate(self, equal))}</div>'
         except ScheduleError:

@@ -8,7 +8,14 @@ from dualpipe.simulate.simulate import simulate
 
 # Forwards start before the group frees any activation, as the count of live activations assumes. Weight gradients are
 # last, because no rank waits for them. Each kind keeps its order, which is the order of its link.
-_PRIORITY = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
+_PRIORITY = {
+    Op.FORWARD: 0,
+    Op.BACKWARD: 1,
+    Op.BACKWARD_INPUT: 1,
+    Op.BACKWARD_WEIGHT: 2,
+    Op.OFFLOAD: 3,
+    Op.RELOAD: 3,
+}
 
 
 def order_members(group: Group) -> Group:

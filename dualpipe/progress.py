@@ -9,7 +9,7 @@ delivery would deadlock DualPipe's neighbors, which send to each other at the sa
 
 The next action of each rank is fixed and does not depend on the speed of other ranks. So either every run ends or none
 does, and one run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only
-wait less.
+wait less. A copy to or from host memory waits for no other rank, so it is never part of a deadlock.
 
 Values are numbers here, and steps are shared by all messages of a link, because a large schedule has hundreds of
 thousands of messages.

@@ -9,6 +9,9 @@ from dualpipe.ir import Op, Operation, Schedule
 
 ValueKind = Literal["activation", "gradient"]
 
+_LOCAL = (Op.BACKWARD_WEIGHT, Op.OFFLOAD, Op.RELOAD)
+"""Kinds of operations that neither need nor make a value of a neighboring stage."""
+
 
 class Value(NamedTuple):
     """Value that a stage sends to its neighbor: F's output, or the gradient of the stage's input.
@@ -81,7 +84,7 @@ def made_by(operation: Operation, num_stages: int) -> Value | None:
 
     B and I make the gradient.
     """
-    if operation.kind is Op.BACKWARD_WEIGHT:
+    if operation.kind in _LOCAL:
         return None
     forward = operation.kind is Op.FORWARD
     if operation.stage == (num_stages - 1 if forward else 0):
@@ -92,7 +95,7 @@ def made_by(operation: Operation, num_stages: int) -> Value | None:
 
 def needed_by(operation: Operation, num_stages: int) -> Value | None:
     """Returns the value that the operation needs from a neighboring stage, if any."""
-    if operation.kind is Op.BACKWARD_WEIGHT:
+    if operation.kind in _LOCAL:
         return None
     forward = operation.kind is Op.FORWARD
     if operation.stage == (0 if forward else num_stages - 1):

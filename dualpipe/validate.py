@@ -94,6 +94,9 @@ def _locate_operations(schedule: Schedule) -> _Located:
         for index, group in enumerate(groups):
             if not group:
                 raise ScheduleError(f"rank {rank}: group {index} is empty")
+            if len(group) > 1 and any(op.kind.is_copy for op in group):
+                shown = " ".join(map(str, group))
+                raise ScheduleError(f"rank {rank}: group {index} has {shown}: an O or R must be in a separate group")
             for op in group:
                 holder, count = holders.get(op[1:3], nowhere)
                 if holder != rank or not 0 <= op.micro_batch < count or op in located:
@@ -137,7 +140,10 @@ def _problem(kinds: Collection[Op], *, forward_only: bool) -> str | None:
     if Op.FORWARD not in kinds:
         return "has no F"
     if forward_only:
-        return "has a backward in a forward-only schedule" if len(kinds) > 1 else None
+        name = "a backward" if full or inputs or weights else "a copy"
+        return f"has {name} in a forward-only schedule" if len(kinds) > 1 else None
+    if (Op.OFFLOAD in kinds) != (Op.RELOAD in kinds):
+        return "has O but no R" if Op.OFFLOAD in kinds else "has R but no O"
     if full and (inputs or weights):
         return "has B and also " + ("I" if inputs else "W")
     if inputs != weights:
@@ -145,8 +151,15 @@ def _problem(kinds: Collection[Op], *, forward_only: bool) -> str | None:
     return None if full or inputs else "has F but no backward"
 
 
-_NEEDS = {Op.BACKWARD: Op.FORWARD, Op.BACKWARD_INPUT: Op.FORWARD, Op.BACKWARD_WEIGHT: Op.BACKWARD_INPUT}
-"""Kind of the operation of the same stage and micro-batch that each kind needs."""
+_NEEDS: dict[Op, tuple[Op, ...]] = {
+    Op.FORWARD: (),
+    Op.BACKWARD: (Op.FORWARD, Op.RELOAD),
+    Op.BACKWARD_INPUT: (Op.FORWARD, Op.RELOAD),
+    Op.BACKWARD_WEIGHT: (Op.BACKWARD_INPUT,),
+    Op.OFFLOAD: (Op.FORWARD,),
+    Op.RELOAD: (Op.OFFLOAD,),
+}
+"""Kinds of operations of the same stage and micro-batch that each kind needs, if there are any."""
 
 
 def _check_order(schedule: Schedule, located: _Located) -> None:
@@ -172,13 +185,15 @@ def _check_order(schedule: Schedule, located: _Located) -> None:
 def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:
     """Returns the places of operations that operations of a place need, if one rank runs both.
 
-    A place is a kind, a direction and a stage. A schedule has B or I of a micro-batch, so one of both is missing.
+    A place is a kind, a direction and a stage. A schedule has B or I of a micro-batch, so one of both is missing. It
+    has R only if the micro-batch is offloaded.
     """
     kind, direction, stage = key
-    found = [(_NEEDS[kind], direction, stage)] if kind in _NEEDS else []
+    found = [(needed, direction, stage) for needed in _NEEDS[kind]]
     forward, row = kind is Op.FORWARD, schedule.placement[direction]
     neighbor = stage - 1 if forward else stage + 1
-    if kind is not Op.BACKWARD_WEIGHT and neighbor in range(len(row)) and row[neighbor] == row[stage]:
+    needs_neighbor = kind in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT)
+    if needs_neighbor and neighbor in range(len(row)) and row[neighbor] == row[stage]:
         kinds = (Op.FORWARD,) if forward else (Op.BACKWARD, Op.BACKWARD_INPUT)
         found += [(other, direction, neighbor) for other in kinds]
     return found

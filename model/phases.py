@@ -5,7 +5,7 @@ One object runs one phase of one micro-batch. `model.values` defines the values 
 Shape legend: B sequences, T tokens of one, N = B T, D hidden size, A received rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -18,6 +18,7 @@ from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
 from kernels.attention.documents import Documents
 from model.block import Block
 from model.gradients import GradientStore, WeightQueue
+from model.offload import graph_tensors
 from model.precision.linear import WeightSink
 from model.precision.linears import Wire
 from model.router import Routes
@@ -137,6 +138,13 @@ class ComputePhase(Generic[In, Out]):
         # Closures that wait for W may still hold the graph, and with it the entry.
         tensors, entry.gradients = entry.gradients, ()
         return made(*tensors)
+
+    def kept(self) -> Iterator[Tensor]:
+        """Yields the tensors that are kept between forward and backward, including weights, maybe twice."""
+        if self._recorded is not None:
+            nodes = [end.node for end in self._recorded.ends if end is not None]
+            loss = self._recorded.loss
+            yield from graph_tensors([*nodes, *([] if loss is None or loss.grad_fn is None else [loss.grad_fn])])
 
     def weight(self) -> None:
         """Computes the weight gradients of the last backward and adds them to the store."""

@@ -12,6 +12,7 @@ from comm.protocol import Label, Work
 from model.block import Block
 from model.gradients import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
+from model.offload import ActivationOffload, HostMemoryLink
 from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Lane, Phase, block_lanes, block_phases
 from model.precision.linear import WeightSink
 from model.router import Routes
@@ -31,8 +32,15 @@ from model.values import (
 class StageRun:
     """One micro-batch in one stage, run phase by phase, forward and backward."""
 
-    def __init__(self, phases: list[Phase]) -> None:
+    def __init__(self, phases: list[Phase], offload: ActivationOffload | None = None) -> None:
+        """Stores the arguments.
+
+        Args:
+            phases: in forward order.
+            offload: moves the activation to host memory; None if it stays.
+        """
         self._phases = phases
+        self._offload = offload
         self._values: Values = NoValues()
         self._gradients = Gradients()
         self._under_way: Callable[[], None] | None = None
@@ -94,6 +102,27 @@ class StageRun:
         complete, self._under_way = self._under_way, None
         complete()
 
+    def offload(self) -> None:
+        """Starts to copy what the phases keep to host memory. Indices of exchanges stay on the device."""
+        assert self._offload is not None
+        computes = (phase for phase in self._phases if isinstance(phase, ComputePhase))
+        self._offload.start(tensor for phase in computes for tensor in phase.kept())
+
+    def release(self) -> None:
+        """Frees what was copied, after the copy."""
+        assert self._offload is not None
+        self._offload.release()
+
+    def reload(self) -> None:
+        """Allocates again what was freed, and starts to copy it back."""
+        assert self._offload is not None
+        self._offload.reload()
+
+    def restore(self) -> None:
+        """Completes the copy back."""
+        assert self._offload is not None
+        self._offload.restore()
+
     def _start(self, work: Work[Any], keep: Callable[[Any], None]) -> None:
         assert self._under_way is None
         self._under_way = lambda: keep(work.wait())
@@ -146,11 +175,13 @@ class Stage:
         direction: int = 0,
         micro_batch: int = 0,
         routes: Routes | None = None,
+        link: HostMemoryLink | None = None,
     ) -> StageRun:
         """Returns a run of one micro-batch; without a store it is forward only.
 
         `batch` is required at both ends, and in every stage if it has documents. `direction` and `micro_batch` identify
-        the run in logs of its exchanges and for `routes`, which record or replay the routers' choices.
+        the run in logs of its exchanges and for `routes`, which record or replay the routers' choices. `link` copies
+        the activation to host memory and back; None if the run is not offloaded.
         """
         documents = None if batch is None else batch.documents
 
@@ -174,7 +205,16 @@ class Stage:
                 if depth:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
                 phases.append(ComputePhase(self._head(depth, batch, objective, sums, (direction, micro_batch)), store))
-        return StageRun(phases)
+        return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch)))
+
+    def _shared(self, batch: MicroBatch | None) -> Iterator[Tensor]:
+        """Yields the tensors that other micro-batches or stages read too."""
+        yield from self._model.parameters()
+        yield from self._model.buffers()
+        if batch is not None:
+            yield from (*batch.inputs_BT, *batch.targets_BT, *batch.extras.values())
+            if batch.documents is not None:
+                yield from batch.documents.tensors()
 
     def _embedding(self, tokens_BT: Tensor) -> Callable[[NoValues, WeightSink | None], Computed[Hidden]]:
         return lambda values, sink: Computed(Hidden(self._model.embed(tokens_BT, sink)))

@@ -13,13 +13,14 @@ from dualpipe.runtime import pairing as pairings
 from dualpipe.runtime.clock import open_clock
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
-from dualpipe.runtime.program import Program, Step
+from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.runtime.reductions import with_reductions
 from dualpipe.transfers import linked_pairs
 from dualpipe.validate import validate_passes
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
+from model.offload import HostMemoryLink
 from model.router import Routes
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
@@ -125,10 +126,15 @@ class Replica:
 
         A stage waits for its weights before its first micro-batch.
         """
+        steps = () if store is None else self.train_program.steps
+        offloads = _Offloads(
+            runs=frozenset(step.run for step in steps if step.action is Action.OFFLOAD), link=self.world.host_copies
+        )
+        step = _StepInputs(
+            batches=batches, objective=objective, sums=sums, store=store, routes=routes, offloads=offloads
+        )
         return {
-            number: _BoundStage(
-                stage, batches, objective, sums, store, routes, partial(self.weight_updates.wait, number)
-            )
+            number: _BoundStage(number, stage, step, partial(self.weight_updates.wait, number))
             for number, stage in self.stages.items()
         }
 
@@ -162,40 +168,50 @@ class Replica:
         self.links.close()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Offloads:
+    """The runs of a step whose activations are offloaded, and the link to host memory."""
+
+    runs: frozenset[RunKey]
+    link: HostMemoryLink
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StepInputs:
+    """What all stages of one step share."""
+
+    batches: Batches
+    objective: Objective
+    sums: LossSums
+    store: GradientStore | None
+    routes: Routes | None
+    offloads: _Offloads
+
+
 class _BoundStage:
     """A model's stage, bound to the micro-batches, objective, loss sums and gradient store of one step."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        batches: Batches,
-        objective: Objective,
-        sums: LossSums,
-        store: GradientStore | None,
-        routes: Routes | None,
-        wait_for_weights: Callable[[], None],
-    ) -> None:
+    def __init__(self, number: int, stage: Stage, step: _StepInputs, wait_for_weights: Callable[[], None]) -> None:
         self.lanes = stage.lanes
+        self._number = number
         self._stage = stage
-        self._batches = batches
-        self._objective = objective
-        self._sums = sums
-        self._store = store
-        self._routes = routes
+        self._step = step
         self._wait_for_weights = wait_for_weights
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
         """Starts a micro-batch, after the last update of the stage's weights."""
         self._wait_for_weights()
-        batch = self._batches(direction, micro_batch)
+        step = self._step
+        is_offloaded = RunKey(direction, self._number, micro_batch) in step.offloads.runs
         return self._stage.start(
-            batch,
-            self._objective,
-            self._sums,
-            self._store,
+            step.batches(direction, micro_batch),
+            step.objective,
+            step.sums,
+            step.store,
             direction=direction,
             micro_batch=micro_batch,
-            routes=self._routes,
+            routes=step.routes,
+            link=step.offloads.link if is_offloaded else None,
         )
 
 

@@ -13,6 +13,7 @@ from comm.dispatch.process_group import Observers
 from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
+from comm.host_copies import HostCopies, open_host_copies
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.preemption import Preemption
@@ -31,6 +32,7 @@ class World:
         timeout_seconds: of each collective.
         log: collectives and transfers of this rank.
         lane: runs dispatch and combine.
+        host_copies: copies activations to host memory and back.
         preemption: whether this process received a request to leave.
     """
 
@@ -40,6 +42,7 @@ class World:
     timeout_seconds: float
     log: CollectiveLog
     lane: Lane
+    host_copies: HostCopies
     preemption: Preemption = field(default_factory=Preemption)
 
     @property
@@ -103,7 +106,8 @@ class World:
         return Observers(Traffic(), self.log)
 
     def close(self) -> None:
-        """Closes the lane, after all replicas. Do not call it after an error, because peers may not respond."""
+        """Closes the lanes, after all replicas. Do not call it after an error, because peers may not respond."""
+        self.host_copies.close()
         self.lane.close()
 
 
@@ -115,7 +119,7 @@ def open_world(
     log: CollectiveLog,
     preemption: Preemption | None = None,
 ) -> World:
-    """Opens this process's lane and returns its world.
+    """Opens this process's lanes and returns its world.
 
     Args:
         layout: coordinates of every rank.
@@ -132,5 +136,6 @@ def open_world(
         timeout_seconds=timeout_seconds,
         log=log,
         lane=open_lane(device),
+        host_copies=open_host_copies(device),
         preemption=preemption or Preemption(),
     )

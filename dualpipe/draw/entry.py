@@ -104,6 +104,8 @@ NAMES = {
     Op.BACKWARD: "backward",
     Op.BACKWARD_INPUT: "backward for inputs",
     Op.BACKWARD_WEIGHT: "backward for weights",
+    Op.OFFLOAD: "offload",
+    Op.RELOAD: "reload",
 }
 
 

@@ -1,5 +1,7 @@
 """Defines the colors of schedules: one hue per kind of operation and one shade per direction.
 
+Copies to and from host memory have one shade.
+
 The colors are distinct for color-blind readers: blue, vermilion, yellow and green also differ in lightness. The first
 direction is light with dark numbers. The second is dark and hatched with light numbers, so they also differ without
 hue.
@@ -23,18 +25,22 @@ DARK = {
     Op.BACKWARD_INPUT: "#927600",
     Op.BACKWARD_WEIGHT: "#004741",
 }
+COPIES = {Op.OFFLOAD: "#ba9fb8", Op.RELOAD: "#788873"}
 _SWATCH_WIDTH, _SWATCH_HEIGHT = 26.0, 14.0
 _LETTER = 6.5
 _GAP = 22.0
 
 
 def style_of(kind: Op, variant: int) -> str:
-    """Returns the CSS class of a cell: the kind's letter, then 0 for light or 1 for dark."""
-    return f"{kind.value}{variant}"
+    """Returns the CSS class of a cell: the kind's letter, then 0 for light or 1 for dark.
+
+    Copies are always light.
+    """
+    return f"{kind.value}{0 if kind.is_copy else variant}"
 
 
 def _fills() -> str:
-    light = "".join(f".pipeline .{style_of(kind, 0)}{{fill:{color}}}" for kind, color in LIGHT.items())
+    light = "".join(f".pipeline .{style_of(kind, 0)}{{fill:{color}}}" for kind, color in (LIGHT | COPIES).items())
     dark = "".join(f".pipeline .{style_of(kind, 1)}{{fill:url(#dark-{kind.value})}}" for kind in DARK)
     return light + dark
 
@@ -107,7 +113,7 @@ def _kinds(schedule: Schedule) -> list[_Item]:
     present = {op.kind for groups in schedule.ranks for group in groups for op in group}
     variants = (0, 1) if _shades(schedule) else (0,)
     return [
-        _Item(tuple(style_of(kind, variant) for variant in variants), f"{kind.value} {name}")
+        _Item(tuple(dict.fromkeys(style_of(kind, variant) for variant in variants)), f"{kind.value} {name}")
         for kind, name in NAMES.items()
         if kind in present
     ]

@@ -168,6 +168,7 @@ def _span_name(span: LaneSpan) -> str:
         "exposed": "exposed exchange ",
         "wait": "wait for message of ",
         "send": "send ",
+        "copy": "copy of ",
     }
     return f"{names[span.lane]}{span.operation}"
 

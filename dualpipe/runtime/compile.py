@@ -24,15 +24,32 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
     """
     groups = schedule.ranks[rank]
     is_training = any(op.kind is not Op.FORWARD for group in groups for op in group)
-    receives = [_receives(schedule, group) for group in groups]
-    steps: list[Step] = []
-    for index, group in enumerate(groups):
+    offloaded = {run_key(op) for group in groups for op in group if op.kind is Op.OFFLOAD}
+    # Messages of the groups that need any, in order. A copy needs none.
+    receives = [_receives(schedule, group) for group in groups if not group[0].kind.is_copy]
+    steps = _posts(receives[:1])
+    index = 0
+    for group in groups:
+        if group[0].kind.is_copy:
+            steps.append(_copy(group[0]))
+            continue
         # Receives are posted one group ahead, so that a message is sent during the group before the one that needs it.
-        for due in receives[index : index + 2] if index == 0 else receives[index + 1 : index + 2]:
-            steps += [Step(Action.RECEIVE, run_key(op), message=message) for op, message in due]
-        members = [_atoms(schedule, op, lanes[op.stage], is_training=is_training) for op in order_members(group)]
+        index += 1
+        steps += _posts(receives[index : index + 1])
+        members = [
+            _atoms(schedule, op, lanes[op.stage], is_training=is_training, is_offloaded=run_key(op) in offloaded)
+            for op in order_members(group)
+        ]
         steps += [step for atom in pairing(members) for step in atom.steps]
     return Program(rank, tuple(steps))
+
+
+def _posts(receives: list[list[tuple[Operation, Message]]]) -> list[Step]:
+    return [Step(Action.RECEIVE, run_key(op), message=message) for due in receives for op, message in due]
+
+
+def _copy(op: Operation) -> Step:
+    return Step(Action.RELEASE if op.kind is Op.OFFLOAD else Action.RELOAD, run_key(op))
 
 
 def run_key(op: Operation) -> RunKey:
@@ -71,8 +88,13 @@ def _carrier(schedule: Schedule, value: Value, op: Operation) -> Message:
     )
 
 
-def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], *, is_training: bool) -> list[Atom]:
-    """Returns the atoms of one operation, with its transfers and the end of the run after the last one."""
+def _atoms(
+    schedule: Schedule, op: Operation, lanes: Sequence[Lane], *, is_training: bool, is_offloaded: bool
+) -> list[Atom]:
+    """Returns the atoms of one operation, with its transfers and the end of the run after the last one.
+
+    The forward of an offloaded micro-batch then starts its copy, and the backward first waits for the copy back.
+    """
     phases = range(len(lanes))
     match op.kind:
         case Op.FORWARD:
@@ -81,9 +103,15 @@ def _atoms(schedule: Schedule, op: Operation, lanes: Sequence[Lane], *, is_train
             atoms = _passage(op, Action.BACKWARD, reversed(phases), lanes)
         case Op.BACKWARD_WEIGHT:
             atoms = [_weight(op, phase) for phase in reversed(phases) if lanes[phase] == "compute"]
+        case Op.OFFLOAD | Op.RELOAD:
+            raise AssertionError(f"{op} has no phases")
         case _ as other:
             assert_never(other)
     atoms = _with_transfers(op, atoms, _incoming(schedule, op), _outgoing(schedule, op))
+    if is_offloaded and op.kind is Op.FORWARD:
+        atoms[-1] = _extended(atoms[-1], Step(Action.OFFLOAD, run_key(op)))
+    if is_offloaded and op.kind in (Op.BACKWARD, Op.BACKWARD_INPUT):
+        atoms[0] = Atom(atoms[0].lane, (Step(Action.RESTORE, run_key(op)), *atoms[0].steps), atoms[0].needs_exchange)
     if op.kind is Op.BACKWARD:
         atoms = _with_weights(op, atoms, lanes)
     if op.kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT) or not is_training:

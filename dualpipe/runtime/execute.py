@@ -14,13 +14,16 @@ from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import PendingReceive, PipelineStage, Run, Transport
 from dualpipe.transfers import Message
 
+_OFFLOADED = {Action.RELEASE: 1, Action.RELOAD: -1}
+"""Change of the number of offloaded runs in a step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
     """Measurements of one run of a program.
 
     Attributes:
-        peak_runs: maximum number of micro-batches with live activations.
+        peak_runs: maximum number of micro-batches with live activations on the device.
         origin_seconds: start of the program on the wall clock (`time.time`), which ranks on one host share.
     """
 
@@ -70,13 +73,14 @@ def execute(
     clock = clock or HostClock()
     runs: dict[RunKey, Run] = {}
     receives: dict[Message, PendingReceive] = {}  # includes messages of this rank to itself
-    peak = 0
+    peak = num_offloaded = 0
     origin = time.time()
     marks = [clock.mark()]
     for step in follow(program.steps):
         if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
             runs[step.run] = stages[step.run.stage].start(step.run.direction, step.run.micro_batch)
-            peak = max(peak, len(runs))
+        num_offloaded += _OFFLOADED.get(step.action, 0)
+        peak = max(peak, len(runs) - num_offloaded)
         _perform(step, runs, receives, transport, reduce)
         marks.append(clock.mark())
     transport.flush()
@@ -106,18 +110,35 @@ def _perform(
                 runs[step.run].set_output_gradient(tensor)
         case Action.SEND:
             _send(_message(step), runs[step.run], receives, transport)
-        case Action.FORWARD:
-            runs[step.run].forward(step.phase)
-        case Action.BACKWARD:
-            runs[step.run].backward(step.phase)
-        case Action.WEIGHT:
-            runs[step.run].weight(step.phase)
-        case Action.WAIT:
-            runs[step.run].wait()
         case Action.FINISH:
             del runs[step.run]
         case Action.REDUCE:
             reduce(step.run.stage)
+        case _:
+            _run(step, runs[step.run])
+
+
+def _run(step: Step, run: Run) -> None:
+    """Runs a phase, or a part of a copy between device and host memory."""
+    match step.action:
+        case Action.FORWARD:
+            run.forward(step.phase)
+        case Action.BACKWARD:
+            run.backward(step.phase)
+        case Action.WEIGHT:
+            run.weight(step.phase)
+        case Action.WAIT:
+            run.wait()
+        case Action.OFFLOAD:
+            run.offload()
+        case Action.RELEASE:
+            run.release()
+        case Action.RELOAD:
+            run.reload()
+        case Action.RESTORE:
+            run.restore()
+        case Action.RECEIVE | Action.ACCEPT | Action.SEND | Action.FINISH | Action.REDUCE:
+            raise AssertionError(f"{step} is not a step of a run")
         case _ as other:
             assert_never(other)
 

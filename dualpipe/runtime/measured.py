@@ -10,11 +10,12 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.simulate.costs import CostModel, StageCosts
 
-SpanLane = Literal["compute", "comm", "exposed", "wait", "send"]
+SpanLane = Literal["compute", "comm", "exposed", "wait", "send", "copy"]
 """Activity during a span.
 
 `compute`: the rank's main thread computes. `comm`: an exchange runs next to it. `exposed`: the main thread starts an
 exchange or waits for it. `wait`: the main thread waits for a message of another rank. `send`: it sends a message.
+`copy`: it starts a copy between device and host memory, or waits for one.
 """
 
 _USED: tuple[SpanLane, ...] = ("compute", "exposed")
@@ -160,7 +161,8 @@ def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
 
     Computation is the median over the stage's operations. Exchange is the shortest time from start to completion of
     each phase, because in other cases the rank did something else before it waited. Latency is 0. Activations are those
-    of `costs.uniform`. With these costs, the simulated schedule waits only because of its order.
+    of `costs.uniform`. Copies to and from host memory, which are not measured, take no time.
+    With these costs, the simulated schedule waits only because of its order.
 
     Args:
         schedule: a valid schedule that trains; its groups may differ from those that ran.
@@ -183,6 +185,7 @@ def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
             forward_exchange=sum(exchanged[stage, Op.FORWARD].values()),
             backward_exchange=sum(exchanged[stage, Op.BACKWARD_INPUT].values()),
             activation=schedule.num_ranks / schedule.num_stages,
+            offload=0.0 if schedule.has_offload else None,
         )
         for stage in range(schedule.num_stages)
     )
@@ -225,6 +228,10 @@ def _keys(op: Operation) -> Iterable[tuple[RunKey, Action]]:
             return [(run, Action.BACKWARD)]
         case Op.BACKWARD_WEIGHT:
             return [(run, Action.WEIGHT)]
+        case Op.OFFLOAD:
+            return [(run, Action.RELEASE)]
+        case Op.RELOAD:
+            return [(run, Action.RELOAD)]
         case _ as other:
             assert_never(other)
 
@@ -245,9 +252,11 @@ def _exchange_steps(program: Program) -> set[int]:
 
 
 def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
-    """Returns the pass to which a step belongs: forward, backward for inputs, or weights."""
+    """Returns the pass to which a step belongs: forward, backward for inputs, weights, release or reload."""
     if step.message is not None:
         return Action.FORWARD if step.message.kind == "activation" else Action.BACKWARD
+    if step.action in (Action.OFFLOAD, Action.RESTORE):
+        return Action.FORWARD if step.action is Action.OFFLOAD else Action.BACKWARD
     return way[step.run] if step.action is Action.WAIT else step.action
 
 
@@ -264,6 +273,8 @@ def _lane(step: Step, *, starts_exchange: bool) -> SpanLane | None:
             return "wait"
         case Action.SEND:
             return "send"
+        case Action.OFFLOAD | Action.RELEASE | Action.RELOAD | Action.RESTORE:
+            return "copy"
         case Action.RECEIVE | Action.FINISH | Action.REDUCE:
             return None
         case _ as other:

@@ -16,6 +16,10 @@ class Action(Enum):
     WEIGHT = "weight"  # run the backward for weights
     WAIT = "wait"  # complete the run's pending exchange
     SEND = "send"  # send a message, or keep it for another stage of this rank
+    OFFLOAD = "offload"  # start the copy of the run's activation to host memory
+    RELEASE = "release"  # wait for that copy, and free the activation on the device
+    RELOAD = "reload"  # allocate the activation again, and start the copy back
+    RESTORE = "restore"  # wait for the copy back
     FINISH = "finish"  # free the run
     REDUCE = "reduce"  # start to reduce the gradients of the run's stage, which are complete
 

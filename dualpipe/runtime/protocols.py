@@ -50,6 +50,22 @@ class Run(Protocol):
         """Completes the pending phase on the comm lane."""
         ...
 
+    def offload(self) -> None:
+        """Starts to copy what the forward keeps for the backward to host memory."""
+        ...
+
+    def release(self) -> None:
+        """Completes the copy to host memory, and frees what was copied."""
+        ...
+
+    def reload(self) -> None:
+        """Allocates again what `release` freed, and starts to copy it back."""
+        ...
+
+    def restore(self) -> None:
+        """Completes the copy back; must be called before the backward."""
+        ...
+
 
 class PipelineStage(Protocol):
     """Stage that runs micro-batches."""

@@ -77,13 +77,16 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
         schedule: schedule with placement and number of micro-batches; its groups are ignored and may be missing.
         costs: costs of every stage.
         memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
-            `StageCosts.activation` (model/P if the costs come from `costs.uniform`), or None for no limit.
+            `StageCosts.activation` (model/P if the costs come from `costs.uniform`), or None for no limit. If
+            activations may be offloaded, it does not limit the micro-batches under way, so no bound uses it.
 
     Raises:
         ScheduleError: if the cap is below one activation of one stage, so that no schedule exists.
     """
     memory_cap = activation_cap(memory_cap, schedule.num_directions, costs)
     _check_cap(costs, memory_cap)
+    if costs.can_offload:
+        memory_cap = None
     directions = [direction for direction in range(schedule.num_directions) if schedule.micro_batches_of(direction)]
     waves = {direction: stage_waves(schedule, costs, direction) for direction in directions}
     bounds = [_critical_path(waves)]

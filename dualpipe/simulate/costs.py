@@ -23,6 +23,7 @@ class Costs:
         backward_weight: computation of one W.
         exchange: exchange of one F, and also of one I.
         latency: time from the end of a group to the arrival of its outputs at another rank.
+        offload: copy of one activation to host memory, and also the copy back; None if nothing may be offloaded.
 
     Raises:
         ScheduleError: if a time is negative or not finite.
@@ -33,6 +34,7 @@ class Costs:
     backward_weight: float
     exchange: float
     latency: float
+    offload: float | None = None
 
     def __post_init__(self) -> None:
         _check_times(self, "costs")
@@ -49,6 +51,7 @@ class StageCosts:
         forward_exchange: exchange of F.
         backward_exchange: exchange of I.
         activation: memory of the activation, in any unit.
+        offload: copy of the activation to host memory, and also the copy back; None if it must stay on the device.
 
     Raises:
         ScheduleError: if a value is negative or not finite.
@@ -60,6 +63,7 @@ class StageCosts:
     forward_exchange: float
     backward_exchange: float
     activation: float
+    offload: float | None = None
 
     def __post_init__(self) -> None:
         _check_times(self, "stage costs")
@@ -75,6 +79,8 @@ class StageCosts:
                 return self.backward_input
             case Op.BACKWARD_WEIGHT:
                 return self.backward_weight
+            case Op.OFFLOAD | Op.RELOAD:
+                return 0.0
             case _ as other:
                 assert_never(other)
 
@@ -85,7 +91,7 @@ class StageCosts:
                 return self.forward_exchange
             case Op.BACKWARD | Op.BACKWARD_INPUT:
                 return self.backward_exchange
-            case Op.BACKWARD_WEIGHT:
+            case Op.BACKWARD_WEIGHT | Op.OFFLOAD | Op.RELOAD:
                 return 0.0
             case _ as other:
                 assert_never(other)
@@ -113,6 +119,22 @@ class CostModel:
     def exchange_of(self, op: Operation) -> float:
         """Returns the exchange time of one operation."""
         return self.stages[op.stage].exchange_of(op.kind)
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether activations of any stage may be offloaded to host memory."""
+        return any(stage.offload is not None for stage in self.stages)
+
+    def copy_time_of(self, op: Operation) -> float:
+        """Returns the time of the copy that an offload waits for, or that a reload starts.
+
+        Raises:
+            ScheduleError: if the activation of the stage must stay on the device.
+        """
+        time = self.stages[op.stage].offload
+        if time is None:
+            raise ScheduleError(f"costs.offload: must be the time of a copy, as the schedule contains {op}, is null")
+        return time
 
     def duration_of(self, group: Group) -> float:
         """Returns the time of a group under perfect overlap, in which no operation is faster than alone."""
@@ -148,6 +170,7 @@ def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
         forward_exchange=costs.exchange * share,
         backward_exchange=costs.exchange * share,
         activation=share,
+        offload=None if costs.offload is None else costs.offload * share,
     )
     return CostModel(stages=(stage,) * num_stages, latency=costs.latency)
 
@@ -166,9 +189,10 @@ def resampled(costs: CostModel, num_stages: int) -> CostModel:
     stages = []
     for stage in range(num_stages):
         shares = _shares(stage, num_stages, len(costs.stages))
+        names = (field.name for field in fields(StageCosts) if field.name != "offload" or costs.can_offload)
         sums = {
-            name: sum(share * getattr(costs.stages[old], name) for old, share in shares.items())
-            for name in (field.name for field in fields(StageCosts))
+            name: sum(share * (getattr(costs.stages[old], name) or 0.0) for old, share in shares.items())
+            for name in names
         }
         stages.append(StageCosts(**sums))
     return replace(costs, stages=tuple(stages))
@@ -184,6 +208,8 @@ def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
 def _check_times(values: Costs | StageCosts, place: str) -> None:
     for field in fields(values):
         value = getattr(values, field.name)
+        if value is None:  # no offload
+            continue
         if not (math.isfinite(value) and value >= 0):
             dotted = f"{place}.{field.name}" if isinstance(values, Costs) else f"{place}: {field.name}"
             raise ScheduleError(f"{dotted}: must be a finite time of at least 0, is {value}")

@@ -1,7 +1,7 @@
 """Simulates the timing and the live activations of a schedule under given costs.
 
 The timing uses one clock per rank, advanced by groups and the values that they wait for. Live activations depend only
-on the order.
+on the order: an offload waits for its copy, so no copy is too slow for the memory cap.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dualpipe.ir import Group, MemoryCapError, Op, Schedule, ScheduleError
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.timing import NumberedGroup, Timing
+from dualpipe.simulate.timing import CopySpan, NumberedGroup, Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +18,13 @@ class Simulation:
 
     Attributes:
         starts: `starts[rank][group]` is the start of a group.
-        ends: `ends[rank][group]` is the end of a group.
+        ends: `ends[rank][group]` is the end of a group. A reload only starts its copy, and ends at once.
         makespan: end of the last group.
         idle: time in which each rank runs no group.
         exposed: time of each rank's groups in which nothing hides their exchange.
         peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
+        host_peaks: peak host memory of each rank's offloaded activations, in the same unit.
+        copies: copies of each rank between its device and host memory.
     """
 
     starts: tuple[tuple[float, ...], ...]
@@ -31,6 +33,8 @@ class Simulation:
     idle: tuple[float, ...]
     exposed: tuple[float, ...]
     peaks: tuple[float, ...]
+    host_peaks: tuple[float, ...]
+    copies: tuple[tuple[CopySpan, ...], ...]
 
     @property
     def bubble_fraction(self) -> float:
@@ -43,35 +47,52 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     """Simulates the schedule: a group starts when its rank is free and all its inputs have arrived.
 
     All outputs of a group are sent at its end, including the gradient of a full backward. Sending takes no time of the
-    rank.
+    rank. The copy of an offload starts when the group of its forward has ended, and that of a reload when the previous
+    group has ended. The copies of one rank in one direction run one after the other, next to all groups. An offload
+    ends when its copy has ended, and a backward starts after the copy of its reload.
 
     Args:
         schedule: a valid schedule.
         costs: costs of each stage, or of model/P if all stages are equal.
 
     Raises:
-        ScheduleError: if ranks deadlock.
+        ScheduleError: if ranks deadlock, or the schedule offloads activations and the costs do not allow it.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
     timing = Timing(schedule, model)
     ranks = [timing.numbered(groups) for groups in schedule.ranks]
     ended = timing.run(ranks)
     _check_finished(schedule, ranks, ended)
-    durations = [[timing.duration(group) for group in groups] for groups in ranks]
-    ends = [[ended[group[0]] for group in groups] for groups in ranks]
-    makespan = max((rank_ends[-1] for rank_ends in ends if rank_ends), default=0.0)
-    busy = [sum(times) for times in durations]
+    spans = [_group_spans(timing, groups, ended) for groups in ranks]
+    makespan = max((rank_spans[-1][1] for rank_spans in spans if rank_spans), default=0.0)
+    busy = [sum(map(timing.duration, groups)) for groups in ranks]
     computing = [sum(map(timing.compute, groups)) for groups in ranks]
     return Simulation(
-        starts=tuple(
-            tuple(end - time for end, time in zip(*both, strict=True)) for both in zip(ends, durations, strict=True)
-        ),
-        ends=tuple(map(tuple, ends)),
+        starts=tuple(tuple(start for start, _ in rank_spans) for rank_spans in spans),
+        ends=tuple(tuple(end for _, end in rank_spans) for rank_spans in spans),
         makespan=makespan,
         idle=tuple(makespan - time for time in busy),
         exposed=tuple(time - compute for time, compute in zip(busy, computing, strict=True)),
         peaks=peak_memory(schedule, model),
+        host_peaks=tuple(peak_host_memory(groups, model) for groups in schedule.ranks),
+        copies=tuple(tuple(timing.copy_spans(groups, ended)) for groups in ranks),
     )
+
+
+def _group_spans(timing: Timing, groups: list[NumberedGroup], ended: list[float]) -> list[tuple[float, float]]:
+    """Returns start and end of each group of a rank.
+
+    The group of a copy starts when the previous group has ended.
+    """
+    spans: list[tuple[float, float]] = []
+    for group in groups:
+        kind, end = timing.operations[group[0]].kind, ended[group[0]]
+        if kind.is_copy:
+            start = spans[-1][1] if spans else 0.0
+            spans.append((start, end if kind is Op.OFFLOAD else start))
+        else:
+            spans.append((end - timing.duration(group), end))
+    return spans
 
 
 def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended: list[float]) -> None:
@@ -85,8 +106,8 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     """Returns the maximum number of live activations, each of one stage and micro-batch, on each rank.
 
-    An activation is alive from the start of F to the end of B, or of W if the backward is split. In a forward-only
-    schedule it is alive during its group.
+    An activation is alive from the start of F to the end of B, or of W if the backward is split, except between the end
+    of its offload and the start of its reload. In a forward-only schedule it is alive during its group.
     """
     weights = (1.0,) * schedule.num_stages
     return tuple(round(_peak(groups, weights)) for groups in schedule.ranks)
@@ -124,17 +145,35 @@ def activation_cap(memory_cap: float | None, num_directions: int, costs: CostMod
 
 def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
     """Returns a rank's peak; `weights` holds the activation of each stage."""
-    forward, frees = Op.FORWARD, (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+    forward, reload, frees = Op.FORWARD, Op.RELOAD, (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.OFFLOAD)
     has_backwards = any(op.kind is not forward for group in groups for op in group)
     alive = peak = 0.0
     for group in groups:
         made = freed = 0.0
         for kind, _, stage, _ in group:
-            if kind is forward:
+            if kind is forward or kind is reload:
                 made += weights[stage]
             elif kind in frees:
                 freed += weights[stage]
         alive += made
         peak = max(peak, alive)
         alive -= freed if has_backwards else made
+    return peak
+
+
+def peak_host_memory(groups: Sequence[Group], costs: CostModel) -> float:
+    """Returns the peak host memory of a rank's offloaded activations.
+
+    The unit is that of `StageCosts.activation`. An activation takes host memory from the end of its forward, when its
+    copy starts, until its backward starts.
+    """
+    offloaded = {op[1:] for group in groups for op in group if op.kind is Op.OFFLOAD}
+    alive = peak = 0.0
+    for group in groups:
+        for op in group:
+            if op[1:] in offloaded and op.kind is Op.FORWARD:
+                alive += costs.stages[op.stage].activation
+            elif op[1:] in offloaded and op.kind in (Op.BACKWARD, Op.BACKWARD_INPUT):
+                alive -= costs.stages[op.stage].activation
+        peak = max(peak, alive)
     return peak

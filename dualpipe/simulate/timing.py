@@ -11,7 +11,25 @@ from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel, overlapped_time
 
 _BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT)
-_BEFORE = {Op.BACKWARD: Op.FORWARD, Op.BACKWARD_INPUT: Op.FORWARD, Op.BACKWARD_WEIGHT: Op.BACKWARD_INPUT}
+_COPIES = (Op.OFFLOAD, Op.RELOAD)
+_BEFORE = {
+    Op.BACKWARD: (Op.RELOAD, Op.FORWARD),
+    Op.BACKWARD_INPUT: (Op.RELOAD, Op.FORWARD),
+    Op.BACKWARD_WEIGHT: (Op.BACKWARD_INPUT,),
+    Op.OFFLOAD: (Op.FORWARD,),
+    Op.RELOAD: (Op.OFFLOAD,),
+}
+"""Kinds of operations of the same micro-batch and stage, of which the first that exists must run before each kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopySpan:
+    """Time span of the copy of an offload or reload between a rank's device and its host memory."""
+
+    operation: Operation
+    start: float
+    end: float
+
 
 NumberedGroup = tuple[int, ...]
 """Group of operations, given by their numbers in a `Timing`."""
@@ -29,17 +47,29 @@ class TimingProgress:
         position: number of groups that each rank has run.
         clock: end of each rank's last group.
         left: time of each rank's remaining groups, without waits.
+        copied: end of the copy to the host of each offload by number, if its forward has run.
+        to_host: time from which each rank's link to its host memory is free.
+        from_host: the same for the other direction of the link.
     """
 
     ends: list[float]
     position: list[int]
     clock: list[float]
     left: list[float]
+    copied: dict[int, float]
+    to_host: list[float]
+    from_host: list[float]
 
     def copy(self) -> "TimingProgress":
         """Returns an independent copy."""
         return TimingProgress(
-            ends=self.ends.copy(), position=self.position.copy(), clock=self.clock.copy(), left=self.left.copy()
+            ends=self.ends.copy(),
+            position=self.position.copy(),
+            clock=self.clock.copy(),
+            left=self.left.copy(),
+            copied=self.copied.copy(),
+            to_host=self.to_host.copy(),
+            from_host=self.from_host.copy(),
         )
 
 
@@ -63,6 +93,9 @@ class Timing:
         self._durations: dict[NumberedGroup, float] = {}
         self._needed, self._lags = self._edges(schedule, costs.latency)
         self._before = self._predecessors()
+        # By number: the offload that follows a forward, and the time of a copy.
+        self._offloads = {self._before[n]: n for n, op in enumerate(self.operations) if op[0] is Op.OFFLOAD}
+        self._copies = {n: costs.copy_time_of(op) for n, op in enumerate(self.operations) if op[0] in _COPIES}
 
     def numbered(self, groups: Iterable[Sequence[Operation]]) -> list[NumberedGroup]:
         """Converts a rank's groups to numbers."""
@@ -88,6 +121,9 @@ class Timing:
             position=[0] * len(ranks),
             clock=[0.0] * len(ranks),
             left=[sum(map(self.duration, groups)) for groups in ranks],
+            copied={},
+            to_host=[0.0] * len(ranks),
+            from_host=[0.0] * len(ranks),
         )
 
     def advance(
@@ -105,7 +141,7 @@ class Timing:
             Whether all ranks can still end by the limit.
         """
         ends, left, clock, position = progress.ends, progress.left, progress.clock, progress.position
-        ready, duration_of = self.ready, self.duration
+        ready, duration_of, copies = self.ready, self.duration, self._copies
         blocked: dict[int, list[int]] = {}
         waiting = list(range(len(ranks)))[::-1]
         while waiting:
@@ -127,8 +163,46 @@ class Timing:
                     ends[number] = time
                     if number in blocked:
                         waiting += blocked.pop(number)
+                if copies:
+                    time = self._run_copies(rank, group, time, progress)
             clock[rank] = time
         return True
+
+    def _run_copies(self, rank: int, group: NumberedGroup, time: float, progress: TimingProgress) -> float:
+        """Runs the copies of a group that the rank has finished at `time`.
+
+        The copies of one rank in one direction run one after the other. The end of a reload is the end of its copy.
+
+        Returns:
+            The time from which the rank is free.
+        """
+        first = group[0]
+        if first not in self._copies:
+            for number in group:
+                if number in self._offloads:
+                    offload = self._offloads[number]
+                    progress.to_host[rank] = max(progress.to_host[rank], time) + self._copies[offload]
+                    progress.copied[offload] = progress.to_host[rank]
+        elif self.operations[first].kind is Op.OFFLOAD:
+            time = progress.ends[first] = max(time, progress.copied[first])
+        else:
+            progress.ends[first] = progress.from_host[rank] = max(progress.from_host[rank], time) + self._copies[first]
+        return time
+
+    def copy_spans(self, groups: Sequence[NumberedGroup], ends: Sequence[float]) -> list[CopySpan]:
+        """Returns the copies of a rank, given the ends of all operations."""
+        spans: list[CopySpan] = []
+        free = 0.0
+        for number in (number for group in groups for number in group):
+            if number in self._offloads:
+                offload = self._offloads[number]
+                start = max(free, ends[number])
+                free = start + self._copies[offload]
+                spans.append(CopySpan(operation=self.operations[offload], start=start, end=free))
+            elif number in self._copies and self.operations[number].kind is Op.RELOAD:
+                start = ends[number] - self._copies[number]
+                spans.append(CopySpan(operation=self.operations[number], start=start, end=ends[number]))
+        return spans
 
     def run(self, ranks: RankGroups) -> list[float]:
         """Returns the end of every operation by number; -1 for operations in a deadlock."""
@@ -140,8 +214,11 @@ class Timing:
         """Returns the start of a group on a rank free at `time`, and -1 or an operation that must run first."""
         for number in group:
             before = self._before[number]
-            if before >= 0 and ends[before] < 0:
-                return time, before
+            if before >= 0:
+                if ends[before] < 0:
+                    return time, before
+                if ends[before] > time:  # only a reload may end after the rank is free
+                    time = ends[before]
             needed = self._needed[number]
             if needed >= 0:
                 arrival = ends[needed]
@@ -176,4 +253,8 @@ class Timing:
     def _predecessors(self) -> list[int]:
         """Returns the operation of the same micro-batch and stage that must run before each operation, or -1."""
         numbers = self._numbers
-        return [numbers.get((_BEFORE[op[0]], *op[1:]), -1) if op[0] in _BEFORE else -1 for op in self.operations]
+        before = []
+        for kind, *place in self.operations:
+            found = [numbers[op] for each in _BEFORE.get(kind, ()) if (op := (each, *place)) in numbers]
+            before.append(found[0] if found else -1)
+        return before

@@ -3,6 +3,7 @@
 Shape legend: B sequences, T tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -46,6 +47,15 @@ class Documents:
     def to(self, device: torch.device) -> "Documents":
         """Returns the documents on a device."""
         return Documents(self.ids_BT.to(device), self.starts.to(device), self.longest)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields all tensors of the object, including those of its cached masks."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif not isinstance(value, int):  # biases by type, or a block mask
+                parts = value if isinstance(value, dict) else vars(value)
+                yield from (part for part in parts.values() if isinstance(part, Tensor))
 
     @cached_property
     def mask_B1TT(self) -> Tensor:

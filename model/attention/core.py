@@ -82,6 +82,7 @@ class _MixHeads(torch.autograd.Function):
             ctx.save_for_backward(*given, *ends.saved(mixed_BHTW.detach()))
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
             ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)
+            ctx.inner_tensors = (*heads, mixed_BHTW)
         return out_ND.view_as(x)
 
     @staticmethod
@@ -104,6 +105,7 @@ class _MixHeads(torch.autograd.Function):
         _refill(heads, ends, kernel)
         grad_heads = torch.autograd.grad(heads.mixed_BHTW, heads.inputs, kernel.pad(grad_NV))
         ctx.heads = heads = None  # type: ignore[assignment]
+        ctx.inner_tensors = ()
         # The up-projections: each writes its part of the gradient of the compressed values, BTX.
         out_BTR, out_BTL, out_key = options.split(grad_BTX)
         query = ends.queries_backward(kernel.query_gradient(grad_heads[0]), out_BTR)

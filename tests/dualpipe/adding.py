@@ -21,7 +21,7 @@ from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane, PendingReceive
 from dualpipe.transfers import Message
-from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
+from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 
 BLOCK: tuple[Lane, ...] = ("compute", "comm", "compute", "comm")
 PAIRINGS = [overlapped, sequential]
@@ -34,7 +34,12 @@ PUBLISHED = [
     *(zb_v(*sizes) for sizes in ((1, 3), (3, 7), (4, 3))),
     *(zb_h1(*sizes) for sizes in ((1, 3), (3, 7))),
 ]
-SCHEDULES = PUBLISHED + RANDOM
+OFFLOADED = [
+    *(offloaded(random_schedule(placement, 5, 0), seed) for seed, placement in enumerate(PLACEMENTS)),
+    offloaded(build("dualpipe", 4, 8), 1),
+    offloaded(build("1f1b", 3, 5), 2, share=1.0),
+]
+SCHEDULES = PUBLISHED + RANDOM + OFFLOADED
 
 
 def name_of(schedule: object) -> str | None:
@@ -95,6 +100,7 @@ class AddingRun:
         self.activations: list[Tensor] = []
         self.weights: list[int] = []
         self.pending = False
+        self.host: list[list[float]] = []
 
     def set_input(self, hidden: Tensor, /) -> None:
         self.stage.journal.look()
@@ -153,9 +159,33 @@ class AddingRun:
         assert self.pending
         self.pending = False
 
+    def offload(self) -> None:
+        self.stage.journal.look()
+        assert not self.pending
+        self.host = [activation.tolist() for activation in self.activations]
+
+    def release(self) -> None:
+        self.stage.journal.look()
+        self.stage.journal.end(*self.activations)
+        self.activations = []
+
+    def reload(self) -> None:
+        self.stage.journal.look()
+        assert not self.activations
+        for numbers in self.host:
+            activation = torch.tensor(numbers, dtype=torch.float64)
+            self.stage.journal.keep((self.stage.number, self.key), activation)
+            self.activations.append(activation)
+
+    def restore(self) -> None:
+        self.stage.journal.look()
+        assert [activation.tolist() for activation in self.activations] == self.host
+        self.host = []
+
     def _start(self, phase: int) -> None:
         self.stage.journal.look()
         assert not self.pending
+        assert not self.host
         self.pending = self.stage.lanes[phase] == "comm"
 
 

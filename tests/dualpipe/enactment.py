@@ -3,7 +3,8 @@
 It shares no code with the validator. Ranks are coroutines that exchange bare numbers, and a receiver treats a number as
 the message that it expects. A link holds one message: the sender blocks before the next message until the receiver,
 which posts its receives before a group, has the first. Stages are maps x -> a x^2 + b in a finite field, where a wrong
-input, a wrong gradient or a wrong pairing of the two changes the weight gradients.
+input, a wrong gradient or a wrong pairing of the two changes the weight gradients. A rank's inputs that are in host
+memory are not at hand until they are back.
 """
 
 import random
@@ -108,7 +109,12 @@ class _World:
     def rank(self, rank: int, groups: tuple[Group, ...]) -> Iterator[bool]:
         """Yields True for each completed step and False while the rank waits."""
         own: dict[tuple[str, Key], int] = {}
+        host: dict[Key, int] = {}
         for group in groups:
+            if any(op.kind.value in "OR" for op in group):
+                self.move(rank, group, own, host)
+                yield True
+                continue
             inputs: list[int | _Ticket] = [self.input(rank, op, own) for op in group]
             numbers = []
             for entry in inputs:
@@ -132,6 +138,24 @@ class _World:
                         yield False
                     slot.put(output)
                     yield True
+
+    def move(self, rank: int, group: Group, own: dict[tuple[str, Key], int], host: dict[Key, int]) -> None:
+        """Moves an input between the rank's two memories."""
+        if len(group) > 1:
+            raise WrongRunError(f"{group} does not only move an input")
+        op = group[0]
+        key = (op.direction, op.stage, op.micro_batch)
+        self.applied[op.kind.value, key] += 1
+        if self.applied["I", key]:
+            raise WrongRunError(f"{op} is after the backward for inputs")
+        if op.kind is Op.OFFLOAD:
+            host[key] = _known(own, "input", key, op)
+            del own["input", key]
+            return
+        if key not in host:
+            raise WrongRunError(f"{op} finds no input in host memory")
+        own["input", key] = host.pop(key)
+        self.peaks[rank] = max(self.peaks[rank], sum(name == "input" for name, _ in own))
 
     def holder(self, direction: int, stage: int) -> int:
         return self.schedule.placement[direction][stage]
@@ -197,7 +221,9 @@ class _World:
             for micro_batch in range(len(range(direction, total, directions))):
                 expected |= alone(direction, micro_batch, self.last + 1, self.forward_only)
         names = {"output": "F", "gradient": "I", "weight": "W"}
-        if self.applied != Counter((names[name], key) for name, key in expected):
+        copied = {key for name, key in self.applied if name in "OR"}
+        operations = [(names[name], key) for name, key in expected] + [(name, key) for key in copied for name in "OR"]
+        if self.applied != Counter(operations):
             raise WrongRunError("not everything is applied once")
         if self.results != expected:
             raise WrongRunError("a number differs from that of one rank alone")

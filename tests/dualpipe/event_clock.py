@@ -2,7 +2,9 @@
 
 It knows only the definition of a schedule. A forward needs the forward of the stage before. A gradient needs the
 stage's own forward and the gradient of the stage after. W needs its I. Groups may have any number of members, ranks
-any number of stages, and every stage has its own costs.
+any number of stages, and every stage has its own costs. A rank's link to its host memory carries one copy at a time in
+each direction: copies out are queued when a forward has ended, copies back when the rank comes to their R. An O needs
+the end of its copy out, and a backward that of its copy back.
 """
 
 import heapq
@@ -12,9 +14,16 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
 
 Result = tuple[str, int, int, int]
-"""Result of an operation, `F`, `I` or `W`, with direction, stage and micro-batch."""
+"""Result of an operation, `F`, `I` or `W`, or a copy, `O` or `R`, with direction, stage and micro-batch."""
 
-_HALVES = {Op.FORWARD: "F", Op.BACKWARD: "IW", Op.BACKWARD_INPUT: "I", Op.BACKWARD_WEIGHT: "W"}
+_HALVES = {
+    Op.FORWARD: "F",
+    Op.BACKWARD: "IW",
+    Op.BACKWARD_INPUT: "I",
+    Op.BACKWARD_WEIGHT: "W",
+    Op.OFFLOAD: "",
+    Op.RELOAD: "",
+}
 
 
 class EventClock:
@@ -39,6 +48,9 @@ class EventClock:
         self._known: list[set[Result]] = [set() for _ in schedule.ranks]
         self._is_busy = [False] * schedule.num_ranks
         self._alive = [0.0] * schedule.num_ranks
+        operations = (op for groups in schedule.ranks for group in groups for op in group)
+        self._copied = {op[1:] for op in operations if op.kind is Op.OFFLOAD}
+        self._link_free: dict[tuple[int, str], float] = {}
         self.ends: list[list[float]] = [[] for _ in schedule.ranks]
         self.peaks = [0.0] * schedule.num_ranks
         self._play()
@@ -66,18 +78,38 @@ class EventClock:
         if self._is_busy[rank] or index == len(groups):
             return
         needed = {need for op in groups[index] for need in _needs(op, self._schedule.num_stages)}
+        for op in groups[index]:
+            if op.kind is Op.OFFLOAD:
+                needed = {("O", *op[1:])}
+            elif op.kind is Op.RELOAD:
+                needed = set()
+            elif op.kind is not Op.FORWARD and op[1:] in self._copied:
+                needed.add(("R", *op[1:]))
         if needed <= self._known[rank]:
             self._is_busy[rank] = True
-            self._alive[rank] += self._memory(groups[index], Op.FORWARD)
+            self._alive[rank] += self._memory(groups[index], Op.FORWARD, Op.RELOAD)
             self.peaks[rank] = max(self.peaks[rank], self._alive[rank])
             self._post(time + _duration(groups[index], self._costs), rank, None)
+            for op in groups[index]:
+                if op.kind is Op.RELOAD:
+                    self._copy("R", op, rank, time)
+
+    def _copy(self, name: str, op: Operation, rank: int, time: float) -> None:
+        """Queues a copy on the link to or from the host memory of a rank."""
+        seconds = self._costs.stages[op.stage].offload
+        assert seconds is not None
+        end = max(time, self._link_free.get((rank, name), 0.0)) + seconds
+        self._link_free[rank, name] = end
+        self._post(end, rank, (name, *op[1:]))
 
     def _finish(self, rank: int, time: float) -> None:
         group = self._schedule.ranks[rank][len(self.ends[rank])]
         self._is_busy[rank] = False
-        self._alive[rank] -= self._memory(group, Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        self._alive[rank] -= self._memory(group, Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.OFFLOAD)
         self.ends[rank].append(time)
         for op in group:
+            if op.kind is Op.FORWARD and op[1:] in self._copied:
+                self._copy("O", op, rank, time)
             for result in _results(op):
                 self._known[rank].add(result)
                 for user in _users(self._schedule, result):

@@ -1,6 +1,7 @@
 """Draws random schedules with any placement, order and groups that `validate` accepts."""
 
 import random
+from dataclasses import replace
 
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.transfers import Link, Value, made_by, message_of, needed_by
@@ -49,6 +50,24 @@ def random_schedule(placement: Placement, num_micro_batches: int, seed: int, spl
                 raise
             continue
         return schedule
+
+
+def offloaded(schedule: Schedule, seed: int, share: float = 0.6) -> Schedule:
+    """Returns a valid training schedule with offloads and reloads of some activations, at random places."""
+    draws = random.Random(f"offload {seed}")
+    ranks = []
+    for groups in schedule.ranks:
+        made = list(groups)
+        for op in [op for group in groups for op in group if op.kind is Op.FORWARD]:
+            if draws.random() < share:
+                backwards = (op.with_kind(Op.BACKWARD), op.with_kind(Op.BACKWARD_INPUT))
+                first = next(at for at, group in enumerate(made) if op in group) + 1
+                last = next(at for at, group in enumerate(made) if any(each in group for each in backwards))
+                out, back = sorted(draws.randint(first, last) for _ in range(2))
+                made[back:back] = [(op.with_kind(Op.RELOAD),)]
+                made[out:out] = [(op.with_kind(Op.OFFLOAD),)]
+        ranks.append(tuple(made))
+    return replace(schedule, ranks=tuple(ranks))
 
 
 class _Draw:

@@ -9,12 +9,25 @@ from dualpipe.ir import ScheduleError
 from dualpipe.simulate.costs import uniform
 
 
-def model_costs(*stages: Any, weights: float = 0.0) -> ModelCosts:
+def model_costs(*stages: Any, weights: float = 0.0, offload: float | None = None) -> ModelCosts:
     """Returns costs whose stages are written as in YAML."""
     entries = tuple(map(StageEntry.from_plain, stages))
     return ModelCosts(
-        forward=1, backward_input=2, backward_weight=3, exchange=4, latency=0.5, stages=entries, weights=weights
+        forward=1,
+        backward_input=2,
+        backward_weight=3,
+        exchange=4,
+        latency=0.5,
+        offload=offload,
+        stages=entries,
+        weights=weights,
     )
+
+
+def test_stages_share_the_time_of_a_copy_to_host_memory() -> None:
+    assert [stage.offload for stage in model_costs(1, 2, offload=3).of_stages(2, 2).stages] == [3, 6]
+    assert [stage.offload for stage in model_costs(1, 2, offload=3).of_stages(2, 4).stages] == [1.5, 1.5, 3, 3]
+    assert not model_costs(1, 2).of_stages(2, 4).can_offload
 
 
 @pytest.mark.parametrize("num_stages", [4, 8, 12])

@@ -34,7 +34,7 @@ EYES = {
 
 @pytest.mark.parametrize("eye", EYES)
 def test_colors_are_distinct_with_color_blindness(eye: str) -> None:
-    colors = [*style.LIGHT.values(), *style.DARK.values()]
+    colors = [*style.LIGHT.values(), *style.DARK.values(), *style.COPIES.values()]
     seen = [
         lightness_and_hue([sum(a * b for a, b in zip(row, linear(color), strict=True)) for row in EYES[eye]])
         for color in colors
@@ -47,6 +47,9 @@ def test_numbers_have_contrast_to_their_cells() -> None:
         red, green, blue = linear(color)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    assert all((luminance(color) + 0.05) / (luminance("#16181b") + 0.05) >= 4.5 for color in style.LIGHT.values())
+    assert all(
+        (luminance(color) + 0.05) / (luminance("#16181b") + 0.05) >= 4.5
+        for color in (style.LIGHT | style.COPIES).values()
+    )
     # 4.3 for the lightest of the dark ones: a darker olive would be too similar to the brown next to it.
     assert all(1.05 / (luminance(color) + 0.05) >= 4.3 for color in style.DARK.values())

@@ -1,5 +1,6 @@
 """The simulator and the event clock agree: any placement, any groups, costs of every stage."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.simulate.simulate import simulate
 from tests.dualpipe.event_clock import EventClock
-from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
+from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 
 PLACEMENTS = [
     straight(3),
@@ -30,6 +31,7 @@ def uneven_costs(random: Random, num_stages: int) -> CostModel:
             forward_exchange=random.choice([0.0, random.uniform(0, 3)]),
             backward_exchange=random.choice([0.0, random.uniform(0, 3)]),
             activation=random.uniform(0.5, 2),
+            offload=random.uniform(0, 4),
         )
         for _ in range(num_stages)
     )
@@ -52,6 +54,21 @@ def test_event_clock_agrees_with_the_simulator_on_random_schedules(placement: tu
         sizes |= {len(group) for groups in schedule.ranks for group in groups}
         check_agreement(schedule, uneven_costs(Random(seed), schedule.num_stages))
     assert sizes >= {1, 2, 3}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_event_clock_agrees_with_the_simulator_on_copies_to_host_memory(
+    placement: tuple[tuple[int, ...], ...],
+) -> None:
+    waits = 0
+    for seed in range(12):
+        schedule = offloaded(random_schedule(placement, 4, seed), seed)
+        costs = uneven_costs(Random(seed), schedule.num_stages)
+        check_agreement(schedule, costs)
+        free = replace(costs, stages=tuple(replace(stage, offload=0.0) for stage in costs.stages))
+        check_agreement(schedule, free)
+        waits += simulate(schedule, costs).makespan > simulate(schedule, free).makespan
+    assert waits >= 6
 
 
 @pytest.mark.parametrize("kind", SCHEDULES.names())

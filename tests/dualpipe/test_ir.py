@@ -68,8 +68,11 @@ def changed(**changes: Any) -> str:
         (changed(ranks=[[], 7]), r"ranks\[1\]: must be a list, is 7"),
         (changed(ranks=[[], [{}]]), r"ranks\[1\]\[0\]: must be a list"),
         (changed(ranks=[[], [[["F", 0, 0]]]]), r"ranks\[1\]\[0\]\[0\]: must be \[kind, direction, stage"),
-        (changed(ranks=[[[["X", 0, 0, 0]]], []]), r"ranks\[0\]\[0\]\[0\]: the kind must be one of F B I W, is \"X\""),
-        (changed(ranks=[[[[["F"], 0, 0, 0]]], []]), "the kind must be one of F B I W"),
+        (
+            changed(ranks=[[[["X", 0, 0, 0]]], []]),
+            r"ranks\[0\]\[0\]\[0\]: the kind must be one of F B I W O R, is \"X\"",
+        ),
+        (changed(ranks=[[[[["F"], 0, 0, 0]]], []]), "the kind must be one of F B I W O R"),
         (changed(ranks=[[[["F", 0, 0, 0.5]]], []]), r"ranks\[0\]\[0\]\[0\]: must be an integer of at least 0, is 0.5"),
     ],
 )

@@ -17,7 +17,7 @@ from dualpipe.passes import forward_only
 from dualpipe.registry import build
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
-from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, v_shaped
+from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, v_shaped
 
 Lists = list[list[list[Operation]]]
 Mutation = Callable[[Lists, random.Random], None]
@@ -45,7 +45,8 @@ def schedules() -> tuple[Schedule, ...]:
         random_schedule(looped(2, 3), 3, seed=3),
         random_schedule(((0, 0, 1, 0), (1, 2, 2, 0)), 5, seed=4),
     ]
-    return (*published, *drawn, *map(forward_only, (dualpipe(4, 8), zb_v(2, 4), drawn[0])))
+    moved = [offloaded(schedule, 3) for schedule in (one_f_one_b(3, 4), dualpipe(4, 8), drawn[2], drawn[4])]
+    return (*published, *drawn, *moved, *map(forward_only, (dualpipe(4, 8), zb_v(2, 4), drawn[0])))
 
 
 def is_training(schedule: Schedule) -> bool:

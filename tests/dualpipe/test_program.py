@@ -60,6 +60,23 @@ def test_every_exchange_is_completed_before_its_run_continues(schedule: Schedule
 
 
 @every_schedule
+def test_every_offload_is_copied_out_and_back_between_forward_and_backward(
+    schedule: Schedule, pairing: Pairing
+) -> None:
+    for rank, groups in enumerate(schedule.ranks):
+        copied = {RunKey(op.direction, op.stage, op.micro_batch) for (op, *_) in groups if op.kind is Op.OFFLOAD}
+        seen: dict[RunKey, list[Action]] = defaultdict(list)
+        for step in lower(schedule, rank, pairing).steps:
+            is_own = step.action not in (Action.RECEIVE, Action.ACCEPT, Action.SEND, Action.WAIT)
+            if is_own and seen[step.run][-1:] != [step.action]:
+                seen[step.run].append(step.action)
+        out_and_back = [Action.OFFLOAD, Action.RELEASE, Action.RELOAD, Action.RESTORE]
+        for run, actions in seen.items():
+            assert actions[: 1 + 4 * (run in copied)] == [Action.FORWARD, *(out_and_back if run in copied else [])]
+            assert not set(out_and_back) & set(actions[5 if run in copied else 0 :])
+
+
+@every_schedule
 def test_links_carry_messages_in_the_order_of_the_schedule(schedule: Schedule, pairing: Pairing) -> None:
     sent: dict[object, list[Message]] = defaultdict(list)
     received: dict[object, list[Message]] = defaultdict(list)
@@ -89,7 +106,10 @@ def test_links_carry_messages_in_the_order_of_the_schedule(schedule: Schedule, p
 def test_receives_are_posted_one_group_before_they_are_needed(schedule: Schedule, pairing: Pairing) -> None:
     for rank, plan in enumerate(transfers(schedule)):
         posted: list[Message] = []
-        needed = {message: group for group, messages in enumerate(plan.receives) for message in messages}
+        # Copies to and from host memory need no message.
+        groups = zip(schedule.ranks[rank], plan.receives, strict=True)
+        receives = [messages for group, messages in groups if not group[0].kind.is_copy]
+        needed = {message: group for group, messages in enumerate(receives) for message in messages}
         for step in lower(schedule, rank, pairing).steps:
             if step.action is Action.RECEIVE:
                 assert step.message is not None

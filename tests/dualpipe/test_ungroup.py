@@ -13,7 +13,7 @@ from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.simulate import simulate
 from tests.dualpipe.adding import SCHEDULES, lower, name_of
 
-UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
+UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0, offload=1)
 
 
 def test_members_of_a_group_run_forwards_first_and_weights_last() -> None:
@@ -33,7 +33,7 @@ def test_ungroup_gives_the_order_of_a_rank_that_overlaps_nothing(schedule: Sched
     alone = ungroup(schedule)
     assert simulate(alone, UNIT).makespan > 0
     assert replace(alone, ranks=schedule.ranks) == schedule
-    letters = {Action.FORWARD: "F", Action.BACKWARD: "I", Action.WEIGHT: "W"}
+    letters = {Action.FORWARD: "F", Action.BACKWARD: "I", Action.WEIGHT: "W", Action.RELEASE: "O", Action.RELOAD: "R"}
     for rank, groups in enumerate(alone.ranks):
         assert all(len(group) == 1 for group in groups)
         steps = lower(schedule, rank, sequential).steps

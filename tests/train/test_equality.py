@@ -15,7 +15,7 @@ from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule
 from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import Costs, uniform
-from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight, v_shaped
+from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import Job, Seen, run_jobs, run_plain
@@ -245,6 +245,25 @@ def test_any_schedule_equals_one_rank(
     schedules = make_schedules()
     jobs = [scheduled(folder, schedule, data, expert) for schedule in schedules]
     assert_schedules_equal_one_rank(schedules[0].num_ranks * data, jobs)
+
+
+@pytest.mark.parametrize(
+    ("make_schedule", "data"),
+    [
+        (lambda: build("dualpipe_split", 1, 3), 1),
+        (lambda: random_schedule(bidirectional(2), 4, 0), 1),
+        pytest.param(lambda: random_schedule(v_shaped(2), 3, 0), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_offload_to_host_memory_changes_no_bit(folder: Path, make_schedule: Callable[[], Schedule], data: int) -> None:
+    """Every activation leaves the device and returns. The rows are wide enough that their memory moves."""
+    schedule = make_schedule()
+    job = scheduled(folder, schedule, data, data)
+    batch = replace(job.config.batch, sequence_length_tokens=48)
+    job = replace(job, config=replace(job.config, batch=batch, model=replace(job.config.model, hidden_size=128)))
+    away = replace(job, schedule=offloaded(schedule, 0, share=1.0))
+    for rank in run_ranks(schedule.num_ranks * data, run_jobs, [job, away], STEPS):
+        assert_same(rank[0], rank[1])
 
 
 @pytest.mark.parametrize(

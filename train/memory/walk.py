@@ -36,6 +36,11 @@ class _Run:
     pending: Step | None = None
     inside: int = 0
 
+    @property
+    def kept(self) -> int:
+        """The bytes that are kept from F to I."""
+        return sum(phase.kept for phase in self.phases)
+
 
 @dataclass(slots=True)
 class _Rank:
@@ -107,7 +112,11 @@ def _perform(
             inside = rank.alive(phase.weight_peak)
             rank.waiting -= phase.waiting
             return inside
-        case Action.REDUCE:
+        case Action.RELEASE:
+            rank.activations -= runs[step.run].kept
+        case Action.RELOAD:
+            rank.activations += runs[step.run].kept
+        case Action.OFFLOAD | Action.RESTORE | Action.REDUCE:
             pass
         case Action.FINISH:
             run = runs.pop(step.run)

@@ -77,7 +77,7 @@ class LiveStorages(TorchDispatchMode):
 def _tensors(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, Iterable) and not isinstance(values, str):
+    elif isinstance(values, Iterable) and not isinstance(values, str | torch.UntypedStorage):
         for value in values:
             yield from _tensors(value)
 

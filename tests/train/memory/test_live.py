@@ -7,7 +7,7 @@ import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
 from model.config import RECOMPUTED, ModelConfig, Recomputed
-from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule, straight
+from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.memory.live import Compared, compare_rank
@@ -87,6 +87,17 @@ def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(folder: P
     for name, compared in zip(names, results, strict=True):
         check(compared, " ".join(name))
         assert max(compared.pending) > 0
+
+
+def test_offloaded_activations_are_not_kept(folder: Path) -> None:
+    """Every micro-batch leaves the device and returns at random places of the schedule."""
+    schedule = random_schedule(straight(1), 6, 0, split_share=1.0)
+    job = make_config(folder, *SHAPES["all features"], PRECISIONS["float32"])
+    job = replace(job, batch=replace(job.batch, global_sequences=12))
+    ((stays, moves),) = run_ranks(1, compare_rank, [(job, schedule), (job, offloaded(schedule, 1, 1.0))], False)
+    check(stays, "stays")
+    check(moves, "moves")
+    assert max(moves.after) < 0.95 * max(stays.after)
 
 
 def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> None:
