@@ -10,8 +10,9 @@ from typing import Literal
 
 from dualpipe.generate.cache import load_or_make
 from dualpipe.ir import MemoryCapError, Placement, Schedule, ScheduleError, straight_placement
+from dualpipe.optimize.offload import offload
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import activation_cap, peak_memory
+from dualpipe.simulate.simulate import activation_cap, peak_memory, simulate
 from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
@@ -208,6 +209,8 @@ def build(
 ) -> Schedule:
     """Builds the named schedule within the memory cap.
 
+    If the costs allow offload, activations may be in host memory while the cap has no room for them.
+
     Args:
         kind: name of the schedule.
         num_ranks: ranks of one pipeline.
@@ -231,7 +234,7 @@ def build(
     copies = len(spec.placement(num_ranks, chunks))
     room = activation_cap(memory_cap, copies, costs)
     try:
-        return _generate(spec, num_ranks, num_micro_batches, replace(costs, weights=0.0), room, cache_dir)
+        return _fit(spec, num_ranks, num_micro_batches, replace(costs, weights=0.0), room, cache_dir)
     except MemoryCapError as error:
         if not costs.weights:
             raise
@@ -239,6 +242,31 @@ def build(
             f"{str(error).removeprefix('memory_cap: ')}; both without {copies} x {costs.weights:g} of weights",
             error.least + copies * costs.weights,
         ) from error
+
+
+def _fit(
+    spec: ScheduleSpec,
+    num_ranks: int,
+    num_micro_batches: int,
+    costs: CostModel,
+    memory_cap: float | None,
+    cache_dir: Path | None,
+) -> Schedule:
+    """Makes the schedule within a cap on its activations. Some are offloaded if that is allowed and takes less time."""
+
+    def generate(cap: float | None) -> Schedule:
+        return _generate(spec, num_ranks, num_micro_batches, costs.without_offload(), cap, cache_dir)
+
+    if memory_cap is None or not costs.can_offload:
+        return generate(memory_cap)
+    try:
+        staying: Schedule | None = generate(memory_cap)
+    except MemoryCapError:
+        staying = None
+    moving = offload(generate(None), costs, memory_cap)
+    found = [schedule for schedule in (staying, moving) if schedule is not None]
+    # If neither keeps the cap, the generator's error says which one it could keep without offload.
+    return min(found, key=lambda schedule: simulate(schedule, costs).makespan) if found else generate(memory_cap)
 
 
 def _generate(

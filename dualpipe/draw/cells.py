@@ -29,11 +29,12 @@ class Strip:
 
 
 def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
-    """Returns a cell for each group, in the unit of the costs."""
+    """Returns a cell for each group, in the unit of the costs, and for each offload that waits for its copy."""
     return [
         Cell(rank=rank, start=start, end=end, members=group)
         for rank, groups in enumerate(schedule.ranks)
         for group, start, end in zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True)
+        if end > start or not group[0].kind.is_copy
     ]
 
 

@@ -8,13 +8,14 @@ from xml.sax.saxutils import escape
 from dualpipe.draw.cells import Cell, Strip, measured_cells, planned_cells
 from dualpipe.draw.entry import needs_stage_label, number, percent, round_up, size, spread, tick_text
 from dualpipe.draw.style import DEFINITIONS, STYLE, legend, style_of
-from dualpipe.ir import Operation, Schedule
+from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.runtime.measured import Measured, measured_bubble, measured_exposed
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.simulate import Simulation
 
 _LEFT, _RIGHT, _TOP = 68.0, 24.0, 44.0
 _ROW, _ROW_GAP = 30.0, 4.0
+_COPY = 2.0  # height of a copy, which is drawn in the gap below its rank
 _HEADING, _HEADING_LINE, _AXIS, _LEGEND_LINE = 26.0, 17.0, 48.0, 22.0
 _LEAST_WIDTH, _MOST_WIDTH = 900.0, 12_000.0
 _LEGEND_WIDTH = 1_150.0
@@ -93,7 +94,8 @@ def svg(
     )
     facts = _planned_facts(simulation, bound, picture.unit)
     heading = f"planned: {facts}" if measured else facts
-    picture.panel(heading, simulation.makespan, planned_cells(schedule, simulation), [], bound)
+    top = picture.panel(heading, simulation.makespan, planned_cells(schedule, simulation), [], bound)
+    picture.copies(simulation, top)
     if measured is not None:
         facts = _measured_facts(simulation, measured, picture.unit)
         picture.panel(f"measured: {facts}", measured.makespan_seconds, *measured_cells(schedule, measured), None)
@@ -173,8 +175,8 @@ class _Picture:
     def __post_init__(self) -> None:
         self._needs_stage = _needs_stage_labels(self.schedule)
 
-    def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> None:
-        """Adds a heading, a row for each rank, and the time axis."""
+    def panel(self, heading: str, end: float, cells: list[Cell], strips: list[Strip], bound: Bound | None) -> float:
+        """Adds a heading, a row for each rank, and the time axis. Returns the top of the first row."""
         for line in _lines(heading, int((self.scale.width - 48) / _HEADING_LETTER)):
             self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(line)}</text>')
             self.y += _HEADING_LINE
@@ -190,6 +192,22 @@ class _Picture:
             x = self.scale.x(bound.value)
             self.parts.append(f'<line class="bound" x1="{x:.2f}" x2="{x:.2f}" y1="{top - 5:g}" y2="{bottom + 3:g}"/>')
         self.y = bottom + _AXIS
+        return top
+
+    def copies(self, simulation: Simulation, top: float) -> None:
+        """Adds the copies to and from host memory below each rank, given the top of the first row."""
+        shapes: dict[str, list[str]] = defaultdict(list)
+        for rank, copies in enumerate(simulation.copies):
+            for copy in copies:
+                x, width = self.scale.x(copy.start), (copy.end - copy.start) * self.scale.pixels
+                y = top + rank * (_ROW + _ROW_GAP) + _ROW + (_COPY if copy.operation.kind is Op.RELOAD else 0.0)
+                times = f"{self.unit.shown(copy.start)} to {self.unit.shown(copy.end)}"
+                shapes[style_of(copy.operation.kind, 0)].append(
+                    f'<rect x="{x:.2f}" y="{y:g}" width="{width:.2f}" height="{_COPY:g}">'
+                    f"<title>{copy.operation}: copy of rank {rank}, {times}</title></rect>"
+                )
+        for style, drawn in sorted(shapes.items()):
+            self.parts += [f'<g class="copies {style}">', *drawn, "</g>"]
 
     def notes(self) -> list[str]:
         """Returns notes on what the picture omits."""
@@ -240,7 +258,7 @@ class _Picture:
                 if height >= _LEAST_LABEL_HEIGHT and _label_width(label) <= width + 3:
                     middle = y + height / 2 + 3.8
                     numbers[variant].append(f'<text x="{x + width / 2:.2f}" y="{middle:g}">{label}</text>')
-                else:
+                elif not op.kind.is_copy:
                     self.unlabeled += 1
         for style, drawn in sorted(shapes.items()):
             inner = [f'<path d="{"".join(drawn)}"/>'] if self.plain else drawn

@@ -1,9 +1,10 @@
 """Draws a schedule's timing as plain text: one row per rank, time to the right."""
 
 import math
+from collections import Counter
 
 from dualpipe.draw.entry import NAMES, needs_stage_label, number, percent, plain, round_up, size, spread, tick_text
-from dualpipe.ir import Group, Schedule
+from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
@@ -55,6 +56,7 @@ def summary(
         ("bubble", f"{percent(simulation.bubble_fraction)} of all ranks' time"),
         ("exposed exchange", f"{spread(simulation.exposed)} per rank"),
         ("peak activations", f"{spread(simulation.peaks)} of model/P"),
+        *_offloaded(schedule, simulation),
         ("lower bound", f"{number(bound.value)}; this schedule is {number(above)}{share} above it"),
         ("bound's reason", bound.reason),
     ]
@@ -68,6 +70,15 @@ def summary(
         formula = number(idle.value(schedule.num_ranks, costs))
         lines.append(("published idle", f"{idle.text} = {formula}, which assumes {idle.assumes}"))
     return plain("\n".join(f"{name.ljust(17)}  {value}" for name, value in lines))
+
+
+def _offloaded(schedule: Schedule, simulation: Simulation) -> list[tuple[str, str]]:
+    """Returns a line on offloaded activations, if there are any."""
+    kinds = Counter(op.kind for groups in schedule.ranks for group in groups for op in group)
+    if not kinds[Op.OFFLOAD]:
+        return []
+    counts = f"{kinds[Op.OFFLOAD]} of {kinds[Op.FORWARD]} activations"
+    return [("offloaded", f"{counts}, {spread(simulation.host_peaks)} of model/P in host memory")]
 
 
 def _label(schedule: Schedule, rank: int, group: Group) -> str:

@@ -7,19 +7,21 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dualpipe.ir import Operation, Schedule
+from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation
 from dualpipe.transfers import Value, made_by, message_of, needed_by
 
-_PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE = range(5)
+_PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE, _TO_HOST, _FROM_HOST = range(7)
 _THREADS = {
     _PLANNED: "planned compute",
     _OVERLAPPED: "planned compute, overlapped",
     _EXCHANGE: "planned comm",
     _RUN: "measured compute",
     _RUN_EXCHANGE: "measured comm",
+    _TO_HOST: "planned copies to host memory",
+    _FROM_HOST: "planned copies from host memory",
 }
 _Event = dict[str, Any]
 _Place = tuple[int, int, float, float]
@@ -65,7 +67,8 @@ def _metadata(schedule: Schedule, *, has_measured: bool) -> Iterator[_Event]:
         yield _named("process_name", rank, 0, {"name": f"rank {rank}"})
         yield _named("process_sort_index", rank, 0, {"sort_index": rank})
         for thread, name in _THREADS.items():
-            if has_measured or thread < _RUN:
+            is_measured, is_copy = thread in (_RUN, _RUN_EXCHANGE), thread in (_TO_HOST, _FROM_HOST)
+            if (has_measured or not is_measured) and (schedule.has_offload or not is_copy):
                 yield _named("thread_name", rank, thread, {"name": name})
                 yield _named("thread_sort_index", rank, thread, {"sort_index": thread})
 
@@ -79,9 +82,17 @@ def _planned(
 ) -> Iterator[tuple[_Event, tuple[Operation, _Place] | None]]:
     """Yields events and, for the main event of an operation, its position."""
     for rank, groups in enumerate(schedule.ranks):
+        numbers = {group[0]: index for index, group in enumerate(groups) if group[0].kind.is_copy}
+        for copy in simulation.copies[rank]:
+            thread = _TO_HOST if copy.operation.kind is Op.OFFLOAD else _FROM_HOST
+            place = (rank, thread, copy.start * scale, (copy.end - copy.start) * scale)
+            arguments = _arguments(copy.operation, numbers[copy.operation])
+            yield _complete(f"copy {copy.operation}", "planned", place, arguments), None
         for index, group in enumerate(groups):
             start = simulation.starts[rank][index]
             length = simulation.ends[rank][index] - start
+            if group[0].kind.is_copy and length <= 0:
+                continue
             exchange_at = start
             for member, op in enumerate(group):
                 place = (rank, _OVERLAPPED if member else _PLANNED, start * scale, length * scale)

@@ -125,6 +125,10 @@ class CostModel:
         """Whether activations of any stage may be offloaded to host memory."""
         return any(stage.offload is not None for stage in self.stages)
 
+    def without_offload(self) -> "CostModel":
+        """Returns the same costs for activations that all stay on the device."""
+        return replace(self, stages=tuple(replace(stage, offload=None) for stage in self.stages))
+
     def copy_time_of(self, op: Operation) -> float:
         """Returns the time of the copy that an offload waits for, or that a reload starts.
 
