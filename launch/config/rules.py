@@ -78,6 +78,11 @@ def _check_batch(config: TrainConfig) -> None:
 
 def _check_schedule(config: TrainConfig) -> None:
     """Rejects a schedule that does not fit the run. With `auto`, rejects a run that no schedule fits."""
+    if config.costs.offload is not None and config.memory_cap is None:
+        raise ConfigError(
+            f"costs.offload: must be null without memory_cap, because activations are offloaded only to keep a cap, "
+            f"is {config.costs.offload:g}; nearest valid: null, or memory_cap={config.parallelism.pipeline}"
+        )
     kinds = tuple(candidates()) if config.schedule.kind == "auto" else (config.schedule.kind,)
     problems: list[ValueError] = []
     for kind in kinds:

@@ -79,6 +79,15 @@ def test_stage_costs_of_one_stage_are_those_of_the_whole_model(tmp_path: Path) -
     assert costs.stages == (stage(1 + 1 + 10 + 100 + 1000, 1.0),)
 
 
+def test_copies_to_host_memory_take_the_configured_multiple_of_measured_computation(tmp_path: Path) -> None:
+    config = config_of(tmp_path, pipeline=2, num_layers=7)
+    assert not stage_costs(TIMES, config, 2).can_offload
+    costs = replace(config.costs, forward=1, backward_input=2, backward_weight=3, offload=0.5)
+    stages = stage_costs(TIMES, replace(config, costs=costs), 2).stages
+    # The parts, 122 and 1030, are multiples of (1, 2, 3): a rank's mean computation is 6 x 576.
+    assert [each.offload for each in stages] == pytest.approx([0.5 * 576, 0.5 * 576])
+
+
 def test_exchange_that_nothing_hides_counts_as_computation(tmp_path: Path) -> None:
     sequential = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=7, pairing="sequential"), 2).stages[1]
     assert (sequential.forward, sequential.backward_input, sequential.backward_weight) == (5150, 7210, 3090)

@@ -1,7 +1,7 @@
 """Computes the costs of pipeline stages from the times of the model's parts. No torch here."""
 
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 
 from dualpipe.simulate.costs import CostModel, StageCosts
 from model.config import cut_layers
@@ -42,7 +42,8 @@ def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> Cost
     """Returns the costs of each stage of the run's model, in seconds.
 
     Activations are in units of model/P: each of P equal stages keeps 1. MTP modules count as layers. If groups run
-    sequentially, the time of an exchange is added to computation, because nothing hides it.
+    sequentially, the time of an exchange is added to computation, because nothing hides it. Copies to host memory are
+    not measured: they take the configured multiple of computation.
 
     Args:
         times: of the model's parts.
@@ -59,7 +60,17 @@ def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> Cost
         share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
         hides_exchange = config.schedule.pairing == "overlapped"
         stages.append(_stage_costs(sum(parts, PartTimes()), share, hides_exchange=hides_exchange))
-    return CostModel(stages=tuple(stages), latency=times.latency)
+    return CostModel(stages=_with_copies(stages, config), latency=times.latency)
+
+
+def _with_copies(stages: Sequence[StageCosts], config: TrainConfig) -> tuple[StageCosts, ...]:
+    """Returns the stages with the time of a copy to host memory, in the configured ratio to computation."""
+    costs = config.costs
+    if costs.offload is None:
+        return tuple(stages)
+    measured = sum(stage.forward + stage.backward_input + stage.backward_weight for stage in stages)
+    unit = measured / config.parallelism.pipeline / (costs.forward + costs.backward_input + costs.backward_weight)
+    return tuple(replace(stage, offload=unit * costs.offload * stage.activation) for stage in stages)
 
 
 def _stage_costs(times: PartTimes, activation: float, *, hides_exchange: bool) -> StageCosts:
