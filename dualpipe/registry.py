@@ -252,7 +252,10 @@ def _fit(
     memory_cap: float | None,
     cache_dir: Path | None,
 ) -> Schedule:
-    """Makes the schedule within a cap on its activations. Some are offloaded if that is allowed and takes less time."""
+    """Makes the schedule within a cap on its activations.
+
+    Some are offloaded if the costs allow it and it takes less time.
+    """
 
     def generate(cap: float | None) -> Schedule:
         return _generate(spec, num_ranks, num_micro_batches, costs.without_offload(), cap, cache_dir)

@@ -29,7 +29,10 @@ class Strip:
 
 
 def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
-    """Returns a cell for each group, in the unit of the costs, and for each offload that waits for its copy."""
+    """Returns a cell for each group, in the unit of the costs.
+
+    Copies have one only if the rank waits for them.
+    """
     return [
         Cell(rank=rank, start=start, end=end, members=group)
         for rank, groups in enumerate(schedule.ranks)

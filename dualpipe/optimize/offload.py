@@ -1,4 +1,7 @@
-"""Decides which activations a schedule offloads to host memory, so that it keeps a memory cap (arXiv:2503.01328)."""
+"""Decides which activations a schedule offloads to host memory, so that it keeps a memory cap.
+
+Source: arXiv:2503.01328.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence

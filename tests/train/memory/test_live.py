@@ -92,12 +92,13 @@ def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(folder: P
 def test_offloaded_activations_are_not_kept(folder: Path) -> None:
     """Every micro-batch leaves the device and returns at random places of the schedule."""
     schedule = random_schedule(straight(1), 6, 0, split_share=1.0)
-    job = make_config(folder, *SHAPES["all features"], PRECISIONS["float32"])
-    job = replace(job, batch=replace(job.batch, global_sequences=12))
-    ((stays, moves),) = run_ranks(1, compare_rank, [(job, schedule), (job, offloaded(schedule, 1, 1.0))], False)
-    check(stays, "stays")
-    check(moves, "moves")
-    assert max(moves.after) < 0.95 * max(stays.after)
+    moved = offloaded(schedule, 1, 1.0)
+    made = [make_config(folder, *SHAPES["all features"], precision) for precision in PRECISIONS.values()]
+    jobs = [replace(job, batch=replace(job.batch, global_sequences=12)) for job in made]
+    (results,) = run_ranks(1, compare_rank, [(job, order) for job in jobs for order in (schedule, moved)], False)
+    for precision, stays, moves in zip(PRECISIONS, results[::2], results[1::2], strict=True):
+        check(moves, precision)
+        assert max(moves.after) < 0.95 * max(stays.after), precision
 
 
 def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> None:
