@@ -67,6 +67,7 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     makespan = max((rank_spans[-1][1] for rank_spans in spans if rank_spans), default=0.0)
     busy = [sum(map(timing.duration, groups)) for groups in ranks]
     computing = [sum(map(timing.compute, groups)) for groups in ranks]
+    copies = tuple(tuple(timing.copy_spans(groups, ended)) for groups in ranks)
     return Simulation(
         starts=tuple(tuple(start for start, _ in rank_spans) for rank_spans in spans),
         ends=tuple(tuple(end for _, end in rank_spans) for rank_spans in spans),
@@ -74,8 +75,11 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
         idle=tuple(makespan - time for time in busy),
         exposed=tuple(time - compute for time, compute in zip(busy, computing, strict=True)),
         peaks=peak_memory(schedule, model),
-        host_peaks=tuple(peak_host_memory(groups, model) for groups in schedule.ranks),
-        copies=tuple(tuple(timing.copy_spans(groups, ended)) for groups in ranks),
+        host_peaks=tuple(
+            peak_host_memory(groups, model) if moved else 0.0
+            for groups, moved in zip(schedule.ranks, copies, strict=True)
+        ),
+        copies=copies,
     )
 
 
@@ -86,8 +90,8 @@ def _group_spans(timing: Timing, groups: list[NumberedGroup], ended: list[float]
     """
     spans: list[tuple[float, float]] = []
     for group in groups:
-        kind, end = timing.operations[group[0]].kind, ended[group[0]]
-        if kind.is_copy:
+        kind, end = timing.operations[group[0]][0], ended[group[0]]
+        if kind is Op.OFFLOAD or kind is Op.RELOAD:
             start = spans[-1][1] if spans else 0.0
             spans.append((start, end if kind is Op.OFFLOAD else start))
         else:

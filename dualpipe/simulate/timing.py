@@ -92,10 +92,10 @@ class Timing:
         self._lanes = [lanes[op[0], op[2]] for op in self.operations]
         self._durations: dict[NumberedGroup, float] = {}
         self._needed, self._lags = self._edges(schedule, costs.latency)
-        self._before = self._predecessors()
-        # By number: the offload that follows a forward, and the time of a copy.
-        self._offloads = {self._before[n]: n for n, op in enumerate(self.operations) if op[0] is Op.OFFLOAD}
+        # By number: the time of each copy, and the offload that follows a forward.
         self._copies = {n: costs.copy_time_of(op) for n, op in enumerate(self.operations) if op[0] in _COPIES}
+        self._before = self._predecessors()
+        self._offloads = {self._before[n]: n for n in self._copies if self.operations[n].kind is Op.OFFLOAD}
 
     def numbered(self, groups: Iterable[Sequence[Operation]]) -> list[NumberedGroup]:
         """Converts a rank's groups to numbers."""
@@ -192,6 +192,8 @@ class Timing:
     def copy_spans(self, groups: Sequence[NumberedGroup], ends: Sequence[float]) -> list[CopySpan]:
         """Returns the copies of a rank, given the ends of all operations."""
         spans: list[CopySpan] = []
+        if not self._copies:
+            return spans
         free = 0.0
         for number in (number for group in groups for number in group):
             if number in self._offloads:
@@ -252,9 +254,8 @@ class Timing:
 
     def _predecessors(self) -> list[int]:
         """Returns the operation of the same micro-batch and stage that must run before each operation, or -1."""
-        numbers = self._numbers
-        before = []
-        for kind, *place in self.operations:
-            found = [numbers[op] for each in _BEFORE.get(kind, ()) if (op := (each, *place)) in numbers]
-            before.append(found[0] if found else -1)
-        return before
+        get = self._numbers.get
+        if not self._copies:  # most schedules, which are timed hundreds of times
+            return [get((_BEFORE[op[0]][-1], *op[1:]), -1) if op[0] in _BEFORE else -1 for op in self.operations]
+        found = ([get((kind, *op[1:]), -1) for kind in _BEFORE.get(op[0], ())] for op in self.operations)
+        return [next((number for number in before if number >= 0), -1) for before in found]
