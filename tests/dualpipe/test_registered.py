@@ -16,6 +16,7 @@ from tests.dualpipe.enactment import enact
 
 EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 MOST_RANKS = 6
+MOST_CHUNKS = 3
 EVERY_KIND = pytest.mark.parametrize("kind", SCHEDULES.names())
 
 
@@ -25,20 +26,32 @@ def accepted_sizes(kind: str) -> list[tuple[int, int]]:
     return [size for size in every if SCHEDULES.get(kind).limit(*size) is None]
 
 
+def accepted_shapes(kind: str) -> list[tuple[int, int, int]]:
+    """Yields all small numbers of ranks, micro-batches and chunks, with up to three chunks."""
+    chunks = [number for number in SCHEDULES.get(kind).chunks if number <= MOST_CHUNKS]
+    return [(*size, number) for size in accepted_sizes(kind) for number in chunks]
+
+
 @cache
 def schedules_of(kind: str) -> tuple[Schedule, ...]:
-    return tuple(build(kind, *size) for size in accepted_sizes(kind))
+    return tuple(build_shape(kind, *shape) for shape in accepted_shapes(kind))
+
+
+def build_shape(kind: str, num_ranks: int, num_micro_batches: int, chunks: int) -> Schedule:
+    return build(kind, num_ranks, num_micro_batches, uniform(EQUAL, num_ranks, num_ranks * chunks))
 
 
 def name_of(schedule: Schedule) -> str:
-    return f"{schedule.kind} of {schedule.num_ranks} ranks and {schedule.num_micro_batches} micro-batches"
+    sizes = f"{schedule.num_ranks} ranks, {schedule.num_micro_batches} micro-batches and {schedule.num_stages} stages"
+    return f"{schedule.kind} of {sizes}"
 
 
 @EVERY_KIND
 def test_registered_kind_is_valid_for_all_small_sizes(kind: str) -> None:
     assert schedules_of(kind), f"{kind} accepts no small size"
-    for schedule, size in zip(schedules_of(kind), accepted_sizes(kind), strict=True):
-        assert (schedule.kind, schedule.num_ranks, schedule.num_micro_batches) == (kind, *size), name_of(schedule)
+    for schedule, (ranks, batches, chunks) in zip(schedules_of(kind), accepted_shapes(kind), strict=True):
+        built = schedule.kind, schedule.num_ranks, schedule.num_micro_batches, schedule.num_stages
+        assert built == (kind, ranks, batches, ranks * chunks), name_of(schedule)
         validate(schedule)
         validate(forward_only(schedule), forward_only=True)
 
@@ -56,8 +69,8 @@ def test_registered_kind_computes_what_one_rank_does(kind: str) -> None:
 def test_registered_kind_is_deterministic_and_keeps_its_json_form(kind: str) -> None:
     for schedule in schedules_of(kind):
         assert from_json(to_json(schedule)) == schedule, name_of(schedule)
-    *_, last = accepted_sizes(kind)
-    assert to_json(build(kind, *last)) == to_json(schedules_of(kind)[-1])
+    *_, last = accepted_shapes(kind)
+    assert to_json(build_shape(kind, *last)) == to_json(schedules_of(kind)[-1])
 
 
 @EVERY_KIND

@@ -1,0 +1,240 @@
+"""Generates interleaved 1F1B with overlapped exchange and deferred weight gradients, for given costs.
+
+Source of the order: Megatron-LM (arXiv:2104.04473, section 2.2), with an F of one micro-batch under the I of another
+and W split off (Megatron-Core's `--overlap-moe-expert-parallel-comm --delay-wgrad-compute`). When a rank alternates
+between F, I and W is not fixed here but chosen by simulation, with several policies (`generate.greedy`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+from dualpipe.generate.greedy.order import ChunkOrder
+from dualpipe.generate.greedy.pipeline import InterleavedPipeline
+from dualpipe.generate.greedy.policy import POLICIES, Policy, change
+from dualpipe.generate.greedy.run import GreedyRun
+from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError, straight_placement
+from dualpipe.optimize.weights import place_weights
+from dualpipe.registry import SCHEDULES, ScheduleSpec
+from dualpipe.simulate.bounds import lower_bound
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate
+
+KIND = "interleaved_1f1b"
+_EFFORT = 25_000
+_LEAST_EFFORT = 20
+_LEAST_POLICIES = 3
+_MOST_ATTEMPTS = 60
+_TOLERANCE = 1e-9
+
+
+def interleaved_1f1b(
+    num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
+) -> Schedule:
+    """Returns the best order known for these costs. It is deterministic.
+
+    Args:
+        num_ranks: number of ranks, at least 1.
+        num_micro_batches: number of micro-batches, at least 1. It need not be a multiple of the number of ranks.
+        costs: costs of all stages; a rank holds every `num_ranks`-th of them.
+        memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`. None allows
+            (v + 1) P of the largest activations for v chunks, which is what Megatron-LM's warm-up needs.
+
+    Raises:
+        MemoryCapError: if the activations of one micro-batch do not fit the memory cap.
+    """
+    chunks = len(costs.stages) // num_ranks
+    shape = Schedule(
+        kind=KIND,
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        placement=straight_placement(num_ranks, chunks),
+        ranks=((),) * num_ranks,
+    )
+    cap = memory_cap
+    if cap is None:
+        cap = (chunks + 1) * num_ranks * max(stage.activation for stage in costs.stages)
+    _check_cap(shape, costs, cap)
+    return _PolicySearch(shape, costs, cap).run()
+
+
+class _PolicySearch:
+    """Search for the policy whose order is the shortest, with few micro-batches if there are many."""
+
+    def __init__(self, shape: Schedule, costs: CostModel, cap: float) -> None:
+        self._costs = costs
+        self._full = InterleavedPipeline(shape, costs, cap)
+        # Three rounds and the rest show the start, the steady state and the end.
+        few = 3 * shape.num_ranks + shape.num_micro_batches % shape.num_ranks
+        is_few = shape.num_micro_batches <= 4 * shape.num_ranks
+        self._few = self._full if is_few else self._full.resized(few)
+        self._bound = lower_bound(self._few.shape, costs, cap).value
+        self._orders: dict[tuple[int, int], ChunkOrder] = {}
+        self._found: dict[Policy, float] = {}
+        self._makespan = float("inf")
+        self._effort = 0
+        self._attempts = 0
+
+    def run(self) -> Schedule:
+        """Returns the shortest valid schedule that was found."""
+        # The order with a fixed warm-up is a limit for all others.
+        fixed = _fixed_orders(self._few, self._costs)
+        for schedule in fixed:
+            self._makespan = min(self._makespan, simulate(schedule, self._costs).makespan)
+        for index, policy in enumerate(POLICIES):
+            if self._is_done and index >= _LEAST_POLICIES:
+                break
+            self._try(policy)
+        random = Random(0)
+        while not self._is_done or not (self._found or fixed or self._attempts >= _MOST_ATTEMPTS):
+            known = min(self._found, key=self._found.__getitem__) if self._found else random.choice(POLICIES)
+            self._try(change(known, random))
+        for policy in sorted(self._found, key=self._found.__getitem__):
+            extended = self._extended(policy)
+            if extended is not None:
+                return extended
+        full = _fixed_orders(self._full, self._costs)
+        if not full:
+            return _in_sequence(self._full)
+        return min(full, key=lambda schedule: simulate(schedule, self._costs).makespan)
+
+    @property
+    def _is_done(self) -> bool:
+        return self._effort >= _EFFORT or self._makespan <= self._bound * (1 + _TOLERANCE)
+
+    def _try(self, policy: Policy) -> None:
+        """Simulates a policy with few micro-batches."""
+        attempt = GreedyRun(self._few, self._order(self._few, policy), policy)
+        # An equal makespan counts, as it leads to other neighbors.
+        makespan = attempt.run(self._makespan)
+        self._attempts += 1
+        self._effort += attempt.effort + _LEAST_EFFORT
+        if makespan is not None:
+            self._makespan = min(self._makespan, makespan)
+            self._found = {policy: makespan, **self._found}
+
+    def _order(self, pipeline: InterleavedPipeline, policy: Policy) -> ChunkOrder:
+        """Returns the order of chunks with the policy's rounds, or with smaller ones that fit the memory cap."""
+        count, chunks = pipeline.shape.num_micro_batches, pipeline.chunks
+        num_rounds = max(1, round(count / max(1, pipeline.shape.num_ranks + policy.round_change)))
+        while num_rounds < count and -(-count // num_rounds) > _round_size(pipeline) + max(policy.round_change, 1):
+            num_rounds += 1
+        known = self._orders.get((count, num_rounds))
+        if known is None:
+            known = self._orders[count, num_rounds] = ChunkOrder(count, chunks, num_rounds)
+        return known
+
+    def _extended(self, policy: Policy) -> Schedule | None:
+        """Returns the policy's schedule for all micro-batches, or None if it is stuck or invalid."""
+        attempt = GreedyRun(self._full, self._order(self._full, policy), policy)
+        if attempt.run(float("inf")) is None:
+            return None
+        schedule = replace(self._full.shape, ranks=attempt.groups())
+        return schedule if _is_valid(schedule) else None
+
+
+def _round_size(pipeline: InterleavedPipeline) -> int:
+    """Returns the number of micro-batches in a round: that of ranks, or fewer if the memory cap is small.
+
+    The activations of a round stay alive until its first micro-batch reaches the last chunk. Those of twice as many
+    micro-batches as ranks are on their way through the last chunk and back.
+    """
+    ranks, chunks = pipeline.shape.num_ranks, pipeline.chunks
+    way = min(2 * ranks, pipeline.room / 2)
+    if chunks == 1 or pipeline.room >= (chunks - 1) * ranks + way:
+        return ranks
+    return max(1, int((pipeline.room - way) / (chunks - 1)))
+
+
+def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Schedule]:
+    """Returns the valid orders with Megatron-LM's warm-up and then F and I in pairs or alternating.
+
+    Under a small cap each round has fewer micro-batches than ranks, and the steps of the others are empty.
+    """
+    found: list[Schedule] = []
+    shape = pipeline.shape
+    most = min(float(shape.num_ranks), pipeline.room // (pipeline.chunks + 1) + 1)
+    for size in range(int(most), 0, -1):
+        for ahead in (0, 1):
+            ranks = (tuple(_fixed_rank(pipeline, rank, size, ahead)) for rank in range(shape.num_ranks))
+            placed = place_weights(replace(shape, ranks=tuple(ranks)), costs, pipeline.cap)
+            if placed is not None and _is_valid(placed):
+                found.append(placed)
+        if found:
+            break
+    return found
+
+
+def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int) -> Iterator[Group]:
+    """Yields a rank's groups: the forwards of the warm-up, then F and I, then the remaining I.
+
+    A W follows each I.
+
+    Args:
+        pipeline: the pipeline.
+        rank: the rank.
+        size: number of micro-batches in a round.
+        ahead: 1 for one more forward in the warm-up, with which F and I form pairs; else 0.
+    """
+    ranks, count = pipeline.shape.num_ranks, pipeline.shape.num_micro_batches
+    num_rounds = -(-count // size)
+    order = ChunkOrder(num_rounds * ranks, pipeline.chunks, num_rounds)
+
+    def group(kind: Op, step: tuple[int, int]) -> Group:
+        """Returns the operation of a step, or nothing if the step is empty."""
+        index, place = divmod(step[1], ranks)
+        micro_batch = index * size + place
+        exists = place < size and micro_batch < count
+        return (Operation(kind, 0, step[0] * ranks + rank, micro_batch),) if exists else ()
+
+    forwards = [group(Op.FORWARD, step) for step in order.forwards]
+    num_first = 2 * (ranks - 1 - rank) + (pipeline.chunks - 1) * ranks + ahead
+    groups = forwards[:num_first]
+    for index, step in enumerate(order.backwards):
+        forward = forwards[num_first + index] if num_first + index < len(forwards) else ()
+        backward = group(Op.BACKWARD_INPUT, step)
+        groups += [forward + backward] if ahead else [forward, backward]
+        groups.append(group(Op.BACKWARD_WEIGHT, step))
+    yield from filter(None, groups)
+
+
+def _is_valid(schedule: Schedule) -> bool:
+    try:
+        validate(schedule)
+    except ScheduleError:
+        return False
+    return True
+
+
+def _in_sequence(pipeline: InterleavedPipeline) -> Schedule:
+    """Returns the schedule of one micro-batch after the other, which fits every cap and is always valid."""
+    count = pipeline.shape.num_micro_batches
+    attempt = GreedyRun(pipeline, ChunkOrder(count, pipeline.chunks, count), POLICIES[0])
+    makespan = attempt.run(float("inf"))
+    assert makespan is not None, "one micro-batch at a time cannot block"
+    return replace(pipeline.shape, ranks=attempt.groups())
+
+
+def _check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
+    """Checks that each rank can keep one micro-batch in all its stages."""
+    ranks = shape.num_ranks
+    needs = [sum(stage.activation for stage in costs.stages[rank::ranks]) for rank in range(ranks)]
+    if cap < max(needs) - _TOLERANCE:
+        raise MemoryCapError(
+            f"schedule '{KIND}' on {ranks} ranks keeps at least {max(needs):g} live activations on a rank, one for "
+            f"each of its stages, the cap is {cap:g}; nearest: {max(needs):g}",
+            max(needs),
+        )
+
+
+SCHEDULES.register(
+    KIND,
+    ScheduleSpec(
+        name=KIND,
+        summary="1F1B with several stages per rank, overlapped exchange and split backwards, ordered for the costs",
+        generate=interleaved_1f1b,
+        chunks=range(1, 65),
+        takes_costs=True,
+    ),
+)
