@@ -7,6 +7,7 @@ from dualpipe.ir import Op, Schedule
 from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.bounds import Bound, lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.pace import Pace, pace_of
 from dualpipe.simulate.simulate import Simulation, simulate
 
 
@@ -22,6 +23,12 @@ class TimedSchedule:
     simulation: Simulation
     bound: Bound
     measured: Measured | None = None
+    memory_cap: float | None = None
+
+    @property
+    def steady_state(self) -> Pace | None:
+        """What repeats and what limits it, or None if there are too few micro-batches."""
+        return pace_of(self.schedule, self.costs, self.simulation, self.memory_cap)
 
     @property
     def work(self) -> float:
@@ -96,6 +103,7 @@ def time_schedule(
         simulation=simulate(schedule, model),
         bound=lower_bound(schedule, model, memory_cap),
         measured=measured,
+        memory_cap=memory_cap,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, percent, plain
+from dualpipe.draw.explain import explanation
 from dualpipe.draw.style import DEFINITIONS, STYLE
 from dualpipe.draw.svg import Scale, natural_scale, svg
 
@@ -98,6 +99,7 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
         definitions=DEFINITIONS,
         header="".join(_head(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
         rows="\n".join(_row(index, entry, has_run=is_run) for index, entry in enumerate(entries)),
+        explanation=explanation(shown),
         meaning=escape(MEANING + (_MEANING_OF_RUN if is_run else "")),
         comparison=_comparison(shown),
         figures="\n".join(_figure(index, entry, scale, has_run=is_run) for index, entry in _run_first(entries)),

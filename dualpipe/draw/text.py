@@ -4,10 +4,12 @@ import math
 from collections import Counter
 
 from dualpipe.draw.entry import NAMES, needs_stage_label, number, percent, plain, round_up, size, spread, tick_text
+from dualpipe.draw.explain import steady_lines
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.pace import pace_of
 from dualpipe.simulate.simulate import Simulation
 
 _MAX_COLUMNS_PER_GROUP = 12
@@ -60,6 +62,9 @@ def summary(
         ("lower bound", f"{number(bound.value)}; this schedule is {number(above)}{share} above it"),
         ("bound's reason", bound.reason),
     ]
+    steady = pace_of(schedule, model, simulation, memory_cap)
+    if steady is not None:
+        lines += list(zip(("steady state", "lost time"), steady_lines(steady), strict=True))
     # The cap includes the copies of the weights, the peaks of the simulation do not.
     own_cap = max(simulation.peaks, default=0.0) + schedule.num_directions * model.weights
     own = lower_bound(schedule, model, own_cap)

@@ -55,7 +55,7 @@ def test_best_of_kind_has_no_more_stages_than_layers() -> None:
 
 def test_choice_with_weights_prefers_one_copy_within_the_margin() -> None:
     light, heavy = (
-        survey(4, 64, lambda num_stages, weights=weights: with_weights(weights, num_stages)) for weights in (0.0, 10.0)
+        survey(4, 128, lambda num_stages, weights=weights: with_weights(weights, num_stages)) for weights in (0.0, 10.0)
     )
     assert choose(light).schedule.num_directions == 2
     choice = choose(heavy)

@@ -42,7 +42,7 @@ def test_table_tells_idle_from_exposed_and_bounds_under_the_cap() -> None:
     costs = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
     shown = time_schedule(build("dualpipe", 4, 8), costs, memory_cap=5)
     # Of an overhead of 13, each rank idles 3 and leaves 10 of exchange in the open.
-    assert table([shown]).splitlines()[1].split() == ["dualpipe", "1", "13", "37", "8.11", "10", "5", "2x", "29", "8"]
+    assert table([shown]).splitlines()[1].split() == ["dualpipe", "1", "13", "37", "8.11", "10", "5", "2x", "31", "6"]
 
 
 def test_table_counts_memory_in_shares_of_a_rank() -> None:
@@ -137,8 +137,9 @@ def test_page_has_a_line_per_entry_and_a_picture_per_schedule(text: str) -> None
     page = Reader(text)
     shown = [found for found in ENTRIES if not isinstance(found, UnavailableSchedule)]
     expected = [value for found in shown for value in cells(found)] + ["odd<kind>", "needs <more> & better ranks"]
-    assert [cell.strip() for cell in page.cells] == expected
-    assert len(page.all("th")) == len(COLUMNS)
+    # Below the comparison is the steady state of the first schedule.
+    assert [cell.strip() for cell in page.cells][: len(expected)] == expected
+    assert text.count("<button type=") == len(COLUMNS)
     assert len([svg for svg in page.all("svg") if svg.get("class") == "pipeline"]) == 2
     operations = sum(len(group) for found in shown for groups in found.schedule.ranks for group in groups)
     assert text.count("<title>") == operations + 1
