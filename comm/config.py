@@ -4,7 +4,7 @@ Does not import torch.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -38,13 +38,56 @@ class ClusterConfig:
     max_restarts: NonNegativeInt
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Way to cut the model's layers into pipeline stages. YAML writes a word or a list.
+
+    Attributes:
+        kind: `auto` gives every rank about equal work, `even` gives stages about equal numbers of layers, `listed` uses
+            the given numbers.
+        layers: number of layers of each stage if `kind` is `listed`, else empty.
+    """
+
+    kind: Literal["auto", "even", "listed"]
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_plain(cls, value: object) -> Self:
+        """Reads a cut from `auto`, `even` or a list of whole numbers.
+
+        Raises:
+            ValueError: the value is invalid. The message holds the rule and the value, without the key.
+        """
+        if value == "auto":
+            return cls("auto")
+        if value == "even":
+            return cls("even")
+        if isinstance(value, list | tuple) and value and all(type(size) is int and size >= 0 for size in value):
+            return cls("listed", tuple(value))
+        raise ValueError(
+            f"must be auto, even, or a list of the number of layers of each stage, is {value!r}; nearest valid: auto"
+        )
+
+    def to_plain(self) -> object:
+        """Returns what `from_plain` reads."""
+        return list(self.layers) if self.kind == "listed" else self.kind
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """Axes of the device mesh: world = pipeline x data, and the expert axis divides the data axis."""
+    """Axes of the device mesh: world = pipeline x data, and the expert axis divides the data axis.
+
+    Attributes:
+        pipeline: pipeline ranks.
+        data: data-parallel ranks.
+        expert: ranks that share the experts of a layer.
+        cut: layers of each pipeline stage.
+    """
 
     pipeline: PositiveInt
     data: PositiveInt
     expert: PositiveInt
+    cut: Cut = Cut("auto")
 
     @property
     def world_size(self) -> int:

@@ -129,7 +129,7 @@ def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> Schedule:
         config.schedule.kind,
         config.num_ranks,
         config.num_micro_batches,
-        config.costs_of,
+        lambda kind, num_stages: config.costs_of(num_stages),
         config.memory_cap,
         cache_dir,
         config.schedule.chunks,
@@ -146,7 +146,7 @@ def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedu
     return survey(
         config.num_ranks,
         config.num_micro_batches,
-        config.costs_of,
+        lambda kind, num_stages: config.costs_of(num_stages),
         config.memory_cap,
         cache_dir,
         chunks=config.schedule.chunks,

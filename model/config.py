@@ -3,7 +3,9 @@
 Imports no torch: commands read this and reject an invalid split before any process starts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Literal
 
 from kernels.attention import ATTENTION
@@ -194,6 +196,12 @@ def cut_layers(num_layers: int, num_stages: int, mtp_depth: int = 0, *, stages_p
         stages.append(range(first, first + size))
         first += size
     return tuple(stages)
+
+
+def cut_at(sizes: Sequence[int]) -> tuple[range, ...]:
+    """Returns the layers of each stage, given their numbers."""
+    firsts = accumulate(sizes, initial=0)
+    return tuple(range(first, first + size) for first, size in zip(firsts, sizes, strict=False))
 
 
 def _share(total: int, parts: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Builds the part of a network that a rank holds, with the initial weights of the seed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,7 +9,7 @@ import torch
 from comm.config import DispatchConfig
 from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
-from model.config import Computing, ModelConfig, cut_layers
+from model.config import Computing, ModelConfig
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import BatchConfig, Precision, TrainConfig
@@ -62,32 +63,28 @@ def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, devic
     return model.to(device)
 
 
-def build_stages(model: Transformer, held: set[int], num_stages: int) -> dict[int, Stage]:
+def build_stages(model: Transformer, held: set[int], cut: Sequence[range]) -> dict[int, Stage]:
     """Returns the stages that this rank holds, by number.
 
     Args:
         model: this rank's part.
         held: numbers of the stages.
-        num_stages: stages of the whole model.
+        cut: layers of each stage of the whole model.
     """
-    shape = model.config
-    cut = cut_layers(shape.num_layers, num_stages, shape.mtp_depth)
-    return {
-        number: Stage(model, cut[number], first=number == 0, last=number == num_stages - 1) for number in sorted(held)
-    }
+    last = len(cut) - 1
+    return {number: Stage(model, cut[number], first=number == 0, last=number == last) for number in sorted(held)}
 
 
-def stage_part(model: ModelConfig, held: set[int], num_stages: int, experts: range) -> Part:
+def stage_part(model: ModelConfig, held: set[int], cut: Sequence[range], experts: range) -> Part:
     """Returns the part of a model that given stages need.
 
     Args:
         model: architecture.
         held: numbers of the stages.
-        num_stages: stages of the whole model.
+        cut: layers of each stage of the whole model.
         experts: routed experts of every layer that the rank holds.
     """
-    cut = cut_layers(model.num_layers, num_stages, model.mtp_depth)
-    last = num_stages - 1 in held
+    last = len(cut) - 1 in held
     layers = [layer for stage in sorted(held) for layer in cut[stage]]
     if last:
         layers += range(model.num_layers, model.num_layers + model.mtp_depth)

@@ -43,6 +43,7 @@ class Replica:
         network: this rank's part of the network. Its weights may still be changing; `model` waits for them.
         weight_updates: updates of its weights that may still be running.
         schedule: the schedule of both programs.
+        cut: layers of each stage.
         stages: the stages on this rank, by number.
         train_program: forward and backward.
         forward_program: forward only.
@@ -56,6 +57,7 @@ class Replica:
     network: Transformer
     weight_updates: WeightUpdates
     schedule: Schedule
+    cut: tuple[range, ...]
     stages: dict[int, Stage]
     train_program: Program
     forward_program: Program
@@ -215,7 +217,9 @@ class _BoundStage:
         )
 
 
-def open_replica(world: World, config: ReplicaConfig, schedule: Schedule, *, is_proven: bool = False) -> Replica:
+def open_replica(
+    world: World, config: ReplicaConfig, schedule: Schedule, cut: tuple[range, ...], *, is_proven: bool = False
+) -> Replica:
     """Builds this rank's part of a network with the initial weights of the seed.
 
     All ranks call it at the same point.
@@ -224,18 +228,20 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule, *, is_
         world: of this process; its groups are mirrored if the schedule is.
         config: of the network.
         schedule: for all ranks of the pipeline; equal on all ranks.
+        cut: layers of each stage of the schedule; equal on all ranks.
         is_proven: whether the job has validated the schedule, as `plan` does; else this rank validates it.
 
     Raises:
         ScheduleError: the schedule is not valid.
     """
     assert schedule.num_ranks == world.layout.parallelism.pipeline
+    assert schedule.num_stages == len(cut)
     observers, held = world.observers(), {stage for _, stage in schedule.stages_of(world.pipeline_index)}
     dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
-    part = stage_part(config.model, held, schedule.num_stages, experts)
+    part = stage_part(config.model, held, cut, experts)
     model = build_model(config, dispatcher, part, world.device)
-    stages = build_stages(model, held, schedule.num_stages)
+    stages = build_stages(model, held, cut)
     train_program, forward_program = compile_programs(
         schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven
     )
@@ -247,6 +253,7 @@ def open_replica(world: World, config: ReplicaConfig, schedule: Schedule, *, is_
         network=model,
         weight_updates=WeightUpdates(),
         schedule=schedule,
+        cut=cut,
         stages=stages,
         train_program=train_program,
         forward_program=forward_program,

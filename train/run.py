@@ -186,7 +186,9 @@ class _TrainingRank:
             with self._lines.timed("construction of the model"), self._phase("construction of the model"):
                 seconds = config.cluster.timeout_seconds
                 self._world = open_world(layout, groups, device, seconds, self._log, self._preemption)
-                replica = open_replica(self._world, ReplicaConfig.of_run(config), planned.schedule, is_proven=True)
+                replica = open_replica(
+                    self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
+                )
                 self._learner = open_learner(replica, config.optim, config.ema)
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:

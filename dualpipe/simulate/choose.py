@@ -13,8 +13,8 @@ from dualpipe.simulate.costs import CostModel
 MARGIN = 0.005
 """Fraction of the shortest makespan that `choose` gives up for less memory if the costs count weights."""
 
-CostsOf = Callable[[int], CostModel]
-"""Function from the number of stages to their costs."""
+CostsOf = Callable[[str, int], CostModel]
+"""Function from the kind of schedule and the number of stages to the costs of the stages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def survey(
     Args:
         num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
-        costs_of: costs of each stage, as a function of the number of stages.
+        costs_of: costs of each stage, as a function of the kind and the number of stages.
         memory_cap: maximum of a rank's live activations and copies of its weights; None for each schedule's own.
         cache_dir: folder that caches searched schedules.
         excluded: kinds that must not be chosen, with reasons.
@@ -93,7 +93,7 @@ def best_of_kind(
         kind: name of the schedule.
         num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
-        costs_of: costs of each stage, as a function of the number of stages.
+        costs_of: costs of each stage, as a function of the kind and the number of stages.
         memory_cap: as in `registry.build`.
         cache_dir: folder that caches searched schedules.
         chunks: stages of a rank for one direction; None for the best number.
@@ -109,7 +109,7 @@ def best_of_kind(
         num_stages = spec.num_stages(num_ranks, choice)
         if (timed or errors) and num_stages > (most_stages or math.inf):
             break
-        costs = costs_of(num_stages)
+        costs = costs_of(kind, num_stages)
         try:
             schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
         except ScheduleError as error:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from model.config import RECOMPUTED
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
-from train.memory import JobMemory, parts, predict_memory
+from train.memory import JobMemory, fitted_config, parts, predict_memory
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]
@@ -36,7 +36,7 @@ def check_memory(config: TrainConfig, rules: Rules) -> None:
             f"cluster.memory_reserve_bytes: must be below cluster.memory_bytes={room}, "
             f"is {config.cluster.memory_reserve_bytes}; nearest valid: {room // 20}"
         )
-    job = predict_memory(config)
+    job = predict_memory(fitted_config(config))
     worst = job.worst
     if worst.total > room:
         need, have = _rounded(worst.total, room)
@@ -52,7 +52,7 @@ def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:
     for text, changed in _changes(config):
         try:
             rules(changed)
-            total = predict_memory(changed).worst.total
+            total = predict_memory(fitted_config(changed)).worst.total
         except ValueError:
             continue
         if total <= room:

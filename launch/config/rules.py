@@ -8,10 +8,12 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import build, candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
-from model.config import RECOMPUTED, CutError, cut_layers
+from model.config import RECOMPUTED, CutError
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
-from train.schedule.nominal import nominal_costs, run_stages
+from train.memory.fitted_cut import fitted_cut
+from train.schedule.cut import run_cut, run_placement, with_cut
+from train.schedule.nominal import nominal_costs
 from train.schedule.ramp import sized_run
 
 _RAMP = "batch.ramp"
@@ -38,10 +40,10 @@ def check_rules(config: TrainConfig) -> None:
         ScheduleError: the schedule does not support the number of ranks or micro-batches.
     """
     _check_batch(config)
+    check_model(config.model)
     _check_schedule(config)
     _check_ramp(config)
     _check_ranks(config)
-    check_model(config.model)
     check_experts(config.model, config.parallelism.expert)
     check_exchange(config)
     check_optim(config)
@@ -95,7 +97,7 @@ def _check_schedule(config: TrainConfig) -> None:
 
 
 def _check_kind(config: TrainConfig, kind: str) -> None:
-    pipeline, depth = config.parallelism.pipeline, config.model.mtp_depth
+    pipeline = config.parallelism.pipeline
     key, share = "batch.global_sequences", config.parallelism.data * config.batch.micro_sequences
     try:
         check_size(
@@ -108,10 +110,9 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
     except ScheduleError as error:
         unit = f"; one micro-batch over all data ranks is parallelism.data x batch.micro_sequences = {share} sequences"
         raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
-    stages = run_stages(config, kind)
-    cut_layers(config.model.num_layers, stages, depth, stages_per_rank=stages // pipeline)
+    run_cut(config, run_placement(config, kind))
     if config.memory_cap is not None:
-        costs = nominal_costs(config, stages)
+        costs = nominal_costs(with_cut(config, fitted_cut(config, kind)), kind)
         build(
             kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir)
         )

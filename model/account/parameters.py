@@ -3,11 +3,11 @@
 Imports no torch. Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from model.account.sizes import block_code_bytes
-from model.config import ModelConfig, cut_layers
+from model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,15 +91,14 @@ class StageShape:
     is_last: bool
 
 
-def stage_shapes(config: ModelConfig, num_stages: int) -> tuple[StageShape, ...]:
-    """Returns the stages into which the model is cut.
+def stage_shapes(cut: Sequence[range]) -> tuple[StageShape, ...]:
+    """Returns the stages into which a model is cut.
 
-    Raises:
-        CutError: fewer layers than stages.
+    Args:
+        cut: layers of each stage.
     """
-    cut = cut_layers(config.num_layers, num_stages, config.mtp_depth)
     return tuple(
-        StageShape(layers=layers, is_first=number == 0, is_last=number == num_stages - 1)
+        StageShape(layers=layers, is_first=number == 0, is_last=number == len(cut) - 1)
         for number, layers in enumerate(cut)
     )
 

@@ -23,7 +23,7 @@ def timed(rows: tuple[TimedSchedule | UnavailableSchedule, ...]) -> dict[str, Ti
 
 
 def test_survey_has_one_row_for_each_kind_with_its_best_number_of_chunks() -> None:
-    rows = survey(4, 8, lambda num_stages: uniform(EQUAL, 4, num_stages))
+    rows = survey(4, 8, lambda kind, num_stages: uniform(EQUAL, 4, num_stages))
     assert len(rows) == len(candidates())
     for kind, row in timed(rows).items():
         spec = SCHEDULES.get(kind)
@@ -34,7 +34,7 @@ def test_survey_has_one_row_for_each_kind_with_its_best_number_of_chunks() -> No
 
 
 def test_survey_gives_the_reason_of_a_kind_without_the_number_of_chunks() -> None:
-    rows = survey(4, 8, lambda num_stages: uniform(EQUAL, 4, num_stages), chunks=2)
+    rows = survey(4, 8, lambda kind, num_stages: uniform(EQUAL, 4, num_stages), chunks=2)
     assert {row.chunks for row in timed(rows).values()} == {2}
     reasons = {row.kind: row.reason for row in rows if isinstance(row, UnavailableSchedule)}
     assert "schedule.chunks: schedule 'dualpipe' holds 1 stages per rank" in reasons["dualpipe"]
@@ -43,7 +43,7 @@ def test_survey_gives_the_reason_of_a_kind_without_the_number_of_chunks() -> Non
 def test_best_of_kind_has_no_more_stages_than_layers() -> None:
     asked: list[int] = []
 
-    def costs_of(num_stages: int) -> CostModel:
+    def costs_of(kind: str, num_stages: int) -> CostModel:
         asked.append(num_stages)
         return uniform(EQUAL, 4, num_stages)
 
@@ -55,7 +55,8 @@ def test_best_of_kind_has_no_more_stages_than_layers() -> None:
 
 def test_choice_with_weights_prefers_one_copy_within_the_margin() -> None:
     light, heavy = (
-        survey(4, 128, lambda num_stages, weights=weights: with_weights(weights, num_stages)) for weights in (0.0, 10.0)
+        survey(4, 128, lambda kind, num_stages, weights=weights: with_weights(weights, num_stages))
+        for weights in (0.0, 10.0)
     )
     assert choose(light).schedule.num_directions == 2
     choice = choose(heavy)
@@ -68,14 +69,14 @@ def test_choice_with_weights_prefers_one_copy_within_the_margin() -> None:
 
 
 def test_choice_with_weights_does_not_exceed_the_margin() -> None:
-    rows = survey(4, 8, lambda num_stages: with_weights(10.0, num_stages))
+    rows = survey(4, 8, lambda kind, num_stages: with_weights(10.0, num_stages))
     shortest = min(row.simulation.makespan for row in timed(rows).values())
     chosen = timed(rows)[choose(rows).schedule.kind]
     assert chosen.simulation.makespan <= shortest * (1 + MARGIN)
 
 
 def test_memory_cap_counts_the_copies_of_the_weights() -> None:
-    rows = survey(4, 8, lambda num_stages: with_weights(3.0, num_stages), memory_cap=8)
+    rows = survey(4, 8, lambda kind, num_stages: with_weights(3.0, num_stages), memory_cap=8)
     assert timed(rows)
     for row in timed(rows).values():
         assert row.memory == row.peak + row.copies * 3.0 <= 8
@@ -90,7 +91,7 @@ def test_memory_cap_below_the_weights_names_the_least_that_fits() -> None:
         build("dualpipe", 4, 8, with_weights(5.0, 4), memory_cap=9)
     assert refused.value.least == 11
     with pytest.raises(MemoryCapError, match="no schedule of 4 ranks fits the cap, which is 4") as refused:
-        survey(4, 8, lambda num_stages: with_weights(5.0, num_stages), memory_cap=4)
+        survey(4, 8, lambda kind, num_stages: with_weights(5.0, num_stages), memory_cap=4)
     # One direction needs less.
     assert 5 < refused.value.least < 10
 

@@ -45,7 +45,7 @@ def refusal(config: TrainConfig) -> str:
 def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
     check_memory(make_config(*V3), check_rules)
     message = refusal(make_config(*V3, "batch.micro_sequences=2"))
-    assert message.startswith("memory: rank 2 needs 127.0 GB of 84.9 (activations 86.5, ")
+    assert message.startswith("memory: rank 1 needs 127.0 GB of 84.9 (activations 86.5, ")
     assert message.endswith("; nearest: batch.micro_sequences=1")
 
 
@@ -67,10 +67,10 @@ def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:
 
 @pytest.mark.slow
 def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
-    """With fewer than two micro-batches per rank, many W operations are deferred, which needs 128 GB on rank 0."""
+    """With fewer than two micro-batches per rank, many W operations are deferred, which needs 118 GB on rank 0."""
     config = make_config(*V3, RAMP)
     first = sized_config(config, 3072)
-    assert predict_memory(replace(first, memory_cap=None)).worst.total > 120e9
+    assert predict_memory(replace(first, memory_cap=None)).worst.total > 110e9
     assert ramp_memory_cap(first) == 11.0
     check_memory(config, check_rules)
 
@@ -92,7 +92,7 @@ def test_without_memory_bytes_nothing_is_checked() -> None:
 )
 def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], nearest: str) -> None:
     """Each suggested change is predicted again and fits."""
-    config = make_config("model=quickstart", *overrides)
+    config = make_config("model=quickstart", "parallelism.cut=even", *overrides)
     needed = predict_memory(config).worst.total
     tight = replace(config, cluster=replace(config.cluster, memory_bytes=round(needed * share)))
     assert f"nearest: {nearest}" in refusal(tight)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import distributed as dist
 
-from comm.config import AllToAllDispatchConfig, LocalDispatchConfig, ParallelismConfig
+from comm.config import AllToAllDispatchConfig, Cut, LocalDispatchConfig, ParallelismConfig
 from data.loader import Batch, Loader
 from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
@@ -29,6 +29,7 @@ from train.step import train_step
 STEPS_BEFORE = 2
 STEPS_AFTER = 10
 TOLERANCE = 1e-6
+AUTO = Cut("auto")
 
 Samples = dict[tuple[int, int], str]
 """By step and place in the global batch, a hash of the sequence that was read."""
@@ -36,13 +37,14 @@ Samples = dict[tuple[int, int], str]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A layout: pipeline, data and expert ranks, the schedule, and sequences in a micro-batch."""
+    """A layout: pipeline, data and expert ranks, the schedule, sequences in a micro-batch, and the cut."""
 
     pipeline: int
     data: int
     expert: int
     kind: str
     micro: int = 1
+    cut: Cut = AUTO
 
     @property
     def world_size(self) -> int:
@@ -50,7 +52,8 @@ class Place:
         return self.pipeline * self.data
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.pipeline}x{self.data} e{self.expert} m{self.micro}"
+        cut = self.cut.to_plain()
+        return f"{self.kind} {self.pipeline}x{self.data} e{self.expert} m{self.micro} {cut}".replace(" auto", "")
 
 
 PLACES = (
@@ -84,7 +87,7 @@ def config_at(folder: Path, place: Place, steps_after: int = STEPS_AFTER) -> Tra
     return tiny_config(
         folder,
         out_dir=str(folder / "runs" / str(place).replace(" ", "_")),
-        parallelism=ParallelismConfig(pipeline=place.pipeline, data=place.data, expert=place.expert),
+        parallelism=ParallelismConfig(pipeline=place.pipeline, data=place.data, expert=place.expert, cut=place.cut),
         schedule=ScheduleConfig(kind=place.kind, chunks=None, pairing="overlapped"),
         dispatch=local if place.expert == 1 else exchange,
         model=replace(MODEL, num_layers=8),

@@ -26,6 +26,7 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.replica import open_replica
+from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
@@ -68,7 +69,9 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
         schedule: that is followed; None: the configured one.
     """
     schedule = configured_schedule(config) if schedule is None else schedule
-    replica = open_replica(make_world(config, schedule), ReplicaConfig.of_run(config), schedule)
+    replica = open_replica(
+        make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
+    )
     return open_learner(replica, config.optim, config.ema)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from comm.config import ParallelismConfig
+from comm.config import Cut, ParallelismConfig
 from tests.dualpipe.random_schedules import bidirectional, looped, random_schedule
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, TASK, tiny_config, write_text
@@ -52,6 +52,16 @@ def test_any_to_any_chunks_move_between_one_and_two_directions(folder: Path) -> 
         found = merged([part for (part,) in run_ranks(2, go_on, [(config, seen[0][0])], reader)])
         assert found.samples == uninterrupted.samples
         assert worst_difference(found, uninterrupted) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_any_to_any_other_cut_resumes_as_if_uninterrupted(folder: Path) -> None:
+    """With MTP. The second cut leaves only MTP and the heads in the last stage."""
+    places = [Place(2, 1, 1, "dualpipe_split", cut=Cut("listed", sizes)) for sizes in ((5, 3), (8, 0))]
+    write_text(folder / "cuts")
+    seen = dict(compare(folder / "cuts", [(places[0], places[1]), (places[1], places[0])], steps_after=2))
+    assert len(seen) == 2
+    assert max(seen.values()) <= TOLERANCE, seen
 
 
 @pytest.mark.slow

@@ -15,11 +15,13 @@ from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule
 from dualpipe.registry import SCHEDULES, build
 from dualpipe.simulate.costs import Costs, uniform
+from model.config import cut_at
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import Job, Seen, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
+from train.schedule.cut import with_cut
 
 STEPS = 2
 
@@ -162,6 +164,30 @@ def test_registered_schedule_on_two_ranks_equals_one_rank(folder: Path, kind: st
     """The smallest size that the kind accepts with more micro-batches than ranks; plugins' kinds too."""
     sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)
     assert_schedules_equal_one_rank(2, [scheduled(folder, build(kind, 2, next(sizes)))])
+
+
+@pytest.mark.parametrize(
+    ("make_schedules", "cuts"),
+    [
+        (lambda: [split(2, 3)], [(4, 0)]),
+        pytest.param(
+            lambda: [zb_v(2, 3), build("dualpipe", 2, 4), build("1f1b", 2, 3)],
+            [(0, 2, 1, 1), (1, 3), (4, 0)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda: [split(4, 8), split(4, 8)], [(2, 1, 1, 0), (0, 1, 2, 1)], marks=pytest.mark.slow),
+    ],
+)
+def test_uneven_cut_equals_one_rank(
+    folder: Path, make_schedules: Callable[[], list[Schedule]], cuts: list[tuple[int, ...]]
+) -> None:
+    """With MTP; the first stage may hold only the embedding, the last only MTP and the heads."""
+    jobs = []
+    for schedule, cut in zip(make_schedules(), cuts, strict=True):
+        job = scheduled(folder, schedule)
+        model = replace(job.config.model, num_layers=sum(cut), mtp_depth=1)
+        jobs.append(replace(job, config=with_cut(replace(job.config, model=model), cut_at(cut))))
+    assert_schedules_equal_one_rank(jobs[0].config.parallelism.pipeline, jobs)
 
 
 def keeps_sums(schedule: Schedule) -> bool:

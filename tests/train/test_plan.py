@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from comm.config import ParallelismConfig
+from comm.config import Cut, ParallelismConfig
 from comm.layout import Layout
 from data.batch_sizes import BatchRamp
 from dualpipe.config import ScheduleConfig
@@ -32,11 +32,11 @@ def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:
     return tiny_config(folder, parallelism=parallelism, schedule=schedule, **changes)
 
 
-def _planned(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
+def _planned(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str, tuple[range, ...]]:
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     found = plan(config, layout, torch.device("cpu"))
     validate(found.schedule, config.memory_cap)
-    return to_json(found.schedule), found.reason
+    return to_json(found.schedule), found.reason, found.cut
 
 
 @pytest.mark.parametrize("kind", ["dualpipe_split", "auto"])
@@ -60,7 +60,7 @@ def _validations(rank: int, world_size: int, config: TrainConfig) -> tuple[int, 
         planned = plan(config, Layout(config.parallelism, config.cluster.ranks_per_node), torch.device("cpu"))
         in_plan = len(counted)
         world = make_world(config, planned.schedule)
-        replica = open_replica(world, ReplicaConfig.of_run(config), planned.schedule, is_proven=True)
+        replica = open_replica(world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True)
         for schedule in planned.ramp.values():
             replica.with_schedule(schedule, is_proven=True)
         proven = len(counted) - in_plan
@@ -128,23 +128,26 @@ def test_plan_under_auto_builds_every_size_of_a_ramp_with_one_placement(tmp_path
 @pytest.mark.slow
 def test_plan_under_auto_keeps_the_cap(tmp_path: Path) -> None:
     """2 of model/P rule out the published DualPipe, which keeps 3."""
-    (text, reason), _ = run_ranks(2, _planned, config_of(tmp_path, "auto", memory_cap=2.0))
+    (text, reason, _), _ = run_ranks(2, _planned, config_of(tmp_path, "auto", memory_cap=2.0))
     assert from_json(text).kind != "dualpipe"
     assert "of the 2 allowed" in reason
 
 
-def test_plan_reuses_the_schedule_of_the_checkpoint(tmp_path: Path) -> None:
+def test_plan_reuses_the_schedule_and_the_cut_of_the_checkpoint(tmp_path: Path) -> None:
     """Another order would sum gradients in another order: a resumed run would no longer be bitwise the same."""
     config = config_of(tmp_path, "auto")
     begun = build("dualpipe", 2, config.num_micro_batches)
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / SCHEDULE_NAME).write_text(to_json(begun))
-    write_manifest(folder, 1, config, "f00d")
+    write_manifest(folder, 1, config, "f00d", cut=(range(1), range(1, 4)))
     resumed = replace(config, resume=str(tmp_path / "run"))
-    for text, reason in run_ranks(2, _planned, resumed):
+    for text, reason, cut in run_ranks(2, _planned, resumed):
         assert from_json(text) == begun
+        assert cut == (range(1), range(1, 4))
         assert "step-00000001" in reason
     other = replace(resumed, schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"))
-    for _, reason in run_ranks(2, _planned, other):
-        assert reason == "the configured one"
+    listed = replace(resumed, parallelism=replace(resumed.parallelism, cut=Cut("listed", (2, 2))))
+    for _, reason, cut in [*run_ranks(2, _planned, other), *run_ranks(2, _planned, listed)]:
+        assert "step-00000001" not in reason
+        assert cut != (range(1), range(1, 4))

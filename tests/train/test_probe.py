@@ -13,6 +13,7 @@ from comm.config import ParallelismConfig
 from comm.layout import Layout
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import StageCosts
+from model.config import cut_layers
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
@@ -36,7 +37,7 @@ def part(unit: float) -> PartTimes:
     )
 
 
-TIMES = LayerTimes(dense=part(1), moe=part(10), embedding=part(100), head=part(1000), latency=0.5)
+TIMES = LayerTimes(dense=part(1), moe=part(10), embedding=part(100), head=part(1000), mtp=part(10000), latency=0.5)
 
 
 def config_of(folder: Path, pipeline: int, num_layers: int, pairing: str = "overlapped") -> TrainConfig:
@@ -62,21 +63,26 @@ def stage(unit: float, activation: float) -> StageCosts:
 
 def test_stage_costs_are_those_of_its_layers_and_ends(tmp_path: Path) -> None:
     # Of seven layers the last, with the MTP module, stands for two: two stages of four.
-    costs = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=7), 2)
-    assert costs.stages == (stage(1 + 1 + 10 + 10 + 100, 1.0), stage(30 + 1000, 1.0))
+    costs = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=7), cut_layers(7, 2, 1))
+    assert costs.stages == (stage(1 + 1 + 10 + 10 + 100, 1.0), stage(30 + 1000 + 10000, 1.0))
     assert costs.latency == 0.5
 
 
 def test_stage_keeps_its_share_of_layers_in_units_of_model_over_ranks(tmp_path: Path) -> None:
     config = config_of(tmp_path, pipeline=2, num_layers=7)
-    assert [stage.activation for stage in stage_costs(TIMES, config, 4).stages] == [0.5, 0.5, 0.5, 0.5]
-    uneven = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=6), 2)
+    assert [stage.activation for stage in stage_costs(TIMES, config, cut_layers(7, 4, 1)).stages] == [
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+    ]
+    uneven = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=6), cut_layers(6, 2, 1))
     assert [stage.activation for stage in uneven.stages] == pytest.approx([2 * 4 / 7, 2 * 3 / 7])
 
 
 def test_stage_costs_of_one_stage_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    costs = stage_costs(TIMES, config_of(tmp_path, pipeline=1, num_layers=3), 1)
-    assert costs.stages == (stage(1 + 1 + 10 + 100 + 1000, 1.0),)
+    costs = stage_costs(TIMES, config_of(tmp_path, pipeline=1, num_layers=3), cut_layers(3, 1, 1))
+    assert costs.stages == (stage(1 + 1 + 10 + 100 + 1000 + 10000, 1.0),)
 
 
 def test_copies_to_host_memory_take_the_configured_multiple_of_measured_computation(tmp_path: Path) -> None:
@@ -89,8 +95,9 @@ def test_copies_to_host_memory_take_the_configured_multiple_of_measured_computat
 
 
 def test_exchange_that_nothing_hides_counts_as_computation(tmp_path: Path) -> None:
-    sequential = stage_costs(TIMES, config_of(tmp_path, pipeline=2, num_layers=7, pairing="sequential"), 2).stages[1]
-    assert (sequential.forward, sequential.backward_input, sequential.backward_weight) == (5150, 7210, 3090)
+    config = config_of(tmp_path, pipeline=2, num_layers=7, pairing="sequential")
+    sequential = stage_costs(TIMES, config, cut_layers(7, 2, 1)).stages[1]
+    assert (sequential.forward, sequential.backward_input, sequential.backward_weight) == (55150, 77210, 33090)
     assert (sequential.forward_exchange, sequential.backward_exchange) == (0, 0)
 
 
@@ -125,13 +132,15 @@ def test_probe_returns_equal_positive_times_on_all_ranks_and_changes_nothing(tmp
         assert [left for _, *left in seen] == [[0, 0]] * 4
     both, moe, dense = (times for times, _, _ in ranks[0])
     assert min(asdict(both.moe).values()) > 0
-    assert min(asdict(both.head).values()) > 0
+    assert min(both.head.forward, both.head.backward_input, both.head.backward_weight) > 0
+    assert both.head.forward_exchange == both.head.backward_exchange == 0
+    assert min(asdict(both.mtp).values()) > 0
     assert both.latency > 0
     for times in (both, dense):
         assert min(times.dense.forward, times.dense.backward_input, times.dense.backward_weight) > 0
         assert times.dense.forward_exchange == times.dense.backward_exchange == 0
     assert min(asdict(moe.moe).values()) > 0
-    assert moe.head.forward_exchange == dense.head.forward_exchange == 0
+    assert moe.mtp == dense.mtp == PartTimes()
     assert moe.dense == dense.moe == PartTimes()
 
 

@@ -20,6 +20,7 @@ from train.config import TrainConfig
 from train.learner import open_learner
 from train.network import ReplicaConfig
 from train.replica import Replica, open_replica
+from train.schedule.cut import run_cut
 from train.step import train_step, validate_pass
 
 STEPS = 3
@@ -54,9 +55,10 @@ def run(rank: int, world_size: int, configs: dict[str, TrainConfig], trains: boo
 def _run_one(config: TrainConfig, trains: bool, refers: bool) -> Seen:
     loader, schedule = open_loader(config), configured_schedule(config)
     world, network = make_world(config, schedule), ReplicaConfig.of_run(config)
-    learner = open_learner(open_replica(world, network, schedule), config.optim, config.ema) if trains else None
+    cut = run_cut(config, schedule.placement)
+    learner = open_learner(open_replica(world, network, schedule, cut), config.optim, config.ema) if trains else None
     references = {
-        name: open_replica(world, replace(network, model=model, seed=99), schedule)
+        name: open_replica(world, replace(network, model=model, seed=99), schedule, cut)
         for name, model in (REFERENCES.items() if refers else ())
     }
     first = {name: copies(reference) for name, reference in references.items()}

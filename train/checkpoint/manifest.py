@@ -8,7 +8,7 @@ own hash. `train.checkpoint.verify` compares the files with it.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from model.config import ModelConfig
 from model.hf.errors import HfError
 from model.hf.json_file import read_json
 from train.config import TrainConfig
-from train.config.decode import decode
+from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 
 FORMAT_VERSION = 3
 _LARGEST_STEP = 2**53
+CUT_KEY = "stage_layers"
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -79,6 +80,7 @@ def write_manifest(
     data_fingerprint: str,
     files: Mapping[str, Digest] | None = None,
     preserved: Mapping[str, Any] | None = None,
+    cut: Sequence[range] | None = None,
 ) -> None:
     """Writes the manifest, which marks a checkpoint as complete. All other files must already be on disk.
 
@@ -89,6 +91,7 @@ def write_manifest(
         data_fingerprint: fingerprint of the samples that the run read.
         files: every other file of the checkpoint; None: the files in the folder, which are then read.
         preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`.
+        cut: layers of each pipeline stage of that run. A run that resumes under the same layout keeps it.
     """
     record = {
         "step": step,
@@ -96,6 +99,8 @@ def write_manifest(
         **shape_record(config),
         "layout": layout_record(config),
     }
+    if cut is not None:
+        record[CUT_KEY] = [len(layers) for layers in cut]
     _write(folder, {**record, **(preserved or {})}, files)
 
 
@@ -194,7 +199,7 @@ def shape_record(config: TrainConfig) -> dict[str, Any]:
 def layout_record(config: TrainConfig) -> dict[str, Any]:
     """Returns the layout of a run. A run that resumes under the same layout is bitwise equal."""
     return {
-        **asdict(config.parallelism),
+        **encode(config.parallelism),
         "schedule": config.schedule.kind,
         "chunks": config.schedule.chunks,
         "micro_sequences": config.batch.micro_sequences,

@@ -205,7 +205,8 @@ class CheckpointSaver:
         for path in own:
             _sync(path)
         config, record = self._config, self._preserved.record()
-        write_manifest(partial, step, config, self._prepared.fingerprint, files | digests(own), record)
+        files |= digests(own)
+        write_manifest(partial, step, config, self._prepared.fingerprint, files, record, self._learner.replica.cut)
         _sync(partial)
         replace_folder(partial, final)
         _sync(self._root)

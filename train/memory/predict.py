@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK
@@ -17,6 +18,7 @@ from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes
 from train.memory.walk import iterate_live_bytes
+from train.schedule.cut import run_cut
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.schedule.ramp import sized_run
 
@@ -25,6 +27,7 @@ _IMBALANCE = 1.1
 """Load of a rank's experts, relative to an even load, for which the effect of imbalance is reported."""
 
 
+@lru_cache(maxsize=16)
 def predict_memory(config: TrainConfig) -> JobMemory:
     """Predicts the memory peak of every pipeline rank, for the batch size that needs most memory.
 
@@ -100,7 +103,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
 
 def _predict(config: TrainConfig) -> JobMemory:
     schedule = planning_schedule(config, config.num_micro_batches)
-    shapes, sizes = stage_shapes(config.model, schedule.num_stages), planning_sizes(config)
+    shapes, sizes = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config)
     phases = [stage_phases(sizes, shape) for shape in shapes]
     # Both ranks of a mirror pair run the same operations, each in its own direction.
     peaks: dict[tuple[object, ...], PipelineBytes] = {}
@@ -125,7 +128,7 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
         return 0
     sized = replace(config, batch=replace(config.batch, ramp=None))
     schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
-    phases = [stage_phases(sizes, shape) for shape in stage_shapes(config.model, schedule.num_stages)]
+    phases = [stage_phases(sizes, shape) for shape in stage_shapes(run_cut(config, schedule.placement))]
     worst = job.worst
     return pipeline_peak(config, schedule, worst.pipeline_rank, phases, sizes).total - worst.pipeline.total
 

@@ -2,6 +2,7 @@
 
 from train.config import TrainConfig
 from train.memory.account import JobMemory, RankMemory
+from train.memory.fitted_cut import fitted_config
 from train.memory.predict import imbalance_bytes, predict_memory
 
 _GB = 1e9
@@ -18,6 +19,7 @@ def memory_lines(config: TrainConfig) -> list[str]:
         ScheduleError: the schedule cannot be built.
         CutError: the model has fewer layers than stages.
     """
+    config = fitted_config(config)
     job = predict_memory(config)
     header = (*_COLUMNS, "update", "reserve", "total")
     rows = [[str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks]

@@ -12,6 +12,7 @@ from train.optim.learning_rate import learning_rate, schedule_warnings
 from train.records.profile import profile_notice
 from train.records.reporter import Reporter
 from train.replica import Replica
+from train.schedule.cut import with_cut
 from train.schedule.plan import Plan
 from train.schedule.ramp import ramp_notices
 
@@ -38,12 +39,14 @@ def print_run_summary(
         f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches per step, "
         f"{config.precision.kind}; folder {config.out_dir}"
     )
+    if replica.schedule.num_stages > 1:
+        reporter.say(f"cut: {','.join(str(len(layers)) for layers in replica.cut)} layers in the pipeline's stages")
     if config.schedule.kind == "auto":
         reporter.say(f"schedule: {planned.reason}")
     for notice in ramp_notices(config):
         reporter.say(notice)
     if config.cluster.memory_bytes is not None and replica.world.rank == 0:
-        reporter.say(summary_line(config, predict_memory(config)))
+        reporter.say(summary_line(config, predict_memory(with_cut(config, replica.cut))))
     if notice := profile_notice(config):
         reporter.say(notice)
     for line in _corpus_lines(config, prepared):

@@ -1,11 +1,12 @@
-"""Computes the costs of pipeline stages from the times of the model's parts. No torch here."""
+"""Computes the costs of stages from measured or estimated times of the model's parts. No torch here."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
 from dualpipe.simulate.costs import CostModel, StageCosts
-from model.config import cut_layers
+from model.account.work import count_work
 from train.config import TrainConfig
+from train.schedule.stage_work import LaneWork, ModelWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,24 +23,77 @@ class PartTimes:
         """Returns the times of both parts, one after the other."""
         return part_times(sum(both) for both in zip(astuple(self), astuple(other), strict=True))
 
+    def without_overlap(self) -> "PartTimes":
+        """Returns the times if nothing hides the exchange, which then counts as computation."""
+        return PartTimes(
+            forward=self.forward + self.forward_exchange,
+            backward_input=self.backward_input + self.backward_exchange,
+            backward_weight=self.backward_weight,
+        )
+
+    @property
+    def work(self) -> LaneWork:
+        """Forward and backward together."""
+        return LaneWork(
+            self.forward + self.backward_input + self.backward_weight, self.forward_exchange + self.backward_exchange
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """The times of a dense layer, a MoE layer, the embedding, and the heads with all MTP modules.
+    """The times of a model's parts.
 
-    Times of a kind of layer that the model does not have are 0. `latency` is the time in seconds that an activation
-    takes from one pipeline rank to the next; it is 0 if the pipeline has one rank.
+    They are a dense layer, a MoE layer, the embedding, the main head, and all MTP modules with their heads. Times of
+    parts that the model does not have are 0. `latency` is the time in seconds that an activation takes from one
+    pipeline rank to the next; it is 0 if the pipeline has one rank.
     """
 
     dense: PartTimes
     moe: PartTimes
     embedding: PartTimes
     head: PartTimes
+    mtp: PartTimes
     latency: float
 
 
-def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> CostModel:
-    """Returns the costs of each stage of the run's model, in seconds.
+def nominal_times(config: TrainConfig) -> LayerTimes:
+    """Returns the configured costs, divided among the model's parts by their estimated work.
+
+    Exchange takes time only if experts are sharded, and only in MoE layers. All parts together take the configured
+    costs of model/P times the number of pipeline ranks.
+
+    Args:
+        config: of the run.
+    """
+    model, costs = config.model, config.costs
+    work = count_work(model, config.batch.sequence_length_tokens, is_fp8=config.precision.kind == "fp8")
+    exchanging = model.num_layers - model.num_dense_layers + model.mtp_depth
+    whole = config.parallelism.pipeline / work.total(model)
+    exchange = 0.0
+    if exchanging and config.parallelism.expert > 1:
+        exchange = costs.exchange * config.parallelism.pipeline / exchanging
+
+    def times(part: float, exchanges: int = 0) -> PartTimes:
+        return PartTimes(
+            forward=costs.forward * part * whole,
+            backward_input=costs.backward_input * part * whole,
+            backward_weight=costs.backward_weight * part * whole,
+            forward_exchange=exchange * exchanges,
+            backward_exchange=exchange * exchanges,
+        )
+
+    return LayerTimes(
+        dense=times(work.dense),
+        moe=times(work.moe, 1),
+        embedding=times(work.embedding),
+        head=times(work.head),
+        mtp=times(work.mtp, model.mtp_depth),
+        latency=costs.latency,
+    )
+
+
+def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) -> CostModel:
+    """Returns the costs of each stage of the run's model, in the unit of the times.
 
     Activations are in units of model/P: each of P equal stages keeps 1. MTP modules count as layers. If groups run
     sequentially, the time of an exchange is added to computation, because nothing hides it. Copies to host memory are
@@ -48,18 +102,27 @@ def stage_costs(times: LayerTimes, config: TrainConfig, num_stages: int) -> Cost
     Args:
         times: of the model's parts.
         config: of the run.
-        num_stages: number of stages of the model.
+        cut: layers of each stage.
     """
     model = config.model
     weight_of_all = model.num_layers + model.mtp_depth
     stages = []
-    for stage, layers in enumerate(cut_layers(model.num_layers, num_stages, model.mtp_depth)):
-        is_last = stage == num_stages - 1
+    for stage, layers in enumerate(cut):
+        is_last = stage == len(cut) - 1
         parts = [times.dense if layer < model.num_dense_layers else times.moe for layer in layers]
-        parts += [times.embedding] * (stage == 0) + [times.head] * is_last
+        parts += [times.embedding] * (stage == 0) + [times.head, times.mtp] * is_last
         share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
-        hides_exchange = config.schedule.pairing == "overlapped"
-        stages.append(_stage_costs(sum(parts, PartTimes()), share, hides_exchange=hides_exchange))
+        whole = _as_paired(sum(parts, PartTimes()), config)
+        stages.append(
+            StageCosts(
+                forward=whole.forward,
+                backward_input=whole.backward_input,
+                backward_weight=whole.backward_weight,
+                forward_exchange=whole.forward_exchange,
+                backward_exchange=whole.backward_exchange,
+                activation=share,
+            )
+        )
     return CostModel(stages=_with_copies(stages, config), latency=times.latency)
 
 
@@ -73,15 +136,26 @@ def _with_copies(stages: Sequence[StageCosts], config: TrainConfig) -> tuple[Sta
     return tuple(replace(stage, offload=unit * costs.offload * stage.activation) for stage in stages)
 
 
-def _stage_costs(times: PartTimes, activation: float, *, hides_exchange: bool) -> StageCosts:
-    return StageCosts(
-        forward=times.forward + (0.0 if hides_exchange else times.forward_exchange),
-        backward_input=times.backward_input + (0.0 if hides_exchange else times.backward_exchange),
-        backward_weight=times.backward_weight,
-        forward_exchange=times.forward_exchange if hides_exchange else 0.0,
-        backward_exchange=times.backward_exchange if hides_exchange else 0.0,
-        activation=activation,
+def model_work(times: LayerTimes, config: TrainConfig) -> ModelWork:
+    """Returns the work of the model's parts, by which a cut is balanced.
+
+    Args:
+        times: of the model's parts.
+        config: of the run.
+    """
+    model = config.model
+    return ModelWork(
+        num_dense=model.num_dense_layers,
+        num_moe=model.num_layers - model.num_dense_layers,
+        embedding=_as_paired(times.embedding, config).work,
+        dense=_as_paired(times.dense, config).work,
+        moe=_as_paired(times.moe, config).work,
+        heads=_as_paired(times.head + times.mtp, config).work,
     )
+
+
+def _as_paired(times: PartTimes, config: TrainConfig) -> PartTimes:
+    return times if config.schedule.pairing == "overlapped" else times.without_overlap()
 
 
 def part_times(seconds: Iterable[float]) -> PartTimes:

@@ -14,22 +14,39 @@ from dualpipe.ir import Schedule
 from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES, build
 from dualpipe.simulate.costs import CostModel, Costs, uniform
-from model.config import ModelConfig
 from train.config import TrainConfig
+from train.schedule.cut import run_cut, run_placement
+from train.schedule.layer_times import nominal_times, stage_costs
 
 _PER_RANK = 3
 _MARGIN = 4
+_NEAR = 0.15
+"""Largest difference between a stage's estimated work and that of an equal stage that counts as none."""
 
 
-def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
-    """Returns the configured costs of each stage.
+def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
+    """Returns the configured costs, divided among the stages by their estimated work.
 
-    Exchange takes time only if experts are sharded. If groups run sequentially, its time is added to computation,
-    because nothing hides it.
+    Stages count as equal if they nearly are, as after a balanced cut, because an estimate is not more precise.
 
     Args:
         config: of the run.
-        num_stages: number of stages of the model.
+        kind: name of a schedule, which determines the stages.
+
+    Raises:
+        ScheduleError: the schedule is not defined for the configured number of chunks.
+        CutError: the model cannot be cut into the stages.
+    """
+    cut = run_cut(config, run_placement(config, kind))
+    estimated, equal = stage_costs(nominal_times(config), config, cut), _equal_costs(config, len(cut))
+    return equal if _are_near(estimated, equal) else estimated
+
+
+def _equal_costs(config: TrainConfig, num_stages: int) -> CostModel:
+    """Returns the configured costs of equal stages.
+
+    Exchange takes time only if experts are sharded. If groups run sequentially, its time is added to computation,
+    because nothing hides it.
     """
     costs = config.costs
     if config.parallelism.expert == 1:
@@ -40,28 +57,13 @@ def nominal_costs(config: TrainConfig, num_stages: int) -> CostModel:
     return uniform(costs, config.parallelism.pipeline, num_stages)
 
 
-def num_stages(model: ModelConfig, pipeline: int, kind: str, chunks: int | None) -> int:
-    """Returns the number of stages into which a kind of schedule cuts a model.
-
-    Args:
-        model: architecture.
-        pipeline: number of pipeline ranks.
-        kind: name of a schedule.
-        chunks: stages of a rank for one direction; None for the largest number up to `AUTO_CHUNKS` for which there are
-            layers.
-
-    Raises:
-        ScheduleError: the schedule is not defined for the configured number of chunks.
-    """
-    spec = SCHEDULES.get(kind)
-    choices = spec.chunk_choices(chunks)
-    possible = [chunks for chunks in choices if pipeline * chunks <= model.num_layers] or choices[:1]
-    return spec.num_stages(pipeline, possible[-1])
-
-
-def run_stages(config: TrainConfig, kind: str) -> int:
-    """Returns `num_stages` of the run's model."""
-    return num_stages(config.model, config.parallelism.pipeline, kind, config.schedule.chunks)
+def _are_near(some: CostModel, others: CostModel) -> bool:
+    """Returns whether the computation of every stage is nearly the same."""
+    works = [
+        [stage.forward + stage.backward_input + stage.backward_weight for stage in costs.stages]
+        for costs in (some, others)
+    ]
+    return all(abs(one - other) <= _NEAR * other for one, other in zip(*works, strict=True))
 
 
 def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
@@ -78,9 +80,9 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     spec = SCHEDULES.get(kind)
     pipeline = config.parallelism.pipeline
     few = num_micro_batches if spec.grows else few_micro_batches(pipeline, num_micro_batches)
-    if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches):
+    costs = nominal_costs(config, kind)
+    if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches, costs):
         return split_backwards(dualpipe(pipeline, few))
-    costs = nominal_costs(config, run_stages(config, kind))
     return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 
@@ -90,16 +92,18 @@ def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
     return min(num_micro_batches, few + (few + num_micro_batches) % 2)
 
 
-def _is_published_order(config: TrainConfig, num_micro_batches: int) -> bool:
+def _is_published_order(config: TrainConfig, num_micro_batches: int, costs: CostModel) -> bool:
     """Returns whether dualpipe_split keeps the same activations as DualPipe's published order.
 
-    It does if F, I, W and exchange take equal times. Then W fills no gap, because other operations hide every exchange.
-    The shortcut avoids building dualpipe_split itself, which takes seconds for many ranks.
+    It does if stages are equal, and F, I, W and exchange take equal times. Then W fills no gap, because other
+    operations hide every exchange. The shortcut avoids building dualpipe_split itself, which takes
+    seconds for many ranks.
     """
     pipeline, parallelism = config.parallelism.pipeline, config.parallelism
     equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
     return (
         config.costs == equal
+        and costs == _equal_costs(config, pipeline)
         and parallelism.expert > 1
         and config.schedule.pairing == "overlapped"
         and config.memory_cap is None

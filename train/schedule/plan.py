@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from comm.config import Cut
 from comm.layout import Layout
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
@@ -17,11 +18,20 @@ from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate_passes
 from model.config import CutError, ModelConfig, cut_layers
 from train.checkpoint.locate import locate
-from train.checkpoint.manifest import SCHEDULE_NAME, CheckpointError, layout_record, ramp_schedule_name, read_manifest
+from train.checkpoint.manifest import (
+    CUT_KEY,
+    SCHEDULE_NAME,
+    CheckpointError,
+    layout_record,
+    ramp_schedule_name,
+    read_manifest,
+)
 from train.config import TrainConfig, sized_config
+from train.memory.fitted_cut import fitted_cut
 from train.memory.predict import ramp_memory_cap
+from train.schedule.cut import num_stages, run_chunks, run_cut, with_cut
 from train.schedule.layer_times import LayerTimes, stage_costs
-from train.schedule.nominal import nominal_costs, num_stages, run_stages
+from train.schedule.nominal import nominal_costs
 from train.schedule.probe import measure
 from train.schedule.ramp import sized_run
 
@@ -30,13 +40,14 @@ _LARGEST_SCHEDULE_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The schedule of a run, why it was chosen, and the schedules of the other sizes of a batch ramp.
+    """The schedule of a run, why it was chosen, the cut, and the schedules of a ramp's other sizes.
 
-    All of them are proven.
+    All of them are proven. `cut` holds the layers of each stage.
     """
 
     schedule: Schedule
     reason: str
+    cut: tuple[range, ...]
     ramp: Mapping[int, Schedule]
 
 
@@ -46,16 +57,18 @@ class _Broadcast:
 
     schedule: str
     reason: str
+    cut: tuple[range, ...]
     ramp: dict[int, str]
     digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
-    """The schedule of a run, why it was chosen, and the costs of its stages if they were measured."""
+    """The schedule of a run, why it was chosen, the cut, and the costs of its stages if measured."""
 
     schedule: Schedule
     reason: str
+    cut: tuple[range, ...]
     costs: CostModel | None = None
 
 
@@ -75,14 +88,16 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     if dist.get_rank() == 0:
         chosen = _choose_proven(config, times)
         whole, ramp = to_json(chosen.schedule), {size: to_json(made) for size, made in chosen.ramp.items()}
-        sent[0] = _Broadcast(schedule=whole, reason=chosen.reason, ramp=ramp, digest=_digest(whole, ramp))
+        sent[0] = _Broadcast(
+            schedule=whole, reason=chosen.reason, cut=chosen.cut, ramp=ramp, digest=_digest(whole, ramp)
+        )
     dist.broadcast_object_list(sent, src=0)
     received = sent[0]
     assert received is not None
     if _digest(received.schedule, received.ramp) != received.digest:
         raise ScheduleError(f"schedule: rank {dist.get_rank()} received another schedule than rank 0 has proven")
     sizes = {size: from_json(text) for size, text in received.ramp.items()}
-    return Plan(schedule=from_json(received.schedule), reason=received.reason, ramp=sizes)
+    return Plan(schedule=from_json(received.schedule), reason=received.reason, cut=received.cut, ramp=sizes)
 
 
 def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[int, Schedule]:
@@ -102,7 +117,7 @@ def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[
         sized = sized_run(config, sequences)
         kind = sized.schedule.kind
         assert kind != "auto"
-        own = costs or nominal_costs(config, run_stages(sized, kind))
+        own = costs or nominal_costs(sized, kind)
         made[sequences] = build(kind, pipeline, sized.num_micro_batches, own, ramp_memory_cap(sized), cache)
     return made
 
@@ -114,14 +129,14 @@ def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
         # These are validated as they are read.
         schedule, reason = read_schedule(begun, config), f"the schedule of {begun.parent}"
         ramp = _begun_ramp(begun.parent, config)
-        return Plan(schedule=schedule, reason=reason, ramp=ramp)
+        return Plan(schedule=schedule, reason=reason, cut=read_cut(begun.parent, config, schedule), ramp=ramp)
     choice = _choose(config, times)
     kind, chunks = choice.schedule.kind, choice.schedule.num_stages // config.parallelism.pipeline
     named = replace(config, schedule=replace(config.schedule, kind=kind, chunks=chunks))
-    ramp = ramp_schedules(named, choice.costs)
+    ramp = ramp_schedules(with_cut(named, choice.cut), choice.costs)
     for schedule in (choice.schedule, *ramp.values()):
         validate_passes(schedule)
-    return Plan(schedule=choice.schedule, reason=choice.reason, ramp=ramp)
+    return Plan(schedule=choice.schedule, reason=choice.reason, cut=choice.cut, ramp=ramp)
 
 
 def _choose(config: TrainConfig, times: LayerTimes | None) -> _Choice:
@@ -129,13 +144,17 @@ def _choose(config: TrainConfig, times: LayerTimes | None) -> _Choice:
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     cache = schedules_folder(config.data.cache_dir)
     if kind != "auto":
-        costs = nominal_costs(config, run_stages(config, kind))
+        cut = fitted_cut(config, kind)
+        costs = nominal_costs(with_cut(config, cut), kind)
         schedule = build(kind, pipeline, micro_batches, costs, config.memory_cap, cache)
-        return _Choice(schedule=schedule, reason="the configured one")
+        return _Choice(schedule=schedule, reason="the configured one", cut=cut)
     assert times is not None
+    cuts: dict[tuple[str, int], tuple[range, ...]] = {}
 
-    def costs_of(num_stages: int) -> CostModel:
-        return stage_costs(times, config, num_stages)
+    def costs_of(kind: str, num_stages: int) -> CostModel:
+        chunks = replace(config.schedule, kind=kind, chunks=num_stages // pipeline)
+        cut = cuts[kind, num_stages] = fitted_cut(replace(config, schedule=chunks), kind, times)
+        return stage_costs(times, config, cut)
 
     rows = survey(
         pipeline,
@@ -143,13 +162,14 @@ def _choose(config: TrainConfig, times: LayerTimes | None) -> _Choice:
         costs_of,
         config.memory_cap,
         cache,
-        excluded_schedules(config.model, pipeline, config.schedule.chunks),
-        chunks=config.schedule.chunks,
+        excluded_schedules(config.model, pipeline, run_chunks(config)),
+        chunks=run_chunks(config),
         most_stages=config.model.num_layers,
     )
     best = choose(rows, config.memory_cap)
     reason = f"the best for the measured seconds: {best.reason}"
-    return _Choice(schedule=best.schedule, reason=reason, costs=costs_of(best.schedule.num_stages))
+    cut = cuts[best.schedule.kind, best.schedule.num_stages]
+    return _Choice(schedule=best.schedule, reason=reason, cut=cut, costs=stage_costs(times, config, cut))
 
 
 def _digest(schedule: str, ramp: Mapping[int, str]) -> str:
@@ -196,6 +216,22 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"resume: {path} {rule}, is not: {error}") from error
     return found
+
+
+def read_cut(folder: Path, config: TrainConfig, schedule: Schedule) -> tuple[range, ...]:
+    """Reads the layers of each stage from a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: they do not fit the model or the schedule.
+    """
+    sizes = read_manifest(folder).get(CUT_KEY)
+    if sizes is None:
+        return run_cut(config, schedule.placement)
+    try:
+        listed = replace(config, parallelism=replace(config.parallelism, cut=Cut.from_plain(sizes)))
+        return run_cut(listed, schedule.placement)
+    except ValueError as error:
+        raise CheckpointError(f"resume: {folder} must hold the cut of its schedule, does not: {error}") from error
 
 
 def excluded_schedules(model: ModelConfig, pipeline: int, chunks: int | None = None) -> dict[str, str]:

@@ -33,11 +33,11 @@ _HOPS = 15
 
 
 def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerTimes:
-    """Runs a few random micro-batches of the run's shape through the first and last layer and both ends.
+    """Runs a few random micro-batches through the first and last layer, both ends and MTP modules.
 
-    All ranks call it at the same point and receive the same times. Computation is the mean over ranks of each rank's
-    median, exchange the mean of each rank's minimum. The layers, process groups and lane exist only during the call.
-    The run's random state does not change.
+    They have the run's shape. All ranks call it at the same point and receive the same times. Computation is the mean
+    over ranks of each rank's median, exchange the mean of each rank's minimum. The layers, process groups and lane
+    exist only during the call. The run's random state does not change.
 
     Args:
         config: of the run; equal on all ranks.
@@ -119,12 +119,13 @@ class _Parts:
         has_dense = self._shape.num_dense_layers > 0
         has_moe = self._shape.num_dense_layers < self._shape.num_layers
         first, last = (len(stage.lanes) for stage in self._stages)
-        heads_from = len(block_lanes(is_dense=not has_moe))
+        head = len(block_lanes(is_dense=not has_moe))
         return LayerTimes(
             dense=self._part(0, range(1, first)) if has_dense else PartTimes(),
-            moe=self._part(1, range(heads_from)) if has_moe else PartTimes(),
+            moe=self._part(1, range(head)) if has_moe else PartTimes(),
             embedding=self._part(0, range(1)),
-            head=self._part(1, range(heads_from, last)),
+            head=self._part(1, range(head, head + 1)),
+            mtp=self._part(1, range(head + 1, last)),
             latency=latency,
         )
 
@@ -240,7 +241,7 @@ def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, *, sends_first: bo
 
 def _average_over_ranks(mine: LayerTimes, device: torch.device) -> LayerTimes:
     """Returns the mean over all ranks. Rank 0 broadcasts it, so that it is bitwise equal on all ranks."""
-    parts = (mine.dense, mine.moe, mine.embedding, mine.head)
+    parts = (mine.dense, mine.moe, mine.embedding, mine.head, mine.mtp)
     numbers = torch.tensor(
         [*(seconds for part in parts for seconds in astuple(part)), mine.latency], dtype=torch.float64, device=device
     )
@@ -248,8 +249,8 @@ def _average_over_ranks(mine: LayerTimes, device: torch.device) -> LayerTimes:
     dist.broadcast(numbers, src=0)
     *seconds, latency = (numbers / dist.get_world_size()).tolist()
     size = len(fields(PartTimes))
-    dense, moe, embedding, head = (part_times(seconds[at : at + size]) for at in range(0, len(seconds), size))
-    return LayerTimes(dense=dense, moe=moe, embedding=embedding, head=head, latency=latency)
+    dense, moe, embedding, head, mtp = (part_times(seconds[at : at + size]) for at in range(0, len(seconds), size))
+    return LayerTimes(dense=dense, moe=moe, embedding=embedding, head=head, mtp=mtp, latency=latency)
 
 
 def _now(device: torch.device) -> float:

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from dualpipe.registry import kind_for_size
 from train.config import TrainConfig, sized_config
-from train.schedule.nominal import run_stages
+from train.schedule.cut import run_stages
 
 
 def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:

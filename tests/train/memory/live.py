@@ -149,16 +149,15 @@ def _run(
 
 
 def _predicted(config: TrainConfig, learner: Learner) -> list[LiveBytes]:
-    schedule = learner.replica.schedule
     sizes = planning_sizes(config)
-    shapes = stage_shapes(config.model, schedule.num_stages)
+    shapes = stage_shapes(learner.replica.cut)
     phases = {number: stage_phases(sizes, shapes[number]) for number in learner.replica.stages}
     return list(iterate_live_bytes(learner.replica.train_program, phases, sizes.row, keeps_sent=False))
 
 
 def _predicted_static(config: TrainConfig, learner: Learner) -> int:
     schedule = learner.replica.schedule
-    sizes, shapes = planning_sizes(config), stage_shapes(config.model, schedule.num_stages)
+    sizes, shapes = planning_sizes(config), stage_shapes(learner.replica.cut)
     held = held_parameters(config.model, [shapes[number] for number in learner.replica.stages], sizes.num_local_experts)
     replicas = count_replicas(config, schedule, learner.world.pipeline_index)
     return sum(static_bytes(config, held, sizes, replicas))

@@ -6,6 +6,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
 from model.account.parameters import held_parameters, stage_shapes
+from model.config import cut_layers
 from model.transformer import Part, Transformer
 
 
@@ -14,7 +15,7 @@ from model.transformer import Part, Transformer
 )
 def test_weights_of_a_rank_are_those_of_the_built_model(name: str, pipeline: int, expert: int) -> None:
     config = compose_run([f"model={name}"]).model
-    shapes = stage_shapes(config, pipeline)
+    shapes = stage_shapes(cut_layers(config.num_layers, pipeline, config.mtp_depth))
     for rank in {0, pipeline // 2}:
         stages = sorted({rank, pipeline - 1 - rank})
         held = held_parameters(config, [shapes[stage] for stage in stages], config.num_routed_experts // expert)
@@ -34,7 +35,7 @@ def test_weights_of_a_rank_are_those_of_the_built_model(name: str, pipeline: int
 
 def test_deepseek_v3_on_2048_ranks() -> None:
     config = compose_run(["model=v3_671b"]).model
-    shapes = stage_shapes(config, 16)
+    shapes = stage_shapes(cut_layers(config.num_layers, 16, config.mtp_depth))
     ends, middle = ([shapes[stage] for stage in stages] for stages in ((0, 15), (7, 8)))
     assert held_parameters(config, ends, 4).total == 5_343_227_904
     assert held_parameters(config, middle, 4).total == 3_273_261_056
