@@ -130,14 +130,18 @@ def check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
 
 
 def in_sequence(shape: Schedule) -> Schedule:
-    """Returns the schedule that runs one micro-batch after the other. It is valid and fits every cap."""
+    """Returns the schedule in which each rank runs one micro-batch after the other.
+
+    It is valid and fits every cap. Directions alternate, so a micro-batch enters the ranks that the one before it has
+    left: the last stage of one direction and the first of the other are on the same rank.
+    """
     ranks: list[list[tuple[Operation, ...]]] = [[] for _ in range(shape.num_ranks)]
     stages = range(shape.num_stages)
+    back = [(kind, stage) for stage in reversed(stages) for kind in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
     for micro_batch in shape.micro_batches_of(0):
         for direction in range(shape.num_directions):
             if micro_batch in shape.micro_batches_of(direction):
-                steps = [(Op.FORWARD, stage) for stage in stages] + [(Op.BACKWARD, stage) for stage in reversed(stages)]
-                for kind, stage in steps:
+                for kind, stage in [*((Op.FORWARD, stage) for stage in stages), *back]:
                     op = Operation(kind, direction, stage, micro_batch)
                     ranks[shape.rank_of(direction, stage)].append((op,))
     return replace(shape, ranks=tuple(map(tuple, ranks)))

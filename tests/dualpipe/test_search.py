@@ -47,3 +47,28 @@ def test_search_extends_a_steady_state_to_many_micro_batches() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_in_sequence_keeps_one_micro_batch(num_ranks: int) -> None:
     validate(in_sequence(empty(num_ranks, 7, 2)), 1)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_least_memory_is_one_activation(num_ranks: int, chunks: int) -> None:
+    """When the last stage runs F, all stages hold the micro-batch, so no schedule keeps less than one."""
+    costs = uniform(COSTS, num_ranks, num_ranks * chunks)
+    schedule = dualpipe_interleaved(num_ranks, 5, costs, 1)
+    validate(schedule, 1)
+    with pytest.raises(MemoryCapError) as refused:
+        dualpipe_interleaved(num_ranks, 5, costs, 0.99)
+    assert refused.value.least == 1
+
+
+def test_one_rank_runs_one_micro_batch_at_a_time_without_waiting() -> None:
+    costs = uniform(COSTS, 1, 1)
+    schedule = dualpipe_interleaved(1, 6, costs, 1)
+    assert max(simulate(schedule, costs).peaks) == 1
+    assert simulate(schedule, costs).idle == (0.0,)
+
+
+def test_in_sequence_sends_gradients_before_weight_gradients() -> None:
+    """A step of 4 ranks is a third shorter than if each micro-batch waited for every W of the one before it."""
+    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 4, 4)
+    assert simulate(in_sequence(empty(4, 8, 1)), costs).makespan == 51

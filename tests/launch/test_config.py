@@ -306,7 +306,7 @@ def test_config_says_which_sizes_of_a_ramp_use_another_schedule(
             ["parallelism.pipeline: ", "even", "has 3", "2 or 4", "schedule=dualpipe_split"],
         ),
         (ConfigError, ["costs.offload=1"], ["costs.offload: ", "without memory_cap", "is 1", "nearest valid: null"]),
-        (ScheduleError, ["memory_cap=1"], ["memory_cap: ", "at least 2", "the cap is 1", "nearest: 2"]),
+        (ScheduleError, ["memory_cap=0.9"], ["memory_cap: ", "at least 1", "the cap is 0.9", "nearest: 1"]),
         (ScheduleError, ["memory_cap=2.5", "schedule=dualpipe"], ["memory_cap: ", "keeps 3", "is 2.5", "nearest: 3"]),
         (ScheduleError, ["costs.forward=-1"], ["costs.forward", "-1"]),
         (CutError, ["schedule=zb_v", "parallelism.pipeline=4"], ["model.num_layers", "8", "parallelism.pipeline=2"]),
