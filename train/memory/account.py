@@ -40,7 +40,8 @@ class RankMemory:
         weight_codes: FP8 copies of the weights, during the passes.
         batch: tokens and document masks of a step.
         pipeline: activations and other tensors of the passes.
-        update: further tensors of the optimizer step, after the passes.
+        cool_down: like `pipeline`, while stages that have finished are reduced.
+        update: further tensors of reductions and of the optimizer step.
         reserve: for what is not predicted.
     """
 
@@ -52,6 +53,7 @@ class RankMemory:
     weight_codes: int
     batch: int
     pipeline: PipelineBytes
+    cool_down: PipelineBytes
     update: int
     reserve: int
 
@@ -66,9 +68,14 @@ class RankMemory:
         return self.weight_codes + self.batch + self.pipeline.total
 
     @property
+    def reducing(self) -> int:
+        """The bytes that the last passes and the reductions next to them take in addition."""
+        return self.weight_codes + self.batch + self.cool_down.total + self.update
+
+    @property
     def total(self) -> int:
         """The peak, including the reserve."""
-        return self.static + max(self.passes, self.update) + self.reserve
+        return self.static + max(self.passes, self.reducing) + self.reserve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.program import Action
+from dualpipe.runtime.reductions import with_reductions
 from kernels.attention import pads_values
 from model.account.activations import MicroBatchShape
 from model.account.parameters import HeldParameters, StageShape, held_parameters, stage_shapes
@@ -106,14 +108,14 @@ def _predict(config: TrainConfig) -> JobMemory:
     shapes, sizes = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config)
     phases = [stage_phases(sizes, shape) for shape in shapes]
     # Both ranks of a mirror pair run the same operations, each in its own direction.
-    peaks: dict[tuple[object, ...], PipelineBytes] = {}
+    peaks: dict[tuple[object, ...], tuple[PipelineBytes, PipelineBytes]] = {}
     ranks = []
     for rank in range(schedule.num_ranks):
         order = _order(schedule, rank)
         if order not in peaks:
-            peaks[order] = pipeline_peak(config, schedule, rank, phases, sizes)
+            peaks[order] = pipeline_peaks(config, schedule, rank, phases, sizes)
         held = _held(config, schedule, rank, shapes, sizes)
-        ranks.append(_rank_memory(config, rank, held, peaks[order], schedule, sizes))
+        ranks.append(_rank_memory(config, rank, held, *peaks[order], schedule, sizes))
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
 
 
@@ -130,7 +132,8 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
     phases = [stage_phases(sizes, shape) for shape in stage_shapes(run_cut(config, schedule.placement))]
     worst = job.worst
-    return pipeline_peak(config, schedule, worst.pipeline_rank, phases, sizes).total - worst.pipeline.total
+    peak, _ = pipeline_peaks(config, schedule, worst.pipeline_rank, phases, sizes)
+    return peak.total - worst.pipeline.total
 
 
 def _order(schedule: Schedule, rank: int) -> tuple[object, ...]:
@@ -138,9 +141,9 @@ def _order(schedule: Schedule, rank: int) -> tuple[object, ...]:
     return tuple(tuple((op.kind, op.stage, op.micro_batch) for op in group) for group in groups)
 
 
-def pipeline_peak(
+def pipeline_peaks(
     config: TrainConfig, schedule: Schedule, rank: int, phases: Sequence[Sequence[PhaseBytes]], sizes: Sizes
-) -> PipelineBytes:
+) -> tuple[PipelineBytes, PipelineBytes]:
     """Returns the bytes that the passes of one rank hold at their peak.
 
     Args:
@@ -149,12 +152,24 @@ def pipeline_peak(
         rank: index within the pipeline.
         phases: sizes of the phases of every stage.
         sizes: of a micro-batch.
+
+    Returns:
+        The peak of all passes, and the peak of those that run after a stage has finished and is reduced.
     """
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
     lanes = {number: [phase.lane for phase in stage] for number, stage in enumerate(phases)}
-    program = compile_rank(schedule, rank, lanes, order)
-    steps = iterate_live_bytes(program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl")
-    return max((alive.peak for alive in steps), key=lambda peak: peak.total, default=PipelineBytes())
+    program = with_reductions(compile_rank(schedule, rank, lanes, order))
+    bytes_of = iterate_live_bytes(
+        program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl"
+    )
+    whole = cool_down = PipelineBytes()
+    is_reducing = False
+    for step, alive in zip(program.steps, bytes_of, strict=True):
+        is_reducing |= step.action is Action.REDUCE
+        whole = max(whole, alive.peak, key=lambda peak: peak.total)
+        if is_reducing:
+            cool_down = max(cool_down, alive.peak, key=lambda peak: peak.total)
+    return whole, cool_down
 
 
 def _held(
@@ -169,6 +184,7 @@ def _rank_memory(
     rank: int,
     held: HeldParameters,
     pipeline: PipelineBytes,
+    cool_down: PipelineBytes,
     schedule: Schedule,
     sizes: Sizes,
 ) -> RankMemory:
@@ -185,6 +201,7 @@ def _rank_memory(
         weight_codes=held.code_bytes if sizes.is_fp8 else 0,
         batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
         pipeline=pipeline,
+        cool_down=cool_down,
         update=update_bytes(config, held, sizes, replicas),
         reserve=config.cluster.memory_reserve_bytes,
     )

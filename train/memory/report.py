@@ -44,20 +44,19 @@ def summary_line(config: TrainConfig, job: JobMemory) -> str:
 
 def parts(rank: RankMemory) -> str:
     """Returns the parts of a rank's memory that are at least 1 % of it, the largest first."""
+    is_reducing = rank.reducing > rank.passes
+    passes = rank.cool_down if is_reducing else rank.pipeline
     named = {
-        "activations": rank.pipeline.activations + rank.pipeline.pending,
+        "activations": passes.activations + passes.pending,
         "weights": rank.weights,
         "gradients": rank.gradients,
         "optimizer": rank.optimizer,
         "FP8 weights": rank.weight_codes,
-        "transient": rank.pipeline.exchange + rank.pipeline.transfers + rank.pipeline.inside,
+        "transient": passes.exchange + passes.transfers + passes.inside,
         "batch": rank.batch,
         "reserve": rank.reserve,
+        "update": rank.update if is_reducing else 0,
     }
-    if rank.update > rank.passes:
-        for name in ("activations", "FP8 weights", "transient", "batch"):
-            del named[name]
-        named["update"] = rank.update
     shown = sorted(((size, name) for name, size in named.items() if size >= 0.01 * rank.total), reverse=True)
     return ", ".join(f"{name} {_gb(size)}" for size, name in shown)
 
@@ -76,8 +75,8 @@ def _cells(rank: RankMemory) -> tuple[int, ...]:
 
 def _notes(config: TrainConfig, job: JobMemory) -> list[str]:
     lines = [
-        f"GB; total = weights + gradients + optimizer + the larger of the passes and the update + reserve; "
-        f"{job.num_micro_batches} micro-batches of {config.batch.micro_sequences} sequences",
+        "GB; total = weights + gradients + optimizer + the larger of all passes and of the last ones with the update "
+        f"+ reserve; {job.num_micro_batches} micro-batches of {config.batch.micro_sequences} sequences",
         "experts are taken to receive equally many rows"
         + (
             f"; 10 % more on the rank that needs most add {gigabytes(imbalance_bytes(config, job))}"
