@@ -7,9 +7,15 @@ from dualpipe.registry import build
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.program import Action
 from dualpipe.runtime.reductions import first_use_order, reduction_order, with_reductions
+from dualpipe.simulate.costs import Costs, uniform
 from tests.dualpipe.adding import PUBLISHED, SCHEDULES, lower, name_of
 
-MIRRORED = [build(kind, *sizes) for kind in ("dualpipe", "dualpipe_split") for sizes in ((2, 4), (4, 8), (6, 16))]
+COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
+SIZES = ((2, 4), (4, 8), (6, 16), (8, 24))
+MIRRORED = [
+    *(build(kind, *sizes) for kind in ("dualpipe", "dualpipe_split") for sizes in SIZES),
+    *(build("dualpipe_interleaved", *sizes, uniform(COSTS, sizes[0], 2 * sizes[0])) for sizes in SIZES),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)

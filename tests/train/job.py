@@ -134,6 +134,17 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     return seen
 
 
+def sequential_step(learner: Learner, config: TrainConfig, loader: Loader, step: int) -> float:
+    """Runs a step that reduces after all passes and completes every update before the router bias."""
+    rates = rates_of(config.task, config.optim, loader.sizes, step)
+    accumulate(learner, config.task, partial(loader.batch, step), rates)
+    norm = learner.optimizer.norm()
+    learner.optimizer.update(rates.learning_rate)
+    learner.replica.weight_updates.wait_all()
+    update_router_bias(learner.replica, rates.bias_update)
+    return norm
+
+
 def by_released_name(model: Transformer, of: object) -> dict[str, Tensor]:
     """Applies `of` to every parameter and names what it gives as the checkpoint names the parameter."""
     named: dict[str, Tensor] = {}

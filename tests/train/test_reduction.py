@@ -15,27 +15,30 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
+from dualpipe.ir import Schedule
+from dualpipe.registry import build
+from dualpipe.simulate.costs import Costs, uniform
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
-from tests.train.job import close_job, open_job, open_loader
-from train.balance import update_router_bias
+from tests.train.job import close_job, open_job, open_loader, sequential_step
 from train.checkpoint.state import Slice
 from train.config import PrecisionConfig, StopGuardConfig, TrainConfig
 from train.errors import RefusedStepError
 from train.guard.guard import Guard
 from train.learner import Learner
-from train.step import accumulate, rates_of, train_step
+from train.step import train_step
 
 STEPS = 3
+COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.5, latency=0.0)
 GUARD = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
-Kind = Literal["dualpipe", "dualpipe_split", "1f1b"]
-Layout = tuple[Literal["dualpipe", "dualpipe_split", "1f1b"], int, int, int, int]
+Kind = Literal["dualpipe", "dualpipe_split", "dualpipe_interleaved", "1f1b"]
+Layout = tuple[Literal["dualpipe", "dualpipe_split", "dualpipe_interleaved", "1f1b"], int, int, int, int]
 """Schedule, pipeline, data and expert ranks, MTP modules."""
 SHARDED, FLOAT32, REPLICATED = ("zero1", "bf16"), ("zero1", "float32"), ("replicated", "float64")
 RUNS: dict[int, list[tuple[Layout, tuple[str, str]]]] = {
     2: [(("dualpipe", 2, 1, 1, 1), SHARDED), (("dualpipe", 2, 1, 1, 1), FLOAT32), (("1f1b", 1, 2, 1, 1), REPLICATED)],
-    3: [(("dualpipe_split", 3, 1, 1, 1), SHARDED), (("dualpipe_split", 3, 1, 1, 1), REPLICATED)],
+    3: [(("dualpipe_interleaved", 3, 1, 1, 1), SHARDED), (("dualpipe_split", 3, 1, 1, 1), REPLICATED)],
     4: [(("dualpipe", 2, 2, 2, 1), SHARDED), (("1f1b", 2, 2, 2, 1), SHARDED), (("1f1b", 2, 2, 2, 1), REPLICATED)],
 }
 
@@ -56,21 +59,17 @@ def job_of(folder: Path, layout: Layout, form: tuple[Any, Any]) -> TrainConfig:
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
         schedule=ScheduleConfig(kind=kind, pairing="overlapped", chunks=None),
         batch=replace(BATCH, sequence_length_tokens=12, global_sequences=max(4, 2 * pipeline) * data),
-        model=replace(MODEL, num_layers=max(3, pipeline), mtp_depth=depth),
+        model=replace(MODEL, num_layers=max(3, 2 * pipeline), mtp_depth=depth),
         optim=replace(OPTIM, sharding=sharding, clip_norm=0.1, bucket_elements=5000),
         precision=PrecisionConfig(kind=precision),
     )
 
 
-def sequential_step(learner: Learner, config: TrainConfig, loader: Any, step: int) -> float:
-    """Runs a step that reduces after all passes and completes every update before the router bias."""
-    rates = rates_of(config.task, config.optim, loader.sizes, step)
-    accumulate(learner, config.task, partial(loader.batch, step), rates)
-    norm = learner.optimizer.norm()
-    learner.optimizer.update(rates.learning_rate)
-    learner.replica.weight_updates.wait_all()
-    update_router_bias(learner.replica, rates.bias_update)
-    return norm
+def schedule_of(config: TrainConfig) -> Schedule:
+    """Builds the schedule of a run; an interleaved one has two chunks."""
+    kind, pipeline = config.schedule.kind, config.parallelism.pipeline
+    num_stages = pipeline * (2 if kind == "dualpipe_interleaved" else 1)
+    return build(kind, pipeline, config.num_micro_batches, uniform(COSTS, pipeline, num_stages))
 
 
 def overlapped_step(learner: Learner, config: TrainConfig, loader: Any, step: int) -> float:
@@ -118,7 +117,7 @@ def run(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[Se
 
 
 def run_one(config: TrainConfig, run_step: Callable[[Learner, TrainConfig, Any, int], float]) -> Seen:
-    learner, loader = open_job(config), open_loader(config)
+    learner, loader = open_job(config, schedule_of(config)), open_loader(config)
     norms = [run_step(learner, config, loader, step) for step in range(STEPS)]
     values = everything(learner)
     hashes = {name: digest for name, digest in learner.world.log.order_hashes().items() if name.startswith("stage")}

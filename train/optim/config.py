@@ -24,7 +24,7 @@ class OptimConfig:
             `replicated` keeps the whole state on each of them (torch; required for float64).
         moments: type of the moments; `float32` means float64 for float64 weights. A run may resume from a checkpoint
             with another type: bf16 rounds float32 moments, and the other direction changes nothing.
-        bucket_elements: number of elements of gradients that zero1 reduces, and of weights that it gathers, at once.
+        bucket_elements: number of elements of a stage's gradients that zero1 reduces at once.
     """
 
     kind: Literal["adamw"]
