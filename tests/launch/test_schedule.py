@@ -52,7 +52,7 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("schedule=dualpipe num_micro_batches=7", ScheduleError, ["num_micro_batches", "7", "8"]),
         ("num_ranks=0", ScheduleError, ["num_ranks", "at least 1", "0"]),
         ("num_micro_batches=0", ScheduleError, ["num_micro_batches", "at least 1", "0"]),
-        ("memory_cap=1", ScheduleError, ["memory_cap", "at least 2", "is 1", "nearest: 2"]),
+        ("memory_cap=0.5", ScheduleError, ["memory_cap", "at least 1", "is 0.5", "nearest: 1"]),
         ("schedule=zb_v memory_cap=3", ScheduleError, ["memory_cap", "keeps 4", "is 3", "nearest: 4"]),
         ("schedule=auto memory_cap=0.5", ScheduleError, ["memory_cap", "no schedule of 4 ranks", "0.5", "nearest: 1"]),
         ("out=/proc/none/a.svg format=svg", ConfigError, ["out", "'/proc/none/a.svg'"]),
@@ -80,7 +80,7 @@ def test_schedule_rejects(override: str, error: type[ValueError], parts: list[st
 def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule=auto", "num_ranks=4", "num_micro_batches=12"]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith("auto: interleaved_1f1b with 4 chunks: makespan 36.8, ")
+    assert printed.splitlines()[-1].startswith("auto: dualpipe_interleaved with 4 chunks: makespan 36.2, ")
     assert all(kind in printed for kind in SCHEDULES.names())
 
 
