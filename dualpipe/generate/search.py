@@ -23,8 +23,8 @@ from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 
 # Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.
-_EFFORT, _LARGE_EFFORT = 30_000, 12_000
-_LARGE = 3_000
+_EFFORT, _LARGE_EFFORT = 30_000, 8_000
+_LARGE = 1_500
 """Number of stages times micro-batches from which a pipeline is large."""
 _LEAST_ATTEMPTS = 3
 _TOLERANCE = 1e-9
@@ -151,12 +151,17 @@ def _caps(shape: Schedule, costs: CostModel, cap: float) -> Iterator[float]:
     """Yields the caps of the series that are not above the given cap, in descending order."""
     num_ranks = shape.num_ranks
     unit = max(stage.activation for stage in costs.stages) * shape.num_stages / num_ranks
-    series = {num_ranks, num_ranks + 1, num_ranks + 2, 1, 2, 3, 4}
-    series |= {num_ranks // 3, num_ranks // 2, 3 * num_ranks // 4, 5 * num_ranks // 4, 3 * num_ranks // 2}
+    series = {1, 2, 4, num_ranks // 2, num_ranks + 1, num_ranks + 2, 3 * num_ranks // 2}
     series |= {num_ranks * factor for factor in (2, 3, 4, 6, 8)}
+    if not _is_large(shape):
+        series |= {3, num_ranks // 3, 3 * num_ranks // 4, num_ranks, 5 * num_ranks // 4}
     for size in sorted(series, reverse=True):
         if 0 < size * unit <= cap + _TOLERANCE:
             yield size * unit
+
+
+def _is_large(shape: Schedule) -> bool:
+    return shape.num_micro_batches * shape.num_stages > _LARGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +188,7 @@ class _Level:
     def run(self) -> None:
         """Builds orders with the presets, and considers the best ones until one is valid."""
         found: list[_Found] = []
-        size = self._few.num_micro_batches * self._few.num_stages
-        left, limit = _EFFORT if size < _LARGE else _LARGE_EFFORT, self._limit()
+        left, limit = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT, self._limit()
         for number, preferences in enumerate(PRESETS):
             if number >= _LEAST_ATTEMPTS and left <= 0:
                 break
