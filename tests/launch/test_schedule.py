@@ -54,7 +54,11 @@ def test_schedule_times_every_kind_under_the_costs_of_each_stage(capsys: pytest.
         ("num_micro_batches=0", ScheduleError, ["num_micro_batches", "at least 1", "0"]),
         ("memory_cap=0.5", ScheduleError, ["memory_cap", "at least 1", "is 0.5", "nearest: 1"]),
         ("schedule=zb_v memory_cap=3", ScheduleError, ["memory_cap", "keeps 4", "is 3", "nearest: 4"]),
-        ("schedule=auto memory_cap=0.5", ScheduleError, ["memory_cap", "no schedule of 4 ranks", "is 0.5", "nearest: 1"]),
+        (
+            "schedule=auto memory_cap=0.5",
+            ScheduleError,
+            ["memory_cap", "no schedule of 4 ranks", "is 0.5", "nearest: 1"],
+        ),
         ("out=/proc/none/a.svg format=svg", ConfigError, ["out", "'/proc/none/a.svg'"]),
         ("costs.forward=-1", ScheduleError, ["costs.forward", "-1"]),
         ("costs.stages=[1,1,1]", ScheduleError, ["costs.stages", "multiple of num_ranks=4", "has 3", "nearest: 4"]),
