@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from dualpipe.ir import Schedule, ScheduleError
-from dualpipe.registry import FALLBACK
+from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.program import Action
@@ -57,14 +57,15 @@ def predict_memory(config: TrainConfig) -> JobMemory:
 def ramp_memory_cap(config: TrainConfig) -> float | None:
     """Returns the memory cap for the schedule of a smaller size of a batch ramp.
 
-    With fewer than two micro-batches per rank, dualpipe_split defers nearly every W to the end, and a micro-batch needs
+    With fewer than two micro-batches per rank, a searched order defers nearly every W, and a micro-batch needs
     more memory between I and W than before I. If that does not fit `cluster.memory_bytes`, a smaller cap is chosen.
 
     Args:
         config: of the run, with this batch size and no ramp.
     """
     room, most = config.cluster.memory_bytes, config.parallelism.pipeline + 1
-    if room is None or config.memory_cap is not None or config.schedule.kind not in ("auto", FALLBACK):
+    kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
+    if room is None or config.memory_cap is not None or not SCHEDULES.get(kind).takes_costs:
         return config.memory_cap
     for cap in (None, *(float(round(share * most)) for share in _SMALLER_CAPS)):
         try:
