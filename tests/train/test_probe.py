@@ -87,11 +87,13 @@ def test_stage_costs_of_one_stage_are_those_of_the_whole_model(tmp_path: Path) -
 
 def test_copies_to_host_memory_take_the_configured_multiple_of_measured_computation(tmp_path: Path) -> None:
     config = config_of(tmp_path, pipeline=2, num_layers=7)
-    assert not stage_costs(TIMES, config, 2).can_offload
+    cut = cut_layers(7, 2, 1)
+    assert not stage_costs(TIMES, config, cut).can_offload
     costs = replace(config.costs, forward=1, backward_input=2, backward_weight=3, offload=0.5)
-    stages = stage_costs(TIMES, replace(config, costs=costs), 2).stages
-    # The parts, 122 and 1030, are multiples of (1, 2, 3): a rank's mean computation is 6 x 576.
-    assert [each.offload for each in stages] == pytest.approx([0.5 * 576, 0.5 * 576])
+    stages = stage_costs(TIMES, replace(config, costs=costs), cut).stages
+    # All computation is a multiple of (1, 2, 3), so a copy takes half of the mean forward.
+    forward = sum(each.forward for each in stages) / 2
+    assert [each.offload for each in stages] == pytest.approx([0.5 * forward, 0.5 * forward])
 
 
 def test_exchange_that_nothing_hides_counts_as_computation(tmp_path: Path) -> None:
