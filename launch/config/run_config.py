@@ -12,6 +12,7 @@ from launch.config.resolve import check_files, resolve
 from launch.config.rules import check_name, check_rules
 from train.config import TrainConfig
 from train.config.decode import decode, encode
+from train.schedule.chunks import with_chunks
 
 
 def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig:
@@ -25,7 +26,7 @@ def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig
         ConfigError: an override does not parse, a key is unknown or missing, or a value has a wrong type or range.
         CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
     """
-    return read_config(resolve(compose(command, overrides)))
+    return with_chunks(read_config(resolve(compose(command, overrides))))
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:

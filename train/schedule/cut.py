@@ -23,17 +23,14 @@ def num_stages(model: ModelConfig, pipeline: int, kind: str, chunks: int | None)
         model: architecture.
         pipeline: number of pipeline ranks.
         kind: name of a schedule.
-        chunks: stages of a rank for one direction; None for the largest number up to `AUTO_CHUNKS` that leaves 1.5
-            layers for each stage on average, as smaller stages cannot be balanced.
+        chunks: stages of a rank for one direction; None for the smallest possible number (`chunks.with_chunks` chooses
+            before a run starts).
 
     Raises:
         ScheduleError: the schedule is not defined for the configured number of chunks.
     """
     spec = SCHEDULES.get(kind)
-    choices = spec.chunk_choices(chunks)
-    layers = model.num_layers + model.mtp_depth
-    possible = [chunks for chunks in choices if 3 * pipeline * chunks <= 2 * layers] or choices[:1]
-    return spec.num_stages(pipeline, possible[-1])
+    return spec.num_stages(pipeline, spec.chunk_choices(chunks)[0])
 
 
 def run_stages(config: TrainConfig, kind: str) -> int:
