@@ -1,7 +1,8 @@
 """Generates zero-bubble schedules: every backward is split, and weight gradients fill idle time.
 
 Sources: Zero Bubble Pipeline Parallelism (arXiv:2401.10241: ZB-H1), Pipeline Parallelism with Controllable Memory
-(arXiv:2405.15362: V-ZB, here zb_v). Their published bubbles assume equal times of F, I and W.
+(arXiv:2405.15362: V-ZB, V-Half and V-Min, here zb_v, v_half and v_min). Their published bubbles assume equal times of
+F, I and W.
 """
 
 from collections import deque
@@ -56,13 +57,7 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
     would be idle, or if the next forward would exceed 2P activations.
     """
     orders = [_zb_v_rank(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)]
-    return Schedule(
-        kind="zb_v",
-        num_ranks=num_ranks,
-        num_micro_batches=num_micro_batches,
-        placement=v_placement(num_ranks),
-        ranks=tuple(tuple((op,) for op in order) for order in _with_weights(orders, 2 * num_ranks)),
-    )
+    return _v_schedule("zb_v", num_micro_batches, orders, most_alive=2 * num_ranks)
 
 
 def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
@@ -86,6 +81,80 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
         if micro_batch < num_micro_batches:
             order.append(Operation(kind, 0, stage, micro_batch))
     return order
+
+
+def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """Returns a schedule with two half stages per rank, in a V, with at most P+2 half activations: P/2+1 of model/P.
+
+    P and M can be any numbers >= 1. With F = I = W = 1 for model/P, P >= 3 and M >= P, it takes (3P-5)/2 more than
+    the work of a rank, less than half of the 3(P-1) of 1F1B. The weight gradients are placed as in `zb_v`.
+    """
+    turns = (1, 1, 2) if num_ranks % 2 else (4, 1, 5)
+    orders = _repeat_block(num_ranks, num_micro_batches, down_step=2, turns=turns)
+    return _v_schedule("v_half", num_micro_batches, orders, most_alive=num_ranks + 2)
+
+
+def v_min(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """Returns a schedule as `v_half`, with at most floor(2P/3)+3 half activations: no more than P/3+3/2 of model/P.
+
+    P and M can be any numbers >= 1. With F = I = W = 1 for model/P and P >= 2, it takes 2P-5/2 more than the work of a
+    rank. 1F1B takes 3(P-1) more. The time from F to I is so short that latency, or an I longer than F, costs time in
+    every micro-batch.
+    """
+    turns = (1, 1, 1) if num_ranks % 3 else (3, 1, 3)
+    orders = _repeat_block(num_ranks, num_micro_batches, down_step=1, turns=turns)
+    return _v_schedule("v_min", num_micro_batches, orders, most_alive=2 * num_ranks // 3 + 3)
+
+
+def _repeat_block(
+    num_ranks: int, num_micro_batches: int, *, down_step: int, turns: tuple[int, int, int]
+) -> list[list[Operation]]:
+    """Returns each rank's order of F and I if a building block repeats every 6 ticks, once for each micro-batch.
+
+    The block is the starts of all F and I of a micro-batch, which passes the ranks four times: F down and up the V,
+    then I down and up. A rank runs 2 F, 2 I and 2 W of one tick in 6 ticks. This is possible if the starts of its F and
+    I differ modulo 6. Small steps and turns shorten the time from F to I, and so limit the live activations.
+
+    Args:
+        num_ranks: number of ranks.
+        num_micro_batches: number of micro-batches.
+        down_step: ticks from rank to rank on the ways down. On the ways up it is 1 tick.
+        turns: ticks from the last start of a pass to the first start of the next pass, on the same rank.
+    """
+    last = num_ranks - 1
+    f_up = down_step * last + turns[0]
+    i_down = f_up + last + turns[1]
+    i_up = i_down + down_step * last + turns[2]
+    orders = []
+    for rank in range(num_ranks):
+        down, up = rank, 2 * num_ranks - 1 - rank
+        starts = {
+            (Op.FORWARD, down): down_step * rank,
+            (Op.FORWARD, up): f_up + last - rank,
+            (Op.BACKWARD_INPUT, up): i_down + down_step * rank,
+            (Op.BACKWARD_INPUT, down): i_up + last - rank,
+        }
+        assert len({start % 6 for start in starts.values()}) == 4, f"rank {rank} of {num_ranks}: {starts} collide"
+        timed = [
+            (start + 6 * micro_batch, Operation(kind, 0, stage, micro_batch))
+            for (kind, stage), start in starts.items()
+            for micro_batch in range(num_micro_batches)
+        ]
+        orders.append([op for _, op in sorted(timed)])
+    return orders
+
+
+def _v_schedule(
+    kind: str, num_micro_batches: int, orders: Sequence[Sequence[Operation]], *, most_alive: int
+) -> Schedule:
+    num_ranks = len(orders)
+    return Schedule(
+        kind=kind,
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        placement=v_placement(num_ranks),
+        ranks=tuple(tuple((op,) for op in order) for order in _with_weights(orders, most_alive)),
+    )
 
 
 def _with_weights(orders: Sequence[Sequence[Operation]], most_alive: int) -> list[list[Operation]]:
@@ -169,5 +238,25 @@ SCHEDULES.register(
                 (num_ranks - 1) * (costs.forward + costs.backward_input - costs.backward_weight)
             ),
         ),
+    ),
+)
+SCHEDULES.register(
+    "v_half",
+    ScheduleSpec(
+        name="v_half",
+        summary="as zb_v with about half the activations of 1F1B",
+        generate=v_half,
+        placement=v_placement,
+        chunks=range(2, 3),
+    ),
+)
+SCHEDULES.register(
+    "v_min",
+    ScheduleSpec(
+        name="v_min",
+        summary="as zb_v with about a third of the activations of 1F1B",
+        generate=v_min,
+        placement=v_placement,
+        chunks=range(2, 3),
     ),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.generate.zero_bubble import zb_h1, zb_v
+from dualpipe.generate.zero_bubble import v_half, v_min, zb_h1, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
 from dualpipe.registry import build, check_size
@@ -108,6 +108,59 @@ def test_zero_bubble_with_one_micro_batch_takes_the_time_of_its_path(make: Calla
         assert simulate(schedule, EQUAL).makespan == 2 * num_ranks + last_weight
 
 
+def half_of_1f1b(num_ranks: int) -> float:
+    """Returns the memory law of `v_half` in activations of model/P."""
+    return num_ranks / 2 + 1
+
+
+def third_of_1f1b(num_ranks: int) -> float:
+    """Returns the memory law of `v_min` in activations of model/P."""
+    return (2 * num_ranks // 3 + 3) / 2
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
+@pytest.mark.parametrize(("make", "most_alive"), [(v_half, half_of_1f1b), (v_min, third_of_1f1b)])
+def test_v_half_and_v_min_are_valid_within_their_share_of_activations(
+    make: Callable[[int, int], Schedule], most_alive: Callable[[int], float], num_ranks: int
+) -> None:
+    for num_micro_batches in range(1, 3 * num_ranks + 3):
+        schedule = make(num_ranks, num_micro_batches)
+        validate(schedule, memory_cap=most_alive(num_ranks))
+        validate(forward_only(schedule), forward_only=True)
+        assert {len(group) for groups in schedule.ranks for group in groups} == {1}
+
+
+@pytest.mark.parametrize("num_ranks", range(3, 17))
+@pytest.mark.parametrize(("make", "most_alive", "per_rank"), [(v_half, half_of_1f1b, 1.5), (v_min, third_of_1f1b, 2.0)])
+def test_v_half_and_v_min_reach_their_overhead_and_peak(
+    make: Callable[[int, int], Schedule],
+    most_alive: Callable[[int], float],
+    per_rank: float,
+    num_ranks: int,
+) -> None:
+    for num_micro_batches in (num_ranks, num_ranks + 1, 2 * num_ranks + 1, 4 * num_ranks):
+        simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)
+        assert simulation.makespan - 3 * num_micro_batches == per_rank * num_ranks - 2.5
+    assert max(simulation.peaks) == most_alive(num_ranks)
+
+
+@pytest.mark.parametrize(("make", "of_two_ranks"), [(v_half, 1.0), (v_min, 1.5)])
+def test_v_half_and_v_min_overhead_on_one_and_two_ranks(
+    make: Callable[[int, int], Schedule], of_two_ranks: float
+) -> None:
+    for num_ranks, overhead in ((1, 0.0), (2, of_two_ranks)):
+        for num_micro_batches in range(2, 12):
+            simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)
+            assert simulation.makespan - 3 * num_micro_batches == overhead
+
+
+def test_v_min_has_its_overhead_for_any_number_of_micro_batches() -> None:
+    for num_ranks in range(2, 10):
+        for num_micro_batches in range(1, num_ranks):
+            makespan = simulate(v_min(num_ranks, num_micro_batches), EQUAL).makespan
+            assert makespan - 3 * num_micro_batches == 2 * num_ranks - 2.5
+
+
 def test_dualpipe_large_is_made_and_proven_within_seconds() -> None:
     # A bound on the order of growth: the work takes about half a second, quadratic work would take minutes.
     start = time.process_time()
@@ -115,9 +168,10 @@ def test_dualpipe_large_is_made_and_proven_within_seconds() -> None:
     assert time.process_time() - start < 5
 
 
-def test_zero_bubble_large_is_made_and_proven_within_seconds() -> None:
+@pytest.mark.parametrize("make", [zb_v, v_half])
+def test_zero_bubble_large_is_made_and_proven_within_seconds(make: Callable[[int, int], Schedule]) -> None:
     start = time.process_time()
-    validate(zb_v(16, 512), memory_cap=16)
+    validate(make(16, 512), memory_cap=16)
     assert time.process_time() - start < 5
 
 
