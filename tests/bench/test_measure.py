@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dualpipe.registry import SCHEDULES
 from tests.bench import report
 from tests.bench.blocks import DeferredGradients, ProductBlock, Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
@@ -21,7 +22,7 @@ def test_measure_counts_the_same_work_for_every_contender() -> None:
     )
     samples = measure(plan)
     for name, of_name in samples.items():
-        chunks = 2 if name in ("dualpipe_v", "zb_v", "torch:ScheduleDualPipeV") else 1
+        chunks = SCHEDULES.get(name).chunks[0] if name in OWN_KINDS else 1 + (name == "torch:ScheduleDualPipeV")
         assert len(of_name) == 2
         for rank in (rank for sample in of_name for rank in sample.ranks):
             assert rank.sleeps == {"F": 4 * chunks, "I": 4 * chunks, "W": 4 * chunks}
