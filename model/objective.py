@@ -6,6 +6,7 @@ Losses are sums over a micro-batch, scaled by counts over the global batch. Sour
 2.2.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -163,7 +164,7 @@ class LossSums:
     names: tuple[str, ...]
     log_probs: dict[tuple[int, int], Tensor] | None = None
     _pending: list[tuple[str, Tensor]] = field(default_factory=list)
-    _sums: dict[str, float] = field(default_factory=dict)
+    _totals: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor) -> None:
         """Adds a sum of one micro-batch, a scalar; only `settle` reads it on the host."""
@@ -178,8 +179,11 @@ class LossSums:
             self.log_probs[place] = found.log_probs_BT
 
     def settle(self) -> Tensor:
-        """Returns all sums in the order of their names, float64 on the host."""
+        """Returns all sums in the order of their names, float64 on the host.
+
+        They do not depend on the order of the micro-batches, which overlapped groups change.
+        """
         for name, total in self._pending:
-            self._sums[name] = self._sums.get(name, 0.0) + float(total)
+            self._totals.setdefault(name, []).append(float(total))
         self._pending.clear()
-        return torch.tensor([self._sums.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        return torch.tensor([math.fsum(self._totals.get(name, ())) for name in self.names], dtype=torch.float64)

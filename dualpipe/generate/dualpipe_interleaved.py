@@ -35,7 +35,10 @@ def dualpipe_interleaved(
 def dualpipe_split(
     num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
 ) -> Schedule:
-    """Returns `dualpipe_interleaved` with one stage per rank and direction."""
+    """Returns `dualpipe_interleaved` with one stage per rank and direction.
+
+    Without a memory cap it keeps to known orders, which run W soon after I and so need less memory in between.
+    """
     return _generate("dualpipe_split", num_ranks, num_micro_batches, costs, memory_cap)
 
 
@@ -57,7 +60,8 @@ def _generate(
     shape = empty(num_ranks, num_micro_batches, chunks, kind)
     largest = chunks * max(stage.activation for stage in costs.stages)
     cap = (num_ranks + 2) * largest if memory_cap is None else memory_cap
-    return search(shape, costs, cap, known_orders(shape, costs, cap))
+    builds_more = memory_cap is not None or kind != "dualpipe_split"
+    return search(shape, costs, cap, known_orders(shape, costs, cap), builds_more=builds_more)
 
 
 SCHEDULES.register(

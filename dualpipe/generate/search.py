@@ -81,7 +81,9 @@ class BestSchedule:
         return True
 
 
-def search(shape: Schedule, costs: CostModel, cap: float, known: Iterable[Schedule]) -> Schedule:
+def search(
+    shape: Schedule, costs: CostModel, cap: float, known: Iterable[Schedule], *, builds_more: bool = True
+) -> Schedule:
     """Returns the best schedule that is found. It is deterministic.
 
     Args:
@@ -89,6 +91,7 @@ def search(shape: Schedule, costs: CostModel, cap: float, known: Iterable[Schedu
         costs: costs of its stages.
         cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
         known: schedules to compare with; invalid ones are ignored.
+        builds_more: whether to build other orders even if a known one fits.
 
     Raises:
         MemoryCapError: if no order fits the memory cap. It names the smallest cap that works.
@@ -99,7 +102,7 @@ def search(shape: Schedule, costs: CostModel, cap: float, known: Iterable[Schedu
         best.consider(schedule)
         if best.is_optimal:
             break
-    for level in _caps(shape, costs, cap):
+    for level in _caps(shape, costs, cap) if builds_more or best.schedule is None else ():
         if lower_bound(shape, costs, level).value >= best.makespan * (1 - _TOLERANCE):
             break
         _Level(best, level).run()

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from comm.config import ParallelismConfig
+from comm.config import Cut, ParallelismConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
@@ -44,7 +44,8 @@ def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainC
     return tiny_config(
         folder,
         batch=replace(BATCH, global_sequences=max(4, 2 * pipeline) * data),
-        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
+        # A cut by cost would differ between overlapped and sequential groups.
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert, cut=Cut("even")),
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
         model=replace(MODEL, num_layers=max(3, pipeline)),
     )

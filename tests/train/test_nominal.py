@@ -7,7 +7,7 @@ import pytest
 
 from comm.config import ParallelismConfig
 from dualpipe.ir import Op, Schedule
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import FALLBACK, SCHEDULES, build
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.schedule.nominal import few_micro_batches, nominal_costs, planning_schedule
@@ -52,9 +52,29 @@ def test_few_micro_batches_show_the_peak_of_many(tmp_path: Path, kind: str, pipe
     whole = build(kind, pipeline, many, costs)
     assert whole.num_micro_batches == many
     spec = SCHEDULES.get(kind)
-    assert (planned.num_micro_batches == many) == (spec.grows or spec.takes_costs), f"{kind}: does its peak grow?"
+    is_whole = spec.grows or (spec.takes_costs and kind != FALLBACK)
+    assert (planned.num_micro_batches == many) == is_whole, f"{kind}: does its peak grow?"
     for pending in PENDING_WEIGHTS:
         assert max(peaks(planned, pending)) == pytest.approx(max(peaks(whole, pending)))
+
+
+@pytest.mark.parametrize(("pipeline", "micro_batches"), [(2, 4), (4, 8), (4, 18), (6, 12), (8, 16)])
+def test_dualpipe_split_with_exchange_keeps_the_activations_of_the_published_order(
+    tmp_path: Path, pipeline: int, micro_batches: int
+) -> None:
+    config = make_config(tmp_path, "dualpipe_split", pipeline, micro_batches)
+    whole = build("dualpipe_split", pipeline, micro_batches, nominal_costs(config, "dualpipe_split"))
+    for pending in PENDING_WEIGHTS:
+        assert max(peaks(planning_schedule(config, micro_batches), pending)) == max(peaks(whole, pending))
+
+
+def test_other_costs_are_planned_without_the_shortcut(tmp_path: Path) -> None:
+    """Without exchange, W fills gaps and many are deferred, so the published order would predict too little."""
+    config = make_config(tmp_path, "dualpipe_split", 4, 8, expert=1)
+    whole = build("dualpipe_split", 4, 8, nominal_costs(config, "dualpipe_split"))
+    planned = planning_schedule(config, 8)
+    assert peaks(planned, 1.5) == peaks(whole, 1.5)
+    assert max(peaks(planned, 1.5)) > max(peaks(planning_schedule(make_config(tmp_path, "dualpipe", 4, 8), 8), 1.5))
 
 
 def test_few_micro_batches_are_odd_if_the_run_has_an_odd_number() -> None:

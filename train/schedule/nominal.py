@@ -9,9 +9,11 @@ for each rank show the peak of thousands. `tests/train/test_nominal.py` compares
 from dataclasses import replace
 
 from dualpipe.generate.cache import schedules_folder
+from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Schedule
+from dualpipe.passes import split_backwards
 from dualpipe.registry import FALLBACK, SCHEDULES, build
-from dualpipe.simulate.costs import CostModel, uniform
+from dualpipe.simulate.costs import CostModel, Costs, uniform
 from train.config import TrainConfig
 from train.schedule.cut import run_cut, run_placement
 from train.schedule.layer_times import nominal_times, stage_costs
@@ -77,10 +79,12 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     spec = SCHEDULES.get(kind)
     pipeline = config.parallelism.pipeline
-    # An order that is searched for keeps other activations for another number of micro-batches.
-    is_whole = spec.grows or spec.takes_costs
+    # An order that the list builder finds keeps other activations for another number of micro-batches.
+    is_whole = spec.grows or (spec.takes_costs and kind != FALLBACK)
     few = num_micro_batches if is_whole else few_micro_batches(pipeline, num_micro_batches)
     costs = nominal_costs(config, kind)
+    if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches, costs):
+        return split_backwards(dualpipe(pipeline, few))
     return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 
@@ -88,3 +92,24 @@ def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
     """Returns how many micro-batches show the peak: about three per rank, odd if the run's number is odd."""
     few = _PER_RANK * pipeline + _MARGIN
     return min(num_micro_batches, few + (few + num_micro_batches) % 2)
+
+
+def _is_published_order(config: TrainConfig, num_micro_batches: int, costs: CostModel) -> bool:
+    """Returns whether dualpipe_split keeps the same activations as DualPipe's published order.
+
+    It does if stages are equal, and F, I, W and exchange take equal times. Then W fills no gap, because other
+    operations hide every exchange. The shortcut avoids building dualpipe_split itself, which takes
+    seconds for many ranks.
+    """
+    pipeline, parallelism = config.parallelism.pipeline, config.parallelism
+    equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
+    return (
+        config.costs == equal
+        and costs == _equal_costs(config, pipeline)
+        and parallelism.expert > 1
+        and config.schedule.pairing == "overlapped"
+        and config.memory_cap is None
+        and pipeline % 2 == 0
+        and num_micro_batches % 2 == 0
+        and num_micro_batches >= 2 * pipeline
+    )
