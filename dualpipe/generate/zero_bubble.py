@@ -84,10 +84,11 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
 
 
 def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns a schedule with two half stages per rank, in a V, with at most P+2 half activations: P/2+1 of model/P.
+    """Returns a V of two half stages per rank that keeps at most P/2+1 activations of model/P.
 
-    P and M can be any numbers >= 1. With F = I = W = 1 for model/P, P >= 3 and M >= P, it takes (3P-5)/2 more than
-    the work of a rank, less than half of the 3(P-1) of 1F1B. The weight gradients are placed as in `zb_v`.
+    Source: V-Half of arXiv:2405.15362. P and M can be any numbers >= 1. With F = I = W = 1 for model/P, P >= 3 and
+    M >= P, it takes (3P-5)/2 more than the work of a rank, less than half of the 3(P-1) of 1F1B. The weight gradients
+    are placed as in `zb_v`.
     """
     turns = (1, 1, 2) if num_ranks % 2 else (4, 1, 5)
     orders = _repeat_block(num_ranks, num_micro_batches, down_step=2, turns=turns)
@@ -95,11 +96,11 @@ def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def v_min(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns a schedule as `v_half`, with at most floor(2P/3)+3 half activations: no more than P/3+3/2 of model/P.
+    """Returns a V of two half stages per rank that keeps at most P/3+3/2 activations of model/P.
 
-    P and M can be any numbers >= 1. With F = I = W = 1 for model/P and P >= 2, it takes 2P-5/2 more than the work of a
-    rank. 1F1B takes 3(P-1) more. The time from F to I is so short that latency, or an I longer than F, costs time in
-    every micro-batch.
+    Source: V-Min of arXiv:2405.15362. It keeps at most floor(2P/3)+3 half activations. P and M can be any numbers >= 1.
+    With F = I = W = 1 for model/P and P >= 2, it takes 2P-5/2 more than the work of a rank; 1F1B takes 3(P-1) more. The
+    time from F to I is so short that latency, or an I longer than F, costs time in every micro-batch.
     """
     turns = (1, 1, 1) if num_ranks % 3 else (3, 1, 3)
     orders = _repeat_block(num_ranks, num_micro_batches, down_step=1, turns=turns)
@@ -109,7 +110,7 @@ def v_min(num_ranks: int, num_micro_batches: int) -> Schedule:
 def _repeat_block(
     num_ranks: int, num_micro_batches: int, *, down_step: int, turns: tuple[int, int, int]
 ) -> list[list[Operation]]:
-    """Returns each rank's order of F and I if a building block repeats every 6 ticks, once for each micro-batch.
+    """Returns each rank's order of F and I if a block repeats every 6 ticks, for each micro-batch.
 
     The block is the starts of all F and I of a micro-batch, which passes the ranks four times: F down and up the V,
     then I down and up. A rank runs 2 F, 2 I and 2 W of one tick in 6 ticks. This is possible if the starts of its F and
