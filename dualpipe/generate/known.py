@@ -42,18 +42,20 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
         # Fusing is slow, so the order of few micro-batches is extended.
         few = _FEW_PER_RANK * shape.num_ranks + _MARGIN
         few = min(few + (few + shape.num_micro_batches) % 2, shape.num_micro_batches)
-        for order in _overlapped_orders(replace(shape, num_micro_batches=few), costs, natural):
+        for order in _overlapped_orders(replace(shape, num_micro_batches=few), costs, largest):
             if max(peak_memory(order, costs)) <= memory_cap + 1e-9:
                 yield from filter(None, [lengthen(fuse(order, costs), costs, shape.num_micro_batches, _SHIFTS)])
             if shape.num_ranks > _MOST_FUSED:
                 break
 
 
-def _overlapped_orders(shape: Schedule, costs: CostModel, cap: float) -> Iterator[Schedule]:
-    """Yields orders of one chunk in which F and I share a group."""
+def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Iterator[Schedule]:
+    """Yields orders of one chunk in which F and I share a group; `largest` is the largest activation of a stage."""
+    cap = (shape.num_ranks + 1) * largest
     order = lockstep(shape, paired=True)
     yield order
-    yield from filter(None, [place_weights(order, costs, cap)])
+    # With one more activation W can wait for the next exchange, which helps if exchange is longer than F and I.
+    yield from filter(None, [place_weights(order, costs, cap), place_weights(order, costs, cap + largest)])
     yield _with_whole_backwards(order)
     if shape.num_ranks % 2 == 0 and shape.num_micro_batches % 2 == 0 and shape.num_micro_batches >= 2 * shape.num_ranks:
         published = replace(split_backwards(dualpipe(shape.num_ranks, shape.num_micro_batches)), kind=shape.kind)

@@ -51,6 +51,11 @@ def test_split_hides_exchange_as_long_as_computation(num_ranks: int, overhead: i
     assert makespan(num_ranks, 40, equal_times(1)) - 3 * 40 <= overhead
 
 
+@pytest.mark.parametrize(("num_ranks", "num_micro_batches", "most"), [(4, 16, 16), (4, 32, 16), (8, 32, 38)])
+def test_split_fills_long_exchange_with_weight_gradients(num_ranks: int, num_micro_batches: int, most: int) -> None:
+    assert makespan(num_ranks, num_micro_batches, equal_times(1.5)) - 3 * num_micro_batches <= most
+
+
 @pytest.mark.slow
 def test_split_has_no_latency_per_micro_batch() -> None:
     late = equal_times(0, latency=0.1)
