@@ -50,7 +50,13 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 
 
 def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Iterator[Schedule]:
-    """Yields orders of one chunk in which F and I share a group; `largest` is the largest activation of a stage."""
+    """Yields orders of one chunk in which F and I share a group.
+
+    Args:
+        shape: schedule with placement and counts.
+        costs: costs of its stages.
+        largest: memory of the largest activation of a stage.
+    """
     cap = (shape.num_ranks + 1) * largest
     order = lockstep(shape, paired=True)
     yield order
