@@ -13,7 +13,8 @@ from dualpipe.generate.greedy.order import ChunkOrder
 from dualpipe.generate.greedy.pipeline import InterleavedPipeline
 from dualpipe.generate.greedy.policy import POLICIES, Policy, change
 from dualpipe.generate.greedy.run import GreedyRun
-from dualpipe.ir import Group, MemoryCapError, Op, Operation, Schedule, ScheduleError, straight_placement
+from dualpipe.generate.search import check_cap, in_sequence
+from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError, straight_placement
 from dualpipe.optimize.weights import place_weights
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
@@ -55,7 +56,7 @@ def interleaved_1f1b(
     cap = memory_cap
     if cap is None:
         cap = (chunks + 1) * num_ranks * max(stage.activation for stage in costs.stages)
-    _check_cap(shape, costs, cap)
+    check_cap(shape, costs, cap)
     return _PolicySearch(shape, costs, cap).run()
 
 
@@ -96,7 +97,7 @@ class _PolicySearch:
                 return extended
         full = _fixed_orders(self._full, self._costs)
         if not full:
-            return _in_sequence(self._full)
+            return in_sequence(self._full.shape)
         return min(full, key=lambda schedule: simulate(schedule, self._costs).makespan)
 
     @property
@@ -205,27 +206,6 @@ def _is_valid(schedule: Schedule) -> bool:
     except ScheduleError:
         return False
     return True
-
-
-def _in_sequence(pipeline: InterleavedPipeline) -> Schedule:
-    """Returns the schedule of one micro-batch after the other, which fits every cap and is always valid."""
-    count = pipeline.shape.num_micro_batches
-    attempt = GreedyRun(pipeline, ChunkOrder(count, pipeline.chunks, count), POLICIES[0])
-    makespan = attempt.run(float("inf"))
-    assert makespan is not None, "one micro-batch at a time cannot block"
-    return replace(pipeline.shape, ranks=attempt.groups())
-
-
-def _check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
-    """Checks that each rank can keep one micro-batch in all its stages."""
-    ranks = shape.num_ranks
-    needs = [sum(stage.activation for stage in costs.stages[rank::ranks]) for rank in range(ranks)]
-    if cap < max(needs) - _TOLERANCE:
-        raise MemoryCapError(
-            f"schedule '{KIND}' on {ranks} ranks keeps at least {max(needs):g} live activations on a rank, one for "
-            f"each of its stages, the cap is {cap:g}; nearest: {max(needs):g}",
-            max(needs),
-        )
 
 
 SCHEDULES.register(

@@ -27,8 +27,8 @@ class Preferences:
         same_stage: whether two micro-batches of one stage may share a group where nothing is sent.
         posts_ahead: whether a rank may send while the previous message of the link is not received yet, if the receiver
             can receive it in time.
-        block: block size of F relative to the default, as an index into `block_sizes`.
-        first_block: number of micro-batches by which the first block is larger, -1 for twice the size.
+        block: number of micro-batches by which a block of F is larger than the default.
+        first_block: number of micro-batches by which the first block is larger.
         equal_blocks: whether I has the block size of F instead of the default.
     """
 
@@ -58,14 +58,9 @@ class Preferences:
         first one has reached the last rank.
         """
         size = max(1, -(-num_ranks // num_directions))
-        forward = block_sizes(size)[self.block]
-        first = 2 * forward if self.first_block < 0 else forward + self.first_block
+        forward = max(1, size + self.block)
+        first = forward + self.first_block
         return Blocks(first=first, forward=forward, backward=forward if self.equal_blocks else size)
-
-
-def block_sizes(size: int) -> tuple[int, ...]:
-    """Returns the block sizes that presets may use: the default, one more, one less, twice, half, and 1."""
-    return size, size + 1, max(1, size - 1), 2 * size, max(1, size // 2), 1
 
 
 def _preset(row: Sequence[float]) -> Preferences:
@@ -80,7 +75,7 @@ _TABLE: tuple[tuple[float, ...], ...] = (
     (0.19, 1.5, -1.0, 0.49, -0.5, 0.0, 0.72, 4.48, 0.5, 0.46, -0.38, 1.61, 0.0, 0, 0, 0, 0, 0),
     (0.56, 0.0, 1.0, 0.19, -0.71, 0.0, 0.05, 5.7, 0.0, -0.84, 0.02, 0.88, 1.0, 1, 0, 0, 0, 0),
     (2.66, 0.0, 0.0, 2.05, 0.4, 0.0, 0.57, 5.06, 0.0, -0.84, 0.46, 0.36, 0.0, 1, 1, 0, 1, 0),
-    (0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 0.5, -0.46, -0.78, -0.02, 1.0, 1, 0, 2, 0, 1),
+    (0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 0.5, -0.46, -0.78, -0.02, 1.0, 1, 0, -1, 0, 1),
     (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 3.63, 5.8, 0.0, -0.66, 0.47, -0.75, 0.0, 1, 0, 0, 0, 1),
     (3.93, 0.0, 1.0, 0.53, 1.0, 0.0, 1.47, 3.27, 0.5, 0.08, -0.06, 1.7, 1.0, 0, 1, 0, 0, 0),
     (2.23, -2.0, 1.0, -0.97, -1.17, 3.0, 2.67, 5.96, 0.0, -0.76, -0.13, 0.21, 0.0, 0, 0, 0, 0, 1),
@@ -88,14 +83,14 @@ _TABLE: tuple[tuple[float, ...], ...] = (
     (2.08, -2.0, 0.0, 2.65, -1.26, 3.0, 3.33, 3.82, 1.0, 0.04, 0.87, -0.26, 0.0, 0, 1, 0, 0, 1),
     (3.35, -2.0, 0.0, 1.99, -1.01, 3.0, 2.68, 0.63, 1.0, 1.23, 0.48, 1.96, 0.5, 1, 0, 0, 0, 1),
     (3.24, 0.0, 0.0, 2.05, 0.4, 3.0, 0.53, 5.7, 0.0, -0.84, 0.92, 0.88, 1.0, 1, 1, 0, 0, 0),
-    (1.78, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 2.69, 0.5, -0.66, -0.78, 0.42, 1.0, 1, 0, 2, 0, 1),
+    (1.78, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 2.69, 0.5, -0.66, -0.78, 0.42, 1.0, 1, 0, -1, 0, 1),
     (0.42, -2.0, 1.0, 0.02, -0.12, 0.0, 2.4, 4.74, 0.5, -0.64, -0.72, -0.06, 0.5, 1, 0, 1, 0, 1),
     (0.71, 1.5, 1.0, 0.53, -1.23, 3.0, 1.47, 3.27, 0.5, 0.33, -0.92, 1.7, 0.0, 1, 1, 0, 1, 0),
     (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 3.63, 5.8, 0.5, -0.39, -0.18, -0.42, 0.0, 1, 0, 0, 0, 1),
-    (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 1.97, 4.75, 0.0, -0.39, 0.47, -0.75, 1.0, 1, 0, 2, 0, 1),
+    (1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 1.97, 4.75, 0.0, -0.39, 0.47, -0.75, 1.0, 1, 0, -1, 0, 1),
     (1.2, -2.0, 1.0, 2.7, 0.46, 0.0, 3.39, 5.48, 0.5, -0.89, 1.49, -0.97, 1.0, 1, 1, 1, 0, 1),
     (0.02, -2.0, 0.0, -0.58, -2.49, 3.0, 0.39, 5.29, 1.0, -0.33, -0.34, -0.61, 1.0, 1, 0, 0, 1, 1),
-    (0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 1.0, -0.46, -0.78, 0.64, 1.0, 1, 0, 2, 0, 1),
+    (0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 1.0, -0.46, -0.78, 0.64, 1.0, 1, 0, -1, 0, 1),
 )
 
 PRESETS = tuple(map(_preset, _TABLE))
