@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, TASK
 from tests.train.job import open_loader
 from tests.train.test_command import run_train
-from tests.train.weight_jobs import LAYOUTS, Started, run_config, start_jobs, use_broken
+from tests.train.weight_jobs import FILE_LIMITS_BYTES, LAYOUTS, Started, run_config, start_jobs, use_broken
 from tests.train.weight_sources import make_sources
 from train.checkpoint.load import load_whole
 from train.checkpoint.manifest import read_model
@@ -192,7 +192,10 @@ def test_start_reports_differences_from_the_source(folder: Path, tmp_path: Path)
 def test_checkpoints_that_cannot_be_read_or_written_end_every_rank(folder: Path) -> None:
     for read, written in run_ranks(2, use_broken, run_config(folder, "mtp", "two", "full")):
         assert read.startswith(f"resume: {folder / 'full' / 'checkpoints' / 'step-00000000'}: cannot be read by rank ")
-        assert "cannot be written by rank " in written
+        assert len(written) == len(FILE_LIMITS_BYTES)
+        for error in written:
+            assert "cannot be written by rank " in error
+            assert error.endswith("File too large")
     assert not (folder / "full" / "checkpoints" / "step-00000001").exists()
 
 

@@ -24,6 +24,9 @@ from train.config import TrainConfig
 from train.config.token_schedule import TokenSchedule
 from train.step import train_step
 
+# The last bytes that can be written are in the middle of a tensor, or in its header.
+FILE_LIMITS_BYTES = (3_000, 10_000, 50_000, 50_700, 51_400, 100_100)
+
 LAYOUTS = {
     "one": (ParallelismConfig(pipeline=1, data=1, expert=1), "1f1b"),
     "two": (ParallelismConfig(pipeline=1, data=2, expert=2), "1f1b"),
@@ -75,10 +78,10 @@ def _start(config: TrainConfig, saves: bool) -> Started:
     return started
 
 
-def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, str]:
-    """Returns the errors of resuming from a checkpoint with a truncated file, and of saving on a full disk."""
+def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, list[str]]:
+    """Returns the errors of resuming from a truncated file, and of saving under limits of file size."""
     learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
-    read = written = ""
+    read, written = "", []
     folder = checkpoint.save(config, learner, 0, prepared)
     if rank == 0:
         os.truncate(folder / "__1_0.distcp", 3000)
@@ -89,11 +92,12 @@ def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, st
         read = str(error)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        checkpoint.save(config, learner, 1, prepared)
-    except OSError as error:
-        written = str(error)
+    for size_bytes in FILE_LIMITS_BYTES:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+        try:
+            checkpoint.save(config, learner, 1, prepared)
+        except OSError as error:
+            written.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     close_job(learner)

@@ -17,12 +17,12 @@ from threading import Thread
 
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.dcp.metadata import METADATA_NAME
+from train.checkpoint.dcp.storage import SyncedWriter
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
 from train.checkpoint.manifest import (
     SCHEDULE_NAME,
@@ -146,10 +146,10 @@ class CheckpointSaver:
         final = step_folder(self._root.parent, step)
         partial = final.with_name(final.name + ".partial")
         self._raise_on_all(self._error_of(self._begin, partial), partial)
-        writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
             try:
+                writer = SyncedWriter(partial)
                 dcp_save(copied, storage_writer=writer, planner=SliceSavePlanner(), process_group=self._group)
             except CheckpointException as failure:
                 rank, (cause, _) = min(failure.failures.items())

@@ -1,13 +1,14 @@
-"""Reads DCP's storage: only tensors, from files whose content is checked."""
+"""Reads and writes DCP's storage: reads only tensors, from files whose content is checked."""
 
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from train.checkpoint.dcp.metadata import ChunkLocation
@@ -85,3 +86,28 @@ def _chunk_shape(stored: TensorStorageMetadata, index: MetadataIndex) -> torch.S
     # `index.index`, if set, is the position at which DCP found the chunk in the list.
     chunks = stored.chunks if index.index is None else stored.chunks[index.index :]
     return next(chunk.sizes for chunk in chunks if chunk.offsets == index.offset)
+
+
+class SyncedWriter(FileSystemWriter):
+    """A writer of one file per rank, synced to disk, that reports the system's error if a file cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens nothing yet."""
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes every tensor of the plan.
+
+        Raises:
+            OSError: the disk is full, for example. torch replaces this error by one about positions in the file if
+                writing fails in the middle of a tensor, and DCP sends an exception to other ranks without its context.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
