@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,9 @@ from data.config import DataConfig
 from data.corpus import DataError, hash_unit, is_validation, list_files, read_documents
 from data.fim import cut_for_fim, join_fim_tokens
 from data.progress import NoProgress, Progress
-from data.registry import Document
+from data.registry import DATA_SOURCES, Document, Part
 from data.tokenizer import Tokenizer
 
-Part = Literal["train", "validation"]
 NO_PROGRESS = NoProgress()
 
 # More text for training the tokenizer takes time and hardly changes its merges.
@@ -59,7 +57,7 @@ def build_encoded(
     sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:
         config = replace(config, validation_fraction=0.0)
-    tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes, progress)
+    tokenizer = given or own_tokenizer(config) or train_tokenizer(config, sizes["train"].text_bytes, progress)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
     for part, size in sizes.items():
@@ -70,6 +68,12 @@ def build_encoded(
         values[f"{part}_bytes"] = size.text_bytes
         values[f"{part}_tokens"] = len(tokens)
     return values
+
+
+def own_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """Returns the own tokenizer of the source; None if it has none."""
+    build = DATA_SOURCES.get(config.source.kind).tokenizer
+    return None if build is None else build(config.source)
 
 
 def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[Part, PartSize]:

@@ -28,7 +28,8 @@ class Batch:
         tokens_BT: token ids, int64.
         positions_BT: position within the piece, int64; -1 for padding.
         pad_id: token id of padding.
-        extras: further values for the successor of each token by name, each [B, T, ...], such as weights or advantages.
+        extras: further values of each token by name, each [B, T, ...]. A weight at position i is that of the prediction
+            of token i + 1.
     """
 
     tokens_BT: Tensor
@@ -127,7 +128,8 @@ class Loader:
         """
         _check_slice("global batch", first, count, self.sizes.sequences(step))
         indices = self._order.range(self.sizes.sequences_before(step) + first, count)
-        return self._gather(self._prepared.train_tokens_NL, self._prepared.train_positions_NL, indices)
+        prepared = self._prepared
+        return self._gather(prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values, indices)
 
     def sample_ids(self, step: int) -> list[int]:
         """Returns the numbers of the training sequences in a step's global batch, in order."""
@@ -142,15 +144,22 @@ class Loader:
         """
         _check_slice("validation part", first, count, self.num_validation_sequences)
         indices = self._validation_order[first : first + count]
-        return self._gather(self._prepared.validation_tokens_NL, self._prepared.validation_positions_NL, indices)
+        prepared = self._prepared
+        arrays = prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values
+        return self._gather(*arrays, indices)
 
     def _gather(
-        self, tokens_NL: NDArray[np.integer], positions_NL: NDArray[np.int32], indices: NDArray[np.int64]
+        self,
+        tokens_NL: NDArray[np.integer],
+        positions_NL: NDArray[np.int32],
+        values: Mapping[str, NDArray[np.generic]],
+        indices: NDArray[np.int64],
     ) -> Batch:
         return Batch(
             tokens_BT=torch.from_numpy(tokens_NL[indices].astype(np.int64)),
             positions_BT=torch.from_numpy(positions_NL[indices].astype(np.int64)),
             pad_id=self._prepared.tokenizer.pad_id,
+            extras={name: torch.from_numpy(value[indices]) for name, value in values.items()},
         )
 
 

@@ -102,3 +102,9 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int
             bins_by_space[left].append(chosen)
             spaces |= 1 << left
     return bins, num_bins
+
+
+def entropy_nats(counts: NDArray[np.int64]) -> float:
+    """Returns the entropy in nats of the distribution with these counts, whose sum is at least 1."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from data.cache import CacheEntry, open_or_build
 from data.config import DataConfig
 from data.corpus import DataError, check_source, list_files
 from data.encode import NO_PROGRESS, build_encoded
-from data.pack import pack_documents
+from data.pack import entropy_nats, pack_documents
 from data.progress import Progress
-from data.registry import DATA_SOURCES
+from data.registry import DATA_SOURCES, Part
+from data.samples.build import build_samples, counts_of, has_samples, read_values
+from data.samples.pack import SampleCounts
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import Tokenizer, check_vocab_size
 
@@ -44,6 +46,9 @@ class Prepared:
             loss. Without a validation part, the entropy of the training part.
         bytes_per_token: UTF-8 bytes of text per token of the same part, without begin of sentence.
         fingerprint: SHA-256 of the arrays; equal if and only if two machines read the same samples.
+        train_values: further values of the training part's tokens by name, each [N, L, ...]; see `data.samples`.
+        validation_values: as for training.
+        counts: number of samples of each part; empty if the source has documents.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +61,9 @@ class Prepared:
     unigram_entropy_nats: float
     bytes_per_token: float
     fingerprint: str
+    train_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    validation_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    counts: Mapping[Part, SampleCounts] = field(default_factory=dict)
 
 
 def check_config(config: DataConfig) -> int:
@@ -134,16 +142,12 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
 
     def build(folder: Path) -> Mapping[str, int | float | str]:
         check_config(config)
+        if has_samples(config):
+            return build_samples(config, given, sequence_length_tokens, folder, progress)
         encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, given, inner, progress))
         return _build_packed(encoded, sequence_length_tokens, folder)
 
     return _open_prepared(open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{encoded_name}", build))
-
-
-def entropy_nats(counts: NDArray[np.int64]) -> float:
-    """Returns the entropy in nats of the distribution with these counts, whose sum is at least 1."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
 
 
 def _encoded_key(config: DataConfig, given: Tokenizer | None) -> str:
@@ -207,4 +211,7 @@ def _open_prepared(entry: CacheEntry) -> Prepared:
         unigram_entropy_nats=float(entry.values["unigram_entropy_nats"]),
         bytes_per_token=float(entry.values["bytes_per_token"]),
         fingerprint=str(entry.values["fingerprint"]),
+        train_values=read_values(entry.folder, "train"),
+        validation_values=read_values(entry.folder, "validation"),
+        counts=counts_of(entry.values),
     )

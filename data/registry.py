@@ -4,12 +4,22 @@ A source is a frozen dataclass, a function that lists its files and a function t
 sources register in `data.corpus`. A plugin file can register more (docs/extend.md).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kernels.registry import Registry
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+
+Part = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +48,40 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SamplePiece:
+    """Tokens that see each other, such as a conversation, with values of each token.
+
+    Attributes:
+        tokens: token ids, [T].
+        values: further values by name, each [T, ...]. A value of position i concerns the prediction of token i + 1, or
+            the state of token i. `data.samples.WEIGHTS` is the weight of that prediction in the loss.
+    """
+
+    tokens: NDArray[np.integer]
+    values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """Pieces that are packed into one sequence and do not see each other, such as answers of a pair.
+
+    Attributes:
+        key: equal on every machine; its hash decides whether the sample is held out.
+        pieces: at least one; every sample of a source has the same values.
+        may_be_cut: whether its only piece may be cut at its end if it is longer than a sequence; else it is dropped.
+    """
+
+    key: str
+    pieces: tuple[SamplePiece, ...]
+    may_be_cut: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all pieces."""
+        return sum(len(piece.tokens) for piece in self.pieces)
+
+
 def _no_settings(source: Any) -> object:
     return None
 
@@ -56,6 +100,9 @@ class DataSourceEntry:
         read: yields the documents of one file; with a limit, reads only about that many bytes.
         place: returns the start of an error about the whole source.
         settings: returns plain values that decide how files are read, for the name of the cache entry.
+        samples: yields the source's samples as token ids, in order, if it has samples instead of documents; `read` then
+            yields their text, from which a tokenizer can be trained.
+        tokenizer: returns the source's own tokenizer, which is used if none is given; None: one is trained.
     """
 
     summary: str
@@ -64,6 +111,8 @@ class DataSourceEntry:
     read: Callable[[Any, CorpusFile, int | None], Iterator[Document]]
     place: Callable[[Any], str]
     settings: Callable[[Any], object] = _no_settings
+    samples: Callable[[Any, Tokenizer], Iterator[Sample]] | None = None
+    tokenizer: Callable[[Any], Tokenizer] | None = None
 
 
 DATA_SOURCES = Registry[DataSourceEntry]("data.kind", ("data.corpus",))

@@ -14,7 +14,8 @@ from data.cache import open_or_build
 from data.config import DataConfig
 from data.corpus import DataError, EmbeddedSource, FilesSource, is_validation, read_documents
 from data.encode import encode_part, train_tokenizer
-from data.prepare import Prepared, check_config, entropy_nats, prepare
+from data.pack import entropy_nats
+from data.prepare import Prepared, check_config, prepare
 
 NUM_FILES = 40
 

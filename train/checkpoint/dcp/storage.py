@@ -89,7 +89,7 @@ def _chunk_shape(stored: TensorStorageMetadata, index: MetadataIndex) -> torch.S
 
 
 class SyncedWriter(FileSystemWriter):
-    """A writer of one file per rank, synced to disk, that reports the system's error if a file cannot be written."""
+    """A writer of one synced file per rank, which reports the system's error if it cannot write."""
 
     def __init__(self, folder: Path) -> None:
         """Opens nothing yet."""

@@ -1,0 +1,1 @@
+"""Prepares samples of chats, pairs or problems, which are never split."""

@@ -1,0 +1,122 @@
+"""Encodes and packs a source's samples on disk. Imports no torch.
+
+Shape legend: N sequences, L tokens per sequence.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import DataConfig
+from data.corpus import DataError, is_validation
+from data.encode import own_tokenizer, train_tokenizer
+from data.pack import entropy_nats
+from data.progress import Progress
+from data.registry import DATA_SOURCES, Part, Sample
+from data.samples.pack import WEIGHTS, PackedSamples, SampleCounts, pack_samples
+from data.tokenizer import Tokenizer
+
+PARTS: tuple[Part, ...] = ("train", "validation")
+
+
+def has_samples(config: DataConfig) -> bool:
+    """Returns whether the source has samples, which are never split, instead of documents."""
+    return DATA_SOURCES.get(config.source.kind).samples is not None
+
+
+def build_samples(
+    config: DataConfig, given: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
+) -> dict[str, int | float | str]:
+    """Writes `tokenizer.json` and each part's packed samples into a folder.
+
+    Args:
+        config: source of the samples and settings for their preparation.
+        given: the tokenizer; None takes the source's own, or trains one on the samples' text.
+        sequence_length_tokens: L.
+        folder: an empty folder.
+        progress: progress display.
+
+    Returns:
+        The values for `meta.json`.
+
+    Raises:
+        DataError: the source cannot be read, or the training part would be empty.
+    """
+    tokenizer = given or own_tokenizer(config) or train_tokenizer(config, 0, progress)
+    tokenizer.save(folder / "tokenizer.json")
+    digest = hashlib.sha256()
+    values: dict[str, int | float | str] = {}
+    for part, samples in _encode_samples(config, tokenizer).items():
+        packed = pack_samples(samples, sequence_length_tokens, tokenizer.pad_id, tokenizer.vocab_size)
+        if part == "train" and not packed.counts.kept:
+            raise DataError(
+                f"batch.sequence_length_tokens: {sequence_length_tokens} leaves no sample of {packed.counts.dropped}; "
+                f"at least one must fit with a token to predict; nearest: "
+                f"{min(sample.num_tokens for sample in samples)}"
+            )
+        for array in _write_part(folder, part, packed):
+            digest.update(np.ascontiguousarray(array).data)
+        values[f"{part}_tokens"] = int((packed.positions_NL >= 0).sum())
+        values |= {f"{part}_samples_{name}": count for name, count in asdict(packed.counts).items()}
+        if predicted := _predicted_tokens(packed):
+            values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
+            values["bytes_per_token"] = len(tokenizer.decode(predicted).encode()) / len(predicted)
+    values["fingerprint"] = digest.hexdigest()
+    return values
+
+
+def _write_part(folder: Path, part: Part, packed: PackedSamples) -> Iterator[NDArray[np.generic]]:
+    """Writes a part's arrays into a folder, and yields each."""
+    arrays = {"tokens": packed.tokens_NL, "positions": packed.positions_NL}
+    for name, array in {**arrays, **{f"value-{name}": value for name, value in packed.values.items()}}.items():
+        np.save(folder / f"{part}_{name}_NL.npy", array)
+        yield array
+
+
+def read_values(folder: Path, part: Part) -> dict[str, NDArray[np.generic]]:
+    """Returns the values of a part's tokens by name, memory-mapped."""
+    start, end = f"{part}_value-", "_NL.npy"
+    paths = sorted(folder.glob(f"{start}*{end}"))
+    return {path.name.removeprefix(start).removesuffix(end): np.load(path, mmap_mode="r") for path in paths}
+
+
+def counts_of(values: Mapping[str, int | float | str]) -> dict[Part, SampleCounts]:
+    """Returns each part's counts from the values of `meta.json`, nothing for a source of documents."""
+    if "train_samples_kept" not in values:
+        return {}
+    names = ("kept", "cut", "dropped")
+    return {part: SampleCounts(**{name: int(values[f"{part}_samples_{name}"]) for name in names}) for part in PARTS}
+
+
+def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list[Sample]]:
+    """Returns the samples of each part, encoded.
+
+    Raises:
+        DataError: the source cannot be read, or the training part would be empty.
+    """
+    encode = DATA_SOURCES.get(config.source.kind).samples
+    assert encode is not None
+    parts: dict[Part, list[Sample]] = {"train": [], "validation": []}
+    for sample in encode(config.source, tokenizer):
+        held_out = is_validation(sample.key, config.validation_fraction, config.seed)
+        parts["validation" if held_out else "train"].append(sample)
+    if not parts["train"]:
+        raise DataError(
+            f"data.validation_fraction: {config.validation_fraction} of {len(parts['validation'])} samples, selected "
+            f"by hash with data.seed {config.seed}, leaves the training part empty; it must have at least one sample; "
+            f"nearest: a smaller fraction, or more samples"
+        )
+    return parts
+
+
+def _predicted_tokens(packed: PackedSamples) -> list[int]:
+    """Returns the tokens of all positions that train a prediction, in order."""
+    is_predicted_NL = packed.positions_NL[:, 1:] >= 1
+    if WEIGHTS in packed.values:
+        is_predicted_NL &= packed.values[WEIGHTS][:, :-1].astype(bool)
+    tokens: list[int] = packed.tokens_NL[:, 1:][is_predicted_NL].tolist()
+    return tokens

@@ -1,0 +1,116 @@
+"""Packs samples of chats, pairs or problems into sequences of one length, with values for each token.
+
+Imports no torch. Unlike documents, samples are never split. Shape legend: N sequences, L tokens per sequence, T tokens
+of a piece.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.pack import PADDING_POSITION, best_fit_decreasing
+from data.registry import Sample, SamplePiece
+
+WEIGHTS = "weights"
+"""Value of the weight with which position i trains the prediction of token i + 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleCounts:
+    """Counts of a part's samples: those kept, those of them that are cut at their end, those dropped."""
+
+    kept: int
+    cut: int
+    dropped: int
+
+
+@dataclass(slots=True)
+class _PartSamples:
+    """Samples of a part that fit into a sequence."""
+
+    samples: list[Sample] = field(default_factory=list)
+    num_cut: int = 0
+    num_dropped: int = 0
+
+    def add(self, sample: Sample, length: int) -> None:
+        """Adds a sample. Cuts or drops it if it is longer than a sequence."""
+        fitting = _cut(sample, length)
+        if fitting is None:
+            self.num_dropped += 1
+            return
+        self.num_cut += fitting is not sample
+        self.samples.append(fitting)
+
+    @property
+    def counts(self) -> SampleCounts:
+        """The counts so far."""
+        return SampleCounts(kept=len(self.samples), cut=self.num_cut, dropped=self.num_dropped)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedSamples:
+    """Packed samples of one part.
+
+    Attributes:
+        tokens_NL: token ids, with the pad id after each sequence's last piece.
+        positions_NL: position within the piece, int32; -1 for padding.
+        values: further values by name, each [N, L, ...]; 0 for padding.
+        counts: number of samples.
+    """
+
+    tokens_NL: NDArray[np.integer]
+    positions_NL: NDArray[np.int32]
+    values: Mapping[str, NDArray[np.generic]]
+    counts: SampleCounts
+
+
+def pack_samples(samples: Iterable[Sample], sequence_length_tokens: int, pad_id: int, vocab_size: int) -> PackedSamples:
+    """Packs samples by best fit, longest first. All pieces of a sample are in one sequence.
+
+    A sample that is longer than a sequence is cut at its end if it may be, or else dropped.
+
+    Args:
+        samples: in order; all have the same values.
+        sequence_length_tokens: L.
+        pad_id: token id that fills the rest of a sequence.
+        vocab_size: size of the vocabulary, which decides the type of the tokens.
+    """
+    length, part = sequence_length_tokens, _PartSamples()
+    for sample in samples:
+        part.add(sample, length)
+    bins, num_bins = best_fit_decreasing([sample.num_tokens for sample in part.samples], length)
+    tokens_NL = np.full((num_bins, length), pad_id, dtype=np.uint16 if vocab_size <= 2**16 else np.int32)
+    positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
+    first = part.samples[0].pieces[0].values if part.samples else {}
+    values = {name: np.zeros((num_bins, length, *value.shape[1:]), dtype=value.dtype) for name, value in first.items()}
+    filled = [0] * num_bins
+    for row, sample in zip(bins, part.samples, strict=True):
+        for piece in sample.pieces:
+            place = slice(filled[row], filled[row] + len(piece.tokens))
+            tokens_NL[row, place] = piece.tokens
+            positions_NL[row, place] = np.arange(len(piece.tokens))
+            for name, value in piece.values.items():
+                values[name][row, place] = value
+            filled[row] = place.stop
+    return PackedSamples(tokens_NL=tokens_NL, positions_NL=positions_NL, values=values, counts=part.counts)
+
+
+def _cut(sample: Sample, length: int) -> Sample | None:
+    """Returns a sample that fits into a sequence, or None if nothing of it can be trained."""
+    if sample.num_tokens <= length:
+        return sample if _has_targets(sample) else None
+    if not sample.may_be_cut or len(sample.pieces) > 1:
+        return None
+    piece = sample.pieces[0]
+    values = {name: value[:length] for name, value in piece.values.items()}
+    if WEIGHTS in values:
+        # The last token that is kept predicts one that is not.
+        values[WEIGHTS] = np.concatenate([values[WEIGHTS][:-1], np.zeros_like(values[WEIGHTS][-1:])])
+    cut = replace(sample, pieces=(SamplePiece(tokens=piece.tokens[:length], values=values),))
+    return cut if _has_targets(cut) else None
+
+
+def _has_targets(sample: Sample) -> bool:
+    return any(WEIGHTS not in piece.values or bool(np.any(piece.values[WEIGHTS])) for piece in sample.pieces)

@@ -1,0 +1,1 @@
+"""Engines that continue prompts with a model's weights."""
