@@ -1,4 +1,4 @@
-"""Runs a whole model with a latent KV cache: over prompts, then over a few new tokens per sequence.
+"""Runs a model, or a part of it, with a latent KV cache: over prompts, then over a few new tokens.
 
 Shape legend: B cached sequences, S new tokens of each, N new tokens of all, D hidden size, V vocabulary,
 C values per token in the cache, T positions, P values of a rotation, A received rows (one for each token and expert).
@@ -18,31 +18,35 @@ from model.precision.linear import widen
 from model.transformer import Transformer
 
 Views = Callable[[int], CacheView]
-"""Maps a layer's number to its view of the cache in one pass."""
+"""Maps a layer's index within its cache to its view of the cache in one pass."""
 
 
-class Decoder:
-    """A model with KV caches of the sequences that it continues.
+class PartDecoder:
+    """Cached passes of a part of a model: embedding, some layers, final norm and head, MTP module.
 
-    Computes in the type of the weights, even for FP8. The main model and the MTP module have one cache each, with the
-    same sequences in the same rows. Entry i of the MTP module's cache is for the pair of the main model's state of
-    token i and the embedding of token i + 1. New entries do not count until the caller sets the length with
-    `KvCache.resize`, because only the caller knows which tokens stay.
+    A caller combines them into a pass. Each needs only its own weights, so the part may be a pipeline stage. Computes
+    in the type of the weights, even for FP8. The layers and the MTP module have one cache each, with the same sequences
+    in the same rows. Entry i of the MTP module's cache is for the pair of the main model's state of token i and the
+    embedding of token i + 1. New entries do not count until the caller sets the length with `KvCache.resize`, because
+    only the caller knows which tokens stay.
     """
 
-    def __init__(self, model: Transformer, max_sequences: int, capacity: int, *, with_mtp: bool) -> None:
+    def __init__(
+        self, model: Transformer, layers: Sequence[int], max_sequences: int, capacity: int, *, with_mtp: bool
+    ) -> None:
         """Allocates the caches in the model's type and on its device.
 
         Args:
-            model: the whole model.
+            model: a model or a part of it.
+            layers: layers of the main model that this part runs, in order.
             max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
-            with_mtp: whether the MTP module is used.
+            with_mtp: whether the part has an MTP module that is used.
         """
-        config, weight = model.config, model.head_weight
-        self._model, self._config = model, config
+        config, weight = model.config, next(model.parameters())
+        self._model, self._config, self._layers = model, config, tuple(layers)
         width = model.attention.values_per_token(config)
-        self.main = KvCache(width, config.num_layers, max_sequences, capacity, weight.dtype, weight.device)
+        self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
         cos, sin = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
         self._cos_TP, self._sin_TP = cos.to(weight.device), sin.to(weight.device)
@@ -62,36 +66,24 @@ class Decoder:
         self.mtp.remove(row)
         self.main.remove(row)
 
-    def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Runs the main model over whole prompts and fills empty rows of the cache.
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """Returns the embeddings of tokens, ND."""
+        return self._model.embed(tokens_N[None], None)[0]
 
-        Args:
-            rows: row of each prompt.
-            prompts: token ids of each prompt.
+    def run_layers(self, hidden_ND: Tensor, views: Views) -> Tensor:
+        """Runs the layers of this part; returns the last one's output, ND."""
+        for index, layer in enumerate(self._layers):
+            hidden_ND = self._run(self._model.block(layer), hidden_ND, views(index))
+        return hidden_ND
 
-        Returns:
-            The states of all prompt tokens for the MTP module, ND, prompt by prompt; and the logits after the last
-            token of each prompt, BV.
-        """
-        counts = [len(prompt) for prompt in prompts]
-        tokens_N = self._tensor([token for prompt in prompts for token in prompt])
-        views = self._over_prompts(self.main, rows, counts)
-        state_ND, normal_ND = self._run_main(tokens_N, views)
-        last_B = self._tensor(counts).cumsum(0) - 1
-        return state_ND, self.logits(normal_ND[last_B])
+    def final_norm(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the states for the MTP module and the states for the head, both ND, after the last layer."""
+        normal_ND = self._model.final_norm(0)(hidden_ND)
+        return (normal_ND if self._config.mtp_hidden == "post_norm" else hidden_ND), normal_ND
 
-    def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs the main model over S new tokens of every cached sequence.
-
-        Args:
-            tokens_BS: the new tokens, placed after each sequence's current length.
-
-        Returns:
-            Their states for the MTP module, BSD, and their logits, BSV.
-        """
-        views = self._over_cache(self.main, tokens_BS.shape[1])
-        state_ND, normal_ND = self._run_main(tokens_BS.flatten(), views)
-        return state_ND.view(*tokens_BS.shape, -1), self.logits(normal_ND).view(*tokens_BS.shape, -1)
+    def logits(self, normal_ND: Tensor) -> Tensor:
+        """Returns the logits of the shared output head, NV, in float32 or wider."""
+        return widen(functional.linear(normal_ND, self._model.head_weight))
 
     def read_prompts_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
         """Runs the MTP module over prompts and fills empty rows of its cache.
@@ -99,44 +91,50 @@ class Decoder:
         Args:
             rows: row of each sequence.
             next_tokens: for each sequence, the token after each state; at least one.
-            state_ND: states from `read_prompts` for the same positions, sequence by sequence.
+            state_ND: states for the MTP module for the same positions, sequence by sequence.
         """
         counts = [len(tokens) for tokens in next_tokens]
         tokens_N = self._tensor([token for tokens in next_tokens for token in tokens])
-        self._run_mtp(tokens_N, state_ND, self._over_prompts(self.mtp, rows, counts))
+        self._run_mtp(tokens_N, state_ND, self.over_prompts(self.mtp, rows, counts))
 
     def step_mtp(self, next_tokens_BS: Tensor, state_BSD: Tensor, chosen_B: Tensor) -> Tensor:
         """Runs the MTP module over S new pairs of every cached sequence.
 
         Args:
             next_tokens_BS: the token after each state.
-            state_BSD: states from `read_prompts` or `step`.
+            state_BSD: states for the MTP module.
             chosen_B: for each sequence, the pair in 0..S-1 whose logits are computed.
 
         Returns:
             Logits of the token after `next_tokens_BS` at the chosen pairs, BV.
         """
-        views = self._over_cache(self.mtp, next_tokens_BS.shape[1])
+        views = self.over_cache(self.mtp, next_tokens_BS.shape[1])
         hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
         return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
 
-    def logits(self, normal_ND: Tensor) -> Tensor:
-        """Returns the logits of the shared output head, NV, in float32 or wider."""
-        return widen(functional.linear(normal_ND, self._model.head_weight))
+    def over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
+        """Returns the views of attention within prompts, which start at position 0."""
+        rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
+        return lambda layer: PromptView(cache, layer, rows, counts, rotation)
 
-    def _run_main(self, tokens_N: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """Runs the main model. Returns the states for the MTP module and the states for the head, both ND."""
-        hidden_ND = self._model.embed(tokens_N[None], None)[0]
-        for layer in range(self._config.num_layers):
-            hidden_ND = self._run(self._model.block(layer), hidden_ND, views(layer))
-        normal_ND = self._model.final_norm(0)(hidden_ND)
-        return (normal_ND if self._config.mtp_hidden == "post_norm" else hidden_ND), normal_ND
+    def over_cache(self, cache: KvCache, num_new: int) -> Views:
+        """Returns the views of attention of `num_new` tokens of every sequence over the cached tokens."""
+        longest = max(cache.lengths)
+        num_positions = longest + num_new
+        # New tokens follow the cached ones: position = length of the sequence + number of the new token.
+        positions_BS = self._tensor(cache.lengths)[:, None] + torch.arange(num_new, device=self.device)
+        rotation = self._rotation(positions_BS.flatten())
+        # A mask is needed if there are several new tokens, or if sequences differ in length.
+        future_BST = None
+        if num_new > 1 or min(cache.lengths) < longest:
+            future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]
+        return lambda layer: StepView(cache, layer, positions_BS, num_positions, future_BST, rotation)
 
     def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         block = self._model.mtp_block(1)
-        embedded_1ND = self._model.embed(next_tokens_N[None], None)
-        return self._run(block, block.merge(embedded_1ND, state_ND[None], None)[0], views(0))
+        merged_1ND = block.merge(self.embed(next_tokens_N)[None], state_ND[None], None)
+        return self._run(block, merged_1ND[0], views(0))
 
     def _run(self, block: Block, hidden_ND: Tensor, view: CacheView) -> Tensor:
         """Runs one block over N tokens; returns its output, ND."""
@@ -155,26 +153,54 @@ class Decoder:
             residual_ND = residual_ND + moe.shared_experts(rows_ND, None)
         return residual_ND + dispatcher.combine(routed_AD, handle).wait()
 
-    def _over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
-        """Returns the views of attention within prompts, which start at position 0."""
-        rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
-        return lambda layer: PromptView(cache, layer, rows, counts, rotation)
-
-    def _over_cache(self, cache: KvCache, num_new: int) -> Views:
-        """Returns the views of attention of `num_new` tokens of every sequence over the cached tokens."""
-        longest = max(cache.lengths)
-        num_positions = longest + num_new
-        # New tokens follow the cached ones: position = length of the sequence + number of the new token.
-        positions_BS = self._tensor(cache.lengths)[:, None] + torch.arange(num_new, device=self.device)
-        rotation = self._rotation(positions_BS.flatten())
-        # A mask is needed if there are several new tokens, or if sequences differ in length.
-        future_BST = None
-        if num_new > 1 or min(cache.lengths) < longest:
-            future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]
-        return lambda layer: StepView(cache, layer, positions_BS, num_positions, future_BST, rotation)
-
     def _rotation(self, positions_N: Tensor) -> Rotation:
         return Rotation(self._cos_TP[positions_N], self._sin_TP[positions_N])
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
+
+
+class Decoder(PartDecoder):
+    """A whole model with KV caches of the sequences that it continues."""
+
+    def __init__(self, model: Transformer, max_sequences: int, capacity: int, *, with_mtp: bool) -> None:
+        """Allocates the caches in the model's type and on its device.
+
+        Args:
+            model: the whole model.
+            max_sequences: maximum number of sequences.
+            capacity: maximum number of tokens of each sequence.
+            with_mtp: whether the MTP module is used.
+        """
+        super().__init__(model, range(model.config.num_layers), max_sequences, capacity, with_mtp=with_mtp)
+
+    def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Runs the main model over whole prompts and fills empty rows of the cache.
+
+        Args:
+            rows: row of each prompt.
+            prompts: token ids of each prompt.
+
+        Returns:
+            The states of all prompt tokens for the MTP module, ND, prompt by prompt; and the logits after the last
+            token of each prompt, BV.
+        """
+        counts = [len(prompt) for prompt in prompts]
+        tokens_N = self._tensor([token for prompt in prompts for token in prompt])
+        views = self.over_prompts(self.main, rows, counts)
+        state_ND, normal_ND = self.final_norm(self.run_layers(self.embed(tokens_N), views))
+        last_B = self._tensor(counts).cumsum(0) - 1
+        return state_ND, self.logits(normal_ND[last_B])
+
+    def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the main model over S new tokens of every cached sequence.
+
+        Args:
+            tokens_BS: the new tokens, placed after each sequence's current length.
+
+        Returns:
+            Their states for the MTP module, BSD, and their logits, BSV.
+        """
+        views = self.over_cache(self.main, tokens_BS.shape[1])
+        state_ND, normal_ND = self.final_norm(self.run_layers(self.embed(tokens_BS.flatten()), views))
+        return state_ND.view(*tokens_BS.shape, -1), self.logits(normal_ND).view(*tokens_BS.shape, -1)
