@@ -97,6 +97,9 @@ class Schedule:
         num_micro_batches: number of micro-batches, of both directions together.
         placement: `placement[direction][stage]` is the rank that holds the stage for that direction.
         ranks: `ranks[rank]` holds the rank's groups in order.
+        cohorts: None in a schedule that trains. In one that decodes, the number of cohorts of each direction: micro-batch
+            m is pass m // cohorts of cohort m % cohorts, and its first stage needs the tokens that the last stage chose
+            in the cohort's previous pass.
     """
 
     kind: str
@@ -104,6 +107,7 @@ class Schedule:
     num_micro_batches: int
     placement: Placement
     ranks: tuple[tuple[Group, ...], ...]
+    cohorts: int | None = None
 
     @property
     def num_stages(self) -> int:
@@ -118,6 +122,15 @@ class Schedule:
     def rank_of(self, direction: int, stage: int) -> int:
         """Returns the rank that runs `stage` for the micro-batches of `direction`."""
         return self.placement[direction][stage]
+
+    def token_source(self, op: Operation) -> Operation | None:
+        """Returns the operation that chooses the tokens that an operation reads, or None if it reads none.
+
+        It is None in the first pass of a cohort, whose tokens do not come from the schedule.
+        """
+        if self.cohorts is None or op.stage or op.kind is not Op.FORWARD or op.micro_batch < self.cohorts:
+            return None
+        return op._replace(stage=self.num_stages - 1, micro_batch=op.micro_batch - self.cohorts)
 
     @property
     def has_offload(self) -> bool:
@@ -153,7 +166,7 @@ class Schedule:
 
 def to_json(schedule: Schedule) -> str:
     """Returns the schedule's public JSON form in one line. Equal schedules give equal text."""
-    record = {
+    record: dict[str, Any] = {
         "kind": schedule.kind,
         "num_ranks": schedule.num_ranks,
         "num_micro_batches": schedule.num_micro_batches,
@@ -161,6 +174,8 @@ def to_json(schedule: Schedule) -> str:
         "placement": schedule.placement,
         "ranks": schedule.ranks,
     }
+    if schedule.cohorts is not None:
+        record["cohorts"] = schedule.cohorts
     return json.dumps(record)
 
 
@@ -189,6 +204,7 @@ def from_json(text: str) -> Schedule:
         num_micro_batches=_integer(record["num_micro_batches"], "num_micro_batches"),
         placement=placement,
         ranks=ranks,
+        cohorts=_integer(record["cohorts"], "cohorts") if "cohorts" in record else None,
     )
     _check_sizes(schedule, _integer(record["num_stages"], "num_stages"))
     return schedule
@@ -198,7 +214,7 @@ def _read_object(record: Any) -> dict[str, Any]:
     keys = {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
     if not isinstance(record, dict):
         raise ScheduleError(f"schedule: must be an object, is {_shown(record)}")
-    if wrong := keys.symmetric_difference(record):
+    if wrong := keys.symmetric_difference(record) - {"cohorts"}:
         verb = "is missing" if wrong <= keys else "is unknown"
         name = min(wrong & keys if wrong <= keys else wrong - keys)
         raise ScheduleError(f"schedule: the key {name!r} {verb}; nearest valid: {', '.join(sorted(keys))}")

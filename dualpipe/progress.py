@@ -11,6 +11,10 @@ The next action of each rank is fixed and does not depend on the speed of other 
 does, and one run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only
 wait less. A copy to or from host memory waits for no other rank, so it is never part of a deadlock.
 
+A schedule that decodes keeps messages waiting on purpose: with more cohorts than ranks, tokens arrive before their rank
+needs them. Each cohort has at most one message on the way, so a link that holds one message of every cohort never
+blocks its sender. That is the model of such a schedule.
+
 Values are numbers here, and steps are shared by all messages of a link, because a large schedule has hundreds of
 thousands of messages.
 """
@@ -22,7 +26,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from dualpipe.ir import Group, Op, Schedule, ScheduleError
-from dualpipe.transfers import Value, ValueKind, made_by, needed_by
+from dualpipe.transfers import Value, ValueKind, value_made, value_needed
 
 
 class _Action(Enum):
@@ -44,6 +48,7 @@ class _Link:
         num_sent: messages sent so far.
         num_posted: receives posted so far.
         num_taken: messages for which the destination has waited.
+        num_held: messages that the link delivers before their receive is posted.
     """
 
     source: int
@@ -54,6 +59,7 @@ class _Link:
     num_sent: int = 0
     num_posted: int = 0
     num_taken: int = 0
+    num_held: int = 0
 
 
 class _Step(NamedTuple):
@@ -69,12 +75,14 @@ class _End(NamedTuple):
     Attributes:
         steps: of each message at this end.
         values: order of the values of the link at this end.
-        first: number of the value of micro-batch 0.
+        first: number of the value that belongs to micro-batch 0.
+        micro_batches: micro-batches of the operations that send or receive.
     """
 
     steps: tuple[_Step, ...]
     values: list[int]
     first: int
+    micro_batches: range
 
 
 _Ends = dict[tuple[Op, int, int], _End]
@@ -112,25 +120,30 @@ def check_progress(schedule: Schedule) -> None:
 def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
     """Returns the receiving and the sending end of all values that go from rank to rank."""
     links: dict[tuple[int, int, ValueKind], _Link] = {}
+    held = (schedule.cohorts or 0) * schedule.num_directions
     receivers: _Ends = {}
     senders: _Ends = {}
 
-    def connect(kind: ValueKind, direction: int, stage: int, neighbor: int) -> None:
-        row = schedule.placement[direction]
-        key = row[stage], row[neighbor], kind
-        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind))
+    def connect(kind: ValueKind, direction: int, stage: int, user: int, delay: int = 0) -> None:
+        """Connects a stage with the user of its values, which uses them `delay` micro-batches later."""
+        row, count = schedule.placement[direction], len(schedule.micro_batches_of(direction))
+        key = row[stage], row[user], kind
+        link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind, num_held=held))
         first = (direction * schedule.num_stages + stage) * schedule.num_micro_batches
-        sends = _End((_Step(_Action.SEND, link),), link.sent, first)
-        receives = _End((_Step(_Action.POST, link), _Step(_Action.WAIT, link)), link.received, first)
-        for op in (Op.FORWARD,) if kind == "activation" else (Op.BACKWARD, Op.BACKWARD_INPUT):
+        sends = _End((_Step(_Action.SEND, link),), link.sent, first, range(count - delay))
+        waits = (_Step(_Action.POST, link), _Step(_Action.WAIT, link))
+        receives = _End(waits, link.received, first - delay, range(delay, count))
+        for op in (Op.BACKWARD, Op.BACKWARD_INPUT) if kind == "gradient" else (Op.FORWARD,):
             senders[op, direction, stage] = sends
-            receivers[op, direction, neighbor] = receives
+            receivers[op, direction, user] = receives
 
     for direction, row in enumerate(schedule.placement):
         for stage, (rank, after) in enumerate(pairwise(row)):
             if rank != after:
                 connect("activation", direction, stage, stage + 1)
                 connect("gradient", direction, stage + 1, stage)
+        if schedule.cohorts is not None and row[-1] != row[0]:
+            connect("tokens", direction, schedule.num_stages - 1, 0, schedule.cohorts)
     return receivers, senders
 
 
@@ -141,7 +154,7 @@ def _program(groups: Sequence[Group], receivers: _Ends, senders: _Ends) -> list[
         waits = []
         for op in group:
             end = receivers.get(op[:3])
-            if end is not None:
+            if end is not None and op.micro_batch in end.micro_batches:
                 post, wait = end.steps
                 end.values.append(end.first + op.micro_batch)
                 program.append(post)
@@ -149,7 +162,7 @@ def _program(groups: Sequence[Group], receivers: _Ends, senders: _Ends) -> list[
         program += waits
         for op in group:
             end = senders.get(op[:3])
-            if end is not None:
+            if end is not None and op.micro_batch in end.micro_batches:
                 end.values.append(end.first + op.micro_batch)
                 program.append(end.steps[0])
     return program
@@ -184,7 +197,7 @@ def _run(program: Sequence[_Step], at: int, unblocked: set[int]) -> int:
             if link.num_sent == link.num_taken:
                 return index
             link.num_taken += 1
-        elif link.num_posted < link.num_sent:
+        elif link.num_posted + link.num_held < link.num_sent:
             # The previous message of the link is not delivered before its receive is posted.
             return index
         else:
@@ -218,8 +231,6 @@ def _describe_wait(schedule: Schedule, rank: int, step: _Step) -> str:
 
 def _group_of(schedule: Schedule, rank: int, value: Value, *, is_maker: bool) -> str:
     """Returns the group of a rank that makes a value, or that needs it."""
-    function = made_by if is_maker else needed_by
-    found = next(
-        group for group in schedule.ranks[rank] if any(function(op, schedule.num_stages) == value for op in group)
-    )
+    function = value_made if is_maker else value_needed
+    found = next(group for group in schedule.ranks[rank] if any(function(schedule, op) == value for op in group))
     return "+".join(map(str, found))

@@ -3,20 +3,21 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 from dualpipe.ir import Op, Operation, Schedule
 
-ValueKind = Literal["activation", "gradient"]
+ValueKind = Literal["activation", "gradient", "tokens"]
 
 _LOCAL = (Op.BACKWARD_WEIGHT, Op.OFFLOAD, Op.RELOAD)
 """Kinds of operations that neither need nor make a value of a neighboring stage."""
 
 
 class Value(NamedTuple):
-    """Value that a stage sends to its neighbor: F's output, or the gradient of the stage's input.
+    """Value that a stage sends to another one.
 
-    `stage` is the stage that makes it.
+    It is F's output or the gradient of the stage's input for a neighbor. In a schedule that decodes, it is also the
+    tokens that the last stage chose for the first stage. `stage` is the stage that makes it.
     """
 
     kind: ValueKind
@@ -105,11 +106,35 @@ def needed_by(operation: Operation, num_stages: int) -> Value | None:
     return Value("gradient", operation.direction, operation.stage + 1, operation.micro_batch)
 
 
+def value_made(schedule: Schedule, operation: Operation) -> Value | None:
+    """Returns the value that the operation makes for another stage, if any, including tokens of a cohort's next pass."""
+    if schedule.cohorts is None or operation.stage != schedule.num_stages - 1:
+        return made_by(operation, schedule.num_stages)
+    is_read = operation.micro_batch + schedule.cohorts in schedule.micro_batches_of(operation.direction)
+    return Value("tokens", operation.direction, operation.stage, operation.micro_batch) if is_read else None
+
+
+def value_needed(schedule: Schedule, operation: Operation) -> Value | None:
+    """Returns the value that the operation needs from another stage, if any, including tokens of the previous pass."""
+    source = schedule.token_source(operation)
+    if source is None:
+        return needed_by(operation, schedule.num_stages)
+    return Value("tokens", source.direction, source.stage, source.micro_batch)
+
+
 def message_of(schedule: Schedule, value: Value) -> Message | None:
     """Returns the message that carries a value to its stage, or None if one rank holds both stages."""
-    neighbor = value.stage + 1 if value.kind == "activation" else value.stage - 1
+    match value.kind:
+        case "activation":
+            user = value.stage + 1
+        case "gradient":
+            user = value.stage - 1
+        case "tokens":
+            user = 0
+        case _ as other:
+            assert_never(other)
     source = schedule.rank_of(value.direction, value.stage)
-    destination = schedule.rank_of(value.direction, neighbor)
+    destination = schedule.rank_of(value.direction, user)
     if source == destination:
         return None
     return Message(value.kind, value.direction, value.stage, value.micro_batch, source, destination)
@@ -117,11 +142,10 @@ def message_of(schedule: Schedule, value: Value) -> Message | None:
 
 def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:
     """Returns the messages of each rank. Within a group they have the order of its operations."""
-    num_stages = schedule.num_stages
     return tuple(
         RankTransfers(
-            receives=tuple(_messages(schedule, (needed_by(op, num_stages) for op in group)) for group in groups),
-            sends=tuple(_messages(schedule, (made_by(op, num_stages) for op in group)) for group in groups),
+            receives=tuple(_messages(schedule, (value_needed(schedule, op) for op in group)) for group in groups),
+            sends=tuple(_messages(schedule, (value_made(schedule, op) for op in group)) for group in groups),
         )
         for groups in schedule.ranks
     )
@@ -133,7 +157,7 @@ def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
         both
         for direction, row in enumerate(schedule.placement)
         if schedule.micro_batches_of(direction)
-        for both in pairwise(row)
+        for both in (*pairwise(row), *([(row[-1], row[0])] if schedule.cohorts is not None else []))
     )
     return sorted({(min(both), max(both)) for both in ends if both[0] != both[1]})
 

@@ -33,6 +33,8 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
     located = _locate_operations(schedule)
     _check_complete(schedule, located, forward_only=forward_only)
     _check_order(schedule, located)
+    if schedule.cohorts is not None:
+        _check_tokens(schedule, located)
     check_progress(schedule)
     if memory_cap is not None:
         _check_memory(schedule, memory_cap)
@@ -61,6 +63,8 @@ def _check_sizes(schedule: Schedule) -> None:
         )
     if len(schedule.ranks) != schedule.num_ranks:
         raise ScheduleError(f"ranks: must have num_ranks = {schedule.num_ranks} entries, has {len(schedule.ranks)}")
+    if schedule.cohorts is not None and schedule.cohorts < 1:
+        raise ScheduleError(f"cohorts: a schedule that decodes needs at least 1 per direction, has {schedule.cohorts}")
     if not schedule.placement or not schedule.placement[0]:
         raise ScheduleError("placement: places no stage")
     for direction, row in enumerate(schedule.placement):
@@ -180,6 +184,19 @@ def _check_order(schedule: Schedule, located: _Located) -> None:
                         other = Operation(*maker, op.micro_batch)
                         when = "together with" if made == index else "before"
                         raise ScheduleError(f"rank {rank}: group {index} has {op} {when} {other}, which it needs")
+
+
+def _check_tokens(schedule: Schedule, located: _Located) -> None:
+    """Checks that a rank with both ends of a direction chooses a cohort's tokens before it reads them."""
+    for op, index in located.items():
+        source = schedule.token_source(Operation(*op))
+        if source is None or schedule.rank_of(source.direction, source.stage) != schedule.rank_of(op[1], op[2]):
+            continue
+        if located[source] >= index:
+            rank = schedule.rank_of(op[1], op[2])
+            raise ScheduleError(
+                f"rank {rank}: group {index} has {Operation(*op)} before the tokens that it reads, from {source}"
+            )
 
 
 def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:

@@ -11,7 +11,7 @@ from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation
-from dualpipe.transfers import Value, made_by, message_of, needed_by
+from dualpipe.transfers import Value, message_of, value_made, value_needed
 
 _PLANNED, _OVERLAPPED, _EXCHANGE, _RUN, _RUN_EXCHANGE, _TO_HOST, _FROM_HOST = range(7)
 _THREADS = {
@@ -128,7 +128,7 @@ def _flows(
     """Yields an arrow per message, from the end of its maker to the start of the operation that needs it."""
     waiting = {value: place for op, place in needers.items() if (value := _needed(schedule, op)) is not None}
     for op, place in makers.items():
-        value = made_by(op, schedule.num_stages)
+        value = value_made(schedule, op)
         if value is None or value not in waiting:
             continue
         process, thread, start, length = place
@@ -139,7 +139,7 @@ def _flows(
 
 
 def _needed(schedule: Schedule, op: Operation) -> Value | None:
-    value = needed_by(op, schedule.num_stages)
+    value = value_needed(schedule, op)
     return value if value is not None and message_of(schedule, value) is not None else None
 
 

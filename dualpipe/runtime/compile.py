@@ -8,7 +8,7 @@ from dualpipe.passes import order_members
 from dualpipe.runtime.pairing import Atom
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import Lane
-from dualpipe.transfers import Message, Value, made_by, message_of, needed_by
+from dualpipe.transfers import Message, Value, message_of, value_made, value_needed
 
 Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 
@@ -63,12 +63,12 @@ def _receives(schedule: Schedule, group: Group) -> list[tuple[Operation, Message
 
 
 def _incoming(schedule: Schedule, op: Operation) -> Message | None:
-    value = needed_by(op, schedule.num_stages)
+    value = value_needed(schedule, op)
     return None if value is None else _carrier(schedule, value, op)
 
 
 def _outgoing(schedule: Schedule, op: Operation) -> Message | None:
-    value = made_by(op, schedule.num_stages)
+    value = value_made(schedule, op)
     return None if value is None else _carrier(schedule, value, op)
 
 

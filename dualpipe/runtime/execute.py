@@ -104,10 +104,10 @@ def _perform(
         case Action.ACCEPT:
             message = _message(step)
             tensor = receives.pop(message).wait()
-            if message.kind == "activation":
-                runs[step.run].set_input(tensor)
-            else:
+            if message.kind == "gradient":
                 runs[step.run].set_output_gradient(tensor)
+            else:
+                runs[step.run].set_input(tensor)
         case Action.SEND:
             _send(_message(step), runs[step.run], receives, transport)
         case Action.FINISH:
@@ -144,7 +144,7 @@ def _run(step: Step, run: Run) -> None:
 
 
 def _send(message: Message, run: Run, receives: dict[Message, PendingReceive], transport: Transport) -> None:
-    tensor = run.output() if message.kind == "activation" else run.input_gradient()
+    tensor = run.input_gradient() if message.kind == "gradient" else run.output()
     if message.source == message.destination:
         receives[message] = _LocalReceive(tensor)
     else:

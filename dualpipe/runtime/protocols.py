@@ -19,11 +19,17 @@ class Run(Protocol):
     """
 
     def set_input(self, hidden_BTD: "Tensor", /) -> None:
-        """Takes the activation of the previous stage, which may be on this rank. The tensor is not shared."""
+        """Takes the activation of the previous stage, which may be on this rank. The tensor is not shared.
+
+        The first stage of a network that decodes takes the tokens that the last stage chose.
+        """
         ...
 
     def output(self) -> "Tensor":
-        """Returns the activation for the next stage and drops its reference."""
+        """Returns the activation for the next stage and drops its reference.
+
+        The last stage of a network that decodes returns the chosen tokens.
+        """
         ...
 
     def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:

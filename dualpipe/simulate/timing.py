@@ -238,7 +238,12 @@ class Timing:
         needed, lags = [], []
         for own, (kind, direction, stage, micro_batch) in enumerate(self.operations):
             # If no operation makes the value, the operation waits for itself and never runs.
-            if kind is Op.FORWARD and stage > 0:
+            source = None if schedule.cohorts is None else schedule.token_source(self.operations[own])
+            if source is not None:
+                row = schedule.placement[direction]
+                needed.append(numbers.get(source, own))
+                lags.append(latency if row[-1] != row[0] else 0.0)
+            elif kind is Op.FORWARD and stage > 0:
                 needed.append(numbers.get((kind, direction, stage - 1, micro_batch), own))
                 lags.append(lags_of[direction][stage - 1])
             elif kind in _BACKWARDS and stage < last:
