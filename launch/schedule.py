@@ -14,16 +14,19 @@ from dualpipe.config import ModelCosts, ScheduleConfig
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
-from dualpipe.draw.text import grid, summary
+from dualpipe.draw.text import decode_summary, grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
-from dualpipe.ir import Schedule, to_json
+from dualpipe.generate.decode import decode as decode_schedule
+from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
-from dualpipe.registry import FALLBACK, check_size
+from dualpipe.registry import FALLBACK, SCHEDULES, check_size
+from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.choose import best_of_kind, choose, survey
 from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
+from kernels.ranges import PositiveInt
 from launch.command import command
 from launch.config.compose import compose
 from launch.help.preview import plain_text
@@ -42,6 +45,8 @@ class ScheduleCommandConfig:
     """
 
     schedule: ScheduleConfig
+    program: Literal["train", "decode"]
+    cohorts: PositiveInt | None
     num_ranks: int
     num_micro_batches: int
     costs: ModelCosts
@@ -73,7 +78,7 @@ def main(overrides: Sequence[str]) -> int:
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
         print(f"computing schedules of {size}", file=sys.stderr, flush=True)
-    _write(_shown(config), config.out)
+    _write(_shown(config) if config.program == "train" else _shown_decode(config), config.out)
     return 0
 
 
@@ -121,6 +126,53 @@ def _shown(config: ScheduleCommandConfig) -> str:
             return html(sorted(rows, key=lambda row: _kind(row) != schedule.kind))
         case _ as other:
             assert_never(other)
+
+
+def _shown_decode(config: ScheduleCommandConfig) -> str:
+    """Returns the schedule that decodes with the placement of the configured kind, in the configured format."""
+    schedule = _decode_schedule(config)
+    validate(schedule, forward_only=True)
+    costs = config.costs_of(schedule.num_stages)
+    simulation = simulate(schedule, costs)
+    work = max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)
+    bound = Bound(value=work, reason="the computation of the busiest rank")
+    match config.format:
+        case "json":
+            return to_json(schedule)
+        case "text":
+            return "\n".join([grid(schedule, simulation), decode_summary(schedule, simulation)])
+        case "svg":
+            return svg(schedule, simulation, bound=bound)
+        case "trace":
+            return trace(schedule, simulation, costs)
+        case "html":
+            return html([TimedSchedule(schedule=schedule, costs=costs, simulation=simulation, bound=bound)])
+        case _ as other:
+            assert_never(other)
+
+
+def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
+    """Builds the schedule that decodes. By default, 2 cohorts for each rank are in flight.
+
+    Raises:
+        ScheduleError: a number is out of range, or the cohorts do not divide the micro-batches.
+    """
+    num_ranks, num_micro_batches = config.num_ranks, config.num_micro_batches
+    for name, value in (("num_ranks", num_ranks), ("num_micro_batches", num_micro_batches)):
+        if value < 1:
+            raise ScheduleError(f"{name}: program=decode needs at least 1, has {value}; nearest: 1")
+    spec = SCHEDULES.get(FALLBACK if config.schedule.kind == "auto" else config.schedule.kind)
+    placement = spec.placement(num_ranks, spec.chunk_choices(config.schedule.chunks)[0])
+    cohorts = config.cohorts or 2 * num_ranks // len(placement)
+    passes, rest = divmod(num_micro_batches, cohorts * len(placement))
+    if rest or not passes:
+        total = cohorts * len(placement)
+        nearest = " or ".join(str(total * count) for count in (passes, passes + 1) if count)
+        raise ScheduleError(
+            f"num_micro_batches: program=decode with {total} cohorts needs a multiple of them, has "
+            f"{num_micro_batches}; nearest: {nearest}"
+        )
+    return decode_schedule(placement, cohorts, passes)
 
 
 def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> Schedule:

@@ -77,6 +77,20 @@ def summary(
     return plain("\n".join(f"{name.ljust(17)}  {value}" for name, value in lines))
 
 
+def decode_summary(schedule: Schedule, simulation: Simulation) -> str:
+    """Returns the numbers of a schedule that decodes, one per line. ASCII only."""
+    assert schedule.cohorts is not None
+    in_flight = schedule.cohorts * schedule.num_directions
+    lines = [
+        ("schedule", f"{schedule.kind}, {size(schedule)}"),
+        ("cohorts in flight", f"{in_flight}, {schedule.num_micro_batches // in_flight} passes of each"),
+        ("makespan", number(simulation.makespan)),
+        ("idle per rank", spread(simulation.idle)),
+        ("bubble", f"{percent(simulation.bubble_fraction)} of all ranks' time"),
+    ]
+    return "\n".join(f"{name.ljust(17)}  {value}" for name, value in lines)
+
+
 def _offloaded(schedule: Schedule, simulation: Simulation) -> list[tuple[str, str]]:
     """Returns a line on offloaded activations, if there are any."""
     kinds = Counter(op.kind for groups in schedule.ranks for group in groups for op in group)
@@ -145,6 +159,8 @@ def _legend(schedule: Schedule) -> list[str]:
     lines = [f"{kinds}, with the micro-batch's number; dots: idle"]
     if schedule.num_directions > 1:
         lines.append("capitals: direction 0, enters at rank 0; small letters: direction 1, enters at the last rank")
+    if schedule.cohorts is not None:
+        lines.append(f"micro-batch m: pass m / {schedule.cohorts} of cohort m % {schedule.cohorts} of its direction")
     if any(len(group) > 1 for groups in schedule.ranks for group in groups):
         lines.append("F+b: overlapped, computed under each other's exchange")
     return lines

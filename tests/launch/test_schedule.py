@@ -104,3 +104,19 @@ def test_schedule_reader_that_leaves_early_ends_it_quietly() -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == '{"kind": "'
     assert done.stderr == "computing schedules of 16 ranks and 400 micro-batches\n"
+
+
+@pytest.mark.parametrize("format", ["text", "json", "svg", "html", "trace"])
+def test_schedule_shows_the_program_that_decodes(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["num_ranks=4", "num_micro_batches=64", f"format={format}"]
+    assert main(["program=decode", "schedule=dualpipe", *size]) == 0
+    printed = capsys.readouterr().out
+    if format == "json":
+        schedule = from_json(printed)
+        assert schedule.cohorts == 4
+        assert schedule.placement == build("dualpipe", 4, 8).placement
+    if format == "text":
+        assert "cohorts in flight  8, 8 passes of each" in printed
+        assert "bubble             3.03 % of all ranks' time" in printed
+    with pytest.raises(ScheduleError, match="needs a multiple of them, has 12; nearest: 8 or 16"):
+        main(["program=decode", "num_micro_batches=12"])
