@@ -97,9 +97,9 @@ class Schedule:
         num_micro_batches: number of micro-batches, of both directions together.
         placement: `placement[direction][stage]` is the rank that holds the stage for that direction.
         ranks: `ranks[rank]` holds the rank's groups in order.
-        cohorts: None in a schedule that trains. In one that decodes, the number of cohorts of each direction: micro-batch
-            m is pass m // cohorts of cohort m % cohorts, and its first stage needs the tokens that the last stage chose
-            in the cohort's previous pass.
+        cohorts: None in a schedule that trains. In one that decodes, the number of cohorts of each direction:
+            micro-batch m is round m // cohorts of cohort m % cohorts, and its first stage needs the tokens that the
+            last stage chose in the cohort's previous round.
     """
 
     kind: str
@@ -126,7 +126,7 @@ class Schedule:
     def token_source(self, op: Operation) -> Operation | None:
         """Returns the operation that chooses the tokens that an operation reads, or None if it reads none.
 
-        It is None in the first pass of a cohort, whose tokens do not come from the schedule.
+        It is None in the first round of a cohort, whose tokens do not come from the schedule.
         """
         if self.cohorts is None or op.stage or op.kind is not Op.FORWARD or op.micro_batch < self.cohorts:
             return None

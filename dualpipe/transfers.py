@@ -107,7 +107,10 @@ def needed_by(operation: Operation, num_stages: int) -> Value | None:
 
 
 def value_made(schedule: Schedule, operation: Operation) -> Value | None:
-    """Returns the value that the operation makes for another stage, if any, including tokens of a cohort's next pass."""
+    """Returns the value that the operation makes for another stage, if any.
+
+    Unlike `made_by`, it knows the tokens for a cohort's next round.
+    """
     if schedule.cohorts is None or operation.stage != schedule.num_stages - 1:
         return made_by(operation, schedule.num_stages)
     is_read = operation.micro_batch + schedule.cohorts in schedule.micro_batches_of(operation.direction)
@@ -115,7 +118,10 @@ def value_made(schedule: Schedule, operation: Operation) -> Value | None:
 
 
 def value_needed(schedule: Schedule, operation: Operation) -> Value | None:
-    """Returns the value that the operation needs from another stage, if any, including tokens of the previous pass."""
+    """Returns the value that the operation needs from another stage, if any.
+
+    Unlike `needed_by`, it knows the tokens of a cohort's previous round.
+    """
     source = schedule.token_source(operation)
     if source is None:
         return needed_by(operation, schedule.num_stages)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from dualpipe.config import ModelCosts, ScheduleConfig
+from dualpipe.decode import decode as decode_schedule
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
 from dualpipe.draw.text import decode_summary, grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
-from dualpipe.generate.decode import decode as decode_schedule
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size
@@ -129,7 +129,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
 
 
 def _shown_decode(config: ScheduleCommandConfig) -> str:
-    """Returns the schedule that decodes with the placement of the configured kind, in the configured format."""
+    """Returns the schedule that decodes, with the configured placement and in the configured format."""
     schedule = _decode_schedule(config)
     validate(schedule, forward_only=True)
     costs = config.costs_of(schedule.num_stages)
@@ -164,15 +164,15 @@ def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
     spec = SCHEDULES.get(FALLBACK if config.schedule.kind == "auto" else config.schedule.kind)
     placement = spec.placement(num_ranks, spec.chunk_choices(config.schedule.chunks)[0])
     cohorts = config.cohorts or 2 * num_ranks // len(placement)
-    passes, rest = divmod(num_micro_batches, cohorts * len(placement))
-    if rest or not passes:
+    rounds, rest = divmod(num_micro_batches, cohorts * len(placement))
+    if rest or not rounds:
         total = cohorts * len(placement)
-        nearest = " or ".join(str(total * count) for count in (passes, passes + 1) if count)
+        nearest = " or ".join(str(total * count) for count in (rounds, rounds + 1) if count)
         raise ScheduleError(
             f"num_micro_batches: program=decode with {total} cohorts needs a multiple of them, has "
             f"{num_micro_batches}; nearest: {nearest}"
         )
-    return decode_schedule(placement, cohorts, passes)
+    return decode_schedule(placement, cohorts, rounds)
 
 
 def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> Schedule:

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,6 +39,7 @@ def host_links(
     device: torch.device,
     timeout_seconds: float,
     log: CollectiveLog,
+    kinds: Sequence[MessageKind],
 ) -> dict[tuple[int, int, str], "HostLink"]:
     """Opens the links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
@@ -52,7 +53,7 @@ def host_links(
             group = make_group(members, timeout_seconds)
         if group is not None:
             mine = [pair for low, high in pairs for pair in ((low, high), (high, low)) if index in pair]
-            for (source, destination), kind in itertools.product(mine, MESSAGE_KINDS):
+            for (source, destination), kind in itertools.product(mine, kinds):
                 peer = destination if index == source else source
                 link_log = LinkLog(log, kind, (members[source], members[destination]))
                 links[source, destination, kind] = HostLink(group, peer, kind, device, link_log)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from comm.watchdog.collective_log import Collective, CollectiveLog
 
-MessageKind = Literal["activation", "gradient"]
+MessageKind = Literal["activation", "gradient", "tokens"]
 MESSAGE_KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
+TRAINING_KINDS: tuple[MessageKind, ...] = ("activation", "gradient")
+DECODING_KINDS: tuple[MessageKind, ...] = ("activation", "tokens")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int64)
 _MAX_DIMS = 8
 _FORMAT = struct.Struct(f"<{8 + _MAX_DIMS}q")

@@ -15,7 +15,7 @@ from comm.lane import ClosesOnSuccess
 from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.host_link import host_links
-from comm.transfers.message import MESSAGE_KINDS, LinkLog, MessageKey, as_bytes
+from comm.transfers.message import TRAINING_KINDS, LinkLog, MessageKey, MessageKind, as_bytes
 from comm.watchdog.collective_log import Collective, CollectiveLog
 
 
@@ -45,6 +45,7 @@ class PipelineTransport(ClosesOnSuccess):
         device: torch.device,
         timeout_seconds: float,
         log: CollectiveLog,
+        kinds: Sequence[MessageKind] = TRAINING_KINDS,
     ) -> None:
         """Opens the links. Every rank of the job calls it at the same point.
 
@@ -54,12 +55,13 @@ class PipelineTransport(ClosesOnSuccess):
             device: device of the tensors; gloo stages them through the host.
             timeout_seconds: timeout of one transfer, from its start on both sides.
             log: log to which each end writes every message.
+            kinds: kinds of messages; each pair of ranks has a link for each.
         """
         self._index = layout.pipeline_index(distributed.get_rank())
         ordered = {(min(pair), max(pair)) for pair in pairs}
         make_links = _device_links if distributed.get_backend() == "nccl" else host_links
         self._links: Mapping[tuple[int, int, str], _Link] = make_links(
-            layout, self._index, ordered, device, timeout_seconds, log
+            layout, self._index, ordered, device, timeout_seconds, log, kinds
         )
 
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
@@ -122,6 +124,7 @@ def _device_links(
     device: torch.device,
     timeout_seconds: float,
     log: CollectiveLog,
+    kinds: Sequence[MessageKind],
 ) -> dict[tuple[int, int, str], "_DeviceLink"]:
     """Opens the links of a rank over NCCL, with a communicator for each link."""
     links: dict[tuple[int, int, str], _DeviceLink] = {}
@@ -129,7 +132,7 @@ def _device_links(
     ordered = sorted(pairs, key=lambda pair: (pair[0] % 2, pair))
     for (low, high), data_index in itertools.product(ordered, range(layout.parallelism.data)):
         ends = {low: layout.rank(low, data_index), high: layout.rank(high, data_index)}
-        for (source, destination), kind in itertools.product(((low, high), (high, low)), MESSAGE_KINDS):
+        for (source, destination), kind in itertools.product(((low, high), (high, low)), kinds):
             group = make_group((ends[low], ends[high]), timeout_seconds)
             if group is not None:
                 peer = ends[destination if index == source else source]

@@ -83,7 +83,7 @@ def decode_summary(schedule: Schedule, simulation: Simulation) -> str:
     in_flight = schedule.cohorts * schedule.num_directions
     lines = [
         ("schedule", f"{schedule.kind}, {size(schedule)}"),
-        ("cohorts in flight", f"{in_flight}, {schedule.num_micro_batches // in_flight} passes of each"),
+        ("cohorts in flight", f"{in_flight}, {schedule.num_micro_batches // in_flight} rounds of each"),
         ("makespan", number(simulation.makespan)),
         ("idle per rank", spread(simulation.idle)),
         ("bubble", f"{percent(simulation.bubble_fraction)} of all ranks' time"),
@@ -160,7 +160,7 @@ def _legend(schedule: Schedule) -> list[str]:
     if schedule.num_directions > 1:
         lines.append("capitals: direction 0, enters at rank 0; small letters: direction 1, enters at the last rank")
     if schedule.cohorts is not None:
-        lines.append(f"micro-batch m: pass m / {schedule.cohorts} of cohort m % {schedule.cohorts} of its direction")
+        lines.append(f"micro-batch m: round m / {schedule.cohorts} of cohort m % {schedule.cohorts} of its direction")
     if any(len(group) > 1 for groups in schedule.ranks for group in groups):
         lines.append("F+b: overlapped, computed under each other's exchange")
     return lines

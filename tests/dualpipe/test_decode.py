@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.generate.decode import decode
+from dualpipe.decode import decode
 from dualpipe.ir import (
     Op,
     Operation,
@@ -46,8 +46,8 @@ def num_ranks_of(placement: Placement) -> int:
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_decode_schedules_are_valid_and_keep_tokens_in_order(placement: Placement) -> None:
     for cohorts in (1, 2, 3, num_ranks_of(placement), 3 * num_ranks_of(placement)):
-        for passes in (1, 2, 5):
-            schedule = decode(placement, cohorts, passes)
+        for rounds in (1, 2, 5):
+            schedule = decode(placement, cohorts, rounds)
             validate(schedule, forward_only=True)
             assert from_json(to_json(schedule)) == schedule
             simulation, ends = simulate(schedule, costs(0.25)), {}
@@ -114,7 +114,7 @@ def test_decode_with_operations_in_a_wrong_order_is_refused() -> None:
 def test_decode_that_never_feeds_tokens_back_is_refused() -> None:
     schedule = decode(mirrored_placement(1), 2, 2)
     (groups,) = schedule.ranks
-    with pytest.raises(ScheduleError, match="rank 0: group 0 has F0.2 before the tokens that it reads, from F0.0"):
+    with pytest.raises(ScheduleError, match=r"rank 0: group 0 has F0\.2 before the tokens that it reads, from F0\.0"):
         validate(_with(schedule, (groups[4:] + groups[:4],)), forward_only=True)
     with pytest.raises(ScheduleError, match="has F but no backward"):
         validate(schedule)

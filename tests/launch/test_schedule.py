@@ -116,7 +116,7 @@ def test_schedule_shows_the_program_that_decodes(format: str, capsys: pytest.Cap
         assert schedule.cohorts == 4
         assert schedule.placement == build("dualpipe", 4, 8).placement
     if format == "text":
-        assert "cohorts in flight  8, 8 passes of each" in printed
+        assert "cohorts in flight  8, 8 rounds of each" in printed
         assert "bubble             3.03 % of all ranks' time" in printed
     with pytest.raises(ScheduleError, match="needs a multiple of them, has 12; nearest: 8 or 16"):
         main(["program=decode", "num_micro_batches=12"])

@@ -1,4 +1,4 @@
-"""Generates schedules that decode: forward passes only, whose last stage feeds the first one with tokens.
+"""Generates schedules that decode: forwards only, whose last stage feeds the first one with tokens.
 
 Sequences that are decoded together form a cohort. A cohort is in one stage at a time, so a pipeline is busy only if
 several cohorts travel through it. With two directions, half of them enter at either end. Any placement works: that of
@@ -13,8 +13,8 @@ KIND = "decode"
 """`Schedule.kind` of schedules that decode."""
 
 
-def decode(placement: Placement, cohorts: int, passes: int) -> Schedule:
-    """Returns the schedule of a number of passes of every cohort, in the order in which inputs arrive.
+def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
+    """Returns the schedule of a number of rounds of every cohort, in the order in which inputs arrive.
 
     Every rank runs the operation whose input arrived first, if all operations take the same time and transfers none. Of
     several that arrived together, the one of the latest stage runs first, because its tokens are needed soonest. So a
@@ -23,12 +23,12 @@ def decode(placement: Placement, cohorts: int, passes: int) -> Schedule:
     Args:
         placement: `placement[direction][stage]` is a rank.
         cohorts: number of cohorts of each direction.
-        passes: number of passes of each cohort. A pass reads a prompt, or adds tokens to every sequence of the cohort.
+        rounds: number of rounds of each cohort. A round reads prompts, or adds tokens to every sequence of the cohort.
 
     Raises:
         ScheduleError: a number is below 1.
     """
-    for name, value in (("cohorts", cohorts), ("passes", passes)):
+    for name, value in (("cohorts", cohorts), ("rounds", rounds)):
         if value < 1:
             raise ScheduleError(f"{name}: a schedule that decodes needs at least 1, has {value}; nearest: 1")
     num_ranks = 1 + max(max(row) for row in placement)
@@ -45,14 +45,14 @@ def decode(placement: Placement, cohorts: int, passes: int) -> Schedule:
                 _, stage, direction, micro_batch = heappop(waiting)
                 op = Operation(Op.FORWARD, direction, -stage, micro_batch)
                 ranks[rank].append((op,))
-                made += _next(placement, op, cohorts, passes, time + 1)
+                made += _next(placement, op, cohorts, rounds, time + 1)
         for rank, arrived in made:
             heappush(ready[rank], arrived)
         time += 1
     return Schedule(
         kind=KIND,
         num_ranks=num_ranks,
-        num_micro_batches=len(placement) * cohorts * passes,
+        num_micro_batches=len(placement) * cohorts * rounds,
         placement=placement,
         ranks=tuple(map(tuple, ranks)),
         cohorts=cohorts,
@@ -60,12 +60,12 @@ def decode(placement: Placement, cohorts: int, passes: int) -> Schedule:
 
 
 def _next(
-    placement: Placement, op: Operation, cohorts: int, passes: int, time: int
+    placement: Placement, op: Operation, cohorts: int, rounds: int, time: int
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
     """Returns the rank and the entry of the operation that an operation feeds at a time, if any."""
     row, stage, micro_batch = placement[op.direction], op.stage + 1, op.micro_batch
     if stage == len(row):
         stage, micro_batch = 0, micro_batch + cohorts
-    if micro_batch >= cohorts * passes:
+    if micro_batch >= cohorts * rounds:
         return []
     return [(row[stage], (time, -stage, op.direction, micro_batch))]
