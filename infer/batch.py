@@ -3,56 +3,21 @@
 Shape legend: B active sequences, S new tokens of each, N prompt tokens of all, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from infer.config import Finish, GenerateError, Sampling, Statistics
+from infer.active import ActiveSequence, ChosenToken, PromptEnd, StopCondition, history_of
+from infer.config import GenerateError, Sampling, Statistics
 from infer.decoder import Decoder
-from infer.sample import SequenceRandom, distribution, draw
+from infer.penalties import TokenHistory, penalize
+from infer.sample import distribution, draw, log_probs
 from infer.speculative import verify
 
-StopCondition = Callable[[int, int], bool]
-"""Called with each new token (prompt's number, token); returns true to end the sequence after that token."""
-
-
-class ActiveSequence:
-    """A prompt and its continuation so far."""
-
-    def __init__(self, index: int, prompt: Sequence[int], max_tokens: int, random: SequenceRandom) -> None:
-        """Starts an empty continuation.
-
-        Args:
-            index: the prompt's number.
-            prompt: token ids of the prompt.
-            max_tokens: maximum number of new tokens, at least 1.
-            random: random numbers of this sequence.
-        """
-        self.index = index
-        self.prompt = prompt
-        self.tokens: list[int] = []
-        self.finish: Finish | None = None
-        self.random = random
-        self.states_TD: Tensor | None = None  # states of the last 1 or 2 tokens, which the MTP module has not read
-        self._max_tokens = max_tokens
-
-    @property
-    def num_left(self) -> int:
-        """Number of tokens that can still be generated."""
-        return self._max_tokens - len(self.tokens)
-
-    def take(self, token: int, stop: frozenset[int], stop_condition: StopCondition) -> bool:
-        """Adds a chosen token unless it is a stop token. Returns whether the token belongs to the result."""
-        if token in stop:
-            self.finish = "stop"
-            return False
-        self.tokens.append(token)
-        if stop_condition(self.index, token):
-            self.finish = "stop"
-        elif self.num_left == 0:
-            self.finish = "length"
-        return True
+PROMPT_TOKENS = 8192  # maximum number of prompt tokens that are admitted together
 
 
 class GenerationBatch:
@@ -79,6 +44,7 @@ class GenerationBatch:
         self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
         self._speculative = speculative
         self._active: list[ActiveSequence] = []
+        self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
 
     def __len__(self) -> int:
@@ -89,22 +55,49 @@ class GenerationBatch:
         """Returns the statistics of all tokens so far, generated in the given number of seconds."""
         return Statistics(**self._counts, seconds=seconds)
 
+    def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[list[tuple[ActiveSequence, list[int]]]]:
+        """Generates until no sequence is left, at most `batch_size` at a time. Yields the results of all passes."""
+        while waiting or self._active:
+            admitted = _take_waiting(waiting, batch_size - len(self._active))
+            yield self.admit(admitted) if admitted else self.advance()
+
     def admit(self, sequences: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, list[int]]]:
-        """Reads prompts and generates the first token of each. Returns the same as `advance`."""
-        decoder, counts = self._decoder, [len(sequence.prompt) for sequence in sequences]
-        rows = [decoder.add() for _ in sequences]
+        """Reads prompts and generates the first token of each. Returns the same as `advance`.
+
+        A prompt with several continuations is read once, as long as one of them is active.
+        """
+        rows = [self._decoder.add() for _ in sequences]
+        unread = {
+            sequence.index: row
+            for row, sequence in zip(reversed(rows), reversed(sequences), strict=True)
+            if sequence.index not in self._prompt_ends
+        }
+        sources = {sequence.index: row for row, sequence in enumerate(self._active)} | unread
         self._active += sequences
-        state_ND, logits_BV = decoder.read_prompts(rows, [sequence.prompt for sequence in sequences])
-        for row, sequence, count, states_TD in zip(rows, sequences, counts, state_ND.split(counts), strict=True):
-            decoder.main.resize(row, count)
-            sequence.states_TD = states_TD[-1:].clone()  # a copy, so that the states of the whole prompt are freed
-        if self._speculative:
-            self._read_pairs(rows, sequences, state_ND.split(counts))
-        self._counts["passes"] += len(sequences)
-        chosen = self._choose(sequences, logits_BV)
-        made = [(sequence, self._take(sequence, tokens)) for sequence, tokens in zip(sequences, chosen, strict=True)]
+        self._read_prompts([(row, self._active[row]) for row in sorted(unread.values())])
+        for row, sequence in zip(rows, sequences, strict=True):
+            if sources[sequence.index] != row:
+                self._decoder.copy_prompt(sources[sequence.index], row, len(sequence.prompt))
+            sequence.states_TD = self._prompt_ends[sequence.index].state_1D
+        logits_BV = torch.stack([self._prompt_ends[sequence.index].logits_V for sequence in sequences])
+        made = self._take(sequences, self._choose(sequences, logits_BV))
         self._drop_finished()
         return made
+
+    def _read_prompts(self, unread: Sequence[tuple[int, ActiveSequence]]) -> None:
+        """Reads the prompts of sequences in empty rows, and keeps what follows their last tokens."""
+        if not unread:
+            return
+        rows, prompts = [row for row, _ in unread], [sequence.prompt for _, sequence in unread]
+        counts = [len(prompt) for prompt in prompts]
+        state_ND, logits_BV = self._decoder.read_prompts(rows, prompts)
+        for (row, sequence), states_TD, logits_V in zip(unread, state_ND.split(counts), logits_BV, strict=True):
+            self._decoder.main.resize(row, len(sequence.prompt))
+            # A copy, so that the states of the whole prompt are freed.
+            self._prompt_ends[sequence.index] = PromptEnd(states_TD[-1:].clone(), logits_V)
+        if self._speculative:
+            self._read_pairs(rows, prompts, state_ND.split(counts))
+        self._counts["passes"] += len(unread)
 
     def advance(self) -> list[tuple[ActiveSequence, list[int]]]:
         """Runs one pass of the main model over every sequence. Returns the new tokens of each, one or two.
@@ -116,54 +109,64 @@ class GenerationBatch:
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence
         # would depend on the other sequences in its batch.
         chosen = self._advance_with_drafts(active) if self._speculative else self._advance_by_one(active)
-        made = [(sequence, self._take(sequence, tokens)) for sequence, tokens in zip(active, chosen, strict=True)]
+        made = self._take(active, chosen)
         self._drop_finished()
         return made
 
-    def _advance_by_one(self, active: Sequence[ActiveSequence]) -> list[list[int]]:
+    def _advance_by_one(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         _, logits_B1V = self._decoder.step(self._last_tokens(active))
         for row in range(len(active)):
             self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1)
         return self._choose(active, logits_B1V[:, 0])
 
-    def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[int]]:
+    def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[ChosenToken]]:
         """Chooses one token for each sequence from the main model's logits."""
-        tokens_B = draw(distribution(logits_BV, self._sampling), self._uniform(sequences, 1)[:, 0])
-        table = torch.stack((logits_BV.isfinite().all(-1).long(), tokens_B), 1).tolist()  # host sync
-        for sequence, (is_finite, _) in zip(sequences, table, strict=True):
-            _check_finite(sequence, is_finite=bool(is_finite))
-        return [[token] for _, token in table]
+        adjusted_BV = penalize(logits_BV, self._history(sequences), self._sampling)
+        tokens_B = draw(distribution(adjusted_BV, self._sampling), self._uniform(sequences, 1)[:, 0])
+        log_probs_B = log_probs(logits_BV, tokens_B, self._sampling)
+        found = zip(sequences, tokens_B.tolist(), log_probs_B.tolist(), strict=True)  # host sync
+        return [[_checked(sequence, token, log_prob)] for sequence, token, log_prob in found]
 
-    def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[int]]:
+    def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         # Draft one token for each sequence.
-        uniform_B3 = self._uniform(active, 3)
-        draft_BV = distribution(self._read_new_pairs(active), self._sampling)
+        sampling, uniform_B3, history = self._sampling, self._uniform(active, 3), self._history(active)
+        draft_BV = distribution(penalize(self._read_new_pairs(active), history, sampling), sampling)
         drafts_B = draw(draft_BV, uniform_B3[:, 0])
         # Run the main model over [last token, draft], and accept or replace the draft.
         tokens_B2 = torch.cat((self._last_tokens(active), drafts_B[:, None]), 1)
         state_B2D, logits_B2V = self._decoder.step(tokens_B2)
-        target_B2V = distribution(logits_B2V.flatten(0, 1), self._sampling).view_as(logits_B2V)
-        kept_B, tokens_B = verify(target_B2V[:, 0], draft_BV, drafts_B, target_B2V[:, 1], uniform_B3[:, 1:])
-        finite_B = logits_B2V.isfinite().all(-1).all(-1)
-        table = torch.stack((finite_B.long(), kept_B.long(), drafts_B, tokens_B), 1).tolist()  # host sync
+        target_BV = distribution(penalize(logits_B2V[:, 0], history, sampling), sampling)
+        after = None if history is None else history.after(drafts_B)
+        after_BV = distribution(penalize(logits_B2V[:, 1], after, sampling), sampling)
+        kept_B, tokens_B = verify(target_BV, draft_BV, drafts_B, after_BV, uniform_B3[:, 1:])
+        # The chosen token follows the draft if that is kept, and else the last token.
+        final_BV = torch.where(kept_B[:, None], logits_B2V[:, 1], logits_B2V[:, 0])
+        log_probs_B2 = torch.stack(
+            (log_probs(logits_B2V[:, 0], drafts_B, sampling), log_probs(final_BV, tokens_B, sampling)), 1
+        )
+        table = torch.stack((kept_B.long(), drafts_B, tokens_B), 1).tolist()  # host sync
         chosen = []
-        for row, (sequence, (is_finite, kept, draft, token)) in enumerate(zip(active, table, strict=True)):
-            _check_finite(sequence, is_finite=bool(is_finite))
+        for row, (sequence, (kept, draft, token)) in enumerate(zip(active, table, strict=True)):
+            draft_log_prob, log_prob = log_probs_B2[row].tolist()
             sequence.states_TD = state_B2D[row, : 1 + kept]
             # A rejected draft is removed from the cache by not counting it in the length.
             self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1 + kept)
             if sequence.num_left > 1:
                 self._counts["drafts_offered"] += 1
                 self._counts["drafts_accepted"] += kept
-            chosen.append([draft, token] if kept else [token])
+            drafted = [_checked(sequence, draft, draft_log_prob)] if kept else []
+            chosen.append([*drafted, _checked(sequence, token, log_prob)])
         return chosen
 
-    def _read_pairs(self, rows: Sequence[int], sequences: Sequence[ActiveSequence], states: Sequence[Tensor]) -> None:
+    def _history(self, sequences: Sequence[ActiveSequence]) -> TokenHistory | None:
+        return history_of(sequences, self._sampling, self._decoder.vocab_size, self._decoder.device)
+
+    def _read_pairs(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], states: Sequence[Tensor]) -> None:
         """Runs the MTP module over the pairs (state, next token) within prompts."""
-        longer = [at for at, sequence in enumerate(sequences) if len(sequence.prompt) > 1]
+        longer = [at for at, prompt in enumerate(prompts) if len(prompt) > 1]
         if not longer:
             return
-        next_tokens = [sequences[at].prompt[1:] for at in longer]
+        next_tokens = [prompts[at][1:] for at in longer]
         self._decoder.read_prompts_mtp(
             [rows[at] for at in longer], next_tokens, torch.cat([states[at][:-1] for at in longer])
         )
@@ -179,7 +182,7 @@ class GenerationBatch:
         places = [[min(at, count - 1) for at in range(widest)] for count in counts]
         state_BSD = torch.stack([states_TD[place] for states_TD, place in zip(states, places, strict=True)])
         tokens = [
-            [sequence.tokens[at - count] for at in place]
+            [sequence.chosen[at - count].token for at in place]
             for sequence, place, count in zip(active, places, counts, strict=True)
         ]
         chosen_B = torch.tensor(counts, device=self._decoder.device) - 1
@@ -189,21 +192,26 @@ class GenerationBatch:
         return logits_BV
 
     def _last_tokens(self, active: Sequence[ActiveSequence]) -> Tensor:
-        return torch.tensor([sequence.tokens[-1:] for sequence in active], device=self._decoder.device)
+        return torch.tensor([[sequence.chosen[-1].token] for sequence in active], device=self._decoder.device)
 
     def _uniform(self, sequences: Sequence[ActiveSequence], count: int) -> Tensor:
         return torch.stack([sequence.random.uniform(count) for sequence in sequences]).to(self._decoder.device)
 
-    def _take(self, sequence: ActiveSequence, tokens: Sequence[int]) -> list[int]:
-        """Adds tokens to a sequence until it ends. Returns the tokens that belong to the result."""
-        kept = []
-        for token in tokens:
-            self._counts["tokens"] += 1
-            if sequence.take(token, self._stop, self._stop_condition):
-                kept.append(token)
-            if sequence.finish is not None:
-                break
-        return kept
+    def _take(
+        self, sequences: Sequence[ActiveSequence], chosen: Sequence[Sequence[ChosenToken]]
+    ) -> list[tuple[ActiveSequence, list[int]]]:
+        """Adds tokens to each sequence until it ends. Returns the tokens of each that are text."""
+        made = []
+        for sequence, tokens in zip(sequences, chosen, strict=True):
+            kept = []
+            for each in tokens:
+                self._counts["tokens"] += 1
+                if sequence.take(each, self._stop, self._stop_condition):
+                    kept.append(each.token)
+                if sequence.finish is not None:
+                    break
+            made.append((sequence, kept))
+        return made
 
     def _drop_finished(self) -> None:
         for row in reversed(range(len(self._active))):
@@ -213,12 +221,28 @@ class GenerationBatch:
             last = self._active.pop()
             if row < len(self._active):
                 self._active[row] = last
+        active = {sequence.index for sequence in self._active}
+        self._prompt_ends = {index: end for index, end in self._prompt_ends.items() if index in active}
 
 
-def _check_finite(sequence: ActiveSequence, *, is_finite: bool) -> None:
-    """Raises an error if the logits of a sequence are not finite."""
-    if not is_finite:
+def _take_waiting(waiting: deque[ActiveSequence], free: int) -> list[ActiveSequence]:
+    """Returns the sequences to admit next: at most `free`, whose prompts have a bounded number of tokens."""
+    taken: list[ActiveSequence] = []
+    num_tokens = 0
+    while waiting and len(taken) < free:
+        is_new = not taken or taken[-1].index != waiting[0].index
+        num_tokens += len(waiting[0].prompt) if is_new else 0
+        if taken and num_tokens > PROMPT_TOKENS:
+            break
+        taken.append(waiting.popleft())
+    return taken
+
+
+def _checked(sequence: ActiveSequence, token: int, log_prob: float) -> ChosenToken:
+    """Returns a chosen token, or raises an error if the logits of the sequence are not finite."""
+    if not math.isfinite(log_prob):
         raise GenerateError(
-            f"prompt {sequence.index + 1}: the model's logits must be finite, are not after {len(sequence.tokens)} new "
+            f"prompt {sequence.index + 1}: the model's logits must be finite, are not after {len(sequence.chosen)} new "
             f"tokens; its weights or their type are not usable"
         )
+    return ChosenToken(token, log_prob)

@@ -31,12 +31,21 @@ class Sampling:
         top_k: number of most probable tokens that are kept; None keeps all.
         top_p: of those, the smallest set of most probable tokens whose probabilities sum to at least this value is
             kept; 1 keeps all.
+        min_p: of those, tokens with at least this share of the highest probability are kept; 0 keeps all.
+        repetition_penalty: divisor of positive logits, and factor of negative ones, of all tokens of prompt and
+            continuation (arXiv:1909.05858, section 4.1); 1 changes nothing.
+        presence_penalty: subtracted from the logits of all tokens of the continuation.
+        frequency_penalty: subtracted from the logit of a token each time that it is in the continuation.
         seed: seed of the random numbers. Sampling is reproducible regardless of the batch.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,8 +62,24 @@ class Sampling:
             raise GenerateError(
                 f"top_p: must be above 0 and at most 1, is {self.top_p}; nearest valid: {1 if self.top_p > 1 else 0.01}"
             )
+        if not 0 <= self.min_p <= 1:
+            raise GenerateError(
+                f"min_p: must be from 0 to 1, is {self.min_p}; nearest valid: {1 if self.min_p > 1 else 0}"
+            )
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise GenerateError(
+                f"repetition_penalty: must be finite and above 0, is {self.repetition_penalty}; nearest valid: 1"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise GenerateError(f"{name}: must be finite, is {value}; nearest valid: 0")
         if self.seed < 0:
             raise GenerateError(f"seed: must be at least 0, is {self.seed}; nearest valid: 0")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on how often tokens occurred before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

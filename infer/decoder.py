@@ -56,6 +56,11 @@ class PartDecoder:
         """The model's device."""
         return self._cos_TP.device
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the output head scores."""
+        return self._config.vocab_size
+
     def add(self) -> int:
         """Adds an empty sequence. Returns its row, which is the same in both caches."""
         self.mtp.add()
@@ -65,6 +70,11 @@ class PartDecoder:
         """Removes a sequence and moves the last row into its place."""
         self.mtp.remove(row)
         self.main.remove(row)
+
+    def copy_prompt(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first tokens of a sequence, which are its prompt, to an empty row of both caches."""
+        self.main.copy_start(source, target, num_tokens)
+        self.mtp.copy_start(source, target, num_tokens - 1)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Returns the embeddings of tokens, ND."""

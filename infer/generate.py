@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from infer.batch import ActiveSequence, GenerationBatch, StopCondition
+from infer.active import ActiveSequence, StopCondition
+from infer.batch import GenerationBatch
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids, check
 from infer.decoder import Decoder
 from infer.sample import SequenceRandom
@@ -15,7 +16,6 @@ from model.transformer import Transformer
 
 GREEDY = Sampling()
 BATCH_SIZE = 16
-PROMPT_TOKENS = 8192  # maximum number of tokens in one pass over several prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,7 @@ class Stream:
             decoder, self._sampling, self._stop, self._stop_condition, speculative=self._speculative
         )
         begin = time.perf_counter()
-        while waiting or len(batch):
-            admitted = _next(waiting, self._batch_size - len(batch))
-            made = batch.admit(admitted) if admitted else batch.advance()
+        for made in batch.run(waiting, self._batch_size):
             self.statistics = batch.statistics(time.perf_counter() - begin)
             for sequence, tokens in made:
                 yield Piece(sequence.index, tuple(tokens), sequence.finish)
@@ -148,18 +146,6 @@ def generate(
         finish[piece.index] = piece.finish or finish[piece.index]
     made = (Continuation(tuple(ids), why) for ids, why in zip(tokens, finish, strict=True))
     return Generation(tuple(made), stream.statistics)
-
-
-def _next(waiting: deque[ActiveSequence], free: int) -> list[ActiveSequence]:
-    """Returns the prompts to read in the next pass: at most `free`, with a bounded number of tokens."""
-    taken: list[ActiveSequence] = []
-    num_tokens = 0
-    while waiting and len(taken) < free:
-        num_tokens += len(waiting[0].prompt)
-        if taken and num_tokens > PROMPT_TOKENS:
-            break
-        taken.append(waiting.popleft())
-    return taken
 
 
 def _never_stop(index: int, token: int) -> bool:

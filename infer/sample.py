@@ -13,20 +13,16 @@ from model.precision.linear import widen
 def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Returns the sampling distribution of the next token, BV, in float32 or wider.
 
-    Applies temperature, then top-k, then top-p to the remaining tokens, and renormalizes. Temperature 0 gives
-    probability 1 to the most probable token (the first one if several are equal).
+    Applies temperature, then top-k, then top-p to the remaining tokens, then min-p, and renormalizes. Temperature 0
+    gives probability 1 to the most probable token (the first one if several are equal).
     """
     if sampling.temperature == 0:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.zeros_like(widen(logits_BV)).scatter_(-1, best_B1, 1.0)
-    # Shift by the maximum first, because division by a very small temperature would overflow. A temperature that is
-    # zero in this type would give NaN.
-    wide_BV = widen(logits_BV)
-    temperature = max(sampling.temperature, torch.finfo(wide_BV.dtype).tiny)
-    scaled_BV = (wide_BV - wide_BV.amax(-1, keepdim=True)) / temperature
+    scaled_BV = _scale(logits_BV, sampling.temperature)
     vocab = scaled_BV.shape[-1]
     top_k = min(sampling.top_k or vocab, vocab)
-    if top_k == vocab and sampling.top_p >= 1:
+    if top_k == vocab and sampling.top_p >= 1 and sampling.min_p == 0:
         return scaled_BV.softmax(-1)
     # Keep the top k logits, sorted in descending order.
     if top_k < vocab:
@@ -38,8 +34,30 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         # Probability of all more probable tokens. It is 0 for the most probable token, which is therefore always kept.
         before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
         probabilities_BK = probabilities_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
-        probabilities_BK = probabilities_BK / probabilities_BK.sum(-1, keepdim=True)
+    if sampling.min_p > 0:
+        # The most probable token comes first, and is always kept.
+        smallest_B1 = sampling.min_p * probabilities_BK[:, :1]
+        probabilities_BK = probabilities_BK.masked_fill(probabilities_BK < smallest_B1, 0.0)
+    probabilities_BK = probabilities_BK / probabilities_BK.sum(-1, keepdim=True)
     return torch.zeros_like(scaled_BV).scatter_(-1, ids_BK, probabilities_BK)
+
+
+def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling) -> Tensor:
+    """Returns each row's log-probability of a token at the sampling temperature, B, in float32 or wider.
+
+    Top-k, top-p, min-p and penalties do not change it. At temperature 0 it is that of temperature 1.
+    """
+    scaled_BV = _scale(logits_BV, sampling.temperature or 1.0)
+    return scaled_BV.log_softmax(-1).gather(-1, tokens_B[:, None])[:, 0]
+
+
+def _scale(logits_BV: Tensor, temperature: float) -> Tensor:
+    """Returns logits minus their maximum, divided by the temperature."""
+    # Shift by the maximum first, because division by a very small temperature would overflow. A temperature that is
+    # zero in this type would give NaN.
+    wide_BV = widen(logits_BV)
+    divisor = max(temperature, torch.finfo(wide_BV.dtype).tiny)
+    return (wide_BV - wide_BV.amax(-1, keepdim=True)) / divisor
 
 
 def draw(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -61,10 +79,18 @@ def draw(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 class SequenceRandom:
     """Random numbers of one sequence, independent of the other sequences in its batch."""
 
-    def __init__(self, seed: int, index: int) -> None:
-        """Creates the generator of the prompt with number `index` for a seed."""
-        # A Mersenne twister starts similarly for adjacent seeds. A large odd factor separates the prompts.
-        self._generator = torch.Generator().manual_seed((seed + index * 0x9E3779B97F4A7C15) % 2**63)
+    def __init__(self, seed: int, prompt: int, sample: int = 0, step: int = 0) -> None:
+        """Creates the generator of a continuation.
+
+        Args:
+            seed: of all random numbers.
+            prompt: number of the prompt.
+            sample: number of the continuation among those of the prompt.
+            step: number of the request.
+        """
+        # A Mersenne twister starts similarly for adjacent seeds. Large odd factors separate the sequences.
+        place = prompt * 0x9E3779B97F4A7C15 + sample * 0xD1B54A32D192ED03 + step * 0x8CB92BA72F3D8DD7
+        self._generator = torch.Generator().manual_seed((seed + place) % 2**63)
 
     def uniform(self, count: int) -> Tensor:
         """Returns `count` uniform numbers in [0, 1), float64, on the CPU."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from infer.config import Finish, Sampling, Statistics
+from infer.config import Finish, GenerateError, Sampling, Statistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Request:
     """How an engine continues prompts.
 
     Attributes:
-        samples: number of continuations of each prompt.
+        samples: at least 1, number of continuations of each prompt.
         max_new_tokens: maximum number of new tokens of each; the model's positions limit it, too.
         sampling: how tokens are chosen.
         step: number of the request in a job, for example of a training step. It decides the random numbers, too.
@@ -37,6 +37,15 @@ class Request:
     sampling: Sampling
     step: int = 0
     stop: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Rejects a request without samples.
+
+        Raises:
+            GenerateError: names the field.
+        """
+        if self.samples < 1:
+            raise GenerateError(f"samples: must be at least 1, is {self.samples}; nearest valid: 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

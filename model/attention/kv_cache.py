@@ -68,6 +68,11 @@ class KvCache:
         assert 0 <= length <= self.capacity, "a row is longer than the cache"
         self._lengths[row] = length
 
+    def copy_start(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of a row to another one, which then has that length."""
+        self._values[:, target, :length] = self._values[:, source, :length]
+        self.resize(target, length)
+
     def write_row(self, layer: int, row: int, first: int, values_TC: Tensor) -> None:
         """Writes one sequence's tokens from position `first` on."""
         self._values[layer, row, first : first + len(values_TC)] = values_TC

@@ -57,7 +57,7 @@ def test_distribution_of_equal_scores_keeps_k() -> None:
 
 def test_draws_follow_their_distribution() -> None:
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.01, 0.5, 0.0])
-    uniform = SequenceRandom(seed=4, index=0).uniform(100_000)
+    uniform = SequenceRandom(seed=4, prompt=0).uniform(100_000)
     counts = torch.bincount(draw(weights.expand(100_000, 7), uniform), minlength=7)
     statistic, limit = chi_square(counts, (weights / weights.sum()).to(torch.float64))
     assert statistic < limit

@@ -1,0 +1,88 @@
+"""Continues prompts with a model that is whole in this process."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from infer.active import ActiveSequence
+from infer.batch import GenerationBatch
+from infer.config import Speculative, Statistics, check
+from infer.decoder import Decoder
+from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
+from infer.sample import SequenceRandom
+from model.transformer import Transformer
+
+
+class LocalEngine:
+    """An engine with the whole model in one process.
+
+    Continuations of a prompt share the pass over it. When one ends, the next one takes its place in the batch.
+    """
+
+    def __init__(self, model: Transformer, *, speculative: Speculative = "auto", batch_size: int = 64) -> None:
+        """Stores the arguments.
+
+        Args:
+            model: the whole model.
+            speculative: whether the first MTP module drafts one token per round.
+            batch_size: number of continuations that are generated together. It changes no token.
+        """
+        self._model, self._wanted, self._batch_size = model, speculative, batch_size
+        self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
+        """Implements `Engine.generate`."""
+        config = self._model.config
+        check(config, [prompt.tokens for prompt in prompts], request.max_new_tokens, self._wanted, self._batch_size)
+        sequences = start_sequences(prompts, request, config.max_position_tokens)
+        waiting = deque(sequence for sequence in sequences if sequence.num_left > 0)
+        if not waiting:
+            return to_rollouts(sequences, Statistics())
+        capacity, size = max(sequence.max_length for sequence in waiting), min(self._batch_size, len(waiting))
+        decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative)
+        batch = GenerationBatch(
+            decoder, request.sampling, request.stop, lambda index, token: False, speculative=self._speculative
+        )
+        began = time.perf_counter()
+        for _ in batch.run(waiting, size):
+            pass
+        return to_rollouts(sequences, batch.statistics(time.perf_counter() - began))
+
+
+def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_positions: int) -> list[ActiveSequence]:
+    """Returns the empty continuations of all prompts: all samples of a prompt, then those of the next.
+
+    Args:
+        prompts: in order.
+        request: how they are continued.
+        max_positions: maximum number of tokens of a prompt and its continuation.
+    """
+    return [
+        ActiveSequence(
+            prompt.number,
+            prompt.tokens,
+            min(request.max_new_tokens, max_positions - len(prompt.tokens)),
+            SequenceRandom(request.sampling.seed, prompt.number, sample, request.step),
+            sample,
+        )
+        for prompt in prompts
+        for sample in range(request.samples)
+    ]
+
+
+def to_rollouts(sequences: Sequence[ActiveSequence], statistics: Statistics) -> Rollouts:
+    """Returns the rollouts of finished sequences, in order. One without room for a token ended at its length."""
+    rollouts = [
+        Rollout(
+            prompt=sequence.index,
+            sample=sequence.sample,
+            tokens=tuple(sequence.tokens),
+            log_probs=tuple(chosen.log_prob for chosen in sequence.chosen),
+            finish=sequence.finish or "length",
+        )
+        for sequence in sequences
+    ]
+    return Rollouts(rollouts=tuple(rollouts), statistics=statistics)
