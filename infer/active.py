@@ -27,7 +27,7 @@ class ChosenToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptEnd:
-    """What the main model computed at the last token of a prompt: the state for the MTP module, and logits."""
+    """The state for the MTP module and the logits at the last token of a prompt."""
 
     state_1D: Tensor
     logits_V: Tensor

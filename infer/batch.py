@@ -56,7 +56,12 @@ class GenerationBatch:
         return Statistics(**self._counts, seconds=seconds)
 
     def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[list[tuple[ActiveSequence, list[int]]]]:
-        """Generates until no sequence is left, at most `batch_size` at a time. Yields the results of all passes."""
+        """Generates until no sequence is left. Yields the results of each pass.
+
+        Args:
+            waiting: sequences that are not active yet, in order.
+            batch_size: number of active sequences at a time.
+        """
         while waiting or self._active:
             admitted = _take_waiting(waiting, batch_size - len(self._active))
             yield self.admit(admitted) if admitted else self.advance()

@@ -74,7 +74,7 @@ def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_pos
 
 
 def to_rollouts(sequences: Sequence[ActiveSequence], statistics: Statistics) -> Rollouts:
-    """Returns the rollouts of finished sequences, in order. One without room for a token ended at its length."""
+    """Returns the rollouts of finished sequences, in order. Those without room for a token are empty."""
     rollouts = [
         Rollout(
             prompt=sequence.index,

@@ -1,10 +1,12 @@
 """Tests of sampling: distributions equal a plain reference, and samples follow their distribution."""
 
+import re
+
 import pytest
 import torch
 
 from infer.config import GenerateError, Sampling
-from infer.sample import SequenceRandom, distribution, draw
+from infer.sample import SequenceRandom, distribution, draw, log_probs
 from tests.infer.models import chi_square
 
 
@@ -91,3 +93,34 @@ def test_draws_of_prompts_and_seeds_differ() -> None:
 def test_sampling_out_of_range_is_rejected(key: str, value: float) -> None:
     with pytest.raises(GenerateError, match=rf"^{key}: .*{value}"):
         Sampling(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_min_p_keeps_tokens_near_the_most_probable_one(min_p: float, top_p: float) -> None:
+    logits = torch.randn(4, 23, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
+    whole = distribution(logits, Sampling(temperature=0.8, top_p=top_p))
+    expected = whole.masked_fill(whole < min_p * whole.amax(-1, keepdim=True), 0)
+    made = distribution(logits, Sampling(temperature=0.8, top_p=top_p, min_p=min_p))
+    torch.testing.assert_close(made, expected / expected.sum(-1, keepdim=True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
+def test_log_probs_are_those_of_all_tokens_at_the_temperature(temperature: float) -> None:
+    logits, tokens = torch.tensor([[1.0, 2.0, 4.0], [0.0, -1e4, 5.0]]), torch.tensor([1, 1])
+    expected = (logits / (temperature or 1)).log_softmax(-1)[[0, 1], tokens]
+    made = log_probs(logits, tokens, Sampling(temperature=temperature, top_k=1))
+    torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min_p": 1.5}, "min_p: must be from 0 to 1, is 1.5; nearest valid: 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: must be finite and above 0, is 0.0; nearest valid: 1"),
+        ({"presence_penalty": float("nan")}, "presence_penalty: must be finite, is nan; nearest valid: 0"),
+    ],
+)
+def test_min_p_and_penalties_out_of_range_are_rejected(values: dict[str, float], message: str) -> None:
+    with pytest.raises(GenerateError, match=f"^{re.escape(message)}$"):
+        Sampling(**values)

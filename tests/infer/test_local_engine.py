@@ -1,0 +1,87 @@
+"""Tests of the local engine: log-probabilities are those of training, and no rollout depends on its batch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infer.config import GenerateError, Sampling
+from infer.engines.local import LocalEngine
+from infer.engines.protocol import NumberedPrompt, Request, Rollout
+from model.transformer import Transformer
+from tests.infer.models import make_foresighted
+
+PROMPTS = [NumberedPrompt(number=number, tokens=tuple(range(number + 3, 2 * number + 4))) for number in range(8)]
+REQUEST = Request(samples=6, max_new_tokens=16, sampling=Sampling(temperature=1.0, seed=3), stop=frozenset((50, 111)))
+
+
+def trained_log_probs(model: Transformer, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """Returns the log-probabilities that a training pass computes for a rollout's tokens."""
+    prompt = PROMPTS[rollout.prompt].tokens
+    with torch.no_grad():
+        logits_1TV = model(torch.tensor([[*prompt, *rollout.tokens]]))
+    logs_TV = (logits_1TV[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+    return logs_TV.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+
+
+# Float32 cannot hold a log-probability near -9 better than to 1e-6, so its bound also grows with the value.
+@pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float32, (2**-22, 1e-6)), (torch.float64, (0, 1e-12))])
+@pytest.mark.parametrize(("temperature", "speculative"), [(0.6, False), (1.0, True), (1.5, False)])
+def test_log_probs_are_those_of_a_training_pass(
+    dtype: torch.dtype, tolerances: tuple[float, float], temperature: float, speculative: bool
+) -> None:
+    model = make_foresighted(dtype=dtype)
+    sampling = Sampling(temperature=temperature, top_k=200, top_p=0.99, seed=5)
+    request = replace(REQUEST, sampling=sampling, samples=24, max_new_tokens=40, stop=frozenset())
+    rollouts = LocalEngine(model, speculative=speculative).generate(PROMPTS, request).rollouts
+    assert sum(len(rollout.tokens) for rollout in rollouts) == 8 * 24 * 40
+    for rollout in rollouts:
+        found = torch.tensor(rollout.log_probs, dtype=dtype)
+        trained = trained_log_probs(model, rollout, temperature)
+        torch.testing.assert_close(found, trained, rtol=tolerances[0], atol=tolerances[1], msg=str(rollout))
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_rollouts_depend_on_numbers_not_on_batch_or_other_prompts(speculative: bool) -> None:
+    model = make_foresighted()
+
+    def tokens(prompts: Sequence[NumberedPrompt], batch_size: int, step: int = 0) -> dict[tuple[int, int], Rollout]:
+        engine = LocalEngine(model, speculative=speculative, batch_size=batch_size)
+        made = engine.generate(prompts, replace(REQUEST, step=step)).rollouts
+        assert [(rollout.prompt, rollout.sample) for rollout in made] == [
+            (prompt.number, sample) for prompt in prompts for sample in range(6)
+        ]
+        return {(rollout.prompt, rollout.sample): rollout for rollout in made}
+
+    whole = tokens(PROMPTS, 48)
+    assert len({rollout.tokens for rollout in whole.values()}) == 48
+    assert {rollout.finish for rollout in whole.values()} == {"stop", "length"}
+    for prompts, batch_size in ((PROMPTS, 5), (PROMPTS, 1), (PROMPTS[::-1][:3], 48)):
+        for place, rollout in tokens(prompts, batch_size).items():
+            assert rollout.tokens == whole[place].tokens, place
+    assert all(rollout.tokens != whole[place].tokens for place, rollout in tokens(PROMPTS, 48, step=1).items())
+
+
+def test_stop_token_is_part_of_a_rollout() -> None:
+    for rollout in LocalEngine(make_foresighted()).generate(PROMPTS, REQUEST).rollouts:
+        assert (rollout.tokens[-1] in REQUEST.stop) == (rollout.finish == "stop")
+        assert not set(rollout.tokens[:-1]) & REQUEST.stop
+        assert len(rollout.tokens) == len(rollout.log_probs)
+
+
+def test_continuations_of_a_prompt_share_its_pass() -> None:
+    statistics = LocalEngine(make_foresighted(), speculative=False).generate(PROMPTS, REQUEST).statistics
+    assert statistics.tokens - statistics.passes == 8 * 5  # the first tokens of five continuations cost no pass
+
+
+def test_prompt_that_fills_the_positions_has_an_empty_rollout() -> None:
+    model = make_foresighted()
+    prompt = NumberedPrompt(number=0, tokens=(1,) * model.config.max_position_tokens)
+    (rollout,) = LocalEngine(model).generate([prompt], replace(REQUEST, samples=1)).rollouts
+    assert (rollout.tokens, rollout.finish) == ((), "length")
+
+
+def test_request_without_samples_is_rejected() -> None:
+    with pytest.raises(GenerateError, match=r"^samples: must be at least 1, is 0; nearest valid: 1$"):
+        replace(REQUEST, samples=0)
