@@ -57,7 +57,7 @@ def build_encoded(
     sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:
         config = replace(config, validation_fraction=0.0)
-    tokenizer = given or own_tokenizer(config) or train_tokenizer(config, sizes["train"].text_bytes, progress)
+    tokenizer = given or train_tokenizer(config, sizes["train"].text_bytes, progress)
     tokenizer.save(folder / "tokenizer.json")
     values: dict[str, int | float | str] = {}
     for part, size in sizes.items():
@@ -125,7 +125,8 @@ def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = N
 
     total = min(train_bytes, TOKENIZER_TEXT_BYTES)
     read = progress.over("reading text for the tokenizer", chunks(), total, lambda text: len(text.encode()))
-    return Tokenizer.train(read, config.tokenizer_vocab_size)
+    further = DATA_SOURCES.get(config.source.kind).special_tokens
+    return Tokenizer.train(read, config.tokenizer_vocab_size, further)
 
 
 def encode_part(

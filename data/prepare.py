@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from data.cache import CacheEntry, open_or_build
 from data.config import DataConfig
 from data.corpus import DataError, check_source, list_files
-from data.encode import NO_PROGRESS, build_encoded
+from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
 from data.pack import entropy_nats, pack_documents
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part
 from data.samples.build import build_samples, counts_of, has_samples, read_values
 from data.samples.pack import SampleCounts
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
-from data.tokenizer import Tokenizer, check_vocab_size
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
 # Part of every cache entry's name. Increase it if the same settings produce different files.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,8 +76,10 @@ def check_config(config: DataConfig) -> int:
         DataError: a value is out of range, the source or the tokenizer cannot be read, or the token that ends a
             document is unknown.
     """
+    entry = DATA_SOURCES.get(config.source.kind)
     if config.tokenizer is None:
-        check_vocab_size(config.tokenizer_vocab_size)
+        if entry.tokenizer is None:
+            check_vocab_size(config.tokenizer_vocab_size, len(SPECIAL_TOKENS) + len(entry.special_tokens))
         _check_no_names(config)
     if not 0.0 < config.validation_fraction < 1.0:
         raise DataError(
@@ -89,13 +91,25 @@ def check_config(config: DataConfig) -> int:
             f"data.fim_rate: must be between 0 and 1, got {config.fim_rate}; "
             f"nearest: {0.0 if config.fim_rate < 0.0 else 1.0}"
         )
-    given = read_tokenizer(config)
-    check_source(config.source)
-    return config.tokenizer_vocab_size if given is None else given.vocab_size
+    known = known_tokenizer(config)
+    if entry.check is None:
+        check_source(config.source)
+    else:
+        entry.check(config.source, known)
+    return config.tokenizer_vocab_size if known is None else known.vocab_size
+
+
+def known_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """Returns the given tokenizer or the source's own one. Returns None if a tokenizer must be trained.
+
+    Raises:
+        DataError: as in `read_tokenizer`.
+    """
+    return read_tokenizer(config) or own_tokenizer(config)
 
 
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Loads the given tokenizer. Returns None if a tokenizer must be trained.
+    """Loads the given tokenizer. Returns None if none is given.
 
     Raises:
         DataError: the file is missing or not a tokenizer, or the token that ends a document is unknown.
@@ -137,31 +151,31 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
             f"got {sequence_length_tokens}; nearest: 2"
         )
     cache_dir = Path(config.cache_dir).expanduser()
-    given = read_tokenizer(config)
-    encoded_name = f"encoded-{_encoded_key(config, given)}"
+    known = known_tokenizer(config)
+    encoded_name = f"encoded-{_encoded_key(config, known)}"
 
     def build(folder: Path) -> Mapping[str, int | float | str]:
         check_config(config)
         if has_samples(config):
-            return build_samples(config, given, sequence_length_tokens, folder, progress)
-        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, given, inner, progress))
+            return build_samples(config, known, sequence_length_tokens, folder, progress)
+        encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, known, inner, progress))
         return _build_packed(encoded, sequence_length_tokens, folder)
 
     return _open_prepared(open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{encoded_name}", build))
 
 
-def _encoded_key(config: DataConfig, given: Tokenizer | None) -> str:
+def _encoded_key(config: DataConfig, known: Tokenizer | None) -> str:
     files = []
     for file in list_files(config.source):
         status = file.path.stat()
         files.append((file.key, str(file.path.resolve()), status.st_size, status.st_mtime_ns))
-    special = None if given is None else [*given.special.all_ids, given.token_names]
+    special = None if known is None else [*known.special.all_ids, known.token_names]
     settings = [
         FORMAT_VERSION,
         config.source.kind,
         DATA_SOURCES.get(config.source.kind).settings(config.source),
         special,
-        config.tokenizer_vocab_size if given is None else given.fingerprint,
+        config.tokenizer_vocab_size if known is None else known.fingerprint,
         config.validation_fraction,
         config.fim_rate,
         config.seed,

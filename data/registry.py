@@ -96,13 +96,18 @@ class DataSourceEntry:
         summary: one-line description for users.
         config: its configuration class, a subclass of `DataSource`.
         files: returns its files, each once, in an order that depends only on their names. The cache of encoded text is
-            valid until the path, the size or the modification time of a file changes.
+            valid until the path, the size or the modification time of a file changes. A source that generates its
+            samples has no files, and a `check`.
         read: yields the documents of one file; with a limit, reads only about that many bytes.
         place: returns the start of an error about the whole source.
         settings: returns plain values that decide how files are read, for the name of the cache entry.
         samples: yields the source's samples as token ids, in order, if it has samples instead of documents; `read` then
             yields their text, from which a tokenizer can be trained.
         tokenizer: returns the source's own tokenizer, which is used if none is given; None: one is trained.
+        special_tokens: special tokens that a tokenizer trained for the source has in addition to the usual ones.
+        check: rejects a source that cannot be read, before a run; it also receives the tokenizer, or None if one will
+            be trained. If None, the first megabytes of the files are read.
+        chat_template: returns the name of the chat template of the samples; None: they are no chats.
     """
 
     summary: str
@@ -113,6 +118,9 @@ class DataSourceEntry:
     settings: Callable[[Any], object] = _no_settings
     samples: Callable[[Any, Tokenizer], Iterator[Sample]] | None = None
     tokenizer: Callable[[Any], Tokenizer] | None = None
+    special_tokens: tuple[str, ...] = ()
+    check: Callable[[Any, Tokenizer | None], None] | None = None
+    chat_template: Callable[[Any], str] | None = None
 
 
-DATA_SOURCES = Registry[DataSourceEntry]("data.kind", ("data.corpus",))
+DATA_SOURCES = Registry[DataSourceEntry]("data.kind", ("data.corpus", "data.chat.sources", "data.arithmetic.source"))

@@ -26,6 +26,24 @@ FIM_HOLE = "<｜fim▁hole｜>"
 FIM_END = "<｜fim▁end｜>"
 FIM_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END)
 
+THINK = "<think>"
+END_THINK = "</think>"
+CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
+CALLS_END = "<｜tool▁calls▁end｜>"
+CALL_BEGIN = "<｜tool▁call▁begin｜>"
+CALL_END = "<｜tool▁call▁end｜>"
+OUTPUTS_BEGIN = "<｜tool▁outputs▁begin｜>"
+OUTPUTS_END = "<｜tool▁outputs▁end｜>"
+OUTPUT_BEGIN = "<｜tool▁output▁begin｜>"
+OUTPUT_END = "<｜tool▁output▁end｜>"
+TOOL_SEPARATOR = "<｜tool▁sep｜>"
+TOOL_TOKENS = (
+    *(CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END),
+    *(OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END, TOOL_SEPARATOR),
+)
+CHAT_TOKENS = (THINK, END_THINK, *TOOL_TOKENS)
+"""Tokens of chat templates that only tokenizers for chats have: released ones, and those trained on chats."""
+
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TOKENS_MAP_NAME = "special_tokens_map.json"
 GENERATION_NAME = "generation_config.json"

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data.corpus import DataError
 from data.special_tokens import (
     BEGIN_OF_SENTENCE,
+    CHAT_TOKENS,
     END_OF_SENTENCE,
     FIM_TOKENS,
     NAMES_FROM_FILES,
@@ -91,7 +92,7 @@ class Tokenizer:
         # Files may declare some of these as ordinary tokens. Then a document that contains the text
         # "<｜end▁of▁sentence｜>" would produce the special token. Both calls below prevent this.
         placed = [backend.id_to_token(number) for number in self._special.all_ids]
-        own = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is not None]
+        own = [token for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if backend.token_to_id(token) is not None]
         backend.add_special_tokens(list(dict.fromkeys([*own, *placed])))
         backend.encode_special_tokens = True
         self._backend = backend
@@ -143,8 +144,12 @@ class Tokenizer:
         end = next((at for at in range(len(tokens), 0, -1) if tokens[at - 1] in placed), 0)
         return list(tokens[max(end, len(tokens) - CONTEXT_TOKENS) :])
 
+    def has_token(self, token: str) -> bool:
+        """Returns whether the vocabulary has a token with this name."""
+        return self._backend.token_to_id(token) is not None
+
     def special_id(self, token: str) -> int:
-        """Returns the id of one of `SPECIAL_TOKENS`.
+        """Returns the id of one of `SPECIAL_TOKENS` or `CHAT_TOKENS`.
 
         Raises:
             DataError: the tokenizer does not have this token.
@@ -155,7 +160,7 @@ class Tokenizer:
         return int(number)
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, documents: Iterable[str], vocab_size: int, further_tokens: Sequence[str] = ()) -> "Tokenizer":
         """Trains a tokenizer.
 
         A corpus with too few pairs to merge yields fewer than `vocab_size` tokens. This is harmless, because the
@@ -164,11 +169,13 @@ class Tokenizer:
         Args:
             documents: text to train on; read once.
             vocab_size: number of tokens, including the special tokens and the 256 bytes.
+            further_tokens: special tokens after `SPECIAL_TOKENS`, such as `data.special_tokens.CHAT_TOKENS`.
 
         Raises:
             DataError: `vocab_size` is too small for the bytes and the special tokens.
         """
-        check_vocab_size(vocab_size)
+        special = [*SPECIAL_TOKENS, *further_tokens]
+        check_vocab_size(vocab_size, len(special))
         backend = tokenizers.Tokenizer(models.BPE())
         splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in SPLIT_PATTERNS]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -176,7 +183,7 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=special,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -301,14 +308,15 @@ def other_tokenizer(folder: Path) -> str:
     )
 
 
-def check_vocab_size(vocab_size: int) -> None:
+def check_vocab_size(vocab_size: int, num_special: int = len(SPECIAL_TOKENS)) -> None:
     """Rejects a vocabulary that is too small for all bytes and special tokens.
 
     Raises:
         DataError: `vocab_size` is too small.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    least = 256 + num_special
+    if vocab_size < least:
         raise DataError(
-            f"data.tokenizer_vocab_size: must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens), got {vocab_size}; nearest: {MIN_VOCAB_SIZE}"
+            f"data.tokenizer_vocab_size: must be at least {least} (256 bytes and {num_special} special tokens), "
+            f"got {vocab_size}; nearest: {least}"
         )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.corpus import DataError, is_validation
-from data.encode import own_tokenizer, train_tokenizer
+from data.encode import train_tokenizer
 from data.pack import entropy_nats
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part, Sample
@@ -29,13 +29,13 @@ def has_samples(config: DataConfig) -> bool:
 
 
 def build_samples(
-    config: DataConfig, given: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
+    config: DataConfig, known: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's packed samples into a folder.
 
     Args:
         config: source of the samples and settings for their preparation.
-        given: the tokenizer; None takes the source's own, or trains one on the samples' text.
+        known: the given tokenizer or the source's own one; None trains one on the samples' text.
         sequence_length_tokens: L.
         folder: an empty folder.
         progress: progress display.
@@ -46,7 +46,7 @@ def build_samples(
     Raises:
         DataError: the source cannot be read, or the training part would be empty.
     """
-    tokenizer = given or own_tokenizer(config) or train_tokenizer(config, 0, progress)
+    tokenizer = known or train_tokenizer(config, 0, progress)
     tokenizer.save(folder / "tokenizer.json")
     digest = hashlib.sha256()
     values: dict[str, int | float | str] = {}
@@ -64,7 +64,7 @@ def build_samples(
         values |= {f"{part}_samples_{name}": count for name, count in asdict(packed.counts).items()}
         if predicted := _predicted_tokens(packed):
             values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
-            values["bytes_per_token"] = len(tokenizer.decode(predicted).encode()) / len(predicted)
+            values["bytes_per_token"] = max(_text_bytes(tokenizer, predicted), 1) / len(predicted)
     values["fingerprint"] = digest.hexdigest()
     return values
 
@@ -111,6 +111,10 @@ def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list
             f"nearest: a smaller fraction, or more samples"
         )
     return parts
+
+
+def _text_bytes(tokenizer: Tokenizer, tokens: list[int]) -> int:
+    return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
 def _predicted_tokens(packed: PackedSamples) -> list[int]:

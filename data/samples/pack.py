@@ -10,11 +10,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from data.corpus import DataError
 from data.pack import PADDING_POSITION, best_fit_decreasing
 from data.registry import Sample, SamplePiece
 
 WEIGHTS = "weights"
 """Value of the weight with which position i trains the prediction of token i + 1."""
+PAIR = "pair"
+"""Value of a pair's number: k where the preferred answer of pair k is predicted, -k for the other answer, else 0."""
+SCORE = "score"
+"""Value of a pair's number at the last token of each answer: k for the preferred one, -k for the other, else 0."""
+MARGIN = "margin"
+"""Value of how much better the preferred answer is, at its last token."""
+NUMBERED = (PAIR, SCORE)
+"""Values that number the pairs of a sample from 1. Packing makes the numbers unique within a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,16 +94,37 @@ def pack_samples(samples: Iterable[Sample], sequence_length_tokens: int, pad_id:
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
     first = part.samples[0].pieces[0].values if part.samples else {}
     values = {name: np.zeros((num_bins, length, *value.shape[1:]), dtype=value.dtype) for name, value in first.items()}
-    filled = [0] * num_bins
+    filled, numbers = [0] * num_bins, [0] * num_bins
     for row, sample in zip(bins, part.samples, strict=True):
         for piece in sample.pieces:
             place = slice(filled[row], filled[row] + len(piece.tokens))
             tokens_NL[row, place] = piece.tokens
             positions_NL[row, place] = np.arange(len(piece.tokens))
             for name, value in piece.values.items():
-                values[name][row, place] = value
+                values[name][row, place] = _renumber(value, numbers[row]) if name in NUMBERED else value
             filled[row] = place.stop
+        numbers[row] += _count_numbers(sample)
     return PackedSamples(tokens_NL=tokens_NL, positions_NL=positions_NL, values=values, counts=part.counts)
+
+
+def _count_numbers(sample: Sample) -> int:
+    """Returns the largest number of a pair in a sample; 0 if it has none."""
+    numbered = (piece.values[name] for piece in sample.pieces for name in NUMBERED if name in piece.values)
+    return max((int(np.abs(value).max(initial=0)) for value in numbered), default=0)
+
+
+def _renumber(value: NDArray[np.generic], offset: int) -> NDArray[np.generic]:
+    """Returns numbers that continue after an offset; 0 and signs stay."""
+    numbers = np.asarray(value, dtype=np.int64)
+    moved = numbers + np.sign(numbers) * offset
+    limit = np.iinfo(value.dtype).max  # type: ignore[type-var]
+    if np.abs(moved).max(initial=0) > limit:
+        raise DataError(
+            f"batch.sequence_length_tokens: must have at most {limit} pairs in a sequence, has more; nearest: a "
+            f"shorter sequence"
+        )
+    renumbered: NDArray[np.generic] = moved.astype(value.dtype)
+    return renumbered
 
 
 def _cut(sample: Sample, length: int) -> Sample | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.prepare import check_config
+from data.registry import DATA_SOURCES
 from data.tokenizer import find_tokenizer_file, other_tokenizer
 from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig, ladder
@@ -198,6 +199,12 @@ def _check_data(config: TrainConfig) -> None:
     tokens, model = check_config(config.data), config.model.vocab_size
     if tokens <= model:
         return
+    kind = config.data.source.kind
+    if config.data.tokenizer is None and DATA_SOURCES.get(kind).tokenizer is not None:
+        raise ConfigError(
+            f"model.vocab_size: must be at least the {tokens} tokens of data.kind={kind}, is {model}; "
+            f"nearest valid: {tokens}"
+        )
     if config.data.tokenizer is None:
         raise ConfigError(
             f"data.tokenizer_vocab_size: must be at most model.vocab_size={model}, is {tokens}; nearest valid: {model}"

@@ -1,0 +1,1 @@
+"""Generates arithmetic problems with checkable answers, offline and from a seed."""

@@ -1,0 +1,117 @@
+"""Registers a source of arithmetic problems under a chat template. Imports no torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Literal
+
+import tokenizers
+from tokenizers import decoders, models
+
+from data.arithmetic.problems import ArithmeticProblem, draws, problem_stream, wrong_answer
+from data.chat.encode import check_tokens, encode_conversations
+from data.chat.messages import Conversation, assistant, user
+from data.chat.pairs import pair_sample
+from data.chat.templates import CHAT_TEMPLATES
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.special_tokens import CHAT_TOKENS
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
+
+CHARACTERS = "0123456789=\n?"
+UNKNOWN = "?"
+ENCODE_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArithmeticSource(DataSource):
+    """Problems of sorting digits, generated from a seed.
+
+    Attributes:
+        form: demonstrations: one answer each; preferences: the right answer and one with a wrong digit.
+        template: name of the chat template.
+        num_digits: digits of a problem.
+        num_samples: number of problems, held-out validation included.
+        wrong_share: share of demonstrations with one wrong digit.
+        generator_seed: seed of the problems and the wrong digits.
+    """
+
+    form: Literal["demonstrations", "preferences"]
+    template: Annotated[str, CHAT_TEMPLATES]
+    num_digits: Annotated[int, AtLeast(4)]
+    num_samples: PositiveInt
+    wrong_share: Share
+    generator_seed: NonNegativeInt
+
+
+def arithmetic_tokenizer() -> Tokenizer:
+    """Returns a tokenizer of single characters and all special tokens, 32 in total.
+
+    Any other character becomes a question mark.
+    """
+    vocab = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *CHAT_TOKENS, *CHARACTERS))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([*SPECIAL_TOKENS, *CHAT_TOKENS])
+    return Tokenizer(backend)
+
+
+def _chosen_problems(source: ArithmeticSource) -> Iterator[tuple[ArithmeticProblem, str, str]]:
+    """Yields problems, each with the answer that is shown first and a wrong one."""
+    problems = islice(problem_stream(source.generator_seed, source.num_digits), source.num_samples)
+    numbers = draws(source.generator_seed)
+    for problem in problems:
+        is_wrong = next(numbers) / 2**64 < source.wrong_share and source.form == "demonstrations"
+        wrong = wrong_answer(problem.answer, next(numbers))
+        yield problem, wrong if is_wrong else problem.answer, wrong
+
+
+def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+    template, chosen = CHAT_TEMPLATES.get(source.template), _chosen_problems(source)
+    while batch := list(islice(chosen, ENCODE_BATCH)):
+        first = encode_conversations(
+            [_conversation(problem, answer) for problem, answer, _ in batch], template, tokenizer
+        )
+        if source.form == "demonstrations":
+            for (problem, _, _), chat in zip(batch, first, strict=True):
+                yield Sample(key=problem.prompt, pieces=(chat.piece(),), may_be_cut=False)
+            continue
+        others = encode_conversations(
+            [_conversation(problem, wrong) for problem, _, wrong in batch], template, tokenizer
+        )
+        for (problem, _, _), right, wrong in zip(batch, first, others, strict=True):
+            yield pair_sample(problem.prompt, right, wrong)
+
+
+def _conversation(problem: ArithmeticProblem, answer: str) -> Conversation:
+    return Conversation(messages=(user(problem.prompt), assistant(answer)))
+
+
+def _documents(source: ArithmeticSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+    """Yields no documents, because there are no files."""
+    yield from ()
+
+
+def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is not None:
+        check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
+
+
+DATA_SOURCES.register(
+    "arithmetic",
+    DataSourceEntry(
+        summary="generated problems: sort the digits of a number",
+        config=ArithmeticSource,
+        files=lambda source: (),
+        read=_documents,
+        place=lambda source: "data.kind: 'arithmetic'",
+        settings=lambda source: [
+            *(source.form, source.template, source.num_digits, source.num_samples),
+            *(source.wrong_share, source.generator_seed),
+        ],
+        samples=_samples,
+        tokenizer=lambda source: arithmetic_tokenizer(),
+        check=_check,
+        chat_template=lambda source: source.template,
+    ),
+)

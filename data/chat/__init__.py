@@ -1,0 +1,1 @@
+"""Reads chats, and encodes them by templates that are tables of tokens."""

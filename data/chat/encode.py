@@ -1,0 +1,268 @@
+"""Encodes conversations as token ids by a template. Imports no torch.
+
+Special tokens are placed by id, and text is encoded by itself. So text that spells a special token stays text.
+Shape legend: T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.chat.messages import ChatMessage, Conversation, ToolDefinition, order_problem
+from data.chat.templates import SPECIAL_NAMES, ChatTemplate, Pieces
+from data.corpus import DataError
+from data.registry import SamplePiece
+from data.samples.pack import WEIGHTS
+from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE
+from data.tokenizer import Tokenizer
+
+TOOLS_HEADING = "## Tools\nYou have access to the following tools:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A special token, or text that is encoded as a whole; `is_target` if the assistant writes it."""
+
+    text: str
+    is_special: bool
+    is_target: bool
+
+
+@dataclass(slots=True)
+class _Parts:
+    """Parts of a conversation. Adjacent text is joined, except where the assistant begins to write."""
+
+    parts: list[_Part] = field(default_factory=list)
+
+    def place(self, pieces: Pieces, *, is_target: bool = False) -> None:
+        """Appends pieces of a template."""
+        for piece in pieces:
+            if piece in SPECIAL_NAMES:
+                self.parts.append(_Part(text=piece, is_special=True, is_target=is_target))
+            else:
+                self.write(piece, is_target=is_target)
+
+    def write(self, text: str, *, is_target: bool = False) -> None:
+        """Appends text, which never contains special tokens."""
+        if not text:
+            return
+        last = self.parts[-1] if self.parts else None
+        if last is not None and not last.is_special and last.is_target == is_target:
+            text = self.parts.pop().text + text
+        self.parts.append(_Part(text=text, is_special=False, is_target=is_target))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EncodedChat:
+    """Token ids of a conversation.
+
+    Attributes:
+        ids: [T].
+        is_target: whether the assistant writes the token, [T].
+    """
+
+    ids: list[int]
+    is_target: list[bool]
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """Weight of each position's prediction of the next token, [T]; the last one is 0."""
+        return np.asarray([*self.is_target[1:], False], dtype=np.float32)
+
+    def piece(self) -> SamplePiece:
+        """Returns the tokens with the weights of their predictions."""
+        return SamplePiece(tokens=np.asarray(self.ids, dtype=np.int64), values={WEIGHTS: self.weights})
+
+
+def split_views(conversation: Conversation) -> tuple[Conversation, ...]:
+    """Returns conversations of which each shows the thoughts of its last message alone.
+
+    A template removes the thoughts of earlier turns. A turn is trained with its thoughts as the last turn of a
+    conversation that ends there. So every turn is trained in exactly one of the returned conversations, in the form in
+    which the model will write it.
+    """
+    turns = conversation.trained_turns
+    ends = [turn for turn in turns if conversation.messages[turn].thoughts is not None or turn == turns[-1]]
+    starts = [conversation.num_context, *(end + 1 for end in ends[:-1])]
+    return tuple(
+        Conversation(messages=conversation.messages[: end + 1], tools=conversation.tools, num_context=start)
+        for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def encode_conversations(
+    conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: Tokenizer
+) -> list[EncodedChat]:
+    """Encodes conversations for training. Only the last message shows its thoughts; see `split_views`.
+
+    Args:
+        conversations: each in the order that `order_problem` accepts.
+        template: the table of tokens.
+        tokenizer: has the tokens that the template places.
+
+    Raises:
+        DataError: the tokenizer lacks a token of the template, or the template cannot write thoughts.
+    """
+    return _encode([_conversation_parts(each, template) for each in conversations], tokenizer)
+
+
+def encode_prompt(
+    messages: Sequence[ChatMessage],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    *,
+    thinking: bool | None = None,
+    tools: Sequence[ToolDefinition] = (),
+) -> list[int]:
+    """Returns the token ids after which the assistant answers.
+
+    Args:
+        messages: the last one is a user's or a tool's output.
+        template: the table of tokens.
+        tokenizer: has the tokens that the template places.
+        thinking: whether the assistant thinks first; None follows the template.
+        tools: tools that the assistant may call.
+
+    Raises:
+        DataError: the messages are out of order, the tokenizer lacks a token, or the template has no thoughts.
+    """
+    problem = order_problem(tuple(messages))
+    if problem is not None:
+        number, rule, valid = problem
+        raise DataError(f"messages[{number}].role: {rule}, is {messages[number].role!r}; nearest valid: {valid}")
+    if not messages or messages[-1].role not in ("user", "tool"):
+        last = repr(messages[-1].role) if messages else "none"
+        raise DataError(f"messages: the last message of a prompt must be a user's or a tool's, is {last}")
+    parts = _Parts()
+    _write_messages(parts, messages, frozenset(), template, tools)
+    _open_turn(parts, messages[-1], template, thinking=template.thinks if thinking is None else thinking)
+    return _encode([parts], tokenizer)[0].ids
+
+
+def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer) -> None:
+    """Rejects a tokenizer that lacks tokens of a template.
+
+    Raises:
+        DataError: names the first missing token.
+    """
+    missing = [name for name in names if not tokenizer.has_token(name)]
+    if missing:
+        raise DataError(
+            f"data.template: {template_name} places the token {missing[0]!r}, which the tokenizer must have, does not; "
+            f"nearest valid: a template without it, or a tokenizer that was released for chats or trained on them"
+        )
+
+
+def special_names(conversation: Conversation, template: ChatTemplate) -> tuple[str, ...]:
+    """Returns the names of the special tokens of a conversation, except begin and end."""
+    placed = [part.text for part in _conversation_parts(conversation, template).parts if part.is_special]
+    return tuple(dict.fromkeys(name for name in placed if name not in (BEGIN_OF_SENTENCE, END_OF_SENTENCE)))
+
+
+def _conversation_parts(conversation: Conversation, template: ChatTemplate) -> _Parts:
+    parts = _Parts()
+    targets = frozenset(conversation.trained_turns)
+    _write_messages(parts, conversation.messages, targets, template, conversation.tools)
+    return parts
+
+
+def _write_messages(
+    parts: _Parts,
+    messages: Sequence[ChatMessage],
+    targets: frozenset[int],
+    template: ChatTemplate,
+    tools: Sequence[ToolDefinition],
+) -> None:
+    """Writes messages in order; the targets are the numbers of the assistant's trained turns."""
+    parts.place(template.begin)
+    system = [message.content for message in messages if message.role == "system"]
+    parts.write(template.system_joint.join([*system, *_tool_lines(tools)]))
+    before: ChatMessage | None = None
+    for number, message in enumerate(messages):
+        match message.role:
+            case "user":
+                parts.place(template.user)
+                parts.write(message.content)
+            case "tool":
+                is_first = before is None or before.role != "tool"
+                parts.place(template.tools.outputs_begin if is_first else template.tools.output_joint)
+                parts.place(template.tools.output_begin)
+                parts.write(message.content)
+                parts.place(template.tools.output_end)
+            case "assistant":
+                assert before is not None
+                shows_thoughts = message.thoughts is not None and number == len(messages) - 1
+                if shows_thoughts and before.role == "tool":
+                    raise DataError(
+                        f"messages[{number}].thoughts: must be absent after a tool's output, where no template has "
+                        f"them; nearest valid: thoughts before the tool_calls"
+                    )
+                _open_turn(parts, before, template, thinking=shows_thoughts)
+                _write_turn(parts, message, template, shows_thoughts=shows_thoughts, is_target=number in targets)
+        before = message
+
+
+def _open_turn(parts: _Parts, before: ChatMessage, template: ChatTemplate, *, thinking: bool) -> None:
+    """Places what precedes the assistant's turn after a user's message or a tool's output."""
+    if before.role == "tool":
+        # After outputs of tools, the assistant continues its turn without a header.
+        parts.place(template.tools.outputs_end)
+        return
+    if thinking and template.thoughts is None:
+        raise DataError(
+            "thoughts: must be absent with a template that has none; nearest valid: data.template=r1 or v3_1"
+        )
+    parts.place(template.thoughts.begin if thinking and template.thoughts is not None else template.assistant)
+
+
+def _write_turn(
+    parts: _Parts, message: ChatMessage, template: ChatTemplate, *, shows_thoughts: bool, is_target: bool
+) -> None:
+    if shows_thoughts and template.thoughts is not None:
+        parts.write(message.thoughts or "", is_target=is_target)
+        parts.place(template.thoughts.end, is_target=is_target)
+    parts.write(message.content, is_target=is_target)
+    form = template.tools
+    for number, call in enumerate(message.tool_calls):
+        parts.place(form.call_joint if number else form.calls_begin, is_target=is_target)
+        parts.place(form.call_begin, is_target=is_target)
+        parts.write(call.name, is_target=is_target)
+        parts.place(form.separator, is_target=is_target)
+        parts.write(call.arguments, is_target=is_target)
+        parts.place(form.call_end, is_target=is_target)
+    if message.tool_calls:
+        parts.place(form.calls_end, is_target=is_target)
+    parts.place(template.end, is_target=is_target)
+
+
+def _tool_lines(tools: Sequence[ToolDefinition]) -> Iterator[str]:
+    """Yields the paragraphs of the system text that describe the tools."""
+    if tools:
+        yield TOOLS_HEADING
+    for tool in tools:
+        yield f"### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}"
+
+
+def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[EncodedChat]:
+    """Encodes parts. All text is encoded in one call, which uses the machine's cores."""
+    begin = tokenizer.begin_of_sentence_id
+    placed: dict[str, list[int]] = {
+        BEGIN_OF_SENTENCE: [] if begin is None else [begin],
+        END_OF_SENTENCE: [tokenizer.end_of_sentence_id],
+    }
+    strings = [part.text for each in conversations for part in each.parts if not part.is_special]
+    encoded = iter(tokenizer.encode_batch(strings))
+    chats = []
+    for each in conversations:
+        ids: list[int] = []
+        is_target: list[bool] = []
+        for part in each.parts:
+            if part.is_special and part.text not in placed:
+                placed[part.text] = [tokenizer.special_id(part.text)]
+            tokens = placed[part.text] if part.is_special else next(encoded)
+            ids.extend(tokens)
+            is_target.extend([part.is_target] * len(tokens))
+        chats.append(EncodedChat(ids=ids, is_target=is_target))
+    return chats

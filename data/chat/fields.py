@@ -1,0 +1,107 @@
+"""Checks fields of JSON values: types, allowed names and nearest names. Imports no torch."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.corpus import DataError
+
+SHOWN_CHARACTERS = 80
+
+
+def decode_line(line: bytes, place: str) -> dict[str, Any]:
+    """Returns the JSON object of a line.
+
+    Args:
+        line: UTF-8, perhaps with a byte order mark.
+        place: file and line, for errors.
+
+    Raises:
+        DataError: the line is not UTF-8 or not a JSON object.
+    """
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place}: must be UTF-8, is not at byte {error.start + 1}; nearest: save it as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        shown = shorten(line.decode("utf-8", errors="replace").strip())
+        raise DataError(f"{place}: must be a JSON object, is {shown}: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: must be a JSON object, is {describe(value)}")
+    return value
+
+
+def text_of(value: object, place: str) -> str:
+    """Returns a string without lone surrogates, which JSON can contain and UTF-8 cannot.
+
+    Raises:
+        DataError: the value is not a string.
+    """
+    if not isinstance(value, str):
+        hint = '; nearest: ""' if value is None else f"; nearest: {shorten(json.dumps(json.dumps(value)))}"
+        raise DataError(f"{place}: must be a string, is {describe(value)}{hint}")
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def list_of(value: object, place: str) -> Sequence[object]:
+    """Returns a list with at least one item.
+
+    Raises:
+        DataError: the value is not a list, or is empty.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"{place}: must be a list, is {describe(value)}; nearest: [{shorten(json.dumps(value))}]")
+    if not value:
+        raise DataError(f"{place}: must have at least one item, is []")
+    return value
+
+
+def object_of(value: object, place: str, allowed: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
+    """Returns an object whose names are allowed.
+
+    Args:
+        value: a decoded JSON value.
+        place: file, line and field, for errors.
+        allowed: names that may occur; others may only be null.
+        required: names that must occur.
+
+    Raises:
+        DataError: the value is not an object, a name is unknown, or a required one is missing.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: must be an object, is {describe(value)}")
+    missing = [name for name in required if name not in value]
+    unknown = [name for name, each in value.items() if name not in allowed and each is not None]
+    if unknown:
+        shown = missing or allowed
+        raise DataError(
+            f"{place}.{unknown[0]}: must be one of the fields {', '.join(allowed)}, is unknown; "
+            f"nearest: {nearest_name(unknown[0], shown)}"
+        )
+    if missing:
+        found = [name for name in value if name not in required]
+        raise DataError(
+            f"{place}.{missing[0]}: must be given, is missing; nearest: {nearest_name(missing[0], found, missing[0])}"
+        )
+    return value
+
+
+def nearest_name(name: str, names: Sequence[str], default: str | None = None) -> str:
+    """Returns the most similar name, or the default, or the first name."""
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    return (close or [default or names[0]])[0]
+
+
+def describe(value: object) -> str:
+    """Returns a value's JSON type and its beginning."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    name = names.get(type(value), "a number")
+    return name if value is None else f"{name}: {shorten(json.dumps(value, ensure_ascii=False))}"
+
+
+def shorten(text: str) -> str:
+    """Returns the beginning of a text."""
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -1,0 +1,246 @@
+"""Registers sources of chats and of pairs of answers, read from `.jsonl` files. Imports no torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from data.chat.encode import check_tokens, encode_conversations, special_names, split_views
+from data.chat.fields import decode_line
+from data.chat.messages import AnswerPair, Conversation
+from data.chat.pairs import pair_sample
+from data.chat.records import read_conversation, read_pair
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.corpus import CHECKED_BYTES, DataError, check_source, list_paths
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.special_tokens import CHAT_TOKENS
+from data.tokenizer import Tokenizer
+
+T = TypeVar("T", Conversation, AnswerPair)
+ENCODE_BATCH_RECORDS = 1024
+CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatSource(DataSource):
+    """Conversations in `.jsonl` files, of which every turn of the assistant is trained.
+
+    Attributes:
+        paths: files, and folders that are searched for them.
+        template: name of the chat template.
+        too_long: whether a conversation that is longer than a sequence is cut at its end or dropped.
+    """
+
+    paths: tuple[str, ...]
+    template: Annotated[str, CHAT_TEMPLATES]
+    too_long: Literal["cut", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencesSource(DataSource):
+    """Pairs of answers in `.jsonl` files. A pair that is longer than a sequence is dropped.
+
+    Attributes:
+        paths: files, and folders that are searched for them.
+        template: name of the chat template.
+    """
+
+    paths: tuple[str, ...]
+    template: Annotated[str, CHAT_TEMPLATES]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Record(Generic[T]):
+    """A line of a file: its key, its place for errors, and its content."""
+
+    key: str
+    place: str
+    content: T
+
+
+def _read_lines(
+    file: CorpusFile, read: Callable[[Mapping[str, Any], str], T], limit_bytes: int | None
+) -> Iterator[_Record[T]]:
+    """Yields the records of a file. With a limit, reads only about that many bytes.
+
+    Raises:
+        DataError: the file is no `.jsonl` file, cannot be read, or a line is invalid.
+    """
+    if file.path.suffix.lower() != ".jsonl":
+        raise DataError(
+            f"data.paths: {file.path} ends in {file.path.suffix!r}; a file of chats must end in .jsonl; nearest: "
+            f"{str(file.path.with_suffix('.jsonl'))!r}"
+        )
+    try:
+        with file.path.open("rb") as stream:
+            read_bytes = 0
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    place = f"{file.path}:{number}"
+                    content = read(decode_line(line, place), place)
+                    yield _Record(key=f"{file.key}:{number}", place=place, content=content)
+                read_bytes += len(line)
+                if limit_bytes is not None and read_bytes >= limit_bytes:
+                    return
+    except OSError as error:
+        raise DataError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
+
+
+def _list_jsonl(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
+    """Returns the `.jsonl` files that the paths name and that folders contain.
+
+    Raises:
+        DataError: as in `data.corpus.list_paths`, or there is none.
+    """
+    named = {Path(path).expanduser().resolve() for path in paths}
+    listed = list_paths(paths)
+    kept = [file for file in listed if file.path.suffix.lower() == ".jsonl" or file.path.resolve() in named]
+    if not kept:
+        raise DataError(
+            f"data.paths: {list(paths)!r} contains no .jsonl file; chats are read from .jsonl files, one in a line; "
+            f"nearest: a file with lines {CONVERSATION_EXAMPLE}"
+        )
+    return tuple(kept)
+
+
+def _check(
+    source: DataSource, template_name: str, tokenizer: Tokenizer | None, names: Callable[[], Iterator[str]]
+) -> None:
+    """Rejects a source that cannot be read, or a tokenizer that lacks tokens of the template."""
+    check_source(source)
+    if tokenizer is None:
+        return
+    check_tokens(CHAT_TEMPLATES.get(template_name).required_tokens, template_name, tokenizer)
+    if not all(tokenizer.has_token(name) for name in CHAT_TOKENS):
+        # Only chats with tools need the other tokens.
+        check_tokens(tuple(dict.fromkeys(names())), template_name, tokenizer)
+
+
+def _batches(records: Iterator[_Record[T]]) -> Iterator[list[_Record[T]]]:
+    while batch := list(islice(records, ENCODE_BATCH_RECORDS)):
+        yield batch
+
+
+def _checked_views(record: _Record[T], conversations: Sequence[Conversation], template: ChatTemplate) -> None:
+    """Rejects conversations that the template cannot write; the error names the line."""
+    for conversation in conversations:
+        try:
+            special_names(conversation, template)
+        except DataError as error:
+            raise DataError(f"{record.place}: {error}") from error
+
+
+def _text(conversations: Sequence[Conversation]) -> str:
+    """Returns the text of conversations, from which a tokenizer can be trained."""
+    messages = [message for conversation in conversations for message in conversation.messages]
+    parts = [part for message in messages for part in (message.thoughts, message.content) if part]
+    calls = [f"{call.name}\n{call.arguments}" for message in messages for call in message.tool_calls]
+    return "\n".join([*parts, *calls])
+
+
+def _chat_records(source: ChatSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[_Record[Conversation]]:
+    template = CHAT_TEMPLATES.get(source.template)
+    for record in _read_lines(file, read_conversation, limit_bytes):
+        _checked_views(record, split_views(record.content), template)
+        yield record
+
+
+def _chat_documents(source: ChatSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+    for record in _chat_records(source, file, limit_bytes):
+        yield Document(key=record.key, text=_text([record.content]))
+
+
+def _chat_samples(source: ChatSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+    template = CHAT_TEMPLATES.get(source.template)
+    records = (record for file in _list_jsonl(source.paths) for record in _chat_records(source, file, None))
+    for batch in _batches(records):
+        keyed = [(record.key, view) for record in batch for view in split_views(record.content)]
+        chats = encode_conversations([view for _, view in keyed], template, tokenizer)
+        for (key, _), chat in zip(keyed, chats, strict=True):
+            yield Sample(key=key, pieces=(chat.piece(),), may_be_cut=source.too_long == "cut")
+
+
+def _check_chat(source: ChatSource, tokenizer: Tokenizer | None) -> None:
+    template = CHAT_TEMPLATES.get(source.template)
+
+    def names() -> Iterator[str]:
+        for file in _list_jsonl(source.paths):
+            for record in _chat_records(source, file, CHECKED_BYTES):
+                yield from special_names(record.content, template)
+
+    _check(source, source.template, tokenizer, names)
+
+
+def _pair_records(
+    source: PreferencesSource, file: CorpusFile, limit_bytes: int | None
+) -> Iterator[_Record[AnswerPair]]:
+    template = CHAT_TEMPLATES.get(source.template)
+    for record in _read_lines(file, read_pair, limit_bytes):
+        for name, answer in (("chosen", record.content.chosen), ("rejected", record.content.rejected)):
+            if len(split_views(answer)) > 1:
+                raise DataError(
+                    f"{record.place}: {name}: must have thoughts in its last message alone, has them in an earlier "
+                    f"one; nearest: a pair that ends there"
+                )
+        _checked_views(record, [record.content.chosen, record.content.rejected], template)
+        yield record
+
+
+def _pair_documents(source: PreferencesSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+    for record in _pair_records(source, file, limit_bytes):
+        yield Document(key=record.key, text=_text([record.content.chosen, record.content.rejected]))
+
+
+def _pair_samples(source: PreferencesSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+    template = CHAT_TEMPLATES.get(source.template)
+    records = (record for file in _list_jsonl(source.paths) for record in _pair_records(source, file, None))
+    for batch in _batches(records):
+        answers = [answer for record in batch for answer in (record.content.chosen, record.content.rejected)]
+        chats = encode_conversations(answers, template, tokenizer)
+        for record, chosen, rejected in zip(batch, chats[::2], chats[1::2], strict=True):
+            yield pair_sample(record.key, chosen, rejected, record.content.margin)
+
+
+def _check_pairs(source: PreferencesSource, tokenizer: Tokenizer | None) -> None:
+    template = CHAT_TEMPLATES.get(source.template)
+
+    def names() -> Iterator[str]:
+        for file in _list_jsonl(source.paths):
+            for record in _pair_records(source, file, CHECKED_BYTES):
+                yield from special_names(record.content.chosen, template)
+                yield from special_names(record.content.rejected, template)
+
+    _check(source, source.template, tokenizer, names)
+
+
+DATA_SOURCES.register(
+    "chat",
+    DataSourceEntry(
+        summary="conversations in .jsonl files, of which the assistant's turns are trained",
+        config=ChatSource,
+        files=lambda source: _list_jsonl(source.paths),
+        read=_chat_documents,
+        place=lambda source: f"data.paths: {list(source.paths)!r}",
+        settings=lambda source: [source.template, source.too_long],
+        samples=_chat_samples,
+        special_tokens=CHAT_TOKENS,
+        check=_check_chat,
+        chat_template=lambda source: source.template,
+    ),
+)
+DATA_SOURCES.register(
+    "preferences",
+    DataSourceEntry(
+        summary="pairs of a preferred and a rejected answer in .jsonl files",
+        config=PreferencesSource,
+        files=lambda source: _list_jsonl(source.paths),
+        read=_pair_documents,
+        place=lambda source: f"data.paths: {list(source.paths)!r}",
+        settings=lambda source: source.template,
+        samples=_pair_samples,
+        special_tokens=CHAT_TOKENS,
+        check=_check_pairs,
+        chat_template=lambda source: source.template,
+    ),
+)

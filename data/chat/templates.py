@@ -1,0 +1,165 @@
+"""Defines chat templates as tables of special tokens and text. Imports no torch.
+
+A template is data: which tokens begin and end a message of each role. `data.chat.encode` places them as token ids, and
+`data.chat.jinja` writes the same table for inference servers.
+
+Source: the `chat_template` of the released DeepSeek-V3-0324, R1 and V3.1.
+"""
+
+from dataclasses import dataclass
+
+from data.special_tokens import (
+    BEGIN_OF_SENTENCE,
+    CALL_BEGIN,
+    CALL_END,
+    CALLS_BEGIN,
+    CALLS_END,
+    CHAT_TOKENS,
+    END_OF_SENTENCE,
+    END_THINK,
+    OUTPUT_BEGIN,
+    OUTPUT_END,
+    OUTPUTS_BEGIN,
+    OUTPUTS_END,
+    THINK,
+    TOOL_SEPARATOR,
+)
+from data.tokenizer import ASSISTANT, USER
+from kernels.registry import Registry
+
+Pieces = tuple[str, ...]
+"""Special tokens by name, and text. An item is a token if and only if it equals the name of one."""
+
+SPECIAL_NAMES = frozenset({BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, *CHAT_TOKENS})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThoughtsForm:
+    """How a template writes the assistant's thoughts.
+
+    Attributes:
+        begin: pieces of a generation prompt, before the thoughts.
+        end: pieces between the thoughts and the answer; the assistant writes them.
+    """
+
+    begin: Pieces
+    end: Pieces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolForm:
+    """How a template writes calls of tools and their outputs.
+
+    Attributes:
+        calls_begin: before the first call.
+        call_begin: before each name.
+        separator: between name and arguments.
+        call_end: after the arguments.
+        call_joint: between two calls.
+        calls_end: after the last call.
+        outputs_begin: before the first output.
+        output_begin: before each output.
+        output_end: after each output.
+        output_joint: between two outputs.
+        outputs_end: after the last output, before the assistant continues.
+    """
+
+    calls_begin: Pieces = (CALLS_BEGIN,)
+    call_begin: Pieces
+    separator: Pieces
+    call_end: Pieces
+    call_joint: Pieces
+    calls_end: Pieces = (CALLS_END,)
+    outputs_begin: Pieces
+    output_begin: Pieces = (OUTPUT_BEGIN,)
+    output_end: Pieces = (OUTPUT_END,)
+    output_joint: Pieces
+    outputs_end: Pieces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatTemplate:
+    """A chat template.
+
+    A conversation begins with `begin`, the system messages joined by `system_joint`, and the list of tools. A turn of
+    the assistant ends with `end`. The tokenizer's own tokens replace `BEGIN_OF_SENTENCE` and `END_OF_SENTENCE`.
+
+    Attributes:
+        summary: one-line description for users.
+        user: before a user's text.
+        assistant: before the answer of an assistant that does not think.
+        thoughts: form of thoughts; None: the template has none.
+        thinks: whether a generation prompt begins thoughts, if the user does not choose.
+        tools: form of calls and outputs of tools.
+        begin: before the system messages.
+        end: after the assistant's answer.
+        system_joint: between two system messages.
+    """
+
+    summary: str
+    user: Pieces = (USER,)
+    assistant: Pieces
+    thoughts: ThoughtsForm | None
+    thinks: bool
+    tools: ToolForm
+    begin: Pieces = (BEGIN_OF_SENTENCE,)
+    end: Pieces = (END_OF_SENTENCE,)
+    system_joint: str = "\n\n"
+
+    @property
+    def required_tokens(self) -> tuple[str, ...]:
+        """Names of the tokens that every conversation without tools may need, except begin and end."""
+        thoughts = () if self.thoughts is None else (*self.thoughts.begin, *self.thoughts.end)
+        pieces = (*self.user, *self.assistant, *thoughts)
+        return tuple(dict.fromkeys(piece for piece in pieces if piece in SPECIAL_NAMES))
+
+
+CHAT_TEMPLATES = Registry[ChatTemplate]("data.template")
+
+_JSON_CALLS = ToolForm(
+    call_begin=(CALL_BEGIN, "function", TOOL_SEPARATOR),
+    separator=("\n```json\n",),
+    call_end=("\n```", CALL_END),
+    call_joint=("\n",),
+    outputs_begin=(OUTPUTS_BEGIN,),
+    output_joint=("\n",),
+    outputs_end=(OUTPUTS_END,),
+)
+CHAT_TEMPLATES.register(
+    "v3",
+    ChatTemplate(
+        summary="DeepSeek-V3 (V3-0324): no thoughts",
+        assistant=(ASSISTANT,),
+        thoughts=None,
+        thinks=False,
+        tools=_JSON_CALLS,
+    ),
+)
+CHAT_TEMPLATES.register(
+    "r1",
+    ChatTemplate(
+        summary="DeepSeek-R1: thinks before it answers",
+        assistant=(ASSISTANT,),
+        thoughts=ThoughtsForm(begin=(ASSISTANT, THINK, "\n"), end=("\n", END_THINK, "\n\n")),
+        thinks=True,
+        tools=_JSON_CALLS,
+    ),
+)
+CHAT_TEMPLATES.register(
+    "v3_1",
+    ChatTemplate(
+        summary="DeepSeek-V3.1: thinks if it is asked to",
+        assistant=(ASSISTANT, END_THINK),
+        thoughts=ThoughtsForm(begin=(ASSISTANT, THINK), end=(END_THINK,)),
+        thinks=False,
+        tools=ToolForm(
+            call_begin=(CALL_BEGIN,),
+            separator=(TOOL_SEPARATOR,),
+            call_end=(CALL_END,),
+            call_joint=(),
+            outputs_begin=(),
+            output_joint=(),
+            outputs_end=(),
+        ),
+    ),
+)
