@@ -269,7 +269,7 @@ def block_phases(
         attended = block.attend(hidden.hidden_BTD, sink, documents, route)
         routing = attended.routing
         routed = Routed(attended.residual_BTD, attended.rows, routing.weights_TK, routing.ids_TK)
-        return Computed(routed, record_balance(routing.balance))
+        return Computed(routed, record_balance(routing.balance(documents)))
 
     def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
         return Computed(block.apply_experts(received, sink))

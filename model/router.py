@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from comm.node_limit import limit_groups
 from comm.protocol import Label
+from kernels.attention.documents import Documents
 from model.config import ModelConfig
 from model.precision.linear import widen
 
@@ -36,12 +37,14 @@ class Routing:
     weights_TK: Tensor
     scores_BTE: Tensor
 
-    @property
-    def balance(self) -> Tensor:
+    def balance(self, documents: Documents | None = None) -> Tensor:
         """Returns the sum over sequences of sum_i f_i P_i, unscaled.
 
-        f comes from plain top-k of unbiased scores, without gradient.
+        f comes from plain top-k of unbiased scores, without gradient. A document that is masked from
+        others counts as a sequence, as if it was in a batch alone; padding does not.
         """
+        if documents is not None:
+            return self._balance_of_documents(documents)
         scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_TK.shape[1]
         _, tokens, num_experts = scores_BTE.shape
         top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
@@ -51,6 +54,19 @@ class Routing:
         frequency_BE = counts_BE * (num_experts / (num_experts_per_token * tokens))
         share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
         return (frequency_BE * share_BE).sum()
+
+    def _balance_of_documents(self, documents: Documents) -> Tensor:
+        scores_NE, num_chosen = self.scores_BTE.flatten(0, 1), self.ids_TK.shape[1]
+        num_documents, num_experts, numbers_N = len(documents.starts) - 1, scores_NE.shape[1], documents.numbers_N
+        # How often each document chooses each expert, [documents, E]: whole numbers, so any order gives the same sum.
+        places_NK = numbers_N[:, None] * num_experts + scores_NE.detach().topk(num_chosen, -1, sorted=False).indices
+        counts = scores_NE.new_zeros(num_documents * num_experts)
+        counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))
+        lengths = documents.starts.diff().to(counts.dtype)[:, None]
+        # f / T of the token's document, without gradient; 0 for padding.
+        factors = counts.view(num_documents, num_experts) * (num_experts / num_chosen) / lengths**2
+        factors_NE = factors[numbers_N].masked_fill_(documents.is_padding_BT.flatten()[:, None], 0)
+        return (factors_NE * (scores_NE / scores_NE.sum(-1, keepdim=True))).sum()
 
 
 Route = Callable[["Router", Tensor], Routing]

@@ -23,11 +23,15 @@ class Documents:
         ids_BT: document of each token, int64; the tokens of a document are consecutive.
         starts: first token of each document in the flattened batch, then the number of tokens, int32.
         longest: tokens of the longest document.
+        is_padding_BT: whether a token fills the rest of a sequence.
+        num_real: documents that are not padding.
     """
 
     ids_BT: Tensor
     starts: Tensor
     longest: int
+    is_padding_BT: Tensor
+    num_real: int
 
     @classmethod
     def from_positions(cls, positions_BT: Tensor) -> "Documents":
@@ -40,13 +44,21 @@ class Documents:
         begins_BT = torch.ones_like(positions_BT)
         begins_BT[:, 1:] = (positions_BT[:, 1:] != positions_BT[:, :-1] + 1) | (positions_BT[:, 1:] <= 0)
         ends = torch.tensor([begins_BT.numel()], device=begins_BT.device)
-        # Host syncs unless positions are on the host: nonzero and the longest document.
+        # Host syncs unless positions are on the host: nonzero, the longest document and the number of documents.
         starts = torch.cat((begins_BT.flatten().nonzero().flatten(), ends)).to(torch.int32)
-        return cls(begins_BT.cumsum(1), starts, int(starts.diff().max()))
+        is_padding_BT = positions_BT < 0
+        num_real = len(starts) - 1 - int(is_padding_BT.sum())
+        return cls(begins_BT.cumsum(1), starts, int(starts.diff().max()), is_padding_BT, num_real)
 
     def to(self, device: torch.device) -> "Documents":
         """Returns the documents on a device."""
-        return Documents(self.ids_BT.to(device), self.starts.to(device), self.longest)
+        return Documents(
+            self.ids_BT.to(device),
+            self.starts.to(device),
+            self.longest,
+            self.is_padding_BT.to(device),
+            self.num_real,
+        )
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields all tensors of the object, including those of its cached masks."""
@@ -56,6 +68,13 @@ class Documents:
             elif not isinstance(value, int):  # biases by type, or a block mask
                 parts = value if isinstance(value, dict) else vars(value)
                 yield from (part for part in parts.values() if isinstance(part, Tensor))
+
+    @cached_property
+    def numbers_N(self) -> Tensor:
+        """Number of each token's document among all documents of the flattened batch, from 0, int64."""
+        ids_BT = self.ids_BT
+        before_B1 = torch.cat((ids_BT.new_zeros(1), ids_BT[:-1, -1])).cumsum(0)[:, None]
+        return (before_B1 + ids_BT - 1).flatten()
 
     @cached_property
     def mask_B1TT(self) -> Tensor:
