@@ -4,6 +4,7 @@ Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens, D hi
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,6 +134,16 @@ class MtpBlock(Block):
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """The arguments of `score_tokens` that have no gradient."""
+
+    slopes: RowSlopes | None
+    value: ValueFunction
+    sink: WeightSink | None
+    rows_R: Tensor | None
+
+
 class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -140,32 +151,58 @@ class _ScoreTokens(torch.autograd.Function):
         normal_ND: Tensor,
         head_VD: Tensor,
         targets_N: Tensor,
-        row_slopes: RowSlopes | None,
-        value: ValueFunction,
-        sink: WeightSink | None,
+        scoring: _Scoring,
         records: bool,  # noqa: FBT001
     ) -> tuple[Tensor, Tensor]:
+        row_slopes, rows_R, num_rows = scoring.slopes, scoring.rows_R, len(normal_ND)
+        if rows_R is not None:
+            row_slopes = _slopes_of_rows(row_slopes, rows_R, num_rows)
+            normal_ND, targets_N = normal_ND[rows_R], targets_N[rows_R]
         wants_head = records and head_VD.requires_grad
         scores = linear_cross_entropy(
             normal_ND, head_VD, targets_N, row_slopes, wants_rows=records, wants_head=wants_head
         )
+        log_probs_N = scores.log_probs_N
+        if rows_R is not None:
+            log_probs_N = log_probs_N.new_zeros(num_rows).index_copy_(0, rows_R, log_probs_N)
         if records:
-            ctx.save_for_backward(scores.rows_ND, scores.head_VD, head_VD)
-            ctx.sink = sink
-        ctx.mark_non_differentiable(scores.log_probs_N)
+            ctx.save_for_backward(scores.rows_ND, scores.head_VD, head_VD, rows_R)
+            ctx.sink, ctx.num_rows = scoring.sink, num_rows
+        ctx.mark_non_differentiable(log_probs_N)
         ctx.set_materialize_grads(False)
-        return value(scores.log_probs_N), scores.log_probs_N
+        return scoring.value(log_probs_N), log_probs_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0]
-        rows_ND, found_VD, head_VD = ctx.saved_tensors
+        grad_ND, found_VD, head_VD, rows_R = ctx.saved_tensors
         grad_head = None
         if found_VD is not None:
             grad_head = deliver_gradient(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
         if grad_head is not None:
             grad_head = grad_head.to(head_VD.dtype)
-        return rows_ND.mul_(factor), grad_head, None, None, None, None, None
+        grad_ND = grad_ND.mul_(factor)
+        if rows_R is not None:
+            grad_ND = grad_ND.new_zeros(ctx.num_rows, grad_ND.shape[1]).index_copy_(0, rows_R, grad_ND)
+        return grad_ND, grad_head, None, None, None
+
+
+def _slopes_of_rows(row_slopes: RowSlopes | None, rows_R: Tensor, num_rows: int) -> RowSlopes | None:
+    """Returns the slopes of selected rows.
+
+    A function of all rows receives log-probability 0 for the others.
+    """
+    if row_slopes is None:
+        return None
+    if isinstance(row_slopes, Tensor):
+        return row_slopes[rows_R]
+
+    def slopes(log_probs_C: Tensor, chunk: slice) -> Tensor:
+        rows_C = rows_R[chunk]
+        log_probs_N = log_probs_C.new_zeros(num_rows).index_copy_(0, rows_C, log_probs_C)
+        return row_slopes(log_probs_N, slice(0, num_rows))[rows_C]
+
+    return slopes
 
 
 def score_tokens(
@@ -176,6 +213,7 @@ def score_tokens(
     *,
     value: ValueFunction,
     slopes: RowSlopes | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes a loss that is a function of the targets' log-probabilities.
 
@@ -191,12 +229,14 @@ def score_tokens(
             wider.
         slopes: derivative of the loss in -log p of each row: [BT], or a function of log-probabilities (see
             `kernels.cross_entropy`); None means 1 for every row.
+        rows: numbers of all rows that have a target, int64, ascending (`MicroBatch.target_rows`): the head reads no
+            others. None: it reads all rows.
 
     Returns:
         The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.
     """
-    records = torch.is_grad_enabled()
+    scoring = _Scoring(slopes, value, sink, rows)
     loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
-        normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), slopes, value, sink, records
+        normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), scoring, torch.is_grad_enabled()
     )
     return loss, log_probs_N.view_as(targets_BT)

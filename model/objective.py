@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention.documents import Documents
+from kernels.cross_entropy.reference import IGNORE
 from model.head import score_tokens
 from model.precision.linear import WeightSink
 
 MAIN, BALANCE = "main", "balance"
+_LARGEST_TARGET_SHARE = 0.9
 
 
 def depth_name(depth: int) -> str:
@@ -43,12 +45,15 @@ class MicroBatch:
         documents: documents of packed sequences; None: each token sees all tokens before it.
         extras: further values of the main targets that an objective needs, by name, each [B, T, ...]: weights,
             advantages, log-probabilities under another model.
+        target_rows: for each depth the numbers of all rows of the flattened targets that have one, int64, ascending, so
+            that the head reads no others; None, or no entry: it reads all rows. Made on the host (`find_target_rows`).
     """
 
     inputs_BT: tuple[Tensor, ...]
     targets_BT: tuple[Tensor, ...]
     documents: Documents | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    target_rows: tuple[Tensor | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Freezes the extras.
@@ -63,6 +68,21 @@ class MicroBatch:
                     f"extras: {name} must begin with the shape of the tokens, {list(shape)}, is {list(extra.shape)}"
                 )
         object.__setattr__(self, "extras", MappingProxyType(dict(self.extras)))
+
+    def rows(self, depth: int) -> Tensor | None:
+        """Returns the rows that the head of a depth reads; None: all."""
+        return self.target_rows[depth] if self.target_rows else None
+
+
+def find_target_rows(targets_BT: Tensor) -> Tensor | None:
+    """Returns the numbers of the rows with a target, or None if most rows have one.
+
+    Copies of rows pay off only if many are left out.
+
+    `targets_BT`: on the host, so that no device is waited for.
+    """
+    rows = (targets_BT.flatten() != IGNORE).nonzero().flatten()
+    return rows if len(rows) <= _LARGEST_TARGET_SHARE * targets_BT.numel() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +159,7 @@ class CrossEntropy:
             sink,
             value=nats_of,
             slopes=None if weights_N is None else weights_N.to(wide),
+            rows=batch.rows(head.depth),
         )
         return TaskLoss(self.factors[head.depth] * nats, {depth_name(head.depth): nats.detach()}, log_probs_BT)
 

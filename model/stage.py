@@ -213,6 +213,7 @@ class Stage:
         yield from self._model.buffers()
         if batch is not None:
             yield from (*batch.inputs_BT, *batch.targets_BT, *batch.extras.values())
+            yield from (rows for rows in batch.target_rows if rows is not None)
             if batch.documents is not None:
                 yield from batch.documents.tensors()
 
