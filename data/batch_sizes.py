@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -67,6 +68,11 @@ class BatchSizes:
         """Returns the number of sequences that all earlier steps read."""
         span = self._span(step)
         return span.first_sequence + (step - span.first_step) * span.sequences
+
+    def steps_for(self, sequences: float) -> int:
+        """Returns the number of steps, at least 1, that together read that many sequences or more."""
+        span = next(span for span in reversed(self._spans) if span.first_sequence < sequences or span is self._spans[0])
+        return max(1, span.first_step + math.ceil((sequences - span.first_sequence) / span.sequences))
 
     def tokens_before(self, step: int) -> int:
         """Returns the number of tokens that all earlier steps read, including padding."""

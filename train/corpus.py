@@ -8,6 +8,7 @@ from data.corpus import DataError
 from data.prepare import Prepared, prepare
 from data.progress import NoProgress, Progress
 from train.config import TrainConfig
+from train.tasks.registry import TASKS
 
 _NO_PROGRESS = NoProgress()
 _ROUND_SECONDS = 1.0
@@ -22,10 +23,17 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
     """Opens the run's corpus, and builds what is not in the cache.
 
     Raises:
-        DataError: as `data.prepare.prepare`, or the held-out part is too small for one validation pass.
+        DataError: as `data.prepare.prepare`, the samples lack a value that the task reads, or the held-out part is too
+            small for one validation pass.
     """
     batch, validation = config.batch, config.validation
     prepared = prepare(config.data, batch.sequence_length_tokens, progress)
+    for name in TASKS.get(config.task.kind).values:
+        if name not in prepared.train_values:
+            raise DataError(
+                f"data.kind: must be a source whose samples have the value {name} for task.kind={config.task.kind}, is "
+                f"{config.data.source.kind} with {', '.join(prepared.train_values) or 'no values'}"
+            )
     found = len(prepared.validation_tokens_NL)
     # A corpus without held-out sequences, such as a single document, trains without validation.
     if found and validation.sequences and found < batch.global_sequences:

@@ -15,6 +15,7 @@ from train.memory.fitted_cut import fitted_cut
 from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.nominal import nominal_costs
 from train.schedule.ramp import sized_run
+from train.tasks.registry import TASKS
 
 _RAMP = "batch.ramp"
 
@@ -48,6 +49,7 @@ def check_rules(config: TrainConfig) -> None:
     check_exchange(config)
     check_optim(config)
     _check_profile(config)
+    TASKS.get(config.task.kind).check(config)
 
 
 def _check_batch(config: TrainConfig) -> None:

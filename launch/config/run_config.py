@@ -1,10 +1,11 @@
 """Reads a run's configuration in four steps: compose, resolve, decode, check. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 from data.config import DataConfig
+from data.progress import progress_on
 from data.registry import DATA_SOURCES
 from launch.config.compose import compose
 from launch.config.memory_rules import check_memory
@@ -12,7 +13,10 @@ from launch.config.resolve import check_files, resolve
 from launch.config.rules import check_name, check_rules
 from train.config import TrainConfig
 from train.config.decode import decode, encode
+from train.corpus import prepare_corpus
 from train.schedule.chunks import with_chunks
+
+_ENDLESS_STEPS = 2**40
 
 
 def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig:
@@ -25,8 +29,25 @@ def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig
     Raises:
         ConfigError: an override does not parse, a key is unknown or missing, or a value has a wrong type or range.
         CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
+        CutError, ScheduleError, DataError: as in `check`, if `task.epochs` is the length of the run.
     """
-    return with_chunks(read_config(resolve(compose(command, overrides))))
+    return with_chunks(_with_steps(resolve(compose(command, overrides))))
+
+
+def _with_steps(values: Mapping[str, Any]) -> TrainConfig:
+    """Decodes resolved values, and computes `task.steps` from `task.epochs` if it is null.
+
+    The data, whose size decides, are prepared only after everything else has been checked.
+    """
+    task = values.get("task")
+    if not isinstance(task, Mapping) or task.get("steps") is not None or task.get("epochs") is None:
+        return read_config(values)
+    provisional = with_chunks(read_config({**values, "task": {**task, "steps": _ENDLESS_STEPS}}))
+    check_rules(provisional)
+    check_files(provisional)
+    num_sequences = len(prepare_corpus(provisional, progress_on()).train_tokens_NL)
+    steps = provisional.batch_sizes.steps_for(float(task["epochs"]) * num_sequences)
+    return replace(provisional, task=replace(provisional.task, steps=steps))
 
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:

@@ -38,6 +38,8 @@ NEEDS = {
     "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
+    "task=sft": ["data.kind=marked", "+data.num_samples=64", "+data.unmarked=4", "+data.has_fractions=false",
+                 "batch.document_mask=true", "validation.sequences=0"],
 }  # fmt: skip
 
 

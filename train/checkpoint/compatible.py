@@ -11,7 +11,7 @@ from train.config import TrainConfig
 def check_compatible(
     folder: Path, config: TrainConfig, *, data_fingerprint: str | None = None, may_be_done: bool = False
 ) -> None:
-    """Refuses to resume from a checkpoint of another architecture, precision or order of samples.
+    """Refuses to resume from a checkpoint of another task, architecture, precision or order of samples.
 
     The layout, schedule and sharding under which it was written may differ.
 
@@ -31,6 +31,12 @@ def check_compatible(
         raise CheckpointError(
             f"resume: {folder} must be a run's checkpoint, holds weights without optimizer state; "
             f"nearest valid: init_from={folder}, which starts a run from them"
+        )
+    task = manifest.get("task", config.task.kind)
+    if task != config.task.kind:
+        raise CheckpointError(
+            f"task.kind: must be {task}, the task of {folder}, because optimizer state belongs to a task, "
+            f"is {config.task.kind}; nearest valid: task={task}, or init_from={folder}, which starts a new run"
         )
     _check_shape(folder, manifest, shape)
     if config.task.steps <= manifest["step"] and not may_be_done:

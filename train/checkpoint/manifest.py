@@ -96,6 +96,7 @@ def write_manifest(
     record = {
         "step": step,
         "data_fingerprint": data_fingerprint,
+        "task": config.task.kind,
         **shape_record(config),
         "layout": layout_record(config),
     }

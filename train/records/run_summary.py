@@ -83,6 +83,14 @@ def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
     )
+    if counts := prepared.counts.get("train"):
+        steps, sizes = config.task.steps, config.batch_sizes
+        num_sequences = len(prepared.train_tokens_NL)
+        yield (
+            f"samples: {counts.kept:,} for training ({counts.cut:,} cut at their end, {counts.dropped:,} dropped) in "
+            f"{num_sequences:,} sequences; an epoch is {num_sequences / sizes.sequences(steps - 1):.1f} steps, "
+            f"{steps:,} steps are {sizes.sequences_before(steps) / num_sequences:.2f} epochs"
+        )
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
     origin = "trained on the corpus" if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"

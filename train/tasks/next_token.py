@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.loader import IGNORE, Batch
 from kernels.attention.documents import Documents
-from model.objective import BALANCE, MAIN, CrossEntropy, MicroBatch, depth_weights, loss_names
+from model.objective import BALANCE, MAIN, CrossEntropy, MicroBatch, depth_weights, find_target_rows, loss_names
 from train.config import TaskConfig
 from train.tasks.registry import StepRates
 
@@ -40,14 +40,22 @@ class NextToken:
         self._weights = weights
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
-        """Returns the inputs and targets of every depth, and the batch's extras."""
-        return to_micro_batch(batch, self._mtp_depth, device, masks_documents=self._masks_documents)
+        """Returns the inputs and targets of every depth, and the batch's extras.
+
+        A target of weight 0 is none.
+        """
+        weights = None if self._weights is None else batch.extras.get(self._weights)
+        return to_micro_batch(batch, self._mtp_depth, device, masks_documents=self._masks_documents, weights_BT=weights)
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts the targets of each depth, or sums their weights, and counts sequences for the balance loss."""
+        """Counts the targets of each depth, or sums their weights, and counts sequences for the balance loss.
+
+        Documents that are masked from each other count as sequences.
+        """
         counts = [self._weight_of(batch, depth) for depth in range(self._mtp_depth + 1)]
-        sequences = torch.tensor(float(len(batch.targets_BT[0])), dtype=torch.float64)
-        return torch.stack([*(count.to("cpu", torch.float64) for count in counts), sequences])  # host sync
+        sequences = len(batch.targets_BT[0]) if batch.documents is None else batch.documents.num_real
+        counts.append(torch.tensor(float(sequences), dtype=torch.float64))
+        return torch.stack([count.to("cpu", torch.float64) for count in counts])  # host sync
 
     def objective(self, counts: Tensor, rates: StepRates) -> CrossEntropy:
         """Builds the step's cross-entropy. Each depth is a mean over its targets; MTP depths share one weight."""
@@ -72,12 +80,46 @@ class NextToken:
         return (depth_weights(batch.extras[self._weights], depth).double() * is_target_BT).sum()
 
 
-def to_micro_batch(batch: Batch, mtp_depth: int, device: torch.device, *, masks_documents: bool = False) -> MicroBatch:
-    """Returns the inputs and targets of every depth on a device, and the document mask if one is wanted."""
+def to_micro_batch(
+    batch: Batch,
+    mtp_depth: int,
+    device: torch.device,
+    *,
+    masks_documents: bool = False,
+    weights_BT: Tensor | None = None,
+) -> MicroBatch:
+    """Returns the inputs and targets of every depth on a device.
+
+    Args:
+        batch: on the host.
+        mtp_depth: of the model.
+        device: of the tensors.
+        masks_documents: whether the micro-batch has its documents. No input of an MTP depth is then a token of another
+            document, so that a document has the same states in a batch alone.
+        weights_BT: weight of each main target, on the host. A target of weight 0 is none, at any depth at which it is
+            predicted; None: all tokens are targets.
+    """
     depths = range(mtp_depth + 1)
+    inputs = [batch.inputs(depth) for depth in depths]
+    targets = [batch.targets(depth + 1) for depth in depths]
+    if masks_documents:
+        inputs[1:] = [_within_documents(batch, depth) for depth in depths[1:]]
+    if weights_BT is not None:
+        targets = [
+            targets_BT.masked_fill(depth_weights(weights_BT, depth) == 0, IGNORE)
+            for depth, targets_BT in enumerate(targets)
+        ]
+    rows = [find_target_rows(targets_BT) for targets_BT in targets]
     return MicroBatch(
-        inputs_BT=tuple(batch.inputs(depth).to(device) for depth in depths),
-        targets_BT=tuple(batch.targets(depth + 1).to(device) for depth in depths),
+        inputs_BT=tuple(each.to(device) for each in inputs),
+        targets_BT=tuple(each.to(device) for each in targets),
         documents=Documents.from_positions(batch.positions_BT).to(device) if masks_documents else None,
         extras={name: extra.to(device) for name, extra in batch.extras.items()},
+        target_rows=tuple(None if each is None else each.to(device) for each in rows),
     )
+
+
+def _within_documents(batch: Batch, shift: int) -> Tensor:
+    """Returns the tokens shifted left, with the pad id in place of other documents' tokens, int64 BT."""
+    ahead_BT = batch.targets(shift)
+    return ahead_BT.masked_fill(ahead_BT == IGNORE, batch.pad_id)

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from data.loader import Batch
     from model.config import ModelConfig
     from model.objective import MicroBatch, Objective
-    from train.config import BatchConfig, TaskConfig
+    from train.config import BatchConfig, TaskConfig, TrainConfig
+
+
+def _accept(config: TrainConfig) -> None:
+    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,15 +83,19 @@ class TaskSpec:
         config: its dataclass, a subclass of `train.config.TaskConfig`.
         build: builds the task from its configuration, the model's and the batch's. It imports torch itself.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
+        check: raises a `train.config.errors.ConfigError` if the task cannot train with a run's configuration.
+        values: names of the samples' values that the task reads; see `data.samples`.
     """
 
     summary: str
     config: type[TaskConfig]
     build: Callable[[Any, ModelConfig, BatchConfig], Task]
     example: Mapping[str, object] = field(default_factory=dict)
+    check: Callable[[TrainConfig], None] = _accept
+    values: tuple[str, ...] = ()
 
 
-TASKS = Registry[TaskSpec]("task.kind", ("train.tasks.pretrain",))
+TASKS = Registry[TaskSpec]("task.kind", ("train.tasks.pretrain", "train.tasks.sft"))
 
 
 def open_task(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -> Task:

@@ -1,0 +1,43 @@
+"""Defines what tasks that learn from samples share. No torch here."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from data.registry import DATA_SOURCES
+from kernels.ranges import PositiveFloat
+from train.config import TaskConfig
+from train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleTaskConfig(TaskConfig):
+    """The fields of tasks that learn from packed samples.
+
+    Attributes:
+        epochs: passes over the samples, from which `steps` was computed if it was null; None: `steps` was given.
+    """
+
+    epochs: PositiveFloat | None
+
+
+def check_samples(config: "TrainConfig") -> None:
+    """Rejects data without samples, and samples that see each other.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    kind, task = config.data.source.kind, config.task.kind
+    if DATA_SOURCES.get(kind).samples is None:
+        valid = [name for name, entry in DATA_SOURCES.items() if entry.samples is not None]
+        raise ConfigError(
+            f"data.kind: must be a source with samples for task.kind={task}, is {kind}; "
+            f"nearest valid: {', '.join(valid) or 'a plugin that registers one'}"
+        )
+    if not config.batch.document_mask:
+        raise ConfigError(
+            f"batch.document_mask: must be true for task.kind={task}, because samples that are packed into one "
+            f"sequence must not attend to each other, is false; nearest valid: true"
+        )
