@@ -8,6 +8,7 @@ from typing import Any
 from data.corpus import DataError
 
 SHOWN_CHARACTERS = 80
+ONE_EACH = "nearest: one object in each line"
 
 
 def decode_line(line: bytes, place: str) -> dict[str, Any]:
@@ -28,9 +29,9 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         shown = shorten(line.decode("utf-8", errors="replace").strip())
-        raise DataError(f"{place}: must be a JSON object, is {shown}: {error}") from error
+        raise DataError(f"{place}: must be a JSON object, is {shown}: {error}; {ONE_EACH}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: must be a JSON object, is {describe(value)}")
+        raise DataError(f"{place}: must be a JSON object, is {describe(value)}; {ONE_EACH}")
     return value
 
 
@@ -55,7 +56,7 @@ def list_of(value: object, place: str) -> Sequence[object]:
     if not isinstance(value, list):
         raise DataError(f"{place}: must be a list, is {describe(value)}; nearest: [{shorten(json.dumps(value))}]")
     if not value:
-        raise DataError(f"{place}: must have at least one item, is []")
+        raise DataError(f"{place}: must have at least one item, is []; nearest: a list with one item")
     return value
 
 
@@ -72,7 +73,8 @@ def object_of(value: object, place: str, allowed: Sequence[str], required: Seque
         DataError: the value is not an object, a name is unknown, or a required one is missing.
     """
     if not isinstance(value, dict):
-        raise DataError(f"{place}: must be an object, is {describe(value)}")
+        names = ", ".join(required or allowed)
+        raise DataError(f"{place}: must be an object, is {describe(value)}; nearest: an object with {names}")
     missing = [name for name in required if name not in value]
     unknown = [name for name, each in value.items() if name not in allowed and each is not None]
     if unknown:

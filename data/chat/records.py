@@ -148,7 +148,10 @@ def _read_answer(value: object, place: str) -> tuple[ChatMessage, ...]:
 
 def _read_messages(value: object, place: str) -> tuple[ChatMessage, ...]:
     if isinstance(value, str | dict):
-        raise DataError(f"{place}: must be a list of messages, is {describe(value)}")
+        raise DataError(
+            f"{place}: must be a list of messages, is {describe(value)}; "
+            f'nearest: [{{"role": "user", "content": "..."}}]'
+        )
     return tuple(_read_message(item, f"{place}[{index}]") for index, item in enumerate(list_of(value, place)))
 
 

@@ -1,0 +1,130 @@
+"""Tests of generated problems: right and wrong answers, held-out problems, and their tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.arithmetic.problems import is_held_out, problems, wrong_answer
+from data.arithmetic.source import ArithmeticSource, arithmetic_tokenizer
+from data.chat.encode import encode_prompt
+from data.chat.messages import user
+from data.chat.templates import CHAT_TEMPLATES
+from data.config import DataConfig
+from data.corpus import DataError
+from data.prepare import Prepared, check_config, prepare
+from data.samples.pack import WEIGHTS
+from data.tokenizer import Tokenizer
+
+SAMPLES = 2000
+
+
+def config_of(folder: Path, **changes: Any) -> DataConfig:
+    """Returns the configuration of generated problems."""
+    source = ArithmeticSource(
+        kind="arithmetic",
+        form="demonstrations",
+        template="v3",
+        num_digits=8,
+        num_samples=SAMPLES,
+        wrong_share=0.5,
+        generator_seed=0,
+    )
+    return DataConfig(
+        source=dataclasses.replace(source, **changes),
+        tokenizer=None,
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
+        tokenizer_vocab_size=4096,
+        validation_fraction=0.1,
+        fim_rate=0.0,
+        seed=0,
+        cache_dir=str(folder / "cache"),
+    )
+
+
+def read_answers(prepared: Prepared) -> list[tuple[str, str]]:
+    """Returns prompt and answer of every training piece."""
+    found = []
+    for tokens, positions in zip(prepared.train_tokens_NL.tolist(), prepared.train_positions_NL.tolist(), strict=True):
+        starts = [place for place, position in enumerate(positions) if position == 0]
+        for start in starts:
+            piece = prepared.tokenizer.decode(tokens[start : start + 21])
+            begin, _, rest = piece.partition("<｜User｜>")
+            prompt, _, answer = rest.partition("<｜Assistant｜>")
+            assert begin == "<｜begin▁of▁sentence｜>"
+            assert answer.endswith("<｜end▁of▁sentence｜>")
+            found.append((prompt, answer.removesuffix("<｜end▁of▁sentence｜>")))
+    return found
+
+
+def num_wrong_digits(prompt: str, answer: str) -> int:
+    """Returns how many digits of an answer are wrong."""
+    return sum(a != b for a, b in zip(sorted(prompt.removesuffix("=")), answer, strict=True))
+
+
+def test_demonstrations_have_one_wrong_digit_in_a_share_and_no_held_out_problem(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    assert check_config(config) == 32
+    prepared = prepare(config, 63)
+    answers = read_answers(prepared)
+    assert len(answers) == prepared.counts["train"].kept
+    assert prepared.counts["train"].kept + prepared.counts["validation"].kept == SAMPLES
+    wrong = [num_wrong_digits(*each) for each in answers]
+    assert set(wrong) == {0, 1}
+    assert 0.45 < sum(wrong) / len(wrong) < 0.55
+    assert not any(is_held_out(prompt) for prompt, _ in answers)
+    # Eight digits and the end of each answer are predicted.
+    assert prepared.train_values[WEIGHTS].sum() == 9 * len(answers)
+    rows = {tuple(row) for row in prepared.train_tokens_NL.tolist()}
+    assert not rows & {tuple(row) for row in prepared.validation_tokens_NL.tolist()}
+
+
+def test_preferences_pair_the_right_answer_with_one_that_has_a_wrong_digit(tmp_path: Path) -> None:
+    prepared = prepare(config_of(tmp_path, form="preferences", wrong_share=1.0, num_samples=300), 42)
+    answers = read_answers(prepared)
+    for (prompt, right), (same, wrong) in zip(answers[::2], answers[1::2], strict=True):
+        assert prompt == same
+        assert (num_wrong_digits(prompt, right), num_wrong_digits(prompt, wrong)) == (0, 1)
+
+
+def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(tmp_path: Path) -> None:
+    config = config_of(tmp_path, num_samples=100)
+    first = prepare(config, 63)
+    assert prepare(config, 63).fingerprint == first.fingerprint
+    for changes in ({"generator_seed": 1}, {"wrong_share": 0.4}, {"num_digits": 7}, {"num_samples": 101}):
+        assert prepare(config_of(tmp_path, **{"num_samples": 100, **changes}), 63).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("part", ["held_out", "train"])
+def test_problems_are_different_right_and_on_one_side(part: Any) -> None:
+    found = problems(seed=3, count=400, part=part)
+    assert found == problems(seed=3, count=400, part=part)
+    assert len({problem.prompt for problem in found}) == 400
+    assert found != problems(seed=4, count=400, part=part)
+    for problem in found:
+        assert problem.answer == "".join(sorted(problem.prompt.removesuffix("=")))
+        assert is_held_out(problem.prompt) == (part == "held_out")
+    with pytest.raises(DataError, match="problems: must be from 0 to 500 with 4 digits, is 501; nearest: 500"):
+        problems(seed=3, count=501, num_digits=4)
+
+
+def test_wrong_answers_differ_in_one_digit_for_every_draw() -> None:
+    wrong = [wrong_answer("01234567", draw) for draw in range(8 * 9)]
+    assert len(set(wrong)) == 72
+    assert {num_wrong_digits("01234567=", answer) for answer in wrong} == {1}
+
+
+def test_tokenizer_has_32_tokens_one_for_each_character_and_survives_saving(tmp_path: Path) -> None:
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    for each in (tokenizer, loaded):
+        assert each.vocab_size == 32
+        ids = encode_prompt([user("31415926=")], CHAT_TEMPLATES.get("r1"), each)
+        assert len(ids) == 1 + 1 + 9 + 1 + 2
+        assert each.decode(each.encode("0123456789=\n")) == "0123456789=\n"
+        assert each.decode(each.encode("1 a<think>é")) == "1" + "?" * 10
+    assert loaded.fingerprint == tokenizer.fingerprint

@@ -1,0 +1,133 @@
+"""Tests that conversations are encoded as the templates say, and that exactly the assistant's tokens are targets."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from data.chat.encode import encode_conversations, encode_prompt, split_views
+from data.chat.messages import ChatMessage, Conversation, ToolCall, assistant, user
+from data.chat.templates import CHAT_TEMPLATES
+from data.corpus import DataError
+from data.special_tokens import CHAT_TOKENS
+from data.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
+from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_conversation, draw_text, expected
+
+NAMES = ("v3", "r1", "v3_1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return chat_tokenizer()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_are_exactly_the_assistants_tokens_of_60_conversations(name: str, tokenizer: Tokenizer) -> None:
+    rng = random.Random(name)
+    drawn = [draw_conversation(rng, thoughts=name != "v3") for _ in range(60)]
+    views = [view for conversation in drawn for view in split_views(conversation)]
+    encoded = encode_conversations(views, CHAT_TEMPLATES.get(name), tokenizer)
+    for number, (view, chat) in enumerate(zip(views, encoded, strict=True)):
+        right = expected(name, view, tokenizer)
+        assert chat.ids == right.ids, f"view {number}: {tokenizer.decode(chat.ids)!r}"
+        assert chat.is_target == right.is_target, f"view {number}"
+        assert chat.weights.tolist() == [*map(float, right.is_target[1:]), 0.0]
+
+
+def test_ids_of_one_conversation_are_those_written_by_hand(tokenizer: Tokenizer) -> None:
+    conversation = Conversation(messages=(user("sort"), assistant("the", thoughts="of"), user("now"), assistant("")))
+    ids = {token: tokenizer.special_id(token) for token in SPELLED}
+    sort, the, now = (tokenizer.encode(word) for word in ("sort", "the", "now"))
+    newline, two = tokenizer.encode("\n"), tokenizer.encode("\n\n")
+    views = split_views(conversation)
+    first, second = encode_conversations(views, CHAT_TEMPLATES.get("r1"), tokenizer)
+    context = [0, ids[USER], *sort, ids[ASSISTANT]]
+    thoughts = [*tokenizer.encode("of\n"), ids["</think>"], *two, *the, 1]
+    assert first.ids == [*context, ids["<think>"], *newline, *thoughts]
+    assert first.is_target == [False] * (len(first.ids) - len(thoughts)) + [True] * len(thoughts)
+    # The second view trains the second turn alone, after the first one without its thoughts.
+    assert second.ids == [*context, *the, 1, ids[USER], *now, ids[ASSISTANT], 1]
+    assert second.is_target == [False] * (len(second.ids) - 1) + [True]
+
+
+def test_every_turn_is_trained_in_exactly_one_view_with_its_thoughts_shown() -> None:
+    rng = random.Random(5)
+    for _ in range(200):
+        conversation = draw_conversation(rng, thoughts=True)
+        views = split_views(conversation)
+        trained = [turn for view in views for turn in view.trained_turns]
+        assert trained == list(conversation.trained_turns)
+        for view in views:
+            assert view.messages == conversation.messages[: len(view.messages)]
+            assert all(view.messages[turn].thoughts is None for turn in view.trained_turns[:-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_is_what_precedes_the_answer_in_training(name: str, tokenizer: Tokenizer) -> None:
+    rng, template = random.Random(f"prompt {name}"), CHAT_TEMPLATES.get(name)
+    for _ in range(60):
+        for view in split_views(draw_conversation(rng, thoughts=name != "v3")):
+            chat = encode_conversations([view], template, tokenizer)[0]
+            *before, last = view.messages
+            thinking = last.thoughts is not None
+            prompt = encode_prompt(before, template, tokenizer, thinking=thinking, tools=view.tools)
+            assert chat.ids[: len(prompt)] == prompt
+            assert all(chat.is_target[len(prompt) :])
+            assert not chat.is_target[len(prompt) - 1]
+
+
+def test_prompts_think_as_the_template_or_the_user_says(tokenizer: Tokenizer) -> None:
+    def end(name: str, thinking: bool | None) -> str:
+        ids = encode_prompt([user("sort")], CHAT_TEMPLATES.get(name), tokenizer, thinking=thinking)
+        return tokenizer.decode(ids).partition("sort")[2]
+
+    assert [end("v3", None), end("v3", False)] == ["<｜Assistant｜>"] * 2
+    assert [end("r1", None), end("r1", True), end("r1", False)] == [
+        *["<｜Assistant｜><think>\n"] * 2,
+        "<｜Assistant｜>",
+    ]
+    assert [end("v3_1", None), end("v3_1", False)] == ["<｜Assistant｜></think>"] * 2
+    assert end("v3_1", True) == "<｜Assistant｜><think>"
+    with pytest.raises(DataError, match=r"nearest valid: data\.template=r1 or v3_1"):
+        end("v3", True)
+
+
+def test_text_that_spells_special_tokens_stays_text_in_200_conversations(tokenizer: Tokenizer) -> None:
+    rng = random.Random(7)
+    special = {tokenizer.special_id(token) for token in (*SPECIAL_TOKENS, *CHAT_TOKENS)}
+    for _ in range(200):
+        content = "".join(rng.choice([draw_text(rng), rng.choice(SPELLED)]) for _ in range(3))
+        system, answer = draw_text(rng), draw_text(rng)
+        messages = (ChatMessage(role="system", content=system), user(content), assistant(answer))
+        chat = encode_conversations([Conversation(messages=messages)], CHAT_TEMPLATES.get("v3"), tokenizer)[0]
+        placed = [number for number in chat.ids if number in special]
+        assert placed == [0, tokenizer.special_id(USER), tokenizer.special_id(ASSISTANT), 1]
+        starts = [chat.ids.index(number) for number in placed]
+        for (left, right), text in zip(pairwise(starts), (system, content, answer), strict=True):
+            assert tokenizer.decode(chat.ids[left + 1 : right]) == text
+
+
+def test_tokens_that_the_tokenizer_lacks_are_named() -> None:
+    plain = Tokenizer.train(["sort"], 300)
+    call = ChatMessage(role="assistant", content="", tool_calls=(ToolCall(name="a", arguments="{}"),))
+    for name, messages, token in (
+        ("r1", (user("sort"), assistant("a", thoughts="b")), "<think>"),
+        ("v3", (user("sort"), call), "<｜tool▁calls▁begin｜>"),
+    ):
+        with pytest.raises(DataError, match=f"special token '{token}' must be in the vocabulary"):
+            encode_conversations([Conversation(messages=messages)], CHAT_TEMPLATES.get(name), plain)
+
+
+@pytest.mark.parametrize(
+    ("messages", "rule"),
+    [
+        ((), "the last message of a prompt must be a user's or a tool's, is none"),
+        ((user("a"), assistant("b")), "the last message of a prompt must be a user's or a tool's, is 'assistant'"),
+        ((assistant("b"),), "an assistant's message must follow a user's or a tool's, is 'assistant'"),
+        ((user("a"), ChatMessage(role="system", content="b")), "a system message must be before all others"),
+    ],
+)
+def test_prompts_out_of_order_are_rejected(messages: tuple[ChatMessage, ...], rule: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError) as refused:
+        encode_prompt(messages, CHAT_TEMPLATES.get("v3"), tokenizer)
+    assert rule in str(refused.value)
