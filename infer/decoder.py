@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from model.attention.kv_cache import CacheView, KvCache, PromptView, StepView
 from model.attention.rope import Rotation, rotation_table
-from model.block import Block
+from model.block import Block, Moe
 from model.mlp import Mlp
 from model.precision.linear import widen
 from model.transformer import Transformer
@@ -44,7 +44,7 @@ class PartDecoder:
             with_mtp: whether the part has an MTP module that is used.
         """
         config, weight = model.config, next(model.parameters())
-        self._model, self._config, self._layers = model, config, tuple(layers)
+        self._model, self._config, self._layers, self._dtype = model, config, tuple(layers), weight.dtype
         width = model.attention.values_per_token(config)
         self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
@@ -85,6 +85,15 @@ class PartDecoder:
         for index, layer in enumerate(self._layers):
             hidden_ND = self._run(self._model.block(layer), hidden_ND, views(index))
         return hidden_ND
+
+    def run_idle_layers(self) -> None:
+        """Runs the experts of the layers for other ranks, without any token of this rank."""
+        for layer in self._layers:
+            self._run_idle(self._model.block(layer))
+
+    def run_idle_mtp(self) -> None:
+        """Runs the experts of the MTP module for other ranks, without any token of this rank."""
+        self._run_idle(self._model.mtp_block(1))
 
     def final_norm(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the states for the MTP module and the states for the head, both ND, after the last layer."""
@@ -153,8 +162,18 @@ class PartDecoder:
         if isinstance(block.mlp, Mlp):
             dense: Tensor = residual_ND + block.mlp(rows_ND, None)
             return dense
-        # Dispatch rows to the routed experts, add the shared experts, and combine.
-        dispatcher, moe = self._model.dispatcher, block.mlp
+        return self._run_experts(block.mlp, residual_ND, rows_ND)
+
+    def _run_idle(self, block: Block) -> None:
+        """Takes part in a block's exchange of rows, without any token of this rank."""
+        if isinstance(block.mlp, Mlp):
+            return
+        no_rows_ND = torch.empty(0, self._config.hidden_size, dtype=self._dtype, device=self.device)
+        self._run_experts(block.mlp, no_rows_ND, no_rows_ND)
+
+    def _run_experts(self, moe: Moe, residual_ND: Tensor, rows_ND: Tensor) -> Tensor:
+        """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
+        dispatcher = self._model.dispatcher
         routing = moe.gate(rows_ND[None])
         handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
         arrived = dispatcher.dispatch(rows_ND, routing.weights_TK, handle).wait()
@@ -171,9 +190,20 @@ class PartDecoder:
 
 
 class Decoder(PartDecoder):
-    """A whole model with KV caches of the sequences that it continues."""
+    """A whole model with KV caches of the sequences that it continues.
 
-    def __init__(self, model: Transformer, max_sequences: int, capacity: int, *, with_mtp: bool) -> None:
+    A subclass may hold only the last layers, if it overrides `_enter` to run the others elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        max_sequences: int,
+        capacity: int,
+        *,
+        with_mtp: bool,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         """Allocates the caches in the model's type and on its device.
 
         Args:
@@ -181,8 +211,10 @@ class Decoder(PartDecoder):
             max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the MTP module is used.
+            layers: layers that run here; None: all.
         """
-        super().__init__(model, range(model.config.num_layers), max_sequences, capacity, with_mtp=with_mtp)
+        layers = range(model.config.num_layers) if layers is None else layers
+        super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp)
 
     def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Runs the main model over whole prompts and fills empty rows of the cache.
@@ -197,8 +229,9 @@ class Decoder(PartDecoder):
         """
         counts = [len(prompt) for prompt in prompts]
         tokens_N = self._tensor([token for prompt in prompts for token in prompt])
+        hidden_ND = self._enter(tokens_N, rows, counts, is_prompt=True)
         views = self.over_prompts(self.main, rows, counts)
-        state_ND, normal_ND = self.final_norm(self.run_layers(self.embed(tokens_N), views))
+        state_ND, normal_ND = self.final_norm(self.run_layers(hidden_ND, views))
         last_B = self._tensor(counts).cumsum(0) - 1
         return state_ND, self.logits(normal_ND[last_B])
 
@@ -211,6 +244,19 @@ class Decoder(PartDecoder):
         Returns:
             Their states for the MTP module, BSD, and their logits, BSV.
         """
-        views = self.over_cache(self.main, tokens_BS.shape[1])
-        state_ND, normal_ND = self.final_norm(self.run_layers(self.embed(tokens_BS.flatten()), views))
-        return state_ND.view(*tokens_BS.shape, -1), self.logits(normal_ND).view(*tokens_BS.shape, -1)
+        num_rows, num_new = tokens_BS.shape
+        hidden_ND = self._enter(tokens_BS.flatten(), range(num_rows), [num_new] * num_rows, is_prompt=False)
+        views = self.over_cache(self.main, num_new)
+        state_ND, normal_ND = self.final_norm(self.run_layers(hidden_ND, views))
+        return state_ND.view(num_rows, num_new, -1), self.logits(normal_ND).view(num_rows, num_new, -1)
+
+    def _enter(self, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int], *, is_prompt: bool) -> Tensor:
+        """Returns the input of the first layer that runs here, ND.
+
+        Args:
+            tokens_N: the new tokens, row by row.
+            rows: rows that they belong to.
+            counts: number of new tokens of each of these rows.
+            is_prompt: whether they are whole prompts in empty rows, or new tokens of all rows.
+        """
+        return self.embed(tokens_N)

@@ -73,6 +73,49 @@ class Run(Protocol):
         ...
 
 
+class ForwardOnlyRun:
+    """Base of runs that are never part of a training program.
+
+    Forward-only programs without phases on the comm lane call none of its methods.
+    """
+
+    def wait(self) -> None:
+        """Completes nothing: without phases on the comm lane, no program waits."""
+        raise AssertionError("a run without exchange has nothing to wait for")
+
+    def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
+        """Refuses, because there is no backward."""
+        raise AssertionError("a forward-only run takes no gradient")
+
+    def input_gradient(self) -> "Tensor":
+        """Refuses, because there is no backward."""
+        raise AssertionError("a forward-only run has no gradient")
+
+    def backward(self, phase: int) -> None:
+        """Refuses, because there is no backward."""
+        raise AssertionError("a forward-only run has no backward")
+
+    def weight(self, phase: int) -> None:
+        """Refuses, because there is no backward."""
+        raise AssertionError("a forward-only run has no backward")
+
+    def offload(self) -> None:
+        """Refuses, because nothing is kept for a backward."""
+        raise AssertionError("a forward-only run keeps nothing")
+
+    def release(self) -> None:
+        """Refuses, because nothing is kept for a backward."""
+        raise AssertionError("a forward-only run keeps nothing")
+
+    def reload(self) -> None:
+        """Refuses, because nothing is kept for a backward."""
+        raise AssertionError("a forward-only run keeps nothing")
+
+    def restore(self) -> None:
+        """Refuses, because nothing is kept for a backward."""
+        raise AssertionError("a forward-only run keeps nothing")
+
+
 class PipelineStage(Protocol):
     """Stage that runs micro-batches."""
 

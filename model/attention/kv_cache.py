@@ -73,6 +73,22 @@ class KvCache:
         self._values[:, target, :length] = self._values[:, source, :length]
         self.resize(target, length)
 
+    def arrange(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
+        """Replaces the held sequences: row i continues the tokens of an earlier row.
+
+        Args:
+            sources: for each new row, the row that held its tokens before, or -1 for an empty sequence. A row may be
+                the source of several.
+            lengths: number of tokens of each new row; the source must have as many.
+        """
+        assert len(sources) <= self._values.shape[1], "more sequences than the cache has rows"
+        moves = [row for row, source in enumerate(sources) if source not in (row, -1)]
+        # A row may be read after it is overwritten, so all that move are copied first.
+        copies = [self._values[:, sources[row], : lengths[row]].clone() for row in moves]
+        for row, values in zip(moves, copies, strict=True):
+            self._values[:, row, : lengths[row]] = values
+        self._lengths = list(lengths)
+
     def write_row(self, layer: int, row: int, first: int, values_TC: Tensor) -> None:
         """Writes one sequence's tokens from position `first` on."""
         self._values[layer, row, first : first + len(values_TC)] = values_TC

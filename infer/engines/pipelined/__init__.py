@@ -1,0 +1,1 @@
+"""Decodes on the ranks of a pipeline, where training left the weights."""

@@ -1,0 +1,256 @@
+"""Continues prompts with a model whose stages are spread over the ranks of a pipeline."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dualpipe.runtime.execute import Execution
+from dualpipe.runtime.protocols import PipelineStage
+from infer.active import ActiveSequence, StopCondition
+from infer.batch import GenerationBatch
+from infer.config import GenerateError, Speculative, Statistics, check
+from infer.decoder import PartDecoder
+from infer.engines.local import start_sequences, to_rollouts
+from infer.engines.pipelined.cohort import Cohort, CohortDecoder
+from infer.engines.pipelined.pipeline import DecodePipeline
+from infer.engines.pipelined.plan import RoundFormat
+from infer.engines.pipelined.stage import CohortStage, DirectedStages, InnerStage, LastStage
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+
+MAX_ROUNDS = 32
+"""Rounds after which the ranks agree on whether to continue."""
+
+_FAILED = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CohortSizes:
+    """Sizes of cohorts.
+
+    Attributes:
+        cohorts: cohorts of each direction; None for 2 in flight for each rank.
+        max_rows: maximum number of continuations of a cohort.
+    """
+
+    cohorts: int | None = None
+    max_rows: int = 64
+
+    def __post_init__(self) -> None:
+        """Rejects numbers below 1.
+
+        Raises:
+            GenerateError: names the field.
+        """
+        for name, value in (("cohorts", self.cohorts), ("max_rows", self.max_rows)):
+            if value is not None and value < 1:
+                raise GenerateError(f"{name}: must be at least 1, is {value}; nearest valid: 1")
+
+
+class PipelinedEngine:
+    """An engine whose weights stay where training left them. Every rank of the job has one.
+
+    Prompts are spread over pipelines and directions, and in each over cohorts, which are in different stages at a time.
+    A cohort is continued by the same program as the batch of `LocalEngine`, on the rank of its last stage.
+
+    Attributes:
+        executions: measurements of the programs of the last call.
+    """
+
+    def __init__(
+        self,
+        pipeline: DecodePipeline,
+        *,
+        speculative: Speculative = "auto",
+        sizes: CohortSizes = CohortSizes(),
+        stop_condition: StopCondition = lambda index, token: False,
+        delay: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Stores the arguments, which are equal on all ranks.
+
+        Args:
+            pipeline: this rank's part of the pipeline.
+            speculative: whether the first MTP module drafts one token per round.
+            sizes: sizes of cohorts. They change no token.
+            stop_condition: called with each new token that is no stop token (prompt's number, token), on the rank that
+                chooses it; true ends the continuation after it.
+            delay: called in every operation, to time schedules.
+        """
+        self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
+        self._stop_condition, self._delay = stop_condition, delay
+        self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
+        directions = len(pipeline.placement)
+        self._num_cohorts = sizes.cohorts or -(-2 * (1 + max(pipeline.placement[0])) // directions)
+        self.executions: list[Execution] = []
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
+        """Implements `Engine.generate`. Every rank returns all rollouts."""
+        config = self._pipeline.model.config
+        tokens = [prompt.tokens for prompt in prompts]
+        check(config, tokens, request.max_new_tokens, self._wanted, self._sizes.max_rows)
+        began, self.executions = time.perf_counter(), []
+        work = self._start(prompts, request)
+        try:
+            self._run_rounds(work)
+        finally:
+            work.close()
+        return self._collect(prompts, request, work, time.perf_counter() - began)
+
+    def _start(self, prompts: Sequence[NumberedPrompt], request: Request) -> "_RankWork":
+        """Builds this rank's stages and starts the programs of its cohorts."""
+        pipeline = self._pipeline
+        num_shares = pipeline.num_data * len(pipeline.placement)
+        most = -(-len(prompts) // num_shares) * request.samples
+        config = pipeline.model.config
+        form = RoundFormat(
+            max_rows=max(1, min(self._sizes.max_rows, -(-most // self._num_cohorts))),
+            hidden_size=config.hidden_size,
+            dtype=next(pipeline.model.parameters()).dtype,
+        )
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        capacity = max(
+            (min(length + request.max_new_tokens, config.max_position_tokens) for length in lengths), default=1
+        )
+        work = _RankWork(form, {}, {}, {}, {})
+        held: dict[int, dict[int, CohortStage]] = {}
+        for direction, row in enumerate(pipeline.placement):
+            for stage, rank in enumerate(row):
+                if rank != pipeline.rank:
+                    continue
+                if stage == len(row) - 1:
+                    own = prompts[pipeline.data_index + pipeline.num_data * direction :: num_shares]
+                    work.sequences[direction] = start_sequences(own, request, config.max_position_tokens)
+                    made: CohortStage = self._last_stage(direction, request, work, capacity)
+                else:
+                    made = self._inner_stage(stage, form, capacity)
+                held.setdefault(stage, {})[direction] = made
+        for stage, by_direction in held.items():
+            first = (lambda direction, cohort: work.first_rounds[direction, cohort]) if stage == 0 else None
+            work.stages[stage] = DirectedStages(by_direction, self._num_cohorts, first, self._delay)
+        return work
+
+    def _inner_stage(self, stage: int, form: RoundFormat, capacity: int) -> InnerStage:
+        pipeline = self._pipeline
+        decoders = [
+            PartDecoder(pipeline.model, pipeline.cut[stage], form.max_rows, capacity, with_mtp=False)
+            for _ in range(self._num_cohorts)
+        ]
+        return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.shares_experts)
+
+    def _last_stage(self, direction: int, request: Request, work: "_RankWork", capacity: int) -> LastStage:
+        """Builds the last stage of a direction, whose cohorts share one queue of sequences."""
+        pipeline, form = self._pipeline, work.form
+        waiting = deque(sequence for sequence in work.sequences[direction] if sequence.num_left > 0)
+        cohorts, decoders = [], []
+        for number in range(self._num_cohorts):
+            decoder = CohortDecoder(
+                pipeline.model, pipeline.cut[-1], form.max_rows, capacity, with_mtp=self._speculative
+            )
+            batch = GenerationBatch(
+                decoder, request.sampling, request.stop, self._stop_condition, speculative=self._speculative
+            )
+            cohort = Cohort(_program(batch, waiting, form.max_rows), f"cohort-{direction}-{number}")
+            decoder.connect(cohort.exchange)
+            cohorts.append(cohort)
+            decoders.append(decoder)
+            work.batches.append(batch)
+        work.cohorts += cohorts
+        last = LastStage(
+            cohorts,
+            decoders,
+            form,
+            is_first=len(pipeline.cut) == 1,
+            with_mtp=self._speculative,
+            shares_experts=pipeline.shares_experts,
+        )
+        work.last_stages[direction] = last
+        return last
+
+    def _run_rounds(self, work: "_RankWork") -> None:
+        """Runs rounds until no rank has a cohort that needs one.
+
+        Raises:
+            GenerateError: on every rank, if a cohort of one rank failed.
+        """
+        pipeline = self._pipeline
+        while num_rounds := pipeline.largest(work.num_rounds()):
+            if num_rounds >= _FAILED:
+                errors = [error for error in pipeline.gather(work.error()) if error]
+                raise GenerateError(errors[0])
+            next_rounds = {direction: last.next_rounds for direction, last in work.last_stages.items()}
+            work.first_rounds = pipeline.hand_over(work.form, next_rounds, self._num_cohorts)
+            self.executions.append(pipeline.run(work.form, work.stages, self._num_cohorts, num_rounds))
+
+    def _collect(
+        self, prompts: Sequence[NumberedPrompt], request: Request, work: "_RankWork", seconds: float
+    ) -> Rollouts:
+        """Gathers the rollouts of all ranks in the order of the prompts."""
+        own = [to_rollouts(sequences, Statistics()).rollouts for sequences in work.sequences.values()]
+        counts = _sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
+        gathered = self._pipeline.gather((own, counts))
+        found = {(each.prompt, each.sample): each for parts, _ in gathered for part in parts for each in part}
+        order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
+        statistics = _sum_statistics([each for _, each in gathered], max(each.seconds for _, each in gathered))
+        return Rollouts(rollouts=tuple(found[key] for key in order), statistics=statistics)
+
+
+class _RankWork:
+    """What one rank does in one call.
+
+    Attributes:
+        form: format of values between stages.
+        stages: stages of this rank by number.
+        sequences: continuations whose last stage is on this rank, by direction.
+        last_stages: last stages on this rank, by direction.
+        first_rounds: packed rounds that the first stage starts a program with, by direction and cohort.
+        cohorts: programs on this rank.
+        batches: their batches.
+    """
+
+    def __init__(
+        self,
+        form: RoundFormat,
+        stages: dict[int, PipelineStage],
+        sequences: dict[int, list[ActiveSequence]],
+        last_stages: dict[int, LastStage],
+        first_rounds: dict[tuple[int, int], Tensor],
+    ) -> None:
+        self.form, self.stages, self.sequences = form, stages, sequences
+        self.last_stages, self.first_rounds = last_stages, first_rounds
+        self.cohorts: list[Cohort] = []
+        self.batches: list[GenerationBatch] = []
+
+    def num_rounds(self) -> int:
+        """Returns a number of rounds that the unfinished sequences need, a power of two, or `_FAILED`."""
+        if self.error():
+            return _FAILED
+        lefts = [each.num_left for part in self.sequences.values() for each in part if each.finish is None]
+        longest = max((left for left in lefts if left > 0), default=0)
+        # Few different numbers, because each has its own program.
+        return min(MAX_ROUNDS, 1 << (longest.bit_length() - 1)) if longest else 0
+
+    def error(self) -> str:
+        """Returns the message of a program that failed, or an empty text."""
+        return next((str(cohort.error) for cohort in self.cohorts if cohort.error is not None), "")
+
+    def close(self) -> None:
+        """Ends the programs that still run."""
+        for cohort in self.cohorts:
+            cohort.close()
+
+
+def _program(batch: GenerationBatch, waiting: deque[ActiveSequence], max_rows: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in batch.run(waiting, max_rows):
+            pass
+
+    return run
+
+
+def _sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
+    names = [each.name for each in fields(Statistics) if each.name != "seconds"]
+    return Statistics(**{name: sum(getattr(part, name) for part in parts) for name in names}, seconds=seconds)

@@ -1,0 +1,114 @@
+"""Describes what the stages compute for a cohort in one round, and how it travels between ranks.
+
+Shape legend: N new tokens of a cohort, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dualpipe.transfers import ValueKind
+
+_BYTES_PER_NUMBER = 8
+_HEADER_NUMBERS = 2
+_NUMBERS_PER_ROW = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPlan:
+    """What every stage computes for a cohort in its next round. Empty if the cohort has nothing to do.
+
+    Attributes:
+        is_prompt: whether the new tokens are whole prompts in empty rows, or new tokens of all rows.
+        sources: for each row of the caches, the row that held its tokens in the previous round, or -1 if it is new.
+        lengths: number of cached tokens of each row that stay. Fewer than before if a draft was rejected.
+        counts: number of new tokens of each row.
+    """
+
+    is_prompt: bool = False
+    sources: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of new tokens of all rows, N."""
+        return sum(self.counts)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows with new tokens."""
+        return tuple(row for row, count in enumerate(self.counts) if count)
+
+    def to_numbers(self) -> list[int]:
+        """Returns the plan as numbers."""
+        rows = (number for row in zip(self.sources, self.lengths, self.counts, strict=True) for number in row)
+        return [int(self.is_prompt), len(self.counts), *rows]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> Self:
+        """Reads what `to_numbers` returned. Further numbers may follow."""
+        end = _HEADER_NUMBERS + _NUMBERS_PER_ROW * numbers[1]
+        sources, lengths, counts = (tuple(numbers[_HEADER_NUMBERS + at : end : _NUMBERS_PER_ROW]) for at in range(3))
+        return cls(is_prompt=bool(numbers[0]), sources=sources, lengths=lengths, counts=counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundFormat:
+    """Format of a cohort's values between stages: a plan of fixed size, then a row for each new token.
+
+    A row is a hidden state, or a token id on the way from the last stage to the first.
+
+    Attributes:
+        max_rows: maximum number of sequences of a cohort.
+        hidden_size: D.
+        dtype: type of hidden states.
+    """
+
+    max_rows: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def plan_bytes(self) -> int:
+        """Number of bytes of a plan."""
+        return _BYTES_PER_NUMBER * (_HEADER_NUMBERS + _NUMBERS_PER_ROW * self.max_rows)
+
+    def row_bytes(self, kind: ValueKind) -> int:
+        """Returns the number of bytes of a token's row."""
+        return torch.int64.itemsize if kind == "tokens" else self.hidden_size * self.dtype.itemsize
+
+    def num_payload_bytes(self, kind: ValueKind, plan_bytes: Tensor) -> int:
+        """Returns the number of bytes that follow a plan, given its bytes."""
+        return self._plan(plan_bytes).num_tokens * self.row_bytes(kind)
+
+    def pack(self, plan: RoundPlan, rows: Tensor | None, device: torch.device) -> Tensor:
+        """Returns a plan and its rows as bytes, a flat uint8 tensor.
+
+        Args:
+            plan: the plan.
+            rows: token ids [N] or hidden states [N, D]; None if the plan is empty.
+            device: device of the result.
+        """
+        numbers = plan.to_numbers()
+        padding = [0] * (self.plan_bytes // _BYTES_PER_NUMBER - len(numbers))
+        head = torch.tensor([*numbers, *padding], dtype=torch.int64).view(torch.uint8).to(device)
+        return head if rows is None else torch.cat((head, rows.contiguous().flatten().view(torch.uint8)))
+
+    def unpack(self, value: Tensor) -> tuple[RoundPlan, Tensor]:
+        """Returns the plan and the bytes of the rows of a packed value."""
+        return self._plan(value[: self.plan_bytes]), value[self.plan_bytes :]
+
+    def token_ids(self, payload: Tensor) -> Tensor:
+        """Returns the token ids in the bytes of rows, N."""
+        return payload.view(torch.int64)
+
+    def hidden(self, payload: Tensor) -> Tensor:
+        """Returns the hidden states in the bytes of rows, ND."""
+        return payload.view(self.dtype).view(-1, self.hidden_size)
+
+    def _plan(self, plan_bytes: Tensor) -> RoundPlan:
+        return RoundPlan.from_numbers(plan_bytes.view(torch.int64).tolist())  # host sync
