@@ -31,6 +31,7 @@ class GenerationBatch:
         stop_condition: StopCondition,
         *,
         speculative: bool,
+        prefill_tokens: int = PROMPT_TOKENS,
     ) -> None:
         """Creates an empty batch.
 
@@ -40,9 +41,10 @@ class GenerationBatch:
             stop: token ids that end a sequence and are not part of the result.
             stop_condition: called with every token of the result; true ends the sequence after it.
             speculative: whether the MTP module drafts tokens.
+            prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
         """
         self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
-        self._speculative = speculative
+        self._speculative, self._prefill_tokens = speculative, prefill_tokens
         self._active: list[ActiveSequence] = []
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
@@ -91,18 +93,37 @@ class GenerationBatch:
 
     def _read_prompts(self, unread: Sequence[tuple[int, ActiveSequence]]) -> None:
         """Reads the prompts of sequences in empty rows, and keeps what follows their last tokens."""
-        if not unread:
-            return
-        rows, prompts = [row for row, _ in unread], [sequence.prompt for _, sequence in unread]
-        counts = [len(prompt) for prompt in prompts]
-        state_ND, logits_BV = self._decoder.read_prompts(rows, prompts)
-        for (row, sequence), states_TD, logits_V in zip(unread, state_ND.split(counts), logits_BV, strict=True):
+        short = [(row, sequence) for row, sequence in unread if len(sequence.prompt) <= self._prefill_tokens]
+        if short:
+            self._read_short_prompts([row for row, _ in short], [sequence for _, sequence in short])
+        for row, sequence in unread:
+            if len(sequence.prompt) > self._prefill_tokens:
+                self._prompt_ends[sequence.index] = self._read_long_prompt(row, sequence.prompt)
+        self._counts["passes"] += len(unread)
+
+    def _read_short_prompts(self, rows: Sequence[int], sequences: Sequence[ActiveSequence]) -> None:
+        """Reads whole prompts in one pass."""
+        prompts = [sequence.prompt for sequence in sequences]
+        states, logits_BV = self._decoder.read_prompts(rows, prompts)
+        for row, sequence, states_TD, logits_V in zip(rows, sequences, states, logits_BV, strict=True):
             self._decoder.main.resize(row, len(sequence.prompt))
             # A copy, so that the states of the whole prompt are freed.
             self._prompt_ends[sequence.index] = PromptEnd(states_TD[-1:].clone(), logits_V)
         if self._speculative:
-            self._read_pairs(rows, prompts, state_ND.split(counts))
-        self._counts["passes"] += len(unread)
+            self._read_pairs(rows, prompts, states)
+
+    def _read_long_prompt(self, row: int, prompt: Sequence[int]) -> PromptEnd:
+        """Reads a prompt chunk by chunk, so that no pass has more than `prefill_tokens` tokens."""
+        decoder, size = self._decoder, self._prefill_tokens
+        for first in range(0, len(prompt), size):
+            tokens = prompt[first : first + size]
+            states_TD, last_1D = decoder.read_chunk(row, tokens)
+            decoder.main.resize(row, first + len(tokens))
+            next_tokens = prompt[first + 1 : first + 1 + size]
+            if self._speculative and next_tokens:
+                decoder.read_chunk_mtp(row, next_tokens, states_TD[: len(next_tokens)])
+                decoder.mtp.resize(row, first + len(next_tokens))
+        return PromptEnd(states_TD[-1:].clone(), decoder.logits(last_1D)[0])
 
     def advance(self) -> list[tuple[ActiveSequence, list[int]]]:
         """Runs one pass of the main model over every sequence. Returns the new tokens of each, one or two.

@@ -139,16 +139,24 @@ class PartDecoder:
 
     def over_cache(self, cache: KvCache, num_new: int) -> Views:
         """Returns the views of attention of `num_new` tokens of every sequence over the cached tokens."""
-        longest = max(cache.lengths)
+        return self._over_rows(cache, range(len(cache.lengths)), num_new)
+
+    def over_row(self, cache: KvCache, row: int, num_new: int) -> Views:
+        """Returns the views of attention of `num_new` tokens of one sequence over its cached tokens."""
+        return self._over_rows(cache, range(row, row + 1), num_new)
+
+    def _over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
+        lengths = cache.lengths[rows.start : rows.stop]
+        longest = max(lengths)
         num_positions = longest + num_new
         # New tokens follow the cached ones: position = length of the sequence + number of the new token.
-        positions_BS = self._tensor(cache.lengths)[:, None] + torch.arange(num_new, device=self.device)
+        positions_BS = self._tensor(lengths)[:, None] + torch.arange(num_new, device=self.device)
         rotation = self._rotation(positions_BS.flatten())
         # A mask is needed if there are several new tokens, or if sequences differ in length.
         future_BST = None
-        if num_new > 1 or min(cache.lengths) < longest:
+        if num_new > 1 or min(lengths) < longest:
             future_BST = torch.arange(num_positions, device=self.device) > positions_BS[..., None]
-        return lambda layer: StepView(cache, layer, positions_BS, num_positions, future_BST, rotation)
+        return lambda layer: StepView(cache, layer, rows.start, positions_BS, num_positions, future_BST, rotation)
 
     def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         block = self._model.mtp_block(1)
@@ -216,7 +224,7 @@ class Decoder(PartDecoder):
         layers = range(model.config.num_layers) if layers is None else layers
         super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp)
 
-    def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], Tensor]:
         """Runs the main model over whole prompts and fills empty rows of the cache.
 
         Args:
@@ -224,8 +232,8 @@ class Decoder(PartDecoder):
             prompts: token ids of each prompt.
 
         Returns:
-            The states of all prompt tokens for the MTP module, ND, prompt by prompt; and the logits after the last
-            token of each prompt, BV.
+            The states of each prompt's tokens for the MTP module, TD; and the logits after the last token of each
+            prompt, BV.
         """
         counts = [len(prompt) for prompt in prompts]
         tokens_N = self._tensor([token for prompt in prompts for token in prompt])
@@ -233,7 +241,25 @@ class Decoder(PartDecoder):
         views = self.over_prompts(self.main, rows, counts)
         state_ND, normal_ND = self.final_norm(self.run_layers(hidden_ND, views))
         last_B = self._tensor(counts).cumsum(0) - 1
-        return state_ND, self.logits(normal_ND[last_B])
+        return state_ND.split(counts), self.logits(normal_ND[last_B])
+
+    def read_chunk(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Runs the main model over the next tokens of one sequence's prompt.
+
+        Args:
+            row: of the sequence, whose cached tokens precede them.
+            tokens: the next tokens.
+
+        Returns:
+            Their states for the MTP module, ND, and the states for the head after the last of them, [1, D].
+        """
+        views = self.over_row(self.main, row, len(tokens))
+        state_ND, normal_ND = self.final_norm(self.run_layers(self.embed(self._tensor(tokens)), views))
+        return state_ND, normal_ND[-1:]
+
+    def read_chunk_mtp(self, row: int, next_tokens: Sequence[int], state_ND: Tensor) -> None:
+        """Runs the MTP module over the next pairs of one sequence's prompt, as `read_prompts_mtp` does."""
+        self._run_mtp(self._tensor(next_tokens), state_ND, self.over_row(self.mtp, row, len(next_tokens)))
 
     def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the main model over S new tokens of every cached sequence.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from infer.active import ActiveSequence
-from infer.batch import GenerationBatch
+from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
 from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
@@ -21,15 +21,24 @@ class LocalEngine:
     Continuations of a prompt share the pass over it. When one ends, the next one takes its place in the batch.
     """
 
-    def __init__(self, model: Transformer, *, speculative: Speculative = "auto", batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        speculative: Speculative = "auto",
+        batch_size: int = 64,
+        prefill_tokens: int = PROMPT_TOKENS,
+    ) -> None:
         """Stores the arguments.
 
         Args:
             model: the whole model.
             speculative: whether the first MTP module drafts one token per round.
             batch_size: number of continuations that are generated together. It changes no token.
+            prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
         """
         self._model, self._wanted, self._batch_size = model, speculative, batch_size
+        self._prefill_tokens = prefill_tokens
         self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
 
     @torch.no_grad()
@@ -44,7 +53,12 @@ class LocalEngine:
         capacity, size = max(sequence.max_length for sequence in waiting), min(self._batch_size, len(waiting))
         decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative)
         batch = GenerationBatch(
-            decoder, request.sampling, request.stop, lambda index, token: False, speculative=self._speculative
+            decoder,
+            request.sampling,
+            request.stop,
+            lambda index, token: False,
+            speculative=self._speculative,
+            prefill_tokens=self._prefill_tokens,
         )
         began = time.perf_counter()
         for _ in batch.run(waiting, size):

@@ -80,14 +80,8 @@ def attend_expanded(
         cached_NC: result of `compute_latent_rows` for them.
         counts: tokens of each prompt; they sum to N.
     """
-    latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-    up_NHK = functional.linear(latent_NL, attention.kv_b_proj.weight).unflatten(-1, (config.num_heads, -1))
-    key_NHK, value_NHV = up_NHK.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-    key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, config.num_heads, -1)), -1)
+    key_NHQ, value_NHV = _expand(attention, config, cached_NC)
     query_NHQ = torch.cat(_query(attention, config, x_ND, rotation), -1)
-    # Flash kernels require heads of one size: values are padded with zeros, and the result is cut again.
-    padding = config.qk_head_dim - config.v_head_dim
-    value_NHV = functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
     mixed, first = [], 0
     for count in counts:
         own = slice(first, first + count)
@@ -98,6 +92,41 @@ def attend_expanded(
         mixed.append(mixed_1HTV[0, ..., : config.v_head_dim].transpose(0, 1).flatten(1))
         first += count
     return functional.linear(torch.cat(mixed), attention.o_proj.weight)
+
+
+def attend_cached(
+    attention: LatentProjections,
+    config: ModelConfig,
+    x_ND: Tensor,
+    rotation: Rotation,
+    cached_BTC: Tensor,
+    future_BST: Tensor,
+) -> Tensor:
+    """Computes what `attend_absorbed` does, from the expanded keys and values of each sequence's cache, ND.
+
+    It suits many new tokens, because no scores are stored where a fused kernel exists.
+    """
+    query_BSHQ = torch.cat(_query(attention, config, x_ND, rotation), -1).unflatten(0, (len(cached_BTC), -1))
+    mixed = []
+    for query_SHQ, cached_TC, future_ST in zip(query_BSHQ, cached_BTC, future_BST, strict=True):
+        key_THQ, value_THV = _expand(attention, config, cached_TC)
+        query_1HSQ, key_1HTQ, value_1HTV = (x.transpose(0, 1)[None] for x in (query_SHQ, key_THQ, value_THV))
+        mixed_1HSV = functional.scaled_dot_product_attention(
+            query_1HSQ, key_1HTQ, value_1HTV, attn_mask=~future_ST, scale=softmax_scale(config)
+        )
+        mixed.append(mixed_1HSV[0, ..., : config.v_head_dim].transpose(0, 1).flatten(1))
+    return functional.linear(torch.cat(mixed), attention.o_proj.weight)
+
+
+def _expand(attention: LatentProjections, config: ModelConfig, cached_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes each head's keys, NHQ, and values, which are padded to the size of the keys."""
+    latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+    up_NHK = functional.linear(latent_NL, attention.kv_b_proj.weight).unflatten(-1, (config.num_heads, -1))
+    key_NHK, value_NHV = up_NHK.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+    key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, config.num_heads, -1)), -1)
+    # Flash kernels require heads of one size: values are padded with zeros, and results are cut again.
+    padding = config.qk_head_dim - config.v_head_dim
+    return key_NHQ, functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
 
 
 def _query(

@@ -93,14 +93,14 @@ class KvCache:
         """Writes one sequence's tokens from position `first` on."""
         self._values[layer, row, first : first + len(values_TC)] = values_TC
 
-    def write_step(self, layer: int, positions_BS: Tensor, values_BSC: Tensor) -> None:
-        """Writes the new tokens of every held sequence, each at its position."""
-        rows_B1 = torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
+    def write_step(self, layer: int, first_row: int, positions_BS: Tensor, values_BSC: Tensor) -> None:
+        """Writes the new tokens of consecutive rows, each at its position."""
+        rows_B1 = first_row + torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
         self._values[layer].index_put_((rows_B1, positions_BS), values_BSC)
 
-    def read(self, layer: int, num_positions: int) -> Tensor:
-        """Returns the first positions of every held sequence, BTC, as a view."""
-        return self._values[layer, : len(self._lengths), :num_positions]
+    def read(self, layer: int, rows: slice, num_positions: int) -> Tensor:
+        """Returns the first positions of consecutive rows, BTC, as a view."""
+        return self._values[layer, rows, :num_positions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,10 @@ class PromptView:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """A layer's cache while S new tokens are added to every held sequence.
+    """A layer's cache while S new tokens are added to every held sequence, or to one of them.
 
     Attributes:
+        first_row: row of the first sequence that the view covers; the others follow it.
         positions_BS: positions of the new tokens.
         num_positions: T, the number of positions up to the last token.
         future_BST: True if a token must not see a position; None if every token sees every position.
@@ -138,6 +139,7 @@ class StepView:
 
     cache: KvCache
     layer: int
+    first_row: int
     positions_BS: Tensor
     num_positions: int
     future_BST: Tensor | None
@@ -145,11 +147,13 @@ class StepView:
 
     def write(self, values_NC: Tensor) -> None:
         """Writes the cached values of each new token."""
-        self.cache.write_step(self.layer, self.positions_BS, values_NC.view(*self.positions_BS.shape, -1))
+        values_BSC = values_NC.view(*self.positions_BS.shape, -1)
+        self.cache.write_step(self.layer, self.first_row, self.positions_BS, values_BSC)
 
     def read(self) -> Tensor:
-        """Returns all positions of every held sequence, BTC, as a view."""
-        return self.cache.read(self.layer, self.num_positions)
+        """Returns all positions of the sequences, BTC, as a view."""
+        rows = slice(self.first_row, self.first_row + len(self.positions_BS))
+        return self.cache.read(self.layer, rows, self.num_positions)
 
 
 CacheView = PromptView | StepView

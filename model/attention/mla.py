@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import Documents
-from model.attention.absorbed import attend_absorbed, attend_expanded, compute_latent_rows
+from model.attention.absorbed import attend_absorbed, attend_cached, attend_expanded, compute_latent_rows
 from model.attention.core import mix
 from model.attention.form import AttentionForm
 from model.attention.kv_cache import CacheView, PromptView, StepView
@@ -20,6 +20,10 @@ from model.config import ModelConfig
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
 from model.precision.linears import Linears
+
+# From so many new tokens of a sequence on, keys and values of all positions are computed once, which then costs less
+# than scores between every head's query and the latents.
+EXPANDED_TOKENS = 64
 
 
 class LatentAttention(LatentProjections):
@@ -73,6 +77,9 @@ class LatentAttention(LatentProjections):
         match view:
             case PromptView():
                 return attend_expanded(self, self._config, x_ND, view.rotation, values_NC, view.counts)
+            case StepView() if view.positions_BS.shape[1] >= EXPANDED_TOKENS:
+                assert view.future_BST is not None
+                return attend_cached(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
             case StepView():
                 return attend_absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
 

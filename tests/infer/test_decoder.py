@@ -27,8 +27,9 @@ def test_cached_passes_equal_whole_ones(shape: str, dtype: torch.dtype) -> None:
     expected = [whole_pass(model, tokens) for tokens in text]
     decoder = Decoder(model, len(LENGTHS), len(text[0]) + 1, with_mtp=True)
     rows = [decoder.add() for _ in LENGTHS]
-    state_ND, logits = decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
-    decoder.read_prompts_mtp(rows, [tokens[1 : n + 1] for tokens, n in zip(text, LENGTHS, strict=True)], state_ND)
+    states, logits = decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
+    next_tokens = [tokens[1 : n + 1] for tokens, n in zip(text, LENGTHS, strict=True)]
+    decoder.read_prompts_mtp(rows, next_tokens, torch.cat(list(states)))
     for row, length in enumerate(LENGTHS):
         decoder.main.resize(row, length)
         decoder.mtp.resize(row, length)

@@ -9,8 +9,9 @@ import torch
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollout
+from model.attention.mla import EXPANDED_TOKENS
 from model.transformer import Transformer
-from tests.infer.models import make_foresighted
+from tests.infer.models import SHAPES, make_foresighted
 
 PROMPTS = [NumberedPrompt(number=number, tokens=tuple(range(number + 3, 2 * number + 4))) for number in range(8)]
 REQUEST = Request(samples=6, max_new_tokens=16, sampling=Sampling(temperature=1.0, seed=3), stop=frozenset((50, 111)))
@@ -85,3 +86,19 @@ def test_prompt_that_fills_the_positions_has_an_empty_rollout() -> None:
 def test_request_without_samples_is_rejected() -> None:
     with pytest.raises(GenerateError, match=r"^samples: must be at least 1, is 0; nearest valid: 1$"):
         replace(REQUEST, samples=0)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("shape", ["plain", "wide_values"])
+def test_prompts_read_in_chunks_continue_as_whole_ones(speculative: bool, shape: str) -> None:
+    config = replace(SHAPES[shape], max_position_tokens=256)
+    model = make_foresighted(config)
+    prompts = [NumberedPrompt(number=size, tokens=tuple(at * 7 % 311 for at in range(size))) for size in (3, 70, 150)]
+    request = replace(REQUEST, samples=2, max_new_tokens=8)
+    whole = LocalEngine(model, speculative=speculative).generate(prompts, request).rollouts
+    # Chunks of fewer and of more tokens than `EXPANDED_TOKENS`, which are computed in two ways.
+    for size in (1, 7, EXPANDED_TOKENS, 100, 149):
+        engine = LocalEngine(model, speculative=speculative, prefill_tokens=size)
+        for ours, theirs in zip(engine.generate(prompts, request).rollouts, whole, strict=True):
+            assert ours.tokens == theirs.tokens, size
+            assert ours.log_probs == pytest.approx(theirs.log_probs, rel=1e-11), size

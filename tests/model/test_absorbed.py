@@ -110,13 +110,13 @@ def test_cache_gives_back_what_was_written() -> None:
         cache.write_row(1, row, 0, torch.full((row + 1, size), float(row + 1)))
         cache.resize(row, row + 1)
     assert cache.lengths == (1, 2, 3)
-    cache.write_step(1, torch.tensor([[1, 2], [2, 3], [3, 4]]), torch.arange(6.0).view(3, 2, 1).expand(3, 2, size))
-    assert cache.read(1, 5)[..., 0].tolist() == [[1, 0, 1, 0, 0], [2, 2, 2, 3, 0], [3, 3, 3, 4, 5]]
-    assert not cache.read(0, 5).any()
+    cache.write_step(1, 0, torch.tensor([[1, 2], [2, 3], [3, 4]]), torch.arange(6.0).view(3, 2, 1).expand(3, 2, size))
+    assert cache.read(1, slice(3), 5)[..., 0].tolist() == [[1, 0, 1, 0, 0], [2, 2, 2, 3, 0], [3, 3, 3, 4, 5]]
+    assert not cache.read(0, slice(3), 5).any()
     cache.resize(2, 5)
     cache.remove(0)
     assert cache.lengths == (5, 2)
-    assert cache.read(1, 5)[..., 0].tolist() == [[3, 3, 3, 4, 5], [2, 2, 2, 3, 0]]
+    assert cache.read(1, slice(2), 5)[..., 0].tolist() == [[3, 3, 3, 4, 5], [2, 2, 2, 3, 0]]
     cache.remove(1)
     assert cache.lengths == (5,)
     with pytest.raises(AssertionError):
