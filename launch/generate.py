@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -46,6 +46,10 @@ class GenerateCommandConfig:
     temperature: float
     top_k: int | None
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     stop: Stop
     seed: int
     speculative: Speculative
@@ -176,7 +180,7 @@ def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]
 
 
 def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:
-    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    sampling = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
     transcripts = [Transcript(prompt, source.tokenizer, config.stop.strings) for prompt in prompts]
     if config.out:
         writer: LiveWriter | OrderedWriter = OrderedWriter(transcripts, file, as_json_line)

@@ -102,7 +102,7 @@ def attend_cached(
     cached_BTC: Tensor,
     future_BST: Tensor,
 ) -> Tensor:
-    """Computes what `attend_absorbed` does, from the expanded keys and values of each sequence's cache, ND.
+    """Computes what `attend_absorbed` does from expanded keys and values of the cache, ND.
 
     It suits many new tokens, because no scores are stored where a fused kernel exists.
     """
