@@ -89,7 +89,7 @@ VALIDATION = ValidationConfig(every_steps=0, sequences=0)
 
 CHECKPOINTING = CheckpointingConfig(every_steps=0, keep=None)
 
-SAMPLES = SamplesConfig(prompt="", tokens=0, temperature=0.0)
+SAMPLES = SamplesConfig(prompt="", held_out=0, tokens=0, temperature=0.0)
 
 
 def tiny_config(folder: Path, **changes: object) -> TrainConfig:

@@ -31,8 +31,9 @@ from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
 from train.records.step_record import record_of
+from train.samples.generate import report_samples
 from train.step import StepResult, train_step
-from train.validation import sample_text, validate
+from train.validation import validate
 
 LOGGER = logging.getLogger("train")
 VALIDATION_LOSS = "validation_loss"
@@ -214,11 +215,9 @@ class TrainingLoop:
             )
 
     def _sample(self) -> None:
-        """Prints the configured prompt and the text that the last checkpoint generates after it."""
-        samples = self._config.samples
-        if self._world.rank == 0 and samples.prompt and samples.tokens:
-            text = sample_text(self._config, self._prepared)
-            self._reporter.say(f"continuation of {samples.prompt!r}:\n{text}")
+        """Generates and prints the configured samples."""
+        if self._world.rank == 0:
+            report_samples(self._config, self._prepared, self._reporter.say)
 
     def _save(self) -> None:
         """Copies the state and starts to write it in the background. A run saves nowhere else."""

@@ -1,17 +1,9 @@
-"""Validates a run's model: computes the loss of held-out sequences, and generates a sample of text."""
+"""Validates a run's model: computes the loss of held-out sequences."""
 
 from functools import partial
-from pathlib import Path
 
 from data.loader import Batch, Loader
-from data.prepare import Prepared
-from infer.config import Sampling
-from infer.generate import generate
-from infer.text import decode_after
-from train.checkpoint import load as checkpoint
-from train.checkpoint.locate import step_folder
-from train.config import TaskConfig, TrainConfig
-from train.network import weight_dtype
+from train.config import TaskConfig
 from train.replica import Replica
 from train.step import validate_pass
 
@@ -35,29 +27,6 @@ def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: 
     replica.observers.traffic.take()  # the next step's record must not count this traffic
     replica.observers.clips.take()
     return nats / (targets or 1)
-
-
-def sample_text(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns the prompt, the text that the last checkpoint generates after it, and a summary.
-
-    This process alone loads the whole model.
-    """
-    tokenizer = prepared.tokenizer
-    folder = step_folder(Path(config.out_dir), config.task.steps)
-    model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
-    prompt = tokenizer.prompt(config.samples.prompt)
-    limit = config.model.max_position_tokens
-    made = generate(
-        model,
-        [prompt[:limit]],
-        max_new_tokens=config.samples.tokens,
-        sampling=Sampling(temperature=config.samples.temperature, seed=config.seed),
-        stop=[tokenizer.end_of_sentence_id],
-    )
-    text = config.samples.prompt + decode_after(
-        tokenizer.decode, tokenizer.text_context(prompt), made.continuations[0].tokens
-    )
-    return f"{text}\n{made.statistics.summary()}"
 
 
 def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:

@@ -38,8 +38,8 @@ NEEDS = {
     "dispatch=deepep": ["cluster=h800", "precision=bf16", "model.hidden_size=256"],
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
-    "task=sft": ["data.kind=marked", "+data.num_samples=64", "+data.unmarked=4", "+data.has_fractions=false",
-                 "batch.document_mask=true", "validation.sequences=0"],
+    "model=arithmetic": ["data=arithmetic"],
+    "task=sft": ["data=arithmetic", "data.num_samples=2000", "batch.document_mask=true", "validation.sequences=0"],
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(tmp_path
     given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
     needs = {"data=files": [f"data.paths=['{tmp_path}']"], "model=of_checkpoint": [f"init_from={weights}"]}
     needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
-    recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}
+    recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes", "arithmetic_sft"}
     needs |= {f"experiment={name}": needs["data=files_and_tokenizer"] for name in recipes}
     groups, random, passed, refusals = list(default_groups("train")), Random(0), 0, []
     for _ in range(30):

@@ -16,7 +16,7 @@ from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
-LAPTOP = ("quickstart", "two_nodes", "four_nodes")
+LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft")
 GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400}
 SIZES = {
     "v3_671b": (2048, 256, 14_800 * 10**9),

@@ -107,9 +107,17 @@ class CheckpointingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplesConfig:
-    """The sample that a finished run generates after `prompt`; `tokens` 0: no sample."""
+    """What a finished run generates.
+
+    Attributes:
+        prompt: text that is continued; empty: none.
+        held_out: number of held-out prompts that a run on samples answers.
+        tokens: largest number of tokens of each; 0: nothing is generated.
+        temperature: of the sampling.
+    """
 
     prompt: str
+    held_out: NonNegativeInt
     tokens: NonNegativeInt
     temperature: NonNegativeFloat
 

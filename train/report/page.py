@@ -14,6 +14,7 @@ from train.report.history import History
 from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
 from train.report.step_time import step_time
+from train.samples.answers import read_answers
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -68,6 +69,7 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
         _section("Pipeline", _pipeline(drawn)),
         _section("Experts", _experts(runs)),
         _section("Exchange", _exchange(runs, drawn[0].source.last if len(drawn) == 1 else {})),
+        _section("Answers to held-out prompts", _answers(drawn)),
         _section("Checkpoints and events", _events(runs)),
     ]
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -236,6 +238,16 @@ def _exchange(runs: Sequence[ChartedRun], last: Mapping[str, Any]) -> str:
         if isinstance(of_layer, dict)
     ]
     return f"{curves}<p>Step {last['step']:,}, by layer:</p>{_table(header, rows)}"
+
+
+def _answers(drawn: Sequence[DrawnRun]) -> str:
+    is_named = len(drawn) > 1
+    rows = [
+        [*[run.name] * is_named, answer.prompt, answer.reference, answer.answer]
+        for run in drawn
+        for answer in read_answers(run.source.folder)
+    ]
+    return _table([*["run"] * is_named, "prompt", "reference", "answer"], rows, text=2 + is_named) if rows else ""
 
 
 def _events(runs: Sequence[ChartedRun]) -> str:

@@ -1,0 +1,1 @@
+"""Measures what post-training recipes learn."""

@@ -1,0 +1,1 @@
+"""Generates the samples that a finished run shows, and keeps its answers."""
