@@ -5,6 +5,7 @@ C values per token in the cache, T positions, P values of a rotation, A received
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from model.transformer import Transformer
 
 Views = Callable[[int], CacheView]
 """Maps a layer's index within its cache to its view of the cache in one pass."""
+
+PassKind = Literal["prompts", "chunk", "step"]
+"""New tokens of a pass: whole prompts in empty rows, the next part of one row's prompt, or tokens of all rows."""
 
 
 class PartDecoder:
@@ -132,6 +136,24 @@ class PartDecoder:
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
         return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
 
+    def views(self, kind: PassKind, rows: Sequence[int], counts: Sequence[int]) -> Views:
+        """Returns the views of the layers of this part in a pass.
+
+        Args:
+            kind: kind of the pass.
+            rows: rows with new tokens.
+            counts: number of new tokens of each.
+        """
+        match kind:
+            case "prompts":
+                return self.over_prompts(self.main, rows, counts)
+            case "chunk":
+                return self.over_row(self.main, rows[0], counts[0])
+            case "step":
+                return self.over_cache(self.main, counts[0])
+            case _ as other:
+                assert_never(other)
+
     def over_prompts(self, cache: KvCache, rows: Sequence[int], counts: Sequence[int]) -> Views:
         """Returns the views of attention within prompts, which start at position 0."""
         rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
@@ -237,9 +259,7 @@ class Decoder(PartDecoder):
         """
         counts = [len(prompt) for prompt in prompts]
         tokens_N = self._tensor([token for prompt in prompts for token in prompt])
-        hidden_ND = self._enter(tokens_N, rows, counts, is_prompt=True)
-        views = self.over_prompts(self.main, rows, counts)
-        state_ND, normal_ND = self.final_norm(self.run_layers(hidden_ND, views))
+        state_ND, normal_ND = self._run_main("prompts", tokens_N, rows, counts)
         last_B = self._tensor(counts).cumsum(0) - 1
         return state_ND.split(counts), self.logits(normal_ND[last_B])
 
@@ -253,8 +273,7 @@ class Decoder(PartDecoder):
         Returns:
             Their states for the MTP module, ND, and the states for the head after the last of them, [1, D].
         """
-        views = self.over_row(self.main, row, len(tokens))
-        state_ND, normal_ND = self.final_norm(self.run_layers(self.embed(self._tensor(tokens)), views))
+        state_ND, normal_ND = self._run_main("chunk", self._tensor(tokens), [row], [len(tokens)])
         return state_ND, normal_ND[-1:]
 
     def read_chunk_mtp(self, row: int, next_tokens: Sequence[int], state_ND: Tensor) -> None:
@@ -271,18 +290,23 @@ class Decoder(PartDecoder):
             Their states for the MTP module, BSD, and their logits, BSV.
         """
         num_rows, num_new = tokens_BS.shape
-        hidden_ND = self._enter(tokens_BS.flatten(), range(num_rows), [num_new] * num_rows, is_prompt=False)
-        views = self.over_cache(self.main, num_new)
-        state_ND, normal_ND = self.final_norm(self.run_layers(hidden_ND, views))
+        state_ND, normal_ND = self._run_main("step", tokens_BS.flatten(), range(num_rows), [num_new] * num_rows)
         return state_ND.view(num_rows, num_new, -1), self.logits(normal_ND).view(num_rows, num_new, -1)
 
-    def _enter(self, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int], *, is_prompt: bool) -> Tensor:
+    def _run_main(
+        self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Runs a pass of the main model. Returns what `final_norm` does."""
+        hidden_ND = self._enter(kind, tokens_N, rows, counts)
+        return self.final_norm(self.run_layers(hidden_ND, self.views(kind, rows, counts)))
+
+    def _enter(self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Returns the input of the first layer that runs here, ND.
 
         Args:
+            kind: kind of the pass.
             tokens_N: the new tokens, row by row.
             rows: rows that they belong to.
             counts: number of new tokens of each of these rows.
-            is_prompt: whether they are whole prompts in empty rows, or new tokens of all rows.
         """
         return self.embed(tokens_N)

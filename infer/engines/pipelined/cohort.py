@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from infer.config import GenerateError
-from infer.decoder import Decoder, Views
+from infer.decoder import Decoder, PassKind, Views
 from infer.engines.pipelined.plan import RoundPlan
 from model.transformer import Transformer
 
@@ -49,7 +49,6 @@ class Cohort:
         self._rounds: SimpleQueue[Round | BaseException] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._is_running = False
-        self._is_closed = False
 
     @property
     def is_running(self) -> bool:
@@ -85,7 +84,6 @@ class Cohort:
     def close(self) -> None:
         """Ends the program if it has not ended."""
         if self._is_running:
-            self._is_closed = True
             self._inputs.put(None)
             self._thread.join()
             self._is_running = False
@@ -163,13 +161,13 @@ class CohortDecoder(Decoder):
         super().copy_prompt(source, target, num_tokens)
         self._sources[target] = self._sources[source]
 
-    def _enter(self, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int], *, is_prompt: bool) -> Tensor:
+    def _enter(self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Returns the input of the last stage, ND, after the tokens have passed all others."""
         assert self._exchange is not None
         new = dict(zip(rows, counts, strict=True))
         lengths = self.main.lengths
         plan = RoundPlan(
-            is_prompt=is_prompt,
+            kind=kind,
             sources=tuple(self._sources),
             lengths=tuple(lengths),
             counts=tuple(new.get(row, 0) for row in range(len(lengths))),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.protocols import PipelineStage
 from infer.active import ActiveSequence, StopCondition
-from infer.batch import GenerationBatch
+from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import GenerateError, Speculative, Statistics, check
 from infer.decoder import PartDecoder
 from infer.engines.local import start_sequences, to_rollouts
@@ -34,10 +34,12 @@ class CohortSizes:
     Attributes:
         cohorts: cohorts of each direction; None for 2 in flight for each rank.
         max_rows: maximum number of continuations of a cohort.
+        prefill_tokens: maximum number of tokens of a prompt in one round; a longer one is read in chunks.
     """
 
     cohorts: int | None = None
     max_rows: int = 64
+    prefill_tokens: int = PROMPT_TOKENS
 
     def __post_init__(self) -> None:
         """Rejects numbers below 1.
@@ -45,7 +47,11 @@ class CohortSizes:
         Raises:
             GenerateError: names the field.
         """
-        for name, value in (("cohorts", self.cohorts), ("max_rows", self.max_rows)):
+        for name, value in (
+            ("cohorts", self.cohorts),
+            ("max_rows", self.max_rows),
+            ("prefill_tokens", self.prefill_tokens),
+        ):
             if value is not None and value < 1:
                 raise GenerateError(f"{name}: must be at least 1, is {value}; nearest valid: 1")
 
@@ -57,6 +63,9 @@ class PipelinedEngine:
     A cohort is continued by the same program as the batch of `LocalEngine`, on the rank of its last stage.
 
     Attributes:
+        num_cohorts: cohorts of each direction.
+        num_rounds: rounds of each cohort in the last call.
+        plan_bytes: bytes of a plan in the last call.
         executions: measurements of the programs of the last call.
     """
 
@@ -67,7 +76,7 @@ class PipelinedEngine:
         speculative: Speculative = "auto",
         sizes: CohortSizes = CohortSizes(),
         stop_condition: StopCondition = lambda index, token: False,
-        delay: Callable[[], None] = lambda: None,
+        min_seconds: float = 0.0,
     ) -> None:
         """Stores the arguments, which are equal on all ranks.
 
@@ -77,13 +86,14 @@ class PipelinedEngine:
             sizes: sizes of cohorts. They change no token.
             stop_condition: called with each new token that is no stop token (prompt's number, token), on the rank that
                 chooses it; true ends the continuation after it.
-            delay: called in every operation, to time schedules.
+            min_seconds: minimum time of an operation of a stage, to measure schedules without devices.
         """
         self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
-        self._stop_condition, self._delay = stop_condition, delay
+        self._stop_condition, self._min_seconds = stop_condition, min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
         directions = len(pipeline.placement)
-        self._num_cohorts = sizes.cohorts or -(-2 * (1 + max(pipeline.placement[0])) // directions)
+        self.num_cohorts = sizes.cohorts or -(-2 * (1 + max(pipeline.placement[0])) // directions)
+        self.num_rounds = self.plan_bytes = 0
         self.executions: list[Execution] = []
 
     @torch.no_grad()
@@ -92,8 +102,9 @@ class PipelinedEngine:
         config = self._pipeline.model.config
         tokens = [prompt.tokens for prompt in prompts]
         check(config, tokens, request.max_new_tokens, self._wanted, self._sizes.max_rows)
-        began, self.executions = time.perf_counter(), []
+        began, self.executions, self.num_rounds = time.perf_counter(), [], 0
         work = self._start(prompts, request)
+        self.plan_bytes = work.form.plan_bytes
         try:
             self._run_rounds(work)
         finally:
@@ -107,7 +118,7 @@ class PipelinedEngine:
         most = -(-len(prompts) // num_shares) * request.samples
         config = pipeline.model.config
         form = RoundFormat(
-            max_rows=max(1, min(self._sizes.max_rows, -(-most // self._num_cohorts))),
+            max_rows=max(1, min(self._sizes.max_rows, -(-most // self.num_cohorts))),
             hidden_size=config.hidden_size,
             dtype=next(pipeline.model.parameters()).dtype,
         )
@@ -130,14 +141,14 @@ class PipelinedEngine:
                 held.setdefault(stage, {})[direction] = made
         for stage, by_direction in held.items():
             first = (lambda direction, cohort: work.first_rounds[direction, cohort]) if stage == 0 else None
-            work.stages[stage] = DirectedStages(by_direction, self._num_cohorts, first, self._delay)
+            work.stages[stage] = DirectedStages(by_direction, self.num_cohorts, first, self._min_seconds)
         return work
 
     def _inner_stage(self, stage: int, form: RoundFormat, capacity: int) -> InnerStage:
         pipeline = self._pipeline
         decoders = [
             PartDecoder(pipeline.model, pipeline.cut[stage], form.max_rows, capacity, with_mtp=False)
-            for _ in range(self._num_cohorts)
+            for _ in range(self.num_cohorts)
         ]
         return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.shares_experts)
 
@@ -146,12 +157,17 @@ class PipelinedEngine:
         pipeline, form = self._pipeline, work.form
         waiting = deque(sequence for sequence in work.sequences[direction] if sequence.num_left > 0)
         cohorts, decoders = [], []
-        for number in range(self._num_cohorts):
+        for number in range(self.num_cohorts):
             decoder = CohortDecoder(
                 pipeline.model, pipeline.cut[-1], form.max_rows, capacity, with_mtp=self._speculative
             )
             batch = GenerationBatch(
-                decoder, request.sampling, request.stop, self._stop_condition, speculative=self._speculative
+                decoder,
+                request.sampling,
+                request.stop,
+                self._stop_condition,
+                speculative=self._speculative,
+                prefill_tokens=self._sizes.prefill_tokens,
             )
             cohort = Cohort(_program(batch, waiting, form.max_rows), f"cohort-{direction}-{number}")
             decoder.connect(cohort.exchange)
@@ -182,8 +198,9 @@ class PipelinedEngine:
                 errors = [error for error in pipeline.gather(work.error()) if error]
                 raise GenerateError(errors[0])
             next_rounds = {direction: last.next_rounds for direction, last in work.last_stages.items()}
-            work.first_rounds = pipeline.hand_over(work.form, next_rounds, self._num_cohorts)
-            self.executions.append(pipeline.run(work.form, work.stages, self._num_cohorts, num_rounds))
+            work.first_rounds = pipeline.hand_over(work.form, next_rounds, self.num_cohorts)
+            self.num_rounds += num_rounds
+            self.executions.append(pipeline.run(work.form, work.stages, self.num_cohorts, num_rounds))
 
     def _collect(
         self, prompts: Sequence[NumberedPrompt], request: Request, work: "_RankWork", seconds: float

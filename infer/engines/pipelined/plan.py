@@ -5,13 +5,15 @@ Shape legend: N new tokens of a cohort, D hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
 
 from dualpipe.transfers import ValueKind
+from infer.decoder import PassKind
 
+_KINDS: tuple[PassKind, ...] = get_args(PassKind)
 _BYTES_PER_NUMBER = 8
 _HEADER_NUMBERS = 2
 _NUMBERS_PER_ROW = 3
@@ -22,13 +24,13 @@ class RoundPlan:
     """What every stage computes for a cohort in its next round. Empty if the cohort has nothing to do.
 
     Attributes:
-        is_prompt: whether the new tokens are whole prompts in empty rows, or new tokens of all rows.
+        kind: kind of the pass.
         sources: for each row of the caches, the row that held its tokens in the previous round, or -1 if it is new.
         lengths: number of cached tokens of each row that stay. Fewer than before if a draft was rejected.
         counts: number of new tokens of each row.
     """
 
-    is_prompt: bool = False
+    kind: PassKind = "step"
     sources: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
@@ -46,14 +48,14 @@ class RoundPlan:
     def to_numbers(self) -> list[int]:
         """Returns the plan as numbers."""
         rows = (number for row in zip(self.sources, self.lengths, self.counts, strict=True) for number in row)
-        return [int(self.is_prompt), len(self.counts), *rows]
+        return [_KINDS.index(self.kind), len(self.counts), *rows]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> Self:
         """Reads what `to_numbers` returned. Further numbers may follow."""
         end = _HEADER_NUMBERS + _NUMBERS_PER_ROW * numbers[1]
         sources, lengths, counts = (tuple(numbers[_HEADER_NUMBERS + at : end : _NUMBERS_PER_ROW]) for at in range(3))
-        return cls(is_prompt=bool(numbers[0]), sources=sources, lengths=lengths, counts=counts)
+        return cls(kind=_KINDS[numbers[0]], sources=sources, lengths=lengths, counts=counts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

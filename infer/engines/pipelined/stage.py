@@ -5,6 +5,7 @@ A stage unpacks a cohort's round, runs its layers and packs the result.
 Shape legend: N new tokens of a cohort, D hidden size.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dualpipe.runtime.protocols import ForwardOnlyRun, Lane
-from infer.decoder import PartDecoder, Views
+from infer.decoder import PartDecoder
 from infer.engines.pipelined.cohort import NOTHING, Cohort, CohortDecoder, Round
-from infer.engines.pipelined.plan import RoundFormat, RoundPlan
+from infer.engines.pipelined.plan import RoundFormat
 
 MTP_CALLS_PER_ROUND = 2
 """Maximum number of runs of the MTP module in a round: over new prompts, and over the newest tokens."""
@@ -54,7 +55,8 @@ class InnerStage:
             return form.pack(plan, None, value.device)
         decoder.main.arrange(plan.sources, plan.lengths)
         hidden_ND = decoder.embed(form.token_ids(payload)) if self._is_first else form.hidden(payload)
-        return form.pack(plan, decoder.run_layers(hidden_ND, _views(decoder, plan)), value.device)
+        views = decoder.views(plan.kind, plan.rows, [plan.counts[row] for row in plan.rows])
+        return form.pack(plan, decoder.run_layers(hidden_ND, views), value.device)
 
 
 class LastStage:
@@ -128,7 +130,7 @@ class DirectedStages:
         stages: Mapping[int, CohortStage],
         num_cohorts: int,
         first_rounds: Callable[[int, int], Tensor] | None,
-        delay: Callable[[], None] = lambda: None,
+        min_seconds: float = 0.0,
     ) -> None:
         """Stores the arguments.
 
@@ -136,9 +138,10 @@ class DirectedStages:
             stages: the stage of each direction.
             num_cohorts: cohorts of each direction.
             first_rounds: returns the packed first round of a cohort of a direction; None if this is not stage 0.
-            delay: called in every operation, to time schedules.
+            min_seconds: minimum time of an operation, which sleeps for the rest of it.
         """
-        self._stages, self._num_cohorts, self._first_rounds, self._delay = stages, num_cohorts, first_rounds, delay
+        self._stages, self._num_cohorts, self._first_rounds = stages, num_cohorts, first_rounds
+        self._min_seconds = min_seconds
 
     def start(self, direction: int, micro_batch: int) -> "_StageRun":
         """Starts a cohort's round. Its first round in a program does not arrive by a message."""
@@ -146,31 +149,26 @@ class DirectedStages:
         first = None
         if self._first_rounds is not None and micro_batch < self._num_cohorts:
             first = self._first_rounds(direction, cohort)
-        return _StageRun(stage, cohort, first, self._delay)
+        return _StageRun(stage, cohort, first, self._min_seconds)
 
 
 class _StageRun(ForwardOnlyRun):
     """One round of a cohort in one stage."""
 
-    def __init__(self, stage: CohortStage, cohort: int, value: Tensor | None, delay: Callable[[], None]) -> None:
-        self._stage, self._cohort, self._value, self._delay = stage, cohort, value, delay
+    def __init__(self, stage: CohortStage, cohort: int, value: Tensor | None, min_seconds: float) -> None:
+        self._stage, self._cohort, self._value, self._min_seconds = stage, cohort, value, min_seconds
 
     def set_input(self, hidden_BTD: Tensor, /) -> None:
         self._value = hidden_BTD
 
     def forward(self, phase: int) -> None:
         assert self._value is not None
-        self._delay()
+        began = time.perf_counter()
         self._value = self._stage.run(self._cohort, self._value)
+        if self._min_seconds:
+            time.sleep(max(0.0, began + self._min_seconds - time.perf_counter()))
 
     def output(self) -> Tensor:
         assert self._value is not None
         value, self._value = self._value, None
         return value
-
-
-def _views(decoder: PartDecoder, plan: RoundPlan) -> Views:
-    """Returns the views of a round's new tokens."""
-    if plan.is_prompt:
-        return decoder.over_prompts(decoder.main, plan.rows, [plan.counts[row] for row in plan.rows])
-    return decoder.over_cache(decoder.main, plan.counts[0])
