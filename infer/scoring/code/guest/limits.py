@@ -1,0 +1,27 @@
+"""Sets the limits of a process in the sandbox."""
+
+import resource
+
+
+def apply_limits(limits: dict[str, int]) -> None:
+    """Sets limits that no process in the sandbox can raise.
+
+    They are set inside the sandbox, because the number of processes is counted for each user namespace from there on.
+
+    Args:
+        limits: cpu_seconds, memory_bytes, processes, file_bytes, open_files.
+    """
+    # A hard limit sends SIGKILL. The signal of a soft limit can be caught, and the first process of a namespace does
+    # not get it at all.
+    _set(resource.RLIMIT_CPU, limits["cpu_seconds"])
+    _set(resource.RLIMIT_AS, limits["memory_bytes"])
+    _set(resource.RLIMIT_NPROC, limits["processes"])
+    _set(resource.RLIMIT_FSIZE, limits["file_bytes"])
+    _set(resource.RLIMIT_NOFILE, limits["open_files"])
+    _set(resource.RLIMIT_CORE, 0)
+    _set(resource.RLIMIT_MEMLOCK, 0)
+    _set(resource.RLIMIT_MSGQUEUE, 0)
+
+
+def _set(kind: int, limit: int) -> None:
+    resource.setrlimit(kind, (limit, limit))

@@ -1,0 +1,59 @@
+"""Tries to leave the sandbox, to find out whether it holds on this machine."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from infer.scoring.code.guest.limits import apply_limits
+
+
+def main(limits: str) -> None:
+    """Prints the limits that do not hold, as a list in JSON.
+
+    Args:
+        limits: JSON for `apply_limits`.
+    """
+    values = json.loads(limits)
+    apply_limits(values)
+    found = [
+        *(
+            f"{path} can be read"
+            for path in ("/etc/passwd", "/proc/1", "/sys", "/home", "/var")
+            if os.path.exists(path)
+        ),
+        *(f"{path} can be written" for path in ("/x", "/usr/x", "/dev/x", "/guest/x") if _is_written(path)),
+        *(["network interfaces"] if _interfaces() - {"lo"} else []),
+        *(["an environment"] if set(os.environ) - {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED"} else []),
+        *(["root"] if os.getuid() == 0 else []),
+        *([f"more than {values['processes']} processes"] if _num_forks(values["processes"] + 1) else []),
+    ]
+    print(json.dumps(found))
+
+
+def _is_written(path: str) -> bool:
+    try:
+        Path(path).write_text("x", encoding="utf-8")
+    except OSError:
+        return False
+    return True
+
+
+def _num_forks(limit: int) -> bool:
+    """Returns whether so many processes can be started at the same time."""
+    try:
+        for _ in range(limit):
+            if os.fork() == 0:
+                time.sleep(60)  # the namespace ends before
+                os._exit(0)
+    except OSError:
+        return False
+    return True
+
+
+def _interfaces() -> set[str]:
+    try:
+        return {name for _, name in socket.if_nameindex()}
+    except OSError:  # the filter of system calls refuses to open a socket
+        return set()

@@ -1,0 +1,174 @@
+"""Scores programs: the last block of Python in an answer is run with the problem's tests in a sandbox.
+
+The verdict never comes from the process that runs the program. Assertions run in a second sandbox, which calls the
+program's functions through a pipe, and printed output is compared here.
+"""
+
+import json
+import os
+import secrets
+import threading
+from dataclasses import dataclass
+
+from infer.scoring.answer_text import final_text, last_code
+from infer.scoring.code.find import find_sandbox
+from infer.scoring.code.pipes import Pipes
+from infer.scoring.code.sandbox import GuestLimits, GuestProgram
+from infer.scoring.code.supervise import GuestResult, wait_for_guests
+from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, StdinTest, failure, verdict
+from kernels.ranges import PositiveFloat, PositiveInt
+
+LONGEST_PROGRAM = 2**18
+_LONGEST_VERDICT = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeConfig(ScorerConfig):
+    """The configuration of the sandbox.
+
+    Attributes:
+        cpu_seconds: processor time of a program for one test, or for all assertions together.
+        wall_seconds: time after which a program without a verdict is stopped. The outcome is then unknown, as the
+            machine may be busy, and the program is run once more.
+        memory_mib: address space of each process.
+        num_sandboxes: number of programs that run at the same time.
+    """
+
+    cpu_seconds: PositiveInt
+    wall_seconds: PositiveFloat
+    memory_mib: PositiveInt
+    num_sandboxes: PositiveInt
+
+    def __post_init__(self) -> None:
+        """Rejects a wall time below the processor time.
+
+        Raises:
+            ScoringError: names the key.
+        """
+        if self.wall_seconds < self.cpu_seconds:
+            raise ScoringError(
+                f"reward.parts, kind code: wall_seconds must be at least cpu_seconds "
+                f"({self.cpu_seconds}), is {self.wall_seconds:g}; "
+                f"nearest valid: {self.cpu_seconds}"
+            )
+
+
+class CodeScorer:
+    """Runs programs with tests."""
+
+    def __init__(self, config: CodeConfig) -> None:
+        """Finds the sandbox.
+
+        Raises:
+            ScoringError: this machine has none that holds.
+        """
+        self._config = config
+        self._sandbox = find_sandbox()
+        # More programs than cores would only wait for each other, and reach the limit of wall time.
+        self._places = threading.BoundedSemaphore(config.num_sandboxes)
+        self._limits = GuestLimits(cpu_seconds=config.cpu_seconds, memory_bytes=config.memory_mib * 2**20)
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Returns 1 if the program passes every test; an answer without a program is missing."""
+        if problem.tests is None:
+            return SKIPPED
+        program = last_code(final_text(answer.text))
+        if program is None or not program.strip():
+            return failure("missing", "no block of code after the thoughts")
+        if len(program) > LONGEST_PROGRAM:
+            return verdict(is_correct=False, detail=f"the program has more than {LONGEST_PROGRAM} characters")
+        score = self._run(program, problem.tests)
+        return self._run(program, problem.tests) if score.outcome == "unknown" else score
+
+    def close(self) -> None:
+        """Does nothing: a sandbox ends with its call."""
+
+    def _run(self, program: str, tests: str | tuple[StdinTest, ...]) -> Score:
+        if isinstance(tests, str):
+            with self._places:
+                return self._run_assertions(program, tests)
+        for number, test in enumerate(tests, 1):
+            with self._places:
+                score = self._run_script(program, test)
+            if score.outcome != "correct":
+                return failure(score.outcome, f"test {number} of {len(tests)}: {score.detail}")
+        return verdict(is_correct=True, detail=f"{len(tests)} tests")
+
+    def _run_script(self, program: str, test: StdinTest) -> Score:
+        """Runs a program with an input, and compares what it prints."""
+        script = GuestProgram(name="script", limits=self._limits, files={"program.py": program}, stdin=test.stdin)
+        (result,), is_late = wait_for_guests(
+            [self._sandbox.start(script)], [self._config.cpu_seconds], self._config.wall_seconds
+        )
+        if stopped := self._stopped(result, is_late=is_late):
+            return stopped
+        if result.code != 0:
+            return verdict(is_correct=False, detail=f"exit code {result.code}{_last_line(result.stderr)}")
+        printed = result.stdout.decode("utf-8", "replace")
+        is_equal = _lines(printed) == _lines(test.stdout)
+        return verdict(is_correct=is_equal, detail="" if is_equal else f"printed {printed[:60]!r}")
+
+    def _run_assertions(self, program: str, tests: str) -> Score:
+        """Runs a program in one sandbox and its tests in another, joined by two pipes."""
+        nonce = secrets.token_hex(16)
+        with Pipes(3) as pipes:
+            request, reply, verdict_pipe = pipes.pairs
+            candidate = GuestProgram(
+                name="candidate",
+                limits=self._limits,
+                arguments=(str(request.reader), str(reply.writer)),
+                files={"program.py": program},
+                inherited=(request.reader, reply.writer),
+            )
+            tester = GuestProgram(
+                name="tests",
+                limits=self._limits,
+                arguments=(str(request.writer), str(reply.reader), str(verdict_pipe.writer)),
+                files={"tests.py": tests},
+                stdin=nonce,
+                inherited=(request.writer, reply.reader, verdict_pipe.writer),
+            )
+            guests = self._sandbox.start_all((candidate, tester))
+            # The guests see the end of a pipe only if this process does not hold it.
+            pipes.close(request.reader, request.writer, reply.reader, reply.writer, verdict_pipe.writer)
+            limits = [self._config.cpu_seconds] * 2
+            (ran, tested), is_late = wait_for_guests(guests, limits, self._config.wall_seconds)
+            message = os.read(verdict_pipe.reader, _LONGEST_VERDICT) if tested.code == 0 else b""
+        if ran.is_flooded or ran.is_out_of_cpu:
+            return self._stopped(ran, is_late=is_late) or failure("unknown", "")
+        if stopped := self._stopped(tested, is_late=is_late):
+            return failure("error", "the tests used too much processor time") if tested.is_out_of_cpu else stopped
+        return _read_verdict(message, nonce)
+
+    def _stopped(self, result: GuestResult, *, is_late: bool) -> Score | None:
+        """Returns the score of a program that was stopped, or None if it ended by itself."""
+        if result.is_out_of_cpu:
+            return failure("timeout", f"more than {self._config.cpu_seconds} s of processor time")
+        if result.is_flooded:
+            return verdict(is_correct=False, detail="printed too much")
+        if is_late:
+            return failure("unknown", f"no verdict after {self._config.wall_seconds:g} s")
+        return None
+
+
+def _read_verdict(message: bytes, nonce: str) -> Score:
+    """Reads what the tests' sandbox wrote after the last test. Without its nonce, there is no verdict."""
+    try:
+        content = json.loads(message)
+        if content["nonce"] == nonce and content["outcome"] in ("correct", "wrong"):
+            return verdict(is_correct=content["outcome"] == "correct", detail=content["detail"])
+        if content["nonce"] == nonce:
+            return failure("error", content["detail"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    return failure("error", "the tests ended without a verdict")
+
+
+def _lines(text: str) -> list[str]:
+    """Returns a text's lines without white space at their ends and without empty lines at the end."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _last_line(output: bytes) -> str:
+    lines = output.decode("utf-8", "replace").strip().splitlines()
+    return f": {lines[-1][:100]}" if lines else ""

@@ -1,0 +1,83 @@
+"""Builds the seccomp filter of the sandbox: a program that refuses system calls which no test needs.
+
+The namespaces already confine a program. The filter reduces the kernel code that it can reach, and closes ways to hold
+memory that no limit of a process counts: shared memory segments, message queues, memory files.
+Source: Linux, Documentation/userspace-api/seccomp_filter.rst, and the tables of system calls of both architectures.
+"""
+
+import platform
+import struct
+
+_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_EPERM, _ENOSYS = 1, 38
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_X32 = 0x40000000
+_NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+
+# Names in the order of both tables of numbers.
+_REFUSED = (
+    *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "personality"),
+    *("mount", "umount2", "pivot_root", "chroot", "unshare", "setns"),
+    *("keyctl", "add_key", "request_key", "bpf", "perf_event_open", "userfaultfd", "fanotify_init"),
+    *("open_by_handle_at", "name_to_handle_at", "memfd_create", "shmget", "msgget", "semget", "mq_open", "socket"),
+)
+_X86_64 = (
+    *(101, 310, 311, 312, 135),
+    *(165, 166, 155, 161, 272, 308),
+    *(250, 248, 249, 321, 298, 323, 300),
+    *(304, 303, 319, 29, 68, 64, 240, 41),
+)
+_AARCH64 = (
+    *(117, 270, 271, 272, 92),
+    *(40, 39, 41, 51, 97, 268),
+    *(219, 217, 218, 280, 241, 282, 262),
+    *(265, 264, 279, 194, 186, 190, 180, 198),
+)
+# Numbers that are equal on both: io_uring_setup to io_uring_register, open_tree to fspick, pidfd_getfd, mount_setattr,
+# memfd_secret.
+_REFUSED_ON_BOTH = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
+_CLONE3 = 435
+_MACHINES = {"x86_64": (0xC000003E, _X86_64, 56), "aarch64": (0xC00000B7, _AARCH64, 220)}
+
+
+def seccomp_filter(machine: str | None = None) -> bytes | None:
+    """Returns the filter as bwrap reads it, or None on an architecture without a table.
+
+    Args:
+        machine: the architecture as `platform.machine` names it; None: of this machine.
+    """
+    entry = _MACHINES.get(machine or platform.machine())
+    if entry is None:
+        return None
+    architecture, numbers, clone = entry
+    assert len(numbers) == len(_REFUSED)
+    program = [
+        _statement(_LOAD, _ARCHITECTURE),
+        _jump(_EQUAL, architecture, 1, 0),
+        _statement(_RETURN, _KILL),
+        _statement(_LOAD, _NUMBER),
+        # The x32 interface of x86-64 has the same architecture and other numbers.
+        _jump(_AT_LEAST, _X32, 0, 1),
+        _statement(_RETURN, _KILL),
+    ]
+    for number in (*numbers, *_REFUSED_ON_BOTH):
+        program += [_jump(_EQUAL, number, 0, 1), _statement(_RETURN, _ERRNO | _EPERM)]
+    # The flags of clone3 are in memory, which a filter cannot read. C libraries then use clone.
+    program += [_jump(_EQUAL, _CLONE3, 0, 1), _statement(_RETURN, _ERRNO | _ENOSYS)]
+    program += [
+        _jump(_EQUAL, clone, 0, 3),
+        _statement(_LOAD, _FIRST_ARGUMENT),
+        _jump(_ANY_BIT, _NEW_NAMESPACES, 0, 1),
+        _statement(_RETURN, _ERRNO | _EPERM),
+        _statement(_RETURN, _ALLOW),
+    ]
+    return b"".join(program)
+
+
+def _statement(code: int, value: int) -> bytes:
+    return struct.pack("=HBBI", code, 0, 0, value)
+
+
+def _jump(code: int, value: int, if_true: int, if_false: int) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)

@@ -1,0 +1,222 @@
+"""Waits for guests: reads their output while they run, and kills them with all their processes."""
+
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infer.scoring.code.sandbox import StartedGuest
+
+OUTPUT_BYTES = 2**16
+_KILLED = 137  # exit code of SIGKILL, as bubblewrap reports it
+_ROUNDING_SECONDS = 0.1  # the kernel's clock for limits is coarser than that for usage
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuestResult:
+    """How a guest ended.
+
+    Attributes:
+        code: its exit code, or None if it was killed from outside.
+        stdout: standard output, at most `OUTPUT_BYTES`.
+        stderr: standard error, at most `OUTPUT_BYTES`.
+        cpu_seconds: processor time of its processes.
+        is_flooded: whether it was killed because it printed more.
+        is_out_of_cpu: whether it was killed by its limit of processor time.
+    """
+
+    code: int | None
+    stdout: bytes
+    stderr: bytes
+    cpu_seconds: float
+    is_flooded: bool
+    is_out_of_cpu: bool
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A guest while it runs."""
+
+    process: "subprocess.Popen[bytes]"
+    info: int
+    cpu_limit: int
+    is_running: bool = True
+    inner: int | None = None  # file descriptor of the first process in the namespace
+    inner_pid: int = 0
+    announced: bytes = b""
+    outputs: dict[int, bytearray] = field(default_factory=dict)
+    is_flooded: bool = False
+    cpu_seconds: float = 0.0
+
+
+def wait_for_guests(
+    guests: Sequence[StartedGuest], cpu_limits: Sequence[int], wall_seconds: float
+) -> tuple[list[GuestResult], bool]:
+    """Waits until the last guest ends, one prints too much, or time is over. Then kills the others.
+
+    When it returns, no process of the guests exists.
+
+    Args:
+        guests: started guests. The last one decides how long all run.
+        cpu_limits: limit of processor time of each guest.
+        wall_seconds: time from now.
+
+    Returns:
+        The results in the guests' order, and whether time was over.
+    """
+    watched = [_Watched(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
+    selector = selectors.DefaultSelector()
+    try:
+        for guest in watched:
+            _register(selector, guest)
+        is_late = _watch(selector, watched, time.monotonic() + wall_seconds)
+    finally:
+        for guest in watched:
+            _end(guest)
+        selector.close()
+    return [_result(guest) for guest in watched], is_late
+
+
+def _register(selector: selectors.BaseSelector, guest: _Watched) -> None:
+    for pipe in (guest.process.stdout, guest.process.stderr):
+        assert pipe is not None
+        os.set_blocking(pipe.fileno(), False)
+        guest.outputs[pipe.fileno()] = bytearray()
+        selector.register(pipe.fileno(), selectors.EVENT_READ, (guest, "output"))
+    os.set_blocking(guest.info, False)
+    selector.register(guest.info, selectors.EVENT_READ, (guest, "info"))
+    exited = os.pidfd_open(guest.process.pid)
+    selector.register(exited, selectors.EVENT_READ, (guest, "exit"))
+
+
+def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], deadline: float) -> bool:
+    """Handles events until it is time to kill. Returns whether the deadline has passed."""
+    try:
+        while watched[-1].is_running and not any(guest.is_flooded for guest in watched):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return True
+            for key, _ in selector.select(left):
+                guest, kind = key.data
+                if kind == "output":
+                    if not _read_output(guest, key.fd):
+                        selector.unregister(key.fd)
+                elif kind == "info":
+                    if not _read_info(guest):
+                        selector.unregister(key.fd)
+                else:
+                    guest.is_running = False
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+        return False
+    finally:
+        for key in list(selector.get_map().values()):
+            if key.data[1] == "exit":
+                os.close(key.fd)
+
+
+def _read_output(guest: _Watched, descriptor: int) -> bool:
+    """Reads what there is, up to the limit. Returns whether more may follow."""
+    try:
+        data = os.read(descriptor, 65536)
+    except BlockingIOError:
+        return True
+    output = guest.outputs[descriptor]
+    output += data[: OUTPUT_BYTES - len(output)]
+    guest.is_flooded |= len(data) > 0 and len(output) >= OUTPUT_BYTES
+    return bool(data)
+
+
+def _read_info(guest: _Watched) -> bool:
+    """Reads which process is the first in the namespace. Returns whether more may follow."""
+    try:
+        data = os.read(guest.info, 4096)
+    except BlockingIOError:
+        return True
+    guest.announced += data
+    if guest.inner is None and b"child-pid" in guest.announced and b"," in guest.announced.partition(b"child-pid")[2]:
+        digits = guest.announced.partition(b"child-pid")[2].partition(b",")[0]
+        guest.inner_pid = int(bytes(byte for byte in digits if 48 <= byte <= 57))
+        with suppress(ProcessLookupError):
+            guest.inner = os.pidfd_open(guest.inner_pid)
+    return bool(data)
+
+
+def _end(guest: _Watched) -> None:
+    """Kills a guest and waits until all its processes are gone."""
+    while guest.inner is None and guest.is_running and _read_info(guest):
+        # bubblewrap has not announced the process yet: it is still starting.
+        if guest.process.poll() is not None:
+            break
+        time.sleep(0.005)
+    guest.cpu_seconds = _cpu_of(guest.inner_pid) if guest.is_running else 0.0
+    if guest.inner is not None:
+        # The kernel ends every process of a namespace with its first one, which is gone only after all others.
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(guest.inner, signal.SIGKILL)
+        selector = selectors.DefaultSelector()
+        selector.register(guest.inner, selectors.EVENT_READ)
+        selector.select(10)
+        selector.close()
+        os.close(guest.inner)
+    _reap(guest)
+    os.close(guest.info)
+    for descriptor in guest.outputs:
+        while _read_output(guest, descriptor) and not guest.is_flooded and not _is_drained(descriptor):
+            pass
+    for pipe in (guest.process.stdout, guest.process.stderr):
+        assert pipe is not None
+        pipe.close()
+
+
+def _reap(guest: _Watched) -> None:
+    """Waits for the outermost process, and kills it if it does not follow its child."""
+    deadline = time.monotonic() + 1
+    while True:
+        pid, status, usage = os.wait4(guest.process.pid, os.WNOHANG)
+        if pid:
+            guest.process.returncode = os.waitstatus_to_exitcode(status)
+            guest.cpu_seconds = max(guest.cpu_seconds, usage.ru_utime + usage.ru_stime)
+            return
+        if time.monotonic() > deadline:
+            guest.process.kill()
+        time.sleep(0.001)
+
+
+def _is_drained(descriptor: int) -> bool:
+    selector = selectors.DefaultSelector()
+    selector.register(descriptor, selectors.EVENT_READ)
+    ready = selector.select(0)
+    selector.close()
+    return not ready
+
+
+def _cpu_of(pid: int) -> float:
+    """Returns the processor time of a process, its living children, and all those that they waited for."""
+    total = 0.0
+    with suppress(OSError, ValueError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        for one in (str(pid), *children):
+            stat = Path(f"/proc/{one}/stat").read_text(encoding="utf-8", errors="replace")
+            total += sum(map(int, stat.rpartition(")")[2].split()[11:15])) / _CLOCK_TICKS
+    return total
+
+
+def _result(guest: _Watched) -> GuestResult:
+    code = guest.process.returncode
+    is_out_of_cpu = guest.cpu_seconds >= guest.cpu_limit - _ROUNDING_SECONDS
+    stdout, stderr = guest.outputs.values()
+    return GuestResult(
+        code=None if guest.is_running else code,
+        stdout=bytes(stdout),
+        stderr=bytes(stderr),
+        cpu_seconds=guest.cpu_seconds,
+        is_flooded=guest.is_flooded,
+        is_out_of_cpu=is_out_of_cpu and (guest.is_running or code == _KILLED),
+    )

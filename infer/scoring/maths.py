@@ -1,0 +1,97 @@
+r"""Scores mathematical answers: the last `\boxed{...}` after the thoughts is compared with math-verify.
+
+math-verify interrupts itself by signals, which work only in a main thread. So it runs in worker processes, without its
+own limit, and a worker that takes too long is killed.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from infer.scoring.answer_text import final_text, last_boxed
+from infer.scoring.score import (
+    SCORERS,
+    SKIPPED,
+    Answer,
+    Problem,
+    Score,
+    ScorerConfig,
+    ScorerSpec,
+    ScoringError,
+    failure,
+    verdict,
+)
+from infer.scoring.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
+from kernels.ranges import PositiveFloat, PositiveInt
+
+LONGEST_ANSWER = 2000
+"""Longer boxes are no answers. Parsers take minutes for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MathsConfig(ScorerConfig):
+    """The configuration of the comparison of mathematical answers.
+
+    Attributes:
+        seconds: deadline of one comparison.
+        num_workers: number of processes that compare.
+        memory_gib: address space of each of them.
+    """
+
+    seconds: PositiveFloat
+    num_workers: PositiveInt
+    memory_gib: PositiveFloat
+
+
+class MathsScorer:
+    """Compares the last box after the thoughts with the problem's answer."""
+
+    def __init__(self, config: MathsConfig) -> None:
+        """Prepares the workers.
+
+        Raises:
+            ScoringError: math-verify is not installed.
+        """
+        if importlib.util.find_spec("math_verify") is None:
+            raise ScoringError("reward.parts: kind maths needs math-verify, it is missing; run pip install -e .[score]")
+        program = WorkerProgram(Path(__file__).with_name("maths_program.py"), (str(int(config.memory_gib * 2**30)),))
+        self._pool = WorkerPool(program, config.num_workers, config.seconds)
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Returns 1 if both are equal.
+
+        An answer without a box is missing. A comparison that takes too long is a timeout, and one that fails is an
+        error.
+        """
+        if problem.answer is None:
+            return SKIPPED
+        found = last_boxed(final_text(answer.text))
+        if not found:
+            return failure("missing", "no boxed answer after the thoughts")
+        if len(found) > LONGEST_ANSWER:
+            return verdict(is_correct=False, detail=f"the box has more than {LONGEST_ANSWER} characters")
+        expected = last_boxed(problem.answer) or problem.answer
+        try:
+            reply = self._pool.request({"expected": expected, "found": found})
+        except WorkerTimeoutError:
+            return failure("timeout", f"comparing {found[:60]!r} took too long")
+        except WorkerDiedError as error:
+            return failure("error", str(error))
+        if reply["outcome"] in ("error", "timeout"):
+            return failure(reply["outcome"], reply["detail"])
+        return verdict(is_correct=reply["outcome"] == "correct", detail=reply["detail"] or found[:80])
+
+    def close(self) -> None:
+        """Kills the workers."""
+        self._pool.close()
+
+
+SCORERS.register(
+    "maths",
+    ScorerSpec(
+        summary="the last box equals the answer, by math-verify",
+        config=MathsConfig,
+        build=MathsScorer,
+        has_verdict=True,
+    ),
+)

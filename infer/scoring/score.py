@@ -1,0 +1,152 @@
+"""Defines answers, problems and scores, and registers scorers by name. No torch here.
+
+A scorer is a pure function of an answer and its problem. A reward is a weighted sum of scorers, which
+`infer.scoring.reward` computes.
+A plugin file can register another scorer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from kernels.registry import Registry
+
+Outcome = Literal["correct", "wrong", "missing", "timeout", "unknown", "error", "rated", "skipped"]
+"""What a scorer found out.
+
+correct, wrong: the verdict of a check. missing: the answer has no part that could be checked, which earns nothing.
+timeout: checking the answer took more time or memory than allowed, which earns nothing. unknown: no verdict for a
+reason that is not the answer's fault, such as a busy machine. error: the problem or the scorer is faulty. rated: the
+scorer has no verdict, only a value. skipped: the scorer does not apply to the problem.
+"""
+
+VERDICTS: tuple[Outcome, ...] = ("correct", "wrong", "missing", "timeout")
+"""Outcomes that say something about the answer. The others must not be trained on as if the answer were wrong."""
+
+
+class ScoringError(ValueError):
+    """Invalid configuration of a scorer, or a machine that cannot run it.
+
+    The message states the key, the rule, the value and the nearest valid choice.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A model's answer.
+
+    Attributes:
+        text: without the tokens that end it.
+        num_tokens: number of generated tokens.
+        is_finished: whether the model ended the answer, rather than the limit of tokens.
+    """
+
+    text: str
+    num_tokens: int
+    is_finished: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StdinTest:
+    """A test of a whole program: its standard input, and the standard output that it must print."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A prompt, and what a correct answer must satisfy.
+
+    Attributes:
+        prompt: the question.
+        answer: the expected answer, if there is one.
+        tests: assertions as Python source, or inputs with outputs, if the answer is a program.
+    """
+
+    prompt: str
+    answer: str | None = None
+    tests: str | tuple[StdinTest, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """The result of one scorer.
+
+    Attributes:
+        value: 1 for a correct answer and 0 otherwise, or the rating of a scorer without verdict.
+        outcome: what the scorer found out.
+        detail: the reason in a few words, for people.
+    """
+
+    value: float
+    outcome: Outcome
+    detail: str = ""
+
+
+SKIPPED = Score(value=0.0, outcome="skipped")
+
+
+class Scorer(Protocol):
+    """Protocol of a scorer: threads may call it at the same time, and equal arguments give equal scores."""
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Scores an answer. It never raises an error because of an answer."""
+        ...
+
+    def close(self) -> None:
+        """Ends the scorer's processes. No call follows."""
+        ...
+
+
+class RatingScorer:
+    """Base class of scorers without processes."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerConfig:
+    """The configuration that all scorers share.
+
+    Attributes:
+        kind: name of the scorer.
+        weight: factor of the scorer's value in the reward; 0 only reports it.
+    """
+
+    kind: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerSpec:
+    """A scorer that `kind` can name.
+
+    Attributes:
+        summary: one line for users.
+        config: its dataclass, a subclass of `ScorerConfig`.
+        build: builds the scorer from its configuration. It raises `ScoringError` if this machine cannot run it.
+        has_verdict: whether its outcome is a verdict rather than `rated`.
+    """
+
+    summary: str
+    config: type[ScorerConfig]
+    build: Callable[[Any], Scorer]
+    has_verdict: bool
+
+
+SCORERS: Registry[ScorerSpec] = Registry(
+    "reward.parts[].kind",
+    [f"infer.scoring.{name}" for name in ("exact", "maths", "code", "format", "language", "length", "repetition")],
+)
+
+
+def verdict(*, is_correct: bool, detail: str = "") -> Score:
+    """Returns the score of a correct or of a wrong answer."""
+    return Score(value=float(is_correct), outcome="correct" if is_correct else "wrong", detail=detail)
+
+
+def failure(outcome: Outcome, detail: str) -> Score:
+    """Returns a score of 0 with another outcome than correct or wrong."""
+    return Score(value=0.0, outcome=outcome, detail=detail)

@@ -1,0 +1,223 @@
+"""Tests of the scorer of programs: honest programs get their verdict, hostile ones no pass and no effect outside."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infer.scoring.code import find
+from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.score import Answer, Problem, Score, ScoringError, StdinTest
+from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
+
+pytestmark = pytest.mark.slow
+WALL_SECONDS = 20.0
+# Not used by any other run of these tests at the same time, so that a process that is left can be found.
+UID = 61184 + os.getpid() % 4096
+
+
+def build(**changes) -> CodeScorer:
+    values = {"cpu_seconds": 1, "wall_seconds": WALL_SECONDS, "memory_mib": 512, "num_sandboxes": 2, **changes}
+    return CodeScorer(CodeConfig(kind="code", weight=1.0, **values))
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[CodeScorer]:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find, "_unused_uid", lambda: UID)
+        try:
+            made = build()
+        except ScoringError as error:
+            pytest.skip(f"this machine has no sandbox: {error}")
+        yield made
+        patch.undo()
+
+
+def run(scorer: CodeScorer, program: str, tests: str | tuple[StdinTest, ...]) -> Score:
+    return scorer.score(Answer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=tests))
+
+
+def guests() -> list[str]:
+    """Returns the processes of the sandbox's user, except those that only wait to be reaped by the machine."""
+    found = []
+    for entry in os.scandir("/proc"):
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == UID:
+                found.append(Path(entry.path, "stat").read_text())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """Provides what attacks aim at, and checks afterwards that nothing has changed."""
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", "SECRET")
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    canary = tmp_path / "canary"
+    canary.write_text("intact")
+    canary.chmod(0o666)
+    temporary = set(os.listdir("/tmp"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        yield {"canary": str(canary), "port": server.getsockname()[1]}
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert canary.read_text() == "intact"
+    assert os.listdir(tmp_path) == ["canary"]
+    assert not {"big", "link", "env", "p"} & (set(os.listdir("/tmp")) - temporary)
+    assert not guests()
+
+
+def aimed(attack: str, outside: dict[str, object]) -> str:
+    for key, value in outside.items():
+        attack = attack.replace(f"{{{key}!r}}", repr(value)).replace(f"{{{key}}}", str(value))
+    return attack
+
+
+HONEST = {
+    "values": ("def f(x): return x * x", TESTS, "correct"),
+    "an error": ("def f(x):\n    raise ValueError('no')", "try:\n    f(1)\nexcept ValueError:\n    pass\n", "correct"),
+    "a wrong value": ("def f(x): return x", TESTS, "wrong"),
+    "a missing function": ("def g(x): return x", TESTS, "wrong"),
+    "bad syntax": ("def f(x: return", TESTS, "wrong"),
+    "kinds of values": (
+        "def f(x): return x",
+        "for v in (None, 1.5, 'é\\ud800', b'a', (1, (2,)), {1: {2}}, frozenset('a'), 2j, 10**30, [[]], {}):\n"
+        "    assert f(v) == v and type(f(v)) is type(v)\n",
+        "correct",
+    ),
+    "a class": (
+        "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
+        "    def pop(self): return self.items.pop()\n",
+        "s = Stack()\ns.push(1)\ns.push(x=2)\nassert s.items == [1, 2]\nassert (s.pop(), s.pop()) == (2, 1)\n"
+        "try:\n    s.pop()\n    assert False\nexcept IndexError:\n    pass\n",
+        "correct",
+    ),
+    "helpers of the tests": (
+        "def f(x): return x * x",
+        "import math\ndef check(g):\n    assert all(math.isclose(g(x), x**2) for x in range(5))\ncheck(f)",
+        "correct",
+    ),
+    "a printing program": ("print('hello')\ndef f(x):\n    print(x)\n    return x * x", TESTS, "correct"),
+    "a main block": ("def f(x): return x * x\nif __name__ == '__main__': raise SystemExit(1)", TESTS, "correct"),
+    "a dataclass": (
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\ndef f(x): return P(x * x)",
+        "assert f(3).x == 9",
+        "correct",
+    ),
+    "tests that are not Python": ("def f(x): return x * x", "assert (", "error"),
+    "tests that exit": ("def f(x): return x * x", "import os\nassert f(2) == 4\nos._exit(0)", "error"),
+    "tests that take too long": ("def f(x): return x * x", "while True: pass", "error"),
+    "input and output": ("print(int(input()) * 2)", (StdinTest(stdin="4\n", stdout="8"),), "correct"),
+    "wrong output": (
+        "print(8)",
+        (StdinTest(stdin="4\n", stdout="8\n"), StdinTest(stdin="5\n", stdout="10\n")),
+        "wrong",
+    ),
+    "a right output and an error": ("print(8)\nraise SystemExit(1)", (StdinTest(stdin="", stdout="8\n"),), "wrong"),
+    "no output": ("import os\nos._exit(0)", (StdinTest(stdin="", stdout="8\n"),), "wrong"),
+    "a loop of a script": ("while True: pass", (StdinTest(stdin="", stdout="8\n"),), "timeout"),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_code_honest_programs_get_their_verdict(scorer: CodeScorer, name: str) -> None:
+    program, tests, expected = HONEST[name]
+    score = run(scorer, program, tests)
+    assert (score.outcome, score.value) == (expected, float(expected == "correct")), score.detail
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_code_attacks_do_not_reach_the_machine(scorer: CodeScorer, outside: dict[str, object], name: str) -> None:
+    attack = aimed(ATTACKS[name], outside)
+    begin = time.monotonic()
+    score = run(scorer, f"succeeded = False\n{attack}\nif succeeded:\n    def f(x): return x * x", TESTS)
+    assert score.outcome in ("wrong", "timeout"), score
+    assert time.monotonic() - begin < WALL_SECONDS + 1
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_code_attacks_succeed_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", "SECRET")
+    canary = tmp_path / "canary"
+    canary.write_text("intact")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        attack = aimed(ATTACKS[name], {"canary": str(canary), "port": server.getsockname()[1]})
+        command = [sys.executable, "-c", f"{attack}\nprint(succeeded)"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("True\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_code_no_verdict_can_be_forged(scorer: CodeScorer, outside: dict[str, object], name: str) -> None:
+    begin = time.monotonic()
+    score = run(scorer, FORGERIES[name].replace("{{", "{").replace("}}", "}"), TESTS)
+    assert score.value == 0
+    assert score.outcome in ("wrong", "timeout", "missing"), score
+    assert time.monotonic() - begin < WALL_SECONDS + 1
+
+
+def test_code_sleeping_programs_are_unknown_not_wrong(scorer: CodeScorer, outside: dict[str, object]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find, "_unused_uid", lambda: UID)
+        impatient = build(wall_seconds=2.0, num_sandboxes=len(SLEEPERS))
+    begin = time.monotonic()
+    with ThreadPoolExecutor(len(SLEEPERS)) as threads:
+        scores = list(threads.map(lambda program: run(impatient, program, TESTS), SLEEPERS.values()))
+    assert [score.outcome for score in scores] == ["unknown"] * len(SLEEPERS), scores
+    assert time.monotonic() - begin < 2 * (2.0 + 1)  # each is run twice
+
+
+def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeScorer) -> None:
+    work = "def f(x):\n    for _ in range({}): pass\n    return x * x {}"
+    programs = [work.format(count, end) for count in (10, 10**6, 10**12) for end in ("", "+ 1")]
+    alone = [run(scorer, program, TESTS).outcome for program in programs]
+    assert alone == ["correct", "wrong", "correct", "wrong", "timeout", "timeout"]
+    stop = threading.Event()
+    busy = [threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(stop.is_set, True)]) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        with ThreadPoolExecutor(24) as threads:
+            together = list(threads.map(lambda program: run(scorer, program, TESTS).outcome, programs[:4] * 6))
+    finally:
+        stop.set()
+    assert together == alone[:4] * 6
+
+
+def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ScoringError, match="in a sandbox only: bubblewrap is not installed") as caught:
+        build()
+    assert "\n" not in str(caught.value)
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    (tmp_path / "setpriv").write_text('#!/bin/sh\nwhile [ "$1" != bwrap ]; do shift; done\nexec "$@"\n')
+    (tmp_path / "setpriv").chmod(0o755)
+    with pytest.raises(ScoringError, match="No permissions to create new namespace; allow user namespaces"):
+        build()
+    fake.write_text("#!/bin/sh\necho '[\"/etc/passwd can be read\"]'\n")
+    with pytest.raises(ScoringError, match="does not hold: /etc/passwd can be read"):
+        build()
+
+
+def test_code_needs_a_block_of_code(scorer: CodeScorer) -> None:
+    problem = Problem(prompt="", tests=TESTS)
+    for text in (RIGHT, f"<think>```python\n{RIGHT}```", f"```text\n{RIGHT}```", "```python\n```"):
+        assert scorer.score(Answer(text=text, num_tokens=1), problem).outcome == "missing"
+    blocks = f"<think>a</think>```python\nbad\n```\nthen\n```py\n{RIGHT}```\n"
+    assert scorer.score(Answer(text=blocks, num_tokens=1), problem).outcome == "correct"
+    assert scorer.score(Answer(text=blocks, num_tokens=1), Problem(prompt="", answer="3")).outcome == "skipped"

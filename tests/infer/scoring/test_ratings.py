@@ -1,0 +1,227 @@
+"""Tests of scorers without processes, each against a table, and of the reward that sums them."""
+
+import pytest
+
+from infer.scoring.exact import ExactConfig, ExactScorer
+from infer.scoring.format import FormatConfig, format_problem
+from infer.scoring.language import language_share
+from infer.scoring.length import LengthConfig, length_penalty
+from infer.scoring.repetition import repeated_share
+from infer.scoring.reward import Reward, RewardConfig, joint_outcome
+from infer.scoring.score import SCORERS, Answer, Problem, ScoringError
+from train.config.decode import decode
+from train.config.errors import ConfigError
+
+THOUGHTS = ("required", "opened", "forbidden", "any")
+# Text, and for each kind of thoughts whether the format is right.
+FORMATS = [
+    ("<think>a</think>b", (True, False, False, True)),
+    ("\n<think>\na\n</think>\n\nb", (True, False, False, True)),
+    ("a</think>b", (False, True, False, False)),
+    ("b", (False, False, True, True)),
+    ("", (False, False, False, False)),
+    ("<think></think>b", (False, False, False, False)),
+    ("<think>a</think>", (False, False, False, False)),
+    ("<think>a</think> \n", (False, False, False, False)),
+    ("x<think>a</think>b", (False, False, False, False)),
+    ("<think>a", (False, False, False, False)),
+    ("</think>a<think>b", (False, False, False, False)),
+    ("<think>a</think>b<think>c</think>d", (False, False, False, False)),
+    ("<think><think>a</think>b", (False, False, False, False)),
+    ("<think>a</think></think>b", (False, False, False, False)),
+    (" </think>b", (False, False, False, False)),
+]
+
+
+def format_config(**changes) -> FormatConfig:
+    values = {"thoughts": "any", "boxed": False, "code": False, "ended": False, **changes}
+    return FormatConfig(kind="format", weight=1.0, **values)
+
+
+def answer(text: str, **changes) -> Answer:
+    return Answer(text=text, num_tokens=1, **changes)
+
+
+@pytest.mark.parametrize(("text", "expected"), FORMATS)
+def test_format_of_thoughts_is_judged_as_in_the_table(text: str, expected: tuple[bool, ...]) -> None:
+    found = tuple(format_problem(answer(text), format_config(thoughts=kind)) is None for kind in THOUGHTS)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "problem"),
+    [
+        (r"\boxed{3}", {"boxed": True}, None),
+        (r"\boxed{3} \boxed{3}", {"boxed": True}, "2 boxes, not 1"),
+        ("3", {"boxed": True}, "0 boxes, not 1"),
+        (r"<think>\boxed{3}</think>3", {"boxed": True}, "0 boxes, not 1"),
+        (r"\boxed{}", {"boxed": True}, "an empty or open box"),
+        (r"\boxed{3", {"boxed": True}, "an empty or open box"),
+        ("```python\nx\n```", {"code": True}, None),
+        ("```\nx\n```", {"code": True}, None),
+        ("~~~~ python\nx\n~~~~", {"code": True}, None),
+        ("```python\nx", {"code": True}, "no block of code"),
+        ("```sh\nx\n```", {"code": True}, "no block of code"),
+        ("x", {"code": True}, "no block of code"),
+    ],
+)
+def test_format_of_boxes_and_code_is_judged_as_in_the_table(text: str, changes: dict, problem: str | None) -> None:
+    assert format_problem(answer(text), format_config(**changes)) == problem
+
+
+def test_format_of_a_cut_answer_is_wrong_only_if_it_must_end() -> None:
+    cut = answer("b", is_finished=False)
+    assert format_problem(cut, format_config()) is None
+    assert format_problem(cut, format_config(ended=True)) == "cut at the limit of tokens"
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "share"),
+    [
+        ("The answer is 3.", "latin", 1.0),
+        ("Où est-ce? Größe", "latin", 1.0),
+        ("答案是三", "chinese", 1.0),
+        ("答案是三", "latin", 0.0),
+        ("ab答案", "latin", 0.5),
+        ("ab答案", "chinese", 0.5),
+        ("これはテストです。漢字", "japanese", 1.0),
+        ("これは", "chinese", 0.0),
+        ("답은", "korean", 1.0),
+        ("Ответ", "cyrillic", 1.0),
+        ("Απάντηση", "greek", 1.0),
+        ("جواب", "arabic", 1.0),
+        ("תשובה", "hebrew", 1.0),
+        ("उत", "devanagari", 1.0),
+        ("กข", "thai", 1.0),
+        ("ＡＢ", "latin", 1.0),
+        ("123 + 4 = !", "latin", 1.0),
+        ("", "chinese", 1.0),
+        ("答案 $x + y$ `code` ```python\ndef f(): pass\n``` \\frac https://a.b/c <think>", "chinese", 1.0),
+        ("答案 ```python\nopen", "chinese", 1.0),
+    ],
+)
+def test_language_share_is_as_in_the_table(text: str, language: str, share: float) -> None:
+    assert language_share(text, language) == share
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "limit", "buffer", "penalty"),
+    [
+        (0, 100, 20, 0.0),
+        (80, 100, 20, 0.0),
+        (81, 100, 20, -0.05),
+        (90, 100, 20, -0.5),
+        (99, 100, 20, -0.95),
+        (100, 100, 20, -1.0),
+        (101, 100, 20, -1.0),
+        (99, 100, 0, 0.0),
+        (100, 100, 0, 0.0),
+        (101, 100, 0, -1.0),
+        (50, 100, 100, -0.5),
+    ],
+)
+def test_length_penalty_is_as_in_the_table(num_tokens: int, limit: int, buffer: int, penalty: float) -> None:
+    assert length_penalty(num_tokens, limit, buffer) == pytest.approx(penalty)
+
+
+@pytest.mark.parametrize(
+    ("text", "ngram_words", "share"),
+    [
+        ("", 3, 0.0),
+        ("a b", 3, 0.0),
+        ("a b c", 3, 0.0),
+        ("a b c d e", 3, 0.0),
+        ("a a a a a", 1, 0.8),
+        ("a a a a a", 3, 2 / 3),
+        ("a b a b a b", 2, 0.6),
+        ("答案答案答案", 2, 0.6),
+        ("a,b,c", 1, 0.2),
+        ("la " * 1000, 4, 1 - 1 / 997),
+    ],
+)
+def test_repeated_share_is_as_in_the_table(text: str, ngram_words: int, share: float) -> None:
+    assert repeated_share(text, ngram_words) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "outcome"),
+    [
+        ("1 2  3\n", {}, "correct"),
+        ("1 3 2", {}, "wrong"),
+        ("<think>1 2 3</think>", {}, "missing"),
+        ("<think>9</think>1 2 3", {}, "correct"),
+        (r"\boxed{1 2 3}", {}, "wrong"),
+        (r"It is \boxed{1 2 3}.", {"boxed": True}, "correct"),
+        ("1 2 3", {"boxed": True}, "missing"),
+    ],
+)
+def test_exact_answers_are_judged_as_in_the_table(text: str, changes: dict, outcome: str) -> None:
+    config = ExactConfig(kind="exact", weight=1.0, **{"boxed": False, "ignore_case": False, **changes})
+    score = ExactScorer(config).score(answer(text), Problem(prompt="", answer="1 2 3"))
+    assert (score.outcome, score.value) == (outcome, float(outcome == "correct"))
+    assert ExactScorer(config).score(answer(text, is_finished=False), Problem(prompt="", answer="1 2 3")).value == 0
+    assert ExactScorer(config).score(answer(text), Problem(prompt="")).outcome == "skipped"
+
+
+def test_exact_case_is_ignored_if_configured() -> None:
+    found = {
+        ignored: ExactScorer(ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=ignored))
+        .score(answer("Paris"), Problem(prompt="", answer="PARIS"))
+        .outcome
+        for ignored in (True, False)
+    }
+    assert found == {True: "correct", False: "wrong"}
+
+
+PARTS = [
+    {"kind": "exact", "weight": 1, "boxed": False, "ignore_case": False},
+    {"kind": "length", "weight": 0.5, "limit_tokens": 10, "buffer_tokens": 10},
+    {"kind": "language", "weight": 0, "language": "latin"},
+]
+
+
+def test_reward_is_the_weighted_sum_of_its_parts_and_reports_each() -> None:
+    with Reward(decode(RewardConfig, {"parts": PARTS, "num_threads": 2})) as reward:
+        pairs = [(Answer(text=text, num_tokens=4), Problem(prompt="", answer="a")) for text in ("a", "б")]
+        right, wrong = reward.score_all(pairs)
+    assert (right.total, right.outcome) == (pytest.approx(1 - 0.2), "correct")
+    assert (wrong.total, wrong.outcome) == (pytest.approx(-0.2), "wrong")
+    assert {kind: score.value for kind, score in wrong.parts.items()} == {"exact": 0, "length": -0.4, "language": 0}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "joint"),
+    [
+        (["rated", "skipped"], "rated"),
+        ([], "rated"),
+        (["correct", "rated"], "correct"),
+        (["correct", "wrong"], "wrong"),
+        (["wrong", "unknown"], "unknown"),
+        (["correct", "error", "unknown"], "error"),
+        (["correct", "skipped"], "correct"),
+        (["missing", "wrong"], "missing"),
+    ],
+)
+def test_reward_outcome_is_the_first_in_the_order_of_precedence(outcomes: list, joint: str) -> None:
+    assert joint_outcome(outcomes) == joint
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "reward.parts: must have at least one part"),
+        ([PARTS[0], PARTS[0]], "must have each kind once, has exact 2 times"),
+        ([{**PARTS[0], "kind": "exakt"}], "must be one of exact, maths, code, .* is 'exakt'; did you mean exact"),
+        ([{**PARTS[1], "buffer_tokens": 11}], r"length: buffer_tokens must be at most limit_tokens \(10\), is 11"),
+        ([{**PARTS[2], "language": "latn"}], "language: must be one of latin, .*; did you mean latin"),
+    ],
+)
+def test_reward_that_is_not_valid_is_refused_by_name(parts: list, message: str) -> None:
+    with pytest.raises((ScoringError, ConfigError), match=message):
+        decode(RewardConfig, {"parts": parts, "num_threads": 2})
+
+
+def test_scorers_are_registered_with_a_summary() -> None:
+    assert SCORERS.names() == ("exact", "maths", "code", "format", "language", "length", "repetition")
+    assert all(spec.summary and issubclass(spec.config, object) for _, spec in SCORERS.items())
+    assert LengthConfig(kind="length", weight=1.0, limit_tokens=5, buffer_tokens=5).buffer_tokens == 5
