@@ -155,6 +155,8 @@ def check(
     Raises:
         GenerateError: names the key, or the prompt by its number from 1.
     """
+    if config.head != "tokens":
+        raise GenerateError("model.head: must be tokens to continue prompts, is score; the weights are a reward model")
     if max_new_tokens < 0:
         raise GenerateError(f"max_new_tokens: must be at least 0, is {max_new_tokens}; nearest valid: 0")
     if batch_size < 1:

@@ -43,6 +43,9 @@ RECOMPUTED: tuple[Recomputed, ...] = ("norm", "mla_up", "swiglu")
 keys and values), and of SwiGLU gates (arXiv:2412.19437, section 3.2.3)."""
 
 
+HeadKind = Literal["tokens", "score"]
+"""Kind of output head: logits of the vocabulary, or one score of a token (a reward model, which has no MTP modules)."""
+
 Products = Literal["own", "fp8", "fp8_power_of_two"]
 """Precision of the products of linear maps: the weights' own type, or FP8 with scales of any value or only powers
 of two (arXiv:2412.19437, section 3.3)."""
@@ -100,6 +103,12 @@ class ModelConfig:
     mtp_depth: NonNegativeInt
     mtp_hidden: Literal["post_norm", "pre_norm"]
     initializer_range: PositiveFloat
+    head: HeadKind
+
+    @property
+    def num_head_rows(self) -> int:
+        """Number of rows of the output head's matrix."""
+        return self.vocab_size if self.head == "tokens" else 1
 
     @property
     def qk_head_dim(self) -> int:
@@ -156,6 +165,7 @@ def ladder(size: int) -> ModelConfig:
         mtp_depth=1,
         mtp_hidden="post_norm",
         initializer_range=0.02,
+        head="tokens",
     )
 
 

@@ -240,3 +240,12 @@ def score_tokens(
         normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), scoring, torch.is_grad_enabled()
     )
     return loss, log_probs_N.view_as(targets_BT)
+
+
+def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Returns the log-probabilities of targets, BT, without gradient. The arguments are those of `score_tokens`."""
+    with torch.no_grad():
+        scores = linear_cross_entropy(
+            normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), wants_rows=False, wants_head=False
+        )
+    return scores.log_probs_N.view_as(targets_BT)

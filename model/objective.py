@@ -100,8 +100,8 @@ class TaskLoss:
     Attributes:
         loss: its part of the step's loss, a scalar with its graph.
         sums: reported sums, undivided, by name; scalars without graph.
-        log_probs_BT: log-probabilities of the targets, without graph, 0 if there is none; None if the objective scores
-            no tokens.
+        log_probs_BT: log-probabilities of the targets, without graph, 0 if there is none; for a score head, the
+            scores of all tokens; None if the objective computes neither.
     """
 
     loss: Tensor

@@ -26,6 +26,7 @@ from model.precision.linears import Linears, build_linears
 from model.router import Router
 
 BIAS = "e_score_correction_bias"
+SCORE = "score.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +99,10 @@ class Transformer(nn.Module):
         self.attention = attention or attention_form(config)
         build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
         self.model = Trunk(config, part, dtype, build, self._linears)
-        self.lm_head = Projection(config.hidden_size, config.vocab_size, dtype) if part.head else None
+        head = Projection(config.hidden_size, config.num_head_rows, dtype) if part.head else None
+        # The names of the released checkpoint, and of a sequence classifier in transformers.
+        self.lm_head = head if config.head == "tokens" else None
+        self.score = head if config.head == "score" else None
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Returns a context in which no weight changes, so that each is quantized only once."""
@@ -125,10 +129,15 @@ class Transformer(nn.Module):
         return self.model.embed_tokens(tokens_BT, sink)  # type: ignore[no-any-return]
 
     @property
+    def output_head(self) -> Projection | None:
+        """The output head of the configured kind, or None if another part holds it."""
+        return self.lm_head if self.config.head == "tokens" else self.score
+
+    @property
     def head_weight(self) -> Tensor:
-        """Matrix of the output head, VD."""
-        assert self.lm_head is not None
-        return self.lm_head.weight
+        """Matrix of the output head: VD, or 1D for a score."""
+        assert self.output_head is not None
+        return self.output_head.weight
 
     def final_norm(self, depth: int) -> RmsNorm:
         """Returns the norm before the head: the main model's for depth 0, else that of the MTP module."""
@@ -249,7 +258,7 @@ def routers(model: Transformer) -> dict[int, Router]:
 
 
 def initialize_weights(model: Transformer, seed: int) -> None:
-    """Sets norms to one, router bias to zero, and all other weights to N(0, initializer_range^2).
+    """Sets norms to one, router bias and a score head to zero, and all other weights to N(0, initializer_range^2).
 
     Values depend only on the seed and the released name, so a seed gives the same weights under every layout. They are
     drawn in float32 on the CPU.
@@ -257,7 +266,7 @@ def initialize_weights(model: Transformer, seed: int) -> None:
     for name, weight in named_tensors(model).items():
         if name.endswith("norm.weight"):
             weight.fill_(1.0)
-        elif name.endswith(BIAS):
+        elif name.endswith(BIAS) or name == SCORE:
             weight.zero_()
         else:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

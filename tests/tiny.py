@@ -53,6 +53,7 @@ MODEL = ModelConfig(
     mtp_depth=1,
     mtp_hidden="post_norm",
     initializer_range=0.1,
+    head="tokens",
 )
 
 OPTIM = OptimConfig(

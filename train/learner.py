@@ -17,6 +17,7 @@ from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
 from train.optim.staged import Background, StagedAdamW
+from train.reference import Reference
 from train.replica import Replica
 from train.world import World
 
@@ -31,6 +32,7 @@ class Learner:
         store: gradients of one step.
         optimizer: applies the gradients.
         ema: moving average of the weights; None if the run keeps none.
+        reference: frozen weights with which the task compares; None if it does not.
         ramp: schedules of the smaller sizes of a batch ramp, by the size in sequences.
     """
 
@@ -39,6 +41,7 @@ class Learner:
     store: GradientStore
     optimizer: StagedAdamW
     ema: ParameterEma | None
+    reference: Reference | None = None
     ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
     @property
@@ -47,9 +50,10 @@ class Learner:
         return self.replica.world
 
     @property
-    def extras(self) -> dict[str, ParameterEma]:
+    def extras(self) -> dict[str, ParameterEma | Reference]:
         """Further state of a checkpoint besides weights and optimizer state, by the prefix of its names."""
-        return {} if self.ema is None else {"ema": self.ema}
+        found = {"ema": self.ema, "reference": self.reference}
+        return {prefix: extra for prefix, extra in found.items() if extra is not None}
 
     def update_average(self) -> None:
         """Starts to update the moving average, if the run keeps one, after all updates of the weights."""
@@ -62,11 +66,20 @@ class Learner:
         self.optimizer.close()
         if self.ema is not None:
             self.ema.close()
+        if self.reference is not None:
+            self.reference.close()
         self.replica.close()
 
 
-def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learner:
-    """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
+def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig, reference: Reference | None = None) -> Learner:
+    """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it.
+
+    Args:
+        replica: the network to train.
+        optim: of the optimizer.
+        ema: of the moving average.
+        reference: frozen weights with which the task compares; None if it does not.
+    """
     model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
     lane = open_lane(world.device, "reduction")
     background = Background(lane=lane, updates=replica.weight_updates, log=world.log)
@@ -76,6 +89,7 @@ def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig) -> Learne
         store=store,
         optimizer=build_optimizer(_units(replica), store, world.groups.world, optim, background),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
+        reference=reference,
     )
 
 
@@ -107,8 +121,7 @@ class LearnersByBatchSize:
         self.last = replace(learner, ramp=ramp)
         self._sizes = sizes
         self._sized = {
-            sequences: replace(learner, replica=learner.replica.with_schedule(schedule, is_proven=is_proven))
-            for sequences, schedule in ramp.items()
+            sequences: _with_schedule(learner, schedule, is_proven=is_proven) for sequences, schedule in ramp.items()
         }
         assert set(sizes.sizes) <= {*self._sized, learner.replica.global_sequences}
         assert all(sized.replica.global_sequences == sequences for sequences, sized in self._sized.items())
@@ -116,6 +129,13 @@ class LearnersByBatchSize:
     def for_step(self, step: int) -> Learner:
         """Returns the learner for a step, counted from 0."""
         return self._sized.get(self._sizes.sequences(step), self.last)
+
+
+def _with_schedule(learner: Learner, schedule: Schedule, *, is_proven: bool) -> Learner:
+    reference = learner.reference
+    if reference is not None:
+        reference = reference.with_schedule(schedule)
+    return replace(learner, replica=learner.replica.with_schedule(schedule, is_proven=is_proven), reference=reference)
 
 
 def _units(replica: Replica) -> list[Unit]:

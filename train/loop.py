@@ -33,6 +33,7 @@ from train.records.status import StatusFile
 from train.records.step_record import record_of
 from train.samples.generate import report_samples
 from train.step import StepResult, train_step
+from train.tasks.registry import TASKS
 from train.validation import validate
 
 LOGGER = logging.getLogger("train")
@@ -125,7 +126,7 @@ class TrainingLoop:
                         self.num_done = step + 1
                 with self._recorded(step, outcome) as record:
                     if self._is_validation_due():
-                        record[VALIDATION_LOSS] = self._validate()
+                        record |= self._validate()
                 self._call_on_step(outcome, record)
                 if self._is_due(self._config.track.picture_every_steps):
                     self._draw(step, outcome)
@@ -181,18 +182,20 @@ class TrainingLoop:
         if isinstance(outcome, Done) and (on_step := self._callbacks.on_step):
             call_on_first_rank(self._world, "on_step", partial(on_step, record))
 
-    def _validate(self) -> float:
-        """Computes, reports and returns the loss of the held-out sequences, in nats per token."""
-        num_sequences = self._config.validation.sequences
-        loss = validate(self._learner.replica, self._config.task, self._loader, num_sequences)
-        bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
-        self._reporter.say(
-            f"step {self.num_done:>6}  validation loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte  "
-            f"(unigram entropy {self._prepared.unigram_entropy_nats:.4f})"
-        )
+    def _validate(self) -> dict[str, float]:
+        """Computes and reports the means of the held-out sequences, and returns them for the step's record."""
+        task, num_sequences, learner = self._config.task, self._config.validation.sequences, self._learner
+        found = validate(learner.replica, task, self._loader, num_sequences, learner.reference)
+        loss, unit = found.loss, TASKS.get(task.kind).unit
+        line = f"step {self.num_done:>6}  validation loss {loss:.4f} nats per {unit}"
+        if unit == "token":
+            bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
+            entropy = self._prepared.unigram_entropy_nats
+            line += f", {bits_per_byte:.3f} bits per byte  (unigram entropy {entropy:.4f})"
+        self._reporter.say(line + "".join(f"  {name} {mean:.4f}" for name, mean in found.reported.items()))
         if on_validation := self._callbacks.on_validation:
             call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, loss))
-        return loss
+        return {VALIDATION_LOSS: loss, **{f"validation_{name}": mean for name, mean in found.reported.items()}}
 
     def _validate_if_missing(self) -> None:
         """Repeats the validation of the last step if it was interrupted before this run resumed."""
@@ -202,9 +205,9 @@ class TrainingLoop:
         with self._world.phase("broadcast of the run's history"):
             dist.broadcast_object_list(is_missing, src=0, group=self._world.groups.world)
         if is_missing[0]:
-            loss = self._validate()
+            found = self._validate()
             if last is not None:
-                self._reporter.amend({**last, VALIDATION_LOSS: loss})
+                self._reporter.amend({**last, **found})
 
     def _draw(self, step: int, outcome: Outcome) -> None:
         """Draws planned and measured time of a step that updated the weights."""
@@ -216,7 +219,7 @@ class TrainingLoop:
 
     def _sample(self) -> None:
         """Generates and prints the configured samples."""
-        if self._world.rank == 0:
+        if self._world.rank == 0 and self._config.model.head == "tokens":
             report_samples(self._config, self._prepared, self._reporter.say)
 
     def _save(self) -> None:

@@ -33,6 +33,7 @@ from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
+from train.reference import open_reference
 from train.replica import open_replica
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
@@ -189,7 +190,7 @@ class _TrainingRank:
                 replica = open_replica(
                     self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
                 )
-                self._learner = open_learner(replica, config.optim, config.ema)
+                self._learner = open_learner(replica, config.optim, config.ema, open_reference(config.task, replica))
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
             end = _RunOutcome.of_error(error)

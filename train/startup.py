@@ -128,4 +128,6 @@ def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepar
         line = load_initial(config, learner, prepared.tokenizer)
     if learner.ema is not None:
         learner.ema.follow_weights()
+    if learner.reference is not None:
+        learner.reference.follow(learner.replica)
     return line

@@ -1,9 +1,9 @@
-"""Runs one optimizer step over all ranks, and one forward pass for validation."""
+"""Runs one optimizer step over all ranks."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,8 @@ from data.loader import Batch, Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
-from model.objective import MAIN, LossSums, MicroBatch
+from model.objective import BALANCE, MAIN, LossSums, MicroBatch
+from model.objectives.preference import REFERENCE
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
@@ -27,8 +28,8 @@ from train.replica import Replica
 from train.tasks.registry import StepRates, Task, open_task
 
 Read = Callable[[int, int], Batch]
+_MTP = "mtp_"
 _NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
-_NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 
@@ -52,9 +53,14 @@ class Losses:
         return self.by_name[MAIN]
 
     @property
+    def reported(self) -> dict[str, float]:
+        """Further means that the task reports, such as the accuracy of a reward model."""
+        return {name: mean for name, mean in self.by_name.items() if is_reported(name)}
+
+    @property
     def mtp(self) -> float:
         """The mean loss over MTP depths; 0 if the model has none."""
-        depths = [loss for name, loss in self.by_name.items() if name.startswith("mtp_")]
+        depths = [loss for name, loss in self.by_name.items() if name.startswith(_MTP)]
         return sum(depths) / max(len(depths), 1)
 
 
@@ -72,6 +78,11 @@ class StepResult:
     execution: Execution
 
 
+def is_reported(name: str) -> bool:
+    """Returns whether a task reports a mean in addition to the losses that all tasks have."""
+    return name not in (MAIN, BALANCE) and not name.startswith(_MTP)
+
+
 class BatchReader:
     """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
 
@@ -87,13 +98,20 @@ class BatchReader:
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """Returns the micro-batch, or None if this rank does not need it."""
         replica, batch, model = self._replica, self._replica.config.batch, self._replica.network
-        if model.model.embed_tokens is None and model.lm_head is None and not batch.document_mask:
+        if model.model.embed_tokens is None and model.output_head is None and not batch.document_mask:
             return None
         key = (direction, micro_batch)
         if key not in self._known:
             sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
             self._known[key] = self._task.read(sequences, replica.world.device)
         return self._known[key]
+
+    def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
+        """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""
+        for place, extra in found.items():
+            batch = self(*place)
+            assert batch is not None
+            self._known[place] = replace(batch, extras={**batch.extras, name: extra})
 
     def count(self) -> Tensor:
         """Returns the denominator of each of the task's losses over all ranks. All ranks call it.
@@ -240,9 +258,11 @@ def accumulate(
     task = open_task(config, replica.config.model, replica.config.batch)
     batches = BatchReader(replica, task, read)
     counts, sums = batches.count(), LossSums(task.names)
+    if learner.reference is not None:
+        batches.add_extras(REFERENCE, learner.reference.log_probs(batches))
     follow = partial(_count_phases, progress)
     execution = replica.train(batches, task.objective(counts, rates), sums, learner.store, follow, reduce=reduce)
-    return _reduce(replica, task, sums, counts, rates), execution
+    return reduce_losses(replica, task, sums, counts, rates), execution
 
 
 def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:
@@ -253,46 +273,8 @@ def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterabl
     return progress.over("first step", steps, sum(computes), lambda step: int(step.action in _PHASES), "phases")
 
 
-def validate_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, float]:
-    """Runs a forward pass of one global batch.
-
-    Returns:
-        The losses, with MTP losses left out of the total, and the number of targets of the main loss.
-    """
-    sums, losses, counts = _forward(replica, config, read, log_probs=None)
-    return losses, float(counts[sums.names.index(MAIN)])
-
-
-def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, Tensor]:
-    """Runs a forward pass of one global batch and returns every main target's log-probability.
-
-    All ranks call it.
-
-    Returns:
-        The losses, and log-probabilities [B, T], float64, in the order of the global batch, on the host of every rank.
-        A position without a target has 0.
-    """
-    sums, losses, _ = _forward(replica, config, read, log_probs={})
-    batch = replica.config.batch
-    found_BT = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, dtype=torch.float64)
-    for (direction, micro_batch), log_probs_BT in (sums.log_probs or {}).items():
-        first = first_sequence(replica, direction, micro_batch)
-        found_BT[first : first + batch.micro_sequences] = log_probs_BT.cpu()  # host sync
-    # One rank holds the log-probabilities of a micro-batch; all others add zeros.
-    return losses, replica.world.reduce(found_BT, "sum of log-probabilities")
-
-
-def _forward(
-    replica: Replica, config: TaskConfig, read: Read, log_probs: dict[tuple[int, int], Tensor] | None
-) -> tuple[LossSums, Losses, Tensor]:
-    task = open_task(config, replica.config.model, replica.config.batch)
-    batches, sums = BatchReader(replica, task, read), LossSums(task.names, log_probs)
-    counts = batches.count()
-    replica.forward(batches, task.objective(counts, _NO_RATES), sums)
-    return sums, _reduce(replica, task, sums, counts, _NO_RATES), counts
-
-
-def _reduce(replica: Replica, task: Task, sums: LossSums, counts: Tensor, rates: StepRates) -> Losses:
+def reduce_losses(replica: Replica, task: Task, sums: LossSums, counts: Tensor, rates: StepRates) -> Losses:
+    """Returns the losses of a pass over all ranks. All ranks call it."""
     own = sums.settle()
     is_finite_here = bool(own.isfinite().all())
     totals = replica.world.reduce(own, "sum of losses").tolist()

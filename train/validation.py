@@ -1,32 +1,111 @@
-"""Validates a run's model: computes the loss of held-out sequences."""
+"""Runs forward-only passes: validation, and log-probabilities of tokens."""
 
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from data.loader import Batch, Loader
+from model.objective import MAIN, LossSums
+from model.objectives.preference import REFERENCE
 from train.config import TaskConfig
+from train.reference import Reference
 from train.replica import Replica
-from train.step import validate_pass
+from train.step import BatchReader, Losses, Read, first_sequence, is_reported, reduce_losses
+from train.tasks.registry import StepRates, open_task
+
+_NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 
 
-def validate(replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int) -> float:
-    """Returns the main loss over validation sequences in nats per token. All ranks call it.
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Means over held-out sequences: the main loss, and what else the task reports by name."""
+
+    loss: float
+    reported: Mapping[str, float]
+
+
+def validate(
+    replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int, reference: Reference | None = None
+) -> Validation:
+    """Returns the main loss and reported means over validation sequences. All ranks call it.
 
     Args:
         replica: network to validate.
         task: of the run.
         loader: of the data.
         num_sequences: number of sequences to read, or fewer if the corpus has fewer.
+        reference: model with which the task compares, if it does.
     """
     size = replica.global_sequences
     passes = min(num_sequences, loader.num_validation_sequences) // size
-    nats, targets = 0.0, 0.0
+    totals, counts = defaultdict[str, float](float), defaultdict[str, float](float)
     for index in range(passes):
-        losses, count = validate_pass(replica, task, partial(_read_validation, loader, index * size))
-        nats += losses.main * count
-        targets += count
+        losses, found = validate_pass(replica, task, partial(_read_validation, loader, index * size), reference)
+        for name, mean in losses.by_name.items():
+            totals[name] += mean * found[name]
+            counts[name] += found[name]
     replica.observers.traffic.take()  # the next step's record must not count this traffic
     replica.observers.clips.take()
-    return nats / (targets or 1)
+    means = {name: total / (counts[name] or 1) for name, total in totals.items()}
+    return Validation(means.get(MAIN, 0.0), {name: mean for name, mean in means.items() if is_reported(name)})
+
+
+def validate_pass(
+    replica: Replica, config: TaskConfig, read: Read, reference: Reference | None = None
+) -> tuple[Losses, dict[str, float]]:
+    """Runs a forward pass of one global batch.
+
+    Args:
+        replica: the network.
+        config: of the run's task.
+        read: as in `accumulate`.
+        reference: model with which the task compares, if it does.
+
+    Returns:
+        The losses, with MTP losses left out of the total, and the denominator of each mean by name.
+    """
+    sums, losses, counts = _forward(replica, config, read, log_probs=None, reference=reference)
+    return losses, dict(zip(sums.names, counts.tolist(), strict=True))
+
+
+def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses, Tensor]:
+    """Runs a forward pass of one global batch and returns every main target's log-probability.
+
+    All ranks call it. A network with a score head returns the score of every token instead.
+
+    Returns:
+        The losses, and log-probabilities [B, T], float64, in the order of the global batch, on the host of every rank.
+        A position without a target has 0.
+    """
+    sums, losses, _ = _forward(replica, config, read, log_probs={})
+    batch = replica.config.batch
+    found_BT = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, dtype=torch.float64)
+    for (direction, micro_batch), log_probs_BT in (sums.log_probs or {}).items():
+        first = first_sequence(replica, direction, micro_batch)
+        found_BT[first : first + batch.micro_sequences] = log_probs_BT.cpu()  # host sync
+    # One rank holds the log-probabilities of a micro-batch; all others add zeros.
+    return losses, replica.world.reduce(found_BT, "sum of log-probabilities")
+
+
+def _forward(
+    replica: Replica,
+    config: TaskConfig,
+    read: Read,
+    *,
+    log_probs: dict[tuple[int, int], Tensor] | None,
+    reference: Reference | None = None,
+) -> tuple[LossSums, Losses, Tensor]:
+    task = open_task(config, replica.config.model, replica.config.batch)
+    batches, sums = BatchReader(replica, task, read), LossSums(task.names, log_probs)
+    counts = batches.count()
+    if reference is not None:
+        batches.add_extras(REFERENCE, reference.log_probs(batches))
+    replica.forward(batches, task.objective(counts, _NO_RATES), sums)
+    return sums, reduce_losses(replica, task, sums, counts, _NO_RATES), counts
 
 
 def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:

@@ -23,6 +23,7 @@ from train.checkpoint.verify import verify_sizes
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest, nearest_key
+from train.tasks.registry import TASKS
 
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 _MOMENTS = Literal["auto", "float32", "bf16"]
@@ -42,7 +43,8 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = _with_moments(values)
     model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
     if isinstance(model, Mapping):
-        resolved["model"] = expand_model(model, values.get("init_from"), values.get("init_mtp"))
+        expanded = expand_model(model, values.get("init_from"), values.get("init_mtp"))
+        resolved["model"] = _with_head(expanded, model.get("head"), values.get("task"))
     if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
         # Absolute paths, because ranks and later runs may have another working directory.
         resolved["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
@@ -96,6 +98,21 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
             choices = [f"model.{name}" for name in (*own, *_MODEL_KEYS)]
             raise ConfigError(f"model.{key}: unknown key; {nearest_key(f'model.{key}', choices)}")
     return {**encode(kinds[kind]()), **changes}
+
+
+def _with_head(model: dict[str, Any], given: object, task: object) -> dict[str, Any]:
+    """Returns the keys of a model with the head of the run's task, and without MTP modules if that is a score.
+
+    Args:
+        model: keys of a `ModelConfig`; `head` may be missing.
+        given: value of the key `model.head`; None: the head follows the task.
+        task: composed keys of `task`. The decoder reports an unknown kind.
+    """
+    kind = task.get("kind") if isinstance(task, Mapping) else None
+    head = TASKS.get(kind).head if isinstance(kind, str) and kind in TASKS else "tokens"
+    if head == "score":
+        model = {**model, "mtp_depth": 0}
+    return {**model, "head": head if given is None else given}
 
 
 def _ladder_step(size: object) -> ModelConfig:

@@ -42,6 +42,7 @@ def check_rules(config: TrainConfig) -> None:
     """
     _check_batch(config)
     check_model(config.model)
+    _check_task(config)
     _check_schedule(config)
     _check_ramp(config)
     _check_ranks(config)
@@ -77,6 +78,20 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.global_sequences={batch.global_sequences}, because validation runs whole batches, "
             f"is {validation.sequences}; "
             f"nearest valid: {multiples(validation.sequences, batch.global_sequences)}"
+        )
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Rejects an output head that does not fit the task."""
+    kind, model, spec = config.task.kind, config.model, TASKS.get(config.task.kind)
+    if model.head != spec.head:
+        raise ConfigError(
+            f"model.head: must be {spec.head} with task={kind}, is {model.head}; nearest valid: {spec.head}"
+        )
+    if model.head == "score" and model.mtp_depth:
+        raise ConfigError(
+            f"model.mtp_depth: must be 0 with model.head=score, as MTP modules predict tokens, is {model.mtp_depth}; "
+            f"nearest valid: 0"
         )
 
 

@@ -40,7 +40,13 @@ def count_parameters(config: ModelConfig) -> ParameterAccount:
     router = hidden * config.num_routed_experts
     embedding = config.vocab_size * hidden
     every_layer = attention + 2 * hidden
-    fixed = 2 * embedding + hidden + layers * every_layer + dense * 3 * hidden * config.dense_intermediate_size
+    fixed = (
+        embedding
+        + config.num_head_rows * hidden
+        + hidden
+        + layers * every_layer
+        + dense * 3 * hidden * config.dense_intermediate_size
+    )
 
     def with_experts(number: int) -> int:
         return fixed + (layers - dense) * ((number + config.num_shared_experts) * expert + router)
@@ -138,7 +144,8 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
         num_local_experts: routed experts of each layer that the rank holds.
     """
     held = list(stages)
-    hidden, matrix = config.hidden_size, config.vocab_size * config.hidden_size
+    hidden = config.hidden_size
+    matrix, head = config.vocab_size * hidden, config.num_head_rows * hidden
     modules = config.mtp_depth * sum(stage.is_last for stage in held)
     layers = [layer for stage in held for layer in stage.layers]
     dense = sum(layer < config.num_dense_layers for layer in layers)
@@ -149,7 +156,7 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     ordinary += sparse * (config.num_shared_experts * expert + hidden * config.num_routed_experts)
     ordinary += modules * (2 * hidden * hidden + 3 * hidden)
     embedding = matrix * any(stage.is_first or (stage.is_last and config.mtp_depth) for stage in held)
-    ordinary += embedding + (matrix + hidden) * sum(stage.is_last for stage in held)
+    ordinary += embedding + (head + hidden) * sum(stage.is_last for stage in held)
     codes = (dense + sparse) * _attention_codes(config) + dense * _mlp_codes(hidden, config.dense_intermediate_size)
     shared_width = config.num_shared_experts * config.expert_intermediate_size
     codes += sparse * (_mlp_codes(hidden, shared_width) if shared_width else 0)

@@ -56,7 +56,7 @@ def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool
     active = (config.num_experts_per_token + config.num_shared_experts) * expert + hidden * config.num_routed_experts
     dense = 3 * hidden * config.dense_intermediate_size
     moe = products * (attention + active) + _SCORES * scores
-    head = config.vocab_size * hidden
+    head = config.num_head_rows * hidden
     return PartWork(
         embedding=hidden,
         dense=products * (attention + dense) + _SCORES * scores,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import HeadKind, ModelConfig
 from model.hf.config_values import ConfigValues
 from model.hf.errors import shown
 from model.hf.json_file import read_json
@@ -21,6 +21,10 @@ TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Kimi K2 has the architecture of DeepSeek-V3 under another name.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 DTYPE_NAMES: dict[StoredDtype, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ARCHITECTURES: dict[HeadKind, str] = {
+    "tokens": "DeepseekV3ForCausalLM",
+    "score": "DeepseekV3ForSequenceClassification",
+}
 _ONLY: tuple[tuple[str, Any], ...] = (
     ("tie_word_embeddings", False),
     ("attention_bias", False),
@@ -84,7 +88,7 @@ def write_config(
     keys: dict[str, Any] = {
         "use_cache": True,
         **{key: value for key, value in carried.items() if key not in READ_KEYS},
-        "architectures": ["DeepseekV3ForCausalLM"],
+        "architectures": [_ARCHITECTURES[config.head]],
         "model_type": carried.get("model_type", MODEL_TYPES[0]),
         "torch_dtype": DTYPE_NAMES[dtype],
         **_sizes(config),
@@ -92,6 +96,12 @@ def write_config(
         **dict(_ONLY),
         "attention_dropout": 0.0,
     }
+    if config.head == "score":
+        keys["num_labels"] = 1
+        # transformers reads the score of the last token that is not padding. If the answer ends with that token, it
+        # would read the one before. Without the key it reads the last token, one sequence at a time.
+        if keys.get("pad_token_id") == keys.get("eos_token_id"):
+            keys.pop("pad_token_id", None)
     if config.mtp_hidden != "post_norm":
         keys["mtp_hidden"] = config.mtp_hidden
     if fp8:
@@ -163,8 +173,14 @@ def _read(values: ConfigValues) -> ModelConfig:
         max_position_tokens=max_position,
         mtp_depth=_mtp_depth(values),
         mtp_hidden=_mtp_hidden(values),
+        head=_head(values),
         initializer_range=0.02 if values.get("initializer_range") is None else values.number("initializer_range"),
     )
+
+
+def _head(values: ConfigValues) -> HeadKind:
+    """Returns the kind of the output head, by the name of the class in transformers."""
+    return "score" if values.get("architectures") == [_ARCHITECTURES["score"]] else "tokens"
 
 
 def _mtp_depth(values: ConfigValues) -> int:

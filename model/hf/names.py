@@ -17,6 +17,7 @@ StoredDtype = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0"]
 BLOCK = 128
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCORE_HEAD = "score.weight"
 SCALE_SUFFIX = "_scale_inv"
 BIAS_SUFFIX = ".mlp.gate.e_score_correction_bias"
 _ROTARY = re.compile(r"model\.(layers\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\.inv_freq")
@@ -69,7 +70,7 @@ def weights(config: ModelConfig) -> Named:
     for layer in range(config.num_layers):
         yield from _layer(config, layer, moe=layer >= config.num_dense_layers)
     yield "model.norm.weight", (hidden,)
-    yield HEAD, (vocab, hidden)
+    yield HEAD if config.head == "tokens" else SCORE_HEAD, (config.num_head_rows, hidden)
     for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
         yield from _layer(config, layer, moe=True)
         prefix = f"model.layers.{layer}."

@@ -22,7 +22,8 @@ GENERAL = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
 def preset(name: str) -> ModelConfig:
-    return decode(ModelConfig, yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text("utf-8")))
+    keys = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text("utf-8"))
+    return decode(ModelConfig, {**keys, "head": "tokens"})
 
 
 @cache

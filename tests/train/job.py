@@ -25,6 +25,7 @@ from train.config import TrainConfig, sized_config
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
+from train.reference import open_reference
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
@@ -72,7 +73,7 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
     replica = open_replica(
         make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
     )
-    return open_learner(replica, config.optim, config.ema)
+    return open_learner(replica, config.optim, config.ema, open_reference(config.task, replica))
 
 
 def make_world(config: TrainConfig, schedule: Schedule) -> World:

@@ -21,7 +21,8 @@ from train.learner import open_learner
 from train.network import ReplicaConfig
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
-from train.step import train_step, validate_pass
+from train.step import train_step
+from train.validation import validate_pass
 
 STEPS = 3
 LAYOUTS = {

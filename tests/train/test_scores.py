@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
-from train.step import score_pass
+from train.validation import score_pass
 
 
 def score(rank: int, world_size: int, config: TrainConfig) -> tuple[float, Tensor]:

@@ -44,7 +44,7 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
         CheckpointError: as `check_initial`, or a tensor's content cannot be read.
         HfError: as `check_initial`, or a tensor's content cannot be read.
     """
-    from model.hf.names import layer_of
+    from model.hf.names import SCORE_HEAD, layer_of
     from model.transformer import named_tensors
 
     assert config.init_from is not None
@@ -54,11 +54,14 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
     if config.init_mtp == "fresh":
         last = config.model.num_layers
         named = {name: tensor for name, tensor in named.items() if (layer := layer_of(name)) is None or layer < last}
+    if source.config.head != config.model.head:
+        named.pop(SCORE_HEAD, None)  # starts from zero
     source.fill(named)
     learner.optimizer.follow_weights()
     fresh = config.init_mtp == "fresh" and config.model.mtp_depth > 0
     other = "token ids mean other text, because its tokenizer.json differs from the tokenizer of this run's data"
-    notes = [*(["MTP from the seed"] if fresh else []), *changed]
+    notes = ["score head from zero"] if source.config.head != config.model.head else []
+    notes += [*(["MTP from the seed"] if fresh else []), *changed]
     notes += [] if is_same_tokenizer(source_folder(config.init_from, "init_from"), tokenizer) else [other]
     unknown = unknown_notes(config.init_from)
     notes += [unknown] if unknown else []
@@ -68,6 +71,11 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
 def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
     """Refuses differences in architecture; returns a line for each difference that is allowed."""
     there, here = asdict(source), asdict(config.model)
+    if there.pop("head") == "score" != here.pop("head"):
+        raise CheckpointError(
+            f"init_from: {config.init_from} must have an output head for tokens, is a reward model, which has a head "
+            f"for scores; nearest valid: task=reward_model"
+        )
     depth_there, depth = there.pop("mtp_depth"), here.pop("mtp_depth")
     for shape in (there, here):
         del shape["initializer_range"]  # no weights are drawn

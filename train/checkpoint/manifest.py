@@ -156,6 +156,8 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
         raise CheckpointError(
             f"{key}: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
         )
+    if isinstance(manifest.get("model"), dict):
+        manifest["model"].setdefault("head", "tokens")  # a checkpoint from before reward models
     return manifest
 
 

@@ -111,6 +111,8 @@ def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None
 def _check_listed_sizes(model: object, files: Mapping[str, Any]) -> None:
     """Refuses listed sizes whose sum is too large, so that no sparse file of many terabytes is hashed."""
     try:
+        if isinstance(model, dict):
+            model = {"head": "tokens", **model}  # a checkpoint from before reward models names none
         account = count_parameters(decode(ModelConfig, model, "model"))
     except (ConfigError, ArithmeticError) as error:
         raise CheckpointError(f"{MANIFEST_NAME} must hold an architecture, holds none") from error

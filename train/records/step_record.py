@@ -51,6 +51,7 @@ def record_of(
         "main_loss": losses.main,
         "mtp_loss": losses.mtp,
         "balance_loss": losses.by_name[BALANCE],
+        **losses.reported,
         "grad_norm": result.grad_norm,
         "lr": result.rates.learning_rate,
         "mtp_loss_weight": result.rates.mtp_loss_weight,

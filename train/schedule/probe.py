@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from statistics import mean, median
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from comm.groups import join_one
 from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
+from model.config import ModelConfig
 from model.gradients import GradientStore
-from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
+from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
+from model.objectives.ranking import RANKING_LOSSES, SCORE, PairRanking
 from model.phases import block_lanes
 from model.stage import Stage, StageRun
 from model.transformer import Part
@@ -103,9 +106,8 @@ class _Parts:
 
     def run(self) -> None:
         """Runs forward and backward of one micro-batch, one phase at a time."""
-        sums = LossSums(loss_names(self._shape.mtp_depth))
-        factor = 1 / self._batch.targets_BT[0].numel()
-        objective = CrossEntropy(factors=(factor,) * (self._shape.mtp_depth + 1), balance=factor)
+        objective, names = _any_objective(self._shape, 1 / self._batch.targets_BT[0].numel())
+        sums = LossSums(names)
         start, end = (stage.start(self._batch, objective, sums, self._store) for stage in self._stages)
         self._forward(0, start)
         end.set_input(start.output())
@@ -171,6 +173,18 @@ class _Parts:
         self._seconds[stage, way, phase].append(_now(self._device) - started)
 
 
+def _any_objective(model: ModelConfig, factor: float) -> tuple[Objective, tuple[str, ...]]:
+    """Returns an objective of the model's head, and the names of its losses."""
+    match model.head:
+        case "tokens":
+            objective = CrossEntropy(factors=(factor,) * (model.mtp_depth + 1), balance=factor)
+            return objective, loss_names(model.mtp_depth)
+        case "score":
+            return PairRanking(factor=factor, centre=0.0, balance=factor), RANKING_LOSSES
+        case _ as other:
+            assert_never(other)
+
+
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
     """Draws a random micro-batch of the run's shape, different on every rank, like real ones."""
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -179,7 +193,10 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
         torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
         for _ in range(config.model.mtp_depth + 2)
     ]
-    return MicroBatch(inputs_BT=tuple(drawn[:-1]), targets_BT=tuple(drawn[1:]))
+    # One answer for each sequence, for the ranking of scores.
+    score_BT = torch.zeros(shape, dtype=torch.int16, device=device)
+    score_BT[:, -1] = 1
+    return MicroBatch(inputs_BT=tuple(drawn[:-1]), targets_BT=tuple(drawn[1:]), extras={SCORE: score_BT})
 
 
 def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kernels.registry import Registry
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.loader import Batch
-    from model.config import ModelConfig
+    from model.config import HeadKind, ModelConfig
     from model.objective import MicroBatch, Objective
     from train.config import BatchConfig, TaskConfig, TrainConfig
 
@@ -82,6 +82,9 @@ class TaskSpec:
         summary: one line for users.
         config: its dataclass, a subclass of `train.config.TaskConfig`.
         build: builds the task from its configuration, the model's and the batch's. It imports torch itself.
+        head: kind of the network's output head. The configuration of the model follows it.
+        unit: what the main loss is a mean over.
+        has_reference: whether the task compares with a frozen copy of the weights that it starts from.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
         check: raises a `train.config.errors.ConfigError` if the task cannot train with a run's configuration.
         values: names of the samples' values that the task reads; see `data.samples`.
@@ -90,12 +93,17 @@ class TaskSpec:
     summary: str
     config: type[TaskConfig]
     build: Callable[[Any, ModelConfig, BatchConfig], Task]
+    head: HeadKind = "tokens"
+    unit: Literal["token", "pair"] = "token"
+    has_reference: bool = False
     example: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[TrainConfig], None] = _accept
     values: tuple[str, ...] = ()
 
 
-TASKS = Registry[TaskSpec]("task.kind", ("train.tasks.pretrain", "train.tasks.sft"))
+TASKS = Registry[TaskSpec](
+    "task.kind", ("train.tasks.pretrain", "train.tasks.sft", "train.tasks.reward_model", "train.tasks.dpo")
+)
 
 
 def open_task(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -> Task:

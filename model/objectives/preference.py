@@ -1,0 +1,151 @@
+"""Direct preference optimization of pairs of answers, and the log-probabilities of its reference model.
+
+Source: arXiv:2305.18290; the added cross-entropy: arXiv:2407.21783, section 4.1.4. Shape legend: B sequences, T tokens,
+D hidden size, V vocabulary, K pairs of a sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.cross_entropy.reference import IGNORE
+from model.head import score_log_probs, score_tokens
+from model.objective import (
+    BALANCE,
+    MAIN,
+    MicroBatch,
+    OutputHead,
+    TaskLoss,
+    depth_name,
+    depth_weights,
+)
+from model.objectives.pairs import AnswerValues, PairIndex
+from model.precision.linear import WeightSink
+
+PAIR, REFERENCE = "pair", "reference_log_probs"
+"""Names of extras: the pair of the answer whose token a position predicts (+k chosen, -k rejected, else 0), and that
+token's log-probability under the reference model."""
+ACCURACY, MARGIN, CHOSEN, REJECTED, SFT = "accuracy", "margin", "chosen_log_prob", "rejected_log_prob", "sft"
+
+
+def preference_losses(mtp_depth: int) -> tuple[str, ...]:
+    """Returns the names of the losses and reported values of preference optimization."""
+    depths = (depth_name(depth + 1) for depth in range(mtp_depth))
+    return (MAIN, SFT, ACCURACY, MARGIN, CHOSEN, REJECTED, *depths, BALANCE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """DPO loss of pairs of answers.
+
+    With m = (log-ratio of the chosen answer) - (log-ratio of the rejected one), where the log-ratio of an answer is its
+    log-probability minus that under the reference: -(1 - smoothing) log sigmoid(beta m) - smoothing log sigmoid(-beta
+    m) + sft * (nats per token of the chosen answer).
+
+    Attributes:
+        factor: 1 / (pairs in the global batch).
+        beta: inverse temperature of the implicit reward.
+        smoothing: probability that a pair's answers are labelled the wrong way round.
+        sft: weight of the chosen answer's cross-entropy per token.
+        mtp_factors: factor of the summed cross-entropy of chosen answers at each MTP depth.
+        balance: weight of the balance loss divided by the sequences in the global batch.
+    """
+
+    factor: float
+    beta: float
+    smoothing: float
+    sft: float
+    mtp_factors: tuple[float, ...]
+    balance: float
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the micro-batch's part of the loss at one depth."""
+        pair_BT = batch.extras[PAIR]
+        if head.depth:
+            return self._predict_further(hidden_BTD, head, batch, sink)
+        targets_BT = batch.targets_BT[0].masked_fill(pair_BT == 0, IGNORE)
+        pairs, reference_BT = PairIndex.of(pair_BT), batch.extras[REFERENCE]
+        # A slope depends on the log-probabilities of all tokens of both answers. So the head is computed twice.
+        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT)
+        compared = self.compare(pairs, found_BT, reference_BT)
+        if not torch.is_grad_enabled():
+            return TaskLoss(self.factor * compared.loss, compared.sums, found_BT)
+        loss, _ = score_tokens(
+            hidden_BTD,
+            head.weight_VD,
+            targets_BT,
+            sink,
+            value=lambda log_probs_N: compared.loss.to(log_probs_N.dtype),
+            slopes=compared.slopes_BT.flatten().to(found_BT.dtype),
+        )
+        return TaskLoss(self.factor * loss, compared.sums, found_BT)
+
+    def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> "ComparedAnswers":
+        """Computes the summed loss of pairs, its slopes, and reported sums, in float64.
+
+        Args:
+            pairs: tokens of answers.
+            log_probs_BT: of the predicted tokens.
+            reference_BT: the same under the reference.
+        """
+        is_pair_BK, beta, smoothing = pairs.is_pair_BK, self.beta, self.smoothing
+        log_probs, ratios = pairs.sums(log_probs_BT), pairs.sums(log_probs_BT.double() - reference_BT.double())
+        lengths_BK = pairs.sums(torch.ones_like(log_probs_BT)).chosen_BK.clamp_min(1)
+        margin_BK = beta * (ratios.chosen_BK - ratios.rejected_BK)
+        losses_BK = -(1 - smoothing) * functional.logsigmoid(margin_BK) - smoothing * functional.logsigmoid(-margin_BK)
+        nats_BK = -log_probs.chosen_BK / lengths_BK
+        # Slopes are derivatives in -log p: a chosen token's is positive, a rejected one's negative.
+        slope_BK = beta * ((1 - smoothing) * torch.sigmoid(-margin_BK) - smoothing * torch.sigmoid(margin_BK))
+        slopes = AnswerValues((slope_BK + self.sft / lengths_BK) * is_pair_BK, -slope_BK * is_pair_BK)
+        sums = {
+            MAIN: (losses_BK * is_pair_BK).sum(),
+            SFT: (nats_BK * is_pair_BK).sum(),
+            ACCURACY: ((margin_BK > 0) & is_pair_BK).sum(),
+            MARGIN: (margin_BK * is_pair_BK).sum(),
+            CHOSEN: (log_probs.chosen_BK * is_pair_BK).sum(),
+            REJECTED: (log_probs.rejected_BK * is_pair_BK).sum(),
+        }
+        return ComparedAnswers(sums[MAIN] + self.sft * sums[SFT], pairs.spread(slopes), sums)
+
+    def _predict_further(
+        self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None
+    ) -> TaskLoss:
+        """Computes the cross-entropy of chosen answers under an MTP module."""
+        is_chosen_BT = depth_weights(batch.extras[PAIR] > 0, head.depth)
+        targets_BT = batch.targets_BT[head.depth].masked_fill(~is_chosen_BT, IGNORE)
+        nats, log_probs_BT = score_tokens(
+            hidden_BTD, head.weight_VD, targets_BT, sink, value=lambda log_probs_N: -log_probs_N.sum()
+        )
+        loss = self.mtp_factors[head.depth - 1] * nats
+        return TaskLoss(loss, {depth_name(head.depth): nats.detach()}, log_probs_BT)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComparedAnswers:
+    """Result of comparing answers: a summed loss, its derivative in -log p of each token [B, T], sums to report."""
+
+    loss: Tensor
+    slopes_BT: Tensor
+    sums: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogProbs:
+    """Objective of a forward-only pass that only records the log-probabilities of the main targets.
+
+    Attributes:
+        balance: factor of the balance loss, which no such pass needs.
+    """
+
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the log-probabilities at depth 0. The loss is 0."""
+        assert head.depth == 0, "a reference has no MTP modules"
+        targets_BT = batch.targets_BT[0]
+        if PAIR in batch.extras:
+            targets_BT = targets_BT.masked_fill(batch.extras[PAIR] == 0, IGNORE)
+        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT)
+        return TaskLoss(found_BT.new_zeros(()), {}, found_BT)

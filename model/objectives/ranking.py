@@ -1,0 +1,131 @@
+"""Bradley-Terry ranking of two answers by a scalar score, for reward models.
+
+Source: arXiv:2203.02155, section 3.5; centring: arXiv:2312.09244. Shape legend: B sequences, T tokens, D hidden size, K
+pairs of a sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.objective import BALANCE, MAIN, MicroBatch, OutputHead, TaskLoss
+from model.objectives.pairs import AnswerValues, PairIndex
+from model.precision.linear import WeightSink, deliver_gradient, widen
+
+SCORE, MARGIN = "score", "margin"
+"""Names of extras: the pair whose answer ends at a token (+k chosen, -k rejected, else 0), and the margin by which the
+chosen answer must win, at its last token."""
+ACCURACY, MARGIN_SUM, CENTRE = "accuracy", "margin", "centre"
+RANKING_LOSSES = (MAIN, CENTRE, ACCURACY, MARGIN_SUM, BALANCE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedScores:
+    """Result of ranking: a loss, its derivative in each score [B, T], and sums to report."""
+
+    loss: Tensor
+    slopes_BT: Tensor
+    sums: dict[str, Tensor]
+
+
+RankFunction = Callable[[Tensor], RankedScores]
+"""Computes a loss and its derivatives from the scores of all tokens, BT."""
+
+
+class _RankScores(torch.autograd.Function):
+    """Scores every state and ranks them; the loss's derivatives are computed in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, normal_BTD: Tensor, weight_1D: Tensor, rank: RankFunction, sink: WeightSink | None
+    ) -> tuple[Tensor, Tensor]:
+        scores_BT = score_states(normal_BTD, weight_1D)
+        ranked = rank(scores_BT)
+        ctx.save_for_backward(normal_BTD, weight_1D, ranked.slopes_BT)
+        ctx.sink = sink
+        ctx.mark_non_differentiable(scores_BT)
+        ctx.set_materialize_grads(False)
+        return ranked.loss, scores_BT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normal_BTD, weight_1D, slopes_BT = ctx.saved_tensors
+        slopes_BT = (slopes_BT * grads[0]).to(torch.promote_types(normal_BTD.dtype, torch.float32))
+
+        def gradient() -> Tensor:
+            grad_D: Tensor = slopes_BT.flatten() @ widen(normal_BTD).flatten(0, 1)
+            return grad_D[None].to(weight_1D.dtype)
+
+        grad_weight = deliver_gradient(weight_1D, gradient, ctx.sink)
+        return (slopes_BT[..., None] * widen(weight_1D)).to(normal_BTD.dtype), grad_weight, None, None
+
+
+def score_states(normal_BTD: Tensor, weight_1D: Tensor) -> Tensor:
+    """Returns the score of each state, BT in float32 or wider. Adding up in 16 bits would lose small differences."""
+    scores_BT1: Tensor = widen(normal_BTD) @ widen(weight_1D).t()
+    return scores_BT1.squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRanking:
+    """Bradley-Terry loss of pairs: -log sigmoid(chosen - rejected - margin) + centre * (chosen + rejected)^2.
+
+    Attributes:
+        factor: 1 / (pairs in the global batch).
+        centre: weight of the squared sum, which keeps scores near 0.
+        balance: weight of the balance loss divided by the sequences in the global batch.
+    """
+
+    factor: float
+    centre: float
+    balance: float
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the micro-batch's part of the loss. Recorded are the scores of all tokens."""
+        pairs = PairIndex.of(batch.extras[SCORE])
+        margin_BT = batch.extras.get(MARGIN)
+        wanted_BK = None if margin_BT is None else pairs.sums(margin_BT).chosen_BK
+        reported: dict[str, Tensor] = {}
+
+        def rank(scores_BT: Tensor) -> RankedScores:
+            ranked = rank_pairs(pairs, scores_BT, wanted_BK, self.centre)
+            reported.update(ranked.sums)
+            return ranked
+
+        if torch.is_grad_enabled():
+            loss, scores_BT = _RankScores.apply(hidden_BTD, head.weight_VD, rank, sink)  # type: ignore[no-untyped-call]
+        else:
+            scores_BT = score_states(hidden_BTD, head.weight_VD)
+            loss = rank(scores_BT).loss
+        return TaskLoss(self.factor * loss, reported, scores_BT)
+
+
+def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, centre: float) -> RankedScores:
+    """Computes the summed loss of pairs and its derivative in every score.
+
+    Args:
+        pairs: the last tokens of answers.
+        scores_BT: scores of all tokens, of which those of last tokens are read.
+        margin_BK: by how much the chosen answer must win; None: 0.
+        centre: weight of (chosen + rejected)^2.
+    """
+    scores, is_pair_BK = pairs.sums(scores_BT), pairs.is_pair_BK
+    apart_BK, together_BK = scores.chosen_BK - scores.rejected_BK, scores.chosen_BK + scores.rejected_BK
+    won_BK = apart_BK if margin_BK is None else apart_BK - margin_BK
+    ranking = (-functional.logsigmoid(won_BK) * is_pair_BK).sum()
+    centring = (together_BK.square() * is_pair_BK).sum()
+    # Derivatives of a pair's loss in the difference and in the sum of its scores.
+    in_difference_BK = -torch.sigmoid(-won_BK) * is_pair_BK
+    in_sum_BK = 2 * centre * together_BK * is_pair_BK
+    slopes_BT = pairs.spread(AnswerValues(in_sum_BK + in_difference_BK, in_sum_BK - in_difference_BK))
+    sums = {
+        MAIN: ranking,
+        CENTRE: centring,
+        ACCURACY: ((apart_BK > 0) & is_pair_BK).sum(),
+        MARGIN_SUM: (apart_BK * is_pair_BK).sum(),
+    }
+    return RankedScores(ranking + centre * centring, slopes_BT, sums)

@@ -1,0 +1,165 @@
+"""Ranking and preference objectives: closed forms, invariances, and gradients held against autograd on whole logits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.loader import Batch
+from model.objective import MicroBatch, OutputHead
+from model.objectives.pairs import AnswerValues, PairIndex
+from model.objectives.preference import PAIR, REFERENCE, Preference
+from model.objectives.ranking import MARGIN, SCORE, PairRanking
+from tests.pairs import batch_of, draw_pairs, swapped
+
+HIDDEN, VOCAB, LENGTH = 5, 11, 40
+RANKING = PairRanking(factor=1.0, centre=0.0, balance=0.0)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def micro_batch(batch: Batch, **extras: Tensor) -> MicroBatch:
+    return MicroBatch(inputs_BT=(batch.tokens_BT,), targets_BT=(batch.targets(1),), extras={**batch.extras, **extras})
+
+
+def pairs_batch(seed: int, rows: tuple[int, ...] = (2, 1, 0)) -> Batch:
+    """Sequences with several pairs, one pair, and none."""
+    drawn_pairs = iter(draw_pairs(seed, sum(rows), VOCAB))
+    return batch_of([[next(drawn_pairs) for _ in range(number)] for number in rows], LENGTH)
+
+
+def gradients(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Gradients in the states and the head's matrix, and the loss."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    value = loss(hidden, weight)
+    value.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return hidden.grad, weight.grad, float(value.detach())
+
+
+def rank(batch: MicroBatch, objective: PairRanking = RANKING) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda hidden, weight: objective.loss(hidden, OutputHead(0, weight), batch, None).loss
+
+
+def by_answer(values_BT: Tensor, numbers_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(sum over the chosen answer, sum over the rejected one) of every pair, by loops."""
+    found = []
+    for row, numbers in zip(values_BT, numbers_BT, strict=True):
+        for number in range(1, int(numbers.max()) + 1):
+            found.append((row[numbers == number].sum(), row[numbers == -number].sum()))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_and_spread_are_those_of_loops(seed: int) -> None:
+    numbers = pairs_batch(seed).extras["pair"]
+    values, index = drawn(seed, *numbers.shape), PairIndex.of(numbers)
+    sums = index.sums(values)
+    expected = torch.tensor(by_answer(values, numbers), dtype=torch.float64)
+    found = torch.stack([sums.chosen_BK[index.is_pair_BK], sums.rejected_BK[index.is_pair_BK]], 1)
+    assert torch.allclose(found, expected, atol=1e-14)
+    assert int(index.is_pair_BK.sum()) == 3
+    rising = torch.arange(1.0, LENGTH + 1, dtype=torch.float64).expand(len(numbers), -1)
+    assert torch.equal(index.spread(AnswerValues(rising, -rising)), numbers.double())
+
+
+@pytest.mark.parametrize(("centre", "margin"), [(0.0, 0.0), (0.01, 0.0), (0.3, 0.7)])
+def test_ranking_is_the_formula_and_its_gradient_that_of_autograd(centre: float, margin: float) -> None:
+    batch = pairs_batch(1)
+    margins = margin * (batch.extras["score"] > 0).double()
+    objective = PairRanking(factor=0.25, centre=centre, balance=0.0)
+    hidden, weight = drawn(2, 3, LENGTH, HIDDEN), drawn(3, 1, HIDDEN)
+
+    def formula(hidden: Tensor, weight: Tensor) -> Tensor:
+        pairs = by_answer((hidden @ weight.t())[..., 0], batch.extras["score"])
+        losses = [-functional.logsigmoid(w - r - margin) + centre * (w + r) ** 2 for w, r in pairs]
+        return 0.25 * torch.stack(losses).sum()
+
+    found = gradients(rank(micro_batch(batch, **{MARGIN: margins}), objective), hidden, weight)
+    expected = gradients(formula, hidden, weight)
+    assert found[2] == pytest.approx(expected[2], rel=1e-13)
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_ranking_depends_on_differences_of_scores() -> None:
+    """r + c leaves the loss; a swapped pair negates the gradient; an equal pair gives ln 2 and gradient 0."""
+    hidden, weight = drawn(2, 1, LENGTH, HIDDEN), drawn(3, 1, HIDDEN)
+    batch = pairs_batch(5, (1,))
+    state_grad, head_grad, loss = gradients(rank(micro_batch(batch)), hidden, weight)
+    shift = 3.0 * weight / weight.square().sum()  # adds 3 to every score
+    moved = gradients(rank(micro_batch(batch)), hidden + shift, weight)
+    assert moved[2] == pytest.approx(loss, rel=1e-13)
+    # -log sigmoid(d) has slope -sigmoid(-d). Equal slopes with opposite signs exist only at d = 0.
+    place = (batch.extras["score"] != 0).nonzero()
+    equal = hidden.clone()
+    equal[0, place[1, 1]] = equal[0, place[0, 1]]
+    same, exchanged = (gradients(rank(micro_batch(each)), equal, weight) for each in (batch, swapped(batch)))
+    assert same[2] == math.log(2)
+    assert torch.equal(same[1], torch.zeros_like(weight))
+    assert torch.equal(same[0].sum(1), torch.zeros(1, HIDDEN, dtype=torch.float64))
+    assert torch.equal(exchanged[0], -same[0])
+    swap = gradients(rank(micro_batch(swapped(batch))), hidden, weight)
+    assert torch.allclose(swap[1] / (1 - math.exp(-swap[2])), -head_grad / (1 - math.exp(-loss)), rtol=1e-12)
+    assert torch.allclose(swap[0].sign(), -state_grad.sign())
+
+
+def prefer(batch: MicroBatch, objective: Preference) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda hidden, weight: objective.loss(hidden, OutputHead(0, weight), batch, None).loss
+
+
+PREFERENCE = Preference(factor=0.5, beta=0.7, smoothing=0.0, sft=0.0, mtp_factors=(), balance=0.0)
+
+
+@pytest.mark.parametrize(("smoothing", "sft"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.2, 0.3)])
+def test_preference_is_the_formula_and_its_gradient_that_of_autograd(smoothing: float, sft: float) -> None:
+    batch, objective = pairs_batch(6), replace(PREFERENCE, smoothing=smoothing, sft=sft)
+    hidden, weight, reference = drawn(7, 3, LENGTH, HIDDEN), drawn(8, VOCAB, HIDDEN), -drawn(9, 3, LENGTH).abs()
+    pair, targets = batch.extras["pair"], batch.targets(1).clamp_min(0)
+
+    def formula(hidden: Tensor, weight: Tensor) -> Tensor:
+        logs = torch.log_softmax(hidden @ weight.t(), -1).gather(2, targets[..., None])[..., 0]
+        ratios, lengths = by_answer(logs - reference, pair), by_answer(torch.ones_like(logs), pair)
+        losses = []
+        for (w, r), (log_prob, _), (length, _) in zip(ratios, by_answer(logs, pair), lengths, strict=True):
+            margin = 0.7 * (w - r)
+            losses.append(-(1 - smoothing) * functional.logsigmoid(margin) - smoothing * functional.logsigmoid(-margin))
+            losses.append(-sft * log_prob / length)
+        return 0.5 * torch.stack(losses).sum()
+
+    found = gradients(prefer(micro_batch(batch, **{REFERENCE: reference}), objective), hidden, weight)
+    expected = gradients(formula, hidden, weight)
+    assert found[2] == pytest.approx(expected[2], rel=1e-13)
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_preference_of_the_reference_itself_has_margin_zero_and_counts_no_win() -> None:
+    batch = pairs_batch(10)
+    hidden, weight = drawn(11, 3, LENGTH, HIDDEN), drawn(12, VOCAB, HIDDEN)
+    plain = micro_batch(batch, **{REFERENCE: torch.zeros(3, LENGTH, dtype=torch.float64)})
+    own = PREFERENCE.loss(hidden, OutputHead(0, weight), plain, None).log_probs_BT
+    assert own is not None
+    found = PREFERENCE.loss(hidden, OutputHead(0, weight), micro_batch(batch, **{REFERENCE: own}), None)
+    assert float(found.sums["margin"]) == 0.0
+    assert float(found.sums["accuracy"]) == 0
+    assert float(found.sums["main"]) == pytest.approx(3 * math.log(2), rel=1e-14)
+    assert not own[batch.extras[PAIR] == 0].any()
+
+
+def test_a_batch_without_pairs_has_loss_and_gradient_zero() -> None:
+    batch = micro_batch(pairs_batch(0, (0, 0)), **{REFERENCE: torch.zeros(2, LENGTH)})
+    assert not batch.extras[SCORE].any()
+    hidden = drawn(1, 2, LENGTH, HIDDEN)
+    for loss, rows in ((rank(batch), 1), (prefer(batch, replace(PREFERENCE, sft=0.2)), VOCAB)):
+        grads = gradients(loss, hidden, drawn(2, rows, HIDDEN))
+        assert grads[2] == 0
+        assert not grads[0].any()
+        assert not grads[1].any()

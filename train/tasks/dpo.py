@@ -1,0 +1,48 @@
+"""Registers direct preference optimization (arXiv:2305.18290). No torch here."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kernels.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne
+from model.config import ModelConfig
+from train.config import BatchConfig, TaskConfig
+from train.tasks.registry import TASKS, TaskSpec
+
+if TYPE_CHECKING:
+    from train.tasks.pairs import DirectPreference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpoConfig(TaskConfig):
+    """The configuration of preference optimization. The reference is the model that the run starts from.
+
+    Attributes:
+        beta: inverse temperature of the implicit reward.
+        label_smoothing: probability that a pair's answers are labelled the wrong way round.
+        sft_weight: weight of the chosen answer's cross-entropy per token.
+    """
+
+    beta: PositiveFloat
+    label_smoothing: ShareBelowOne
+    sft_weight: NonNegativeFloat
+
+
+def build_dpo(config: DpoConfig, model: ModelConfig, batch: BatchConfig) -> "DirectPreference":
+    """Builds the task of preference optimization."""
+    from train.tasks.pairs import DirectPreference
+
+    return DirectPreference(config, model.mtp_depth)
+
+
+TASKS.register(
+    "dpo",
+    TaskSpec(
+        summary="direct preference optimization on pairs of answers",
+        config=DpoConfig,
+        build=build_dpo,
+        values=("pair",),
+        unit="pair",
+        has_reference=True,
+        example={"beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.2},
+    ),
+)

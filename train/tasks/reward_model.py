@@ -1,0 +1,44 @@
+"""Registers the training of a reward model: a score of answers that ranks pairs. No torch here."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kernels.ranges import NonNegativeFloat
+from model.config import ModelConfig
+from train.config import BatchConfig, TaskConfig
+from train.tasks.registry import TASKS, TaskSpec
+
+if TYPE_CHECKING:
+    from train.tasks.pairs import Ranking
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardModelConfig(TaskConfig):
+    """The configuration of a reward model.
+
+    Attributes:
+        centre: weight of the squared sum of a pair's scores, which keeps scores near 0.
+    """
+
+    centre: NonNegativeFloat
+
+
+def build_reward_model(config: RewardModelConfig, model: ModelConfig, batch: BatchConfig) -> "Ranking":
+    """Builds the task of a reward model."""
+    from train.tasks.pairs import Ranking
+
+    return Ranking(config)
+
+
+TASKS.register(
+    "reward_model",
+    TaskSpec(
+        summary="a score that ranks the answers of pairs (Bradley-Terry)",
+        config=RewardModelConfig,
+        build=build_reward_model,
+        head="score",
+        unit="pair",
+        values=("score",),
+        example={"centre": 0.01},
+    ),
+)
