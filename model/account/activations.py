@@ -90,8 +90,13 @@ def count_plain_activations(
 
 
 def head_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Returns the bytes of an output head with its loss."""
+    """Returns the bytes of an output head with its loss.
+
+    A score head keeps its input and the derivatives of the scores, in float64.
+    """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
+    if config.head == "score":
+        return 2 * row + shape.num_tokens * (shape.wide_bytes + 8)
     return 2 * row + (shape.num_tokens + config.vocab_size * config.hidden_size) * shape.wide_bytes
 
 

@@ -93,6 +93,8 @@ def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
         depth: depth of the head, 0 for the main one.
     """
     config, row = sizes.config, sizes.row
+    if config.head == "score":
+        return _score_head_phase(sizes)
     matrix = config.vocab_size * config.hidden_size
     gradient = matrix * sizes.shape.wide_bytes
     # If the types differ, the head's product needs its own tensor before it is added to the gradient.
@@ -122,4 +124,21 @@ def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
         forward_peak=max(loss_peak, kept + joined + 4 * row),
         backward_peak=7 * row,
         weight_peak=max(projection + 3 * row, matrix * sizes.shape.value_bytes - gradient),
+    )
+
+
+def _score_head_phase(sizes: Sizes) -> PhaseBytes:
+    """Returns the account of a score head with its loss. Its weight gradient is computed from its input at W."""
+    row, slopes = sizes.row, 8 * sizes.shape.num_tokens
+    # Products are in float32 or wider.
+    widened = 0 if sizes.shape.value_bytes == sizes.shape.wide_bytes else sizes.wide(sizes.config.hidden_size)
+    return PhaseBytes(
+        name="head",
+        lane="compute",
+        kept=2 * row + sizes.scale + slopes,
+        gradients=row,
+        waiting=row + sizes.wide(1),
+        forward_peak=2 * row + widened + sizes.scale + slopes,
+        backward_peak=2 * row + (widened or row),
+        weight_peak=widened,
     )

@@ -15,14 +15,16 @@ from model.account.activations import MicroBatchShape
 from model.account.parameters import HeldParameters, StageShape, held_parameters, stage_shapes
 from model.account.phases import stage_phases
 from model.account.sizes import PhaseBytes, Sizes
+from model.config import ModelConfig
 from train.config import TrainConfig
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
-from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes
+from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
 from train.memory.walk import iterate_live_bytes
 from train.schedule.cut import run_cut
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.schedule.ramp import sized_run
+from train.tasks.registry import TASKS
 
 _SMALLER_CAPS = (0.65, 0.5)
 _IMBALANCE = 1.1
@@ -115,8 +117,12 @@ def _predict(config: TrainConfig) -> JobMemory:
         order = _order(schedule, rank)
         if order not in peaks:
             peaks[order] = pipeline_peaks(config, schedule, rank, phases, sizes)
-        held = _held(config, schedule, rank, shapes, sizes)
-        ranks.append(_rank_memory(config, rank, held, *peaks[order], schedule, sizes))
+        held = _held(config.model, schedule, rank, shapes, sizes)
+        memory = _rank_memory(config, rank, held, *peaks[order], schedule, sizes)
+        if TASKS.get(config.task.kind).has_reference:
+            frozen = _held(replace(config.model, mtp_depth=0), schedule, rank, shapes, sizes)
+            memory = replace(memory, weights=memory.weights + weight_bytes(frozen, sizes))
+        ranks.append(memory)
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
 
 
@@ -174,10 +180,10 @@ def pipeline_peaks(
 
 
 def _held(
-    config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape], sizes: Sizes
+    model: ModelConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape], sizes: Sizes
 ) -> HeldParameters:
     stages = {stage for _, stage in schedule.stages_of(rank)}
-    return held_parameters(config.model, [shapes[stage] for stage in sorted(stages)], sizes.num_local_experts)
+    return held_parameters(model, [shapes[stage] for stage in sorted(stages)], sizes.num_local_experts)
 
 
 def _rank_memory(

@@ -58,16 +58,26 @@ def static_bytes(
         sizes: of a micro-batch.
         replicas: numbers of ranks that hold the same parameters.
     """
-    model, shape = config.model, sizes.shape
-    weights = held.total * shape.value_bytes
-    # Router bias in float32 and load in int64; cos and sin of each block's positions.
-    weights += held.num_routers * model.num_routed_experts * (4 + _ID_BYTES)
-    weights += held.num_blocks * shape.tokens * model.qk_rope_head_dim * shape.wide_bytes
+    shape, weights = sizes.shape, weight_bytes(held, sizes)
     moment = 2 if config.optim.moments == "bf16" else shape.wide_bytes
     if config.optim.sharding == "replicated":
         return weights, held.total * shape.wide_bytes, held.total * 2 * moment
     shard = _shard_elements(held, replicas)
     return weights, held.total * shape.wide_bytes, shard * (_MASTER_BYTES + 2 * moment)
+
+
+def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
+    """Returns the bytes of a network's weights and of the tables that it keeps.
+
+    Args:
+        held: numbers of parameters on the rank.
+        sizes: of a micro-batch.
+    """
+    model, shape = sizes.config, sizes.shape
+    # Router bias in float32 and load in int64; cos and sin of each block's positions.
+    routers = held.num_routers * model.num_routed_experts * (4 + _ID_BYTES)
+    tables = held.num_blocks * shape.tokens * model.qk_rope_head_dim * shape.wide_bytes
+    return held.total * shape.value_bytes + routers + tables
 
 
 def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
