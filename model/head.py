@@ -19,7 +19,7 @@ from model.attention.form import Attention
 from model.block import Block
 from model.config import ModelConfig
 from model.norm import RmsNorm
-from model.precision.linear import Projection, WeightSink, deliver_gradient
+from model.precision.linear import Projection, WeightSink, deliver_gradient, widen
 from model.precision.linears import Linears
 
 ValueFunction = Callable[[Tensor], Tensor]
@@ -249,3 +249,9 @@ def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> 
             normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), wants_rows=False, wants_head=False
         )
     return scores.log_probs_N.view_as(targets_BT)
+
+
+def score_states(normal_BTD: Tensor, weight_1D: Tensor) -> Tensor:
+    """Returns the score of each state, BT in float32 or wider. Adding up in 16 bits would lose small differences."""
+    scores_BT1: Tensor = widen(normal_BTD) @ widen(weight_1D).t()
+    return scores_BT1.squeeze(-1)

@@ -153,11 +153,20 @@ class Transformer(nn.Module):
             tokens_BT: int64.
             documents: documents of packed sequences; None: each token sees all tokens before it.
         """
+        hidden = self._trunk(tokens_BT, documents)
+        keeps_normal = "norm" not in self._computing.recomputed
+        return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
+
+    def final_states(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
+        """Computes the state of each token after the final norm, BT -> BTD. The arguments are those of `forward`."""
+        normal_BTD: Tensor = self.final_norm(0)(self._trunk(tokens_BT, documents))
+        return normal_BTD
+
+    def _trunk(self, tokens_BT: Tensor, documents: Documents | None) -> Tensor:
         hidden = self.embed(tokens_BT, None)
         for layer in range(self.config.num_layers):
             hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, documents)
-        keeps_normal = "norm" not in self._computing.recomputed
-        return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
+        return hidden
 
     def mtp_logits(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
         """Computes the logits of each MTP module, float32 or wider, B(T-k)V.

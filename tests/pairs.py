@@ -58,4 +58,4 @@ def swapped(batch: Batch) -> Batch:
 
 def scores_at(scores_BT: Tensor, batch: Batch, row: int, number: int) -> float:
     """The score of an answer: +k for the chosen one of pair k of a row, -k for the rejected one."""
-    return float(scores_BT[row][batch.extras["score"][row] == number])
+    return float(scores_BT.detach()[row][batch.extras["score"][row] == number])

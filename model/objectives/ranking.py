@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.head import score_states
 from model.objective import BALANCE, MAIN, MicroBatch, OutputHead, TaskLoss
 from model.objectives.pairs import AnswerValues, PairIndex
 from model.precision.linear import WeightSink, deliver_gradient, widen
@@ -62,12 +63,6 @@ class _RankScores(torch.autograd.Function):
 
         grad_weight = deliver_gradient(weight_1D, gradient, ctx.sink)
         return (slopes_BT[..., None] * widen(weight_1D)).to(normal_BTD.dtype), grad_weight, None, None
-
-
-def score_states(normal_BTD: Tensor, weight_1D: Tensor) -> Tensor:
-    """Returns the score of each state, BT in float32 or wider. Adding up in 16 bits would lose small differences."""
-    scores_BT1: Tensor = widen(normal_BTD) @ widen(weight_1D).t()
-    return scores_BT1.squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,147 @@
+"""Scores answers with a reward model, or with the verdict of a model that judges them.
+
+A score is read at a position, never at a token's value: an end of sentence inside a prompt, or one that also serves as
+padding, changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infer.config import GenerateError
+from model.config import ModelConfig
+from model.head import score_log_probs, score_states
+from model.transformer import Transformer
+
+_PADDING = 0
+_IGNORE = -100
+
+
+@torch.no_grad()
+def score_answers(model: Transformer, sequences: Sequence[Sequence[int]], batch_size: int = 16) -> list[float]:
+    """Returns the reward model's score of each answer.
+
+    Args:
+        model: a whole model with a score head.
+        sequences: token ids of each prompt with its answer, up to the answer's last token, usually an end of sentence.
+        batch_size: sequences that are computed together. It does not change scores.
+
+    Raises:
+        GenerateError: the model has no score head, a sequence is empty or too long, or holds no such token.
+    """
+    _check(model.config, "score", sequences)
+    if batch_size < 1:
+        raise GenerateError(f"batch_size: must be at least 1, is {batch_size}; nearest valid: 1")
+
+    def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
+        lengths_B = torch.tensor([len(sequences[number]) for number in numbers], device=tokens_BT.device)
+        scores_BT = score_states(model.final_states(tokens_BT), model.head_weight)
+        return scores_BT.gather(1, lengths_B[:, None] - 1)[:, 0]
+
+    return _in_batches(model, sequences, batch_size, score)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Probabilities that a judge's next words are either verdict.
+
+    Attributes:
+        yes: probability of the words that approve the answer.
+        no: probability of the words that reject it.
+    """
+
+    yes: float
+    no: float
+
+    @property
+    def score(self) -> float:
+        """The probability of yes, if the judge says either. 0.5 if it says neither."""
+        return self.yes / (self.yes + self.no) if self.yes + self.no else 0.5
+
+
+@torch.no_grad()
+def judge_answers(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    yes: Sequence[int],
+    no: Sequence[int],
+    batch_size: int = 16,
+) -> list[Verdict]:
+    """Returns the verdicts of a generative reward model.
+
+    Args:
+        model: a whole model with an output head.
+        prompts: token ids up to the verdict: the question, the answer, the critique, and the words before the verdict
+            (`infer.critique`).
+        yes: token ids of the verdict that approves.
+        no: token ids of the other verdict.
+        batch_size: sequences that are computed together.
+
+    Raises:
+        GenerateError: the model has no output head, a sequence is empty or too long, or holds no such token; or a
+            verdict is empty.
+    """
+    for name, verdict in (("yes", yes), ("no", no)):
+        if not verdict:
+            raise GenerateError(f"{name}: must have at least one token, has none")
+    sequences = [(*prompt, *verdict) for prompt in prompts for verdict in (yes, no)]
+    _check(model.config, "tokens", sequences)
+
+    def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
+        targets_BT = torch.full_like(tokens_BT, _IGNORE)
+        for row, number in enumerate(numbers):
+            first, length = len(prompts[number // 2]), len(sequences[number])
+            targets_BT[row, first - 1 : length - 1] = tokens_BT[row, first:length]
+        return score_log_probs(model.final_states(tokens_BT), model.head_weight, targets_BT).sum(1).exp()
+
+    found = _in_batches(model, sequences, batch_size, score)
+    return [Verdict(*both) for both in zip(found[::2], found[1::2], strict=True)]
+
+
+def _in_batches(
+    model: Transformer,
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    score: Callable[[Tensor, Sequence[int]], Tensor],
+) -> list[float]:
+    """Computes a number for each sequence. Those of similar length are padded together.
+
+    Args:
+        model: on the device that computes.
+        sequences: token ids of each.
+        batch_size: sequences that are computed together.
+        score: computes the numbers of a padded batch, given the numbers of its sequences.
+    """
+    device = model.head_weight.device
+    # The last sequence of each batch is its longest one.
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
+    found = [0.0] * len(sequences)
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        tokens_BT = torch.full((len(numbers), len(sequences[numbers[-1]])), _PADDING)
+        for row, number in enumerate(numbers):
+            tokens_BT[row, : len(sequences[number])] = torch.tensor(sequences[number])
+        scores_B = score(tokens_BT.to(device), numbers)
+        for number, value in zip(numbers, scores_B.tolist(), strict=True):  # host sync
+            found[number] = value
+    return found
+
+
+def _check(config: ModelConfig, head: str, sequences: Sequence[Sequence[int]]) -> None:
+    """Rejects another head, and sequences that the model cannot read."""
+    if config.head != head:
+        nearest = "judge_answers" if head == "score" else "score_answers"
+        raise GenerateError(f"model.head: must be {head}, is {config.head}; nearest valid: infer.reward.{nearest}")
+    for number, sequence in enumerate(sequences, 1):
+        if not 1 <= len(sequence) <= config.max_position_tokens:
+            raise GenerateError(
+                f"sequence {number}: must have 1 to model.max_position_tokens={config.max_position_tokens} tokens, "
+                f"has {len(sequence)}"
+            )
+        outside = [token for token in sequence if not 0 <= token < config.vocab_size]
+        if outside:
+            raise GenerateError(
+                f"sequence {number}: tokens must be from 0 to {config.vocab_size - 1}, contains {outside[0]}"
+            )
