@@ -242,13 +242,16 @@ def score_tokens(
     return loss, log_probs_N.view_as(targets_BT)
 
 
-def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
+@torch.no_grad()
+def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, rows: Tensor | None = None) -> Tensor:
     """Returns the log-probabilities of targets, BT, without gradient. The arguments are those of `score_tokens`."""
-    with torch.no_grad():
-        scores = linear_cross_entropy(
-            normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), wants_rows=False, wants_head=False
-        )
-    return scores.log_probs_N.view_as(targets_BT)
+    normal_ND, targets_N = normal_BTD.flatten(0, 1), targets_BT.flatten()
+    if rows is not None:
+        normal_ND, targets_N = normal_ND[rows], targets_N[rows]
+    log_probs_N = linear_cross_entropy(normal_ND, head_VD, targets_N, wants_rows=False, wants_head=False).log_probs_N
+    if rows is not None:
+        log_probs_N = log_probs_N.new_zeros(targets_BT.numel()).index_copy_(0, rows, log_probs_N)
+    return log_probs_N.view_as(targets_BT)
 
 
 def score_states(normal_BTD: Tensor, weight_1D: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
-"""Batches of pairs of answers for tests, drawn from a seed."""
+"""Pairs of answers for tests: batches drawn from a seed, and runs on arithmetic problems."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from data.arithmetic.source import ArithmeticSource
 from data.loader import Batch
+from train.config import TrainConfig
+from train.tasks.registry import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +62,24 @@ def swapped(batch: Batch) -> Batch:
 def scores_at(scores_BT: Tensor, batch: Batch, row: int, number: int) -> float:
     """The score of an answer: +k for the chosen one of pair k of a row, -k for the rejected one."""
     return float(scores_BT.detach()[row][batch.extras["score"][row] == number])
+
+
+def on_pairs(config: TrainConfig, kind: str) -> TrainConfig:
+    """Returns a run with the data, the batch and the head that a task on pairs needs."""
+    source = ArithmeticSource(
+        kind="arithmetic",
+        form="preferences",
+        template="v3",
+        num_digits=4,
+        num_samples=200,
+        wrong_share=0.0,
+        generator_seed=1,
+    )
+    head = TASKS.get(kind).head
+    depth = config.model.mtp_depth if head == "tokens" else 0
+    return replace(
+        config,
+        data=replace(config.data, source=source),
+        batch=replace(config.batch, document_mask=True, sequence_length_tokens=60),
+        model=replace(config.model, head=head, mtp_depth=depth),
+    )

@@ -38,7 +38,7 @@ def preference_losses(mtp_depth: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """DPO loss of pairs of answers.
+    """DPO loss of pairs of answers, whose tokens are the main targets.
 
     With m = (log-ratio of the chosen answer) - (log-ratio of the rejected one), where the log-ratio of an answer is its
     log-probability minus that under the reference: -(1 - smoothing) log sigmoid(beta m) - smoothing log sigmoid(-beta
@@ -62,13 +62,12 @@ class Preference:
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
         """Computes the micro-batch's part of the loss at one depth."""
-        pair_BT = batch.extras[PAIR]
         if head.depth:
             return self._predict_further(hidden_BTD, head, batch, sink)
-        targets_BT = batch.targets_BT[0].masked_fill(pair_BT == 0, IGNORE)
-        pairs, reference_BT = PairIndex.of(pair_BT), batch.extras[REFERENCE]
+        targets_BT, rows = batch.targets_BT[0], batch.rows(0)
+        pairs, reference_BT = PairIndex.of(batch.extras[PAIR]), batch.extras[REFERENCE]
         # A slope depends on the log-probabilities of all tokens of both answers. So the head is computed twice.
-        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT)
+        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT, rows)
         compared = self.compare(pairs, found_BT, reference_BT)
         if not torch.is_grad_enabled():
             return TaskLoss(self.factor * compared.loss, compared.sums, found_BT)
@@ -79,6 +78,7 @@ class Preference:
             sink,
             value=lambda log_probs_N: compared.loss.to(log_probs_N.dtype),
             slopes=compared.slopes_BT.flatten().to(found_BT.dtype),
+            rows=rows,
         )
         return TaskLoss(self.factor * loss, compared.sums, found_BT)
 
@@ -116,7 +116,12 @@ class Preference:
         is_chosen_BT = depth_weights(batch.extras[PAIR] > 0, head.depth)
         targets_BT = batch.targets_BT[head.depth].masked_fill(~is_chosen_BT, IGNORE)
         nats, log_probs_BT = score_tokens(
-            hidden_BTD, head.weight_VD, targets_BT, sink, value=lambda log_probs_N: -log_probs_N.sum()
+            hidden_BTD,
+            head.weight_VD,
+            targets_BT,
+            sink,
+            value=lambda log_probs_N: -log_probs_N.sum(),
+            rows=batch.rows(head.depth),
         )
         loss = self.mtp_factors[head.depth - 1] * nats
         return TaskLoss(loss, {depth_name(head.depth): nats.detach()}, log_probs_BT)
@@ -144,8 +149,5 @@ class TokenLogProbs:
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
         """Computes the log-probabilities at depth 0. The loss is 0."""
         assert head.depth == 0, "a reference has no MTP modules"
-        targets_BT = batch.targets_BT[0]
-        if PAIR in batch.extras:
-            targets_BT = targets_BT.masked_fill(batch.extras[PAIR] == 0, IGNORE)
-        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT)
+        found_BT = score_log_probs(hidden_BTD, head.weight_VD, batch.targets_BT[0], batch.rows(0))
         return TaskLoss(found_BT.new_zeros(()), {}, found_BT)

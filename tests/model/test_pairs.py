@@ -15,6 +15,7 @@ from model.objectives.pairs import AnswerValues, PairIndex
 from model.objectives.preference import PAIR, REFERENCE, Preference
 from model.objectives.ranking import MARGIN, SCORE, PairRanking
 from tests.pairs import batch_of, draw_pairs, swapped
+from train.tasks.next_token import to_micro_batch
 
 HIDDEN, VOCAB, LENGTH = 5, 11, 40
 RANKING = PairRanking(factor=1.0, centre=0.0, balance=0.0)
@@ -25,7 +26,8 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def micro_batch(batch: Batch, **extras: Tensor) -> MicroBatch:
-    return MicroBatch(inputs_BT=(batch.tokens_BT,), targets_BT=(batch.targets(1),), extras={**batch.extras, **extras})
+    made = to_micro_batch(batch, 0, torch.device("cpu"), masks_documents=True, weights_BT=batch.extras["pair"] != 0)
+    return replace(made, extras={**made.extras, **extras})
 
 
 def pairs_batch(seed: int, rows: tuple[int, ...] = (2, 1, 0)) -> Batch:

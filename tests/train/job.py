@@ -1,6 +1,7 @@
 """Trains on one rank of a test's job, and trains the plain model with which it is compared."""
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +19,8 @@ from data.prepare import prepare
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from model.experts import RoutedExperts
-from model.objective import LossSums
+from model.objective import LossSums, MicroBatch
+from model.objectives.preference import REFERENCE
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.balance import update_router_bias
 from train.config import TrainConfig, sized_config
@@ -31,7 +33,7 @@ from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
-from train.tasks.registry import Task, open_task
+from train.tasks.registry import TASKS, Task, open_task
 from train.world import World, open_world
 
 
@@ -117,6 +119,8 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     whole, loader = open_job(config, job.schedule), open_loader(config)
     learners = LearnersByBatchSize(whole, config.batch_sizes, ramp_schedules(config))
     start_biases(whole.replica.model, job.starved)
+    if whole.reference is not None:
+        whole.reference.follow(whole.replica)
     seen = []
     for step in range(num_steps):
         learner = learners.for_step(step)
@@ -195,19 +199,35 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
         eps=config.optim.eps,
     )
     loader, seen = open_loader(config), []
+    reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference else None
     for step in range(num_steps):
-        seen.append(_plain_step(config, model, optimizer, loader, step))
+        seen.append(_plain_step(config, model, optimizer, loader, step, reference))
     return seen
 
 
+@torch.no_grad()
+def with_reference(batch: MicroBatch, reference: Transformer) -> MicroBatch:
+    """Returns the micro-batch with the targets' log-probabilities, from whole logits of the plain reference."""
+    logs_BTV, targets_BT = reference(batch.inputs_BT[0], batch.documents).log_softmax(-1), batch.targets_BT[0]
+    found_BT = logs_BTV.gather(2, targets_BT.clamp_min(0)[..., None])[..., 0] * (targets_BT >= 0)
+    return replace(batch, extras={**batch.extras, REFERENCE: found_BT})
+
+
 def _plain_step(
-    config: TrainConfig, model: Transformer, optimizer: torch.optim.Optimizer, loader: Loader, step: int
+    config: TrainConfig,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    step: int,
+    reference: Transformer | None,
 ) -> Seen:
     rates = rates_of(config.task, config.optim, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
     task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
     batches = [task.read(loader.batch(step, first, size), device) for first in reads]
+    if reference is not None:
+        batches = [with_reference(batch, reference) for batch in batches]
     counts = torch.stack([task.count(batch) for batch in batches]).sum(0)
     objective, sums = task.objective(counts, rates), LossSums(task.names)
     for batch in batches:
@@ -221,10 +241,6 @@ def _plain_step(
     for router in routers(model).values():
         router.update_bias(router.load, rates.bias_update)
         router.load.zero_()
-    *means, balance = (sums.settle() / counts).tolist()
-    depth = config.model.mtp_depth
-    total = (
-        means[0] + rates.mtp_loss_weight * sum(means[1:]) / max(depth, 1) + config.task.balance_loss_weight * balance
-    )
+    means = dict(zip(task.names, (sums.settle() / counts).tolist(), strict=True))
     weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
-    return Seen([*means, balance, total], norm, gradients, weights)
+    return Seen([*means.values(), task.total(means, rates)], norm, gradients, weights)

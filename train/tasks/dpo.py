@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING
 
 from kernels.ranges import NonNegativeFloat, PositiveFloat, ShareBelowOne
 from model.config import ModelConfig
-from train.config import BatchConfig, TaskConfig
+from train.config import BatchConfig
 from train.tasks.registry import TASKS, TaskSpec
+from train.tasks.samples import SampleTaskConfig, check_samples
 
 if TYPE_CHECKING:
     from train.tasks.pairs import DirectPreference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DpoConfig(TaskConfig):
+class DpoConfig(SampleTaskConfig):
     """The configuration of preference optimization. The reference is the model that the run starts from.
 
     Attributes:
@@ -43,6 +44,7 @@ TASKS.register(
         values=("pair",),
         unit="pair",
         has_reference=True,
-        example={"beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.2},
+        check=check_samples,
+        example={"epochs": None, "beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.2},
     ),
 )

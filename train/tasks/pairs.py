@@ -34,9 +34,9 @@ class Ranking:
         return to_micro_batch(batch, 0, device, masks_documents=True)
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts pairs, and sequences for the balance loss."""
+        """Counts pairs, and answers for the balance loss."""
         pairs = count_pairs(batch.extras[SCORE])
-        return torch.tensor([pairs] * (len(self.names) - 1) + [len(batch.targets_BT[0])], dtype=torch.float64)
+        return torch.tensor([*[pairs] * (len(self.names) - 1), count_documents(batch)], dtype=torch.float64)
 
     def objective(self, counts: Tensor, rates: StepRates) -> PairRanking:
         """Builds the step's ranking loss, a mean over pairs."""
@@ -67,17 +67,18 @@ class DirectPreference:
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
         """Returns inputs and targets of every depth, the mask between answers, and the pair of each target."""
-        return to_micro_batch(batch, self._mtp_depth, device, masks_documents=True)
+        is_answer_BT = batch.extras[PAIR] != 0
+        return to_micro_batch(batch, self._mtp_depth, device, masks_documents=True, weights_BT=is_answer_BT)
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts pairs, targets of chosen answers at each MTP depth, and sequences for the balance loss."""
+        """Counts pairs, targets of chosen answers at each MTP depth, and answers for the balance loss."""
         pair_BT, depths = batch.extras[PAIR], range(1, self._mtp_depth + 1)
         chosen = [
             float((depth_weights(pair_BT > 0, depth) & (batch.targets_BT[depth] != IGNORE)).sum())  # host sync
             for depth in depths
         ]
         pairs = [count_pairs(pair_BT)] * (len(self.names) - 1 - self._mtp_depth)
-        return torch.tensor([*pairs, *chosen, len(pair_BT)], dtype=torch.float64)
+        return torch.tensor([*pairs, *chosen, count_documents(batch)], dtype=torch.float64)
 
     def objective(self, counts: Tensor, rates: StepRates) -> Preference:
         """Builds the step's preference loss, a mean over pairs; MTP depths share one weight."""
@@ -107,3 +108,9 @@ def count_pairs(pair_BT: Tensor) -> float:
         pair_BT: +k or -k at tokens of pair k's answers, else 0.
     """
     return float(PairIndex.of(pair_BT).is_pair_BK.sum())  # host sync
+
+
+def count_documents(batch: MicroBatch) -> int:
+    """Returns the number of answers, for which the balance loss is computed one by one."""
+    assert batch.documents is not None
+    return batch.documents.num_real

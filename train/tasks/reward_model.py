@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING
 
 from kernels.ranges import NonNegativeFloat
 from model.config import ModelConfig
-from train.config import BatchConfig, TaskConfig
+from train.config import BatchConfig
 from train.tasks.registry import TASKS, TaskSpec
+from train.tasks.samples import SampleTaskConfig, check_samples
 
 if TYPE_CHECKING:
     from train.tasks.pairs import Ranking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RewardModelConfig(TaskConfig):
+class RewardModelConfig(SampleTaskConfig):
     """The configuration of a reward model.
 
     Attributes:
@@ -39,6 +40,7 @@ TASKS.register(
         head="score",
         unit="pair",
         values=("score",),
-        example={"centre": 0.01},
+        check=check_samples,
+        example={"epochs": None, "centre": 0.01},
     ),
 )

@@ -18,6 +18,7 @@ from dualpipe.config import ScheduleConfig
 from kernels.registry import load_plugins
 from model.transformer import Transformer, initialize_weights
 from tests.marked_samples import MarkedSource
+from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import Job, Seen, by_released_name, open_loader, run_jobs, run_plain, start_biases
@@ -56,7 +57,9 @@ def with_task(config: TrainConfig, kind: str, plugins: list[str], balance: float
         "bias_update_rate": 0.05,
         **TASKS.get(kind).example,
     }
-    if TASKS.get(kind).values:
+    if set(TASKS.get(kind).values) & {"pair", "score"}:
+        config = on_pairs(config, kind)
+    elif TASKS.get(kind).values:
         marked, masked = MarkedSource(kind="marked", num_samples=160), replace(config.batch, document_mask=True)
         config = replace(config, data=replace(config.data, source=marked), batch=masked)
     return replace(config, task=decode(get_type_hints(TrainConfig, include_extras=True)["task"], values, "task"))
