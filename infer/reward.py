@@ -44,7 +44,7 @@ def score_answers(model: Transformer, sequences: Sequence[Sequence[int]], batch_
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class JudgeVerdict:
     """Probabilities that a judge's next words are either verdict.
 
     Attributes:
@@ -68,7 +68,7 @@ def judge_answers(
     yes: Sequence[int],
     no: Sequence[int],
     batch_size: int = 16,
-) -> list[Verdict]:
+) -> list[JudgeVerdict]:
     """Returns the verdicts of a generative reward model.
 
     Args:
@@ -97,7 +97,7 @@ def judge_answers(
         return score_log_probs(model.final_states(tokens_BT), model.head_weight, targets_BT).sum(1).exp()
 
     found = _in_batches(model, sequences, batch_size, score)
-    return [Verdict(*both) for both in zip(found[::2], found[1::2], strict=True)]
+    return [JudgeVerdict(*both) for both in zip(found[::2], found[1::2], strict=True)]
 
 
 def _in_batches(

@@ -244,7 +244,10 @@ def score_tokens(
 
 @torch.no_grad()
 def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Returns the log-probabilities of targets, BT, without gradient. The arguments are those of `score_tokens`."""
+    """Returns the log-probabilities of targets, BT, without gradient.
+
+    The arguments are those of `score_tokens`.
+    """
     normal_ND, targets_N = normal_BTD.flatten(0, 1), targets_BT.flatten()
     if rows is not None:
         normal_ND, targets_N = normal_ND[rows], targets_N[rows]
@@ -255,6 +258,9 @@ def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, row
 
 
 def score_states(normal_BTD: Tensor, weight_1D: Tensor) -> Tensor:
-    """Returns the score of each state, BT in float32 or wider. Adding up in 16 bits would lose small differences."""
+    """Returns the score of each state, BT in float32 or wider.
+
+    Adding up in 16 bits would lose small differences.
+    """
     scores_BT1: Tensor = widen(normal_BTD) @ widen(weight_1D).t()
     return scores_BT1.squeeze(-1)

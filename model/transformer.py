@@ -158,7 +158,10 @@ class Transformer(nn.Module):
         return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
 
     def final_states(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
-        """Computes the state of each token after the final norm, BT -> BTD. The arguments are those of `forward`."""
+        """Computes the state of each token after the final norm, BT -> BTD.
+
+        The arguments are those of `forward`.
+        """
         normal_BTD: Tensor = self.final_norm(0)(self._trunk(tokens_BT, documents))
         return normal_BTD
 
@@ -267,7 +270,7 @@ def routers(model: Transformer) -> dict[int, Router]:
 
 
 def initialize_weights(model: Transformer, seed: int) -> None:
-    """Sets norms to one, router bias and a score head to zero, and all other weights to N(0, initializer_range^2).
+    """Sets norms to one, router bias and a score head to zero, all others to N(0, initializer_range^2).
 
     Values depend only on the seed and the released name, so a seed gives the same weights under every layout. They are
     drawn in float32 on the CPU.

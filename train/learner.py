@@ -17,8 +17,8 @@ from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
 from train.optim.staged import Background, StagedAdamW
-from train.reference import Reference
 from train.replica import Replica
+from train.tasks.reference import Reference
 from train.world import World
 
 

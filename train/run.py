@@ -33,7 +33,6 @@ from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
-from train.reference import open_reference
 from train.replica import open_replica
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
@@ -44,6 +43,7 @@ from train.startup import (
     prepare_corpus_together,
     raise_if_preempted,
 )
+from train.tasks.reference import open_reference
 from train.world import World, open_world
 
 

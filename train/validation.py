@@ -12,9 +12,9 @@ from data.loader import Batch, Loader
 from model.objective import MAIN, LossSums
 from model.objectives.preference import REFERENCE
 from train.config import TaskConfig
-from train.reference import Reference
 from train.replica import Replica
 from train.step import BatchReader, Losses, Read, first_sequence, is_reported, reduce_losses
+from train.tasks.reference import Reference
 from train.tasks.registry import StepRates, open_task
 
 _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)

@@ -101,7 +101,7 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
 
 
 def _with_head(model: dict[str, Any], given: object, task: object) -> dict[str, Any]:
-    """Returns the keys of a model with the head of the run's task, and without MTP modules if that is a score.
+    """Returns the keys of a model with the head of the task, without MTP modules if it is a score head.
 
     Args:
         model: keys of a `ModelConfig`; `head` may be missing.

@@ -128,7 +128,10 @@ def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
 
 
 def _score_head_phase(sizes: Sizes) -> PhaseBytes:
-    """Returns the account of a score head with its loss. Its weight gradient is computed from its input at W."""
+    """Returns the account of a score head with its loss.
+
+    Its weight gradient is computed from its input at W.
+    """
     row, slopes = sizes.row, 8 * sizes.shape.num_tokens
     # Products are in float32 or wider.
     widened = 0 if sizes.shape.value_bytes == sizes.shape.wide_bytes else sizes.wide(sizes.config.hidden_size)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnswerValues:
-    """A value of the chosen and of the rejected answer of each pair, both BK; 0 for pairs that do not exist."""
+    """A value of the chosen and of the rejected answer of each pair, both BK.
+
+    It is 0 for pairs that do not exist.
+    """
 
     chosen_BK: Tensor
     rejected_BK: Tensor

@@ -1,4 +1,4 @@
-"""Direct preference optimization of pairs of answers, and the log-probabilities of its reference model.
+"""Direct preference optimization of pairs of answers, and log-probabilities of its reference.
 
 Source: arXiv:2305.18290; the added cross-entropy: arXiv:2407.21783, section 4.1.4. Shape legend: B sequences, T tokens,
 D hidden size, V vocabulary, K pairs of a sequence.
@@ -129,7 +129,13 @@ class Preference:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComparedAnswers:
-    """Result of comparing answers: a summed loss, its derivative in -log p of each token [B, T], sums to report."""
+    """Result of comparing answers.
+
+    Attributes:
+        loss: summed loss.
+        slopes_BT: its derivative in -log p of each token.
+        sums: sums to report.
+    """
 
     loss: Tensor
     slopes_BT: Tensor

@@ -67,7 +67,7 @@ class _RankScores(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairRanking:
-    """Bradley-Terry loss of pairs: -log sigmoid(chosen - rejected - margin) + centre * (chosen + rejected)^2.
+    """Bradley-Terry loss of pairs of scores c and r: -log sigmoid(c - r - margin) + centre * (c + r)^2.
 
     Attributes:
         factor: 1 / (pairs in the global batch).

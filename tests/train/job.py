@@ -27,12 +27,12 @@ from train.config import TrainConfig, sized_config
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
-from train.reference import open_reference
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
+from train.tasks.reference import open_reference
 from train.tasks.registry import TASKS, Task, open_task
 from train.world import World, open_world
 

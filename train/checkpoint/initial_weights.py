@@ -71,7 +71,8 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
 def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
     """Refuses differences in architecture; returns a line for each difference that is allowed."""
     there, here = asdict(source), asdict(config.model)
-    if there.pop("head") == "score" != here.pop("head"):
+    head_there, head = there.pop("head"), here.pop("head")
+    if head_there == "score" and head != "score":
         raise CheckpointError(
             f"init_from: {config.init_from} must have an output head for tokens, is a reward model, which has a head "
             f"for scores; nearest valid: task=reward_model"

@@ -1,4 +1,4 @@
-"""A frozen second set of weights, which scores tokens by a forward-only pass before the training pass of a batch.
+"""A frozen second set of weights, which scores tokens before the training pass of a batch.
 
 It is a second replica under the same schedule. So a micro-batch's log-probabilities are computed on the rank that needs
 them, and they do not travel.
