@@ -26,7 +26,7 @@ from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
 # Part of every cache entry's name. Increase it if the same settings produce different files.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -144,6 +144,12 @@ class Tokenizer:
         end = next((at for at in range(len(tokens), 0, -1) if tokens[at - 1] in placed), 0)
         return list(tokens[max(end, len(tokens) - CONTEXT_TOKENS) :])
 
+    @property
+    def placed_names(self) -> dict[int, str]:
+        """Names by id of the tokens that are placed by id and never produced from text."""
+        added = self._backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
     def has_token(self, token: str) -> bool:
         """Returns whether the vocabulary has a token with this name."""
         return self._backend.token_to_id(token) is not None
@@ -289,23 +295,6 @@ class Tokenizer:
         Bytes that are not UTF-8 become U+FFFD; special tokens appear by name.
         """
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
-
-
-def find_tokenizer_file(folder: Path) -> Path | None:
-    """Returns the tokenizer file in a folder, or None if there is none in a supported format."""
-    paths = (folder / name for name in (TOKENIZER_NAME, TIKTOKEN_NAME))
-    return next((path for path in paths if path.is_file()), None)
-
-
-def other_tokenizer(folder: Path) -> str:
-    """Returns which unsupported tokenizer a folder contains and how to convert it; empty if there is none."""
-    names = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
-    if not names:
-        return ""
-    return (
-        f'holds {names[0]}, which must first be saved as {TOKENIZER_NAME}: python -c "from transformers import '
-        f"AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\""
-    )
 
 
 def check_vocab_size(vocab_size: int, num_special: int = len(SPECIAL_TOKENS)) -> None:

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from launch.config.compose import CONFIG_ONLY, DRY_RUN
 from launch.config.errors import system_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
@@ -19,10 +20,14 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 Main = Callable[[Sequence[str]], int]
 """A command's main function: takes the overrides, returns the exit code."""
 Preview = Callable[[Sequence[str]], str]
-"""Takes the overrides, returns the composed and checked configuration as YAML."""
+"""Takes the overrides, returns what the command prints instead of running, such as its configuration as YAML."""
+Previews = Mapping[str, Preview | None]
+"""The previews of a command by the switch that chooses them; the first one that is on is printed."""
 
 
-def command(name: str, main: Main, preview: Preview | None = None, *, quiet: bool = False) -> int:
+def command(
+    name: str, main: Main, preview: Preview | None = None, *, dry_run: Preview | None = None, quiet: bool = False
+) -> int:
     """Runs a command with this process' arguments.
 
     A user error prints one line to stderr and returns exit code 2. Ctrl-C prints `interrupted` and returns 130.
@@ -32,6 +37,7 @@ def command(name: str, main: Main, preview: Preview | None = None, *, quiet: boo
         name: the command's name; it has `conf/<name>.yaml` and `launch/<name>.py`.
         main: runs the command with the overrides.
         preview: runs instead of `main` with `config_only=true`; None if the command has no preview.
+        dry_run: runs instead of `main` with `dry_run=true`; None if the command has no dry run.
         quiet: print no error, because another rank prints the same one; only the exit code remains.
 
     Returns:
@@ -39,7 +45,8 @@ def command(name: str, main: Main, preview: Preview | None = None, *, quiet: boo
     """
     interrupts = Interrupts()
     try:
-        code = _run(name, main, preview, sys.argv[1:], quiet=quiet)
+        previews = {CONFIG_ONLY: preview, **({} if dry_run is None else {DRY_RUN: dry_run})}
+        code = _run(name, main, previews, sys.argv[1:], quiet=quiet)
     except BaseException as error:
         # A library may raise its own error on Ctrl-C.
         is_interrupt = isinstance(error, KeyboardInterrupt) or getattr(error, "sigval", None) == signal.SIGINT
@@ -53,10 +60,10 @@ def command(name: str, main: Main, preview: Preview | None = None, *, quiet: boo
     return code
 
 
-def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str], *, quiet: bool) -> int:
+def _run(name: str, main: Main, previews: Previews, arguments: Sequence[str], *, quiet: bool) -> int:
     """Runs the command and turns every error except Ctrl-C into an exit code."""
     try:
-        code = _start(name, main, preview, arguments, quiet=quiet)
+        code = _start(name, main, previews, arguments, quiet=quiet)
         with system_errors():
             sys.stdout.flush()
         return code
@@ -73,11 +80,11 @@ def _run(name: str, main: Main, preview: Preview | None, arguments: Sequence[str
         return EXIT_CONFIGURATION
 
 
-def _start(name: str, main: Main, preview: Preview | None, arguments: Sequence[str], *, quiet: bool) -> int:
-    """Prints the help, prints the configuration, or runs the command."""
+def _start(name: str, main: Main, previews: Previews, arguments: Sequence[str], *, quiet: bool) -> int:
+    """Prints the help, prints a preview, or runs the command."""
     from launch.help.advice import refuse_flags, repeated_notes
     from launch.help.page import help_text, terminal_columns
-    from launch.help.preview import split_config_only
+    from launch.help.preview import split_switch
 
     if any(argument in _HELP for argument in arguments):
         others = [argument for argument in arguments if argument not in _HELP]
@@ -86,10 +93,13 @@ def _start(name: str, main: Main, preview: Preview | None, arguments: Sequence[s
         refuse_flags(name, arguments)
         for note in () if quiet else repeated_notes(arguments):
             print(redact(note), file=sys.stderr, flush=True)
-        overrides, is_preview = split_config_only(arguments)
-        if not is_preview or preview is None:
+        overrides, chosen = list(arguments), None
+        for switch, preview in previews.items():
+            overrides, is_on = split_switch(overrides, switch)
+            chosen = preview if is_on and chosen is None else chosen
+        if chosen is None:
             return main(overrides)
-        text = preview(overrides)
+        text = chosen(overrides)
     if not quiet:
         with system_errors():
             print(text.rstrip("\n"), flush=True)

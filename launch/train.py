@@ -35,6 +35,7 @@ from train.records.events import try_append_event
 from train.records.status import read_status
 from train.records.terminal import guard_terminal, report_breaks
 from train.schedule.ramp import ramp_notices
+from train.tasks.registry import TASKS
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -81,6 +82,32 @@ def preview(overrides: Sequence[str]) -> str:
     warnings = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     comments = [*(f"warning: {line}" for line in warnings), *ramp_notices(config), *memory_lines(config)]
     return experiment_text("train", overrides, write_config(config), comments)
+
+
+def dry_run(overrides: Sequence[str]) -> str:
+    """Returns the first training sample that `main` would read, with its targets marked, and counts of samples.
+
+    Prepares the data in its cache, and starts no rank.
+
+    Args:
+        overrides: overrides for `conf/train.yaml`.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
+    """
+    with system_errors():
+        config = compose_run(overrides)
+        check(config)
+        from data.loader import SampleOrder
+        from data.samples.show import sample_lines
+        from train.corpus import prepare_corpus
+
+        prepared = prepare_corpus(config, progress_on())
+        order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
+        first = int(order.indices(0, config.batch_sizes)[0])
+        reads_weights = bool(TASKS.get(config.task.kind).values)
+        lines = sample_lines(prepared, first, reads_weights=reads_weights, has_colors=sys.stdout.isatty())
+        return "\n".join(lines)
 
 
 def train_rank(config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
@@ -217,4 +244,4 @@ def _run_as_rank(config: TrainConfig) -> int:
 
 if __name__ == "__main__":
     handle_signals()
-    sys.exit(command("train", main, preview, quiet=is_other_rank(os.environ)))
+    sys.exit(command("train", main, preview, dry_run=dry_run, quiet=is_other_rank(os.environ)))

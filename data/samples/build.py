@@ -5,7 +5,7 @@ Shape legend: N sequences, L tokens per sequence.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,7 @@ def counts_of(values: Mapping[str, int | float | str]) -> dict[Part, SampleCount
     """Returns each part's counts from the values of `meta.json`, nothing for a source of documents."""
     if "train_samples_kept" not in values:
         return {}
-    names = ("kept", "cut", "dropped")
+    names = [field.name for field in fields(SampleCounts)]
     return {part: SampleCounts(**{name: int(values[f"{part}_samples_{name}"]) for name in names}) for part in PARTS}
 
 

@@ -28,11 +28,19 @@ NUMBERED = (PAIR, SCORE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleCounts:
-    """Counts of a part's samples: those kept, those of them that are cut at their end, those dropped."""
+    """Counts of a part's samples.
+
+    Attributes:
+        kept: samples that are packed.
+        cut: those of them that are cut at their end.
+        dropped: samples that are left out, because they are too long or have no weight.
+        targets: predictions that are trained.
+    """
 
     kept: int
     cut: int
     dropped: int
+    targets: int
 
 
 @dataclass(slots=True)
@@ -55,7 +63,13 @@ class _PartSamples:
     @property
     def counts(self) -> SampleCounts:
         """The counts so far."""
-        return SampleCounts(kept=len(self.samples), cut=self.num_cut, dropped=self.num_dropped)
+        pieces = (piece for sample in self.samples for piece in sample.pieces)
+        return SampleCounts(
+            kept=len(self.samples),
+            cut=self.num_cut,
+            dropped=self.num_dropped,
+            targets=sum(_count_targets(piece) for piece in pieces),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,6 +119,11 @@ def pack_samples(samples: Iterable[Sample], sequence_length_tokens: int, pad_id:
             filled[row] = place.stop
         numbers[row] += _count_numbers(sample)
     return PackedSamples(tokens_NL=tokens_NL, positions_NL=positions_NL, values=values, counts=part.counts)
+
+
+def _count_targets(piece: SamplePiece) -> int:
+    weights = piece.values.get(WEIGHTS)
+    return len(piece.tokens) - 1 if weights is None else int(np.count_nonzero(weights[:-1]))
 
 
 def _count_numbers(sample: Sample) -> int:

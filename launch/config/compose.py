@@ -31,6 +31,8 @@ from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_k
 
 CONFIG_ONLY = "config_only"
 """Key of every command: with `true`, the command prints its configuration and does nothing else."""
+DRY_RUN = "dry_run"
+"""Key of `launch.train`: with `true`, the command prints a training sample with its targets and does nothing else."""
 
 # Examples for error messages about values without a default.
 _EXAMPLES = {
@@ -93,6 +95,14 @@ def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
     """
     chosen = _checked(command, overrides, with_hydra=True).hydra.runtime.choices
     return {group: str(chosen[group]) for group in default_groups(command)}
+
+
+def switches(command: str) -> dict[str, str]:
+    """Returns the keys with which a command prints something and starts nothing, each with what it does."""
+    found = {CONFIG_ONLY: "prints the composed, checked configuration"}
+    if command == "train":
+        found[DRY_RUN] = "prints a training sample with its targets marked"
+    return found
 
 
 def quoted_override(key: str, value: str) -> str:
@@ -213,7 +223,7 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
     """Raises an error for the first override whose key does not exist, with the nearest key that exists."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
     known = known_keys(command, tuple(choices))
-    keys = [*known, *(group for group in groups if group not in known), CONFIG_ONLY]
+    keys = [*known, *(group for group in groups if group not in known), *switches(command)]
     for override in parsed:
         key = override.key_or_group
         if override.is_add() and key in known:

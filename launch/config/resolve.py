@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from data.prepare import check_config
 from data.registry import DATA_SOURCES
-from data.tokenizer import find_tokenizer_file, other_tokenizer
+from data.tokenizer_files import find_tokenizer_file, other_tokenizer
 from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig, ladder
 from train.checkpoint.compatible import check_compatible

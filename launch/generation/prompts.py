@@ -5,7 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizer import Tokenizer, find_tokenizer_file
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import find_tokenizer_file
 from train.config.errors import ConfigError, nearest
 
 

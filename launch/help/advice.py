@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.config.compose import CONFIG_ONLY, known_keys
+from launch.config.compose import known_keys, switches
 from launch.config.errors import SyntaxOverrideError
 from launch.config.groups import default_groups, options
 from train.config.decode import decode
@@ -198,7 +198,7 @@ def _bare_words(arguments: Sequence[str]) -> list[str]:
 
 def _known_keys(command: str) -> Mapping[str, Any]:
     """Returns every dotted key and every group of a command, with its default."""
-    return {**known_keys(command), **default_groups(command), CONFIG_ONLY: True}
+    return {**known_keys(command), **default_groups(command), **dict.fromkeys(switches(command), True)}
 
 
 def _default(value: Any) -> str:

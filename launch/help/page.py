@@ -5,7 +5,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from launch.config.compose import CONFIG_ONLY, chosen_options
+from launch.config.compose import chosen_options, switches
 from launch.config.groups import options
 from launch.help.commands import find_command
 from launch.help.options import Section, all_options, sections
@@ -35,10 +35,9 @@ def help_text(command: str, overrides: Sequence[str] = (), columns: int = MOST_C
     lines += [*_wrapped(f"Keys and their values{must}:", "", columns)]
     for section in found:
         lines += _section_lines(section, columns)
-    lines += [
-        "",
-        *_two_columns(f"{CONFIG_ONLY}=true", "prints the composed, checked configuration", columns),
-    ]
+    lines += [""]
+    for switch, effect in switches(command).items():
+        lines += _two_columns(f"{switch}=true", effect, columns)
     if chosen:
         lines += [*_two_columns("--help group=option", "shows the keys of another option", columns)]
     if about.examples:

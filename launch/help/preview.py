@@ -9,22 +9,26 @@ from launch.config.compose import CONFIG_ONLY, chosen_options
 from train.config.errors import ConfigError
 
 
-def split_config_only(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Returns the arguments without `config_only`, and its value.
+def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[list[str], bool]:
+    """Returns the arguments without a switch, and its value.
+
+    Args:
+        arguments: overrides and switches.
+        name: the switch, such as `config_only`.
 
     Raises:
         ConfigError: the value is neither true nor false.
     """
-    rest, is_only = [], False
+    rest, is_on = [], False
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
-        if key != CONFIG_ONLY or not has_value:
+        if key != name or not has_value:
             rest.append(argument)
         elif value.lower() in ("true", "false"):
-            is_only = value.lower() == "true"
+            is_on = value.lower() == "true"
         else:
-            raise ConfigError(f"{CONFIG_ONLY}: must be true or false, is {value!r}; nearest valid: {CONFIG_ONLY}=true")
-    return rest, is_only
+            raise ConfigError(f"{name}: must be true or false, is {value!r}; nearest valid: {name}=true")
+    return rest, is_on
 
 
 def plain_text(command: str, values: Mapping[str, Any]) -> str:

@@ -12,10 +12,10 @@ import pytest
 
 from launch import train
 from launch.command import command
-from launch.config.compose import compose, compose_defaults, dotted_keys
+from launch.config.compose import compose, compose_defaults, dotted_keys, switches
 from launch.config.groups import default_groups
 from launch.help.advice import BARE_PATH, Advice, advice_table, find_advice
-from launch.help.preview import split_config_only
+from launch.help.preview import split_switch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 3.0
@@ -133,7 +133,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--config-name=train"], "experiment=quickstart"),
     (["--multirun"], "one command starts one run"),
     (["-m"], "one command starts one run"),
-    (["--dry-run"], "config_only=true"),
+    (["--dry-run"], "dry_run=true"),
+    (["show_sample=true"], "dry_run=true"),
     (["+seed=3"], "seed=3"),
     (["model.new_key=3"], "model."),
     (["parallelism.context=2"], "there is no context parallelism"),
@@ -232,7 +233,9 @@ def batches(name: str) -> list[list[str]]:
     for line in (line for other, line in cases() if other == name):
         if name == "submit" and "train" in line.commands:
             continue
-        overrides, _ = split_config_only(line.overrides(line.example))
+        overrides = line.overrides(line.example)
+        for switch in switches(name):
+            overrides, _ = split_switch(overrides, switch)
         keys = {text.partition("=")[0]: text for text in overrides}
         batch = next((batch for batch in filled if all(batch.get(key, keys[key]) == keys[key] for key in keys)), None)
         if batch is None:

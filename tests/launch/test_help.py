@@ -13,7 +13,7 @@ import yaml
 import launch.config.compose
 from launch import submit, train
 from launch.command import command
-from launch.config.compose import compose, compose_defaults, dotted_keys
+from launch.config.compose import compose, compose_defaults, dotted_keys, switches
 from launch.config.groups import default_groups
 from launch.config.run_config import compose_run
 from launch.help.commands import find_commands, listing, unknown_command
@@ -62,7 +62,7 @@ def test_commands_examples_compose() -> None:
         for line in found.examples:
             words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line)]
             assert words[:3] == ["python", "-m", f"launch.{found.name}"]
-            overrides = [word for word in words[3:] if not word.startswith(("config_only=", "prompt="))]
+            overrides = [word for word in words[3:] if not word.startswith(("config_only=", "dry_run=", "prompt="))]
             compose(found.name, overrides)
 
 
@@ -78,7 +78,7 @@ def test_help_lists_every_key_once_with_its_value(name: str) -> None:
     text = help_text(name)
     leaves = [key for key, value in dotted_keys(compose_defaults(name)) if not isinstance(value, dict) or not value]
     keys = listed(text)
-    assert sorted(keys) == sorted([*leaves, "config_only"])
+    assert sorted(keys) == sorted([*leaves, *switches(name)])
     assert ("???" in text) == ("(??? must be given)" in text)
     for group in default_groups(name):
         assert f"\n  {group}=" in text.partition("Keys and their values")[0]

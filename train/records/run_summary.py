@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.prepare import Prepared
+from data.registry import DATA_SOURCES
 from train.checkpoint.compatible import other_layout
 from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
@@ -92,7 +93,8 @@ def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
             f"{steps:,} steps are {sizes.sequences_before(steps) / num_sequences:.2f} epochs"
         )
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
-    origin = "trained on the corpus" if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
+    made = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
+    origin = made if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
     if config.validation.sequences and not prepared.validation_tokens:
         yield "validation: off, because data.validation_fraction is too small to hold out a document of this corpus"

@@ -1,0 +1,124 @@
+"""Renders a training sample as lines of text that mark its targets. Imports no torch.
+
+Shape legend: N sequences, L tokens per sequence, T tokens of a piece.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.prepare import Prepared
+from data.samples.pack import PAIR, WEIGHTS
+from data.tokenizer import Tokenizer
+
+MAX_CHARACTERS = 4000
+CONTEXT, TARGET = "       | ", "target | "
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShownPiece:
+    """A piece of a sequence.
+
+    Attributes:
+        title: what it is, such as the preferred answer of a pair.
+        tokens: token ids, [T].
+        is_target: whether the token is predicted in training, [T].
+    """
+
+    title: str
+    tokens: NDArray[np.integer]
+    is_target: NDArray[np.bool_]
+
+
+def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool, has_colors: bool) -> Iterator[str]:
+    """Yields lines about the training data, and its first sample in a sequence, both answers of a pair.
+
+    Args:
+        prepared: the prepared data.
+        sequence: number of a training sequence.
+        reads_weights: whether the samples' weights decide which tokens are targets; else all are.
+        has_colors: whether targets are green, for a terminal.
+    """
+    yield from _count_lines(prepared)
+    pieces = _pieces(prepared, sequence, reads_weights=reads_weights)
+    has_pairs = PAIR in prepared.train_values
+    shown = pieces[:2] if has_pairs else pieces[:1]
+    yield f"sequence {sequence} has {len(pieces)} {'answers' if has_pairs else 'pieces'}; the first {len(shown)}:"
+    for piece in shown:
+        yield f"{piece.title}: {len(piece.tokens)} tokens, {int(piece.is_target.sum())} targets"
+        yield from piece_lines(piece, prepared.tokenizer, has_colors=has_colors)
+
+
+def piece_lines(piece: ShownPiece, tokenizer: Tokenizer, *, has_colors: bool) -> Iterator[str]:
+    """Yields the lines of a piece. Each run of targets, and of other tokens, begins a line.
+
+    Special tokens appear by name. Text that spells one has a backslash before it. Characters that do not print are
+    escaped.
+
+    Args:
+        piece: tokens and targets.
+        tokenizer: of the tokens.
+        has_colors: whether targets are green.
+    """
+    start = 0
+    for is_target, run in groupby(piece.is_target.tolist()):
+        end = start + len(list(run))
+        text = _shown_text(piece.tokens[start:end].tolist(), tokenizer)
+        if len(text) > MAX_CHARACTERS:
+            text = f"{text[:MAX_CHARACTERS]}... ({len(text) - MAX_CHARACTERS} more characters)"
+        for line in text.split("\n"):
+            marked = f"{TARGET if is_target else CONTEXT}{line}"
+            yield f"{_GREEN}{marked}{_PLAIN}" if has_colors and is_target else marked
+        start = end
+
+
+def _count_lines(prepared: Prepared) -> Iterator[str]:
+    rows, length = prepared.train_tokens_NL.shape
+    padding = 1 - prepared.train_tokens / (rows * length)
+    yield f"training: {prepared.train_tokens:,} tokens in {rows:,} sequences of {length:,}, {padding:.1%} padding"
+    for part, counts in prepared.counts.items():
+        yield (
+            f"{part} samples: {counts.kept:,} kept ({counts.cut:,} cut at their end), {counts.dropped:,} dropped, "
+            f"{counts.targets:,} targets"
+        )
+
+
+def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[ShownPiece]:
+    """Returns the pieces of a training sequence in order."""
+    tokens, positions = prepared.train_tokens_NL[sequence], prepared.train_positions_NL[sequence]
+    is_target = positions >= 1
+    if reads_weights and WEIGHTS in prepared.train_values:
+        is_target[1:] &= prepared.train_values[WEIGHTS][sequence][:-1] != 0
+    pair = prepared.train_values[PAIR][sequence] if PAIR in prepared.train_values else np.zeros_like(positions)
+    starts = np.flatnonzero(positions == 0).tolist()
+    used = int((positions >= 0).sum())
+    return [
+        ShownPiece(title=_title(pair[start:end]), tokens=tokens[start:end], is_target=is_target[start:end])
+        for start, end in zip(starts, [*starts[1:], used], strict=True)
+    ]
+
+
+def _title(pair: NDArray[np.generic]) -> str:
+    number = np.asarray(pair, dtype=np.int64)
+    return "chosen" if (number > 0).any() else "rejected" if (number < 0).any() else "piece"
+
+
+def _shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Returns tokens as text in which special tokens differ from text that spells them."""
+    names = tokenizer.placed_names
+    parts: list[str] = []
+    for is_placed, run in groupby(tokens, key=lambda token: token in names):
+        if is_placed:
+            parts.extend(names[token] for token in run)
+            continue
+        text = tokenizer.decode(list(run))
+        for name in names.values():
+            text = text.replace(name, f"\\{name}")
+        parts.append(
+            "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+        )
+    return "".join(parts)
