@@ -29,7 +29,7 @@ from data.special_tokens import (
     find_special_ids,
     read_sidecar_files,
 )
-from data.tiktoken_file import TIKTOKEN_NAME, read_tiktoken
+from data.tokenizer_files import TIKTOKEN_NAME, read_tiktoken
 
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
@@ -37,7 +37,6 @@ SPECIAL_TOKENS = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, PAD, *FIM_TOKENS, USER, AS
 
 LARGEST_BYTES = 2**28
 CONTEXT_TOKENS = 16
-TOKENIZER_NAME = "tokenizer.json"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Applied in this order, as in DeepSeek-V3: up to three digits; CJK runs; then words, punctuation with the line breaks

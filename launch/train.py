@@ -85,7 +85,7 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def dry_run(overrides: Sequence[str]) -> str:
-    """Returns the first training sample that `main` would read, with its targets marked, and counts of samples.
+    """Returns the first training sample that `main` would read, with its targets marked.
 
     Prepares the data in its cache, and starts no rank.
 
