@@ -1,0 +1,68 @@
+"""Divergences of a student's distribution from a teacher's, with their derivatives in the student's logits.
+
+Source: arXiv:2306.13649, section 3 (forward and reverse KL, generalized Jensen-Shannon). Shape legend: C rows of a
+chunk, B buckets of a distribution.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """A divergence D(p, q) of teacher p and student q, both at a temperature, times the temperature squared.
+
+    Attributes:
+        kind: forward_kl: KL(p || q). reverse_kl: KL(q || p). jensen_shannon: beta KL(p || m) + (1 - beta) KL(q || m),
+            with m = beta p + (1 - beta) q.
+        beta: weight of the teacher in m, above 0 and below 1; ignored by the others.
+        temperature: divisor of the logits of both.
+    """
+
+    kind: DivergenceKind
+    beta: float = 0.5
+    temperature: float = 1.0
+
+
+def divergence_terms(log_p_CB: Tensor, log_q_CB: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
+    """Returns D(p, q) of each row, and its derivatives in the student's scaled logits.
+
+    Args:
+        log_p_CB: logarithms of the teacher's probabilities, which sum to 1; minus infinity is allowed for forward_kl
+            and jensen_shannon.
+        log_q_CB: logarithms of the student's probabilities, which sum to 1.
+        form: the divergence; its temperature is not used here.
+
+    Returns:
+        The divergences, [C], and dD/du, [C, B], where q = softmax(u).
+    """
+    q_CB = log_q_CB.exp()
+    match form.kind:
+        case "forward_kl":
+            p_CB = log_p_CB.exp()
+            return _kl(p_CB, log_p_CB, log_q_CB), q_CB - p_CB
+        case "reverse_kl":
+            ratio_CB = log_q_CB - log_p_CB
+            value_C = (q_CB * ratio_CB).sum(-1)
+            return value_C, q_CB * (ratio_CB - value_C[:, None])
+        case "jensen_shannon":
+            p_CB, beta = log_p_CB.exp(), form.beta
+            log_m_CB = torch.logaddexp(log_p_CB + math.log(beta), log_q_CB + math.log1p(-beta))
+            value_C = beta * _kl(p_CB, log_p_CB, log_m_CB) + (1 - beta) * _kl(q_CB, log_q_CB, log_m_CB)
+            # dD/dq = (1 - beta) log(q / m), up to a constant that the softmax removes.
+            slope_CB = (1 - beta) * (log_q_CB - log_m_CB)
+            return value_C, q_CB * (slope_CB - (q_CB * slope_CB).sum(-1, keepdim=True))
+        case _ as other:
+            assert_never(other)
+
+
+def _kl(p_CB: Tensor, log_p_CB: Tensor, log_q_CB: Tensor) -> Tensor:
+    """Returns KL(p || q) of each row, where probability 0 adds nothing."""
+    terms_CB = p_CB * (log_p_CB - log_q_CB)
+    return torch.where(p_CB > 0, terms_CB, 0).sum(-1)

@@ -1,0 +1,156 @@
+"""Divergence of a linear head's distribution from a teacher's, without storing all logits.
+
+The gradients are computed in the forward, chunk by chunk, as in kernels/cross_entropy. Shape legend: N rows, C rows of
+a chunk, D hidden size, V vocabulary, S hidden size of the teacher, K kept tokens of the teacher.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy.reference import IGNORE, RowScores, add_gradients, check_operands, chunk_rows, empty_scores
+from kernels.distillation.divergence import Divergence, divergence_terms
+
+_SMALLEST_REST = 1e-12
+"""Least probability of the tokens that a teacher's list leaves out, so that its logarithm is finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherStates:
+    """A teacher as the input of its head and the head itself; its logits are computed again, chunk by chunk.
+
+    Attributes:
+        rows_NS: states after the teacher's final norm.
+        head_VS: the teacher's head.
+    """
+
+    rows_NS: Tensor
+    head_VS: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherTopK:
+    """A teacher as its most probable tokens. All others are one further token, with the rest of the probability.
+
+    Attributes:
+        ids_NK: int64, different within a row.
+        log_probs_NK: at the temperature of the divergence.
+    """
+
+    ids_NK: Tensor
+    log_probs_NK: Tensor
+
+
+Teacher = TeacherStates | TeacherTopK
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationScores:
+    """Divergences and log-probabilities of targets, [N], 0 without a target, and gradients, None if not requested."""
+
+    divergences_N: Tensor
+    scores: RowScores
+
+
+def linear_distillation(
+    rows_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    teacher: Teacher,
+    form: Divergence,
+    *,
+    mix: tuple[float, float],
+    row_weights_N: Tensor | None = None,
+    wants_gradients: bool,
+) -> DistillationScores:
+    """Computes tau^2 D(teacher, student) of each row, and gradients, chunk by chunk.
+
+    The gradients are those of the sum over rows of weight * (mix[0] tau^2 D - mix[1] log_prob). A teacher has no
+    gradient. Each chunk's logits are computed once, in float32 or wider after the product.
+
+    Args:
+        rows_ND: the head's input.
+        head_VD: the head's matrix.
+        targets_N: int64, below V; rows with -100 are ignored.
+        teacher: its distribution of each row.
+        form: the divergence.
+        mix: weights of the divergence and of the cross-entropy of the targets.
+        row_weights_N: weight of each row, in float32 or wider; None: 1.
+        wants_gradients: whether to compute the gradients of rows and head.
+
+    Raises:
+        ValueError: the operands do not match.
+    """
+    check_operands(rows_ND, head_VD, targets_N, row_weights_N)
+    _check_teacher(teacher, len(rows_ND), len(head_VD))
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    scores = empty_scores(rows_ND, head_VD, wants_rows=wants_gradients, wants_head=wants_gradients)
+    divergences_N = torch.empty_like(scores.log_probs_N)
+    size = max(1, chunk_rows(len(rows_ND), len(head_VD), rows_ND.dtype))
+    for first in range(0, len(rows_ND), size):
+        chunk = slice(first, first + size)
+        is_ignored_C, targets_C1 = targets_N[chunk] == IGNORE, targets_N[chunk, None]
+        places_C1 = targets_C1.masked_fill(targets_C1 == IGNORE, 0)
+        logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
+        logs_CV = torch.log_softmax(logits_CV, -1)
+        scores.log_probs_N[chunk] = logs_CV.gather(1, places_C1)[:, 0].masked_fill_(is_ignored_C, 0)
+        scaled_CV = logs_CV if form.temperature == 1.0 else torch.log_softmax(logits_CV / form.temperature, -1)
+        del logits_CV
+        values_C, slopes_CV = _student_terms(teacher, chunk, scaled_CV, form)
+        divergences_N[chunk] = (values_C * form.temperature**2).masked_fill_(is_ignored_C, 0)
+        if not wants_gradients:
+            continue
+        # tau^2 dD/dz = tau dD/du with u = z / tau, mixed with softmax minus 1 at the target.
+        slopes_CV.mul_(mix[0] * form.temperature)
+        if mix[1]:
+            slopes_CV.add_(logs_CV.exp_(), alpha=mix[1])
+            slopes_CV.scatter_add_(1, places_C1, slopes_CV.new_full(places_C1.shape, -mix[1]))
+        add_gradients(scores, chunk, slopes_CV.to(rows_ND.dtype), rows_ND, head_VD, targets_N, row_weights_N)
+        del logs_CV, scaled_CV, slopes_CV  # frees memory before the next chunk's logits are computed
+    return DistillationScores(divergences_N, scores)
+
+
+def _student_terms(teacher: Teacher, chunk: slice, logs_CV: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
+    """Returns the divergence of each row of a chunk, and its derivatives in the student's scaled logits, [C, V]."""
+    if isinstance(teacher, TeacherStates):
+        logits_CV = (teacher.rows_NS[chunk] @ teacher.head_VS.t()).to(logs_CV.dtype)
+        return divergence_terms(torch.log_softmax(logits_CV / form.temperature, -1), logs_CV, form)
+    ids_CK, log_p_CK = teacher.ids_NK[chunk], teacher.log_probs_NK[chunk].to(logs_CV.dtype)
+    log_q_CK = logs_CV.gather(1, ids_CK)
+    if ids_CK.shape[1] == logs_CV.shape[1]:
+        values_C, slopes_CK = divergence_terms(log_p_CK, log_q_CK, form)
+        return values_C, torch.empty_like(logs_CV).scatter_(1, ids_CK, slopes_CK)
+    log_p_CB, log_q_CB = (torch.cat((each, _log_rest(each)), -1) for each in (log_p_CK, log_q_CK))
+    values_C, slopes_CB = divergence_terms(log_p_CB, log_q_CB, form)
+    # A token that is left out has its share of the rest's derivative: dD/du_v = q_v / q_rest * dD/du_rest.
+    share_C1 = slopes_CB[:, -1:] / log_q_CB[:, -1:].exp()
+    return values_C, (logs_CV.exp() * share_C1).scatter_(1, ids_CK, slopes_CB[:, :-1])
+
+
+def _log_rest(logs_CK: Tensor) -> Tensor:
+    """Returns the logarithm of the probability that the kept tokens leave, C1."""
+    return (1 - logs_CK.exp().sum(-1, keepdim=True)).clamp_min_(_SMALLEST_REST).log_()
+
+
+def _check_teacher(teacher: Teacher, num_rows: int, vocab: int) -> None:
+    """Rejects a teacher of other rows or of another vocabulary.
+
+    Raises:
+        ValueError: names the shapes.
+    """
+    subject = "linear_distillation"
+    if isinstance(teacher, TeacherStates):
+        shapes = list(teacher.rows_NS.shape), list(teacher.head_VS.shape)
+        if shapes[0][:1] != [num_rows] or shapes[1][:1] != [vocab] or shapes[0][1:] != shapes[1][1:]:
+            raise ValueError(
+                f"{subject}: the teacher must have {num_rows} rows and a vocabulary of {vocab}, got rows {shapes[0]} "
+                f"and head {shapes[1]}"
+            )
+        return
+    shapes = list(teacher.ids_NK.shape), list(teacher.log_probs_NK.shape)
+    if shapes[0] != shapes[1] or shapes[0][:1] != [num_rows] or not 1 <= shapes[0][-1] <= vocab:
+        raise ValueError(
+            f"{subject}: the teacher's tokens must be [{num_rows}, 1 to {vocab}] and have log-probabilities, got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
