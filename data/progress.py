@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Literal, Protocol, TextIO, TypeVar
 
 Item = TypeVar("Item")
-Unit = Literal["bytes", "phases"]
+Unit = Literal["bytes", "phases", "batches"]
 _FIRST_SECONDS = 1.0
 _EVERY_SECONDS = 5.0
 
@@ -25,7 +25,7 @@ class Progress(Protocol):
             items: items that the caller processes.
             total: sum of all sizes, or an estimate.
             size: returns the size of an item in the unit.
-            unit: bytes or phases.
+            unit: bytes, phases or batches.
         """
         ...
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.cross_entropy.reference import RowSlopes
+from kernels.cross_entropy.reference import RowScores, RowSlopes
 from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from model.attention.form import Attention
@@ -24,6 +24,8 @@ from model.precision.linears import Linears
 
 ValueFunction = Callable[[Tensor], Tensor]
 """Computes a loss from the log-probabilities of all rows."""
+ScoreFunction = Callable[[Tensor, Tensor, Tensor, bool], RowScores]
+"""Scores rows [R, D] with a head and targets [R]; with gradients if the last argument is true."""
 
 
 class _SplitEmbedding(torch.autograd.Function):
@@ -136,9 +138,9 @@ class MtpBlock(Block):
 
 @dataclass(frozen=True, slots=True)
 class _Scoring:
-    """The arguments of `score_tokens` that have no gradient."""
+    """The arguments of `score_rows` that have no gradient."""
 
-    slopes: RowSlopes | None
+    score: ScoreFunction
     value: ValueFunction
     sink: WeightSink | None
     rows_R: Tensor | None
@@ -154,14 +156,10 @@ class _ScoreTokens(torch.autograd.Function):
         scoring: _Scoring,
         records: bool,  # noqa: FBT001
     ) -> tuple[Tensor, Tensor]:
-        row_slopes, rows_R, num_rows = scoring.slopes, scoring.rows_R, len(normal_ND)
+        rows_R, num_rows = scoring.rows_R, len(normal_ND)
         if rows_R is not None:
-            row_slopes = _slopes_of_rows(row_slopes, rows_R, num_rows)
             normal_ND, targets_N = normal_ND[rows_R], targets_N[rows_R]
-        wants_head = records and head_VD.requires_grad
-        scores = linear_cross_entropy(
-            normal_ND, head_VD, targets_N, row_slopes, wants_rows=records, wants_head=wants_head
-        )
+        scores = scoring.score(normal_ND, head_VD, targets_N, records)
         log_probs_N = scores.log_probs_N
         if rows_R is not None:
             log_probs_N = log_probs_N.new_zeros(num_rows).index_copy_(0, rows_R, log_probs_N)
@@ -235,7 +233,43 @@ def score_tokens(
     Returns:
         The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.
     """
-    scoring = _Scoring(slopes, value, sink, rows)
+    num_rows = targets_BT.numel()
+    row_slopes = slopes if rows is None else _slopes_of_rows(slopes, rows, num_rows)
+
+    def score(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, records: bool) -> RowScores:  # noqa: FBT001
+        wants_head = records and weight_VD.requires_grad
+        return linear_cross_entropy(
+            rows_RD, weight_VD, targets_R, row_slopes, wants_rows=records, wants_head=wants_head
+        )
+
+    return score_rows(normal_BTD, head_VD, targets_BT, sink, score=score, value=value, rows=rows)
+
+
+def score_rows(
+    normal_BTD: Tensor,
+    head_VD: Tensor,
+    targets_BT: Tensor,
+    sink: WeightSink | None,
+    *,
+    score: ScoreFunction,
+    value: ValueFunction,
+    rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Computes a loss whose gradients a function computes together with its scores.
+
+    Args:
+        normal_BTD: as in `score_tokens`, like all others but `score`.
+        head_VD: the head's matrix.
+        targets_BT: the targets.
+        sink: takes weight gradients.
+        score: computes log-probabilities and the loss's gradients of the rows that have a target.
+        value: computes the loss, after `score`.
+        rows: numbers of the rows that have a target; None: all are scored.
+
+    Returns:
+        The loss, and the log-probabilities, BT, without gradient.
+    """
+    scoring = _Scoring(score, value, sink, rows)
     loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), scoring, torch.is_grad_enabled()
     )

@@ -28,7 +28,9 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
     """
     batch, validation = config.batch, config.validation
     prepared = prepare(config.data, batch.sequence_length_tokens, progress)
-    for name in TASKS.get(config.task.kind).values:
+    task = TASKS.get(config.task.kind)
+    prepared = task.extend(config, prepared)
+    for name in task.values:
         if name not in prepared.train_values:
             raise DataError(
                 f"data.kind: must be a source whose samples have the value {name} for task.kind={config.task.kind}, is "

@@ -63,7 +63,8 @@ def check_files(config: TrainConfig) -> None:
         CheckpointError: `resume` names no checkpoint, an incomplete one, or one of another model.
         CheckpointError, HfError: `init_from` names no weights, or weights of another model.
     """
-    _check_data(config)
+    check_data(config)
+    TASKS.get(config.task.kind).check_files(config)
     if not _check_resume(config):
         _check_start(config)
 
@@ -212,7 +213,13 @@ def _with_moments(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "optim": {**optim, "moments": "bf16" if is_fp8 else "float32"}}
 
 
-def _check_data(config: TrainConfig) -> None:
+def check_data(config: TrainConfig) -> None:
+    """Rejects data that cannot be read, or a tokenizer with more tokens than the model.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens.
+        DataError: as in `data.prepare.check_config`.
+    """
     tokens, model = check_config(config.data), config.model.vocab_size
     if tokens <= model:
         return

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.loader import Batch
+    from data.prepare import Prepared
     from model.config import HeadKind, ModelConfig
     from model.objective import MicroBatch, Objective
     from train.config import BatchConfig, TaskConfig, TrainConfig
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 def _accept(config: TrainConfig) -> None:
     pass
+
+
+def _unchanged(config: TrainConfig, prepared: Prepared) -> Prepared:
+    return prepared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +92,8 @@ class TaskSpec:
         has_reference: whether the task compares with a frozen copy of the weights that it starts from.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
         check: raises a `train.config.errors.ConfigError` if the task cannot train with a run's configuration.
+        check_files: the same for files that the task's configuration names.
+        extend: returns the prepared data with further values that the task reads from files.
         values: names of the samples' values that the task reads; see `data.samples`.
     """
 
@@ -98,11 +105,20 @@ class TaskSpec:
     has_reference: bool = False
     example: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[TrainConfig], None] = _accept
+    check_files: Callable[[TrainConfig], None] = _accept
+    extend: Callable[[TrainConfig, Prepared], Prepared] = _unchanged
     values: tuple[str, ...] = ()
 
 
 TASKS = Registry[TaskSpec](
-    "task.kind", ("train.tasks.pretrain", "train.tasks.sft", "train.tasks.reward_model", "train.tasks.dpo")
+    "task.kind",
+    (
+        "train.tasks.pretrain",
+        "train.tasks.sft",
+        "train.tasks.distill",
+        "train.tasks.reward_model",
+        "train.tasks.dpo",
+    ),
 )
 
 

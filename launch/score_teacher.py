@@ -1,0 +1,149 @@
+"""Stores a teacher's most probable tokens for distillation: `python -m launch.score_teacher`."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data.prepare import Prepared, prepare
+from data.progress import progress_on
+from kernels.ranges import PositiveFloat, PositiveInt
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.errors import system_errors
+from launch.config.groups import own_keys
+from launch.config.resolve import check_data, resolve
+from launch.config.run_config import read_config, write_config
+from launch.help.preview import experiment_text
+from train.checkpoint.sources import check_source
+from train.config import TrainConfig
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
+from train.tasks.samples import check_samples
+from train.teacher.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
+
+NAME = "score_teacher"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreTeacherConfig:
+    """Configuration of the scores: the teacher, where they are written, and how many; see `conf/score_teacher.yaml`."""
+
+    teacher: str
+    scores: str
+    kept: PositiveInt
+    temperature: PositiveFloat
+    dtype: Literal["float32", "bf16"]
+    device: Literal["cpu", "cuda"]
+    sequences: PositiveInt
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Scores all targets of the samples. All user errors are reported before weights are read.
+
+    Args:
+        overrides: overrides for `conf/score_teacher.yaml`: the keys of `conf/train.yaml`, of which the data and the
+            length of a sequence matter, and those of the scores.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, HfError: an invalid configuration.
+    """
+    with system_errors():
+        config, scores = _read(overrides)
+        vocab_size = _check(config, scores)
+        prepared = prepare(config.data, config.batch.sequence_length_tokens, progress_on())
+        began = time.perf_counter()
+        num_targets = _score(prepared, scores, vocab_size)
+    print(f"{num_targets:,} targets scored in {time.perf_counter() - began:.1f} s; {scores.scores}")
+    return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the configuration of the data and of the scores, checked, as YAML. Writes nothing.
+
+    Args:
+        overrides: overrides for `conf/score_teacher.yaml`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, HfError: as `main`.
+    """
+    with system_errors():
+        config, scores = _read(overrides)
+        _check(config, scores)
+    return experiment_text(NAME, overrides, {**write_config(config), **encode(scores)})
+
+
+def _read(overrides: Sequence[str]) -> tuple[TrainConfig, ScoreTeacherConfig]:
+    values = compose(NAME, overrides)
+    own = own_keys(NAME)
+    scores = decode(ScoreTeacherConfig, {key: values[key] for key in own})
+    run: dict[str, Any] = {key: value for key, value in values.items() if key not in own}
+    task = run["task"]
+    if isinstance(task, Mapping) and task.get("steps") is None:
+        run["task"] = {**task, "steps": 1}  # no step is made
+    return read_config(resolve(run)), scores
+
+
+def _check(config: TrainConfig, scores: ScoreTeacherConfig) -> int:
+    """Checks the configuration, and returns the teacher's vocabulary.
+
+    Raises:
+        ConfigError: the data have no samples, the teacher has another vocabulary, or the folder exists.
+        DataError, CheckpointError, HfError: the data or the teacher cannot be read.
+    """
+    check_samples(config)
+    check_data(config)
+    folder = Path(scores.scores).expanduser()
+    if folder.exists():
+        raise ConfigError(f"scores: must be a folder that does not exist, is {scores.scores!r}; choose another name")
+    vocab_size = check_source(scores.teacher, "teacher", drop_mtp=True).vocab_size
+    if vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"teacher: must have the vocabulary of the model, {config.model.vocab_size} tokens, {scores.teacher} has "
+            f"{vocab_size}; nearest valid: a teacher with the same tokenizer, or model.vocab_size={vocab_size}"
+        )
+    return vocab_size
+
+
+def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> int:
+    """Loads the teacher, scores all samples, and returns the number of targets."""
+    # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from comm.dispatch.local import LocalDispatcher
+    from model.transformer import Transformer, named_tensors
+    from train.checkpoint.sources import open_source
+    from train.teacher.score import write_scores
+
+    if scores.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
+    source = open_source(scores.teacher, "teacher", drop_mtp=True)
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[scores.dtype]
+    model = Transformer(source.config, LocalDispatcher(source.config.num_routed_experts), dtype)
+    source.fill(named_tensors(model))
+    meta = ScoresMeta(
+        format_version=FORMAT_VERSION,
+        teacher=scores.teacher,
+        fingerprint=prepared.fingerprint,
+        vocab_size=vocab_size,
+        kept=min(scores.kept, vocab_size),
+        temperature=scores.temperature,
+    )
+    with ScoresWriter(Path(scores.scores).expanduser(), meta) as writer:
+        return write_scores(
+            model.to(torch.device(scores.device)), prepared, meta, writer, scores.sequences, progress_on()
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(command(NAME, main, preview))

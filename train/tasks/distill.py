@@ -1,0 +1,99 @@
+"""Registers distillation: a student imitates a teacher's distributions of the answers. No torch here."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from data.samples.pack import WEIGHTS
+from kernels.ranges import PositiveFloat, Share
+from model.config import ModelConfig
+from train.config import BatchConfig
+from train.config.errors import ConfigError
+from train.tasks.registry import TASKS, TaskSpec
+from train.tasks.samples import SampleTaskConfig, check_samples
+from train.teacher.scores import check_scores, is_scores_folder, with_scores
+
+if TYPE_CHECKING:
+    from data.prepare import Prepared
+    from train.config import TrainConfig
+    from train.tasks.distillation import DistillationTask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig(SampleTaskConfig):
+    """The configuration of distillation.
+
+    Attributes:
+        teacher: a folder that `launch.score_teacher` wrote, or weights, which form a second, frozen network.
+        divergence: of the student from the teacher.
+        beta: weight of the teacher in the mixture of jensen_shannon.
+        temperature: divisor of the logits of both.
+        cross_entropy_weight: weight of the cross-entropy of the samples' own tokens; the divergence has the rest.
+    """
+
+    teacher: str
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+    beta: Share
+    temperature: PositiveFloat
+    cross_entropy_weight: Share
+
+
+def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig) -> "DistillationTask":
+    """Builds the task of distillation."""
+    from train.tasks.distillation import DistillationTask
+
+    return DistillationTask(config, model.mtp_depth, masks_documents=batch.document_mask)
+
+
+def check_distill(config: "TrainConfig") -> None:
+    """Rejects data without samples, and a mixture of Jensen-Shannon that has only one of the two distributions.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    check_samples(config)
+    assert isinstance(config.task, DistillConfig)
+    beta = config.task.beta
+    if config.task.divergence == "jensen_shannon" and not 0 < beta < 1:
+        raise ConfigError(
+            f"task.beta: must be above 0 and below 1 with task.divergence=jensen_shannon, is {beta:g}; nearest valid: "
+            f"task.divergence={'forward_kl' if beta <= 0 else 'reverse_kl'}, which is its limit"
+        )
+
+
+def check_teacher(config: "TrainConfig") -> None:
+    """Rejects a teacher that is neither stored scores nor weights, or has another vocabulary.
+
+    Raises:
+        ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
+    """
+    task = config.task
+    assert isinstance(task, DistillConfig)
+    check_scores(task.teacher, task.temperature, config.model.vocab_size)
+
+
+def add_scores(config: "TrainConfig", prepared: "Prepared") -> "Prepared":
+    """Returns the samples with the teacher's scores, if those are stored."""
+    assert isinstance(config.task, DistillConfig)
+    return with_scores(config.task.teacher, prepared) if is_scores_folder(config.task.teacher) else prepared
+
+
+TASKS.register(
+    "distill",
+    TaskSpec(
+        summary="imitation of a teacher's distributions of the answers in samples",
+        config=DistillConfig,
+        build=build_distill,
+        example={
+            "epochs": None,
+            "teacher": "scores",
+            "divergence": "forward_kl",
+            "beta": 0.5,
+            "temperature": 2.0,
+            "cross_entropy_weight": 0.25,
+        },
+        check=check_distill,
+        check_files=check_teacher,
+        extend=add_scores,
+        values=(WEIGHTS,),
+    ),
+)

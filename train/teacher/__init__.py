@@ -1,0 +1,1 @@
+"""Teachers of distillation: stored scores, or a second network in the pipeline."""
