@@ -33,7 +33,7 @@ NAME = "score_teacher"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreTeacherConfig:
-    """Configuration of the scores: the teacher, where they are written, and how many; see `conf/score_teacher.yaml`."""
+    """The configuration of stored scores; see `conf/score_teacher.yaml`."""
 
     teacher: str
     scores: str

@@ -19,6 +19,7 @@ from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_par
 from train.optim.staged import Background, StagedAdamW
 from train.replica import Replica
 from train.tasks.reference import Reference
+from train.teacher.replica import Teacher
 from train.world import World
 
 
@@ -32,7 +33,7 @@ class Learner:
         store: gradients of one step.
         optimizer: applies the gradients.
         ema: moving average of the weights; None if the run keeps none.
-        reference: frozen weights with which the task compares; None if it does not.
+        reference: frozen network with which the task compares; None if it does not.
         ramp: schedules of the smaller sizes of a batch ramp, by the size in sequences.
     """
 
@@ -41,7 +42,7 @@ class Learner:
     store: GradientStore
     optimizer: StagedAdamW
     ema: ParameterEma | None
-    reference: Reference | None = None
+    reference: Reference | Teacher | None = None
     ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
     @property
@@ -52,7 +53,9 @@ class Learner:
     @property
     def extras(self) -> dict[str, ParameterEma | Reference]:
         """Further state of a checkpoint besides weights and optimizer state, by the prefix of its names."""
-        found = {"ema": self.ema, "reference": self.reference}
+        # A teacher is loaded again from where the configuration says.
+        reference = self.reference if isinstance(self.reference, Reference) else None
+        found = {"ema": self.ema, "reference": reference}
         return {prefix: extra for prefix, extra in found.items() if extra is not None}
 
     def update_average(self) -> None:
@@ -71,14 +74,16 @@ class Learner:
         self.replica.close()
 
 
-def open_learner(replica: Replica, optim: OptimConfig, ema: EmaConfig, reference: Reference | None = None) -> Learner:
+def open_learner(
+    replica: Replica, optim: OptimConfig, ema: EmaConfig, reference: Reference | Teacher | None = None
+) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it.
 
     Args:
         replica: the network to train.
         optim: of the optimizer.
         ema: of the moving average.
-        reference: frozen weights with which the task compares; None if it does not.
+        reference: frozen network with which the task compares; None if it does not.
     """
     model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
     lane = open_lane(world.device, "reduction")

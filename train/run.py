@@ -44,6 +44,7 @@ from train.startup import (
     raise_if_preempted,
 )
 from train.tasks.reference import open_reference
+from train.teacher.replica import open_teacher
 from train.world import World, open_world
 
 
@@ -190,7 +191,12 @@ class _TrainingRank:
                 replica = open_replica(
                     self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
                 )
-                self._learner = open_learner(replica, config.optim, config.ema, open_reference(config.task, replica))
+                self._learner = open_learner(
+                    replica,
+                    config.optim,
+                    config.ema,
+                    open_reference(config.task, replica) or open_teacher(config, replica),
+                )
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
             end = _RunOutcome.of_error(error)

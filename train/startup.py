@@ -25,6 +25,7 @@ from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError
 from train.learner import Learner
 from train.records.status import read_status
+from train.tasks.reference import Reference
 
 
 def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
@@ -128,6 +129,6 @@ def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepar
         line = load_initial(config, learner, prepared.tokenizer)
     if learner.ema is not None:
         learner.ema.follow_weights()
-    if learner.reference is not None:
+    if isinstance(learner.reference, Reference):
         learner.reference.follow(learner.replica)
     return line

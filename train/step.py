@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from data.loader import Batch, Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
-from model.objective import BALANCE, MAIN, LossSums, MicroBatch
+from model.objective import BALANCE, MAIN, LossSums, MicroBatch, Objective
+from model.objectives.distillation import TEACHER_STATES
 from model.objectives.preference import REFERENCE
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
@@ -25,7 +27,9 @@ from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
+from train.tasks.reference import Reference
 from train.tasks.registry import StepRates, Task, open_task
+from train.teacher.replica import Teacher
 
 Read = Callable[[int, int], Batch]
 _MTP = "mtp_"
@@ -258,11 +262,29 @@ def accumulate(
     task = open_task(config, replica.config.model, replica.config.batch)
     batches = BatchReader(replica, task, read)
     counts, sums = batches.count(), LossSums(task.names)
-    if learner.reference is not None:
-        batches.add_extras(REFERENCE, learner.reference.log_probs(batches))
+    objective = compare(learner.reference, batches, task.objective(counts, rates))
     follow = partial(_count_phases, progress)
-    execution = replica.train(batches, task.objective(counts, rates), sums, learner.store, follow, reduce=reduce)
+    execution = replica.train(batches, objective, sums, learner.store, follow, reduce=reduce)
     return reduce_losses(replica, task, sums, counts, rates), execution
+
+
+def compare(reference: Reference | Teacher | None, batches: BatchReader, objective: Objective) -> Objective:
+    """Adds what a frozen network finds to the micro-batches. All ranks call it.
+
+    Returns:
+        The objective, with what it needs of the network.
+    """
+    match reference:
+        case None:
+            return objective
+        case Reference():
+            batches.add_extras(REFERENCE, reference.log_probs(batches))
+            return objective
+        case Teacher():
+            batches.add_extras(TEACHER_STATES, reference.states(batches))
+            return reference.bind(objective)
+        case _ as other:
+            assert_never(other)
 
 
 def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from data.loader import Batch, Loader
 from model.objective import MAIN, LossSums
-from model.objectives.preference import REFERENCE
 from train.config import TaskConfig
 from train.replica import Replica
-from train.step import BatchReader, Losses, Read, first_sequence, is_reported, reduce_losses
+from train.step import BatchReader, Losses, Read, compare, first_sequence, is_reported, reduce_losses
 from train.tasks.reference import Reference
 from train.tasks.registry import StepRates, open_task
+from train.teacher.replica import Teacher
 
 _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 
@@ -29,7 +29,7 @@ class Validation:
 
 
 def validate(
-    replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int, reference: Reference | None = None
+    replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int, reference: Reference | Teacher | None = None
 ) -> Validation:
     """Returns the main loss and reported means over validation sequences. All ranks call it.
 
@@ -55,7 +55,7 @@ def validate(
 
 
 def validate_pass(
-    replica: Replica, config: TaskConfig, read: Read, reference: Reference | None = None
+    replica: Replica, config: TaskConfig, read: Read, reference: Reference | Teacher | None = None
 ) -> tuple[Losses, dict[str, float]]:
     """Runs a forward pass of one global batch.
 
@@ -97,14 +97,12 @@ def _forward(
     read: Read,
     *,
     log_probs: dict[tuple[int, int], Tensor] | None,
-    reference: Reference | None = None,
+    reference: Reference | Teacher | None = None,
 ) -> tuple[LossSums, Losses, Tensor]:
     task = open_task(config, replica.config.model, replica.config.batch)
     batches, sums = BatchReader(replica, task, read), LossSums(task.names, log_probs)
     counts = batches.count()
-    if reference is not None:
-        batches.add_extras(REFERENCE, reference.log_probs(batches))
-    replica.forward(batches, task.objective(counts, _NO_RATES), sums)
+    replica.forward(batches, compare(reference, batches, task.objective(counts, _NO_RATES)), sums)
     return sums, reduce_losses(replica, task, sums, counts, _NO_RATES), counts
 
 

@@ -1,4 +1,4 @@
-"""Divergences of a student's distribution from a teacher's, with their derivatives in the student's logits.
+"""Divergences of a student's distribution from a teacher's, and their derivatives.
 
 Source: arXiv:2306.13649, section 3 (forward and reverse KL, generalized Jensen-Shannon). Shape legend: C rows of a
 chunk, B buckets of a distribution.
@@ -16,7 +16,7 @@ DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """A divergence D(p, q) of teacher p and student q, both at a temperature, times the temperature squared.
+    """A divergence D(p, q) of teacher p and student q at a temperature, times its square.
 
     Attributes:
         kind: forward_kl: KL(p || q). reverse_kl: KL(q || p). jensen_shannon: beta KL(p || m) + (1 - beta) KL(q || m),

@@ -18,7 +18,9 @@ _SMALLEST_REST = 1e-12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherStates:
-    """A teacher as the input of its head and the head itself; its logits are computed again, chunk by chunk.
+    """A teacher as the input of its head and the head itself.
+
+    Its logits are computed again, chunk by chunk.
 
     Attributes:
         rows_NS: states after the teacher's final norm.
@@ -31,7 +33,9 @@ class TeacherStates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherTopK:
-    """A teacher as its most probable tokens. All others are one further token, with the rest of the probability.
+    """A teacher as its most probable tokens.
+
+    All others are one further token, with the rest of the probability.
 
     Attributes:
         ids_NK: int64, different within a row.
@@ -47,7 +51,7 @@ Teacher = TeacherStates | TeacherTopK
 
 @dataclass(frozen=True, slots=True)
 class DistillationScores:
-    """Divergences and log-probabilities of targets, [N], 0 without a target, and gradients, None if not requested."""
+    """Divergences, [N], 0 without a target, and the log-probabilities and gradients of the rows."""
 
     divergences_N: Tensor
     scores: RowScores
@@ -112,7 +116,7 @@ def linear_distillation(
 
 
 def _student_terms(teacher: Teacher, chunk: slice, logs_CV: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
-    """Returns the divergence of each row of a chunk, and its derivatives in the student's scaled logits, [C, V]."""
+    """Returns the divergences of a chunk, and their derivatives in the student's scaled logits, [C, V]."""
     if isinstance(teacher, TeacherStates):
         logits_CV = (teacher.rows_NS[chunk] @ teacher.head_VS.t()).to(logs_CV.dtype)
         return divergence_terms(torch.log_softmax(logits_CV / form.temperature, -1), logs_CV, form)

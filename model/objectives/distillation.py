@@ -52,7 +52,7 @@ class Distillation:
         return self.targets.balance
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
-        """Computes the depth's loss: the mixed one at the main head, else the summed cross-entropy times its factor."""
+        """Computes the mixed loss at the main head, and the cross-entropy at other depths."""
         if head.depth:
             return self.targets.loss(hidden_BTD, head, batch, sink)
         wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
@@ -102,7 +102,7 @@ class Distillation:
 
 @dataclass(frozen=True, slots=True)
 class KeepStates:
-    """Objective of a teacher's forward-only pass: it keeps the input of the main head in place of log-probabilities."""
+    """Objective of a teacher's pass, which keeps the main head's input in place of log-probabilities."""
 
     balance: float = 0.0
 

@@ -10,13 +10,14 @@ from launch.config.compose import compose
 from launch.config.groups import options
 from launch.config.run_config import check, compose_run
 from tests.data.released_tokenizer import write_released
+from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
-LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft")
+LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
 GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400}
 SIZES = {
     "v3_671b": (2048, 256, 14_800 * 10**9),
@@ -33,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("some text to train on", encoding="utf-8")
+    (folder / "teacher").mkdir()
+    write_weights_manifest(folder / "teacher", compose_run(["model=arithmetic"]).model, {})
     for name, size in GIVEN.items():
         write_released(folder / f"{name}.json", ["some text to train on"], highest_id=size - 1)
     return folder
@@ -42,6 +45,7 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
     """Returns the overrides of a recipe, with placeholders for the values that the user must set."""
     paths = [] if name in LAPTOP else [f"data.paths=[{folder / 'text'}]"]
     given = [f"data.tokenizer={folder / name}.json"] if name in GIVEN else []
+    given += [f"task.teacher={folder / 'teacher'}"] if name == "arithmetic_distill" else []
     return compose_run([f"experiment={name}", *paths, *given, *overrides])
 
 

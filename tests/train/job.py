@@ -15,15 +15,17 @@ from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
-from data.prepare import prepare
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from model.experts import RoutedExperts
 from model.objective import LossSums, MicroBatch
+from model.objectives.distillation import TEACHER_STATES, Distillation
 from model.objectives.preference import REFERENCE
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.balance import update_router_bias
+from train.checkpoint.sources import open_source
 from train.config import TrainConfig, sized_config
+from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
@@ -32,8 +34,11 @@ from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
-from train.tasks.reference import open_reference
+from train.tasks.distill import DistillConfig
+from train.tasks.reference import Reference, open_reference
 from train.tasks.registry import TASKS, Task, open_task
+from train.teacher.replica import open_teacher
+from train.teacher.scores import is_scores_folder
 from train.world import World, open_world
 
 
@@ -75,7 +80,9 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
     replica = open_replica(
         make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
     )
-    return open_learner(replica, config.optim, config.ema, open_reference(config.task, replica))
+    return open_learner(
+        replica, config.optim, config.ema, open_reference(config.task, replica) or open_teacher(config, replica)
+    )
 
 
 def make_world(config: TrainConfig, schedule: Schedule) -> World:
@@ -105,7 +112,7 @@ def close_job(learner: Learner) -> None:
 
 def open_loader(config: TrainConfig) -> Loader:
     """The run's data."""
-    prepared = prepare(config.data, config.batch.sequence_length_tokens)
+    prepared = prepare_corpus(config)
     return Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
 
 
@@ -119,7 +126,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     whole, loader = open_job(config, job.schedule), open_loader(config)
     learners = LearnersByBatchSize(whole, config.batch_sizes, ramp_schedules(config))
     start_biases(whole.replica.model, job.starved)
-    if whole.reference is not None:
+    if isinstance(whole.reference, Reference):
         whole.reference.follow(whole.replica)
     seen = []
     for step in range(num_steps):
@@ -199,10 +206,27 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
         eps=config.optim.eps,
     )
     loader, seen = open_loader(config), []
-    reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference else None
+    reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference else load_teacher(config)
     for step in range(num_steps):
         seen.append(_plain_step(config, model, optimizer, loader, step, reference))
     return seen
+
+
+def load_teacher(config: TrainConfig) -> Transformer | None:
+    """Loads the whole teacher of a run that has one in its pipeline."""
+    if not isinstance(config.task, DistillConfig) or is_scores_folder(config.task.teacher):
+        return None
+    source = open_source(config.task.teacher, "task.teacher", drop_mtp=True)
+    teacher = Transformer(source.config, _local_dispatcher(config), weight_dtype(config.precision))
+    source.fill(named_tensors(teacher))
+    return teacher
+
+
+@torch.no_grad()
+def with_states(batch: MicroBatch, teacher: Transformer) -> MicroBatch:
+    """Returns the micro-batch with the states of the plain teacher."""
+    states_BTS = teacher.final_states(batch.inputs_BT[0], batch.documents)
+    return replace(batch, extras={**batch.extras, TEACHER_STATES: states_BTS})
 
 
 @torch.no_grad()
@@ -227,9 +251,12 @@ def _plain_step(
     reads = range(0, config.batch.global_sequences, size)
     batches = [task.read(loader.batch(step, first, size), device) for first in reads]
     if reference is not None:
-        batches = [with_reference(batch, reference) for batch in batches]
+        scored = with_reference if TASKS.get(config.task.kind).has_reference else with_states
+        batches = [scored(batch, reference) for batch in batches]
     counts = torch.stack([task.count(batch) for batch in batches]).sum(0)
     objective, sums = task.objective(counts, rates), LossSums(task.names)
+    if isinstance(objective, Distillation) and reference is not None:
+        objective = replace(objective, teacher_head_VS=reference.head_weight.detach())
     for batch in batches:
         model.loss(batch, objective, sums).backward()
     gradients = by_released_name(model, lambda parameter: parameter.grad)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.config.run_config import check, compose_run
@@ -44,3 +45,32 @@ def test_run_of_epochs_answers_held_out_prompts_and_belongs_to_its_task(tmp_path
     with pytest.raises(CheckpointError, match=r"task\.kind: must be sft, the task of .*, is pretrain; nearest valid"):
         check(compose_run(plain))
     check(compose_run([*plain[:-1], f"init_from={run}"]))
+
+
+@pytest.mark.slow
+def test_scores_of_a_teacher_are_written_whole_and_train_a_student(tmp_path: Path) -> None:
+    run, scores = tmp_path / "run", tmp_path / "scores"
+    done = run_command(["-m", "launch.train", *choices(tmp_path, "task.steps=1", f"out_dir={run}", "samples.tokens=0")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = choices(tmp_path, f"teacher={run}", f"scores={scores}", "kept=8", "temperature=2")
+    done = run_command(["-m", "launch.score_teacher", *given])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "targets scored in" in done.stdout
+    ids = np.load(scores / "train_teacher_ids_NLK.npy")
+    log_probs = np.load(scores / "train_teacher_log_probs_NLK.npy")
+    meta = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+    assert (meta["kept"], meta["temperature"], meta["vocab_size"]) == (8, 2.0, 32)
+    # Nine targets of each of about 240 samples, whose probabilities sum to at most 1 and decrease.
+    is_target = log_probs.any(-1)
+    assert 9 * 200 < is_target.sum() < 9 * 280
+    assert (np.diff(log_probs[is_target]) <= 0).all()
+    assert (np.exp(log_probs[is_target]).sum(-1) <= 1 + 1e-5).all()
+    assert all(len(set(row)) == 8 for row in ids[is_target].tolist())
+    refused = run_command(["-m", "launch.score_teacher", *given])
+    assert refused.returncode == 2
+    assert "scores: must be a folder that does not exist" in refused.stderr
+    student = ["task=distill", f"task.teacher={scores}", "task.temperature=2", "task.steps=2", "samples.tokens=0"]
+    done = run_command(["-m", "launch.train", *choices(tmp_path, *student, f"out_dir={tmp_path / 'student'}")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = (tmp_path / "student" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(records[-1])["divergence"] > 0

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal
 from data.samples.pack import WEIGHTS
 from kernels.ranges import PositiveFloat, Share
 from model.config import ModelConfig
+from train.checkpoint.sources import source_config
 from train.config import BatchConfig
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, divisors
 from train.tasks.registry import TASKS, TaskSpec
 from train.tasks.samples import SampleTaskConfig, check_samples
 from train.teacher.scores import check_scores, is_scores_folder, with_scores
@@ -45,7 +46,7 @@ def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig)
 
 
 def check_distill(config: "TrainConfig") -> None:
-    """Rejects data without samples, and a mixture of Jensen-Shannon that has only one of the two distributions.
+    """Rejects data without samples, and a mixture that has only one of two distributions.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
@@ -68,7 +69,27 @@ def check_teacher(config: "TrainConfig") -> None:
     """
     task = config.task
     assert isinstance(task, DistillConfig)
-    check_scores(task.teacher, task.temperature, config.model.vocab_size)
+    if is_scores_folder(task.teacher):
+        check_scores(task.teacher, task.temperature, config.model.vocab_size)
+        return
+    teacher, model = source_config(task.teacher, "task.teacher", drop_mtp=True), config.model
+    if teacher.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"task.teacher: must have the vocabulary of the model, {model.vocab_size} tokens, {task.teacher} has "
+            f"{teacher.vocab_size}; nearest valid: a teacher with the same tokenizer"
+        )
+    stages, experts = config.parallelism.pipeline * (config.schedule.chunks or 1), config.parallelism.expert
+    if teacher.num_layers < stages:
+        raise ConfigError(
+            f"task.teacher: must have at least {stages} layers, one for each stage of the pipeline, {task.teacher} has "
+            f"{teacher.num_layers}; nearest valid: parallelism.pipeline={teacher.num_layers}"
+        )
+    if teacher.num_routed_experts % experts:
+        raise ConfigError(
+            f"task.teacher: its experts must be divisible by parallelism.expert={experts}, {task.teacher} has "
+            f"{teacher.num_routed_experts}; nearest valid: "
+            f"parallelism.expert={divisors(teacher.num_routed_experts, experts)}"
+        )
 
 
 def add_scores(config: "TrainConfig", prepared: "Prepared") -> "Prepared":

@@ -1,4 +1,4 @@
-"""Reads and writes a teacher's most probable tokens at every target of prepared samples. Imports no torch.
+"""Reads and writes a teacher's most probable tokens at every target. Imports no torch.
 
 A folder holds `scores.json` and, for each part of the samples, token ids and log-probabilities. Shape legend: N
 sequences, L tokens per sequence, K kept tokens.

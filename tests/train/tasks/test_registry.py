@@ -17,10 +17,11 @@ from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
 from kernels.registry import load_plugins
 from model.transformer import Transformer, initialize_weights
+from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import MarkedSource
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config, write_text
+from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import Job, Seen, by_released_name, open_loader, run_jobs, run_plain, start_biases
 from tests.train.test_equality import assert_equal, relative_error
 from train.config import TrainConfig
@@ -62,7 +63,18 @@ def with_task(config: TrainConfig, kind: str, plugins: list[str], balance: float
     elif TASKS.get(kind).values:
         marked, masked = MarkedSource(kind="marked", num_samples=160), replace(config.batch, document_mask=True)
         config = replace(config, data=replace(config.data, source=marked), batch=masked)
+    if kind == "distill":
+        values["teacher"] = write_teacher(Path(config.out_dir).parent / "teacher")
     return replace(config, task=decode(get_type_hints(TrainConfig, include_extras=True)["task"], values, "task"))
+
+
+def write_teacher(folder: Path) -> str:
+    """Writes the weights of a teacher once, and returns their folder."""
+    if not folder.exists():
+        teacher = Transformer(replace(MODEL, mtp_depth=0), LocalDispatcher(MODEL.num_routed_experts), torch.float64)
+        initialize_weights(teacher, 5)
+        write_checkpoint(folder, teacher)
+    return str(folder)
 
 
 def run_task(
@@ -88,8 +100,8 @@ def test_registered_task_on_two_ranks_equals_one_rank(tmp_path: Path, kind: str)
     write_text(tmp_path)
     config = dualpipe_config(tmp_path, 1)
     plugins = [str(module.__file__) for module in list(sys.modules.values()) if "__plugin__" in vars(module)]
-    results = run_ranks(2, run_task, config, kind, plugins, 0.01)
     plain = run_plain(with_task(config, kind, plugins, 0.01), 0, STEPS)
+    results = run_ranks(2, run_task, config, kind, plugins, 0.01)
     for step in range(STEPS):
         assert_equal([rank[step] for rank in results], plain[step], 1e-10)
 
