@@ -7,11 +7,14 @@ template, license), and stored frequencies of the rotary embedding. torch is imp
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja
+from data.chat.templates import CHAT_TEMPLATES
+from data.registry import DATA_SOURCES
 from data.special_tokens import GENERATION_NAME, TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME
 from data.tokenizer import Tokenizer
 from model.hf.config import TOKEN_ID_KEYS
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_FILE_BYTES = 2**26
+OLD_CHAT_TEMPLATE_NAME = "chat_template.json"
 # Files that belong to a tokenizer in addition to `tokenizer.json`.
 _TOKENIZER_PATTERNS = (
     TOKENIZER_CONFIG_NAME,
@@ -33,8 +37,8 @@ _TOKENIZER_PATTERNS = (
     "merges.txt",
     "tokenizer.model",
     "tiktoken.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    CHAT_TEMPLATE_NAME,
+    OLD_CHAT_TEMPLATE_NAME,
 )
 # Licenses apply with any tokenizer. The publisher's code (`auto_map`) is copied, but never run.
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -95,12 +99,23 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
 
     If the run has another tokenizer, its files and token ids replace those of the source. If `data.tokenizer_eos` or a
     similar key names special tokens, files that contradict it are left out. If the run has another rotary embedding,
-    stored frequencies are left out.
+    stored frequencies are left out. A run on chats has its own chat template.
 
     Args:
         config: of the run; `resume` is a checkpoint or None.
         tokenizer: of the run's samples.
     """
+    kept = _preserved_of_source(config, tokenizer)
+    template = DATA_SOURCES.get(config.data.source.kind).chat_template
+    if template is None:
+        return kept
+    jinja = template_jinja(CHAT_TEMPLATES.get(template(config.data.source))).encode()
+    files = {name: content for name, content in kept.files.items() if name != OLD_CHAT_TEMPLATE_NAME}
+    return replace(kept, files={**files, CHAT_TEMPLATE_NAME: jinja})
+
+
+def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:
+    """Returns the metadata of the initial weights and of a given tokenizer's folder that still apply."""
     data, given = config.data, config.data.tokenizer
     own_files = {} if given is None else read_files(Path(given).expanduser().parent, _TOKENIZER_PATTERNS)
     path, key = (config.resume, "resume") if config.resume is not None else (config.init_from, "init_from")
