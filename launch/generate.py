@@ -19,7 +19,7 @@ from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.generation.continuations import LiveWriter, OrderedWriter, Transcript, as_block, as_json_line, new_file
-from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_prompts, read_stop
+from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_prompts, read_stop, text_encoder
 from launch.help.preview import plain_text
 from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME
@@ -41,6 +41,8 @@ class GenerateCommandConfig:
     prompt: str | None
     prompt_ids: tuple[int, ...] | None
     prompts: str | None
+    chat: str | None
+    thinking: bool | None
     out: str
     max_new_tokens: int
     temperature: float
@@ -134,6 +136,8 @@ def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
         raise ConfigError("prompt: a value is needed; write prompt=TEXT, prompts=FILE or prompt_ids=[0,5,9]")
     if len(given) > 1:
         raise ConfigError(f"{given[1]}: must be left out if {given[0]} is set; choose one of them")
+    if config.chat is not None and config.prompt_ids is not None:
+        raise ConfigError(f"chat: must be null with prompt_ids, is {config.chat!r}; nearest valid: chat=null")
     if config.out and config.prompts and os.path.realpath(config.out) == os.path.realpath(config.prompts):
         raise ConfigError(f"out: must not be the file of prompts, which it would replace, is {config.out!r}")
     return config
@@ -176,7 +180,8 @@ def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]
         key = "prompt" if config.prompts is None else "prompts"
         raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
     prompts = read_prompts(config.prompt, config.prompts)
-    return [Prompt(text, tokenizer.prompt(text)) for text in prompts]
+    encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
+    return [Prompt(text, encode_text(text)) for text in prompts]
 
 
 def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:

@@ -141,8 +141,14 @@ def encode_prompt(
     return _encode([parts], tokenizer)[0].ids
 
 
-def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer) -> None:
+def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer, key: str = "data.template") -> None:
     """Rejects a tokenizer that lacks tokens of a template.
+
+    Args:
+        names: tokens that the template places.
+        template_name: name of the template.
+        tokenizer: of the conversations.
+        key: configuration key that names the template, for errors.
 
     Raises:
         DataError: names the first missing token.
@@ -150,7 +156,7 @@ def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer)
     missing = [name for name in names if not tokenizer.has_token(name)]
     if missing:
         raise DataError(
-            f"data.template: {template_name} places the token {missing[0]!r}, which the tokenizer must have, does not; "
+            f"{key}: {template_name} places the token {missing[0]!r}, which the tokenizer must have, does not; "
             f"nearest valid: a template without it, or a tokenizer that was released for chats or trained on them"
         )
 

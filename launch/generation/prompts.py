@@ -2,9 +2,14 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.chat.encode import check_tokens, encode_prompt
+from data.chat.jinja import template_of
+from data.chat.messages import user
+from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import find_tokenizer_file
 from train.config.errors import ConfigError, nearest
@@ -77,6 +82,48 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
     """
     path = find_tokenizer_file(folder)
     return None if path is None else Tokenizer.load(path)
+
+
+def text_encoder(
+    chat: str | None, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None
+) -> Callable[[str], list[int]]:
+    """Returns a function that encodes a prompt: as text to continue, or as a user's message to answer.
+
+    Args:
+        chat: value of the key `chat`: a template's name, `auto`, or None.
+        folder: folder of the weights, whose template `auto` takes.
+        tokenizer: of the weights.
+        thinking: value of the key `thinking`.
+
+    Raises:
+        ConfigError: no such template, the weights have none that is known, or keys contradict each other.
+        DataError: the tokenizer lacks a token of the template.
+    """
+    if chat is None and thinking is not None:
+        raise ConfigError(f"thinking: must be null without chat, is {thinking}; nearest valid: chat=auto")
+    if chat is None:
+        return tokenizer.prompt
+    name = _template_name(chat, folder)
+    template = CHAT_TEMPLATES.get(name)
+    if thinking and template.thoughts is None:
+        valid = " or ".join(name for name, each in CHAT_TEMPLATES.items() if each.thoughts is not None)
+        raise ConfigError(f"thinking: must be false with chat={name}, is true; nearest valid: chat={valid}")
+    check_tokens(template.required_tokens, name, tokenizer, "chat")
+    return lambda text: encode_prompt([user(text)], template, tokenizer, thinking=thinking)
+
+
+def _template_name(chat: str, folder: Path) -> str:
+    names = CHAT_TEMPLATES.names()
+    name = template_of(folder) if chat == "auto" else chat
+    if name is None:
+        raise ConfigError(
+            f"chat: auto needs weights of a run on chats, {folder} has no template that is known; nearest valid: "
+            f"one of {', '.join(names)}"
+        )
+    if name not in names:
+        choices = [*names, "auto"]
+        raise ConfigError(f"chat: must be one of {', '.join(choices)}, is {chat!r}; {nearest(chat, choices)}")
+    return name
 
 
 def _field(place: str, line: str) -> str:
