@@ -36,6 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         (folder / name / "a.txt").write_text("A line of text for a corpus.\n" * 200, "utf-8")
     (folder / "notes.txt").write_text("Some notes of a reader.\n" * 200, "utf-8")
+    (folder / "chats.jsonl").write_text('{"prompt": "Sort 312.", "answer": "123"}\n' * 50, "utf-8")
     (folder / "corpus.jsonl").write_text('{"content": "a document"}\n' * 50, "utf-8")
     return folder
 
