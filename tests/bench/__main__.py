@@ -12,12 +12,13 @@ from tests.bench.forecast import forecast_text
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
 from tests.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
+from tests.bench.sft import measure_sft, missing_trl, sft_rows, sft_text
 from tests.bench.training import Precision, measure_training, training_rows, training_text
 from tests.cluster.exchange import exchange_text
 from tests.cluster.namespaces import missing, open_cluster
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training")
+SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training", "sft")
 
 
 def main() -> None:
@@ -59,6 +60,8 @@ def main() -> None:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if "training" in arguments.sections:
         found["training"] = {precision: _training(precision, arguments.rounds) for precision in PRECISIONS}
+    if "sft" in arguments.sections:
+        found["sft"] = _sft(4 * arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -67,6 +70,16 @@ def _training(precision: Precision, num_rounds: int) -> list[dict[str, Any]]:
     samples = measure_training(precision, num_rounds)
     print("\n" + training_text(precision, samples), flush=True)
     return training_rows(samples)
+
+
+def _sft(num_rounds: int) -> list[dict[str, Any]]:
+    reason = missing_trl()
+    if reason is not None:
+        print(f"\nSupervised fine-tuning: skipped: {reason}")
+        return []
+    samples = measure_sft(num_rounds)
+    print("\n" + sft_text(samples), flush=True)
+    return sft_rows(samples)
 
 
 def _exchange() -> None:

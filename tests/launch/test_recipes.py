@@ -13,6 +13,7 @@ from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.corpus import prepare_corpus
 from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
 
@@ -50,7 +51,7 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def test_recipes_are_those_of_this_table() -> None:
-    assert set(options("experiment")) == {*LAPTOP, *SIZES, "none"}
+    assert set(options("experiment")) == {*LAPTOP, *SIZES, "v3_sft", "none"}
 
 
 @pytest.mark.parametrize("name", [*LAPTOP, *SIZES])
@@ -134,3 +135,21 @@ def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:
     same = {"rope_scaling": released.rope_scaling, "max_position_tokens": released.max_position_tokens}
     assert released.rope_scaling.kind == "yarn"
     assert replace(pretrained, **same) == released  # type: ignore[arg-type]
+
+
+def test_recipe_v3_sft_is_the_published_fine_tuning(tmp_path: Path) -> None:
+    """The values equal those of arXiv:2412.19437, section 5.1: two epochs, and a cosine from 5e-6 to 1e-6."""
+    lines = [f'{{"prompt": "question {number}", "answer": "answer {number}"}}' for number in range(3000)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = ["init_from=null", f"data.paths=[{tmp_path}]", f"data.cache_dir={tmp_path / 'cache'}"]
+    small = ["batch.sequence_length_tokens=32", "validation.sequences=0"]
+    config = compose_run(["experiment=v3_sft", *given, *small])
+    check(config)
+    num_sequences = len(prepare_corpus(config).train_tokens_NL)
+    assert config.task.steps == -(-2 * num_sequences // 1024)
+    whole = compose_run(["experiment=v3_sft", *given, "task.steps=1000"])
+    check(whole)
+    sizes = whole.batch_sizes
+    rates = [rates_of(whole.task, whole.optim, sizes, step).learning_rate for step in (10, 999)]
+    assert rates == pytest.approx([5e-6, 1e-6], rel=1e-3)
+    assert whole.batch.document_mask

@@ -1,0 +1,217 @@
+"""Measures CPU seconds of a step of supervised fine-tuning, here and in TRL's SFTTrainer on the same small model.
+
+Each contender runs in a separate process with one thread, and their steps alternate. A step is everything between two
+updates: the batch, forward, loss of the answers, backward, clipping and AdamW. TRL is an optional extra:
+`pip install -e .[bench]`.
+"""
+
+import importlib.metadata
+import multiprocessing
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.prepare import Prepared
+
+MOST_OF_TRL = 0.85
+SAMPLES, SAMPLE_TOKENS, PROMPT_TOKENS = 64, 21, 12
+NUM_WARM_STEPS = 3
+_SEQUENCES = 8
+_LEARNING_RATE = 3e-3
+
+
+@dataclass(frozen=True, slots=True)
+class SftSample:
+    """CPU seconds of a contender's steps: median and minimum, and the last loss."""
+
+    median: float
+    shortest: float
+    loss: float
+
+
+def missing_trl() -> str | None:
+    """Returns why TRL cannot be measured, or None."""
+    return None if find_spec("trl") else "trl is not installed; pip install -e .[bench]"
+
+
+def measure_sft(num_rounds: int) -> dict[str, SftSample]:
+    """Runs steps of both contenders in turn, after unmeasured ones."""
+    context = multiprocessing.get_context("spawn")
+    started = []
+    for name, serve in (("here", _serve_here), ("TRL", _serve_trl)):
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(NUM_WARM_STEPS + num_rounds, there), daemon=True)
+        process.start()
+        there.close()
+        started.append((name, process, here))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in started}
+    for turn in range(NUM_WARM_STEPS + num_rounds):
+        for name, _, pipe in started:
+            pipe.send(True)
+            taken = pipe.recv()
+            if turn >= NUM_WARM_STEPS:
+                times[name].append(taken)
+    for _, process, _ in started:
+        process.join()
+    found = {}
+    for name, steps in times.items():
+        seconds = [taken for taken, _ in steps]
+        found[name] = SftSample(statistics.median(seconds), min(seconds), steps[-1][1])
+    return found
+
+
+def sft_text(samples: dict[str, SftSample]) -> str:
+    """Formats the table."""
+    ours, trl = samples["here"], samples["TRL"]
+    lines = [
+        f"A step of supervised fine-tuning: {SAMPLES} samples of {SAMPLE_TOKENS} tokens, 0.7M weights, one thread, "
+        f"interleaved; TRL {importlib.metadata.version('trl')}, target <= {MOST_OF_TRL} of its CPU seconds",
+        f"{'':8}{'CPU s':>8}{'least':>8}{'loss':>8}",
+        *(f"{name:8}{each.median:8.3f}{each.shortest:8.3f}{each.loss:8.3f}" for name, each in samples.items()),
+        f"{'ratio':8}{ours.median / trl.median:8.2f}{ours.shortest / trl.shortest:8.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def sft_rows(samples: dict[str, SftSample]) -> list[dict[str, Any]]:
+    """Returns the same as plain data."""
+    return [
+        {"contender": name, "cpu_seconds": each.median, "least_cpu_seconds": each.shortest}
+        for name, each in samples.items()
+    ]
+
+
+class _Steps:
+    """Serves one pipe: measures CPU seconds from one report to the next, while the other contender waits."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._began = 0.0
+
+    def start(self) -> None:
+        """Waits for the turn."""
+        self._pipe.recv()
+        self._began = time.process_time()
+
+    def end(self, loss: float) -> None:
+        """Reports a step."""
+        self._pipe.send((time.process_time() - self._began, loss))
+
+
+def _prepared() -> Prepared:
+    """Returns the samples of the recipe."""
+    from launch.config.run_config import compose_run
+    from train.corpus import prepare_corpus
+
+    return prepare_corpus(compose_run(["experiment=arithmetic_sft"]))
+
+
+def _rows(prepared: Prepared, num_steps: int) -> dict[str, list[list[int]]]:
+    """Returns the samples of all steps, one in a row, with the answers' tokens as labels."""
+    needed = SAMPLES * num_steps
+    tokens, positions = prepared.train_tokens_NL.reshape(-1), prepared.train_positions_NL.reshape(-1)
+    starts = np.flatnonzero(positions == 0)[:needed]
+    ids = [tokens[start : start + SAMPLE_TOKENS].tolist() for start in starts]
+    return {"input_ids": ids, "labels": [[-100] * PROMPT_TOKENS + each[PROMPT_TOKENS:] for each in ids]}
+
+
+def _transformers_model() -> torch.nn.Module:
+    """Returns the recipe's architecture in transformers, in its fastest mode on a CPU."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from launch.config.run_config import compose_run
+    from model.hf.config import write_config
+
+    keys = write_config(compose_run(["experiment=arithmetic_sft"]).model, dtype="F32", fp8=False)
+    config = DeepseekV3Config(**keys, attn_implementation="sdpa")
+    config._experts_implementation = "eager"
+    model: torch.nn.Module = DeepseekV3ForCausalLM(config)
+    return model
+
+
+def _serve_here(num_steps: int, pipe: Connection) -> None:
+    """Trains with the project's own step on one rank."""
+    torch.set_num_threads(1)
+    from torch import distributed as dist
+
+    from launch.config.run_config import compose_run
+    from tests.train.job import close_job, open_job, open_loader
+    from train.step import train_step
+
+    config = compose_run(
+        [
+            *("experiment=arithmetic_sft", "parallelism=one_rank", "schedule=1f1b", f"task.steps={num_steps}"),
+            *(f"batch.micro_sequences={_SEQUENCES}", f"batch.global_sequences={_SEQUENCES}", "optim/schedule=constant"),
+            *(f"optim.learning_rate={_LEARNING_RATE}", "task.bias_update_rate=0", "task.balance_loss_weight=0"),
+        ]
+    )
+    steps = _Steps(pipe)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    learner, loader = open_job(config), open_loader(config)
+    for step in range(num_steps):
+        steps.start()
+        steps.end(train_step(learner, config.task, loader, step).losses.main)
+    close_job(learner)
+    dist.destroy_process_group()
+
+
+def _serve_trl(num_steps: int, pipe: Connection) -> None:
+    """Trains with TRL's trainer on the same samples, one in a row; all rows have the same length."""
+    torch.set_num_threads(1)
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    steps = _Steps(pipe)
+
+    class Serve(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *rest: Any, **values: Any) -> None:
+            steps.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+            steps.end(float("nan"))
+            if state.global_step < num_steps:
+                steps.start()
+
+    prepared = _prepared()
+    with tempfile.TemporaryDirectory() as folder:
+        prepared.tokenizer.save(Path(folder) / "tokenizer.json")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=f"{folder}/tokenizer.json",
+            eos_token="<｜end▁of▁sentence｜>",
+            pad_token="<｜▁pad▁｜>",
+        )
+        arguments = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=SAMPLES,
+            max_steps=num_steps,
+            learning_rate=_LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        trainer = SFTTrainer(
+            model=_transformers_model(),
+            args=arguments,
+            train_dataset=Dataset.from_dict(_rows(prepared, num_steps)),
+            processing_class=tokenizer,
+            callbacks=[Serve()],
+        )
+        trainer.train()
