@@ -8,6 +8,7 @@ ARGS ?=
 ALONE := tests/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,groups.py lane.py transport.py) \
 	$(addprefix tests/train/test_,failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
+LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py)
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -27,7 +28,8 @@ test: .venv/installed
 # Long tests: chaos, preemption, attacks on a run, Slurm, network namespaces, images, suites over plugins, a dry run of
 # `gpu-day`, documentation blocks.
 test-long: .venv/installed
-	$(PYTEST) -m long --durations=20
+	$(PYTEST) $(TWO) -m long --durations=20 $(LONG_ALONE:%=--ignore=%)
+	$(PYTEST) -m long --durations=20 $(LONG_ALONE)
 
 # Quick tests only.
 test-fast: .venv/installed
