@@ -108,6 +108,7 @@ class DataSourceEntry:
         check: rejects a source that cannot be read, before a run; it also receives the tokenizer, or None if one will
             be trained. If None, the first megabytes of the files are read.
         chat_template: returns the name of the chat template of the samples; None: they are no chats.
+        values: returns the names of the values that every sample has; None: they are known only after preparation.
     """
 
     summary: str
@@ -121,6 +122,7 @@ class DataSourceEntry:
     special_tokens: tuple[str, ...] = ()
     check: Callable[[Any, Tokenizer | None], None] | None = None
     chat_template: Callable[[Any], str] | None = None
+    values: Callable[[Any], tuple[str, ...]] | None = None
 
 
 DATA_SOURCES = Registry[DataSourceEntry]("data.kind", ("data.corpus", "data.chat.sources", "data.arithmetic.source"))

@@ -14,6 +14,7 @@ from data.chat.messages import Conversation, assistant, user
 from data.chat.pairs import pair_sample
 from data.chat.templates import CHAT_TEMPLATES
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
@@ -112,6 +113,7 @@ DATA_SOURCES.register(
         samples=_samples,
         tokenizer=lambda source: arithmetic_tokenizer(),
         check=_check,
+        values=lambda source: PAIR_VALUES if source.form == "preferences" else (WEIGHTS,),
         chat_template=lambda source: source.template,
     ),
 )

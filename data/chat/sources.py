@@ -14,6 +14,7 @@ from data.chat.records import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import CHECKED_BYTES, DataError, check_source, list_paths
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 
@@ -227,6 +228,7 @@ DATA_SOURCES.register(
         special_tokens=CHAT_TOKENS,
         check=_check_chat,
         chat_template=lambda source: source.template,
+        values=lambda source: (WEIGHTS,),
     ),
 )
 DATA_SOURCES.register(
@@ -242,5 +244,6 @@ DATA_SOURCES.register(
         special_tokens=CHAT_TOKENS,
         check=_check_pairs,
         chat_template=lambda source: source.template,
+        values=lambda source: PAIR_VALUES,
     ),
 )

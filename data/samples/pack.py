@@ -22,6 +22,8 @@ SCORE = "score"
 """Value of a pair's number at the last token of each answer: k for the preferred one, -k for the other, else 0."""
 MARGIN = "margin"
 """Value of how much better the preferred answer is, at its last token."""
+PAIR_VALUES = (WEIGHTS, PAIR, SCORE, MARGIN)
+"""Values of samples of two answers."""
 NUMBERED = (PAIR, SCORE)
 """Values that number the pairs of a sample from 1. Packing makes the numbers unique within a sequence."""
 

@@ -7,6 +7,7 @@ from data.registry import DATA_SOURCES
 from kernels.ranges import PositiveFloat
 from train.config import TaskConfig
 from train.config.errors import ConfigError
+from train.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
@@ -24,17 +25,25 @@ class SampleTaskConfig(TaskConfig):
 
 
 def check_samples(config: "TrainConfig") -> None:
-    """Rejects data without samples, and samples that see each other.
+    """Rejects data without the samples and values that the task reads, and samples without a mask.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
     """
     kind, task = config.data.source.kind, config.task.kind
-    if DATA_SOURCES.get(kind).samples is None:
+    entry = DATA_SOURCES.get(kind)
+    if entry.samples is None:
         valid = [name for name, entry in DATA_SOURCES.items() if entry.samples is not None]
         raise ConfigError(
             f"data.kind: must be a source with samples for task.kind={task}, is {kind}; "
             f"nearest valid: {', '.join(valid) or 'a plugin that registers one'}"
+        )
+    known = None if entry.values is None else entry.values(config.data.source)
+    missing = [name for name in TASKS.get(task).values if known is not None and name not in known]
+    if missing:
+        raise ConfigError(
+            f"data.kind: must be a source whose samples have the value {missing[0]} for task.kind={task}, is {kind} "
+            f"with {', '.join(known or ())}; nearest valid: data=preferences, or data.form=preferences with arithmetic"
         )
     if not config.batch.document_mask:
         raise ConfigError(
