@@ -39,6 +39,13 @@ NEEDS = {
     "data=files": ["data.paths=[pyproject.toml]"],
     "precision=float64": ["optim.sharding=replicated"],
     "model=arithmetic": ["data=arithmetic"],
+    **{
+        f"task={task}": [
+            "data=arithmetic_preferences", "data.num_samples=2000", "batch.document_mask=true",
+            "validation.sequences=0",
+        ]
+        for task in ("reward_model", "dpo")
+    },
     "task=sft": ["data=arithmetic", "data.num_samples=2000", "batch.document_mask=true", "validation.sequences=0"],
 }  # fmt: skip
 

@@ -1,0 +1,75 @@
+"""Trains reward models on a policy's own answers, and checks law C4: `python -m tests.post.reward_model`."""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from infer.reward import score_answers
+from tests.post.own_pairs import LoadedRun, OwnPair, sample_pairs, write_pairs
+from tests.post.sft import train_recipe
+
+LEAST_ACCURACY = 0.88
+TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 1_300, 400
+PAIRS_SEED = 2_000
+
+
+def accuracy(reward_model: LoadedRun, pairs: Sequence[OwnPair]) -> float:
+    """Returns the share of pairs whose right answer has the higher score."""
+    answers = [reward_model.sequence(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    scores = score_answers(reward_model.model, answers, batch_size=64)
+    return sum(right > wrong for right, wrong in zip(scores[::2], scores[1::2], strict=True)) / len(pairs)
+
+
+def train_reward_model(policy: Path, folder: Path, *overrides: str) -> tuple[float, int, int]:
+    """Trains a reward model on a policy's own pairs for 100 steps of 24.
+
+    Args:
+        policy: folder of the run that answers and whose weights the reward model starts from.
+        folder: for the pairs and the run.
+        overrides: further overrides.
+
+    Returns:
+        The accuracy on pairs of held-out problems, and the numbers of pairs for training and held out.
+    """
+    run = LoadedRun.of(policy)
+    pairs = sample_pairs(run, TRAINING_PROBLEMS, PAIRS_SEED, "train")
+    held_out = sample_pairs(run, HELD_OUT_PROBLEMS, PAIRS_SEED, "held_out")
+    write_pairs(folder / "pairs.jsonl", pairs)
+    trained = train_recipe(
+        "arithmetic_rm",
+        folder,
+        f"init_from={policy}",
+        "data=preferences",
+        f"data.paths=[{folder / 'pairs.jsonl'}]",
+        f"data.cache_dir={folder / 'cache'}",
+        "validation.sequences=0",
+        *overrides,
+    )
+    return accuracy(LoadedRun.of(trained), held_out), len(pairs), len(held_out)
+
+
+def main(seeds: Sequence[int]) -> int:
+    """Trains policy and reward model for each seed, prints accuracies, and returns 1 if one is below the bound."""
+    failures = 0
+    for seed in seeds:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            policy = train_recipe("arithmetic_sft", folder, f"seed={seed}", f"data.generator_seed={seed}")
+            found, num_pairs, num_held_out = train_reward_model(policy, folder, f"seed={seed}", f"data.seed={seed}")
+        failures += found < LEAST_ACCURACY
+        print(
+            f"seed {seed}: accuracy {found:.3f} on {num_held_out} held-out pairs after 100 steps on {num_pairs} pairs  "
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.post.reward_model", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    sys.exit(main(parser.parse_args().seeds))
