@@ -18,7 +18,7 @@ from dualpipe.runtime.clock import HostClock
 from dualpipe.runtime.execute import execute
 from model.account.parameters import held_parameters, stage_shapes
 from model.account.phases import stage_phases
-from model.objective import LossSums, loss_names
+from model.objective import LossSums
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
@@ -113,10 +113,10 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
     batches = BatchReader(learner.replica, task, lambda first, count: loader.batch(0, first, count))
     objective = task.objective(batches.count(), rates_of(config.task, config.optim, loader.sizes, 0))
     with learner.replica.model.weights_unchanged():
-        _run(learner, batches, objective, None, trains=False)
+        _run(learner, batches, objective, task.names, None, trains=False)
         # What is made once and stays, rotations and FP8 weights, is there by now.
         storages = LiveStorages(measures_inside=measures_inside)
-        clock = _run(learner, batches, objective, storages, trains=True)
+        clock = _run(learner, batches, objective, task.names, storages, trains=True)
         assert isinstance(clock, MemoryClock)
     learner.optimizer.norm()
     learner.optimizer.update(1e-3)
@@ -136,9 +136,15 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
 
 
 def _run(
-    learner: Learner, batches: BatchReader, objective: Any, storages: LiveStorages | None, *, trains: bool
+    learner: Learner,
+    batches: BatchReader,
+    objective: Any,
+    names: tuple[str, ...],
+    storages: LiveStorages | None,
+    *,
+    trains: bool,
 ) -> HostClock:
-    sums = LossSums(loss_names(learner.replica.config.model.mtp_depth))
+    sums = LossSums(names)
     clock = HostClock() if storages is None else MemoryClock(storages)
     store = learner.store if trains else None
     program = learner.replica.train_program if trains else learner.replica.forward_program

@@ -1,0 +1,265 @@
+"""Reward models and preference optimization on many ranks: equal to one rank, exact at the start, resumed, refused."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from comm.dispatch.local import LocalDispatcher
+from data.prepare import prepare
+from dualpipe.config import ScheduleConfig
+from infer.reward import score_answers
+from launch.config.rules import check_rules
+from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
+from tests.pairs import on_pairs
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, OPTIM, tiny_config
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain
+from tests.train.memory.live import Compared, compare_rank
+from tests.train.memory.test_live import check
+from tests.train.test_equality import assert_equal
+from train.checkpoint import load as checkpoint
+from train.checkpoint.compatible import check_compatible
+from train.checkpoint.initial_weights import load_initial
+from train.checkpoint.manifest import CheckpointError
+from train.config import PrecisionConfig, TrainConfig
+from train.config.errors import ConfigError
+from train.config.token_schedule import TokenSchedule
+from train.step import train_step
+from train.tasks.dpo import DpoConfig
+from train.tasks.reward_model import RewardModelConfig
+from train.validation import score_pass, validate
+
+SHARED = {
+    "steps": 2,
+    "epochs": None,
+    "mtp_loss_weight": TokenSchedule.constant(0.3),
+    "balance_loss_weight": 0.01,
+    "bias_update_rate": TokenSchedule.constant(0.0),
+}
+RM = RewardModelConfig(kind="reward_model", centre=0.05, **SHARED)  # type: ignore[arg-type]
+DPO = DpoConfig(kind="dpo", beta=0.5, label_smoothing=0.1, sft_weight=0.2, **SHARED)  # type: ignore[arg-type]
+TASKS_ON_PAIRS = (RM, DPO)
+LAYOUTS_OF_TWO = [(2, 1, 1, "dualpipe_split"), (2, 1, 1, "zb_v"), (1, 2, 2, "1f1b")]
+LAYOUTS_OF_FOUR = [(2, 2, 2, "dualpipe"), (4, 1, 1, "dualpipe_split"), (2, 2, 1, "1f1b")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pairs")
+
+
+def run_config(
+    folder: Path, task: RewardModelConfig | DpoConfig, pipeline: int = 1, data: int = 1, expert: int = 1, kind: str = ""
+) -> TrainConfig:
+    """A run of eight sequences, of which each holds two pairs, so that a layout changes no batch."""
+    config = tiny_config(
+        folder,
+        task=task,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
+        schedule=ScheduleConfig(kind=kind or "1f1b", chunks=None, pairing="overlapped"),
+        model=replace(MODEL, num_layers=4),
+    )
+    return on_pairs(replace(config, batch=replace(config.batch, global_sequences=8)), task.kind)
+
+
+def assert_layouts_equal_one_rank(folder: Path, layouts: list[tuple[int, int, int, str]]) -> None:
+    for task in TASKS_ON_PAIRS:
+        plain = run_plain(run_config(folder, task), 0, 2)
+        jobs = [Job(config=run_config(folder, task, *layout)) for layout in layouts]
+        results = run_ranks(layouts[0][0] * layouts[0][1], run_jobs, jobs, 2)
+        for index in range(len(jobs)):
+            for step in range(2):
+                assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_rank(folder: Path) -> None:
+    assert_layouts_equal_one_rank(folder, LAYOUTS_OF_TWO)
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_one_rank(folder: Path) -> None:
+    assert_layouts_equal_one_rank(folder, LAYOUTS_OF_FOUR)
+
+
+def first_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[dict[str, float], float]]:
+    """The reported means of the first step, and the margin of the second."""
+    found = []
+    for config in configs:
+        learner, loader = open_job(config), open_loader(config)
+        first, second = (train_step(learner, config.task, loader, step).losses.by_name for step in range(2))
+        held_out = validate(learner.replica, config.task, loader, 8, learner.reference)
+        found.append((dict(first), second["margin"]))
+        assert held_out.reported["margin"] != 0
+        assert "main" not in held_out.reported
+        dist.barrier()
+        close_job(learner)
+    return found
+
+
+def test_policy_of_the_first_step_is_its_reference_to_the_bit(folder: Path) -> None:
+    """Every precision and layout, with MTP modules in the policy but not in the reference."""
+    configs = []
+    for kind in ("float64", "float32", "bf16"):
+        config = run_config(folder, DPO, 2, 1, 1, "dualpipe_split")
+        sharding = "zero1" if kind == "bf16" else "replicated"
+        optim = replace(OPTIM, sharding=sharding)
+        configs.append(replace(config, precision=PrecisionConfig(kind=kind), optim=optim))  # type: ignore[arg-type]
+    configs.append(run_config(folder, DPO, 1, 2, 2, "1f1b"))
+    for rank in run_ranks(2, first_steps, configs):
+        for config, (first, margin) in zip(configs, rank, strict=True):
+            assert config.model.mtp_depth == 1
+            assert first["margin"] == 0.0
+            assert first["accuracy"] == 0.0
+            assert first["main"] == pytest.approx(0.6931471805599453, rel=1e-12)
+            assert first["chosen_log_prob"] < 0
+            assert margin != 0
+
+
+def layout_scores(rank: int, world_size: int, configs: list[TrainConfig]) -> list[torch.Tensor]:
+    """Scores of all tokens of the first batch in every layout, from a head that is not zero."""
+    found = []
+    for config in configs:
+        learner, loader = open_job(config), open_loader(config)
+        fill_score_head(learner.replica.model)
+        _, scores_BT = score_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))  # noqa: B023
+        found.append(scores_BT)
+        dist.barrier()
+        close_job(learner)
+    return found
+
+
+def fill_score_head(model: Transformer) -> None:
+    named = named_tensors(model)
+    if SCORE in named:
+        named[SCORE].copy_(torch.linspace(-0.2, 0.2, named[SCORE].numel()))
+
+
+def test_scores_of_any_layout_are_those_of_separate_answers(folder: Path) -> None:
+    configs = [
+        replace(run_config(folder, RM, *layout), precision=PrecisionConfig(kind="float32")) for layout in LAYOUTS_OF_TWO
+    ]
+    one = configs[0]
+    model = Transformer(one.model, LocalDispatcher(one.model.num_routed_experts), torch.float32)
+    initialize_weights(model, one.seed)
+    fill_score_head(model)
+    batch = open_loader(one).batch(0, 0, 8)
+    places = (batch.extras["score"] != 0).nonzero().tolist()
+    answers = []
+    for row, last in places:
+        start = last - int(batch.positions_BT[row, last])
+        answers.append(batch.tokens_BT[row, start : last + 1].tolist())
+    expected = score_answers(model, answers)
+    assert len(expected) == 4 * 8
+    for scores in run_ranks(2, layout_scores, configs):
+        for scores_BT in scores:
+            assert [float(scores_BT[row, last]) for row, last in places] == pytest.approx(expected, abs=1e-6)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """Losses of a run's third step, and of one that was resumed before it."""
+
+    whole: dict[str, float]
+    resumed: dict[str, float]
+    refused: str
+
+
+def resume(rank: int, world_size: int, config: TrainConfig) -> Resumed:
+    """Saves after two steps, trains on, and repeats the third step from the checkpoint in another learner."""
+    learner, loader = open_job(config), open_loader(config)
+    prepared = prepare(config.data, config.batch.sequence_length_tokens)
+    for step in range(2):
+        train_step(learner, config.task, loader, step)
+    saved = checkpoint.save(config, learner, 2, prepared)
+    elsewhere = replace(config, out_dir=f"{config.out_dir}_bare")
+    bare = checkpoint.save(elsewhere, replace(learner, reference=None), 2, prepared)
+    whole = train_step(learner, config.task, loader, 2).losses.by_name
+    dist.barrier()
+    close_job(learner)
+    again = open_job(replace(config, seed=config.seed + 1))
+    try:
+        checkpoint.load(again, bare)
+        refused = ""
+    except CheckpointError as error:
+        refused = str(error)
+    checkpoint.load(again, saved)
+    resumed = train_step(again, config.task, loader, 2).losses.by_name
+    dist.barrier()
+    close_job(again)
+    return Resumed(whole=dict(whole), resumed=dict(resumed), refused=refused)
+
+
+def test_resumed_run_has_the_reference_of_its_checkpoint(folder: Path) -> None:
+    task = replace(DPO, steps=4)
+    for rank in run_ranks(2, resume, run_config(folder, task, 2, 1, 1, "dualpipe_split")):
+        assert rank.resumed == rank.whole
+        assert rank.whole["margin"] != 0
+        assert "must hold the reference of the run's task" in rank.refused
+
+
+def start_from(rank: int, world_size: int, base: TrainConfig, starts: list[TrainConfig]) -> list[str]:
+    """Saves a run of `base` and starts others from it. Returns what each says, or its error."""
+    learner, loader = open_job(base), open_loader(base)
+    prepared = prepare(base.data, base.batch.sequence_length_tokens)
+    train_step(learner, base.task, loader, 0)
+    folder = checkpoint.save(base, learner, 1, prepared)
+    close_job(learner)
+    said = []
+    for config in starts:
+        given = open_job(replace(config, init_from=str(folder)))
+        try:
+            said.append(load_initial(replace(config, init_from=str(folder)), given, prepared.tokenizer))
+            check_compatible(folder, config)
+        except CheckpointError as error:
+            said.append(str(error))
+        close_job(given)
+    return said
+
+
+def test_reward_model_starts_from_any_task_and_only_a_reward_model_from_it(folder: Path) -> None:
+    rm, dpo = replace(run_config(folder, RM), out_dir=str(folder / "rm")), run_config(folder, DPO)
+    (from_dpo,) = run_ranks(1, start_from, dpo, [rm])
+    assert "another architecture: model.mtp_depth is 1 there and 0 here" in from_dpo[0] or "score head" in from_dpo[0]
+    (from_rm,) = run_ranks(1, start_from, rm, [dpo, replace(rm, seed=9)])
+    assert "must have an output head for tokens, is a reward model" in from_rm[0]
+    assert "nearest valid: task=reward_model" in from_rm[0]
+    assert "weights from" in from_rm[1] or "task.steps" in from_rm[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "rule"),
+    [
+        (RM, {"head": "tokens"}, r"model\.head: must be score with task=reward_model, is tokens"),
+        (RM, {"mtp_depth": 1}, r"model\.mtp_depth: must be 0 with model\.head=score"),
+        (DPO, {"head": "score"}, r"model\.head: must be tokens with task=dpo, is score"),
+    ],
+)
+def test_rules_reject_a_head_that_does_not_fit_the_task(
+    folder: Path, task: RewardModelConfig | DpoConfig, changes: dict[str, object], rule: str
+) -> None:
+    config = run_config(folder, task)
+    check_rules(replace(config, optim=replace(OPTIM, sharding="replicated")))
+    with pytest.raises(ConfigError, match=rule):
+        check_rules(replace(config, model=replace(config.model, **changes)))  # type: ignore[arg-type]
+
+
+def test_reward_model_keeps_the_memory_that_is_predicted(folder: Path) -> None:
+    """Rows are so wide that tables of pairs, which no account has, do not count."""
+    jobs = []
+    for kind in ("float32", "bf16"):
+        config = run_config(folder, RM)
+        model = replace(config.model, hidden_size=256, num_layers=2)
+        optim = replace(OPTIM, sharding="zero1" if kind == "bf16" else "replicated")
+        schedule = replace(config.schedule, kind="dualpipe_split")
+        jobs.append(
+            (replace(config, model=model, optim=optim, schedule=schedule, precision=PrecisionConfig(kind=kind)), None)
+        )  # type: ignore[arg-type]
+    (results,) = run_ranks(1, compare_rank, jobs, False)
+    for (config, _), compared in zip(jobs, results, strict=True):
+        assert isinstance(compared, Compared)
+        check(compared, config.precision.kind, 0.04)
