@@ -16,10 +16,9 @@ from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run
-from launch.ranks.environment import apply_rank_environment
+from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.machine import check_driver, check_packages
 from launch.ranks.run_folder import check_folder, locked_run_folder
-from launch.train import is_other_rank, is_torchrun
 from train.callbacks import Callbacks
 from train.config import TrainConfig
 from train.config.errors import ConfigError

@@ -8,68 +8,38 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from data.corpus import DataError
-from data.tokenizer import Tokenizer
-from infer.config import Sampling, Speculative, Statistics, check
+from infer.config import Statistics, check
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from launch.command import command
-from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.generation.continuations import LiveWriter, OrderedWriter, Transcript, as_block, as_json_line, new_file
-from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_prompts, read_stop, text_encoder
+from launch.generation.continuations import new_file
+from launch.generation.prompts import Prompt
+from launch.generation.ranks import (
+    RankJob,
+    as_text_tokens,
+    check_ranks,
+    generate_as_rank,
+    generate_on_local_ranks,
+    local_cluster,
+    with_drafts,
+)
+from launch.generation.request import (
+    GenerateCommandConfig,
+    Source,
+    find_source,
+    open_writer,
+    read_config,
+    tokenize_prompts,
+)
 from launch.help.preview import plain_text
-from model.config import ModelConfig
-from model.hf.config import CONFIG_NAME
-from model.hf.json_file import read_json
-from train.checkpoint.sources import is_hf_folder, source_config, source_folder
-from train.config.decode import decode, encode
+from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
+from train.config.decode import encode
 from train.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateCommandConfig:
-    """Configuration of text generation: weights, prompts, sampling and output; see `conf/generate.yaml`."""
-
-    ckpt: str
-    weights: Literal["trained", "ema"]
-    prompt: str | None
-    prompt_ids: tuple[int, ...] | None
-    prompts: str | None
-    chat: str | None
-    thinking: bool | None
-    out: str
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    stop: Stop
-    seed: int
-    speculative: Speculative
-    batch_size: int
-    dtype: Literal["float32", "bf16"]
-    device: Literal["cpu", "cuda"]
-    plugins: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Weights that are not read yet: folder, architecture, tokenizer and end-of-text token ids."""
-
-    folder: Path
-    is_hf: bool
-    model: ModelConfig
-    tokenizer: Tokenizer | None
-    end_ids: tuple[int, ...]
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -89,10 +59,10 @@ def main(overrides: Sequence[str]) -> int:
         CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
         GenerateError: a value is out of range, a prompt is too long, or drafts are requested without an MTP module.
     """
-    config = _read(overrides)
+    config = read_config(overrides)
     with system_errors():
-        source = _find(config)
-        prompts = _read_prompts(config, source)
+        source = find_source(config)
+        prompts = tokenize_prompts(config, source)
         check(
             source.model,
             [prompt.tokens for prompt in prompts],
@@ -100,12 +70,21 @@ def main(overrides: Sequence[str]) -> int:
             config.speculative,
             config.batch_size,
         )
+        job = _job(config, source, prompts) if config.parallelism.world_size > 1 else None
+        if job is not None and is_torchrun(os.environ):
+            return _run_as_rank(config, source, prompts, job)
         with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
-            statistics = _run(config, source, prompts, file)
+            statistics = (
+                _run(config, source, prompts, file) if job is None else _run_ranks(config, source, prompts, job, file)
+            )
+    _print_statistics(statistics)
+    return 0
+
+
+def _print_statistics(statistics: Statistics) -> None:
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
     line = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
     print(line, file=sys.stderr, flush=True)
-    return 0
 
 
 def preview(overrides: Sequence[str]) -> str:
@@ -117,82 +96,84 @@ def preview(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError, CheckpointError, HfError, DataError: as `main`.
     """
-    config = _read(overrides)
+    config = read_config(overrides)
     with system_errors():
-        _read_prompts(config, _find(config))
+        tokenize_prompts(config, find_source(config))
     stop = [*config.stop.ids, *config.stop.strings]
     return plain_text("generate", {**encode(config), "stop": stop})
 
 
-def _read(overrides: Sequence[str]) -> GenerateCommandConfig:
-    # A prompt is text, not Hydra's grammar, in which brackets, colons and commas mean something.
-    prompts = [text for text in overrides if text.startswith("prompt=")]
-    values: dict[str, Any] = compose("generate", [text for text in overrides if text not in prompts])
-    if prompts:
-        values["prompt"] = prompts[-1].removeprefix("prompt=")
-    config = decode(GenerateCommandConfig, {**values, "stop": read_stop(values["stop"])})
-    given = [key for key in ("prompt", "prompt_ids", "prompts") if getattr(config, key) is not None]
-    if not given:
-        raise ConfigError("prompt: a value is needed; write prompt=TEXT, prompts=FILE or prompt_ids=[0,5,9]")
-    if len(given) > 1:
-        raise ConfigError(f"{given[1]}: must be left out if {given[0]} is set; choose one of them")
-    if config.chat is not None and config.prompt_ids is not None:
-        raise ConfigError(f"chat: must be null with prompt_ids, is {config.chat!r}; nearest valid: chat=null")
-    if config.out and config.prompts and os.path.realpath(config.out) == os.path.realpath(config.prompts):
-        raise ConfigError(f"out: must not be the file of prompts, which it would replace, is {config.out!r}")
-    return config
+def _job(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt]) -> RankJob:
+    """Returns what every rank runs, after all checks."""
+    world_size, started = config.parallelism.world_size, os.environ.get("WORLD_SIZE")
+    if is_torchrun(os.environ) and started != str(world_size):
+        raise ConfigError(
+            f"parallelism: pipeline={config.parallelism.pipeline} x data={config.parallelism.data} makes {world_size} "
+            f"ranks, but torchrun started WORLD_SIZE={started}; start {world_size} ranks, or change parallelism"
+        )
+    model = with_drafts(source.model, config.speculative)
+    kind, cut = check_ranks(model, config.parallelism, config.schedule)
+    return RankJob(
+        ckpt=config.ckpt,
+        weights=config.weights,
+        model=model,
+        dtype=config.dtype,
+        cluster=local_cluster(config.device, world_size),
+        parallelism=config.parallelism,
+        kind=kind,
+        cut=cut,
+        prompts=tuple(
+            NumberedPrompt(number=number, tokens=tuple(prompt.tokens)) for number, prompt in enumerate(prompts)
+        ),
+        request=Request(
+            samples=1,
+            max_new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
+            stop=config.stop_ids(source.end_ids),
+        ),
+        given=tuple(prompts),
+        tokenizer=source.tokenizer,
+        stop_strings=config.stop.strings,
+        speculative=config.speculative,
+        cohorts=config.cohorts,
+        max_rows=config.batch_size,
+    )
 
 
-def _find(config: GenerateCommandConfig) -> Source:
-    """Locates the weights without reading them."""
-    ckpt = config.ckpt
-    folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), _model_of(config), is_hf_folder(ckpt), []
-    if is_hf and config.weights == "ema":
-        raise ConfigError(f"weights: must be trained, as ckpt={ckpt} is a Hugging Face folder, is ema")
-    if is_hf:
-        ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
-        end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
-    try:
-        tokenizer = find_tokenizer(folder)
-    except DataError:
-        # An unreadable tokenizer does not matter if prompts and output are token ids.
-        if config.prompt_ids is None or config.stop.strings:
-            raise
-        tokenizer = None
-    if tokenizer is not None:
-        end_ids.append(tokenizer.end_of_sentence_id)
-    return Source(folder, is_hf, model, tokenizer, tuple(end_ids))
+def _run_ranks(
+    config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], job: RankJob, file: TextIO
+) -> Statistics:
+    """Generates on local ranks, and writes the continuations."""
+    print(f"{config.parallelism.world_size} ranks read the weights of {source.folder}", file=sys.stderr, flush=True)
+    return _write_rollouts(config, source, prompts, generate_on_local_ranks(job), file)
 
 
-def _model_of(config: GenerateCommandConfig) -> ModelConfig:
-    """Returns the architecture. Without drafts, the MTP modules of a Hugging Face folder are not checked."""
-    drop_mtp = config.speculative is False and is_hf_folder(config.ckpt)
-    return source_config(config.ckpt, "ckpt", drop_mtp=drop_mtp)
+def _run_as_rank(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], job: RankJob) -> int:
+    """Generates as a rank of torchrun. Rank 0 writes the continuations."""
+    apply_rank_environment(job.cluster)
+    rollouts = generate_as_rank(job)
+    if not is_other_rank(os.environ):
+        with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
+            _print_statistics(_write_rollouts(config, source, prompts, rollouts, file))
+    return 0
 
 
-def _read_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]:
-    tokenizer = source.tokenizer
-    if tokenizer is None and config.stop.strings:
-        raise ConfigError(f"stop: text needs a tokenizer, {source.folder} holds none; write token ids")
-    if config.prompt_ids is not None:
-        return [Prompt(list(config.prompt_ids), list(config.prompt_ids))]
-    if tokenizer is None:
-        key = "prompt" if config.prompts is None else "prompts"
-        raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
-    prompts = read_prompts(config.prompt, config.prompts)
-    encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
-    return [Prompt(text, encode_text(text)) for text in prompts]
+def _write_rollouts(
+    config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], rollouts: Rollouts, file: TextIO
+) -> Statistics:
+    transcripts, writer = open_writer(config, source, prompts, file)
+    stop = config.stop_ids(source.end_ids)
+    for transcript, rollout in zip(transcripts, rollouts.rollouts, strict=True):
+        for token in as_text_tokens(rollout.tokens, stop):
+            transcript.push(token)
+        transcript.end(rollout.finish)
+        writer.update()
+    return rollouts.statistics
 
 
 def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:
-    sampling = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
-    transcripts = [Transcript(prompt, source.tokenizer, config.stop.strings) for prompt in prompts]
-    if config.out:
-        writer: LiveWriter | OrderedWriter = OrderedWriter(transcripts, file, as_json_line)
-    elif config.prompts is None:
-        writer = LiveWriter(transcripts[0], file)
-    else:
-        writer = OrderedWriter(transcripts, file, as_block)
+    # Values of sampling are checked before the weights are read.
+    sampling, (transcripts, writer) = config.sampling, open_writer(config, source, prompts, file)
     model = _load(config, source)
     from infer.generate import Stream
 
@@ -201,7 +182,7 @@ def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
         [prompt.tokens for prompt in prompts],
         max_new_tokens=config.max_new_tokens,
         sampling=sampling,
-        stop=(*config.stop.ids, *source.end_ids),
+        stop=config.stop_ids(source.end_ids),
         speculative=config.speculative,
         batch_size=config.batch_size,
         stop_condition=lambda index, token: transcripts[index].push(token),
@@ -242,4 +223,4 @@ def _standard_output() -> TextIO:
 
 
 if __name__ == "__main__":
-    sys.exit(command("generate", main, preview))
+    sys.exit(command("generate", main, preview, quiet=is_other_rank(os.environ)))

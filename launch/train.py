@@ -19,7 +19,7 @@ from launch.command import command
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run, write_config
 from launch.help.preview import experiment_text
-from launch.ranks.environment import apply_rank_environment
+from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.ranks.machine import check_driver, check_gpus, check_packages
 from launch.ranks.run_folder import check_folder, locked_run_folder
@@ -123,16 +123,6 @@ def train_rank(config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
     from train.run import main as run
 
     return run(config, reports_on_stderr=reports_on_stderr)
-
-
-def is_torchrun(environment: Mapping[str, str]) -> bool:
-    """Returns whether torchrun or another elastic launcher started this process as a rank."""
-    return "RANK" in environment and "TORCHELASTIC_RUN_ID" in environment
-
-
-def is_other_rank(environment: Mapping[str, str]) -> bool:
-    """Returns whether this is a torchrun rank other than rank 0, which prints for all ranks."""
-    return is_torchrun(environment) and environment["RANK"] != "0"
 
 
 def handle_signals() -> None:

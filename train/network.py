@@ -27,7 +27,7 @@ class ReplicaConfig:
         tokens: sizes of what a rank dispatches in a micro-batch.
         batch: sizes of micro-batches, and whether documents are masked.
         pairing: whether the operations of a group are overlapped or run one after the other.
-        seed: of the initial weights.
+        seed: of the initial weights; None leaves them uninitialized, for weights that are loaded next.
     """
 
     model: ModelConfig
@@ -37,7 +37,7 @@ class ReplicaConfig:
     tokens: TokenSizes
     batch: BatchConfig
     pairing: Literal["overlapped", "sequential"]
-    seed: int
+    seed: int | None
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "ReplicaConfig":
@@ -57,9 +57,10 @@ class ReplicaConfig:
 
 
 def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
-    """Builds a part of a model on a device, with the initial weights of the seed."""
+    """Builds a part of a model on a device, with the initial weights of the seed if there is one."""
     model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
-    initialize_weights(model, config.seed)
+    if config.seed is not None:
+        initialize_weights(model, config.seed)
     return model.to(device)
 
 

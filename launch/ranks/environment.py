@@ -47,6 +47,16 @@ def apply_rank_environment(cluster: ClusterConfig) -> None:
         _limit_heaps(int(os.environ[HEAPS]))
 
 
+def is_torchrun(environment: Mapping[str, str]) -> bool:
+    """Returns whether torchrun or another elastic launcher started this process as a rank."""
+    return "RANK" in environment and "TORCHELASTIC_RUN_ID" in environment
+
+
+def is_other_rank(environment: Mapping[str, str]) -> bool:
+    """Returns whether this is a torchrun rank other than rank 0, which prints for all ranks."""
+    return is_torchrun(environment) and environment["RANK"] != "0"
+
+
 def _limit_heaps(number: int) -> None:
     """Limits the number of heaps (malloc arenas) of this process. Has an effect only with glibc."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:

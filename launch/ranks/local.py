@@ -235,7 +235,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Preemption.of_process()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     # Local ranks use the loopback interface, regardless of the machine's host name and of a cluster's profile.
     interface = "lo0" if sys.platform == "darwin" else "lo"  # the key leaves the environment before the run begins
     os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
@@ -257,7 +257,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         sys.exit(code)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ends this rank when the launcher ends or is killed.
 
     Otherwise the fork server would keep the rank alive.

@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
 from tests.train.job import configured_schedule, make_world
 from train.config import TrainConfig
-from train.decoding import ReplicaPipeline
+from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import ReplicaConfig
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut

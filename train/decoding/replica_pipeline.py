@@ -19,8 +19,8 @@ from dualpipe.transfers import Message
 from dualpipe.validate import validate
 from infer.engines.pipelined.plan import RoundFormat
 from model.transformer import Transformer
+from train.decoding.links import DecodeLinks, open_decode_links
 from train.replica import Replica
-from train.schedule.decode_links import DecodeLinks, open_decode_links
 
 ValueT = TypeVar("ValueT")
 

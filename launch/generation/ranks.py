@@ -1,0 +1,237 @@
+"""Generates on several ranks that hold a model together: local processes, or the ranks of torchrun.
+
+Imports torch only on the ranks, so that all checks run before.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Literal
+
+from comm.config import ClusterConfig, ParallelismConfig
+from comm.watchdog.membership import STORE_FILE_VARIABLE
+from data.tokenizer import Tokenizer
+from dualpipe.config import ScheduleConfig
+from dualpipe.registry import FALLBACK, SCHEDULES, check_size
+from infer.config import Speculative
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from kernels.registry import loaded_plugins
+from launch.command import user_errors
+from launch.config.groups import load_plugin_files
+from launch.config.model_rules import check_experts
+from launch.generation.continuations import Transcript
+from launch.generation.prompts import Prompt
+from launch.ranks.environment import apply_rank_environment
+from launch.ranks.local import die_with_parent
+from model.config import CutError, ModelConfig, cut_at, cut_layers
+from train.config.errors import ConfigError
+
+_PRELOADED = ["torch", "train.decoding.inference", "infer.engines.pipelined.engine", "launch.generation.ranks"]
+_TIMEOUT_SECONDS = 1800.0
+
+
+class RankError(RuntimeError):
+    """Raised if a rank failed with an error that is not the user's, or died."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankJob:
+    """What every rank runs.
+
+    Attributes:
+        ckpt: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
+        weights: the trained weights, or their moving average.
+        model: the architecture. Without MTP modules, those of the weights are not read.
+        dtype: type of the weights.
+        cluster: the machines.
+        parallelism: the mesh.
+        kind: schedule whose placement is used.
+        cut: layers of each stage.
+        prompts: all prompts.
+        request: how they are continued.
+        given: the prompts as the user gave them, for stop strings.
+        tokenizer: for stop strings; None if there are none.
+        stop_strings: strings that end a continuation.
+        speculative: whether the MTP module drafts tokens.
+        cohorts: cohorts of each direction; None for 2 in flight for each rank.
+        max_rows: maximum number of prompts of a cohort.
+    """
+
+    ckpt: str
+    weights: Literal["trained", "ema"]
+    model: ModelConfig
+    dtype: Literal["float32", "bf16"]
+    cluster: ClusterConfig
+    parallelism: ParallelismConfig
+    kind: str
+    cut: tuple[range, ...]
+    prompts: tuple[NumberedPrompt, ...]
+    request: Request
+    given: tuple[Prompt, ...]
+    tokenizer: Tokenizer | None
+    stop_strings: tuple[str, ...]
+    speculative: Speculative
+    cohorts: int | None
+    max_rows: int
+
+
+def check_ranks(model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleConfig) -> tuple[str, tuple[range, ...]]:
+    """Checks that a model can be spread over a mesh.
+
+    Returns:
+        The kind of schedule whose placement is used, and the layers of each stage.
+
+    Raises:
+        ConfigError, ScheduleError, CutError: names the key, the rule, the value and the nearest valid one.
+    """
+    if mesh.data % mesh.expert:
+        nearest = max(size for size in range(1, mesh.expert + 1) if mesh.data % size == 0)
+        raise ConfigError(
+            f"parallelism.expert: must divide parallelism.data={mesh.data}, is {mesh.expert}; nearest valid: {nearest}"
+        )
+    check_experts(model, mesh.expert)
+    kind = FALLBACK if schedule.kind == "auto" else schedule.kind
+    check_size(kind, mesh.pipeline, 2 * mesh.pipeline, ranks_key="parallelism.pipeline")
+    chunks = SCHEDULES.get(kind).chunk_choices(schedule.chunks)[0]
+    num_stages = mesh.pipeline * chunks
+    if mesh.cut.kind != "listed":
+        return kind, cut_layers(model.num_layers, num_stages, model.mtp_depth, stages_per_rank=chunks)
+    sizes = mesh.cut.layers
+    if len(sizes) != num_stages or sum(sizes) != model.num_layers or 0 in sizes[1:-1]:
+        even = cut_layers(model.num_layers, num_stages, model.mtp_depth, stages_per_rank=chunks)
+        raise CutError(
+            f"parallelism.cut: must list the layers of {num_stages} stages that add up to {model.num_layers}, is "
+            f"{list(sizes)}; nearest valid: {[len(layers) for layers in even]}, or auto"
+        )
+    return kind, cut_at(sizes)
+
+
+def local_cluster(device: str, num_ranks: int) -> ClusterConfig:
+    """Returns the configuration of ranks that share this machine, or of those of torchrun."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    return ClusterConfig(
+        device="cuda" if device == "cuda" else "cpu",
+        backend="nccl" if device == "cuda" else "gloo",
+        ranks_per_node=here,
+        threads_per_rank=max(1, (os.cpu_count() or 1) // here),
+        timeout_seconds=_TIMEOUT_SECONDS,
+        peak_flops=None,
+        memory_bytes=None,
+        memory_reserve_bytes=0,
+        grace_seconds=10.0,
+        max_restarts=0,
+    )
+
+
+def generate_as_rank(job: RankJob) -> Rollouts:
+    """Generates as one rank of the job, and returns all rollouts on every rank.
+
+    Raises:
+        CheckpointError, HfError, GenerateError, ConfigError: as `launch.generate.main`.
+    """
+    from comm.groups import ClusterError
+    from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+    from train.decoding.inference import InferenceConfig, open_pipeline
+
+    network = InferenceConfig(**{field.name: getattr(job, field.name) for field in fields(InferenceConfig)})
+    stop_condition: Callable[[int, int], bool] = lambda index, token: False  # noqa: E731
+    if job.stop_strings:
+        transcripts = [Transcript(prompt, job.tokenizer, job.stop_strings) for prompt in job.given]
+        stop_condition = lambda index, token: transcripts[index].push(token)  # noqa: E731
+    try:
+        with open_pipeline(network) as pipeline:
+            engine = PipelinedEngine(
+                pipeline,
+                speculative=job.speculative,
+                sizes=CohortSizes(cohorts=job.cohorts, max_rows=job.max_rows),
+                stop_condition=stop_condition,
+            )
+            return engine.generate(job.prompts, job.request)
+    except ClusterError as error:
+        raise ConfigError(f"device: {error}") from error
+
+
+def generate_on_local_ranks(job: RankJob) -> Rollouts:
+    """Starts the job's ranks on this machine and returns their rollouts. No rank outlives the call.
+
+    Raises:
+        RankError: a rank failed or died.
+        ValueError: an error of the user, as `generate_as_rank`.
+    """
+    apply_rank_environment(job.cluster)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    processes, ends = [], {}
+    with tempfile.TemporaryDirectory(prefix="generate") as scratch:
+        try:
+            for rank in range(job.parallelism.world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                arguments = (job, rank, str(Path(scratch) / "store"), theirs, loaded_plugins())
+                process = context.Process(target=_run_rank, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                ends[ours] = rank
+            return _await_results(ends)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _await_results(ends: "dict[connection.Connection, int]") -> Rollouts:
+    """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
+    rollouts: Rollouts | None = None
+    while ends:
+        for end in connection.wait(list(ends)):
+            assert isinstance(end, connection.Connection)
+            rank = ends.pop(end)
+            try:
+                found, details = end.recv()
+            except (EOFError, ConnectionResetError) as error:
+                raise RankError(f"rank {rank} died before it returned") from error
+            if isinstance(found, ValueError):
+                raise found
+            if details:
+                raise RankError(f"rank {rank} failed\n{details}")
+            rollouts = found if rank == 0 else rollouts
+    assert rollouts is not None
+    return rollouts
+
+
+def _run_rank(job: RankJob, rank: int, store_file: str, end: "connection.Connection", plugins: Sequence[Path]) -> None:
+    """Runs one local rank and sends its result or its error to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    world_size = job.parallelism.world_size
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, STORE_FILE_VARIABLE: store_file}
+    try:
+        load_plugin_files([str(path) for path in plugins])
+        rollouts = generate_as_rank(job)
+        end.send((rollouts if rank == 0 else None, ""))
+    except Exception as error:
+        is_users = isinstance(error, user_errors())
+        found = type(error)(str(error)) if is_users else None
+        with suppress(OSError):
+            end.send((found, "" if is_users else traceback.format_exc()))
+
+
+def as_text_tokens(tokens: Sequence[int], stop: frozenset[int]) -> list[int]:
+    """Returns the tokens of a rollout without the stop token that ended it."""
+    return list(tokens[:-1] if tokens and tokens[-1] in stop else tokens)
+
+
+def with_drafts(model: ModelConfig, speculative: Speculative) -> ModelConfig:
+    """Returns the architecture without MTP modules if they are not used."""
+    return replace(model, mtp_depth=0) if speculative is False else model

@@ -1,0 +1,1 @@
+"""Decodes with the weights where training left them."""

@@ -1,0 +1,123 @@
+"""Opens a network of which each rank holds a part, to generate with weights too large for one rank."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import distributed as dist
+
+from comm.config import AllToAllDispatchConfig, ClusterConfig, DispatchConfig, LocalDispatchConfig, ParallelismConfig
+from comm.dispatch.requirements import TokenSizes
+from comm.groups import Groups, start, stop
+from comm.layout import Layout
+from comm.watchdog.collective_log import CollectiveLog
+from comm.watchdog.membership import STORE_FILE_VARIABLE
+from dualpipe.registry import build
+from infer.batch import PROMPT_TOKENS
+from model.config import Computing, ModelConfig
+from model.transformer import named_tensors
+from train.checkpoint.sources import WeightSource, is_hf_folder, open_source, source_folder
+from train.checkpoint.weights import CheckpointReader, WeightsKind
+from train.config import BatchConfig, PrecisionConfig
+from train.decoding.replica_pipeline import ReplicaPipeline
+from train.network import ReplicaConfig
+from train.replica import open_replica
+from train.schedule.placement import embedding_ranks, is_mirrored
+from train.world import open_world
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceConfig:
+    """A network for generation, and where its weights are.
+
+    Attributes:
+        ckpt: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
+        weights: the trained weights, or their moving average.
+        model: the architecture. Without MTP modules, those of the weights are not read.
+        dtype: type of the weights.
+        cluster: the machines.
+        parallelism: the mesh.
+        kind: schedule whose placement is used.
+        cut: layers of each stage.
+    """
+
+    ckpt: str
+    weights: WeightsKind
+    model: ModelConfig
+    dtype: Literal["float32", "bf16"]
+    cluster: ClusterConfig
+    parallelism: ParallelismConfig
+    kind: str
+    cut: tuple[range, ...]
+
+
+@contextmanager
+def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
+    """Joins the job, loads this rank's part of the weights, and leaves the job at the end.
+
+    Every rank calls it, and calls the same collectives inside.
+
+    Args:
+        config: equal on all ranks.
+
+    Raises:
+        CheckpointError, HfError: the weights cannot be read.
+        ClusterError: this process cannot join the job.
+    """
+    store_file, world_size = os.environ.get(STORE_FILE_VARIABLE), config.parallelism.world_size
+    store = dist.FileStore(store_file, world_size) if store_file else None  # type: ignore[attr-defined]
+    device = start(config.cluster, store)
+    # The schedule only defines the placement; twice as many micro-batches as ranks are valid for every kind.
+    schedule = build(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
+    layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
+    groups = Groups(
+        layout,
+        mirrored=is_mirrored(schedule),
+        timeout_seconds=seconds,
+        embedding=embedding_ranks(schedule, config.model.mtp_depth),
+    )
+    world = open_world(layout, groups, device, seconds, CollectiveLog())
+    replica = open_replica(world, _replica_config(config), schedule, config.cut)
+    _open_weights(config).fill(named_tensors(replica.model))
+    pipeline = ReplicaPipeline(replica)
+    yield pipeline
+    dist.barrier(group=groups.world)
+    pipeline.close()
+    replica.close()
+    world.close()
+    stop()
+
+
+def _open_weights(config: InferenceConfig) -> WeightSource:
+    if is_hf_folder(config.ckpt):
+        return open_source(config.ckpt, "ckpt", drop_mtp=config.model.mtp_depth == 0)
+    return CheckpointReader(Path(source_folder(config.ckpt, "ckpt")), "ckpt", config.weights)
+
+
+def _replica_config(config: InferenceConfig) -> ReplicaConfig:
+    model = config.model
+    dispatch: DispatchConfig = (
+        AllToAllDispatchConfig(
+            kind="all_to_all", payload="full", max_nodes=config.parallelism.expert, node_cap="verify"
+        )
+        if config.parallelism.expert > 1
+        else LocalDispatchConfig(kind="local", payload="full")
+    )
+    return ReplicaConfig(
+        model=model,
+        computing=Computing(),
+        precision=PrecisionConfig(kind=config.dtype),
+        dispatch=dispatch,
+        tokens=TokenSizes(
+            max_tokens=PROMPT_TOKENS, hidden_size=model.hidden_size, num_choices=model.num_experts_per_token
+        ),
+        # Sizes of training, which is not run.
+        batch=BatchConfig(
+            sequence_length_tokens=1, global_sequences=1, ramp=None, micro_sequences=1, document_mask=False
+        ),
+        pairing="sequential",
+        seed=None,
+    )
