@@ -20,10 +20,12 @@ from model.objective import (
     Objective,
     OutputHead,
     TaskLoss,
+    find_target_rows,
     loss_names,
 )
 from model.precision.linear import WeightSink
 from tests.kernels.plain import randn
+from tests.model.live_memory import LiveMemory
 from tests.model.test_stage import make_batch, make_model, phased
 from tests.tiny import MODEL
 
@@ -50,7 +52,7 @@ class ClippedPolicyGradient:
             return ratios_C * advantages_C * ~is_clipped_C
 
         loss, log_probs_BT = score_tokens(
-            hidden_BTD, head.weight_VD, batch.targets_BT[0], sink, value=value, slopes=slopes
+            hidden_BTD, head.weight_VD, batch.targets_BT[0], sink, value=value, slopes=slopes, rows=batch.rows(0)
         )
         return TaskLoss(loss, {MAIN: loss.detach()}, log_probs_BT)
 
@@ -72,7 +74,9 @@ def scored_batch(mtp_depth: int, vocab: int) -> MicroBatch:
         "advantages": torch.randn(2, 32, generator=generator).double(),
     }
     inputs = tuple(tokens[:, depth : depth + 32] for depth in range(mtp_depth + 1))
-    return MicroBatch(inputs_BT=inputs, targets_BT=tuple(targets), extras=extras)
+    rows = tuple(find_target_rows(targets_BT) for targets_BT in targets)
+    assert rows[0] is not None
+    return MicroBatch(inputs_BT=inputs, targets_BT=tuple(targets), extras=extras, target_rows=rows)
 
 
 def plain_log_probs(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -175,3 +179,30 @@ def test_extras_are_frozen_and_have_a_value_for_each_token() -> None:
         batch.extras["weights"] = torch.zeros(2, 32)  # type: ignore[index]
     with pytest.raises(ValueError, match=r"advantages must begin with the shape of the tokens, \[2, 32\], is \[2\]"):
         replace(batch, extras={"advantages": torch.zeros(2)})
+
+
+def test_head_of_a_policy_needs_as_much_memory_as_that_of_cross_entropy_at_v3s_vocabulary() -> None:
+    """At 129,280 tokens and half of the rows without a target; whole logits would take 132 MB."""
+    vocab, hidden, rows = 129_280, 16, 256
+    generator = torch.Generator().manual_seed(0)
+    targets_BT = torch.randint(vocab, (1, rows), generator=generator)
+    targets_BT[:, ::2] = -100
+    weights_BT = torch.rand(1, rows, generator=generator)
+    extras = {
+        "weights": weights_BT,
+        "old_log_probs": -torch.rand(1, rows, generator=generator) * 4,
+        "advantages": torch.randn(1, rows, generator=generator),
+    }
+    batch = MicroBatch(
+        inputs_BT=(targets_BT,), targets_BT=(targets_BT,), extras=extras, target_rows=(find_target_rows(targets_BT),)
+    )
+    head = OutputHead(0, torch.randn(vocab, hidden, generator=generator, requires_grad=True))
+    states = torch.randn(1, rows, hidden, generator=generator, requires_grad=True)
+    peaks = []
+    for objective in (CrossEntropy(factors=(1.0,), balance=0.0, weights="weights"), ClippedPolicyGradient()):
+        with LiveMemory() as memory:
+            objective.loss(states, head, batch, None).loss.backward()
+        peaks.append(memory.peak_bytes)
+        states.grad = head.weight_VD.grad = None
+    assert peaks[1] <= 1.1 * peaks[0], peaks
+    assert max(peaks) < 0.75 * 4 * rows * vocab, f"{peaks}: near the size of all logits"
