@@ -7,7 +7,7 @@ ARGS ?=
 # they run two at a time, files with slow tests first.
 ALONE := tests/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,groups.py lane.py transport.py) \
-	$(addprefix tests/train/test_,failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
+	$(addprefix tests/train/test_,decoding_idle.py failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
 LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py)
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
