@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.chat.messages import ChatMessage, Conversation, ToolDefinition, order_problem
-from data.chat.templates import SPECIAL_NAMES, ChatTemplate, Pieces
+from data.chat.templates import ChatTemplate, Pieces
 from data.corpus import DataError
 from data.registry import SamplePiece
 from data.samples.pack import WEIGHTS
@@ -34,12 +34,13 @@ class _Part:
 class _Parts:
     """Parts of a conversation. Adjacent text is joined, except where the assistant begins to write."""
 
+    special_names: frozenset[str]
     parts: list[_Part] = field(default_factory=list)
 
     def place(self, pieces: Pieces, *, is_target: bool = False) -> None:
         """Appends pieces of a template."""
         for piece in pieces:
-            if piece in SPECIAL_NAMES:
+            if piece in self.special_names:
                 self.parts.append(_Part(text=piece, is_special=True, is_target=is_target))
             else:
                 self.write(piece, is_target=is_target)
@@ -73,7 +74,7 @@ class EncodedChat:
 
     def piece(self) -> SamplePiece:
         """Returns the tokens with the weights of their predictions."""
-        return SamplePiece(tokens=np.asarray(self.ids, dtype=np.int64), values={WEIGHTS: self.weights})
+        return SamplePiece(tokens=np.asarray(self.ids, dtype=np.int32), values={WEIGHTS: self.weights})
 
 
 def split_views(conversation: Conversation) -> tuple[Conversation, ...]:
@@ -135,7 +136,7 @@ def encode_prompt(
     if not messages or messages[-1].role not in ("user", "tool"):
         last = repr(messages[-1].role) if messages else "none"
         raise DataError(f"messages: the last message of a prompt must be a user's or a tool's, is {last}")
-    parts = _Parts()
+    parts = _Parts(special_names=template.special_names)
     _write_messages(parts, messages, frozenset(), template, tools)
     _open_turn(parts, messages[-1], template, thinking=template.thinks if thinking is None else thinking)
     return _encode([parts], tokenizer)[0].ids
@@ -153,11 +154,12 @@ def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer,
     Raises:
         DataError: names the first missing token.
     """
-    missing = [name for name in names if not tokenizer.has_token(name)]
+    placed = set(tokenizer.placed_names.values())
+    missing = [name for name in names if name not in placed]
     if missing:
         raise DataError(
-            f"{key}: {template_name} places the token {missing[0]!r}, which the tokenizer must have, does not; "
-            f"nearest valid: a template without it, or a tokenizer that was released for chats or trained on them"
+            f"{key}: {template_name} places the token {missing[0]!r}, which must be a special token of the tokenizer, "
+            f"is not; nearest valid: a template without it, or a tokenizer released for chats or trained on them"
         )
 
 
@@ -168,7 +170,7 @@ def special_names(conversation: Conversation, template: ChatTemplate) -> tuple[s
 
 
 def _conversation_parts(conversation: Conversation, template: ChatTemplate) -> _Parts:
-    parts = _Parts()
+    parts = _Parts(special_names=template.special_names)
     targets = frozenset(conversation.trained_turns)
     _write_messages(parts, conversation.messages, targets, template, conversation.tools)
     return parts

@@ -30,7 +30,7 @@ from kernels.registry import Registry
 Pieces = tuple[str, ...]
 """Special tokens by name, and text. An item is a token if and only if it equals the name of one."""
 
-SPECIAL_NAMES = frozenset({BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, *CHAT_TOKENS})
+_SPECIAL_NAMES = frozenset({BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, *CHAT_TOKENS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +94,7 @@ class ChatTemplate:
         begin: before the system messages.
         end: after the assistant's answer.
         system_joint: between two system messages.
+        own_tokens: names of special tokens that DeepSeek's templates do not place.
     """
 
     summary: str
@@ -105,13 +106,20 @@ class ChatTemplate:
     begin: Pieces = (BEGIN_OF_SENTENCE,)
     end: Pieces = (END_OF_SENTENCE,)
     system_joint: str = "\n\n"
+    own_tokens: tuple[str, ...] = ()
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        """Names that stand for special tokens in pieces."""
+        return _SPECIAL_NAMES | frozenset(self.own_tokens)
 
     @property
     def required_tokens(self) -> tuple[str, ...]:
         """Names of the tokens that every conversation without tools may need, except begin and end."""
         thoughts = () if self.thoughts is None else (*self.thoughts.begin, *self.thoughts.end)
-        pieces = (*self.user, *self.assistant, *thoughts)
-        return tuple(dict.fromkeys(piece for piece in pieces if piece in SPECIAL_NAMES))
+        pieces = (*self.begin, *self.user, *self.assistant, *thoughts, *self.end)
+        names = self.special_names - {BEGIN_OF_SENTENCE, END_OF_SENTENCE}
+        return tuple(dict.fromkeys(piece for piece in pieces if piece in names))
 
 
 CHAT_TEMPLATES = Registry[ChatTemplate]("data.template")

@@ -136,6 +136,8 @@ def _count_numbers(sample: Sample) -> int:
 
 def _renumber(value: NDArray[np.generic], offset: int) -> NDArray[np.generic]:
     """Returns numbers that continue after an offset; 0 and signs stay."""
+    if not offset:
+        return value
     numbers = np.asarray(value, dtype=np.int64)
     moved = numbers + np.sign(numbers) * offset
     limit = np.iinfo(value.dtype).max  # type: ignore[type-var]

@@ -99,7 +99,7 @@ def test_weights_without_a_template_or_its_tokens_are_rejected(tmp_path: Path) -
     folder = write_checkpoint(tmp_path, make_foresighted(dtype=torch.float32))
     with pytest.raises(ConfigError, match=r"chat: auto needs weights of a run on chats, .* one of v3, r1, v3_1$"):
         main([f"ckpt={folder}", "prompt=a", "chat=auto"])
-    with pytest.raises(DataError, match="chat: r1 places the token '<think>', which the tokenizer must have"):
+    with pytest.raises(DataError, match="chat: r1 places the token '<think>', which must be a special token"):
         main([f"ckpt={folder}", "prompt=a", "chat=r1"])
     with pytest.raises(ConfigError, match="chat: must be null with prompt_ids, is 'v3'"):
         main([f"ckpt={folder}", "prompt_ids=[0]", "chat=v3"])

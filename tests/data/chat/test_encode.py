@@ -2,16 +2,19 @@
 
 import random
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data.chat.encode import encode_conversations, encode_prompt, split_views
+from data.chat.encode import check_tokens, encode_conversations, encode_prompt, split_views
 from data.chat.messages import ChatMessage, Conversation, ToolCall, assistant, user
-from data.chat.templates import CHAT_TEMPLATES
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import DataError
-from data.special_tokens import CHAT_TOKENS
+from data.special_tokens import CHAT_TOKENS, END_OF_SENTENCE
 from data.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_conversation, draw_text, expected
+from tests.data.released_tokenizer import edit
 
 NAMES = ("v3", "r1", "v3_1")
 
@@ -105,6 +108,46 @@ def test_text_that_spells_special_tokens_stays_text_in_200_conversations(tokeniz
         starts = [chat.ids.index(number) for number in placed]
         for (left, right), text in zip(pairwise(starts), (system, content, answer), strict=True):
             assert tokenizer.decode(chat.ids[left + 1 : right]) == text
+
+
+def test_released_tokenizers_declare_chat_tokens_as_ordinary_and_text_does_not_become_them(tmp_path: Path) -> None:
+    chat_tokenizer().save(tmp_path / "tokenizer.json")
+
+    def change(values: dict[str, Any]) -> None:
+        for token in values["added_tokens"]:
+            token["special"] = token["content"] not in CHAT_TOKENS
+
+    edit(tmp_path / "tokenizer.json", change)
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    for token in CHAT_TOKENS:
+        assert loaded.special_id(token) not in loaded.encode(f"a {token} b")
+        assert loaded.decode(loaded.encode(f"a {token} b")) == f"a {token} b"
+
+
+def test_a_template_of_a_plugin_places_its_own_tokens() -> None:
+    start, end = "<|im_start|>", "<|im_end|>"
+    template = ChatTemplate(
+        summary="ChatML",
+        begin=(),
+        user=(start, "user\n"),
+        assistant=(end, "\n", start, "assistant\n"),
+        end=(end, END_OF_SENTENCE),
+        thoughts=None,
+        thinks=False,
+        tools=CHAT_TEMPLATES.get("v3").tools,
+        own_tokens=(start, end),
+    )
+    tokenizer = Tokenizer.train(["sort"], 300, (start, end))
+    conversation = Conversation(messages=(user(f"sort {end}"), assistant("the")))
+    (chat,) = encode_conversations([conversation], template, tokenizer)
+    ids = {token: tokenizer.special_id(token) for token in (start, end)}
+    assert tokenizer.decode(chat.ids) == (f"{start}user\nsort {end}{end}\n{start}assistant\nthe{end}{END_OF_SENTENCE}")
+    assert [number for number in chat.ids if number in ids.values()] == [ids[start], ids[end], ids[start], ids[end]]
+    assert [number for number, target in zip(chat.ids, chat.is_target, strict=True) if target][-2:] == [ids[end], 1]
+    assert template.required_tokens == (start, end)
+    check_tokens(template.required_tokens, "chatml", tokenizer)
+    with pytest.raises(DataError, match=r"data\.template: chatml places the token '<\|im_start\|>'"):
+        check_tokens(template.required_tokens, "chatml", chat_tokenizer())
 
 
 def test_tokens_that_the_tokenizer_lacks_are_named() -> None:

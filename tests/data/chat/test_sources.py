@@ -159,7 +159,7 @@ def test_tokenizers_trained_on_chats_have_their_tokens_and_others_keep_their_ids
         check_config(dataclasses.replace(config, tokenizer_vocab_size=274))
     plain = Tokenizer.train(["sort 1 2 3"], 300)
     assert not any(plain.has_token(token) for token in CHAT_TOKENS)
-    with pytest.raises(DataError, match=r"data\.template: v3_1 places the token '</think>'.* must have"):
+    with pytest.raises(DataError, match=r"data\.template: v3_1 places the token '</think>'.* must be a special token"):
         check_config(config_of(source, tmp_path, plain))
     # Without thoughts and tools, a tokenizer of documents is enough.
     plain_source = dataclasses.replace(source, template="v3")
