@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from infer.config import Statistics, check
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
@@ -27,19 +27,16 @@ from launch.generation.ranks import (
 )
 from launch.generation.request import (
     GenerateCommandConfig,
-    Source,
     find_source,
     open_writer,
     read_config,
     tokenize_prompts,
 )
+from launch.generation.source import GenerationSource, load_model
 from launch.help.preview import plain_text
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from train.config.decode import encode
 from train.config.errors import ConfigError
-
-if TYPE_CHECKING:
-    from model.transformer import Transformer
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -103,7 +100,7 @@ def preview(overrides: Sequence[str]) -> str:
     return plain_text("generate", {**encode(config), "stop": stop})
 
 
-def _job(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt]) -> RankJob:
+def _job(config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt]) -> RankJob:
     """Returns what every rank runs, after all checks."""
     world_size, started = config.parallelism.world_size, os.environ.get("WORLD_SIZE")
     if is_torchrun(os.environ) and started != str(world_size):
@@ -141,14 +138,16 @@ def _job(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
 
 
 def _run_ranks(
-    config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], job: RankJob, file: TextIO
+    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], job: RankJob, file: TextIO
 ) -> Statistics:
     """Generates on local ranks, and writes the continuations."""
     print(f"{config.parallelism.world_size} ranks read the weights of {source.folder}", file=sys.stderr, flush=True)
     return _write_rollouts(config, source, prompts, generate_on_local_ranks(job), file)
 
 
-def _run_as_rank(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], job: RankJob) -> int:
+def _run_as_rank(
+    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], job: RankJob
+) -> int:
     """Generates as a rank of torchrun. Rank 0 writes the continuations."""
     apply_rank_environment(job.cluster)
     rollouts = generate_as_rank(job)
@@ -159,7 +158,7 @@ def _run_as_rank(config: GenerateCommandConfig, source: Source, prompts: Sequenc
 
 
 def _write_rollouts(
-    config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], rollouts: Rollouts, file: TextIO
+    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], rollouts: Rollouts, file: TextIO
 ) -> Statistics:
     transcripts, writer = open_writer(config, source, prompts, file)
     stop = config.stop_ids(source.end_ids)
@@ -171,10 +170,12 @@ def _write_rollouts(
     return rollouts.statistics
 
 
-def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO) -> Statistics:
+def _run(
+    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], file: TextIO
+) -> Statistics:
     # Values of sampling are checked before the weights are read.
     sampling, (transcripts, writer) = config.sampling, open_writer(config, source, prompts, file)
-    model = _load(config, source)
+    model = load_model(source, config.dtype, config.device)
     from infer.generate import Stream
 
     stream = Stream(
@@ -192,27 +193,6 @@ def _run(config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt
             transcripts[piece.index].end(piece.finish)
         writer.update()
     return stream.statistics
-
-
-def _load(config: GenerateCommandConfig, source: Source) -> "Transformer":
-    # Printed first: importing torch takes a second or more.
-    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
-    # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-    if source.is_hf:
-        from model.hf.convert import load_hf
-
-        model = load_hf(source.folder, dtype, drop_mtp=config.speculative is False)
-    else:
-        from train.checkpoint.load import load_whole
-
-        model = load_whole(source.model, source.folder, dtype, "ckpt", config.weights)
-    return model.to(torch.device(config.device))
 
 
 def _standard_output() -> TextIO:

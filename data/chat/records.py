@@ -50,7 +50,7 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
         for name in ("prompt", "answer"):
             if name not in values:
                 raise _no_form(values, place, CONVERSATION_FORM, name, ("messages", "prompt", "answer"))
-        prompt = _read_prompt(values["prompt"], f"{place}: prompt")
+        prompt = read_prompt(values["prompt"], f"{place}: prompt")
         answer = _read_answer(values["answer"], f"{place}: answer")
         thoughts = _read_thoughts(values, f"{place}: ")
         if thoughts is not None and len(answer) > 1:
@@ -79,7 +79,7 @@ def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
         if name not in values:
             raise _no_form(values, place, PAIR_FORM, name, ("prompt", "chosen", "rejected"))
     tools = _read_tools(values.get("tools"), f"{place}: tools")
-    prompt = _read_prompt(values["prompt"], f"{place}: prompt")
+    prompt = read_prompt(values["prompt"], f"{place}: prompt")
     pair = []
     for name in ("chosen", "rejected"):
         messages = (*prompt, *_read_answer(values[name], f"{place}: {name}"))
@@ -122,7 +122,12 @@ def _check(conversation: Conversation, place: str) -> None:
         )
 
 
-def _read_prompt(value: object, place: str) -> tuple[ChatMessage, ...]:
+def read_prompt(value: object, place: str) -> tuple[ChatMessage, ...]:
+    """Returns the messages of a prompt: a string is one message of the user.
+
+    Raises:
+        DataError: as in `read_conversation`.
+    """
     if isinstance(value, str):
         return (ChatMessage(role="user", content=text_of(value, place)),)
     messages = _read_messages(value, place)

@@ -3,22 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from comm.config import ParallelismConfig
-from data.corpus import DataError
-from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from infer.config import Sampling, Speculative
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose
 from launch.generation.continuations import LiveWriter, OrderedWriter, Transcript, as_block, as_json_line
-from launch.generation.prompts import Prompt, Stop, find_tokenizer, read_prompts, read_stop, text_encoder
-from model.config import ModelConfig
-from model.hf.config import CONFIG_NAME
-from model.hf.json_file import read_json
-from train.checkpoint.sources import is_hf_folder, source_config, source_folder
+from launch.generation.prompts import Prompt, Stop, read_prompts, read_stop, text_encoder
+from launch.generation.source import GenerationSource, find_weights
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
@@ -64,17 +58,6 @@ class GenerateCommandConfig:
         return frozenset((*self.stop.ids, *end_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Weights that are not read yet: folder, architecture, tokenizer and end-of-text token ids."""
-
-    folder: Path
-    is_hf: bool
-    model: ModelConfig
-    tokenizer: Tokenizer | None
-    end_ids: tuple[int, ...]
-
-
 def read_config(overrides: Sequence[str]) -> GenerateCommandConfig:
     """Composes and checks the configuration.
 
@@ -99,34 +82,15 @@ def read_config(overrides: Sequence[str]) -> GenerateCommandConfig:
     return config
 
 
-def find_source(config: GenerateCommandConfig) -> Source:
-    """Locates the weights without reading them."""
-    ckpt = config.ckpt
-    folder, model, is_hf, end_ids = source_folder(ckpt, "ckpt"), _model_of(config), is_hf_folder(ckpt), []
-    if is_hf and config.weights == "ema":
-        raise ConfigError(f"weights: must be trained, as ckpt={ckpt} is a Hugging Face folder, is ema")
-    if is_hf:
-        ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
-        end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
-    try:
-        tokenizer = find_tokenizer(folder)
-    except DataError:
-        # An unreadable tokenizer does not matter if prompts and output are token ids.
-        if config.prompt_ids is None or config.stop.strings:
-            raise
-        tokenizer = None
-    if tokenizer is not None:
-        end_ids.append(tokenizer.end_of_sentence_id)
-    return Source(folder, is_hf, model, tokenizer, tuple(end_ids))
+def find_source(config: GenerateCommandConfig) -> GenerationSource:
+    """Locates the weights. An unreadable tokenizer does not matter if prompts and output are token ids."""
+    needs_tokenizer = config.prompt_ids is None or bool(config.stop.strings)
+    # Without drafts, the MTP modules of a Hugging Face folder are not checked.
+    drop_mtp = config.speculative is False
+    return find_weights(config.ckpt, config.weights, drop_mtp=drop_mtp, needs_tokenizer=needs_tokenizer)
 
 
-def _model_of(config: GenerateCommandConfig) -> ModelConfig:
-    """Returns the architecture. Without drafts, the MTP modules of a Hugging Face folder are not checked."""
-    drop_mtp = config.speculative is False and is_hf_folder(config.ckpt)
-    return source_config(config.ckpt, "ckpt", drop_mtp=drop_mtp)
-
-
-def tokenize_prompts(config: GenerateCommandConfig, source: Source) -> list[Prompt]:
+def tokenize_prompts(config: GenerateCommandConfig, source: GenerationSource) -> list[Prompt]:
     """Reads all prompts and converts them to token ids.
 
     Raises:
@@ -146,7 +110,7 @@ def tokenize_prompts(config: GenerateCommandConfig, source: Source) -> list[Prom
 
 
 def open_writer(
-    config: GenerateCommandConfig, source: Source, prompts: Sequence[Prompt], file: TextIO
+    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], file: TextIO
 ) -> tuple[list[Transcript], LiveWriter | OrderedWriter]:
     """Returns an empty transcript of each prompt, and what writes them to a file."""
     transcripts = [Transcript(prompt, source.tokenizer, config.stop.strings) for prompt in prompts]
