@@ -1,0 +1,288 @@
+"""Samples answers to problems, scores them, and writes those to train on: `python -m launch.sample`."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from data.chat.encode import encode_prompt
+from data.chat.messages import ChatMessage
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.special_tokens import THINK
+from data.tokenizer import Tokenizer
+from infer.config import Sampling, Speculative, check
+from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
+from infer.scoring.reward import Reward, RewardConfig
+from infer.scoring.score import SCORERS, Answer
+from kernels.ranges import PositiveInt
+from launch.command import command
+from launch.config.compose import compose
+from launch.config.errors import system_errors
+from launch.generation.continuations import new_file
+from launch.generation.source import GenerationSource, find_source, load_model
+from launch.help.preview import plain_text
+from launch.sampling.journal import SampleJournal, ScoredSample
+from launch.sampling.problems import ProblemsConfig, SampleProblem, digest_problems, load_problems
+from launch.sampling.selection import KeepConfig, Selection, select
+from launch.sampling.summary import faults, summary
+from train.checkpoint.manifest import read_step
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
+
+JOURNAL_SUFFIX = ".samples"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleCommandConfig:
+    """Configuration of rejection sampling; see `conf/sample.yaml`."""
+
+    ckpt: str
+    weights: Literal["trained", "ema"]
+    problems: ProblemsConfig
+    out: str
+    template: Annotated[str, CHAT_TEMPLATES]
+    thinking: bool | None
+    samples: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    seed: int
+    reward: RewardConfig
+    keep: KeepConfig
+    speculative: Speculative
+    batch_size: PositiveInt
+    dtype: Literal["float32", "bf16"]
+    device: Literal["cpu", "cuda"]
+    plugins: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingJob:
+    """What is sampled: weights that are not read yet, problems, and prompts as token ids."""
+
+    source: GenerationSource
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    thinking: bool
+    problems: list[SampleProblem]
+    prompts: list[NumberedPrompt]
+    request: Request
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Samples, scores and selects answers. All user errors are reported before weights are read.
+
+    Every sample is written to `out` with the suffix `.samples` at once, and a command that was interrupted continues
+    there. The selected samples are written to `out` at the end. A summary goes to standard output.
+
+    Args:
+        overrides: overrides for `conf/sample.yaml`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be read or written.
+        CheckpointError, HfError: the weights cannot be read.
+        DataError: a problem, the tokenizer or the template is not valid; names file, line and field.
+        GenerateError: a value is out of range, or a prompt is too long.
+        ScoringError: this machine cannot run a scorer.
+    """
+    config = _read(overrides)
+    with system_errors():
+        job = _prepare(config)
+        made_with = _made_with(config, job)
+        path = Path(config.out).expanduser()
+        with SampleJournal(path.with_name(path.name + JOURNAL_SUFFIX), made_with) as journal:
+            left = [prompt for prompt in job.prompts if prompt.number not in journal.samples]
+            if left:
+                with Reward(config.reward) as reward:
+                    _sample(config, job, left, journal, reward)
+            selection = select(journal.samples, config.keep, job.template, thinking=job.thinking)
+            with new_file("out", config.out) as file:
+                for record in _records(job, journal.samples, selection, made_with):
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        print(summary(journal.samples, selection, config.keep.easy_rate), flush=True)
+    warning = faults(journal.samples)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration, checked, as YAML.
+
+    Args:
+        overrides: overrides for `conf/sample.yaml`.
+
+    Raises:
+        ConfigError, CheckpointError, HfError, DataError: as `main`.
+    """
+    config = _read(overrides)
+    with system_errors():
+        _prepare(config)
+    return plain_text("sample", encode(config))
+
+
+def _read(overrides: Sequence[str]) -> SampleCommandConfig:
+    config = decode(SampleCommandConfig, compose("sample", overrides))
+    has_verdict = any(SCORERS.get(part.kind).has_verdict for part in config.reward.parts)
+    if not has_verdict and config.keep.min_reward is None:
+        raise ConfigError(
+            "keep.min_reward: a value is needed if no part of the reward has a verdict (exact, maths, code), is null; "
+            "nearest valid: 0.9"
+        )
+    return config
+
+
+def _prepare(config: SampleCommandConfig) -> SamplingJob:
+    """Reads problems and encodes prompts, and checks everything that needs no weights."""
+    source = find_source(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
+    if source.tokenizer is None:
+        raise ConfigError(f"ckpt: problems need a tokenizer, {source.folder} holds none")
+    template = CHAT_TEMPLATES.get(config.template)
+    thinking = template.thinks if config.thinking is None else config.thinking
+    problems = load_problems(config.problems)
+    _check_fields(config.reward, problems)
+    prompts = [
+        NumberedPrompt(
+            number=number,
+            tokens=tuple(encode_prompt(each.messages, template, source.tokenizer, thinking=thinking)),
+        )
+        for number, each in enumerate(problems)
+    ]
+    sampling = Sampling(
+        **{each.name: getattr(config, each.name) for each in fields(Sampling) if hasattr(config, each.name)}
+    )
+    check(
+        source.model,
+        [prompt.tokens for prompt in prompts],
+        config.max_new_tokens,
+        config.speculative,
+        config.batch_size,
+    )
+    return SamplingJob(
+        source=source,
+        tokenizer=source.tokenizer,
+        template=template,
+        thinking=thinking,
+        problems=problems,
+        prompts=prompts,
+        request=Request(
+            samples=config.samples,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            stop=frozenset(source.end_ids),
+        ),
+    )
+
+
+def _check_fields(reward: RewardConfig, problems: Sequence[SampleProblem]) -> None:
+    """Rejects a problem to which no part of the reward with a verdict applies."""
+    kinds = [part.kind for part in reward.parts]
+    needs = {"exact": "answer", "maths": "answer", "code": "tests"}
+    wanted = {needs[kind]: kind for kind in kinds if kind in needs}
+    for each in problems:
+        if wanted and not any(getattr(each.problem, field) is not None for field in wanted):
+            field, kind = next(iter(wanted.items()))
+            raise ConfigError(
+                f"{each.place}: {field}: must be given, because the reward has the part {kind}, is missing; "
+                f"nearest: reward={'code' if field == 'answer' else 'maths'}"
+            )
+
+
+def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
+    """Returns what decides the samples and their scores, as plain values."""
+    return {
+        "ckpt": str(job.source.folder),
+        "step": None if job.source.is_hf else read_step(job.source.folder),
+        "weights": config.weights,
+        "dtype": config.dtype,
+        "speculative": config.speculative,
+        "problems": digest_problems(job.problems),
+        "template": config.template,
+        "thinking": job.thinking,
+        "samples": config.samples,
+        "max_new_tokens": config.max_new_tokens,
+        "sampling": asdict(job.request.sampling),
+        "reward": encode(config.reward.parts),
+    }
+
+
+def _sample(
+    config: SampleCommandConfig,
+    job: SamplingJob,
+    left: Sequence[NumberedPrompt],
+    journal: SampleJournal,
+    reward: Reward,
+) -> None:
+    """Samples and scores the problems that are left, a few at a time."""
+    model = load_model(job.source, config.dtype, config.device)
+    from infer.engines.local import LocalEngine
+
+    engine: Engine = LocalEngine(model, speculative=config.speculative, batch_size=config.batch_size)
+    # The draws of a sample depend on its numbers alone, so the size of a block changes no sample.
+    size = max(1, 4 * config.batch_size // config.samples)
+    for first in range(0, len(left), size):
+        block = left[first : first + size]
+        rollouts = engine.generate(block, job.request).rollouts
+        answers = [_to_answer(rollout, job) for rollout in rollouts]
+        pairs = [(each, job.problems[rollout.prompt].problem) for each, rollout in zip(answers, rollouts, strict=True)]
+        sheets = reward.score_all(pairs)
+        scored = [
+            ScoredSample(text=each.text, num_tokens=each.num_tokens, is_finished=each.is_finished, sheet=sheet)
+            for each, sheet in zip(answers, sheets, strict=True)
+        ]
+        for at, prompt in enumerate(block):
+            journal.append(prompt.number, tuple(scored[at * config.samples : (at + 1) * config.samples]))
+        print(f"{len(journal.samples)} of {len(job.prompts)} problems", file=sys.stderr, flush=True)
+
+
+def _to_answer(rollout: Rollout, job: SamplingJob) -> Answer:
+    """Decodes a rollout. Thoughts that the prompt opened are opened again, so that scorers see them."""
+    is_finished = rollout.finish == "stop"
+    tokens = rollout.tokens[:-1] if is_finished else rollout.tokens
+    text = job.tokenizer.decode(tokens)
+    return Answer(text=THINK + text if job.thinking else text, num_tokens=len(rollout.tokens), is_finished=is_finished)
+
+
+def _records(
+    job: SamplingJob,
+    samples: Mapping[int, Sequence[ScoredSample]],
+    selection: Selection,
+    made_with: Mapping[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Yields each selected sample as a conversation for supervised fine-tuning, with its provenance."""
+    shared = {key: made_with[key] for key in ("ckpt", "step", "weights", "template", "max_new_tokens", "sampling")}
+    for kept in selection.kept:
+        sample = samples[kept.problem][kept.sample]
+        messages = (*job.problems[kept.problem].messages, kept.message)
+        scores = {kind: score.value for kind, score in sample.sheet.parts.items()}
+        yield {
+            "messages": [_to_plain(message) for message in messages],
+            "provenance": {
+                **shared,
+                "prompt": kept.problem,
+                "sample": kept.sample,
+                "tokens": sample.num_tokens,
+                "reward": sample.sheet.total,
+                "scores": scores,
+            },
+        }
+
+
+def _to_plain(message: ChatMessage) -> dict[str, Any]:
+    """Returns a message as the reader of conversations accepts it, without absent fields."""
+    values = asdict(message)
+    return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+if __name__ == "__main__":
+    sys.exit(command("sample", main, preview))
