@@ -135,10 +135,11 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
     from infer.config import GenerateError
+    from infer.scoring.score import ScoringError
     from model.config import CutError
     from model.hf.errors import HfError
     from train.checkpoint.manifest import CheckpointError
     from train.ownership.lock_file import LockedError
 
     known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
-    return (*known, LockedError, JobKeyError)
+    return (*known, ScoringError, LockedError, JobKeyError)

@@ -47,7 +47,7 @@ class SampleCommandConfig:
     out: str
     template: Annotated[str, CHAT_TEMPLATES]
     thinking: bool | None
-    samples: PositiveInt
+    num_samples: PositiveInt
     max_new_tokens: PositiveInt
     temperature: float
     top_k: int | None
@@ -176,7 +176,7 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
         problems=problems,
         prompts=prompts,
         request=Request(
-            samples=config.samples,
+            samples=config.num_samples,
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
             stop=frozenset(source.end_ids),
@@ -209,7 +209,7 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "problems": digest_problems(job.problems),
         "template": config.template,
         "thinking": job.thinking,
-        "samples": config.samples,
+        "num_samples": config.num_samples,
         "max_new_tokens": config.max_new_tokens,
         "sampling": asdict(job.request.sampling),
         "reward": encode(config.reward.parts),
@@ -229,7 +229,7 @@ def _sample(
 
     engine: Engine = LocalEngine(model, speculative=config.speculative, batch_size=config.batch_size)
     # The draws of a sample depend on its numbers alone, so the size of a block changes no sample.
-    size = max(1, 4 * config.batch_size // config.samples)
+    size = max(1, 4 * config.batch_size // config.num_samples)
     for first in range(0, len(left), size):
         block = left[first : first + size]
         rollouts = engine.generate(block, job.request).rollouts
@@ -241,7 +241,7 @@ def _sample(
             for each, sheet in zip(answers, sheets, strict=True)
         ]
         for at, prompt in enumerate(block):
-            journal.append(prompt.number, tuple(scored[at * config.samples : (at + 1) * config.samples]))
+            journal.append(prompt.number, tuple(scored[at * config.num_samples : (at + 1) * config.num_samples]))
         print(f"{len(journal.samples)} of {len(job.prompts)} problems", file=sys.stderr, flush=True)
 
 

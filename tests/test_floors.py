@@ -146,7 +146,7 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_commands_import_no_torch_before_their_input_is_checked() -> None:
     code = """
         import sys
-        import launch.convert, launch.generate, launch.train, launch.schedule, launch.submit
+        import launch.convert, launch.generate, launch.sample, launch.train, launch.schedule, launch.submit
         from launch.config.run_config import check, compose_run
         from launch.command import user_errors
         check(compose_run(["experiment=quickstart"]))

@@ -19,7 +19,7 @@ from launch.help.preview import split_switch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_SECONDS = 3.0
-COMMANDS = ("train", "submit", "generate", "convert", "schedule", "redraw")
+COMMANDS = ("train", "submit", "generate", "sample", "convert", "schedule", "redraw")
 HUB = "deepseek-ai/DeepSeek-V3"
 
 # What is typed after `python -m launch.train`, and what the one line must say.
