@@ -15,13 +15,13 @@ LEAST_PASS, MOST_PASS = 0.55, 0.65
 LEAST_GREEDY = 0.90
 
 
-def train_recipe(name: str, folder: Path, *overrides: str) -> Path:
-    """Runs a recipe in a process, and returns the folder of the run.
+def train_recipe(name: str, folder: Path, *overrides: str, run_name: str | None = None) -> Path:
+    """Runs a recipe in a process, and returns the folder of the run, which is `run_name` or that of the recipe.
 
     Raises:
         RuntimeError: the run failed; the message has the end of its output.
     """
-    out_dir = folder / name
+    out_dir = folder / (run_name or name)
     command = [sys.executable, "-m", "launch.train", f"experiment={name}", f"out_dir={out_dir}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
