@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from data.chat.encode import encode_prompt
 from data.chat.messages import ChatMessage
@@ -24,11 +24,12 @@ from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.generation.continuations import new_file
+from launch.generation.prompts import find_template
 from launch.generation.source import GenerationSource, find_source, load_model
 from launch.help.preview import plain_text
 from launch.sampling.journal import SampleJournal, ScoredSample
 from launch.sampling.problems import ProblemsConfig, SampleProblem, digest_problems, load_problems
-from launch.sampling.selection import KeepConfig, Selection, select
+from launch.sampling.selection import KeepConfig, SampleSelection, select
 from launch.sampling.summary import faults, summary
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode
@@ -45,7 +46,7 @@ class SampleCommandConfig:
     weights: Literal["trained", "ema"]
     problems: ProblemsConfig
     out: str
-    template: Annotated[str, CHAT_TEMPLATES]
+    chat: str
     thinking: bool | None
     num_samples: PositiveInt
     max_new_tokens: PositiveInt
@@ -147,7 +148,7 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
     source = find_source(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
     if source.tokenizer is None:
         raise ConfigError(f"ckpt: problems need a tokenizer, {source.folder} holds none")
-    template = CHAT_TEMPLATES.get(config.template)
+    template = find_template(config.chat, source.folder, source.tokenizer, thinking=config.thinking)
     thinking = template.thinks if config.thinking is None else config.thinking
     problems = load_problems(config.problems)
     _check_fields(config.reward, problems)
@@ -207,7 +208,7 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "dtype": config.dtype,
         "speculative": config.speculative,
         "problems": digest_problems(job.problems),
-        "template": config.template,
+        "chat": next(name for name, each in CHAT_TEMPLATES.items() if each is job.template),
         "thinking": job.thinking,
         "num_samples": config.num_samples,
         "max_new_tokens": config.max_new_tokens,
@@ -256,11 +257,11 @@ def _to_answer(rollout: Rollout, job: SamplingJob) -> Answer:
 def _records(
     job: SamplingJob,
     samples: Mapping[int, Sequence[ScoredSample]],
-    selection: Selection,
+    selection: SampleSelection,
     made_with: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Yields each selected sample as a conversation for supervised fine-tuning, with its provenance."""
-    shared = {key: made_with[key] for key in ("ckpt", "step", "weights", "template", "max_new_tokens", "sampling")}
+    shared = {key: made_with[key] for key in ("ckpt", "step", "weights", "chat", "max_new_tokens", "sampling")}
     for kept in selection.kept:
         sample = samples[kept.problem][kept.sample]
         messages = (*job.problems[kept.problem].messages, kept.message)

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.chat.encode import check_tokens, encode_prompt
 from data.chat.jinja import template_of
 from data.chat.messages import user
-from data.chat.templates import CHAT_TEMPLATES
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import find_tokenizer_file
 from train.config.errors import ConfigError, nearest
@@ -103,13 +103,30 @@ def text_encoder(
         raise ConfigError(f"thinking: must be null without chat, is {thinking}; nearest valid: chat=auto")
     if chat is None:
         return tokenizer.prompt
+    template = find_template(chat, folder, tokenizer, thinking=thinking)
+    return lambda text: encode_prompt([user(text)], template, tokenizer, thinking=thinking)
+
+
+def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None) -> ChatTemplate:
+    """Returns the template of chats.
+
+    Args:
+        chat: value of the key `chat`: a template's name, or `auto`.
+        folder: folder of the weights, whose template `auto` takes.
+        tokenizer: of the weights.
+        thinking: value of the key `thinking`.
+
+    Raises:
+        ConfigError: no such template, the weights have none that is known, or keys contradict each other.
+        DataError: the tokenizer lacks a token of the template.
+    """
     name = _template_name(chat, folder)
     template = CHAT_TEMPLATES.get(name)
     if thinking and template.thoughts is None:
         valid = " or ".join(name for name, each in CHAT_TEMPLATES.items() if each.thoughts is not None)
         raise ConfigError(f"thinking: must be false with chat={name}, is true; nearest valid: chat={valid}")
     check_tokens(template.required_tokens, name, tokenizer, "chat")
-    return lambda text: encode_prompt([user(text)], template, tokenizer, thinking=thinking)
+    return template
 
 
 def _template_name(chat: str, folder: Path) -> str:

@@ -38,7 +38,7 @@ class KeptSample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
+class SampleSelection:
     """The selected samples by problem and sample, and how many were left out for each reason."""
 
     kept: tuple[KeptSample, ...]
@@ -47,7 +47,7 @@ class Selection:
 
 def select(
     samples: Mapping[int, Sequence[ScoredSample]], config: KeepConfig, template: ChatTemplate, *, thinking: bool
-) -> Selection:
+) -> SampleSelection:
     """Selects samples. It is a pure function, so that a new selection needs no new samples.
 
     Among the good answers of a problem, those with the highest reward are kept, and the first ones among equals.
@@ -66,7 +66,7 @@ def select(
         best = sorted(good, key=lambda at: (-samples[number][at].sheet.total, at))[:limit]
         left_out["over the limit of a problem"] += len(good) - len(best)
         kept += [KeptSample(problem=number, sample=at, message=good[at]) for at in sorted(best)]
-    return Selection(kept=tuple(kept), left_out={reason: count for reason, count in left_out.items() if count})
+    return SampleSelection(kept=tuple(kept), left_out={reason: count for reason, count in left_out.items() if count})
 
 
 def is_easy(samples: Sequence[ScoredSample], easy_rate: float) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from launch.sampling.journal import ScoredSample
-from launch.sampling.selection import Selection, is_easy
+from launch.sampling.selection import SampleSelection, is_easy
 
 
-def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: Selection, easy_rate: float) -> str:
+def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: SampleSelection, easy_rate: float) -> str:
     """Returns lines about problems, outcomes, parts of the reward, and the selection.
 
     Args:

@@ -78,7 +78,7 @@ def write_problems(path: Path, answers: list[str]) -> str:
 
 
 def overrides(run: Path, problems: str, out: Path, *others: str) -> list[str]:
-    sizes = [f"num_samples={NUM_SAMPLES}", f"max_new_tokens={TOKENS}", "seed=5", "batch_size=2"]
+    sizes = [f"num_samples={NUM_SAMPLES}", f"max_new_tokens={TOKENS}", "seed=5", "batch_size=2", "chat=v3"]
     return [f"ckpt={run}", problems, f"out={out}", *sizes, *others]
 
 
@@ -191,8 +191,10 @@ def test_sample_rejects_a_problem_by_file_line_and_field(run: Path, tmp_path: Pa
         ("problems.path=missing.jsonl", "problems.path: must be a file of JSON lines"),
         ("temperature=-1", "temperature: must be finite"),
         ("num_samples=0", "num_samples: must be above 0"),
-        ("template=v4", "template: must be one of v3, r1, v3_1"),
-        ("template=r1", "data.template: r1 places the token '<think>'|<think>"),
+        ("chat=v4", "chat: must be one of v3, r1, v3_1, auto"),
+        ("thinking=true", "thinking: must be false with chat=v3"),
+        ("chat=auto", "chat: auto needs weights of a run on chats"),
+        ("chat=r1", "chat: r1 places the token '<think>'"),
         ("keep.easy_rate=2", "keep.easy_rate: must be between 0 and 1"),
         ("reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]", "keep.min_reward: a value is needed"),
         ("max_new_tokens=0", "max_new_tokens: must be above 0"),

@@ -29,7 +29,7 @@ def sample_right_answers(teacher: Path, out: Path, seed: int) -> str:
         RuntimeError: the command failed; the message has the end of its output.
     """
     values = [f"ckpt={teacher}", "problems=arithmetic", f"problems.count={NUM_PROBLEMS}", f"out={out}", f"seed={seed}"]
-    values += [f"problems.generator_seed={seed + 1}", "num_samples=1", "max_new_tokens=12", "temperature=1"]
+    values += [f"problems.generator_seed={seed + 1}", "num_samples=1", "chat=v3", "max_new_tokens=12", "temperature=1"]
     command = [sys.executable, "-m", "launch.sample", *values, "batch_size=200"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
