@@ -25,7 +25,7 @@ from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.generation.continuations import new_file
 from launch.generation.prompts import find_template
-from launch.generation.source import GenerationSource, find_source, load_model
+from launch.generation.source import GenerationSource, find_weights, load_model
 from launch.help.preview import plain_text
 from launch.sampling.journal import SampleJournal, ScoredSample
 from launch.sampling.problems import ProblemsConfig, SampleProblem, digest_problems, load_problems
@@ -145,7 +145,7 @@ def _read(overrides: Sequence[str]) -> SampleCommandConfig:
 
 def _prepare(config: SampleCommandConfig) -> SamplingJob:
     """Reads problems and encodes prompts, and checks everything that needs no weights."""
-    source = find_source(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
+    source = find_weights(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
     if source.tokenizer is None:
         raise ConfigError(f"ckpt: problems need a tokenizer, {source.folder} holds none")
     template = find_template(config.chat, source.folder, source.tokenizer, thinking=config.thinking)

@@ -1,1 +1,1 @@
-"""Rejection sampling: reads problems, samples and scores answers, and selects those that may be trained on."""
+"""Rejection sampling: reads problems, keeps samples with their scores, and selects among them."""

@@ -1,4 +1,4 @@
-"""Keeps all samples of `launch.sample` in a file, so that an interrupted command continues where it ended.
+"""Keeps all samples of `launch.sample` in a file, so that an interrupted command continues there.
 
 The first line says with what the samples were made. Each further line holds all samples of one problem, so a line that
 is not whole at the end of the file is the only damage that an interruption can do.

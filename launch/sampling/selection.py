@@ -1,4 +1,4 @@
-"""Selects the samples that may be trained on: correct, well-formed, different, and not too many of one problem."""
+"""Selects the samples to train on: correct, well-formed, different, and few of each problem."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def is_easy(samples: Sequence[ScoredSample], easy_rate: float) -> bool:
 
 
 def to_message(text: str, template: ChatTemplate, *, thinking: bool) -> ChatMessage | None:
-    """Returns an answer as a message that encodes to its tokens, or None if the template cannot express it.
+    """Returns an answer as a message, or None if the template cannot express it.
 
     Args:
         text: with special tokens by name.

@@ -42,9 +42,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets more tokens end an answer, so that some answers are finished and others are cut."""
-    found = launch.sample.find_source
+    found = launch.sample.find_weights
     monkeypatch.setattr(
-        launch.sample, "find_source", lambda *names, **how: replace(found(*names, **how), end_ids=END_IDS)
+        launch.sample, "find_weights", lambda *names, **how: replace(found(*names, **how), end_ids=END_IDS)
     )
 
 
