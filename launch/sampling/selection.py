@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data.chat.messages import ChatMessage
-from data.chat.templates import SPECIAL_NAMES, ChatTemplate
+from data.chat.templates import ChatTemplate
 from data.special_tokens import END_THINK, THINK
 from kernels.ranges import PositiveInt, Share
 from launch.sampling.journal import ScoredSample
@@ -91,7 +91,7 @@ def to_message(text: str, template: ChatTemplate, *, thinking: bool) -> ChatMess
             return None
         lead, _, tail = "".join(template.thoughts.end).partition(END_THINK)
         thoughts, text = before.removesuffix(lead), text.removeprefix(tail)
-    if any(name in part for name in SPECIAL_NAMES for part in (text, thoughts or "")):
+    if any(name in part for name in template.special_names for part in (text, thoughts or "")):
         return None
     return ChatMessage(role="assistant", content=text, thoughts=thoughts) if text.strip() else None
 
