@@ -50,8 +50,21 @@ NEEDS = {
 }  # fmt: skip
 
 
+CHATS = {
+    "data=chat": '{"prompt": "a", "answer": "b"}\n',
+    "data=preferences": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+}
+
+
 def build(*overrides: str) -> TrainConfig:
     return compose_run(overrides)
+
+
+def write_chats(folder: Path, choice: str) -> list[str]:
+    """Writes a file of conversations or pairs, and returns the override that names it."""
+    path = folder / f"{choice.removeprefix('data=')}.jsonl"
+    path.write_text(CHATS[choice], "utf-8")
+    return [f"data.paths=['{path}']"]
 
 
 def place_weights(folder: Path) -> str:
@@ -71,6 +84,8 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
     if choice.startswith("data=files"):
         (tmp_path / "a.txt").write_text("some text")
         needs = [f"data.paths=['{tmp_path}']"]
+    if choice in CHATS:
+        needs = write_chats(tmp_path, choice)
     if choice == "data=files_and_tokenizer":
         needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=4000)}"]
     if choice == "task=distill":
@@ -94,6 +109,7 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(tmp_path
     weights = place_weights(tmp_path / "weights")
     given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
     needs = {"data=files": [f"data.paths=['{tmp_path}']"], "model=of_checkpoint": [f"init_from={weights}"]}
+    needs |= {choice: write_chats(tmp_path, choice) for choice in CHATS}
     needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
     recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}
     recipes -= {name for name in recipes if name.startswith("arithmetic")}
