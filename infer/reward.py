@@ -61,38 +61,39 @@ class JudgeVerdict:
         return self.yes / (self.yes + self.no) if self.yes + self.no else 0.5
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerdictTokens:
+    """Token ids of a judge's text, up to where its verdict begins, and of both verdicts."""
+
+    prompt: tuple[int, ...]
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+
+
 @torch.no_grad()
-def judge_answers(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    yes: Sequence[int],
-    no: Sequence[int],
-    batch_size: int = 16,
-) -> list[JudgeVerdict]:
-    """Returns the verdicts of a generative reward model.
+def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_size: int = 16) -> list[JudgeVerdict]:
+    """Returns the verdicts of a generative reward model, whose critiques are given (`infer.critique`).
 
     Args:
         model: a whole model with an output head.
-        prompts: token ids up to the verdict: the question, the answer, the critique, and the words before the verdict
-            (`infer.critique`).
-        yes: token ids of the verdict that approves.
-        no: token ids of the other verdict.
+        judged: tokens of each judged answer.
         batch_size: sequences that are computed together.
 
     Raises:
-        GenerateError: the model has no output head, a sequence is empty or too long, or holds no such token; or a
+        GenerateError: the model has no output head, a sequence is too long or holds no such token, or a prompt or a
             verdict is empty.
     """
-    for name, verdict in (("yes", yes), ("no", no)):
-        if not verdict:
-            raise GenerateError(f"{name}: must have at least one token, has none")
-    sequences = [(*prompt, *verdict) for prompt in prompts for verdict in (yes, no)]
+    for number, each in enumerate(judged, 1):
+        for name, tokens in (("prompt", each.prompt), ("yes", each.yes), ("no", each.no)):
+            if not tokens:
+                raise GenerateError(f"answer {number}: {name} must have at least one token, has none")
+    sequences = [(*each.prompt, *verdict) for each in judged for verdict in (each.yes, each.no)]
     _check(model.config, "tokens", sequences)
 
     def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
         targets_BT = torch.full_like(tokens_BT, _IGNORE)
         for row, number in enumerate(numbers):
-            first, length = len(prompts[number // 2]), len(sequences[number])
+            first, length = len(judged[number // 2].prompt), len(sequences[number])
             targets_BT[row, first - 1 : length - 1] = tokens_BT[row, first:length]
         return score_log_probs(model.final_states(tokens_BT), model.head_weight, targets_BT).sum(1).exp()
 

@@ -1,5 +1,6 @@
 """Scores of answers: the same in any batch, padding or packing, and in transformers; verdicts of a judge."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,14 @@ import transformers
 from torch import Tensor
 
 from comm.dispatch.local import LocalDispatcher
+from data.arithmetic.source import arithmetic_tokenizer
+from data.chat.encode import encode_conversations
+from data.chat.records import read_conversation
+from data.chat.templates import CHAT_TEMPLATES
 from infer.config import GenerateError, Sampling
+from infer.critique import JudgedAnswer
 from infer.generate import generate
-from infer.reward import judge_answers, score_answers
+from infer.reward import VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
 from model.head import score_states
 from model.hf.convert import load_hf, save_hf
@@ -92,8 +98,9 @@ def test_a_model_that_transformers_saved_is_read_with_equal_scores(tmp_path: Pat
 def test_verdict_is_the_probability_of_its_words() -> None:
     model = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), torch.float32)
     initialize_weights(model, 3)
-    prompts, yes, no = [[5, 6, 7], [8, 9], [8, 9]], (10, 11), (12,)
-    found = judge_answers(model, prompts, yes, no, batch_size=4)
+    prompts, yes, no = [(5, 6, 7), (8, 9), (8, 9)], (10, 11), (12,)
+    judged = [VerdictTokens(prompt=prompt, yes=yes, no=no) for prompt in prompts]
+    found = judge_answers(model, judged, batch_size=4)
     with torch.no_grad():
         for prompt, verdict in zip(prompts, found, strict=True):
             logs = model(torch.tensor([[*prompt, *yes]])).log_softmax(-1)[0]
@@ -109,7 +116,7 @@ def test_scoring_rejects_what_the_model_cannot_score() -> None:
     with pytest.raises(GenerateError, match=r"model\.head: must be score, is tokens"):
         score_answers(tokens, [[1]])
     with pytest.raises(GenerateError, match=r"model\.head: must be tokens, is score"):
-        judge_answers(model, [[1]], (1,), (2,))
+        judge_answers(model, [VerdictTokens(prompt=(1,), yes=(1,), no=(2,))])
     with pytest.raises(GenerateError, match=r"model\.head: must be tokens to continue prompts"):
         generate(model, [[3, 4]], max_new_tokens=1, sampling=Sampling(temperature=0.0, seed=0), stop=[])
     for sequence, rule in ([], "has 0"), ([3] * 65, "has 65"), ([320], "contains 320"):
@@ -117,5 +124,20 @@ def test_scoring_rejects_what_the_model_cannot_score() -> None:
             score_answers(model, [sequence])
     with pytest.raises(GenerateError, match="batch_size: must be at least 1"):
         score_answers(model, [[3]], batch_size=0)
-    with pytest.raises(GenerateError, match="yes: must have at least one token"):
-        judge_answers(tokens, [[3]], (), (1,))
+    with pytest.raises(GenerateError, match="answer 1: yes must have at least one token"):
+        judge_answers(tokens, [VerdictTokens(prompt=(3,), yes=(), no=(1,))])
+
+
+def test_judged_tokens_are_those_that_training_reads() -> None:
+    """Text before the verdict, verdict and end are the tokens of the conversation on which a judge is trained."""
+    tokenizer, template = arithmetic_tokenizer(), CHAT_TEMPLATES.get("v3")
+    for approves in (True, False):
+        sample = JudgedAnswer(prompt="21=", answer="12", critique="1 2", approves=approves)
+        record = json.loads(json.dumps(sample.record()))
+        conversation = read_conversation(record, "line 1")
+        (encoded,) = encode_conversations([conversation], template, tokenizer)
+        judged = sample.tokens(template, tokenizer)
+        verdict = judged.yes if approves else judged.no
+        assert encoded.ids == [*judged.prompt, *verdict, tokenizer.end_of_sentence_id]
+        assert judged.yes != judged.no
+        assert encoded.is_target[len(judged.prompt) :] == [True] * (len(verdict) + 1)

@@ -1,0 +1,90 @@
+"""Text of a generative reward model: it criticizes an answer, and then says whether it approves. No torch here.
+
+Such a model is trained by task=sft on critiques with verdicts. Its score is the probability of the approving verdict.
+Source: arXiv:2412.19437, section 5.2.1, which trains reward models with a chain of thought that leads to the reward.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.chat.encode import encode_conversations
+from data.chat.messages import ChatMessage, Conversation, user
+from data.chat.templates import ChatTemplate
+from data.tokenizer import Tokenizer
+from infer.reward import VerdictTokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CritiqueForm:
+    """Texts around a question, an answer and a critique.
+
+    Attributes:
+        question: the user's message, with the fields `prompt` and `answer` in braces.
+        before_verdict: text between the critique and the verdict.
+        yes: verdict that approves.
+        no: verdict that rejects.
+    """
+
+    question: str = (
+        "Question:\n{prompt}\n\nAnswer:\n{answer}\n\nIs the answer right? Explain, and end with Verdict: yes or "
+        "Verdict: no."
+    )
+    before_verdict: str = "\nVerdict:"
+    yes: str = " yes"
+    no: str = " no"
+
+
+FORM = CritiqueForm()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedAnswer:
+    """An answer with a critique of it.
+
+    Attributes:
+        prompt: the question.
+        answer: the answer to it.
+        critique: the judge's text before its verdict.
+        approves: the verdict; for training.
+        form: texts around them.
+    """
+
+    prompt: str
+    answer: str
+    critique: str
+    approves: bool = True
+    form: CritiqueForm = field(default=FORM)
+
+    def record(self) -> Mapping[str, Any]:
+        """Returns the line of a `.jsonl` file that `data=chat` reads, to train a judge."""
+        return {"prompt": self._question(), "answer": self._text(approves=self.approves)}
+
+    def tokens(self, template: ChatTemplate, tokenizer: Tokenizer) -> VerdictTokens:
+        """Returns the tokens whose probabilities are the verdict.
+
+        The verdicts begin where the tokens of both texts first differ, because a token may hold the end of the text
+        before the verdict, too.
+
+        Args:
+            template: chat template of the judge.
+            tokenizer: of the judge.
+        """
+        texts = [
+            Conversation(
+                messages=(user(self._question()), ChatMessage(role="assistant", content=self._text(approves=approves))),
+                num_context=1,
+            )
+            for approves in (True, False)
+        ]
+        yes, no = (chat.ids[:-1] for chat in encode_conversations(texts, template, tokenizer))
+        shared = next((place for place, both in enumerate(zip(yes, no, strict=False)) if both[0] != both[1]), None)
+        shared = min(len(yes), len(no)) if shared is None else shared
+        return VerdictTokens(prompt=tuple(yes[:shared]), yes=tuple(yes[shared:]), no=tuple(no[shared:]))
+
+    def _question(self) -> str:
+        # Not str.format, because an answer may contain braces.
+        return self.form.question.replace("{answer}", "\0").replace("{prompt}", self.prompt).replace("\0", self.answer)
+
+    def _text(self, *, approves: bool) -> str:
+        return f"{self.critique}{self.form.before_verdict}{self.form.yes if approves else self.form.no}"
