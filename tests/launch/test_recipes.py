@@ -19,6 +19,7 @@ from train.step import rates_of
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
 LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
+ON_PAIRS = ("arithmetic_rm", "arithmetic_dpo")
 GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400}
 SIZES = {
     "v3_671b": (2048, 256, 14_800 * 10**9),
@@ -51,7 +52,15 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def test_recipes_are_those_of_this_table() -> None:
-    assert set(options("experiment")) == {*LAPTOP, *SIZES, "v3_sft", "none"}
+    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *SIZES, "v3_sft", "none"}
+
+
+@pytest.mark.parametrize("name", ON_PAIRS)
+def test_recipe_on_pairs_passes_the_whole_check_from_any_weights(name: str) -> None:
+    config = compose_run([f"experiment={name}"])
+    check(config)
+    assert config.model.head == ("score" if name == "arithmetic_rm" else "tokens")
+    assert config.name == name
 
 
 @pytest.mark.parametrize("name", [*LAPTOP, *SIZES])
