@@ -17,7 +17,7 @@ from infer.reward import VerdictTokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CritiqueForm:
-    """Texts around a question, an answer and a critique.
+    """Strings around a question, an answer and a critique.
 
     Attributes:
         question: the user's message, with the fields `prompt` and `answer` in braces.
@@ -47,7 +47,7 @@ class JudgedAnswer:
         answer: the answer to it.
         critique: the judge's text before its verdict.
         approves: the verdict; for training.
-        form: texts around them.
+        form: strings around them.
     """
 
     prompt: str
@@ -63,21 +63,21 @@ class JudgedAnswer:
     def tokens(self, template: ChatTemplate, tokenizer: Tokenizer) -> VerdictTokens:
         """Returns the tokens whose probabilities are the verdict.
 
-        The verdicts begin where the tokens of both texts first differ, because a token may hold the end of the text
+        The verdicts begin where the tokens of both answers first differ, because a token may hold the end of the text
         before the verdict, too.
 
         Args:
             template: chat template of the judge.
             tokenizer: of the judge.
         """
-        texts = [
+        conversations = [
             Conversation(
                 messages=(user(self._question()), ChatMessage(role="assistant", content=self._text(approves=approves))),
                 num_context=1,
             )
             for approves in (True, False)
         ]
-        yes, no = (chat.ids[:-1] for chat in encode_conversations(texts, template, tokenizer))
+        yes, no = (chat.ids[:-1] for chat in encode_conversations(conversations, template, tokenizer))
         shared = next((place for place, both in enumerate(zip(yes, no, strict=False)) if both[0] != both[1]), None)
         shared = min(len(yes), len(no)) if shared is None else shared
         return VerdictTokens(prompt=tuple(yes[:shared]), yes=tuple(yes[shared:]), no=tuple(no[shared:]))
