@@ -1,4 +1,4 @@
-"""Text of a generative reward model: it criticizes an answer, and then says whether it approves. No torch here.
+"""Text of a generative reward model: it criticizes an answer, then says whether it approves.
 
 Such a model is trained by task=sft on critiques with verdicts. Its score is the probability of the approving verdict.
 Source: arXiv:2412.19437, section 5.2.1, which trains reward models with a chain of thought that leads to the reward.
