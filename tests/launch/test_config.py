@@ -108,7 +108,7 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(tmp_path
     (tmp_path / "a.txt").write_text("some text")
     weights = place_weights(tmp_path / "weights")
     given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
-    needs = {"data=files": [f"data.paths=['{tmp_path}']"], "model=of_checkpoint": [f"init_from={weights}"]}
+    needs = {"data=files": [f"data.paths=['{tmp_path / 'a.txt'}']"], "model=of_checkpoint": [f"init_from={weights}"]}
     needs |= {choice: write_chats(tmp_path, choice) for choice in CHATS}
     needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
     recipes = set(options("experiment")) - {"none", "quickstart", "two_nodes", "four_nodes"}
