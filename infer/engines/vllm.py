@@ -48,7 +48,7 @@ class VllmEngine:
         )
 
     def check_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Compares the weights of vLLM with others, tensor by tensor. MTP modules, which vLLM leaves out, are skipped.
+        """Compares the weights of vLLM with others, except for MTP modules, which vLLM leaves out.
 
         Args:
             tensors: names as in a Hugging Face folder, and tensors in vLLM's type.

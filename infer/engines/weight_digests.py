@@ -35,7 +35,7 @@ class TensorDigest:
 
 @dataclass(frozen=True, slots=True)
 class ServedDigests:
-    """Function that hashes the weights of a model in a worker of vLLM, under the names of a Hugging Face folder.
+    """Function that hashes a served model's weights under the names of a Hugging Face folder.
 
     Attributes:
         shapes: shapes of the tensors by name. A parameter with more rows is padded, and its first rows count.

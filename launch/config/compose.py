@@ -231,10 +231,10 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
             raise ConfigError(f"+{key}: exists already, + adds a key that does not; nearest valid: {line}")
         if key in groups or override.is_add() or override.is_force_add() or key in keys:
             continue
-        elsewhere = _other_option(key)
-        if elsewhere is not None and _is_model_of_other_keys(key, known):
+        elsewhere = _other_options(key)
+        if elsewhere and _is_model_of_other_keys(key, known):
             raise ConfigError(f"{key}: not among the keys of this model; to change it write +{override.input_line}")
-        if elsewhere is not None:
+        if elsewhere:
             raise UnknownKeyError(f"{key}: unknown key here; it comes with {elsewhere}")
         if key.lower() in keys:
             raise ConfigError(f"{key}: unknown key, keys are lower case; nearest valid: {_lower(override, groups)}")
@@ -248,15 +248,15 @@ def _lower(override: Override, groups: Mapping[str, str]) -> str:
     return f"{key}={value.lower() if is_option else value}"
 
 
-def _other_option(key: str) -> str | None:
-    """Returns an option that has the key, searching the innermost group that the dotted key names first."""
+def _other_options(key: str) -> str:
+    """Returns the options that have the key, of the innermost such group that the key names."""
     parts = key.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
-        for option in options(group):
-            if rest in _dotted(read_option(group, option)):
-                return f"{group}={option}"
-    return None
+        found = [option for option in options(group) if rest in _dotted(read_option(group, option))]
+        if found:
+            return ", ".join(f"{group}={option}" for option in found)
+    return ""
 
 
 def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
