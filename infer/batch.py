@@ -65,7 +65,7 @@ class GenerationBatch:
             batch_size: number of active sequences at a time.
         """
         while waiting or self._active:
-            admitted = _take_waiting(waiting, batch_size - len(self._active))
+            admitted = _take_waiting(waiting, batch_size - len(self._active), self._prefill_tokens)
             yield self.admit(admitted) if admitted else self.advance()
 
     def admit(self, sequences: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, list[int]]]:
@@ -251,14 +251,14 @@ class GenerationBatch:
         self._prompt_ends = {index: end for index, end in self._prompt_ends.items() if index in active}
 
 
-def _take_waiting(waiting: deque[ActiveSequence], free: int) -> list[ActiveSequence]:
-    """Returns the sequences to admit next: at most `free`, whose prompts have a bounded number of tokens."""
+def _take_waiting(waiting: deque[ActiveSequence], free: int, max_tokens: int) -> list[ActiveSequence]:
+    """Returns the sequences to admit next: at most `free`, with at most `max_tokens` prompt tokens."""
     taken: list[ActiveSequence] = []
     num_tokens = 0
     while waiting and len(taken) < free:
         is_new = not taken or taken[-1].index != waiting[0].index
         num_tokens += len(waiting[0].prompt) if is_new else 0
-        if taken and num_tokens > PROMPT_TOKENS:
+        if taken and num_tokens > max_tokens:
             break
         taken.append(waiting.popleft())
     return taken
