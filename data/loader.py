@@ -120,6 +120,11 @@ class Loader:
         # Packing sorts by length. Without shuffling, validation on the first few sequences would see only long pieces.
         self._validation_order = permutation(self.num_validation_sequences, seed, VALIDATION_EPOCH)
 
+    @property
+    def end_of_sentence_id(self) -> int:
+        """The token that ends an answer."""
+        return self._prepared.tokenizer.end_of_sentence_id
+
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Returns sequences `first` to `first + count - 1` of a step's global batch.
 

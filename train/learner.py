@@ -18,6 +18,7 @@ from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
 from train.optim.staged import Background, StagedAdamW
 from train.replica import Replica
+from train.rollout.student import StudentSampler
 from train.tasks.reference import Reference
 from train.teacher.replica import Teacher
 from train.world import World
@@ -34,6 +35,7 @@ class Learner:
         optimizer: applies the gradients.
         ema: moving average of the weights; None if the run keeps none.
         reference: frozen network with which the task compares; None if it does not.
+        sampler: samples the answers of each step; None if the run trains on the data alone.
         ramp: schedules of the smaller sizes of a batch ramp, by the size in sequences.
     """
 
@@ -43,6 +45,7 @@ class Learner:
     optimizer: StagedAdamW
     ema: ParameterEma | None
     reference: Reference | Teacher | None = None
+    sampler: StudentSampler | None = None
     ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
     @property
@@ -71,11 +74,17 @@ class Learner:
             self.ema.close()
         if self.reference is not None:
             self.reference.close()
+        if self.sampler is not None:
+            self.sampler.close()
         self.replica.close()
 
 
 def open_learner(
-    replica: Replica, optim: OptimConfig, ema: EmaConfig, reference: Reference | Teacher | None = None
+    replica: Replica,
+    optim: OptimConfig,
+    ema: EmaConfig,
+    reference: Reference | Teacher | None = None,
+    sampler: StudentSampler | None = None,
 ) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it.
 
@@ -84,6 +93,7 @@ def open_learner(
         optim: of the optimizer.
         ema: of the moving average.
         reference: frozen network with which the task compares; None if it does not.
+        sampler: samples the answers of each step; None if the run trains on the data alone.
     """
     model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
     lane = open_lane(world.device, "reduction")
@@ -95,6 +105,7 @@ def open_learner(
         optimizer=build_optimizer(_units(replica), store, world.groups.world, optim, background),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
         reference=reference,
+        sampler=sampler,
     )
 
 

@@ -3,35 +3,35 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
 
-import torch
 from torch import Tensor
 
 from data.batch_sizes import BatchSizes
-from data.loader import Batch, Loader
+from data.loader import Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
-from model.objective import BALANCE, MAIN, LossSums, MicroBatch, Objective
+from model.objective import BALANCE, MAIN, LossSums, Objective
 from model.objectives.distillation import TEACHER_STATES
 from model.objectives.preference import REFERENCE
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
-from train.errors import PreemptedError, RefusedStepError
+from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
+from train.rollout.student import RolloutCounts, open_step_batch
+from train.tasks.batch_reader import BatchReader, Read
 from train.tasks.reference import Reference
 from train.tasks.registry import StepRates, Task, open_task
 from train.teacher.replica import Teacher
 
-Read = Callable[[int, int], Batch]
 _MTP = "mtp_"
 _NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
 _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
@@ -70,7 +70,10 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """The measurements of a step, equal on all ranks except for the execution of this rank's passes."""
+    """The measurements of a step, equal on all ranks except for seconds and the execution of the passes.
+
+    `rollouts` is None if the step trained on the data alone.
+    """
 
     losses: Losses
     grad_norm: float
@@ -80,73 +83,12 @@ class StepResult:
     tokens: int
     balance: Balance
     execution: Execution
+    rollouts: RolloutCounts | None
 
 
 def is_reported(name: str) -> bool:
     """Returns whether a task reports a mean in addition to the losses that all tasks have."""
     return name not in (MAIN, BALANCE) and not name.startswith(_MTP)
-
-
-class BatchReader:
-    """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
-
-    Only ranks with the first or the last stage read them, or every rank if attention masks documents.
-    """
-
-    def __init__(self, replica: Replica, task: Task, read: Read) -> None:
-        self._replica = replica
-        self._task = task
-        self._read = read
-        self._known: dict[tuple[int, int], MicroBatch] = {}
-
-    def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
-        """Returns the micro-batch, or None if this rank does not need it."""
-        replica, batch, model = self._replica, self._replica.config.batch, self._replica.network
-        if model.model.embed_tokens is None and model.output_head is None and not batch.document_mask:
-            return None
-        key = (direction, micro_batch)
-        if key not in self._known:
-            sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
-            self._known[key] = self._task.read(sequences, replica.world.device)
-        return self._known[key]
-
-    def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
-        """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""
-        for place, extra in found.items():
-            batch = self(*place)
-            assert batch is not None
-            self._known[place] = replace(batch, extras={**batch.extras, name: extra})
-
-    def count(self) -> Tensor:
-        """Returns the denominator of each of the task's losses over all ranks. All ranks call it.
-
-        Returns:
-            One count per loss, float64, on the host.
-
-        Raises:
-            PreemptedError: on every rank, if one of them was preempted. No pass of the batch has started.
-        """
-        replica, world = self._replica, self._replica.world
-        counts = torch.zeros(len(self._task.names), dtype=torch.float64)
-        for direction in replica.loss_directions:
-            for micro_batch in replica.schedule.micro_batches_of(direction):
-                batch = self(direction, micro_batch)
-                assert batch is not None
-                counts += self._task.count(batch)
-        # The preemption request shares this all-reduce, so that a step needs no other collective for it.
-        requested = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
-        summed = world.reduce(torch.cat([counts, requested]), "sum of targets")
-        if summed[-1]:
-            raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks received a preemption request")
-        return summed[:-1]
-
-
-def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:
-    """Returns the index in the global batch of the first sequence of a rank's micro-batch."""
-    schedule = replica.schedule
-    before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
-    index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
-    return index * replica.config.batch.micro_sequences
 
 
 def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int) -> StepRates:
@@ -191,7 +133,8 @@ def train_step(
     started, replica = time.perf_counter(), learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
     reduce = learner.optimizer.reduce
-    losses, execution = accumulate(learner, task, partial(loader.batch, step), rates, progress, reduce)
+    batch = open_step_batch(learner.sampler, loader, step)
+    losses, execution = accumulate(learner, task, batch.read, rates, progress, reduce)
     passed = time.perf_counter()
     norm = _update(learner, guard or Guard(_NO_SPIKES), losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
@@ -206,6 +149,7 @@ def train_step(
         tokens=replica.global_sequences * replica.config.batch.sequence_length_tokens,
         balance=balance,
         execution=execution,
+        rollouts=batch.rollouts,
     )
 
 

@@ -12,7 +12,8 @@ from data.loader import Batch, Loader
 from model.objective import MAIN, LossSums
 from train.config import TaskConfig
 from train.replica import Replica
-from train.step import BatchReader, Losses, Read, compare, first_sequence, is_reported, reduce_losses
+from train.step import Losses, compare, is_reported, reduce_losses
+from train.tasks.batch_reader import BatchReader, Read, first_sequence
 from train.tasks.reference import Reference
 from train.tasks.registry import StepRates, open_task
 from train.teacher.replica import Teacher

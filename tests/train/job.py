@@ -17,6 +17,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
+from infer.engines.local import LocalEngine
 from model.experts import RoutedExperts
 from model.objective import LossSums, MicroBatch
 from model.objectives.distillation import TEACHER_STATES, Distillation
@@ -30,6 +31,7 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.replica import open_replica
+from train.rollout.student import StudentSampler, open_step_batch, open_student_sampler
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
@@ -81,7 +83,11 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
         make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
     )
     return open_learner(
-        replica, config.optim, config.ema, open_reference(config.task, replica) or open_teacher(config, replica)
+        replica,
+        config.optim,
+        config.ema,
+        open_reference(config.task, replica) or open_teacher(config, replica),
+        open_student_sampler(config, replica),
     )
 
 
@@ -133,7 +139,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         learner = learners.for_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        losses, _ = accumulate(learner, config.task, partial(loader.batch, step), rates)
+        losses, _ = accumulate(learner, config.task, open_step_batch(learner.sampler, loader, step).read, rates)
         gradients = by_released_name(model, learner.store.gradient)
         norm = learner.optimizer.norm()
         learner.optimizer.update(rates.learning_rate)
@@ -206,10 +212,25 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
         eps=config.optim.eps,
     )
     loader, seen = open_loader(config), []
+    sampler = plain_sampler(config, model)
     reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference else load_teacher(config)
     for step in range(num_steps):
-        seen.append(_plain_step(config, model, optimizer, loader, step, reference))
+        seen.append(_plain_step(config, model, optimizer, loader, step, reference, sampler))
     return seen
+
+
+class PlainEngine(LocalEngine):
+    """An engine of a plain model, as a training run needs one."""
+
+    def close(self) -> None:
+        """Does nothing, because nothing is open."""
+
+
+def plain_sampler(config: TrainConfig, model: Transformer) -> StudentSampler | None:
+    """Returns the sampler of a run that trains on the plain model's answers."""
+    if not isinstance(config.task, DistillConfig) or config.task.answers == "data":
+        return None
+    return StudentSampler(PlainEngine(model, batch_size=5), config.task, config.seed)
 
 
 def load_teacher(config: TrainConfig) -> Transformer | None:
@@ -244,12 +265,14 @@ def _plain_step(
     loader: Loader,
     step: int,
     reference: Transformer | None,
+    sampler: StudentSampler | None,
 ) -> Seen:
     rates = rates_of(config.task, config.optim, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
     task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
-    batches = [task.read(loader.batch(step, first, size), device) for first in reads]
+    read = open_step_batch(sampler, loader, step).read
+    batches = [task.read(read(first, size), device) for first in reads]
     if reference is not None:
         scored = with_reference if TASKS.get(config.task.kind).has_reference else with_states
         batches = [scored(batch, reference) for batch in batches]

@@ -24,7 +24,8 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
-from train.step import BatchReader, rates_of
+from train.step import rates_of
+from train.tasks.batch_reader import BatchReader
 
 
 class Watch:

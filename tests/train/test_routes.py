@@ -19,7 +19,8 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import by_released_name, close_job, open_job, open_loader, start_biases, task_of
 from train.config import TrainConfig
 from train.learner import Learner
-from train.step import BatchReader, rates_of
+from train.step import rates_of
+from train.tasks.batch_reader import BatchReader
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from data.samples.pack import WEIGHTS
-from kernels.ranges import PositiveFloat, Share
+from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
 from train.config import BatchConfig
@@ -29,6 +29,10 @@ class DistillConfig(SampleTaskConfig):
         beta: weight of the teacher in the mixture of jensen_shannon.
         temperature: divisor of the logits of both.
         cross_entropy_weight: weight of the cross-entropy of the samples' own tokens; the divergence has the rest.
+        answers: whose answers are trained: those of the data, or those that the student samples before each step.
+        student_share: probability that an answer is the student's if `answers` is `student`.
+        max_new_tokens: maximum number of tokens of a sampled answer.
+        sampling_temperature: of the student's sampling.
     """
 
     teacher: str
@@ -36,6 +40,10 @@ class DistillConfig(SampleTaskConfig):
     beta: Share
     temperature: PositiveFloat
     cross_entropy_weight: Share
+    answers: Literal["data", "student"]
+    student_share: Share
+    max_new_tokens: PositiveInt
+    sampling_temperature: NonNegativeFloat
 
 
 def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig) -> "DistillationTask":
@@ -46,7 +54,7 @@ def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig)
 
 
 def check_distill(config: "TrainConfig") -> None:
-    """Rejects data without samples, and a mixture that has only one of two distributions.
+    """Rejects data without samples, a mixture of one distribution, and sampling that cannot be trained on.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
@@ -59,6 +67,25 @@ def check_distill(config: "TrainConfig") -> None:
             f"task.beta: must be above 0 and below 1 with task.divergence=jensen_shannon, is {beta:g}; nearest valid: "
             f"task.divergence={'forward_kl' if beta <= 0 else 'reverse_kl'}, which is its limit"
         )
+    if config.task.answers == "student":
+        _check_sampling(config.task, config.batch.sequence_length_tokens)
+
+
+def _check_sampling(task: DistillConfig, length: int) -> None:
+    if task.student_share == 0:
+        raise ConfigError(
+            "task.student_share: must be above 0 with task.answers=student, is 0; nearest valid: task.answers=data"
+        )
+    if task.cross_entropy_weight > 0:
+        raise ConfigError(
+            f"task.cross_entropy_weight: must be 0 with task.answers=student, because the student's own tokens are no "
+            f"answer of the data, is {task.cross_entropy_weight:g}; nearest valid: 0"
+        )
+    if task.max_new_tokens >= length:
+        raise ConfigError(
+            f"task.max_new_tokens: must be below batch.sequence_length_tokens={length}, which also holds the prompt, "
+            f"is {task.max_new_tokens}; nearest valid: {length - 1}"
+        )
 
 
 def check_teacher(config: "TrainConfig") -> None:
@@ -70,6 +97,11 @@ def check_teacher(config: "TrainConfig") -> None:
     task = config.task
     assert isinstance(task, DistillConfig)
     if is_scores_folder(task.teacher):
+        if task.answers == "student":
+            raise ConfigError(
+                f"task.answers: must be data if task.teacher is a folder of stored scores, which belong to the answers "
+                f"of the data, is student; nearest valid: data, or weights as task.teacher instead of {task.teacher}"
+            )
         check_scores(task.teacher, task.temperature, config.model.vocab_size)
         return
     teacher, model = source_config(task.teacher, "task.teacher", drop_mtp=True), config.model
@@ -111,6 +143,10 @@ TASKS.register(
             "beta": 0.5,
             "temperature": 2.0,
             "cross_entropy_weight": 0.25,
+            "answers": "data",
+            "student_share": 1.0,
+            "max_new_tokens": 16,
+            "sampling_temperature": 1.0,
         },
         check=check_distill,
         check_files=check_teacher,

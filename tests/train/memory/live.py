@@ -25,7 +25,8 @@ from train.learner import Learner
 from train.memory.predict import planning_sizes
 from train.memory.static import count_replicas, static_bytes
 from train.memory.walk import LiveBytes, iterate_live_bytes
-from train.step import BatchReader, rates_of
+from train.step import rates_of
+from train.tasks.batch_reader import BatchReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,10 @@ TASK = DistillConfig(
     beta=0.3,
     temperature=TEMPERATURE,
     cross_entropy_weight=0.25,
+    answers="data",
+    student_share=1.0,
+    max_new_tokens=6,
+    sampling_temperature=1.0,
 )
 TEACHER = replace(MODEL, hidden_size=24, num_layers=4, mtp_depth=0, initializer_range=0.4)
 
@@ -116,6 +120,70 @@ def test_student_equal_to_its_teacher_has_divergence_and_gradient_zero(
     seen = run_plain(config, 0, 1)[0]
     assert seen.losses[task_of(config).names.index(DIVERGENCE)] == pytest.approx(0, abs=1e-12)
     assert seen.norm <= 1e-12
+
+
+LAYOUTS = [(1, 1, 1, "1f1b"), (1, 2, 2, "1f1b"), (2, 1, 1, "dualpipe"), (2, 2, 2, "dualpipe_v")]
+STUDENT_SEQUENCES = 16
+
+
+def student_config(folder: Path, layout: tuple[int, int, int, str], share: float) -> TrainConfig:
+    """Returns a run that trains on its own answers, with a batch that all layouts can run."""
+    pipeline, data, expert, kind = layout
+    config = sft_config(folder, pipeline=pipeline, data=data, expert=expert)
+    task = replace(
+        TASK, teacher=str(folder / "weights"), cross_entropy_weight=0.0, answers="student", student_share=share
+    )
+    return replace(
+        config,
+        task=task,
+        batch=replace(config.batch, global_sequences=STUDENT_SEQUENCES),
+        schedule=replace(config.schedule, kind=kind),
+        model=replace(config.model, num_layers=4, initializer_range=0.4),
+    )
+
+
+@pytest.mark.slow
+def test_student_of_its_own_answers_is_the_same_under_every_layout(folder: Path) -> None:
+    share = 0.7
+    plain = run_plain(student_config(folder, LAYOUTS[0], share), 0, 2)
+    on_data = run_plain(student_config(folder, LAYOUTS[0], 1e-9), 0, 1)
+    assert abs(plain[0].losses[-1] - on_data[0].losses[-1]) > 1e-3, "no answer is the student's"
+    for ranks in (1, 2, 4):
+        jobs = [
+            Job(config=student_config(folder, layout, share)) for layout in LAYOUTS if layout[0] * layout[1] == ranks
+        ]
+        results = run_ranks(ranks, run_jobs, jobs, 2)
+        for number, job in enumerate(jobs):
+            for step, expected in enumerate(plain):
+                assert_equal([rank[number][step] for rank in results], expected, 1e-9)
+            assert job.config.batch.global_sequences == STUDENT_SEQUENCES
+
+
+def test_student_cannot_answer_if_scores_are_stored_or_nothing_would_be_sampled(folder: Path) -> None:
+    config = distill_config(folder, "scores", "reverse_kl")
+    student = replace(TASK, teacher=str(folder / "scores"), answers="student", cross_entropy_weight=0.0)
+    spec = TASKS.get("distill")
+    with pytest.raises(
+        ConfigError, match=r"task\.answers: must be data if .* stored scores.*; nearest valid: data, or"
+    ):
+        spec.check_files(replace(config, task=student))
+    spec.check(replace(config, task=student))
+    for changed, message in (
+        (
+            replace(student, student_share=0.0),
+            r"task\.student_share: must be above 0 .*nearest valid: task.answers=data",
+        ),
+        (
+            replace(student, cross_entropy_weight=0.5),
+            r"task\.cross_entropy_weight: must be 0 .* is 0\.5; nearest valid: 0",
+        ),
+        (
+            replace(student, max_new_tokens=24),
+            r"task\.max_new_tokens: must be below .*=24, .* is 24; nearest valid: 23",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            spec.check(replace(config, task=changed))
 
 
 def test_scores_of_other_samples_or_at_another_temperature_are_rejected(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Samples answers with the weights that are trained, and packs them into a step's batch."""

@@ -1,0 +1,78 @@
+"""Reads the micro-batches of one rank in one step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from model.objective import MicroBatch
+from train.errors import PreemptedError
+from train.replica import Replica
+from train.tasks.registry import Task
+
+Read = Callable[[int, int], Batch]
+"""Returns sequences of a global batch, given the first one's index and their number."""
+
+
+class BatchReader:
+    """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
+
+    Only ranks with the first or the last stage read them, or every rank if attention masks documents.
+    """
+
+    def __init__(self, replica: Replica, task: Task, read: Read) -> None:
+        self._replica = replica
+        self._task = task
+        self._read = read
+        self._known: dict[tuple[int, int], MicroBatch] = {}
+
+    def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
+        """Returns the micro-batch, or None if this rank does not need it."""
+        replica, batch, model = self._replica, self._replica.config.batch, self._replica.network
+        if model.model.embed_tokens is None and model.output_head is None and not batch.document_mask:
+            return None
+        key = (direction, micro_batch)
+        if key not in self._known:
+            sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
+            self._known[key] = self._task.read(sequences, replica.world.device)
+        return self._known[key]
+
+    def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
+        """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""
+        for place, extra in found.items():
+            batch = self(*place)
+            assert batch is not None
+            self._known[place] = replace(batch, extras={**batch.extras, name: extra})
+
+    def count(self) -> Tensor:
+        """Returns the denominator of each of the task's losses over all ranks. All ranks call it.
+
+        Returns:
+            One count per loss, float64, on the host.
+
+        Raises:
+            PreemptedError: on every rank, if one of them was preempted. No pass of the batch has started.
+        """
+        replica, world = self._replica, self._replica.world
+        counts = torch.zeros(len(self._task.names), dtype=torch.float64)
+        for direction in replica.loss_directions:
+            for micro_batch in replica.schedule.micro_batches_of(direction):
+                batch = self(direction, micro_batch)
+                assert batch is not None
+                counts += self._task.count(batch)
+        # The preemption request shares this all-reduce, so that a step needs no other collective for it.
+        requested = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
+        summed = world.reduce(torch.cat([counts, requested]), "sum of targets")
+        if summed[-1]:
+            raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks received a preemption request")
+        return summed[:-1]
+
+
+def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:
+    """Returns the index in the global batch of the first sequence of a rank's micro-batch."""
+    schedule = replica.schedule
+    before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
+    index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
+    return index * replica.config.batch.micro_sequences
