@@ -35,6 +35,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("corpus", "src"):
         (folder / name).mkdir()
         (folder / name / "a.txt").write_text("A line of text for a corpus.\n" * 200, "utf-8")
+    pair = '{"prompt": "Sort 312.", "chosen": "123", "rejected": "132"}\n'
+    (folder / "pairs.jsonl").write_text(pair * 50, "utf-8")
     (folder / "notes.txt").write_text("Some notes of a reader.\n" * 200, "utf-8")
     (folder / "chats.jsonl").write_text('{"prompt": "Sort 312.", "answer": "123"}\n' * 50, "utf-8")
     (folder / "corpus.jsonl").write_text('{"content": "a document"}\n' * 50, "utf-8")
