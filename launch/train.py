@@ -35,7 +35,7 @@ from train.records.events import try_append_event
 from train.records.status import read_status
 from train.records.terminal import guard_terminal, report_breaks
 from train.schedule.ramp import ramp_notices
-from train.tasks.registry import TASKS
+from train.tasks.registry import TASKS, initial_weight_warnings
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -79,7 +79,8 @@ def preview(overrides: Sequence[str]) -> str:
         config = compose_run(overrides)
         check(config)
         check_folder(config)
-    warnings = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
+    schedule = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
+    warnings = (*initial_weight_warnings(config), *schedule)
     comments = [*(f"warning: {line}" for line in warnings), *ramp_notices(config), *memory_lines(config)]
     return experiment_text("train", overrides, write_config(config), comments)
 

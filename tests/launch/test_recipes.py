@@ -9,6 +9,7 @@ from data.batch_sizes import BatchRamp
 from launch.config.compose import compose
 from launch.config.groups import options
 from launch.config.run_config import check, compose_run
+from launch.train import preview
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
@@ -16,6 +17,7 @@ from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
 from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
+from train.tasks.registry import initial_weight_warnings
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
 LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
@@ -61,6 +63,19 @@ def test_recipe_on_pairs_passes_the_whole_check_from_any_weights(name: str) -> N
     check(config)
     assert config.model.head == ("score" if name == "arithmetic_rm" else "tokens")
     assert config.name == name
+
+
+@pytest.mark.parametrize("name", [*ON_PAIRS, "quickstart"])
+def test_recipe_warns_of_random_weights_only_if_its_task_needs_trained_ones(name: str) -> None:
+    warning = f"warning: init_from: task.kind={compose_run([f'experiment={name}']).task.kind} needs the weights"
+    assert (warning in preview([f"experiment={name}"])) == (name in ON_PAIRS)
+
+
+def test_start_from_weights_or_a_checkpoint_gives_no_warning() -> None:
+    config = compose_run(["experiment=arithmetic_rm"])
+    assert len(initial_weight_warnings(config)) == 1
+    assert not initial_weight_warnings(replace(config, init_from="weights"))
+    assert not initial_weight_warnings(replace(config, resume="run"))
 
 
 @pytest.mark.parametrize("name", [*LAPTOP, *SIZES])

@@ -16,6 +16,7 @@ from train.replica import Replica
 from train.schedule.cut import with_cut
 from train.schedule.plan import Plan
 from train.schedule.ramp import ramp_notices
+from train.tasks.registry import initial_weight_warnings
 
 LOGGER = logging.getLogger("train")
 
@@ -52,7 +53,8 @@ def print_run_summary(
         reporter.say(notice)
     for line in _corpus_lines(config, prepared):
         reporter.say(line)
-    for warning in schedule_warnings(config.optim, config.batch_sizes, config.task.steps):
+    schedule = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
+    for warning in (*initial_weight_warnings(config), *schedule):
         reporter.say(f"warning: {warning}")
     if first_step and config.resume is not None:
         reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(Path(config.resume), config)}")

@@ -44,6 +44,7 @@ TASKS.register(
         values=("pair",),
         unit="pair",
         has_reference=True,
+        needs_weights=True,
         check=check_samples,
         example={"epochs": None, "beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.2},
     ),

@@ -90,6 +90,7 @@ class TaskSpec:
         head: kind of the network's output head. The configuration of the model follows it.
         unit: what the main loss is a mean over.
         has_reference: whether the task compares with a frozen copy of the weights that it starts from.
+        needs_weights: whether the task needs the weights of a trained model to start from.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
         check: raises a `train.config.errors.ConfigError` if the task cannot train with a run's configuration.
         check_files: the same for files that the task's configuration names.
@@ -103,6 +104,7 @@ class TaskSpec:
     head: HeadKind = "tokens"
     unit: Literal["token", "pair"] = "token"
     has_reference: bool = False
+    needs_weights: bool = False
     example: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[TrainConfig], None] = _accept
     check_files: Callable[[TrainConfig], None] = _accept
@@ -125,3 +127,13 @@ TASKS = Registry[TaskSpec](
 def open_task(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -> Task:
     """Builds the task that a configuration names."""
     return TASKS.get(config.kind).build(config, model, batch)
+
+
+def initial_weight_warnings(config: TrainConfig) -> tuple[str, ...]:
+    """Returns a line if the task needs trained weights and the run starts from random ones."""
+    if config.init_from is not None or config.resume is not None or not TASKS.get(config.task.kind).needs_weights:
+        return ()
+    return (
+        f"init_from: task.kind={config.task.kind} needs the weights of a trained model, is null, so the run starts "
+        f"from random weights; nearest: init_from=FOLDER with a run of task=sft",
+    )

@@ -39,6 +39,7 @@ TASKS.register(
         build=build_reward_model,
         head="score",
         unit="pair",
+        needs_weights=True,
         values=("score",),
         check=check_samples,
         example={"epochs": None, "centre": 0.01},
