@@ -1,5 +1,6 @@
 """Reward models and preference optimization on many ranks: equal to one rank, exact at the start, resumed, refused."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -202,33 +203,67 @@ def test_resumed_run_has_the_reference_of_its_checkpoint(folder: Path) -> None:
         assert "must hold the reference of the run's task" in rank.refused
 
 
-def start_from(rank: int, world_size: int, base: TrainConfig, starts: list[TrainConfig]) -> list[str]:
-    """Saves a run of `base` and starts others from it. Returns what each says, or its error."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """What a start from a checkpoint gave: its line or error, changed tensors, score head, and error of a resume."""
+
+    said: str
+    differing: list[str]
+    score: list[float]
+    resume: str
+
+
+def outcome(call: Callable[..., str | None], *values: object) -> str:
+    """Returns what a call returns, or the message of its error."""
+    try:
+        return call(*values) or ""
+    except CheckpointError as error:
+        return str(error)
+
+
+def start_from(rank: int, world_size: int, base: TrainConfig, starts: list[TrainConfig]) -> tuple[str, list[Started]]:
+    """Saves a run of `base` after one step, and starts others from it. Returns the checkpoint, and what each gave."""
     learner, loader = open_job(base), open_loader(base)
     prepared = prepare(base.data, base.batch.sequence_length_tokens)
     train_step(learner, base.task, loader, 0)
     folder = checkpoint.save(base, learner, 1, prepared)
+    saved = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
     close_job(learner)
-    said = []
+    found = []
     for config in starts:
         given = open_job(replace(config, init_from=str(folder)))
-        try:
-            said.append(load_initial(replace(config, init_from=str(folder)), given, prepared.tokenizer))
-            check_compatible(folder, config)
-        except CheckpointError as error:
-            said.append(str(error))
+        said = outcome(load_initial, replace(config, init_from=str(folder)), given, prepared.tokenizer)
+        refused = outcome(check_compatible, folder, config)
+        named = named_tensors(given.replica.model)
+        differing = [name for name, tensor in named.items() if name not in saved or not tensor.equal(saved[name])]
+        score = named[SCORE].flatten().tolist() if SCORE in named else []
+        found.append(Started(said=said, differing=differing, score=score, resume=refused))
         close_job(given)
-    return said
+    return str(folder), found
 
 
-def test_reward_model_starts_from_any_task_and_only_a_reward_model_from_it(folder: Path) -> None:
+def test_reward_model_starts_from_any_task_with_a_head_of_zeros(folder: Path) -> None:
+    """All other tensors are those of the policy. The policy's checkpoint cannot be resumed as a reward model."""
+    rm, dpo = replace(run_config(folder, RM), out_dir=str(folder / "rm_of_dpo")), run_config(folder, DPO)
+    ((saved, (started,)),) = run_ranks(1, start_from, dpo, [replace(rm, seed=9)])
+    assert started.said == f"weights from {saved} (score head from zero)"
+    assert started.differing == [SCORE]
+    assert started.score == [0.0] * rm.model.hidden_size
+    assert started.resume.startswith(f"task.kind: must be dpo, the task of {saved}")
+
+
+def test_only_a_reward_model_starts_from_a_reward_model(folder: Path) -> None:
     rm, dpo = replace(run_config(folder, RM), out_dir=str(folder / "rm")), run_config(folder, DPO)
-    (from_dpo,) = run_ranks(1, start_from, dpo, [rm])
-    assert "another architecture: model.mtp_depth is 1 there and 0 here" in from_dpo[0] or "score head" in from_dpo[0]
-    (from_rm,) = run_ranks(1, start_from, rm, [dpo, replace(rm, seed=9)])
-    assert "must have an output head for tokens, is a reward model" in from_rm[0]
-    assert "nearest valid: task=reward_model" in from_rm[0]
-    assert "weights from" in from_rm[1] or "task.steps" in from_rm[1]
+    ((saved, (policy, again)),) = run_ranks(1, start_from, rm, [dpo, replace(rm, seed=9)])
+    assert policy.said == (
+        f"init_from: {saved} must have an output head for tokens, is a reward model, which has a head for scores; "
+        f"nearest valid: task=reward_model"
+    )
+    assert policy.resume.startswith(f"task.kind: must be reward_model, the task of {saved}")
+    assert again.said == f"weights from {saved}"
+    assert again.differing == []
+    assert any(again.score)
+    assert again.resume == ""
 
 
 @pytest.mark.parametrize(
