@@ -123,7 +123,25 @@ def _predict(config: TrainConfig) -> JobMemory:
             frozen = _held(replace(config.model, mtp_depth=0), schedule, rank, shapes, sizes)
             memory = replace(memory, weights=memory.weights + weight_bytes(frozen, sizes))
         ranks.append(memory)
+    if (teacher := TASKS.get(config.task.kind).teacher_run(config)) is not None:
+        ranks = [_with_teacher(memory, teacher, schedule) for memory in ranks]
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
+
+
+def _with_teacher(memory: RankMemory, config: TrainConfig, schedule: Schedule) -> RankMemory:
+    """Adds the weights of a teacher, and the hidden states that it leaves on ranks that compute losses.
+
+    Args:
+        memory: of a rank without the teacher.
+        config: of the run, with the teacher's architecture.
+        schedule: of the pipeline.
+    """
+    sizes, rank = planning_sizes(config), memory.pipeline_rank
+    held = _held(config.model, schedule, rank, stage_shapes(run_cut(config, schedule.placement)), sizes)
+    last, directions = schedule.num_stages - 1, range(schedule.num_directions)
+    scored = sum(schedule.rank_of(direction, last) == rank for direction in directions)
+    states = config.num_micro_batches * scored // len(directions) * sizes.row
+    return replace(memory, weights=memory.weights + weight_bytes(held, sizes), batch=memory.batch + states)
 
 
 def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:

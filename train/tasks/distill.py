@@ -1,8 +1,9 @@
 """Registers distillation: a student imitates a teacher's distributions of the answers. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from comm.config import Cut
 from data.samples.pack import WEIGHTS
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
@@ -124,6 +125,20 @@ def check_teacher(config: "TrainConfig") -> None:
         )
 
 
+def teacher_run(config: "TrainConfig") -> "TrainConfig | None":
+    """Returns the run with the architecture of a teacher in its pipeline; None if scores are stored.
+
+    Raises:
+        CheckpointError, HfError: the architecture cannot be read.
+    """
+    assert isinstance(config.task, DistillConfig)
+    if is_scores_folder(config.task.teacher):
+        return None
+    model = source_config(config.task.teacher, "task.teacher", drop_mtp=True)
+    # The cut of the student's layers does not fit other layers.
+    return replace(config, model=model, parallelism=replace(config.parallelism, cut=Cut("even")))
+
+
 def add_scores(config: "TrainConfig", prepared: "Prepared") -> "Prepared":
     """Returns the samples with the teacher's scores, if those are stored."""
     assert isinstance(config.task, DistillConfig)
@@ -150,6 +165,7 @@ TASKS.register(
         },
         check=check_distill,
         check_files=check_teacher,
+        teacher_run=teacher_run,
         extend=add_scores,
         values=(WEIGHTS,),
     ),

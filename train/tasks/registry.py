@@ -27,6 +27,10 @@ def _accept(config: TrainConfig) -> None:
     pass
 
 
+def _no_teacher(config: TrainConfig) -> TrainConfig | None:
+    return None
+
+
 def _unchanged(config: TrainConfig, prepared: Prepared) -> Prepared:
     return prepared
 
@@ -91,6 +95,8 @@ class TaskSpec:
         unit: what the main loss is a mean over.
         has_reference: whether the task compares with a frozen copy of the weights that it starts from.
         needs_weights: whether the task needs the weights of a trained model to start from.
+        teacher_run: returns the run's configuration with the architecture and the cut of a frozen network that runs in
+            the same pipeline, or None if there is none. It may read files.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
         check: raises a `train.config.errors.ConfigError` if the task cannot train with a run's configuration.
         check_files: the same for files that the task's configuration names.
@@ -105,6 +111,7 @@ class TaskSpec:
     unit: Literal["token", "pair"] = "token"
     has_reference: bool = False
     needs_weights: bool = False
+    teacher_run: Callable[[TrainConfig], TrainConfig | None] = _no_teacher
     example: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[TrainConfig], None] = _accept
     check_files: Callable[[TrainConfig], None] = _accept

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from comm.config import Cut
 from dualpipe.ir import Schedule
 from model.objective import BALANCE, LossSums, Objective
 from model.objectives.distillation import Distillation, KeepStates
@@ -19,7 +18,7 @@ from train.network import ReplicaConfig
 from train.replica import Batches, Replica, open_replica
 from train.schedule.cut import run_cut
 from train.tasks.distill import DistillConfig
-from train.teacher.scores import is_scores_folder
+from train.tasks.registry import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +75,10 @@ def open_teacher(config: TrainConfig, student: Replica) -> Teacher | None:
         CheckpointError, HfError: a tensor's content cannot be read.
     """
     task = config.task
-    if not isinstance(task, DistillConfig) or is_scores_folder(task.teacher):
+    own = TASKS.get(task.kind).teacher_run(config)
+    if own is None or not isinstance(task, DistillConfig):
         return None
     source = open_source(task.teacher, "task.teacher", drop_mtp=True)
-    # The cut of the student's layers does not fit other layers.
-    parallelism = replace(config.parallelism, cut=Cut("even"))
-    own = replace(config, model=source.config, parallelism=parallelism)
     cut = run_cut(own, student.schedule.placement)
     replica = open_replica(student.world, ReplicaConfig.of_run(own), student.schedule, cut, is_proven=True)
     source.fill(named_tensors(replica.network))

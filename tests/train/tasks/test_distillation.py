@@ -1,6 +1,7 @@
 """Tests distillation from stored scores and from a teacher in the pipeline, on many ranks and on one."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +18,17 @@ from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import sft_config
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
-from tests.train.job import Job, run_jobs, run_plain, start_biases, task_of
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, start_biases, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.config.token_schedule import TokenSchedule
 from train.corpus import prepare_corpus
+from train.memory import predict_memory
+from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
+from train.teacher.replica import Teacher
 from train.teacher.score import write_scores
 from train.teacher.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
 
@@ -140,6 +144,31 @@ def student_config(folder: Path, layout: tuple[int, int, int, str], share: float
         schedule=replace(config.schedule, kind=kind),
         model=replace(config.model, num_layers=4, initializer_range=0.4),
     )
+
+
+def measure_teacher(rank: int, world_size: int, config: TrainConfig) -> tuple[int, int]:
+    """Returns the bytes that this rank holds of the teacher: weights with their tables, and states of a batch."""
+    learner, loader = open_job(config), open_loader(config)
+    batches = BatchReader(learner.replica, task_of(config), partial(loader.batch, 0))
+    assert isinstance(learner.reference, Teacher)
+    states = learner.reference.states(batches)
+    network = learner.reference.replica.network
+    held = [*network.parameters(), *network.buffers()]
+    for module in network.modules():
+        for table in getattr(module, "_tables", {}).values():
+            held += table
+    close_job(learner)
+    return sum(each.nbytes for each in held), sum(each.nbytes for each in states.values())
+
+
+def test_memory_of_a_teacher_is_predicted(folder: Path) -> None:
+    config = distill_config(folder, "weights", "reverse_kl", pipeline=2)
+    alone = predict_memory(replace(config, task=sft_config(folder).task))
+    for rank, (weights, states) in enumerate(run_ranks(2, measure_teacher, config)):
+        both = predict_memory(config).ranks[rank]
+        assert both.weights - alone.ranks[rank].weights == weights, rank
+        assert both.batch - alone.ranks[rank].batch == states > 0, rank
+    assert predict_memory(distill_config(folder, "scores", "forward_kl", pipeline=2)) == alone
 
 
 @pytest.mark.slow
