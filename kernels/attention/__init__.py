@@ -61,7 +61,7 @@ class AttentionKernel:
     package: str | None = None
     dtypes: tuple[str, ...] = ()
     pads_values: Callable[[str], bool] = lambda device: False
-    makes_dense_masks: bool = False
+    makes_dense_masks: Callable[[str], bool] = lambda device: False
     suits: Callable[[str, str, bool], bool] = lambda device, dtype, is_packed: False
 
     @property
@@ -100,8 +100,8 @@ def makes_dense_masks(name: str, device: str) -> bool:
         device: type of the tensors' device.
     """
     if name == AUTO:
-        return device == "cpu" and _automatic(device, "float32", is_packed=True).makes_dense_masks
-    return ATTENTION.get(name).makes_dense_masks
+        return device == "cpu" and _automatic(device, "float32", is_packed=True).makes_dense_masks(device)
+    return ATTENTION.get(name).makes_dense_masks(device)
 
 
 def pads_values(name: str, device: str) -> bool:

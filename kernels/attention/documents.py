@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRun:
+    """Consecutive documents of one length, in tokens of the flattened batch."""
+
+    start: int
+    length: int
+    num_documents: int
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Documents of one micro-batch; all layers share the object, which caches the masks that kernels need.
@@ -65,7 +74,7 @@ class Documents:
         for value in vars(self).values():
             if isinstance(value, Tensor):
                 yield value
-            elif not isinstance(value, int):  # biases by type, or a block mask
+            elif not isinstance(value, int | tuple):  # biases by type, or a block mask
                 parts = value if isinstance(value, dict) else vars(value)
                 yield from (part for part in parts.values() if isinstance(part, Tensor))
 
@@ -75,6 +84,16 @@ class Documents:
         ids_BT = self.ids_BT
         before_B1 = torch.cat((ids_BT.new_zeros(1), ids_BT[:-1, -1])).cumsum(0)[:, None]
         return (before_B1 + ids_BT - 1).flatten()
+
+    @cached_property
+    def runs(self) -> tuple[DocumentRun, ...]:
+        """Runs of consecutive documents of one length, in order. A host sync unless the documents are on the host."""
+        lengths, counts = torch.unique_consecutive(self.starts.diff(), return_counts=True)
+        runs, start = list[DocumentRun](), 0
+        for length, num_documents in zip(lengths.tolist(), counts.tolist(), strict=True):
+            runs.append(DocumentRun(start=start, length=length, num_documents=num_documents))
+            start += length * num_documents
+        return tuple(runs)
 
     @cached_property
     def mask_B1TT(self) -> Tensor:

@@ -23,9 +23,13 @@ _16_BITS = ("bfloat16", "float16")
 def scaled_dot_product(
     query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
 ) -> Tensor:
-    """Calls torch's `scaled_dot_product_attention`."""
+    """Calls torch's `scaled_dot_product_attention`; on a CPU, documents are sequences of their own."""
     from torch.nn import functional
 
+    if documents is not None and query_BHTQ.device.type == "cpu":
+        from kernels.attention.by_document import attend_by_document
+
+        return attend_by_document(query_BHTQ, key_BHTQ, value_BHTV, scale, documents)
     mask = None if documents is None else documents.bias_B1TT(query_BHTQ.dtype)
     return functional.scaled_dot_product_attention(
         query_BHTQ, key_BHTQ, value_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
@@ -86,7 +90,7 @@ ATTENTION.register(
         summary="torch's scaled_dot_product_attention",
         attend=scaled_dot_product,
         pads_values=lambda device: device == "cpu",
-        makes_dense_masks=True,
+        makes_dense_masks=lambda device: device != "cpu",
         suits=lambda device, dtype, is_packed: True,
     ),
 )

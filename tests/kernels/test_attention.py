@@ -122,6 +122,24 @@ def test_documents_begin_at_positions_that_do_not_continue() -> None:
     ]
 
 
+def test_runs_of_documents_cover_all_tokens_in_order() -> None:
+    documents = Documents.from_positions(torch.tensor(PLACES["documents and padding"]))
+    runs = [(run.start, run.length, run.num_documents) for run in documents.runs]
+    assert runs == [(0, 3, 1), (3, 2, 1), (5, 1, 1), (6, 5, 1), (11, 1, 2), (13, 4, 1), (17, 9, 1)]
+    assert [each.length for each in Documents.from_positions(torch.arange(5).repeat(2, 3)).runs] == [5]
+
+
+@pytest.mark.parametrize("name", ["documents and padding", "one document"])
+def test_attention_on_a_cpu_saves_nothing_for_pairs_of_tokens(name: str) -> None:
+    documents = Documents.from_positions(torch.tensor(PLACES[name]))
+    heads = [flatly(randn(2, 3, 13, 12, seed=seed)).requires_grad_() for seed in range(3)]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+        ATTENTION.get("sdpa").attend(*heads, SCALE, documents)
+    assert sum(each.numel() for each in saved) == 4 * heads[0].numel() + heads[0][..., 0].numel()
+    assert "mask_B1TT" not in vars(documents)
+
+
 def test_documents_move_as_a_whole() -> None:
     documents = Documents.from_positions(torch.tensor(PLACES["one document"]))
     moved = documents.to(torch.device("meta"))
@@ -166,10 +184,10 @@ def test_values_are_padded_for_kernels_that_want_it() -> None:
 
 def test_masks_are_dense_if_the_kernel_reads_dense_masks() -> None:
     expected = {
-        "sdpa": [True, True],
+        "sdpa": [False, True],
         "flex": [False, False],
         "flash_attention": [False, False],
-        "auto": [True, False],
+        "auto": [False, False],
     }
     for name, dense in expected.items():
         assert [makes_dense_masks(name, device) for device in ("cpu", "cuda")] == dense, name
