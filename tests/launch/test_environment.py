@@ -54,6 +54,38 @@ def test_environment_leaves_torchs_own_record_to_nccl() -> None:
     assert "TORCH_FR_BUFFER_SIZE" not in rank_environment(replace(cluster, device="cuda", backend="nccl"), {})
 
 
+# Allocates and frees 24 MiB in parts twice; prints the page faults of the second time.
+_FAULTS = """
+import resource, sys
+from launch.ranks.environment import apply_rank_environment
+from tests.launch.test_config import build
+
+if sys.argv[1] == "set":
+    apply_rank_environment(build().cluster)
+
+def fill():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    parts = [bytearray(b"1") * 2**20 for _ in range(24)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fill(), fill()
+print(fill())
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="pages are kept by glibc's allocator, which is Linux's"
+)
+def test_environment_keeps_the_pages_of_freed_tensors() -> None:
+    def faults(mode: str) -> int:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        command = [sys.executable, "-c", _FAULTS, mode]
+        return int(subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("unset") > 1000
+    assert faults("set") < 100
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="heaps of threads are glibc's, which is Linux's")
 @pytest.mark.parametrize(("by_user", "most"), [(None, 1), ("3", 3)])
 def test_environment_gives_a_ranks_threads_one_heap_unless_the_user_chose(by_user: str | None, most: int) -> None:
