@@ -143,10 +143,11 @@ def _serve_here(num_steps: int, pipe: Connection) -> None:
     from torch import distributed as dist
 
     from launch.config.run_config import compose_run
+    from launch.ranks.environment import apply_rank_environment
     from tests.train.job import close_job, open_job, open_loader
     from train.step import train_step
 
-    # Settings for one rank on a CPU: attention computes all pairs of a packed sequence, so sequences are short.
+    # Settings for one rank on a CPU, and the environment that the launcher sets for it.
     config = compose_run(
         [
             *("experiment=arithmetic_sft", "parallelism=one_rank", "schedule=1f1b", f"task.steps={num_steps}"),
@@ -156,6 +157,7 @@ def _serve_here(num_steps: int, pipe: Connection) -> None:
             *("task.bias_update_rate=0", "task.balance_loss_weight=0", "recompute=[]", "optim.sharding=replicated"),
         ]
     )
+    apply_rank_environment(config.cluster)
     steps = _Steps(pipe)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     learner, loader = open_job(config), open_loader(config)

@@ -35,7 +35,7 @@ class ReplicatedAdamW:
             gradients = [self._store.gradient(parameter) for parameter in parameters]
             _sum_over(gradients, group)
             for gradient in gradients:
-                squares += gradient.double().square().sum() / dist.get_world_size(group)
+                squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / dist.get_world_size(group)
         return squares
 
     def update(self, learning_rate: float, norm: float) -> None:
