@@ -64,7 +64,10 @@ class _AttendByDocument(torch.autograd.Function):
 
 
 def _by_run(runs: tuple[DocumentRun, ...], *tensors_BHTV: Tensor) -> Iterator[list[Tensor]]:
-    """Yields, for each run of documents, the rows of each tensor, SHLV: views if heads of a token are side by side."""
+    """Yields, for each run of documents, the rows of each tensor, SHLV.
+
+    They are views if the heads of a token are side by side in memory.
+    """
     rows_NHV = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors_BHTV]
     for run in runs:
         size = run.num_documents * run.length
@@ -79,4 +82,4 @@ def _merge(parts_SHLV: list[Tensor], like_BHTV: Tensor) -> Tensor:
     rows_NHV = [part.transpose(1, 2).flatten(0, 1) for part in parts_SHLV]
     whole_NHV = rows_NHV[0] if len(rows_NHV) == 1 else torch.cat(rows_NHV)
     batch, _, tokens, _ = like_BHTV.shape
-    return whole_NHV.unflatten(0, (batch, tokens)).transpose(1, 2)
+    return whole_NHV.view(batch, tokens, *whole_NHV.shape[1:]).transpose(1, 2)

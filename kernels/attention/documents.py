@@ -87,7 +87,10 @@ class Documents:
 
     @cached_property
     def runs(self) -> tuple[DocumentRun, ...]:
-        """Runs of consecutive documents of one length, in order. A host sync unless the documents are on the host."""
+        """Runs of consecutive documents of one length, in order.
+
+        A host sync unless the documents are on the host.
+        """
         lengths, counts = torch.unique_consecutive(self.starts.diff(), return_counts=True)
         runs, start = list[DocumentRun](), 0
         for length, num_documents in zip(lengths.tolist(), counts.tolist(), strict=True):

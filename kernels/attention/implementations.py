@@ -23,7 +23,7 @@ _16_BITS = ("bfloat16", "float16")
 def scaled_dot_product(
     query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
 ) -> Tensor:
-    """Calls torch's `scaled_dot_product_attention`; on a CPU, documents are sequences of their own."""
+    """Calls torch's `scaled_dot_product_attention`; on a CPU, each document is a separate sequence."""
     from torch.nn import functional
 
     if documents is not None and query_BHTQ.device.type == "cpu":
