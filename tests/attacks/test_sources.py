@@ -36,6 +36,10 @@ ALLOWED = {
     ("train/checkpoint/load.py", "dcp_load("),
     # Plugin files that the command line or conf/ names, never one that a file of a run or a checkpoint does.
     ("kernels/registry.py", "exec("),
+    # Generated programs and their tests, which run in the sandbox alone (tests/infer/scoring/test_code.py).
+    ("infer/scoring/code/guest/candidate.py", "exec("),
+    ("infer/scoring/code/guest/script.py", "exec("),
+    ("infer/scoring/code/guest/tests.py", "exec("),
     # Their base classes.
     ("train/checkpoint/dcp/storage.py", "FileSystemReader("),
     ("train/checkpoint/state.py", "DefaultLoadPlanner("),

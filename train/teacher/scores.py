@@ -155,7 +155,7 @@ def _array_path(folder: Path, part: Part, name: str) -> Path:
 def _open(folder: Path, part: Part, name: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
     path = _array_path(folder, part, name)
     try:
-        array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[np.generic] = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise DataError(f"task.teacher: {path} must be an array of scores, cannot be read ({error})") from error
     if array.shape != shape:
