@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.convert import main as convert
+from tests.docs.pages import blocks
 from tests.launch.checkpoints import write_run
 
 jupyter_client = pytest.importorskip("jupyter_client")
@@ -107,21 +108,21 @@ def test_kernel_elsewhere_runs_the_python_of_the_documentation(tmp_path: Path) -
     """The checkout is on the path; the working folder is another one, with the weights that docs/generate.md names."""
     write_run(tmp_path / "run")
     convert(["from=checkpoint", f"path={tmp_path / 'run'}", f"to={tmp_path / 'quickstart_hf'}"])
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/generate.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks
+    shown = [each for each in blocks(ROOT / "docs/generate.md") if each.language == "python" and each.mode != "not run"]
+    assert shown
     with kernel(tmp_path) as notebook:
         notebook.run(f"import sys; sys.path.append({str(ROOT)!r})")
-        printed = [notebook.run(block) for block in blocks]
+        printed = [notebook.run(block.text) for block in shown]
         assert notebook.run(WIDGET) == "ipykernel.comm.comm True True\n"
-    assert all(printed)
+    assert [bool(each) for each in printed] == ["print(" in block.text for block in shown]
     assert (tmp_path / "copy_hf" / "config.json").is_file()
 
 
 @pytest.mark.long
 def test_kernel_trains_again_and_again_with_the_lines_of_the_documentation(tmp_path: Path) -> None:
     """A callback fails before the second run; the kernel continues as if there had been no run."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S)
-    (block,) = (block for block in blocks if "launch.api" in block)
+    shown = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = (block for block in shown if "launch.api" in block)
     with kernel(tmp_path) as notebook:
         notebook.run(f"import sys; sys.path.append({str(ROOT)!r})")
         first = notebook.run(block)
