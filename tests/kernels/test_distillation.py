@@ -116,7 +116,7 @@ def test_student_equal_to_its_teacher_has_divergence_and_gradient_zero(form: Div
 
 
 def test_divergence_is_at_least_zero_and_that_of_lists_at_most_the_whole() -> None:
-    """Tokens that are one bucket cannot tell two distributions apart better than separate ones."""
+    """Tokens that are one bucket never distinguish two distributions better than separate tokens do."""
     rows, head, teacher_rows = randn(60, 5, seed=0), randn(50, 5, seed=1), randn(60, 5, seed=2)
     targets, form = torch.zeros(60, dtype=torch.int64), Divergence(kind="forward_kl")
     top = (teacher_rows @ head.t()).log_softmax(-1)
