@@ -135,6 +135,8 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         validation=VALIDATION,
         checkpointing=CHECKPOINTING,
         samples=SAMPLES,
+        rollout=None,
+        reward=None,
         optim=OPTIM,
         ema=EmaConfig(decay=None),
         precision=PrecisionConfig(kind="float64"),

@@ -13,11 +13,13 @@ from data.batch_sizes import BatchRamp, BatchSizes
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
+from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, ZeroOrAbove
 from model.config import Computing, ModelConfig, Products, Recomputed
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
+from train.rollout.config import RolloutConfig
 from train.tasks.registry import TASKS
 
 
@@ -216,6 +218,8 @@ class TrainConfig:
             Hugging Face folder; None: weights are drawn from the seed.
         init_mtp: whether MTP modules also start from `init_from` (`checkpoint`), are drawn from the seed (`fresh`), or
             are left out of the model (`drop`).
+        rollout: answers that the run samples and learns from; None: it learns from its data alone.
+        reward: how sampled answers are scored; None: they are not.
         costs: times of operations that the schedule is planned for, in any one unit.
         memory_cap: live activations that the schedule may keep, in units of model/P; None: as many as it needs.
         recompute: parts of the model that the backward recomputes.
@@ -241,6 +245,8 @@ class TrainConfig:
     validation: ValidationConfig
     checkpointing: CheckpointingConfig
     samples: SamplesConfig
+    rollout: RolloutConfig | None
+    reward: RewardConfig | None
     optim: OptimConfig
     ema: EmaConfig
     precision: Precision

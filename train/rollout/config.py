@@ -1,0 +1,55 @@
+"""Configuration of rollouts: which prompts a step samples answers to, and how. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """The rollouts of a run that learns from rewards.
+
+    Attributes:
+        engine: what samples: the pipeline where training left the weights, or a copy of the whole model on each rank.
+        prompts: number of prompts of a rollout over the whole job.
+        samples: number of answers to each prompt, which form a group.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: of sampling. Training computes log-probabilities at the same temperature.
+        top_k: number of most probable tokens that are kept; None keeps all.
+        top_p: probability of the kept tokens; 1 keeps all.
+        min_p: least share of the highest probability of a kept token; 0 keeps all.
+        thinking: whether the model thinks first; None: as the template does.
+        updates: updates of the weights per rollout, each from an equal part of its prompts.
+        steps_ahead: number of steps by which answers are sampled ahead of their training, 0 or 1.
+        drop_equal_groups: whether groups whose answers all have one reward are left out of training.
+        max_draws: how often prompts are drawn until enough groups have different rewards; 1 draws once.
+        cut_answers: whether answers that reached `max_new_tokens` are trained (keep), or take no part in the loss and
+            its denominator (drop).
+        length_penalty_tokens: the reward of an answer falls linearly by 1 over the last so many tokens before
+            `max_new_tokens`; 0: it does not.
+        keep_routing: whether training sends tokens to the experts that the sampler chose.
+        keep_sampling_mask: whether training computes probabilities among the tokens that top_k, top_p and min_p kept.
+        held_out: number of held-out problems that a validation answers.
+        held_out_samples: number of answers to each of them.
+    """
+
+    engine: Literal["pipelined", "local"]
+    prompts: PositiveInt
+    samples: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat
+    top_k: PositiveInt | None
+    top_p: Share
+    min_p: Share
+    thinking: bool | None
+    updates: PositiveInt
+    steps_ahead: Literal[0, 1]
+    drop_equal_groups: bool
+    max_draws: PositiveInt
+    cut_answers: Literal["keep", "drop"]
+    length_penalty_tokens: NonNegativeInt
+    keep_routing: bool
+    keep_sampling_mask: bool
+    held_out: NonNegativeInt
+    held_out_samples: PositiveInt
