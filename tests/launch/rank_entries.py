@@ -38,6 +38,23 @@ def sleep_on() -> None:
     time.sleep(600)
 
 
+def sleep_on_visibly(config: TrainConfig) -> None:
+    """Waits like `sleep_on`, and reports before that SIGTERM ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    (Path(config.out_dir) / f"asleep_{rank()}").touch()
+    sleep_on()
+
+
+def wait_until_others_sleep(config: TrainConfig) -> None:
+    """Waits until all other ranks are in `sleep_on_visibly`.
+
+    A rank that the launcher ends earlier takes SIGTERM for a preemption request, and the launcher kills it after 30 s.
+    """
+    while len(list(Path(config.out_dir).glob("asleep_*"))) < WORLD_SIZE - 1:
+        time.sleep(0.02)
+
+
 def done(config: TrainConfig) -> int:
     assert int(os.environ["WORLD_SIZE"]) == WORLD_SIZE
     (Path(config.out_dir) / f"ran_{rank()}").touch()
@@ -79,8 +96,9 @@ def one_refuses(config: TrainConfig) -> int:
 
 def one_exits(config: TrainConfig) -> int:
     if rank() == 1:
+        wait_until_others_sleep(config)
         sys.exit(75)
-    sleep_on()
+    sleep_on_visibly(config)
     return 0
 
 
@@ -123,8 +141,9 @@ def all_vanish(config: TrainConfig) -> int:
 def one_is_terminated(config: TrainConfig) -> int:
     """Is ended by its watchdog, because it would not end by itself."""
     if rank() == 1:
+        wait_until_others_sleep(config)
         os._exit(128 + signal.SIGTERM)
-    sleep_on()
+    sleep_on_visibly(config)
     return 0
 
 
