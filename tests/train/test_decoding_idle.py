@@ -18,35 +18,33 @@ REQUEST = Request(samples=1, max_new_tokens=18, sampling=Sampling())
 PROMPTS = tuple(NumberedPrompt(number=number, tokens=(number + 1, 5)) for number in range(16))
 
 
-def measure(rank: int, world_size: int, folder: Path, layout: Layout) -> list[float]:
-    """Returns this rank's idle share in each of two programs of 16 rounds."""
+def measure(rank: int, world_size: int, folder: Path, layout: Layout) -> float:
+    """Returns this rank's idle share in a program of 16 rounds."""
     with opened(config_of(layout, folder)) as (replica, pipeline):
-        sizes, shares = CohortSizes(cohorts=layout.cohorts), []
+        sizes = CohortSizes(cohorts=layout.cohorts)
         engine = PipelinedEngine(pipeline, speculative=False, sizes=sizes, min_seconds=STAGE_SECONDS)
         program = compile_decode_program(replica, engine.num_cohorts, 16)
-        for _ in range(2):
-            engine.generate(PROMPTS, REQUEST)
-            spans = engine.executions[0].spans
-            busy = sum(
-                end - start
-                for step, (start, end) in zip(program.steps, spans, strict=True)
-                if step.action is Action.FORWARD
-            )
-            shares.append(1 - busy / (spans[-1][1] - spans[0][0]))
-    return shares
+        engine.generate(PROMPTS, REQUEST)
+        spans = engine.executions[0].spans
+    busy = sum(
+        end - start for step, (start, end) in zip(program.steps, spans, strict=True) if step.action is Action.FORWARD
+    )
+    return 1 - busy / (spans[-1][1] - spans[0][0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(pipeline=4), Layout(pipeline=2)], ids=["four", "two"])
 def test_ranks_with_two_cohorts_each_are_idle_at_most_a_tenth_of_the_time(layout: Layout, tmp_path: Path) -> None:
-    found = run_ranks(layout.pipeline, measure, tmp_path, layout)
-    # Other processes only add idle time, so the better of two measurements counts.
+    # Other processes only add idle time, so the better of two measurements counts. The second is rarely needed.
+    found: list[list[float]] = []
+    while len(found) < 2 and not any(max(shares) <= 0.1 for shares in found):
+        found.append(run_ranks(layout.pipeline, measure, tmp_path, layout))
     print([[round(share, 3) for share in shares] for shares in found])
-    assert min(map(max, zip(*found, strict=True))) <= 0.1, found
+    assert min(map(max, found)) <= 0.1, found
 
 
 @pytest.mark.slow
 def test_ranks_with_too_few_cohorts_are_idle(tmp_path: Path) -> None:
     """Ensures that the test above can fail: 2 cohorts keep at most 2 of 4 ranks busy."""
     found = run_ranks(4, measure, tmp_path, Layout(pipeline=4, cohorts=1))
-    assert min(map(min, found)) > 0.4, found
+    assert min(found) > 0.4, found
