@@ -99,6 +99,17 @@ class PairRanking:
         return TaskLoss(self.factor * loss, reported, scores_BT)
 
 
+@dataclass(frozen=True, slots=True)
+class KeepScores:
+    """Objective of a forward-only pass of a reward model, which records the scores of all tokens."""
+
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Returns the scores, and loss 0."""
+        return TaskLoss(hidden_BTD.new_zeros(()), {}, score_states(hidden_BTD, head.weight_VD))
+
+
 def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, centre: float) -> RankedScores:
     """Computes the summed loss of pairs and its derivative in every score.
 

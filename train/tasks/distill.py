@@ -1,15 +1,14 @@
 """Registers distillation: a student imitates a teacher's distributions of the answers. No torch here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from comm.config import Cut
 from data.samples.pack import WEIGHTS
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
-from train.checkpoint.sources import source_config
 from train.config import BatchConfig
-from train.config.errors import ConfigError, divisors
+from train.config.errors import ConfigError
+from train.second_network import check_second_network, second_network_run
 from train.tasks.registry import TASKS, TaskSpec
 from train.tasks.samples import SampleTaskConfig, check_samples
 from train.teacher.scores import check_scores, is_scores_folder, with_scores
@@ -105,24 +104,7 @@ def check_teacher(config: "TrainConfig") -> None:
             )
         check_scores(task.teacher, task.temperature, config.model.vocab_size)
         return
-    teacher, model = source_config(task.teacher, "task.teacher", drop_mtp=True), config.model
-    if teacher.vocab_size != model.vocab_size:
-        raise ConfigError(
-            f"task.teacher: must have the vocabulary of the model, {model.vocab_size} tokens, {task.teacher} has "
-            f"{teacher.vocab_size}; nearest valid: a teacher with the same tokenizer"
-        )
-    stages, experts = config.parallelism.pipeline * (config.schedule.chunks or 1), config.parallelism.expert
-    if teacher.num_layers < stages:
-        raise ConfigError(
-            f"task.teacher: must have at least {stages} layers, one for each stage of the pipeline, {task.teacher} has "
-            f"{teacher.num_layers}; nearest valid: parallelism.pipeline={teacher.num_layers}"
-        )
-    if teacher.num_routed_experts % experts:
-        raise ConfigError(
-            f"task.teacher: its experts must be divisible by parallelism.expert={experts}, {task.teacher} has "
-            f"{teacher.num_routed_experts}; nearest valid: "
-            f"parallelism.expert={divisors(teacher.num_routed_experts, experts)}"
-        )
+    check_second_network(config, task.teacher, "task.teacher", "a teacher")
 
 
 def teacher_run(config: "TrainConfig") -> "TrainConfig | None":
@@ -134,9 +116,7 @@ def teacher_run(config: "TrainConfig") -> "TrainConfig | None":
     assert isinstance(config.task, DistillConfig)
     if is_scores_folder(config.task.teacher):
         return None
-    model = source_config(config.task.teacher, "task.teacher", drop_mtp=True)
-    # The cut of the student's layers does not fit other layers.
-    return replace(config, model=model, parallelism=replace(config.parallelism, cut=Cut("even")))
+    return second_network_run(config, config.task.teacher, "task.teacher")
 
 
 def add_scores(config: "TrainConfig", prepared: "Prepared") -> "Prepared":

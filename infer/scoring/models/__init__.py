@@ -1,0 +1,1 @@
+"""Scores answers by models: votes of a judge, and reward models. No torch here."""

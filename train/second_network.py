@@ -1,0 +1,87 @@
+"""Checks frozen networks that run next to a run's own network: teachers and reward models. No torch here."""
+
+from dataclasses import replace
+
+from comm.config import Cut
+from infer.scoring.models.reward_model import RewardModelScorerConfig
+from model.config import ModelConfig
+from train.checkpoint.sources import source_config
+from train.config import TrainConfig
+from train.config.errors import ConfigError, divisors
+
+REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
+
+
+def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
+    """Returns the run with the architecture of a second network, without MTP modules.
+
+    Args:
+        config: of the run.
+        path: of the network's weights.
+        key: configuration key that holds the path, for errors.
+
+    Raises:
+        CheckpointError, HfError: the architecture cannot be read.
+    """
+    model = source_config(path, key, drop_mtp=True)
+    # The cut of the run's own layers does not fit other layers.
+    return replace(config, model=model, parallelism=replace(config.parallelism, cut=Cut("even")))
+
+
+def check_second_network(config: TrainConfig, path: str, key: str, role: str) -> None:
+    """Rejects a network with another vocabulary, and one that the run's layout cannot hold.
+
+    Args:
+        config: of the run.
+        path: of the network's weights.
+        key: configuration key that holds the path.
+        role: what the network is, with an article.
+
+    Raises:
+        ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
+    """
+    second = source_config(path, key, drop_mtp=True)
+    if second.vocab_size != config.model.vocab_size:
+        raise ConfigError(vocabulary_problem(config, second, path, key, role))
+    stages, experts = config.parallelism.pipeline * (config.schedule.chunks or 1), config.parallelism.expert
+    if second.num_layers < stages:
+        raise ConfigError(
+            f"{key}: must have at least {stages} layers, one for each stage of the pipeline, {path} has "
+            f"{second.num_layers}; nearest valid: parallelism.pipeline={second.num_layers}"
+        )
+    if second.num_routed_experts % experts:
+        raise ConfigError(
+            f"{key}: its experts must be divisible by parallelism.expert={experts}, {path} has "
+            f"{second.num_routed_experts}; nearest valid: "
+            f"parallelism.expert={divisors(second.num_routed_experts, experts)}"
+        )
+
+
+def vocabulary_problem(config: TrainConfig, second: ModelConfig, path: str, key: str, role: str) -> str:
+    """Returns the message of an error about another vocabulary. The arguments are as in `check_second_network`."""
+    return (
+        f"{key}: must have the vocabulary of the model, {config.model.vocab_size} tokens, {path} has "
+        f"{second.vocab_size}; nearest valid: {role} with the same tokenizer"
+    )
+
+
+def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> None:
+    """Rejects weights that are no reward model or do not fit the run.
+
+    Args:
+        config: of the run.
+        part: names the weights.
+
+    Raises:
+        ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
+    """
+    found = source_config(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
+    if found.head != "score":
+        raise ConfigError(
+            f"{REWARD_MODEL_KEY}: must be a reward model, which has a head for scores, {part.ckpt} has a head for "
+            f"{found.head}; nearest valid: a checkpoint of task=reward_model, or kind judge"
+        )
+    if part.place == "pipeline":
+        check_second_network(config, part.ckpt, REWARD_MODEL_KEY, "a reward model")
+    elif found.vocab_size != config.model.vocab_size:
+        raise ConfigError(vocabulary_problem(config, found, part.ckpt, REWARD_MODEL_KEY, "a reward model"))
