@@ -22,6 +22,23 @@ def final_text(text: str) -> str:
     return after if mark else text
 
 
+def shown_answer(text: str, *, boxed: bool) -> str | None:
+    """Returns the text after the thoughts, or the last box in it, or None if there is none.
+
+    Args:
+        text: of the whole answer.
+        boxed: whether the last box counts instead of the whole text after the thoughts.
+    """
+    found = last_boxed(final_text(text)) if boxed else final_text(text)
+    return found if found is not None and found.strip() else None
+
+
+def normalize_text(text: str, *, ignore_case: bool) -> str:
+    """Returns a text with single spaces between words, and in small letters if case is ignored."""
+    plain = " ".join(text.split())
+    return plain.casefold() if ignore_case else plain
+
+
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{...}` or `\fbox{...}`, or None if there is no complete one.
 

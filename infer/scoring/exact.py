@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from infer.scoring.answer_text import final_text, last_boxed
+from infer.scoring.answer_text import normalize_text, shown_answer
 from infer.scoring.score import (
     SCORERS,
     SKIPPED,
@@ -43,15 +43,13 @@ class ExactScorer(RatingScorer):
             return SKIPPED
         if not answer.is_finished:
             return failure("missing", "the answer was cut at the limit of tokens")
-        text = final_text(answer.text)
-        found = last_boxed(text) if self._config.boxed else text
-        if found is None or not found.strip():
+        found = shown_answer(answer.text, boxed=self._config.boxed)
+        if found is None:
             return failure("missing", "no boxed answer" if self._config.boxed else "no text after the thoughts")
         return verdict(is_correct=self._normalized(found) == self._normalized(problem.answer), detail=found[:80])
 
     def _normalized(self, text: str) -> str:
-        plain = " ".join(text.split())
-        return plain.casefold() if self._config.ignore_case else plain
+        return normalize_text(text, ignore_case=self._config.ignore_case)
 
 
 SCORERS.register(
