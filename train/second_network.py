@@ -1,4 +1,4 @@
-"""Checks frozen networks that run next to a run's own network: teachers and reward models. No torch here."""
+"""Checks frozen networks of a run: teachers and reward models. No torch here."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def check_second_network(config: TrainConfig, path: str, key: str, role: str) ->
 
 
 def vocabulary_problem(config: TrainConfig, second: ModelConfig, path: str, key: str, role: str) -> str:
-    """Returns the message of an error about another vocabulary. The arguments are as in `check_second_network`."""
+    """Returns the message of an error about a vocabulary. Arguments as in `check_second_network`."""
     return (
         f"{key}: must have the vocabulary of the model, {config.model.vocab_size} tokens, {path} has "
         f"{second.vocab_size}; nearest valid: {role} with the same tokenizer"
