@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kernels.registry import Registry
 
 if TYPE_CHECKING:
+    from data.problems.records import ProblemRecord
     from data.tokenizer import Tokenizer
 
 Part = Literal["train", "validation"]
@@ -109,6 +110,8 @@ class DataSourceEntry:
             be trained. If None, the first megabytes of the files are read.
         chat_template: returns the name of the chat template of the samples; None: they are no chats.
         values: returns the names of the values that every sample has; None: they are known only after preparation.
+        problems: yields the source's problems in order, each with the key of its sample; None: it has none.
+        has_targets: whether samples have targets. Those of a source of prompts alone have none and are kept without.
     """
 
     summary: str
@@ -123,6 +126,10 @@ class DataSourceEntry:
     check: Callable[[Any, Tokenizer | None], None] | None = None
     chat_template: Callable[[Any], str] | None = None
     values: Callable[[Any], tuple[str, ...]] | None = None
+    problems: Callable[[Any], Iterator[ProblemRecord]] | None = None
+    has_targets: bool = True
 
 
-DATA_SOURCES = Registry[DataSourceEntry]("data.kind", ("data.corpus", "data.chat.sources", "data.arithmetic.source"))
+DATA_SOURCES = Registry[DataSourceEntry](
+    "data.kind", ("data.corpus", "data.chat.sources", "data.problems.source", "data.arithmetic.source")
+)

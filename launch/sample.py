@@ -13,12 +13,13 @@ from typing import Any, Literal
 from data.chat.encode import encode_prompt
 from data.chat.messages import ChatMessage
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.problems.records import ProblemRecord
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
 from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
-from infer.scoring.reward import Reward, RewardConfig
-from infer.scoring.score import SCORERS, Answer
+from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet
+from infer.scoring.score import SCORERS, Answer, problem_of
 from kernels.ranges import PositiveInt
 from launch.command import command
 from launch.config.compose import compose
@@ -28,7 +29,7 @@ from launch.generation.prompts import find_template
 from launch.generation.source import GenerationSource, find_weights, load_model
 from launch.help.preview import plain_text
 from launch.sampling.journal import SampleJournal, ScoredSample
-from launch.sampling.problems import ProblemsConfig, SampleProblem, digest_problems, load_problems
+from launch.sampling.problems import ProblemsConfig, digest_problems, load_problems
 from launch.sampling.selection import KeepConfig, SampleSelection, select
 from launch.sampling.summary import faults, summary
 from train.checkpoint.manifest import read_step
@@ -72,7 +73,7 @@ class SamplingJob:
     tokenizer: Tokenizer
     template: ChatTemplate
     thinking: bool
-    problems: list[SampleProblem]
+    problems: list[ProblemRecord]
     prompts: list[NumberedPrompt]
     request: Request
 
@@ -185,13 +186,13 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
     )
 
 
-def _check_fields(reward: RewardConfig, problems: Sequence[SampleProblem]) -> None:
+def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:
     """Rejects a problem to which no part of the reward with a verdict applies."""
     kinds = [part.kind for part in reward.parts]
     needs = {"exact": "answer", "maths": "answer", "code": "tests"}
     wanted = {needs[kind]: kind for kind in kinds if kind in needs}
     for each in problems:
-        if wanted and not any(getattr(each.problem, field) is not None for field in wanted):
+        if wanted and not any(getattr(each, field) is not None for field in wanted):
             field, kind = next(iter(wanted.items()))
             raise ConfigError(
                 f"{each.place}: {field}: must be given, because the reward has the part {kind}, is missing; "
@@ -235,14 +236,16 @@ def _sample(
         block = left[first : first + size]
         rollouts = engine.generate(block, job.request).rollouts
         answers = [_to_answer(rollout, job) for rollout in rollouts]
-        pairs = [(each, job.problems[rollout.prompt].problem) for each, rollout in zip(answers, rollouts, strict=True)]
-        sheets = reward.score_all(pairs)
-        scored = [
-            ScoredSample(text=each.text, num_tokens=each.num_tokens, is_finished=each.is_finished, sheet=sheet)
-            for each, sheet in zip(answers, sheets, strict=True)
+        # The engine returns the samples of a prompt next to each other.
+        groups = [
+            AnswerGroup(
+                problem=problem_of(job.problems[prompt.number]),
+                answers=tuple(answers[at * config.num_samples : (at + 1) * config.num_samples]),
+            )
+            for at, prompt in enumerate(block)
         ]
-        for at, prompt in enumerate(block):
-            journal.append(prompt.number, tuple(scored[at * config.num_samples : (at + 1) * config.num_samples]))
+        for prompt, group, scored in zip(block, groups, reward.score_groups(groups), strict=True):
+            journal.append(prompt.number, tuple(map(_to_sample, group.answers, scored.sheets)))
         print(f"{len(journal.samples)} of {len(job.prompts)} problems", file=sys.stderr, flush=True)
 
 
@@ -252,6 +255,10 @@ def _to_answer(rollout: Rollout, job: SamplingJob) -> Answer:
     tokens = rollout.tokens[:-1] if is_finished else rollout.tokens
     text = job.tokenizer.decode(tokens)
     return Answer(text=THINK + text if job.thinking else text, num_tokens=len(rollout.tokens), is_finished=is_finished)
+
+
+def _to_sample(answer: Answer, sheet: ScoreSheet) -> ScoredSample:
+    return ScoredSample(text=answer.text, num_tokens=answer.num_tokens, is_finished=answer.is_finished, sheet=sheet)
 
 
 def _records(

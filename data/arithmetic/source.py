@@ -13,6 +13,7 @@ from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import Conversation, assistant, user
 from data.chat.pairs import pair_sample
 from data.chat.templates import CHAT_TEMPLATES
+from data.problems.records import ProblemRecord
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
 from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
@@ -84,6 +85,23 @@ def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[Sample]
             yield pair_sample(problem.prompt, right, wrong)
 
 
+def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
+    """Yields the different problems, each with its right answer."""
+    seen: set[str] = set()
+    for number, problem in enumerate(
+        islice(problem_stream(source.generator_seed, source.num_digits), source.num_samples)
+    ):
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            yield ProblemRecord(
+                key=problem.prompt,
+                messages=(user(problem.prompt),),
+                answer=problem.answer,
+                tests=None,
+                place=f"data.kind=arithmetic, problem {number}",
+            )
+
+
 def _conversation(problem: ArithmeticProblem, answer: str) -> Conversation:
     return Conversation(messages=(user(problem.prompt), assistant(answer)))
 
@@ -115,5 +133,6 @@ DATA_SOURCES.register(
         check=_check,
         values=lambda source: PAIR_VALUES if source.form == "preferences" else (WEIGHTS,),
         chat_template=lambda source: source.template,
+        problems=_problems,
     ),
 )

@@ -1,18 +1,17 @@
 """Registers sources of chats and of pairs of answers, read from `.jsonl` files. Imports no torch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from data.chat.encode import check_tokens, encode_conversations, special_names, split_views
-from data.chat.fields import decode_line
+from data.chat.lines import JsonRecord, list_jsonl, read_json_lines
 from data.chat.messages import AnswerPair, Conversation
 from data.chat.pairs import pair_sample
 from data.chat.records import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.corpus import CHECKED_BYTES, DataError, check_source, list_paths
+from data.corpus import CHECKED_BYTES, DataError, check_source
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
 from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
@@ -51,58 +50,8 @@ class PreferencesSource(DataSource):
     template: Annotated[str, CHAT_TEMPLATES]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Record(Generic[T]):
-    """A line of a file: its key, its place for errors, and its content."""
-
-    key: str
-    place: str
-    content: T
-
-
-def _read_lines(
-    file: CorpusFile, read: Callable[[Mapping[str, Any], str], T], limit_bytes: int | None
-) -> Iterator[_Record[T]]:
-    """Yields the records of a file. With a limit, reads only about that many bytes.
-
-    Raises:
-        DataError: the file is no `.jsonl` file, cannot be read, or a line is invalid.
-    """
-    if file.path.suffix.lower() != ".jsonl":
-        raise DataError(
-            f"data.paths: {file.path} ends in {file.path.suffix!r}; a file of chats must end in .jsonl; nearest: "
-            f"{str(file.path.with_suffix('.jsonl'))!r}"
-        )
-    try:
-        with file.path.open("rb") as stream:
-            read_bytes = 0
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    place = f"{file.path}:{number}"
-                    content = read(decode_line(line, place), place)
-                    yield _Record(key=f"{file.key}:{number}", place=place, content=content)
-                read_bytes += len(line)
-                if limit_bytes is not None and read_bytes >= limit_bytes:
-                    return
-    except OSError as error:
-        raise DataError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
-
-
-def _list_jsonl(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
-    """Returns the `.jsonl` files that the paths name and that folders contain.
-
-    Raises:
-        DataError: as in `data.corpus.list_paths`, or there is none.
-    """
-    named = {Path(path).expanduser().resolve() for path in paths}
-    listed = list_paths(paths)
-    kept = [file for file in listed if file.path.suffix.lower() == ".jsonl" or file.path.resolve() in named]
-    if not kept:
-        raise DataError(
-            f"data.paths: {list(paths)!r} contains no .jsonl file; chats are read from .jsonl files, one in a line; "
-            f"nearest: a file with lines {CONVERSATION_EXAMPLE}"
-        )
-    return tuple(kept)
+def _list_chats(source: ChatSource | PreferencesSource) -> tuple[CorpusFile, ...]:
+    return list_jsonl(source.paths, "chats", CONVERSATION_EXAMPLE)
 
 
 def _check(
@@ -118,12 +67,12 @@ def _check(
         check_tokens(tuple(dict.fromkeys(names())), template_name, tokenizer)
 
 
-def _batches(records: Iterator[_Record[T]]) -> Iterator[list[_Record[T]]]:
+def _batches(records: Iterator[JsonRecord[T]]) -> Iterator[list[JsonRecord[T]]]:
     while batch := list(islice(records, ENCODE_BATCH_RECORDS)):
         yield batch
 
 
-def _checked_views(record: _Record[T], conversations: Sequence[Conversation], template: ChatTemplate) -> None:
+def _checked_views(record: JsonRecord[T], conversations: Sequence[Conversation], template: ChatTemplate) -> None:
     """Rejects conversations that the template cannot write; the error names the line."""
     for conversation in conversations:
         try:
@@ -140,9 +89,9 @@ def _text(conversations: Sequence[Conversation]) -> str:
     return "\n".join([*parts, *calls])
 
 
-def _chat_records(source: ChatSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[_Record[Conversation]]:
+def _chat_records(source: ChatSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[JsonRecord[Conversation]]:
     template = CHAT_TEMPLATES.get(source.template)
-    for record in _read_lines(file, read_conversation, limit_bytes):
+    for record in read_json_lines(file, read_conversation, limit_bytes, "chats"):
         _checked_views(record, split_views(record.content), template)
         yield record
 
@@ -154,7 +103,7 @@ def _chat_documents(source: ChatSource, file: CorpusFile, limit_bytes: int | Non
 
 def _chat_samples(source: ChatSource, tokenizer: Tokenizer) -> Iterator[Sample]:
     template = CHAT_TEMPLATES.get(source.template)
-    records = (record for file in _list_jsonl(source.paths) for record in _chat_records(source, file, None))
+    records = (record for file in _list_chats(source) for record in _chat_records(source, file, None))
     for batch in _batches(records):
         keyed = [(record.key, view) for record in batch for view in split_views(record.content)]
         chats = encode_conversations([view for _, view in keyed], template, tokenizer)
@@ -166,7 +115,7 @@ def _check_chat(source: ChatSource, tokenizer: Tokenizer | None) -> None:
     template = CHAT_TEMPLATES.get(source.template)
 
     def names() -> Iterator[str]:
-        for file in _list_jsonl(source.paths):
+        for file in _list_chats(source):
             for record in _chat_records(source, file, CHECKED_BYTES):
                 yield from special_names(record.content, template)
 
@@ -175,9 +124,9 @@ def _check_chat(source: ChatSource, tokenizer: Tokenizer | None) -> None:
 
 def _pair_records(
     source: PreferencesSource, file: CorpusFile, limit_bytes: int | None
-) -> Iterator[_Record[AnswerPair]]:
+) -> Iterator[JsonRecord[AnswerPair]]:
     template = CHAT_TEMPLATES.get(source.template)
-    for record in _read_lines(file, read_pair, limit_bytes):
+    for record in read_json_lines(file, read_pair, limit_bytes, "chats"):
         for name, answer in (("chosen", record.content.chosen), ("rejected", record.content.rejected)):
             if len(split_views(answer)) > 1:
                 raise DataError(
@@ -195,7 +144,7 @@ def _pair_documents(source: PreferencesSource, file: CorpusFile, limit_bytes: in
 
 def _pair_samples(source: PreferencesSource, tokenizer: Tokenizer) -> Iterator[Sample]:
     template = CHAT_TEMPLATES.get(source.template)
-    records = (record for file in _list_jsonl(source.paths) for record in _pair_records(source, file, None))
+    records = (record for file in _list_chats(source) for record in _pair_records(source, file, None))
     for batch in _batches(records):
         answers = [answer for record in batch for answer in (record.content.chosen, record.content.rejected)]
         chats = encode_conversations(answers, template, tokenizer)
@@ -207,7 +156,7 @@ def _check_pairs(source: PreferencesSource, tokenizer: Tokenizer | None) -> None
     template = CHAT_TEMPLATES.get(source.template)
 
     def names() -> Iterator[str]:
-        for file in _list_jsonl(source.paths):
+        for file in _list_chats(source):
             for record in _pair_records(source, file, CHECKED_BYTES):
                 yield from special_names(record.content.chosen, template)
                 yield from special_names(record.content.rejected, template)
@@ -220,7 +169,7 @@ DATA_SOURCES.register(
     DataSourceEntry(
         summary="conversations in .jsonl files, of which the assistant's turns are trained",
         config=ChatSource,
-        files=lambda source: _list_jsonl(source.paths),
+        files=_list_chats,
         read=_chat_documents,
         place=lambda source: f"data.paths: {list(source.paths)!r}",
         settings=lambda source: [source.template, source.too_long],
@@ -236,7 +185,7 @@ DATA_SOURCES.register(
     DataSourceEntry(
         summary="pairs of a preferred and a rejected answer in .jsonl files",
         config=PreferencesSource,
-        files=lambda source: _list_jsonl(source.paths),
+        files=_list_chats,
         read=_pair_documents,
         place=lambda source: f"data.paths: {list(source.paths)!r}",
         settings=lambda source: source.template,

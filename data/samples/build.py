@@ -50,19 +50,23 @@ def build_samples(
     tokenizer.save(folder / "tokenizer.json")
     digest = hashlib.sha256()
     values: dict[str, int | float | str] = {}
+    has_targets = DATA_SOURCES.get(config.source.kind).has_targets
     for part, samples in _encode_samples(config, tokenizer).items():
-        packed = pack_samples(samples, sequence_length_tokens, tokenizer.pad_id, tokenizer.vocab_size)
+        packed = pack_samples(
+            samples, sequence_length_tokens, tokenizer.pad_id, tokenizer.vocab_size, has_targets=has_targets
+        )
         if part == "train" and not packed.counts.kept:
+            rule = " with a token to predict" if has_targets else ""
             raise DataError(
                 f"batch.sequence_length_tokens: {sequence_length_tokens} leaves no sample of {packed.counts.dropped}; "
-                f"at least one must fit with a token to predict; nearest: "
+                f"at least one must fit{rule}; nearest: "
                 f"{min(sample.num_tokens for sample in samples)}"
             )
         for array in _write_part(folder, part, packed):
             digest.update(np.ascontiguousarray(array).data)
         values[f"{part}_tokens"] = int((packed.positions_NL >= 0).sum())
         values |= {f"{part}_samples_{name}": count for name, count in asdict(packed.counts).items()}
-        if predicted := _predicted_tokens(packed):
+        if predicted := _predicted_tokens(packed, has_targets=has_targets):
             values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
             values["bytes_per_token"] = max(_text_bytes(tokenizer, predicted), 1) / len(predicted)
     values["fingerprint"] = digest.hexdigest()
@@ -117,10 +121,10 @@ def _text_bytes(tokenizer: Tokenizer, tokens: list[int]) -> int:
     return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
-def _predicted_tokens(packed: PackedSamples) -> list[int]:
-    """Returns the tokens of all positions that train a prediction, in order."""
+def _predicted_tokens(packed: PackedSamples, *, has_targets: bool) -> list[int]:
+    """Returns the tokens of all trained predictions in order, or of all prompts if there are no targets."""
     is_predicted_NL = packed.positions_NL[:, 1:] >= 1
-    if WEIGHTS in packed.values:
+    if has_targets and WEIGHTS in packed.values:
         is_predicted_NL &= packed.values[WEIGHTS][:, :-1].astype(bool)
     tokens: list[int] = packed.tokens_NL[:, 1:][is_predicted_NL].tolist()
     return tokens

@@ -47,8 +47,9 @@ class SampleCounts:
 
 @dataclass(slots=True)
 class _PartSamples:
-    """Samples of a part that fit into a sequence."""
+    """Samples of a part that fit into a sequence, and have targets if the source has them."""
 
+    has_targets: bool
     samples: list[Sample] = field(default_factory=list)
     num_cut: int = 0
     num_dropped: int = 0
@@ -56,7 +57,7 @@ class _PartSamples:
     def add(self, sample: Sample, length: int) -> None:
         """Adds a sample. Cuts or drops it if it is longer than a sequence."""
         fitting = _cut(sample, length)
-        if fitting is None:
+        if fitting is None or (self.has_targets and not _has_targets(fitting)):
             self.num_dropped += 1
             return
         self.num_cut += fitting is not sample
@@ -91,7 +92,9 @@ class PackedSamples:
     counts: SampleCounts
 
 
-def pack_samples(samples: Iterable[Sample], sequence_length_tokens: int, pad_id: int, vocab_size: int) -> PackedSamples:
+def pack_samples(
+    samples: Iterable[Sample], sequence_length_tokens: int, pad_id: int, vocab_size: int, *, has_targets: bool = True
+) -> PackedSamples:
     """Packs samples by best fit, longest first. All pieces of a sample are in one sequence.
 
     A sample that is longer than a sequence is cut at its end if it may be, or else dropped.
@@ -101,8 +104,9 @@ def pack_samples(samples: Iterable[Sample], sequence_length_tokens: int, pad_id:
         sequence_length_tokens: L.
         pad_id: token id that fills the rest of a sequence.
         vocab_size: size of the vocabulary, which decides the type of the tokens.
+        has_targets: whether samples without a target are dropped.
     """
-    length, part = sequence_length_tokens, _PartSamples()
+    length, part = sequence_length_tokens, _PartSamples(has_targets)
     for sample in samples:
         part.add(sample, length)
     bins, num_bins = best_fit_decreasing([sample.num_tokens for sample in part.samples], length)
@@ -151,9 +155,9 @@ def _renumber(value: NDArray[np.generic], offset: int) -> NDArray[np.generic]:
 
 
 def _cut(sample: Sample, length: int) -> Sample | None:
-    """Returns a sample that fits into a sequence, or None if nothing of it can be trained."""
+    """Returns a sample that fits into a sequence, or None if it may not be cut."""
     if sample.num_tokens <= length:
-        return sample if _has_targets(sample) else None
+        return sample
     if not sample.may_be_cut or len(sample.pieces) > 1:
         return None
     piece = sample.pieces[0]
@@ -161,8 +165,7 @@ def _cut(sample: Sample, length: int) -> Sample | None:
     if WEIGHTS in values:
         # The last token that is kept predicts one that is not.
         values[WEIGHTS] = np.concatenate([values[WEIGHTS][:-1], np.zeros_like(values[WEIGHTS][-1:])])
-    cut = replace(sample, pieces=(SamplePiece(tokens=piece.tokens[:length], values=values),))
-    return cut if _has_targets(cut) else None
+    return replace(sample, pieces=(SamplePiece(tokens=piece.tokens[:length], values=values),))
 
 
 def _has_targets(sample: Sample) -> bool:

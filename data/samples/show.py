@@ -96,15 +96,17 @@ def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[S
     pair = prepared.train_values[PAIR][sequence] if PAIR in prepared.train_values else np.zeros_like(positions)
     starts = np.flatnonzero(positions == 0).tolist()
     used = int((positions >= 0).sum())
+    counts = prepared.counts.get("train")
+    single = "prompt" if counts is not None and not counts.targets else "piece"
     return [
-        ShownPiece(title=_title(pair[start:end]), tokens=tokens[start:end], is_target=is_target[start:end])
+        ShownPiece(title=_title(pair[start:end], single), tokens=tokens[start:end], is_target=is_target[start:end])
         for start, end in zip(starts, [*starts[1:], used], strict=True)
     ]
 
 
-def _title(pair: NDArray[np.generic]) -> str:
+def _title(pair: NDArray[np.generic], single: str) -> str:
     number = np.asarray(pair, dtype=np.int64)
-    return "chosen" if (number > 0).any() else "rejected" if (number < 0).any() else "piece"
+    return "chosen" if (number > 0).any() else "rejected" if (number < 0).any() else single
 
 
 def _shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -1,12 +1,24 @@
 """Sums the scores of an answer, and reports each part by its name."""
 
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
-from infer.scoring.score import SCORERS, VERDICTS, Answer, Outcome, Problem, Score, Scorer, ScorerConfig, ScoringError
+from infer.scoring.score import (
+    SCORERS,
+    VERDICTS,
+    Answer,
+    GroupScorer,
+    Outcome,
+    Problem,
+    Score,
+    Scorer,
+    ScorerConfig,
+    ScoringError,
+)
 from kernels.ranges import PositiveInt
 
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
@@ -63,6 +75,27 @@ class ScoreSheet:
         return self.outcome in (*VERDICTS, "rated")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerGroup:
+    """A problem and the answers that were sampled to it, at least one."""
+
+    problem: Problem
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSheets:
+    """The scores of a group.
+
+    Attributes:
+        sheets: one of each answer, in order.
+        dropped: why the group must not be trained on; None: every sheet is a verdict.
+    """
+
+    sheets: tuple[ScoreSheet, ...]
+    dropped: str | None
+
+
 class Reward:
     """Scorers with weights. Use it as a context manager, which ends the scorers' processes."""
 
@@ -74,7 +107,7 @@ class Reward:
         """
         self._weights = {part.kind: part.weight for part in config.parts}
         self._num_threads = config.num_threads
-        self._scorers: dict[str, Scorer] = {}
+        self._scorers: dict[str, Scorer | GroupScorer] = {}
         try:
             for part in config.parts:
                 self._scorers[part.kind] = SCORERS.get(part.kind).build(part)
@@ -93,16 +126,42 @@ class Reward:
         for scorer in self._scorers.values():
             scorer.close()
 
-    def score(self, answer: Answer, problem: Problem) -> ScoreSheet:
-        """Scores an answer with every part."""
-        parts = {kind: scorer.score(answer, problem) for kind, scorer in self._scorers.items()}
+    def score_groups(self, groups: Sequence[AnswerGroup]) -> list[GroupSheets]:
+        """Scores groups of answers in several threads, each answer with every part.
+
+        Returns:
+            The sheets in the groups' order. A group with a sheet that is no verdict is dropped.
+        """
+        with ThreadPoolExecutor(max_workers=self._num_threads) as threads:
+            columns = {kind: _submit(threads, scorer, groups) for kind, scorer in self._scorers.items()}
+            scores = {kind: [future() for future in column] for kind, column in columns.items()}
+        return [
+            self._group_sheets([{kind: column[number][at] for kind, column in scores.items()} for at in range(count)])
+            for number, count in enumerate(len(group.answers) for group in groups)
+        ]
+
+    def _group_sheets(self, parts: Sequence[dict[str, Score]]) -> GroupSheets:
+        """Returns the sheets of a group whose scores are given by answer and part."""
+        sheets = tuple(self._sheet(each) for each in parts)
+        return GroupSheets(sheets=sheets, dropped=next((each.outcome for each in sheets if not each.is_verdict), None))
+
+    def _sheet(self, parts: dict[str, Score]) -> ScoreSheet:
         total = sum(self._weights[kind] * score.value for kind, score in parts.items())
         return ScoreSheet(total=total, outcome=joint_outcome([score.outcome for score in parts.values()]), parts=parts)
 
-    def score_all(self, pairs: Sequence[tuple[Answer, Problem]]) -> list[ScoreSheet]:
-        """Scores answers in several threads. Returns the sheets in the answers' order."""
-        with ThreadPoolExecutor(max_workers=self._num_threads) as threads:
-            return list(threads.map(lambda pair: self.score(*pair), pairs))
+
+def _submit(
+    threads: ThreadPoolExecutor, scorer: Scorer | GroupScorer, groups: Sequence[AnswerGroup]
+) -> list[Callable[[], list[Score]]]:
+    """Starts a scorer on all groups. Returns for each group what waits for its scores."""
+    if isinstance(scorer, GroupScorer):
+        return [threads.submit(scorer.score_group, group.answers, group.problem).result for group in groups]
+    futures = [[threads.submit(scorer.score, answer, group.problem) for answer in group.answers] for group in groups]
+    return [partial(_results, each) for each in futures]
+
+
+def _results(futures: Sequence[Future[Score]]) -> list[Score]:
+    return [future.result() for future in futures]
 
 
 def joint_outcome(outcomes: Sequence[Outcome]) -> Outcome:

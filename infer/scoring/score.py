@@ -5,10 +5,11 @@ A scorer is a pure function of an answer and its problem. A reward is a weighted
 A plugin file can register another scorer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from data.problems.records import ProblemRecord, StdinTest
 from kernels.registry import Registry
 
 Outcome = Literal["correct", "wrong", "missing", "timeout", "unknown", "error", "rated", "skipped"]
@@ -47,14 +48,6 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StdinTest:
-    """A test of a whole program: its standard input, and the standard output that it must print."""
-
-    stdin: str
-    stdout: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """A prompt, and what a correct answer must satisfy.
 
@@ -67,6 +60,11 @@ class Problem:
     prompt: str
     answer: str | None = None
     tests: str | tuple[StdinTest, ...] | None = None
+
+
+def problem_of(record: ProblemRecord) -> Problem:
+    """Returns what the scorers compare with, of a problem that was read."""
+    return Problem(prompt=record.prompt, answer=record.answer, tests=record.tests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +90,19 @@ class Scorer(Protocol):
 
     def score(self, answer: Answer, problem: Problem) -> Score:
         """Scores an answer. It never raises an error because of an answer."""
+        ...
+
+    def close(self) -> None:
+        """Ends the scorer's processes. No call follows."""
+        ...
+
+
+@runtime_checkable
+class GroupScorer(Protocol):
+    """Protocol of a scorer that needs all answers to a problem, such as a vote."""
+
+    def score_group(self, answers: Sequence[Answer], problem: Problem) -> list[Score]:
+        """Scores the answers to a problem, in their order. It never raises an error because of an answer."""
         ...
 
     def close(self) -> None:
@@ -132,7 +143,7 @@ class ScorerSpec:
 
     summary: str
     config: type[ScorerConfig]
-    build: Callable[[Any], Scorer]
+    build: Callable[[Any], Scorer | GroupScorer]
     has_verdict: bool
 
 

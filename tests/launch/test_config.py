@@ -53,6 +53,7 @@ NEEDS = {
 CHATS = {
     "data=chat": '{"prompt": "a", "answer": "b"}\n',
     "data=preferences": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+    "data=problems": '{"prompt": "a", "answer": "b"}\n',
 }
 
 

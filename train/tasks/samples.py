@@ -38,6 +38,11 @@ def check_samples(config: "TrainConfig") -> None:
             f"data.kind: must be a source with samples for task.kind={task}, is {kind}; "
             f"nearest valid: {', '.join(valid) or 'a plugin that registers one'}"
         )
+    if not entry.has_targets:
+        raise ConfigError(
+            f"data.kind: must be a source with answers for task.kind={task}, is {kind}, which has prompts alone; "
+            f"nearest valid: data=chat"
+        )
     known = None if entry.values is None else entry.values(config.data.source)
     missing = [name for name in TASKS.get(task).values if known is not None and name not in known]
     if missing:

@@ -10,12 +10,13 @@ import secrets
 import threading
 from dataclasses import dataclass
 
+from data.problems.records import StdinTest
 from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import find_sandbox
 from infer.scoring.code.pipes import Pipes
 from infer.scoring.code.sandbox import GuestLimits, GuestProgram
 from infer.scoring.code.supervise import GuestResult, wait_for_guests
-from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, StdinTest, failure, verdict
+from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, failure, verdict
 from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_PROGRAM = 2**18

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from data.problems.records import StdinTest
 from infer.scoring.code import find
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
-from infer.scoring.score import Answer, Problem, Score, ScoringError, StdinTest
+from infer.scoring.score import Answer, Problem, Score, ScoringError
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
 
 pytestmark = pytest.mark.slow

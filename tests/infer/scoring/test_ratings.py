@@ -7,7 +7,7 @@ from infer.scoring.format import FormatConfig, format_problem
 from infer.scoring.language import language_share
 from infer.scoring.length import LengthConfig, length_penalty
 from infer.scoring.repetition import repeated_share
-from infer.scoring.reward import Reward, RewardConfig, joint_outcome
+from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, joint_outcome
 from infer.scoring.score import SCORERS, Answer, Problem, ScoringError
 from train.config.decode import decode
 from train.config.errors import ConfigError
@@ -182,8 +182,10 @@ PARTS = [
 
 def test_reward_is_the_weighted_sum_of_its_parts_and_reports_each() -> None:
     with Reward(decode(RewardConfig, {"parts": PARTS, "num_threads": 2})) as reward:
-        pairs = [(Answer(text=text, num_tokens=4), Problem(prompt="", answer="a")) for text in ("a", "б")]
-        right, wrong = reward.score_all(pairs)
+        answers = tuple(Answer(text=text, num_tokens=4) for text in ("a", "б"))
+        [scored] = reward.score_groups([AnswerGroup(problem=Problem(prompt="", answer="a"), answers=answers)])
+    right, wrong = scored.sheets
+    assert scored.dropped is None
     assert (right.total, right.outcome) == (pytest.approx(1 - 0.2), "correct")
     assert (wrong.total, wrong.outcome) == (pytest.approx(-0.2), "wrong")
     assert {kind: score.value for kind, score in wrong.parts.items()} == {"exact": 0, "length": -0.4, "language": 0}

@@ -141,12 +141,11 @@ def test_sft_needs_samples_that_do_not_see_each_other(folder: Path, *, is_masked
     check = TASKS.get("sft").check
     check(config)
     if is_masked:
-        files = sft_config(folder).data
-        config = replace(config, data=replace(files, source=replace(config.data.source, kind="files")))
-        with pytest.raises(
-            ConfigError, match=r"data\.kind: must be a source with samples for task\.kind=sft, is files"
-        ):
-            check(config)
+        refused = {"files": r"with samples for task\.kind=sft, is files", "problems": "with answers .* is problems"}
+        for kind, rule in refused.items():
+            data = replace(config.data, source=replace(config.data.source, kind=kind))
+            with pytest.raises(ConfigError, match=rf"data\.kind: must be a source {rule}"):
+                check(replace(config, data=data))
     else:
         config = replace(config, batch=replace(config.batch, document_mask=False))
         with pytest.raises(ConfigError, match=r"batch\.document_mask: must be true for task\.kind=sft"):

@@ -1,0 +1,4 @@
+"""Reads problems: prompts with what a right answer must satisfy.
+
+No torch here.
+"""

@@ -1,0 +1,33 @@
+"""Splits a source's problems into training part and held-out part. Imports no torch."""
+
+from data.config import DataConfig
+from data.corpus import DataError, is_validation
+from data.problems.records import ProblemRecord
+from data.registry import DATA_SOURCES
+
+
+def split_problems(config: DataConfig) -> tuple[list[ProblemRecord], list[ProblemRecord]]:
+    """Returns the problems to train on, and those that are held out, each in the source's order.
+
+    The split is the one of the source's samples: a problem is held out exactly if its sample is.
+
+    Raises:
+        DataError: the source has no problems, cannot be read, or the training part would be empty.
+    """
+    entry = DATA_SOURCES.get(config.source.kind)
+    if entry.problems is None:
+        valid = [name for name, each in DATA_SOURCES.items() if each.problems is not None]
+        raise DataError(
+            f"data.kind: must be a source with problems, is {config.source.kind}; nearest valid: {', '.join(valid)}"
+        )
+    train: list[ProblemRecord] = []
+    held_out: list[ProblemRecord] = []
+    for record in entry.problems(config.source):
+        is_held_out = is_validation(record.key, config.validation_fraction, config.seed)
+        (held_out if is_held_out else train).append(record)
+    if not train:
+        raise DataError(
+            f"data.validation_fraction: {config.validation_fraction} of {len(held_out)} problems, selected by hash "
+            f"with data.seed {config.seed}, leaves none to train on; nearest: a smaller fraction, or more problems"
+        )
+    return train, held_out
