@@ -125,6 +125,11 @@ class Loader:
         """The token that ends an answer."""
         return self._prepared.tokenizer.end_of_sentence_id
 
+    @property
+    def pad_id(self) -> int:
+        """The token that fills sequences."""
+        return self._prepared.tokenizer.pad_id
+
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Returns sequences `first` to `first + count - 1` of a step's global batch.
 

@@ -18,7 +18,7 @@ from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
 from train.optim.staged import Background, StagedAdamW
 from train.replica import Replica
-from train.rollout.student import StudentSampler
+from train.rollout.step_batch import StepSampler
 from train.tasks.reference import Reference
 from train.teacher.replica import Teacher
 from train.world import World
@@ -45,7 +45,7 @@ class Learner:
     optimizer: StagedAdamW
     ema: ParameterEma | None
     reference: Reference | Teacher | None = None
-    sampler: StudentSampler | None = None
+    sampler: StepSampler | None = None
     ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
     @property
@@ -84,7 +84,7 @@ def open_learner(
     optim: OptimConfig,
     ema: EmaConfig,
     reference: Reference | Teacher | None = None,
-    sampler: StudentSampler | None = None,
+    sampler: StepSampler | None = None,
 ) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it.
 

@@ -6,7 +6,7 @@ All ranks decide the same.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
 from train.records.step_record import record_of
+from train.rollout.groups.held_out import PASS_AT_1
 from train.samples.generate import report_samples
 from train.step import StepResult, train_step
 from train.tasks.registry import TASKS
@@ -159,6 +160,8 @@ class TrainingLoop:
     def _roll_back(self, to_step: int) -> None:
         """Continues after an earlier step, whose checkpoint the learner has already loaded."""
         self.num_done = self._num_saved = to_step
+        if self._learner.sampler is not None:
+            self._learner.sampler.roll_back(to_step)
         self._reporter.roll_back(to_step)
 
     @contextmanager
@@ -183,7 +186,10 @@ class TrainingLoop:
             call_on_first_rank(self._world, "on_step", partial(on_step, record))
 
     def _validate(self) -> dict[str, float]:
-        """Computes and reports the means of the held-out sequences, and returns them for the step's record."""
+        """Measures and reports held-out problems or sequences, and returns the means for the step's record."""
+        sampler = self._learner.sampler
+        if sampler is not None and (measured := sampler.validate()) is not None:
+            return self._report_answers(measured)
         task, num_sequences, learner = self._config.task, self._config.validation.sequences, self._learner
         found = validate(learner.replica, task, self._loader, num_sequences, learner.reference)
         loss, unit = found.loss, TASKS.get(task.kind).unit
@@ -197,11 +203,20 @@ class TrainingLoop:
             call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, loss))
         return {VALIDATION_LOSS: loss, **{f"validation_{name}": mean for name, mean in found.reported.items()}}
 
+    def _report_answers(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Reports measurements of answers to held-out problems."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        self._reporter.say(f"step {self.num_done:>6}  held-out problems: {text}")
+        if on_validation := self._callbacks.on_validation:
+            call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, measured[PASS_AT_1]))
+        return {f"validation_{name}": value for name, value in measured.items()}
+
     def _validate_if_missing(self) -> None:
         """Repeats the validation of the last step if it was interrupted before this run resumed."""
         last, is_missing = self._reporter.last(), [False]
         if last is not None and self._is_validation_due():
-            is_missing = [last["step"] == self.num_done and VALIDATION_LOSS not in last]
+            is_validated = any(name.startswith("validation_") for name in last)
+            is_missing = [last["step"] == self.num_done and not is_validated]
         with self._world.phase("broadcast of the run's history"):
             dist.broadcast_object_list(is_missing, src=0, group=self._world.groups.world)
         if is_missing[0]:
@@ -292,5 +307,6 @@ class TrainingLoop:
 
     def _is_validation_due(self) -> bool:
         validation = self._config.validation
-        has_sequences = validation.sequences > 0 and self._loader.num_validation_sequences > 0
-        return has_sequences and self._is_due(validation.every_steps)
+        rollouts, num_held_out = self._config.rollout, self._loader.num_validation_sequences
+        wanted = validation.sequences if rollouts is None else rollouts.held_out
+        return wanted > 0 and num_held_out > 0 and self._is_due(validation.every_steps)

@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import assert_never
+from typing import Any, assert_never
 
+import torch
 from torch import Tensor
 
 from data.batch_sizes import BatchSizes
@@ -26,9 +27,9 @@ from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
-from train.rollout.student import RolloutCounts, open_step_batch
+from train.rollout.step_batch import open_step_batch
 from train.tasks.batch_reader import BatchReader, Read
-from train.tasks.reference import Reference
+from train.tasks.reference import Reference, refresh_reference
 from train.tasks.registry import StepRates, Task, open_task
 from train.teacher.replica import Teacher
 
@@ -83,7 +84,7 @@ class StepResult:
     tokens: int
     balance: Balance
     execution: Execution
-    rollouts: RolloutCounts | None
+    rollouts: Mapping[str, Any] | None
 
 
 def is_reported(name: str) -> bool:
@@ -134,11 +135,14 @@ def train_step(
     rates = rates_of(task, learner.config, loader.sizes, step)
     reduce = learner.optimizer.reduce
     batch = open_step_batch(learner.sampler, loader, step)
-    losses, execution = accumulate(learner, task, batch.read, rates, progress, reduce)
+    losses, execution = accumulate(learner, task, batch.reads, rates, progress, reduce)
+    if learner.sampler is not None:
+        learner.sampler.finish_step(step)
     passed = time.perf_counter()
     norm = _update(learner, guard or Guard(_NO_SPIKES), losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
     learner.update_average()
+    refresh_reference(learner.reference, task, replica, step + 1)
     ended = time.perf_counter()
     return StepResult(
         losses=losses,
@@ -146,10 +150,10 @@ def train_step(
         rates=rates,
         seconds=ended - started,
         update_seconds=ended - passed,
-        tokens=replica.global_sequences * replica.config.batch.sequence_length_tokens,
+        tokens=len(batch.reads) * replica.global_sequences * replica.config.batch.sequence_length_tokens,
         balance=balance,
         execution=execution,
-        rollouts=batch.rollouts,
+        rollouts=batch.metrics,
     )
 
 
@@ -184,31 +188,38 @@ def discard(learner: Learner) -> None:
 def accumulate(
     learner: Learner,
     config: TaskConfig,
-    read: Read,
+    reads: Sequence[Read],
     rates: StepRates,
     progress: Progress | None = None,
     reduce: Callable[[int], None] = lambda stage: None,
 ) -> tuple[Losses, Execution]:
-    """Runs all passes of one global batch. Gradients accumulate in the store, expert loads in the routers.
+    """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
 
     Args:
         learner: of this rank.
         config: of the run's task.
-        read: returns sequences of the batch, given the first one's index and their number.
+        reads: for each global batch, returns sequences, given the first one's index and their number.
         rates: of the step.
         progress: shows how many of this rank's phases are done; None: shows nothing.
-        reduce: starts to reduce the gradients of a stage. By default all gradients stay those of this rank.
+        reduce: starts to reduce the gradients of a stage in the last pass. By default all gradients stay those of this
+            rank.
+
+    Returns:
+        The losses of the step, and the execution of its last pass.
 
     Raises:
         PreemptedError: on every rank, before any pass has started.
     """
     replica = learner.replica
     task = open_task(config, replica.config.model, replica.config.batch)
-    batches = BatchReader(replica, task, read)
-    counts, sums = batches.count(), LossSums(task.names)
-    objective = compare(learner.reference, batches, task.objective(counts, rates))
-    follow = partial(_count_phases, progress)
-    execution = replica.train(batches, objective, sums, learner.store, follow, reduce=reduce)
+    passes = [BatchReader(replica, task, read) for read in reads]
+    counts = torch.stack([batches.count() for batches in passes]).sum(0)
+    sums, objective, follow = LossSums(task.names), task.objective(counts, rates), partial(_count_phases, progress)
+    for batches in passes[:-1]:
+        compared = compare(learner.reference, batches, objective)
+        replica.train(batches, compared, sums, learner.store, follow)
+    compared = compare(learner.reference, passes[-1], objective)
+    execution = replica.train(passes[-1], compared, sums, learner.store, follow, reduce=reduce)
     return reduce_losses(replica, task, sums, counts, rates), execution
 
 

@@ -22,10 +22,12 @@ SCORE = "score"
 """Value of a pair's number at the last token of each answer: k for the preferred one, -k for the other, else 0."""
 MARGIN = "margin"
 """Value of how much better the preferred answer is, at its last token."""
+ANSWER = "answer"
+"""Value of an answer's number where the answer's tokens are predicted, else 0."""
 PAIR_VALUES = (WEIGHTS, PAIR, SCORE, MARGIN)
 """Values of samples of two answers."""
-NUMBERED = (PAIR, SCORE)
-"""Values that number the pairs of a sample from 1. Packing makes the numbers unique within a sequence."""
+NUMBERED = (PAIR, SCORE, ANSWER)
+"""Values that number the pairs or answers of a sample from 1. Packing makes the numbers unique within a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +135,7 @@ def _count_targets(piece: SamplePiece) -> int:
 
 
 def _count_numbers(sample: Sample) -> int:
-    """Returns the largest number of a pair in a sample; 0 if it has none."""
+    """Returns the largest number of a pair or an answer in a sample; 0 if it has none."""
     numbered = (piece.values[name] for piece in sample.pieces for name in NUMBERED if name in piece.values)
     return max((int(np.abs(value).max(initial=0)) for value in numbered), default=0)
 
@@ -147,8 +149,8 @@ def _renumber(value: NDArray[np.generic], offset: int) -> NDArray[np.generic]:
     limit = np.iinfo(value.dtype).max  # type: ignore[type-var]
     if np.abs(moved).max(initial=0) > limit:
         raise DataError(
-            f"batch.sequence_length_tokens: must have at most {limit} pairs in a sequence, has more; nearest: a "
-            f"shorter sequence"
+            f"batch.sequence_length_tokens: must have at most {limit} pairs or answers in a sequence, has more; "
+            f"nearest: a shorter sequence"
         )
     renumbered: NDArray[np.generic] = moved.astype(value.dtype)
     return renumbered

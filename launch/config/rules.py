@@ -8,6 +8,7 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import build, candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
+from launch.config.rollout_rules import check_rollouts
 from model.config import RECOMPUTED, CutError
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
@@ -50,6 +51,7 @@ def check_rules(config: TrainConfig) -> None:
     check_exchange(config)
     check_optim(config)
     _check_profile(config)
+    check_rollouts(config)
     TASKS.get(config.task.kind).check(config)
 
 

@@ -31,7 +31,8 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.replica import open_replica
-from train.rollout.student import StudentSampler, open_step_batch, open_student_sampler
+from train.rollout.step_batch import open_step_batch
+from train.rollout.student import StudentSampler, open_student_sampler
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
@@ -139,7 +140,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         learner = learners.for_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        losses, _ = accumulate(learner, config.task, open_step_batch(learner.sampler, loader, step).read, rates)
+        losses, _ = accumulate(learner, config.task, open_step_batch(learner.sampler, loader, step).reads, rates)
         gradients = by_released_name(model, learner.store.gradient)
         norm = learner.optimizer.norm()
         learner.optimizer.update(rates.learning_rate)
@@ -155,7 +156,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
 def sequential_step(learner: Learner, config: TrainConfig, loader: Loader, step: int) -> float:
     """Runs a step that reduces after all passes and completes every update before the router bias."""
     rates = rates_of(config.task, config.optim, loader.sizes, step)
-    accumulate(learner, config.task, partial(loader.batch, step), rates)
+    accumulate(learner, config.task, [partial(loader.batch, step)], rates)
     norm = learner.optimizer.norm()
     learner.optimizer.update(rates.learning_rate)
     learner.replica.weight_updates.wait_all()
@@ -213,7 +214,7 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
     )
     loader, seen = open_loader(config), []
     sampler = plain_sampler(config, model)
-    reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference else load_teacher(config)
+    reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference(config.task) else load_teacher(config)
     for step in range(num_steps):
         seen.append(_plain_step(config, model, optimizer, loader, step, reference, sampler))
     return seen
@@ -271,10 +272,10 @@ def _plain_step(
     config = sized_config(config, loader.sizes.sequences(step))
     task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
-    read = open_step_batch(sampler, loader, step).read
+    (read,) = open_step_batch(sampler, loader, step).reads
     batches = [task.read(read(first, size), device) for first in reads]
     if reference is not None:
-        scored = with_reference if TASKS.get(config.task.kind).has_reference else with_states
+        scored = with_reference if TASKS.get(config.task.kind).has_reference(config.task) else with_states
         batches = [scored(batch, reference) for batch in batches]
     counts = torch.stack([task.count(batch) for batch in batches]).sum(0)
     objective, sums = task.objective(counts, rates), LossSums(task.names)

@@ -24,7 +24,7 @@ def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Bala
     seen = []
     for step in range(2):
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        accumulate(learner, config.task, partial(loader.batch, step), rates)
+        accumulate(learner, config.task, [partial(loader.batch, step)], rates)
         seen.append(update_router_bias(learner.replica, rates.bias_update))
         learner.store.clear()
     close_job(learner)

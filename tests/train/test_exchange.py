@@ -61,7 +61,7 @@ def test_training_in_two_hops_equals_one_rank(
 def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
     learner, loader = open_job(config), open_loader(config)
     rates = rates_of(config.task, config.optim, loader.sizes, 0)
-    accumulate(learner, config.task, lambda first, count: loader.batch(0, first, count), rates)
+    accumulate(learner, config.task, [lambda first, count: loader.batch(0, first, count)], rates)
     model = config.model
     metrics = exchange_metrics(
         learner.replica.observers.traffic.take(),

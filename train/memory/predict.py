@@ -119,7 +119,7 @@ def _predict(config: TrainConfig) -> JobMemory:
             peaks[order] = pipeline_peaks(config, schedule, rank, phases, sizes)
         held = _held(config.model, schedule, rank, shapes, sizes)
         memory = _rank_memory(config, rank, held, *peaks[order], schedule, sizes)
-        if TASKS.get(config.task.kind).has_reference:
+        if TASKS.get(config.task.kind).has_reference(config.task):
             frozen = _held(replace(config.model, mtp_depth=0), schedule, rank, shapes, sizes)
             memory = replace(memory, weights=memory.weights + weight_bytes(frozen, sizes))
         ranks.append(memory)

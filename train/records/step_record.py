@@ -61,7 +61,7 @@ def record_of(
         **mfu(model, length, speed, None if peak_flops is None else peak_flops * mesh.world_size),
         **_usage_metrics(world, use, result),
         **result.balance.metrics(),
-        **({} if result.rollouts is None else {"rollouts": result.rollouts.metrics()}),
+        **({} if result.rollouts is None else {"rollouts": dict(result.rollouts)}),
         **exchange,
     }
 

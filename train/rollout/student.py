@@ -4,9 +4,8 @@ Source: GKD, arXiv:2306.13649.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from data.loader import Batch, Loader
 from infer.config import Sampling
@@ -17,7 +16,7 @@ from train.replica import Replica
 from train.rollout.engine import ReplicaEngine, TrainingEngine
 from train.rollout.pack import BatchShape, TrainedAnswer, pack_answers
 from train.rollout.prompts import AnsweredPrompt, find_prompts
-from train.tasks.batch_reader import Read
+from train.rollout.step_batch import StepBatch
 from train.tasks.distill import DistillConfig
 
 _CHOICE_SAMPLE = 1
@@ -111,6 +110,21 @@ class StudentSampler:
         )
         return SampledBatch(batch=packed.batch, counts=counts)
 
+    def open_step(self, loader: Loader, step: int) -> StepBatch:
+        """Implements `StepSampler.open_step`."""
+        sampled = self.sample(loader, step)
+        return StepBatch((sampled.batch.sequences,), sampled.counts.metrics())
+
+    def finish_step(self, step: int) -> None:
+        """Does nothing, because nothing is written."""
+
+    def validate(self) -> Mapping[str, float] | None:
+        """Returns None, because the validation computes losses of the data."""
+        return None
+
+    def roll_back(self, num_done: int) -> None:
+        """Does nothing, because nothing is kept between steps."""
+
     def close(self) -> None:
         """Closes the engine. All ranks call it at the same point."""
         self._engine.close()
@@ -144,19 +158,3 @@ def open_student_sampler(config: TrainConfig, student: Replica) -> StudentSample
     if not isinstance(task, DistillConfig) or task.answers == "data":
         return None
     return StudentSampler(ReplicaEngine(student), task, config.seed)
-
-
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """The reader of a step's global batch, and numbers of its rollouts if it has any."""
-
-    read: Read
-    rollouts: RolloutCounts | None = None
-
-
-def open_step_batch(sampler: StudentSampler | None, loader: Loader, step: int) -> StepBatch:
-    """Returns a step's batch, for which the sampler, if there is one, samples answers. All ranks call it."""
-    if sampler is None:
-        return StepBatch(partial(loader.batch, step))
-    sampled = sampler.sample(loader, step)
-    return StepBatch(sampled.batch.sequences, sampled.counts)

@@ -43,7 +43,7 @@ TASKS.register(
         build=build_dpo,
         values=("pair",),
         unit="pair",
-        has_reference=True,
+        has_reference=lambda task: True,
         needs_weights=True,
         check=check_samples,
         example={"epochs": None, "beta": 0.1, "label_smoothing": 0.1, "sft_weight": 0.2},

@@ -68,6 +68,16 @@ class Reference:
         self.replica.close()
 
 
+def refresh_reference(reference: object, task: TaskConfig, policy: Replica, num_done: int) -> None:
+    """Copies the present weights into a reference, if the task does so after this many steps.
+
+    All ranks call it.
+    """
+    interval = TASKS.get(task.kind).reference_interval(task)
+    if interval is not None and isinstance(reference, Reference) and num_done % interval == 0:
+        reference.follow(policy)
+
+
 def open_reference(task: TaskConfig, policy: Replica) -> Reference | None:
     """Opens the reference of a task that needs one, with the policy's weights. All ranks call it.
 
@@ -75,7 +85,7 @@ def open_reference(task: TaskConfig, policy: Replica) -> Reference | None:
         task: of the run.
         policy: the replica that the run trains.
     """
-    if not TASKS.get(task.kind).has_reference:
+    if not TASKS.get(task.kind).has_reference(task):
         return None
     config = replace(policy.config, model=replace(policy.config.model, mtp_depth=0))
     reference = Reference(open_replica(policy.world, config, policy.schedule, policy.cut, is_proven=True))

@@ -31,6 +31,14 @@ def _no_teacher(config: TrainConfig) -> TrainConfig | None:
     return None
 
 
+def _never(task: Any) -> bool:
+    return False
+
+
+def _no_interval(task: Any) -> int | None:
+    return None
+
+
 def _unchanged(config: TrainConfig, prepared: Prepared) -> Prepared:
     return prepared
 
@@ -93,7 +101,10 @@ class TaskSpec:
         build: builds the task from its configuration, the model's and the batch's. It imports torch itself.
         head: kind of the network's output head. The configuration of the model follows it.
         unit: what the main loss is a mean over.
-        has_reference: whether the task compares with a frozen copy of the weights that it starts from.
+        has_reference: returns whether a task's configuration compares with a frozen copy of the weights that the run
+            starts from.
+        reference_interval: returns after how many steps the present weights replace that copy; None: never.
+        has_rollouts: whether the task learns from the rewards of answers that it samples.
         needs_weights: whether the task needs the weights of a trained model to start from.
         teacher_run: returns the run's configuration with the architecture and the cut of a frozen network that runs in
             the same pipeline, or None if there is none. It may read files.
@@ -109,7 +120,9 @@ class TaskSpec:
     build: Callable[[Any, ModelConfig, BatchConfig], Task]
     head: HeadKind = "tokens"
     unit: Literal["token", "pair"] = "token"
-    has_reference: bool = False
+    has_reference: Callable[[Any], bool] = _never
+    reference_interval: Callable[[Any], int | None] = _no_interval
+    has_rollouts: bool = False
     needs_weights: bool = False
     teacher_run: Callable[[TrainConfig], TrainConfig | None] = _no_teacher
     example: Mapping[str, object] = field(default_factory=dict)

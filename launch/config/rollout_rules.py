@@ -1,0 +1,79 @@
+"""Rules of runs that learn from the rewards of sampled answers. Reads no files."""
+
+from data.registry import DATA_SOURCES
+from train.config import TrainConfig
+from train.config.errors import ConfigError, divisors
+from train.rollout.config import RolloutConfig
+from train.tasks.registry import TASKS
+
+
+def check_rollouts(config: TrainConfig) -> None:
+    """Rejects rollouts that a task does not use or lacks, and sizes that do not fit.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    kind, rollouts = config.task.kind, config.rollout
+    if not TASKS.get(kind).has_rollouts:
+        for key, value in (("rollout", rollouts), ("reward", config.reward)):
+            if value is not None:
+                users = ", ".join(f"task={name}" for name, spec in TASKS.items() if spec.has_rollouts)
+                raise ConfigError(
+                    f"{key}: must be null with task={kind}, which learns from no rewards, has values; nearest valid: "
+                    f"{key}=none, or {users}"
+                )
+        return
+    if rollouts is None:
+        raise ConfigError(f"rollout: must have values with task={kind}, is null; nearest valid: rollout=default")
+    if config.reward is None:
+        raise ConfigError(f"reward: must have values with task={kind}, is null; nearest valid: reward=exact")
+    _check_source(config)
+    _check_sizes(rollouts, config.batch.sequence_length_tokens)
+    if config.batch.ramp is not None:
+        raise ConfigError(
+            f"batch.ramp: must be null with task={kind}, whose batches are as many as the answers need, has values; "
+            f"nearest valid: batch.ramp=null"
+        )
+    if not config.batch.document_mask:
+        raise ConfigError(
+            f"batch.document_mask: must be true for task.kind={kind}, because answers that are packed into one "
+            f"sequence must not attend to each other, is false; nearest valid: true"
+        )
+
+
+def _check_source(config: TrainConfig) -> None:
+    kind = config.data.source.kind
+    if DATA_SOURCES.get(kind).problems is None:
+        valid = [name for name, entry in DATA_SOURCES.items() if entry.problems is not None]
+        raise ConfigError(
+            f"data.kind: must be a source with problems for task.kind={config.task.kind}, is {kind}; nearest valid: "
+            f"{', '.join(valid)}"
+        )
+
+
+def _check_sizes(config: RolloutConfig, length: int) -> None:
+    if config.samples < 2:
+        raise ConfigError(
+            f"rollout.samples: must be at least 2, because an answer is compared with the others to its prompt, is "
+            f"{config.samples}; nearest valid: 2"
+        )
+    if config.max_new_tokens >= length:
+        raise ConfigError(
+            f"rollout.max_new_tokens: must be below batch.sequence_length_tokens={length}, which also holds the "
+            f"prompt, is {config.max_new_tokens}; nearest valid: {length - 1}"
+        )
+    if config.prompts % config.updates:
+        raise ConfigError(
+            f"rollout.updates: must divide rollout.prompts={config.prompts}, is {config.updates}; nearest valid: "
+            f"{divisors(config.prompts, config.updates)}"
+        )
+    if config.length_penalty_tokens > config.max_new_tokens:
+        raise ConfigError(
+            f"rollout.length_penalty_tokens: must be at most rollout.max_new_tokens={config.max_new_tokens}, is "
+            f"{config.length_penalty_tokens}; nearest valid: {config.max_new_tokens}"
+        )
+    for key in ("keep_routing", "keep_sampling_mask"):
+        if getattr(config, key):
+            raise ConfigError(f"rollout.{key}: must be false, is true; nearest valid: false")
+    if config.engine == "local":
+        raise ConfigError("rollout.engine: must be pipelined, is local; nearest valid: pipelined")

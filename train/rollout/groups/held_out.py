@@ -1,0 +1,51 @@
+"""Measures how many held-out problems a policy solves, during training."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from infer.engines.protocol import Rollout
+from infer.scoring.reward import ScoreSheet
+from train.rollout.groups.draw import DrawnPrompt
+
+if TYPE_CHECKING:
+    from train.rollout.groups.make import RolloutMaker
+
+PASS_AT_1 = "pass_at_1"
+VALIDATION_STEP = 2**40
+"""Number of the request of every validation: equal draws make validations comparable, and no step has them."""
+
+
+class HeldOutProblems:
+    """Held-out problems, which every validation answers with the same random numbers."""
+
+    def __init__(self, drawn: Sequence[DrawnPrompt], samples: int) -> None:
+        """Stores the problems.
+
+        Args:
+            drawn: the prompts, at least one.
+            samples: number of answers to each.
+        """
+        self._drawn, self._samples = list(drawn), samples
+
+    def measure(self, maker: "RolloutMaker") -> Mapping[str, float]:
+        """Answers and scores all problems. All ranks call it.
+
+        Returns:
+            By name: share of answers that are correct (pass_at_1), share of problems with a correct answer (pass_at_n),
+            mean reward, mean number of tokens, and share of answers that were cut.
+        """
+        rollouts = maker.sample(self._drawn, self._samples, VALIDATION_STEP)
+        scored = maker.begin_scores(self._drawn, rollouts).wait()
+        return _summary(rollouts, [group.sheets for group in scored])
+
+
+def _summary(rollouts: Sequence[Sequence[Rollout]], sheets: Sequence[Sequence[ScoreSheet]]) -> dict[str, float]:
+    answers, scored = [each for group in rollouts for each in group], [each for group in sheets for each in group]
+    is_correct = [[sheet.outcome == "correct" for sheet in group] for group in sheets]
+    return {
+        PASS_AT_1: sum(map(sum, is_correct)) / len(scored),
+        f"pass_at_{len(sheets[0])}": sum(map(any, is_correct)) / len(sheets),
+        "reward": sum(sheet.total for sheet in scored) / len(scored),
+        "mean_tokens": sum(len(each.tokens) for each in answers) / len(answers),
+        "cut_share": sum(each.finish == "length" for each in answers) / len(answers),
+    }

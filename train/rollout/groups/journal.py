@@ -1,0 +1,212 @@
+"""Writes and reads the journal of rollouts: all answers and rewards of a step.
+
+It is complete before the step's update. A resumed run reuses a whole journal, so that no answer is sampled again and no
+reward is computed again. Files of one step are JSON lines that people can read, and safetensors for log-probabilities.
+The last line holds digests of both, so that a file that was torn anywhere is noticed.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from infer.scoring.reward import ScoreSheet
+from infer.scoring.score import Score
+from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, ScoredRollout
+
+FORMAT = 1
+FOLDER_NAME = "rollouts"
+_LOG_PROBS, _OLD, _LENGTHS = "log_probs", "old_log_probs", "lengths"
+_HEADER = ("rollout", "step", "weights", "settings", "next_prompt", "seconds", "counts")
+_LARGEST_FILE_BYTES = 2**34
+
+
+class JournalError(ValueError):
+    """A journal that is missing, torn or of another form. The message says which."""
+
+
+def journal_path(out_dir: Path, step: int) -> Path:
+    """Returns the file with the rollout whose first training step is `step`, counted from 1."""
+    return out_dir / FOLDER_NAME / f"step-{step:08}.jsonl"
+
+
+def write_journal(out_dir: Path, rollout: ScoredRollout, dtype: type[np.floating[Any]]) -> Path:
+    """Writes a rollout. When this returns, it is whole and on the disk.
+
+    Args:
+        out_dir: folder of the run.
+        rollout: its groups are in the order of their prompts.
+        dtype: of the log-probabilities.
+    """
+    path = journal_path(out_dir, rollout.header.step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = save_tensors(_tensors(rollout.answers, dtype))
+    lines = [json.dumps({"format": FORMAT, **asdict(rollout.header)})]
+    lines += [json.dumps(_to_plain(number, group)) for number, group in enumerate(rollout.groups)]
+    body = "".join(f"{line}\n" for line in lines).encode()
+    end = {"end": True, "sha256": _digest(body), "tensors_sha256": _digest(tensors)}
+    _write_whole(path.with_suffix(".safetensors"), tensors)
+    _write_whole(path, body + json.dumps(end).encode() + b"\n")
+    return path
+
+
+def read_journal(out_dir: Path, step: int) -> ScoredRollout:
+    """Reads a whole rollout.
+
+    Args:
+        out_dir: folder of the run.
+        step: first training step that learns from it, from 1.
+
+    Raises:
+        JournalError: the file is missing, torn or of another form.
+    """
+    path = journal_path(out_dir, step)
+    try:
+        body, end = _split_end(_read_bytes(path))
+        tensors = _read_bytes(path.with_suffix(".safetensors"))
+        if end.get("sha256") != _digest(body) or end.get("tensors_sha256") != _digest(tensors):
+            raise JournalError(f"{path}: its digests do not match, so it was not written to its end or was changed")
+        header, *groups = [json.loads(line) for line in body.splitlines()]
+        if header["format"] != FORMAT:
+            raise JournalError(f"{path}: must have format {FORMAT}, has {header['format']}")
+        values = iter(_answer_values(load_tensors(tensors)))
+        return ScoredRollout(
+            header=RolloutHeader(**{name: header[name] for name in _HEADER}),
+            groups=tuple(_to_group(group, values) for group in groups),
+        )
+    except JournalError:
+        raise
+    except Exception as error:
+        raise JournalError(f"{path}: cannot be read: {error}") from error
+
+
+def read_header(path: Path) -> Mapping[str, Any] | None:
+    """Returns the first line of a journal, or None if it is not one."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline(2**20))
+    except (OSError, ValueError):
+        return None
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
+
+
+def remove_after(out_dir: Path, step: int) -> list[Path]:
+    """Removes the journals of steps after `step`, counted from 1, and returns their paths."""
+    paths = sorted((out_dir / FOLDER_NAME).glob("step-*"))
+    late = [path for path in paths if path.name[5:13].isdecimal() and int(path.name[5:13]) > step]
+    for path in late:
+        path.unlink()
+    return late
+
+
+def _tensors(answers: Sequence[RolledAnswer], dtype: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    lengths = np.asarray([len(answer.tokens) for answer in answers], dtype=np.int64)
+    found: dict[str, NDArray[Any]] = {_LENGTHS: lengths}
+    found[_LOG_PROBS] = np.asarray([value for answer in answers for value in answer.log_probs], dtype=dtype)
+    if any(answer.old_log_probs is not None for answer in answers):
+        old = [value for answer in answers for value in answer.old_log_probs or (math.nan,) * len(answer.tokens)]
+        found[_OLD] = np.asarray(old, dtype=dtype)
+    return found
+
+
+def _answer_values(tensors: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, tuple[float, ...]]]:
+    """Yields the log-probabilities of each answer by name."""
+    ends = [0, *np.cumsum(tensors[_LENGTHS]).tolist()]
+    for first, last in pairwise(ends):
+        yield {
+            name: tuple(tensors[name][first:last].tolist())
+            for name in (_LOG_PROBS, _OLD)
+            if name in tensors and not np.isnan(tensors[name][first:last]).any()
+        }
+
+
+def _to_plain(number: int, group: RolledGroup) -> dict[str, Any]:
+    return {
+        "group": number,
+        "prompt": group.prompt,
+        "problem": group.problem,
+        "text": group.text,
+        "answer": group.expected,
+        "tokens": group.tokens,
+        "dropped": group.dropped,
+        "samples": [
+            {
+                "sample": answer.sample,
+                "tokens": answer.tokens,
+                "text": answer.text,
+                "finish": answer.finish,
+                "outcome": answer.sheet.outcome,
+                "total": answer.sheet.total,
+                "parts": {kind: asdict(score) for kind, score in answer.sheet.parts.items()},
+                "reward": answer.reward,
+                "advantage": answer.advantage,
+                "version": answer.version,
+            }
+            for answer in group.answers
+        ],
+    }
+
+
+def _to_group(values: Mapping[str, Any], log_probs: Iterator[dict[str, tuple[float, ...]]]) -> RolledGroup:
+    return RolledGroup(
+        prompt=values["prompt"],
+        problem=values["problem"],
+        text=values["text"],
+        expected=values["answer"],
+        tokens=tuple(values["tokens"]),
+        dropped=values["dropped"],
+        answers=tuple(_to_answer(sample, next(log_probs)) for sample in values["samples"]),
+    )
+
+
+def _to_answer(values: Mapping[str, Any], found: Mapping[str, tuple[float, ...]]) -> RolledAnswer:
+    parts = {kind: Score(**score) for kind, score in values["parts"].items()}
+    answer = RolledAnswer(
+        sample=values["sample"],
+        tokens=tuple(values["tokens"]),
+        log_probs=found[_LOG_PROBS],
+        text=values["text"],
+        finish=values["finish"],
+        sheet=ScoreSheet(total=values["total"], outcome=values["outcome"], parts=parts),
+        reward=values["reward"],
+        advantage=values["advantage"],
+        version=values["version"],
+    )
+    return replace(answer, old_log_probs=found[_OLD]) if _OLD in found else answer
+
+
+def _split_end(content: bytes) -> tuple[bytes, Mapping[str, Any]]:
+    """Returns what precedes the last line, and the last line."""
+    cut = content.rfind(b"\n", 0, -1) + 1
+    end = json.loads(content[cut:]) if content.endswith(b"\n") else {}
+    return content[:cut], end if isinstance(end, dict) else {}
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST_FILE_BYTES:
+        raise JournalError(f"{path}: must have at most {_LARGEST_FILE_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it when it is on the disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

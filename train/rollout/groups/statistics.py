@@ -1,0 +1,51 @@
+"""Summarizes a rollout for the record of a step. No torch here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from train.rollout.groups.records import RolledAnswer, ScoredRollout
+
+
+def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
+    """Returns numbers of a rollout, over the whole job.
+
+    Args:
+        rollout: with at least one answer.
+        step: index of the step that learns from it, from 0.
+    """
+    answers, counts = rollout.answers, rollout.header.counts
+    rewards = [answer.reward for answer in answers]
+    mean = math.fsum(rewards) / len(rewards)
+    tokens = [len(answer.tokens) for answer in answers]
+    judged = [answer for answer in answers if answer.sheet.outcome != "rated"]
+    return {
+        "answers": len(answers),
+        "reward": mean,
+        "reward_deviation": math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
+        "parts": part_means(answers),
+        "correct_share": _share(judged, "correct"),
+        "groups": counts["groups"],
+        "equal_share": counts["equal_groups"] / counts["groups"],
+        "no_verdict_share": counts["groups_without_verdict"] / counts["groups"],
+        "draws": counts["draws"],
+        "mean_tokens": sum(tokens) / len(tokens),
+        "most_tokens": max(tokens),
+        "cut_share": sum(answer.finish == "length" for answer in answers) / len(answers),
+        "versions_behind": step - min(answer.version for answer in answers),
+        "part_seconds": dict(rollout.header.seconds),
+    }
+
+
+def part_means(answers: Sequence[RolledAnswer]) -> Mapping[str, float]:
+    """Returns the mean value of each part of the reward, over the answers to which it applies."""
+    values: dict[str, list[float]] = {}
+    for answer in answers:
+        for kind, score in answer.sheet.parts.items():
+            if score.outcome != "skipped":
+                values.setdefault(kind, []).append(score.value)
+    return {kind: math.fsum(found) / len(found) for kind, found in values.items()}
+
+
+def _share(answers: Sequence[RolledAnswer], outcome: str) -> float:
+    return sum(answer.sheet.outcome == outcome for answer in answers) / max(len(answers), 1)
