@@ -24,6 +24,7 @@ def linear_cross_entropy(
     *,
     wants_rows: bool,
     wants_head: bool,
+    kept_ids_NK: Tensor | None = None,
     implementation: Implementation | None = None,
 ) -> RowScores:
     """Computes log-probabilities and gradients, as the function in `kernels.cross_entropy.reference` does."""
@@ -31,4 +32,9 @@ def linear_cross_entropy(
         from kernels.cross_entropy.reference import linear_cross_entropy as run
     else:
         from kernels.cross_entropy.triton import linear_cross_entropy as run
-    return run(rows_ND, head_VD, targets_N, row_slopes, wants_rows=wants_rows, wants_head=wants_head)
+    return run(
+        *(rows_ND, head_VD, targets_N, row_slopes),
+        wants_rows=wants_rows,
+        wants_head=wants_head,
+        kept_ids_NK=kept_ids_NK,
+    )

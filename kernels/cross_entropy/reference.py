@@ -2,7 +2,7 @@
 
 Every objective that scores tokens is computed here: its gradient in a row's hidden state is one number, the slope,
 times the gradient of the row's cross-entropy, -log p. Shape legend: N rows, C rows of a chunk, D hidden size, V
-vocabulary.
+vocabulary, K kept tokens of a row.
 """
 
 from collections.abc import Callable
@@ -51,11 +51,13 @@ def linear_cross_entropy(
     *,
     wants_rows: bool,
     wants_head: bool,
+    kept_ids_NK: Tensor | None = None,
 ) -> RowScores:
     """Computes log softmax(rows head^T)[target] of each row and the requested gradients, chunk by chunk.
 
     The gradients are those of the sum over rows of slope * -log_prob, with constant slopes. Each chunk's logits are
     computed once, in float32 or wider starting with the product, and used for log-probabilities and gradients.
+    With kept tokens, the softmax of a row is over these, and the gradients of all other tokens' logits are 0.
 
     Args:
         rows_ND: the head's input.
@@ -65,12 +67,16 @@ def linear_cross_entropy(
             every row.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
+        kept_ids_NK: int64, the tokens that a row's softmax is over, the target among them (otherwise its
+            log-probability is minus infinity); -1 fills. A row that begins with -1 keeps the whole vocabulary, as all
+            rows do if this is None.
 
     Raises:
         ValueError: the operands do not match.
-        RuntimeError: a target is neither below V nor -100.
+        RuntimeError: a target is neither below V nor -100, or a kept token is neither below V nor -1.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
+    check_kept_ids(kept_ids_NK, rows_ND)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
     scores = empty_scores(rows_ND, head_VD, wants_rows=wants_rows, wants_head=wants_head)
     size = max(1, chunk_rows(len(rows_ND), len(head_VD), rows_ND.dtype))
@@ -78,7 +84,11 @@ def linear_cross_entropy(
         chunk = slice(first, first + size)
         targets_C1 = targets_N[chunk, None]
         places_C1 = targets_C1.masked_fill(targets_C1 == IGNORE, 0)
-        logs_CV = torch.log_softmax((rows_ND[chunk] @ head_VD.t()).to(wide), -1)
+        logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
+        if kept_ids_NK is not None:
+            exclude_dropped_(logits_CV, kept_ids_NK[chunk])
+        logs_CV = torch.log_softmax(logits_CV, -1)
+        del logits_CV
         log_probs_C1 = logs_CV.gather(1, places_C1).masked_fill_(targets_C1 == IGNORE, 0)
         scores.log_probs_N[chunk] = log_probs_C1[:, 0]
         if not wants_rows and not wants_head:
@@ -88,6 +98,15 @@ def linear_cross_entropy(
         add_gradients(scores, chunk, slopes_CV.to(rows_ND.dtype), rows_ND, head_VD, targets_N, row_slopes)
         del logs_CV, slopes_CV  # frees memory before the next chunk's logits are computed
     return scores
+
+
+def exclude_dropped_(logits_CV: Tensor, kept_ids_CK: Tensor) -> None:
+    """Sets the logits of tokens that are not kept to minus infinity; the ids are those of `linear_cross_entropy`."""
+    # Ids are shifted by one, so that column 0 takes the fill value.
+    is_kept_CV = torch.zeros(len(logits_CV), logits_CV.shape[1] + 1, dtype=torch.bool, device=logits_CV.device)
+    is_kept_CV = is_kept_CV.scatter_(1, kept_ids_CK + 1, True)[:, 1:]
+    is_kept_CV |= kept_ids_CK[:, :1] < 0
+    logits_CV.masked_fill_(is_kept_CV.logical_not_(), float("-inf"))
 
 
 def empty_scores(rows_ND: Tensor, head_VD: Tensor, *, wants_rows: bool, wants_head: bool) -> RowScores:
@@ -163,6 +182,21 @@ def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slop
         if row_slopes.shape != targets_N.shape or row_slopes.dtype != wide or row_slopes.device != rows_ND.device:
             given = f"{row_slopes.dtype} {list(row_slopes.shape)} on {row_slopes.device}"
             raise ValueError(f"{subject}: row_slopes must be {wide} [{len(rows_ND)}] on {rows_ND.device}, got {given}")
+
+
+def check_kept_ids(kept_ids_NK: Tensor | None, rows_ND: Tensor) -> None:
+    """Checks that the kept tokens match the rows.
+
+    Raises:
+        ValueError: shape, type or device do not match.
+    """
+    if kept_ids_NK is None:
+        return
+    given = f"{kept_ids_NK.dtype} {list(kept_ids_NK.shape)} on {kept_ids_NK.device}"
+    is_matrix = kept_ids_NK.dim() == 2 and kept_ids_NK.shape[1] > 0 and len(kept_ids_NK) == len(rows_ND)
+    if not is_matrix or kept_ids_NK.dtype != torch.int64 or kept_ids_NK.device != rows_ND.device:
+        wanted = f"torch.int64 [{len(rows_ND)}, at least 1] on {rows_ND.device}"
+        raise ValueError(f"linear_cross_entropy: kept_ids must be {wanted}, got {given}")
 
 
 def add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:

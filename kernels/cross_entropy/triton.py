@@ -11,7 +11,7 @@ row is filled with zeros. There are no atomics. torch computes the products and 
 offsets are int64. Masks exclude columns beyond the last (minus infinity, which adds nothing). A target that is neither
 below V nor -100 reads nothing and makes its row's nats NaN. Only TRITON_DEBUG=1 reports it, because a check on the host
 would need a host sync. Tensors must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V
-vocabulary.
+vocabulary, K kept tokens of a row.
 """
 
 import torch
@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.reference import IGNORE, RowScores, RowSlopes, add_gradients, check_operands, empty_scores
+from kernels.cross_entropy.reference import (
+    IGNORE,
+    RowScores,
+    RowSlopes,
+    add_gradients,
+    check_kept_ids,
+    check_operands,
+    empty_scores,
+    exclude_dropped_,
+)
 
 CHUNK_LOGITS = 2**27  # 256 MB in 16 bits: enough rows of a large vocabulary for efficient products on a GPU
 
@@ -116,6 +125,7 @@ def linear_cross_entropy(
     *,
     wants_rows: bool,
     wants_head: bool,
+    kept_ids_NK: Tensor | None = None,
     chunk_logits: int = CHUNK_LOGITS,
     block_columns: int = 8192,
     num_warps: int = 8,
@@ -131,6 +141,7 @@ def linear_cross_entropy(
         row_slopes: as in `kernels.cross_entropy.reference`.
         wants_rows: whether to compute the gradient of the rows.
         wants_head: whether to compute the gradient of the head.
+        kept_ids_NK: as in `kernels.cross_entropy.reference`; torch excludes the other logits.
         chunk_logits: approximate number of logits computed at a time.
         block_columns: logits that a program processes at a time, a power of two.
         num_warps: warps per program.
@@ -139,6 +150,7 @@ def linear_cross_entropy(
         ValueError: the operands do not match.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
+    check_kept_ids(kept_ids_NK, rows_ND)
     num_rows, vocab_size = len(rows_ND), len(head_VD)
     has_slopes = wants_rows or wants_head
     scores = empty_scores(rows_ND, head_VD, wants_rows=wants_rows, wants_head=wants_head)
@@ -149,6 +161,8 @@ def linear_cross_entropy(
         rows_CD, nats_C = rows_ND[chunk], scores.log_probs_N[chunk]
         slopes_CV = logits_CV[: len(rows_CD)]
         torch.mm(rows_CD, head_VD.t(), out=slopes_CV)
+        if kept_ids_NK is not None:
+            exclude_dropped_(slopes_CV, kept_ids_NK[chunk])
         nats_and_slopes_(
             slopes_CV, targets_N[chunk], nats_C, has_slopes, block_columns=block_columns, num_warps=num_warps
         )

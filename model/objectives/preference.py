@@ -22,6 +22,7 @@ from model.objective import (
     depth_weights,
 )
 from model.objectives.pairs import AnswerValues, PairIndex
+from model.objectives.sampled import sampled_log_probs
 from model.precision.linear import WeightSink
 
 PAIR, REFERENCE = "pair", "reference_log_probs"
@@ -147,13 +148,16 @@ class TokenLogProbs:
     """Objective of a forward-only pass that only records the log-probabilities of the main targets.
 
     Attributes:
+        temperature: of the distribution that sampled tokens were drawn from. It is among the tokens that the sampler
+            kept, if the batch has them.
         balance: factor of the balance loss, which no such pass needs.
     """
 
+    temperature: float = 1.0
     balance: float = 0.0
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
         """Computes the log-probabilities at depth 0. The loss is 0."""
         assert head.depth == 0, "a reference has no MTP modules"
-        found_BT = score_log_probs(hidden_BTD, head.weight_VD, batch.targets_BT[0], batch.rows(0))
+        found_BT = sampled_log_probs(hidden_BTD, head.weight_VD, batch, self.temperature)
         return TaskLoss(found_BT.new_zeros(()), {}, found_BT)

@@ -1,0 +1,99 @@
+"""Scores sampled tokens under the distribution that their sampler drew from: its temperature and kept tokens.
+
+Shape legend: B sequences, T tokens, D hidden size, V vocabulary, R rows with a target, K kept tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy.reference import IGNORE, RowScores, RowSlopes
+from model.objective import MicroBatch
+
+ANSWER, KEPT = "answer", "kept_ids"
+"""Names of extras: number of the answer whose token a position predicts (from 1 within its sequence, else 0), and the
+tokens among which the sampler drew it, int64 [B, T, K] as in `kernels.cross_entropy`."""
+
+
+def flat_rows(values: Tensor, rows_R: Tensor | None) -> Tensor:
+    """Returns the values [B, T, ...] of the rows that are scored, [R, ...]; None: all."""
+    flat = values.flatten(0, 1)
+    return flat if rows_R is None else flat[rows_R]
+
+
+def score_sampled(
+    rows_RD: Tensor,
+    head_VD: Tensor,
+    targets_R: Tensor,
+    slopes: RowSlopes | None,
+    kept_ids_RK: Tensor | None,
+    *,
+    temperature: float,
+    records: bool,
+) -> RowScores:
+    """Computes log-probabilities at the sampler's temperature among its kept tokens, and gradients.
+
+    Args:
+        rows_RD: the head's input, without temperature.
+        head_VD: the head's matrix.
+        targets_R: the sampled tokens.
+        slopes: as in `kernels.cross_entropy`.
+        kept_ids_RK: as in `kernels.cross_entropy`.
+        temperature: divisor of the logits. The rows are divided, which are much shorter.
+        records: whether to compute gradients.
+    """
+    scores = linear_cross_entropy(
+        *(rows_RD if temperature == 1 else rows_RD / temperature, head_VD, targets_R, slopes),
+        wants_rows=records,
+        wants_head=records and head_VD.requires_grad,
+        kept_ids_NK=kept_ids_RK,
+    )
+    if scores.rows_ND is not None and temperature != 1:
+        scores.rows_ND.div_(temperature)
+    return scores
+
+
+@torch.no_grad()
+def sampled_log_probs(hidden_BTD: Tensor, head_VD: Tensor, batch: MicroBatch, temperature: float) -> Tensor:
+    """Returns the log-probabilities of the main targets, BT, 0 where there is none, without gradient."""
+    targets_BT, rows_R, kept = batch.targets_BT[0], batch.rows(0), batch.extras.get(KEPT)
+    scores = score_sampled(
+        *(flat_rows(hidden_BTD, rows_R), head_VD, flat_rows(targets_BT, rows_R), None),
+        None if kept is None else flat_rows(kept, rows_R),
+        temperature=temperature,
+        records=False,
+    )
+    found_N = scores.log_probs_N
+    if rows_R is not None:
+        found_N = found_N.new_zeros(targets_BT.numel()).index_copy_(0, rows_R, found_N)
+    return found_N.view_as(targets_BT)
+
+
+class AnswerIndex:
+    """The answers of rows of a micro-batch, of which no function reads the device from the host.
+
+    Attributes:
+        slots_R: column of each row in a table of all answers; rows outside answers have one that is not used.
+    """
+
+    def __init__(self, batch: MicroBatch, rows_R: Tensor | None) -> None:
+        """Finds the answers of a micro-batch's rows, of which only targets count; None: of all rows."""
+        answer_BT = batch.extras[ANSWER].long().masked_fill(batch.targets_BT[0] == IGNORE, 0)
+        num_sequences, length = answer_BT.shape
+        first_B1 = torch.arange(num_sequences, device=answer_BT.device)[:, None] * (length + 1)
+        self.slots_R = flat_rows(answer_BT + first_B1, rows_R)
+        self._size = num_sequences * (length + 1)
+        self._length = length
+
+    def sums(self, values_R: Tensor) -> Tensor:
+        """Returns for each row the sum of its answer's rows, R in float64."""
+        return self._table(values_R)[self.slots_R]
+
+    def count(self) -> Tensor:
+        """Returns the number of answers that have rows."""
+        table = self._table(torch.ones_like(self.slots_R)).view(-1, self._length + 1)
+        return (table[:, 1:] > 0).sum()
+
+    def _table(self, values_R: Tensor) -> Tensor:
+        empty = torch.zeros(self._size, dtype=torch.float64, device=values_R.device)
+        return empty.scatter_add_(0, self.slots_R, values_R.double())
