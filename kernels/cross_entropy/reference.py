@@ -101,7 +101,7 @@ def linear_cross_entropy(
 
 
 def exclude_dropped_(logits_CV: Tensor, kept_ids_CK: Tensor) -> None:
-    """Sets the logits of tokens that are not kept to minus infinity; the ids are those of `linear_cross_entropy`."""
+    """Sets the logits of tokens that are not among the kept ones to minus infinity."""
     # Ids are shifted by one, so that column 0 takes the fill value.
     is_kept_CV = torch.zeros(len(logits_CV), logits_CV.shape[1] + 1, dtype=torch.bool, device=logits_CV.device)
     is_kept_CV = is_kept_CV.scatter_(1, kept_ids_CK + 1, True)[:, 1:]
