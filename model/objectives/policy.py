@@ -30,7 +30,7 @@ the sampler and under the policy before the rollout's first update. Without the 
 
 
 def policy_names(mtp_depth: int) -> tuple[str, ...]:
-    """Returns the names of the losses, of means over tokens, and of the share of answers without surrogate."""
+    """Returns the names of the losses and of reported means over tokens and answers."""
     return (*loss_names(mtp_depth), *TOKEN_MEANS, OFF_POLICY)
 
 

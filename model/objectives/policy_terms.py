@@ -22,7 +22,7 @@ _LARGEST_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AnswerTokens:
-    """What is known of sampled tokens besides their log-probabilities under the policy. Each is R, float64.
+    """Values of sampled tokens besides their log-probabilities under the policy, R in float64.
 
     Attributes:
         advantage_R: of the token's answer.

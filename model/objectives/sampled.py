@@ -1,4 +1,4 @@
-"""Scores sampled tokens under the distribution that their sampler drew from: its temperature and kept tokens.
+"""Scores sampled tokens under the distribution that their sampler drew from.
 
 Shape legend: B sequences, T tokens, D hidden size, V vocabulary, R rows with a target, K kept tokens.
 """

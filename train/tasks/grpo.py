@@ -1,4 +1,4 @@
-"""Defines the configuration of learning from rewards of sampled answers by policy gradients. No torch here."""
+"""Defines the task of policy gradients of groups of sampled answers. No torch here."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal

@@ -34,7 +34,7 @@ class PolicyGradientTask:
         return self._targets.read(batch, device)
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts tokens or answers for the main loss, targets of MTP depths, sequences, and what means are over."""
+        """Counts tokens or answers for the main loss and for means, targets of MTP depths, and sequences."""
         counts = self._targets.count(batch)
         tokens, answers = counts[:1], AnswerIndex(batch, None).count().to("cpu", torch.float64)[None]  # host sync
         main = tokens if self._config.loss.normalizer == "tokens" else answers
