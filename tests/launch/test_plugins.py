@@ -12,6 +12,8 @@ import pytest
 from launch.config import groups
 from launch.config.compose import compose
 from launch.config.run_config import compose_run
+from tests.commands import run_command
+from tests.tiny import write_text
 from train.config.errors import ConfigError
 from train.optim.learning_rate import LR_SCHEDULES
 
@@ -40,6 +42,7 @@ LR_SCHEDULES.register("halved", RateSpec(summary="halves again and again", confi
 RATE_YAML = "# Halves again and again.\nkind: halved\nwarmup: 0\nhalf_life_steps: 2  # of the rate\n"
 SMALL = ["model=tiny", "data.tokenizer_vocab_size=300", "batch.global_sequences=4", "validation.sequences=0"]
 SMALL += ["parallelism=two_ranks", "task.steps=3", "samples.tokens=0", "batch.sequence_length_tokens=32"]
+SMALL += ["data=files", "data.paths=[text]"]
 
 
 def place(folder: Path, text: str = RATE) -> Path:
@@ -51,8 +54,7 @@ def place(folder: Path, text: str = RATE) -> Path:
 
 def run(folder: Path, command: str, *overrides: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [sys.executable, "-m", f"launch.{command}", *overrides]
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return run_command(["-m", f"launch.{command}", *overrides], cwd=folder, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize("command", ["train", "submit"])
@@ -75,6 +77,7 @@ def test_plugin_is_chosen_by_a_group_option_next_to_it(command: str, tmp_path: P
 @pytest.mark.slow
 def test_every_rank_loads_the_plugin_of_a_run(tmp_path: Path) -> None:
     place(tmp_path)
+    write_text(tmp_path)
     chosen = ["plugins=[rates.py]", "optim/schedule=halved", "out_dir=run", f"data.cache_dir={tmp_path}/cache"]
     done = run(tmp_path, "train", *chosen, *SMALL)
     assert done.returncode == 0, done.stderr

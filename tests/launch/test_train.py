@@ -12,6 +12,7 @@ import pytest
 
 from launch import train
 from launch.command import command
+from tests.commands import run_command
 from tests.launch.test_config import build
 from train.checkpoint.manifest import write_manifest
 from train.config import TrainConfig
@@ -22,14 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_train(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in `folder`, so that any file that it creates is found."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "-m", "launch.train", *arguments],
-        cwd=folder,
-        env={**kept, "PYTHONPATH": str(ROOT), "HOME": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    own = {"PYTHONPATH": str(ROOT), "HOME": str(folder), **environment}
+    return run_command(["-m", "launch.train", *arguments], cwd=folder, env={**kept, **own}, timeout=60)
 
 
 def place_inputs(folder: Path) -> None:
