@@ -14,7 +14,7 @@ from tests.dualpipe.test_costs import model_of
 
 
 def test_alternatives_are_all_other_kinds_under_the_runs_costs() -> None:
-    schedule = build("dualpipe", 4, 12)
+    schedule = build("dualpipe", 4, 8)
     costs = measured_costs(schedule, measured_run(schedule))
     rows = Alternatives({"1f1b": "not this one"}).timed(schedule, costs)
     kinds = {row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows}
@@ -46,7 +46,7 @@ def test_alternative_that_needs_a_long_search_is_left_out() -> None:
 
 
 def test_page_of_a_run_compares_it_and_shows_its_own_picture_only() -> None:
-    schedule = build("dualpipe", 4, 12)
+    schedule = build("dualpipe", 4, 8)
     run = measured_run(schedule)
     costs = measured_costs(schedule, run)
     shown = time_schedule(schedule, costs, measured=run)

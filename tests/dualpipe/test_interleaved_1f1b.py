@@ -42,12 +42,12 @@ def test_interleaved_1f1b_without_exchange_idles_only_until_the_first_forward_ar
     ("chunks", "costs", "most"),
     [
         (2, costs_of(0.5), 11.75),
-        (4, costs_of(0.5), 8.0),
-        (2, costs_of(1.0), 13.0),
-        (4, costs_of(1.0), 10.5),
+        pytest.param(4, costs_of(0.5), 8.0, marks=pytest.mark.long),
+        pytest.param(2, costs_of(1.0), 13.0, marks=pytest.mark.long),
+        pytest.param(4, costs_of(1.0), 10.5, marks=pytest.mark.long),
         (4, costs_of(1.5), 23.75),
-        (2, costs_of(1.0, backward_input=1.3), 19.55),
-        (4, costs_of(1.0, backward_input=1.3), 16.3),
+        pytest.param(2, costs_of(1.0, backward_input=1.3), 19.55, marks=pytest.mark.long),
+        pytest.param(4, costs_of(1.0, backward_input=1.3), 16.3, marks=pytest.mark.long),
         (4, costs_of(1.0, latency=0.1), 20.4),
     ],
 )

@@ -21,7 +21,7 @@ from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, ra
 
 Lists = list[list[list[Operation]]]
 Mutation = Callable[[Lists, random.Random], None]
-MUTANTS_PER_SCHEDULE = 30
+MUTANTS_PER_SCHEDULE = 20
 
 
 @cache

@@ -1,5 +1,6 @@
 """Every registered kind of schedule keeps these laws, including those of `pytest --plugins FILE`."""
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 
@@ -15,14 +16,14 @@ from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 
 EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-MOST_RANKS = 6
+MOST_RANKS = 5
 MOST_CHUNKS = 3
 EVERY_KIND = pytest.mark.parametrize("kind", SCHEDULES.names())
 
 
-def accepted_sizes(kind: str) -> list[tuple[int, int]]:
-    """Yields all small numbers of ranks and micro-batches for which the kind is defined."""
-    every = [(ranks, batches) for ranks in range(1, MOST_RANKS + 1) for batches in range(1, 2 * ranks + 4)]
+def accepted_sizes(kind: str, numbers_of_ranks: Sequence[int] = range(1, MOST_RANKS + 1)) -> list[tuple[int, int]]:
+    """Returns all small numbers of ranks and micro-batches for which the kind is defined."""
+    every = [(ranks, batches) for ranks in numbers_of_ranks for batches in range(1, 2 * ranks + 4)]
     return [size for size in every if SCHEDULES.get(kind).limit(*size) is None]
 
 
@@ -61,6 +62,19 @@ def test_registered_kind_computes_what_one_rank_does(kind: str) -> None:
     """Uses an oracle that shares no code with the validator and also counts live activations."""
     for schedule in schedules_of(kind):
         enacted = enact(schedule, seed=schedule.num_micro_batches)
+        assert enacted.problem is None, f"{name_of(schedule)}: {enacted.problem}"
+        assert enacted.peaks == peak_activations(schedule), name_of(schedule)
+
+
+@pytest.mark.long
+@EVERY_KIND
+def test_registered_kind_of_six_ranks_is_valid_and_computes_what_one_rank_does(kind: str) -> None:
+    chunks = [number for number in SCHEDULES.get(kind).chunks if number <= MOST_CHUNKS]
+    for (ranks, batches), number in product(accepted_sizes(kind, [MOST_RANKS + 1]), chunks):
+        schedule = build_shape(kind, ranks, batches, number)
+        validate(schedule)
+        validate(forward_only(schedule), forward_only=True)
+        enacted = enact(schedule, seed=batches)
         assert enacted.problem is None, f"{name_of(schedule)}: {enacted.problem}"
         assert enacted.peaks == peak_activations(schedule), name_of(schedule)
 
