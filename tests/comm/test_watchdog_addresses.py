@@ -193,7 +193,7 @@ def test_file_of_another_user_is_not_a_key(tmp_path: Path) -> None:
     store, file = HashStore(), write_key_file(tmp_path)
     os.chown(file.path, 12345, -1)
     store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
-    (error,) = run([rank := Rank(1, store, None, world_size=2)])
+    (error,) = run([rank := Rank(1, store, None, world_size=2, seconds=1.0)])
     assert isinstance(error, JobKeyError)
     assert "must belong to user 0, belongs to user 12345" in str(error)
     close([rank])
