@@ -107,9 +107,9 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
         out_dir=str(folder / f"{name}-{kind}"),
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
         schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
-        task=replace(TASK, steps=6),
+        task=replace(TASK, steps=5),
         checkpointing=replace(CHECKPOINTING, every_steps=2 if guard is ROLL_BACK else 0),
-        batch=replace(BATCH, sequence_length_tokens=12, global_sequences=8),
+        batch=replace(BATCH, sequence_length_tokens=12, global_sequences=4),
         model=replace(MODEL, num_layers=2),
         optim=optim,
         precision=precision,
@@ -232,7 +232,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_skipped_batch_changes_nothing_except_the_records(ends: dict[str, Any], folder: Path, kind: str) -> None:
     assert_same(ends, f"skip-{kind}", f"never-{kind}")
-    assert [line["step"] for line in lines(folder, f"skip-{kind}")] == [1, 2, 3, 5, 6]
+    assert [line["step"] for line in lines(folder, f"skip-{kind}")] == [1, 2, 3, 5]
     (event,) = read_events(folder / f"skip-{kind}")
     assert (event["kind"], event["step"], event["text"]) == ("skipped", 4, "gradient norm is nan")
     assert event["ranks"] == [2]
@@ -248,7 +248,7 @@ def test_skipped_batch_changes_nothing_except_the_records(ends: dict[str, Any], 
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_that_rolled_back_never_saw_the_batch(ends: dict[str, Any], folder: Path, kind: str) -> None:
     assert_same(ends, f"roll_back-{kind}", f"never-{kind}")
-    assert [line["step"] for line in lines(folder, f"roll_back-{kind}")] == [1, 2, 3, 5, 6]
+    assert [line["step"] for line in lines(folder, f"roll_back-{kind}")] == [1, 2, 3, 5]
     back, passed = read_events(folder / f"roll_back-{kind}")
     assert (back["kind"], back["step"], back["ranks"]) == ("rolled_back", 4, [2])
     assert back["checkpoint"].endswith("checkpoints/step-00000002")
