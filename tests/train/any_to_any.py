@@ -80,7 +80,9 @@ class Part:
     samples: Samples
 
 
-def config_at(folder: Path, place: Place, steps_after: int = STEPS_AFTER) -> TrainConfig:
+def config_at(
+    folder: Path, place: Place, steps_after: int = STEPS_AFTER, sequences: int = BATCH.global_sequences
+) -> TrainConfig:
     """The run in a layout; the architecture and the samples are the same in all of them."""
     local = LocalDispatchConfig(kind="local", payload="full")
     exchange = AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify")
@@ -91,7 +93,7 @@ def config_at(folder: Path, place: Place, steps_after: int = STEPS_AFTER) -> Tra
         schedule=ScheduleConfig(kind=place.kind, chunks=None, pairing="overlapped"),
         dispatch=local if place.expert == 1 else exchange,
         model=replace(MODEL, num_layers=8),
-        batch=replace(BATCH, micro_sequences=place.micro),
+        batch=replace(BATCH, global_sequences=sequences, micro_sequences=place.micro),
         task=replace(TASK, steps=STEPS_BEFORE + steps_after),
     )
 
@@ -176,7 +178,10 @@ def _after(config: TrainConfig) -> range:
 
 
 def compare(
-    folder: Path, pairs: Sequence[tuple[Place, Place]], steps_after: int = STEPS_AFTER
+    folder: Path,
+    pairs: Sequence[tuple[Place, Place]],
+    steps_after: int = STEPS_AFTER,
+    sequences: int = BATCH.global_sequences,
 ) -> Iterator[tuple[str, float]]:
     """Runs pairs of a writing and a reading layout; gives each pair's name and the worst relative difference of a loss.
 
@@ -184,12 +189,12 @@ def compare(
     """
     written: dict[Place, tuple[Path, Part]] = {}
     for place in dict.fromkeys(writer for writer, _ in pairs):
-        config = config_at(folder, place, steps_after)
+        config = config_at(folder, place, steps_after, sequences)
         seen = [part for (part,) in run_ranks(place.world_size, begin, [config], timeout_seconds=600)]
         written[place] = seen[0][0], merged([part for _, part in seen])
     for place in dict.fromkeys(reader for _, reader in pairs):
         writers = [writer for writer, reader in pairs if reader == place]
-        config = config_at(folder, place, steps_after)
+        config = config_at(folder, place, steps_after, sequences)
         jobs = [(config, written[writer][0]) for writer in writers]
         seen_by_rank = run_ranks(place.world_size, go_on, jobs, timeout_seconds=1800)
         for index, writer in enumerate(writers):
