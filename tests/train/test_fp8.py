@@ -112,7 +112,7 @@ def test_two_directions_equal_one_rank(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_one_rank_gives_the_same_bits_over_every_exchange(folder: Path) -> None:
-    config = make_config(folder, 1, 1)
+    config = make_config(folder, 1, 1, batch=replace(BATCH, global_sequences=2))
     others: list[DispatchConfig] = [
         LocalDispatchConfig(kind="local", payload="full"),
         LocalDispatchConfig(kind="local", payload="fp8"),
@@ -132,7 +132,7 @@ def nodes_of_one(config: TrainConfig) -> TrainConfig:
 
 @pytest.mark.slow
 def test_two_ranks_give_the_same_bits_in_one_hop_and_in_two(folder: Path) -> None:
-    config = make_config(folder, 1, 2)
+    config = make_config(folder, 1, 2, batch=replace(BATCH, global_sequences=4))
     jobs = [config, nodes_of_one(config), nodes_of_one(replace(config, dispatch=TWO_HOP))]
     for found in run_ranks(2, run_jobs, [Job(config=each, starved=4) for each in jobs], 2):
         assert_same(found[0], found[1])

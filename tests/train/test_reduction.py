@@ -29,7 +29,8 @@ from train.guard.guard import Guard
 from train.learner import Learner
 from train.step import train_step
 
-STEPS = 3
+STEPS = 2
+"""In the first a loss is refused, in the second a norm."""
 COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.5, latency=0.0)
 GUARD = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
 Kind = Literal["dualpipe", "dualpipe_split", "dualpipe_interleaved", "1f1b"]

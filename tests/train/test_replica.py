@@ -91,7 +91,7 @@ def test_reference_passes_between_steps_change_nothing_bitwise(tmp_path: Path) -
             tmp_path,
             parallelism=parallelism,
             schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
-            batch=replace(BATCH, global_sequences=8 * parallelism.data),
+            batch=replace(BATCH, global_sequences=8),
         )
         for name, parallelism in LAYOUTS.items()
     }

@@ -127,7 +127,7 @@ def test_student_equal_to_its_teacher_has_divergence_and_gradient_zero(
 
 
 LAYOUTS = [(1, 1, 1, "1f1b"), (1, 2, 2, "1f1b"), (2, 1, 1, "dualpipe"), (2, 2, 2, "dualpipe_v")]
-STUDENT_SEQUENCES = 16
+STUDENT_SEQUENCES = 8
 
 
 def student_config(folder: Path, layout: tuple[int, int, int, str], share: float) -> TrainConfig:
