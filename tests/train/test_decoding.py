@@ -76,28 +76,35 @@ class Seen:
 LAYOUTS = {
     1: [Layout(kind="1f1b"), Layout(kind="1f1b", cohorts=1, rows=5), Layout(kind="dualpipe_split", cohorts=2, rows=3)],
     2: [
-        Layout(pipeline=2),
         Layout(pipeline=2, cohorts=2, rows=2, prefill=4),
-        Layout(pipeline=2, kind="1f1b", cohorts=3, rows=2),
         Layout(pipeline=2, kind="dualpipe_v"),
         Layout(pipeline=2, kind="dualpipe_interleaved", chunks=2),
-        Layout(kind="1f1b", data=2),
-        Layout(kind="1f1b", data=2, expert=2),
         Layout(kind="1f1b", data=2, expert=2, cohorts=3, rows=2, prefill=3),
     ],
     4: [
-        Layout(pipeline=4),
         Layout(pipeline=4, cohorts=1, rows=5),
-        Layout(pipeline=4, kind="1f1b"),
-        Layout(pipeline=2, data=2),
-        Layout(pipeline=2, data=2, expert=2),
         Layout(pipeline=2, data=2, expert=2, kind="1f1b", cohorts=2, rows=2),
-        Layout(pipeline=2, data=2, expert=2, kind="dualpipe_v", rows=4),
-        Layout(pipeline=2, data=2, expert=2, kind="dualpipe_interleaved", chunks=2, cohorts=2, prefill=4),
         Layout(pipeline=1, data=4, expert=2, kind="1f1b"),
         Layout(pipeline=4, kind="dualpipe_split", cohorts=3, rows=7),
     ],
 }
+MORE_LAYOUTS = {
+    2: [
+        Layout(pipeline=2),
+        Layout(pipeline=2, kind="1f1b", cohorts=3, rows=2),
+        Layout(kind="1f1b", data=2),
+        Layout(kind="1f1b", data=2, expert=2),
+    ],
+    4: [
+        Layout(pipeline=4),
+        Layout(pipeline=4, kind="1f1b"),
+        Layout(pipeline=2, data=2),
+        Layout(pipeline=2, data=2, expert=2),
+        Layout(pipeline=2, data=2, expert=2, kind="dualpipe_v", rows=4),
+        Layout(pipeline=2, data=2, expert=2, kind="dualpipe_interleaved", chunks=2, cohorts=2, prefill=4),
+    ],
+}
+"""Left to the long tests."""
 
 
 def foresee(model: Transformer) -> None:
@@ -172,15 +179,20 @@ def opened(config: TrainConfig) -> Iterator[tuple[Replica, ReplicaPipeline]]:
     world.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_rollouts_are_those_of_one_process(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [
+        *(pytest.param(size, layouts, id=str(size), marks=pytest.mark.slow) for size, layouts in LAYOUTS.items()),
+        *(pytest.param(size, more, id=f"{size} more", marks=pytest.mark.long) for size, more in MORE_LAYOUTS.items()),
+    ],
+)
+def test_rollouts_are_those_of_one_process(world_size: int, layouts: list[Layout], tmp_path: Path) -> None:
     expected = local(WARM, speculative=True)
     assert len({len(rollout.tokens) for rollout in expected.rollouts}) > 2, "no sequence stops early"
     assert 0 < expected.statistics.drafts_accepted < expected.statistics.drafts_offered
-    seen = run_ranks(world_size, run, tmp_path, LAYOUTS[world_size], [(WARM, True)])
+    seen = run_ranks(world_size, run, tmp_path, layouts, [(WARM, True)])
     for rank in range(world_size):
-        for layout, (found,) in zip(LAYOUTS[world_size], seen[rank], strict=True):
+        for layout, (found,) in zip(layouts, seen[rank], strict=True):
             assert_equal(found.rollouts, expected.rollouts, (rank, layout))
             assert found.is_unchanged, (rank, layout)
             ours, theirs = found.statistics, expected.statistics

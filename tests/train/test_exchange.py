@@ -36,10 +36,14 @@ def over_nodes(folder: Path, pipeline: int, expert: int, ranks_per_node: int) ->
     return replace(config, cluster=replace(config.cluster, ranks_per_node=ranks_per_node))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pipeline", "expert", "ranks_per_node", "payload"),
-    [(1, 4, 2, "full"), (2, 4, 2, "fp8"), (2, 4, 1, "full"), (2, 2, 1, "full")],
+    [
+        pytest.param(1, 4, 2, "full", marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, "fp8", marks=pytest.mark.slow),
+        pytest.param(2, 4, 1, "full", marks=pytest.mark.long),
+        pytest.param(2, 2, 1, "full", marks=pytest.mark.slow),
+    ],
 )
 def test_training_in_two_hops_equals_one_rank(
     folder: Path, pipeline: int, expert: int, ranks_per_node: int, payload: Payload
@@ -47,6 +51,8 @@ def test_training_in_two_hops_equals_one_rank(
     config = over_nodes(folder, pipeline, expert, ranks_per_node)
     config = replace(config, dispatch=replace(TWO_HOP, payload=payload))
     starved = [0, min(4, config.model.num_routed_experts // expert)]
+    if pipeline * expert == 8:
+        del starved[0]  # smaller worlds cover it
     jobs = [Job(config=config, starved=number) for number in starved]
     jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
     results = run_ranks(pipeline * expert, run_jobs, jobs, 2)

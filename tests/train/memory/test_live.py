@@ -1,6 +1,7 @@
 """Predicted memory against the storages that are alive in a step: 6 shapes, 3 precisions, one rank and several."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,17 @@ def check(compared: Compared, name: str, tolerance: float = TOLERANCE) -> None:
     assert max(predicted) == pytest.approx(max(measured), rel=tolerance), f"{name}: peak"
 
 
-def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(folder: Path) -> None:
-    names = [(shape, precision) for shape in SHAPES for precision in PRECISIONS]
+EVERY_PAIR = tuple(product(SHAPES, PRECISIONS))
+EVERY_SHAPE = tuple(zip(SHAPES, 2 * tuple(PRECISIONS), strict=True))
+"""Every shape once and every precision twice."""
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(EVERY_SHAPE, id="shapes"), pytest.param(EVERY_PAIR, id="pairs", marks=pytest.mark.long)]
+)
+def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(
+    folder: Path, names: tuple[tuple[str, str], ...]
+) -> None:
     jobs = [(make_config(folder, *SHAPES[shape], PRECISIONS[precision]), None) for shape, precision in names]
     (results,) = run_ranks(1, compare_rank, jobs, False)
     for name, compared in zip(names, results, strict=True):
