@@ -1,6 +1,7 @@
 """Tests that saving in the background changes neither run nor checkpoint, and that older checkpoints are removed."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -97,9 +98,17 @@ def _equal(learner: Learner, expected: Mapping[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.fixture(scope="module")
+def waiting(folder: Path) -> list[tuple[list[float], list[bool], list[str]]]:
+    """A run in `run_True` that waits for each checkpoint."""
+    return run_ranks(2, run, config_of(folder, "run_True"), True)
+
+
 @pytest.mark.slow
-def test_saver_in_the_background_equals_a_blocking_one_bitwise_and_keeps_the_newest(folder: Path) -> None:
-    background, waiting = (run_ranks(2, run, config_of(folder, f"run_{waits}"), waits) for waits in (False, True))
+def test_saver_in_the_background_equals_a_blocking_one_bitwise_and_keeps_the_newest(
+    folder: Path, waiting: list[tuple[list[float], list[bool], list[str]]]
+) -> None:
+    background = run_ranks(2, run, config_of(folder, "run_False"), False)
     for (losses, same, reported), (expected, also_same, _) in zip(background, waiting, strict=True):
         assert losses == expected
         assert same == also_same == [True] * 4
@@ -132,10 +141,12 @@ def convert(rank: int, world_size: int, writer: TrainConfig, reader: TrainConfig
 
 
 @pytest.mark.slow
-def test_saver_ranks_choose_the_newest_whole_checkpoint_together(folder: Path) -> None:
+def test_saver_ranks_choose_the_newest_whole_checkpoint_together(
+    folder: Path, waiting: list[tuple[list[float], list[bool], list[str]]]
+) -> None:
     config = config_of(folder, "torn")
-    first = run_ranks(2, run, config, True)
-    assert first[0][1] == [True] * 4
+    assert waiting[0][1] == [True] * 4
+    shutil.copytree(folder / "run_True", folder / "torn")
     newest = newest_whole(folder / "torn")
     assert newest is not None
     data = newest / "__1_0.distcp"
