@@ -186,14 +186,15 @@ def test_rank_without_access_to_the_key_file_reports_it(tmp_path: Path, monkeypa
     close([rank])
 
 
-def test_file_of_another_user_is_not_a_key(tmp_path: Path) -> None:
+def test_file_of_another_user_is_not_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that can write to the store may name any file. Only this user's files are read."""
+    monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")
     store, file = HashStore(), write_key_file(tmp_path)
     os.chown(file.path, 12345, -1)
     store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
-    (error,) = run([rank := Rank(1, store, None, world_size=2, seconds=1.0)])
+    (error,) = run([rank := Rank(1, store, None, world_size=2)])
     assert isinstance(error, JobKeyError)
     assert "must belong to user 0, belongs to user 12345" in str(error)
     close([rank])
