@@ -42,29 +42,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "choices"),
-    [
-        ("replicated", ("precision=float64", "optim.sharding=replicated")),
-        # First and last stage on different ranks: each has a shard of the embedding.
-        ("bf16", ("precision=bf16", "schedule=1f1b")),
-    ],
-)
-def test_resumed_run_equals_uninterrupted_bitwise(folder: Path, kind: str, choices: tuple[str, ...]) -> None:
-    # Spans in steps: in shares of the run they would follow each run's own length.
-    choices += ("optim.schedule.warmup=1 steps", "optim.schedule.decay_end=4 steps")
-    whole, half = f"whole_{kind}", f"half_{kind}"
-    for name, steps in ((whole, 4), (half, 2)):
-        done = run_train(folder, name, f"task.steps={steps}", "samples.prompt=", *choices)
-        assert done.returncode == 0, done.stderr
-    again = f"again_{kind}"
-    done = run_train(folder, again, "task.steps=4", f"resume={folder / half}", "samples.prompt=", *choices)
+# Spans in steps: in shares of the run they would follow each run's own length.
+SPANS = ("optim.schedule.warmup=1 steps", "optim.schedule.decay_end=4 steps")
+FLOAT64 = ("precision=float64", "optim.sharding=replicated", "samples.prompt=", "validation.every_steps=2", *SPANS)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[dict[str, float]]:
+    """Returns the metrics of four steps in float64."""
+    done = run_train(folder, "whole", "task.steps=4", *FLOAT64)
     assert done.returncode == 0, done.stderr
+    return read_metrics(folder, "whole")
+
+
+@pytest.mark.slow
+def test_resumed_run_equals_uninterrupted_bitwise(folder: Path, whole: list[dict[str, float]]) -> None:
+    for name, more in (("half", ("task.steps=2",)), ("again", ("task.steps=4", f"resume={folder / 'half'}"))):
+        done = run_train(folder, name, *more, *FLOAT64)
+        assert done.returncode == 0, done.stderr
     assert "learning rate: 2.325e-03 in step 3" in done.stdout.partition("resumed after step 2")[2]
-    uninterrupted, first, second = (read_metrics(folder, name) for name in (whole, half, again))
+    first, second = (read_metrics(folder, name) for name in ("half", "again"))
+    assert_resumed(first + second, second, whole)
+
+
+@pytest.mark.slow
+def test_run_resumed_from_its_own_checkpoint_in_bf16_equals_uninterrupted_bitwise(folder: Path) -> None:
+    """First and last stage are on different ranks, so each has a shard of the embedding."""
+    choices = ("precision=bf16", "schedule=1f1b", "samples.prompt=", "task.steps=4", *SPANS)
+    checkpoint = folder / "uninterrupted" / "checkpoints" / "step-00000002"
+    for name, more in (("uninterrupted", "checkpointing.every_steps=2"), ("resumed", f"resume={checkpoint}")):
+        done = run_train(folder, name, more, *choices)
+        assert done.returncode == 0, done.stderr
+    uninterrupted, second = (read_metrics(folder, name) for name in ("uninterrupted", "resumed"))
+    assert_resumed(uninterrupted[:2] + second, second, uninterrupted)
+
+
+def assert_resumed(
+    lines: list[dict[str, float]], second: list[dict[str, float]], uninterrupted: list[dict[str, float]]
+) -> None:
+    """Compares all lines of a run in two parts, of which `second` is the later one, with an uninterrupted run."""
     assert [line["step"] for line in second] == list(range(3, 5))
-    for line, expected in zip(first + second, uninterrupted, strict=True):
+    for line, expected in zip(lines, uninterrupted, strict=True):
         for key in ("step", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "lr"):
             assert line[key] == expected[key], (key, line["step"])
     assert second[-1]["validation_loss"] == uninterrupted[-1]["validation_loss"]
@@ -129,14 +147,11 @@ def test_sample_of_no_tokens_is_not_generated(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path) -> None:
-    first = []
-    for index, layout in enumerate((("parallelism=four_ranks",), ("parallelism=one_rank", "schedule=1f1b"))):
-        choices = ("task.steps=1", "samples.prompt=", "precision=float64", "optim.sharding=replicated")
-        done = run_train(folder, f"layout_{index}", *choices, *layout, "cluster.ranks_per_node=1")
-        assert done.returncode == 0, done.stderr
-        first.append(read_metrics(folder, f"layout_{index}")[0]["loss"])
-    assert first[0] == pytest.approx(first[1], rel=1e-12)
+def test_same_seed_gives_the_same_first_loss_under_every_layout(folder: Path, whole: list[dict[str, float]]) -> None:
+    layout = ("parallelism=one_rank", "schedule=1f1b", "cluster.ranks_per_node=1")
+    done = run_train(folder, "layout", "task.steps=1", *FLOAT64, *layout)
+    assert done.returncode == 0, done.stderr
+    assert whole[0]["loss"] == pytest.approx(read_metrics(folder, "layout")[0]["loss"], rel=1e-12)
 
 
 @pytest.mark.slow
@@ -158,11 +173,8 @@ def test_non_finite_step_ends_every_rank_with_its_exit_code(folder: Path, choice
 
 
 @pytest.mark.slow
-def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path) -> None:
-    choices = ("task.steps=2", "samples.prompt=", "precision=float64", "optim.sharding=replicated")
-    done = run_train(folder, "bare", *choices)
-    assert done.returncode == 0, done.stderr
-    job = choices_of(folder, "torchrun", *choices)
+def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path, whole: list[dict[str, float]]) -> None:
+    job = choices_of(folder, "torchrun", "task.steps=2", *FLOAT64)
     with reserved_port() as port:
         rendezvous = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
         command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
@@ -178,6 +190,6 @@ def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path) -> N
             for node in nodes:
                 node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    ours, theirs = read_metrics(folder, "torchrun"), read_metrics(folder, "bare")
+    ours, theirs = read_metrics(folder, "torchrun"), whole[:2]
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
     assert ours[-1]["validation_loss"] == theirs[-1]["validation_loss"]

@@ -1,46 +1,31 @@
 """Preparing the corpus may take longer than any collective may; a rank that is lost meanwhile is missed."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from data.corpus import DataError
+from tests.commands import run_command
 from tests.ports import reserved_port
 from tests.tiny import tiny_config, write_text
 from train.corpus import State, build_together
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(folder: Path, seconds: float, port: int) -> list[subprocess.Popen[str]]:
-    """Runs two ranks, each in a separate process, with a timeout of 5 seconds."""
+def ends(folder: Path, seconds: float, port: int) -> list[tuple[int, str]]:
+    """Runs two ranks, each in a separate process, with a timeout of 5 seconds. Returns exit codes and outputs."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.train.preparing_rank", str(seconds), str(folder)]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    command = ["-m", "tests.train.preparing_rank", str(seconds), str(folder)]
 
+    def run(rank: int) -> tuple[int, str]:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+        ended = run_command(command, env={**os.environ, **common, **own}, timeout=200)
+        return ended.returncode, ended.stdout + ended.stderr
 
-def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and output of each rank."""
-    try:
-        printed = [rank.communicate(timeout=200)[0] for rank in ranks]
-        return [(rank.returncode, text) for rank, text in zip(ranks, printed, strict=True)]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
 
 
 @pytest.fixture
@@ -57,13 +42,13 @@ def port() -> Iterator[int]:
 
 
 def test_preparation_longer_than_the_timeout_is_no_hang(folder: Path, port: int) -> None:
-    for rank, (code, text) in enumerate(ends(start(folder, 10.0, port))):
+    for rank, (code, text) in enumerate(ends(folder, 8.0, port)):
         assert code == 0, f"rank {rank}: {text[-3000:]}"
 
 
 def test_rank_lost_while_another_prepares_is_detected(folder: Path, port: int) -> None:
     (folder / "victim").write_text("1")
-    (code, _), (lost, _) = ends(start(folder, 60.0, port))
+    (code, _), (lost, _) = ends(folder, 60.0, port)
     assert lost == -9
     assert code == 78
     words = (folder / "run" / "log" / "rank_00000.error.log").read_text()
