@@ -18,6 +18,7 @@ from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
 from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
+from infer.scoring.models.parts import model_part_problem
 from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet
 from infer.scoring.score import SCORERS, Answer, problem_of
 from kernels.ranges import PositiveInt
@@ -135,6 +136,9 @@ def preview(overrides: Sequence[str]) -> str:
 
 def _read(overrides: Sequence[str]) -> SampleCommandConfig:
     config = decode(SampleCommandConfig, compose("sample", overrides))
+    for part in config.reward.parts:
+        if SCORERS.get(part.kind).needs_model:
+            raise ConfigError(model_part_problem(part.kind))
     has_verdict = any(SCORERS.get(part.kind).has_verdict for part in config.reward.parts)
     if not has_verdict and config.keep.min_reward is None:
         raise ConfigError(
@@ -188,7 +192,7 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
 
 def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:
     """Rejects a problem to which no part of the reward with a verdict applies."""
-    kinds = [part.kind for part in reward.parts]
+    kinds = [part.kind for part in reward.parts if part.weight]
     needs = {"exact": "answer", "maths": "answer", "code": "tests"}
     wanted = {needs[kind]: kind for kind in kinds if kind in needs}
     for each in problems:

@@ -139,17 +139,25 @@ class ScorerSpec:
         config: its dataclass, a subclass of `ScorerConfig`.
         build: builds the scorer from its configuration. It raises `ScoringError` if this machine cannot run it.
         has_verdict: whether its outcome is a verdict rather than `rated`.
+        needs_model: whether it needs a model on the ranks of a training run, which `build` does not have.
     """
 
     summary: str
     config: type[ScorerConfig]
     build: Callable[[Any], Scorer | GroupScorer]
     has_verdict: bool
+    needs_model: bool = False
 
 
 SCORERS: Registry[ScorerSpec] = Registry(
     "reward.parts[].kind",
-    [f"infer.scoring.{name}" for name in ("exact", "maths", "code", "format", "language", "length", "repetition")],
+    [
+        f"infer.scoring.{name}"
+        for name in (
+            *("exact", "maths", "code", "format", "language", "length", "repetition"),
+            *("votes", "models.judge", "models.reward_model"),
+        )
+    ],
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infer.scoring.answer_text import normalize_text, shown_answer
-from infer.scoring.score import Answer, Problem, RatingScorer, Score, ScorerConfig, failure
+from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec, failure
 from kernels.ranges import Share
 
 Ties = Literal["drop", "first"]
@@ -102,3 +102,14 @@ class PluralityScorer(RatingScorer):
     def _ballot(self, answer: Answer) -> str | None:
         shown = shown_answer(answer.text, boxed=self._config.boxed) if answer.is_finished else None
         return None if shown is None else normalize_text(shown, ignore_case=self._config.ignore_case)
+
+
+SCORERS.register(
+    "plurality",
+    ScorerSpec(
+        summary="the answer is the plurality of its group",
+        config=PluralityConfig,
+        build=PluralityScorer,
+        has_verdict=False,
+    ),
+)

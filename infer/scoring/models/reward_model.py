@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from infer.scoring.score import ScorerConfig
+from infer.scoring.models.parts import refuse_without_run
+from infer.scoring.score import SCORERS, ScorerConfig, ScorerSpec
 from kernels.ranges import PositiveInt
 
 
@@ -21,3 +22,15 @@ class RewardModelScorerConfig(ScorerConfig):
     ckpt: str
     place: Literal["pipeline", "first_rank"]
     batch_size: PositiveInt
+
+
+SCORERS.register(
+    "reward_model",
+    ScorerSpec(
+        summary="score of a trained reward model",
+        config=RewardModelScorerConfig,
+        build=refuse_without_run,
+        has_verdict=False,
+        needs_model=True,
+    ),
+)

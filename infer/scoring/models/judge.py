@@ -1,0 +1,267 @@
+"""Scores answers by the votes of a judge, a model that writes critiques with verdicts.
+
+The judge is any engine: prompts are built here, the engine samples critiques, and verdicts are read from their text. In
+training, the engine is that of the policy, so that the policy judges itself. Source: arXiv:2412.19437, section 5.4.2.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data.chat.encode import encode_prompt
+from data.chat.messages import user
+from data.chat.templates import ChatTemplate
+from data.special_tokens import THINK
+from data.tokenizer import Tokenizer
+from infer.config import Sampling
+from infer.engines.protocol import NumberedPrompt, Request, Rollout
+from infer.scoring.answer_text import final_text
+from infer.scoring.models.parts import refuse_without_run
+from infer.scoring.reward import AnswerGroup
+from infer.scoring.score import SCORERS, Score, ScorerConfig, ScorerSpec, ScoringError, failure
+from kernels.ranges import NonNegativeFloat, PositiveInt
+
+JUDGE_SEED = 0x5851F42D4C957F2D
+"""Added to the seed of a run, so that critiques and answers have different random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeConfig(ScorerConfig):
+    """The configuration of a judge.
+
+    Attributes:
+        weights: the model that judges: the policy as it is, or the reference of the run, which is frozen.
+        form: single: each answer is judged by itself; pairs: it is compared with the next answer of its group and with
+            the one before it, in both orders.
+        samples: number of critiques of each prompt.
+        constitution: principles that the judge applies, which replace `{constitution}` in the question.
+        constitution_path: a text file with them; null: `constitution` counts.
+        question: the user's message to the judge, with `{prompt}` and `{answer}` in it; of pairs also `{other}`.
+        mark: text before the verdict. The last one in the critique counts.
+        accept: verdict for the answer.
+        reject: verdict against it; of pairs for the other answer.
+        thinking: whether the judge thinks first.
+        max_new_tokens: maximum number of tokens of a critique; a longer one abstains.
+        temperature: of the critiques.
+    """
+
+    weights: Literal["policy", "reference"]
+    form: Literal["single", "pairs"]
+    samples: PositiveInt
+    constitution: str
+    constitution_path: str | None
+    question: str
+    mark: str
+    accept: str
+    reject: str
+    thinking: bool
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat
+
+    def __post_init__(self) -> None:
+        """Rejects a question that does not show what is judged, and verdicts that cannot be distinguished.
+
+        Raises:
+            ScoringError: names the key.
+        """
+        others = ("{other}",) if self.form == "pairs" else ()
+        for name in ("{prompt}", "{answer}", *others):
+            if name not in self.question:
+                raise ScoringError(
+                    f"reward.parts, kind judge: question must contain {name} with form={self.form}, does not; "
+                    f"nearest valid: {self.question[:40]!r}... with {name} added"
+                )
+        for name in ("accept", "reject"):
+            if not getattr(self, name).strip():
+                raise ScoringError(f"reward.parts, kind judge: {name} must have text, has none; nearest valid: {name}")
+        if self.accept.strip().casefold() == self.reject.strip().casefold():
+            raise ScoringError(
+                f"reward.parts, kind judge: accept and reject must differ, both are {self.accept!r}; nearest valid: "
+                f"yes and no"
+            )
+
+
+def read_constitution(config: JudgeConfig) -> str:
+    """Returns the judge's principles, from the file if there is one.
+
+    Raises:
+        ScoringError: the file cannot be read.
+    """
+    if config.constitution_path is None:
+        return config.constitution
+    try:
+        return Path(config.constitution_path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScoringError(
+            f"reward.parts, kind judge: constitution_path must be a text file, {config.constitution_path!r} cannot be "
+            f"read ({error}); nearest valid: null, with the text as constitution"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgePrompt:
+    """A prompt of the judge.
+
+    Attributes:
+        prompt: its number decides the random numbers of the critiques.
+        group: index of the group.
+        answer: index of the judged answer in the group.
+        other: index of the answer with which it is compared; equal to `answer` if there is none.
+    """
+
+    prompt: NumberedPrompt
+    group: int
+    answer: int
+    other: int
+
+
+class Judge:
+    """Builds the prompts of a judge, and reads its verdicts. It owns no model."""
+
+    def __init__(
+        self, config: JudgeConfig, template: ChatTemplate, tokenizer: Tokenizer, constitution: str, max_tokens: int
+    ) -> None:
+        """Stores the arguments.
+
+        Args:
+            config: of the judge.
+            template: chat template of the judge.
+            tokenizer: of the judge.
+            constitution: its principles, as `read_constitution` returns them.
+            max_tokens: maximum number of tokens of a prompt. A longer one is not judged, which counts as abstentions.
+        """
+        self._config, self._template, self._tokenizer = config, template, tokenizer
+        self._constitution, self._max_tokens = constitution, max_tokens
+
+    def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
+        """Returns the prompts of all groups, in order. Answers without text after their thoughts have none.
+
+        Args:
+            groups: answers to judge.
+            numbers: number of each group's prompt in the job, which decides the random numbers of its critiques.
+        """
+        found = []
+        for index, (group, group_number) in enumerate(zip(groups, numbers, strict=True)):
+            size, shown = len(group.answers), [final_text(each.text).strip() for each in group.answers]
+            for first, second in self._pairs(shown):
+                text = self._question(group.problem.prompt, shown[first], shown[second])
+                tokens = tuple(
+                    encode_prompt([user(text)], self._template, self._tokenizer, thinking=self._config.thinking)
+                )
+                if len(tokens) <= self._max_tokens:
+                    number = (group_number * size + first) * size + second
+                    prompt = NumberedPrompt(number=number, tokens=tokens)
+                    found.append(JudgePrompt(prompt=prompt, group=index, answer=first, other=second))
+        return found
+
+    def request(self, seed: int, step: int, stop: frozenset[int]) -> Request:
+        """Returns how an engine continues the prompts.
+
+        Args:
+            seed: of the run.
+            step: number of the rollout.
+            stop: token ids that end a critique.
+        """
+        sampling = Sampling(temperature=self._config.temperature, seed=(seed + JUDGE_SEED) % 2**63)
+        return Request(
+            samples=self._config.samples,
+            max_new_tokens=self._config.max_new_tokens,
+            sampling=sampling,
+            step=step,
+            stop=stop,
+        )
+
+    def scores(
+        self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Rollout]
+    ) -> list[list[Score]]:
+        """Returns the scores of every group's answers.
+
+        Args:
+            groups: as `prompts` received them.
+            prompts: as `prompts` returned them.
+            critiques: all samples of a prompt, then those of the next one.
+        """
+        votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
+        for number, critique in enumerate(critiques):
+            prompt = prompts[number // self._config.samples]
+            vote = self._vote(critique)
+            votes[prompt.group, prompt.answer].append(vote)
+            if prompt.other != prompt.answer:
+                votes[prompt.group, prompt.other].append(None if vote is None else not vote)
+        return [self._group_scores(index, group, votes) for index, group in enumerate(groups)]
+
+    def _group_scores(
+        self, index: int, group: AnswerGroup, votes: dict[tuple[int, int], list[bool | None]]
+    ) -> list[Score]:
+        shown = [final_text(each.text).strip() for each in group.answers]
+        pairs, found = list(self._pairs(shown)), []
+        for number, text in enumerate(shown):
+            wanted = sum(number in pair for pair in pairs) * self._config.samples
+            cast = votes[index, number]
+            # Prompts that are too long were not judged.
+            abstentions: list[bool | None] = [None] * (wanted - len(cast))
+            found.append(score_votes([*cast, *abstentions]) if text else failure("missing", "no text to judge"))
+        return found
+
+    def _pairs(self, shown: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """Yields which answer of a group is judged against which, itself if it is judged alone."""
+        judged = [number for number, text in enumerate(shown) if text]
+        if self._config.form == "single":
+            yield from ((number, number) for number in judged)
+            return
+        compared = zip(judged, [*judged[1:], *judged[:1]], strict=True) if len(judged) > 2 else [tuple(judged)]
+        for pair in compared:
+            if len(pair) == 2:
+                yield from (pair, pair[::-1])
+
+    def _question(self, prompt: str, answer: str, other: str) -> str:
+        # One pass, because an answer may contain the names of fields.
+        values = {"constitution": self._constitution, "prompt": prompt, "answer": answer, "other": other}
+        return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self._config.question)
+
+    def _vote(self, critique: Rollout) -> bool | None:
+        """Returns the verdict of a critique; None if it is cut or has no clear one."""
+        if critique.finish != "stop":
+            return None
+        text = self._tokenizer.decode(critique.tokens[:-1])
+        return parse_verdict(THINK + text if self._config.thinking else text, self._config)
+
+
+def parse_verdict(text: str, config: JudgeConfig) -> bool | None:
+    """Returns whether a critique ends with a verdict for the answer; None if there is no clear verdict.
+
+    Args:
+        text: of the critique, with its thoughts.
+        config: says how a verdict is written.
+    """
+    _, mark, after = final_text(text).rpartition(config.mark) if config.mark else ("", "mark", final_text(text))
+    said = after.strip().strip("*.!\"' ").casefold()
+    votes = {config.accept.strip().casefold(): True, config.reject.strip().casefold(): False}
+    return votes.get(said) if mark else None
+
+
+def score_votes(votes: Sequence[bool | None]) -> Score:
+    """Returns the share of votes for an answer; unknown if fewer than half of the votes are valid.
+
+    Args:
+        votes: None abstains.
+    """
+    valid = [vote for vote in votes if vote is not None]
+    if not valid or 2 * len(valid) < len(votes):
+        return failure("unknown", f"{len(valid)} of {len(votes)} votes of the judge are valid, at least half must be")
+    return Score(value=sum(valid) / len(valid), outcome="rated", detail=f"{sum(valid)} of {len(valid)} votes")
+
+
+SCORERS.register(
+    "judge",
+    ScorerSpec(
+        summary="share of a judge's votes for the answer",
+        config=JudgeConfig,
+        build=refuse_without_run,
+        has_verdict=False,
+        needs_model=True,
+    ),
+)
