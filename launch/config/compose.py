@@ -59,8 +59,9 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         values = _plain(config)
     except MissingMandatoryValue as error:
-        example = _EXAMPLES.get(str(error.full_key), "...")
-        raise ConfigError(f"{error.full_key}: a value is needed; write {error.full_key}={example}") from error
+        # An override names an item of a list by its number alone.
+        key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key))
+        raise ConfigError(f"{key}: a value is needed; write {key}={_EXAMPLES.get(key, '...')}") from error
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     except OmegaConfBaseException as error:

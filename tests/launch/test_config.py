@@ -123,7 +123,7 @@ def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(tmp_path
             passed += 1
         except user_errors() as error:
             refusals.append(str(error))
-    assert not [text for text in refusals if not re.fullmatch(r"[a-z_.]+: .+", text)]
+    assert not [text for text in refusals if not re.fullmatch(r"[a-z_.0-9]+: .+", text)]
     assert 5 < passed < 30
 
 
