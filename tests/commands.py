@@ -41,28 +41,67 @@ def run_command(
     Raises:
         subprocess.TimeoutExpired: the command was killed after the timeout.
     """
-    _, module, *arguments = command[1:] if command[0] == sys.executable else command
-    environment = dict(os.environ if env is None else env)
-    with tempfile.TemporaryDirectory(prefix="command") as folder:
-        outputs = [f"{folder}/stdout", f"{folder}/stderr"]
-        process = fork_context().Process(target=_run, args=(module, arguments, str(cwd), environment, *outputs))
-        process.start()
-        try:
-            process.join(timeout)
-            code = process.exitcode
-        finally:
-            process.kill()
-            process.join()
-        stdout, stderr = (Path(path).read_text() if Path(path).exists() else "" for path in outputs)
-    if code is None:
-        raise subprocess.TimeoutExpired(list(command), timeout, stdout, stderr)
-    return subprocess.CompletedProcess(list(command), code, stdout, stderr)
+    started = StartedCommand(command, cwd=cwd, env=env)
+    try:
+        return started.wait(timeout)
+    finally:
+        started.kill()
+
+
+class StartedCommand:
+    """A command that runs in a fork and writes its output into files."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path = ROOT,
+        env: Mapping[str, str] | None = None,
+        leads_session: bool = False,
+    ) -> None:
+        """Starts the command, whose arguments are those of `run_command`; with `leads_session`, in a new session."""
+        self._command = list(command)
+        self._folder = tempfile.TemporaryDirectory(prefix="command")
+        self._outputs = [f"{self._folder.name}/stdout", f"{self._folder.name}/stderr"]
+        _, module, *arguments = command[1:] if command[0] == sys.executable else command
+        environment = dict(os.environ if env is None else env)
+        work = (module, arguments, str(cwd), environment, *self._outputs, leads_session)
+        self._process = fork_context().Process(target=_run, args=work)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Waits until the command ends.
+
+        Raises:
+            subprocess.TimeoutExpired: the command still runs.
+        """
+        self._process.join(timeout)
+        stdout, stderr = (Path(path).read_text() if Path(path).exists() else "" for path in self._outputs)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._command, timeout, stdout, stderr)
+        return subprocess.CompletedProcess(self._command, self._process.exitcode, stdout, stderr)
+
+    def kill(self) -> None:
+        """Kills the command if it still runs, and removes its output."""
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
 
 
 def _run(
-    module: str, arguments: Sequence[str], cwd: str, environment: Mapping[str, str], stdout: str, stderr: str
+    module: str,
+    arguments: Sequence[str],
+    cwd: str,
+    environment: Mapping[str, str],
+    stdout: str,
+    stderr: str,
+    leads_session: bool,
 ) -> None:
     """Runs a command's process."""
+    if leads_session:
+        os.setsid()
     for descriptor, path in ((1, stdout), (2, stderr)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)

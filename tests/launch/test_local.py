@@ -3,36 +3,32 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.commands import StartedCommand
 from tests.launch.rank_entries import GRACE_SECONDS
 from train.records.events import read_events
 from train.records.status import read_status
 
-ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[[str, Path], StartedCommand]
 
 
-def start(entry: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.launch.rank_entries", entry, str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=restore_interrupt,
-    )
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Returns a function that starts the command with entries and a folder. At the end, the command is killed."""
+    started: list[StartedCommand] = []
 
+    def start_one(entry: str, folder: Path) -> StartedCommand:
+        started.append(StartedCommand(["-m", "tests.launch.rank_entries", entry, str(folder)], leads_session=True))
+        return started[-1]
 
-def restore_interrupt() -> None:
-    """A test run in the background of a shell inherits a Ctrl-C that is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield start_one
+    for each in started:
+        each.kill()
 
 
 def is_alive(pid: int) -> bool:
@@ -90,12 +86,13 @@ ENDS = {
 
 
 @pytest.mark.slow
-def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(tmp_path: Path) -> None:
+def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(start: Start, tmp_path: Path) -> None:
     process = start(",".join(ENDS), tmp_path)
-    out, err = process.communicate(timeout=120)
+    ended = process.wait(120)
+    out, err = ended.stdout, ended.stderr
     said = "".join(f"{error}{entry}: {code}\n" for entry, (code, error) in ENDS.items())
     assert re.fullmatch(said, err), err
-    assert process.returncode == 77
+    assert ended.returncode == 77
     assert out == "threads 1\n" * 4
     assert len(list((tmp_path / "done").glob("ran_*"))) == 4
     logs = sorted(tmp_path.rglob("*.error.log"))
@@ -136,15 +133,15 @@ STATES = {
     ],
 )
 def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(
-    entry: str, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+    start: Start, entry: str, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
 ) -> None:
     process = start(entry, tmp_path)
     assert wait_for(lambda: len(list(tmp_path.glob(f"{entry}/pid_*"))) == 4, 120)
     (os.killpg if to_all else os.kill)(process.pid, number)
     asked_at = time.monotonic()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
+    ended = process.wait(120)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
     assert len(list((tmp_path / entry).glob("saved_*"))) == (4 if entry == "saves" else 0)
     if entry == "deaf":
         assert time.monotonic() - asked_at > GRACE_SECONDS
@@ -164,14 +161,15 @@ def test_local_ranks_have_time_to_save_when_the_command_is_asked_to_end(
     ],
 )
 def test_local_no_rank_outlives_a_command_that_is_ended(
-    number: signal.Signals, to_all: bool, code: int, tmp_path: Path
+    start: Start, number: signal.Signals, to_all: bool, code: int, tmp_path: Path
 ) -> None:
     process = start("sleep", tmp_path)
     assert wait_for(lambda: len(list(tmp_path.glob("sleep/pid_*"))) == 4, 60)
     ranks = [int(path.read_text()) for path in tmp_path.glob("sleep/pid_*")]
     assert all(map(is_alive, ranks))
     (os.killpg if to_all else os.kill)(process.pid, number)
-    assert process.wait(timeout=10) == code
+    ended = process.wait(10)
+    assert ended.returncode == code
     assert wait_for(lambda: not any(map(is_alive, ranks)), 5)
     assert wait_for(lambda: not members(process.pid), 20), members(process.pid)
-    assert "Traceback" not in process.communicate()[1]
+    assert "Traceback" not in ended.stderr

@@ -161,7 +161,7 @@ def peak_bytes(loss: Loss, hidden: int) -> int:
     return memory.peak_bytes
 
 
-@pytest.mark.parametrize(("hidden", "share"), [(64, 0.07), pytest.param(256, 0.13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("hidden", "share"), [(64, 0.07), pytest.param(256, 0.13, marks=pytest.mark.long)])
 def test_cross_entropy_of_v3s_vocabulary_takes_a_small_share_of_whole_logits_memory(hidden: int, share: float) -> None:
     chunked, whole = (peak_bytes(LOSSES[name], hidden) for name in ("in chunks", "whole logits"))
     print(f"hidden {hidden}: {chunked / 2**20:.0f} MiB of {whole / 2**20:.0f}: {chunked / whole:.4f}")
