@@ -34,7 +34,7 @@ from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
 from train.replica import open_replica
-from train.rollout.student import open_student_sampler
+from train.rollout.open import open_sampler
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
 from train.startup import (
@@ -197,7 +197,7 @@ class _TrainingRank:
                     config.optim,
                     config.ema,
                     open_reference(config.task, replica) or open_teacher(config, replica),
-                    open_student_sampler(config, replica),
+                    open_sampler(config, replica, prepared),
                 )
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:

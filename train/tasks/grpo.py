@@ -7,6 +7,7 @@ from kernels.ranges import PositiveFloat, PositiveInt
 from model.config import ModelConfig
 from model.objectives.policy_loss import PolicyLossConfig
 from train.config import BatchConfig, TaskConfig
+from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:
     from train.tasks.policy_gradient import PolicyGradientTask
@@ -45,3 +46,17 @@ def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "P
     from train.tasks.policy_gradient import PolicyGradientTask
 
     return PolicyGradientTask(config, model.mtp_depth)
+
+
+TASKS.register(
+    "grpo",
+    TaskSpec(
+        summary="policy gradients of sampled answers and their rewards",
+        config=GrpoConfig,
+        build=build_grpo,
+        has_reference=lambda task: task.has_reference,
+        reference_interval=lambda task: task.reference_every_steps,
+        has_rollouts=True,
+        needs_weights=True,
+    ),
+)

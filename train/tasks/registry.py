@@ -140,6 +140,7 @@ TASKS = Registry[TaskSpec](
         "train.tasks.distill",
         "train.tasks.reward_model",
         "train.tasks.dpo",
+        "train.tasks.grpo",
     ),
 )
 
