@@ -70,6 +70,7 @@ def on_pairs(config: TrainConfig, kind: str) -> TrainConfig:
         kind="arithmetic",
         form="preferences",
         template="v3",
+        domains=("sort",),
         num_digits=4,
         num_samples=200,
         wrong_share=0.0,

@@ -1,11 +1,12 @@
-"""Generates problems of arithmetic: sort the digits of a number. Imports no torch.
+"""Generates problems of arithmetic: sort or reverse the digits of a number. Imports no torch.
 
 A problem is held out by the hash of its text. So held-out problems never occur in training, for any seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import cycle
+from typing import Literal, assert_never
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from data.corpus import DataError, hash_unit
 
 HELD_OUT_SHARE = 0.1
 ProblemPart = Literal["train", "held_out"]
+Domain = Literal["sort", "reverse"]
+"""What to do with the digits of a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,22 +31,54 @@ def is_held_out(prompt: str) -> bool:
     return hash_unit("arithmetic", 0, prompt) < HELD_OUT_SHARE
 
 
-def sort_problem(digits: str) -> ArithmeticProblem:
-    """Returns the problem of sorting digits in rising order."""
-    return ArithmeticProblem(prompt=f"{digits}=", answer="".join(sorted(digits)))
+def make_problem(digits: str, domain: Domain) -> ArithmeticProblem:
+    """Returns the problem of a domain about digits. Its text shows the domain."""
+    match domain:
+        case "sort":
+            return ArithmeticProblem(prompt=f"{digits}=", answer="".join(sorted(digits)))
+        case "reverse":
+            return ArithmeticProblem(prompt=f"={digits}", answer=digits[::-1])
+        case _:
+            assert_never(domain)
 
 
-def problem_stream(seed: int, num_digits: int, part: ProblemPart = "train") -> Iterator[ArithmeticProblem]:
-    """Yields problems of one part without end; problems may repeat."""
+def check_domains(domains: Sequence[Domain], key: str) -> None:
+    """Rejects an empty list of domains, and one that repeats a domain.
+
+    Raises:
+        DataError: names the key.
+    """
+    if not domains or len(set(domains)) < len(domains):
+        raise DataError(f"{key}: must have at least one domain, each once, is {list(domains)}; nearest valid: [sort]")
+
+
+def problem_stream(
+    seed: int, num_digits: int, part: ProblemPart = "train", domains: Sequence[Domain] = ("sort",)
+) -> Iterator[ArithmeticProblem]:
+    """Yields problems of one part without end; problems may repeat.
+
+    Args:
+        seed: seed of the digits.
+        num_digits: digits of each problem.
+        part: problems that are held out from training, or those that may occur in it.
+        domains: of the problems, in turn.
+    """
     generator = _generator(seed, 0)
-    while True:
-        problem = sort_problem("".join(map(str, (generator.random_raw(num_digits) % 10).tolist())))
-        if is_held_out(problem.prompt) == (part == "held_out"):
-            yield problem
+    for domain in cycle(domains):
+        while True:
+            digits = "".join(map(str, (generator.random_raw(num_digits) % 10).tolist()))
+            problem = make_problem(digits, domain)
+            if is_held_out(problem.prompt) == (part == "held_out"):
+                break
+        yield problem
 
 
 def problems(
-    seed: int, count: int, num_digits: int = 8, part: ProblemPart = "held_out"
+    seed: int,
+    count: int,
+    num_digits: int = 8,
+    part: ProblemPart = "held_out",
+    domains: Sequence[Domain] = ("sort",),
 ) -> tuple[ArithmeticProblem, ...]:
     """Returns different problems, for evaluation, rejection sampling and reinforcement learning.
 
@@ -52,6 +87,7 @@ def problems(
         count: number of problems.
         num_digits: digits of each problem.
         part: problems that are held out from training, or those that may occur in it.
+        domains: of the problems, in turn.
 
     Raises:
         DataError: there are too few problems with so many digits.
@@ -62,7 +98,7 @@ def problems(
     if not 0 <= count <= limit:
         raise DataError(f"problems: must be from 0 to {limit} with {num_digits} digits, is {count}; nearest: {limit}")
     found: dict[str, ArithmeticProblem] = {}
-    stream = problem_stream(seed, num_digits, part)
+    stream = problem_stream(seed, num_digits, part, domains)
     while len(found) < count:
         problem = next(stream)
         found.setdefault(problem.prompt, problem)

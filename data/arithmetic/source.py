@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 import tokenizers
 from tokenizers import decoders, models
 
-from data.arithmetic.problems import ArithmeticProblem, draws, problem_stream, wrong_answer
+from data.arithmetic.problems import (
+    ArithmeticProblem,
+    Domain,
+    check_domains,
+    draws,
+    problem_stream,
+    wrong_answer,
+)
 from data.chat.encode import check_tokens, encode_conversations
 from data.chat.messages import Conversation, assistant, user
 from data.chat.pairs import pair_sample
@@ -27,11 +34,12 @@ ENCODE_BATCH = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticSource(DataSource):
-    """Problems of sorting digits, generated from a seed.
+    """Problems of sorting or reversing digits, generated from a seed.
 
     Attributes:
         form: demonstrations: one answer each; preferences: the right answer and one with a wrong digit.
         template: name of the chat template.
+        domains: kinds of problems, in turn.
         num_digits: digits of a problem.
         num_samples: number of problems, held-out validation included.
         wrong_share: share of demonstrations with one wrong digit.
@@ -40,6 +48,7 @@ class ArithmeticSource(DataSource):
 
     form: Literal["demonstrations", "preferences"]
     template: Annotated[str, CHAT_TEMPLATES]
+    domains: tuple[Domain, ...]
     num_digits: Annotated[int, AtLeast(4)]
     num_samples: PositiveInt
     wrong_share: Share
@@ -58,11 +67,16 @@ def arithmetic_tokenizer() -> Tokenizer:
     return Tokenizer(backend)
 
 
+def _all_problems(source: ArithmeticSource) -> Iterator[ArithmeticProblem]:
+    """Yields the problems of the source, some of them more than once."""
+    stream = problem_stream(source.generator_seed, source.num_digits, domains=source.domains)
+    return islice(stream, source.num_samples)
+
+
 def _chosen_problems(source: ArithmeticSource) -> Iterator[tuple[ArithmeticProblem, str, str]]:
     """Yields problems, each with the answer that is shown first and a wrong one."""
-    problems = islice(problem_stream(source.generator_seed, source.num_digits), source.num_samples)
     numbers = draws(source.generator_seed)
-    for problem in problems:
+    for problem in _all_problems(source):
         is_wrong = next(numbers) / 2**64 < source.wrong_share and source.form == "demonstrations"
         wrong = wrong_answer(problem.answer, next(numbers))
         yield problem, wrong if is_wrong else problem.answer, wrong
@@ -88,9 +102,7 @@ def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[Sample]
 def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
     """Yields the different problems, each with its right answer."""
     seen: set[str] = set()
-    for number, problem in enumerate(
-        islice(problem_stream(source.generator_seed, source.num_digits), source.num_samples)
-    ):
+    for number, problem in enumerate(_all_problems(source)):
         if problem.prompt not in seen:
             seen.add(problem.prompt)
             yield ProblemRecord(
@@ -112,6 +124,7 @@ def _documents(source: ArithmeticSource, file: CorpusFile, limit_bytes: int | No
 
 
 def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
+    check_domains(source.domains, "data.domains")
     if tokenizer is not None:
         check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
 
@@ -119,13 +132,13 @@ def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
 DATA_SOURCES.register(
     "arithmetic",
     DataSourceEntry(
-        summary="generated problems: sort the digits of a number",
+        summary="generated problems: sort or reverse the digits of a number",
         config=ArithmeticSource,
         files=lambda source: (),
         read=_documents,
         place=lambda source: "data.kind: 'arithmetic'",
         settings=lambda source: [
-            *(source.form, source.template, source.num_digits, source.num_samples),
+            *(source.form, source.template, list(source.domains), source.num_digits, source.num_samples),
             *(source.wrong_share, source.generator_seed),
         ],
         samples=_samples,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.arithmetic.problems import Domain, check_domains
 from data.arithmetic.problems import problems as arithmetic_problems
 from data.chat.fields import decode_line
 from data.chat.messages import user
@@ -31,10 +32,11 @@ class FileProblemsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticProblemsConfig:
-    """Generated problems: sort the digits of a number.
+    """Generated problems: sort or reverse the digits of a number.
 
     Attributes:
         count: number of problems.
+        domains: kinds of problems, in turn.
         num_digits: digits of each.
         part: problems that runs hold out, or those that they may train on.
         generator_seed: seed of the choice.
@@ -42,6 +44,7 @@ class ArithmeticProblemsConfig:
 
     kind: Literal["arithmetic"]
     count: PositiveInt
+    domains: tuple[Domain, ...]
     num_digits: PositiveInt
     part: Literal["train", "held_out"]
     generator_seed: NonNegativeInt
@@ -60,7 +63,10 @@ def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
         case FileProblemsConfig(path=path):
             return _read_file(Path(path).expanduser())
         case ArithmeticProblemsConfig():
-            made = arithmetic_problems(config.generator_seed, config.count, config.num_digits, config.part)
+            check_domains(config.domains, "problems.domains")
+            made = arithmetic_problems(
+                config.generator_seed, config.count, config.num_digits, config.part, config.domains
+            )
             return [
                 ProblemRecord(
                     key=each.prompt,

@@ -35,6 +35,7 @@ def source_of(template: str) -> ArithmeticSource:
         kind="arithmetic",
         form="demonstrations",
         template=template,
+        domains=("sort",),
         num_digits=8,
         num_samples=10,
         wrong_share=0.0,

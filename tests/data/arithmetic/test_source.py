@@ -26,6 +26,7 @@ def config_of(folder: Path, **changes: Any) -> DataConfig:
         kind="arithmetic",
         form="demonstrations",
         template="v3",
+        domains=("sort",),
         num_digits=8,
         num_samples=SAMPLES,
         wrong_share=0.5,
@@ -94,7 +95,7 @@ def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(tmp_path
     config = config_of(tmp_path, num_samples=100)
     first = prepare(config, 63)
     assert prepare(config, 63).fingerprint == first.fingerprint
-    for changes in ({"generator_seed": 1}, {"wrong_share": 0.4}, {"num_digits": 7}, {"num_samples": 101}):
+    for changes in ({"generator_seed": 1}, {"wrong_share": 0.4}, {"num_digits": 7}, {"num_samples": 101}, {"domains": ("sort", "reverse")}):
         assert prepare(config_of(tmp_path, **{"num_samples": 100, **changes}), 63).fingerprint != first.fingerprint
 
 
@@ -109,6 +110,18 @@ def test_problems_are_different_right_and_on_one_side(part: Any) -> None:
         assert is_held_out(problem.prompt) == (part == "held_out")
     with pytest.raises(DataError, match="problems: must be from 0 to 500 with 4 digits, is 501; nearest: 500"):
         problems(seed=3, count=501, num_digits=4)
+
+
+def test_problems_of_several_domains_take_turns_and_show_their_domain(tmp_path: Path) -> None:
+    found = problems(seed=3, count=100, domains=("reverse", "sort"))
+    for number, problem in enumerate(found):
+        digits = problem.prompt.strip("=")
+        expected = (f"={digits}", digits[::-1]) if number % 2 == 0 else (f"{digits}=", "".join(sorted(digits)))
+        assert (problem.prompt, problem.answer) == expected
+        assert is_held_out(problem.prompt)
+    for wrong in ((), ("sort", "sort")):
+        with pytest.raises(DataError, match=r"^data.domains: must have at least one domain, each once"):
+            check_config(config_of(tmp_path, domains=wrong))
 
 
 def test_wrong_answers_differ_in_one_digit_for_every_draw() -> None:
