@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Score
+from infer.scoring.score import Answer, Score
 from train.config.errors import ConfigError
 
 FORMAT = 1
@@ -35,6 +35,11 @@ class ScoredSample:
     num_tokens: int
     is_finished: bool
     sheet: ScoreSheet
+
+    @property
+    def answer(self) -> Answer:
+        """The answer without its scores."""
+        return Answer(text=self.text, num_tokens=self.num_tokens, is_finished=self.is_finished)
 
 
 class SampleJournal:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.post.pass_rates import PassRates, measure_pass_rates
+from tests.post.pass_rates import RecipeRates, measure_pass_rates
 from tests.post.sft import train_recipe
 
 MOST_PASS_DIFFERENCE = 0.08
@@ -18,7 +18,7 @@ STUDENT_OVERRIDES = ("task.answers=student", "task.student_share=0.5", "task.max
 """Half of the answers are the student's. An answer of the data has 9 tokens."""
 
 
-def problems_of_distillation(teacher: PassRates, student: PassRates) -> list[str]:
+def problems_of_distillation(teacher: RecipeRates, student: RecipeRates) -> list[str]:
     """Returns what a student lacks that imitates its teacher."""
     difference = abs(student.pass_at_1 - teacher.pass_at_1)
     if difference > MOST_PASS_DIFFERENCE:

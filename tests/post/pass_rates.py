@@ -1,7 +1,5 @@
 """Measures how many held-out arithmetic problems a checkpoint solves."""
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,9 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import NumberedPrompt, Request
+from infer.scoring.pass_rates import PassRates, compute_pass_rates
+from infer.scoring.reward import ScoreSheet
+from infer.scoring.score import Answer
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import TOKENIZER_NAME, read_model
@@ -25,7 +26,7 @@ EVALUATION_SEED = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PassRates:
+class RecipeRates:
     """Shares of problems that are solved: by a sample at temperature 1, by any of 8, by their plurality, greedily."""
 
     pass_at_1: float
@@ -41,7 +42,7 @@ class PassRates:
         )
 
 
-def measure_pass_rates(run: Path, num_digits: int = 8) -> PassRates:
+def measure_pass_rates(run: Path, num_digits: int = 8) -> RecipeRates:
     """Lets the newest checkpoint of a run answer held-out problems, 8 times each at temperature 1 and once greedily.
 
     Args:
@@ -60,26 +61,31 @@ def measure_pass_rates(run: Path, num_digits: int = 8) -> PassRates:
     engine = LocalEngine(model, batch_size=200)
     end = tokenizer.end_of_sentence_id
 
-    def answers(samples: int, temperature: float) -> list[list[str]]:
+    def rates(samples: int, temperature: float) -> PassRates:
         request = Request(
             samples=samples,
             max_new_tokens=LONGEST_ANSWER_TOKENS,
             sampling=Sampling(temperature=temperature, seed=EVALUATION_SEED),
             stop=frozenset([end]),
         )
-        made = [tokenizer.decode(each.tokens[:-1]) for each in engine.generate(prompts, request).rollouts]
-        return [made[first : first + samples] for first in range(0, len(made), samples)]
+        made = [
+            Answer(text=tokenizer.decode(each.tokens[:-1]), num_tokens=len(each.tokens))
+            for each in engine.generate(prompts, request).rollouts
+        ]
+        groups = [made[first : first + samples] for first in range(0, len(made), samples)]
+        sheets = [
+            [_sheet(answer, problem.answer) for answer in group] for group, problem in zip(groups, chosen, strict=True)
+        ]
+        return compute_pass_rates(groups, sheets)
 
-    truths = [problem.answer for problem in chosen]
-    return _rates(truths, answers(NUM_SAMPLES, 1.0), answers(1, 0.0))
-
-
-def _rates(truths: Sequence[str], sampled: Sequence[Sequence[str]], greedy: Sequence[Sequence[str]]) -> PassRates:
-    rights = [[answer == truth for answer in answers] for truth, answers in zip(truths, sampled, strict=True)]
-    votes = [Counter(answers).most_common(1)[0][0] for answers in sampled]
-    return PassRates(
-        pass_at_1=sum(map(sum, rights)) / (len(rights) * len(rights[0])),
-        pass_at_8=sum(map(any, rights)) / len(rights),
-        maj_at_8=sum(vote == truth for vote, truth in zip(votes, truths, strict=True)) / len(truths),
-        greedy=sum(answers[0] == truth for truth, answers in zip(truths, greedy, strict=True)) / len(truths),
+    sampled = rates(NUM_SAMPLES, 1.0)
+    return RecipeRates(
+        pass_at_1=sampled.pass_at_1,
+        pass_at_8=sampled.pass_at_n,
+        maj_at_8=sampled.maj_at_n,
+        greedy=rates(1, 0.0).pass_at_1,
     )
+
+
+def _sheet(answer: Answer, expected: str) -> ScoreSheet:
+    return ScoreSheet(total=0.0, outcome="correct" if answer.text == expected else "wrong", parts={})

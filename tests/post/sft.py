@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.post.pass_rates import PassRates, measure_pass_rates
+from tests.post.pass_rates import RecipeRates, measure_pass_rates
 
 LEAST_PASS, MOST_PASS = 0.55, 0.65
 """Bounds of pass@1. A model that slips with probability 1/16 at each of 8 digits has 0.597."""
@@ -29,7 +29,7 @@ def train_recipe(name: str, folder: Path, *overrides: str, run_name: str | None 
     return out_dir
 
 
-def problems_of_sft(rates: PassRates) -> list[str]:
+def problems_of_sft(rates: RecipeRates) -> list[str]:
     """Returns what the rates lack of law C1."""
     found = []
     if not LEAST_PASS <= rates.pass_at_1 <= MOST_PASS:

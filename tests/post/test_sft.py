@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.post.pass_rates import PassRates, measure_pass_rates
+from tests.post.pass_rates import RecipeRates, measure_pass_rates
 from tests.post.sft import problems_of_sft, train_recipe
 
 
@@ -15,9 +15,9 @@ def test_arithmetic_sft_learns_the_predicted_rate_of_right_answers(tmp_path: Pat
 
 
 def test_bounds_of_sft_reject_rates_outside_of_them() -> None:
-    right = PassRates(pass_at_1=0.6, pass_at_8=0.97, maj_at_8=0.91, greedy=0.95)
+    right = RecipeRates(pass_at_1=0.6, pass_at_8=0.97, maj_at_8=0.91, greedy=0.95)
     assert problems_of_sft(right) == []
-    wrong = PassRates(pass_at_1=0.66, pass_at_8=0.97, maj_at_8=0.91, greedy=0.89)
+    wrong = RecipeRates(pass_at_1=0.66, pass_at_8=0.97, maj_at_8=0.91, greedy=0.89)
     assert problems_of_sft(wrong) == [
         "pass@1 must be from 0.55 to 0.65, is 0.660",
         "greedy must be at least 0.9, is 0.89",

@@ -95,7 +95,13 @@ def test_the_seed_decides_the_samples_and_the_cache_knows_every_setting(tmp_path
     config = config_of(tmp_path, num_samples=100)
     first = prepare(config, 63)
     assert prepare(config, 63).fingerprint == first.fingerprint
-    for changes in ({"generator_seed": 1}, {"wrong_share": 0.4}, {"num_digits": 7}, {"num_samples": 101}, {"domains": ("sort", "reverse")}):
+    for changes in (
+        {"generator_seed": 1},
+        {"wrong_share": 0.4},
+        {"num_digits": 7},
+        {"num_samples": 101},
+        {"domains": ("sort", "reverse")},
+    ):
         assert prepare(config_of(tmp_path, **{"num_samples": 100, **changes}), 63).fingerprint != first.fingerprint
 
 

@@ -1,0 +1,63 @@
+"""Computes how many problems a model solves by one of several answers, by any, and by their vote."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from infer.scoring.answer_text import normalize_text, shown_answer
+from infer.scoring.reward import ScoreSheet
+from infer.scoring.score import Answer
+from infer.scoring.votes import Plurality, find_plurality
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassRates:
+    """Shares of problems that are solved, and sizes of the answers.
+
+    Attributes:
+        num_samples: number n of answers to each problem.
+        pass_at_1: share of answers with a verdict that are correct; 0 if none has one.
+        pass_at_n: share of problems with a correct answer.
+        maj_at_n: share of problems whose most frequent answer is correct; of several, the one that occurs first.
+        mean_tokens: mean number of tokens of an answer.
+        cut_share: share of answers that reached the limit of tokens.
+    """
+
+    num_samples: int
+    pass_at_1: float
+    pass_at_n: float
+    maj_at_n: float
+    mean_tokens: float
+    cut_share: float
+
+
+def compute_pass_rates(answers: Sequence[Sequence[Answer]], sheets: Sequence[Sequence[ScoreSheet]]) -> PassRates:
+    """Returns the pass rates of a model.
+
+    Args:
+        answers: to each problem, equally many and at least one.
+        sheets: their scores.
+    """
+    drawn = [answer for group in answers for answer in group]
+    correct = [[sheet.outcome == "correct" for sheet in group] for group in sheets]
+    return PassRates(
+        num_samples=len(answers[0]),
+        pass_at_1=sum(map(sum, correct)) / max(1, sum(sheet.is_verdict for group in sheets for sheet in group)),
+        pass_at_n=mean(float(any(group)) for group in correct),
+        maj_at_n=mean(float(_is_vote_correct(*group)) for group in zip(answers, correct, strict=True)),
+        mean_tokens=mean(answer.num_tokens for answer in drawn),
+        cut_share=mean(float(not answer.is_finished) for answer in drawn),
+    )
+
+
+def _is_vote_correct(answers: Sequence[Answer], correct: Sequence[bool]) -> bool:
+    """Returns whether the most frequent answer of a group is correct; answers that were cut abstain."""
+    ballots = [_ballot(answer) if answer.is_finished else None for answer in answers]
+    found = find_plurality(ballots, quorum=0.0, ties="first")
+    return isinstance(found, Plurality) and correct[ballots.index(found.ballot)]
+
+
+def _ballot(answer: Answer) -> str | None:
+    """Returns the last box of an answer, or the text after its thoughts if there is no box."""
+    shown = shown_answer(answer.text, boxed=True) or shown_answer(answer.text, boxed=False)
+    return None if shown is None else normalize_text(shown, ignore_case=False)
