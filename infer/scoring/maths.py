@@ -55,7 +55,7 @@ class MathsScorer:
         if importlib.util.find_spec("math_verify") is None:
             raise ScoringError("reward.parts: kind maths needs math-verify, it is missing; run pip install -e .[score]")
         program = WorkerProgram(Path(__file__).with_name("maths_program.py"), (str(int(config.memory_gib * 2**30)),))
-        self._pool = WorkerPool(program, config.num_workers, config.seconds)
+        self._pool = WorkerPool(program, config.num_workers, config.seconds, name="maths")
 
     def score(self, answer: Answer, problem: Problem) -> Score:
         """Returns 1 if both are equal.
@@ -93,5 +93,6 @@ SCORERS.register(
         config=MathsConfig,
         build=MathsScorer,
         has_verdict=True,
+        has_deadline=True,
     ),
 )

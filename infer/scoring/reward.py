@@ -1,8 +1,8 @@
 """Sums the scores of an answer, and reports each part by its name."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -18,8 +18,14 @@ from infer.scoring.score import (
     Scorer,
     ScorerConfig,
     ScoringError,
+    failure,
 )
+from infer.scoring.threads import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
 from kernels.ranges import PositiveInt
+
+ANSWER_SECONDS = 60.0
+"""Time of a scorer without a deadline of its own, for one answer or group."""
+LONGEST_DETAIL = 300
 
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
 _PRECEDENCE: tuple[Outcome, ...] = ("error", "unknown", "timeout", "missing", "wrong", "correct")
@@ -69,6 +75,16 @@ class ScoreSheet:
     outcome: Outcome
     parts: dict[str, Score]
 
+    def __post_init__(self) -> None:
+        """Refuses a total that is not finite.
+
+        Raises:
+            ScoringError: names the parts.
+        """
+        if not math.isfinite(self.total):
+            values = ", ".join(f"{kind} {score.value:g}" for kind, score in self.parts.items())
+            raise ScoringError(f"reward.parts: the weighted sum must be finite, is {self.total} of {values}")
+
     @property
     def is_verdict(self) -> bool:
         """Whether the outcome says something about the answer, or there is nothing to check."""
@@ -89,24 +105,37 @@ class GroupSheets:
 
     Attributes:
         sheets: one of each answer, in order.
-        dropped: why the group must not be trained on; None: every sheet is a verdict.
     """
 
     sheets: tuple[ScoreSheet, ...]
-    dropped: str | None
+
+    @property
+    def dropped(self) -> Outcome | None:
+        """Why the group must not be trained on: the first outcome that is no verdict, or None."""
+        return next((sheet.outcome for sheet in self.sheets if not sheet.is_verdict), None)
+
+    @property
+    def reason(self) -> str:
+        """The detail of the first score that is no verdict, for people; empty if all are."""
+        scores = (score for sheet in self.sheets if not sheet.is_verdict for score in sheet.parts.values())
+        return next((score.detail for score in scores if score.outcome in ("error", "unknown")), "")
 
 
 class Reward:
     """Scorers with weights. Use it as a context manager, which ends the scorers' processes."""
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, seconds: float = ANSWER_SECONDS) -> None:
         """Builds the scorers.
+
+        Args:
+            config: of the reward.
+            seconds: time of a call of a scorer that has no deadline of its own.
 
         Raises:
             ScoringError: this machine cannot run one of them.
         """
         self._weights = {part.kind: part.weight for part in config.parts}
-        self._num_threads = config.num_threads
+        self._num_threads, self._seconds = config.num_threads, seconds
         self._scorers: dict[str, Scorer | GroupScorer] = {}
         try:
             for part in config.parts:
@@ -129,39 +158,92 @@ class Reward:
     def score_groups(self, groups: Sequence[AnswerGroup]) -> list[GroupSheets]:
         """Scores groups of answers in several threads, each answer with every part.
 
+        A scorer that fails or takes too long costs the group of the answer, not the run.
+
         Returns:
             The sheets in the groups' order. A group with a sheet that is no verdict is dropped.
-        """
-        with ThreadPoolExecutor(max_workers=self._num_threads) as threads:
-            columns = {kind: _submit(threads, scorer, groups) for kind, scorer in self._scorers.items()}
-            scores = {kind: [future() for future in column] for kind, column in columns.items()}
-        return [
-            self._group_sheets([{kind: column[number][at] for kind, column in scores.items()} for at in range(count)])
-            for number, count in enumerate(len(group.answers) for group in groups)
-        ]
 
-    def _group_sheets(self, parts: Sequence[dict[str, Score]]) -> GroupSheets:
-        """Returns the sheets of a group whose scores are given by answer and part."""
-        sheets = tuple(self._sheet(each) for each in parts)
-        return GroupSheets(sheets=sheets, dropped=next((each.outcome for each in sheets if not each.is_verdict), None))
+        Raises:
+            ScoringError: a scorer keeps failing; names it and the reason.
+        """
+        scores = {kind: self._score_part(kind, groups) for kind in self._scorers}
+        found = []
+        for number, group in enumerate(groups):
+            sheets = [
+                self._sheet({kind: column[number][at] for kind, column in scores.items()})
+                for at in range(len(group.answers))
+            ]
+            found.append(GroupSheets(sheets=tuple(sheets)))
+        return found
+
+    def _score_part(self, kind: str, groups: Sequence[AnswerGroup]) -> list[list[Score]]:
+        """Returns a part's scores of all answers, by group."""
+        scorer = self._scorers[kind]
+        if isinstance(scorer, GroupScorer):
+            votes = self._run(kind, [partial(scorer.score_group, group.answers, group.problem) for group in groups])
+            return [_checked_group(kind, each, len(group.answers)) for each, group in zip(votes, groups, strict=True)]
+        calls = [partial(scorer.score, answer, group.problem) for group in groups for answer in group.answers]
+        scores = iter(self._run(kind, calls))
+        return [[_checked(kind, next(scores)) for _ in group.answers] for group in groups]
+
+    def _run(self, kind: str, calls: Sequence[Callable[[], object]]) -> list[object]:
+        """Returns what a scorer's calls returned, or the score of a failure for those that did not return."""
+        seconds = None if SCORERS.get(kind).has_deadline else self._seconds
+        try:
+            results = run_in_threads(calls, self._num_threads, seconds, ScoringError)
+        except TooManyAbandonedError as error:
+            raise ScoringError(
+                f"reward.parts, kind {kind}: must score an answer within {seconds:g} s, does not for "
+                f"{2 * self._num_threads} answers in a row"
+            ) from error
+        found: list[object] = []
+        for result in results:
+            match result:
+                case Returned(value):
+                    found.append(value)
+                case Raised(raised):
+                    found.append(failure("error", f"{kind}: {type(raised).__name__}: {raised}"[:LONGEST_DETAIL]))
+                case Abandoned(thread):
+                    found.append(failure("unknown", f"{kind}: thread {thread} gave no score within {seconds:g} s"))
+        return found
 
     def _sheet(self, parts: dict[str, Score]) -> ScoreSheet:
         total = sum(self._weights[kind] * score.value for kind, score in parts.items())
-        return ScoreSheet(total=total, outcome=joint_outcome([score.outcome for score in parts.values()]), parts=parts)
+        # A part that is only reported drops no group.
+        outcomes = [
+            score.outcome
+            for kind, score in parts.items()
+            if self._weights[kind] or score.outcome not in ("error", "unknown")
+        ]
+        return ScoreSheet(total=total, outcome=joint_outcome(outcomes), parts=parts)
 
 
-def _submit(
-    threads: ThreadPoolExecutor, scorer: Scorer | GroupScorer, groups: Sequence[AnswerGroup]
-) -> list[Callable[[], list[Score]]]:
-    """Starts a scorer on all groups. Returns for each group what waits for its scores."""
-    if isinstance(scorer, GroupScorer):
-        return [threads.submit(scorer.score_group, group.answers, group.problem).result for group in groups]
-    futures = [[threads.submit(scorer.score, answer, group.problem) for answer in group.answers] for group in groups]
-    return [partial(_results, each) for each in futures]
+def check_reward(config: RewardConfig) -> None:
+    """Rejects a reward that this machine cannot compute, before a run.
+
+    Raises:
+        ScoringError: names the part and the reason.
+    """
+    with Reward(config):
+        pass
 
 
-def _results(futures: Sequence[Future[Score]]) -> list[Score]:
-    return [future.result() for future in futures]
+def _checked(kind: str, score: object) -> Score:
+    """Returns a scorer's score, or an error if it is none. A value that is not finite must not reach training."""
+    if not isinstance(score, Score):
+        return failure("error", f"{kind}: must return a score, returned a value of type {type(score).__name__}")
+    if not math.isfinite(score.value):
+        return failure("error", f"{kind}: must return a finite value, returned {score.value}")
+    return score
+
+
+def _checked_group(kind: str, scores: object, count: int) -> list[Score]:
+    """Returns a group scorer's scores, or errors if they are not one of each answer."""
+    if isinstance(scores, Score):  # of a call that failed
+        return [scores] * count
+    if not isinstance(scores, Sequence) or len(scores) != count:
+        return [failure("error", f"{kind}: must return a score of each answer, does not")] * count
+    return [_checked(kind, score) for score in scores]
 
 
 def joint_outcome(outcomes: Sequence[Outcome]) -> Outcome:

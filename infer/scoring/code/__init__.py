@@ -10,5 +10,6 @@ SCORERS.register(
         config=CodeConfig,
         build=CodeScorer,
         has_verdict=True,
+        has_deadline=True,
     ),
 )

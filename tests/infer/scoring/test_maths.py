@@ -216,7 +216,7 @@ def test_maths_problem_without_an_answer_is_skipped_and_a_faulty_one_is_an_error
 
 PROGRAM = """
 import json, os, sys, time
-print("ready", flush=True)
+print("{}", flush=True)
 for line in sys.stdin:
     message = json.loads(line)
     if message["do"] == "hang":
@@ -232,7 +232,7 @@ for line in sys.stdin:
 def test_worker_pool_replaces_workers_that_hang_or_die(tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
-    pool = WorkerPool(WorkerProgram(path), size=2, seconds=1.0)
+    pool = WorkerPool(WorkerProgram(path), size=2, seconds=1.0, name="test")
     results: list[object] = []
 
     def ask(message: dict[str, object]) -> None:
@@ -254,5 +254,5 @@ def test_worker_pool_replaces_workers_that_hang_or_die(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit(4)")
-    with pytest.raises(WorkerDiedError, match="with code 4"):
-        WorkerPool(WorkerProgram(broken), size=1, seconds=1.0).request({})
+    with pytest.raises(WorkerDiedError, match="worker 1 ended with code 4"):
+        WorkerPool(WorkerProgram(broken), size=1, seconds=1.0, name="test").request({})

@@ -1,0 +1,139 @@
+"""Tests of law F2: a scorer that hangs, fails or returns no number costs one group at most, with a reason."""
+
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from infer.scoring.exact import ExactConfig
+from infer.scoring.reward import AnswerGroup, GroupSheets, Reward, RewardConfig, ScoreSheet
+from infer.scoring.score import (
+    SCORERS,
+    Answer,
+    Problem,
+    RatingScorer,
+    Score,
+    ScorerConfig,
+    ScorerSpec,
+    ScoringError,
+    verdict,
+)
+
+
+class FakeScorer(RatingScorer):
+    """Scores the text `right` as correct, and any other text as a test says."""
+
+    def __init__(self, act: Callable[[str], object]) -> None:
+        self._act = act
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        return verdict(is_correct=True) if answer.text == "right" else self._act(answer.text)  # type: ignore[return-value]
+
+
+class FakeVote(RatingScorer):
+    """Scores a group by the number of its answers, or as a test says."""
+
+    def __init__(self, act: Callable[[Sequence[Answer]], list[Score]]) -> None:
+        self._act = act
+
+    def score_group(self, answers: Sequence[Answer], problem: Problem) -> list[Score]:
+        return self._act(answers)
+
+
+@pytest.fixture
+def score(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GroupSheets]]:
+    """Returns a function that scores texts with a scorer, each list of texts as one group."""
+
+    def run(scorer: object, *texts: Sequence[str], weight: float = 1.0) -> list[GroupSheets]:
+        spec = ScorerSpec(summary="a fake", config=ScorerConfig, build=lambda config: scorer, has_verdict=True)  # type: ignore[arg-type, return-value]
+        monkeypatch.setitem(SCORERS._entries, "fake", spec)
+        exact = ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=False)
+        config = RewardConfig(parts=(exact, ScorerConfig(kind="fake", weight=weight)), num_threads=2)
+        groups = [
+            AnswerGroup(
+                problem=Problem(prompt="", answer="right"),
+                answers=tuple(Answer(text=text, num_tokens=1) for text in each),
+            )
+            for each in texts
+        ]
+        with Reward(config, seconds=0.3) as reward:
+            return reward.score_groups(groups)
+
+    SCORERS.names()  # registers the others first
+    return run
+
+
+def raise_error(text: str) -> object:
+    raise ValueError("no idea")
+
+
+GROUPS = (["right", "right"], ["right", "odd"], ["right"])
+
+
+@pytest.mark.parametrize(
+    ("act", "outcome", "reason"),
+    [
+        (raise_error, "error", "fake: ValueError: no idea"),
+        (lambda text: Score(value=math.nan, outcome="correct"), "error", "fake: must return a finite value, .* nan"),
+        (lambda text: Score(value=-math.inf, outcome="rated"), "error", "fake: must return a finite value, .* -inf"),
+        (lambda text: 1.0, "error", "fake: must return a score, returned a value of type float"),
+        (lambda text: None, "error", "fake: must return a score, returned a value of type NoneType"),
+    ],
+)
+def test_reward_of_a_faulty_scorer_drops_one_group_with_a_reason(
+    score: Callable[..., list[GroupSheets]], act: Callable[[str], object], outcome: str, reason: str
+) -> None:
+    before, dropped, after = score(FakeScorer(act), *GROUPS)
+    assert (before.dropped, after.dropped, dropped.dropped) == (None, None, outcome)
+    assert [sheet.total for sheet in (*before.sheets, *after.sheets)] == [2.0] * 3
+    assert re.search(reason, dropped.reason)
+    assert math.isfinite(dropped.sheets[1].total)
+
+
+def test_reward_of_a_scorer_that_hangs_drops_one_group_and_names_the_thread(
+    score: Callable[..., list[GroupSheets]],
+) -> None:
+    event = threading.Event()
+    try:
+        before, dropped, after = score(FakeScorer(lambda text: event.wait()), *GROUPS)
+        assert (before.dropped, dropped.dropped, after.dropped) == (None, "unknown", None)
+        assert dropped.reason.startswith("fake: thread ")
+        with pytest.raises(
+            ScoringError, match=r"kind fake: must score an answer within 0\.3 s, does not for 4 answers"
+        ):
+            score(FakeScorer(lambda text: event.wait()), ["odd"] * 30)
+    finally:
+        event.set()
+
+
+def test_reward_of_a_group_scorer_sees_whole_groups(score: Callable[..., list[GroupSheets]]) -> None:
+    def count(answers: Sequence[Answer]) -> list[Score]:
+        return [Score(value=float(len(answers)), outcome="rated")] * len(answers)
+
+    found = score(FakeVote(count), *GROUPS)
+    assert [sheet.parts["fake"].value for each in found for sheet in each.sheets] == [2, 2, 2, 2, 1]
+    assert all(each.dropped is None for each in found)
+    for broken in (count, raise_error):
+        wrong = FakeVote(lambda answers, act=broken: act(answers)[:-1])  # type: ignore[misc]
+        assert [each.dropped for each in score(wrong, *GROUPS)] == ["error"] * 3
+
+
+def test_reward_part_that_is_only_reported_drops_no_group(score: Callable[..., list[GroupSheets]]) -> None:
+    [found] = score(FakeScorer(raise_error), ["odd"], weight=0.0)
+    assert (found.dropped, found.sheets[0].outcome) == (None, "wrong")
+    assert found.sheets[0].parts["fake"].outcome == "error"
+
+
+def test_reward_scorer_may_end_the_run(score: Callable[..., list[GroupSheets]]) -> None:
+    def stop(text: str) -> object:
+        raise ScoringError("all workers died")
+
+    with pytest.raises(ScoringError, match="all workers died"):
+        score(FakeScorer(stop), *GROUPS)
+
+
+def test_reward_total_must_be_finite() -> None:
+    with pytest.raises(ScoringError, match="weighted sum must be finite, is inf of exact 1e\\+308"):
+        ScoreSheet(total=math.inf, outcome="rated", parts={"exact": Score(value=1e308, outcome="rated")})
