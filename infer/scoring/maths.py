@@ -21,7 +21,7 @@ from infer.scoring.score import (
     failure,
     verdict,
 )
-from infer.scoring.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
+from infer.scoring.workers.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
 from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_ANSWER = 2000

@@ -1,4 +1,4 @@
-r"""Compares mathematical answers with math-verify. Runs as a worker of `infer.scoring.worker_pool`.
+r"""Compares mathematical answers with math-verify, as a worker of a pool.
 
 Requests are lines of JSON with `expected` and `found`, the contents of two boxes. It imports nothing from this project,
 so that it starts quickly.

@@ -20,11 +20,11 @@ from infer.scoring.score import (
     ScoringError,
     failure,
 )
-from infer.scoring.threads import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
+from infer.scoring.workers.threads import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
 from kernels.ranges import PositiveInt
 
 ANSWER_SECONDS = 60.0
-"""Time of a scorer without a deadline of its own, for one answer or group."""
+"""Time of a scorer that sets no deadline itself, for one answer or group."""
 LONGEST_DETAIL = 300
 
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
@@ -129,7 +129,7 @@ class Reward:
 
         Args:
             config: of the reward.
-            seconds: time of a call of a scorer that has no deadline of its own.
+            seconds: time of a call of a scorer that sets no deadline itself.
 
         Raises:
             ScoringError: this machine cannot run one of them.
@@ -229,7 +229,7 @@ def check_reward(config: RewardConfig) -> None:
 
 
 def _checked(kind: str, score: object) -> Score:
-    """Returns a scorer's score, or an error if it is none. A value that is not finite must not reach training."""
+    """Returns a scorer's score, or an error if it is none or its value is not finite."""
     if not isinstance(score, Score):
         return failure("error", f"{kind}: must return a score, returned a value of type {type(score).__name__}")
     if not math.isfinite(score.value):

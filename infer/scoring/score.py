@@ -157,7 +157,7 @@ SCORERS: Registry[ScorerSpec] = Registry(
     [
         f"infer.scoring.{name}"
         for name in (
-            *("exact", "maths", "code", "format", "language", "length", "repetition", "python_file"),
+            *("exact", "maths", "code", "format", "language", "length", "repetition", "python"),
             *("votes", "models.judge", "models.reward_model"),
         )
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from infer.scoring.maths import MathsConfig, MathsScorer
 from infer.scoring.score import Answer, Problem
-from infer.scoring.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
+from infer.scoring.workers.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
 
 pytestmark = pytest.mark.slow
 

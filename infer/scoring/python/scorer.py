@@ -1,7 +1,7 @@
-"""Scores answers with a function of the user's file, in worker processes that are killed at a deadline.
+"""Scores answers with a function of the user's file, in worker processes.
 
-The function is the user's own code and is trusted as a plugin is. It gets this process' environment. Whatever it does,
-an answer has the function's score or an outcome that is no verdict, and the run goes on.
+A worker is killed at a deadline. The function is the user's own code and is trusted as a plugin is: it gets this
+process' environment. An answer has the function's score, or an outcome that is no verdict, and the run continues.
 """
 
 import hashlib
@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from infer.scoring.score import SCORERS, Answer, Problem, Score, ScorerConfig, ScorerSpec, ScoringError, failure
-from infer.scoring.worker_pool import (
+from infer.scoring.score import Answer, Problem, Score, ScorerConfig, ScoringError, failure
+from infer.scoring.workers.worker_pool import (
     WorkerDiedError,
     WorkerPool,
     WorkerProgram,
@@ -55,7 +55,7 @@ class PythonScorer:
                 f"{error.strerror}; nearest valid: {_nearest_file(path)}"
             ) from error
         program = WorkerProgram(
-            Path(__file__).with_name("python_program.py"), (str(path), config.function, digest), dict(os.environ)
+            Path(__file__).with_name("function_program.py"), (str(path), config.function, digest), dict(os.environ)
         )
         self._name = f"{config.path}: {config.function}"
         self._pool = WorkerPool(
@@ -93,15 +93,3 @@ def _nearest_file(path: Path) -> str:
     folder = path.parent
     found = sorted(each.name for each in folder.glob("*.py")) if folder.is_dir() else []
     return ", ".join(found[:3]) or "a file that defines score(prompt, answer, expected)"
-
-
-SCORERS.register(
-    "python",
-    ScorerSpec(
-        summary="a function of a Python file",
-        config=PythonConfig,
-        build=PythonScorer,
-        has_verdict=False,
-        has_deadline=True,
-    ),
-)

@@ -132,7 +132,7 @@ class _Run(Generic[T]):
                 result = Raised(error)
             with self._changed:
                 if number not in self._running:
-                    return  # abandoned; another thread goes on
+                    return  # abandoned; another thread took its place
                 del self._running[number]
                 self._results[number] = result
                 self._num_abandoned = 0

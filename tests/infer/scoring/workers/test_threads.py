@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from infer.scoring.threads import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
+from infer.scoring.workers.threads import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Runs scorers in processes and threads that cannot stop a run."""
