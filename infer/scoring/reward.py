@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -170,7 +170,7 @@ class Reward:
         found = []
         for number, group in enumerate(groups):
             sheets = [
-                self._sheet({kind: column[number][at] for kind, column in scores.items()})
+                join_parts({kind: column[number][at] for kind, column in scores.items()}, self._weights)
                 for at in range(len(group.answers))
             ]
             found.append(GroupSheets(sheets=tuple(sheets)))
@@ -207,15 +207,22 @@ class Reward:
                     found.append(failure("unknown", f"{kind}: thread {thread} gave no score within {seconds:g} s"))
         return found
 
-    def _sheet(self, parts: dict[str, Score]) -> ScoreSheet:
-        total = sum(self._weights[kind] * score.value for kind, score in parts.items())
-        # A part that is only reported drops no group.
-        outcomes = [
-            score.outcome
-            for kind, score in parts.items()
-            if self._weights[kind] or score.outcome not in ("error", "unknown")
-        ]
-        return ScoreSheet(total=total, outcome=joint_outcome(outcomes), parts=parts)
+
+def join_parts(parts: Mapping[str, Score], weights: Mapping[str, float]) -> ScoreSheet:
+    """Returns the sheet of an answer.
+
+    Args:
+        parts: score of each part by its kind.
+        weights: weight of each part. A part with weight 0 is only reported, so its failure drops no group.
+
+    Raises:
+        ScoringError: the total is not finite.
+    """
+    total = sum(weights[kind] * score.value for kind, score in parts.items())
+    outcomes = [
+        score.outcome for kind, score in parts.items() if weights[kind] or score.outcome not in ("error", "unknown")
+    ]
+    return ScoreSheet(total=total, outcome=joint_outcome(outcomes), parts=dict(parts))
 
 
 def check_reward(config: RewardConfig) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from infer.scoring.reward import AnswerGroup, GroupSheets, RewardConfig, ScoreSheet, joint_outcome
+from infer.scoring.reward import AnswerGroup, GroupSheets, RewardConfig, join_parts
 from infer.scoring.score import SCORERS, Score, ScorerConfig, ScoringError
 
 ModelScores = Mapping[str, Sequence[Sequence[Score]]]
@@ -53,9 +53,6 @@ def combine(
             if host is not None:
                 given |= host[index].sheets[number].parts
             parts = {kind: given[kind] for kind in weights}
-            total = sum(weight * parts[kind].value for kind, weight in weights.items())
-            outcome = joint_outcome([score.outcome for score in parts.values()])
-            sheets.append(ScoreSheet(total=total, outcome=outcome, parts=parts))
-        dropped = next((sheet.outcome for sheet in sheets if not sheet.is_verdict), None)
-        found.append(GroupSheets(sheets=tuple(sheets), dropped=dropped))
+            sheets.append(join_parts(parts, weights))
+        found.append(GroupSheets(sheets=tuple(sheets)))
     return found
