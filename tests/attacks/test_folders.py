@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from launch.command import user_errors
-from launch.ranks.run_folder import check_folder
+from launch.ranks.run_folder import check_folder, locked_run_folder
 from tests.attacks.folder_runs import OTHER_HOST, choices
 from tests.commands import run_command
 from tests.launch.test_config import build
 from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole, step_folder
+from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.ownership.lock_file import LOCK_NAME
 from train.ownership.owner import Owner
@@ -54,6 +58,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 200.0) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@cache
+def default_config() -> TrainConfig:
+    """Returns the default run. Composing takes longer than any of these tests."""
+    return build()
+
+
+def run_in(out_dir: Path, resume: str | None = None) -> TrainConfig:
+    """Returns the default run in a folder."""
+    return replace(default_config(), out_dir=str(out_dir), resume=resume)
 
 
 def can_mount() -> bool:
@@ -190,21 +205,17 @@ def test_out_dir_that_is_no_folder_is_rejected(tmp_path: Path) -> None:
     os.symlink(tmp_path / "nowhere", tmp_path / "dangling")
     os.mkfifo(tmp_path / "pipe")
     for name in ("file", "loop", "dangling", "pipe", "file/below", "loop/below"):
-        for resume in ("null", "auto"):
+        for resume in (None, "auto"):
             with pytest.raises(user_errors()) as refused:
-                hold(build(f"out_dir={tmp_path / name}", f"resume={resume}"))
+                hold(run_in(tmp_path / name, resume))
             assert str(refused.value).startswith("out_dir: "), name
             assert "\n" not in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "loop", "pipe"]
 
 
-def hold(config: object) -> None:
-    from datetime import datetime
-
-    from launch.ranks.run_folder import locked_run_folder
-
-    check_folder(config)  # type: ignore[arg-type]
-    with locked_run_folder(config, datetime(2024, 1, 2)):  # type: ignore[arg-type]
+def hold(config: TrainConfig) -> None:
+    check_folder(config)
+    with locked_run_folder(config, datetime(2024, 1, 2)):
         pass
 
 
@@ -233,7 +244,7 @@ def test_name_that_a_run_writes_must_be_a_plain_file(tmp_path: Path, name: str, 
     finally:
         os.chdir(ROOT)
     with pytest.raises(user_errors(), match=rf"^out_dir: {Path(name).name} (in it )?must be a file, "):
-        check_folder(build(f"out_dir={run}", "resume=auto"))
+        check_folder(run_in(run, "auto"))
     assert outside.exists() == (kind == "link")
     assert not outside.exists() or outside.read_text() == "precious"
 
@@ -244,7 +255,7 @@ def test_folder_that_a_run_fills_is_one_or_leads_to_one_of_the_user(tmp_path: Pa
     run.mkdir()
     (run / "config.yaml").touch()
     (run / name).symlink_to(tmp_path / "nowhere")
-    config = build(f"out_dir={run}", "resume=auto")
+    config = run_in(run, "auto")
     with pytest.raises(ConfigError, match=f"{name} in it must be a folder, .* is a symbolic link"):
         check_folder(config)
     (tmp_path / "nowhere").mkdir()
@@ -257,7 +268,7 @@ def test_folder_that_a_run_fills_is_one_or_leads_to_one_of_the_user(tmp_path: Pa
 
 def test_planted_locks_have_no_effect_but_a_living_owner(tmp_path: Path) -> None:
     """Garbage and wrong values are in tests/train/test_run_lock.py, with takeovers and clocks."""
-    config = build(f"out_dir={tmp_path / 'run'}")
+    config = run_in(tmp_path / "run")
     (tmp_path / "run").mkdir()
     lock = tmp_path / "run" / LOCK_NAME
     for text in ("x" * 1_000_000, '{"pid": -1}', "\x00" * 10):
