@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from data.loader import Batch
 from model.objectives.policy_loss import PolicyLossConfig
+from train.config.decode import decode
 
 GRPO = PolicyLossConfig(
     advantage="standardized",
@@ -22,6 +25,11 @@ GRPO = PolicyLossConfig(
     off_policy_limit=None,
     sampler_ratio_cap=None,
 )
+VARIANTS = {
+    path.stem: decode(PolicyLossConfig, yaml.safe_load(path.read_text("utf-8")))
+    for path in sorted((Path(__file__).parents[1] / "conf" / "task" / "loss").glob("*.yaml"))
+}
+"""The losses that `task/loss=` chooses."""
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

@@ -92,6 +92,7 @@ def linear_cross_entropy(
         log_probs_C1 = logs_CV.gather(1, places_C1).masked_fill_(targets_C1 == IGNORE, 0)
         scores.log_probs_N[chunk] = log_probs_C1[:, 0]
         if not wants_rows and not wants_head:
+            del logs_CV  # frees memory before the next chunk's logits are computed
             continue
         # Derivative of -log p in each logit: softmax minus 1 at the target, also for ignored targets.
         slopes_CV = logs_CV.exp_().scatter_add_(1, places_C1, logs_CV.new_full(places_C1.shape, -1.0))

@@ -5,7 +5,7 @@ import torch
 
 import kernels.cross_entropy.triton as module
 from tests.kernels.agreement import assert_same_bits
-from tests.kernels.agreement_fused import check_cross_entropy, check_slopes, some_targets
+from tests.kernels.agreement_fused import check_cross_entropy, check_kept, check_slopes, some_targets
 from tests.kernels.plain import randn
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -25,6 +25,11 @@ def test_cross_entropy_on_the_gpu_is_near_the_formula(
     shape: tuple[int, int, int], chunk_logits: int, dtype: torch.dtype, has_slopes: bool
 ) -> None:
     check_cross_entropy(module, "cuda", shape, dtype, chunk_logits, has_slopes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_among_kept_tokens_on_the_gpu_is_near_the_formula(dtype: torch.dtype) -> None:
+    check_kept(module, "cuda", (150, 8, 20_016), dtype)
 
 
 def test_cross_entropy_on_the_gpu_repeats_itself_bit_by_bit() -> None:

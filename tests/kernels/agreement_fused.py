@@ -213,6 +213,38 @@ def check_cross_entropy(
         assert float((made.double().cpu() - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
+def some_kept_ids(targets_N: Tensor, vocab_size: int, num_kept: int) -> Tensor:
+    """Returns kept tokens, each row's target among them, of different numbers; every fifth row keeps all."""
+    generator = torch.Generator().manual_seed(11)
+    kept_NK = torch.rand(len(targets_N), vocab_size, generator=generator).argsort(1)[:, :num_kept]
+    kept_NK[:, num_kept // 2 :][torch.arange(len(targets_N)) % 2 == 0] = -1
+    kept_NK[:, 0] = torch.where(targets_N == IGNORE, kept_NK[:, 0], targets_N)
+    kept_NK[4::5] = -1
+    return kept_NK
+
+
+def check_kept(module: ModuleType, device: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Checks `linear_cross_entropy` among kept tokens against the formula over whole logits in float64."""
+    num_rows, num_columns, vocab_size = shape
+    rows_ND, head_VD = randn(num_rows, num_columns, seed=0, dtype=dtype), randn(vocab_size, num_columns, seed=1)
+    head_VD, targets_N = head_VD.to(dtype), some_targets(num_rows, vocab_size)
+    kept_NK, slopes_N = some_kept_ids(targets_N, vocab_size, 6), some_slopes(num_rows, dtype)
+    is_kept_NV = (kept_NK[:, :, None] == torch.arange(vocab_size)).any(1) | (kept_NK < 0).all(1)[:, None]
+    wide = [each.detach().double().requires_grad_() for each in (rows_ND, head_VD)]
+    logits_NV = (wide[0] @ wide[1].t()).masked_fill(~is_kept_NV, -torch.inf)
+    counted = targets_N != IGNORE
+    nats_N = cross_entropies(logits_NV[counted], targets_N[counted])
+    expected = torch.autograd.grad((nats_N * slopes_N[counted].double()).sum(), wide)
+    given = [each.to(device) for each in (rows_ND, head_VD, targets_N, slopes_N)]
+    found = module.linear_cross_entropy(*given, wants_rows=True, wants_head=True, kept_ids_NK=kept_NK.to(device))
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.04}[dtype]
+    log_probs_N = found.log_probs_N.double().cpu()
+    assert not log_probs_N[~counted].any()
+    torch.testing.assert_close(log_probs_N[counted], -nats_N.detach(), rtol=tolerance, atol=tolerance)
+    for made, wanted in ((found.rows_ND, expected[0]), (found.head_VD, expected[1])):
+        assert float((made.double().cpu() - wanted).norm()) <= tolerance * float(wanted.norm())
+
+
 def check_slopes(module: ModuleType, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Checks `nats_and_slopes_` of strided logits far from 0 against the formula in float64."""
     logits_NV = (randn(*shape, seed=0) * 5 + torch.linspace(-1000, 1000, shape[0])[:, None]).to(dtype)

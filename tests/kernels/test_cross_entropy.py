@@ -6,8 +6,9 @@ Shape legend: N rows, D hidden size, V vocabulary.
 import pytest
 import torch
 
+import kernels.cross_entropy.reference as module
 from kernels.cross_entropy.reference import IGNORE, chunk_rows, linear_cross_entropy
-from tests.kernels.agreement_fused import expected_of, some_slopes, some_targets
+from tests.kernels.agreement_fused import check_kept, expected_of, some_slopes, some_targets
 from tests.kernels.plain import near, randn, strided
 
 LARGE = 20_011
@@ -154,6 +155,29 @@ def test_cross_entropy_is_finite_if_logits_are_large() -> None:
     torch.testing.assert_close(found.rows_ND, torch.tensor([[2.0], [0.0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cross_entropy_among_kept_tokens_equals_formula(dtype: torch.dtype) -> None:
+    for shape in ((33, 5, 300), (130, 3, LARGE), (0, 4, 9)):
+        check_kept(module, "cpu", shape, dtype)
+
+
+def test_row_that_keeps_all_tokens_changes_no_bit() -> None:
+    rows, head, targets = randn(129, 4, seed=0), randn(LARGE, 4, seed=1), some_targets(129, LARGE)
+    kept_NK = torch.full((129, 3), -1)
+    plain, found = (
+        linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True, kept_ids_NK=kept)
+        for kept in (None, kept_NK)
+    )
+    for made, expected in (
+        (found.log_probs_N, plain.log_probs_N),
+        (found.rows_ND, plain.rows_ND),
+        (found.head_VD, plain.head_VD),
+    ):
+        assert made is not None
+        assert expected is not None
+        assert torch.equal(made, expected)
+
+
 @pytest.mark.parametrize("target", [11, -1, -99])
 def test_target_that_is_none_is_not_taken_for_another(target: int) -> None:
     rows_ND, head_VD = randn(3, 5, seed=0), randn(11, 5, seed=1)
@@ -173,6 +197,13 @@ def test_operands_that_do_not_fit_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=rule):
             linear_cross_entropy(*given, wants_rows=True, wants_head=True)
+    for kept_NK, found in (
+        (torch.zeros(2, 4, dtype=torch.int64), r"torch.int64 \[2, 4\]"),
+        (torch.zeros(3, 0, dtype=torch.int64), r"torch.int64 \[3, 0\]"),
+        (torch.zeros(3, 4, dtype=torch.int32), r"torch.int32 \[3, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"kept_ids must be torch.int64 \[3, at least 1\] on cpu, got {found}"):
+            linear_cross_entropy(rows_ND, head_VD, targets_N, wants_rows=True, wants_head=True, kept_ids_NK=kept_NK)
     for slopes_N, found in ((torch.ones(3), r"torch.float32 \[3\]"), (rows_ND[:2, 0], r"torch.float64 \[2\]")):
         with pytest.raises(ValueError, match=rf"row_slopes must be torch.float64 \[3\] on cpu, got {found} on cpu"):
             linear_cross_entropy(rows_ND, head_VD, targets_N, slopes_N, wants_rows=True, wants_head=True)

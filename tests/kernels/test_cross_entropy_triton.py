@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.agreement_fused import check_cross_entropy, check_slopes, some_targets
+from tests.kernels.agreement_fused import check_cross_entropy, check_kept, check_slopes, some_targets
 from tests.kernels.aot import Compiled, compile_launch
 from tests.kernels.plain import randn
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SLOPE_SHAPES = [(5, 1), (7, 11), (6, 128), (4, 20_011)]
-SHAPES = [(7, 5, 11), (1, 3, 2), (33, 4, 300)]
+SHAPES = [(7, 5, 11), (1, 3, 7), (33, 4, 300)]
 
 
 def interpreted_slopes(dtype: torch.dtype) -> None:
@@ -34,6 +34,7 @@ def interpreted_products(dtype: torch.dtype) -> None:
         for chunk_logits in (1, 10 * shape[2], 2**20):
             for has_slopes in (False, True):
                 check_cross_entropy(module, "cpu", shape, dtype, chunk_logits, has_slopes)
+        check_kept(module, "cpu", shape, dtype)
 
 
 def interpreted_wants() -> None:

@@ -1,27 +1,26 @@
 """The policy-gradient objective against its definition by loops over answers, under autograd on whole logits."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy.reference import RowScores
 from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss
-from model.objectives.policy import PolicyGradient
+from model.objectives.policy import PolicyGradient, policy_names
 from model.objectives.policy_loss import PolicyLossConfig
-from tests.answers import GRPO, draw_answers, drawn, plain_answers, plain_loss
-from train.config.decode import decode
+from model.objectives.preference import TokenLogProbs
+from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from train.tasks.next_token import to_micro_batch
 
 HIDDEN, VOCAB, LENGTH, LONGEST = 5, 11, 40, 6
 ROWS = (4, 2, 0)
-VARIANTS = {
-    path.stem: decode(PolicyLossConfig, yaml.safe_load(path.read_text("utf-8")))
-    for path in sorted((Path(__file__).parents[2] / "conf" / "task" / "loss").glob("*.yaml"))
-}
 FORMS = {
     **VARIANTS,
     "two-sided": replace(GRPO, largest_ratio=1.5),
@@ -75,6 +74,13 @@ def apply(objective: PolicyGradient, hidden: Tensor, weight: Tensor, batch: Micr
     return objective.loss(hidden, OutputHead(0, weight), batch, None)
 
 
+def policy_gradients(
+    objective: PolicyGradient, hidden: Tensor, weight: Tensor, batch: MicroBatch
+) -> tuple[Tensor, Tensor, float]:
+    """Gradients of the objective in the states and the head's matrix, and the loss."""
+    return gradients(lambda rows, head: apply(objective, rows, head, batch).loss, hidden, weight)
+
+
 def near_policy(hidden: Tensor, weight: Tensor, batch: MicroBatch, temperature: float = 1.0) -> dict[str, Tensor]:
     """Log-probabilities of three other models, near those of the policy: ratios on both sides of every clip."""
     own = whole_log_probs(hidden, weight, batch, temperature).detach()
@@ -97,7 +103,7 @@ def test_policy_loss_is_its_definition_and_its_gradient_that_of_autograd(
         log_probs = whole_log_probs(hidden, weight, batch, temperature)
         return plain_loss(form, list(plain_answers(log_probs, dict(batch.extras))), LONGEST)
 
-    found = gradients(lambda rows, head: apply(objective_of(form, temperature), rows, head, batch).loss, hidden, weight)
+    found = policy_gradients(objective_of(form, temperature), hidden, weight, batch)
     expected = gradients(formula, hidden, weight)
     assert found[2] == pytest.approx(expected[2], rel=1e-12, abs=1e-14)
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
@@ -106,3 +112,163 @@ def test_policy_loss_is_its_definition_and_its_gradient_that_of_autograd(
     with torch.no_grad():
         unrecorded = apply(objective_of(form, temperature), hidden, weight, batch)
     assert float(unrecorded.loss) == pytest.approx(expected[2], rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradient_of_a_drawn_direction_is_that_of_finite_differences(name: str) -> None:
+    form = replace(FORMS[name], surrogate="clipped")  # the weight of CISPO is a constant for its gradient alone
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    batch, objective = micro_batch(**near_policy(hidden, weight, micro_batch())), objective_of(form)
+    direction, step = drawn(3, VOCAB, HIDDEN), 1e-6
+    _, gradient, _ = policy_gradients(objective, hidden, weight, batch)
+    with torch.no_grad():
+        ends = [float(apply(objective, hidden, weight + sign * step * direction, batch).loss) for sign in (1, -1)]
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_answers_without_advantage_give_gradients_of_exactly_zero(name: str) -> None:
+    """Even if the other models are so far away that their ratios are bounded."""
+    form = replace(FORMS[name], kl_weight=0.0)
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    far = {name: 1000 * each for name, each in near_policy(hidden, weight, micro_batch()).items()}
+    batch = micro_batch(advantage=torch.zeros(len(ROWS), LENGTH), **far)
+    *found, loss = policy_gradients(objective_of(form), hidden, weight, batch)
+    assert loss == 0
+    for gradient in found:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_ratios_and_divergences_without_bounds_overflow_nothing(name: str) -> None:
+    form = replace(FORMS[name], kl_weight=0.1)
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    far = {name: 1000 * each for name, each in near_policy(hidden, weight, micro_batch()).items()}
+    found = policy_gradients(objective_of(form), hidden, weight, micro_batch(**far))
+    assert all(each.isfinite().all() for each in found[:2])
+    assert math.isfinite(found[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMS)
+def test_policy_that_is_the_old_one_has_ratio_one_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    """The old log-probabilities of a forward-only pass, or none, give the same bits."""
+    objective = objective_of(FORMS[name], 0.6)
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN).to(dtype), drawn(2, VOCAB, HIDDEN).to(dtype)
+    others = near_policy(hidden.double(), weight.double(), micro_batch(), 0.6)
+    del others["old_log_probs"]
+    kept = some_kept(micro_batch())
+    without = micro_batch(kept_ids=kept, **others)
+    old = TokenLogProbs(temperature=0.6).loss(hidden, OutputHead(0, weight), without, None).log_probs_BT
+    assert old is not None
+    found = []
+    for batch in (without, replace(without, extras={**without.extras, "old_log_probs": old})):
+        sums = apply(objective, hidden, weight, batch).sums
+        assert (float(sums["ratio_deviation"]), float(sums["clip_fraction"])) == (0, 0)
+        found.append(policy_gradients(objective, hidden, weight, batch))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(first), torch.as_tensor(second))
+
+
+def some_kept(batch: MicroBatch) -> Tensor:
+    """Drawn kept tokens of each position, the sampled one among them; every fourth position keeps all."""
+    kept = drawn(40, len(ROWS), LENGTH, VOCAB).argsort(2)[..., :5].clone()
+    kept[..., 0] = batch.targets_BT[0].clamp_min(0)
+    kept[:, ::3, 3:] = -1
+    kept[:, ::4] = -1
+    return kept
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo", "v3_2"])
+def test_kept_tokens_and_temperature_are_those_of_the_sampler(name: str) -> None:
+    form, temperature = FORMS[name], 1.5
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    kept = some_kept(micro_batch())
+    others = near_policy(hidden, weight, micro_batch(kept_ids=kept), temperature)
+    batch = micro_batch(kept_ids=kept, **others)
+    is_target = batch.targets_BT[0] != -100
+    expected_BT = whole_log_probs(hidden, weight, batch, temperature)
+    for rows in (batch.target_rows, ()):
+        scored = replace(batch, target_rows=rows)
+        recorded = TokenLogProbs(temperature=temperature).loss(hidden, OutputHead(0, weight), scored, None)
+        assert recorded.log_probs_BT is not None
+        assert torch.allclose(recorded.log_probs_BT[is_target], expected_BT[is_target], rtol=1e-12, atol=1e-12)
+        assert not recorded.log_probs_BT[~is_target].any()
+    assert float((expected_BT - whole_log_probs(hidden, weight, micro_batch()))[is_target].abs().max()) > 0.1
+
+    def formula(hidden: Tensor, weight: Tensor) -> Tensor:
+        log_probs = whole_log_probs(hidden, weight, batch, temperature)
+        return plain_loss(form, list(plain_answers(log_probs, dict(batch.extras))), LONGEST)
+
+    objective = objective_of(form, temperature)
+    found = policy_gradients(objective, hidden, weight, batch)
+    for ours, theirs in zip(found[:2], gradients(formula, hidden, weight)[:2], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_head_that_reads_all_rows_gives_the_same() -> None:
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    batch = micro_batch(**near_policy(hidden, weight, micro_batch()))
+    assert batch.rows(0) is not None
+    for form in (FORMS["v3_2"], FORMS["gspo"], FORMS["v3"]):
+        objective = objective_of(form)
+        few, all_rows = (
+            policy_gradients(objective, hidden, weight, each) for each in (batch, replace(batch, target_rows=()))
+        )
+        for ours, theirs in zip(few[:2], all_rows[:2], strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+        sums = [apply(objective, hidden, weight, each).sums for each in (batch, replace(batch, target_rows=()))]
+        for name in sums[0]:
+            assert float(sums[0][name]) == pytest.approx(float(sums[1][name]), rel=1e-12)
+
+
+def test_head_is_computed_twice_only_if_slopes_depend_on_whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+
+    def counted(*operands: Any, wants_rows: bool, wants_head: bool, kept_ids_NK: Tensor | None) -> RowScores:
+        calls.append(wants_rows)
+        return linear_cross_entropy(*operands, wants_rows=wants_rows, wants_head=wants_head, kept_ids_NK=kept_ids_NK)
+
+    monkeypatch.setattr("model.objectives.sampled.linear_cross_entropy", counted)
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN).requires_grad_(), drawn(2, VOCAB, HIDDEN)
+    others = near_policy(hidden.detach(), weight, micro_batch())
+    sweeps: dict[tuple[str, bool], list[bool]] = {}
+    for name, has_old in product(VARIANTS, (True, False)):
+        calls.clear()
+        given = {each: value for each, value in others.items() if has_old or each != "old_log_probs"}
+        apply(objective_of(VARIANTS[name]), hidden, weight, micro_batch(**given))
+        sweeps[name, has_old] = list(calls)
+    twice = {("gspo", True), ("v3", True), ("v3_2", True), ("v3_2", False)}
+    assert sweeps == {key: [False, True] if key in twice else [True] for key in sweeps}
+
+
+def test_reported_sums_are_those_of_loops() -> None:
+    form = replace(FORMS["v3_2"], off_policy_limit=0.0, largest_ratio=1.4)
+    hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN), drawn(2, VOCAB, HIDDEN)
+    batch = micro_batch(**near_policy(hidden, weight, micro_batch()))
+    sums = {name: float(each) for name, each in apply(objective_of(form), hidden, weight, batch).sums.items()}
+    expected = dict.fromkeys(sums, 0.0)
+    answers = list(plain_answers(whole_log_probs(hidden, weight, batch), dict(batch.extras)))
+    for answer in answers:
+        assert answer.old is not None
+        assert answer.reference is not None
+        apart = float((answer.sampler - answer.log_probs).mean())
+        expected["off_policy_share"] += float(answer.advantage < 0 and apart > 0)
+        for own, old, reference, sampler in zip(
+            answer.log_probs.tolist(),
+            answer.old.tolist(),
+            answer.reference.tolist(),
+            answer.sampler.tolist(),
+            strict=True,
+        ):
+            ratio, log_q = math.exp(own - old), reference - own
+            is_clipped = ratio > 1.2 if answer.advantage > 0 else not 0.8 <= ratio <= 1.4
+            expected["kl"] += ratio * (math.exp(log_q) - log_q - 1)
+            expected["entropy"] -= own
+            expected["clip_fraction"] += is_clipped
+            expected["ratio_deviation"] += abs(ratio - 1)
+            expected["sampler_difference"] += abs(old - sampler)
+    expected["main"] = float(plain_loss(form, answers, LONGEST)) * len(answers)
+    assert 0 < expected["off_policy_share"] < len(answers)
+    assert set(sums) == set(policy_names(0)) - {"balance"}
+    assert sums == pytest.approx(expected, rel=1e-12)
