@@ -21,6 +21,9 @@ from model.precision.linear import widen
 # Number of biased scores that add up to a group's score, for any number of experts per token, as in the released code.
 GROUP_SCORE_EXPERTS = 2
 
+FREE_CHOICE = -1
+"""Forced id of each choice of a token whose experts the router chooses itself."""
+
 
 class RouteError(ValueError):
     """Tokens cannot be sent to these experts."""
@@ -95,17 +98,16 @@ class Router(nn.Module):
 
         Args:
             logits_BTE: scores before the sigmoid.
-            forced_ids_TK: int64, experts to choose independent of their scores, which still determine the weights;
-                None: the router chooses. They are checked on the host.
+            forced_ids_TK: int64, experts to choose independent of their scores, which still determine the weights. The
+                router chooses for a token whose ids are all -1, and for all tokens if this is None. The ids are
+                checked on the host.
 
         Raises:
-            RouteError: forced ids are not K different experts for each token.
+            RouteError: forced ids are neither K different experts nor K times -1 for each token.
         """
         scores_BTE = logits_BTE.sigmoid()
         scores_TE = scores_BTE.detach().flatten(0, 1)
-        ids_TK = (
-            self._choose(scores_TE) if forced_ids_TK is None else self._check_forced_ids(forced_ids_TK, len(scores_TE))
-        )
+        ids_TK = self._choose(scores_TE) if forced_ids_TK is None else self._force(scores_TE, forced_ids_TK)
         chosen_TK = scores_BTE.flatten(0, 1).gather(1, ids_TK)
         weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
@@ -123,23 +125,26 @@ class Router(nn.Module):
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
-    def _check_forced_ids(self, ids_TK: Tensor, num_tokens: int) -> Tensor:
-        """Returns forced ids if they are K different experts for each token, else raises an error."""
+    def _force(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """Returns forced ids, and the router's choice where they are -1. Raises an error if they are invalid."""
         config = self._config
-        shape = (num_tokens, config.num_experts_per_token)
+        shape = (len(scores_TE), config.num_experts_per_token)
         if ids_TK.shape != shape or ids_TK.dtype != torch.int64:
             given = f"{ids_TK.dtype} {list(ids_TK.shape)}"
             raise RouteError(f"forced ids must be torch.int64 {list(shape)}, got {given}")
+        is_free_T = (ids_TK == FREE_CHOICE).all(-1)
         ordered_TK = ids_TK.sort(-1).values
         is_outside_T = (ordered_TK[:, 0] < 0) | (ordered_TK[:, -1] >= config.num_routed_experts)
         is_repeated_T = (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any(-1)
-        wrong = (is_outside_T | is_repeated_T).nonzero().flatten().tolist()  # host sync
-        if wrong:
+        is_wrong_T = (is_outside_T | is_repeated_T) & ~is_free_T
+        has_wrong, has_free = torch.stack((is_wrong_T.any(), is_free_T.any())).tolist()  # host sync
+        if has_wrong:
+            token = int(is_wrong_T.nonzero()[0])
             raise RouteError(
                 f"forced ids must be different experts in 0 to {config.num_routed_experts - 1}, "
-                f"token {wrong[0]} has {ids_TK[wrong[0]].tolist()}"
+                f"token {token} has {ids_TK[token].tolist()}"
             )
-        return ids_TK
+        return torch.where(is_free_T[:, None], self._choose(scores_TE), ids_TK) if has_free else ids_TK
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
         config = self._config
@@ -167,6 +172,11 @@ class Routes(Protocol):
         ...
 
 
+def expert_id_dtype(num_experts: int) -> torch.dtype:
+    """Returns the type that stores expert ids in as few bytes as their number requires."""
+    return torch.uint8 if num_experts <= 2**8 else torch.int16
+
+
 @dataclass(slots=True)
 class RecordedRoutes:
     """Lets routers choose, and records their choices: NK by layer, direction and micro-batch."""
@@ -176,16 +186,22 @@ class RecordedRoutes:
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
         """Routes by the router's choice, and records it in as few bytes as the number of experts requires."""
         routing = router.route(logits_BTE)
-        small = torch.uint8 if logits_BTE.shape[-1] <= 2**8 else torch.int16
-        self.ids[label] = routing.ids_TK.to(small)
+        self.ids[label] = routing.ids_TK.to(expert_id_dtype(logits_BTE.shape[-1]))
         return routing
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayedRoutes:
-    """Sends tokens to given experts, with weights from the scores of this run."""
+    """Sends tokens to given experts, with weights from the scores of this run.
+
+    Attributes:
+        ids: experts of each token, NK, by place; -1 for tokens whose experts the router chooses.
+        num_layers: number of layers of the main model. MTP modules come after them, and their routers choose. None: MTP
+            modules have ids, too.
+    """
 
     ids: Mapping[Label, Tensor]
+    num_layers: int | None = None
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
         """Routes by the given choice.
@@ -193,6 +209,8 @@ class ReplayedRoutes:
         Raises:
             RouteError: no choice is given for this place, or it contains ids that are not experts of this router.
         """
+        if self.num_layers is not None and label.layer >= self.num_layers:
+            return router.route(logits_BTE)
         if label not in self.ids:
             raise RouteError(f"{label}: no experts are recorded")
         try:

@@ -120,6 +120,17 @@ def test_forced_ids_of_the_router_itself_change_no_bit() -> None:
     assert torch.equal(forced.weights_TK, free.weights_TK)
 
 
+def test_router_chooses_for_tokens_without_forced_ids() -> None:
+    router = make_router()
+    logits = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    free = router.route(logits).ids_TK
+    other = torch.stack([(row + 1) % 8 for row in free])
+    is_free_T = torch.arange(10) % 3 == 0
+    mixed = router.route(logits, torch.where(is_free_T[:, None], -1, other))
+    assert torch.equal(mixed.ids_TK, torch.where(is_free_T[:, None], free, other))
+    assert torch.equal(router.route(logits, torch.full_like(free, -1)).ids_TK, free)
+
+
 @pytest.mark.parametrize(
     ("forced", "said"),
     [
