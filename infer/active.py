@@ -19,10 +19,11 @@ StopCondition = Callable[[int, int], bool]
 
 @dataclass(frozen=True, slots=True)
 class ChosenToken:
-    """A chosen token, and its log-probability (see `infer.sample.log_probs`)."""
+    """A chosen token, its log-probability (see `infer.sample.log_probs`), and the kept tokens if they are recorded."""
 
     token: int
     log_prob: float
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class ActiveSequence:
     Attributes:
         index: the prompt's number.
         sample: number of the continuation among those of the prompt.
+        place: number of the sequence among those of its store of routes.
         prompt: token ids of the prompt.
         random: random numbers of this sequence.
         chosen: tokens of the continuation, including a stop token that ended it.
@@ -47,10 +49,17 @@ class ActiveSequence:
     """
 
     def __init__(
-        self, index: int, prompt: Sequence[int], max_tokens: int, random: SequenceRandom, sample: int = 0
+        self,
+        index: int,
+        prompt: Sequence[int],
+        max_tokens: int,
+        random: SequenceRandom,
+        *,
+        sample: int = 0,
+        place: int = 0,
     ) -> None:
         """Starts an empty continuation of at most `max_tokens` new tokens."""
-        self.index, self.sample, self.prompt, self.random = index, sample, prompt, random
+        self.index, self.sample, self.place, self.prompt, self.random = index, sample, place, prompt, random
         self.chosen: list[ChosenToken] = []
         self.finish: Finish | None = None
         self.states_TD: Tensor | None = None

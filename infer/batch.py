@@ -32,6 +32,7 @@ class GenerationBatch:
         *,
         speculative: bool,
         prefill_tokens: int = PROMPT_TOKENS,
+        keeps_sets: bool = False,
     ) -> None:
         """Creates an empty batch.
 
@@ -42,9 +43,10 @@ class GenerationBatch:
             stop_condition: called with every token of the result; true ends the sequence after it.
             speculative: whether the MTP module drafts tokens.
             prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
+            keeps_sets: whether tokens have the set that the sampling kept (see `Request.record_kept`).
         """
         self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
-        self._speculative, self._prefill_tokens = speculative, prefill_tokens
+        self._speculative, self._prefill_tokens, self._keeps_sets = speculative, prefill_tokens, keeps_sets
         self._active: list[ActiveSequence] = []
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
@@ -73,7 +75,7 @@ class GenerationBatch:
 
         A prompt with several continuations is read once, as long as one of them is active.
         """
-        rows = [self._decoder.add() for _ in sequences]
+        rows = [self._decoder.add(sequence.place) for sequence in sequences]
         unread = {
             sequence.index: row
             for row, sequence in zip(reversed(rows), reversed(sequences), strict=True)
@@ -148,10 +150,29 @@ class GenerationBatch:
     def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[ChosenToken]]:
         """Chooses one token for each sequence from the main model's logits."""
         adjusted_BV = penalize(logits_BV, self._history(sequences), self._sampling)
-        tokens_B = draw(distribution(adjusted_BV, self._sampling), self._uniform(sequences, 1)[:, 0])
-        log_probs_B = log_probs(logits_BV, tokens_B, self._sampling)
-        found = zip(sequences, tokens_B.tolist(), log_probs_B.tolist(), strict=True)  # host sync
-        return [[_checked(sequence, token, log_prob)] for sequence, token, log_prob in found]
+        target_BV = distribution(adjusted_BV, self._sampling)
+        tokens_B = draw(target_BV, self._uniform(sequences, 1)[:, 0])
+        found = zip(sequences, self._with_log_probs(logits_BV, target_BV, tokens_B), strict=True)
+        return [[_checked(sequence, chosen)] for sequence, chosen in found]
+
+    def _with_log_probs(self, logits_BV: Tensor, target_BV: Tensor, tokens_B: Tensor) -> list[ChosenToken]:
+        """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded.
+
+        Args:
+            logits_BV: of the model.
+            target_BV: the sampling distribution.
+            tokens_B: the chosen tokens.
+        """
+        # A kept token whose probability is 0 in this type cannot be drawn, and adds nothing to a sum.
+        kept_BV = target_BV > 0 if self._keeps_sets else None
+        log_probs_B = log_probs(logits_BV, tokens_B, self._sampling, kept_BV)
+        sets: Sequence[tuple[int, ...]] = [()] * len(tokens_B)
+        if kept_BV is not None:
+            rows_and_ids = kept_BV.nonzero().cpu()  # host sync
+            counts = torch.bincount(rows_and_ids[:, 0], minlength=len(tokens_B)).tolist()
+            sets = [tuple(ids.tolist()) for ids in rows_and_ids[:, 1].split(counts)]
+        found = zip(tokens_B.tolist(), log_probs_B.tolist(), sets, strict=True)  # host sync
+        return [ChosenToken(token, log_prob, kept) for token, log_prob, kept in found]
 
     def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         # Draft one token for each sequence.
@@ -167,21 +188,19 @@ class GenerationBatch:
         kept_B, tokens_B = verify(target_BV, draft_BV, drafts_B, after_BV, uniform_B3[:, 1:])
         # The chosen token follows the draft if that is kept, and else the last token.
         final_BV = torch.where(kept_B[:, None], logits_B2V[:, 1], logits_B2V[:, 0])
-        log_probs_B2 = torch.stack(
-            (log_probs(logits_B2V[:, 0], drafts_B, sampling), log_probs(final_BV, tokens_B, sampling)), 1
-        )
-        table = torch.stack((kept_B.long(), drafts_B, tokens_B), 1).tolist()  # host sync
+        final_target_BV = torch.where(kept_B[:, None], after_BV, target_BV)
+        drafts = self._with_log_probs(logits_B2V[:, 0], target_BV, drafts_B)
+        tokens = self._with_log_probs(final_BV, final_target_BV, tokens_B)
         chosen = []
-        for row, (sequence, (kept, draft, token)) in enumerate(zip(active, table, strict=True)):
-            draft_log_prob, log_prob = log_probs_B2[row].tolist()
+        for row, (sequence, kept) in enumerate(zip(active, kept_B.tolist(), strict=True)):
             sequence.states_TD = state_B2D[row, : 1 + kept]
             # A rejected draft is removed from the cache by not counting it in the length.
             self._decoder.main.resize(row, self._decoder.main.lengths[row] + 1 + kept)
             if sequence.num_left > 1:
                 self._counts["drafts_offered"] += 1
                 self._counts["drafts_accepted"] += kept
-            drafted = [_checked(sequence, draft, draft_log_prob)] if kept else []
-            chosen.append([*drafted, _checked(sequence, token, log_prob)])
+            made = [drafts[row], tokens[row]] if kept else [tokens[row]]
+            chosen.append([_checked(sequence, each) for each in made])
         return chosen
 
     def _history(self, sequences: Sequence[ActiveSequence]) -> TokenHistory | None:
@@ -264,11 +283,11 @@ def _take_waiting(waiting: deque[ActiveSequence], free: int, max_tokens: int) ->
     return taken
 
 
-def _checked(sequence: ActiveSequence, token: int, log_prob: float) -> ChosenToken:
+def _checked(sequence: ActiveSequence, chosen: ChosenToken) -> ChosenToken:
     """Returns a chosen token, or raises an error if the logits of the sequence are not finite."""
-    if not math.isfinite(log_prob):
+    if not math.isfinite(chosen.log_prob):
         raise GenerateError(
             f"prompt {sequence.index + 1}: the model's logits must be finite, are not after {len(sequence.chosen)} new "
             f"tokens; its weights or their type are not usable"
         )
-    return ChosenToken(token, log_prob)
+    return chosen

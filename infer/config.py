@@ -77,6 +77,11 @@ class Sampling:
             raise GenerateError(f"seed: must be at least 0, is {self.seed}; nearest valid: 0")
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether every token of the vocabulary can be drawn."""
+        return self.temperature > 0 and self.top_k is None and self.top_p == 1 and self.min_p == 0
+
+    @property
     def has_penalties(self) -> bool:
         """Whether logits depend on how often tokens occurred before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)

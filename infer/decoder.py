@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from infer.routes import RouteRecorder, RouteStore
 from model.attention.kv_cache import CacheView, KvCache, PromptView, StepView
 from model.attention.rope import Rotation, rotation_table
 from model.block import Block, Moe
 from model.mlp import Mlp
 from model.precision.linear import widen
+from model.router import Routing
 from model.transformer import Transformer
 
 Views = Callable[[int], CacheView]
@@ -36,7 +38,14 @@ class PartDecoder:
     """
 
     def __init__(
-        self, model: Transformer, layers: Sequence[int], max_sequences: int, capacity: int, *, with_mtp: bool
+        self,
+        model: Transformer,
+        layers: Sequence[int],
+        max_sequences: int,
+        capacity: int,
+        *,
+        with_mtp: bool,
+        routes: RouteStore | None = None,
     ) -> None:
         """Allocates the caches in the model's type and on its device.
 
@@ -46,6 +55,7 @@ class PartDecoder:
             max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the part has an MTP module that is used.
+            routes: stores the experts of the tokens that are read; None: they are not recorded.
         """
         config, weight = model.config, next(model.parameters())
         self._model, self._config, self._layers, self._dtype = model, config, tuple(layers), weight.dtype
@@ -54,6 +64,9 @@ class PartDecoder:
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
         cos, sin = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
         self._cos_TP, self._sin_TP = cos.to(weight.device), sin.to(weight.device)
+        self.recorder = None
+        if routes is not None:
+            self.recorder = RouteRecorder(config, self._layers, max_sequences, capacity, weight.device, routes)
 
     @property
     def device(self) -> torch.device:
@@ -65,13 +78,17 @@ class PartDecoder:
         """Number of tokens that the output head scores."""
         return self._config.vocab_size
 
-    def add(self) -> int:
-        """Adds an empty sequence. Returns its row, which is the same in both caches."""
+    def add(self, place: int = 0) -> int:
+        """Adds an empty sequence, given its place in its store of routes. Returns its row, the same in both caches."""
         self.mtp.add()
+        if self.recorder is not None:
+            self.recorder.add(place)
         return self.main.add()
 
     def remove(self, row: int) -> None:
         """Removes a sequence and moves the last row into its place."""
+        if self.recorder is not None:
+            self.recorder.remove(row, self.main.lengths)
         self.mtp.remove(row)
         self.main.remove(row)
 
@@ -79,6 +96,23 @@ class PartDecoder:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of both caches."""
         self.main.copy_start(source, target, num_tokens)
         self.mtp.copy_start(source, target, num_tokens - 1)
+        if self.recorder is not None:
+            self.recorder.copy_start(source, target, num_tokens)
+
+    def arrange(
+        self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
+    ) -> None:
+        """Replaces the sequences of the layers' cache before a pass.
+
+        Args:
+            sources: for each new row, the row that held its tokens before, or -1 for an empty sequence.
+            lengths: number of tokens of each new row that stay.
+            counts: number of tokens of each new row that the pass reads.
+            places: place of the sequence of each new row in its store of routes.
+        """
+        self.main.arrange(sources, lengths)
+        if self.recorder is not None:
+            self.recorder.arrange(sources, lengths, counts, places)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Returns the embeddings of tokens, ND."""
@@ -87,7 +121,7 @@ class PartDecoder:
     def run_layers(self, hidden_ND: Tensor, views: Views) -> Tensor:
         """Runs the layers of this part; returns the last one's output, ND."""
         for index, layer in enumerate(self._layers):
-            hidden_ND = self._run(self._model.block(layer), hidden_ND, views(index))
+            hidden_ND = self._run(self._model.block(layer), hidden_ND, views(index), layer)
         return hidden_ND
 
     def run_idle_layers(self) -> None:
@@ -185,26 +219,28 @@ class PartDecoder:
         merged_1ND = block.merge(self.embed(next_tokens_N)[None], state_ND[None], None)
         return self._run(block, merged_1ND[0], views(0))
 
-    def _run(self, block: Block, hidden_ND: Tensor, view: CacheView) -> Tensor:
-        """Runs one block over N tokens; returns its output, ND."""
+    def _run(self, block: Block, hidden_ND: Tensor, view: CacheView, layer: int | None = None) -> Tensor:
+        """Runs one block over N tokens; returns its output, ND. Experts are recorded for a given number of a layer."""
         residual_ND = hidden_ND + block.self_attn.decode(block.input_layernorm(hidden_ND), view)
         rows_ND: Tensor = block.post_attention_layernorm(residual_ND)
         if isinstance(block.mlp, Mlp):
             dense: Tensor = residual_ND + block.mlp(rows_ND, None)
             return dense
-        return self._run_experts(block.mlp, residual_ND, rows_ND)
+        routing = block.mlp.gate(rows_ND[None])
+        if self.recorder is not None and layer is not None:
+            self.recorder.write(layer, view, routing.ids_TK)
+        return self._run_experts(block.mlp, routing, residual_ND, rows_ND)
 
     def _run_idle(self, block: Block) -> None:
         """Takes part in a block's exchange of rows, without any token of this rank."""
         if isinstance(block.mlp, Mlp):
             return
         no_rows_ND = torch.empty(0, self._config.hidden_size, dtype=self._dtype, device=self.device)
-        self._run_experts(block.mlp, no_rows_ND, no_rows_ND)
+        self._run_experts(block.mlp, block.mlp.gate(no_rows_ND[None]), no_rows_ND, no_rows_ND)
 
-    def _run_experts(self, moe: Moe, residual_ND: Tensor, rows_ND: Tensor) -> Tensor:
+    def _run_experts(self, moe: Moe, routing: Routing, residual_ND: Tensor, rows_ND: Tensor) -> Tensor:
         """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
         dispatcher = self._model.dispatcher
-        routing = moe.gate(rows_ND[None])
         handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
         arrived = dispatcher.dispatch(rows_ND, routing.weights_TK, handle).wait()
         routed_AD = moe.experts.apply_in_weight_type(arrived.rows_AD, arrived.weights_A, arrived.counts)
@@ -233,6 +269,7 @@ class Decoder(PartDecoder):
         *,
         with_mtp: bool,
         layers: Sequence[int] | None = None,
+        routes: RouteStore | None = None,
     ) -> None:
         """Allocates the caches in the model's type and on its device.
 
@@ -242,9 +279,10 @@ class Decoder(PartDecoder):
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the MTP module is used.
             layers: layers that run here; None: all.
+            routes: stores the experts of the tokens that are read; None: they are not recorded.
         """
         layers = range(model.config.num_layers) if layers is None else layers
-        super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp)
+        super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp, routes=routes)
 
     def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], Tensor]:
         """Runs the main model over whole prompts and fills empty rows of the cache.

@@ -42,12 +42,21 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return torch.zeros_like(scaled_BV).scatter_(-1, ids_BK, probabilities_BK)
 
 
-def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling) -> Tensor:
+def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling, kept_BV: Tensor | None = None) -> Tensor:
     """Returns each row's log-probability of a token at the sampling temperature, B, in float32 or wider.
 
-    Top-k, top-p, min-p and penalties do not change it. At temperature 0 it is that of temperature 1.
+    Penalties do not change it, and top-k, top-p and min-p only by their set. At temperature 0 it is that of
+    temperature 1.
+
+    Args:
+        logits_BV: of the model.
+        tokens_B: the token of each row.
+        sampling: has the temperature.
+        kept_BV: whether a token is in the set among which probabilities sum to 1; None: all are.
     """
     scaled_BV = _scale(logits_BV, sampling.temperature or 1.0)
+    if kept_BV is not None:
+        scaled_BV = scaled_BV.masked_fill(~kept_BV, -torch.inf)
     return scaled_BV.log_softmax(-1).gather(-1, tokens_B[:, None])[:, 0]
 
 

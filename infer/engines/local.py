@@ -10,7 +10,8 @@ from infer.active import ActiveSequence
 from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
+from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts, SampledRoutes
+from infer.routes import RouteStore, join_routes
 from infer.sample import SequenceRandom
 from model.transformer import Transformer
 
@@ -47,11 +48,13 @@ class LocalEngine:
         config = self._model.config
         check(config, [prompt.tokens for prompt in prompts], request.max_new_tokens, self._wanted, self._batch_size)
         sequences = start_sequences(prompts, request, config.max_position_tokens)
+        store = RouteStore(prompts, request.samples) if request.record_routes else None
         waiting = deque(sequence for sequence in sequences if sequence.num_left > 0)
         if not waiting:
-            return to_rollouts(sequences, Statistics())
+            rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
+            return Rollouts(rollouts=rollouts, statistics=Statistics(), routes=_collect(store, rollouts))
         capacity, size = max(sequence.max_length for sequence in waiting), min(self._batch_size, len(waiting))
-        decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative)
+        decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative, routes=store)
         batch = GenerationBatch(
             decoder,
             request.sampling,
@@ -59,11 +62,18 @@ class LocalEngine:
             lambda index, token: False,
             speculative=self._speculative,
             prefill_tokens=self._prefill_tokens,
+            keeps_sets=request.keeps_sets,
         )
         began = time.perf_counter()
         for _ in batch.run(waiting, size):
             pass
-        return to_rollouts(sequences, batch.statistics(time.perf_counter() - began))
+        statistics = batch.statistics(time.perf_counter() - began)
+        rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
+        return Rollouts(rollouts=rollouts, statistics=statistics, routes=_collect(store, rollouts))
+
+
+def _collect(store: RouteStore | None, rollouts: Sequence[Rollout]) -> SampledRoutes | None:
+    return None if store is None else join_routes([store], rollouts)
 
 
 def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_positions: int) -> list[ActiveSequence]:
@@ -80,23 +90,29 @@ def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_pos
             prompt.tokens,
             min(request.max_new_tokens, max_positions - len(prompt.tokens)),
             SequenceRandom(request.sampling.seed, prompt.number, sample, request.step),
-            sample,
+            sample=sample,
+            place=number * request.samples + sample,
         )
-        for prompt in prompts
+        for number, prompt in enumerate(prompts)
         for sample in range(request.samples)
     ]
 
 
-def to_rollouts(sequences: Sequence[ActiveSequence], statistics: Statistics) -> Rollouts:
-    """Returns the rollouts of finished sequences, in order. Those without room for a token are empty."""
-    rollouts = [
+def to_rollouts(sequences: Sequence[ActiveSequence], *, keeps_sets: bool) -> tuple[Rollout, ...]:
+    """Returns the rollouts of finished sequences, in order. Those without room for a token are empty.
+
+    Args:
+        sequences: in order.
+        keeps_sets: whether the sets of kept tokens are recorded.
+    """
+    return tuple(
         Rollout(
             prompt=sequence.index,
             sample=sequence.sample,
             tokens=tuple(sequence.tokens),
             log_probs=tuple(chosen.log_prob for chosen in sequence.chosen),
             finish=sequence.finish or "length",
+            kept=tuple(chosen.kept for chosen in sequence.chosen) if keeps_sets else (),
         )
         for sequence in sequences
-    ]
-    return Rollouts(rollouts=tuple(rollouts), statistics=statistics)
+    )

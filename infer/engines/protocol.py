@@ -1,10 +1,19 @@
-"""Defines what every engine takes and returns. Imports no torch."""
+"""Defines what every engine takes and returns. Imports no torch.
 
-from collections.abc import Sequence
+Shape legend: T tokens, K experts per token.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from infer.config import Finish, GenerateError, Sampling, Statistics
+
+PROMPT_SAMPLE = -1
+"""Sample number of the record of a prompt, which all of its continuations share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +39,9 @@ class Request:
         sampling: how tokens are chosen.
         step: number of the request in a job, for example of a training step. It decides the random numbers, too.
         stop: token ids that end a continuation. The ending token is part of the rollout, because it was chosen.
+        record_routes: whether the ranks record the experts of the tokens that they read.
+        record_kept: whether the tokens that top-k, top-p and min-p kept are recorded. Log-probabilities are then those
+            among the kept tokens. Without effect if the sampling keeps all tokens.
     """
 
     samples: int
@@ -37,6 +49,13 @@ class Request:
     sampling: Sampling
     step: int = 0
     stop: frozenset[int] = frozenset()
+    record_routes: bool = False
+    record_kept: bool = False
+
+    @property
+    def keeps_sets(self) -> bool:
+        """Whether sets of kept tokens are recorded."""
+        return self.record_kept and not self.sampling.keeps_all
 
     def __post_init__(self) -> None:
         """Rejects a request without samples.
@@ -57,8 +76,9 @@ class Rollout:
         sample: its number among the prompt's continuations, from 0.
         tokens: chosen token ids, including the stop token that ended it.
         log_probs: log-probability of each token under the model at the sampling temperature (1 if it is 0), before
-            top-k, top-p, min-p and penalties.
+            top-k, top-p, min-p and penalties; among the kept tokens if these are recorded.
         finish: why it ended.
+        kept: for each token, the tokens that top-k, top-p and min-p kept, ascending. Empty if they are not recorded.
     """
 
     prompt: int
@@ -66,14 +86,41 @@ class Rollout:
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish: Finish
+    kept: tuple[tuple[int, ...], ...] = ()
+
+
+class RouteKey(NamedTuple):
+    """A record of experts: of a prompt (sample `PROMPT_SAMPLE`) or of a continuation, in one layer."""
+
+    prompt: int
+    sample: int
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SampledRoutes:
+    """Experts of the tokens that this rank read, in the MoE layers of the main model that it ran.
+
+    Attributes:
+        ids: TK of each record, in as few bytes as the number of experts requires. A prompt is recorded once. The last
+            token of a continuation is not read and has no experts; a continuation of one token has no record.
+    """
+
+    ids: Mapping[RouteKey, NDArray[np.generic]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of all records."""
+        return sum(ids_TK.nbytes for ids_TK in self.ids.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """Continuations by prompt and then by sample, and joint statistics."""
+    """Continuations by prompt and then by sample, joint statistics, and this rank's record of experts if requested."""
 
     rollouts: tuple[Rollout, ...]
     statistics: Statistics
+    routes: SampledRoutes | None = None
 
 
 class Engine(Protocol):

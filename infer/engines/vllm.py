@@ -69,8 +69,13 @@ class VllmEngine:
         """Implements `Engine.generate`.
 
         Raises:
-            GenerateError: as described there, or vLLM cannot report the log-probabilities of this sampling.
+            GenerateError: as described there, or vLLM cannot report the log-probabilities of this sampling, or experts
+                are to be recorded.
         """
+        if request.record_routes:
+            raise GenerateError(
+                "record_routes: must be false with vllm, which does not report experts, is true; nearest valid: false"
+            )
         tokens = [prompt.tokens for prompt in prompts]
         check(self._config, tokens, request.max_new_tokens, speculative=False, batch_size=1)
         _check_sampling(request.sampling)

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request, Rollout
+from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, Rollout, RouteKey
+from infer.sample import distribution
 from model.attention.mla import EXPANDED_TOKENS
+from model.router import Router, Routing
 from model.transformer import Transformer
 from tests.infer.models import SHAPES, make_foresighted
 
@@ -41,6 +44,78 @@ def test_log_probs_are_those_of_a_training_pass(
         found = torch.tensor(rollout.log_probs, dtype=dtype)
         trained = trained_log_probs(model, rollout, temperature)
         torch.testing.assert_close(found, trained, rtol=tolerances[0], atol=tolerances[1], msg=str(rollout))
+
+
+@torch.no_grad()
+def trained_routes(model: Transformer, tokens: Sequence[int]) -> dict[int, list[list[int]]]:
+    """Returns the experts of each token, in rising order, that a pass without a cache chooses in each layer."""
+    seen: list[list[list[int]]] = []
+    plain = Router.route
+
+    def route(gate: Router, logits_BTE: torch.Tensor) -> Routing:
+        routing = plain(gate, logits_BTE)
+        seen.append(routing.ids_TK.sort(-1).values.tolist())
+        return routing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "route", route)
+        model(torch.tensor([list(tokens)]))
+    return dict(enumerate(seen, model.config.num_dense_layers))
+
+
+@pytest.mark.parametrize(("speculative", "batch_size", "prefill"), [(False, 48, 8192), (True, 5, 4), (True, 1, 8192)])
+def test_recorded_experts_are_those_of_a_training_pass(speculative: bool, batch_size: int, prefill: int) -> None:
+    model = make_foresighted(dtype=torch.float64)
+    engine = LocalEngine(model, speculative=speculative, batch_size=batch_size, prefill_tokens=prefill)
+    prompts, request = PROMPTS[1:6], replace(REQUEST, samples=3)
+    made = engine.generate(prompts, replace(request, record_routes=True))
+    assert made.rollouts == engine.generate(prompts, request).rollouts
+    if speculative:
+        assert 0 < made.statistics.drafts_accepted < made.statistics.drafts_offered
+    assert made.routes is not None
+    ids, layers = made.routes.ids, range(model.config.num_dense_layers, model.config.num_layers)
+    for rollout in made.rollouts:
+        prompt = PROMPTS[rollout.prompt].tokens
+        expected = trained_routes(model, [*prompt, *rollout.tokens[:-1]])
+        for layer in layers:
+            parts = [ids[RouteKey(rollout.prompt, PROMPT_SAMPLE, layer)]]
+            if len(rollout.tokens) > 1:
+                parts.append(ids[RouteKey(rollout.prompt, rollout.sample, layer)])
+            assert np.sort(np.concatenate(parts), -1).tolist() == expected[layer], (rollout, layer)
+    # A prompt is held once. Rejected drafts are not held.
+    num_tokens = sum(len(prompt.tokens) for prompt in prompts) + sum(len(each.tokens) - 1 for each in made.rollouts)
+    assert made.routes.num_bytes == num_tokens * len(layers) * model.config.num_experts_per_token
+    assert all(array.base is None for array in ids.values())
+
+
+def test_requests_without_records_have_none() -> None:
+    model = make_foresighted()
+    made = LocalEngine(model).generate(PROMPTS[:2], REQUEST)
+    assert made.routes is None
+    assert all(rollout.kept == () for rollout in made.rollouts)
+    # Sampling from all tokens has no sets.
+    made = LocalEngine(model).generate(PROMPTS[:2], replace(REQUEST, record_kept=True))
+    assert all(rollout.kept == () for rollout in made.rollouts)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("kept", [{"top_k": 7}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05}], ids=str)
+def test_log_probs_among_kept_tokens_are_those_of_a_training_pass(speculative: bool, kept: dict[str, float]) -> None:
+    model = make_foresighted(dtype=torch.float64)
+    sampling = Sampling(temperature=0.8, seed=5, **kept)  # type: ignore[arg-type]
+    request, engine = replace(REQUEST, sampling=sampling, samples=2), LocalEngine(model, speculative=speculative)
+    made = engine.generate(PROMPTS, replace(request, record_kept=True))
+    plain = engine.generate(PROMPTS, request).rollouts
+    assert [each.tokens for each in made.rollouts] == [each.tokens for each in plain]
+    for rollout in made.rollouts:
+        prompt = PROMPTS[rollout.prompt].tokens
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([[*prompt, *rollout.tokens]]))[0, len(prompt) - 1 : -1]
+        target_TV = distribution(logits_TV, sampling)
+        for at, (token, ids) in enumerate(zip(rollout.tokens, rollout.kept, strict=True)):
+            assert ids == tuple(target_TV[at].nonzero().flatten().tolist()), (rollout, at)
+            expected = (logits_TV[at, list(ids)] / 0.8).log_softmax(-1)[ids.index(token)]
+            assert rollout.log_probs[at] == pytest.approx(float(expected), rel=0, abs=1e-12), (rollout, at)
 
 
 @pytest.mark.parametrize("speculative", [False, True])

@@ -23,6 +23,7 @@ def test_packed_rounds_are_unpacked() -> None:
                 sources=tuple(generator.randrange(-1, 5) for _ in range(num_rows)),
                 lengths=tuple(generator.randrange(9) for _ in range(num_rows)),
                 counts=counts,
+                places=tuple(generator.randrange(50) for _ in range(num_rows)),
             )
             assert plan.rows == tuple(row for row in range(num_rows) if counts[row])
             tokens_N = torch.randint(0, 2**40, (plan.num_tokens,))
@@ -72,7 +73,7 @@ def test_cache_rows_follow_their_sources() -> None:
 
 def test_cohort_alternates_with_its_caller_and_ends() -> None:
     seen: list[float] = []
-    plans = [RoundPlan(sources=(0,), lengths=(number,), counts=(1,)) for number in range(3)]
+    plans = [RoundPlan(sources=(0,), lengths=(number,), counts=(1,), places=(0,)) for number in range(3)]
 
     def program() -> None:
         assert not torch.is_grad_enabled()
@@ -102,7 +103,7 @@ def test_cohort_that_is_closed_leaves_no_thread() -> None:
 @pytest.mark.parametrize("error", [GenerateError("prompt 1: wrong"), RuntimeError("a bug")])
 def test_cohort_keeps_errors_of_the_user_and_raises_others(error: Exception) -> None:
     def program() -> None:
-        cohort.exchange(RoundPlan(sources=(-1,), lengths=(0,), counts=(1,)), torch.tensor([1]))
+        cohort.exchange(RoundPlan(sources=(-1,), lengths=(0,), counts=(1,), places=(0,)), torch.tensor([1]))
         raise error
 
     cohort = Cohort(program, "test")

@@ -17,6 +17,7 @@ from torch import Tensor
 from infer.config import GenerateError
 from infer.decoder import Decoder, PassKind, Views
 from infer.engines.pipelined.plan import RoundPlan
+from infer.routes import RouteStore
 from model.transformer import Transformer
 
 Round = tuple[RoundPlan, Tensor | None]
@@ -125,6 +126,7 @@ class CohortDecoder(Decoder):
         capacity: int,
         *,
         with_mtp: bool,
+        routes: RouteStore | None = None,
     ) -> None:
         """Allocates the caches of the last stage.
 
@@ -134,27 +136,30 @@ class CohortDecoder(Decoder):
             max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the MTP module is used.
+            routes: stores the experts of the tokens that are read; None: they are not recorded.
         """
-        super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers)
+        super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers, routes=routes)
         self.mtp_calls = 0
         self._sources: list[int] = []
+        self._places: list[int] = []
         self._exchange: Callable[[RoundPlan, Tensor], Tensor] | None = None
 
     def connect(self, exchange: Callable[[RoundPlan, Tensor], Tensor]) -> None:
         """Sets the function through which tokens travel: `Cohort.exchange`."""
         self._exchange = exchange
 
-    def add(self) -> int:
+    def add(self, place: int = 0) -> int:
         """Adds an empty sequence. Returns its row, which is the same in all caches of all stages."""
         self._sources.append(-1)
-        return super().add()
+        self._places.append(place)
+        return super().add(place)
 
     def remove(self, row: int) -> None:
         """Removes a sequence and moves the last row into its place, in all stages from the next round on."""
         super().remove(row)
-        last = self._sources.pop()
+        last, last_place = self._sources.pop(), self._places.pop()
         if row < len(self._sources):
-            self._sources[row] = last
+            self._sources[row], self._places[row] = last, last_place
 
     def copy_prompt(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of all stages."""
@@ -171,6 +176,7 @@ class CohortDecoder(Decoder):
             sources=tuple(self._sources),
             lengths=tuple(lengths),
             counts=tuple(new.get(row, 0) for row in range(len(lengths))),
+            places=tuple(self._places),
         )
         self._sources = list(range(len(lengths)))
         return self._exchange(plan, tokens_N)

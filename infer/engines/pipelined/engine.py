@@ -17,9 +17,10 @@ from infer.decoder import PartDecoder
 from infer.engines.local import start_sequences, to_rollouts
 from infer.engines.pipelined.cohort import Cohort, CohortDecoder
 from infer.engines.pipelined.pipeline import DecodePipeline
-from infer.engines.pipelined.plan import RoundFormat
+from infer.engines.pipelined.plan import RoundFormat, assign_prompt
 from infer.engines.pipelined.stage import CohortStage, DirectedStages, InnerStage, LastStage
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts, SampledRoutes
+from infer.routes import RouteStore, join_routes
 
 MAX_ROUNDS = 32
 """Rounds after which the ranks agree on whether to continue."""
@@ -127,29 +128,39 @@ class PipelinedEngine:
             (min(length + request.max_new_tokens, config.max_position_tokens) for length in lengths), default=1
         )
         work = _RankWork(form, {}, {}, {}, {})
+        if request.record_routes:
+            directions = range(len(pipeline.placement))
+            work.stores = {each: RouteStore(self._share(prompts, each), request.samples) for each in directions}
         held: dict[int, dict[int, CohortStage]] = {}
         for direction, row in enumerate(pipeline.placement):
             for stage, rank in enumerate(row):
                 if rank != pipeline.rank:
                     continue
                 if stage == len(row) - 1:
-                    own = prompts[pipeline.data_index + pipeline.num_data * direction :: num_shares]
+                    own = self._share(prompts, direction)
                     work.sequences[direction] = start_sequences(own, request, config.max_position_tokens)
                     made: CohortStage = self._last_stage(direction, request, work, capacity)
                 else:
-                    made = self._inner_stage(stage, form, capacity)
+                    made = self._inner_stage(stage, work, capacity, work.stores.get(direction))
                 held.setdefault(stage, {})[direction] = made
         for stage, by_direction in held.items():
             first = (lambda direction, cohort: work.first_rounds[direction, cohort]) if stage == 0 else None
             work.stages[stage] = DirectedStages(by_direction, self.num_cohorts, first, self._min_seconds)
         return work
 
-    def _inner_stage(self, stage: int, form: RoundFormat, capacity: int) -> InnerStage:
+    def _share(self, prompts: Sequence[NumberedPrompt], direction: int) -> list[NumberedPrompt]:
+        """Returns the prompts that this pipeline continues in a direction."""
         pipeline = self._pipeline
+        num_data, num_directions, own = pipeline.num_data, len(pipeline.placement), (pipeline.data_index, direction)
+        return [each for at, each in enumerate(prompts) if assign_prompt(at, num_data, num_directions) == own]
+
+    def _inner_stage(self, stage: int, work: "_RankWork", capacity: int, routes: RouteStore | None) -> InnerStage:
+        pipeline, form = self._pipeline, work.form
         decoders = [
-            PartDecoder(pipeline.model, pipeline.cut[stage], form.max_rows, capacity, with_mtp=False)
+            PartDecoder(pipeline.model, pipeline.cut[stage], form.max_rows, capacity, with_mtp=False, routes=routes)
             for _ in range(self.num_cohorts)
         ]
+        work.inner_decoders += decoders
         return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.shares_experts)
 
     def _last_stage(self, direction: int, request: Request, work: "_RankWork", capacity: int) -> LastStage:
@@ -159,7 +170,12 @@ class PipelinedEngine:
         cohorts, decoders = [], []
         for number in range(self.num_cohorts):
             decoder = CohortDecoder(
-                pipeline.model, pipeline.cut[-1], form.max_rows, capacity, with_mtp=self._speculative
+                pipeline.model,
+                pipeline.cut[-1],
+                form.max_rows,
+                capacity,
+                with_mtp=self._speculative,
+                routes=work.stores.get(direction),
             )
             batch = GenerationBatch(
                 decoder,
@@ -168,6 +184,7 @@ class PipelinedEngine:
                 self._stop_condition,
                 speculative=self._speculative,
                 prefill_tokens=self._sizes.prefill_tokens,
+                keeps_sets=request.keeps_sets,
             )
             cohort = Cohort(_program(batch, waiting, form.max_rows), f"cohort-{direction}-{number}")
             decoder.connect(cohort.exchange)
@@ -206,13 +223,14 @@ class PipelinedEngine:
         self, prompts: Sequence[NumberedPrompt], request: Request, work: "_RankWork", seconds: float
     ) -> Rollouts:
         """Gathers the rollouts of all ranks in the order of the prompts."""
-        own = [to_rollouts(sequences, Statistics()).rollouts for sequences in work.sequences.values()]
+        own = [to_rollouts(sequences, keeps_sets=request.keeps_sets) for sequences in work.sequences.values()]
         counts = _sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
         gathered = self._pipeline.gather((own, counts))
         found = {(each.prompt, each.sample): each for parts, _ in gathered for part in parts for each in part}
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
         statistics = _sum_statistics([each for _, each in gathered], max(each.seconds for _, each in gathered))
-        return Rollouts(rollouts=tuple(found[key] for key in order), statistics=statistics)
+        rollouts = tuple(found[key] for key in order)
+        return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 
 
 class _RankWork:
@@ -226,6 +244,8 @@ class _RankWork:
         first_rounds: packed rounds that the first stage starts a program with, by direction and cohort.
         cohorts: programs on this rank.
         batches: their batches.
+        inner_decoders: decoders of all stages that choose no tokens.
+        stores: records of routes by direction. Empty if they are not recorded.
     """
 
     def __init__(
@@ -240,6 +260,8 @@ class _RankWork:
         self.last_stages, self.first_rounds = last_stages, first_rounds
         self.cohorts: list[Cohort] = []
         self.batches: list[GenerationBatch] = []
+        self.inner_decoders: list[PartDecoder] = []
+        self.stores: dict[int, RouteStore] = {}
 
     def num_rounds(self) -> int:
         """Returns a number of rounds that the unfinished sequences need, a power of two, or `_FAILED`."""
@@ -253,6 +275,13 @@ class _RankWork:
     def error(self) -> str:
         """Returns the message of a program that failed, or an empty text."""
         return next((str(cohort.error) for cohort in self.cohorts if cohort.error is not None), "")
+
+    def collect_routes(self, rollouts: Sequence[Rollout]) -> SampledRoutes | None:
+        """Returns this rank's records of routes, or None if they are not recorded, given all rollouts."""
+        for decoder in self.inner_decoders:
+            if decoder.recorder is not None:
+                decoder.recorder.finish()
+        return join_routes(self.stores.values(), rollouts) if self.stores else None
 
     def close(self) -> None:
         """Ends the programs that still run."""

@@ -16,7 +16,7 @@ from infer.decoder import PassKind
 _KINDS: tuple[PassKind, ...] = get_args(PassKind)
 _BYTES_PER_NUMBER = 8
 _HEADER_NUMBERS = 2
-_NUMBERS_PER_ROW = 3
+_NUMBERS_PER_ROW = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +28,14 @@ class RoundPlan:
         sources: for each row of the caches, the row that held its tokens in the previous round, or -1 if it is new.
         lengths: number of cached tokens of each row that stay. Fewer than before if a draft was rejected.
         counts: number of new tokens of each row.
+        places: place of the sequence of each row, which names it in records of routes.
     """
 
     kind: PassKind = "step"
     sources: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -47,15 +49,23 @@ class RoundPlan:
 
     def to_numbers(self) -> list[int]:
         """Returns the plan as numbers."""
-        rows = (number for row in zip(self.sources, self.lengths, self.counts, strict=True) for number in row)
-        return [_KINDS.index(self.kind), len(self.counts), *rows]
+        rows = zip(self.sources, self.lengths, self.counts, self.places, strict=True)
+        return [_KINDS.index(self.kind), len(self.counts), *(number for row in rows for number in row)]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> Self:
         """Reads what `to_numbers` returned. Further numbers may follow."""
         end = _HEADER_NUMBERS + _NUMBERS_PER_ROW * numbers[1]
-        sources, lengths, counts = (tuple(numbers[_HEADER_NUMBERS + at : end : _NUMBERS_PER_ROW]) for at in range(3))
-        return cls(kind=_KINDS[numbers[0]], sources=sources, lengths=lengths, counts=counts)
+        sources, lengths, counts, places = (
+            tuple(numbers[_HEADER_NUMBERS + at : end : _NUMBERS_PER_ROW]) for at in range(_NUMBERS_PER_ROW)
+        )
+        return cls(kind=_KINDS[numbers[0]], sources=sources, lengths=lengths, counts=counts, places=places)
+
+
+def assign_prompt(position: int, num_data: int, num_directions: int) -> tuple[int, int]:
+    """Returns the data index and the direction that continue the prompt at a position in its request."""
+    share = position % (num_data * num_directions)
+    return share % num_data, share // num_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,7 @@ class InnerStage:
             if self._shares_experts:
                 decoder.run_idle_layers()
             return form.pack(plan, None, value.device)
-        decoder.main.arrange(plan.sources, plan.lengths)
+        decoder.arrange(plan.sources, plan.lengths, plan.counts, plan.places)
         hidden_ND = decoder.embed(form.token_ids(payload)) if self._is_first else form.hidden(payload)
         views = decoder.views(plan.kind, plan.rows, [plan.counts[row] for row in plan.rows])
         return form.pack(plan, decoder.run_layers(hidden_ND, views), value.device)

@@ -1,0 +1,158 @@
+"""Records which experts the router chose for the tokens that a decoder reads.
+
+Shape legend: L layers, T tokens, N new tokens of all rows, K experts per token.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Rollout, RouteKey, SampledRoutes
+from model.attention.kv_cache import CacheView, KvCache
+from model.config import ModelConfig
+from model.router import expert_id_dtype
+
+
+class RouteStore:
+    """Records of the sequences of one direction on this rank."""
+
+    def __init__(self, prompts: Sequence[NumberedPrompt], samples: int) -> None:
+        """Starts without records.
+
+        Args:
+            prompts: of the direction, in order.
+            samples: number of continuations of each. Continuation s of prompt p has the place p * samples + s.
+        """
+        self._prompts, self._samples = prompts, samples
+        self._ids: dict[RouteKey, NDArray[np.generic]] = {}
+
+    def add(self, place: int, layers: Sequence[int], ids_LTK: Tensor) -> None:
+        """Adds the record of a sequence that is complete. A part of a prompt is ignored.
+
+        Args:
+            place: of the sequence.
+            layers: numbers of the layers.
+            ids_LTK: experts of its tokens, which may include tokens that are no part of it after the last one read.
+        """
+        prompt, sample = self._prompts[place // self._samples], place % self._samples
+        length = len(prompt.tokens)
+        if ids_LTK.shape[1] < length:
+            return
+        host_LTK = ids_LTK.cpu().numpy()  # host sync
+        for layer, ids_TK in zip(layers, host_LTK, strict=True):
+            whole = RouteKey(prompt.number, PROMPT_SAMPLE, layer)
+            if whole not in self._ids:
+                self._ids[whole] = ids_TK[:length].copy()
+            self._ids[RouteKey(prompt.number, sample, layer)] = ids_TK[length:].copy()
+
+    def cut(self, rollouts: Mapping[tuple[int, int], Rollout]) -> dict[RouteKey, NDArray[np.generic]]:
+        """Returns the records without tokens that are no part of the rollouts, by prompt and sample."""
+        cut = {}
+        for key, ids_TK in self._ids.items():
+            num_read = len(ids_TK) if key.sample == PROMPT_SAMPLE else len(rollouts[key[:2]].tokens) - 1
+            # A rejected or unused draft may follow. A view would hold its bytes.
+            kept_TK = ids_TK if len(ids_TK) == num_read else ids_TK[:num_read].copy()
+            if len(kept_TK):
+                cut[key] = kept_TK
+        return cut
+
+
+class RouteRecorder:
+    """Records the experts of the tokens in a decoder's rows.
+
+    Its rows are those of the decoder's cache of the main model. A sequence that leaves its row goes to a store.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[int],
+        max_sequences: int,
+        capacity: int,
+        device: torch.device,
+        store: RouteStore,
+    ) -> None:
+        """Allocates the rows.
+
+        Args:
+            config: of the model.
+            layers: layers of the main model that the decoder runs, in order.
+            max_sequences: maximum number of sequences.
+            capacity: maximum number of tokens of each sequence.
+            device: of the decoder.
+            store: of the direction.
+        """
+        self._layers = tuple(layer for layer in layers if layer >= config.num_dense_layers)
+        self._store = store
+        self._dtype = expert_id_dtype(config.num_routed_experts)
+        num_choices = config.num_experts_per_token
+        self._rows = KvCache(num_choices, len(self._layers), max_sequences, capacity, self._dtype, device)
+        self._places: list[int] = []
+        # Tokens of each row after the pass, drafts included. Used only in a stage that does not choose tokens.
+        self._read: list[int] = []
+
+    def write(self, layer: int, view: CacheView, ids_NK: Tensor) -> None:
+        """Writes the experts of new tokens.
+
+        Args:
+            layer: number of the layer; a layer that is not the main model's is ignored.
+            view: of the decoder's cache in this pass.
+            ids_NK: experts of the new tokens, row by row.
+        """
+        if layer in self._layers:
+            at = self._layers.index(layer)
+            replace(view, cache=self._rows, layer=at).write(ids_NK.to(self._dtype))
+
+    def add(self, place: int) -> None:
+        """Adds an empty row for the sequence of a place."""
+        self._rows.add()
+        self._places.append(place)
+
+    def remove(self, row: int, lengths: Sequence[int]) -> None:
+        """Stores the sequence of a row and moves the last row into its place.
+
+        Args:
+            row: of the sequence.
+            lengths: number of tokens of each row.
+        """
+        self._keep(row, lengths[row])
+        self._rows.resize(len(lengths) - 1, lengths[-1])
+        self._rows.remove(row)
+        last = self._places.pop()
+        if row < len(self._places):
+            self._places[row] = last
+
+    def copy_start(self, source: int, target: int, length: int) -> None:
+        """Copies the first tokens of a row to another one."""
+        self._rows.copy_start(source, target, length)
+
+    def arrange(
+        self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
+    ) -> None:
+        """Replaces the sequences before a pass, as `PartDecoder.arrange` does, and stores those that leave."""
+        staying = set(places)
+        for row, (place, num_read) in enumerate(zip(self._places, self._read, strict=True)):
+            if place not in staying:
+                self._keep(row, num_read)
+        self._rows.arrange(sources, lengths)
+        self._places = list(places)
+        self._read = [length + count for length, count in zip(lengths, counts, strict=True)]
+
+    def finish(self) -> None:
+        """Stores the sequences of all rows after the last pass."""
+        self.arrange((), (), (), ())
+
+    def _keep(self, row: int, length: int) -> None:
+        ids = [self._rows.read(layer, slice(row, row + 1), length)[0] for layer in range(len(self._layers))]
+        if ids:
+            self._store.add(self._places[row], self._layers, torch.stack(ids))
+
+
+def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Rollout]) -> SampledRoutes:
+    """Returns the records of several stores, given the rollouts of all of their sequences."""
+    found = {(each.prompt, each.sample): each for each in rollouts}
+    return SampledRoutes(ids={key: ids_TK for store in stores for key, ids_TK in store.cut(found).items()})
