@@ -19,7 +19,10 @@ StopCondition = Callable[[int, int], bool]
 
 @dataclass(frozen=True, slots=True)
 class ChosenToken:
-    """A chosen token, its log-probability (see `infer.sample.log_probs`), and the kept tokens if they are recorded."""
+    """A chosen token and its log-probability (see `infer.sample.log_probs`).
+
+    `kept` are the tokens that sampling kept, if they are recorded.
+    """
 
     token: int
     log_prob: float

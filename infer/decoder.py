@@ -79,7 +79,11 @@ class PartDecoder:
         return self._config.vocab_size
 
     def add(self, place: int = 0) -> int:
-        """Adds an empty sequence, given its place in its store of routes. Returns its row, the same in both caches."""
+        """Adds an empty sequence. Returns its row, which is the same in both caches.
+
+        Args:
+            place: of the sequence in the store of routes.
+        """
         self.mtp.add()
         if self.recorder is not None:
             self.recorder.add(place)
@@ -220,7 +224,14 @@ class PartDecoder:
         return self._run(block, merged_1ND[0], views(0))
 
     def _run(self, block: Block, hidden_ND: Tensor, view: CacheView, layer: int | None = None) -> Tensor:
-        """Runs one block over N tokens; returns its output, ND. Experts are recorded for a given number of a layer."""
+        """Runs one block over N tokens; returns its output, ND.
+
+        Args:
+            block: the block.
+            hidden_ND: its input.
+            view: of its cache.
+            layer: number of the block if it is a layer of the main model, whose experts may be recorded.
+        """
         residual_ND = hidden_ND + block.self_attn.decode(block.input_layernorm(hidden_ND), view)
         rows_ND: Tensor = block.post_attention_layernorm(residual_ND)
         if isinstance(block.mlp, Mlp):

@@ -116,7 +116,10 @@ class SampledRoutes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """Continuations by prompt and then by sample, joint statistics, and this rank's record of experts if requested."""
+    """Continuations by prompt and then by sample, and joint statistics.
+
+    `routes` are the experts of the tokens that this rank read, if requested.
+    """
 
     rollouts: tuple[Rollout, ...]
     statistics: Statistics

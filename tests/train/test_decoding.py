@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
@@ -17,7 +18,8 @@ from dualpipe.config import ScheduleConfig
 from infer.config import GenerateError, Sampling, Statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
+from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts, RouteKey, SampledRoutes
+from model.config import ModelConfig
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
@@ -26,6 +28,7 @@ from train.config import TrainConfig
 from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import ReplicaConfig
 from train.replica import Replica, open_replica
+from train.rollout.routes.plan import assign_homes, held_records
 from train.schedule.cut import run_cut
 
 PROMPTS = tuple(
@@ -38,6 +41,8 @@ WARM = Request(
     step=2,
     stop=frozenset(range(0, 320, 8)),
     sampling=Sampling(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, presence_penalty=0.1, seed=4),
+    record_routes=True,
+    record_kept=True,
 )
 GREEDY = Request(samples=1, max_new_tokens=12, sampling=Sampling())
 
@@ -60,7 +65,8 @@ class Layout:
 class Seen:
     """What one rank saw of one request.
 
-    `num_rounds` counts rounds of each cohort; `digest` is that of the weights afterwards.
+    `num_rounds` counts rounds of each cohort; `digest` is that of the weights afterwards; `held` are the records that
+    the rank should have, with their numbers of tokens.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -71,6 +77,8 @@ class Seen:
     num_cohorts: int
     cut: tuple[range, ...]
     is_unchanged: bool
+    routes: SampledRoutes | None
+    held: dict[RouteKey, int]
 
 
 LAYOUTS = {
@@ -118,8 +126,8 @@ def foresee(model: Transformer) -> None:
             weight.copy_(torch.cat((eye, 0.5 * eye), 1) * 0.4)
 
 
-def local(request: Request, *, speculative: bool) -> Rollouts:
-    model = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), torch.float64)
+def local(request: Request, *, speculative: bool, config: ModelConfig = MODEL) -> Rollouts:
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float64)
     initialize_weights(model, 7)
     foresee(model)
     return LocalEngine(model, speculative=speculative).generate(PROMPTS, request)
@@ -159,9 +167,26 @@ def _run_one(config: TrainConfig, layout: Layout, requests: Sequence[tuple[Reque
                     num_cohorts=engine.num_cohorts,
                     cut=replica.cut,
                     is_unchanged=all(torch.equal(weight, after[name]) for name, weight in before.items()),
+                    routes=made.routes,
+                    held=held_keys(replica, made.rollouts),
                 )
             )
     return seen
+
+
+def held_keys(replica: Replica, rollouts: Sequence[Rollout]) -> dict[RouteKey, int]:
+    """Returns the records that this rank should have, with their numbers of tokens."""
+    answers: dict[int, list[int]] = {prompt.number: [] for prompt in PROMPTS}
+    for rollout in rollouts:
+        answers[rollout.prompt].append(len(rollout.tokens))
+    lengths = [(prompt.number, len(prompt.tokens), answers[prompt.number]) for prompt in PROMPTS]
+    return held_records(replica, assign_homes(replica, [list(answers)]), lengths)
+
+
+def sorted_ids(routes: SampledRoutes | None) -> dict[RouteKey, list[list[int]]]:
+    """Returns the experts of each token of each record, in rising order."""
+    assert routes is not None
+    return {key: np.sort(ids_TK, -1).tolist() for key, ids_TK in routes.ids.items()}
 
 
 @contextmanager
@@ -198,6 +223,17 @@ def test_rollouts_are_those_of_one_process(world_size: int, layouts: list[Layout
             ours, theirs = found.statistics, expected.statistics
             assert (ours.tokens, ours.drafts_offered) == (theirs.tokens, theirs.drafts_offered), (rank, layout)
             assert ours.drafts_accepted == theirs.drafts_accepted, (rank, layout)
+    # Every record is held by one rank. A rank holds those of its own layers and sequences, in 4 bytes for each token.
+    whole = sorted_ids(expected.routes)
+    for number, layout in enumerate(LAYOUTS[world_size]):
+        found = [seen[rank][number][0] for rank in range(world_size)]
+        parts = [sorted_ids(each.routes) for each in found]
+        assert sum(len(part) for part in parts) == len(whole), layout
+        assert {key: ids for part in parts for key, ids in part.items()} == whole, layout
+        for rank, each in enumerate(found):
+            assert each.routes is not None
+            assert {key: len(ids_TK) for key, ids_TK in each.routes.ids.items()} == each.held, (rank, layout)
+            assert each.routes.num_bytes == 4 * sum(each.held.values()), (rank, layout)
 
 
 def assert_equal(ours: Sequence[Rollout], theirs: Sequence[Rollout], where: object) -> None:

@@ -1,0 +1,1 @@
+"""Replays the sampler's choice of experts in training."""
