@@ -17,6 +17,7 @@ from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
 from model.objective import BALANCE, MAIN, LossSums, Objective
 from model.objectives.distillation import TEACHER_STATES
+from model.objectives.policy import PolicyGradient
 from model.objectives.preference import REFERENCE
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
@@ -233,7 +234,8 @@ def compare(reference: Reference | Teacher | None, batches: BatchReader, objecti
         case None:
             return objective
         case Reference():
-            batches.add_extras(REFERENCE, reference.log_probs(batches))
+            temperature = objective.temperature if isinstance(objective, PolicyGradient) else 1.0
+            batches.add_extras(REFERENCE, reference.log_probs(batches, temperature))
             return objective
         case Teacher():
             batches.add_extras(TEACHER_STATES, reference.states(batches))

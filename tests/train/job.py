@@ -31,14 +31,15 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.replica import open_replica
+from train.rollout.open import open_sampler
 from train.rollout.step_batch import open_step_batch
-from train.rollout.student import StudentSampler, open_student_sampler
+from train.rollout.student import StudentSampler
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
 from train.step import accumulate, rates_of
 from train.tasks.distill import DistillConfig
-from train.tasks.reference import Reference, open_reference
+from train.tasks.reference import Reference, open_reference, refresh_reference
 from train.tasks.registry import TASKS, Task, open_task
 from train.teacher.replica import open_teacher
 from train.teacher.scores import is_scores_folder
@@ -88,7 +89,7 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
         config.optim,
         config.ema,
         open_reference(config.task, replica) or open_teacher(config, replica),
-        open_student_sampler(config, replica),
+        open_sampler(config, replica, prepare_corpus(config)),
     )
 
 
@@ -141,12 +142,15 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         losses, _ = accumulate(learner, config.task, open_step_batch(learner.sampler, loader, step).reads, rates)
+        if learner.sampler is not None:
+            learner.sampler.finish_step(step)
         gradients = by_released_name(model, learner.store.gradient)
         norm = learner.optimizer.norm()
         learner.optimizer.update(rates.learning_rate)
         update_router_bias(learner.replica, rates.bias_update)
         flat = [*losses.by_name.values(), losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
+        refresh_reference(learner.reference, config.task, learner.replica, step + 1)
         seen.append(Seen(flat, norm, gradients, weights))
     dist.barrier()
     close_job(whole)

@@ -63,7 +63,7 @@ class NextToken:
         weights = [1.0] + [rates.mtp_loss_weight / max(depth, 1)] * depth
         return CrossEntropy(
             factors=tuple(weight / (count or 1) for weight, count in zip(weights, numbers[:-1], strict=True)),
-            balance=self._config.balance_loss_weight / numbers[-1],
+            balance=self._config.balance_loss_weight / (numbers[-1] or 1),
             weights=self._weights,
         )
 

@@ -34,19 +34,20 @@ class Reference:
         for name, tensor in named_tensors(self.replica.network).items():
             tensor.copy_(weights[name])
 
-    def log_probs(self, batches: Batches) -> dict[tuple[int, int], Tensor]:
+    def log_probs(self, batches: Batches, temperature: float = 1.0) -> dict[tuple[int, int], Tensor]:
         """Returns the targets' log-probabilities, [B, T], of the micro-batches whose losses are on this rank.
 
         All ranks call it.
 
         Args:
             batches: micro-batches of this rank.
+            temperature: divisor of the logits.
 
         Returns:
             Log-probabilities by (direction, micro-batch).
         """
         sums = LossSums((BALANCE,), {})
-        self.replica.forward(batches, TokenLogProbs(), sums)
+        self.replica.forward(batches, TokenLogProbs(temperature=temperature), sums)
         # Records of steps count the traffic of the policy.
         self.replica.observers.traffic.take()
         self.replica.observers.clips.take()

@@ -25,6 +25,7 @@ def answer_log_probs(
     answers: Sequence[TrainedAnswer],
     shape: BatchShape,
     types: Mapping[str, np.dtype[Any]],
+    temperature: float,
 ) -> list[tuple[float, ...]]:
     """Returns the log-probability of each token of answers under the present weights.
 
@@ -36,9 +37,10 @@ def answer_log_probs(
         answers: of one update, in order.
         shape: of its batches.
         types: of the values of the batches.
+        temperature: divisor of the logits.
     """
     packed = pack_all(answers, shape, types)
-    found = [pass_log_probs(replica, task, TokenLogProbs(), batch) for batch in packed.batches]
+    found = [pass_log_probs(replica, task, TokenLogProbs(temperature=temperature), batch) for batch in packed.batches]
     made = []
     for answer, place in zip(answers, packed.places, strict=True):
         first = place.start + len(answer.prompt) - 1

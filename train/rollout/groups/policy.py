@@ -85,7 +85,7 @@ class PolicySampler:
             config.steps_ahead,
             config.cut_answers == "drop",
         )
-        self._num_prompts = config.prompts
+        self._num_prompts, self._temperature = config.prompts, config.temperature
         self._current: ScoredRollout | None = None
         self._next: ScoredRollout | PendingRollout | None = None
 
@@ -223,7 +223,7 @@ class PolicySampler:
             numbers = trained[part :: self._updates]
             parts = [(number, answer) for number in numbers for answer in self._kept(groups[number])]
             packed = [self._to_trained(groups[number], answer) for number, answer in parts]
-            old = answer_log_probs(self._replica, self._task, packed, shape, self._value_types)
+            old = answer_log_probs(self._replica, self._task, packed, shape, self._value_types, self._temperature)
             found = {
                 (number, answer.sample): replace(answer, old_log_probs=values)
                 for (number, answer), values in zip(parts, old, strict=True)

@@ -1,0 +1,108 @@
+"""Configures tiny runs that learn from rewards: short arithmetic problems, and even digits in answers as the reward."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from comm.config import ParallelismConfig
+from data.arithmetic.source import ArithmeticSource
+from dualpipe.config import ScheduleConfig
+from infer.scoring.reward import RewardConfig
+from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
+from model.objectives.policy_loss import PolicyLossConfig
+from tests.tiny import BATCH, MODEL, tiny_config
+from train.config import TrainConfig
+from train.config.token_schedule import TokenSchedule
+from train.rollout.config import RolloutConfig
+from train.tasks.grpo import GrpoConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvenConfig(ScorerConfig):
+    """The configuration of even digits."""
+
+
+class EvenScorer(RatingScorer):
+    """Counts the even digits of an answer, which an untrained model has in different numbers."""
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        return Score(value=float(sum(each in "02468" for each in answer.text)), outcome="rated")
+
+
+SCORERS.register(
+    "even",
+    ScorerSpec(summary="even digits", config=EvenConfig, build=lambda config: EvenScorer(), has_verdict=False),
+)
+
+ROLLOUT = RolloutConfig(
+    engine="pipelined",
+    prompts=4,
+    samples=3,
+    max_new_tokens=7,
+    temperature=1.0,
+    top_k=None,
+    top_p=1.0,
+    min_p=0.0,
+    thinking=None,
+    updates=1,
+    steps_ahead=0,
+    drop_equal_groups=True,
+    max_draws=1,
+    cut_answers="keep",
+    length_penalty_tokens=0,
+    keep_routing=False,
+    keep_sampling_mask=False,
+    held_out=0,
+    held_out_samples=1,
+)
+
+LOSS = PolicyLossConfig(
+    advantage="standardized",
+    ratio="token",
+    surrogate="clipped",
+    clip_low=0.2,
+    clip_high=0.28,
+    largest_ratio=None,
+    normalizer="tokens",
+    kl="reverse",
+    kl_weight=0.1,
+    off_policy_limit=None,
+    sampler_ratio_cap=None,
+)
+
+GRPO = GrpoConfig(
+    kind="grpo",
+    steps=2,
+    mtp_loss_weight=TokenSchedule.constant(0.1),
+    balance_loss_weight=0.0,
+    bias_update_rate=TokenSchedule.constant(0.0),
+    loss=LOSS,
+    reference_every_steps=None,
+    temperature=1.0,
+    max_new_tokens=7,
+)
+
+REWARD = RewardConfig(parts=(EvenConfig(kind="even", weight=1.0),), num_threads=1)
+
+
+def rollout_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int = 1, **changes: object) -> TrainConfig:
+    """Returns a float64 run of two steps, with as few micro-batches as its schedule takes."""
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
+        schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
+        model=replace(MODEL, num_layers=max(3, pipeline), vocab_size=32),
+        batch=replace(BATCH, global_sequences=2 * pipeline * data, document_mask=True),
+        task=GRPO,
+        rollout=ROLLOUT,
+        reward=REWARD,
+    )
+    source = ArithmeticSource(
+        kind="arithmetic",
+        form="demonstrations",
+        template="v3",
+        num_digits=4,
+        num_samples=60,
+        wrong_share=0.0,
+        generator_seed=1,
+    )
+    return replace(config, data=replace(config.data, source=source), **changes)
