@@ -1,0 +1,61 @@
+"""A rank is killed in each phase of a step: the run restarts and ends as if nothing had happened."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.transformer import named_tensors
+from tests.commands import run_command
+from tests.train.rollout.groups.killed_run import NONE, PHASES
+from train.checkpoint.load import load_whole
+from train.checkpoint.locate import step_folder
+from train.checkpoint.manifest import read_model
+from train.rollout.groups.journal import read_journal
+from train.rollout.groups.records import ScoredRollout
+
+pytestmark = pytest.mark.long
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("killed")
+    done = run_command(["-m", "tests.train.rollout.groups.killed_run", str(made), NONE, *PHASES])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return made
+
+
+def rollouts(run: Path) -> list[ScoredRollout]:
+    """Returns the rollouts of a run without the times that they took."""
+    found = [read_journal(run, step) for step in range(1, STEPS + 1)]
+    return [replace(each, header=replace(each.header, seconds={})) for each in found]
+
+
+def records(run: Path) -> list[tuple[float, ...]]:
+    """Returns what is equal in two runs of a step's records."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "grad_norm", "kl", "entropy", "lr")
+    return [tuple(line[name] for name in names) + (line["rollouts"]["reward"],) for line in lines]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_run_killed_in_a_phase_ends_bitwise_as_if_it_was_not(folder: Path, phase: str) -> None:
+    run, calm = folder / phase, folder / NONE
+    assert (run / "killed").exists(), "the phase was not reached"
+    assert rollouts(run) == rollouts(calm)
+    assert records(run) == records(calm)
+    ends = [step_folder(each, STEPS) for each in (run, calm)]
+    ours, theirs = (named_tensors(load_whole(read_model(end), end, torch.float32)) for end in ends)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("phase", [NONE, *PHASES])
+def test_run_uses_every_prompt_once(folder: Path, phase: str) -> None:
+    positions = Counter(group.prompt for rollout in rollouts(folder / phase) for group in rollout.groups)
+    assert sorted(positions) == list(range(len(positions)))
+    assert set(positions.values()) == {1}
