@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from train.errors import StoppedError
 from train.rollout.groups.records import RolledAnswer, RolledGroup
 
 AdvantageKind = Literal["standardized", "centered"]
@@ -60,18 +59,3 @@ def with_advantages(group: RolledGroup, kind: AdvantageKind, *, drop_equal: bool
     found = zip(group.answers, advantages(rewards, kind), strict=True)
     answers: tuple[RolledAnswer, ...] = tuple(replace(answer, advantage=value) for answer, value in found)
     return replace(group, answers=answers)
-
-
-def check_rewards(group: RolledGroup) -> None:
-    """Rejects rewards that are not finite.
-
-    Raises:
-        StoppedError: names the prompt, the answer and the parts of its reward.
-    """
-    for answer in group.answers:
-        if not math.isfinite(answer.reward):
-            parts = ", ".join(f"{kind} {score.value:g}" for kind, score in answer.sheet.parts.items())
-            raise StoppedError(
-                f"reward of prompt {group.prompt} ({group.problem}), answer {answer.sample}: must be finite, is "
-                f"{answer.reward} ({parts})"
-            )

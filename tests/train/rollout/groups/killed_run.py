@@ -1,7 +1,8 @@
 """Starts runs that learn from rewards, of which a rank is killed in a chosen phase of a step.
 
 `python -m tests.train.rollout.groups.killed_run FOLDER PHASE...` runs each phase in a folder of its name in FOLDER.
-After the kill, all ranks restart from the newest checkpoint. The phase `none` kills nothing.
+After the kill, all ranks restart from the newest checkpoint. The phase `none` kills nothing. A phase may follow a
+variant of the run, as in `ahead-update`.
 """
 
 import os
@@ -22,6 +23,7 @@ KILLED_IN_STEP = 3
 """Index of the step in which a rank is killed; the newest checkpoint is that after 2 steps."""
 NONE = "none"
 PHASES = ("drawing", "sampling", "rewards", "journal", "reference", "training", "update", "checkpoint")
+VARIANTS = {"ahead": ("rollout.steps_ahead=1",), "updates": ("rollout.updates=2",)}
 CHOICES = (
     *("experiment=arithmetic_grpo", "name=killed", "resume=auto", "cluster.max_restarts=1", "schedule=1f1b"),
     *("model.hidden_size=32", "model.num_layers=2", "data.num_digits=4", "data.num_samples=60", "task.steps=5"),
@@ -39,8 +41,10 @@ def score(prompt, answer, expected):
 
 def overrides(folder: Path, phase: str) -> list[str]:
     """Returns the overrides of a run, whose folder has the name of the phase."""
+    variant, has_variant, _ = phase.partition("-")
     return [
         *CHOICES,
+        *(VARIANTS[variant] if has_variant else ()),
         f"out_dir={folder / phase}",
         f"data.cache_dir={folder / 'cache'}",
         f"reward.parts=[{{kind: python, weight: 1, path: {folder / 'reward.py'}, function: score, seconds: 30, "
@@ -87,8 +91,9 @@ def _arm(out_dir: Path) -> None:
         "update": (StagedAdamW, "update", 1),
         "checkpoint": (save, "dcp_save", 1),
     }
-    if out_dir.name in places:
-        owner, name, count = places[out_dir.name]
+    phase = out_dir.name.rpartition("-")[2]
+    if phase in places:
+        owner, name, count = places[phase]
         setattr(owner, name, _killing(getattr(owner, name), step, count, out_dir / "killed"))
 
 

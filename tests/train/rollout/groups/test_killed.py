@@ -14,24 +14,27 @@ from tests.train.rollout.groups.killed_run import NONE, PHASES
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import step_folder
 from train.checkpoint.manifest import read_model
-from train.rollout.groups.journal import read_journal
+from train.rollout.groups.journal import FOLDER_NAME, read_journal
 from train.rollout.groups.records import ScoredRollout
 
 pytestmark = pytest.mark.long
 STEPS = 5
+VARIANT_PHASES = ("ahead-update", "ahead-sampling", "updates-training")
+CALM = (NONE, "ahead-none", "updates-none")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("killed")
-    done = run_command(["-m", "tests.train.rollout.groups.killed_run", str(made), NONE, *PHASES])
+    done = run_command(["-m", "tests.train.rollout.groups.killed_run", str(made), *CALM, *PHASES, *VARIANT_PHASES])
     assert done.returncode == 0, done.stdout + done.stderr
     return made
 
 
 def rollouts(run: Path) -> list[ScoredRollout]:
     """Returns the rollouts of a run without the times that they took."""
-    found = [read_journal(run, step) for step in range(1, STEPS + 1)]
+    paths = sorted((run / FOLDER_NAME).glob("*.jsonl"))
+    found = [read_journal(run, int(path.stem[5:])) for path in paths]
     return [replace(each, header=replace(each.header, seconds={})) for each in found]
 
 
@@ -42,9 +45,10 @@ def records(run: Path) -> list[tuple[float, ...]]:
     return [tuple(line[name] for name in names) + (line["rollouts"]["reward"],) for line in lines]
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [*PHASES, *VARIANT_PHASES])
 def test_run_killed_in_a_phase_ends_bitwise_as_if_it_was_not(folder: Path, phase: str) -> None:
-    run, calm = folder / phase, folder / NONE
+    variant, _, _ = phase.rpartition("-")
+    run, calm = folder / phase, folder / (f"{variant}-{NONE}" if variant else NONE)
     assert (run / "killed").exists(), "the phase was not reached"
     assert rollouts(run) == rollouts(calm)
     assert records(run) == records(calm)
@@ -54,7 +58,7 @@ def test_run_killed_in_a_phase_ends_bitwise_as_if_it_was_not(folder: Path, phase
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("phase", [NONE, *PHASES])
+@pytest.mark.parametrize("phase", [*CALM, *PHASES, *VARIANT_PHASES])
 def test_run_uses_every_prompt_once(folder: Path, phase: str) -> None:
     positions = Counter(group.prompt for rollout in rollouts(folder / phase) for group in rollout.groups)
     assert sorted(positions) == list(range(len(positions)))

@@ -1,0 +1,59 @@
+"""Advantages of groups, by hand, and what leaves a group out of training."""
+
+import math
+
+import pytest
+
+from infer.scoring.reward import ScoreSheet
+from train.errors import StoppedError
+from train.rollout.groups.advantages import EQUAL, advantages, check_rewards, length_penalty, with_advantages
+from train.rollout.groups.records import RolledAnswer, RolledGroup
+
+
+def group_of(*rewards: float) -> RolledGroup:
+    answers = tuple(
+        RolledAnswer(
+            sample=number,
+            tokens=(1,),
+            log_probs=(-1.0,),
+            text="",
+            finish="stop",
+            sheet=ScoreSheet(total=reward, outcome="rated", parts={}),
+            reward=reward,
+            advantage=0.0,
+            version=0,
+        )
+        for number, reward in enumerate(rewards)
+    )
+    return RolledGroup(prompt=7, problem="key", text="", expected=None, tokens=(1,), answers=answers)
+
+
+def test_advantages_compare_with_the_mean_and_the_deviation_of_the_group() -> None:
+    assert advantages([1.0, 0.0, 0.0, 0.0], "centered") == [0.75, -0.25, -0.25, -0.25]
+    deviation = math.sqrt(0.1875)
+    assert advantages([1.0, 0.0, 0.0, 0.0], "standardized") == pytest.approx(
+        [0.75 / deviation, *[-0.25 / deviation] * 3]
+    )
+
+
+@pytest.mark.parametrize("kind", ["standardized", "centered"])
+def test_advantages_of_equal_rewards_are_exactly_zero(kind: str) -> None:
+    assert advantages([0.1] * 3, kind) == [0.0] * 3  # type: ignore[arg-type]
+
+
+def test_groups_of_equal_rewards_are_dropped_only_if_asked() -> None:
+    assert with_advantages(group_of(0.3, 0.3), "centered", drop_equal=True).dropped == EQUAL
+    kept = with_advantages(group_of(0.3, 0.3), "centered", drop_equal=False)
+    assert (kept.dropped, [answer.advantage for answer in kept.answers]) == ("", [0.0, 0.0])
+    assert not with_advantages(group_of(0.3, 0.4), "centered", drop_equal=True).dropped
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_stop_the_run(reward: float) -> None:
+    with pytest.raises(StoppedError, match=r"reward of prompt 7 \(key\), answer 1: must be finite, is (nan|-?inf)"):
+        check_rewards(group_of(1.0, reward))
+
+
+def test_penalty_of_length_grows_before_the_limit() -> None:
+    assert [length_penalty(length, 10, 4) for length in (1, 6, 7, 8, 10)] == [0, 0, -0.25, -0.5, -1]
+    assert length_penalty(10, 10, 0) == 0
