@@ -95,7 +95,7 @@ def read_header(path: Path) -> Mapping[str, Any] | None:
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline(2**20))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return header if isinstance(header, dict) and header.get("format") == FORMAT else None
 

@@ -16,7 +16,6 @@ from train.rollout.groups.advantages import (
     EQUAL,
     NO_VERDICT,
     AdvantageKind,
-    check_rewards,
     length_penalty,
     with_advantages,
 )
@@ -111,8 +110,7 @@ class RolloutMaker:
         As long as too few groups have different rewards, it draws further prompts, if configured.
 
         Raises:
-            StoppedError: on every rank, if a reward is not finite.
-            ScoringError: on every rank, if the scorers failed.
+            ScoringError: on every rank, if the scorers failed or a reward is not finite.
         """
         config, origin, draw, seconds = self._config, pending.origin, pending.draw, pending.seconds
         groups: list[RolledGroup] = []
@@ -211,7 +209,7 @@ class RolloutMaker:
             )
             for rollout, sheet in zip(rollouts, scored.sheets, strict=True)
         ]
-        group = RolledGroup(
+        return RolledGroup(
             prompt=drawn.prompt.number,
             problem=drawn.problem.key,
             text=drawn.problem.prompt,
@@ -220,9 +218,6 @@ class RolloutMaker:
             answers=tuple(answers),
             dropped="" if scored.dropped is None else f"{NO_VERDICT}: {scored.dropped}",
         )
-        if not group.dropped:
-            check_rewards(group)
-        return group
 
 
 def to_answer(rollout: Rollout, form: PromptForm) -> Answer:

@@ -5,8 +5,7 @@ import math
 import pytest
 
 from infer.scoring.reward import ScoreSheet
-from train.errors import StoppedError
-from train.rollout.groups.advantages import EQUAL, advantages, check_rewards, length_penalty, with_advantages
+from train.rollout.groups.advantages import EQUAL, advantages, length_penalty, with_advantages
 from train.rollout.groups.records import RolledAnswer, RolledGroup
 
 
@@ -31,9 +30,8 @@ def group_of(*rewards: float) -> RolledGroup:
 def test_advantages_compare_with_the_mean_and_the_deviation_of_the_group() -> None:
     assert advantages([1.0, 0.0, 0.0, 0.0], "centered") == [0.75, -0.25, -0.25, -0.25]
     deviation = math.sqrt(0.1875)
-    assert advantages([1.0, 0.0, 0.0, 0.0], "standardized") == pytest.approx(
-        [0.75 / deviation, *[-0.25 / deviation] * 3]
-    )
+    standardized = [0.75 / deviation, *[-0.25 / deviation] * 3]
+    assert advantages([1.0, 0.0, 0.0, 0.0], "standardized") == pytest.approx(standardized)
 
 
 @pytest.mark.parametrize("kind", ["standardized", "centered"])
@@ -46,12 +44,6 @@ def test_groups_of_equal_rewards_are_dropped_only_if_asked() -> None:
     kept = with_advantages(group_of(0.3, 0.3), "centered", drop_equal=False)
     assert (kept.dropped, [answer.advantage for answer in kept.answers]) == ("", [0.0, 0.0])
     assert not with_advantages(group_of(0.3, 0.4), "centered", drop_equal=True).dropped
-
-
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
-def test_rewards_that_are_not_finite_stop_the_run(reward: float) -> None:
-    with pytest.raises(StoppedError, match=r"reward of prompt 7 \(key\), answer 1: must be finite, is (nan|-?inf)"):
-        check_rewards(group_of(1.0, reward))
 
 
 def test_penalty_of_length_grows_before_the_limit() -> None:

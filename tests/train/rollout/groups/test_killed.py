@@ -42,7 +42,7 @@ def records(run: Path) -> list[tuple[float, ...]]:
     """Returns what is equal in two runs of a step's records."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "loss", "grad_norm", "kl", "entropy", "lr")
-    return [tuple(line[name] for name in names) + (line["rollouts"]["reward"],) for line in lines]
+    return [(*(line[name] for name in names), line["rollouts"]["reward"]) for line in lines]
 
 
 @pytest.mark.parametrize("phase", [*PHASES, *VARIANT_PHASES])
