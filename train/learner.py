@@ -72,10 +72,11 @@ class Learner:
         self.optimizer.close()
         if self.ema is not None:
             self.ema.close()
-        if self.reference is not None:
-            self.reference.close()
+        # A sampler may use the reference.
         if self.sampler is not None:
             self.sampler.close()
+        if self.reference is not None:
+            self.reference.close()
         self.replica.close()
 
 

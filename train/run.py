@@ -192,12 +192,14 @@ class _TrainingRank:
                 replica = open_replica(
                     self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
                 )
+                reference = open_reference(config.task, replica)
+                frozen = None if reference is None else reference.replica
                 self._learner = open_learner(
                     replica,
                     config.optim,
                     config.ema,
-                    open_reference(config.task, replica) or open_teacher(config, replica),
-                    open_sampler(config, replica, prepared),
+                    reference or open_teacher(config, replica),
+                    open_sampler(config, replica, prepared, frozen),
                 )
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:

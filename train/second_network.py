@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from comm.config import Cut
+from infer.scoring.models.judge import JudgeConfig, read_constitution
 from infer.scoring.models.reward_model import RewardModelScorerConfig
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
@@ -85,3 +86,34 @@ def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> No
         check_second_network(config, part.ckpt, REWARD_MODEL_KEY, "a reward model")
     elif found.vocab_size != config.model.vocab_size:
         raise ConfigError(vocabulary_problem(config, found, part.ckpt, REWARD_MODEL_KEY, "a reward model"))
+
+
+def reward_model_runs(config: TrainConfig) -> list[TrainConfig]:
+    """Returns the run with the architecture of each reward model in its pipeline.
+
+    Raises:
+        CheckpointError, HfError: an architecture cannot be read.
+    """
+    parts = () if config.reward is None else config.reward.parts
+    return [
+        second_network_run(config, part.ckpt, REWARD_MODEL_KEY)
+        for part in parts
+        if isinstance(part, RewardModelScorerConfig) and part.place == "pipeline"
+    ]
+
+
+def check_model_parts(config: TrainConfig) -> None:
+    """Rejects files of a reward that its models cannot use: weights of a reward model, a constitution of a judge.
+
+    Raises:
+        ConfigError, ScoringError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid
+            one.
+    """
+    for part in () if config.reward is None else config.reward.parts:
+        match part:
+            case RewardModelScorerConfig():
+                check_reward_model(config, part)
+            case JudgeConfig():
+                read_constitution(part)
+            case _:
+                pass

@@ -23,6 +23,7 @@ from train.checkpoint.verify import verify_sizes
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest, nearest_key
+from train.second_network import check_model_parts
 from train.tasks.registry import TASKS
 
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
@@ -65,6 +66,7 @@ def check_files(config: TrainConfig) -> None:
     """
     check_data(config)
     TASKS.get(config.task.kind).check_files(config)
+    check_model_parts(config)
     if not _check_resume(config):
         _check_start(config)
 

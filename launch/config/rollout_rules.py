@@ -1,6 +1,8 @@
 """Rules of runs that learn from the rewards of sampled answers. Reads no files."""
 
+from data.chat.templates import CHAT_TEMPLATES
 from data.registry import DATA_SOURCES
+from infer.scoring.models.judge import JudgeConfig
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors
 from train.rollout.config import RolloutConfig
@@ -29,6 +31,9 @@ def check_rollouts(config: TrainConfig) -> None:
         raise ConfigError(f"reward: must have values with task={kind}, is null; nearest valid: reward=exact")
     _check_source(config)
     _check_sizes(rollouts, config.batch.sequence_length_tokens)
+    for part in config.reward.parts:
+        if isinstance(part, JudgeConfig):
+            _check_judge(config, part)
     if config.batch.ramp is not None:
         raise ConfigError(
             f"batch.ramp: must be null with task={kind}, whose batches are as many as the answers need, has values; "
@@ -49,6 +54,28 @@ def _check_source(config: TrainConfig) -> None:
             f"data.kind: must be a source with problems for task.kind={config.task.kind}, is {kind}; nearest valid: "
             f"{', '.join(valid)}"
         )
+
+
+def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
+    place = "reward.parts, kind judge:"
+    if judge.weights == "reference" and not TASKS.get(config.task.kind).has_reference(config.task):
+        raise ConfigError(
+            f"{place} weights must be policy if the run has no reference, is reference; nearest valid: policy, or "
+            f"task.loss.kl_weight above 0"
+        )
+    if judge.max_new_tokens >= config.model.max_position_tokens:
+        raise ConfigError(
+            f"{place} max_new_tokens must be below model.max_position_tokens={config.model.max_position_tokens}, which "
+            f"also hold the question, is {judge.max_new_tokens}; nearest valid: {config.model.max_position_tokens // 2}"
+        )
+    template = DATA_SOURCES.get(config.data.source.kind).chat_template
+    if judge.thinking and template is not None:
+        name = template(config.data.source)
+        if CHAT_TEMPLATES.get(name).thoughts is None:
+            raise ConfigError(
+                f"{place} thinking must be false with data.template={name}, which has no thoughts, is true; nearest "
+                f"valid: false"
+            )
 
 
 def _check_sizes(config: RolloutConfig, length: int) -> None:

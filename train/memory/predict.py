@@ -24,6 +24,7 @@ from train.memory.walk import iterate_live_bytes
 from train.schedule.cut import run_cut
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.schedule.ramp import sized_run
+from train.second_network import reward_model_runs
 from train.tasks.registry import TASKS
 
 _SMALLER_CAPS = (0.65, 0.5)
@@ -125,6 +126,8 @@ def _predict(config: TrainConfig) -> JobMemory:
         ranks.append(memory)
     if (teacher := TASKS.get(config.task.kind).teacher_run(config)) is not None:
         ranks = [_with_teacher(memory, teacher, schedule) for memory in ranks]
+    for scorer in reward_model_runs(config):
+        ranks = [replace(each, weights=each.weights + _second_weights(each, scorer, schedule)) for each in ranks]
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
 
 
@@ -137,11 +140,18 @@ def _with_teacher(memory: RankMemory, config: TrainConfig, schedule: Schedule) -
         schedule: of the pipeline.
     """
     sizes, rank = planning_sizes(config), memory.pipeline_rank
-    held = _held(config.model, schedule, rank, stage_shapes(run_cut(config, schedule.placement)), sizes)
     last, directions = schedule.num_stages - 1, range(schedule.num_directions)
     scored = sum(schedule.rank_of(direction, last) == rank for direction in directions)
     states = config.num_micro_batches * scored // len(directions) * sizes.row
-    return replace(memory, weights=memory.weights + weight_bytes(held, sizes), batch=memory.batch + states)
+    weights = memory.weights + _second_weights(memory, config, schedule)
+    return replace(memory, weights=weights, batch=memory.batch + states)
+
+
+def _second_weights(memory: RankMemory, config: TrainConfig, schedule: Schedule) -> int:
+    """Returns the bytes of a second network's weights on a rank. `config` has the network's architecture."""
+    sizes = planning_sizes(config)
+    shapes = stage_shapes(run_cut(config, schedule.placement))
+    return weight_bytes(_held(config.model, schedule, memory.pipeline_rank, shapes, sizes), sizes)
 
 
 def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:

@@ -22,6 +22,7 @@ from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
 from train.rollout.groups.held_out import HeldOutProblems
 from train.rollout.groups.make import RolloutMaker
 from train.rollout.groups.policy import JournalPlace, PolicySampler
+from train.rollout.model_parts import open_model_parts, with_constitutions
 from train.rollout.rewards import RolloutRewards
 from train.rollout.step_batch import StepSampler
 from train.rollout.student import open_student_sampler
@@ -29,7 +30,9 @@ from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import open_task
 
 
-def open_sampler(config: TrainConfig, replica: Replica, prepared: Prepared) -> StepSampler | None:
+def open_sampler(
+    config: TrainConfig, replica: Replica, prepared: Prepared, reference: Replica | None = None
+) -> StepSampler | None:
     """Opens the sampler of a run that trains on sampled answers; None: it trains on its data alone.
 
     All ranks call it.
@@ -38,22 +41,26 @@ def open_sampler(config: TrainConfig, replica: Replica, prepared: Prepared) -> S
         config: of the run.
         replica: the network that the run trains.
         prepared: tokenizer and fingerprint of the data.
+        reference: frozen network of the run's divergence; None: it has none.
 
     Raises:
         ConfigError: on every rank, if no problem has room for an answer.
         ScoringError: this machine cannot run a scorer.
+        CheckpointError, HfError: a reward model cannot be read, or has another tokenizer.
     """
     if config.rollout is None:
         return open_student_sampler(config, replica)
     assert isinstance(config.task, GrpoConfig)
     assert config.reward is not None
-    rollouts, form = config.rollout, _form(config, prepared)
+    reward = with_constitutions(config.reward, replica.world)
+    scored = replace(config, reward=reward)
+    rollouts, form, engine = config.rollout, _form(config, prepared), ReplicaEngine(replica)
     train, held_out = split_problems(config.data)
     room = config.batch.sequence_length_tokens - rollouts.max_new_tokens
     maker = RolloutMaker(
         rollouts,
-        ReplicaEngine(replica),
-        RolloutRewards(config.reward, replica.world),
+        engine,
+        RolloutRewards(reward, replica.world, open_model_parts(scored, replica, reference, engine, form)),
         PromptOrder(_fitting(train, form, room), form, config.data.seed),
         form,
         advantage=config.task.loss.advantage,
@@ -67,7 +74,7 @@ def open_sampler(config: TrainConfig, replica: Replica, prepared: Prepared) -> S
         JournalPlace(
             out_dir=Path(config.out_dir),
             resumed=None if config.resume is None else Path(config.resume).parents[1],
-            settings=_digest(config, prepared.fingerprint),
+            settings=_digest(scored, prepared.fingerprint),
         ),
         config=rollouts,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from infer.engines.protocol import Rollout
 from infer.scoring.reward import ScoreSheet
 from train.rollout.groups.draw import DrawnPrompt
+from train.rollout.groups.statistics import is_right
 
 if TYPE_CHECKING:
     from train.rollout.groups.make import RolloutMaker
@@ -35,13 +36,13 @@ class HeldOutProblems:
             mean reward, mean number of tokens, and share of answers that were cut.
         """
         rollouts = maker.sample(self._drawn, self._samples, VALIDATION_STEP)
-        scored = maker.begin_scores(self._drawn, rollouts).wait()
+        scored = maker.begin_scores(self._drawn, rollouts, VALIDATION_STEP).wait()
         return _summary(rollouts, [group.sheets for group in scored])
 
 
 def _summary(rollouts: Sequence[Sequence[Rollout]], sheets: Sequence[Sequence[ScoreSheet]]) -> dict[str, float]:
     answers, scored = [each for group in rollouts for each in group], [each for group in sheets for each in group]
-    is_correct = [[sheet.outcome == "correct" for sheet in group] for group in sheets]
+    is_correct = [[bool(is_right(sheet)) for sheet in group] for group in sheets]
     return {
         PASS_AT_1: sum(map(sum, is_correct)) / len(scored),
         f"pass_at_{len(sheets[0])}": sum(map(any, is_correct)) / len(sheets),

@@ -9,7 +9,7 @@ from infer.config import Sampling
 from infer.engines.protocol import Request, Rollout
 from infer.scoring.answer_text import THINK
 from infer.scoring.reward import AnswerGroup, GroupSheets
-from infer.scoring.score import Answer, Problem
+from infer.scoring.score import Answer, problem_of
 from train.rollout.config import RolloutConfig
 from train.rollout.engine import TrainingEngine
 from train.rollout.groups.advantages import (
@@ -21,6 +21,7 @@ from train.rollout.groups.advantages import (
 )
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
 from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, ScoredRollout
+from train.rollout.model_parts import SampledGroup
 from train.rollout.rewards import PendingScores, RolloutRewards
 
 
@@ -165,23 +166,34 @@ class RolloutMaker:
         found = self._engine.generate([each.prompt for each in drawn], request).rollouts
         return [list(found[first : first + samples]) for first in range(0, len(found), samples)]
 
-    def begin_scores(self, drawn: Sequence[DrawnPrompt], rollouts: Sequence[Sequence[Rollout]]) -> PendingScores:
-        """Starts to score answers. All ranks call it."""
-        return self._rewards.begin(
-            [
-                AnswerGroup(
-                    problem=Problem(prompt=each.problem.prompt, answer=each.problem.answer, tests=each.problem.tests),
+    def begin_scores(
+        self, drawn: Sequence[DrawnPrompt], rollouts: Sequence[Sequence[Rollout]], step: int
+    ) -> PendingScores:
+        """Starts to score answers. All ranks call it.
+
+        Args:
+            drawn: the prompts.
+            rollouts: all answers by prompt.
+            step: as in `sample`.
+        """
+        groups = [
+            SampledGroup(
+                prompt=each.prompt,
+                rollouts=tuple(group),
+                text=AnswerGroup(
+                    problem=problem_of(each.problem),
                     answers=tuple(to_answer(rollout, self._form) for rollout in group),
-                )
-                for each, group in zip(drawn, rollouts, strict=True)
-            ]
-        )
+                ),
+            )
+            for each, group in zip(drawn, rollouts, strict=True)
+        ]
+        return self._rewards.begin(groups, step)
 
     def _draw(self, origin: RolloutOrigin, first: int, count: int, seconds: dict[str, float]) -> _Draw:
         began = time.perf_counter()
         drawn = self._order.take(first, count)
         rollouts = self.sample(drawn, self._config.samples, origin.step)
-        scores = self.begin_scores(drawn, rollouts)
+        scores = self.begin_scores(drawn, rollouts, origin.step)
         seconds["sampling"] += time.perf_counter() - began
         return _Draw(drawn=drawn, rollouts=rollouts, scores=scores)
 

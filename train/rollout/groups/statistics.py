@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infer.scoring.reward import ScoreSheet
+from infer.scoring.score import SCORERS
 from train.rollout.groups.records import RolledAnswer, ScoredRollout
 
 
@@ -18,13 +20,13 @@ def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
     rewards = [answer.reward for answer in answers]
     mean = math.fsum(rewards) / len(rewards)
     tokens = [len(answer.tokens) for answer in answers]
-    judged = [answer for answer in answers if answer.sheet.outcome != "rated"]
+    checked = [is_right(answer.sheet) for answer in answers]
     return {
         "answers": len(answers),
         "reward": mean,
         "reward_deviation": math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
         "parts": part_means(answers),
-        "correct_share": _share(judged, "correct"),
+        "correct_share": checked.count(True) / max(len(checked) - checked.count(None), 1),
         "groups": counts["groups"],
         "equal_share": counts["equal_groups"] / counts["groups"],
         "no_verdict_share": counts["groups_without_verdict"] / counts["groups"],
@@ -38,14 +40,20 @@ def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
 
 
 def part_means(answers: Sequence[RolledAnswer]) -> Mapping[str, float]:
-    """Returns the mean value of each part of the reward, over the answers to which it applies."""
+    """Returns the mean value of each part of the reward, over the answers that it could score."""
     values: dict[str, list[float]] = {}
     for answer in answers:
         for kind, score in answer.sheet.parts.items():
-            if score.outcome != "skipped":
+            if score.outcome not in ("skipped", "unknown", "error"):
                 values.setdefault(kind, []).append(score.value)
     return {kind: math.fsum(found) / len(found) for kind, found in values.items()}
 
 
-def _share(answers: Sequence[RolledAnswer], outcome: str) -> float:
-    return sum(answer.sheet.outcome == outcome for answer in answers) / max(len(answers), 1)
+def is_right(sheet: ScoreSheet) -> bool | None:
+    """Returns whether the parts that check answers find no fault; None if none of them applies.
+
+    A vote or a judge without a result changes nothing.
+    """
+    checks = [score.outcome for kind, score in sheet.parts.items() if SCORERS.get(kind).has_verdict]
+    applied = [outcome for outcome in checks if outcome != "skipped"]
+    return all(outcome == "correct" for outcome in applied) if applied else None
