@@ -198,6 +198,7 @@ def test_sample_rejects_a_problem_by_file_line_and_field(run: Path, tmp_path: Pa
         ("keep.easy_rate=2", "keep.easy_rate: must be between 0 and 1"),
         ("reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]", "keep.min_reward: a value is needed"),
         ("max_new_tokens=0", "max_new_tokens: must be above 0"),
+        ("reward=judge", "reward.parts: kind judge needs a model on the ranks of a training run"),
     ],
 )
 def test_sample_rejects_invalid_values_before_weights_are_read(
