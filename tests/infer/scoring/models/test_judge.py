@@ -175,6 +175,17 @@ def test_pairs_are_compared_in_both_orders(tokenizer: Tokenizer) -> None:
     assert [values(scores) for scores in better] == [[0.25, 1.0, 0.25], [0.0, 1.0]]
 
 
+def test_votes_of_pairs_that_are_too_long_are_missing(tokenizer: Tokenizer) -> None:
+    """Half of the first answer's votes remain; one more abstention is too many."""
+    groups = [group("4", "5" * 91, "6")]
+    assert values(judged(tokenizer, PAIRS, groups, lambda *_: "Verdict: yes")[0]) == [0.5, None, 0.5]
+
+    def says(prompt: str, sample: int) -> str:
+        return "well" if "|4|6|" in prompt and sample else "Verdict: yes"
+
+    assert values(judged(tokenizer, PAIRS, groups, says)[0]) == [None, None, None]
+
+
 def test_numbers_of_prompts_depend_on_their_group_and_answers_alone(tokenizer: Tokenizer) -> None:
     judge, groups = open_judge(tokenizer, PAIRS), [group("3", "4", "5"), group("1", "2", "3")]
 
