@@ -22,6 +22,7 @@ from train.tasks.registry import initial_weight_warnings
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
 LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
 ON_PAIRS = ("arithmetic_rm", "arithmetic_dpo")
+ON_REWARDS = ("arithmetic_grpo", "arithmetic_self_reward")
 GIVEN = {"v3_671b": 129_280, "moonlight_16b": 163_840, "v2_lite_16b": 102_400}
 SIZES = {
     "v3_671b": (2048, 256, 14_800 * 10**9),
@@ -54,21 +55,21 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def test_recipes_are_those_of_this_table() -> None:
-    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *SIZES, "v3_sft", "none"}
+    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *ON_REWARDS, *SIZES, "v3_sft", "none"}
 
 
-@pytest.mark.parametrize("name", ON_PAIRS)
-def test_recipe_on_pairs_passes_the_whole_check_from_any_weights(name: str) -> None:
+@pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS])
+def test_recipe_after_fine_tuning_passes_the_whole_check_from_any_weights(name: str) -> None:
     config = compose_run([f"experiment={name}"])
     check(config)
     assert config.model.head == ("score" if name == "arithmetic_rm" else "tokens")
     assert config.name == name
 
 
-@pytest.mark.parametrize("name", [*ON_PAIRS, "quickstart"])
+@pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS, "quickstart"])
 def test_recipe_warns_of_random_weights_only_if_its_task_needs_trained_ones(name: str) -> None:
     warning = f"warning: init_from: task.kind={compose_run([f'experiment={name}']).task.kind} needs the weights"
-    assert (warning in preview([f"experiment={name}"])) == (name in ON_PAIRS)
+    assert (warning in preview([f"experiment={name}"])) == (name != "quickstart")
 
 
 def test_start_from_weights_or_a_checkpoint_gives_no_warning() -> None:
