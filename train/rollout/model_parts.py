@@ -67,13 +67,13 @@ class JudgePart:
 
     def score(self, groups: Sequence[SampledGroup], step: int) -> list[list[Score]]:
         """Implements `ModelPart.score`."""
-        texts = [group.text for group in groups]
-        prompts = self._judge.prompts(texts, [group.prompt.number for group in groups])
+        answered = [group.text for group in groups]
+        prompts = self._judge.prompts(answered, [group.prompt.number for group in groups])
         critiques: Sequence[Rollout] = ()
         if prompts:
             request = self._judge.request(self._seed, step, self._stop)
             critiques = self._engine.generate([each.prompt for each in prompts], request).rollouts
-        return self._judge.scores(texts, prompts, critiques)
+        return self._judge.scores(answered, prompts, critiques)
 
     def close(self) -> None:
         """Implements `ModelPart.close`."""

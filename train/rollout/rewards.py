@@ -50,10 +50,10 @@ class RolloutRewards:
             step: decides the random numbers of judges.
         """
         # Rules do not depend on models, so both run at the same time.
-        texts = [group.text for group in groups]
-        host = None if self._thread is None else self._thread.submit(self._score, texts)
+        answered = [group.text for group in groups]
+        host = None if self._thread is None else self._thread.submit(self._score, answered)
         models = {kind: part.score(groups, step) for kind, part in self._models.items()}
-        return PendingScores(self._config, self._world, texts, models, host)
+        return PendingScores(self._config, self._world, answered, models, host)
 
     def close(self) -> None:
         """Ends the scorers. All ranks call it at the same point."""
