@@ -103,7 +103,7 @@ def reward_model_runs(config: TrainConfig) -> list[TrainConfig]:
 
 
 def check_model_parts(config: TrainConfig) -> None:
-    """Rejects files of a reward that its models cannot use: weights of a reward model, a constitution of a judge.
+    """Rejects weights of a reward model, and a constitution of a judge, that cannot be used.
 
     Raises:
         ConfigError, ScoringError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid

@@ -22,7 +22,7 @@ class _Outcome:
 
 
 class RolloutRewards:
-    """The reward of a run. Rank 0 scores with rules, all ranks score with models, and all receive all scores."""
+    """The reward of a run. Rank 0 scores with rules, all ranks with models; all have all scores."""
 
     def __init__(self, config: RewardConfig, world: World, models: Mapping[str, ModelPart] | None = None) -> None:
         """Starts the scorers. All ranks call it.
