@@ -12,11 +12,19 @@ LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py tra
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos \
+.PHONY: train post life test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos \
 	any-to-any docker docker-cpu docker-check docker-pins docker-test docs
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
+
+# DeepSeek-V3's and R1's post-training on generated problems, small and offline; an interrupted one continues.
+post: .venv/installed
+	.venv/bin/python -m launch.workflow workflow=post $(ARGS)
+
+# From text to answers: pre-training, fine-tuning, reinforcement learning, distillation, evaluation and export, offline.
+life: .venv/installed
+	.venv/bin/python -m launch.workflow workflow=life $(ARGS)
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -29,15 +29,13 @@ from launch.generation.continuations import new_file
 from launch.generation.prompts import find_template
 from launch.generation.source import GenerationSource, find_weights, load_model
 from launch.help.preview import plain_text
-from launch.sampling.journal import SampleJournal, ScoredSample
+from launch.sampling.journal import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.sampling.problems import ProblemsConfig, digest_problems, load_problems
 from launch.sampling.selection import KeepConfig, SampleSelection, select
 from launch.sampling.summary import faults, summary
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-
-JOURNAL_SUFFIX = ".samples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

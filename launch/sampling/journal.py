@@ -18,6 +18,8 @@ from infer.scoring.score import Answer, Score
 from train.config.errors import ConfigError
 
 FORMAT = 1
+JOURNAL_SUFFIX = ".samples"
+"""Of the file of all samples, after the name of the file of those that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +122,20 @@ class SampleJournal:
         self._file.write(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def read_samples(path: Path) -> dict[int, tuple[ScoredSample, ...]]:
+    """Reads the samples of a finished journal by the number of the problem.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+        found = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: must be a journal of launch.sample, cannot be read: {error}") from error
+    return {values["problem"]: tuple(map(_to_sample, values["samples"])) for values in found}
 
 
 def _to_sample(values: Mapping[str, Any]) -> ScoredSample:

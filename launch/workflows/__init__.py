@@ -1,0 +1,1 @@
+"""Workflows of several commands: their parts, progress and results."""
