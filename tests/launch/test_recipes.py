@@ -17,6 +17,7 @@ from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
 from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
+from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import initial_weight_warnings
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
@@ -55,7 +56,7 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def test_recipes_are_those_of_this_table() -> None:
-    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *ON_REWARDS, *SIZES, "v3_sft", "none"}
+    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *ON_REWARDS, *SIZES, "v3_sft", "v3_grpo", "none"}
 
 
 @pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS])
@@ -178,3 +179,24 @@ def test_recipe_v3_sft_is_the_published_fine_tuning(tmp_path: Path) -> None:
     rates = [rates_of(whole.task, whole.optim, sizes, step).learning_rate for step in (10, 999)]
     assert rates == pytest.approx([5e-6, 1e-6], rel=1e-3)
     assert whole.batch.document_mask
+
+
+def test_recipe_v3_grpo_fits_with_its_reference(tmp_path: Path) -> None:
+    """The loss is that of arXiv:2512.02556; groups of 16 and the interval of the reference are those of R1."""
+    lines = [f'{{"prompt": "What is {number} + 1?", "answer": "{number + 1}"}}' for number in range(100)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = compose_run(["experiment=v3_grpo", f"data.paths=[{tmp_path}]", "data.tokenizer=null"])
+    check(config)
+    assert config.parallelism.world_size == 2048
+    assert config.optim.learning_rate == 1e-6
+    assert isinstance(config.task, GrpoConfig)
+    assert config.task.has_reference
+    assert (config.task.loss.advantage, config.task.loss.kl, config.task.loss.normalizer) == (
+        "centered",
+        "reverse",
+        "answers",
+    )
+    assert config.task.loss.off_policy_limit is not None
+    assert config.task.reference_every_steps == 400
+    assert config.rollout is not None
+    assert config.rollout.samples == 16
