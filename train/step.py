@@ -19,6 +19,7 @@ from model.objective import BALANCE, MAIN, LossSums, Objective
 from model.objectives.distillation import TEACHER_STATES
 from model.objectives.policy import PolicyGradient
 from model.objectives.preference import REFERENCE
+from model.router import Routes
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
@@ -136,7 +137,7 @@ def train_step(
     rates = rates_of(task, learner.config, loader.sizes, step)
     reduce = learner.optimizer.reduce
     batch = open_step_batch(learner.sampler, loader, step)
-    losses, execution = accumulate(learner, task, batch.reads, rates, progress, reduce)
+    losses, execution = accumulate(learner, task, batch.reads, rates, progress, reduce, batch.routes)
     if learner.sampler is not None:
         learner.sampler.finish_step(step)
     passed = time.perf_counter()
@@ -193,6 +194,7 @@ def accumulate(
     rates: StepRates,
     progress: Progress | None = None,
     reduce: Callable[[int], None] = lambda stage: None,
+    routes: Sequence[Routes] = (),
 ) -> tuple[Losses, Execution]:
     """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
 
@@ -204,6 +206,7 @@ def accumulate(
         progress: shows how many of this rank's phases are done; None: shows nothing.
         reduce: starts to reduce the gradients of a stage in the last pass. By default all gradients stay those of this
             rank.
+        routes: for each global batch, replays experts; empty: the routers choose.
 
     Returns:
         The losses of the step, and the execution of its last pass.
@@ -216,11 +219,12 @@ def accumulate(
     passes = [BatchReader(replica, task, read) for read in reads]
     counts = torch.stack([batches.count() for batches in passes]).sum(0)
     sums, objective, follow = LossSums(task.names), task.objective(counts, rates), partial(_count_phases, progress)
-    for batches in passes[:-1]:
+    replays: Sequence[Routes | None] = routes or [None] * len(passes)
+    for batches, replayed in zip(passes[:-1], replays[:-1], strict=True):
         compared = compare(learner.reference, batches, objective)
-        replica.train(batches, compared, sums, learner.store, follow)
+        replica.train(batches, compared, sums, learner.store, follow, replayed)
     compared = compare(learner.reference, passes[-1], objective)
-    execution = replica.train(passes[-1], compared, sums, learner.store, follow, reduce=reduce)
+    execution = replica.train(passes[-1], compared, sums, learner.store, follow, replays[-1], reduce)
     return reduce_losses(replica, task, sums, counts, rates), execution
 
 

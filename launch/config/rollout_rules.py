@@ -99,8 +99,5 @@ def _check_sizes(config: RolloutConfig, length: int) -> None:
             f"rollout.length_penalty_tokens: must be at most rollout.max_new_tokens={config.max_new_tokens}, is "
             f"{config.length_penalty_tokens}; nearest valid: {config.max_new_tokens}"
         )
-    for key in ("keep_routing", "keep_sampling_mask"):
-        if getattr(config, key):
-            raise ConfigError(f"rollout.{key}: must be false, is true; nearest valid: false")
     if config.engine == "local":
         raise ConfigError("rollout.engine: must be pipelined, is local; nearest valid: pipelined")

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from data.loader import Loader
+from model.router import Routes
 from train.tasks.batch_reader import Read
 
 
@@ -16,10 +17,12 @@ class StepBatch:
     Attributes:
         reads: reader of each batch.
         metrics: values of the step's record about rollouts; None if the step trains on the data alone.
+        routes: for each batch, what replays the sampler's choice of experts; empty if the routers choose.
     """
 
     reads: tuple[Read, ...]
     metrics: Mapping[str, Any] | None = None
+    routes: tuple[Routes, ...] = ()
 
 
 class StepSampler(Protocol):

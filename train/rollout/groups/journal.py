@@ -27,6 +27,7 @@ from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeade
 FORMAT = 1
 FOLDER_NAME = "rollouts"
 _LOG_PROBS, _OLD, _LENGTHS = "log_probs", "old_log_probs", "lengths"
+_KEPT, _NUM_KEPT = "kept_ids", "num_kept"
 _HEADER = ("rollout", "step", "weights", "settings", "next_prompt", "seconds", "counts")
 _LARGEST_FILE_BYTES = 2**34
 
@@ -116,18 +117,28 @@ def _tensors(answers: Sequence[RolledAnswer], dtype: type[np.floating[Any]]) -> 
     if any(answer.old_log_probs is not None for answer in answers):
         old = [value for answer in answers for value in answer.old_log_probs or (math.nan,) * len(answer.tokens)]
         found[_OLD] = np.asarray(old, dtype=dtype)
+    if sets := [kept for answer in answers for kept in answer.kept]:
+        found[_NUM_KEPT] = np.asarray([len(kept) for kept in sets], dtype=np.int64)
+        found[_KEPT] = np.asarray([token for kept in sets for token in kept], dtype=np.int32)
     return found
 
 
-def _answer_values(tensors: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, tuple[float, ...]]]:
-    """Yields the log-probabilities of each answer by name."""
+def _answer_values(tensors: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Yields the values of each answer's tokens by name: log-probabilities, and kept tokens."""
     ends = [0, *np.cumsum(tensors[_LENGTHS]).tolist()]
+    sets = _split(tensors[_KEPT], tensors[_NUM_KEPT]) if _KEPT in tensors else []
     for first, last in pairwise(ends):
-        yield {
+        values: dict[str, tuple[Any, ...]] = {
             name: tuple(tensors[name][first:last].tolist())
             for name in (_LOG_PROBS, _OLD)
             if name in tensors and not np.isnan(tensors[name][first:last]).any()
         }
+        yield values | {_KEPT: tuple(sets[first:last])}
+
+
+def _split(values: NDArray[Any], counts: NDArray[Any]) -> list[tuple[int, ...]]:
+    ends = [0, *np.cumsum(counts).tolist()]
+    return [tuple(values[first:last].tolist()) for first, last in pairwise(ends)]
 
 
 def _to_plain(number: int, group: RolledGroup) -> dict[str, Any]:
@@ -157,7 +168,7 @@ def _to_plain(number: int, group: RolledGroup) -> dict[str, Any]:
     }
 
 
-def _to_group(values: Mapping[str, Any], log_probs: Iterator[dict[str, tuple[float, ...]]]) -> RolledGroup:
+def _to_group(values: Mapping[str, Any], found: Iterator[dict[str, tuple[Any, ...]]]) -> RolledGroup:
     return RolledGroup(
         prompt=values["prompt"],
         problem=values["problem"],
@@ -165,11 +176,11 @@ def _to_group(values: Mapping[str, Any], log_probs: Iterator[dict[str, tuple[flo
         expected=values["answer"],
         tokens=tuple(values["tokens"]),
         dropped=values["dropped"],
-        answers=tuple(_to_answer(sample, next(log_probs)) for sample in values["samples"]),
+        answers=tuple(_to_answer(sample, next(found)) for sample in values["samples"]),
     )
 
 
-def _to_answer(values: Mapping[str, Any], found: Mapping[str, tuple[float, ...]]) -> RolledAnswer:
+def _to_answer(values: Mapping[str, Any], found: Mapping[str, tuple[Any, ...]]) -> RolledAnswer:
     parts = {kind: Score(**score) for kind, score in values["parts"].items()}
     answer = RolledAnswer(
         sample=values["sample"],
@@ -181,6 +192,7 @@ def _to_answer(values: Mapping[str, Any], found: Mapping[str, tuple[float, ...]]
         reward=values["reward"],
         advantage=values["advantage"],
         version=values["version"],
+        kept=found[_KEPT],
     )
     return replace(answer, old_log_probs=found[_OLD]) if _OLD in found else answer
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from infer.config import Sampling
-from infer.engines.protocol import Request, Rollout
+from infer.engines.protocol import Request, Rollout, Rollouts, SampledRoutes
 from infer.scoring.answer_text import THINK
 from infer.scoring.reward import AnswerGroup, GroupSheets
 from infer.scoring.score import Answer, problem_of
@@ -20,7 +20,7 @@ from train.rollout.groups.advantages import (
     with_advantages,
 )
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
-from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, ScoredRollout
+from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, RolloutRoutes, ScoredRollout
 from train.rollout.model_parts import SampledGroup
 from train.rollout.rewards import PendingScores, RolloutRewards
 
@@ -53,6 +53,7 @@ class _Draw:
     drawn: list[DrawnPrompt]
     rollouts: list[list[Rollout]]
     scores: PendingScores
+    routes: SampledRoutes | None
 
 
 @dataclass(slots=True)
@@ -115,15 +116,15 @@ class RolloutMaker:
         """
         config, origin, draw, seconds = self._config, pending.origin, pending.draw, pending.seconds
         groups: list[RolledGroup] = []
-        num_draws = 1
+        draws: list[_Draw] = []
         while True:
             began = time.perf_counter()
+            draws.append(draw)
             groups += self._score(draw, origin.version)
             seconds["scoring"] += time.perf_counter() - began
             missing = config.prompts - sum(not group.dropped for group in groups)
-            if missing <= 0 or num_draws >= config.max_draws:
+            if missing <= 0 or len(draws) >= config.max_draws:
                 break
-            num_draws += 1
             draw = self._draw(origin, origin.first_prompt + len(groups), missing, seconds)
         header = RolloutHeader(
             rollout=origin.rollout,
@@ -132,9 +133,9 @@ class RolloutMaker:
             settings=origin.settings,
             next_prompt=origin.first_prompt + len(groups),
             seconds=dict(seconds),
-            counts=_count(groups) | {"draws": num_draws},
+            counts=_count(groups) | {"draws": len(draws)},
         )
-        return ScoredRollout(header=header, groups=tuple(groups))
+        return ScoredRollout(header=header, groups=tuple(groups), routes=_join_routes(draws))
 
     def close(self) -> None:
         """Ends the scorers and closes the engine. All ranks call it at the same point."""
@@ -149,6 +150,10 @@ class RolloutMaker:
             samples: number of answers to each.
             step: decides the random numbers.
         """
+        return _by_prompt(self._generate(drawn, samples, step, records=False), samples)
+
+    def _generate(self, drawn: Sequence[DrawnPrompt], samples: int, step: int, *, records: bool) -> Rollouts:
+        """Samples answers to prompts. `records`: whether to record what training replays."""
         config = self._config
         request = Request(
             samples=samples,
@@ -162,9 +167,10 @@ class RolloutMaker:
             ),
             step=step,
             stop=frozenset([self._form.tokenizer.end_of_sentence_id]),
+            record_routes=records and config.keep_routing,
+            record_kept=records and config.keep_sampling_mask,
         )
-        found = self._engine.generate([each.prompt for each in drawn], request).rollouts
-        return [list(found[first : first + samples]) for first in range(0, len(found), samples)]
+        return self._engine.generate([each.prompt for each in drawn], request)
 
     def begin_scores(
         self, drawn: Sequence[DrawnPrompt], rollouts: Sequence[Sequence[Rollout]], step: int
@@ -192,10 +198,11 @@ class RolloutMaker:
     def _draw(self, origin: RolloutOrigin, first: int, count: int, seconds: dict[str, float]) -> _Draw:
         began = time.perf_counter()
         drawn = self._order.take(first, count)
-        rollouts = self.sample(drawn, self._config.samples, origin.step)
+        found = self._generate(drawn, self._config.samples, origin.step, records=True)
+        rollouts = _by_prompt(found, self._config.samples)
         scores = self.begin_scores(drawn, rollouts, origin.step)
         seconds["sampling"] += time.perf_counter() - began
-        return _Draw(drawn=drawn, rollouts=rollouts, scores=scores)
+        return _Draw(drawn=drawn, rollouts=rollouts, scores=scores, routes=found.routes)
 
     def _score(self, draw: _Draw, version: int) -> list[RolledGroup]:
         """Returns the groups of a draw with rewards and advantages."""
@@ -218,6 +225,7 @@ class RolloutMaker:
                 reward=sheet.total + length_penalty(len(rollout.tokens), limit, interval),
                 advantage=0.0,
                 version=version,
+                kept=rollout.kept,
             )
             for rollout, sheet in zip(rollouts, scored.sheets, strict=True)
         ]
@@ -237,6 +245,22 @@ def to_answer(rollout: Rollout, form: PromptForm) -> Answer:
     is_finished = rollout.finish == "stop"
     text = form.tokenizer.decode(rollout.tokens[:-1] if is_finished else rollout.tokens)
     return Answer(text=THINK + text if form.thinking else text, num_tokens=len(rollout.tokens), is_finished=is_finished)
+
+
+def _by_prompt(rollouts: Rollouts, samples: int) -> list[list[Rollout]]:
+    found = rollouts.rollouts
+    return [list(found[first : first + samples]) for first in range(0, len(found), samples)]
+
+
+def _join_routes(draws: Sequence[_Draw]) -> RolloutRoutes | None:
+    """Returns this rank's records of experts of all draws; None if they are not recorded."""
+    parts = [draw.routes for draw in draws if draw.routes is not None]
+    if not parts:
+        return None
+    return RolloutRoutes(
+        sampled=SampledRoutes(ids={key: ids_TK for part in parts for key, ids_TK in part.ids.items()}),
+        requests=tuple(tuple(each.prompt.number for each in draw.drawn) for draw in draws),
+    )
 
 
 def _count(groups: Sequence[RolledGroup]) -> dict[str, float]:

@@ -8,14 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import distributed as dist
 
 from data.loader import Loader
-from model.objectives.policy import ADVANTAGE, OLD, SAMPLER
 from train.errors import UnsavedError
 from train.network import weight_dtype
 from train.replica import Replica
@@ -32,9 +31,11 @@ from train.rollout.groups.journal import (
 )
 from train.rollout.groups.log_probs import answer_log_probs
 from train.rollout.groups.make import PendingRollout, RolloutMaker, RolloutOrigin
+from train.rollout.groups.packed_step import GroupAnswer, pack_step
 from train.rollout.groups.records import RolledAnswer, RolledGroup, ScoredRollout
 from train.rollout.groups.statistics import rollout_metrics
-from train.rollout.pack import BatchShape, TrainedAnswer, pack_all
+from train.rollout.pack import BatchShape
+from train.rollout.routes.replay import load_rollout_routes, save_rollout_routes
 from train.rollout.step_batch import StepBatch
 from train.tasks.registry import Task
 
@@ -80,12 +81,13 @@ class PolicySampler:
             config: of the rollouts.
         """
         self._replica, self._task, self._maker, self._held_out, self._place = replica, task, maker, held_out, place
+        self._config = config
         self._updates, self._steps_ahead, self._drops_cut = (
             config.updates,
             config.steps_ahead,
             config.cut_answers == "drop",
         )
-        self._num_prompts, self._temperature = config.prompts, config.temperature
+        self._num_prompts = config.prompts
         self._current: ScoredRollout | None = None
         self._next: ScoredRollout | PendingRollout | None = None
 
@@ -101,10 +103,10 @@ class PolicySampler:
         if self._steps_ahead and part == 0:
             self._next = self._begin_next(rollout, step)
         trained = [group for group in rollout.groups if not group.dropped][part :: self._updates]
-        answers = [self._to_trained(group, answer) for group in trained for answer in self._kept(group)]
-        batches = pack_all(answers, self._shape(loader), self._value_types).batches
+        answers = [(group, answer) for group in trained for answer in self._kept(group)]
+        packed = pack_step(self._replica, answers, self._shape(loader), self._old(answers), rollout.routes)
         metrics = rollout_metrics(rollout, step) | {"seconds": time.perf_counter() - began}
-        return StepBatch(tuple(batch.sequences for batch in batches), metrics)
+        return replace(packed.step, metrics=metrics)
 
     def finish_step(self, step: int) -> None:
         """Completes the next rollout, if it was begun before this step's passes."""
@@ -170,12 +172,18 @@ class PolicySampler:
 
     def _read(self, number: int, origin: RolloutOrigin, weights: str | None) -> ScoredRollout | None:
         """Returns a rollout from the journal, or None if it is not whole or was made otherwise."""
-        found: list[ScoredRollout | None] = [None]
+        found: list[tuple[Path, ScoredRollout] | None] = [None]
         if self._replica.world.rank == 0:
             found = [self._find(number, origin, weights)]
-        return self._broadcast(found)
+        if (known := self._broadcast(found)) is None:
+            return None
+        folder, rollout = known
+        if not self._config.keep_routing:
+            return rollout
+        routes = load_rollout_routes(self._replica, folder, rollout)
+        return None if routes is None else replace(rollout, routes=routes)
 
-    def _find(self, number: int, origin: RolloutOrigin, weights: str | None) -> ScoredRollout | None:
+    def _find(self, number: int, origin: RolloutOrigin, weights: str | None) -> tuple[Path, ScoredRollout] | None:
         for folder in self._folders:
             try:
                 rollout = read_journal(folder, origin.step + 1)
@@ -184,7 +192,7 @@ class PolicySampler:
             header = rollout.header
             is_same = header.rollout == number and header.settings == origin.settings
             if is_same and weights in (None, header.weights):
-                return rollout
+                return folder, rollout
         return None
 
     @property
@@ -197,6 +205,8 @@ class PolicySampler:
         Raises:
             UnsavedError: on every rank, if the folder does not take it.
         """
+        if rollout.routes is not None:
+            save_rollout_routes(self._replica, self._place.out_dir, rollout)
         problem = [""]
         if self._replica.world.rank == 0:
             dtype = np.float64 if weight_dtype(self._replica.config.precision) is torch.float64 else np.float32
@@ -222,15 +232,16 @@ class PolicySampler:
         for part in range(self._updates):
             numbers = trained[part :: self._updates]
             parts = [(number, answer) for number in numbers for answer in self._kept(groups[number])]
-            packed = [self._to_trained(groups[number], answer) for number, answer in parts]
-            old = answer_log_probs(self._replica, self._task, packed, shape, self._value_types, self._temperature)
+            answers = [(groups[number], answer) for number, answer in parts]
+            packed = pack_step(self._replica, answers, shape, None, rollout.routes)
+            old = answer_log_probs(self._replica, self._task, packed, self._config.temperature)
             found = {
                 (number, answer.sample): replace(answer, old_log_probs=values)
                 for (number, answer), values in zip(parts, old, strict=True)
             }
             for number in numbers:
-                answers = tuple(found.get((number, each.sample), each) for each in groups[number].answers)
-                groups[number] = replace(groups[number], answers=answers)
+                with_old = tuple(found.get((number, each.sample), each) for each in groups[number].answers)
+                groups[number] = replace(groups[number], answers=with_old)
         return replace(rollout, groups=tuple(groups))
 
     def _kept(self, group: RolledGroup) -> Sequence[RolledAnswer]:
@@ -239,21 +250,17 @@ class PolicySampler:
             answer for answer in group.answers if answer.tokens and not (self._drops_cut and answer.finish == "length")
         ]
 
-    def _to_trained(self, group: RolledGroup, answer: RolledAnswer) -> TrainedAnswer:
-        values: dict[str, Any] = {
-            ADVANTAGE: np.full(len(answer.tokens), answer.advantage),
-            SAMPLER: np.asarray(answer.log_probs, dtype=np.float64),
-        }
-        old = answer.log_probs if self._steps_ahead else answer.old_log_probs
-        if old is not None:
-            values[OLD] = np.asarray(old, dtype=np.float64)
-        return TrainedAnswer(prompt=group.tokens, answer=answer.tokens, values=values)
+    def _old(self, answers: Sequence[GroupAnswer]) -> Mapping[int, Sequence[float]] | None:
+        """Returns the log-probabilities before an update by the number of the answer.
 
-    @property
-    def _value_types(self) -> Mapping[str, np.dtype[Any]]:
-        """Types of the values that every packed batch has."""
-        names = [ADVANTAGE, SAMPLER, *([OLD] if self._steps_ahead or self._updates > 1 else [])]
-        return dict.fromkeys(names, np.dtype(np.float64))
+        One step ahead they are the sampler's, and with several updates those before the first one. None if the update
+        uses its own.
+        """
+        if self._steps_ahead:
+            return {at: answer.log_probs for at, (_, answer) in enumerate(answers)}
+        if self._updates == 1:
+            return None
+        return {at: answer.old_log_probs or () for at, (_, answer) in enumerate(answers)}
 
     def _shape(self, loader: Loader) -> BatchShape:
         batch = self._replica.config.batch

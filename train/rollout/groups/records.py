@@ -1,9 +1,10 @@
 """Defines sampled and scored answers as a rollout keeps them. No torch here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infer.config import Finish
+from infer.engines.protocol import SampledRoutes
 from infer.scoring.reward import ScoreSheet
 
 
@@ -22,6 +23,7 @@ class RolledAnswer:
         advantage: reward compared with the group; 0 if the group is not trained.
         version: number of updates in the weights that sampled it.
         old_log_probs: log-probability of each token under the policy before the first update, if that was computed.
+        kept: for each token, the tokens that top-k, top-p and min-p kept; empty if they are not recorded.
     """
 
     sample: int
@@ -34,6 +36,7 @@ class RolledAnswer:
     advantage: float
     version: int
     old_log_probs: tuple[float, ...] | None = None
+    kept: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,12 +85,26 @@ class RolloutHeader:
     counts: Mapping[str, float]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RolloutRoutes:
+    """A rank's records of the experts of a rollout's tokens.
+
+    Attributes:
+        sampled: records of this rank.
+        requests: numbers of the prompts of each request to the engine, in order. They decide which rank has a record.
+    """
+
+    sampled: SampledRoutes
+    requests: tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollout:
-    """All groups of a rollout, equal on all ranks."""
+    """All groups of a rollout, equal on all ranks except for the records of experts, if there are any."""
 
     header: RolloutHeader
     groups: tuple[RolledGroup, ...]
+    routes: RolloutRoutes | None = field(default=None, compare=False)
 
     @property
     def answers(self) -> list[RolledAnswer]:

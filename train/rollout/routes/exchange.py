@@ -110,6 +110,10 @@ class TrainedRoutes:
         """Number of bytes of all records."""
         return sum(ids_TK.nbytes for ids_TK in self._ids.values())
 
+    def of_batches(self, count: int) -> tuple[BatchRoutes, ...]:
+        """Returns the routes of the first batches."""
+        return tuple(self.of_batch(number) for number in range(count))
+
     def of_batch(self, batch: int) -> BatchRoutes:
         """Returns the routes of a batch."""
         return BatchRoutes(self._ids, self._plan.rows_of(batch), self._config)
