@@ -7,9 +7,11 @@ from kernels.ranges import PositiveFloat, PositiveInt
 from model.config import ModelConfig
 from model.objectives.policy_loss import PolicyLossConfig
 from train.config import BatchConfig, TaskConfig
+from train.config.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:
+    from train.config import TrainConfig
     from train.tasks.policy_gradient import PolicyGradientTask
 
 
@@ -48,6 +50,30 @@ def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "P
     return PolicyGradientTask(config, model.mtp_depth)
 
 
+def check_policy_loss(config: "TrainConfig") -> None:
+    """Rejects values of the loss that have no effect next to others.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    assert isinstance(config.task, GrpoConfig)
+    loss, key = config.task.loss, "task.loss"
+    if loss.kl == "none" and loss.kl_weight:
+        raise ConfigError(f"{key}.kl_weight: must be 0 with {key}.kl=none, is {loss.kl_weight:g}; nearest valid: 0")
+    for name in ("clip_low", "clip_high"):
+        if loss.surrogate == "weighted" and getattr(loss, name) is not None:
+            raise ConfigError(
+                f"{key}.{name}: must be null with {key}.surrogate=weighted, which clips nothing, is "
+                f"{getattr(loss, name):g}; nearest valid: null"
+            )
+    bound = 1 if loss.surrogate == "weighted" or loss.clip_high is None else 1 + loss.clip_high
+    if loss.largest_ratio is not None and loss.largest_ratio < bound:
+        raise ConfigError(
+            f"{key}.largest_ratio: must be {bound:g} or above, from where ratios are clipped, is "
+            f"{loss.largest_ratio:g}; nearest valid: {bound:g}"
+        )
+
+
 TASKS.register(
     "grpo",
     TaskSpec(
@@ -58,5 +84,6 @@ TASKS.register(
         reference_interval=lambda task: task.reference_every_steps,
         has_rollouts=True,
         needs_weights=True,
+        check=check_policy_loss,
     ),
 )
