@@ -25,7 +25,6 @@ from model.objective import (
 )
 from model.precision.linear import WeightSink
 from tests.kernels.plain import randn
-from tests.model.live_memory import LiveMemory
 from tests.model.test_stage import make_batch, make_model, phased
 from tests.tiny import MODEL
 
@@ -179,30 +178,3 @@ def test_extras_are_frozen_and_have_a_value_for_each_token() -> None:
         batch.extras["weights"] = torch.zeros(2, 32)  # type: ignore[index]
     with pytest.raises(ValueError, match=r"advantages must begin with the shape of the tokens, \[2, 32\], is \[2\]"):
         replace(batch, extras={"advantages": torch.zeros(2)})
-
-
-def test_head_of_a_policy_needs_as_much_memory_as_that_of_cross_entropy_at_v3s_vocabulary() -> None:
-    """At 129,280 tokens and half of the rows without a target; whole logits would take 132 MB."""
-    vocab, hidden, rows = 129_280, 16, 256
-    generator = torch.Generator().manual_seed(0)
-    targets_BT = torch.randint(vocab, (1, rows), generator=generator)
-    targets_BT[:, ::2] = -100
-    weights_BT = torch.rand(1, rows, generator=generator)
-    extras = {
-        "weights": weights_BT,
-        "old_log_probs": -torch.rand(1, rows, generator=generator) * 4,
-        "advantages": torch.randn(1, rows, generator=generator),
-    }
-    batch = MicroBatch(
-        inputs_BT=(targets_BT,), targets_BT=(targets_BT,), extras=extras, target_rows=(find_target_rows(targets_BT),)
-    )
-    head = OutputHead(0, torch.randn(vocab, hidden, generator=generator, requires_grad=True))
-    states = torch.randn(1, rows, hidden, generator=generator, requires_grad=True)
-    peaks = []
-    for objective in (CrossEntropy(factors=(1.0,), balance=0.0, weights="weights"), ClippedPolicyGradient()):
-        with LiveMemory() as memory:
-            objective.loss(states, head, batch, None).loss.backward()
-        peaks.append(memory.peak_bytes)
-        states.grad = head.weight_VD.grad = None
-    assert peaks[1] <= 1.1 * peaks[0], peaks
-    assert max(peaks) < 0.75 * 4 * rows * vocab, f"{peaks}: near the size of all logits"

@@ -13,7 +13,7 @@ from tests.answers import GRPO, draw_answers, drawn
 from tests.model.live_memory import LiveMemory
 from train.tasks.next_token import to_micro_batch
 
-V3_VOCABULARY, NUM_ROWS, HIDDEN = 129_280, 80, 16
+V3_VOCABULARY, NUM_ROWS, HIDDEN = 129_280, 130, 8
 FEW = CrossEntropy(factors=(1.0,), balance=0.0)
 
 

@@ -19,10 +19,14 @@ from model.transformer import Transformer, initialize_weights
 from tests.answers import VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
-from tests.train.job import by_released_name, close_job, open_job
+from tests.train.job import by_released_name, close_job, configured_schedule, make_world
 from tests.train.test_equality import relative_error
 from train.config import TrainConfig
 from train.config.token_schedule import TokenSchedule
+from train.learner import open_learner
+from train.network import ReplicaConfig
+from train.replica import open_replica
+from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import StepRates, open_task
@@ -101,9 +105,12 @@ def run_policies(rank: int, world_size: int, configs: list[TrainConfig], batch: 
 
     found = []
     for config in configs:
-        learner = open_job(config)
+        schedule = configured_schedule(config)
+        cut = run_cut(config, schedule.placement)
+        replica = open_replica(make_world(config, schedule), ReplicaConfig.of_run(config), schedule, cut)
         # The batch has the log-probabilities of a reference that is not the policy itself.
-        losses, _ = accumulate(replace(learner, reference=None), config.task, [read], RATES)
+        learner = open_learner(replica, config.optim, config.ema)
+        losses, _ = accumulate(learner, config.task, [read], RATES)
         gradients = by_released_name(learner.replica.model, learner.store.gradient)
         found.append(Found(means=dict(losses.by_name), total=losses.total, gradients=gradients))
         dist.barrier()
