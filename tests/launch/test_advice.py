@@ -152,6 +152,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["recompute=true"], "'recompute=[norm,mla_up,swiglu]'"),
     (["gradient_checkpointing=true"], "'recompute=[norm,mla_up,swiglu]'"),
     (["config_olny=true"], "config_only"),
+    (["loss_type=gspo"], "task/loss=gspo"),
+    (["kl_coef=0.01"], "task.loss.kl_weight=0.01"),
+    (["task=grpo", "rollout=default", "clip_ratio=0.3"], "task.loss.clip_high=0.3"),
 ]  # fmt: skip
 
 
