@@ -131,5 +131,6 @@ class DataSourceEntry:
 
 
 DATA_SOURCES = Registry[DataSourceEntry](
-    "data.kind", ("data.corpus", "data.chat.sources", "data.problems.source", "data.arithmetic.source")
+    "data.kind",
+    (*("data.corpus", "data.chat.sources", "data.problems.source", "data.problems.gym", "data.arithmetic.source"),),
 )

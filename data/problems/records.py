@@ -40,6 +40,7 @@ class ProblemRecord:
         answer: the expected answer, if there is one.
         tests: assertions as Python source, or inputs with outputs, if the answer is a program.
         place: file and line, or number, for errors.
+        origin: from what a generator made the problem, as JSON text, if its own verifier must find it.
     """
 
     key: str
@@ -47,6 +48,7 @@ class ProblemRecord:
     answer: str | None
     tests: str | tuple[StdinTest, ...] | None
     place: str
+    origin: str | None = None
 
     @property
     def prompt(self) -> str:

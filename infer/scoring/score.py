@@ -55,16 +55,18 @@ class Problem:
         prompt: the question.
         answer: the expected answer, if there is one.
         tests: assertions as Python source, or inputs with outputs, if the answer is a program.
+        origin: from what a generator made the problem, as JSON text, if its own verifier must find it.
     """
 
     prompt: str
     answer: str | None = None
     tests: str | tuple[StdinTest, ...] | None = None
+    origin: str | None = None
 
 
 def problem_of(record: ProblemRecord) -> Problem:
     """Returns what the scorers compare with, of a problem that was read."""
-    return Problem(prompt=record.prompt, answer=record.answer, tests=record.tests)
+    return Problem(prompt=record.prompt, answer=record.answer, tests=record.tests, origin=record.origin)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +159,7 @@ SCORERS: Registry[ScorerSpec] = Registry(
     [
         f"infer.scoring.{name}"
         for name in (
-            *("exact", "maths", "code", "format", "language", "length", "repetition", "python"),
+            *("exact", "maths", "code", "format", "language", "length", "repetition", "python", "python.gym"),
             *("votes", "models.judge", "models.reward_model"),
         )
     ],

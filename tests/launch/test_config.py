@@ -20,6 +20,7 @@ from launch.command import user_errors
 from launch.config.groups import default_groups, options
 from launch.config.run_config import check, compose_run, read_config, write_config
 from model.config import CutError
+from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
 from train.config import TrainConfig
@@ -87,6 +88,9 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         needs = [f"data.paths=['{tmp_path}']"]
     if choice in CHATS:
         needs = write_chats(tmp_path, choice)
+    if choice == "data=reasoning_gym":
+        chat_tokenizer().save(tmp_path / "tokenizer.json")
+        needs = ["data.dataset=chain_sum", f"data.tokenizer={tmp_path / 'tokenizer.json'}"]
     if choice == "data=files_and_tokenizer":
         needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=4000)}"]
     if choice == "task=distill":
@@ -99,6 +103,9 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         check(replace(config, init_from=None))
     elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
         with pytest.raises(ConfigError, match="deep_ep is not installed"):
+            check(build(choice, *needs))
+    elif choice == "data=reasoning_gym" and find_spec("reasoning_gym") is None:
+        with pytest.raises(DataError, match="reasoning-gym, which cannot be imported"):
             check(build(choice, *needs))
     else:
         check(build(choice, *needs))

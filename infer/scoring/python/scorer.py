@@ -51,7 +51,7 @@ class PythonScorer:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise ScoringError(
-                f"reward.parts, kind python: path must be a Python file, {config.path!r} cannot be read: "
+                f"reward.parts, kind {config.kind}: path must be a Python file, {config.path!r} cannot be read: "
                 f"{error.strerror}; nearest valid: {_nearest_file(path)}"
             ) from error
         program = WorkerProgram(
@@ -59,13 +59,13 @@ class PythonScorer:
         )
         self._name = f"{config.path}: {config.function}"
         self._pool = WorkerPool(
-            program, config.num_workers, config.seconds, name=f"python ({self._name})", counts_timeouts=True
+            program, config.num_workers, config.seconds, name=f"{config.kind} ({self._name})", counts_timeouts=True
         )
         try:
             self._pool.start()
         except WorkerStartError as error:
             self._pool.close()
-            raise ScoringError(f"reward.parts, kind python: {config.path} {error}") from error
+            raise ScoringError(f"reward.parts, kind {config.kind}: {config.path} {error}") from error
 
     def score(self, answer: Answer, problem: Problem) -> Score:
         """Returns the function's score.

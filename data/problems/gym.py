@@ -1,0 +1,132 @@
+"""Registers a source of problems that the library reasoning-gym generates. Imports no torch.
+
+The library (arXiv:2505.24760) is no dependency. It is imported when the source is read.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+from data.chat.encode import check_tokens
+from data.chat.messages import user
+from data.chat.templates import CHAT_TEMPLATES
+from data.corpus import DataError
+from data.problems.records import ProblemRecord
+from data.problems.source import prompt_sample
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.samples.pack import WEIGHTS
+from data.tokenizer import Tokenizer
+from kernels.ranges import NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GymSource(DataSource):
+    """Problems of one of the library's data sets. A prompt that is longer than a sequence is dropped.
+
+    Attributes:
+        dataset: name of the data set.
+        count: number of problems, held-out ones included; repeated ones are left out.
+        generator_seed: seed of the problems.
+        template: name of the chat template.
+    """
+
+    dataset: str
+    count: PositiveInt
+    generator_seed: NonNegativeInt
+    template: Annotated[str, CHAT_TEMPLATES]
+
+
+def _open(source: GymSource) -> Any:
+    """Returns the data set.
+
+    Raises:
+        DataError: the library cannot be imported, or has no such data set.
+    """
+    try:
+        factory = importlib.import_module("reasoning_gym.factory")
+    except ImportError as error:
+        raise DataError(
+            f"data.kind: reasoning_gym needs the library reasoning-gym, which cannot be imported: {error}; nearest "
+            f"valid: pip install reasoning-gym"
+        ) from error
+    if source.dataset not in factory.DATASETS:
+        close = get_close_matches(source.dataset, factory.DATASETS, n=1, cutoff=0.4) or sorted(factory.DATASETS)
+        raise DataError(
+            f"data.dataset: must be one of the {len(factory.DATASETS)} data sets of reasoning-gym, is "
+            f"{source.dataset!r}; nearest valid: {close[0]}"
+        )
+    return factory.create_dataset(source.dataset, size=source.count, seed=source.generator_seed)
+
+
+def _problems(source: GymSource) -> Iterator[ProblemRecord]:
+    made, seen = _open(source), set()
+    for index in range(source.count):
+        entry = made[index]
+        question = str(entry["question"])
+        if question in seen:
+            continue
+        seen.add(question)
+        origin = {"dataset": source.dataset, "seed": source.generator_seed, "size": source.count, "index": index}
+        yield ProblemRecord(
+            # The same question from another seed is in the same part.
+            key=f"{source.dataset}:{hashlib.sha256(question.encode()).hexdigest()[:16]}",
+            messages=(user(question),),
+            answer=None if entry["answer"] is None else str(entry["answer"]),
+            tests=None,
+            place=f"data.dataset={source.dataset}, problem {index}",
+            origin=json.dumps(origin),
+        )
+
+
+def _samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+    template = CHAT_TEMPLATES.get(source.template)
+    return (prompt_sample(record, template, tokenizer) for record in _problems(source))
+
+
+def _documents(source: GymSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
+    """Yields no documents, because there are no files."""
+    yield from ()
+
+
+def _check(source: GymSource, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        raise DataError(
+            "data.tokenizer: must be given with data=reasoning_gym, which has no text to train one on, is null; "
+            "nearest valid: data.tokenizer=FOLDER, or auto with init_from"
+        )
+    check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
+    _open(source)
+
+
+def _library_version() -> str:
+    try:
+        return version("reasoning-gym")
+    except PackageNotFoundError:
+        return ""
+
+
+DATA_SOURCES.register(
+    "reasoning_gym",
+    DataSourceEntry(
+        summary="problems that the library reasoning-gym generates",
+        config=GymSource,
+        files=lambda source: (),
+        read=_documents,
+        place=lambda source: f"data.dataset: {source.dataset!r}",
+        settings=lambda source: [
+            *(source.dataset, source.count, source.generator_seed, source.template),
+            _library_version(),
+        ],
+        samples=_samples,
+        check=_check,
+        chat_template=lambda source: source.template,
+        values=lambda source: (WEIGHTS,),
+        problems=_problems,
+        has_targets=False,
+    ),
+)
