@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
 from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
 from infer.scoring.models.parts import model_part_problem
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet
+from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet, check_reward
 from infer.scoring.score import SCORERS, Answer, problem_of
 from kernels.ranges import PositiveInt
 from launch.command import command
@@ -153,6 +153,7 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
         raise ConfigError(f"ckpt: problems need a tokenizer, {source.folder} holds none")
     template = find_template(config.chat, source.folder, source.tokenizer, thinking=config.thinking)
     thinking = template.thinks if config.thinking is None else config.thinking
+    check_reward(config.reward)
     problems = load_problems(config.problems)
     _check_fields(config.reward, problems)
     prompts = [

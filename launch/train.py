@@ -21,7 +21,7 @@ from launch.config.run_config import check, compose_run, write_config
 from launch.help.preview import experiment_text
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
-from launch.ranks.machine import check_driver, check_gpus, check_packages
+from launch.ranks.machine import check_driver, check_gpus, check_packages, check_scorers
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from train.checkpoint.locate import AUTO, locate
 from train.checkpoint.manifest import MANIFEST_NAME
@@ -57,6 +57,7 @@ def main(overrides: Sequence[str]) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_driver(config.cluster.device, "cluster.device")
         check_packages(config)
+        check_scorers(config)
     if is_torchrun(os.environ):
         return _run_as_rank(config)
     check_folder(config)
@@ -79,6 +80,7 @@ def preview(overrides: Sequence[str]) -> str:
         config = compose_run(overrides)
         check(config)
         check_folder(config)
+        check_scorers(config)
     schedule = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     warnings = (*initial_weight_warnings(config), *schedule)
     comments = [*(f"warning: {line}" for line in warnings), *ramp_notices(config), *memory_lines(config)]

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from infer.scoring.models.parts import host_parts
+from infer.scoring.reward import check_reward
 from kernels.attention import ATTENTION, AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -120,3 +122,16 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def check_scorers(config: TrainConfig) -> None:
+    """Rejects a reward that this machine cannot compute.
+
+    Parts that need a model on the ranks are not built here.
+
+    Raises:
+        ScoringError: names the part and the reason.
+    """
+    parts = None if config.reward is None else host_parts(config.reward)
+    if parts is not None:
+        check_reward(parts)
