@@ -49,6 +49,10 @@ NEEDS = {
     },
     "task=sft": ["data=arithmetic", "data.num_samples=2000", "batch.document_mask=true", "validation.sequences=0"],
 }  # fmt: skip
+ROLLOUTS = [
+    *NEEDS["task=sft"], "task=grpo", "rollout=default", "rollout.max_new_tokens=16", "model=tiny",
+    "model.vocab_size=32",
+]  # fmt: skip
 
 
 CHATS = {
@@ -96,7 +100,15 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
     if choice == "task=distill":
         teacher = place_weights(tmp_path / "teacher")
         needs = [*NEEDS["task=sft"], f"task.teacher={teacher}"]
-    if choice == "model=of_checkpoint":
+    if choice.split("=")[0] in ("reward", "rollout") or choice == "task=grpo":
+        needs = [*ROLLOUTS, "reward=exact"] if choice.split("=")[0] != "reward" else ROLLOUTS
+    if choice in ("reward=none", "rollout=none"):
+        needs = []
+    if choice == "reward=reward_model":
+        weights = place_weights(tmp_path / "weights")
+        with pytest.raises(ConfigError, match="must be a reward model, which has a head for scores"):
+            check(build(choice, *needs, f"reward.parts.0.ckpt={weights}"))
+    elif choice == "model=of_checkpoint":
         # Its other half, weights that are whole, is in tests/train/test_init_from.py.
         config = build(choice, f"init_from={place_weights(tmp_path / 'weights')}")
         assert config.model == build().model
