@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, assert_never
 
@@ -75,7 +75,17 @@ class Losses:
 class StepResult:
     """The measurements of a step, equal on all ranks except for seconds and the execution of the passes.
 
-    `rollouts` is None if the step trained on the data alone.
+    Attributes:
+        losses: of all batches.
+        grad_norm: before clipping.
+        rates: of the step.
+        seconds: time of the step.
+        update_seconds: the part of it after the passes.
+        tokens: number of trained positions over the whole job.
+        balance: loads of experts.
+        execution: of the last batch's passes.
+        rollouts: values of the record about rollouts; None if the step trained on the data alone.
+        part_seconds: further parts of the step's time; empty if it trained on the data alone.
     """
 
     losses: Losses
@@ -87,6 +97,22 @@ class StepResult:
     balance: Balance
     execution: Execution
     rollouts: Mapping[str, Any] | None
+    part_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassResult:
+    """What the passes of a step measured on this rank.
+
+    Attributes:
+        losses: of all batches.
+        execution: of the last batch.
+        earlier_seconds: time of all batches before the last.
+    """
+
+    losses: Losses
+    execution: Execution
+    earlier_seconds: float
 
 
 def is_reported(name: str) -> bool:
@@ -137,25 +163,27 @@ def train_step(
     rates = rates_of(task, learner.config, loader.sizes, step)
     reduce = learner.optimizer.reduce
     batch = open_step_batch(learner.sampler, loader, step)
-    losses, execution = accumulate(learner, task, batch.reads, rates, progress, reduce, batch.routes)
+    passes = accumulate(learner, task, batch.reads, rates, progress, reduce, batch.routes)
+    part_seconds: dict[str, float] = {}
     if learner.sampler is not None:
-        learner.sampler.finish_step(step)
+        part_seconds = {**learner.sampler.finish_step(step), "earlier_batches": passes.earlier_seconds}
     passed = time.perf_counter()
-    norm = _update(learner, guard or Guard(_NO_SPIKES), losses, step, rates.learning_rate)
+    norm = _update(learner, guard or Guard(_NO_SPIKES), passes.losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
     learner.update_average()
     refresh_reference(learner.reference, task, replica, step + 1)
     ended = time.perf_counter()
     return StepResult(
-        losses=losses,
+        losses=passes.losses,
         grad_norm=norm,
         rates=rates,
         seconds=ended - started,
         update_seconds=ended - passed,
         tokens=len(batch.reads) * replica.global_sequences * replica.config.batch.sequence_length_tokens,
         balance=balance,
-        execution=execution,
+        execution=passes.execution,
         rollouts=batch.metrics,
+        part_seconds=part_seconds,
     )
 
 
@@ -195,7 +223,7 @@ def accumulate(
     progress: Progress | None = None,
     reduce: Callable[[int], None] = lambda stage: None,
     routes: Sequence[Routes] = (),
-) -> tuple[Losses, Execution]:
+) -> PassResult:
     """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
 
     Args:
@@ -208,14 +236,12 @@ def accumulate(
             rank.
         routes: for each global batch, replays experts; empty: the routers choose.
 
-    Returns:
-        The losses of the step, and the execution of its last pass.
-
     Raises:
         PreemptedError: on every rank, before any pass has started.
     """
     replica = learner.replica
     task = open_task(config, replica.config.model, replica.config.batch)
+    began = time.perf_counter()
     passes = [BatchReader(replica, task, read) for read in reads]
     counts = torch.stack([batches.count() for batches in passes]).sum(0)
     sums, objective, follow = LossSums(task.names), task.objective(counts, rates), partial(_count_phases, progress)
@@ -223,9 +249,11 @@ def accumulate(
     for batches, replayed in zip(passes[:-1], replays[:-1], strict=True):
         compared = compare(learner.reference, batches, objective)
         replica.train(batches, compared, sums, learner.store, follow, replayed)
+    earlier_seconds = time.perf_counter() - began if len(passes) > 1 else 0.0
     compared = compare(learner.reference, passes[-1], objective)
     execution = replica.train(passes[-1], compared, sums, learner.store, follow, replays[-1], reduce)
-    return reduce_losses(replica, task, sums, counts, rates), execution
+    losses = reduce_losses(replica, task, sums, counts, rates)
+    return PassResult(losses=losses, execution=execution, earlier_seconds=earlier_seconds)
 
 
 def compare(reference: Reference | Teacher | None, batches: BatchReader, objective: Objective) -> Objective:

@@ -31,6 +31,7 @@ _FILES = frozenset(
         "events.jsonl",
         "status.json",
         "report.html",
+        "rollouts.html",
         "schedule.svg",
         "schedule.html",
         "trace.json",
@@ -39,7 +40,7 @@ _FILES = frozenset(
         "lock.json",
     ]
 )
-_FOLDERS = frozenset(("log", "checkpoints", "profile", "wandb"))
+_FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb"))
 
 
 def check_folder(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from train.records.display import Display, PhaseLines, open_console
+from train.records.display import Display, PhaseLines, open_console, step_line
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -118,6 +118,23 @@ def test_bar_starts_over_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> No
     display.record(record_of(3))
     assert display._progress.tasks[0].fields["rate"].startswith("1 s/step")
     display.close()
+
+
+def test_line_of_a_step_with_rewards_has_stable_columns_and_no_loss() -> None:
+    rollouts = {"reward": 0.5, "correct_share": 0.5, "equal_share": 0.25, "mean_tokens": 9.0, "cut_share": 0.0}
+    policy = {"kl": 0.01, "entropy": 0.4, "clip_fraction": 0.02}
+    first = step_line(record_of(1, loss=-4e-18, rollouts=rollouts, **policy))
+    later = {**rollouts, "reward": -0.125, "correct_share": 1.0, "equal_share": 1.0, "mean_tokens": 12345.6}
+    second = step_line(record_of(99_999, loss=0.0, rollouts=later, **policy))
+    assert first.startswith("step      1  reward  0.5000  correct  50 %  equal groups  25 %  tokens     9.0  cut   0 %")
+    assert "KL 0.0100  entropy 0.400  clipped  2.0 %" in first
+    assert "loss" not in first
+    assert [first.index(name) for name in ("correct", "tokens", "KL")] == [
+        second.index(name) for name in ("correct", "tokens", "KL")
+    ]
+    rated = {key: value for key, value in rollouts.items() if key != "correct_share"}
+    assert "correct" not in step_line(record_of(1, rollouts=rated, **policy))
+    assert "loss 1.0000" in step_line(record_of(1, rollouts={"answers": 4, "mean_tokens": 3.0}, mtp_loss=1.0))
 
 
 def test_phase_of_a_second_gets_one_line_and_a_short_or_failed_one_none() -> None:

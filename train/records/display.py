@@ -152,9 +152,29 @@ def step_line(values: Mapping[str, Any]) -> str:
     Args:
         values: its record in `metrics.jsonl`.
     """
+    rollouts = values.get("rollouts", {})
+    if "reward" in rollouts:
+        return _reward_line(values, rollouts)
     return (
         f"step {values['step']:>6}  loss {values['loss']:.4f}  main {values['main_loss']:.4f}  "
         f"mtp {values['mtp_loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
         f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}  "
         f"bubble {100 * values['pipeline_bubble']:.0f} %"
+    )
+
+
+def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
+    """Returns the line of a step that learns from rewards. Its columns keep their widths.
+
+    Args:
+        values: its record in `metrics.jsonl`.
+        rollouts: the part of it about rollouts.
+    """
+    correct = f"correct {100 * rollouts['correct_share']:3.0f} %  " if "correct_share" in rollouts else ""
+    return (
+        f"step {values['step']:>6}  reward {rollouts['reward']:7.4f}  {correct}"
+        f"equal groups {100 * rollouts['equal_share']:3.0f} %  tokens {rollouts['mean_tokens']:7.1f}  "
+        f"cut {100 * rollouts['cut_share']:3.0f} %  KL {values['kl']:.4f}  entropy {values['entropy']:.3f}  "
+        f"clipped {100 * values['clip_fraction']:4.1f} %  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+        f"{values['step_seconds']:.3g} s"
     )

@@ -86,7 +86,7 @@ def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[
 def _step_time(result: StepResult, used: float, exposed: float, pipelines: float, world_size: int) -> dict[str, float]:
     """Returns the parts of a step's time in seconds, means over all ranks.
 
-    Together they are `step_seconds`.
+    Together they are `step_seconds`. Those of rollouts and of earlier batches are rank 0's.
 
     Args:
         result: of the step.
@@ -96,12 +96,14 @@ def _step_time(result: StepResult, used: float, exposed: float, pipelines: float
         world_size: number of ranks.
     """
     bubble = max(pipelines - used, 0.0)
+    known = result.update_seconds + (used + bubble) / world_size + sum(result.part_seconds.values())
     return {
         "compute_seconds": (used - exposed) / world_size,
         "exposed_exchange_seconds": exposed / world_size,
         "bubble_seconds": bubble / world_size,
         "optimizer_seconds": result.update_seconds,
-        "other_seconds": max(result.seconds - result.update_seconds - (used + bubble) / world_size, 0.0),
+        **{f"{part}_seconds": seconds for part, seconds in result.part_seconds.items()},
+        "other_seconds": max(result.seconds - known, 0.0),
     }
 
 

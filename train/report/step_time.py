@@ -20,11 +20,14 @@ class _Part:
 
 
 _PARTS = (
+    _Part("sampling_seconds", "sampling", "answers of the model", 7),
+    _Part("scoring_seconds", "scoring", "waiting for the rewards of answers", 8),
+    _Part("earlier_batches_seconds", "earlier batches", "all batches of a step before its last", 9),
     _Part("compute_seconds", "compute", "forward and backward", 1),
     _Part("exposed_exchange_seconds", "exposed exchange", "waiting for dispatch and combine", 2),
     _Part("bubble_seconds", "bubble", "idle: waiting for other pipeline ranks", 4),
     _Part("optimizer_seconds", "optimizer", "gradient sums and the update of the weights", 3),
-    _Part("other_seconds", "other", "reading data, agreement of the ranks", 5),
+    _Part("other_seconds", "other", "reading data, passes without gradients, agreement of the ranks", 5),
     _Part("saving_seconds", "saving", "waiting for checkpoints, between steps", 6),
 )
 
@@ -44,13 +47,13 @@ def step_time(runs: Sequence[ChartedRun]) -> str:
 
 def _bar(run: ChartedRun, *, is_named: bool) -> str:
     means = [(part, _mean(run.history, f"step_time.{part.key}")) for part in _PARTS]
-    known = [(part, mean) for part, mean in means if mean is not None]
+    known = [(part, mean) for part, mean in means if mean is not None and mean > 0]
     total = sum(mean for _, mean in known)
     if total <= 0:
         return ""
     heading = f"<h3>{escape(run.name)}</h3>" if is_named else ""
     stretches = "".join(
-        f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known if mean > 0
+        f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known
     )
     rows = "".join(
         f'<tr><th scope="row"><i class="swatch p{part.color}"></i>{part.name}<small>{part.meaning}</small></th>'

@@ -40,8 +40,12 @@ class StepSampler(Protocol):
         """
         ...
 
-    def finish_step(self, step: int) -> None:
-        """Completes what must be on the disk before the step updates the weights."""
+    def finish_step(self, step: int) -> Mapping[str, float]:
+        """Completes what must be on the disk before the step updates the weights.
+
+        Returns:
+            Seconds that this rank spent in the step on parts of its rollouts, such as `sampling` and `scoring`.
+        """
         ...
 
     def validate(self) -> Mapping[str, float] | None:

@@ -76,6 +76,7 @@ class StudentSampler:
             seed: of all draws.
         """
         self._engine, self._task, self._seed = engine, task, seed
+        self._seconds = 0.0
 
     def sample(self, loader: Loader, step: int) -> SampledBatch:
         """Returns a step's batch with the student's answers. All ranks call it.
@@ -113,10 +114,12 @@ class StudentSampler:
     def open_step(self, loader: Loader, step: int) -> StepBatch:
         """Implements `StepSampler.open_step`."""
         sampled = self.sample(loader, step)
+        self._seconds = sampled.counts.seconds
         return StepBatch((sampled.batch.sequences,), sampled.counts.metrics())
 
-    def finish_step(self, step: int) -> None:
-        """Does nothing, because nothing is written."""
+    def finish_step(self, step: int) -> Mapping[str, float]:
+        """Implements `StepSampler.finish_step`. Nothing is written."""
+        return {"sampling": self._seconds}
 
     def validate(self) -> Mapping[str, float] | None:
         """Returns None, because the validation computes losses of the data."""

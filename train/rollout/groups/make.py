@@ -100,6 +100,7 @@ class RolloutMaker:
         """
         self._config, self._engine, self._rewards, self._order, self._form = config, engine, rewards, order, form
         self._advantage, self._seed = advantage, seed
+        self._spent: Counter[str] = Counter()
 
     def begin(self, origin: RolloutOrigin) -> PendingRollout:
         """Samples answers to the first prompts of a rollout, and starts to score them. All ranks call it."""
@@ -121,7 +122,7 @@ class RolloutMaker:
             began = time.perf_counter()
             draws.append(draw)
             groups += self._score(draw, origin.version)
-            seconds["scoring"] += time.perf_counter() - began
+            self._add_seconds("scoring", time.perf_counter() - began, seconds)
             missing = config.prompts - sum(not group.dropped for group in groups)
             if missing <= 0 or len(draws) >= config.max_draws:
                 break
@@ -136,6 +137,11 @@ class RolloutMaker:
             counts=_count(groups) | {"draws": len(draws)},
         )
         return ScoredRollout(header=header, groups=tuple(groups), routes=_join_routes(draws))
+
+    def take_seconds(self) -> dict[str, float]:
+        """Returns the time that this rank spent on each part of rollouts since the last call."""
+        taken, self._spent = self._spent, Counter()
+        return {part: taken[part] for part in ("sampling", "scoring")}
 
     def close(self) -> None:
         """Ends the scorers and closes the engine. All ranks call it at the same point."""
@@ -201,8 +207,13 @@ class RolloutMaker:
         found = self._generate(drawn, self._config.samples, origin.step, records=True)
         rollouts = _by_prompt(found, self._config.samples)
         scores = self.begin_scores(drawn, rollouts, origin.step)
-        seconds["sampling"] += time.perf_counter() - began
+        self._add_seconds("sampling", time.perf_counter() - began, seconds)
         return _Draw(drawn=drawn, rollouts=rollouts, scores=scores, routes=found.routes)
+
+    def _add_seconds(self, part: str, spent: float, seconds: dict[str, float]) -> None:
+        """Adds time to a rollout's and to that since `take_seconds`."""
+        seconds[part] += spent
+        self._spent[part] += spent
 
     def _score(self, draw: _Draw, version: int) -> list[RolledGroup]:
         """Returns the groups of a draw with rewards and advantages."""

@@ -98,6 +98,7 @@ class PolicySampler:
             GenerateError, ScoringError, StoppedError: on every rank, if answers cannot be sampled or scored.
         """
         began = time.perf_counter()
+        self._maker.take_seconds()  # of a step that was not finished
         number, part = divmod(step, self._updates)
         rollout = self._rollout(number, step, loader)
         if self._steps_ahead and part == 0:
@@ -108,10 +109,11 @@ class PolicySampler:
         metrics = rollout_metrics(rollout, step) | {"seconds": time.perf_counter() - began}
         return replace(packed.step, metrics=metrics)
 
-    def finish_step(self, step: int) -> None:
-        """Completes the next rollout, if it was begun before this step's passes."""
+    def finish_step(self, step: int) -> Mapping[str, float]:
+        """Implements `StepSampler.finish_step`. Completes the next rollout, if it was begun before the passes."""
         if isinstance(self._next, PendingRollout):
             self._next = self._write(self._maker.finish(self._next))
+        return self._maker.take_seconds()
 
     def validate(self) -> Mapping[str, float] | None:
         """Implements `StepSampler.validate`."""

@@ -21,12 +21,13 @@ def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
     mean = math.fsum(rewards) / len(rewards)
     tokens = [len(answer.tokens) for answer in answers]
     checked = [is_right(answer.sheet) for answer in answers]
+    num_checked = len(checked) - checked.count(None)
     return {
         "answers": len(answers),
         "reward": mean,
         "reward_deviation": math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
         "parts": part_means(answers),
-        "correct_share": checked.count(True) / max(len(checked) - checked.count(None), 1),
+        **({"correct_share": checked.count(True) / num_checked} if num_checked else {}),
         "groups": counts["groups"],
         "equal_share": counts["equal_groups"] / counts["groups"],
         "no_verdict_share": counts["groups_without_verdict"] / counts["groups"],
