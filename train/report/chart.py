@@ -4,12 +4,12 @@ A chart is a `<figure>` with JSON in it. If many steps make one point, a band sh
 The x axis of all charts (steps, tokens or hours) is in one script element of the page, `run_data`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Literal
 
+from train.report.embed import embedded_json
 from train.report.history import History, Tally
 
 Unit = Literal["plain", "short", "bytes", "percent"]
@@ -122,7 +122,7 @@ def run_data(runs: Sequence[ChartedRun]) -> str:
 
     Hours are those of the steps: the sum of `step_seconds`, without what happens between steps.
     """
-    return f'<script type="application/json" id="runs">{_json([_axes(run) for run in runs])}</script>'
+    return f'<script type="application/json" id="runs">{embedded_json([_axes(run) for run in runs])}</script>'
 
 
 def _axes(run: ChartedRun) -> dict[str, Any]:
@@ -168,13 +168,8 @@ def _add_line(drawn: _Series, history: History, run: int, line: Line, dash: int)
 
 
 def _plot(drawn: _Series, title: str, options: dict[str, Any]) -> str:
-    text = _json({**options, "title": title, "series": drawn.series, "bands": drawn.bands})
+    text = embedded_json({**options, "title": title, "series": drawn.series, "bands": drawn.bands})
     return f'<div class="plot"><script type="application/json">{text}</script></div>'
-
-
-def _json(values: object) -> str:
-    """Returns JSON in which no value can end the script element or open a comment in it."""
-    return json.dumps(values, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _values(history: History, key: str, of: Callable[[Tally], float]) -> list[float | None]:

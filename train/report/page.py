@@ -1,6 +1,5 @@
 """Draws a run on one offline page: curves, pipeline, experts, exchange, checkpoints and events."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,16 +8,21 @@ from string import Template
 from typing import Any
 
 from train.report.chart import ChartedRun, Line, chart, run_data
-from train.report.figures import count, num_bytes, percent, plain, seconds, short
-from train.report.history import History
+from train.report.figures import num_bytes, plain, short
 from train.report.layers import card, legend_gradient, overview
+from train.report.rewards import answer_charts, reward_charts
 from train.report.source import RunSource
 from train.report.step_time import step_time
+from train.report.summary import comparison, tiles
+from train.report.table import table
+from train.report.viewer.journals import has_journals
+from train.report.viewer.page import VIEWER_NAME
 from train.samples.answers import read_answers
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SCRIPT = Path(__file__).with_name("page.js")
+_STYLE = Path(__file__).with_name("style.css")
 _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
 _MOST_EVENTS = 1000
 _LOSSES = (
@@ -63,6 +67,8 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
     runs = [run.charted() for run in drawn]
     sections = [
         _section("Different settings", _differences(runs, differences)),
+        _section("Rewards", _viewer_link(drawn) + _charts(reward_charts(runs))),
+        _section("Sampled answers", _charts(answer_charts(runs))),
         _section("Learning", _charts(_learning(runs))),
         _section("Where the time of a step goes", step_time(runs)),
         _section("Speed and memory", _charts(_speed(runs))),
@@ -75,9 +81,10 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         about="".join(_about(run, number if len(drawn) > 1 else 0) for number, run in enumerate(drawn, 1)),
-        summary=_tiles(runs[0].history) if len(runs) == 1 else _comparison(runs),
+        summary=tiles(runs[0].history) if len(runs) == 1 else comparison(runs),
         run_data=run_data(runs),
         sections="\n".join(section for section in sections if section),
+        shared=_STYLE.read_text(encoding="utf-8"),
         styles=(_LIBRARY / "uplot.css").read_text(encoding="utf-8"),
         notice=_comment((_LIBRARY / "LICENSE").read_text(encoding="utf-8")),
         library=_without_header((_LIBRARY / "uplot.js").read_text(encoding="utf-8")),
@@ -90,6 +97,13 @@ def _about(run: DrawnRun, number: int) -> str:
     return f"<p>{name}{escape(run.about)}</p>"
 
 
+def _viewer_link(drawn: Sequence[DrawnRun]) -> str:
+    """Returns a link to the page with a run's answers; a page of several runs has none."""
+    if len(drawn) > 1 or not has_journals(drawn[0].source.folder):
+        return ""
+    return f'<p><a href="{VIEWER_NAME}">Read the answers</a>, with the log-probability of each token.</p>'
+
+
 def _comment(text: str) -> str:
     """Returns the library's license as a comment of JavaScript."""
     return f"/* uPlot 1.6.32\n{text.strip()}\n*/"
@@ -100,57 +114,8 @@ def _without_header(script: str) -> str:
     return script.partition("\n")[2].strip()
 
 
-def _facts(history: History) -> list[tuple[str, float | None, Callable[[float], str]]]:
-    """Returns the numbers that sum up a run: name, value, how it is written."""
-    return [
-        ("steps", float(history.buckets[-1].last) if history.buckets else None, count),
-        ("tokens", history.latest("tokens"), short),
-        ("last loss, main head", history.latest("main_loss"), plain),
-        ("last validation loss", history.latest("validation_loss"), plain),
-        ("time of a step, median", history.median("step_seconds"), seconds),
-        ("tokens/s, median", history.median("tokens_per_second"), plain),
-        ("MFU, median", history.median("mfu"), percent),
-        ("bubble, median", history.median("pipeline_bubble"), percent),
-        ("last MaxVio, worst layer", history.latest("max_violation"), plain),
-        ("peak memory of a rank", _largest(history, "peak_memory_bytes"), num_bytes),
-    ]
-
-
-def _tiles(history: History) -> str:
-    shown = [
-        (name, write(value)) for name, value, write in _facts(history) if value is not None and math.isfinite(value)
-    ]
-    return f"<dl>{''.join(f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>' for name, value in shown)}</dl>"
-
-
-def _comparison(runs: Sequence[ChartedRun]) -> str:
-    """Returns a table of the runs' facts; with two runs, also the change from the first to the second."""
-    facts = [_facts(run.history) for run in runs]
-    rows = []
-    for row in zip(*facts, strict=True):
-        values = [value for _, value, _ in row]
-        if all(value is None for value in values):
-            continue
-        name, _, write = row[0]
-        rows.append([name, *("none" if value is None else write(value) for value in values)])
-        if len(runs) == 2:
-            rows[-1].append(_change(*values))
-    return _table(["", *(run.name for run in runs), *["change"] * (len(runs) == 2)], rows)
-
-
-def _change(first: float | None, second: float | None) -> str:
-    if not first or second is None:
-        return ""
-    share = round(100 * (second / first - 1), 1) or 0.0
-    return f"{share:+.0f} %" if abs(share) >= 100 else f"{share:+.1f} %"
-
-
 def _differences(runs: Sequence[ChartedRun], differences: Sequence[Sequence[str]]) -> str:
-    return _table(["key", *(run.name for run in runs)], differences) if differences else ""
-
-
-def _largest(history: History, key: str) -> float | None:
-    return max((tally.most for _, tally in history.tallies(key)), default=None)
+    return table(["key", *(run.name for run in runs)], differences) if differences else ""
 
 
 def _learning(runs: Sequence[ChartedRun]) -> list[str]:
@@ -237,7 +202,7 @@ def _exchange(runs: Sequence[ChartedRun], last: Mapping[str, Any]) -> str:
         for layer, of_layer in layers.items()
         if isinstance(of_layer, dict)
     ]
-    return f"{curves}<p>Step {last['step']:,}, by layer:</p>{_table(header, rows)}"
+    return f"{curves}<p>Step {last['step']:,}, by layer:</p>{table(header, rows)}"
 
 
 def _answers(drawn: Sequence[DrawnRun]) -> str:
@@ -247,7 +212,7 @@ def _answers(drawn: Sequence[DrawnRun]) -> str:
         for run in drawn
         for answer in read_answers(run.source.folder)
     ]
-    return _table([*["run"] * is_named, "prompt", "reference", "answer"], rows, text=2 + is_named) if rows else ""
+    return table([*["run"] * is_named, "prompt", "reference", "answer"], rows, text=2 + is_named) if rows else ""
 
 
 def _events(runs: Sequence[ChartedRun]) -> str:
@@ -256,25 +221,11 @@ def _events(runs: Sequence[ChartedRun]) -> str:
     is_named = len(runs) > 1
     rows = [[f"{mark.step:,}", *[run.name] * is_named, mark.kind, mark.text] for mark, run in marks[-_MOST_EVENTS:]]
     header = ["step", *["run"] * is_named, "kind", "what"]
-    return left_out + _table(header, rows, text=len(header) - 1) if rows else ""
+    return left_out + table(header, rows, text=len(header) - 1) if rows else ""
 
 
 def _cell(value: object, write: Callable[[float], str]) -> str:
     return write(float(value)) if isinstance(value, (int, float)) else "none"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
-    """`text`: the column that is wide and reads from the left."""
-    head = "".join(f'<th{_class(text, place)} scope="col">{escape(name)}</th>' for place, name in enumerate(header))
-    body = "".join(
-        "<tr>" + "".join(f"<td{_class(text, place)}>{escape(cell)}</td>" for place, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _class(text: int | None, place: int) -> str:
-    return ' class="text"' if place == text else ""
 
 
 def _charts(parts: Sequence[str]) -> str:

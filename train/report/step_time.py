@@ -52,9 +52,7 @@ def _bar(run: ChartedRun, *, is_named: bool) -> str:
     if total <= 0:
         return ""
     heading = f"<h3>{escape(run.name)}</h3>" if is_named else ""
-    stretches = "".join(
-        f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known
-    )
+    stretches = "".join(f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known)
     rows = "".join(
         f'<tr><th scope="row"><i class="swatch p{part.color}"></i>{part.name}<small>{part.meaning}</small></th>'
         f"<td>{seconds(mean)}</td><td>{percent(mean / total)}</td></tr>"

@@ -1,4 +1,4 @@
-"""Writes `report.html` into a run's folder, during the run and at its end."""
+"""Writes `report.html` and `rollouts.html` into a run's folder, during the run and at its end."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from train.config.decode import encode
 from train.records.secrets import redact, redact_values
 from train.report.page import REPORT_NAME, DrawnRun, html
 from train.report.source import RunSource
+from train.report.viewer.page import VIEWER_NAME, RolloutViewer
 
 COMPARISON_NAME = "comparison.html"
 LOGGER = logging.getLogger("train")
@@ -26,16 +27,23 @@ class Report:
         """`config`: of the run; its `out_dir` is the folder."""
         self._config = config
         self._source = RunSource(Path(config.out_dir))
+        self._viewer = RolloutViewer(self._source.folder, config.data.tokenizer)
 
     def write(self) -> Path:
-        """Draws the current content of the folder. The new page replaces an earlier one when it is complete.
+        """Draws the current content of the folder. A new page replaces an earlier one when it is complete.
+
+        Returns:
+            The path of the report, which links the page of sampled answers if there are any.
 
         Raises:
             OSError: something cannot be read or written.
         """
         self._source.follow()
         run = DrawnRun(source=self._source, name=redact(self._config.name), about=redact(about(self._config)))
-        return _replace(self._source.folder / REPORT_NAME, html([run], run.name))
+        path = _replace(self._source.folder / REPORT_NAME, html([run], run.name))
+        if self._viewer.has_rollouts:
+            _replace(self._source.folder / VIEWER_NAME, self._viewer.html(run.name, run.about))
+        return path
 
     def try_to_write(self) -> None:
         """Writes the report during a run, which must continue: errors are only logged."""

@@ -26,7 +26,7 @@ from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeade
 
 FORMAT = 1
 FOLDER_NAME = "rollouts"
-_LOG_PROBS, _OLD, _LENGTHS = "log_probs", "old_log_probs", "lengths"
+LOG_PROBS, _OLD, LENGTHS = "log_probs", "old_log_probs", "lengths"
 _KEPT, _NUM_KEPT = "kept_ids", "num_kept"
 _HEADER = ("rollout", "step", "weights", "settings", "next_prompt", "seconds", "counts")
 _LARGEST_FILE_BYTES = 2**34
@@ -112,8 +112,8 @@ def remove_after(out_dir: Path, step: int) -> list[Path]:
 
 def _tensors(answers: Sequence[RolledAnswer], dtype: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
     lengths = np.asarray([len(answer.tokens) for answer in answers], dtype=np.int64)
-    found: dict[str, NDArray[Any]] = {_LENGTHS: lengths}
-    found[_LOG_PROBS] = np.asarray([value for answer in answers for value in answer.log_probs], dtype=dtype)
+    found: dict[str, NDArray[Any]] = {LENGTHS: lengths}
+    found[LOG_PROBS] = np.asarray([value for answer in answers for value in answer.log_probs], dtype=dtype)
     if any(answer.old_log_probs is not None for answer in answers):
         old = [value for answer in answers for value in answer.old_log_probs or (math.nan,) * len(answer.tokens)]
         found[_OLD] = np.asarray(old, dtype=dtype)
@@ -125,12 +125,12 @@ def _tensors(answers: Sequence[RolledAnswer], dtype: type[np.floating[Any]]) -> 
 
 def _answer_values(tensors: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, tuple[Any, ...]]]:
     """Yields the values of each answer's tokens by name: log-probabilities, and kept tokens."""
-    ends = [0, *np.cumsum(tensors[_LENGTHS]).tolist()]
+    ends = [0, *np.cumsum(tensors[LENGTHS]).tolist()]
     sets = _split(tensors[_KEPT], tensors[_NUM_KEPT]) if _KEPT in tensors else []
     for first, last in pairwise(ends):
         values: dict[str, tuple[Any, ...]] = {
             name: tuple(tensors[name][first:last].tolist())
-            for name in (_LOG_PROBS, _OLD)
+            for name in (LOG_PROBS, _OLD)
             if name in tensors and not np.isnan(tensors[name][first:last]).any()
         }
         yield values | {_KEPT: tuple(sets[first:last])}
@@ -185,7 +185,7 @@ def _to_answer(values: Mapping[str, Any], found: Mapping[str, tuple[Any, ...]]) 
     answer = RolledAnswer(
         sample=values["sample"],
         tokens=tuple(values["tokens"]),
-        log_probs=found[_LOG_PROBS],
+        log_probs=found[LOG_PROBS],
         text=values["text"],
         finish=values["finish"],
         sheet=ScoreSheet(total=values["total"], outcome=values["outcome"], parts=parts),

@@ -100,7 +100,7 @@ class RolloutMaker:
         """
         self._config, self._engine, self._rewards, self._order, self._form = config, engine, rewards, order, form
         self._advantage, self._seed = advantage, seed
-        self._spent: Counter[str] = Counter()
+        self._spent: dict[str, float] = {}
 
     def begin(self, origin: RolloutOrigin) -> PendingRollout:
         """Samples answers to the first prompts of a rollout, and starts to score them. All ranks call it."""
@@ -140,8 +140,8 @@ class RolloutMaker:
 
     def take_seconds(self) -> dict[str, float]:
         """Returns the time that this rank spent on each part of rollouts since the last call."""
-        taken, self._spent = self._spent, Counter()
-        return {part: taken[part] for part in ("sampling", "scoring")}
+        taken, self._spent = self._spent, {}
+        return {part: taken.get(part, 0.0) for part in ("sampling", "scoring")}
 
     def close(self) -> None:
         """Ends the scorers and closes the engine. All ranks call it at the same point."""
@@ -213,7 +213,7 @@ class RolloutMaker:
     def _add_seconds(self, part: str, spent: float, seconds: dict[str, float]) -> None:
         """Adds time to a rollout's and to that since `take_seconds`."""
         seconds[part] += spent
-        self._spent[part] += spent
+        self._spent[part] = self._spent.get(part, 0.0) + spent
 
     def _score(self, draw: _Draw, version: int) -> list[RolledGroup]:
         """Returns the groups of a draw with rewards and advantages."""

@@ -1,0 +1,1 @@
+"""A page that shows sampled answers, their tokens and their rewards."""
