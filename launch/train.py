@@ -108,7 +108,9 @@ def dry_run(overrides: Sequence[str]) -> str:
         prepared = prepare_corpus(config, progress_on())
         order = SampleOrder(len(prepared.train_tokens_NL), config.data.seed)
         first = int(order.indices(0, config.batch_sizes)[0])
-        reads_weights = bool(TASKS.get(config.task.kind).values)
+        task = TASKS.get(config.task.kind)
+        # A task that samples answers trains nothing of the prompts.
+        reads_weights = bool(task.values) or task.has_rollouts
         lines = sample_lines(prepared, first, reads_weights=reads_weights, has_colors=sys.stdout.isatty())
         return "\n".join(lines)
 
