@@ -103,6 +103,7 @@ def rollout_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int =
         num_digits=4,
         num_samples=60,
         wrong_share=0.0,
+        domains=("sort",),
         generator_seed=1,
     )
     return replace(config, data=replace(config.data, source=source), **changes)
