@@ -102,7 +102,7 @@ def _killing(plain: Callable[..., Any], step: list[int], count: int, note: Path)
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
         # A checkpoint is written while the next step runs.
-        if KILLED_IN_STEP <= step[0] and not note.exists():
+        if step[0] >= KILLED_IN_STEP and not note.exists():
             calls[0] += 1
             if calls[0] == count:
                 note.touch()
