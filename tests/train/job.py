@@ -141,7 +141,8 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         learner = learners.for_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        losses, _ = accumulate(learner, config.task, open_step_batch(learner.sampler, loader, step).reads, rates)
+        batches = open_step_batch(learner.sampler, loader, step).reads
+        losses = accumulate(learner, config.task, batches, rates).losses
         if learner.sampler is not None:
             learner.sampler.finish_step(step)
         gradients = by_released_name(model, learner.store.gradient)

@@ -110,7 +110,7 @@ def run_policies(rank: int, world_size: int, configs: list[TrainConfig], batch: 
         replica = open_replica(make_world(config, schedule), ReplicaConfig.of_run(config), schedule, cut)
         # The batch has the log-probabilities of a reference that is not the policy itself.
         learner = open_learner(replica, config.optim, config.ema)
-        losses, _ = accumulate(learner, config.task, [read], RATES)
+        losses = accumulate(learner, config.task, [read], RATES).losses
         gradients = by_released_name(learner.replica.model, learner.store.gradient)
         found.append(Found(means=dict(losses.by_name), total=losses.total, gradients=gradients))
         dist.barrier()
