@@ -63,3 +63,13 @@ def test_run_uses_every_prompt_once(folder: Path, phase: str) -> None:
     positions = Counter(group.prompt for rollout in rollouts(folder / phase) for group in rollout.groups)
     assert sorted(positions) == list(range(len(positions)))
     assert set(positions.values()) == {1}
+
+
+def test_time_of_a_step_has_the_parts_of_its_rollout(folder: Path) -> None:
+    for variant, samples in ((NONE, [True] * STEPS), ("updates-none", [step % 2 == 0 for step in range(STEPS)])):
+        lines = [json.loads(line) for line in (folder / variant / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step_time"]["sampling_seconds"] > 0 for line in lines] == samples
+        assert [line["step_time"]["scoring_seconds"] > 0 for line in lines] == samples
+        for line in lines:
+            parts = sum(line["step_time"].values()) - line["step_time"]["saving_seconds"]
+            assert parts == pytest.approx(line["step_seconds"], rel=0.02)
