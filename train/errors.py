@@ -19,13 +19,16 @@ class StepRefusal:
         reason: one line for people.
         values: loss, gradient norm if it was computed, and the medians that they were compared with.
         ranks: ranks whose own losses or gradients are not finite; if all are finite, the rank with the largest
-            gradients.
+            gradients; none if the reason is the same on all ranks.
+        last_good: number of updates after which the weights were still good as far as known; None: the weights are
+            good, and the batch is the reason.
     """
 
     step: int
     reason: str
     values: dict[str, float]
     ranks: tuple[int, ...]
+    last_good: int | None = None
 
 
 class RefusedStepError(RuntimeError):
@@ -41,6 +44,10 @@ class RefusedStepError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """The guard ends the run. Raised on every rank."""
+
+
+class UnscoredError(StoppedError):
+    """The answers of a rollout cannot be scored. Raised on every rank."""
 
 
 class UnsavedError(OSError):

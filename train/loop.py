@@ -23,7 +23,7 @@ from train.checkpoint.rescue import save_to_rescue_folder
 from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RefusedStepError, StoppedError, UnsavedError
-from train.guard.recovery import Recovery, RolledBack, Skipped
+from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.ownership.lock_file import OwnershipCheck
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
@@ -98,7 +98,9 @@ class TrainingLoop:
             self._watch = PipelineTimeline(world, config.name, out_dir)
             self._ownership = OwnershipCheck.of_process(out_dir)
             self._saver = CheckpointSaver(config, learner, prepared, ownership=self._ownership)
-        self._recovery = Recovery(learner, config.guard, self._loader, out_dir, config.resume, first_step)
+        self._recovery = Recovery(
+            learner, config.guard, self._loader, out_dir, config.resume, first_step, config.rollout
+        )
         # The first step takes longer than others: kernels are compiled and memory is allocated from the system.
         self._first_progress = progress_on() if world.rank == 0 else None
 
@@ -113,7 +115,7 @@ class TrainingLoop:
             RescuedError: on every rank; the run's folder is gone, belongs to another run, or takes no checkpoint.
         """
         self._status.running(self.num_done)
-        with self._saved_at_exit():
+        with self._saved_at_exit(), ends_of_sampling():
             self._validate_if_missing()
             while self.num_done < self._config.task.steps:
                 step = self.num_done

@@ -22,7 +22,7 @@ from data.prepare import Prepared
 from train.callbacks import Callbacks
 from train.checkpoint.together import resolve_resume
 from train.config import TrainConfig
-from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError
+from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig
@@ -62,8 +62,8 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
         callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.
 
     Returns:
-        The exit code: 0 if the run is done, 1 if its folder took no checkpoint, 75 if it was preempted and saved, 77 if
-        the guard stopped it.
+        The exit code: 0 if the run is done, 1 if its folder took no checkpoint or its answers cannot be scored, 75 if
+        it was preempted and saved, 77 if the guard stopped it.
     """
     preemption = Preemption.of_process()
     member = Membership.from_environment()
@@ -126,6 +126,8 @@ class _RunOutcome:
         match error:
             case PreemptedError():
                 return cls("preempted", EXIT_PREEMPTED, str(error))
+            case UnscoredError():
+                return cls("stopped", EXIT_OTHER, str(error))
             case StoppedError():
                 return cls("stopped", EXIT_NON_FINITE, str(error))
             case RescuedError():

@@ -15,6 +15,7 @@ from data.loader import Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
+from infer.config import GenerateError
 from model.objective import BALANCE, MAIN, LossSums, Objective
 from model.objectives.distillation import TEACHER_STATES
 from model.objectives.policy import PolicyGradient
@@ -25,11 +26,12 @@ from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal
+from train.guard.rollout_guard import BadWeights
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
-from train.rollout.step_batch import open_step_batch
+from train.rollout.step_batch import StepBatch, open_step_batch
 from train.tasks.batch_reader import BatchReader, Read
 from train.tasks.reference import Reference, refresh_reference
 from train.tasks.registry import StepRates, Task, open_task
@@ -162,13 +164,14 @@ def train_step(
     started, replica = time.perf_counter(), learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
     reduce = learner.optimizer.reduce
-    batch = open_step_batch(learner.sampler, loader, step)
+    guard = guard or Guard(_NO_SPIKES)
+    batch = _open_batch(learner, loader, step, guard)
     passes = accumulate(learner, task, batch.reads, rates, progress, reduce, batch.routes)
     part_seconds: dict[str, float] = {}
     if learner.sampler is not None:
         part_seconds = {**learner.sampler.finish_step(step), "earlier_batches": passes.earlier_seconds}
     passed = time.perf_counter()
-    norm = _update(learner, guard or Guard(_NO_SPIKES), passes.losses, step, rates.learning_rate)
+    norm = _update(learner, guard, passes.losses, step, rates.learning_rate)
     balance = update_router_bias(replica, rates.bias_update)
     learner.update_average()
     refresh_reference(learner.reference, task, replica, step + 1)
@@ -187,10 +190,31 @@ def train_step(
     )
 
 
+def _open_batch(learner: Learner, loader: Loader, step: int, guard: Guard) -> StepBatch:
+    """Returns a step's batches, unless their answers cannot be sampled or break a limit. All ranks call it."""
+    try:
+        batch = open_step_batch(learner.sampler, loader, step)
+    except GenerateError as error:
+        # All ranks raise it: logits that are not finite are a property of the weights.
+        bad: BadWeights | None = BadWeights(
+            reason=f"answers cannot be sampled: {error}", values={}, last_good=max(step - 1, 0)
+        )
+    else:
+        bad = guard.judge_rollout(batch.metrics, step)
+        if bad is None:
+            return batch
+        if learner.sampler is not None:
+            learner.sampler.finish_step(step)
+    assert bad is not None
+    discard(learner)
+    raise RefusedStepError(bad.refusal(step))
+
+
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:
     """Completes the sums of gradients, starts the update if the guard accepts them, returns their norm."""
     norm, world = math.nan, learner.world
-    reason = guard.judge(LOSS, losses.total)
+    bad = guard.judge_kl(losses.by_name, step, rate)
+    reason = guard.judge(LOSS, losses.total) or ("" if bad is None else bad.reason)
     with world.phase("update of the weights"):
         if not reason:
             norm = learner.optimizer.norm()
@@ -200,6 +224,8 @@ def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: flo
     if reason:
         own = learner.optimizer.local_norm()
         refusal = describe_refusal(world, guard, step, reason, own, is_finite_here=losses.is_finite_here)
+        if bad is not None and reason == bad.reason:
+            refusal = bad.refusal(step)
         discard(learner)
         raise RefusedStepError(refusal)
     guard.accept(losses.total, norm)

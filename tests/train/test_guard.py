@@ -34,6 +34,7 @@ from train.config import (
 )
 from train.errors import StoppedError
 from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
+from train.guard.rollout_guard import BadWeights
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
@@ -92,11 +93,14 @@ class Job:
         bad: steps whose gradients one rank spoils, whenever they come: that rank and what it multiplies them with; at
             -1 - step, its losses.
         left_out: steps that are not taken.
+        bad_weights: steps whose weights are refused before the passes, as a limit of rollouts does; the weights before
+            them are good.
     """
 
     config: TrainConfig
     bad: dict[int, tuple[int, float]]
     left_out: tuple[int, ...] = ()
+    bad_weights: tuple[int, ...] = ()
 
 
 def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[int, tuple[int, float]]) -> Job:
@@ -108,7 +112,7 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
         parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
         schedule=ScheduleConfig(kind="dualpipe_split", chunks=None, pairing="overlapped"),
         task=replace(TASK, steps=5),
-        checkpointing=replace(CHECKPOINTING, every_steps=2 if guard is ROLL_BACK else 0),
+        checkpointing=replace(CHECKPOINTING, every_steps=2 if guard.kind == "roll_back" else 0),
         batch=replace(BATCH, sequence_length_tokens=12, global_sequences=4),
         model=replace(MODEL, num_layers=2),
         optim=optim,
@@ -116,6 +120,10 @@ def make_job(folder: Path, name: str, kind: str, guard: GuardConfig, bad: dict[i
         guard=guard,
     )
     return Job(config=config, bad=bad)
+
+
+def with_steps(job: Job, steps: int) -> Job:
+    return replace(job, config=replace(job.config, task=replace(job.config.task, steps=steps)))
 
 
 def _spoil(job: Job, training: TrainingLoop) -> None:
@@ -166,6 +174,12 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     )
     training._recovery._steps_to_skip = set(job.left_out)  # as a run that never saw those batches
     _spoil(job, training)
+
+    def judge_rollout(metrics: object, step: int) -> BadWeights | None:
+        return BadWeights(reason="bad", values={}, last_good=step - 1) if step in job.bad_weights else None
+
+    if job.bad_weights:
+        training._recovery.guard.judge_rollout = judge_rollout  # type: ignore[method-assign]
     end = ""
     try:
         training.run()
@@ -212,6 +226,12 @@ def ends(folder: Path) -> dict[str, list[tuple[str, dict[str, Tensor]]]]:
     )
     jobs["early-float64"] = make_job(folder, "early", "float64", ROLL_BACK, {1: (0, math.nan)})
     jobs["never_early-float64"] = replace(make_job(folder, "never_early", "float64", STOP, {}), left_out=(1,))
+    weights = make_job(folder, "weights", "float64", ROLL_BACK, {})
+    jobs["weights-float64"] = replace(with_steps(weights, 6), bad_weights=(4,))
+    never = make_job(folder, "never_weights", "float64", STOP, {})
+    jobs["never_weights-float64"] = replace(with_steps(never, 6), left_out=(2, 3, 4))
+    always = make_job(folder, "always_bad", "float64", replace(ROLL_BACK, max_consecutive=1), {})
+    jobs["always_bad-float64"] = replace(always, bad_weights=(3, 4, 5))
     found = run_ranks(WORLD, _run, list(jobs.values()), timeout_seconds=600.0)
     return {name: [rank[index] for rank in found] for index, name in enumerate(jobs)}
 
@@ -293,3 +313,23 @@ def test_too_many_refusals_in_a_row_end_the_run(ends: dict[str, Any], folder: Pa
 def test_rollback_without_a_checkpoint_skips_the_batch(ends: dict[str, Any], folder: Path) -> None:
     assert_same(ends, "early-float64", "never_early-float64")
     assert [event["kind"] for event in read_events(folder / "early-float64")] == ["skipped"]
+
+
+@pytest.mark.slow
+def test_rollback_from_bad_weights_skips_all_steps_since_a_good_checkpoint(ends: dict[str, Any], folder: Path) -> None:
+    assert_same(ends, "weights-float64", "never_weights-float64")
+    assert [line["step"] for line in lines(folder, "weights-float64")] == [1, 2, 6]
+    back, *skipped = read_events(folder / "weights-float64")
+    # The checkpoint of step 4 holds the bad weights.
+    assert back["checkpoint"].endswith("checkpoints/step-00000002")
+    assert (back["first_skipped"], back["step"], back["ranks"]) == (3, 5, [])
+    assert [event["step"] for event in skipped] == [3, 4, 5]
+    names = sorted(path.name for path in (folder / "weights-float64" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000004.refused", "step-00000006"]
+
+
+@pytest.mark.slow
+def test_rollbacks_to_one_checkpoint_end(ends: dict[str, Any], folder: Path) -> None:
+    for said, _ in ends["always_bad-float64"]:
+        assert said == "bad; nothing was updated in this step, refused steps in a row: 2, above guard.max_consecutive=1"
+    assert [line["step"] for line in lines(folder, "always_bad-float64")] == [1, 2]

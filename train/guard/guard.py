@@ -2,15 +2,17 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from train.config import GuardConfig
 from train.errors import StepRefusal
+from train.guard.rollout_guard import BadWeights, RolloutFigures, RolloutGuard
 from train.records.json_lines import number_of, read_lines
 from train.world import World
 
@@ -26,12 +28,18 @@ class Guard:
 
     Attributes:
         values: loss and norm of the step that was checked last, and the medians that they were compared with.
+        rollouts: limits of a run that learns from rewards; None: there are none.
     """
 
     values: dict[str, float]
+    rollouts: RolloutGuard | None
 
-    def __init__(self, config: GuardConfig, history: Iterable[LossAndNorm] = ()) -> None:
+    def __init__(
+        self, config: GuardConfig, history: Iterable[LossAndNorm] = (), rollouts: RolloutGuard | None = None
+    ) -> None:
         """Starts with the loss and norm of earlier steps, the oldest first."""
+        self.rollouts = rollouts
+        self._figures: RolloutFigures | None = None
         self._factor = config.spike_factor
         self._window = config.spike_window_steps
         self._history: dict[str, deque[float]] = {}
@@ -67,8 +75,33 @@ class Guard:
             return ""
         return f"{name} is {value:.6g}, above {self._factor:g} x its median of {self._window} steps, {middle:.6g}"
 
+    def judge_rollout(self, metrics: Mapping[str, Any] | None, step: int) -> BadWeights | None:
+        """Returns the limit that a step's rollout breaks, or None. It is called before the passes of the step.
+
+        Args:
+            metrics: of the rollout; None: the step has none.
+            step: index of the step, from 0.
+        """
+        if self.rollouts is None or metrics is None:
+            return None
+        self._figures = RolloutFigures.of_metrics(metrics)
+        return None if self._figures is None else self.rollouts.judge_rollout(self._figures, step)
+
+    def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> BadWeights | None:
+        """Returns the limit that the divergence from the reference breaks, or None.
+
+        Args:
+            means: of the step's losses, by name.
+            step: index of the step, from 0.
+            learning_rate: of the step.
+        """
+        return None if self.rollouts is None else self.rollouts.judge_kl(means, step, learning_rate)
+
     def accept(self, loss: float, norm: float) -> None:
-        """Adds a step that updated the weights to the history."""
+        """Adds the step that was checked last, and updated the weights, to the history."""
+        if self.rollouts is not None and self._figures is not None:
+            self.rollouts.accept(self._figures)
+        self._figures = None
         self._history[LOSS].append(loss)
         self._history[NORM].append(norm)
 

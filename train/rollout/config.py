@@ -3,7 +3,28 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
+from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, ShareBelowOne
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutLimits:
+    """Limits beyond which the guard refuses a step of a run that learns from rewards. None: there is no such limit.
+
+    Attributes:
+        kl: divergence from the reference in nats per token.
+        cut_share: share of answers that reach `max_new_tokens`, in `window_steps` steps in a row.
+        equal_steps: number of steps in a row in which each group has equal rewards.
+        entropy_share: mean entropy of the last `window_steps` steps, divided by that of the run's first ones.
+        reward_share: the same of the reward, if the mean reward of the first steps is above 0.
+        window_steps: number of steps.
+    """
+
+    kl: PositiveFloat | None
+    cut_share: Share | None
+    equal_steps: PositiveInt | None
+    entropy_share: ShareBelowOne | None
+    reward_share: ShareBelowOne | None
+    window_steps: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +53,7 @@ class RolloutConfig:
         keep_sampling_mask: whether training computes probabilities among the tokens that top_k, top_p and min_p kept.
         held_out: number of held-out problems that a validation answers.
         held_out_samples: number of answers to each of them.
+        limits: beyond which the guard refuses a step.
     """
 
     engine: Literal["pipelined", "local"]
@@ -53,3 +75,4 @@ class RolloutConfig:
     keep_sampling_mask: bool
     held_out: NonNegativeInt
     held_out_samples: PositiveInt
+    limits: RolloutLimits

@@ -16,7 +16,7 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.replica import Replica
-from train.rollout.config import RolloutConfig
+from train.rollout.config import RolloutConfig, RolloutLimits
 from train.rollout.engine import ReplicaEngine
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
 from train.rollout.groups.held_out import HeldOutProblems
@@ -28,6 +28,10 @@ from train.rollout.step_batch import StepSampler
 from train.rollout.student import open_student_sampler
 from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import open_task
+
+_NO_LIMITS = RolloutLimits(
+    kl=None, cut_share=None, equal_steps=None, entropy_share=None, reward_share=None, window_steps=1
+)
 
 
 def open_sampler(
@@ -117,6 +121,6 @@ def _digest(config: TrainConfig, data_fingerprint: str) -> str:
     assert config.rollout is not None
     assert config.reward is not None
     # These change no answer and no reward.
-    rollouts = replace(config.rollout, held_out=0, held_out_samples=1)
+    rollouts = replace(config.rollout, held_out=0, held_out_samples=1, limits=_NO_LIMITS)
     content = [encode(rollouts), encode(config.reward.parts), data_fingerprint, config.seed, config.data.seed]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -25,12 +25,14 @@ class GrpoConfig(TaskConfig):
             the model that the run started from.
         temperature: of the sampling (`rollout.temperature`).
         max_new_tokens: maximum number of tokens of an answer (`rollout.max_new_tokens`).
+        kl_limit: divergence from the reference beyond which the guard refuses a step (`rollout.limits.kl`).
     """
 
     loss: PolicyLossConfig
     reference_every_steps: PositiveInt | None
     temperature: PositiveFloat
     max_new_tokens: PositiveInt
+    kl_limit: PositiveFloat | None
 
     @property
     def advantage(self) -> Literal["standardized", "centered"]:
@@ -39,8 +41,8 @@ class GrpoConfig(TaskConfig):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the divergence from a reference has a part in the loss."""
-        return self.loss.kl != "none" and self.loss.kl_weight > 0
+        """Whether the divergence from a reference has a part in the loss or a limit."""
+        return self.kl_limit is not None or (self.loss.kl != "none" and self.loss.kl_weight > 0)
 
 
 def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "PolicyGradientTask":

@@ -6,11 +6,12 @@ from typing import Any
 
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import SCORERS
-from train.rollout.groups.records import RolledAnswer, ScoredRollout
+from train.rollout.groups.advantages import NO_VERDICT
+from train.rollout.groups.records import RolledAnswer, RolledGroup, ScoredRollout
 
 
 def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
-    """Returns numbers of a rollout, over the whole job.
+    """Returns numbers of a rollout, over the whole job. `entropy` is that of the sampler, in nats per token.
 
     Args:
         rollout: with at least one answer.
@@ -29,15 +30,22 @@ def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
         "parts": part_means(answers),
         **({"correct_share": checked.count(True) / num_checked} if num_checked else {}),
         "groups": counts["groups"],
-        "equal_share": counts["equal_groups"] / counts["groups"],
+        "equal_share": sum(map(has_equal_rewards, rollout.groups)) / counts["groups"],
         "no_verdict_share": counts["groups_without_verdict"] / counts["groups"],
         "draws": counts["draws"],
+        "entropy": -math.fsum(value for answer in answers for value in answer.log_probs) / max(sum(tokens), 1),
         "mean_tokens": sum(tokens) / len(tokens),
         "most_tokens": max(tokens),
         "cut_share": sum(answer.finish == "length" for answer in answers) / len(answers),
         "versions_behind": step - min(answer.version for answer in answers),
         "part_seconds": dict(rollout.header.seconds),
     }
+
+
+def has_equal_rewards(group: RolledGroup) -> bool:
+    """Returns whether all answers of a group have one reward, whether or not it is trained."""
+    is_judged = not group.dropped.startswith(NO_VERDICT)
+    return is_judged and len({answer.reward for answer in group.answers}) == 1
 
 
 def part_means(answers: Sequence[RolledAnswer]) -> Mapping[str, float]:
