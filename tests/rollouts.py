@@ -12,7 +12,7 @@ from model.objectives.policy_loss import PolicyLossConfig
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.config import TrainConfig
 from train.config.token_schedule import TokenSchedule
-from train.rollout.config import RolloutConfig
+from train.rollout.config import RolloutConfig, RolloutLimits
 from train.tasks.grpo import GrpoConfig
 
 
@@ -53,6 +53,9 @@ ROLLOUT = RolloutConfig(
     keep_sampling_mask=False,
     held_out=0,
     held_out_samples=1,
+    limits=RolloutLimits(
+        kl=None, cut_share=None, equal_steps=None, entropy_share=None, reward_share=None, window_steps=1
+    ),
 )
 
 LOSS = PolicyLossConfig(
@@ -79,6 +82,7 @@ GRPO = GrpoConfig(
     reference_every_steps=None,
     temperature=1.0,
     max_new_tokens=7,
+    kl_limit=None,
 )
 
 REWARD = RewardConfig(parts=(EvenConfig(kind="even", weight=1.0),), num_threads=1)

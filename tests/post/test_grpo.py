@@ -22,5 +22,5 @@ def test_bounds_of_grpo_reject_each_number_outside_of_them() -> None:
 
 def test_bounds_of_a_collapse_compare_the_last_20_steps_with_the_first() -> None:
     assert problems_of_collapse([0.6, 0.1]) == []
-    assert problems_of_collapse([0.6] + [0.3] * 20) == []
+    assert problems_of_collapse([0.6] + [0.31] * 20) == []
     assert problems_of_collapse([0.6] + [0.29] * 20) == ["mean reward 0.290 is below half of 0.600"]

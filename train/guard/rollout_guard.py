@@ -14,6 +14,8 @@ from train.records.json_lines import number_of, read_lines
 from train.rollout.config import RolloutConfig
 
 KL = "kl"
+_KL_STEPS = 3
+"""Steps over which KL is averaged: an estimate from the samples of one step has rare values far above the mean."""
 _ALMOST_ALL = 0.5
 
 
@@ -63,11 +65,13 @@ class RolloutGuard:
         self._num_kept = max(self._limits.window_steps, self._limits.equal_steps or 0)
         self._first: list[RolloutFigures] = []
         self._last: deque[RolloutFigures] = deque(maxlen=self._num_kept)
+        self._divergences: deque[float] = deque(maxlen=_KL_STEPS)
 
     def replace_history(self, history: Iterable[RolloutFigures]) -> None:
-        """Replaces the earlier steps by all of a run, the oldest first, or by its first and last ones."""
+        """Replaces the earlier steps by all of a run, the oldest first. KL starts again."""
         self._first = []
         self._last.clear()
+        self._divergences.clear()
         for figures in history:
             self.accept(figures)
 
@@ -99,13 +103,19 @@ class RolloutGuard:
             learning_rate: of the step.
         """
         limit, kl = self._limits.kl, means.get(KL)
-        if limit is None or kl is None or kl <= limit:
+        if limit is None or kl is None:
+            return None
+        self._divergences.append(kl)
+        # Steps that are not known count as 0.
+        mean = sum(self._divergences) / _KL_STEPS
+        if mean <= limit:
             return None
         return BadWeights(
-            reason=f"KL is {kl:.3g} nats per token after {step} steps, above rollout.limits.kl={limit:g}: the learning "
-            f"rate of {learning_rate:.3g} is probably too high, or task.loss.kl_weight too low",
-            values={KL: kl},
-            last_good=max(step - 1, 0),
+            reason=f"KL is {mean:.3g} nats per token over {_KL_STEPS} steps after {step} updates, above "
+            f"rollout.limits.kl={limit:g}: the learning rate of {learning_rate:.3g} is probably too high, or "
+            f"task.loss.kl_weight too low",
+            values={KL: mean},
+            last_good=max(step - _KL_STEPS, 0),
         )
 
     def _judge_cut(self, steps: Sequence[RolloutFigures], step: int) -> BadWeights | None:

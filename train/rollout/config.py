@@ -11,7 +11,7 @@ class RolloutLimits:
     """Limits beyond which the guard refuses a step of a run that learns from rewards. None: there is no such limit.
 
     Attributes:
-        kl: divergence from the reference in nats per token.
+        kl: divergence from the reference in nats per token, mean of three steps.
         cut_share: share of answers that reach `max_new_tokens`, in `window_steps` steps in a row.
         equal_steps: number of steps in a row in which each group has equal rewards.
         entropy_share: mean entropy of the last `window_steps` steps, divided by that of the run's first ones.
