@@ -191,7 +191,10 @@ def train_step(
 
 
 def _open_batch(learner: Learner, loader: Loader, step: int, guard: Guard) -> StepBatch:
-    """Returns a step's batches, unless their answers cannot be sampled or break a limit. All ranks call it."""
+    """Returns a step's batches, unless their answers cannot be sampled or break a limit.
+
+    All ranks call it.
+    """
     try:
         batch = open_step_batch(learner.sampler, loader, step)
     except GenerateError as error:

@@ -44,7 +44,9 @@ class RolledBack:
 
 @contextmanager
 def ends_of_sampling() -> Iterator[None]:
-    """Ends a run whose answers cannot be sampled, outside of a step, or scored. All ranks raise these errors.
+    """Ends a run whose answers cannot be sampled or scored.
+
+    All ranks raise these errors at the same point. Within a step, the guard refuses what cannot be sampled.
 
     Raises:
         StoppedError: on every rank.

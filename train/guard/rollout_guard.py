@@ -1,4 +1,4 @@
-"""Checks the rollout of a step before weights are updated, and names the likely cause of what it refuses.
+"""Checks the rollout of a step before weights are updated, and names the cause of what it refuses.
 
 Unlike a loss that is not finite, a broken limit is a property of the weights, not of the batch. No torch here.
 """
@@ -57,7 +57,10 @@ class RolloutFigures:
 
 
 class RolloutGuard:
-    """The limits of a run that learns from rewards. All ranks have the same numbers, so all decide the same."""
+    """The limits of a run that learns from rewards.
+
+    All ranks have the same numbers, so all decide the same.
+    """
 
     def __init__(self, config: RolloutConfig) -> None:
         """Starts without earlier steps."""

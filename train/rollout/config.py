@@ -8,7 +8,9 @@ from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, Sh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutLimits:
-    """Limits beyond which the guard refuses a step of a run that learns from rewards. None: there is no such limit.
+    """Limits beyond which the guard refuses a step of a run that learns from rewards.
+
+    None: there is no such limit.
 
     Attributes:
         kl: divergence from the reference in nats per token, mean of three steps.

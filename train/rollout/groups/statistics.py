@@ -11,7 +11,9 @@ from train.rollout.groups.records import RolledAnswer, RolledGroup, ScoredRollou
 
 
 def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
-    """Returns numbers of a rollout, over the whole job. `entropy` is that of the sampler, in nats per token.
+    """Returns numbers of a rollout, over the whole job.
+
+    `entropy` is that of the sampler, in nats per token.
 
     Args:
         rollout: with at least one answer.
