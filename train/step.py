@@ -15,7 +15,6 @@ from data.loader import Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
-from infer.config import GenerateError
 from model.objective import BALANCE, MAIN, LossSums, Objective
 from model.objectives.distillation import TEACHER_STATES
 from model.objectives.policy import PolicyGradient
@@ -25,13 +24,13 @@ from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
-from train.guard.guard import LOSS, NORM, Guard, describe_refusal
+from train.guard.guard import LOSS, NORM, Guard, describe_refusal, judged_batch
 from train.guard.rollout_guard import BadWeights
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
-from train.rollout.step_batch import StepBatch, open_step_batch
+from train.rollout.step_batch import StepBatch
 from train.tasks.batch_reader import BatchReader, Read
 from train.tasks.reference import Reference, refresh_reference
 from train.tasks.registry import StepRates, Task, open_task
@@ -191,26 +190,12 @@ def train_step(
 
 
 def _open_batch(learner: Learner, loader: Loader, step: int, guard: Guard) -> StepBatch:
-    """Returns a step's batches, unless their answers cannot be sampled or break a limit.
-
-    All ranks call it.
-    """
-    try:
-        batch = open_step_batch(learner.sampler, loader, step)
-    except GenerateError as error:
-        # All ranks raise it: logits that are not finite are a property of the weights.
-        bad: BadWeights | None = BadWeights(
-            reason=f"answers cannot be sampled: {error}", values={}, last_good=max(step - 1, 0)
-        )
-    else:
-        bad = guard.judge_rollout(batch.metrics, step)
-        if bad is None:
-            return batch
-        if learner.sampler is not None:
-            learner.sampler.finish_step(step)
-    assert bad is not None
-    discard(learner)
-    raise RefusedStepError(bad.refusal(step))
+    """Returns a step's batches, or raises `RefusedStepError` on all ranks if the guard refuses them."""
+    batch = judged_batch(learner.sampler, loader, step, guard)
+    if isinstance(batch, BadWeights):
+        discard(learner)
+        raise RefusedStepError(batch.refusal(step))
+    return batch
 
 
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:

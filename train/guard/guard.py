@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from data.loader import Loader
+from infer.config import GenerateError
 from train.config import GuardConfig
 from train.errors import StepRefusal
 from train.guard.rollout_guard import BadWeights, RolloutFigures, RolloutGuard
 from train.records.json_lines import number_of, read_lines
+from train.rollout.step_batch import StepBatch, StepSampler, open_step_batch
 from train.world import World
 
 LOSS, NORM = "loss", "gradient norm"
@@ -104,6 +107,30 @@ class Guard:
         self._figures = None
         self._history[LOSS].append(loss)
         self._history[NORM].append(norm)
+
+
+def judged_batch(sampler: StepSampler | None, loader: Loader, step: int, guard: Guard) -> StepBatch | BadWeights:
+    """Returns a step's batches, or why their answers cannot be sampled or trained.
+
+    All ranks call it.
+
+    Args:
+        sampler: of the run; None: it trains on the data alone.
+        loader: of the data.
+        step: index of the step, from 0.
+        guard: judges the rollout.
+    """
+    try:
+        batch = open_step_batch(sampler, loader, step)
+    except GenerateError as error:
+        # All ranks raise it: logits that are not finite are a property of the weights.
+        return BadWeights(reason=f"answers cannot be sampled: {error}", values={}, last_good=max(step - 1, 0))
+    bad = guard.judge_rollout(batch.metrics, step)
+    if bad is None:
+        return batch
+    if sampler is not None:
+        sampler.finish_step(step)
+    return bad
 
 
 def describe_refusal(

@@ -48,6 +48,7 @@ def run_config(folder: Path, form: PolicyLossConfig, layout: tuple[int, int, int
         reference_every_steps=None,
         temperature=0.8,
         max_new_tokens=LONGEST,
+        kl_limit=None,
     )
     config = tiny_config(
         folder,
