@@ -225,6 +225,8 @@ def test_reward_that_is_not_valid_is_refused_by_name(parts: list, message: str) 
 
 def test_scorers_are_registered_with_a_summary() -> None:
     rules = ("exact", "maths", "code", "format", "language", "length", "repetition", "python", "reasoning_gym")
-    assert SCORERS.names() == (*rules, "plurality", "judge", "reward_model")
+    own = (*rules, "plurality", "judge", "reward_model")
+    # Other tests of this process may have registered more.
+    assert SCORERS.names()[: len(own)] == own
     assert all(spec.summary and issubclass(spec.config, object) for _, spec in SCORERS.items())
     assert LengthConfig(kind="length", weight=1.0, limit_tokens=5, buffer_tokens=5).buffer_tokens == 5
