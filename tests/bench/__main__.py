@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ from tests.bench import report
 from tests.bench.blocks import Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
 from tests.bench.forecast import forecast_text
+from tests.bench.grpo import grpo_text, measure_grpo
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
 from tests.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
-from tests.bench.sft import measure_sft, missing_trl, sft_rows, sft_text
+from tests.bench.sft import measure_sft, sft_text
 from tests.bench.training import Precision, measure_training, training_rows, training_text
+from tests.bench.turns import StepSample, missing_trl, step_rows
 from tests.cluster.exchange import exchange_text
 from tests.cluster.namespaces import missing, open_cluster
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training", "sft")
+SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training", "sft", "grpo")
+
+_WITH_TRL = {"sft": (measure_sft, sft_text), "grpo": (measure_grpo, grpo_text)}
 
 
 def main() -> None:
@@ -60,8 +65,9 @@ def main() -> None:
         found["overlap"] = _overlap(max(1, arguments.rounds // 2))
     if "training" in arguments.sections:
         found["training"] = {precision: _training(precision, arguments.rounds) for precision in PRECISIONS}
-    if "sft" in arguments.sections:
-        found["sft"] = _sft(4 * arguments.rounds)
+    for section, (measure_steps, text) in _WITH_TRL.items():
+        if section in arguments.sections:
+            found[section] = _with_trl(section, 4 * arguments.rounds, measure_steps, text)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -72,14 +78,19 @@ def _training(precision: Precision, num_rounds: int) -> list[dict[str, Any]]:
     return training_rows(samples)
 
 
-def _sft(num_rounds: int) -> list[dict[str, Any]]:
+def _with_trl(
+    section: str,
+    num_rounds: int,
+    measure: Callable[[int], dict[str, StepSample]],
+    text: Callable[[dict[str, StepSample]], str],
+) -> list[dict[str, Any]]:
     reason = missing_trl()
     if reason is not None:
-        print(f"\nSupervised fine-tuning: skipped: {reason}")
+        print(f"\n{section}: skipped: {reason}")
         return []
-    samples = measure_sft(num_rounds)
-    print("\n" + sft_text(samples), flush=True)
-    return sft_rows(samples)
+    samples = measure(num_rounds)
+    print("\n" + text(samples), flush=True)
+    return step_rows(samples)
 
 
 def _exchange() -> None:

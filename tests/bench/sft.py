@@ -1,17 +1,9 @@
 """Measures CPU seconds of a step of supervised fine-tuning, here and in TRL's SFTTrainer on the same small model.
 
-Each contender runs in a separate process with one thread, and their steps alternate. A step is everything between two
-updates: the batch, forward, loss of the answers, backward, clipping and AdamW. TRL is an optional extra:
-`pip install -e .[bench]`.
+A step is everything between two updates: the batch, forward, loss of the answers, backward, clipping and AdamW.
 """
 
-import importlib.metadata
-import multiprocessing
-import statistics
 import tempfile
-import time
-from dataclasses import dataclass
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,90 +12,23 @@ import numpy as np
 import torch
 
 from data.prepare import Prepared
+from tests.bench.turns import Steps, StepSample, measure_in_turns, trl_text
 
 MOST_OF_TRL = 0.85
 SAMPLES, SAMPLE_TOKENS, PROMPT_TOKENS = 64, 21, 12
-NUM_WARM_STEPS = 3
 _PACKED = 4
 _LEARNING_RATE = 3e-3
 
 
-@dataclass(frozen=True, slots=True)
-class SftSample:
-    """CPU seconds of a contender's steps: median and minimum, and the last loss."""
-
-    median: float
-    shortest: float
-    loss: float
-
-
-def missing_trl() -> str | None:
-    """Returns why TRL cannot be measured, or None."""
-    return None if find_spec("trl") else "trl is not installed; pip install -e .[bench]"
-
-
-def measure_sft(num_rounds: int) -> dict[str, SftSample]:
+def measure_sft(num_rounds: int) -> dict[str, StepSample]:
     """Runs steps of both contenders in turn, after unmeasured ones."""
-    context = multiprocessing.get_context("spawn")
-    started = []
-    for name, serve in (("here", _serve_here), ("TRL", _serve_trl)):
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(NUM_WARM_STEPS + num_rounds, there), daemon=True)
-        process.start()
-        there.close()
-        started.append((name, process, here))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in started}
-    for turn in range(NUM_WARM_STEPS + num_rounds):
-        for name, _, pipe in started:
-            pipe.send(True)
-            taken = pipe.recv()
-            if turn >= NUM_WARM_STEPS:
-                times[name].append(taken)
-    for _, process, _ in started:
-        process.join()
-    found = {}
-    for name, steps in times.items():
-        seconds = [taken for taken, _ in steps]
-        found[name] = SftSample(statistics.median(seconds), min(seconds), steps[-1][1])
-    return found
+    return measure_in_turns(num_rounds, {"here": _serve_here, "TRL": _serve_trl})
 
 
-def sft_text(samples: dict[str, SftSample]) -> str:
+def sft_text(samples: dict[str, StepSample]) -> str:
     """Formats the table."""
-    ours, trl = samples["here"], samples["TRL"]
-    lines = [
-        f"A step of supervised fine-tuning: {SAMPLES} samples of {SAMPLE_TOKENS} tokens, 0.75M weights, one thread, "
-        f"interleaved; TRL {importlib.metadata.version('trl')}, target <= {MOST_OF_TRL} of its CPU seconds",
-        f"{'':8}{'CPU s':>8}{'least':>8}{'loss':>8}",
-        *(f"{name:8}{each.median:8.3f}{each.shortest:8.3f}{each.loss:8.3f}" for name, each in samples.items()),
-        f"{'ratio':8}{ours.median / trl.median:8.2f}{ours.shortest / trl.shortest:8.2f}",
-    ]
-    return "\n".join(lines)
-
-
-def sft_rows(samples: dict[str, SftSample]) -> list[dict[str, Any]]:
-    """Returns the same as plain data."""
-    return [
-        {"contender": name, "cpu_seconds": each.median, "least_cpu_seconds": each.shortest}
-        for name, each in samples.items()
-    ]
-
-
-class _Steps:
-    """Serves one pipe: measures CPU seconds from one report to the next, while the other contender waits."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._began = 0.0
-
-    def start(self) -> None:
-        """Waits for the turn."""
-        self._pipe.recv()
-        self._began = time.process_time()
-
-    def end(self, loss: float) -> None:
-        """Reports a step."""
-        self._pipe.send((time.process_time() - self._began, loss))
+    subject = f"supervised fine-tuning: {SAMPLES} samples of {SAMPLE_TOKENS} tokens, 0.75M weights"
+    return trl_text(subject, samples, MOST_OF_TRL)
 
 
 def _prepared() -> Prepared:
@@ -123,7 +48,7 @@ def _rows(prepared: Prepared, num_steps: int) -> dict[str, list[list[int]]]:
     return {"input_ids": ids, "labels": [[-100] * PROMPT_TOKENS + each[PROMPT_TOKENS:] for each in ids]}
 
 
-def _transformers_model() -> torch.nn.Module:
+def transformers_model() -> torch.nn.Module:
     """Returns the recipe's architecture in transformers, in its fastest mode on a CPU."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -158,7 +83,7 @@ def _serve_here(num_steps: int, pipe: Connection) -> None:
         ]
     )
     apply_rank_environment(config.cluster)
-    steps = _Steps(pipe)
+    steps = Steps(pipe)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     learner, loader = open_job(config), open_loader(config)
     for step in range(num_steps):
@@ -175,7 +100,7 @@ def _serve_trl(num_steps: int, pipe: Connection) -> None:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    steps = _Steps(pipe)
+    steps = Steps(pipe)
 
     class Serve(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *rest: Any, **values: Any) -> None:
@@ -213,7 +138,7 @@ def _serve_trl(num_steps: int, pipe: Connection) -> None:
             dataset_kwargs={"skip_prepare_dataset": True},
         )
         trainer = SFTTrainer(
-            model=_transformers_model(),
+            model=transformers_model(),
             args=arguments,
             train_dataset=Dataset.from_dict(_rows(prepared, num_steps)),
             processing_class=tokenizer,
