@@ -33,7 +33,7 @@ class CohortSizes:
     """Sizes of cohorts.
 
     Attributes:
-        cohorts: cohorts of each direction; None for 2 in flight for each rank.
+        cohorts: cohorts of each direction; None for 2 in flight for each rank, or 1 on a rank alone.
         max_rows: maximum number of continuations of a cohort.
         prefill_tokens: maximum number of tokens of a prompt in one round; a longer one is read in chunks.
     """
@@ -93,7 +93,9 @@ class PipelinedEngine:
         self._stop_condition, self._min_seconds = stop_condition, min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
         directions = len(pipeline.placement)
-        self.num_cohorts = sizes.cohorts or -(-2 * (1 + max(pipeline.placement[0])) // directions)
+        ranks = 1 + max(pipeline.placement[0])
+        # A rank alone waits for no other, so that its cohort can be as large as possible.
+        self.num_cohorts = sizes.cohorts or (1 if ranks == 1 else -(-2 * ranks // directions))
         self.num_rounds = self.plan_bytes = 0
         self.executions: list[Execution] = []
 
