@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from comm.preemption import SIGNALS, handled_signals
-from tests.launch.test_local import members, restore_interrupt, wait_for
+from tests.launch.test_local import members, wait_for
 
 ROOT = Path(__file__).parents[2]
+
+
+def restore_interrupt() -> None:
+    """A test run in the background of a shell inherits a Ctrl-C that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
