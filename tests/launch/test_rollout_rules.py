@@ -30,7 +30,9 @@ def test_a_judge_that_the_run_cannot_have_is_refused(overrides: list[str], rule:
 
 
 def test_a_judge_may_be_the_reference_of_the_divergence() -> None:
-    check_rules(compose_run([*JUDGE, "task/loss=grpo", "reward.parts.0.weights=reference"]))
+    divergence = ("task.loss.kl=forward", "task.loss.kl_weight=0.04")
+    check_rules(compose_run([*JUDGE, *divergence, "reward.parts.0.weights=reference"]))
+    check_rules(compose_run([*JUDGE, "rollout.limits.kl=0.2", "reward.parts.0.weights=reference"]))
 
 
 def test_files_of_a_reward_are_checked_before_the_run(tmp_path: Path) -> None:
