@@ -51,7 +51,7 @@ def _serve_here(num_steps: int, pipe: Connection) -> None:
                 *("rollout.drop_equal_groups=false", "task.loss.kl=forward", f"task.loss.kl_weight={_KL_WEIGHT}"),
                 f"batch.sequence_length_tokens={(_PROMPT_TOKENS + NEW_TOKENS) * _PACKED}",
                 *(f"batch.{key}_sequences={PROMPTS * SAMPLES // _PACKED}" for key in ("global", "micro")),
-                *("validation.sequences=0", "optim/schedule=constant", f"optim.learning_rate={_LEARNING_RATE}"),
+                *("validation.sequences=0", f"optim.learning_rate={_LEARNING_RATE}", "rollout.limits.kl=null"),
                 *("rollout.held_out=0", "recompute=[]", "optim.sharding=replicated", f"out_dir={folder}"),
             ]
         )
