@@ -6,7 +6,7 @@ Imports no torch, so that commands check before they read a model.
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from model.config import ModelConfig
@@ -139,6 +139,17 @@ def _numbers(number: int, prompt: Any) -> list[int]:
         return [operator.index(token) for token in (prompt.tolist() if hasattr(prompt, "tolist") else prompt)]
     except TypeError as error:
         raise GenerateError(f"prompt {number}: must be a list of token ids, is {str(prompt)[:80]!r}") from error
+
+
+def sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
+    """Returns the joint statistics of parts of a generation.
+
+    Args:
+        parts: statistics of each.
+        seconds: of the whole, because parts run at the same time.
+    """
+    names = [each.name for each in fields(Statistics) if each.name != "seconds"]
+    return Statistics(**{name: sum(getattr(part, name) for part in parts) for name in names}, seconds=seconds)
 
 
 def check(

@@ -99,5 +99,8 @@ def _check_sizes(config: RolloutConfig, length: int) -> None:
             f"rollout.length_penalty_tokens: must be at most rollout.max_new_tokens={config.max_new_tokens}, is "
             f"{config.length_penalty_tokens}; nearest valid: {config.max_new_tokens}"
         )
-    if config.engine == "local":
-        raise ConfigError("rollout.engine: must be pipelined, is local; nearest valid: pipelined")
+    if config.engine == "local" and config.keep_routing:
+        raise ConfigError(
+            "rollout.keep_routing: must be false with rollout.engine=local, which records experts on other ranks than "
+            "training expects, is true; nearest valid: false, or rollout.engine=pipelined"
+        )

@@ -35,6 +35,13 @@ def test_a_judge_may_be_the_reference_of_the_divergence() -> None:
     check_rules(compose_run([*JUDGE, "rollout.limits.kl=0.2", "reward.parts.0.weights=reference"]))
 
 
+def test_a_local_engine_is_accepted_without_its_routes() -> None:
+    local = ("experiment=arithmetic_self_reward", "rollout.engine=local")
+    check_rules(compose_run(local))
+    with pytest.raises(ConfigError, match=r"rollout\.keep_routing: must be false with rollout\.engine=local"):
+        check_rules(compose_run([*local, "rollout.keep_routing=true"]))
+
+
 def test_files_of_a_reward_are_checked_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(ScoringError, match="constitution_path must be a text file"):
         check(compose_run([*JUDGE, f"reward.parts.0.constitution_path={tmp_path / 'none.txt'}"]))

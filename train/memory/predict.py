@@ -126,6 +126,9 @@ def _predict(config: TrainConfig) -> JobMemory:
         ranks.append(memory)
     if (teacher := TASKS.get(config.task.kind).teacher_run(config)) is not None:
         ranks = [_with_teacher(memory, teacher, schedule) for memory in ranks]
+    if config.rollout is not None and config.rollout.engine == "local":
+        copied = weight_bytes(held_parameters(config.model, shapes, config.model.num_routed_experts), sizes)
+        ranks = [replace(each, weights=each.weights + copied) for each in ranks]
     for scorer in reward_model_runs(config):
         ranks = [replace(each, weights=each.weights + _second_weights(each, scorer, schedule)) for each in ranks]
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)

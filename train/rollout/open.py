@@ -17,7 +17,8 @@ from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.replica import Replica
 from train.rollout.config import RolloutConfig, RolloutLimits
-from train.rollout.engine import ReplicaEngine
+from train.rollout.engine import ReplicaEngine, TrainingEngine
+from train.rollout.gathered import GatheredEngine
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
 from train.rollout.groups.held_out import HeldOutProblems
 from train.rollout.groups.make import RolloutMaker
@@ -58,7 +59,8 @@ def open_sampler(
     assert config.reward is not None
     reward = with_constitutions(config.reward, replica.world)
     scored = replace(config, reward=reward)
-    rollouts, form, engine = config.rollout, _form(config, prepared), ReplicaEngine(replica)
+    rollouts, form = config.rollout, _form(config, prepared)
+    engine: TrainingEngine = GatheredEngine(replica) if rollouts.engine == "local" else ReplicaEngine(replica)
     train, held_out = split_problems(config.data)
     room = config.batch.sequence_length_tokens - rollouts.max_new_tokens
     maker = RolloutMaker(

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.protocols import PipelineStage
 from infer.active import ActiveSequence, StopCondition
 from infer.batch import PROMPT_TOKENS, GenerationBatch
-from infer.config import GenerateError, Speculative, Statistics, check
+from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder
 from infer.engines.local import start_sequences, to_rollouts
 from infer.engines.pipelined.cohort import Cohort, CohortDecoder
@@ -226,11 +226,11 @@ class PipelinedEngine:
     ) -> Rollouts:
         """Gathers the rollouts of all ranks in the order of the prompts."""
         own = [to_rollouts(sequences, keeps_sets=request.keeps_sets) for sequences in work.sequences.values()]
-        counts = _sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
+        counts = sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
         gathered = self._pipeline.gather((own, counts))
         found = {(each.prompt, each.sample): each for parts, _ in gathered for part in parts for each in part}
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
-        statistics = _sum_statistics([each for _, each in gathered], max(each.seconds for _, each in gathered))
+        statistics = sum_statistics([each for _, each in gathered], max(each.seconds for _, each in gathered))
         rollouts = tuple(found[key] for key in order)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 
@@ -297,8 +297,3 @@ def _program(batch: GenerationBatch, waiting: deque[ActiveSequence], max_rows: i
             pass
 
     return run
-
-
-def _sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
-    names = [each.name for each in fields(Statistics) if each.name != "seconds"]
-    return Statistics(**{name: sum(getattr(part, name) for part in parts) for name in names}, seconds=seconds)
