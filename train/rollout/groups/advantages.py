@@ -1,6 +1,6 @@
 """Computes the advantages of answers from the rewards of their group. No torch here.
 
-Sources: arXiv:2402.03300 (standardized), arXiv:2503.20783 (centered), arXiv:2503.14476 (penalty of length).
+Sources: arXiv:2402.03300 (standardized), arXiv:2503.20783 (centered).
 """
 
 import math
@@ -30,17 +30,6 @@ def advantages(rewards: Sequence[float], kind: AdvantageKind) -> list[float]:
         return centered
     deviation = math.sqrt(math.fsum(value * value for value in centered) / len(centered))
     return [value / deviation for value in centered]
-
-
-def length_penalty(num_tokens: int, limit: int, interval: int) -> float:
-    """Returns what is added to the reward of an answer because of its length, from -1 to 0.
-
-    Args:
-        num_tokens: of the answer.
-        limit: maximum number of tokens.
-        interval: number of tokens before the limit over which the penalty grows; 0: there is no penalty.
-    """
-    return -min(max((num_tokens - (limit - interval)) / interval, 0.0), 1.0) if interval else 0.0
 
 
 def with_advantages(group: RolledGroup, kind: AdvantageKind, *, drop_equal: bool) -> RolledGroup:

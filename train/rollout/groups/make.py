@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from infer.config import Sampling
 from infer.engines.protocol import Request, Rollout, Rollouts, SampledRoutes
 from infer.scoring.answer_text import THINK
+from infer.scoring.length import length_penalty
 from infer.scoring.reward import AnswerGroup, GroupSheets
 from infer.scoring.score import Answer, problem_of
 from train.rollout.config import RolloutConfig
@@ -16,7 +17,6 @@ from train.rollout.groups.advantages import (
     EQUAL,
     NO_VERDICT,
     AdvantageKind,
-    length_penalty,
     with_advantages,
 )
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
@@ -233,7 +233,7 @@ class RolloutMaker:
                 text=to_answer(rollout, self._form).text,
                 finish=rollout.finish,
                 sheet=sheet,
-                reward=sheet.total + length_penalty(len(rollout.tokens), limit, interval),
+                reward=sheet.total + (length_penalty(len(rollout.tokens), limit, interval) if interval else 0.0),
                 advantage=0.0,
                 version=version,
                 kept=rollout.kept,

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from infer.scoring.reward import ScoreSheet
-from train.rollout.groups.advantages import EQUAL, advantages, length_penalty, with_advantages
+from train.rollout.groups.advantages import EQUAL, advantages, with_advantages
 from train.rollout.groups.records import RolledAnswer, RolledGroup
 
 
@@ -44,8 +44,3 @@ def test_groups_of_equal_rewards_are_dropped_only_if_asked() -> None:
     kept = with_advantages(group_of(0.3, 0.3), "centered", drop_equal=False)
     assert (kept.dropped, [answer.advantage for answer in kept.answers]) == ("", [0.0, 0.0])
     assert not with_advantages(group_of(0.3, 0.4), "centered", drop_equal=True).dropped
-
-
-def test_penalty_of_length_grows_before_the_limit() -> None:
-    assert [length_penalty(length, 10, 4) for length in (1, 6, 7, 8, 10)] == [0, 0, -0.25, -0.5, -1]
-    assert length_penalty(10, 10, 0) == 0
