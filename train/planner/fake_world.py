@@ -1,0 +1,139 @@
+"""Builds ranks of a job one after the other in one process, and counts their bytes.
+
+Process groups are torch's fake ones, and tensors have sizes but no memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+
+import torch
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from comm.dispatch.local import LocalDispatcher
+from comm.groups import Groups
+from comm.layout import Layout
+from dualpipe.ir import Schedule
+from dualpipe.runtime.reductions import first_use_order, reduction_order
+from model.attention.mla import LatentAttention
+from model.attention.rope import rotation_table
+from model.gradients import GradientStore
+from model.transformer import Transformer
+from train.config import TrainConfig
+from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
+from train.optim.adamw import MOMENTS, build_adamw, moments_of
+from train.optim.config import OptimConfig
+from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
+from train.planner.built_ranks import BuiltRank
+from train.schedule.cut import run_cut
+from train.schedule.nominal import planning_schedule
+from train.schedule.placement import embedding_ranks, is_mirrored
+
+
+def build_distinct_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
+    """Builds one rank for every distinct set of stages. See `train.planner.built_ranks.build_ranks`.
+
+    It initializes and destroys `torch.distributed` once for each rank.
+    """
+    schedule = planning_schedule(config, config.num_micro_batches)
+    holders: dict[frozenset[int], list[int]] = {}
+    for pipeline_rank in range(schedule.num_ranks):
+        stages = frozenset(stage for _, stage in schedule.stages_of(pipeline_rank))
+        holders.setdefault(stages, []).append(pipeline_rank)
+    return tuple(_build_rank(config, schedule, tuple(ranks)) for ranks in holders.values())
+
+
+@contextmanager
+def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
+    """Makes this process a rank of a job whose other ranks do not exist."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _build_rank(config: TrainConfig, schedule: Schedule, pipeline_ranks: tuple[int, ...]) -> BuiltRank:
+    """Builds the first data replica of the first of some pipeline ranks, and counts what it holds."""
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    rank = layout.rank(pipeline_ranks[0], 0)
+    with _fake_process_group(rank, layout.world_size):
+        groups = Groups(
+            layout,
+            mirrored=is_mirrored(schedule),
+            timeout_seconds=config.cluster.timeout_seconds,
+            embedding=embedding_ranks(schedule, config.model.mtp_depth),
+        )
+        model, units = _build_network(config, layout, schedule, groups)
+        store = GradientStore(model.parameters())
+        return BuiltRank(
+            rank=rank,
+            pipeline_rank=pipeline_ranks[0],
+            pipeline_ranks=pipeline_ranks,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            weights=_weight_bytes(config, model),
+            gradients=sum(gradient.nbytes for gradient in store.gradients()),
+            optimizer=sum(_optimizer_bytes(unit, config.optim) for unit in units),
+        )
+
+
+def _build_network(
+    config: TrainConfig, layout: Layout, schedule: Schedule, groups: Groups
+) -> tuple[Transformer, list[Unit]]:
+    """Builds this rank's part of the model, and splits its parameters as the optimizer does."""
+    cut = run_cut(config, schedule.placement)
+    held = {stage for _, stage in schedule.stages_of(layout.pipeline_index(groups.rank))}
+    experts = held_experts(config.model, config.parallelism.expert, layout.expert_index(groups.rank))
+    meta = torch.device("meta")
+    with meta:
+        model = build_model(
+            replace(ReplicaConfig.of_run(config), seed=None),
+            LocalDispatcher(config.model.num_routed_experts),
+            stage_part(config.model, held, cut, experts),
+            meta,
+        )
+    units = split_into_units(
+        group_parameters(model),
+        ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert),
+        {number: stage.parameters() for number, stage in build_stages(model, held, cut).items()},
+        StageOrders(reduction=reduction_order(schedule), first_use=first_use_order(schedule)),
+        None if groups.embedding is groups.stage else groups.embedding,
+    )
+    return model, units
+
+
+def _weight_bytes(config: TrainConfig, model: Transformer) -> int:
+    """Returns the bytes of weights, buffers, and the rotation tables that attention makes once."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    wide = torch.promote_types(weight_dtype(config.precision), torch.float32)
+    table = sum(each.nbytes for each in rotation_table(config.model, config.batch.sequence_length_tokens, wide))
+    return held + table * sum(isinstance(module, LatentAttention) for module in model.modules())
+
+
+def _optimizer_bytes(unit: Unit, config: OptimConfig) -> int:
+    """Returns the bytes of this rank's state of a unit, as the configured AdamW makes it."""
+    groups, replicas = unit.groups, unit.replicas
+    if config.sharding == "replicated":
+        return sum(_moment_bytes(parameter.numel(), parameter.dtype, config) for parameter in unit.parameters)
+    total = 0
+    for parameters, group in (
+        (groups.matrices, replicas.dense),
+        (groups.vectors, replicas.dense),
+        (groups.experts, replicas.experts),
+    ):
+        elements = sum(parameter.numel() for parameter in parameters.values())
+        shard = ceil(elements / distributed.get_world_size(group))
+        total += shard * torch.float32.itemsize + _moment_bytes(shard, torch.float32, config)
+    return total
+
+
+def _moment_bytes(num_elements: int, dtype: torch.dtype, config: OptimConfig) -> int:
+    """Returns the bytes of the moments that AdamW keeps of a tensor."""
+    # Fused AdamW refuses tensors on `meta`.
+    with FakeTensorMode():
+        weights = torch.empty(num_elements, dtype=dtype)
+        moments = moments_of(build_adamw([{"params": [weights], "weight_decay": 0.0}], config), weights)
+        return sum(moments[name].nbytes for name in MOMENTS)
