@@ -6,7 +6,7 @@ Does not import torch.
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +24,12 @@ class ClusterConfig:
         memory_reserve_bytes: part of the memory that the prediction leaves to CUDA, NCCL and the allocator.
         grace_seconds: time that ranks of the built-in launcher have to save a checkpoint before it ends them.
         max_restarts: how often the built-in launcher restarts all ranks after one was lost.
+        num_sms: streaming multiprocessors of a rank's device; None as those of the planner's rates.
+        communication_sms: how many of them dispatch and combine use; None as for the rates.
+        inter_node_bytes_per_second: rate of a rank's link to other nodes in each direction; None as for the rates.
+        intra_node_bytes_per_second: rate of a rank's link within its node in each direction; None as for the rates.
+        memory_bytes_per_second: rate of the device's memory; None as for the rates.
+        dollars_per_gpu_hour: price of a device; None if unknown.
     """
 
     device: Literal["cpu", "cuda"]
@@ -36,6 +42,12 @@ class ClusterConfig:
     memory_reserve_bytes: NonNegativeInt
     grace_seconds: PositiveFloat
     max_restarts: NonNegativeInt
+    num_sms: PositiveInt | None = None
+    communication_sms: NonNegativeInt | None = None
+    inter_node_bytes_per_second: PositiveFloat | None = None
+    intra_node_bytes_per_second: PositiveFloat | None = None
+    memory_bytes_per_second: PositiveFloat | None = None
+    dollars_per_gpu_hour: NonNegativeFloat | None = None
 
 
 @dataclass(frozen=True, slots=True)

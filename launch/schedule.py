@@ -3,7 +3,6 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
 from launch.command import command
 from launch.config.compose import compose
+from launch.config.output import write_output
 from launch.help.preview import plain_text
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
 
 # From this number of ranks times micro-batches, the computation takes about half a second or more.
 _LONG_WORK = 512
@@ -78,7 +77,7 @@ def main(overrides: Sequence[str]) -> int:
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
         print(f"computing schedules of {size}", file=sys.stderr, flush=True)
-    _write(_shown(config) if config.program == "train" else _shown_decode(config), config.out)
+    write_output(_shown(config) if config.program == "train" else _shown_decode(config), config.out)
     return 0
 
 
@@ -212,22 +211,6 @@ def _kind(row: TimedSchedule | UnavailableSchedule) -> str:
 def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
     """Returns the schedule as a run executes it: without overlap if `pairing` is sequential."""
     return ungroup(schedule) if config.pairing == "sequential" else schedule
-
-
-def _write(text: str, out: str) -> None:
-    """Writes the text to a file atomically, or to standard output if `out` is empty."""
-    if not out:
-        print(text)
-        return
-    path = Path(out)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"out: {out!r} must be a file that can be written: {error}") from error
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

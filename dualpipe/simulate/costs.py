@@ -106,11 +106,14 @@ class CostModel:
         latency: time from the end of a group to the arrival of its outputs at another rank.
         weights: memory of one copy of a rank's weights, gradients and optimizer state, in the unit of
             `StageCosts.activation`; 0 to count activations only. A rank holds one copy for each direction.
+        alone: factor on the computation of a group of one operation. It is below 1 if exchange takes part of a device
+            that computes, and an operation without another to hide its exchange has the whole device.
     """
 
     stages: tuple[StageCosts, ...]
     latency: float
     weights: float = 0.0
+    alone: float = 1.0
 
     def compute_of(self, op: Operation) -> float:
         """Returns the computation time of one operation."""
@@ -142,11 +145,18 @@ class CostModel:
 
     def duration_of(self, group: Group) -> float:
         """Returns the time of a group under perfect overlap, in which no operation is faster than alone."""
-        return overlapped_time([(self.compute_of(op), self.exchange_of(op)) for op in group])
+        return overlapped_time([(self.compute_of(op), self.exchange_of(op)) for op in group], self.alone)
 
 
-def overlapped_time(members: Sequence[tuple[float, float]]) -> float:
-    """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair)."""
+def overlapped_time(members: Sequence[tuple[float, float]], alone: float = 1.0) -> float:
+    """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair).
+
+    Args:
+        members: computation and exchange of each operation of a group.
+        alone: as in `CostModel`.
+    """
+    if len(members) == 1:
+        return alone * members[0][0] + members[0][1]
     compute = exchange = longest = 0.0
     for own_compute, own_exchange in members:
         compute += own_compute

@@ -91,6 +91,7 @@ class Timing:
         }
         self._lanes = [lanes[op[0], op[2]] for op in self.operations]
         self._durations: dict[NumberedGroup, float] = {}
+        self._alone = costs.alone
         self._needed, self._lags = self._edges(schedule, costs.latency)
         # By number: the time of each copy, and the offload that follows a forward.
         self._copies = {n: costs.copy_time_of(op) for n, op in enumerate(self.operations) if op[0] in _COPIES}
@@ -107,7 +108,7 @@ class Timing:
         known = self._durations.get(group)
         if known is None:
             lanes = [self._lanes[number] for number in group]
-            known = self._durations[group] = overlapped_time(lanes)
+            known = self._durations[group] = overlapped_time(lanes, self._alone)
         return known
 
     def compute(self, group: NumberedGroup) -> float:

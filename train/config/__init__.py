@@ -17,6 +17,7 @@ from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, ZeroOrAbove
 from model.config import Computing, ModelConfig, Products, Recomputed
+from train.config.planning import DEFAULT_COST, DEFAULT_PLAN_CHECK, CostConfig, PlanCheckConfig
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
 from train.rollout.config import RolloutConfig
@@ -224,6 +225,8 @@ class TrainConfig:
         memory_cap: live activations that the schedule may keep, in units of model/P; None: as many as it needs.
         recompute: parts of the model that the backward recomputes.
         attention: implementation of attention.
+        cost: what the planner counts in addition to the run's own steps.
+        plan: what is checked before the run starts.
         plugins: Python files that register further kinds of what a `kind` selects. The command and every rank load
             them.
     """
@@ -259,6 +262,8 @@ class TrainConfig:
     track: TrackConfig
     profile: ProfileConfig
     plugins: tuple[str, ...]
+    cost: CostConfig = DEFAULT_COST
+    plan: PlanCheckConfig = DEFAULT_PLAN_CHECK
 
     @property
     def computing(self) -> Computing:

@@ -6,7 +6,7 @@ every key and type once, by the type hints of the dataclasses.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,8 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
 
     A float may be written as a whole number, or as text such as `3e-4`, which YAML 1.1 does not read as a number.
     An int or a bool must have its own type. An instance of the dataclass may replace its mapping. A dataclass with
-    `from_plain` and `to_plain` reads and writes its own form, for example one text.
+    `from_plain` and `to_plain` reads and writes its own form, for example one text. A field with a default may be
+    missing.
 
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
     the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
@@ -76,14 +77,16 @@ def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
     values = _mapping(value, place)
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
+    optional = {field.name for field in fields(cls) if field.default is not MISSING}
     for key in values:
         if key not in names:
             path = _join(place, str(key))
             raise UnknownKeyError(f"{path}: unknown key; {nearest_key(path, [_join(place, name) for name in names])}")
     for name in names:
-        if name not in values:
+        if name not in values and name not in optional:
             raise ConfigError(f"{_join(place, name)}: missing; a value is needed ({_describe(hints[name])})")
-    return cls(**{name: _decode(hints[name], values[name], _join(place, name)) for name in names})
+    given = [name for name in names if name in values]
+    return cls(**{name: _decode(hints[name], values[name], _join(place, name)) for name in given})
 
 
 def _decode_union(members: tuple[Any, ...], value: object, place: str) -> Any:

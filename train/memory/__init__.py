@@ -6,6 +6,15 @@ No torch here; docs/memory.md has the formulas.
 from train.memory.account import JobMemory, RankMemory
 from train.memory.fitted_cut import fitted_config
 from train.memory.predict import predict_memory
-from train.memory.report import memory_lines, parts, summary_line
+from train.memory.report import memory_lines, memory_table, parts, summary_line
 
-__all__ = ["JobMemory", "RankMemory", "fitted_config", "memory_lines", "parts", "predict_memory", "summary_line"]
+__all__ = [
+    "JobMemory",
+    "RankMemory",
+    "fitted_config",
+    "memory_lines",
+    "memory_table",
+    "parts",
+    "predict_memory",
+    "summary_line",
+]

@@ -166,7 +166,10 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     """
     if config.parallelism.expert == 1:
         return 0
-    sized = replace(config, batch=replace(config.batch, ramp=None))
+    # The largest peak may be that of a smaller size of a ramp, which may have another schedule.
+    sequences = job.num_micro_batches * config.parallelism.data * config.batch.micro_sequences
+    sized = sized_run(config, sequences)
+    sized = replace(sized, memory_cap=ramp_memory_cap(sized))
     schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
     phases = [stage_phases(sizes, shape) for shape in stage_shapes(run_cut(config, schedule.placement))]
     worst = job.worst

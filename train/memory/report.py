@@ -21,13 +21,19 @@ def memory_lines(config: TrainConfig) -> list[str]:
     """
     config = fitted_config(config)
     job = predict_memory(config)
-    header = (*_COLUMNS, "update", "reserve", "total")
-    rows = [[str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks]
-    widths = [max(len(row[place]) for row in [list(header), *rows]) for place in range(len(header))]
-    table = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [list(header), *rows]
-    ]
-    return [summary_line(config, job), *table, *_notes(config, job)]
+    return [summary_line(config, job), *memory_table(job), *_notes(config, job)]
+
+
+def memory_table(job: JobMemory) -> list[str]:
+    """Returns a header and a line for each pipeline rank, with the parts of its memory in GB.
+
+    Args:
+        job: prediction of a run.
+    """
+    header = [*_COLUMNS, "update", "reserve", "total"]
+    rows = [header, *([str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def summary_line(config: TrainConfig, job: JobMemory) -> str:

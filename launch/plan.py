@@ -1,0 +1,82 @@
+"""Plans a run before it is started: memory, time, cost, layouts and hardware: `python -m launch.plan`."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from launch.command import command
+from launch.config.errors import system_errors
+from launch.config.memory_rules import check_memory
+from launch.config.output import write_output
+from launch.config.rules import check_rules
+from launch.config.run_config import write_config
+from launch.help.preview import plain_text
+from launch.planning.request import PlanRequest, read_request
+from train.config.decode import encode
+from train.config.errors import ConfigError
+from train.planner.as_json import plan_json
+from train.planner.as_text import plan_text
+from train.planner.job_plan import JobPlan, plan_job
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Plans a run and prints the plan.
+
+    Args:
+        overrides: overrides for `conf/plan.yaml`: the keys of `conf/train.yaml`, rates, and what is planned.
+
+    Returns:
+        The exit code, 0, also if the run does not fit.
+
+    Raises:
+        ConfigError, ScheduleError, CutError: an invalid configuration, or a file that cannot be written.
+    """
+    with system_errors():
+        request = read_request(overrides)
+        plan = with_advice(plan_job(request.config, request.planner))
+        write_output(_shown(plan, request), request.options.out)
+    return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the composed, checked configuration as YAML.
+
+    Args:
+        overrides: overrides for `conf/plan.yaml`.
+
+    Raises:
+        ConfigError, ScheduleError, CutError: an invalid configuration.
+    """
+    request = read_request(overrides)
+    own = {**encode(request.options), "rates": encode(request.planner.rates)}
+    values = {**write_config(request.config), **own, "efficiency": encode(request.planner.efficiency)}
+    return plain_text("plan", values)
+
+
+def with_advice(plan: JobPlan) -> JobPlan:
+    """Returns a plan whose reasons name the nearest change that fits.
+
+    Args:
+        plan: of a run.
+    """
+    if plan.fits:
+        return plan
+    try:
+        check_memory(replace(plan.config, plan=replace(plan.config.plan, check=True)), check_rules)
+    except ConfigError as error:
+        return replace(plan, reasons=(str(error),))
+    return plan
+
+
+def _shown(plan: JobPlan, request: PlanRequest) -> str:
+    if request.options.format == "json":
+        return json.dumps(plan_json(plan, request.planner), indent=1)
+    return plan_text(plan)
+
+
+if __name__ == "__main__":
+    sys.exit(command("plan", main, preview))

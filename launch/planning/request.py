@@ -1,0 +1,143 @@
+"""Reads the run that `launch.plan` plans, and rates from a group or an earlier plan."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kernels.ranges import PositiveInt
+from launch.config.compose import compose, compose_defaults, key_of
+from launch.config.groups import options, own_keys
+from launch.config.resolve import resolve
+from launch.config.rules import check_rules
+from launch.config.run_config import read_config
+from train.config import TrainConfig
+from train.config.decode import decode
+from train.config.errors import ConfigError, nearest
+from train.planner.config import EfficiencyConfig, Rates
+from train.planner.job_plan import PlannerConfig
+from train.schedule.chunks import with_chunks
+
+_RATES = "rates"
+_MOST_BYTES = 2**26
+_UNREAD = {"data.paths": "[unread]", "data.tokenizer": "null"}
+"""Values without which a run cannot start, and which a plan does not read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """What is planned and printed. See `conf/plan.yaml`."""
+
+    search: bool
+    ranks: PositiveInt | None
+    what_if: tuple[str, ...]
+    advice: bool
+    run: str | None
+    dry_run: bool
+    format: Literal["text", "json", "html"]
+    out: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """A run's configuration, the rates, and what is planned.
+
+    Attributes:
+        config: of the run, which passes the rules.
+        planner: rates and the declared factor.
+        options: what is planned and printed.
+        overrides: as the user wrote them, with values for what a plan does not read.
+    """
+
+    config: TrainConfig
+    planner: PlannerConfig
+    options: PlanOptions
+    overrides: tuple[str, ...]
+
+
+def read_request(overrides: Sequence[str]) -> PlanRequest:
+    """Composes, decodes and checks a plan's configuration. Reads no data.
+
+    Args:
+        overrides: overrides for `conf/plan.yaml`.
+
+    Raises:
+        ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
+    """
+    overrides = _with_unread(overrides)
+    values = compose("plan", _without_path(overrides))
+    own = own_keys("plan")
+    plan_options = decode(PlanOptions, {key: values[key] for key in own if key != "efficiency"})
+    planner = _planner(values, overrides)
+    run = {key: value for key, value in values.items() if key not in (*own, _RATES)}
+    return PlanRequest(config=run_config(run), planner=planner, options=plan_options, overrides=tuple(overrides))
+
+
+def run_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Decodes and checks a run's composed values, without memory and files.
+
+    Raises:
+        ConfigError, CutError, ScheduleError: an invalid configuration.
+    """
+    task = values.get("task")
+    if isinstance(task, Mapping) and task.get("steps") is None:
+        raise ConfigError("task.steps: launch.plan needs a number, as it reads no data, is null; nearest valid: 1000")
+    config = with_chunks(read_config(resolve(values)))
+    check_rules(config)
+    return config
+
+
+def _with_unread(overrides: Sequence[str]) -> list[str]:
+    """Adds values for keys that a run needs and a plan does not read."""
+    values = compose_defaults("plan", _without_path(overrides))
+    data = values.get("data")
+    missing = [key for key in _UNREAD if isinstance(data, dict) and data.get(key.partition(".")[2]) == "???"]
+    return [*overrides, *(f"{key}={_UNREAD[key]}" for key in missing)]
+
+
+def _path_of(overrides: Sequence[str]) -> str | None:
+    """Returns the value of `rates=` if it is not an option's name."""
+    chosen = [text.partition("=")[2].strip("'\"") for text in overrides if key_of(text) == _RATES]
+    return chosen[-1] if chosen and chosen[-1] not in options(_RATES) else None
+
+
+def _without_path(overrides: Sequence[str]) -> list[str]:
+    if _path_of(overrides) is None:
+        return list(overrides)
+    return [text for text in overrides if key_of(text) != _RATES]
+
+
+def _planner(values: Mapping[str, Any], overrides: Sequence[str]) -> PlannerConfig:
+    rates, efficiency, path = values[_RATES], values["efficiency"], _path_of(overrides)
+    if path is not None:
+        read = _read_plan(Path(path))
+        rates = read["rates"]
+        if not any(key_of(text).partition(".")[0] == "efficiency" for text in overrides):
+            efficiency = read["efficiency"]
+    return PlannerConfig(
+        rates=decode(Rates, rates, _RATES),  # type: ignore[arg-type]
+        efficiency=decode(EfficiencyConfig, efficiency, "efficiency"),
+    )
+
+
+def _read_plan(path: Path) -> Mapping[str, Any]:
+    """Returns the rates and the factor that a plan in JSON was computed from.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a plan.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"rates: must be one of {', '.join(options(_RATES))}, a run's folder or a plan in JSON, is {str(path)!r}; "
+            f"{nearest(str(path), options(_RATES))}"
+        )
+    if path.stat().st_size > _MOST_BYTES:
+        raise ConfigError(f"rates: {str(path)!r} must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}")
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"rates: {str(path)!r} must be a plan in JSON, is not: {error}") from error
+    if not isinstance(read, dict) or not {"rates", "efficiency"} <= read.keys():
+        raise ConfigError(f"rates: {str(path)!r} must be a plan in JSON, with keys rates and efficiency, is not")
+    return read

@@ -1,0 +1,172 @@
+"""Configuration of the planner: measured rates and one declared factor.
+
+No torch here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
+from train.schedule.layer_times import PartTimes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateReference:
+    """What the times of `KernelRates` were measured on.
+
+    Attributes:
+        tokens: tokens of a micro-batch.
+        sequence_length_tokens: tokens of a sequence.
+        hidden_size: width of a hidden state.
+        attention_parameters: weights of a layer's attention.
+        score_width: heads x (width of a key + width of a value).
+        active_expert_width: experts of a token, shared ones included, x their width.
+        rows_across_nodes: rows of a token that cross nodes.
+        parameters_per_rank: weights of the rank that updates most.
+        num_sms: streaming multiprocessors of the device.
+        communication_sms: how many of them dispatch and combine use.
+        peak_flops: dense bf16 FLOP/s of the device.
+        inter_node_bytes_per_second: rate of a rank's link to other nodes.
+        intra_node_bytes_per_second: rate of a rank's link within its node.
+    """
+
+    tokens: PositiveInt
+    sequence_length_tokens: PositiveInt
+    hidden_size: PositiveInt
+    attention_parameters: PositiveInt
+    score_width: PositiveInt
+    active_expert_width: PositiveInt
+    rows_across_nodes: PositiveFloat
+    parameters_per_rank: PositiveInt
+    num_sms: PositiveInt
+    communication_sms: PositiveInt
+    peak_flops: PositiveFloat
+    inter_node_bytes_per_second: PositiveFloat
+    intra_node_bytes_per_second: PositiveFloat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelTimes:
+    """Seconds of one pass of one layer's attention or experts, by kind of kernel.
+
+    Attributes:
+        products: matrix products of linear maps.
+        scores: the kernel of scores, softmax and mixing.
+        casts: casts and transposes for FP8.
+        other: norms, permutations, activations.
+    """
+
+    products: NonNegativeFloat
+    scores: NonNegativeFloat
+    casts: NonNegativeFloat
+    other: NonNegativeFloat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTimes:
+    """Kernel times of F, I and W."""
+
+    forward: KernelTimes
+    backward_input: KernelTimes
+    backward_weight: KernelTimes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeTimes:
+    """Seconds of one layer's exchanges."""
+
+    dispatch: NonNegativeFloat
+    combine: NonNegativeFloat
+    dispatch_backward: NonNegativeFloat
+    combine_backward: NonNegativeFloat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecomputedTimes:
+    """Seconds of one layer's I for each kind of output that the backward recomputes."""
+
+    norm: NonNegativeFloat
+    mla_up: NonNegativeFloat
+    swiglu: NonNegativeFloat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateSource:
+    """The source of the rates under some keys."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelRates:
+    """Times of kernels on a reference, which are scaled by work to other models and devices.
+
+    Attributes:
+        kind: selects this class.
+        reference: what was measured.
+        attention: kernels of one layer's attention.
+        experts: kernels of one layer's experts.
+        exchange: exchanges of one layer, without waits for other ranks.
+        recomputed: part of the times above that `recompute` causes.
+        dense_over_experts: time of a dense MLP over that of experts with the same products.
+        bf16_over_fp8: time of matrix products in bf16 over those in FP8.
+        head_flops_per_second: FLOP/s of an output head in bf16.
+        latency_seconds: time of an activation from one pipeline rank to the next.
+        optimizer_seconds: time of an update, with what of its communication nothing hides.
+        sources: where the values come from.
+    """
+
+    kind: Literal["kernels"]
+    reference: RateReference
+    attention: PassTimes
+    experts: PassTimes
+    exchange: ExchangeTimes
+    recomputed: RecomputedTimes
+    dense_over_experts: PositiveFloat
+    bf16_over_fp8: PositiveFloat
+    head_flops_per_second: PositiveFloat
+    latency_seconds: NonNegativeFloat
+    optimizer_seconds: NonNegativeFloat
+    sources: tuple[RateSource, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRates:
+    """Times of a model's parts that a run measured on its own ranks.
+
+    They hold for that model and device. Times scale with the tokens of a micro-batch.
+
+    Attributes:
+        kind: selects this class.
+        tokens: tokens of a measured micro-batch.
+        dense: a dense layer.
+        moe: a MoE layer.
+        embedding: the embedding.
+        head: the main output head.
+        mtp: all MTP modules with their heads.
+        latency_seconds: time of an activation from one pipeline rank to the next.
+        optimizer_seconds: time of a step outside the passes.
+        sources: where the values come from.
+    """
+
+    kind: Literal["measured"]
+    tokens: PositiveInt
+    dense: PartTimes
+    moe: PartTimes
+    embedding: PartTimes
+    head: PartTimes
+    mtp: PartTimes
+    latency_seconds: NonNegativeFloat
+    optimizer_seconds: NonNegativeFloat
+    sources: tuple[RateSource, ...]
+
+
+Rates = KernelRates | MeasuredRates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EfficiencyConfig:
+    """The factor on the time of a step for what no rate explains."""
+
+    unexplained: PositiveFloat

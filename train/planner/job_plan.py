@@ -1,0 +1,116 @@
+"""Plans a run: memory of every rank, time of a step, cost, and assumptions. No torch here."""
+
+from dataclasses import dataclass, replace
+
+from model.account import count_parameters, training_flops_per_token
+from train.config import TrainConfig
+from train.config.errors import ConfigError
+from train.memory import JobMemory, predict_memory, summary_line
+from train.memory.fitted_cut import fitted_cut
+from train.planner.assumptions import Assumption, assumptions
+from train.planner.config import EfficiencyConfig, KernelRates, Rates
+from train.planner.cost import JobCost, job_cost
+from train.planner.timing import TimedPlan, part_seconds, time_plan
+from train.schedule.cut import with_cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannerConfig:
+    """What a plan is computed from, in addition to the run's configuration."""
+
+    rates: Rates
+    efficiency: EfficiencyConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlan:
+    """What a run needs, how long it takes and what it costs.
+
+    Attributes:
+        config: of the run, with the planned cut and a named schedule.
+        parameters: weights of the main model.
+        flops_per_token: of training.
+        memory: predicted peak of each pipeline rank.
+        reasons: why the run does not fit; empty if it does, or if the devices' memory is unknown.
+        timed: schedule and time of a step; None if the rates do not apply.
+        untimed: why there is no time; empty if there is.
+        cost: None without a time.
+        assumptions: what the figures rest on.
+    """
+
+    config: TrainConfig
+    parameters: int
+    flops_per_token: float
+    memory: JobMemory
+    reasons: tuple[str, ...]
+    timed: TimedPlan | None
+    untimed: str
+    cost: JobCost | None
+    assumptions: tuple[Assumption, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether no rank needs more than its device has."""
+        return not self.reasons
+
+
+def plan_job(config: TrainConfig, planner: PlannerConfig) -> JobPlan:
+    """Plans a run.
+
+    Args:
+        config: of the run, which passes the rules.
+        planner: rates and the declared factor.
+
+    Raises:
+        ScheduleError, CutError: the schedule or the cut is not defined.
+    """
+    untimed = untimed_reason(config, planner.rates)
+    times = None if untimed else part_seconds(planner.rates, config)
+    config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
+    memory = predict_memory(config)
+    room, worst = config.cluster.memory_bytes, memory.worst
+    reasons = () if room is None or worst.total <= room else (summary_line(config, memory),)
+    timed = cost = None
+    if not untimed:
+        timed = time_plan(planner.rates, planner.efficiency, config)
+        cost = job_cost(config, planner.rates, planner.efficiency, timed.time)
+        config = replace(config, schedule=replace(config.schedule, kind=timed.schedule.kind))
+    return JobPlan(
+        config=config,
+        parameters=count_parameters(config.model).total,
+        flops_per_token=training_flops_per_token(config.model, config.batch.sequence_length_tokens),
+        memory=memory,
+        reasons=reasons,
+        timed=timed,
+        untimed=untimed,
+        cost=cost,
+        assumptions=() if untimed else assumptions(config, planner.rates, planner.efficiency),
+    )
+
+
+def untimed_reason(config: TrainConfig, rates: Rates) -> str:
+    """Returns why the time of a run cannot be predicted from rates, or nothing if it can.
+
+    Args:
+        config: of the run.
+        rates: measured times.
+    """
+    if not isinstance(rates, KernelRates):
+        return ""
+    if config.cluster.peak_flops is None:
+        rule = "must be known for rates of another device, is null"
+        return f"cluster.peak_flops: {rule}; nearest: cluster=h800, or rates=RUN"
+    if config.precision.kind not in ("fp8", "bf16"):
+        return f"precision: must be fp8 or bf16 for these rates, is {config.precision.kind}; nearest: precision=bf16"
+    return ""
+
+
+def require_time(plan: JobPlan) -> TimedPlan:
+    """Returns the schedule and time of a plan.
+
+    Raises:
+        ConfigError: the rates do not apply to the run.
+    """
+    if plan.timed is None:
+        raise ConfigError(plan.untimed)
+    return plan.timed

@@ -1,0 +1,197 @@
+"""Scales times of kernels to a run's model, precision and devices. No torch here.
+
+Matrix products scale with the weights of a token, scores with the heads and the length, casts and other kernels with
+the values that they read. All scale with tokens.
+"""
+
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, reduce
+from operator import add
+
+from model.account.parameters import attention_parameters
+from train.config import TrainConfig
+from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference
+from train.planner.rows import rows_per_token
+from train.schedule.layer_times import LayerTimes, PartTimes, part_times
+
+_SCALE_BYTES = 4
+_TILE = 128
+_REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
+"""Memory of an H800, on which casts were measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceScale:
+    """A run's device relative to that of the rates.
+
+    Attributes:
+        products: factor on times of matrix products and scores.
+        memory: factor on times of kernels that wait for memory.
+        inter_node: factor on times between nodes.
+        intra_node: time of a byte within a node over that of a byte between nodes of the reference.
+        alone: computation without exchange over computation next to exchange.
+    """
+
+    products: float
+    memory: float
+    inter_node: float
+    intra_node: float
+    alone: float
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, reference: RateReference) -> "DeviceScale":
+        """Returns the scale of a run's device. What its cluster does not say is as on the reference."""
+        cluster = config.cluster
+        num_sms = cluster.num_sms or reference.num_sms
+        taken = reference.communication_sms / reference.num_sms
+        if cluster.communication_sms is not None:
+            taken = min(cluster.communication_sms / num_sms, 1 - 1 / num_sms)
+        if config.parallelism.expert == 1:
+            taken = 0.0
+        busy = (1 - reference.communication_sms / reference.num_sms) / (1 - taken)
+        link = reference.inter_node_bytes_per_second
+        memory = _REFERENCE_MEMORY_BYTES_PER_SECOND
+        return cls(
+            products=busy * reference.peak_flops / (cluster.peak_flops or reference.peak_flops),
+            memory=busy * memory / (cluster.memory_bytes_per_second or memory),
+            inter_node=link / (cluster.inter_node_bytes_per_second or link),
+            intra_node=link / (cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second),
+            alone=1 - taken,
+        )
+
+
+def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens: int | None = None) -> LayerTimes:
+    """Returns the times of the parts of a run's model.
+
+    Args:
+        rates: measured on a reference.
+        config: of the run, in FP8 or bf16.
+        sequence_length_tokens: length of sequences if several ranks share each of them, so that a micro-batch has as
+            many tokens on each rank as the run's.
+    """
+    scale = _Scale(rates, config, sequence_length_tokens or config.batch.sequence_length_tokens)
+    moe = replace(
+        scale.attention + scale.experts,
+        forward_exchange=scale.exchange.dispatch + scale.exchange.combine,
+        backward_exchange=scale.exchange.dispatch_backward + scale.exchange.combine_backward,
+    )
+    return LayerTimes(
+        dense=scale.attention + scale.dense,
+        moe=moe,
+        embedding=PartTimes(),
+        head=scale.head,
+        mtp=reduce(add, [moe + scale.projection + scale.head] * config.model.mtp_depth, PartTimes()),
+        latency=rates.latency_seconds * scale.tokens * scale.width if config.parallelism.pipeline > 1 else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The work of a run's micro-batch relative to that of the reference."""
+
+    rates: KernelRates
+    config: TrainConfig
+    attended_tokens: int
+
+    @cached_property
+    def tokens(self) -> float:
+        batch = self.config.batch
+        return batch.micro_sequences * batch.sequence_length_tokens / self.rates.reference.tokens
+
+    @property
+    def width(self) -> float:
+        return self.config.model.hidden_size / self.rates.reference.hidden_size
+
+    @cached_property
+    def device(self) -> DeviceScale:
+        return DeviceScale.of_run(self.config, self.rates.reference)
+
+    @property
+    def attention(self) -> PartTimes:
+        """One layer's attention."""
+        model, reference = self.config.model, self.rates.reference
+        score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
+        # Ranks that share a longer sequence expand the latents of all its tokens to keys and values.
+        shared = self.attended_tokens / self.config.batch.sequence_length_tokens
+        expanded = model.kv_lora_rank * model.num_heads * (model.qk_nope_head_dim + model.v_head_dim)
+        part = self._part(
+            self.rates.attention,
+            products=(attention_parameters(model) + (shared - 1) * expanded) / reference.attention_parameters,
+            scores=score_width * self.attended_tokens / reference.score_width / reference.sequence_length_tokens,
+            others=self.width,
+        )
+        return self._without_recomputation(part, ("norm", "mla_up"))
+
+    @property
+    def experts(self) -> PartTimes:
+        """One layer's experts, shared ones included."""
+        model = self.config.model
+        active = (model.num_experts_per_token + model.num_shared_experts) * model.expert_intermediate_size
+        return self._mlp(active, 1.0)
+
+    @property
+    def dense(self) -> PartTimes:
+        """The MLP of a dense layer."""
+        return self._mlp(self.config.model.dense_intermediate_size, self.rates.dense_over_experts)
+
+    @property
+    def head(self) -> PartTimes:
+        """An output head, in bf16."""
+        model, batch = self.config.model, self.config.batch
+        flops = 2 * batch.micro_sequences * batch.sequence_length_tokens * model.num_head_rows * model.hidden_size
+        seconds = flops / self.rates.head_flops_per_second * self.device.products
+        return PartTimes(forward=seconds, backward_input=seconds, backward_weight=seconds)
+
+    @property
+    def projection(self) -> PartTimes:
+        """The projection of an MTP module, two hidden states to one."""
+        weights = 2 * self.config.model.hidden_size**2 / self.rates.reference.attention_parameters
+        return self._part(self.rates.attention, products=weights, scores=0.0, others=0.0)
+
+    @cached_property
+    def exchange(self) -> ExchangeTimes:
+        """The exchanges of one layer."""
+        rates, reference = self.rates.exchange, self.rates.reference
+        rows, scale = rows_per_token(self.config), self.tokens * self.width
+        nodes = rows.across_nodes / reference.rows_across_nodes * self.device.inter_node
+        within = rows.within_node / reference.rows_across_nodes * self.device.intra_node
+        # Both links work at the same time, one part of a micro-batch after the other.
+        both = max(nodes, within) * scale
+        is_fp8 = self.config.precision.kind == "fp8" or self.config.dispatch.payload == "fp8"
+        payload = 1.0 if is_fp8 else 2 / (1 + _SCALE_BYTES / _TILE)
+        return ExchangeTimes(
+            dispatch=rates.dispatch * both * payload,
+            combine=rates.combine * both,
+            dispatch_backward=rates.dispatch_backward * both,
+            combine_backward=rates.combine_backward * both * payload,
+        )
+
+    def _mlp(self, active_width: int, kind: float) -> PartTimes:
+        share = active_width / self.rates.reference.active_expert_width
+        part = self._part(self.rates.experts, products=share * self.width, scores=0.0, others=share * self.width)
+        part = part_times(kind * seconds for seconds in astuple(part))
+        return self._without_recomputation(part, ("swiglu",))
+
+    def _part(self, passes: PassTimes, *, products: float, scores: float, others: float) -> PartTimes:
+        """Returns the times of a part by its work relative to the reference's, for as many tokens."""
+
+        def seconds(kernels: KernelTimes) -> float:
+            is_fp8 = self.config.precision.kind == "fp8"
+            matrix = kernels.products * products * (1.0 if is_fp8 else self.rates.bf16_over_fp8)
+            computing = (matrix + kernels.scores * scores) * self.device.products
+            waiting = (kernels.casts * is_fp8 + kernels.other) * others * self.device.memory
+            return (computing + waiting) * self.tokens
+
+        return PartTimes(
+            forward=seconds(passes.forward),
+            backward_input=seconds(passes.backward_input),
+            backward_weight=seconds(passes.backward_weight),
+        )
+
+    def _without_recomputation(self, part: PartTimes, names: tuple[str, ...]) -> PartTimes:
+        """Returns the times without outputs that the run keeps. A run in FP8 recomputes all of them."""
+        if self.config.precision.kind == "fp8":
+            return part
+        kept = sum(getattr(self.rates.recomputed, name) for name in names if name not in self.config.recompute)
+        saved = kept * self.tokens * self.width * self.device.memory
+        return replace(part, backward_input=max(0.0, part.backward_input - saved))

@@ -1,0 +1,197 @@
+"""Predicts the time of a run's step from rates and its schedule. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+from dualpipe.generate.cache import schedules_folder
+from dualpipe.ir import Group, Op, Schedule
+from dualpipe.registry import FALLBACK, build
+from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import Simulation, simulate
+from model.account import training_flops_per_token
+from model.account.parameters import held_parameters, stage_shapes
+from train.config import TrainConfig, sized_config
+from train.planner.config import EfficiencyConfig, KernelRates, MeasuredRates, Rates
+from train.planner.scaling import DeviceScale, scaled_times
+from train.schedule.cut import run_cut, run_placement
+from train.schedule.layer_times import LayerTimes, PartTimes, part_times, stage_costs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankParts:
+    """What the time of one rank's step is spent on, in seconds.
+
+    Attributes:
+        forward: groups of F alone.
+        backward: groups of B or I, also with W, but without F.
+        weight: groups of W alone.
+        pairs: groups of an F with a B or I.
+        bubble: no group.
+    """
+
+    forward: float
+    backward: float
+    weight: float
+    pairs: float
+    bubble: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """The predicted time of a step. Times are in seconds.
+
+    The declared factor is in `step` and what follows from it, not in the parts of the step.
+
+    Attributes:
+        kind: kind of the schedule.
+        step: the whole step, with the declared factor.
+        without_factor: the same without it: busy time and bubble of a rank, and the optimizer.
+        tokens_per_second_per_gpu: processed tokens.
+        mfu: model FLOPs over peak; None if the peak is unknown.
+        bubble: idle time of the busiest rank before the optimizer.
+        exposed_exchange: exchange of the busiest rank that nothing hides.
+        optimizer: update after the passes.
+        busiest: pipeline rank that waits least.
+        ranks: parts of each pipeline rank.
+    """
+
+    kind: str
+    step: float
+    without_factor: float
+    tokens_per_second_per_gpu: float
+    mfu: float | None
+    bubble: float
+    exposed_exchange: float
+    optimizer: float
+    busiest: int
+    ranks: tuple[RankParts, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedPlan:
+    """A run's schedule with its costs in seconds, its simulation and the time of a step."""
+
+    schedule: Schedule
+    costs: CostModel
+    simulation: Simulation
+    time: StepTime
+
+
+def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+    """Returns the seconds of the parts of a run's model for one micro-batch.
+
+    Args:
+        rates: measured times.
+        config: of the run.
+        attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+    """
+    if isinstance(rates, KernelRates):
+        return scaled_times(rates, config, attended_tokens)
+    tokens = config.batch.micro_sequences * config.batch.sequence_length_tokens
+    scale = tokens / rates.tokens
+
+    def scaled(part: PartTimes) -> PartTimes:
+        own = part_times(scale * seconds for seconds in astuple(part))
+        return own if config.parallelism.expert > 1 else replace(own, forward_exchange=0.0, backward_exchange=0.0)
+
+    return LayerTimes(
+        dense=scaled(rates.dense),
+        moe=scaled(rates.moe),
+        embedding=scaled(rates.embedding),
+        head=scaled(rates.head),
+        mtp=scaled(rates.mtp),
+        latency=rates.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
+    )
+
+
+def planned_costs(rates: Rates, config: TrainConfig, attended_tokens: int | None = None) -> CostModel:
+    """Returns the costs in seconds of the stages of a run with a named schedule.
+
+    Args:
+        rates: measured times.
+        config: of the run.
+        attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+    """
+    times = part_seconds(rates, config, attended_tokens)
+    cut = run_cut(config, run_placement(config, config.schedule.kind), times)
+    alone = DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else 1.0
+    return replace(stage_costs(times, config, cut), alone=alone)
+
+
+def time_plan(
+    rates: Rates, efficiency: EfficiencyConfig, config: TrainConfig, attended_tokens: int | None = None
+) -> TimedPlan:
+    """Builds and simulates the schedule of a step of the largest batch.
+
+    Args:
+        rates: measured times.
+        efficiency: with the declared factor.
+        config: of the run, with a named schedule.
+        attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+
+    Raises:
+        ScheduleError: the schedule cannot be built.
+        CutError: the model cannot be cut into the stages.
+    """
+    config = sized_config(config, config.batch.global_sequences)
+    kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
+    config = replace(config, schedule=replace(config.schedule, kind=kind))
+    costs = planned_costs(rates, config, attended_tokens)
+    cache = schedules_folder(config.data.cache_dir)
+    pipeline = config.parallelism.pipeline
+    schedule = build(kind, pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
+    simulation = simulate(schedule, costs)
+    time = _step_time(rates, efficiency, config, schedule, simulation)
+    return TimedPlan(schedule=schedule, costs=costs, simulation=simulation, time=time)
+
+
+def _step_time(
+    rates: Rates, efficiency: EfficiencyConfig, config: TrainConfig, schedule: Schedule, simulation: Simulation
+) -> StepTime:
+    optimizer = _optimizer_seconds(rates, config, schedule)
+    without = simulation.makespan + optimizer
+    step = without * efficiency.unexplained
+    tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
+    per_gpu = tokens / step / config.parallelism.world_size
+    flops = training_flops_per_token(config.model, config.batch.sequence_length_tokens)
+    peak = config.cluster.peak_flops
+    busiest = min(range(schedule.num_ranks), key=lambda rank: simulation.idle[rank])
+    return StepTime(
+        kind=schedule.kind,
+        step=step,
+        without_factor=without,
+        tokens_per_second_per_gpu=per_gpu,
+        mfu=None if peak is None else flops * per_gpu / peak,
+        bubble=simulation.idle[busiest],
+        exposed_exchange=simulation.exposed[busiest],
+        optimizer=optimizer,
+        busiest=busiest,
+        ranks=tuple(
+            _rank_parts(groups, simulation.starts[rank], simulation.ends[rank], simulation.idle[rank])
+            for rank, groups in enumerate(schedule.ranks)
+        ),
+    )
+
+
+def _optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> float:
+    """Returns the time of the update of the rank with the most weights."""
+    if isinstance(rates, MeasuredRates):
+        return rates.optimizer_seconds
+    shapes = stage_shapes(run_cut(config, schedule.placement))
+    local = config.model.num_routed_experts // config.parallelism.expert
+    most = 0
+    for rank in range(schedule.num_ranks):
+        stages = sorted({stage for _, stage in schedule.stages_of(rank)})
+        most = max(most, held_parameters(config.model, [shapes[stage] for stage in stages], local).total)
+    return rates.optimizer_seconds * most / rates.reference.parameters_per_rank
+
+
+def _rank_parts(groups: Sequence[Group], starts: Sequence[float], ends: Sequence[float], idle: float) -> RankParts:
+    sums = {"forward": 0.0, "backward": 0.0, "weight": 0.0, "pairs": 0.0}
+    for group, start, end in zip(groups, starts, ends, strict=True):
+        kinds = {op.kind for op in group}
+        has_forward = Op.FORWARD in kinds
+        has_backward = bool(kinds & {Op.BACKWARD, Op.BACKWARD_INPUT})
+        name = "pairs" if has_forward and has_backward else "forward" if has_forward else "backward"
+        sums["weight" if kinds == {Op.BACKWARD_WEIGHT} else name] += end - start
+    return RankParts(**sums, bubble=idle)
