@@ -1,8 +1,9 @@
 """Creates the process groups of one rank, and initializes and destroys `torch.distributed`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from itertools import chain
 
 import torch
 from torch import distributed
@@ -11,6 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.config import ClusterConfig
 from comm.layout import Layout
+from comm.partitions import Slices, expert_data_partition, expert_partition, stage_partition
 
 GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 """Added to the timeout of process groups, so that the watchdog reports first: it can name the missing rank."""
@@ -64,12 +66,9 @@ class Groups:
                 f"is {layout.world_size} for {distributed.get_world_size()} ranks"
             )
         self.rank = distributed.get_rank()
-        ranks = range(layout.world_size)
-        self.expert = join_one({layout.expert_group(rank) for rank in ranks}, timeout_seconds)
-        self.stage = join_one({layout.stage_group(rank, mirrored=mirrored) for rank in ranks}, timeout_seconds)
-        self.expert_data = join_one(
-            {layout.expert_data_group(rank, mirrored=mirrored) for rank in ranks}, timeout_seconds
-        )
+        self.expert = join_one(expert_partition(layout), timeout_seconds)
+        self.stage = join_one(stage_partition(layout, mirrored=mirrored), timeout_seconds)
+        self.expert_data = join_one(expert_data_partition(layout, mirrored=mirrored), timeout_seconds)
         holders = layout.data_group(embedding)
         is_stage_group = set(holders) <= set(layout.stage_group(holders[0], mirrored=mirrored))
         self.embedding = (None if is_stage_group else make_group(holders, timeout_seconds)) or self.stage
@@ -78,14 +77,16 @@ class Groups:
         self.world = world
 
 
-def join_one(partition: set[tuple[int, ...]], timeout_seconds: float) -> ProcessGroup:
+def join_one(partition: Iterable[Slices], timeout_seconds: float) -> ProcessGroup:
     """Creates all groups of a partition of the world and returns this rank's group. See `make_group`."""
-    made = [make_group(members, timeout_seconds) for members in sorted(partition)]
-    (mine,) = (group for group in made if group is not None)
+    mine = None
+    for slices in partition:
+        mine = make_group(list(chain(*slices)), timeout_seconds) or mine
+    assert mine is not None, "a partition must contain every rank"
     return mine
 
 
-def make_group(members: tuple[int, ...], timeout_seconds: float) -> ProcessGroup | None:
+def make_group(members: Sequence[int], timeout_seconds: float) -> ProcessGroup | None:
     """Creates a group and returns it on its members, None elsewhere.
 
     All ranks call it for every group in one order. torch names a group by the number of earlier calls. A rank that

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from comm.config import ParallelismConfig
-from comm.relays import Relays
 
 
 class LayoutError(ValueError):
@@ -82,16 +81,6 @@ class Layout:
         first = rank - self.expert_index(rank)
         return tuple(range(first, first + self.parallelism.expert))
 
-    def node_groups(self, rank: int) -> set[tuple[int, ...]]:
-        """Returns this rank's expert group split by node, each part ascending."""
-        experts = self.expert_group(rank)
-        return {tuple(experts[place] for place in places) for places in self._relays(experts).members_of}
-
-    def rail_groups(self, rank: int) -> set[tuple[int, ...]]:
-        """Returns this rank's expert group split by rail. Rows cross nodes only within a rail."""
-        experts = self.expert_group(rank)
-        return {tuple(experts[place] for place in places) for places in self._relays(experts).rails()}
-
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
         """Returns the ranks of this rank's pipeline, ordered by pipeline index."""
         data_index = self.data_index(rank)
@@ -117,9 +106,6 @@ class Layout:
             for pipeline_index in self._replica_indices(rank, mirrored=mirrored)
             for data_index in range(expert_index, self.parallelism.data, self.parallelism.expert)
         )
-
-    def _relays(self, experts: tuple[int, ...]) -> Relays:
-        return Relays([self.node_of(rank) for rank in experts])
 
     def _replica_indices(self, rank: int, *, mirrored: bool) -> list[int]:
         index = self.pipeline_index(rank)

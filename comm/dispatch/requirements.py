@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from comm.config import CappedDispatchConfig, ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.layout import Layout
+from comm.partitions import distinct_expert_groups
 
 
 class DispatchRequirementError(ValueError):
@@ -72,7 +73,6 @@ def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
         return
     parallelism, ranks_per_node = site.parallelism, site.cluster.ranks_per_node
     layout = Layout(parallelism, ranks_per_node)
-    groups = {layout.expert_group(rank) for rank in range(layout.world_size)}
     most = max(
         most_nodes(
             site.num_experts,
@@ -81,7 +81,7 @@ def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
             site.tokens.num_choices,
             [layout.node_of(member) for member in group],
         )
-        for group in groups
+        for group in distinct_expert_groups(layout)
     )
     if most > config.max_nodes:
         raise DispatchRequirementError(

@@ -18,6 +18,7 @@ from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
 from comm.layout import Layout
+from comm.partitions import expert_partition, pipeline_partition
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from model.config import ModelConfig
@@ -47,9 +48,9 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
         layout: of the world.
         device: of this rank.
     """
-    timeout, ranks = config.cluster.timeout_seconds, range(layout.world_size)
-    experts = join_one({layout.expert_group(rank) for rank in ranks}, timeout)
-    pipeline = join_one({layout.pipeline_group(rank) for rank in ranks}, timeout)
+    timeout = config.cluster.timeout_seconds
+    experts = join_one(expert_partition(layout), timeout)
+    pipeline = join_one(pipeline_partition(layout), timeout)
     lane = open_lane(device)
     observers = Observers(Traffic(), CollectiveLog())
     network = ReplicaConfig.of_run(config)

@@ -29,6 +29,7 @@ from comm.dispatch.two_hop.routing import Expansion, RelayOrder, RowRouter
 from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout
+from comm.partitions import node_partition, rail_partition
 from comm.protocol import Arrived, Handle, Label, Work
 from comm.relays import Relays
 from kernels.permute import permute, unpermute
@@ -53,10 +54,8 @@ class TwoHopGroups:
     @classmethod
     def join(cls, expert: ProcessGroup, layout: Layout, timeout_seconds: float) -> Self:
         """Creates the rail and node groups. Every rank of the job calls it at the same point."""
-        firsts = {layout.expert_group(rank)[0] for rank in range(layout.world_size)}
-        rails = {rail for first in firsts for rail in layout.rail_groups(first)}
-        nodes = {node for first in firsts for node in layout.node_groups(first)}
-        return cls(expert, join_one(rails, timeout_seconds), join_one(nodes, timeout_seconds))
+        rail = join_one(rail_partition(layout), timeout_seconds)
+        return cls(expert, rail, join_one(node_partition(layout), timeout_seconds))
 
     def close(self) -> None:
         """Destroys the groups that `join` created. All ranks call it at the same point."""

@@ -1,0 +1,93 @@
+"""Enumerates the groups into which the world is split, as slices of ranks.
+
+Every rank creates every group of a partition in one order (see `comm.groups.make_group`). A partition is computed from
+the mesh one group at a time. It costs a few steps of arithmetic per group, and no rank holds it as a whole.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+from comm.layout import Layout
+from comm.relays import Relays
+
+Slices = tuple[range, ...]
+"""Ranks of one group as disjoint ascending slices. The groups of a partition are ordered by their lowest rank."""
+
+
+def expert_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields the groups of `Layout.expert_group`."""
+    size = layout.parallelism.expert
+    return ((range(first, first + size),) for first in range(0, layout.world_size, size))
+
+
+def pipeline_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields the groups of `Layout.pipeline_group`."""
+    data = layout.parallelism.data
+    return ((range(first, layout.world_size, data),) for first in range(data))
+
+
+def stage_partition(layout: Layout, *, mirrored: bool) -> Iterator[Slices]:
+    """Yields the groups of `Layout.stage_group`."""
+    for indices in _replica_indices(layout, mirrored=mirrored):
+        yield tuple(range(layout.rank(index, 0), layout.rank(index + 1, 0)) for index in indices)
+
+
+def expert_data_partition(layout: Layout, *, mirrored: bool) -> Iterator[Slices]:
+    """Yields the groups of `Layout.expert_data_group`."""
+    step = layout.parallelism.expert
+    for indices in _replica_indices(layout, mirrored=mirrored):
+        blocks = [(layout.rank(index, 0), layout.rank(index + 1, 0)) for index in indices]
+        for expert_index in range(step):
+            yield tuple(range(first + expert_index, end, step) for first, end in blocks)
+
+
+def node_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields each expert group split by node."""
+    return _split_expert_groups(layout, lambda relays: relays.members_of)
+
+
+def rail_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields each expert group split by rail. Rows cross nodes only within a rail."""
+    return _split_expert_groups(layout, Relays.rails)
+
+
+def distinct_expert_groups(layout: Layout) -> list[range]:
+    """Returns one expert group for each way in which expert groups lie on nodes.
+
+    Two groups lie on nodes in the same way if their first ranks have the same index within their nodes. At most
+    `ranks_per_node` groups differ.
+    """
+    size = layout.parallelism.expert
+    first_by_offset: dict[int, int] = {}
+    for first in range(0, layout.world_size, size):
+        if first_by_offset.setdefault(first % layout.ranks_per_node, first) != first:
+            break  # the offsets repeat from here on
+    return [range(first, first + size) for first in first_by_offset.values()]
+
+
+def _replica_indices(layout: Layout, *, mirrored: bool) -> Iterator[tuple[int, ...]]:
+    """Yields the pipeline indices that hold the same stages: pairs of mirrors, or single indices."""
+    num_indices = layout.parallelism.pipeline
+    for index in range((num_indices + 1) // 2 if mirrored else num_indices):
+        mirror = num_indices - 1 - index if mirrored else index
+        yield (index,) if mirror == index else (index, mirror)
+
+
+def _split_expert_groups(layout: Layout, split: Callable[[Relays], Sequence[Sequence[int]]]) -> Iterator[Slices]:
+    """Yields the parts of each expert group; `split` returns them as indices within the group."""
+    # The parts depend only on how the group lies on nodes, so they are computed once for each such way.
+    parts_by_offset = {}
+    for group in distinct_expert_groups(layout):
+        parts = split(Relays([layout.node_of(rank) for rank in group]))
+        parts_by_offset[group.start % layout.ranks_per_node] = [_as_slices(part) for part in parts]
+    for (group,) in expert_partition(layout):
+        for part in parts_by_offset[group.start % layout.ranks_per_node]:
+            yield tuple(group[each.start : each.stop : each.step] for each in part)
+
+
+def _as_slices(members: Sequence[int]) -> Slices:
+    """Returns ascending numbers as one slice if their distances are equal, else as one slice for each number."""
+    steps = {high - low for low, high in pairwise(members)} or {1}
+    if len(steps) == 1:
+        return (range(members[0], members[-1] + 1, *steps),)
+    return tuple(range(member, member + 1) for member in members)

@@ -1,0 +1,40 @@
+"""Measures what start-up costs in jobs of given sizes: `python -m tests.scale 2048 16384 100352`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from tests.scale import groups
+
+Figures = Mapping[str, float]
+"""Measured numbers by their names, which contain the unit."""
+
+MEASUREMENTS: list[Callable[[int], Figures]] = [groups.measure]
+"""Functions that measure a job of a given number of ranks in this process. Each has its own names of figures."""
+
+
+def main() -> None:
+    """Runs all measurements for each size, and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("num_ranks", type=int, nargs="+")
+    sizes: list[int] = parser.parse_args().num_ranks
+    columns: list[dict[str, float]] = []
+    for num_ranks in sizes:
+        began, figures = time.perf_counter(), {}
+        for measure in MEASUREMENTS:
+            figures |= measure(num_ranks)
+        columns.append(figures)
+        print(f"{num_ranks} ranks: measured in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    print(f"| of one rank | {' | '.join(f'{num_ranks:,} ranks' for num_ranks in sizes)} |")
+    print(f"| --- |{' ---: |' * len(sizes)}")
+    for name in columns[0]:
+        print(f"| {name} | {' | '.join(_number(column[name]) for column in columns)} |")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+if __name__ == "__main__":
+    main()
