@@ -74,7 +74,7 @@ def _replica_indices(layout: Layout, *, mirrored: bool) -> Iterator[tuple[int, .
 
 
 def _split_expert_groups(layout: Layout, split: Callable[[Relays], Sequence[Sequence[int]]]) -> Iterator[Slices]:
-    """Yields the parts of each expert group; `split` returns them as indices within the group."""
+    """Yields the parts of each expert group, which `split` returns as indices within the group."""
     # The parts depend only on how the group lies on nodes, so they are computed once for each such way.
     parts_by_offset = {}
     for group in distinct_expert_groups(layout):
@@ -86,7 +86,7 @@ def _split_expert_groups(layout: Layout, split: Callable[[Relays], Sequence[Sequ
 
 
 def _as_slices(members: Sequence[int]) -> Slices:
-    """Returns ascending numbers as one slice if their distances are equal, else as one slice for each number."""
+    """Returns ascending numbers as one slice if their distances are equal, else as one for each number."""
     steps = {high - low for low, high in pairwise(members)} or {1}
     if len(steps) == 1:
         return (range(members[0], members[-1] + 1, *steps),)

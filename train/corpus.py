@@ -13,8 +13,8 @@ from train.tasks.registry import TASKS
 _NO_PROGRESS = NoProgress()
 _ROUND_SECONDS = 1.0
 
-Exchange = Callable[["State"], list["State"]]
-"""Gathers the states of all ranks, in rank order. All ranks call it at the same point."""
+Exchange = Callable[["State"], "State"]
+"""Joins the states of all ranks: whether all parts are over, and the first reason. All ranks call it together."""
 State = tuple[bool, str]
 """Whether a rank's part of the preparation is over, and why it failed; empty if it did not."""
 
@@ -56,7 +56,7 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
 
     Args:
         config: of the run.
-        exchange: gathers the states; raises on every rank if the run must end.
+        exchange: joins the states; raises on every rank if the run must end.
         progress: shows how much this rank has built.
 
     Raises:
@@ -66,14 +66,13 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
     build = _Build(lambda: prepare_corpus(config, progress)) if builds else None
     while True:
         own = (True, "") if build is None else build.wait(_ROUND_SECONDS)
-        states = exchange(own)
+        are_all_over, problem = exchange(own)
         # Raise only after all ranks have received this state; an error since then is reported in the next round.
         if own[0] and build is not None and build.error is not None:
             raise build.error
-        for _, problem in states:
-            if problem:
-                raise DataError(problem)
-        if all(is_over for is_over, _ in states):
+        if problem:
+            raise DataError(problem)
+        if are_all_over:
             return
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from torch import distributed as dist
 
+from comm.agreement import compare_with_first_rank, exchange_reports, sum_over_ranks
 from comm.groups import Groups
 from comm.preemption import Preemption
 from comm.watchdog.collective_log import CollectiveLog
@@ -36,12 +36,14 @@ def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
         because torchrun restarts all ranks after any exit code.
     """
     is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (_resolve_auto_resume(config) if is_first else None, restarts))
-    config = seen[0][0]
+    sent = [_resolve_auto_resume(config) if is_first else None]
+    dist.broadcast_object_list(sent, src=0)
+    assert sent[0] is not None
+    config = sent[0]
     ended: list[int | None] = [None]
     # A machine may not have seen the restart yet, so its count may still be 0.
-    if any(count for _, count in seen):
+    (total_restarts,) = sum_over_ranks([restarts])
+    if total_restarts:
         if is_first:
             before = read_status(Path(config.out_dir))
             ended = [before.exit_code if before is not None and before.state in ("preempted", "stopped") else None]
@@ -64,13 +66,11 @@ def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Group
     Raises:
         PreemptedError: on every rank, if one rank received a preemption request.
     """
-    requests = [False] * dist.get_world_size()
     with log.collective("world", groups.world, "check for preemption"):
-        dist.all_gather_object(requests, preemption.is_requested, group=groups.world)
-    if any(requests):
-        raise PreemptedError(
-            f"{sum(requests)} of {len(requests)} ranks received a preemption request before the first step"
-        )
+        (num_requests,) = sum_over_ranks([preemption.is_requested], groups.world)
+    if num_requests:
+        num_ranks = dist.get_world_size(groups.world)
+        raise PreemptedError(f"{num_requests} of {num_ranks} ranks received a preemption request before the first step")
 
 
 def prepare_corpus_together(
@@ -85,23 +85,24 @@ def prepare_corpus_together(
         PreemptedError: on every rank, if one of them was preempted in the meantime.
     """
 
-    def exchange(state: CorpusState) -> list[CorpusState]:
+    def exchange(state: CorpusState) -> CorpusState:
         raise_if_preempted(preemption, log, groups)
-        states = [state] * dist.get_world_size()
+        is_over, problem = state
         with log.collective("world", groups.world, "preparation of the corpus"):
-            dist.all_gather_object(states, state, group=groups.world)
-        return states
+            (num_busy,) = sum_over_ranks([not is_over], groups.world)
+            problems = exchange_reports(problem or None, groups.world)
+        return num_busy == 0, problems.first_text
 
     build_together(config, exchange, progress_on() if dist.get_rank() == 0 else NoProgress())
     prepared = prepare_corpus(config)
-    fingerprints = [""] * dist.get_world_size()
     with log.collective("world", groups.world, "comparison of the corpus"):
-        dist.all_gather_object(fingerprints, prepared.fingerprint)
-    if len(set(fingerprints)) > 1:
-        other = next(rank for rank, seen in enumerate(fingerprints) if seen != fingerprints[0])
+        expected, others = compare_with_first_rank(prepared.fingerprint, groups.world)
+    if others.total:
+        other = others.first[0]
         raise DataError(
-            f"data: every rank must read the same samples; rank {other}'s fingerprint is {fingerprints[other]}, "
-            f"rank 0's {fingerprints[0]}. Machines with different Python versions embed different text"
+            f"data: every rank must read the same samples; rank {other.rank}'s fingerprint is {other.text}, "
+            f"rank 0's {expected} ({others.name_ranks()} of {dist.get_world_size()} differ). "
+            f"Machines with different Python versions embed different text"
         )
     return prepared
 

@@ -59,12 +59,12 @@ def test_every_rank_raises_the_error_of_one_preparation(tmp_path: Path, monkeypa
     """Ranks exchange states; here the other one's are played."""
     config = tiny_config(tmp_path)  # without text
 
-    def exchange(state: State) -> list[State]:
-        return [state, (True, "")]
+    def exchange(state: State) -> State:
+        return state
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(DataError, match=r"data\.paths: .* does not exist"):
         build_together(config, exchange)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DataError, match="no text there"):
-        build_together(config, lambda state: [(True, "no text there"), state])
+        build_together(config, lambda state: (True, "no text there"))

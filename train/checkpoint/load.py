@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from comm.agreement import exchange_reports
 from comm.dispatch.local import LocalDispatcher
 from data.prepare import Prepared
 from model.config import ModelConfig
@@ -85,11 +85,8 @@ def _read_metadata(folder: Path) -> Metadata:
         found = read_metadata(folder, "resume")
     except CheckpointError as error:
         found = error
-    problems = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, str(found) if isinstance(found, CheckpointError) else "")
-    for problem in problems:
-        if problem:
-            raise CheckpointError(problem)
+    if text := exchange_reports(str(found) if isinstance(found, CheckpointError) else None).first_text:
+        raise CheckpointError(text)
     assert isinstance(found, Metadata)
     return found
 

@@ -6,6 +6,7 @@ unfinished checkpoints.
 """
 
 import ctypes
+import json
 import os
 import shutil
 import warnings
@@ -19,6 +20,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from comm.agreement import exchange_reports, gather_strings
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.dcp.metadata import METADATA_NAME
@@ -153,7 +155,7 @@ class CheckpointSaver:
                 dcp_save(copied, storage_writer=writer, planner=SliceSavePlanner(), process_group=self._group)
             except CheckpointException as failure:
                 rank, (cause, _) = min(failure.failures.items())
-                raise _refusal(partial, rank, cause) from failure
+                raise _refusal(partial, f"rank {rank}", cause) from failure
         files = self._hash_all(partial)
         self._raise_on_all(self._error_of(self._finish, partial, final, step, files), partial)
         return final
@@ -176,17 +178,20 @@ class CheckpointSaver:
             raise OSError(problem)
 
     def _hash_all(self, partial: Path) -> dict[str, Digest]:
-        """Returns the sizes and hashes of all ranks' files. Each rank reads the files that it wrote."""
+        """Returns the sizes and hashes of all ranks' files on rank 0, which writes the manifest.
+
+        Each rank reads the files that it wrote. Other ranks return nothing.
+        """
         found: dict[str, Digest] = {}
 
         def read() -> None:
             found.update(digests(partial.glob(f"__{self._rank}_*")))
 
         problem = self._error_of(read)
-        seen: list[dict[str, Digest]] = [{}] * dist.get_world_size(self._group)
-        dist.all_gather_object(seen, found, group=self._group)
         self._raise_on_all(problem, partial)
-        return {name: each for part in seen for name, each in part.items()}
+        own = json.dumps([[name, each.num_bytes, each.sha256] for name, each in found.items()])
+        parts = gather_strings(own, self._group) or []
+        return {name: Digest(num_bytes, sha256) for part in parts for name, num_bytes, sha256 in json.loads(part)}
 
     def _finish(self, partial: Path, final: Path, step: int, files: dict[str, Digest]) -> None:
         """Completes the folder and renames it. Only rank 0 does so, after all ranks have written their files."""
@@ -222,18 +227,15 @@ class CheckpointSaver:
         return None
 
     def _raise_on_all(self, problem: Exception | None, place: Path) -> None:
-        """Raises the error of the lowest rank that has one on all ranks. All ranks call it."""
-        words = None if problem is None else first_line(problem)
-        seen: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(seen, words, group=self._group)
-        for rank, said in enumerate(seen):
-            if said is not None:
-                raise _refusal(place, rank, said) from problem
+        """Raises the first error on all ranks, and names the ranks that have one. All ranks call it."""
+        reports = exchange_reports(None if problem is None else first_line(problem), self._group)
+        if reports.total:
+            raise _refusal(place, reports.name_ranks(), reports.first_text) from problem
 
 
-def _refusal(place: Path, rank: int, cause: BaseException | str) -> UnsavedError:
+def _refusal(place: Path, ranks: str, cause: BaseException | str) -> UnsavedError:
     said = cause if isinstance(cause, str) else first_line(cause)
-    return UnsavedError(f"{place}: cannot be written by rank {rank}: {said}")
+    return UnsavedError(f"{place}: cannot be written by {ranks}: {said}")
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from torch import distributed as dist
 
+from comm.agreement import exchange_reports
 from data.progress import NoProgress, progress_on
 from train.checkpoint.locate import LocatedCheckpoint, locate
 from train.checkpoint.manifest import CheckpointError
@@ -75,7 +76,7 @@ def verify_together(folder: Path) -> None:
         CheckpointError: on every rank, if the checkpoint is not whole.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    problem = ""
+    problem: str | None = None
     try:
         files = listed_files(folder)
         mine = {name: files[name] for name in sorted(files)[rank::world_size]}
@@ -84,10 +85,8 @@ def verify_together(folder: Path) -> None:
             check_file(folder, name, mine[name], hashes=True)
     except CheckpointError as error:
         problem = str(error)
-    seen = [""] * world_size
-    dist.all_gather_object(seen, problem)
-    if first := next((each for each in seen if each), ""):
-        raise CheckpointError(first)
+    if text := exchange_reports(problem).first_text:
+        raise CheckpointError(text)
 
 
 def _locate_checked(path: str, check: Check) -> LocatedCheckpoint:

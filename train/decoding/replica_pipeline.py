@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from comm.agreement import exchange_reports, gather_present
 from dualpipe.decode import decode
 from dualpipe.ir import Placement
 from dualpipe.runtime.clock import open_clock
@@ -116,12 +117,17 @@ class ReplicaPipeline:
         world = self._replica.world
         return int(world.reduce(torch.tensor(number), "rounds of decoding", dist.ReduceOp.MAX))
 
-    def gather(self, value: ValueT) -> list[ValueT]:
-        """Returns the values of all ranks. All ranks call it."""
-        world, values = self._replica.world, [value] * len(self._replica.world.ranks)
+    def gather(self, value: ValueT | None) -> list[ValueT]:
+        """Implements `DecodePipeline.gather`."""
+        world = self._replica.world
         with world.log.collective("world", world.groups.world, "results of decoding"):
-            dist.all_gather_object(values, value, group=world.groups.world)
-        return values
+            return gather_present(value, world.groups.world)
+
+    def first_report(self, text: str) -> str:
+        """Implements `DecodePipeline.first_report`."""
+        world = self._replica.world
+        with world.log.collective("world", world.groups.world, "failure of decoding"):
+            return exchange_reports(text or None, world.groups.world).first_text
 
     def close(self) -> None:
         """Closes the links. All ranks call it at the same point."""

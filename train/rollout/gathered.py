@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from comm.agreement import exchange_reports, gather_present
 from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
@@ -49,11 +50,11 @@ class WholeCopy:
         self.model = build_model(config, dispatcher, whole(config.model), world.device).requires_grad_(
             requires_grad=False
         )
-        held: list[list[str]] = [[]] * len(world.ranks)
-        with world.log.collective("world", world.groups.world, "names of weights"):
-            dist.all_gather_object(held, list(named_tensors(replica.network)), group=world.groups.world)
         # The first rank that holds a tensor sends it.
-        self._senders = {name: rank for rank in reversed(world.ranks) for name in held[rank]}
+        held, names = named_tensors(replica.network), list(named_tensors(self.model))
+        holders_N = torch.tensor([world.rank if name in held else len(world.ranks) for name in names])
+        senders_N = world.reduce(holders_N, "holders of weights", dist.ReduceOp.MIN)
+        self._senders: dict[str, int] = dict(zip(names, senders_N.tolist(), strict=True))
 
     def update(self) -> None:
         """Copies the present weights, one tensor at a time, and compares their hashes. All ranks call it.
@@ -137,18 +138,16 @@ class GatheredEngine:
         """Does nothing, because the engine opened no links."""
 
     def _gather(self, own: Rollouts, problem: str) -> list[tuple[tuple[Rollout, ...], Statistics]]:
-        """Returns the rollouts and statistics of all ranks.
+        """Returns the rollouts and statistics of the ranks that continued a prompt.
 
         Raises:
             GenerateError: on every rank, if one of them has a problem.
         """
-        found = [(own.rollouts, own.statistics, problem)] * len(self._world.ranks)
-        with self._world.log.collective("world", self._world.groups.world, "rollouts of all ranks"):
-            dist.all_gather_object(found, found[0], group=self._world.groups.world)
-        for _, _, each in found:
-            if each:
-                raise GenerateError(each)
-        return [(rollouts, statistics) for rollouts, statistics, _ in found]
+        group = self._world.groups.world
+        with self._world.log.collective("world", group, "rollouts of all ranks"):
+            if text := exchange_reports(problem or None, group).first_text:
+                raise GenerateError(text)
+            return gather_present((own.rollouts, own.statistics) if own.rollouts else None, group)
 
 
 def _hash(tensor: Tensor) -> Tensor:

@@ -214,8 +214,7 @@ class PipelinedEngine:
         pipeline = self._pipeline
         while num_rounds := pipeline.largest(work.num_rounds()):
             if num_rounds >= _FAILED:
-                errors = [error for error in pipeline.gather(work.error()) if error]
-                raise GenerateError(errors[0])
+                raise GenerateError(pipeline.first_report(work.error()))
             next_rounds = {direction: last.next_rounds for direction, last in work.last_stages.items()}
             work.first_rounds = pipeline.hand_over(work.form, next_rounds, self.num_cohorts)
             self.num_rounds += num_rounds
@@ -227,10 +226,13 @@ class PipelinedEngine:
         """Gathers the rollouts of all ranks in the order of the prompts."""
         own = [to_rollouts(sequences, keeps_sets=request.keeps_sets) for sequences in work.sequences.values()]
         counts = sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
-        gathered = self._pipeline.gather((own, counts))
+        # Only the last stages continue sequences; the other ranks have nothing to send.
+        gathered = self._pipeline.gather((own, counts) if any(own) else None)
         found = {(each.prompt, each.sample): each for parts, _ in gathered for part in parts for each in part}
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
-        statistics = sum_statistics([each for _, each in gathered], max(each.seconds for _, each in gathered))
+        statistics = sum_statistics(
+            [each for _, each in gathered], max((each.seconds for _, each in gathered), default=seconds)
+        )
         rollouts = tuple(found[key] for key in order)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 

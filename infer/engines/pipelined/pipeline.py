@@ -77,6 +77,10 @@ class DecodePipeline(Protocol):
         """Returns the largest of the numbers of all ranks. All ranks call it."""
         ...
 
-    def gather(self, value: ValueT) -> list[ValueT]:
-        """Returns the values of all ranks. All ranks call it."""
+    def gather(self, value: ValueT | None) -> list[ValueT]:
+        """Returns the values of the ranks that have one, in the order of ranks. All ranks call it."""
+        ...
+
+    def first_report(self, text: str) -> str:
+        """Returns the text of the lowest rank whose text is not empty, or an empty one. All ranks call it."""
         ...

@@ -1,0 +1,169 @@
+"""Agrees on small facts over all ranks, such as errors, without an object per rank in memory.
+
+`torch.distributed.all_gather_object` puts one object of every rank on every rank, each as long as the longest. Here
+ranks exchange numbers, and then the objects of the few ranks that have one. All ranks of a group call each function at
+the same point. The objects are pickled, like those of torch: they must come from ranks of the same job.
+"""
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+MOST_REPORTS = 8
+"""Maximum number of ranks whose reports are exchanged."""
+
+_MOST_CHARACTERS = 4000
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What one rank reports."""
+
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """Reports of the ranks that have one, equal on all ranks.
+
+    Attributes:
+        total: number of ranks that have a report.
+        first: reports of the lowest of these ranks, at most `MOST_REPORTS`, by rank.
+    """
+
+    total: int
+    first: tuple[RankReport, ...]
+
+    @property
+    def first_text(self) -> str:
+        """Report of the lowest rank that has one; empty if there is none."""
+        return self.first[0].text if self.first else ""
+
+    def name_ranks(self) -> str:
+        """Returns a text such as `rank 3`, `ranks 0, 3` or `ranks 0, 1, 2, 3, 4, 5, 6, 7 and 120 others`."""
+        named = ", ".join(str(report.rank) for report in self.first)
+        num_others = self.total - len(self.first)
+        others = f" and {num_others} other{'s' * (num_others > 1)}" if num_others else ""
+        return f"rank{'s' * (self.total > 1)} {named}{others}"
+
+
+def sum_over_ranks(numbers: Sequence[int], group: ProcessGroup | None = None) -> list[int]:
+    """Returns the sum of each number over all ranks.
+
+    Args:
+        numbers: this rank's numbers; equally many on all ranks.
+        group: process group; the world by default.
+    """
+    found = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
+    distributed.all_reduce(found, group=group)
+    return [int(number) for number in found.tolist()]  # host sync
+
+
+def exchange_reports(own: str | None, group: ProcessGroup | None = None) -> Reports:
+    """Exchanges reports of ranks, such as errors. If no rank has one, it costs one all-reduce of a number.
+
+    Args:
+        own: report of this rank, cut to 4000 characters; None if it has none.
+        group: process group; the world by default.
+    """
+    (total,) = sum_over_ranks([own is not None], group)
+    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    found: list[RankReport] = []
+    for _ in range(min(total, MOST_REPORTS)):
+        # The lowest rank with a report that was not exchanged yet.
+        is_left = own is not None and (not found or rank > found[-1].rank)
+        source = _smallest(rank if is_left else size, group)
+        text = [own[:_MOST_CHARACTERS] if own is not None and rank == source else None]
+        distributed.broadcast_object_list(text, src=_global_rank(source, group), group=group)
+        found.append(RankReport(source, str(text[0])))
+    return Reports(total, tuple(found))
+
+
+def compare_with_first_rank(own: str, group: ProcessGroup | None = None) -> tuple[str, Reports]:
+    """Compares a text of all ranks with that of the group's first rank.
+
+    Args:
+        own: string of this rank.
+        group: process group; the world by default.
+
+    Returns:
+        The text of the first rank, and the reports of the ranks whose text differs.
+    """
+    expected = [own]
+    distributed.broadcast_object_list(expected, src=_global_rank(0, group), group=group)
+    return expected[0], exchange_reports(own if own != expected[0] else None, group)
+
+
+def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> list[ValueT]:
+    """Returns the values of the ranks that have one on every rank, in the order of ranks.
+
+    A rank without a value adds nothing to what the others receive, and a short value is not padded to the longest.
+
+    Args:
+        value: value of this rank, or None.
+        group: process group; the world by default.
+    """
+    content = b"" if value is None else pickle.dumps(value)
+    rank, size, device = distributed.get_rank(group), distributed.get_world_size(group), _device(group)
+    lengths_R = torch.zeros(size, dtype=torch.int64, device=device)
+    lengths_R[rank] = len(content)
+    distributed.all_reduce(lengths_R, group=group)
+    lengths_R = lengths_R.cpu()  # host sync
+    total, first = int(lengths_R.sum()), int(lengths_R[:rank].sum())
+    if total == 0:
+        return []
+    # Each rank fills its own part of the result and leaves zeros elsewhere, so a sum joins all parts.
+    joined = torch.zeros(total, dtype=torch.uint8, device=device)
+    if content:
+        joined[first : first + len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+    distributed.all_reduce(joined, group=group)
+    parts = joined.cpu().split(lengths_R[lengths_R > 0].tolist())  # host sync
+    return [pickle.loads(part.numpy().tobytes()) for part in parts]
+
+
+def gather_strings(own: str, group: ProcessGroup | None = None) -> list[str] | None:
+    """Returns the strings of all ranks on the group's first rank, in the order of ranks, else None.
+
+    Only the first rank needs memory for the others, which is as much as if all strings were as long as the longest.
+
+    Args:
+        own: string of this rank.
+        group: process group; the world by default.
+    """
+    content, device = own.encode(), _device(group)
+    longest = -_smallest(-len(content), group)
+    # The length of a string is sent in the row's first 8 bytes.
+    row = torch.frombuffer(bytearray(len(content).to_bytes(8) + content.ljust(longest, b"\0")), dtype=torch.uint8)
+    if distributed.get_rank(group) != 0:
+        distributed.gather(row.to(device), None, dst=_global_rank(0, group), group=group)
+        return None
+    rows_RB = torch.empty(distributed.get_world_size(group), len(row), dtype=torch.uint8, device=device)
+    distributed.gather(row.to(device), list(rows_RB.unbind()), dst=_global_rank(0, group), group=group)
+    rows = [each.tobytes() for each in rows_RB.cpu().numpy()]  # host sync
+    return [each[8 : 8 + int.from_bytes(each[:8])].decode() for each in rows]
+
+
+def _smallest(number: int, group: ProcessGroup | None) -> int:
+    """Returns the smallest of the numbers of all ranks."""
+    found = torch.tensor([number], dtype=torch.int64, device=_device(group))
+    distributed.all_reduce(found, op=distributed.ReduceOp.MIN, group=group)
+    return int(found.item())  # host sync
+
+
+def _global_rank(rank: int, group: ProcessGroup | None) -> int:
+    return rank if group is None else distributed.get_global_rank(group, rank)
+
+
+def _device(group: ProcessGroup | None) -> torch.device:
+    """Returns where a group's tensors must be: the current GPU for NCCL, else the host."""
+    if distributed.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
