@@ -65,7 +65,7 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
     """
-    overrides = _with_unread(overrides)
+    overrides = with_unread_data(overrides)
     values = compose("plan", _without_path(overrides))
     own = own_keys("plan")
     plan_options = decode(PlanOptions, {key: values[key] for key in own if key != "efficiency"})
@@ -88,8 +88,15 @@ def run_config(values: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def _with_unread(overrides: Sequence[str]) -> list[str]:
-    """Adds values for keys that a run needs and a plan does not read."""
+def with_unread_data(overrides: Sequence[str]) -> list[str]:
+    """Adds values for keys that a run needs and a plan does not read.
+
+    Args:
+        overrides: overrides for `conf/plan.yaml`.
+
+    Raises:
+        ConfigError: an override does not parse, or a key or an option is unknown.
+    """
     values = compose_defaults("plan", _without_path(overrides))
     data = values.get("data")
     missing = [key for key in _UNREAD if isinstance(data, dict) and data.get(key.partition(".")[2]) == "???"]
