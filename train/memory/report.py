@@ -49,7 +49,10 @@ def summary_line(config: TrainConfig, job: JobMemory) -> str:
 
 
 def parts(rank: RankMemory) -> str:
-    """Returns the parts of a rank's memory that are at least 1 % of it, the largest first."""
+    """Returns the parts of a rank's memory that are at least 1 % of it, the largest first.
+
+    They are in GB without a unit, or below 0.1 GB in MB with a unit.
+    """
     is_reducing = rank.reducing > rank.passes
     passes = rank.cool_down if is_reducing else rank.pipeline
     named = {
@@ -64,7 +67,7 @@ def parts(rank: RankMemory) -> str:
         "update": rank.update if is_reducing else 0,
     }
     shown = sorted(((size, name) for name, size in named.items() if size >= 0.01 * rank.total), reverse=True)
-    return ", ".join(f"{name} {_gb(size)}" for size, name in shown)
+    return ", ".join(f"{name} {_part(size)}" for size, name in shown)
 
 
 def gigabytes(size: int) -> str:
@@ -97,3 +100,7 @@ def _notes(config: TrainConfig, job: JobMemory) -> list[str]:
 
 def _gb(size: int) -> str:
     return f"{size / _GB:.1f}" if size >= 0.1 * _GB else f"{size / _GB:.3f}"
+
+
+def _part(size: int) -> str:
+    return f"{size / _GB:.1f}" if size >= 0.1 * _GB else gigabytes(size)
