@@ -123,10 +123,10 @@ def _peak_parts(rank: RankMemory) -> tuple[int, ...]:
     """Returns the bytes of a rank in the order of the table's columns. All but the last add up to the last."""
     is_reducing = rank.reducing > rank.passes
     passes = rank.cool_down if is_reducing else rank.pipeline
-    buffers = rank.weight_codes + rank.batch + passes.exchange + passes.transfers + passes.inside
+    buffers = rank.weight_codes + passes.exchange + passes.transfers + passes.inside
     buffers += rank.update if is_reducing else 0
     static = (rank.weights, rank.gradients, rank.optimizer)
-    return (*static, passes.activations, passes.pending, buffers, rank.reserve, rank.total)
+    return (*static, passes.activations + rank.batch, passes.pending, buffers, rank.reserve, rank.total)
 
 
 def _size(size: int, unit: float) -> str:
