@@ -21,6 +21,7 @@ from train.config.errors import ConfigError
 from train.planner.as_json import plan_json
 from train.planner.as_text import plan_text
 from train.planner.job_plan import JobPlan, plan_job
+from train.planner.page.page import plan_page
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -73,9 +74,12 @@ def with_advice(plan: JobPlan) -> JobPlan:
 
 
 def _shown(plan: JobPlan, request: PlanRequest) -> str:
-    if request.options.format == "json":
-        return json.dumps(plan_json(plan, request.planner), indent=1)
-    return plan_text(plan)
+    if request.options.format == "text":
+        return plan_text(plan)
+    values = plan_json(plan, request.planner)
+    if request.options.format == "html":
+        return plan_page(values, plan.timed, request.config.name)
+    return json.dumps(values, indent=1)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _first_line(plan: JobPlan) -> str:
 
 
 def _reason_lines(plan: JobPlan) -> list[str]:
-    """Returns the parts of the largest rank, or why the run does not fit, with the nearest change that does."""
+    """Returns the parts of the largest rank, or why the run does not fit and what would."""
     if plan.fits:
         return labeled("largest", f"{parts(plan.memory.worst)}, in GB unless MB is given")
     return [line for reason in plan.reasons for line in labeled("reason", reason)]
@@ -120,7 +120,7 @@ def _memory_lines(plan: JobPlan) -> Iterator[str]:
 
 
 def _peak_parts(rank: RankMemory) -> tuple[int, ...]:
-    """Returns the bytes of a rank in the order of the table's columns. All but the last add up to the last."""
+    """Returns the bytes of a rank in the order of the columns. All but the last add up to the last."""
     is_reducing = rank.reducing > rank.passes
     passes = rank.cool_down if is_reducing else rank.pipeline
     buffers = rank.weight_codes + passes.exchange + passes.transfers + passes.inside
