@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from train.ownership.rank_files import RankFiles, find_rank_files
 from train.records.secrets import redact
+
+LOG_FOLDER = "log"
+"""Folder of a run with the logs of ranks."""
 
 VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 """Exit codes of ranks that have detected which rank is missing."""
@@ -77,17 +81,16 @@ class ExitReason:
     code: int
 
 
-def error_path(out_dir: Path, rank: int) -> Path:
-    """Returns the file in which a rank of a run reports why it failed."""
-    return out_dir / "log" / f"rank_{rank:05d}.error.log"
+def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: str) -> None:
+    """Writes why a rank of a run failed to `rank_NNNNN.error.log`, completely or not at all.
 
-
-def write_error(path: Path, reason: ExitReason, details: str) -> None:
-    """Writes reason, exit code and details to a file, completely or not at all.
-
-    The run's folder must exist; a deleted one is not created again.
+    Args:
+        out_dir: folder of the run. It must exist; a deleted one is not created again.
+        files: of the rank.
+        reason: its text and exit code are the first two lines.
+        details: the other lines.
     """
-    path.parent.mkdir(exist_ok=True)
+    path = files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.error.log"
     partial = path.with_suffix(".partial")
     partial.write_text(redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"), encoding="utf-8")
     partial.replace(path)
@@ -101,7 +104,7 @@ def read_error(path: Path) -> ExitReason:
 
 def find_errors(out_dir: Path) -> list[Path]:
     """Returns the files of ranks that failed, in the order in which they were written."""
-    return sorted((out_dir / "log").glob("rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
+    return sorted(find_rank_files(out_dir / LOG_FOLDER, "rank_*.error.log"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def find_verdict(out_dir: Path) -> tuple[Path, ExitReason] | None:

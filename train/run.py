@@ -26,6 +26,7 @@ from train.errors import CallbackError, PreemptedError, RescuedError, StoppedErr
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig
+from train.ownership.rank_files import RankFiles
 from train.records.crash_report import CrashReporter
 from train.records.display import PhaseLines
 from train.records.events import try_append_event
@@ -68,7 +69,7 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     preemption = Preemption.of_process()
     member = Membership.from_environment()
     log = CollectiveLog()
-    crash_reporter = CrashReporter(member.rank, log, reports_on_stderr=reports_on_stderr)
+    crash_reporter = CrashReporter(RankFiles.of_run(config, member.rank), log, reports_on_stderr=reports_on_stderr)
     crash_reporter.out_dir = Path(config.out_dir) if config.out_dir else None
     lines = PhaseLines(partial(print, flush=True) if member.rank == 0 else None)
     with lines.timed("start of the ranks"):

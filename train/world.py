@@ -19,6 +19,7 @@ from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
+from train.ownership.rank_files import RankFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,11 @@ class World:
     def ranks(self) -> range:
         """All ranks of the job."""
         return range(self.layout.world_size)
+
+    @property
+    def files(self) -> RankFiles:
+        """Places of this rank's own files in a run's folder."""
+        return RankFiles(self.rank, self.layout.world_size, self.layout.ranks_per_node)
 
     @property
     def pipeline_index(self) -> int:

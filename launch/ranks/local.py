@@ -43,7 +43,8 @@ from launch.ranks.supervisor import (
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.errors import VERDICT_CODES, ExitReason, error_path, write_error
+from train.errors import VERDICT_CODES, ExitReason, find_errors, write_error
+from train.ownership.rank_files import RankFiles
 from train.records.events import append_event
 from train.records.status import read_status, write_end
 from train.records.terminal import guard_terminal
@@ -151,7 +152,7 @@ def _run_once(
 
     Returns the exit code, and the reason for a failure that no rank reported.
     """
-    for stale in (folder / "log").glob("rank_*.error.log"):
+    for stale in find_errors(folder):
         stale.unlink()
     try:
         with scratch_folder() as scratch:
@@ -249,8 +250,9 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         text = str(error) if code == EXIT_CONFIGURATION else f"{type(error).__name__}: {error}"
         first_line = next(iter(text.splitlines()), type(error).__name__)
         rank, details = int(os.environ["RANK"]), "".join(traceback.format_exception(error))
+        files = RankFiles(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
         try:
-            write_error(error_path(Path(folder), rank), ExitReason(first_line, code), details)
+            write_error(Path(folder), files, ExitReason(first_line, code), details)
         except OSError as unwritten:  # for example a full disk, which may also be the original error
             print_redacted(f"rank {rank}: {first_line}", f"{details}This report cannot be written: {unwritten}")
         time.sleep(_NOTICE_SECONDS)

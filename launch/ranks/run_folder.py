@@ -17,6 +17,7 @@ from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.ownership.lock_file import LOCK_NAME, refuse_if_in_use
+from train.ownership.rank_files import is_node_folder
 from train.ownership.run_lock import RunLock, acquire
 from train.records.events import append_event
 
@@ -222,7 +223,16 @@ def check_content(folder: Path) -> None:
         elif name in _FOLDERS:
             _check_folder(entry)
     if (folder / "log").is_dir():
-        for entry in sorted(os.scandir(folder / "log"), key=lambda entry: entry.name):
+        _check_rank_files(folder / "log")
+
+
+def _check_rank_files(folder: Path) -> None:
+    """Checks the entries of a folder with a file for each rank; large jobs have a subfolder for each node."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_node_folder(entry.name) and entry.is_dir(follow_symlinks=False):
+            for inner in os.scandir(entry):
+                _check_file(inner)
+        else:
             _check_file(entry)
 
 

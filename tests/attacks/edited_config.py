@@ -10,7 +10,8 @@ from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
 from tests.tiny import tiny_config
 from train.config import TrainConfig
-from train.errors import ExitReason, error_path, write_error
+from train.errors import ExitReason, write_error
+from train.ownership.rank_files import RankFiles
 
 
 def edit_then_read(config: TrainConfig) -> int:
@@ -20,7 +21,7 @@ def edit_then_read(config: TrainConfig) -> int:
         (folder / "first").touch()
         with (folder / "config.yaml").open("a") as file:
             file.write(f"out_dir: elsewhere\nx: !!python/object/apply:os.system ['touch {folder / 'proof'}']\n")
-        write_error(error_path(folder, 0), ExitReason("rank 0 is lost", EXIT_LOST), "")
+        write_error(folder, RankFiles.of_run(config, 0), ExitReason("rank 0 is lost", EXIT_LOST), "")
         return sys.exit(EXIT_LOST)
     (folder / "second").write_text(config.out_dir)
     return 0

@@ -41,7 +41,7 @@ def rehash(folder: Path) -> None:
     path = folder / MANIFEST_NAME
     record = json.loads(path.read_text())
     del record["sha256"]
-    files = digests(file for file in folder.iterdir() if file.name != MANIFEST_NAME)
+    files = digests(folder, (file for file in folder.iterdir() if file.name != MANIFEST_NAME))
     record["files"] = {name: found.as_json() for name, found in files.items()}
     path.write_text(json.dumps({**record, "sha256": record_hash(record)}))
 

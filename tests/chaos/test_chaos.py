@@ -123,7 +123,7 @@ def test_differences_from_the_uninterrupted_run_are_detected(
                 path.unlink() if path.suffix == ".distcp" or path.name == ".metadata" else None
             dcp_save(state, checkpoint_id=last, no_dist=True)
             record = read_manifest(last)
-            files = digests(path for path in last.iterdir() if path.name != MANIFEST_NAME)
+            files = digests(last, (path for path in last.iterdir() if path.name != MANIFEST_NAME))
             record = {**record, "files": {name: digest.as_json() for name, digest in files.items()}}
             del record["sha256"]
             (last / MANIFEST_NAME).write_text(json.dumps({**record, "sha256": record_hash(record)}))

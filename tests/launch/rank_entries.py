@@ -21,7 +21,8 @@ from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.errors import ExitReason, error_path, write_error
+from train.errors import ExitReason, write_error
+from train.ownership.rank_files import RankFiles
 
 WORLD_SIZE = 4
 GRACE_SECONDS = 3
@@ -119,7 +120,8 @@ def one_is_killed_at_first(config: TrainConfig) -> int:
     if rank() == 3 and number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank() == 3 and number == 1:
-        write_error(error_path(Path(config.out_dir), 3), ExitReason("rank 1 is lost: gone", EXIT_LOST), "details")
+        reason = ExitReason("rank 1 is lost: gone", EXIT_LOST)
+        write_error(Path(config.out_dir), RankFiles.of_run(config, 3), reason, "details")
         os._exit(EXIT_LOST)
     if number < 2:
         sleep_on()
@@ -152,7 +154,7 @@ def one_is_stopped(config: TrainConfig) -> int:
     if rank() == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
     word = ExitReason("rank 2 did not reach a collective within 4 s", EXIT_HANG)
-    write_error(error_path(Path(config.out_dir), rank()), word, "details")
+    write_error(Path(config.out_dir), RankFiles.of_run(config, rank()), word, "details")
     os._exit(EXIT_HANG)
 
 

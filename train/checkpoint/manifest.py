@@ -19,6 +19,7 @@ from model.hf.json_file import read_json
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
+from train.ownership.rank_files import is_node_folder
 
 FORMAT_VERSION = 3
 _LARGEST_STEP = 2**53
@@ -63,9 +64,19 @@ def digest(path: Path) -> Digest:
         return Digest(file.tell(), found)
 
 
-def digests(paths: Iterable[Path]) -> dict[str, Digest]:
-    """Returns the sizes and hashes of several files, by name."""
-    return {path.name: digest(path) for path in sorted(paths)}
+def digests(folder: Path, paths: Iterable[Path]) -> dict[str, Digest]:
+    """Returns the sizes and hashes of several files of a checkpoint, by their names within its folder."""
+    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(paths)}
+
+
+def is_file_name(name: str) -> bool:
+    """Returns whether a checkpoint may contain a file of this name.
+
+    It is a plain name, in a checkpoint of many ranks also in the subfolder of a node.
+    """
+    folder, separator, plain = name.rpartition("/")
+    is_plain = Path(plain).name == plain and plain not in ("", "..") and "\0" not in plain
+    return is_plain and (not separator or is_node_folder(folder))
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
@@ -118,7 +129,7 @@ def write_weights_manifest(folder: Path, model: ModelConfig, preserved: Mapping[
 
 def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest] | None) -> None:
     if files is None:
-        files = digests(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
+        files = digests(folder, (path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME))
     listed = {name: found.as_json() for name, found in sorted(files.items())}
     record = {"format_version": FORMAT_VERSION, **record, "files": listed}
     text = json.dumps({**record, "sha256": record_hash(record)}, indent=2)

@@ -24,7 +24,7 @@ from comm.agreement import exchange_reports, gather_strings
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.dcp.metadata import METADATA_NAME
-from train.checkpoint.dcp.storage import SyncedWriter
+from train.checkpoint.dcp.storage import SyncedWriter, sync
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
 from train.checkpoint.manifest import (
     SCHEDULE_NAME,
@@ -151,7 +151,7 @@ class CheckpointSaver:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
             try:
-                writer = SyncedWriter(partial)
+                writer = SyncedWriter(partial, self._learner.world.files)
                 dcp_save(copied, storage_writer=writer, planner=SliceSavePlanner(), process_group=self._group)
             except CheckpointException as failure:
                 rank, (cause, _) = min(failure.failures.items())
@@ -185,7 +185,7 @@ class CheckpointSaver:
         found: dict[str, Digest] = {}
 
         def read() -> None:
-            found.update(digests(partial.glob(f"__{self._rank}_*")))
+            found.update(digests(partial, self._learner.world.files.folder(partial).glob(f"__{self._rank}_*")))
 
         problem = self._error_of(read)
         self._raise_on_all(problem, partial)
@@ -208,13 +208,13 @@ class CheckpointSaver:
             own.append(partial / name)
         own += self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
         for path in own:
-            _sync(path)
+            sync(path)
         config, record = self._config, self._preserved.record()
-        files |= digests(own)
+        files |= digests(partial, own)
         write_manifest(partial, step, config, self._prepared.fingerprint, files, record, self._learner.replica.cut)
-        _sync(partial)
+        sync(partial)
         replace_folder(partial, final)
-        _sync(self._root)
+        sync(self._root)
         if config.checkpointing.keep is not None:
             _remove_older(final, config.checkpointing.keep)
 
@@ -236,15 +236,6 @@ class CheckpointSaver:
 def _refusal(place: Path, ranks: str, cause: BaseException | str) -> UnsavedError:
     said = cause if isinstance(cause, str) else first_line(cause)
     return UnsavedError(f"{place}: cannot be written by {ranks}: {said}")
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_older(newest: Path, num_kept: int) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 from data.progress import NoProgress, Progress
 from model.account import count_parameters
 from model.config import ModelConfig
-from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, digest, read_manifest, record_hash
+from train.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    digest,
+    is_file_name,
+    read_manifest,
+    record_hash,
+)
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
@@ -90,7 +97,7 @@ def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None
     Raises:
         CheckpointError: the file is missing, has another size or content, or is not a regular file in the folder.
     """
-    if not isinstance(listed, dict) or Path(name).name != name or name in ("", "..") or "\0" in name:
+    if not isinstance(listed, dict) or not is_file_name(name):
         raise CheckpointError(f"manifest.json must list files in its folder, lists {name[:_LONGEST_NAME]!r}")
     path = folder / name
     try:

@@ -12,7 +12,8 @@ from pathlib import Path
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.verdict import Verdict
-from train.errors import ExitReason, error_path, write_error
+from train.errors import LOG_FOLDER, ExitReason, write_error
+from train.ownership.rank_files import RankFiles
 from train.records.status import write_end
 
 LOGGER = logging.getLogger("train")
@@ -27,17 +28,17 @@ class CrashReporter:
 
     out_dir: Path | None
 
-    def __init__(self, rank: int, log: CollectiveLog, *, reports_on_stderr: bool) -> None:
+    def __init__(self, files: RankFiles, log: CollectiveLog, *, reports_on_stderr: bool) -> None:
         """Writes nothing yet.
 
         Args:
-            rank: of this process.
+            files: of this rank.
             log: collectives of this process.
             reports_on_stderr: whether the report is also printed on stderr. The built-in launcher reads the files and
                 prints each report once itself, so its ranks set False.
         """
         self.out_dir = None
-        self._rank = rank
+        self._files = files
         self._log = log
         self._reports_on_stderr = reports_on_stderr
 
@@ -46,11 +47,11 @@ class CrashReporter:
         if self._reports_on_stderr:
             # One write, because all ranks may print at the same time and the launcher gave them one stderr.
             with suppress(OSError):
-                os.write(sys.stderr.fileno(), f"error: rank {self._rank} ends: {verdict.text}\n".encode())
+                os.write(sys.stderr.fileno(), f"error: rank {self._files.rank} ends: {verdict.text}\n".encode())
         LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
         if self.out_dir is None or verdict.code == EXIT_OTHER:
             return
-        if self._rank in (0, verdict.judge):
+        if self._files.rank in (0, verdict.judge):
             # If rank 0 is lost, the rank that detected it writes the status.
             with suppress(OSError):
                 write_end(self.out_dir, "lost", verdict.code, verdict.text)
@@ -59,10 +60,11 @@ class CrashReporter:
             self._write_files(self.out_dir, verdict)
 
     def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
-        path = error_path(out_dir, self._rank)
         waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
-        write_error(path, ExitReason(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}")
-        path.with_suffix("").with_suffix(".operations.jsonl").write_text(self._operations(), encoding="utf-8")
+        reason, details = ExitReason(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}"
+        write_error(out_dir, self._files, reason, details)
+        path = self._files.folder(out_dir / LOG_FOLDER) / f"{self._files.stem}.operations.jsonl"
+        path.write_text(self._operations(), encoding="utf-8")
 
     def _operations(self) -> str:
         """Returns the last collectives and transfers, one JSON object per line, the oldest first."""

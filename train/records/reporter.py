@@ -12,6 +12,8 @@ from torch import distributed as dist
 
 from train.balance import Balance, LoadLines
 from train.config import TrainConfig
+from train.errors import LOG_FOLDER
+from train.ownership.rank_files import RankFiles
 from train.records.display import Display, open_console
 from train.records.json_lines import JsonLines
 from train.records.metrics import Recorder, Wandb
@@ -102,8 +104,8 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
         OSError: a file cannot be opened.
     """
     rank, out_dir = dist.get_rank(), Path(config.out_dir)
-    (out_dir / "log").mkdir(exist_ok=True)
-    log = _RankLog(out_dir / "log" / f"rank_{rank:05d}.log")
+    files = RankFiles.of_run(config, rank)
+    log = _RankLog(files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(log)
     logging.getLogger("train").setLevel(logging.INFO)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from model.hf.names import weights
 from train.checkpoint.dcp.records import GlobalName, ObjectRecord, RecordError, read_records, shown
-from train.checkpoint.manifest import CheckpointError, read_model
+from train.checkpoint.manifest import CheckpointError, is_file_name, read_model
 
 METADATA_NAME = ".metadata"
 
@@ -63,7 +63,7 @@ class ChunkLocation:
     """The bytes of a file that hold one chunk of a tensor.
 
     Attributes:
-        relative_path: plain name of a file in the checkpoint's folder.
+        relative_path: name of a file in the checkpoint's folder (see `train.checkpoint.manifest.is_file_name`).
         offset: of the chunk, in bytes.
         length: of the chunk, in bytes.
     """
@@ -175,7 +175,7 @@ def _place(value: Any) -> ChunkLocation:
     fields = _fields(value, _PLACE)
     path, offset, length = (fields.get(key) for key in ("relative_path", "offset", "length"))
     name = _text(path)
-    if Path(name).name != name or name in ("", "..") or "\0" in name:
+    if not is_file_name(name):
         raise RecordError(f"must name files in its folder, names '{shown(name)}'")
     if fields.get("transform_descriptors"):
         raise RecordError(f"{shown(name)}: must hold tensors without transformation, is transformed")

@@ -1,5 +1,7 @@
 """Reads and writes DCP's storage: reads only tensors, from files whose content is checked."""
 
+import os
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch.futures import Future
 from train.checkpoint.dcp.metadata import ChunkLocation
 from train.checkpoint.dcp.records import RecordError, shown
 from train.checkpoint.dcp.tensor_file import read_tensor
+from train.ownership.rank_files import RankFiles
 
 
 class TensorsReader(FileSystemReader):
@@ -91,9 +94,16 @@ def _chunk_shape(stored: TensorStorageMetadata, index: MetadataIndex) -> torch.S
 class SyncedWriter(FileSystemWriter):
     """A writer of one synced file per rank, which reports the system's error if it cannot write."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens nothing yet."""
+    def __init__(self, folder: Path, files: RankFiles) -> None:
+        """Opens nothing yet.
+
+        Args:
+            folder: of the checkpoint.
+            files: of this rank. In a large job its file is in the subfolder of its node.
+        """
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
+        self._folder = folder
+        self._files = files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes every tensor of the plan.
@@ -103,7 +113,7 @@ class SyncedWriter(FileSystemWriter):
                 writing fails in the middle of a tensor, and DCP sends an exception to other ranks without its context.
         """
         try:
-            return super().write_data(plan, planner)
+            return self._write(plan, planner)
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -111,3 +121,23 @@ class SyncedWriter(FileSystemWriter):
             if cause is None:
                 raise
             raise cause from None
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not self._files.subfolder:
+            return super().write_data(plan, planner)
+        folder = self._files.make_folder(self._folder)
+        # DCP puts the prefix before the file's name, and records the result as the place of each tensor.
+        prefix = f"{self._files.subfolder}/{plan.storage_data.prefix}"
+        plan = replace(plan, storage_data=replace(plan.storage_data, prefix=prefix))
+        written = super().write_data(plan, planner)
+        sync(folder)
+        return written
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,34 +16,24 @@ from safetensors.numpy import save
 
 from infer.engines.protocol import PROMPT_SAMPLE, RouteKey, SampledRoutes
 from model.router import RouteError
+from train.ownership.rank_files import RankFiles, find_rank_files
 from train.rollout.routes.exchange import checked_record
 
 _PROMPT, _ORIGIN = "prompt", "origin"
 
 
-def routes_path(folder: Path, step: int, rank: int) -> Path:
-    """Returns the file with a rank's records of a rollout.
-
-    Args:
-        folder: of all rollouts of the run.
-        step: first training step that learns from the rollout, from 1.
-        rank: of the job.
-    """
-    return folder / f"step-{step:08}.routes-{rank}.safetensors"
-
-
-def write_routes(folder: Path, step: int, rank: int, routes: SampledRoutes, origin: str) -> Path:
+def write_routes(folder: Path, step: int, files: RankFiles, routes: SampledRoutes, origin: str) -> Path:
     """Writes the records of a rank. When this returns, the file is whole and on the disk.
 
     Args:
         folder: of all rollouts of the run.
         step: first training step that learns from the rollout, from 1.
-        rank: of the job.
+        files: of the rank.
         routes: the rank's records.
         origin: identifies the weights and settings that sampled the tokens.
     """
-    path = routes_path(folder, step, rank)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = files.make_folder(folder) / _file_name(step, files.rank)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         records = {_to_name(key): ids_TK for key, ids_TK in routes.ids.items()}
@@ -56,7 +46,7 @@ def write_routes(folder: Path, step: int, rank: int, routes: SampledRoutes, orig
     return path
 
 
-def read_routes(folder: Path, step: int, rank: int, held: Mapping[RouteKey, int], origin: str) -> SampledRoutes:
+def read_routes(folder: Path, step: int, files: RankFiles, held: Mapping[RouteKey, int], origin: str) -> SampledRoutes:
     """Reads records from the files of all ranks.
 
     The rank's own file is read first, because it has all records if the layout is the same. Files of another origin are
@@ -65,7 +55,7 @@ def read_routes(folder: Path, step: int, rank: int, held: Mapping[RouteKey, int]
     Args:
         folder: of all rollouts of the run.
         step: first training step that learns from the rollout, from 1.
-        rank: of the job.
+        files: of the rank.
         held: number of tokens of each record that this rank needs.
         origin: as when the records were written.
 
@@ -73,7 +63,7 @@ def read_routes(folder: Path, step: int, rank: int, held: Mapping[RouteKey, int]
         RouteError: a file cannot be read, or a record is missing or has another length.
     """
     found: dict[RouteKey, NDArray[np.generic]] = {}
-    for path in _paths(folder, step, rank):
+    for path in _paths(folder, step, files):
         missing = [key for key in held if key not in found]
         if not missing:
             break
@@ -92,11 +82,15 @@ def read_routes(folder: Path, step: int, rank: int, held: Mapping[RouteKey, int]
     return SampledRoutes(ids={key: checked_record(found, key, num_tokens) for key, num_tokens in held.items()})
 
 
-def _paths(folder: Path, step: int, rank: int) -> Iterator[Path]:
-    own = routes_path(folder, step, rank)
+def _paths(folder: Path, step: int, files: RankFiles) -> Iterator[Path]:
+    own = files.folder(folder) / _file_name(step, files.rank)
     if own.exists():
         yield own
-    yield from sorted(path for path in folder.glob(f"step-{step:08}.routes-*.safetensors") if path != own)
+    yield from sorted(path for path in find_rank_files(folder, _file_name(step, "*")) if path != own)
+
+
+def _file_name(step: int, rank: int | str) -> str:
+    return f"step-{step:08}.routes-{rank}.safetensors"
 
 
 def _checksum(ids_TK: NDArray[np.generic]) -> str:

@@ -54,7 +54,7 @@ def save_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
     world, problem = replica.world, ""
     try:
         write_routes(
-            out_dir / FOLDER_NAME, rollout.header.step, world.rank, rollout.routes.sampled, _origin(rollout.header)
+            out_dir / FOLDER_NAME, rollout.header.step, world.files, rollout.routes.sampled, _origin(rollout.header)
         )
     except OSError as error:
         problem = f": {error}"
@@ -82,7 +82,7 @@ def load_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
     found = None
     try:
         folder, header = out_dir / FOLDER_NAME, rollout.header
-        sampled = read_routes(folder, header.step, world.rank, held, _origin(header))
+        sampled = read_routes(folder, header.step, world.files, held, _origin(header))
         found = RolloutRoutes(sampled=sampled, requests=requests)
     except RouteError:
         found = None

@@ -22,6 +22,7 @@ from tests.tiny import MODEL
 from tests.train.job import task_of
 from tests.train.test_decoding import PROMPTS, Layout, config_of, held_keys, local, opened, sorted_ids
 from train.config import TrainConfig
+from train.ownership.rank_files import RankFiles
 from train.replica import Replica
 from train.rollout.pack import BatchShape, PackedBatches, TrainedAnswer, pack_all
 from train.rollout.routes.exchange import BatchRoutes, TrainedRoutes, exchange_routes
@@ -149,9 +150,9 @@ def replay(config: TrainConfig, folder: Path, known: Known, number: int, reads: 
         sampled, reread = made.routes, not reads
         assert sampled is not None
         if number == 0:
-            write_routes(folder, STEP, replica.world.rank, sampled, "here")
+            write_routes(folder, STEP, replica.world.files, sampled, "here")
         if reads:
-            read = read_routes(folder, STEP, replica.world.rank, held_keys(replica, made.rollouts), "here")
+            read = read_routes(folder, STEP, replica.world.files, held_keys(replica, made.rollouts), "here")
             reread, sampled = sorted_ids(read) == sorted_ids(sampled), read
         packed, answers = pack(made.rollouts)
         assert len(packed.batches) > 1
@@ -281,20 +282,20 @@ def test_missing_torn_and_changed_files_are_refused(tmp_path: Path) -> None:
     held = {key: len(ids_TK) for key, ids_TK in RECORDS.items()}
     first, second = ({key: RECORDS[key]} for key in RECORDS)
     with pytest.raises(RouteError, match="prompt 4, sample -1, layer 1: no experts are recorded"):
-        read_routes(tmp_path, STEP, 0, held, "here")
-    write_routes(tmp_path, STEP, 0, SampledRoutes(ids=first), "here")
-    path = write_routes(tmp_path, STEP, 1, SampledRoutes(ids=second), "here")
+        read_routes(tmp_path, STEP, RankFiles(0, 3, 3), held, "here")
+    write_routes(tmp_path, STEP, RankFiles(0, 3, 3), SampledRoutes(ids=first), "here")
+    path = write_routes(tmp_path, STEP, RankFiles(1, 3, 3), SampledRoutes(ids=second), "here")
     for rank in (0, 1, 2):
-        read = read_routes(tmp_path, STEP, rank, held, "here")
+        read = read_routes(tmp_path, STEP, RankFiles(rank, 3, 3), held, "here")
         assert all(np.array_equal(ids_TK, RECORDS[key]) for key, ids_TK in read.ids.items())
     with pytest.raises(RouteError, match="must have the experts of 9 tokens, has those of 2"):
-        read_routes(tmp_path, STEP, 0, dict.fromkeys(held, 9), "here")
+        read_routes(tmp_path, STEP, RankFiles(0, 3, 3), dict.fromkeys(held, 9), "here")
     with pytest.raises(RouteError, match="prompt 4, sample -1, layer 1: no experts are recorded"):
-        read_routes(tmp_path, STEP, 0, held, "elsewhere")
+        read_routes(tmp_path, STEP, RankFiles(0, 3, 3), held, "elsewhere")
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"\1")
     with pytest.raises(RouteError, match=r"routes-1.safetensors: 4.1.1 was changed after it was written"):
-        read_routes(tmp_path, STEP, 0, held, "here")
+        read_routes(tmp_path, STEP, RankFiles(0, 3, 3), held, "here")
     path.write_bytes(content[:-1])
     with pytest.raises(RouteError, match=r"routes-1.safetensors: cannot be read"):
-        read_routes(tmp_path, STEP, 0, held, "here")
+        read_routes(tmp_path, STEP, RankFiles(0, 3, 3), held, "here")

@@ -1,0 +1,70 @@
+"""Computes where each rank's own files are in a run's folder.
+
+Up to `MOST_FLAT_RANKS` ranks, files of all ranks share a folder. In larger jobs each node has a subfolder, because a
+folder with 100,000 files is slow to list, and file systems serialize the nodes that create files in it.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from train.config import TrainConfig
+
+MOST_FLAT_RANKS = 1024
+"""Largest number of ranks whose files share a folder."""
+
+_NODE_FOLDER = re.compile(r"node_[0-9]{6}")
+
+
+@dataclass(frozen=True, slots=True)
+class RankFiles:
+    """Places and names of one rank's files.
+
+    Attributes:
+        rank: of the job.
+        num_ranks: number of ranks of the job.
+        ranks_per_node: consecutive ranks whose files share a subfolder in a large job.
+    """
+
+    rank: int
+    num_ranks: int
+    ranks_per_node: int
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, rank: int) -> Self:
+        """Returns the files of a rank of a run."""
+        return cls(rank, config.parallelism.world_size, config.cluster.ranks_per_node)
+
+    @property
+    def subfolder(self) -> str:
+        """Subfolder of the rank's files, such as `node_000012`; empty if the job has no subfolders."""
+        return f"node_{self.rank // self.ranks_per_node:06d}" if self.num_ranks > MOST_FLAT_RANKS else ""
+
+    @property
+    def stem(self) -> str:
+        """First part of a file's name, such as `rank_00003`. Names of all ranks of a job sort by rank."""
+        return f"rank_{self.rank:06d}" if self.subfolder else f"rank_{self.rank:05d}"
+
+    def folder(self, parent: Path) -> Path:
+        """Returns the folder of the rank's files in a folder of the run."""
+        return parent / self.subfolder
+
+    def make_folder(self, parent: Path) -> Path:
+        """Creates the folder of the rank's files, and returns it.
+
+        The run's folder, which contains `parent`, must exist; a deleted one is not created again.
+        """
+        parent.mkdir(exist_ok=True)
+        self.folder(parent).mkdir(exist_ok=True)
+        return self.folder(parent)
+
+
+def find_rank_files(parent: Path, pattern: str) -> list[Path]:
+    """Returns the files of all ranks in a folder of a run whose names match a pattern, in any order."""
+    return [*parent.glob(pattern), *parent.glob(f"node_*/{pattern}")]
+
+
+def is_node_folder(name: str) -> bool:
+    """Returns whether a name is that of a subfolder for the ranks of a node."""
+    return _NODE_FOLDER.fullmatch(name) is not None
