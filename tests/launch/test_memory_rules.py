@@ -71,7 +71,10 @@ def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
     config = make_config(*V3, RAMP)
     first = sized_config(config, 3072)
     assert 80e9 < predict_memory(first).worst.total < 84e9
-    assert ramp_memory_cap(first) is None
+    larger = replace(first, cluster=replace(first.cluster, memory_bytes=90_000_000_000))
+    assert ramp_memory_cap(larger) is None
+    # A cap costs little, so a size takes at most 95 % of the memory if one allows that.
+    assert predict_memory(replace(first, memory_cap=ramp_memory_cap(first))).worst.total <= 0.95 * 84.9e9
     smaller = replace(first, cluster=replace(first.cluster, memory_bytes=75_000_000_000))
     cap = ramp_memory_cap(smaller)
     assert cap is not None

@@ -28,6 +28,8 @@ from train.second_network import reward_model_runs
 from train.tasks.registry import TASKS
 
 _SMALLER_CAPS = (0.65, 0.5)
+_RAMP_SHARE = 0.95
+"""Share of a device's memory that a smaller size of a ramp takes if possible, because a cap costs it little time."""
 _IMBALANCE = 1.1
 """Load of a rank's experts, relative to an even load, for which the effect of imbalance is reported."""
 
@@ -70,13 +72,23 @@ def ramp_memory_cap(config: TrainConfig) -> float | None:
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     if room is None or config.memory_cap is not None or not SCHEDULES.get(kind).takes_costs:
         return config.memory_cap
-    for cap in (None, *(float(round(share * most)) for share in _SMALLER_CAPS)):
-        try:
-            if _predict(replace(config, memory_cap=cap)).worst.total <= room:
-                return cap
-        except ScheduleError:
-            continue
-    return None
+    caps = (None, *(float(round(share * most)) for share in _SMALLER_CAPS))
+    fitting: list[float | None] = []
+    for cap in caps:
+        total = _peak_total(config, cap)
+        if total is not None and total <= _RAMP_SHARE * room:
+            return cap
+        if total is not None and total <= room:
+            fitting.append(cap)
+    return fitting[0] if fitting else None
+
+
+def _peak_total(config: TrainConfig, cap: float | None) -> int | None:
+    """Returns the memory of the rank that needs most under a cap, or None if no schedule keeps the cap."""
+    try:
+        return _predict(replace(config, memory_cap=cap)).worst.total
+    except ScheduleError:
+        return None
 
 
 def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
@@ -169,7 +181,8 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     # The largest peak may be that of a smaller size of a ramp, which may have another schedule.
     sequences = job.num_micro_batches * config.parallelism.data * config.batch.micro_sequences
     sized = sized_run(config, sequences)
-    sized = replace(sized, memory_cap=ramp_memory_cap(sized))
+    if sequences < config.batch.global_sequences:
+        sized = replace(sized, memory_cap=ramp_memory_cap(sized))
     schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
     phases = [stage_phases(sizes, shape) for shape in stage_shapes(run_cut(config, schedule.placement))]
     worst = job.worst
