@@ -112,8 +112,8 @@ class Timing:
         return known
 
     def compute(self, group: NumberedGroup) -> float:
-        """Returns the computation time of a group's operations."""
-        return sum(self._lanes[number][0] for number in group)
+        """Returns the computation time of a group's operations; a lone one may be faster (`CostModel.alone`)."""
+        return (self._alone if len(group) == 1 else 1.0) * sum(self._lanes[number][0] for number in group)
 
     def begin(self, ranks: RankGroups) -> TimingProgress:
         """Returns the progress before the first group; `ranks` must contain all operations once."""

@@ -1,6 +1,7 @@
 """Simulated times equal published formulas, and groups have the right costs."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -115,3 +116,14 @@ def test_simulation_rejects_a_deadlock() -> None:
 def test_costs_reject_invalid_times(value: float) -> None:
     with pytest.raises(ScheduleError, match=r"costs\.latency: must be a finite time of at least 0"):
         Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=value)
+
+
+@pytest.mark.parametrize("alone", [1.0, 0.8])
+def test_exposed_exchange_is_that_of_lone_groups_also_if_they_compute_faster(alone: float) -> None:
+    schedule = build("dualpipe", 4, 8)
+    simulation = simulate(schedule, replace(uniform(EXCHANGING, 4, 4), alone=alone))
+    # A pair computes for three units and exchanges for two, so only lone F and I (or B) expose their exchange.
+    lone = [
+        sum(len(group) == 1 and group[0].kind is not Op.BACKWARD_WEIGHT for group in rank) for rank in schedule.ranks
+    ]
+    assert simulation.exposed == pytest.approx(lone)
