@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import distributed as dist
 
 from comm.exit_codes import EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED
@@ -27,6 +28,7 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig
 from train.ownership.rank_files import RankFiles
+from train.planner.measured.record import MeasuredRun, RunFacts, probed, try_to_write
 from train.records.crash_report import CrashReporter
 from train.records.display import PhaseLines
 from train.records.events import try_append_event
@@ -109,6 +111,21 @@ def _join(
         raise
 
 
+def _write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> None:
+    """Writes the times for which the schedule was chosen into the run's folder. Only rank 0 writes."""
+    if planned.times is None or dist.get_rank() != 0:
+        return
+    facts = RunFacts(
+        model=config.model,
+        precision=config.precision.kind,
+        device=device.type,
+        expert=config.parallelism.expert,
+        tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
+        cut=planned.cut,
+    )
+    try_to_write(Path(config.out_dir), MeasuredRun(measured=probed(planned.times, facts), schedule=planned.schedule))
+
+
 @dataclass(frozen=True, slots=True)
 class _RunOutcome:
     """How a run ended.
@@ -176,6 +193,7 @@ class _TrainingRank:
             self._log.follow_streams(cuda_mark(device))
         with self._phase("choice of the schedule"):
             planned = plan(config, layout, device)
+        _write_probe(config, planned, device)
         with self._phase("creation of process groups"):
             groups = Groups(
                 layout,

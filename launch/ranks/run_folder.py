@@ -36,6 +36,8 @@ _FILES = frozenset(
         "schedule.svg",
         "schedule.html",
         "trace.json",
+        "probe.json",
+        "measured.json",
         "job.sbatch",
         "overrides.txt",
         "lock.json",

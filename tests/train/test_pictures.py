@@ -23,6 +23,8 @@ from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
 from train.config import TrainConfig
 from train.learner import Learner
+from train.planner.measured.phases import stage_phases
+from train.planner.measured.record import MEASURED_NAME, read_measured
 from train.records.pictures import (
     PAGE_NAME,
     SVG_NAME,
@@ -35,7 +37,8 @@ from train.records.pictures import (
 from train.step import StepResult, train_step
 
 SVG = "{http://www.w3.org/2000/svg}"
-FILES = {SVG_NAME, TRACE_NAME, PAGE_NAME}
+PICTURES = {SVG_NAME, TRACE_NAME, PAGE_NAME}
+FILES = {*PICTURES, MEASURED_NAME}
 
 
 def operations_of(schedule: Schedule) -> list[str]:
@@ -81,9 +84,30 @@ def _watch(rank: int, world_size: int, config: TrainConfig) -> tuple[float, bool
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     bubble = bubble_of(float(used), largest.tolist(), config.parallelism.pipeline)
     drawn = watch.draw(learner.replica, result.execution, 1)
+    for number, stage in learner.replica.stages.items():
+        named = stage_phases(config.model, learner.replica.cut, number)
+        assert stage.lanes == tuple("comm" if name in ("dispatch", "combine") else "compute" for _, name in named)
     dist.barrier()
     close_job(learner)
     return bubble, drawn, _spans(learner, result)
+
+
+def check_measured(folder: Path, config: TrainConfig, run: Measured, schedule: Schedule) -> None:
+    """The written times are those of the spans, and together they are the time that the ranks computed."""
+    found = read_measured(folder / MEASURED_NAME)
+    assert found is not None
+    assert found.schedule == schedule
+    assert found.measured.tokens == config.batch.sequence_length_tokens * config.batch.micro_sequences
+    phases = found.measured.phases
+    spans = [span for spans in run.ranks for span in spans if span.lane in ("compute", "comm") and span.phase >= 0]
+    assert sum(phase.count for phase in phases) == len(spans)
+    assert {phase.part for phase in phases} >= {"dense", "moe", "embedding", "head"}
+    of_layers = [getattr(found.measured, part) for part in ("dense", "moe", "embedding", "head", "mtp")]
+    numbers = {part.forward for part in of_layers} | {part.backward_weight for part in of_layers}
+    assert 0 < max(numbers) <= max(span.seconds for span in spans) * 8 / found.measured.alone
+    if config.schedule.pairing == "sequential":
+        assert found.measured.alone == 1.0
+        assert all(phase.overlapped_seconds is None for phase in phases)
 
 
 @pytest.mark.slow
@@ -112,6 +136,7 @@ def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
     assert 0 <= ranks[0][0] < 1
     schedule = build(kind, pipeline, config.num_micro_batches)
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    check_measured(tmp_path / "run", config, runs[0], schedule)
     twice = sorted(2 * operations_of(schedule))
     assert shapes_of((tmp_path / "run" / SVG_NAME).read_text()) == twice
     page = (tmp_path / "run" / PAGE_NAME).read_text()
@@ -125,13 +150,13 @@ def test_step_draws_every_operation_and_reduces_the_bubble_of_its_spans(
 @pytest.mark.parametrize("kind", ["dualpipe_split", "1f1b"])
 def test_pictures_show_a_cell_per_group_and_replace_earlier_ones(tmp_path: Path, kind: str) -> None:
     schedule = build(kind, 3, 5)
-    for name in FILES:
+    for name in PICTURES:
         (tmp_path / name).write_text("of an earlier step")
     run = measured_run(schedule)
     shown = write_pictures(tmp_path, "step <7>", schedule, run)
     cells, _ = measured_cells(schedule, run)
     assert len(cells) == sum(map(len, schedule.ranks))
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES
     assert shapes_of((tmp_path / SVG_NAME).read_text()) == sorted(2 * operations_of(schedule))
     assert "step &lt;7&gt;" in (tmp_path / PAGE_NAME).read_text()
     assert shown.measured == run

@@ -4,10 +4,12 @@ No torch here.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
+from kernels.ranges import Above, Between, NonNegativeFloat, PositiveFloat, PositiveInt
 from train.schedule.layer_times import PartTimes
+
+PositiveShare = Annotated[float, Above(0), Between(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,24 +141,32 @@ class MeasuredRates:
 
     Attributes:
         kind: selects this class.
+        precision: of the measured run.
+        layer_parameters: weights that a token uses in a dense and a MoE layer of the measured model.
+        expert: ranks over which its experts were distributed.
         tokens: tokens of a measured micro-batch.
         dense: a dense layer.
         moe: a MoE layer.
         embedding: the embedding.
         head: the main output head.
         mtp: all MTP modules with their heads.
+        alone: computation of a lone operation over computation next to another one, which the times above are.
         latency_seconds: time of an activation from one pipeline rank to the next.
         optimizer_seconds: time of a step outside the passes.
         sources: where the values come from.
     """
 
     kind: Literal["measured"]
+    precision: str
+    layer_parameters: PositiveInt
+    expert: PositiveInt
     tokens: PositiveInt
     dense: PartTimes
     moe: PartTimes
     embedding: PartTimes
     head: PartTimes
     mtp: PartTimes
+    alone: PositiveShare
     latency_seconds: NonNegativeFloat
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]

@@ -31,6 +31,8 @@ from dualpipe.runtime.measured import (
     rank_spans,
     step_lanes,
 )
+from train.planner.measured.phases import step_times
+from train.planner.measured.record import MeasuredRun, RunFacts, drawn, try_to_write
 from train.records.secrets import redact
 from train.replica import Replica
 from train.schedule.plan import excluded_schedules
@@ -65,7 +67,7 @@ class PipelineTimeline:
         return rank_busy_time(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
 
     def draw(self, replica: Replica, execution: Execution, step: int) -> bool:
-        """Draws a step, and replaces the three files in the run's folder. All ranks call it.
+        """Draws a step, and replaces the files in the run's folder. All ranks call it.
 
         Args:
             replica: the replica that ran the step.
@@ -91,11 +93,26 @@ class PipelineTimeline:
         title = f"{redact(self._name)}, step {step}: {schedule.kind}, {size(schedule)}"
         try:
             measured, others = Measured(ranks=tuple(gathered)), self._alternatives_of(replica)
+            self._write_times(replica, schedule, measured, step)
             write_pictures(self._folder, title, schedule, measured, others)
         except OSError as error:  # the folder was deleted or the disk is full, which must not end the run
             LOGGER.warning("%s cannot be drawn: %s", SVG_NAME, error)
             return False
         return True
+
+    def _write_times(self, replica: Replica, drawn_schedule: Schedule, measured: Measured, step: int) -> None:
+        """Writes the times of the model's parts, from which `launch.plan` predicts steps."""
+        config, batch = replica.config, replica.config.batch
+        facts = RunFacts(
+            model=config.model,
+            precision=config.precision.kind,
+            device=replica.world.device.type,
+            expert=replica.world.layout.parallelism.expert,
+            tokens=batch.micro_sequences * batch.sequence_length_tokens,
+            cut=replica.cut,
+        )
+        times = step_times(config.model, drawn_schedule, replica.cut, measured)
+        try_to_write(self._folder, MeasuredRun(measured=drawn(times, facts, step), schedule=replica.schedule))
 
     def _alternatives_of(self, replica: Replica) -> Alternatives:
         """Returns the other schedules for the replica's size. They are built for its first picture."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
 from dualpipe.simulate.costs import CostModel, StageCosts
+from kernels.ranges import NonNegativeFloat
 from model.account.work import count_work
 from train.config import TrainConfig
 from train.schedule.stage_work import LaneWork, ModelWork
@@ -13,11 +14,11 @@ from train.schedule.stage_work import LaneWork, ModelWork
 class PartTimes:
     """The seconds of one micro-batch in one part of the model, with computation and exchange separate."""
 
-    forward: float = 0.0
-    backward_input: float = 0.0
-    backward_weight: float = 0.0
-    forward_exchange: float = 0.0
-    backward_exchange: float = 0.0
+    forward: NonNegativeFloat = 0.0
+    backward_input: NonNegativeFloat = 0.0
+    backward_weight: NonNegativeFloat = 0.0
+    forward_exchange: NonNegativeFloat = 0.0
+    backward_exchange: NonNegativeFloat = 0.0
 
     def __add__(self, other: "PartTimes") -> "PartTimes":
         """Returns the times of both parts, one after the other."""

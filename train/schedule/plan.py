@@ -42,13 +42,14 @@ _LARGEST_SCHEDULE_BYTES = 2**28
 class Plan:
     """The schedule of a run, why it was chosen, the cut, and the schedules of a ramp's other sizes.
 
-    All of them are proven. `cut` holds the layers of each stage.
+    All of them are proven. `cut` holds the layers of each stage. `times` are those of the probe; None if none ran.
     """
 
     schedule: Schedule
     reason: str
     cut: tuple[range, ...]
     ramp: Mapping[int, Schedule]
+    times: LayerTimes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,9 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     if _digest(received.schedule, received.ramp) != received.digest:
         raise ScheduleError(f"schedule: rank {dist.get_rank()} received another schedule than rank 0 has proven")
     sizes = {size: from_json(text) for size, text in received.ramp.items()}
-    return Plan(schedule=from_json(received.schedule), reason=received.reason, cut=received.cut, ramp=sizes)
+    return Plan(
+        schedule=from_json(received.schedule), reason=received.reason, cut=received.cut, ramp=sizes, times=times
+    )
 
 
 def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[int, Schedule]:

@@ -1,0 +1,211 @@
+"""Writes and reads what a run measured: `probe.json` and `measured.json`. No torch here."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dualpipe.ir import Schedule, from_json, to_json
+from dualpipe.validate import validate_passes
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from model.account.parameters import attention_parameters
+from model.config import ModelConfig, cut_at
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
+from train.planner.config import PositiveShare
+from train.planner.measured.phases import PhaseTimes, StepTimes
+from train.schedule.layer_times import LayerTimes, PartTimes
+
+PROBE_NAME, MEASURED_NAME = "probe.json", "measured.json"
+LOGGER = logging.getLogger("train")
+_MOST_BYTES = 2**27
+_SCHEDULE_KEY = "schedule"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredTimes:
+    """What a run measured of its model's parts.
+
+    Attributes:
+        kind: `probe`: before the first step, one phase at a time; `step`: during a step that was drawn.
+        step: number of the step, from 1; 0 for the probe.
+        device: cpu or cuda.
+        precision: of the run.
+        layer_parameters: weights that a token uses in a dense and a MoE layer.
+        expert: ranks over which experts are distributed.
+        tokens: tokens of a micro-batch.
+        cut: layers of each stage.
+        dense: a dense layer.
+        moe: a MoE layer.
+        embedding: the embedding.
+        head: the main output head.
+        mtp: all MTP modules with their heads.
+        alone: computation of a lone operation over computation next to another one.
+        latency_seconds: time of an activation from one pipeline rank to the next.
+        phases: median times of all phases, for readers; empty for the probe.
+    """
+
+    kind: Literal["probe", "step"]
+    step: NonNegativeInt
+    device: Literal["cpu", "cuda"]
+    precision: str
+    layer_parameters: PositiveInt
+    expert: PositiveInt
+    tokens: PositiveInt
+    cut: tuple[NonNegativeInt, ...]
+    dense: PartTimes
+    moe: PartTimes
+    embedding: PartTimes
+    head: PartTimes
+    mtp: PartTimes
+    alone: PositiveShare
+    latency_seconds: NonNegativeFloat
+    phases: tuple[PhaseTimes, ...]
+
+    @property
+    def cut_ranges(self) -> tuple[range, ...]:
+        """The layers of each stage."""
+        return cut_at(self.cut)
+
+    @property
+    def times(self) -> LayerTimes:
+        """The times of the parts."""
+        return LayerTimes(
+            dense=self.dense,
+            moe=self.moe,
+            embedding=self.embedding,
+            head=self.head,
+            mtp=self.mtp,
+            latency=self.latency_seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRun:
+    """The times that a run measured, and the schedule that it follows."""
+
+    measured: MeasuredTimes
+    schedule: Schedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What the times of a run hold for.
+
+    Attributes:
+        model: architecture.
+        precision: kind of precision.
+        device: cpu or cuda.
+        expert: ranks over which experts are distributed.
+        tokens: tokens of a micro-batch.
+        cut: layers of each stage.
+    """
+
+    model: ModelConfig
+    precision: str
+    device: str
+    expert: int
+    tokens: int
+    cut: Sequence[range]
+
+
+def probed(times: LayerTimes, facts: RunFacts) -> MeasuredTimes:
+    """Returns the record of a probe.
+
+    Args:
+        times: of the parts, measured one phase at a time.
+        facts: what they hold for.
+    """
+    return _record(StepTimes(times=times, alone=1.0, phases=()), facts, "probe", 0)
+
+
+def drawn(times: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
+    """Returns the record of a step that was drawn.
+
+    Args:
+        times: of the parts.
+        facts: what they hold for.
+        step: number of the step, from 1.
+    """
+    return _record(times, facts, "step", step)
+
+
+def _record(found: StepTimes, facts: RunFacts, kind: Literal["probe", "step"], step: int) -> MeasuredTimes:
+    times = found.times
+    return MeasuredTimes(
+        kind=kind,
+        step=step,
+        device="cuda" if facts.device == "cuda" else "cpu",
+        precision=facts.precision,
+        layer_parameters=layer_parameters(facts.model),
+        expert=facts.expert,
+        tokens=facts.tokens,
+        cut=tuple(map(len, facts.cut)),
+        dense=times.dense,
+        moe=times.moe,
+        embedding=times.embedding,
+        head=times.head,
+        mtp=times.mtp,
+        alone=found.alone,
+        latency_seconds=times.latency,
+        phases=found.phases,
+    )
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Returns the weights that a token uses in a dense and a MoE layer, which identify a model's layers.
+
+    Args:
+        model: architecture.
+    """
+    experts = model.num_experts_per_token + model.num_shared_experts
+    widths = model.dense_intermediate_size + experts * model.expert_intermediate_size
+    return 2 * attention_parameters(model) + 3 * model.hidden_size * widths
+
+
+def try_to_write(folder: Path, run: MeasuredRun) -> None:
+    """Writes the record into a run's folder, in place of an earlier one. An error is only logged.
+
+    Args:
+        folder: existing folder of the run.
+        run: times and schedule.
+    """
+    path = folder / (PROBE_NAME if run.measured.kind == "probe" else MEASURED_NAME)
+    values = {**encode(run.measured), _SCHEDULE_KEY: json.loads(to_json(run.schedule))}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        LOGGER.warning("%s cannot be written: %s", path.name, error)
+
+
+def read_measured(path: Path) -> MeasuredRun | None:
+    """Reads a record; None if there is no such file.
+
+    Args:
+        path: `probe.json` or `measured.json` in a run's folder.
+
+    Raises:
+        ConfigError: it is not a record of a run.
+    """
+    if not path.is_file():
+        return None
+    shown = f"rates: {str(path)!r}"
+    if path.stat().st_size > _MOST_BYTES:
+        raise ConfigError(f"{shown} must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or _SCHEDULE_KEY not in values:
+            raise ValueError(f"the key {_SCHEDULE_KEY} is missing")
+        schedule = from_json(json.dumps(values.pop(_SCHEDULE_KEY)))
+        validate_passes(schedule)
+        measured = decode(MeasuredTimes, values)
+        if len(measured.cut) != schedule.num_stages:
+            raise ValueError(f"cut: must list {schedule.num_stages} stages, lists {len(measured.cut)}")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{shown} must be what a run measured, is not: {reason}") from error
+    return MeasuredRun(measured=measured, schedule=schedule)
