@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from launch.command import command
 from launch.config.errors import system_errors
@@ -21,6 +22,8 @@ from train.config.errors import ConfigError
 from train.planner.as_json import plan_json
 from train.planner.as_text import plan_text
 from train.planner.job_plan import JobPlan, plan_job
+from train.planner.measured.compare import Comparison, compared_plan
+from train.planner.measured.shown import comparison_json, comparison_text
 from train.planner.page.page import plan_page
 
 
@@ -38,8 +41,11 @@ def main(overrides: Sequence[str]) -> int:
     """
     with system_errors():
         request = read_request(overrides)
-        plan = with_advice(plan_job(request.config, request.planner))
-        write_output(_shown(plan, request), request.options.out)
+        if request.options.run is None:
+            plan, comparison = with_advice(plan_job(request.config, request.planner)), None
+        else:
+            plan, comparison = compared_plan(request.config, request.planner, Path(request.options.run))
+        write_output(_shown(plan, comparison, request), request.options.out)
     return 0
 
 
@@ -73,10 +79,12 @@ def with_advice(plan: JobPlan) -> JobPlan:
     return plan
 
 
-def _shown(plan: JobPlan, request: PlanRequest) -> str:
+def _shown(plan: JobPlan, comparison: Comparison | None, request: PlanRequest) -> str:
     if request.options.format == "text":
-        return plan_text(plan)
+        return plan_text(plan) + ("" if comparison is None else "\n\n" + comparison_text(comparison))
     values = plan_json(plan, request.planner)
+    if comparison is not None:
+        values["compared"] = comparison_json(comparison)
     if request.options.format == "html":
         return plan_page(values, plan.timed, request.config.name)
     return json.dumps(values, indent=1)

@@ -12,11 +12,13 @@ from launch.config.groups import options, own_keys
 from launch.config.resolve import resolve
 from launch.config.rules import check_rules
 from launch.config.run_config import read_config
+from launch.planning.measured_run import measured_config, require_run
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.config.errors import ConfigError, nearest
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
+from train.planner.measured.rates import run_rates
 from train.schedule.chunks import with_chunks
 
 _RATES = "rates"
@@ -71,7 +73,21 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     plan_options = decode(PlanOptions, {key: values[key] for key in own if key != "efficiency"})
     planner = _planner(values, overrides)
     run = {key: value for key, value in values.items() if key not in (*own, _RATES)}
-    return PlanRequest(config=run_config(run), planner=planner, options=plan_options, overrides=tuple(overrides))
+    config = run_config(run) if plan_options.run is None else _compared_config(plan_options, run, overrides)
+    return PlanRequest(config=config, planner=planner, options=plan_options, overrides=tuple(overrides))
+
+
+def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
+    """Returns the configuration of the run that is compared with its plan."""
+    assert own.run is not None
+    for key, value in (("search", own.search), ("what_if", own.what_if), ("advice", own.advice)):
+        if value:
+            raise ConfigError(
+                f"run: must be null with {key}, is {own.run!r}; nearest valid: rates={own.run} in place of run="
+            )
+    config = with_chunks(measured_config(require_run(Path(own.run)), values, overrides))
+    check_rules(config)
+    return config
 
 
 def run_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -117,8 +133,10 @@ def _without_path(overrides: Sequence[str]) -> list[str]:
 
 def _planner(values: Mapping[str, Any], overrides: Sequence[str]) -> PlannerConfig:
     rates, efficiency, path = values[_RATES], values["efficiency"], _path_of(overrides)
+    if values["run"] is not None and not any(key_of(text) == _RATES for text in overrides):
+        path = str(require_run(Path(str(values["run"]))))
     if path is not None:
-        read = _read_plan(Path(path))
+        read = _read_run(Path(path)) if Path(path).is_dir() else _read_plan(Path(path))
         rates = read["rates"]
         if not any(key_of(text).partition(".")[0] == "efficiency" for text in overrides):
             efficiency = read["efficiency"]
@@ -126,6 +144,15 @@ def _planner(values: Mapping[str, Any], overrides: Sequence[str]) -> PlannerConf
         rates=decode(Rates, rates, _RATES),  # type: ignore[arg-type]
         efficiency=decode(EfficiencyConfig, efficiency, "efficiency"),
     )
+
+
+def _read_run(folder: Path) -> Mapping[str, Any]:
+    """Returns the rates that a run has measured, without a declared factor.
+
+    Raises:
+        ConfigError: the run has measured nothing, or a file is not what a run writes.
+    """
+    return {"rates": run_rates(folder), "efficiency": EfficiencyConfig(unexplained=1.0)}
 
 
 def _read_plan(path: Path) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from dualpipe.ir import Schedule
 from model.account import count_parameters, training_flops_per_token
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -10,6 +11,7 @@ from train.memory.fitted_cut import fitted_cut
 from train.planner.assumptions import Assumption, assumptions
 from train.planner.config import EfficiencyConfig, KernelRates, Rates
 from train.planner.cost import JobCost, job_cost
+from train.planner.measured.record import layer_parameters
 from train.planner.timing import TimedPlan, part_seconds, time_plan
 from train.schedule.cut import with_cut
 
@@ -54,12 +56,13 @@ class JobPlan:
         return not self.reasons
 
 
-def plan_job(config: TrainConfig, planner: PlannerConfig) -> JobPlan:
+def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | None = None) -> JobPlan:
     """Plans a run.
 
     Args:
         config: of the run, which passes the rules.
         planner: rates and the declared factor.
+        schedule: that the run follows; None: it is built.
 
     Raises:
         ScheduleError, CutError: the schedule or the cut is not defined.
@@ -72,7 +75,7 @@ def plan_job(config: TrainConfig, planner: PlannerConfig) -> JobPlan:
     reasons = () if room is None or worst.total <= room else (summary_line(config, memory),)
     timed = cost = None
     if not untimed:
-        timed = time_plan(planner.rates, planner.efficiency, config)
+        timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)
         cost = job_cost(config, planner.rates, planner.efficiency, timed.time)
         config = replace(config, schedule=replace(config.schedule, kind=timed.schedule.kind))
     return JobPlan(
@@ -96,6 +99,16 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
         rates: measured times.
     """
     if not isinstance(rates, KernelRates):
+        own = layer_parameters(config.model)
+        if rates.layer_parameters != own:
+            rule = f"must be of the run's layers, in which a token uses {own:,} weights"
+            return f"rates: {rule}, are of layers with {rates.layer_parameters:,}; nearest: rates=RUN of such a run"
+        if rates.precision != config.precision.kind:
+            rule = f"must be of a run with precision={config.precision.kind}"
+            return f"rates: {rule}, are of {rates.precision}; nearest: precision={rates.precision}"
+        if rates.expert == 1 < config.parallelism.expert:
+            rule = "must be of a run with experts on several ranks, as parallelism.expert has"
+            return f"rates: {rule}, are of one rank; nearest: parallelism.expert=1, or rates=RUN of such a run"
         return ""
     if config.cluster.peak_flops is None:
         rule = "must be known for rates of another device, is null"

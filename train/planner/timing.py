@@ -92,7 +92,9 @@ def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None 
 
     def scaled(part: PartTimes) -> PartTimes:
         own = part_times(scale * seconds for seconds in astuple(part))
-        return own if config.parallelism.expert > 1 else replace(own, forward_exchange=0.0, backward_exchange=0.0)
+        # Experts on one rank still permute rows, but between ranks they take longer.
+        is_like = config.parallelism.expert > 1 or rates.expert == 1
+        return own if is_like else replace(own, forward_exchange=0.0, backward_exchange=0.0)
 
     return LayerTimes(
         dense=scaled(rates.dense),
@@ -114,20 +116,25 @@ def planned_costs(rates: Rates, config: TrainConfig, attended_tokens: int | None
     """
     times = part_seconds(rates, config, attended_tokens)
     cut = run_cut(config, run_placement(config, config.schedule.kind), times)
-    alone = DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else 1.0
+    alone = DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else rates.alone
     return replace(stage_costs(times, config, cut), alone=alone)
 
 
 def time_plan(
-    rates: Rates, efficiency: EfficiencyConfig, config: TrainConfig, attended_tokens: int | None = None
+    rates: Rates,
+    efficiency: EfficiencyConfig,
+    config: TrainConfig,
+    attended_tokens: int | None = None,
+    schedule: Schedule | None = None,
 ) -> TimedPlan:
-    """Builds and simulates the schedule of a step of the largest batch.
+    """Simulates the schedule of a step of the largest batch.
 
     Args:
         rates: measured times.
         efficiency: with the declared factor.
         config: of the run, with a named schedule.
         attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+        schedule: that a run follows; None: it is built.
 
     Raises:
         ScheduleError: the schedule cannot be built.
@@ -137,9 +144,9 @@ def time_plan(
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     config = replace(config, schedule=replace(config.schedule, kind=kind))
     costs = planned_costs(rates, config, attended_tokens)
-    cache = schedules_folder(config.data.cache_dir)
-    pipeline = config.parallelism.pipeline
-    schedule = build(kind, pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
+    if schedule is None:
+        cache = schedules_folder(config.data.cache_dir)
+        schedule = build(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
     simulation = simulate(schedule, costs)
     time = _step_time(rates, efficiency, config, schedule, simulation)
     return TimedPlan(schedule=schedule, costs=costs, simulation=simulation, time=time)

@@ -7,9 +7,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from train.planner.measured.compare import Comparison
 from train.report.chart import ChartedRun, Line, chart, run_data
 from train.report.figures import num_bytes, plain, short
 from train.report.layers import card, legend_gradient, overview
+from train.report.predicted import predicted_tables
 from train.report.rewards import answer_charts, reward_charts
 from train.report.source import RunSource
 from train.report.step_time import step_time
@@ -45,11 +47,19 @@ _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnRun:
-    """A run on the page. `name` distinguishes it, and `about` describes it; both are plain text."""
+    """A run on the page.
+
+    Attributes:
+        source: its folder.
+        name: distinguishes it; plain text.
+        about: describes it; plain text.
+        comparison: of its plan with its steps, if the run has measured enough.
+    """
 
     source: RunSource
     name: str
     about: str
+    comparison: Comparison | None = None
 
     def charted(self) -> ChartedRun:
         """Returns what charts show of it."""
@@ -71,6 +81,7 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
         _section("Sampled answers", _charts(answer_charts(runs))),
         _section("Learning", _charts(_learning(runs))),
         _section("Where the time of a step goes", step_time(runs)),
+        _section("Predicted and measured", predicted_tables([(run.name, run.comparison) for run in drawn])),
         _section("Speed and memory", _charts(_speed(runs))),
         _section("Pipeline", _pipeline(drawn)),
         _section("Experts", _experts(runs)),

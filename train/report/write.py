@@ -10,6 +10,7 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.records.secrets import redact, redact_values
 from train.report.page import REPORT_NAME, DrawnRun, html
+from train.report.predicted import comparison_of
 from train.report.source import RunSource
 from train.report.viewer.page import VIEWER_NAME, RolloutViewer
 
@@ -39,7 +40,7 @@ class Report:
             OSError: something cannot be read or written.
         """
         self._source.follow()
-        run = DrawnRun(source=self._source, name=redact(self._config.name), about=redact(about(self._config)))
+        run = _drawn(self._config, self._source, self._config.name)
         path = _replace(self._source.folder / REPORT_NAME, html([run], run.name))
         if self._viewer.has_rollouts:
             _replace(self._source.folder / VIEWER_NAME, self._viewer.html(run.name, run.about))
@@ -66,9 +67,13 @@ def compare(configs: Sequence[TrainConfig]) -> Path:
     for name, config in zip(_names(configs), configs, strict=True):
         source = RunSource(Path(config.out_dir))
         source.follow()
-        drawn.append(DrawnRun(source=source, name=redact(name), about=redact(about(config))))
+        drawn.append(_drawn(config, source, name))
     title = " and ".join(run.name for run in drawn)
     return _replace(drawn[0].source.folder / COMPARISON_NAME, html(drawn, title, differing_settings(configs)))
+
+
+def _drawn(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
+    return DrawnRun(source=source, name=redact(name), about=redact(about(config)), comparison=comparison_of(config))
 
 
 def differing_settings(configs: Sequence[TrainConfig]) -> list[list[str]]:

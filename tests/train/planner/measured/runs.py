@@ -1,0 +1,77 @@
+"""Makes folders of runs with what they measured, without running them."""
+
+import json
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from dualpipe.registry import build
+from launch.ranks.run_folder import write_run_folder
+from train.config import TrainConfig
+from train.planner.measured.phases import StepTimes
+from train.planner.measured.record import MeasuredRun, RunFacts, drawn, probed, try_to_write
+from train.schedule.cut import run_cut
+from train.schedule.layer_times import LayerTimes, PartTimes
+
+
+def part(unit: float) -> PartTimes:
+    return PartTimes(forward=unit, backward_input=1.5 * unit, backward_weight=0.5 * unit)
+
+
+TIMES = LayerTimes(
+    dense=part(0.010),
+    moe=replace(part(0.012), forward_exchange=0.004, backward_exchange=0.005),
+    embedding=part(0.001),
+    head=part(0.006),
+    mtp=part(0.02),
+    latency=0.001,
+)
+
+
+def facts_of(config: TrainConfig, device: str = "cpu") -> RunFacts:
+    kind = config.schedule.kind
+    schedule = build(kind, config.parallelism.pipeline, config.num_micro_batches)
+    return RunFacts(
+        model=config.model,
+        precision=config.precision.kind,
+        device=device,
+        expert=config.parallelism.expert,
+        tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
+        cut=run_cut(config, schedule.placement),
+    )
+
+
+def write_times(folder: Path, config: TrainConfig, *, is_probe: bool, device: str = "cpu", alone: float = 1.0) -> None:
+    """Writes `probe.json` or `measured.json`."""
+    facts = facts_of(config, device)
+    schedule = build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
+    step = drawn(StepTimes(times=TIMES, alone=alone, phases=()), facts, 7)
+    try_to_write(folder, MeasuredRun(measured=probed(TIMES, facts) if is_probe else step, schedule=schedule))
+
+
+def write_run(folder: Path, config: TrainConfig, seconds: list[float], device: str = "cpu") -> TrainConfig:
+    """Writes the folder of a run with these step times, of which half is computation and a fifth bubble."""
+    config = write_run_folder(replace(config, out_dir=str(folder)), datetime.now())
+    write_times(folder, config, is_probe=False, device=device)
+    write_steps(folder, config, seconds)
+    return config
+
+
+def write_steps(folder: Path, config: TrainConfig, seconds: list[float]) -> None:
+    """Writes `metrics.jsonl`."""
+    lines = [
+        {
+            "step": number,
+            "global_batch_sequences": config.batch.global_sequences,
+            "step_seconds": step,
+            "peak_memory_bytes": 10**9 + number,
+            "step_time": {
+                "compute_seconds": 0.5 * step,
+                "exposed_exchange_seconds": 0.1 * step,
+                "bubble_seconds": 0.2 * step,
+                "optimizer_seconds": 0.2 * step,
+            },
+        }
+        for number, step in enumerate(seconds, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
