@@ -16,9 +16,12 @@ from launch.config.output import write_output
 from launch.config.rules import check_rules
 from launch.config.run_config import write_config
 from launch.help.preview import plain_text
+from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request
+from launch.planning.what_if import plan_what_if, read_what_ifs
 from train.config.decode import encode
 from train.config.errors import ConfigError
+from train.planner.advice.shown import PlanSection, advice_section, what_if_section
 from train.planner.as_json import plan_json
 from train.planner.as_text import plan_text
 from train.planner.job_plan import JobPlan, plan_job
@@ -41,11 +44,16 @@ def main(overrides: Sequence[str]) -> int:
     """
     with system_errors():
         request = read_request(overrides)
+        changed = read_what_ifs(request)
         if request.options.run is None:
-            plan, comparison = with_advice(plan_job(request.config, request.planner)), None
+            plan, sections = with_advice(plan_job(request.config, request.planner)), list[PlanSection]()
         else:
             plan, comparison = compared_plan(request.config, request.planner, Path(request.options.run))
-        write_output(_shown(plan, comparison, request), request.options.out)
+            sections = [_compared_section(comparison)]
+        sections.append(what_if_section([plan_what_if(request, plan, run) for run in changed]))
+        if request.options.advice:
+            sections.append(advice_section(advise_hardware(request, plan)))
+        write_output(_shown(plan, sections, request), request.options.out)
     return 0
 
 
@@ -79,12 +87,16 @@ def with_advice(plan: JobPlan) -> JobPlan:
     return plan
 
 
-def _shown(plan: JobPlan, comparison: Comparison | None, request: PlanRequest) -> str:
+def _compared_section(comparison: Comparison) -> PlanSection:
+    lines = comparison_text(comparison).splitlines()
+    return PlanSection(key="compared", value=comparison_json(comparison), lines=tuple(lines))
+
+
+def _shown(plan: JobPlan, sections: Sequence[PlanSection], request: PlanRequest) -> str:
     if request.options.format == "text":
-        return plan_text(plan) + ("" if comparison is None else "\n\n" + comparison_text(comparison))
-    values = plan_json(plan, request.planner)
-    if comparison is not None:
-        values["compared"] = comparison_json(comparison)
+        parts = [plan_text(plan), *("\n".join(section.lines) for section in sections)]
+        return "\n\n".join(filter(None, parts))
+    values = plan_json(plan, request.planner) | {section.key: section.value for section in sections}
     if request.options.format == "html":
         return plan_page(values, plan.timed, request.config.name)
     return json.dumps(values, indent=1)

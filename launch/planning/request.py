@@ -14,14 +14,15 @@ from launch.config.rules import check_rules
 from launch.config.run_config import read_config
 from launch.planning.measured_run import measured_config, require_run
 from train.config import TrainConfig
-from train.config.decode import decode
+from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
 from train.planner.measured.rates import run_rates
 from train.schedule.chunks import with_chunks
 
-_RATES = "rates"
+_RATES, _EFFICIENCY = "rates", "efficiency"
+_PLANNER = (_RATES, _EFFICIENCY)
 _MOST_BYTES = 2**26
 _UNREAD = {"data.paths": "[unread]", "data.tokenizer": "null"}
 """Values without which a run cannot start, and which a plan does not read."""
@@ -50,12 +51,14 @@ class PlanRequest:
         planner: rates and the declared factor.
         options: what is planned and printed.
         overrides: as the user wrote them, with values for what a plan does not read.
+        values: composed values of the run, the rates and the factor, not decoded.
     """
 
     config: TrainConfig
     planner: PlannerConfig
     options: PlanOptions
     overrides: tuple[str, ...]
+    values: Mapping[str, Any]
 
 
 def read_request(overrides: Sequence[str]) -> PlanRequest:
@@ -68,13 +71,17 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
     """
     overrides = with_unread_data(overrides)
-    values = compose("plan", _without_path(overrides))
-    own = own_keys("plan")
-    plan_options = decode(PlanOptions, {key: values[key] for key in own if key != "efficiency"})
-    planner = _planner(values, overrides)
-    run = {key: value for key, value in values.items() if key not in (*own, _RATES)}
-    config = run_config(run) if plan_options.run is None else _compared_config(plan_options, run, overrides)
-    return PlanRequest(config=config, planner=planner, options=plan_options, overrides=tuple(overrides))
+    values = plan_values(overrides)
+    own = [key for key in own_keys("plan") if key != _EFFICIENCY]
+    plan_options = decode(PlanOptions, {key: values[key] for key in own})
+    run = {key: value for key, value in values.items() if key not in (*own, *_PLANNER)}
+    return PlanRequest(
+        config=run_config(run) if plan_options.run is None else _compared_config(plan_options, run, overrides),
+        planner=planner_config(values),
+        options=plan_options,
+        overrides=tuple(overrides),
+        values={key: value for key, value in values.items() if key not in own},
+    )
 
 
 def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
@@ -88,6 +95,44 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
     config = with_chunks(measured_config(require_run(Path(own.run)), values, overrides))
     check_rules(config)
     return config
+
+
+def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one.
+
+    Args:
+        overrides: overrides for `conf/plan.yaml`, with values for what a plan does not read.
+
+    Raises:
+        ConfigError: an override is invalid, or the file is not a plan.
+    """
+    values, path = compose("plan", _without_path(overrides)), _path_of(overrides)
+    if values["run"] is not None and not _sets(overrides, _RATES):
+        path = str(require_run(Path(str(values["run"]))))
+    if path is None:
+        return values
+    read = _read_run(Path(path)) if Path(path).is_dir() else _read_plan(Path(path))
+    kept = [key for key in _PLANNER if key == _RATES or not _sets(overrides, key)]
+    return {**values, **{key: read[key] for key in kept}}
+
+
+def planner_config(values: Mapping[str, Any]) -> PlannerConfig:
+    """Decodes the rates and the declared factor.
+
+    Args:
+        values: composed values of a plan.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has a wrong type or range.
+    """
+    return PlannerConfig(
+        rates=decode(Rates, values[_RATES], _RATES),  # type: ignore[arg-type]
+        efficiency=decode(EfficiencyConfig, values[_EFFICIENCY], _EFFICIENCY),
+    )
+
+
+def _sets(overrides: Sequence[str], group: str) -> bool:
+    return any(key_of(text).partition(".")[0] == group for text in overrides)
 
 
 def run_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -131,28 +176,13 @@ def _without_path(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if key_of(text) != _RATES]
 
 
-def _planner(values: Mapping[str, Any], overrides: Sequence[str]) -> PlannerConfig:
-    rates, efficiency, path = values[_RATES], values["efficiency"], _path_of(overrides)
-    if values["run"] is not None and not any(key_of(text) == _RATES for text in overrides):
-        path = str(require_run(Path(str(values["run"]))))
-    if path is not None:
-        read = _read_run(Path(path)) if Path(path).is_dir() else _read_plan(Path(path))
-        rates = read["rates"]
-        if not any(key_of(text).partition(".")[0] == "efficiency" for text in overrides):
-            efficiency = read["efficiency"]
-    return PlannerConfig(
-        rates=decode(Rates, rates, _RATES),  # type: ignore[arg-type]
-        efficiency=decode(EfficiencyConfig, efficiency, "efficiency"),
-    )
-
-
 def _read_run(folder: Path) -> Mapping[str, Any]:
     """Returns the rates that a run has measured, without a declared factor.
 
     Raises:
         ConfigError: the run has measured nothing, or a file is not what a run writes.
     """
-    return {"rates": run_rates(folder), "efficiency": EfficiencyConfig(unexplained=1.0)}
+    return {_RATES: encode(run_rates(folder)), _EFFICIENCY: {"unexplained": 1.0}}
 
 
 def _read_plan(path: Path) -> Mapping[str, Any]:

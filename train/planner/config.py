@@ -6,7 +6,7 @@ No torch here.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kernels.ranges import Above, Between, NonNegativeFloat, PositiveFloat, PositiveInt
+from kernels.ranges import Above, AtLeast, Between, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from train.schedule.layer_times import PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]
@@ -21,6 +21,7 @@ class RateReference:
         sequence_length_tokens: tokens of a sequence.
         hidden_size: width of a hidden state.
         attention_parameters: weights of a layer's attention.
+        recomputed_parameters: part of them whose products I computes again.
         score_width: heads x (width of a key + width of a value).
         active_expert_width: experts of a token, shared ones included, x their width.
         rows_across_nodes: rows of a token that cross nodes.
@@ -36,6 +37,7 @@ class RateReference:
     sequence_length_tokens: PositiveInt
     hidden_size: PositiveInt
     attention_parameters: PositiveInt
+    recomputed_parameters: NonNegativeInt
     score_width: PositiveInt
     active_expert_width: PositiveInt
     rows_across_nodes: PositiveFloat
@@ -110,6 +112,7 @@ class KernelRates:
         attention: kernels of one layer's attention.
         experts: kernels of one layer's experts.
         exchange: exchanges of one layer, without waits for other ranks.
+        receive_imbalance: largest number of rows that a rank receives over the mean; 1: as measured.
         recomputed: part of the times above that `recompute` causes.
         dense_over_experts: time of a dense MLP over that of experts with the same products.
         bf16_over_fp8: time of matrix products in bf16 over those in FP8.
@@ -124,6 +127,7 @@ class KernelRates:
     attention: PassTimes
     experts: PassTimes
     exchange: ExchangeTimes
+    receive_imbalance: Annotated[float, AtLeast(1)]
     recomputed: RecomputedTimes
     dense_over_experts: PositiveFloat
     bf16_over_fp8: PositiveFloat

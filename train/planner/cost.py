@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from dualpipe.ir import Schedule
 from train.config import TrainConfig
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.timing import StepTime, time_plan
@@ -85,7 +86,13 @@ class JobCost:
         return sum(known) if len(known) == len(self.stages) else None
 
 
-def job_cost(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig, time: StepTime) -> JobCost:
+def job_cost(
+    config: TrainConfig,
+    rates: Rates,
+    efficiency: EfficiencyConfig,
+    time: StepTime,
+    schedule: Schedule | None = None,
+) -> JobCost:
     """Returns the cost of a run and of the stages in `config.cost`.
 
     Every step is priced as one of the largest batch: a token of a ramp's smaller batches costs the same. In stages with
@@ -97,6 +104,7 @@ def job_cost(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig, ti
         rates: measured times.
         efficiency: with the declared factor.
         time: of a step.
+        schedule: order that longer sequences use; None: one is built for their costs.
 
     Raises:
         ScheduleError: a schedule for longer sequences cannot be built.
@@ -111,7 +119,7 @@ def job_cost(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig, ti
         step_tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
         hours, longer = 0.0, 0
         for stage in config.cost.context_extension:
-            step = time_plan(rates, efficiency, config, stage.sequence_length_tokens).time.step
+            step = time_plan(rates, efficiency, config, stage.sequence_length_tokens, schedule).time.step
             hours += step * ranks / _HOUR * stage.tokens / step_tokens / share
             longer += stage.tokens
         lengths = " and ".join(f"{stage.sequence_length_tokens:,}" for stage in config.cost.context_extension)

@@ -6,6 +6,7 @@ from dualpipe.ir import Schedule
 from model.account import count_parameters, training_flops_per_token
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.config.planning import DEFAULT_COST
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
 from train.planner.assumptions import Assumption, assumptions
@@ -70,13 +71,13 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     untimed = untimed_reason(config, planner.rates)
     times = None if untimed else part_seconds(planner.rates, config)
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
-    memory = predict_memory(config)
+    memory = predict_memory(_without_speed(config))
     room, worst = config.cluster.memory_bytes, memory.worst
     reasons = () if room is None or worst.total <= room else (summary_line(config, memory),)
     timed = cost = None
     if not untimed:
         timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)
-        cost = job_cost(config, planner.rates, planner.efficiency, timed.time)
+        cost = job_cost(config, planner.rates, planner.efficiency, timed.time, schedule)
         config = replace(config, schedule=replace(config.schedule, kind=timed.schedule.kind))
     return JobPlan(
         config=config,
@@ -89,6 +90,21 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         cost=cost,
         assumptions=() if untimed else assumptions(config, planner.rates, planner.efficiency),
     )
+
+
+def _without_speed(config: TrainConfig) -> TrainConfig:
+    """Returns a run without what only its time depends on, so that predictions of memory are shared."""
+    timeless = replace(
+        config.cluster,
+        peak_flops=None,
+        num_sms=None,
+        communication_sms=None,
+        inter_node_bytes_per_second=None,
+        intra_node_bytes_per_second=None,
+        memory_bytes_per_second=None,
+        dollars_per_gpu_hour=None,
+    )
+    return replace(config, cluster=timeless, cost=DEFAULT_COST)
 
 
 def untimed_reason(config: TrainConfig, rates: Rates) -> str:

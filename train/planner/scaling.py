@@ -16,7 +16,7 @@ from train.schedule.layer_times import LayerTimes, PartTimes, part_times
 
 _SCALE_BYTES = 4
 _TILE = 128
-_REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
+REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
 """Memory of an H800, on which casts were measured."""
 
 
@@ -50,7 +50,7 @@ class DeviceScale:
             taken = 0.0
         busy = (1 - reference.communication_sms / reference.num_sms) / (1 - taken)
         link = reference.inter_node_bytes_per_second
-        memory = _REFERENCE_MEMORY_BYTES_PER_SECOND
+        memory = REFERENCE_MEMORY_BYTES_PER_SECOND
         return cls(
             products=busy * reference.peak_flops / (cluster.peak_flops or reference.peak_flops),
             memory=busy * memory / (cluster.memory_bytes_per_second or memory),
@@ -156,7 +156,7 @@ class _Scale:
         nodes = rows.across_nodes / reference.rows_across_nodes * self.device.inter_node
         within = rows.within_node / reference.rows_across_nodes * self.device.intra_node
         # Both links work at the same time, one part of a micro-batch after the other.
-        both = max(nodes, within) * scale
+        both = max(nodes, within) * scale * self.rates.receive_imbalance
         is_fp8 = self.config.precision.kind == "fp8" or self.config.dispatch.payload == "fp8"
         payload = 1.0 if is_fp8 else 2 / (1 + _SCALE_BYTES / _TILE)
         return ExchangeTimes(

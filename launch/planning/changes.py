@@ -1,0 +1,204 @@
+"""Reads what-ifs: changes of a plan's configuration, such as `cluster.inter_node_bytes_per_second*2`."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from textwrap import shorten
+from typing import Any, Literal
+
+import yaml
+
+from launch.config.compose import dotted_keys
+from train.config.errors import ConfigError, nearest_key
+
+_FORM = "must be NAME*FACTOR, NAME/FACTOR or NAME=VALUE, several joined with ' + '"
+_MOST_SHOWN = 60
+EXAMPLE = "cluster.inter_node_bytes_per_second*2"
+_OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One change of a key.
+
+    Attributes:
+        key: dotted key, or a group; a part of it may have `*` for any characters.
+        operator: how `operand` changes the value.
+        operand: factor or new value, as written.
+    """
+
+    key: str
+    operator: Literal["=", "*", "/"]
+    operand: str
+
+    def __str__(self) -> str:
+        """Returns the change as it is written."""
+        return f"{self.key}{self.operator}{self.operand}"
+
+    @property
+    def factor(self) -> float:
+        """The factor of a change that multiplies.
+
+        Raises:
+            ConfigError: it is not a finite number above 0.
+        """
+        number = math.nan
+        with suppress(ValueError):
+            number = float(self.operand)
+        factor = 1 / number if self.operator == "/" and number else number
+        if not (math.isfinite(number) and number > 0 and math.isfinite(factor) and factor > 0):
+            hint = 0.01 if number == 0 and self.operator == "*" else 2
+            raise ConfigError(
+                f"{self}: the factor must be a finite number above 0, is {self.operand!r}; "
+                f"nearest valid: {self.key}{self.operator}{hint}"
+            )
+        return factor
+
+    def new_value(self) -> object:
+        """Returns the value of a change with `=`.
+
+        Raises:
+            ConfigError: the value does not parse.
+        """
+        value: object = None
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            value = yaml.safe_load(self.operand)
+        if value is None and self.operand not in ("null", "~"):
+            raise ConfigError(
+                f"{self}: the value must be a number, text, true, false, null or a list, is {self.operand!r}; "
+                f"nearest valid: {self.key}=null"
+            )
+        return value
+
+
+def parse_changes(item: str) -> tuple[Change, ...]:
+    """Returns the changes of a what-if, which `,` or ` + ` separates.
+
+    Args:
+        item: as written, for example `parallelism.pipeline/2 + parallelism.data*2`.
+
+    Raises:
+        ConfigError: a change has none of the forms. The message does not start with `what_if`.
+    """
+    return tuple(_parse_change(text.strip()) for text in _split(item))
+
+
+def _parse_change(text: str) -> Change:
+    found = re.fullmatch(r"([^=]*?)\s*=\s*(.*)", text, re.DOTALL) or re.fullmatch(r"(.*?)\s*[*/]\s*([^*/]*)", text)
+    if found is None or not found[1] or not re.fullmatch(r"[\w.*/\-]+", found[1]):
+        raise ConfigError(f"{text}: {_FORM}, is {text!r}; nearest valid: {_nearest_form(text)}")
+    operator = text[len(found[1]) :].strip()[0]
+    kinds: dict[str, Literal["=", "*", "/"]] = {"=": "=", "*": "*", "/": "/"}
+    return Change(key=found[1], operator=kinds[operator], operand=found[2])
+
+
+def _nearest_form(text: str) -> str:
+    key = re.match(r"[A-Za-z_][\w.]*", text)
+    return f"{key[0]}*2" if key else EXAMPLE
+
+
+def _split(item: str) -> Iterator[str]:
+    """Yields the parts between commas and pluses that are outside of brackets and quotes."""
+    depth, quote, start = 0, "", 0
+    for place, letter in enumerate(item):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in _QUOTES:
+            quote = letter
+        elif letter in _OPENING or letter in _CLOSING:
+            depth += 1 if letter in _OPENING else -1
+        elif depth == 0 and (letter == "," or item[place - 1 : place + 2] == " + "):
+            yield item[start:place]
+            start = place + 1
+    yield item[start:]
+
+
+def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+    """Returns nested values with changes of keys applied in their order.
+
+    Args:
+        values: nested values of the whole configuration.
+        typed: the same keys as far as known, decoded: whole numbers are those that must stay whole.
+        changes: of keys, not of groups.
+
+    Raises:
+        ConfigError: a key does not exist or has no number to multiply. The message does not start with `what_if`.
+    """
+    result = _copied(values)
+    for change in changes:
+        for key in _matching_keys(change, result):
+            *parents, last = key.split(".")
+            place = result
+            for parent in parents:
+                place = place[parent]
+            if change.operator == "=":
+                place[last] = change.new_value()
+            else:
+                place[last] = _multiplied(change, key, place[last], _value_at(typed, key))
+    return result
+
+
+def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
+    """Returns the dotted keys that a change is about.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = dict(dotted_keys(values))
+    if change.key in known:
+        return [change.key]
+    parts = change.key.split(".")
+    found = [
+        key
+        for key, value in known.items()
+        if "*" in change.key and not isinstance(value, dict) and _matches(key.split("."), parts)
+    ]
+    if not found:
+        raise ConfigError(f"{change.key}: unknown key; {nearest_key(change.key, list(known))}")
+    return found
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _multiplied(change: Change, key: str, value: object, typed: object) -> int | float:
+    """Returns a number times the factor of a change, whole if the key holds whole numbers.
+
+    Raises:
+        ConfigError: the value is not a number, or would no longer be whole.
+    """
+    factor = change.factor
+    if isinstance(value, dict):
+        raise ConfigError(f"{key}: is a group of keys; write the key of a number, such as {_first_number(key, value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        shown = "null" if value is None else shorten(repr(value), _MOST_SHOWN)
+        raise ConfigError(f"{key}: must be a number to be multiplied, is {shown}; nearest valid: {key}=VALUE")
+    exact = value / float(change.operand) if change.operator == "/" else value * factor
+    if type(value) is int and type(typed) is not float:
+        whole = round(exact) if math.isfinite(exact) else value
+        if abs(exact - whole) > 1e-9 * max(1.0, abs(whole)):
+            raise ConfigError(
+                f"{key}: must be a whole number, {change} gives {exact:g}; nearest valid: {key}={max(whole, 1)}"
+            )
+        return whole
+    return exact
+
+
+def _first_number(key: str, value: Mapping[str, Any]) -> str:
+    numbers = [name for name, leaf in dotted_keys(value, f"{key}.") if type(leaf) in (int, float)]
+    return f"{numbers[0]}*2" if numbers else "cluster.peak_flops*2"
+
+
+def _value_at(values: Mapping[str, Any], key: str) -> object:
+    found: object = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
