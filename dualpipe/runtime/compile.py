@@ -122,14 +122,14 @@ def _atoms(
 def _passage(op: Operation, action: Action, order: Iterable[int], lanes: Sequence[Lane]) -> list[Atom]:
     """Returns the phases in order. The phase after an exchange, or a final atom, waits for the exchange."""
     atoms: list[Atom] = []
-    pending = False
+    pending, run = False, run_key(op)
     for phase in order:
-        step = Step(action, run_key(op), phase)
-        steps = (Step(Action.WAIT, run_key(op)), step) if pending else (step,)
+        step = Step(action, run, phase)
+        steps = (Step(Action.WAIT, run), step) if pending else (step,)
         atoms.append(Atom(lanes[phase], steps, pending))
         pending = lanes[phase] == "comm"
     if pending:
-        atoms.append(Atom("compute", (Step(Action.WAIT, run_key(op)),), needs_exchange=True))
+        atoms.append(Atom("compute", (Step(Action.WAIT, run),), needs_exchange=True))
     return atoms
 
 

@@ -71,6 +71,8 @@ def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
     delay no message. Ties go to the earlier member. Messages of one link are sent in the order of the members. The
     order is a pure function of the members, so all ranks of an expert group use the same order.
     """
+    if len(members) == 1:
+        return list(members[0])
     states = [_MemberState(list(member), _is_weights(member)) for member in members]
     order: list[Atom] = []
     while any(state.left for state in states):
@@ -98,6 +100,8 @@ def _urgency(member: _MemberState) -> tuple[int, int]:
 
 def _overtakes(states: Sequence[_MemberState], index: int) -> bool:
     """Returns whether the member's next atom sends on a link on which an earlier member has not sent yet."""
+    if not index:
+        return False
     links = states[index].left[0].links
     return bool(links) and any(links & atom.links for state in states[:index] for atom in state.left)
 

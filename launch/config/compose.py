@@ -41,12 +41,13 @@ _EXAMPLES = {
 }
 
 
-def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Composes `conf/<command>.yaml` with the overrides: group choices and values.
 
     Args:
         command: name of a root YAML file.
         overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
+        unread: values for dotted keys that the command does not read, used if they have none.
 
     Returns:
         Nested dicts and lists of plain values, every interpolation resolved.
@@ -56,6 +57,10 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
             cannot be loaded.
     """
     config = _checked(command, overrides)
+    for key, value in (unread or {}).items():
+        group, _, name = key.rpartition(".")
+        if group in config and OmegaConf.is_missing(config[group], name):
+            config[group][name] = value
     try:
         values = _plain(config)
     except MissingMandatoryValue as error:

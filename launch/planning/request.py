@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kernels.ranges import PositiveInt
-from launch.config.compose import compose, compose_defaults, key_of
+from launch.config.compose import compose, key_of
 from launch.config.groups import options, own_keys
 from launch.config.resolve import resolve
 from launch.config.rules import check_rules
@@ -24,7 +24,7 @@ from train.schedule.chunks import with_chunks
 _RATES, _EFFICIENCY = "rates", "efficiency"
 _PLANNER = (_RATES, _EFFICIENCY)
 _MOST_BYTES = 2**26
-_UNREAD = {"data.paths": "[unread]", "data.tokenizer": "null"}
+UNREAD: Mapping[str, Any] = {"data.paths": ["unread"], "data.tokenizer": None}
 """Values without which a run cannot start, and which a plan does not read."""
 
 
@@ -50,7 +50,7 @@ class PlanRequest:
         config: of the run, which passes the rules.
         planner: rates and the declared factor.
         options: what is planned and printed.
-        overrides: as the user wrote them, with values for what a plan does not read.
+        overrides: as the user wrote them.
         values: composed values of the run, the rates and the factor, not decoded.
     """
 
@@ -70,7 +70,6 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
     """
-    overrides = with_unread_data(overrides)
     values = plan_values(overrides)
     own = [key for key in own_keys("plan") if key != _EFFICIENCY]
     plan_options = decode(PlanOptions, {key: values[key] for key in own})
@@ -101,12 +100,12 @@ def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one.
 
     Args:
-        overrides: overrides for `conf/plan.yaml`, with values for what a plan does not read.
+        overrides: overrides for `conf/plan.yaml`.
 
     Raises:
         ConfigError: an override is invalid, or the file is not a plan.
     """
-    values, path = compose("plan", _without_path(overrides)), _path_of(overrides)
+    values, path = compose("plan", _without_path(overrides), UNREAD), _path_of(overrides)
     if values["run"] is not None and not _sets(overrides, _RATES):
         path = str(require_run(Path(str(values["run"]))))
     if path is None:
@@ -147,21 +146,6 @@ def run_config(values: Mapping[str, Any]) -> TrainConfig:
     config = with_chunks(read_config(resolve(values)))
     check_rules(config)
     return config
-
-
-def with_unread_data(overrides: Sequence[str]) -> list[str]:
-    """Adds values for keys that a run needs and a plan does not read.
-
-    Args:
-        overrides: overrides for `conf/plan.yaml`.
-
-    Raises:
-        ConfigError: an override does not parse, or a key or an option is unknown.
-    """
-    values = compose_defaults("plan", _without_path(overrides))
-    data = values.get("data")
-    missing = [key for key in _UNREAD if isinstance(data, dict) and data.get(key.partition(".")[2]) == "???"]
-    return [*overrides, *(f"{key}={_UNREAD[key]}" for key in missing)]
 
 
 def _path_of(overrides: Sequence[str]) -> str | None:

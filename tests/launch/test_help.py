@@ -18,7 +18,7 @@ from launch.config.groups import default_groups
 from launch.config.run_config import compose_run
 from launch.help.commands import find_commands, listing, unknown_command
 from launch.help.page import help_text
-from launch.planning.request import with_unread_data
+from launch.planning.request import UNREAD
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_commands_examples_compose() -> None:
             words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line)]
             assert words[:3] == ["python", "-m", f"launch.{found.name}"]
             overrides = [word for word in words[3:] if not word.startswith(("config_only=", "dry_run=", "prompt="))]
-            compose(found.name, with_unread_data(overrides) if found.name == "plan" else overrides)
+            compose(found.name, overrides, UNREAD if found.name == "plan" else None)
 
 
 def test_package_lists_the_commands_and_starts_one() -> None:

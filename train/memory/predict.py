@@ -8,7 +8,6 @@ from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
-from dualpipe.runtime.program import Action
 from dualpipe.runtime.reductions import with_reductions
 from kernels.attention import pads_values
 from model.account.activations import MicroBatchShape
@@ -20,7 +19,7 @@ from train.config import TrainConfig
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
-from train.memory.walk import iterate_live_bytes
+from train.memory.walk import find_peaks
 from train.schedule.cut import run_cut
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.schedule.ramp import sized_run
@@ -119,6 +118,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
     )
 
 
+@lru_cache(maxsize=64)
 def _predict(config: TrainConfig) -> JobMemory:
     schedule = planning_schedule(config, config.num_micro_batches)
     shapes, sizes = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config)
@@ -213,17 +213,7 @@ def pipeline_peaks(
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
     lanes = {number: [phase.lane for phase in stage] for number, stage in enumerate(phases)}
     program = with_reductions(compile_rank(schedule, rank, lanes, order))
-    bytes_of = iterate_live_bytes(
-        program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl"
-    )
-    whole = cool_down = PipelineBytes()
-    is_reducing = False
-    for step, alive in zip(program.steps, bytes_of, strict=True):
-        is_reducing |= step.action is Action.REDUCE
-        whole = max(whole, alive.peak, key=lambda peak: peak.total)
-        if is_reducing:
-            cool_down = max(cool_down, alive.peak, key=lambda peak: peak.total)
-    return whole, cool_down
+    return find_peaks(program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl")
 
 
 def _held(

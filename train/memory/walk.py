@@ -44,9 +44,9 @@ class _Run:
 
 @dataclass(slots=True)
 class _Rank:
-    """The bytes of all micro-batches on a rank, and of its messages.
+    """The bytes of all micro-batches on a rank, and of its messages, with the peak of what was observed.
 
-    `sent` holds the last message of each link, which is sent while the rank continues.
+    `sent` holds the last message of each link, which is sent while the rank continues; `sending` is their sum.
     """
 
     activations: int = 0
@@ -55,16 +55,53 @@ class _Rank:
     held: int = 0
     exchanging: int = 0
     receiving: int = 0
+    sending: int = 0
     sent: dict[Link, int] = field(default_factory=dict)
+    peak: PipelineBytes = field(default_factory=PipelineBytes)
+    most: int = -1
 
     def alive(self, inside: int) -> PipelineBytes:
         return PipelineBytes(
             activations=self.activations,
             pending=self.waiting,
             exchange=self.routing,
-            transfers=self.held + self.receiving + sum(self.sent.values()),
+            transfers=self.held + self.receiving + self.sending,
             inside=inside + self.exchanging,
         )
+
+    def observe(self, inside: int = 0) -> None:
+        """Counts the bytes that are alive, with those inside a step, towards the peak."""
+        kept = self.activations + self.waiting + self.routing + self.held
+        total = kept + self.receiving + self.sending + self.exchanging + inside
+        # Most steps are no peak, and an object for each of them would take most of a prediction's time.
+        if total > self.most:
+            self.most, self.peak = total, self.alive(inside)
+
+    def forget_peak(self) -> None:
+        """Starts a peak with what is alive now."""
+        self.most = -1
+        self.observe()
+
+
+def find_peaks(
+    program: Program, stages: Mapping[int, Sequence[PhaseBytes]], message_bytes: int, *, keeps_sent: bool
+) -> tuple[PipelineBytes, PipelineBytes]:
+    """Returns the peak of a program, and the peak from its first reduction on.
+
+    Args:
+        program: of one rank.
+        stages: sizes of the phases of each stage on the rank.
+        message_bytes: size of a hidden state or its gradient between two stages.
+        keeps_sent: whether a message stays on the device until the next one is sent over the same link.
+    """
+    before, most, is_reducing, rank = PipelineBytes(), 0, False, _Rank()
+    for step in _follow(program, stages, rank, message_bytes, keeps_sent=keeps_sent):
+        if step.action is Action.REDUCE and not is_reducing:
+            is_reducing, before, most = True, rank.peak, rank.most
+            rank.forget_peak()
+    if not is_reducing:
+        return rank.peak, PipelineBytes()
+    return before if most >= rank.most else rank.peak, rank.peak
 
 
 def iterate_live_bytes(
@@ -78,20 +115,28 @@ def iterate_live_bytes(
         message_bytes: size of a hidden state or its gradient between two stages.
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
-    rank, runs = _Rank(), dict[RunKey, _Run]()
+    rank = _Rank()
+    for _ in _follow(program, stages, rank, message_bytes, keeps_sent=keeps_sent):
+        yield LiveBytes(after=rank.alive(0), peak=rank.peak)
+        rank.most = -1
+
+
+def _follow(
+    program: Program, stages: Mapping[int, Sequence[PhaseBytes]], rank: _Rank, message_bytes: int, *, keeps_sent: bool
+) -> Iterator[Step]:
+    """Applies the steps of a program to a rank, and yields each of them when it is done."""
+    runs = dict[RunKey, _Run]()
     for step in program.steps:
         if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
             runs[step.run] = _Run(stages[step.run.stage])
-        inside = _perform(step, rank, runs, message_bytes, keeps_sent=keeps_sent)
-        after = rank.alive(0)
+        _perform(step, rank, runs, message_bytes, keeps_sent=keeps_sent)
         # The peak inside a step is counted on top of what was alive before it. It may be below what is alive after it.
-        yield LiveBytes(after=after, peak=after if inside is None or inside.total < after.total else inside)
+        rank.observe()
+        yield step
 
 
-def _perform(
-    step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, *, keeps_sent: bool
-) -> PipelineBytes | None:
-    """Applies a step, and returns the bytes that were alive inside it, if it is a phase."""
+def _perform(step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, *, keeps_sent: bool) -> None:
+    """Applies a step, and observes the bytes that are alive inside it, if it is a phase."""
     match step.action:
         case Action.RECEIVE:
             rank.receiving += message_bytes
@@ -100,7 +145,7 @@ def _perform(
         case Action.SEND:
             _send(step, rank, runs[step.run], message_bytes, keeps_sent=keeps_sent)
         case Action.FORWARD | Action.BACKWARD:
-            return _pass(step, rank, runs[step.run])
+            _pass(step, rank, runs[step.run])
         case Action.WAIT:
             run = runs[step.run]
             assert run.pending is not None
@@ -109,9 +154,8 @@ def _perform(
             run.pending = None
         case Action.WEIGHT:
             phase = runs[step.run].phases[step.phase]
-            inside = rank.alive(phase.weight_peak)
+            rank.observe(phase.weight_peak)
             rank.waiting -= phase.waiting
-            return inside
         case Action.RELEASE:
             rank.activations -= runs[step.run].kept
         case Action.RELOAD:
@@ -124,19 +168,17 @@ def _perform(
             rank.held -= run.held
         case _ as other:
             assert_never(other)
-    return None
 
 
-def _pass(step: Step, rank: _Rank, run: _Run) -> PipelineBytes:
+def _pass(step: Step, rank: _Rank, run: _Run) -> None:
     phase = run.phases[step.phase]
     inside = phase.forward_peak if step.action is Action.FORWARD else phase.backward_peak
-    alive = rank.alive(inside)
+    rank.observe(inside)
     if phase.lane == "comm":
         run.pending, run.inside = step, inside
         rank.exchanging += inside
     else:
         _settle(step, rank, run)
-    return alive
 
 
 def _settle(step: Step, rank: _Rank, run: _Run) -> None:
@@ -171,4 +213,5 @@ def _send(step: Step, rank: _Rank, run: _Run, message_bytes: int, *, keeps_sent:
     if message.source == message.destination:
         rank.receiving += message_bytes
     elif keeps_sent:
+        rank.sending += message_bytes - rank.sent.get(message.link, 0)
         rank.sent[message.link] = message_bytes
