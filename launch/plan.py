@@ -24,6 +24,7 @@ from train.config.errors import ConfigError
 from train.planner.advice.shown import PlanSection, advice_section, what_if_section
 from train.planner.as_json import plan_json
 from train.planner.as_text import plan_text
+from train.planner.dry_run import built_json, built_lines, compare_built_ranks
 from train.planner.job_plan import JobPlan, plan_job
 from train.planner.measured.compare import Comparison, compared_plan
 from train.planner.measured.shown import comparison_json, comparison_text
@@ -53,7 +54,13 @@ def main(overrides: Sequence[str]) -> int:
         sections.append(what_if_section([plan_what_if(request, plan, run) for run in changed]))
         if request.options.advice:
             sections.append(advice_section(advise_hardware(request, plan)))
+        built = compare_built_ranks(plan.config) if request.options.dry_run else ()
+        if built:
+            sections.append(PlanSection(key="dry_run", value=built_json(built), lines=tuple(built_lines(built))))
         write_output(_shown(plan, sections, request), request.options.out)
+    for kind in built:
+        if kind.differences:
+            raise ConfigError(f"dry_run: rank {kind.pipeline_ranks[0]}: {kind.differences[0]}")
     return 0
 
 

@@ -38,6 +38,7 @@ _OTHERS = (
     ("candidates", "Layouts"),
     ("rejected", "Rejected layouts"),
     ("compared", "Predicted and measured"),
+    ("dry_run", "Ranks that were built without devices"),
 )
 """Sections of a plan in JSON that it may have, in their order on the page."""
 
