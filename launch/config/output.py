@@ -1,6 +1,7 @@
 """Writes the output of a command to a file or to standard output."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from train.config.errors import ConfigError
@@ -26,5 +27,7 @@ def write_output(text: str, out: str) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise ConfigError(f"out: {out!r} must be a file that can be written: {error}") from error
+        with suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"out: {out!r} must be a file that can be written: {error.strerror}") from error
     print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""Compares ranks that are built without devices with the arithmetic of a plan. No torch in this process."""
+"""Compares built ranks with the arithmetic of a plan. No torch in this process."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
