@@ -68,7 +68,7 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
         values=arrived + (row if shares else 0),
         kept=packed + sizes.expert_wide(1) + sizes.expert_codes(2 * width) + shared_kept,
         # The gradient of the block's result passes through the residual, and no weight's gradient holds it.
-        gradients=2 * row + arrived + sizes.expert_wide(1),
+        gradients=(2 if shares else 1) * row + arrived + sizes.expert_wide(1),
         waiting=2 * packed + columns + shared_waiting,
         forward_peak=max(
             hidden + sizes.expert_codes(2 * width) + sizes.expert_codes(width),

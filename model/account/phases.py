@@ -50,7 +50,7 @@ def dispatch_phase(sizes: Sizes) -> PhaseBytes:
         routing=exchange.routing,
         gradients=sizes.row + sizes.router_weights + (sizes.row if holds_residual else 0),
         forward_peak=sizes.received + weights + exchange.routing + exchange.to_experts,
-        backward_peak=2 * sizes.row + sizes.router_weights + exchange.from_experts,
+        backward_peak=2 * sizes.row + sizes.router_weights + exchange.from_experts + sizes.unpermuted,
     )
 
 

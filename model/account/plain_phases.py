@@ -86,7 +86,8 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
         lane="compute",
         values=arrived + (row if shares else 0),
         kept=arrived + sizes.expert_numbers(1) + hidden + kept_gated + shared_kept,
-        gradients=row + arrived + sizes.expert_wide(1) + (0 if shares else row),
+        # Of the block's result, or of the shared experts' input: with shared experts, the former waits for their W.
+        gradients=row + arrived + sizes.expert_wide(1),
         waiting=2 * arrived + sizes.expert_numbers(1) + 2 * hidden + kept_gated + shared_waiting,
         forward_peak=max(
             hidden + 3 * gated,

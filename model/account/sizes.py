@@ -18,6 +18,7 @@ _ID_BYTES = 8
 _CHUNK_LOGITS_CUDA = 2**27
 _CHUNK_LOGITS_CPU = {2: 2**22}
 _SMALLEST_CHUNK_ROWS_CPU = 64
+_CHUNK_NUMBERS_CPU = 2**19
 
 
 Lane = Literal["compute", "comm"]
@@ -232,6 +233,17 @@ class Sizes:
             return max(1, min(self.shape.num_tokens, _CHUNK_LOGITS_CUDA // vocab)) * vocab * size
         most = max(_SMALLEST_CHUNK_ROWS_CPU, _CHUNK_LOGITS_CPU.get(size, 2**19) // vocab)
         return 2 * min(self.shape.num_tokens, most) * vocab * self.shape.wide_bytes
+
+    @property
+    def unpermuted(self) -> int:
+        """Bytes inside a sum of each token's rows on a CPU: rows gathered in a wide type, indices, and the sums."""
+        if self.device == "cuda":
+            return 0
+        hidden, choices = self.config.hidden_size, self.config.num_experts_per_token
+        tokens = min(self.shape.num_tokens, max(1, _CHUNK_NUMBERS_CPU // (hidden * choices)))
+        widened = self.shape.value_bytes if self.shape.value_bytes != self.shape.wide_bytes else 0
+        gathered = choices * (hidden * (self.shape.wide_bytes + widened) + 3 * _ID_BYTES)
+        return tokens * (gathered + hidden * self.shape.wide_bytes)
 
     @property
     def _kernel_widths(self) -> tuple[int, int]:

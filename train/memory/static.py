@@ -83,7 +83,8 @@ def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
 def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
     """Returns the bytes of the optimizer step's temporary tensors.
 
-    These are buckets and the shard's gradients with `zero1`, and one flat copy of gradients with `replicated`.
+    With `zero1` a bucket is filled and flattened again for each group while gradients are reduced to the rank's shard;
+    later the shard's gradients are flattened before they are applied. With `replicated` one flat copy is reduced.
 
     Args:
         config: of the run.
@@ -95,8 +96,9 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
         summed = [count for count, group in _parts(held, replicas) if group > 1]
         return max(summed, default=0) * sizes.shape.wide_bytes
     bucket = min(config.optim.bucket_elements, held.total)
+    flattened = min(bucket, max(count for count, _ in _parts(held, replicas)))
     shard = _shard_elements(held, replicas)
-    return _MASTER_BYTES * (bucket + 2 * shard)
+    return _MASTER_BYTES * (shard + max(bucket + flattened, shard))
 
 
 def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, has_end: bool) -> int:

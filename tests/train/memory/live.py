@@ -16,6 +16,7 @@ from comm.lane import InlineLane
 from dualpipe.ir import Schedule
 from dualpipe.runtime.clock import HostClock
 from dualpipe.runtime.execute import execute
+from dualpipe.runtime.program import Action
 from model.account.parameters import held_parameters, stage_shapes
 from model.account.phases import stage_phases
 from model.objective import LossSums
@@ -28,12 +29,15 @@ from train.memory.walk import LiveBytes, iterate_live_bytes
 from train.step import rates_of
 from train.tasks.batch_reader import BatchReader
 
+_NUMBER_BYTES = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """Bytes in each step of a program: alive after it, and at most inside it.
 
     is_settled: no exchange is under way, whose buffers are predicted but here are through at once.
+    actions: what each step does.
     """
 
     static: int
@@ -44,6 +48,7 @@ class Compared:
     predicted_peaks: list[int]
     pending: list[int]
     is_settled: list[bool]
+    actions: list[Action]
 
 
 class LiveStorages(TorchDispatchMode):
@@ -69,10 +74,14 @@ class LiveStorages(TorchDispatchMode):
         return made
 
     def num_bytes(self) -> int:
-        """Returns the bytes of all tensors that are alive. A tensor that was emptied has none."""
+        """Returns the bytes of all tensors that are alive, without single numbers such as losses.
+
+        A tensor that was emptied has none.
+        """
         alive = {key: reference() for key, reference in self._made.items()}
         self._made = {key: self._made[key] for key, storage in alive.items() if storage is not None}
-        return sum(storage.nbytes() for storage in alive.values() if storage is not None)
+        sizes = [storage.nbytes() for storage in alive.values() if storage is not None]
+        return sum(size for size in sizes if size > _NUMBER_BYTES)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -133,6 +142,7 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
         predicted_peaks=[each.peak.total for each in alive],
         pending=[each.after.pending for each in alive],
         is_settled=[not each.after.inside for each in alive],
+        actions=[step.action for step in learner.replica.train_program.steps],
     )
 
 

@@ -1,12 +1,13 @@
 """Predicted memory against the storages that are alive in a step: 6 shapes, 3 precisions, one rank and several."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
+from dualpipe.runtime.program import Action
 from model.config import RECOMPUTED, ModelConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
 from tests.ranks import run_ranks
@@ -99,6 +100,34 @@ def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(
         assert max(compared.pending) > 0
 
 
+EVERY_SUBSET = tuple(
+    frozenset(some) for some in chain.from_iterable(combinations(RECOMPUTED, size) for size in range(4))
+)
+FEW_SUBSETS = (frozenset(RECOMPUTED), frozenset[Recomputed](["norm"]))
+
+
+@pytest.mark.parametrize(
+    "subsets", [pytest.param(FEW_SUBSETS, id="few"), pytest.param(EVERY_SUBSET, id="every", marks=pytest.mark.long)]
+)
+def test_activations_of_one_micro_batch_are_exact(folder: Path, subsets: tuple[frozenset[Recomputed], ...]) -> None:
+    """After F to the byte, between I and W within 1 %; single numbers apart, which are at most 8 bytes each."""
+    cases = list(product(SHAPES, PRECISIONS, subsets))
+    jobs = []
+    for shape, precision, recomputed in cases:
+        kept = tuple(kind for kind in RECOMPUTED if kind in recomputed)
+        config = make_config(folder, SHAPES[shape][0], kept, PRECISIONS[precision])
+        config = replace(config, batch=replace(config.batch, global_sequences=config.batch.micro_sequences))
+        jobs.append((config, random_schedule(straight(1), 1, 0, split_share=1.0)))
+    (results,) = run_ranks(1, compare_rank, jobs, False, timeout_seconds=600.0)
+    for case, compared in zip(cases, results, strict=True):
+        first_backward = compared.actions.index(Action.BACKWARD)
+        alive, predicted = compared.after[first_backward - 1], compared.predicted_after[first_backward - 1]
+        assert alive == predicted, f"{case}: after F {alive} bytes, predicted {predicted}"
+        first_weight = compared.actions.index(Action.WEIGHT)
+        alive, predicted = compared.after[first_weight - 1], compared.predicted_after[first_weight - 1]
+        assert abs(alive - predicted) <= 0.01 * alive, f"{case}: between I and W {alive} bytes, predicted {predicted}"
+
+
 def test_offloaded_activations_are_not_kept(folder: Path) -> None:
     """Every micro-batch leaves the device and returns at random places of the schedule."""
     schedule = random_schedule(straight(1), 6, 0, split_share=1.0)
@@ -154,6 +183,7 @@ def together(one: Compared, other: Compared) -> Compared:
         predicted_peaks=one.predicted_peaks,
         pending=one.pending,
         is_settled=one.is_settled,
+        actions=one.actions,
     )
 
 

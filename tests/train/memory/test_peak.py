@@ -1,0 +1,67 @@
+"""Predicted peak of every rank in a whole training step against the largest sum of live storages."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from comm.config import ParallelismConfig
+from dualpipe.config import ScheduleConfig
+from dualpipe.registry import SCHEDULES
+from model.config import RECOMPUTED
+from tests.ranks import run_ranks
+from tests.tiny import write_text
+from tests.train.memory.peak import measure_peaks
+from tests.train.memory.test_live import BASE, PRECISIONS, make_config
+from train.config import TrainConfig
+from train.memory import predict_memory
+
+MOST_OVER, MOST_UNDER = 0.03, 0.01
+NUM_RANKS = 8
+
+
+def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
+    """Returns a job of 8 ranks in float32, in which a CPU computes like a GPU."""
+    data = NUM_RANKS // pipeline
+    config = make_config(
+        folder,
+        replace(BASE, num_layers=2 * pipeline, num_expert_groups=1, num_limited_groups=1),
+        RECOMPUTED,
+        PRECISIONS["float32"],
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
+    )
+    sequences = 2 * pipeline * data * config.batch.micro_sequences
+    sharding: Literal["zero1", "replicated"] = "zero1" if len(kind) % 2 else "replicated"
+    return replace(
+        config,
+        batch=replace(config.batch, global_sequences=sequences),
+        optim=replace(config.optim, sharding=sharding, bucket_elements=16_384),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pipelines"),
+    [
+        pytest.param(("dualpipe",), (2,), id="one", marks=pytest.mark.slow),
+        pytest.param(tuple(SCHEDULES.names()), (2, 4), id="every", marks=pytest.mark.long),
+    ],
+)
+def test_peak_of_a_step_is_the_largest_sum_of_live_storages(
+    tmp_path: Path, kinds: Sequence[str], pipelines: Sequence[int]
+) -> None:
+    """All experts of a rank receive equally many rows, as the prediction assumes."""
+    write_text(tmp_path)
+    jobs = [make_job(tmp_path, kind, pipeline) for pipeline in pipelines for kind in kinds]
+    results = run_ranks(NUM_RANKS, measure_peaks, jobs, timeout_seconds=1200.0)
+    problems = []
+    for number, job in enumerate(jobs):
+        predicted = [rank.total for rank in predict_memory(job).ranks]
+        for rank, measured in enumerate(results):
+            total = predicted[rank // job.parallelism.data]
+            if not -MOST_UNDER <= total / measured[number] - 1 <= MOST_OVER:
+                difference = f"{total / measured[number] - 1:+.2%}"
+                problems.append(f"{job.schedule.kind} {job.parallelism}: rank {rank} {measured[number]}, {difference}")
+    assert not problems, "\n".join(problems)

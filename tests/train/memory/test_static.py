@@ -1,0 +1,106 @@
+"""Weights, gradients and optimizer state of real ranks in 8 layouts, against arithmetic and ranks built alone."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from dualpipe.config import ScheduleConfig
+from model.attention.mla import LatentAttention
+from tests.ranks import run_ranks
+from tests.tiny import BATCH, MODEL, tiny_config, write_text
+from tests.train.job import close_job, open_job
+from train.config import Precision, PrecisionConfig, TrainConfig
+from train.learner import Learner
+from train.memory import predict_memory
+from train.network import weight_dtype
+from train.optim.adamw import MOMENTS, moments_of
+from train.planner.built_ranks import build_ranks
+from train.schedule.nominal import planning_schedule
+
+LAYOUTS = (
+    (ParallelismConfig(pipeline=1, data=8, expert=1), "1f1b"),
+    (ParallelismConfig(pipeline=1, data=8, expert=8), "1f1b"),
+    (ParallelismConfig(pipeline=2, data=4, expert=2), "dualpipe"),
+    (ParallelismConfig(pipeline=2, data=4, expert=4), "1f1b"),  # MTP modules and the embedding are on different ranks
+    (ParallelismConfig(pipeline=4, data=2, expert=2), "dualpipe"),
+    (ParallelismConfig(pipeline=4, data=2, expert=1), "zb_v"),
+    (ParallelismConfig(pipeline=8, data=1, expert=1), "dualpipe_split"),
+    (ParallelismConfig(pipeline=8, data=1, expert=1), "zb_h1"),
+)
+PADDED_ELEMENTS = 2
+"""DeepSpeed rounds the shard of every parameter group up to an even number of elements."""
+
+
+def make_config(folder: Path, number: int) -> TrainConfig:
+    mesh, kind = LAYOUTS[number]
+    precision: Precision = PrecisionConfig(kind="float32" if number % 3 == 1 else "bf16")
+    config = tiny_config(
+        folder,
+        parallelism=mesh,
+        precision=precision,
+        model=replace(MODEL, num_layers=2 * mesh.pipeline, num_dense_layers=1 + number % 2),
+        batch=replace(BATCH, global_sequences=2 * mesh.world_size),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
+    )
+    moments = "bf16" if number % 2 else "float32"
+    return replace(config, optim=replace(config.optim, sharding="zero1", moments=moments))
+
+
+def measure(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[int, int, int, int]]:
+    """Returns the bytes of weights, gradients and optimizer on this rank, and the number of sharded tensors."""
+    found = []
+    for config in configs:
+        learner = open_job(config, planning_schedule(config, config.num_micro_batches))
+        gradients = sum(gradient.nbytes for gradient in learner.store.gradients())
+        found.append((_weight_bytes(learner), gradients, *_optimizer_bytes(learner)))
+        dist.barrier()
+        close_job(learner)
+    return found
+
+
+def _weight_bytes(learner: Learner) -> int:
+    """Returns the bytes of weights, buffers and rotation tables, which each block makes in its first forward."""
+    network, tokens = learner.replica.network, learner.replica.config.batch.sequence_length_tokens
+    for module in network.modules():
+        if isinstance(module, LatentAttention):
+            module._rotation(torch.empty(1, tokens, 1, dtype=weight_dtype(learner.replica.config.precision)))
+    tables = [
+        table for module in network.modules() for pair in getattr(module, "_tables", {}).values() for table in pair
+    ]
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *tables))
+
+
+def _optimizer_bytes(learner: Learner) -> tuple[int, int]:
+    """Returns the bytes of DeepSpeed's own tensors, and their number."""
+    masters: list[tuple[object, Tensor]] = []
+    for _, unit in learner.optimizer._units:
+        optimizer = unit._optimizer  # type: ignore[attr-defined]
+        masters += [(optimizer.optimizer, master) for master in optimizer.single_partition_of_fp32_groups]
+    moments = [moments_of(optimizer, master)[name] for optimizer, master in masters for name in MOMENTS]  # type: ignore[arg-type]
+    held = [master for _, master in masters] + moments
+    return sum(tensor.untyped_storage().nbytes() for tensor in held), len(masters)
+
+
+def test_static_bytes_of_real_ranks_are_those_of_arithmetic_and_of_ranks_built_alone(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    configs = [make_config(tmp_path, number) for number in range(len(LAYOUTS))]
+    results = run_ranks(8, measure, configs)
+    built = {number: build_ranks(configs[number]) for number in (2, 3)}
+    for number, config in enumerate(configs):
+        for rank, memory in enumerate(predict_memory(config).ranks):
+            for index in range(config.parallelism.data):
+                weights, gradients, optimizer, num_shards = results[rank * config.parallelism.data + index][number]
+                name = f"{LAYOUTS[number]}, pipeline rank {rank}, data rank {index}"
+                assert memory.weights == weights, name
+                assert memory.gradients == gradients, name
+                assert 0 <= optimizer - memory.optimizer <= num_shards * PADDED_ELEMENTS * 12, name
+        for each in built.get(number, ()):
+            for rank in each.pipeline_ranks:
+                memory = predict_memory(config).ranks[rank]
+                assert (each.weights, each.gradients) == (memory.weights, memory.gradients), f"{name}: {each}"
+                assert math.isclose(each.optimizer, memory.optimizer, abs_tol=num_shards * 12), f"{name}: {each}"
