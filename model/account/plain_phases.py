@@ -86,7 +86,7 @@ def experts_phase(sizes: Sizes) -> PhaseBytes:
         lane="compute",
         values=arrived + (row if shares else 0),
         kept=arrived + sizes.expert_numbers(1) + hidden + kept_gated + shared_kept,
-        # Of the block's result, or of the shared experts' input: with shared experts, the former waits for their W.
+        # With shared experts, the gradient of the block's result waits for their W, and this row is their input's.
         gradients=row + arrived + sizes.expert_wide(1),
         waiting=2 * arrived + sizes.expert_numbers(1) + 2 * hidden + kept_gated + shared_waiting,
         forward_peak=max(

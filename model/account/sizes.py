@@ -236,7 +236,7 @@ class Sizes:
 
     @property
     def unpermuted(self) -> int:
-        """Bytes inside a sum of each token's rows on a CPU: rows gathered in a wide type, indices, and the sums."""
+        """Bytes inside a sum of each token's rows on a CPU: gathered rows, indices and sums."""
         if self.device == "cuda":
             return 0
         hidden, choices = self.config.hidden_size, self.config.num_experts_per_token

@@ -38,6 +38,7 @@ class Compared:
 
     is_settled: no exchange is under way, whose buffers are predicted but here are through at once.
     actions: what each step does.
+    num_skipped: rows of all micro-batches and depths that heads leave out.
     """
 
     static: int
@@ -49,6 +50,7 @@ class Compared:
     pending: list[int]
     is_settled: list[bool]
     actions: list[Action]
+    num_skipped: int
 
 
 class LiveStorages(TorchDispatchMode):
@@ -143,7 +145,15 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
         pending=[each.after.pending for each in alive],
         is_settled=[not each.after.inside for each in alive],
         actions=[step.action for step in learner.replica.train_program.steps],
+        num_skipped=_num_skipped(batches),
     )
+
+
+def _num_skipped(batches: BatchReader) -> int:
+    """Returns how many rows heads leave out, as they do if enough tokens of a micro-batch predict nothing."""
+    read = [batch for batch in batches._known.values() if batch is not None]
+    depths = [(batch.rows(depth), targets.numel()) for batch in read for depth, targets in enumerate(batch.targets_BT)]
+    return sum(num_tokens - len(rows) for rows, num_tokens in depths if rows is not None)
 
 
 def _run(
