@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from comm.watchdog.decode import MessageError, compress_object, decompress_object, parse_object
 
-Kind = Literal["state_request", "state", "verdict", "departure"]
+Kind = Literal["state_request", "state", "verdict", "departure", "reached", "notice", "address_request", "addresses"]
 
 KEY_BYTES = 32
 MAX_DATAGRAM_BYTES = 65_507
@@ -83,13 +83,15 @@ class DatagramCodec:
         self._key = key
         self._rank = rank
         self._world_size = world_size
-        # next() on a count is atomic.
-        self._counters: dict[int, Iterator[int]] = {peer: itertools.count() for peer in range(world_size)}
-        self._windows: dict[int, ReplayWindow] = {peer: ReplayWindow() for peer in range(world_size)}
+        # Only ranks that this rank exchanges datagrams with have entries.
+        self._counters: dict[int, Iterator[int]] = {}
+        self._windows: dict[int, ReplayWindow] = {}
 
     def encode(self, recipient: int, kind: Kind, values: Mapping[str, Any]) -> bytes:
         """Returns a new datagram for a rank."""
-        header = _HEADER.pack(_KINDS.index(kind), self._rank, recipient, next(self._counters[recipient]))
+        # setdefault and next() on a count are atomic.
+        counter = next(self._counters.setdefault(recipient, itertools.count()))
+        header = _HEADER.pack(_KINDS.index(kind), self._rank, recipient, counter)
         covered = header + compress_object(values)
         return derive(self._key, "datagram", covered) + covered
 
@@ -107,11 +109,13 @@ class DatagramCodec:
         # The cheap checks come before the hash.
         if recipient != self._rank or sender == self._rank or sender >= self._world_size or kind >= len(_KINDS):
             raise MessageError("not for this rank")
-        if not self._windows[sender].is_new(counter):
+        window = self._windows.get(sender) or ReplayWindow()
+        if not window.is_new(counter):
             raise MessageError("repeated or too old")
         if not hmac.compare_digest(tag, derive(self._key, "datagram", covered)):
             raise MessageError("not authenticated")
-        self._windows[sender].add(counter)
+        window.add(counter)
+        self._windows[sender] = window
         return Datagram(kind=_KINDS[kind], sender=sender, values=decompress_object(covered[_HEADER.size :]))
 
 

@@ -4,13 +4,15 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
+
+from comm.watchdog.tree.rank_set import MAX_LISTED, RankSet
 
 StreamMark = Callable[[], Callable[[], bool]]
 """Marks the current end of the current stream. The returned function says whether the stream has passed the mark."""
@@ -25,7 +27,7 @@ class Collective:
 
     Attributes:
         group: name of the group; equal on all its ranks and unique.
-        ranks: global ranks of the group.
+        ranks: global ranks of the group, ascending.
         number: number of the collective within the group, from 0.
         name: what the collective does.
         label: its owner if it belongs to a micro-batch; printed by its `str`.
@@ -33,7 +35,7 @@ class Collective:
     """
 
     group: str
-    ranks: tuple[int, ...]
+    ranks: RankSet
     number: int
     name: str
     label: Hashable | None
@@ -71,6 +73,8 @@ class CollectiveLog:
         self._recent: deque[tuple[float, Collective]] = deque(maxlen=num_kept)
         self._hashes: dict[str, hashlib._Hash] = {}
         self._started: dict[str, int] = {}
+        self._members: dict[str, RankSet] = {}
+        self._names: dict[Hashable, str] = {}
         self._finished: dict[str, int] = {}
         self._awaited: dict[Collective, tuple[float, int]] = {}
         self._enqueued: deque[_Enqueued] = deque()
@@ -85,7 +89,7 @@ class CollectiveLog:
         self._mark = mark
 
     def start(
-        self, group: str, ranks: Sequence[int], name: str, label: Hashable | None = None, *, is_phase: bool = False
+        self, group: str, ranks: Iterable[int], name: str, label: Hashable | None = None, *, is_phase: bool = False
     ) -> Collective:
         """Logs the start of the group's next collective.
 
@@ -94,7 +98,9 @@ class CollectiveLog:
         line = f"{name} {label}\n".encode()
         with self._lock:
             number = self._started.get(group, 0)
-            collective = Collective(group, tuple(ranks), number, name, label, is_phase)
+            if group not in self._members:
+                self._members[group] = RankSet.of(ranks)
+            collective = Collective(group, self._members[group], number, name, label, is_phase)
             self._started[group] = number + 1
             if group not in self._hashes:
                 self._hashes[group] = hashlib.sha256()
@@ -136,12 +142,19 @@ class CollectiveLog:
             group: the process group.
             name: what the collective does.
         """
-        ranks = distributed.get_process_group_ranks(group)
-        return self.awaiting(self.start(group_name(kind, ranks), ranks, name))
+        key = kind, group.group_name
+        if key not in self._names:
+            ranks = RankSet.of(distributed.get_process_group_ranks(group))
+            self._names[key] = group_name(kind, ranks)
+            self._members.setdefault(self._names[key], ranks)
+        return self.awaiting(self.start(self._names[key], (), name))
 
     def phase(self, kind: str, ranks: Sequence[int], name: str) -> AbstractContextManager[None]:
         """Logs, like `collective`, a phase in which these ranks both compute and wait for each other."""
-        return self.awaiting(self.start(group_name(kind, ranks), ranks, name, is_phase=True))
+        key = kind, ranks if isinstance(ranks, range) else tuple(ranks)
+        if key not in self._names:
+            self._names[key] = group_name(kind, ranks)
+        return self.awaiting(self.start(self._names[key], ranks, name, is_phase=True))
 
     def awaited(self) -> list[tuple[Collective, float]]:
         """Returns the collectives that the rank waits for, with seconds, the longest wait first."""
@@ -220,6 +233,8 @@ def cuda_mark(device: torch.device) -> StreamMark:
     return mark
 
 
-def group_name(kind: str, ranks: Sequence[int]) -> str:
-    """Returns the name of a group of this kind, as in `expert [0, 1]`."""
-    return f"{kind} {list(ranks)}"
+def group_name(kind: str, ranks: Iterable[int]) -> str:
+    """Returns the name of a group of this kind, as in `expert [0, 1]` or `world [0 to 2047]`."""
+    if isinstance(ranks, (list, tuple)) and len(ranks) <= MAX_LISTED:
+        return f"{kind} {list(ranks)}"  # in their order
+    return f"{kind} [{RankSet.of(ranks)}]"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 MAX_DECODED_BYTES = 1 << 20
-MAX_TEXT_CHARACTERS = 65_536
+MAX_TEXT_CHARACTERS = 2048
+MAX_NAME_CHARACTERS = 256
 _MAX_DIGITS = 19  # digits of 2**63
 _LARGEST = 2**63 - 1
 
@@ -102,18 +103,6 @@ def flag_of(values: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise MessageError(f"{key}: not true or false")
     return value
-
-
-def ranks_of(values: Mapping[str, Any], key: str, world_size: int) -> tuple[int, ...]:
-    """Returns a field that must be a list of distinct ranks of the job.
-
-    Raises:
-        MessageError: if the field is missing or anything else.
-    """
-    ranks = tuple(_integer(rank, key, world_size) for rank in list_of(values, key, world_size))
-    if len(set(ranks)) != len(ranks):
-        raise MessageError(f"{key}: a rank is listed twice")
-    return ranks
 
 
 def list_of(values: Mapping[str, Any], key: str, max_items: int) -> list[Any]:

@@ -1,6 +1,5 @@
 """Starts a job on one rank: opens the store, handles SIGTERM, and reports ranks that do not join."""
 
-import dataclasses
 import json
 import signal
 import socket
@@ -17,14 +16,19 @@ from comm.exit_codes import EXIT_HANG, EXIT_LOST
 from comm.watchdog.authentication import open_object, seal_object
 from comm.watchdog.decode import MessageError, parse_object, printable
 from comm.watchdog.membership import Membership
-from comm.watchdog.verdict import Verdict, name_ranks
+from comm.watchdog.tree.rank_set import RankSet, name_ranks
+from comm.watchdog.tree.rank_tree import RankTree
+from comm.watchdog.verdict import MAX_CULPRITS, Verdict
 
 START = "start of the job"
 _VERDICT = "watchdog/verdict"
 _RECEIVED = "watchdog/verdict_received"
 _UNSIGNED = "watchdog/verdict_without_key"
 _LINGER_SECONDS = 2.0
+_FIRST_PAUSE_SECONDS = 0.01
 _LONGEST_PAUSE_SECONDS = 0.5
+_MAX_LOOKS_PER_SECOND = 20_000
+_STAGGER_SECONDS = 0.5
 # Wait after SIGTERM: ranks of a preempted job still join, so that all can agree on it; a lost rank never joins.
 _PREEMPTED_START_SECONDS = 3.0
 
@@ -83,6 +87,7 @@ class JobStart:
 
     Attributes:
         member: this rank.
+        tree: tree of all ranks.
         key: key that authenticates the verdict in the store; None until it is known.
         note: addition to the verdict's text about absent ranks.
     """
@@ -90,12 +95,16 @@ class JobStart:
     def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:
         """Starts the time until the deadline."""
         self.member = member
+        self.tree = RankTree(member.world_size, member.fanout)
         self.key: bytes | None = None
         self.note = ""
         self._deadline_seconds = deadline_seconds
         self._until = time.monotonic() + deadline_seconds
         self._termination = termination
-        self._pause = 0.01
+        self._pause = _FIRST_PAUSE_SECONDS
+        # Ranks that lead no group look into the store so seldom that it has time for those that do.
+        looks = 0.0 if self.tree.led_levels(member.rank) else member.world_size / _MAX_LOOKS_PER_SECOND
+        self._longest_pause = max(_LONGEST_PAUSE_SECONDS, looks)
 
     def open_store(self) -> Store:
         """Opens the job's store, or waits for the rank that opens it.
@@ -127,6 +136,10 @@ class JobStart:
                 raise
             raise self.store_error(error) from error
 
+    def begin_wait(self) -> None:
+        """Makes the next pauses short again, because something new is awaited."""
+        self._pause = _FIRST_PAUSE_SECONDS
+
     def wait(self, absent: Callable[[], list[int]], store: Store | None = None) -> None:
         """Pauses before the caller checks again.
 
@@ -141,8 +154,10 @@ class JobStart:
             self._raise_received(store)
         if not self._termination.is_overdue and time.monotonic() < self._until:
             time.sleep(self._pause)
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            self._pause = min(2 * self._pause, self._longest_pause)
             return
+        if store is not None and self.key is not None:
+            self._await_verdict(store)
         if self._termination.is_overdue:
             error = self._absent(EXIT_LOST, absent(), "lost: not joined when the launcher ended the job")
         else:
@@ -153,6 +168,15 @@ class JobStart:
             raise AbsentError(self._first_verdict(store, error.verdict))
         self._agree(store, self.key, error.verdict)
         raise error
+
+    def _await_verdict(self, store: Store) -> None:
+        """Leaves the search for absent ranks to the ranks at the top of the tree, if there are many ranks."""
+        num_levels_below = self.tree.num_levels - len(self.tree.led_levels(self.member.rank))
+        until = time.monotonic() + num_levels_below * _STAGGER_SECONDS
+        while not self.tree.is_flat and time.monotonic() < until:
+            if store.check([_VERDICT]):
+                self._raise_received(store)
+            time.sleep(_STAGGER_SECONDS / 2)
 
     def store_error(self, error: DistError) -> AbsentError:
         """Returns an error with the verdict on a store that has ended or no longer responds."""
@@ -177,7 +201,7 @@ class JobStart:
 
         It is not authenticated. Only a rank that ends anyway reads it, so another process could only change its text.
         """
-        first = store.compare_set(_UNSIGNED, "", json.dumps(dataclasses.asdict(own)))
+        first = store.compare_set(_UNSIGNED, "", json.dumps(own.as_json()))
         try:
             verdict = Verdict.from_json(parse_object(first), self.member.world_size)
         except MessageError:
@@ -186,26 +210,27 @@ class JobStart:
 
     def _agree(self, store: Store, key: bytes, own: Verdict) -> None:
         """Raises the first authentic verdict in the store, or writes this rank's verdict there."""
-        sealed = seal_object(key, _VERDICT, dataclasses.asdict(own))
+        sealed = seal_object(key, _VERDICT, own.as_json())
         if store.compare_set(_VERDICT, "", sealed).decode(errors="replace") != sealed:
             self._raise_received(store)
             store.set(_VERDICT, sealed)
         self._confirm(store, key, own)
 
     def _confirm(self, store: Store, key: bytes, verdict: Verdict) -> None:
-        """Confirms that this rank has the verdict. The rank with the store first waits for all present ranks."""
+        """Confirms that this rank has the verdict, after the ranks below it in the tree if a rank holds the store.
+
+        So the rank with the store, at the root, ends after all others, or after some seconds for each level.
+        """
         member = self.member
-        names = {rank: f"{_RECEIVED}/{rank}" for rank in range(member.world_size) if rank not in verdict.culprits}
-        if member.rank in names:
-            store.set(names[member.rank], seal_object(key, names[member.rank], {}))
-        if member.rank != member.store_rank:
-            return
-        until = time.monotonic() + _LINGER_SECONDS
-        while names and time.monotonic() < until:
-            for rank, name in list(names.items()):
-                if store.check([name]) and _is_authentic(key, name, store.get(name)):
-                    del names[rank]
-            time.sleep(0.05)
+        own = f"{_RECEIVED}/{member.rank}"
+        levels = len(self.tree.led_levels(member.rank))
+        awaits = levels > 0 and member.store_rank is not None
+        names = [f"{_RECEIVED}/{rank}" for rank in self.tree.children(member.rank) if rank not in verdict.culprits]
+        until = time.monotonic() + levels * _LINGER_SECONDS
+        while awaits and names and time.monotonic() < until:
+            names = [name for name in names if not (store.check([name]) and _is_authentic(key, name, store.get(name)))]
+            time.sleep(0.05 if names else 0.0)
+        store.set(own, seal_object(key, own, {}))
 
     def _is_open(self) -> bool:
         try:
@@ -218,11 +243,12 @@ class JobStart:
         return timedelta(seconds=max(0.1, self._until - time.monotonic()))
 
     def _absent(self, code: int, absent: list[int], why: str) -> AbsentError:
-        present = sorted(set(range(self.member.world_size)) - set(absent))
+        present = set(range(self.member.world_size)) - set(absent)
         is_one = len(absent) == 1
         subject = f"{name_ranks(absent)} {'is' if is_one else 'are'}"
         text = printable(f"{subject} {why}{self.note}; {name_ranks(present)} waited for {START}")
-        return AbsentError(Verdict(code=code, text=text, judge=self.member.rank, culprits=tuple(absent)))
+        culprits = RankSet.of(absent).first(MAX_CULPRITS)
+        return AbsentError(Verdict(code=code, text=text, judge=self.member.rank, culprits=culprits))
 
 
 def _is_authentic(key: bytes, purpose: str, sealed: bytes) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comm.watchdog.job_key import take_key_from_environment
+from comm.watchdog.tree.rank_tree import FANOUT
 
 STORE_FILE_VARIABLE = "DUALPIPE_STORE_FILE"
 """Environment variable with the path of the job's store, which the built-in launcher keeps in a private folder."""
@@ -29,6 +30,7 @@ class Membership:
         store_file: file of the store, instead of `host` and `port`; None if there is no such file.
         is_one_machine: whether all ranks are on this machine.
         key: key that the launcher or the user set for all ranks; None if rank 0 writes one into a file.
+        fanout: ranks of a block of the tree of ranks, equal on all ranks.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class Membership:
     store_file: Path | None = None
     is_one_machine: bool = False
     key: bytes | None = field(default=None, repr=False)
+    fanout: int = FANOUT
 
     @classmethod
     def from_environment(cls) -> "Membership":

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch.distributed.distributed_c10d import Store
 
 from comm.groups import GROUP_TIMEOUT_MARGIN_SECONDS
-from comm.watchdog.addresses import AddressExchange
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import START, JobStart, Termination
 from comm.watchdog.membership import Membership
+from comm.watchdog.tree.address_exchange import AddressExchange
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket

@@ -1,12 +1,15 @@
 """Detects a lost, stopped, disconnected or late rank, and ends all others with the same message.
 
 Each rank has a watchdog thread and a socket, which only listen while the job makes progress. A rank starts an inquiry
-if it has waited longer than the deadline, a collective failed, or it received SIGTERM. It requests the states of all
-other ranks, derives a verdict from them, and sends the verdict to all. A thread that hangs in a collective cannot be
+if it has waited longer than the deadline, a collective failed, or it received SIGTERM. It requests the states of other
+ranks, derives a verdict from them, and sends the verdict to all. A thread that hangs in a collective cannot be
 interrupted, so the watchdog's thread writes a crash report and ends the process.
+
+In a job of one block (64 ranks) each rank asks all others. In a larger one, the lowest rank that waits holds the
+inquiry and announces it along the tree of ranks, and the others wait for its verdict. If it does not act, higher ranks
+do.
 """
 
-import dataclasses
 import logging
 import os
 import signal
@@ -14,40 +17,38 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
-from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MessageError, printable
-from comm.watchdog.inquiry import Departure, End, Inquiry, StateRequest, decode_message
+from comm.watchdog.inquiries.inquiry import PATIENT_INQUIRY_SECONDS, Inquiry
+from comm.watchdog.inquiries.peer_check import PeerCheck
+from comm.watchdog.inquiries.rank_state import RankState, Wait
+from comm.watchdog.inquiries.shutdown import SIGNALLED, Shutdown
+from comm.watchdog.inquiries.turn import InquiryTurn
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.verdict import RankState, Reason, Verdict, judge
-from comm.watchdog.watchdog_socket import SocketAddress, WatchdogMessage, WatchdogSocket
+from comm.watchdog.messages import (
+    Addresses,
+    AddressRequest,
+    Departure,
+    End,
+    Notice,
+    Reached,
+    StateRequest,
+    decode_message,
+)
+from comm.watchdog.tree.address_book import SocketAddress
+from comm.watchdog.tree.address_fetch import AddressFetch
+from comm.watchdog.tree.relay import Relay
+from comm.watchdog.verdict import Reason, Verdict, judge, judge_wait
+from comm.watchdog.watchdog_socket import WatchdogMessage, WatchdogSocket
 
 _TICK_SECONDS = 0.2
 _BRISK_SECONDS = 0.05
-_INQUIRY_SECONDS = 1.5
-_PATIENT_INQUIRY_SECONDS = 2.0
-_SEND_EVERY_SECONDS = 0.2
-_AGREE_SECONDS = 0.4
-_LINGER_SECONDS = 0.6
-_FOLLOW_SECONDS = 3.0
 _JUDGE_SECONDS = 5.0
-_REACHABILITY_SECONDS = 10.0
+_JUDGE_SECONDS_OF_MANY = 20.0
 _FLOOD_PAUSE_SECONDS = 0.01
 _REPORT_EVERY_SECONDS = 60.0
-_SIGNALLED = 128 + signal.SIGTERM
 LOGGER = logging.getLogger("comm")
-
-
-@dataclass(slots=True)
-class _Shutdown:
-    """Shutdown with a verdict, which the judge sends several times before any rank ends."""
-
-    verdict: Verdict
-    report_at: float
-    send_at: float
-    exit_at: float | None = None
 
 
 class Watchdog:
@@ -88,14 +89,15 @@ class Watchdog:
         self._ends_by_signal = ends_by_signal
         self._main_thread = MainThread()
         self._inquiry: Inquiry | None = None
-        self._shutdown: _Shutdown | None = None
+        self._shutdown: Shutdown | None = None
         self._num_failed = 0
-        self._world_size = len(watchdog_socket.peers) + 1
+        self._tree = watchdog_socket.tree
+        self._relay = Relay(rank, self._tree, watchdog_socket.send)
+        self._turn = InquiryTurn(rank, self._tree, self._relay)
+        self._fetch = AddressFetch(rank, watchdog_socket.book, watchdog_socket.send)
         self._departed: dict[int, Departure] = {}  # ranks that have left the job
         self._departure: Departure | None = None
-        self._begun = time.monotonic()
-        # Peer that receives a first request, so that blocked datagrams are reported early.
-        self._unconfirmed_peer = next((peer for peer in sorted(watchdog_socket.peers) if peer > rank), None)
+        self._peer_check = PeerCheck(rank, self._tree, time.monotonic())
         self._is_terminated = False
         self._is_inquiry_requested = False
         self._inquiry_done = threading.Event()
@@ -118,7 +120,7 @@ class Watchdog:
             self._inquiry_done.clear()
             self._is_inquiry_requested = True
             self._socket.wake()
-            self._inquiry_done.wait(_JUDGE_SECONDS)
+            self._inquiry_done.wait(_JUDGE_SECONDS if self._tree.is_flat else _JUDGE_SECONDS_OF_MANY)
         lines = f"{type(error).__name__}: {error}".splitlines()
         self._send_departure("error", printable(lines[0]))
 
@@ -131,8 +133,7 @@ class Watchdog:
         self._socket.close()
 
     def _run(self) -> None:
-        if self._unconfirmed_peer is not None:
-            self._socket.send(self._unconfirmed_peer, "state_request", {})
+        self._peer_check.send(self._socket)
         while not self._is_closed:
             try:
                 self._tick()
@@ -161,11 +162,13 @@ class Watchdog:
                 self._handle(message)
         self._main_thread.sample(self._log)
         now = time.monotonic()
+        self._fetch.advance(now)
         if self._departure is not None:
             if self._is_terminated and self._ends_by_signal:
-                os._exit(_SIGNALLED)
+                os._exit(SIGNALLED)
         elif self._shutdown is not None:
-            self._shut_down(self._shutdown, now)
+            is_terminated = self._is_terminated
+            self._shutdown.advance(now, self._rank, self._relay, self._crash_report, is_terminated=is_terminated)
         elif self._inquiry is not None:
             self._inquire(self._inquiry, now)
         else:
@@ -175,55 +178,52 @@ class Watchdog:
             time.sleep(_FLOOD_PAUSE_SECONDS)
 
     def _handle(self, message: WatchdogMessage) -> None:
-        rank = message.rank
-        match decode_message(message, self._world_size):
-            case StateRequest():
-                self._reply(rank, message.sender)
-            case RankState() as state:
-                self._unconfirmed_peer = None if rank == self._unconfirmed_peer else self._unconfirmed_peer
+        route = self._relay.route(message.rank, message.values)
+        match decode_message(message, self._tree.world_size, route.origin):
+            case StateRequest() as request:
+                self._reply(message.rank, message.sender, request)
+            case RankState() | Reached() as reply:
+                self._peer_check.take_reply(message.rank)
                 if self._inquiry is not None:
-                    self._inquiry.replies[rank] = state
+                    self._inquiry.take(message.rank, reply)
             case Verdict() as verdict:
                 self._adopt(verdict)
+                if self._shutdown is not None and self._shutdown.verdict == verdict:
+                    self._relay.forward(route, "verdict", message.values)
             case Departure() as departure:
-                self._departed[rank] = departure
+                self._departed[route.origin] = departure
                 if departure.end == "error":
-                    self._adopt(departure.verdict_on(rank))
+                    self._adopt(departure.verdict_on(route.origin))
+                self._relay.forward(route, "departure", message.values)
+            case Notice():
+                self._take_notice(route.origin)
+                self._relay.forward(route, "notice", message.values)
+            case AddressRequest() | Addresses() as other:
+                if (found := self._fetch.handle(other)) is not None:
+                    self._socket.reply(message.rank, message.sender, "addresses", found)
 
-    def _reply(self, rank: int, sender: SocketAddress) -> None:
+    def _reply(self, rank: int, sender: SocketAddress, request: StateRequest) -> None:
         shutdown = self._shutdown
         if self._departure is not None:
             self._socket.reply(rank, sender, "departure", self._departure.as_json())
-        elif shutdown is not None and shutdown.verdict.judge == self._rank:
-            self._socket.reply(rank, sender, "verdict", dataclasses.asdict(shutdown.verdict))
-        else:  # only the judge sends a verdict
-            state = RankState.of(self._log, self._main_thread)
-            self._socket.reply(rank, sender, "state", dataclasses.asdict(state))
+            return
+        if shutdown is not None and shutdown.verdict.judge == self._rank:  # only the judge sends a verdict
+            self._socket.reply(rank, sender, "verdict", shutdown.verdict.as_json())
+            return
+        state = RankState.of(self._log, self._main_thread)
+        if (reached := request.short_reply(state)) is not None:
+            self._socket.reply(rank, sender, "reached", reached.as_json())
+        else:
+            self._socket.reply(rank, sender, "state", state.as_json())
 
     def _adopt(self, verdict: Verdict) -> None:
-        """Adopts a verdict.
-
-        All ranks choose the same of several: first a rank's own error, then the lowest judge.
-        """
-        if self._departure is not None:
-            return
-        if self._shutdown is not None:
-            held = self._shutdown.verdict
-            if (held.code != EXIT_OTHER, held.judge) <= (verdict.code != EXIT_OTHER, verdict.judge):
-                return
-        now = time.monotonic()
-        # The rank with the error ends first, so that the launcher reports it.
-        wait = _FOLLOW_SECONDS if verdict.code == EXIT_OTHER else _AGREE_SECONDS
-        self._shutdown = _Shutdown(verdict, report_at=now + wait, send_at=now)
+        """Adopts a verdict, unless this rank leaves or has a better one."""
+        if self._departure is None and (self._shutdown is None or self._shutdown.yields_to(verdict)):
+            self._shutdown = Shutdown(verdict, time.monotonic())
 
     def _check(self, now: float) -> None:
         """Starts an inquiry if there is a reason."""
-        if self._unconfirmed_peer is not None and now - self._begun > _REACHABILITY_SECONDS:
-            LOGGER.warning(
-                "watchdog: datagrams to rank %d and back are blocked: lost ranks cannot be named",
-                self._unconfirmed_peer,
-            )
-            self._unconfirmed_peer = None
+        self._peer_check.warn(now)
         num_failed = self._log.num_failed
         if self._is_terminated:
             reason = Reason.SIGNAL
@@ -232,10 +232,13 @@ class Watchdog:
         elif self._has_waited_too_long():
             reason = Reason.DEADLINE
         else:
+            self._turn.cancel()
             return
-        self._num_failed = num_failed
-        self._inquiry = Inquiry(reason, now)
-        self._inquire(self._inquiry, now)
+        if reason is Reason.SIGNAL or self._turn.has_come(now):
+            self._turn.cancel()
+            self._num_failed = num_failed
+            self._inquiry = Inquiry.open(reason, now, self._rank, self._tree, self._log, self._main_thread)
+            self._inquire(self._inquiry, now)
 
     def _has_waited_too_long(self) -> bool:
         waits = self._main_thread.waits(self._log)
@@ -246,23 +249,35 @@ class Watchdog:
         if self._is_terminated:
             inquiry.reason = Reason.SIGNAL
         lost = inquiry.lost(self._socket.refused, self._departed, self._log)
-        silent = self._socket.peers - inquiry.replies.keys() - lost.keys() - self._departed.keys()
-        elapsed = now - inquiry.begun
-        if silent and elapsed < _INQUIRY_SECONDS:
-            if inquiry.is_due(now):
-                inquiry.send_requests(silent, self._socket, now)
+        gone = lost.keys() | self._departed.keys()
+        if inquiry.reason is not Reason.SIGNAL:
+            self._turn.announce(now)
+        if not inquiry.is_complete(gone, now):
+            inquiry.send(gone, self._socket, now)
             return
         if inquiry.reason is Reason.DEADLINE and not self._has_waited_too_long():
             self._end_inquiry(inquiry, None)  # the wait ended in the meantime
             return
-        result = inquiry.result(self._rank, RankState.of(self._log, self._main_thread), lost, silent)
-        if lost and elapsed < _PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
+        own = RankState.of(self._log, self._main_thread)
+        result = inquiry.result(self._rank, own, lost, inquiry.silent(gone))
+        if lost and now - inquiry.begun < PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
             # Another rank will soon wait for it in a collective, which the verdict can then name.
-            if inquiry.is_due(now):
-                inquiry.replies.clear()
-                inquiry.send_requests(self._socket.peers - lost.keys(), self._socket, now)
-            return
-        self._end_inquiry(inquiry, judge(inquiry.reason, result, self._deadline_seconds))
+            inquiry.ask_again(gone, self._socket, now)
+        elif self._tree.is_flat:
+            self._end_inquiry(inquiry, judge(inquiry.reason, result, self._deadline_seconds))
+        else:
+            outcome = judge_wait(inquiry.reason, result, inquiry.followed, self._deadline_seconds)
+            if isinstance(outcome, Wait) and not inquiry.is_exhausted:
+                inquiry.follow(outcome, self._rank, now)
+            else:
+                self._end_inquiry(inquiry, outcome if isinstance(outcome, Verdict) else None)
+
+    def _take_notice(self, origin: int) -> None:
+        """Leaves an inquiry to a lower rank that holds one. After SIGTERM each rank checks its own block."""
+        yields = self._turn.take_notice(origin, time.monotonic())
+        if yields and self._inquiry is not None and self._inquiry.reason is not Reason.SIGNAL:
+            self._inquiry = None
+            self._socket.close_probes()
 
     def _end_inquiry(self, inquiry: Inquiry, verdict: Verdict | None) -> None:
         self._inquiry = None
@@ -271,28 +286,15 @@ class Watchdog:
             self._adopt(verdict)
         elif inquiry.reason is Reason.SIGNAL and self._ends_by_signal:
             self._send_departure("signal", "it was ended by SIGTERM")
-            os._exit(_SIGNALLED)
+            os._exit(SIGNALLED)
         else:
             self._is_terminated = False
             self._is_inquiry_requested = False
             self._inquiry_done.set()
 
-    def _shut_down(self, shutdown: _Shutdown, now: float) -> None:
-        verdict = shutdown.verdict
-        if self._is_terminated and verdict.code == EXIT_OTHER:
-            os._exit(_SIGNALLED)
-        if verdict.judge == self._rank and now >= shutdown.send_at:
-            shutdown.send_at = now + _SEND_EVERY_SECONDS
-            for rank in self._socket.peers:
-                self._socket.send(rank, "verdict", dataclasses.asdict(verdict))
-        if shutdown.exit_at is None and now >= shutdown.report_at:
-            shutdown.exit_at = now + _LINGER_SECONDS
-            self._crash_report(verdict)
-        if shutdown.exit_at is not None and now >= shutdown.exit_at:
-            os._exit(verdict.code)
-
     def _send_departure(self, end: End, text: str) -> None:
+        """Announces the departure: an error to all ranks, and another end to those of this rank's block."""
         self._departure = Departure(end, text)
+        send = self._relay.broadcast if end == "error" else self._relay.send_to_block
         for _ in range(2):
-            for rank in self._socket.peers:
-                self._socket.send(rank, "departure", self._departure.as_json())
+            send("departure", self._departure.as_json())

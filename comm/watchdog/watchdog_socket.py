@@ -3,15 +3,15 @@
 import os
 import selectors
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from comm.watchdog.authentication import MAX_DATAGRAM_BYTES, DatagramCodec, Kind
 from comm.watchdog.decode import MessageError
-
-SocketAddress = tuple[str, int]
+from comm.watchdog.tree.address_book import AddressBook, SocketAddress
+from comm.watchdog.tree.rank_tree import RankTree
 
 # Limits for one read of one socket, so that a flood does not block the watchdog.
 _MAX_DATAGRAMS_PER_READ = 256
@@ -32,8 +32,8 @@ class WatchdogSocket:
     """UDP socket of a rank's watchdog, plus connected probe sockets that detect a closed port.
 
     The kernel queues a datagram to an open port of a stopped process, loses one to a disconnected machine, and refuses
-    one to a port that no process has open. Only a socket that is connected to the port gets the refusal. The longest
-    message lists every rank of a few groups and fits one datagram for up to about 3000 ranks.
+    one to a port that no process has open. Only a socket that is connected to the port gets the refusal. The length of
+    a message does not depend on the number of ranks.
 
     The socket is bound only to the address with which this rank connects to the others, never to all addresses.
     """
@@ -55,7 +55,7 @@ class WatchdogSocket:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakeups, selectors.EVENT_READ)
         self._probes: dict[int, socket.socket] = {}
-        self._peers: dict[int, SocketAddress] = {}
+        self._book: AddressBook | None = None
         self._codec: DatagramCodec | None = None
         self.num_dropped = 0
         self.is_flooded = False
@@ -73,9 +73,15 @@ class WatchdogSocket:
         return int(self._socket.getsockname()[1])
 
     @property
-    def peers(self) -> frozenset[int]:
-        """All other ranks."""
-        return frozenset(self._peers)
+    def book(self) -> AddressBook:
+        """Addresses of the ranks, as far as they are known."""
+        assert self._book is not None, "open comes first"
+        return self._book
+
+    @property
+    def tree(self) -> RankTree:
+        """Tree of all ranks."""
+        return self.book.tree
 
     @property
     def wakeup_file(self) -> int:
@@ -88,35 +94,38 @@ class WatchdogSocket:
         self._socket.close()
         self._socket = self._open_socket(route_host)
 
-    def open(self, addresses: Sequence[SocketAddress], key: bytes) -> None:
+    def open(self, book: AddressBook, key: bytes) -> None:
         """Starts to accept messages.
 
         Args:
-            addresses: addresses of all ranks, in order.
+            book: addresses of the ranks; those that are not known yet may be added later.
             key: key of this attempt; datagrams that are not authenticated with it are dropped.
         """
-        self._codec = DatagramCodec(key, self._rank, len(addresses))
-        self._peers = {rank: address for rank, address in enumerate(addresses) if rank != self._rank}
+        self._codec = DatagramCodec(key, self._rank, book.tree.world_size)
+        self._book = book
 
     def send(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> None:
-        """Sends to a rank. A datagram that cannot be sent is dropped without an error."""
-        self.reply(rank, self._peers[rank], kind, values)
+        """Sends to a rank. A datagram that cannot be sent, or has no known address, is dropped without an error."""
+        if (address := self.book.address(rank)) is not None:
+            self.reply(rank, address, kind, values)
 
     def reply(self, rank: int, address: SocketAddress, kind: Kind, values: Mapping[str, Any]) -> None:
         """Sends to a rank at the address from which its message arrived."""
         with suppress(OSError):
             self._socket.sendto(self._encode(rank, kind, values), address)
 
-    def probe(self, rank: int) -> None:
+    def probe(self, rank: int, values: Mapping[str, Any]) -> None:
         """Sends a state request from a socket that detects a closed port. `receive` returns the reply."""
+        if (address := self.book.address(rank)) is None:
+            return
         try:
             if rank not in self._probes:
-                self._probes[rank] = self._open_probe(self._peers[rank])
-            self._probes[rank].send(self._encode(rank, "state_request", {}))
+                self._probes[rank] = self._open_probe(address)
+            self._probes[rank].send(self._encode(rank, "state_request", values))
         except ConnectionRefusedError:
             self.refused.add(rank)
         except OSError:  # too many open files for this many silent ranks, or the network is down
-            self.send(rank, "state_request", {})
+            self.send(rank, "state_request", values)
 
     def close_probes(self) -> None:
         """Closes the sockets that `probe` opened, and clears `refused`."""

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 # A flood has at least so many datagrams and lasts for several periods of a watchdog's thread.
 NUM_FLOOD, FLOOD_SECONDS = 200_000, 3.0
-VERDICT = {"code": 0, "text": "forged", "judge": 1, "culprits": [0]}
+VERDICT = {"code": 0, "text": "forged", "judge": 1, "culprits": [[0, 1, 1]]}
 
 
 @dataclass(frozen=True)

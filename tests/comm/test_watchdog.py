@@ -159,7 +159,7 @@ def _same(
         verdict = ends[rank].verdict
         assert verdict is not None
         assert verdict.code == code
-        assert culprits is None or verdict.culprits == culprits
+        assert culprits is None or tuple(verdict.culprits) == culprits
         texts.add(verdict.text)
     assert len(texts) == 1, texts
     return texts.pop()

@@ -12,10 +12,11 @@ import pytest
 from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from comm.watchdog.addresses import AddressExchange
 from comm.watchdog.job_key import JobKeyError, write_key_file
 from comm.watchdog.job_start import AbsentError, JobStart, Termination
 from comm.watchdog.membership import Membership
+from comm.watchdog.tree.address_exchange import AddressExchange
+from comm.watchdog.tree.rank_tree import FANOUT
 from comm.watchdog.watchdog_socket import WatchdogSocket
 
 KEY = b"the key of a test's job".ljust(32)
@@ -26,9 +27,9 @@ class Rank:
 
     def __init__(
         self, rank: int, store: Store, key: bytes | None = KEY, folder: Path | None = None, world_size: int = 3,
-        seconds: float = 20.0, reach: str = "127.0.0.1",
+        seconds: float = 20.0, reach: str = "127.0.0.1", fanout: int = FANOUT,
     ) -> None:  # fmt: skip
-        member = Membership(rank, world_size, reach, 1, 0, key=key)
+        member = Membership(rank, world_size, reach, 1, 0, key=key, fanout=fanout)
         self.watchdog_socket = WatchdogSocket(rank, reach)
         self.exchange = AddressExchange(JobStart(member, seconds, Termination()), store, self.watchdog_socket, folder)
 
@@ -52,7 +53,7 @@ def run(ranks: list[Rank], meanwhile: Callable[[], None] = lambda: None) -> list
 def assert_connected(ranks: list[Rank]) -> None:
     """Checks that every rank's message reaches every other rank."""
     for sender in ranks:
-        for number in sender.watchdog_socket.peers:
+        for number in range(len(ranks)):
             sender.watchdog_socket.send(number, "state_request", {})
     for number, rank in enumerate(ranks):
         found: set[int] = set()
@@ -85,7 +86,7 @@ def test_ranks_that_share_a_key_are_connected_and_leave_no_secret(kind: str, tmp
 def test_each_attempt_has_a_new_key() -> None:
     first, second = ([Rank(rank, store) for rank in range(3)] for store in (HashStore(), HashStore()))
     assert run(first) == run(second) == [None] * 3
-    first[1].watchdog_socket._peers = second[1].watchdog_socket._peers
+    first[1].watchdog_socket._book = second[1].watchdog_socket.book
     first[1].watchdog_socket.send(0, "verdict", {"code": 78, "text": "earlier", "judge": 1, "culprits": []})
     assert second[0].watchdog_socket.receive(0.3)[0] == []
     assert second[0].watchdog_socket.num_dropped == 1
@@ -161,7 +162,7 @@ def test_record_that_is_not_authentic_is_named_at_the_deadline() -> None:
 
 
 def test_key_on_some_ranks_only_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.tree.address_exchange._FILE_SECONDS", 0.3)
     for keys, place, other in (((KEY, None), "rank 0", "rank 1"), ((None, KEY), "rank 1", "rank 0")):
         ranks = [Rank(rank, store, keys[rank], tmp_path, 2, 1.0) for store in [HashStore()] for rank in (0, 1)]
         _, error = run(ranks)
@@ -175,7 +176,7 @@ def test_key_on_some_ranks_only_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
 def test_rank_without_access_to_the_key_file_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its out_dir differs from that of rank 0, as without a shared file system."""
-    monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.tree.address_exchange._FILE_SECONDS", 0.3)
     store, file = HashStore(), write_key_file(tmp_path)
     file.remove()
     store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
@@ -188,7 +189,7 @@ def test_rank_without_access_to_the_key_file_reports_it(tmp_path: Path, monkeypa
 
 def test_file_of_another_user_is_not_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that can write to the store may name any file. Only this user's files are read."""
-    monkeypatch.setattr("comm.watchdog.addresses._FILE_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.tree.address_exchange._FILE_SECONDS", 0.3)
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")
     store, file = HashStore(), write_key_file(tmp_path)

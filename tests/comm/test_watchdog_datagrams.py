@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,16 +11,18 @@ from hypothesis import strategies as st
 from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWindow, derive, open_object, seal_object
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
-from comm.watchdog.inquiry import Departure, StateRequest, decode_message
+from comm.watchdog.inquiries.rank_state import RankState
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.verdict import RankState, Verdict
+from comm.watchdog.messages import Departure, StateRequest, decode_message
+from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog_socket import WatchdogMessage
 
 KEY = b"the key of a test's job".ljust(32)
 WORLD_SIZE = 4
-VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [2]}
-STATE = json.loads(json.dumps(asdict(RankState.of(CollectiveLog(), MainThread()))))
-WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [0, 1], "seconds": 1.5}
+VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [[2, 1, 1]]}
+STATE = json.loads(json.dumps(RankState.of(CollectiveLog(), MainThread()).as_json()))
+WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [[0, 2, 1]], "seconds": 1.5}
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -147,7 +148,25 @@ def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 BAD_VERDICTS = [
     *({"code": code} for code in (0, 2, 75, 77, 130, 143, -1, "78", 78.0, True, None, 2**70)),
     *({"judge": judge} for judge in (-1, 4, "1", True, 1.0, None, [1], 2)),  # 2 is a rank, but not the sender
-    *({"culprits": culprits} for culprits in ([4], [-1], ["2"], [2, 2], 2, None, {"2": 2}, [[2]], [True])),
+    *(
+        {"culprits": culprits}
+        for culprits in (
+            *([[rank, 1, 1]] for rank in (4, -1, "2", True, 2.0, None)),
+            *([[0, count, step]] for count, step in ((5, 1), (2, 4), (0, 1), (1, 0), (-1, 1), (1, 2**63))),
+            *(
+                2,
+                None,
+                {"2": 2},
+                [2],
+                [[2]],
+                [[2, 1]],
+                [[2, 1, 1, 1]],
+                [[[2], 1, 1]],
+                [[0, 1, 1]] * 2,
+                [[0, 2, 2], [2, 1, 1]],
+            ),
+        )
+    ),
     *({"text": text} for text in (None, 7, "a\nb", "a\x1b[2J", "a\u202eb", "\ud800", "x" * 70_000, ["x"])),
 ]
 
@@ -163,7 +182,7 @@ def test_malformed_verdict_is_rejected(change: dict[str, Any]) -> None:
 BAD_STANDINGS = [
     *({key: None} for key in STATE),
     {"waits": [WAIT] * 9},
-    {"waits": [changed(WAIT, ranks=[0, 4])]},
+    {"waits": [changed(WAIT, ranks=[[0, 2, 4]])]},
     {"waits": [changed(WAIT, seconds=-1.0)]},
     {"waits": [changed(WAIT, seconds=1e400)]},
     {"waits": [changed(WAIT, number=2**63)]},
@@ -187,7 +206,7 @@ def test_messages_survive_their_encoding() -> None:
     received = {
         "state_request": ({}, StateRequest()),
         "state": (state, RankState.from_json(state, WORLD_SIZE)),
-        "verdict": (VERDICT, Verdict(code=78, text="rank 2 is lost", judge=1, culprits=(2,))),
+        "verdict": (VERDICT, Verdict(code=78, text="rank 2 is lost", judge=1, culprits=RankSet.of((2,)))),
         "departure": (Departure("done", "it finished").as_json(), Departure("done", "it finished")),
     }
     for kind, (values, expected) in received.items():

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from comm.watchdog.collective_log import CollectiveLog
+from comm.watchdog.tree.address_book import AddressBook
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
@@ -17,24 +18,24 @@ KEY = b"the key of a test's job".ljust(32)
 def _two_sockets() -> tuple[WatchdogSocket, WatchdogSocket]:
     endpoints = WatchdogSocket(0, "127.0.0.1"), WatchdogSocket(1, "127.0.0.1")
     for endpoint in endpoints:
-        endpoint.open([(other.host, other.port) for other in endpoints], KEY)
+        endpoint.open(AddressBook.of([(other.host, other.port) for other in endpoints]), KEY)
     return endpoints
 
 
 def test_socket_distinguishes_closed_from_silent_peers_and_ignores_other_senders() -> None:
     first, second = _two_sockets()
     outsider = WatchdogSocket(1, "127.0.0.1")
-    outsider.open([(each.host, each.port) for each in (first, second)], b"another job's key".ljust(32))
+    outsider.open(AddressBook.of([(each.host, each.port) for each in (first, second)]), b"another job's key".ljust(32))
     outsider.send(0, "state_request", {"who": "outsider"})
     second.send(0, "state_request", {"who": "peer", "padding": "x" * 200_000})  # more than a datagram holds, compressed
     messages, _ = first.receive(5.0)
     messages += first.receive(0.1)[0]
     assert [(message.rank, message.values["who"]) for message in messages] == [(1, "peer")]
-    first.probe(1)
+    first.probe(1, {})
     assert first.receive(0.1)[0] == []
     assert first.refused == set()
     second.close()
-    first.probe(1)
+    first.probe(1, {})
     first.receive(1.0)
     assert first.refused == {1}
     first.close()
@@ -48,10 +49,10 @@ def test_watchdog_keeps_the_same_of_two_verdicts_in_any_order(
     others: str, is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lowest rank's verdict wins, but a rank's own error, a possible cause, comes first."""
-    monkeypatch.setattr("comm.watchdog.watchdog._FOLLOW_SECONDS", 0.5)
+    monkeypatch.setattr("comm.watchdog.inquiries.shutdown._FOLLOW_SECONDS", 0.5)
     endpoints = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
     for endpoint in endpoints:
-        endpoint.open([(other.host, other.port) for other in endpoints], KEY)
+        endpoint.open(AddressBook.of([(other.host, other.port) for other in endpoints]), KEY)
     kept: list[Verdict] = []
 
     def crash_report(verdict: Verdict) -> None:
@@ -65,7 +66,7 @@ def test_watchdog_keeps_the_same_of_two_verdicts_in_any_order(
         if kind == "error":
             endpoints[int(rank)].send(0, "departure", {"end": "error", "text": "ValueError: x"})
         else:
-            body = {"code": 76, "text": f"by {rank}", "judge": int(rank), "culprits": [0]}
+            body = {"code": 76, "text": f"by {rank}", "judge": int(rank), "culprits": [[0, 1, 1]]}
             endpoints[int(rank)].send(0, "verdict", body)
     until = time.monotonic() + 20
     while not kept and time.monotonic() < until:
@@ -78,7 +79,7 @@ def test_watchdog_keeps_the_same_of_two_verdicts_in_any_order(
 def test_watchdog_reports_blocked_datagrams_early(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("comm.watchdog.watchdog._REACHABILITY_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.inquiries.peer_check._REACHABILITY_SECONDS", 0.3)
     first, second = _two_sockets()  # no thread reads the second socket
     watchdog = Watchdog(0, first, CollectiveLog(), 60.0, lambda verdict: None)
     watchdog.start()
@@ -113,20 +114,20 @@ def test_watchdog_drops_malformed_messages_and_verdicts_in_the_name_of_others(mo
     """Even ranks of the job can only end others with codes 1, 76 and 78, and only as themselves."""
     ends: list[int] = []
     monkeypatch.setattr("os._exit", ends.append)
-    monkeypatch.setattr("comm.watchdog.watchdog._AGREE_SECONDS", 0.0)
-    monkeypatch.setattr("comm.watchdog.watchdog._LINGER_SECONDS", 0.0)
+    monkeypatch.setattr("comm.watchdog.inquiries.shutdown._AGREE_SECONDS", 0.0)
+    monkeypatch.setattr("comm.watchdog.inquiries.shutdown._LINGER_SECONDS", 0.0)
     endpoints = [WatchdogSocket(rank, "127.0.0.1") for rank in range(3)]
     for endpoint in endpoints:
-        endpoint.open([(other.host, other.port) for other in endpoints], KEY)
+        endpoint.open(AddressBook.of([(other.host, other.port) for other in endpoints]), KEY)
     watchdog = Watchdog(0, endpoints[0], CollectiveLog(), 60.0, lambda verdict: None)
     watchdog.start()
-    verdict = {"code": 78, "text": "forged", "judge": 1, "culprits": [2]}
+    verdict = {"code": 78, "text": "forged", "judge": 1, "culprits": [[2, 1, 1]]}
     for change in (
         {"code": 0},
         {"code": 75},
         {"judge": 2},
         {"judge": 0},
-        {"culprits": [3]},
+        {"culprits": [[3, 1, 1]]},
         {"text": 7},
         {"text": "\x1b"},
     ):
@@ -174,7 +175,7 @@ def test_watchdog_logs_an_internal_error_and_continues(
 
 def test_watchdog_socket_is_bound_to_one_address() -> None:
     first, second = _two_sockets()
-    first.probe(1)
+    first.probe(1, {})
     assert first.host == "127.0.0.1"
     assert [probe.getsockname()[0] for probe in first._probes.values()] == ["127.0.0.1"]
     first.close()

@@ -3,13 +3,14 @@
 import json
 import threading
 import time
-from dataclasses import asdict
 
 import pytest
 
 from comm.watchdog.collective_log import CollectiveLog
+from comm.watchdog.inquiries.rank_state import RankState, Wait
 from comm.watchdog.main_thread import MainThread
-from comm.watchdog.verdict import InquiryResult, RankState, Reason, Verdict, Wait, judge, name_ranks
+from comm.watchdog.tree.rank_set import RankSet, name_ranks
+from comm.watchdog.verdict import InquiryResult, Reason, Verdict, judge
 
 WORLD = (0, 1, 2, 3)
 
@@ -17,7 +18,7 @@ WORLD = (0, 1, 2, 3)
 def wait(name: str, ranks: tuple[int, ...], number: int = 0, seconds: float = 9.0) -> Wait:
     group = f"{name} {list(ranks)}"
     text = f"{name} (number {number} of group {group})"
-    return Wait(text=text, group=group, number=number, ranks=ranks, seconds=seconds)
+    return Wait(text=text, group=group, number=number, ranks=RankSet.of(ranks), seconds=seconds)
 
 
 def state(*waits: Wait, reached: tuple[Wait, ...] = (), is_busy: bool = False) -> RankState:
@@ -43,7 +44,7 @@ def test_verdict_names_ended_ranks_before_silent_ones() -> None:
     for reason in Reason:
         verdict = conclude(reason, states, {3: "its process has ended"}, (2,))
         assert verdict is not None
-        assert (verdict.code, verdict.culprits) == (78, (3,))
+        assert (verdict.code, tuple(verdict.culprits)) == (78, (3,))
         assert verdict.text == f"rank 3 is lost: its process has ended; ranks 0 and 1 waited for {REDUCE.text}"
 
 
@@ -88,7 +89,7 @@ def test_verdict_follows_waits_to_the_rank_that_computes() -> None:
     states = {0: state(send), 1: state(hop), 2: state(is_busy=True), 3: state(REDUCE)}
     verdict = conclude(Reason.DEADLINE, states)
     assert verdict is not None
-    assert (verdict.code, verdict.culprits) == (76, (2,))
+    assert (verdict.code, tuple(verdict.culprits)) == (76, (2,))
     assert verdict.text == (
         f"rank 2 did not reach a collective within 5 s: alive, busy in a.py, line 1, f, last started x 8.0 s ago; "
         f"rank 1 waited for {hop.text}"
@@ -97,7 +98,7 @@ def test_verdict_follows_waits_to_the_rank_that_computes() -> None:
     states[1] = state(hop, is_busy=True)
     verdict = conclude(Reason.DEADLINE, states)
     assert verdict is not None
-    assert verdict.culprits == (1,)
+    assert tuple(verdict.culprits) == (1,)
 
 
 def test_verdict_describes_a_cycle_a_phase_and_a_collective_without_missing_ranks() -> None:
@@ -108,7 +109,7 @@ def test_verdict_describes_a_cycle_a_phase_and_a_collective_without_missing_rank
     inside = {rank: state(REDUCE, is_busy=rank == 2) for rank in WORLD}
     verdict = conclude(Reason.DEADLINE, inside)
     assert verdict is not None
-    assert verdict.culprits == (2,)
+    assert tuple(verdict.culprits) == (2,)
     assert verdict.text.endswith(f"; ranks 0, 1 and 3 waited for {REDUCE.text}")
     verdict = conclude(Reason.DEADLINE, {rank: state(REDUCE) for rank in WORLD})
     assert verdict is not None
@@ -127,9 +128,9 @@ def test_state_and_verdict_survive_their_encoding() -> None:
     log = CollectiveLog()
     with log.awaiting(log.start("a", (0, 1), "x")):
         seen = RankState.of(log, MainThread())
-    assert RankState.from_json(json.loads(json.dumps(asdict(seen))), 2) == seen
-    verdict = Verdict(code=76, text="t", judge=1, culprits=(2, 3))
-    assert Verdict.from_json(json.loads(json.dumps(asdict(verdict))), 64) == verdict
+    assert RankState.from_json(json.loads(json.dumps(seen.as_json())), 2) == seen
+    verdict = Verdict(code=76, text="t", judge=1, culprits=RankSet.of((2, 3)))
+    assert Verdict.from_json(json.loads(json.dumps(verdict.as_json())), 64) == verdict
 
 
 def test_name_ranks_is_short() -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -16,6 +16,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import join
+from comm.watchdog.tree.rank_tree import FANOUT
 from comm.watchdog.verdict import Verdict
 from tests.ports import reserved_port
 
@@ -46,7 +47,12 @@ class WatchedRanks:
     """
 
     def __init__(
-        self, world_size: int, function: Callable[..., None], deadline_seconds: float, absent: tuple[int, ...] = ()
+        self,
+        world_size: int,
+        function: Callable[..., None],
+        deadline_seconds: float,
+        absent: tuple[int, ...] = (),
+        fanout: int = FANOUT,
     ) -> None:
         """Starts all ranks except the `absent` ones. The start has a deadline only if ranks are absent."""
         self._folder = tempfile.TemporaryDirectory(prefix="watched")
@@ -57,7 +63,9 @@ class WatchedRanks:
         self.port = self._reservation.enter_context(reserved_port())
         self._processes: dict[int, ForkServerProcess] = {}
         for rank in set(range(world_size)) - set(absent):
-            member = Membership(rank, world_size, "127.0.0.1", self.port, 0, is_one_machine=True, key=_KEY)
+            member = Membership(
+                rank, world_size, "127.0.0.1", self.port, 0, is_one_machine=True, key=_KEY, fanout=fanout
+            )
             start_seconds = deadline_seconds if absent else 60.0
             arguments = (member, function, deadline_seconds, start_seconds, self._folder.name)
             self._processes[rank] = context.Process(target=_run_rank, args=arguments, daemon=True)
@@ -115,7 +123,7 @@ def _run_rank(
         (place / "failed").touch()
 
     def crash_report(verdict: Verdict) -> None:
-        (place / f"verdict_{member.rank}").write_text(json.dumps(asdict(verdict)))
+        (place / f"verdict_{member.rank}").write_text(json.dumps(verdict.as_json()))
 
     try:
         job = join(member, log, deadline_seconds, crash_report, start_seconds)

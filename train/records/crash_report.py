@@ -11,12 +11,14 @@ from pathlib import Path
 
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
+from comm.watchdog.tree.rank_set import RankSet
 from comm.watchdog.verdict import Verdict
 from train.errors import LOG_FOLDER, ExitReason, write_error
 from train.ownership.rank_files import RankFiles
 from train.records.status import write_end
 
 LOGGER = logging.getLogger("train")
+_MAX_LISTED = 64
 
 
 class CrashReporter:
@@ -75,8 +77,13 @@ class CrashReporter:
             state = "awaited" if operation in awaited else "finished" if is_over else "started"
             line = {"time": started, "group": operation.group, "number": operation.number, "operation": operation.name}
             label = None if operation.label is None else str(operation.label)
-            lines.append(json.dumps({**line, "of": label, "state": state, "ranks": operation.ranks}))
+            lines.append(json.dumps({**line, "of": label, "state": state, "ranks": _ranks(operation.ranks)}))
         return "".join(f"{line}\n" for line in lines)
+
+
+def _ranks(ranks: RankSet) -> list[int] | str:
+    """Returns the ranks of a group: as a list, or as progressions in one text if there are many."""
+    return sorted(ranks) if len(ranks) <= _MAX_LISTED else str(ranks)
 
 
 def _stacks() -> str:

@@ -26,6 +26,7 @@ from comm.dispatch.traffic import Spread
 from comm.lane import ClosesOnSuccess, Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work
+from comm.watchdog.collective_log import group_name
 
 _BYTES_PER_CHOICE = 8  # an id and a weight are sent with each row in both directions
 
@@ -271,7 +272,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         bytes_per_row = rows.shape[1] * rows.itemsize + _BYTES_PER_CHOICE * num_choices
         self._observers.traffic.add_predicted(layer, own.traffic.rows, bytes_per_row, own.traffic.min_rows_across_nodes)
         members, log = self._group.members, self._observers.log
-        with log.awaiting(log.start(f"deepep {list(members)}", members, name, own.label)):
+        with log.awaiting(log.start(group_name("deepep", members), members, name, own.label)):
             yield
 
 

@@ -2,34 +2,37 @@
 
 1. Rank 0 announces the source of the key: every rank has it from the launcher or the user, or it is in a file that the
    announcement names. The announcement is public and contains no secret.
-2. Each rank publishes its host and a random nonce, authenticated with that key.
-3. All ranks derive the attempt's key from that key and all nonces, so each attempt has a new key. Each rank publishes
-   its address, authenticated with the attempt's key. These records prove that all ranks have the same key.
+2. Each rank publishes its host and a random nonce, authenticated with that key. Leaders of the tree of ranks combine
+   the nonces of their groups into digests, up to one digest of all nonces.
+3. All ranks derive the attempt's key from that key and that digest, so each attempt has a new key: a rank accepts a
+   digest only if its own nonce is in it. Each rank publishes its address, authenticated with the attempt's key, and
+   leaders combine addresses in the same way. These records prove that all ranks have the same key.
 
-A record that is not authentic, or belongs to an earlier attempt, counts as absent. Each rank rewrites its own records
-until it has the records of all other ranks.
+Each rank ends with the addresses of its own groups: those of its block, and of the leaders above it. Rank 0 has those
+of all ranks. The others receive the rest as datagrams, after the start.
 """
 
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from comm.watchdog.authentication import derive, open_object, seal_object
-from comm.watchdog.decode import MessageError, integer_of, parse_object, text_of
+from comm.watchdog.decode import MessageError, parse_object, text_of
 from comm.watchdog.job_key import ADVICE, KEY_VARIABLE, JobKeyError, KeyFile, read_key_file, write_key_file
 from comm.watchdog.job_start import JobStart
-from comm.watchdog.watchdog_socket import SocketAddress, WatchdogSocket
+from comm.watchdog.tree.address_book import AddressBook, decode_addresses
+from comm.watchdog.tree.gatherings import AddressGathering, NonceGathering, is_loopback
+from comm.watchdog.tree.store_gather import StoreGather
+from comm.watchdog.watchdog_socket import WatchdogSocket
 
 _ANNOUNCEMENT = "watchdog/key"
 _NONCE_BYTES = 16
-_MAX_HOST_CHARACTERS = 256
+_BLOCKS_PER_READ = 64
 _MAX_PATH_CHARACTERS = 4096
 _FILE_SECONDS = 10.0
 """Time that a rank waits for a missing key: a file appears late on some shared file systems."""
@@ -58,7 +61,6 @@ class AddressExchange:
         self._member = start.member
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._announced = b""
-        self._published: dict[str, str] = {}
         self._file: KeyFile | None = None
 
     def run(self) -> None:
@@ -83,22 +85,26 @@ class AddressExchange:
             if self._file is not None:
                 self._file.remove()
 
-    def _exchange(self, key: bytes) -> tuple[list[SocketAddress], bytes]:
-        """Returns the addresses of all ranks and the attempt's key."""
+    def _exchange(self, key: bytes) -> tuple[AddressBook, bytes]:
+        """Returns the addresses that this rank needs at first, and the attempt's key."""
         self._start.key = key
-        self._published.clear()
-        hellos = self._collect(key, "nonce", {"host": self._socket.host, "nonce": self._nonce.hex()})
-        hosts = [text_of(each, "host", _MAX_HOST_CHARACTERS) for each in hellos]
-        attempt_key = derive(key, "attempt", *(text_of(each, "nonce").encode() for each in hellos))
+        tree, rank = self._start.tree, self._member.rank
+        nonces = NonceGathering(tree, rank, key, self._socket.host, self._nonce)
+        self._gather(key, nonces).run()
+        attempt_key = derive(key, "attempt", nonces.digest)
         # On the machine that MASTER_ADDR names, that name may resolve to the loopback address, which others cannot
         # reach.
-        remote = next((host for host in hosts if not _is_loopback(host)), None)
-        if remote is not None and _is_loopback(self._socket.host):
-            self._socket.rebind(remote)
-        own = {"host": self._socket.host, "port": self._socket.port}
-        records = self._collect(attempt_key, "address", own)
-        addresses = [(text_of(each, "host", _MAX_HOST_CHARACTERS), integer_of(each, "port", 65536)) for each in records]
-        return addresses, attempt_key
+        if nonces.remote_host is not None and is_loopback(self._socket.host):
+            self._socket.rebind(nonces.remote_host)
+        book = AddressBook(tree)
+        addresses = self._gather(attempt_key, AddressGathering(book, rank, (self._socket.host, self._socket.port)))
+        addresses.run()
+        if rank == 0:
+            _add_all(book, addresses)
+        return book, attempt_key
+
+    def _gather(self, key: bytes, gathering: NonceGathering | AddressGathering) -> StoreGather:
+        return StoreGather(self._start, self._store, self._start.tree, key, gathering, self._check_announcement)
 
     def _announce(self) -> None:
         """Announces the source of the key on rank 0, with a new nonce so that each attempt has a new key."""
@@ -167,41 +173,6 @@ class AddressExchange:
                 )
         raise MessageError("source: unknown")
 
-    def _collect(self, key: bytes, name: str, own: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
-        """Publishes a record and waits for those of all ranks, which it returns in rank order."""
-        store, rank = self._store, self._member.rank
-        purposes = [f"watchdog/{name}/{each}" for each in range(self._member.world_size)]
-        found: dict[int, dict[str, Any]] = {rank: dict(own)}
-        self._published[purposes[rank]] = seal_object(key, purposes[rank], own)
-        while True:
-            self._publish()
-            self._check_announcement()
-            pending = [each for each in range(len(purposes)) if each not in found]
-            if not pending or store.check([purposes[each] for each in pending]):
-                num_bad = 0
-                for each, sealed in zip(pending, self._get([purposes[each] for each in pending]), strict=True):
-                    try:
-                        found[each] = open_object(key, purposes[each], sealed)
-                    except MessageError:
-                        num_bad += 1
-                self._start.note = " (the addresses in the store are not authentic)" if num_bad else ""
-                if not num_bad:
-                    return [found[each] for each in range(len(purposes))]
-            missing = [each for each in pending if each not in found]
-            self._start.wait(lambda: self._absent(missing, purposes), store)  # noqa: B023
-
-    def _get(self, keys: list[str]) -> list[bytes]:
-        return self._store.multi_get(keys) if keys else []
-
-    def _absent(self, missing: list[int], purposes: Sequence[str]) -> list[int]:
-        """Returns the ranks without a record, or, if all have one, the ranks whose record is not authentic."""
-        return [each for each in missing if not self._store.check([purposes[each]])] or missing
-
-    def _publish(self) -> None:
-        """Rewrites this rank's records: other ranks may need them, or another process replaced them."""
-        for purpose, sealed in self._published.items():
-            self._store.set(purpose, sealed)
-
     def _check_announcement(self) -> None:
         """Repeats the announcement on rank 0; on other ranks, raises if there is a new valid one."""
         if self._member.rank == 0:
@@ -215,5 +186,16 @@ class AddressExchange:
             raise _KeyChangedError
 
 
-def _is_loopback(host: str) -> bool:
-    return host == "::1" or host.startswith("127.")
+def _add_all(book: AddressBook, gather: StoreGather) -> None:
+    """Adds the addresses of all blocks to the book of rank 0, from which the other ranks receive them.
+
+    A block whose record was changed in the meantime is left out: its leader sends it later.
+    """
+    missing = book.missing_blocks()
+    for first in range(0, len(missing), _BLOCKS_PER_READ):
+        indices = missing[first : first + _BLOCKS_PER_READ]
+        for index, record in zip(indices, gather.blocks(indices), strict=True):
+            ranks = book.tree.group(1, index)
+            with suppress(MessageError):
+                if record is not None:
+                    book.add(ranks, decode_addresses(record, len(ranks)))
