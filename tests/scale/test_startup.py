@@ -1,0 +1,40 @@
+"""The work of a start grows linearly, and messages of watchdogs do not grow; `python -m tests.scale` has the sizes."""
+
+import pytest
+
+from tests.scale.rendezvous import CountedStore, Simulation, count_requests, opened_server
+from tests.scale.watchdog import LIMIT_BYTES, inquire, longest_messages
+
+
+def test_requests_and_longest_record_of_a_rendezvous_grow_linearly() -> None:
+    small, large = count_requests(256, fanout=8), count_requests(4096, fanout=8)
+    assert small.requests / 256 < 25
+    assert large.requests / 4096 == pytest.approx(small.requests / 256, rel=0.05)
+    assert max(small.longest_bytes, large.longest_bytes) < 1000
+    assert count_requests(1024).longest_bytes < 5000
+
+
+def test_real_store_serves_the_rendezvous_of_2048_ranks_in_seconds_of_its_processor() -> None:
+    with opened_server() as (store, cpu):
+        work = Simulation(2048, store, cpu).run()
+    counted = Simulation(2048, CountedStore(), lambda: 0.0).run()
+    assert work.requests == counted.requests
+    assert work.seconds < 7.5  # an eighth of the limit of 16,384 ranks; 0.5 on free cores
+
+
+def test_longest_message_fits_a_datagram_at_any_size_even_if_nothing_in_it_repeats() -> None:
+    for num_ranks in (64, 2048, 100_352, 4_000_000):
+        longest = longest_messages(num_ranks)
+        assert max(longest.values()) < LIMIT_BYTES / 2, longest
+
+
+def test_one_rank_asks_each_rank_once_and_names_the_silent_one() -> None:
+    figures = inquire(1000)
+    assert figures.verdict.text == (
+        "rank 998 did not reach a collective within 0.2 s and did not respond: stopped or disconnected; "
+        "ranks 0 to 997 and 999 waited for sum of losses (number 0 of group world [0 to 999])"
+    )
+    assert tuple(figures.verdict.culprits) == (998,)
+    # A request and a reply of each rank, some requests to the silent one, and rank 0's notices and verdicts.
+    assert figures.num_datagrams < 2 * 1000 + 10 * 126
+    assert figures.seconds < 6

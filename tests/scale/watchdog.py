@@ -1,0 +1,198 @@
+"""Measures messages of the watchdogs of a large job: the longest ones, and those of an inquiry and of a verdict.
+
+One process plays all other ranks: they share one socket, whose answers are authentic for each of them.
+"""
+
+import random
+import socket
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from comm.watchdog.authentication import MAX_DATAGRAM_BYTES, DatagramCodec, Kind
+from comm.watchdog.collective_log import CollectiveLog, group_name
+from comm.watchdog.decode import MAX_TEXT_CHARACTERS, printable
+from comm.watchdog.inquiries.rank_state import RankState, Wait
+from comm.watchdog.messages import Reached, StateRequest
+from comm.watchdog.tree.address_book import AddressBook, SocketAddress, encode_addresses
+from comm.watchdog.tree.address_fetch import MAX_BLOCKS
+from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.tree.rank_tree import FANOUT, RankTree
+from comm.watchdog.verdict import MAX_CULPRITS, Verdict
+from comm.watchdog.watchdog import Watchdog
+from comm.watchdog.watchdog_socket import WatchdogSocket
+
+LIMIT_BYTES = 65_507
+_KEY = bytes(range(32))
+_RECIPIENT = slice(37, 41)  # of a datagram: after its tag, kind and sender
+_DEADLINE_SECONDS = 0.2
+_NUM_GROUPS = 64
+_NUM_WAITS = 8
+
+
+def longest_messages(num_ranks: int) -> dict[Kind, int]:
+    """Returns the bytes of the longest message of each kind that grows with its content.
+
+    They hold as much as a message may: the state of a rank that waits in eight irregular groups, a verdict on irregular
+    ranks with a text of the longest kind, and the addresses of ranks that all are on different machines. Texts are
+    random characters, which do not compress.
+    """
+    noise = random.Random(num_ranks)
+    codec = DatagramCodec(_KEY, num_ranks - 1, num_ranks)
+    squares = [number * number for number in range(num_ranks) if number * number < num_ranks]
+    groups = [group_name(f"group {number}", [*squares, number + 2]) for number in range(_NUM_GROUPS)]
+    ranks = RankSet.of(squares).first(num_ranks)
+    waits = tuple(
+        Wait(text=_random_text(noise, 512), group=name, number=2**40, ranks=ranks, seconds=noise.random() * 1e6)
+        for name in groups[:_NUM_WAITS]
+    )
+    state = RankState(
+        waits=waits,
+        started={name: noise.randrange(2**40) for name in groups},
+        is_busy=True,
+        place=_random_text(noise, 256),
+        last=_random_text(noise, 512),
+        idle_seconds=noise.random() * 1e6,
+    )
+    culprits = RankSet.of(squares).first(MAX_CULPRITS)
+    verdict = Verdict(code=78, text=_random_text(noise, MAX_TEXT_CHARACTERS), judge=num_ranks - 1, culprits=culprits)
+    addresses = [(f"fd00::{noise.randrange(2**64):x}", noise.randrange(1, 65536)) for _ in range(FANOUT)]
+    blocks = [encode_addresses(addresses) for _ in range(MAX_BLOCKS)]
+    relay = {"relay": {"origin": num_ranks - 1, "turn": 63}}
+    contents: dict[Kind, dict[str, Any]] = {
+        "state": state.as_json(),
+        "verdict": verdict.as_json() | relay,
+        "addresses": {"block": 0, "blocks": blocks},
+        "departure": {"end": "error", "text": _random_text(noise, MAX_TEXT_CHARACTERS)} | relay,
+        "state_request": StateRequest(groups[-1], 2**40).as_json(),
+    }
+    return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
+
+
+def _random_text(noise: random.Random, num_characters: int) -> str:
+    letters = [chr(code) for code in range(0x21, 0x3000) if chr(code).isprintable()]
+    return printable("".join(noise.choices(letters, k=num_characters)), num_characters)
+
+
+class PlayedRanks:
+    """All other ranks of a job on one socket: each has reached every collective and waits for it, except one.
+
+    Attributes:
+        num_datagrams: datagrams by kind, requests and their replies together.
+    """
+
+    def __init__(self, num_ranks: int, silent: int) -> None:
+        """Opens the socket; rank `silent` replies nothing."""
+        self.num_datagrams: Counter[str] = Counter()
+        self._num_ranks = num_ranks
+        self._silent = silent
+        self._codecs: dict[int, DatagramCodec] = {}
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.settimeout(0.2)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> SocketAddress:
+        """Address of the socket."""
+        host, port = self._socket.getsockname()
+        return host, port
+
+    def close(self) -> None:
+        """Ends the thread and closes the socket."""
+        self._is_over.set()
+        self._thread.join()
+        self._socket.close()
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            try:
+                data, sender = self._socket.recvfrom(MAX_DATAGRAM_BYTES)
+            except TimeoutError:
+                continue
+            rank = int.from_bytes(data[_RECIPIENT], "big")
+            codec = self._codecs.setdefault(rank, DatagramCodec(_KEY, rank, self._num_ranks))
+            datagram = codec.decode(data)
+            self.num_datagrams[datagram.kind] += 1
+            if datagram.kind == "state_request" and rank != self._silent:
+                request = StateRequest.from_json(datagram.values)
+                reply = Reached(str(request.group), request.number, is_waiting=True)
+                self._socket.sendto(codec.encode(datagram.sender, "reached", reply.as_json()), sender)
+                self.num_datagrams["reached"] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class InquiryFigures:
+    """What one inquiry of rank 0 to all other ranks took, until all have the verdict."""
+
+    seconds: float
+    num_datagrams: int
+    verdict: Verdict
+
+
+def inquire(num_ranks: int, fanout: int = FANOUT) -> InquiryFigures:
+    """Lets rank 0 wait for all ranks, of which the last but one is silent, and measures until it has a verdict."""
+    played = PlayedRanks(num_ranks, silent=num_ranks - 2)
+    watchdog_socket = WatchdogSocket(0, "127.0.0.1")
+    addresses = [(watchdog_socket.host, watchdog_socket.port), *[played.address] * (num_ranks - 1)]
+    watchdog_socket.open(AddressBook.of(addresses, RankTree(num_ranks, fanout)), _KEY)
+    verdicts: list[Verdict] = []
+    has_ended = threading.Event()
+
+    def crash_report(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        has_ended.set()
+        raise SystemExit  # ends the watchdog's thread in place of the process
+
+    log = CollectiveLog()
+    watchdog = Watchdog(0, watchdog_socket, log, _DEADLINE_SECONDS, crash_report)
+    with log.awaiting(log.start(group_name("world", range(num_ranks)), range(num_ranks), "sum of losses")):
+        begun = time.monotonic()
+        watchdog.start()
+        assert has_ended.wait(120)
+    seconds = time.monotonic() - begun - _DEADLINE_SECONDS
+    time.sleep(0.3)  # the last datagrams arrive
+    played.close()
+    watchdog_socket.close()
+    return InquiryFigures(seconds, played.num_datagrams.total(), verdicts[0])
+
+
+def measure(num_ranks: int) -> dict[str, float]:
+    """Measures the messages of the watchdogs of so many ranks."""
+    tree, inquiry = RankTree(num_ranks), inquire(num_ranks)
+    return {
+        "watchdog: longest message, bytes": max(longest_messages(num_ranks).values()),
+        "watchdog: datagrams of an inquiry to all ranks": inquiry.num_datagrams,
+        "watchdog: time of that inquiry, s": inquiry.seconds,
+        "watchdog: datagrams of a verdict to all ranks": num_ranks - 1,
+        "watchdog: most of them sent by one rank": len(list(tree.children(0))),
+        "watchdog: addresses held by a rank, bytes": _address_bytes(num_ranks),
+    }
+
+
+def broken_laws(num_ranks: int, figures: dict[str, float]) -> list[str]:
+    """Returns the limits that the figures of `measure` exceed."""
+    longest = figures["watchdog: longest message, bytes"]
+    is_long = longest > LIMIT_BYTES
+    return [f"{num_ranks} ranks: a message has {longest} bytes, more than {LIMIT_BYTES}"] if is_long else []
+
+
+def _address_bytes(num_ranks: int) -> int:
+    """Returns the memory of the addresses of all ranks, eight on each machine."""
+    addresses = [
+        (f"10.{rank >> 19}.{rank >> 11 & 255}.{rank >> 3 & 255}", 1024 + rank % 8) for rank in range(num_ranks)
+    ]
+    tracemalloc.start()
+    try:
+        book = AddressBook(RankTree(num_ranks))
+        # Parsed texts, as they arrive in messages, share no memory.
+        book.add(range(num_ranks), ((host[:3] + host[3:], port) for host, port in addresses))
+        del addresses
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
