@@ -39,7 +39,7 @@ from comm.watchdog.messages import (
 from comm.watchdog.tree.address_book import SocketAddress
 from comm.watchdog.tree.address_fetch import AddressFetch
 from comm.watchdog.tree.relay import Relay
-from comm.watchdog.verdict import Reason, Verdict, judge, judge_wait
+from comm.watchdog.verdict import Reason, Verdict
 from comm.watchdog.watchdog_socket import WatchdogMessage, WatchdogSocket
 
 _TICK_SECONDS = 0.2
@@ -237,7 +237,7 @@ class Watchdog:
         if reason is Reason.SIGNAL or self._turn.has_come(now):
             self._turn.cancel()
             self._num_failed = num_failed
-            self._inquiry = Inquiry.open(reason, now, self._rank, self._tree, self._log, self._main_thread)
+            self._inquiry = Inquiry.open(reason, now, self._rank, self._socket.book, self._log, self._main_thread)
             self._inquire(self._inquiry, now)
 
     def _has_waited_too_long(self) -> bool:
@@ -263,14 +263,12 @@ class Watchdog:
         if lost and now - inquiry.begun < PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
             # Another rank will soon wait for it in a collective, which the verdict can then name.
             inquiry.ask_again(gone, self._socket, now)
-        elif self._tree.is_flat:
-            self._end_inquiry(inquiry, judge(inquiry.reason, result, self._deadline_seconds))
+            return
+        outcome = inquiry.outcome(result, self._deadline_seconds)
+        if isinstance(outcome, Wait):
+            inquiry.follow(outcome, now)
         else:
-            outcome = judge_wait(inquiry.reason, result, inquiry.followed, self._deadline_seconds)
-            if isinstance(outcome, Wait) and not inquiry.is_exhausted:
-                inquiry.follow(outcome, self._rank, now)
-            else:
-                self._end_inquiry(inquiry, outcome if isinstance(outcome, Verdict) else None)
+            self._end_inquiry(inquiry, outcome)
 
     def _take_notice(self, origin: int) -> None:
         """Leaves an inquiry to a lower rank that holds one. After SIGTERM each rank checks its own block."""

@@ -23,7 +23,7 @@ from comm.watchdog.tree.address_book import AddressBook
 from comm.watchdog.tree.rank_set import RankSet
 from comm.watchdog.tree.rank_tree import RankTree
 from comm.watchdog.tree.relay import Relay
-from comm.watchdog.verdict import Reason, judge_wait
+from comm.watchdog.verdict import Reason, Verdict, judge_wait
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
 from tests.comm.watched_ranks import Ended, WatchedRanks
@@ -214,7 +214,8 @@ def test_inquiry_asks_in_batches_and_keeps_no_state_for_each_rank() -> None:
     num_ranks = 4001
     world = Wait(text="sum", group="world", number=4, ranks=RankSet.of(range(num_ranks)), seconds=9.0)
     with _sockets(1, 64) as (endpoint,):
-        inquiry = Inquiry(Reason.DEADLINE, 0.0, range(1, num_ranks), [world], short=True)
+        book = AddressBook.of([(endpoint.host, endpoint.port)] * num_ranks)
+        inquiry = Inquiry(Reason.DEADLINE, 0.0, 0, book, range(num_ranks), [world], short=True)
         asked: list[int] = []
         endpoint.send = lambda rank, kind, values: asked.append(rank)  # type: ignore[method-assign]
         now = 0.0
@@ -244,6 +245,26 @@ def test_inquiry_asks_in_batches_and_keeps_no_state_for_each_rank() -> None:
         onward = judge_wait(Reason.DEADLINE, inquiry.result(0, own, {}, ()), inquiry.followed, 5.0)
         assert isinstance(onward, Wait)
         assert onward.group == "pair 2000"
+
+
+def test_rank_without_a_known_address_is_not_asked_and_not_named() -> None:
+    world = Wait(text="sum", group="world", number=4, ranks=RankSet.of(range(5)), seconds=9.0)
+    book = AddressBook(RankTree(5, 2))
+    book.add(range(4), [("127.0.0.1", 1)] * 4)
+    own = RankState(waits=(world,), started={"world": 5}, is_busy=False, place="", last="", idle_seconds=0.0)
+    for known in (False, True):
+        if known:
+            book.add([4], [("127.0.0.1", 1)])
+        inquiry = Inquiry(Reason.DEADLINE, 0.0, 0, book, world.ranks, [world], short=True)
+        assert inquiry.silent(()) == set(range(1, 5 if known else 4))
+        for rank in range(1, 4):
+            inquiry.take(rank, Reached("world", 4, is_waiting=True))
+        found = inquiry.outcome(inquiry.result(0, own, {}, inquiry.silent(())), 5.0)
+        if known:
+            assert isinstance(found, Verdict)
+            assert tuple(found.culprits) == (4,)
+        else:
+            assert found is None
 
 
 def test_short_reply_is_given_only_if_the_collective_is_reached_and_the_rank_does_not_compute() -> None:

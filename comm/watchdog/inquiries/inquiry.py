@@ -7,9 +7,9 @@ from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiries.rank_state import RankState, Wait
 from comm.watchdog.main_thread import MainThread
 from comm.watchdog.messages import Departure, Reached, StateRequest
+from comm.watchdog.tree.address_book import AddressBook
 from comm.watchdog.tree.rank_set import RankSet
-from comm.watchdog.tree.rank_tree import RankTree
-from comm.watchdog.verdict import InquiryResult, Reason
+from comm.watchdog.verdict import InquiryResult, Reason, Verdict, judge, judge_wait
 from comm.watchdog.watchdog_socket import WatchdogSocket
 
 INQUIRY_SECONDS = 1.5
@@ -37,14 +37,24 @@ class Inquiry:
     """
 
     def __init__(
-        self, reason: Reason, begun: float, ranks: Iterable[int], followed: list[Wait], *, short: bool
+        self,
+        reason: Reason,
+        begun: float,
+        rank: int,
+        book: AddressBook,
+        ranks: Iterable[int],
+        followed: list[Wait],
+        *,
+        short: bool,
     ) -> None:
         """Prepares requests to `ranks`.
 
         Args:
             reason: why the inquiry is started.
             begun: time of the monotonic clock.
-            ranks: ranks to ask, without this one.
+            rank: rank that holds the inquiry.
+            book: known addresses. Ranks without one are not asked.
+            ranks: ranks to ask; `rank` is left out.
             followed: the longest wait of this rank, or nothing.
             short: whether ranks that have reached the followed collective may reply only that.
         """
@@ -52,6 +62,8 @@ class Inquiry:
         self.begun = begun
         self.followed = followed
         self.replies: dict[int, RankState] = {}
+        self._rank = rank
+        self._book = book
         self._short = short
         self._batch: set[int] = set()
         self._batch_at = self._sent_at = begun
@@ -59,29 +71,24 @@ class Inquiry:
 
     @classmethod
     def open(
-        cls, reason: Reason, now: float, rank: int, tree: RankTree, log: CollectiveLog, main_thread: MainThread
+        cls, reason: Reason, now: float, rank: int, book: AddressBook, log: CollectiveLog, main_thread: MainThread
     ) -> "Inquiry":
         """Returns an inquiry of `rank` to all ranks or, in a large job, to those that it waits for."""
-        followed = list(RankState.of(log, main_thread).waits[:1])
+        tree, followed = book.tree, list(RankState.of(log, main_thread).waits[:1])
         ranks: Iterable[int] = range(tree.world_size)
         if not tree.is_flat and reason is Reason.DEADLINE:
-            ranks = followed[0].ranks
+            ranks = followed[0].ranks if followed else ()
         elif not tree.is_flat:
             # A launcher ends the ranks of a machine whose rank died, and their block includes that machine.
             is_error = reason is Reason.ERROR
             followed = [Wait.of(*failed) for failed in log.failed()[:1] if is_error]
             ranks = RankSet.of([*tree.block(rank), *(other for wait in followed for other in wait.ranks)])
-        return cls(reason, now, (other for other in ranks if other != rank), followed, short=not tree.is_flat)
+        return cls(reason, now, rank, book, ranks, followed, short=not tree.is_flat)
 
-    def follow(self, wait: Wait, rank: int, now: float) -> None:
-        """Continues with the ranks of another wait, without `rank`, which holds the inquiry."""
+    def follow(self, wait: Wait, now: float) -> None:
+        """Continues with the ranks of another wait."""
         self.followed.append(wait)
-        self._ask((other for other in wait.ranks if other != rank), now)
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether so many waits were followed that the next one must end the inquiry."""
-        return len(self.followed) >= _MAX_FOLLOWED
+        self._ask(wait.ranks, now)
 
     def is_complete(self, gone: Collection[int], now: float) -> bool:
         """Returns whether all ranks except the `gone` ones have replied, or had enough time to do so."""
@@ -157,9 +164,22 @@ class Inquiry:
         states = {other: answer for other, answer in self.replies.items() if other not in lost}
         return InquiryResult(judge=rank, states=states | {rank: own}, lost=lost, silent=silent)
 
+    def outcome(self, result: InquiryResult, deadline_seconds: float) -> Verdict | Wait | None:
+        """Returns a verdict, the wait to follow next, or None if no rank is missing."""
+        if not self._short:
+            return judge(self.reason, result, deadline_seconds)
+        found = judge_wait(self.reason, result, self.followed, deadline_seconds)
+        if isinstance(found, Wait):
+            return found if len(self.followed) < _MAX_FOLLOWED else None
+        # The missing rank may be one that could not be asked.
+        is_sure = found is not None and (len(found.culprits) > 0 or not self._has_unknown)
+        return found if is_sure else None
+
     def _ask(self, ranks: Iterable[int], now: float) -> None:
         self.replies.clear()
-        self._unsent = deque(ranks)
+        others = [rank for rank in ranks if rank != self._rank]
+        self._unsent = deque(rank for rank in others if self._book.address(rank) is not None)
+        self._has_unknown = len(self._unsent) < len(others)
         self._asked = frozenset(self._unsent)
         self._unanswered = set(self._unsent)
         self._batch = set()
