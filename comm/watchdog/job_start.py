@@ -136,6 +136,11 @@ class JobStart:
                 raise
             raise self.store_error(error) from error
 
+    @property
+    def is_terminated(self) -> bool:
+        """Whether SIGTERM arrived so long ago that ranks will not join."""
+        return self._termination.is_overdue
+
     def begin_wait(self) -> None:
         """Makes the next pauses short again, because something new is awaited."""
         self._pause = _FIRST_PAUSE_SECONDS

@@ -116,11 +116,11 @@ def test_watchdog_of_several_blocks_names_the_missing_rank_and_the_collective() 
     ends = _run(killed_leader, stopped_root, late_behind_others, fails_by_itself, absent_block)
     text = _same(ends[killed_leader], {0, 1, 2, 3, 5}, 78, (4,))
     assert text.startswith("rank 4 is lost: its process has ended; rank")
-    assert text.endswith("waited for dispatch (number 1 of group world [0, 1, 2, 3, 4, 5])")
+    assert text.endswith("waited for dispatch (number 2 of group world [0, 1, 2, 3, 4, 5])")
     text = _same(ends[stopped_root], {1, 2, 3, 4, 5}, 76, (0,))
     assert text == (
         "rank 0 did not reach a collective within 2 s and did not respond: stopped or disconnected; "
-        "ranks 1 to 5 waited for combine (number 1 of group world [0, 1, 2, 3, 4, 5])"
+        "ranks 1 to 5 waited for combine (number 2 of group world [0, 1, 2, 3, 4, 5])"
     )
     text = _same(ends[late_behind_others], set(WORLD), 76, (5,))
     assert text.startswith(

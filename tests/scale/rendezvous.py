@@ -93,15 +93,15 @@ class Simulation:
         book = AddressBook(tree)  # the ranks of this process share one
         nonces = {rank: NonceGathering(tree, rank, self._key, _host(rank), secrets.token_bytes(16)) for rank in ranks}
         self._gather(nonces, stride)
-        self._gather(
-            {rank: AddressGathering(book, rank, (_host(rank), 1024 + rank % 50_000)) for rank in ranks}, stride
-        )
-        assert tree.world_size > _MAX_SIMULATED or book.is_complete
+        addresses = {rank: AddressGathering(book, rank, (_host(rank), 1024 + rank % 50_000)) for rank in ranks}
+        gathers = self._gather(addresses, stride)
+        self._measure(lambda rank: gathers[rank].confirm(), ranks[::-1], len(ranks))
+        assert book.is_complete
         self._measure(self._look, range(_NUM_LOOKS), 0)
         self._work.longest_bytes = self._store.longest_bytes
         return self._work
 
-    def _gather(self, gatherings: Any, stride: int) -> None:
+    def _gather(self, gatherings: Any, stride: int) -> dict[int, StoreGather]:
         gathers = {rank: self._open(rank, gathering) for rank, gathering in gatherings.items()}
         leaders = [rank for rank in gathers if rank % self._tree.fanout == 0]
         others = [rank for rank in gathers if rank % self._tree.fanout]
@@ -109,12 +109,16 @@ class Simulation:
         self._measure(lambda rank: gathers[rank].lead(), leaders[::-1], len(leaders))
         self._measure(lambda rank: gathers[rank].read_path(), leaders, len(leaders))
         self._measure(lambda rank: gathers[rank].read_path(), others[::stride], len(others))
+        return gathers
 
     def _open(self, rank: int, gathering: Gathering) -> StoreGather:
         member = Membership(rank, self._tree.world_size, "127.0.0.1", 1, 0, fanout=self._tree.fanout)
         start = JobStart(member, 600.0, self._termination)
         store: Any = self._store
-        return StoreGather(start, store, self._tree, self._key, gathering, lambda: self._read_announcement(rank))
+        gather = StoreGather(start, store, self._key, gathering, lambda: self._read_announcement(rank), {})
+        if rank == 0 and isinstance(gathering, AddressGathering):
+            gathering.read_blocks = gather.blocks
+        return gather
 
     def _measure(self, act: Callable[[int], object], ranks: Iterable[int], num_ranks: int) -> None:
         """Adds the work of `act` for some ranks, multiplied to `num_ranks`. Without ranks it is that of a look."""

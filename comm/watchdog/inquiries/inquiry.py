@@ -123,7 +123,7 @@ class Inquiry:
                 return
             self._batch = {self._unsent.popleft() for _ in range(min(_MAX_REQUESTS, len(self._unsent)))}
             self._batch_at = self._sent_at = now
-            for rank in self._batch.difference(gone):
+            for rank in sorted(self._batch.difference(gone)):
                 watchdog_socket.send(rank, "state_request", request)
         elif now - self._batch_at >= _SEND_EVERY_SECONDS:
             self._batch_at = now

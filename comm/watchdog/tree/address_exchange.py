@@ -25,14 +25,13 @@ from comm.watchdog.authentication import derive, open_object, seal_object
 from comm.watchdog.decode import MessageError, parse_object, text_of
 from comm.watchdog.job_key import ADVICE, KEY_VARIABLE, JobKeyError, KeyFile, read_key_file, write_key_file
 from comm.watchdog.job_start import JobStart
-from comm.watchdog.tree.address_book import AddressBook, decode_addresses
+from comm.watchdog.tree.address_book import AddressBook
 from comm.watchdog.tree.gatherings import AddressGathering, NonceGathering, is_loopback
 from comm.watchdog.tree.store_gather import StoreGather
 from comm.watchdog.watchdog_socket import WatchdogSocket
 
 _ANNOUNCEMENT = "watchdog/key"
 _NONCE_BYTES = 16
-_BLOCKS_PER_READ = 64
 _MAX_PATH_CHARACTERS = 4096
 _FILE_SECONDS = 10.0
 """Time that a rank waits for a missing key: a file appears late on some shared file systems."""
@@ -89,22 +88,26 @@ class AddressExchange:
         """Returns the addresses that this rank needs at first, and the attempt's key."""
         self._start.key = key
         tree, rank = self._start.tree, self._member.rank
+        published: dict[str, str] = {}
         nonces = NonceGathering(tree, rank, key, self._socket.host, self._nonce)
-        self._gather(key, nonces).run()
+        self._gather(key, nonces, published).run()
         attempt_key = derive(key, "attempt", nonces.digest)
         # On the machine that MASTER_ADDR names, that name may resolve to the loopback address, which others cannot
         # reach.
         if nonces.remote_host is not None and is_loopback(self._socket.host):
             self._socket.rebind(nonces.remote_host)
         book = AddressBook(tree)
-        addresses = self._gather(attempt_key, AddressGathering(book, rank, (self._socket.host, self._socket.port)))
-        addresses.run()
-        if rank == 0:
-            _add_all(book, addresses)
+        addresses = AddressGathering(book, rank, (self._socket.host, self._socket.port))
+        gather = self._gather(attempt_key, addresses, published)
+        addresses.read_blocks = gather.blocks if rank == 0 else None
+        gather.run()
+        gather.confirm()
         return book, attempt_key
 
-    def _gather(self, key: bytes, gathering: NonceGathering | AddressGathering) -> StoreGather:
-        return StoreGather(self._start, self._store, self._start.tree, key, gathering, self._check_announcement)
+    def _gather(
+        self, key: bytes, gathering: NonceGathering | AddressGathering, published: dict[str, str]
+    ) -> StoreGather:
+        return StoreGather(self._start, self._store, key, gathering, self._check_announcement, published)
 
     def _announce(self) -> None:
         """Announces the source of the key on rank 0, with a new nonce so that each attempt has a new key."""
@@ -184,18 +187,3 @@ class AddressExchange:
         with suppress(MessageError, JobKeyError):  # not written by rank 0 of this attempt
             self._announced_key(announced)
             raise _KeyChangedError
-
-
-def _add_all(book: AddressBook, gather: StoreGather) -> None:
-    """Adds the addresses of all blocks to the book of rank 0, from which the other ranks receive them.
-
-    A block whose record was changed in the meantime is left out: its leader sends it later.
-    """
-    missing = book.missing_blocks()
-    for first in range(0, len(missing), _BLOCKS_PER_READ):
-        indices = missing[first : first + _BLOCKS_PER_READ]
-        for index, record in zip(indices, gather.blocks(indices), strict=True):
-            ranks = book.tree.group(1, index)
-            with suppress(MessageError):
-                if record is not None:
-                    book.add(ranks, decode_addresses(record, len(ranks)))

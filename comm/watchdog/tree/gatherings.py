@@ -1,6 +1,6 @@
 """Defines what ranks gather through the store at the start: first nonces, then addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from comm.watchdog.authentication import derive
 from comm.watchdog.decode import MessageError, text_of
@@ -16,6 +16,7 @@ from comm.watchdog.tree.rank_tree import RankTree
 from comm.watchdog.tree.store_gather import Values
 
 _DIGEST_CHARACTERS = 64
+_BLOCKS_PER_READ = 64
 
 
 class NonceGathering:
@@ -73,9 +74,11 @@ class AddressGathering:
     Attributes:
         name: first part of the records' keys.
         own: this rank's record.
+        read_blocks: returns the combined records of blocks; set on rank 0, which needs the addresses of all ranks.
     """
 
     name = "address"
+    read_blocks: Callable[[Sequence[int]], list[Values | None]] | None = None
 
     def __init__(self, book: AddressBook, rank: int, own: SocketAddress) -> None:
         """Stores the arguments; `book` receives the addresses of this rank's groups."""
@@ -88,6 +91,8 @@ class AddressGathering:
         """Returns the addresses of a block, or those of the leaders of blocks or larger groups."""
         if level == 1:
             return encode_addresses([(host_of(each, "host"), port_of(each, "port")) for each in records])
+        if level == self._book.tree.num_levels and self.read_blocks is not None:
+            self._add_all(self.read_blocks)
         members = self._book.tree.group(level, index)
         return encode_addresses([
             self._decode(level - 1, member, each)[0] for member, each in zip(members, records, strict=True)
@@ -105,6 +110,16 @@ class AddressGathering:
             leader = addresses[0]
         for level, addresses in enumerate(found, 1):
             self._book.add(tree.group(level, self._rank // tree.fanout**level), addresses)
+
+    def _add_all(self, read_blocks: Callable[[Sequence[int]], list[Values | None]]) -> None:
+        """Adds the addresses of all blocks to the book of rank 0, from which the other ranks receive them."""
+        missing = self._book.missing_blocks()
+        for first in range(0, len(missing), _BLOCKS_PER_READ):
+            indices = missing[first : first + _BLOCKS_PER_READ]
+            for index, record in zip(indices, read_blocks(indices), strict=True):
+                if record is None:
+                    raise MessageError(f"level_1/{index}: not authenticated")
+                self._book.add(self._book.tree.group(1, index), self._decode(1, index * self._book.tree.fanout, record))
 
     def _decode(self, level: int, member: int, record: Values) -> list[SocketAddress]:
         tree = self._book.tree

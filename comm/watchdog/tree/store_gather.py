@@ -5,9 +5,11 @@ them, the leader of 64 blocks combines theirs, and so on up to rank 0. Then each
 own groups: one per level. So a rank reads 64 records for each level that it leads, and otherwise one for each level.
 The work of the store grows linearly with the number of ranks.
 
-A record that is not authentic counts as absent. Each rank rewrites its own records until it has those that it needs.
+A record that is not authentic counts as absent. Each rank rewrites its own records until it has those that it needs,
+and a leader until the ranks below it have theirs.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -17,7 +19,6 @@ from torch.distributed.distributed_c10d import Store
 from comm.watchdog.authentication import open_object, seal_object
 from comm.watchdog.decode import MessageError
 from comm.watchdog.job_start import JobStart
-from comm.watchdog.tree.rank_tree import RankTree
 
 Values = dict[str, Any]
 Result = TypeVar("Result")
@@ -25,6 +26,9 @@ Result = TypeVar("Result")
 _MAX_NAMED = 1024
 _MAX_RECORD_BYTES = 65_536
 _LOOKS_PER_CHECK = 4
+_READY_SECONDS = 5.0
+_FIRST_PAUSE_SECONDS = 0.005
+_LONGEST_PAUSE_SECONDS = 0.2
 
 
 class Gathering(Protocol):
@@ -66,26 +70,32 @@ class StoreGather:
     """Gather of one kind of record, as run by one rank."""
 
     def __init__(
-        self, start: JobStart, store: Store, tree: RankTree, key: bytes, gathering: Gathering, check: Callable[[], None]
+        self,
+        start: JobStart,
+        store: Store,
+        key: bytes,
+        gathering: Gathering,
+        check: Callable[[], None],
+        published: dict[str, str],
     ) -> None:
         """Stores the arguments; `run` does the work.
 
         Args:
             start: start of the job, with its deadline.
             store: store of the job.
-            tree: tree of the ranks.
             key: key that authenticates the records.
             gathering: what is gathered.
             check: called before each look into the store; ends the gather if it raises.
+            published: records that this rank has published so far, which receives those of this gather.
         """
         self._start = start
         self._store = store
-        self._tree = tree
+        self._tree = start.tree
         self._key = key
         self._gathering = gathering
         self._check = check
         self._rank = start.member.rank
-        self._published: dict[str, str] = {}
+        self._published = published
 
     def run(self) -> None:
         """Publishes this rank's records, and reads those of its groups as soon as they are there.
@@ -114,6 +124,24 @@ class StoreGather:
         path = self._tree.path(self._rank)
         self._await([self._group(level, index) for level, index in enumerate(path, 1)], self._gathering.accept)
 
+    def confirm(self) -> None:
+        """Announces that this rank has what it needs. A leader does so after all ranks below it, or after some seconds.
+
+        So a record that another process replaces at the end is written again. If an announcement itself is replaced,
+        the leader only waits longer.
+        """
+        keys = [self._ready(rank) for rank in self._tree.children(self._rank)]
+        until = time.monotonic() + len(self._tree.led_levels(self._rank)) * _READY_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while keys and time.monotonic() < until and not self._start.is_terminated:
+            if self._store.check(keys):
+                keys = [key for key, found in zip(keys, self._open(keys), strict=True) if found is None]
+            if keys:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                self._rewrite()
+        self._publish(self._ready(self._rank), {})
+
     def blocks(self, indices: Sequence[int]) -> list[Values | None]:
         """Returns the combined records of any blocks, None for one that is not authentic."""
         return self._open([self._group(1, index) for index in indices])
@@ -123,8 +151,7 @@ class StoreGather:
         self._start.begin_wait()
         for look in count():
             if self._tree.is_flat or look % _LOOKS_PER_CHECK == 0:
-                for key, sealed in self._published.items():
-                    self._store.set(key, sealed)  # other ranks may need it, or another process replaced it
+                self._rewrite()
                 self._check()
             if self._store.check(keys):
                 records = self._open(keys)
@@ -136,6 +163,11 @@ class StoreGather:
                         pass  # of an earlier attempt, or a leader has not seen this rank's record yet
             self._start.wait(self._absent, self._store)
         raise AssertionError("unreachable: the wait ends with an error")
+
+    def _rewrite(self) -> None:
+        """Writes this rank's records again: other ranks may need them, or another process replaced them."""
+        for key, sealed in self._published.items():
+            self._store.set(key, sealed)
 
     def _publish(self, key: str, values: Values) -> None:
         self._published[key] = seal_object(self._key, key, values)
@@ -188,6 +220,9 @@ class StoreGather:
     def _member_key(self, level: int, member: int) -> str:
         """Returns the key of the record of a group's member."""
         return self._leaf(member) if level == 1 else self._group(level - 1, member // self._tree.fanout ** (level - 1))
+
+    def _ready(self, rank: int) -> str:
+        return f"watchdog/ready/{rank}"
 
     def _leaf(self, rank: int) -> str:
         return f"watchdog/{self._gathering.name}/{rank}"
