@@ -222,7 +222,7 @@ class JobStart:
         self._confirm(store, key, own)
 
     def _confirm(self, store: Store, key: bytes, verdict: Verdict) -> None:
-        """Confirms that this rank has the verdict, after the ranks below it in the tree if a rank holds the store.
+        """Confirms that this rank has the verdict. If a rank holds the store, those below do so first.
 
         So the rank with the store, at the root, ends after all others, or after some seconds for each level.
         """

@@ -105,7 +105,7 @@ class WatchdogSocket:
         self._book = book
 
     def send(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> None:
-        """Sends to a rank. A datagram that cannot be sent, or has no known address, is dropped without an error."""
+        """Sends to a rank. A datagram that cannot be sent, or has no address yet, is dropped silently."""
         if (address := self.book.address(rank)) is not None:
             self.reply(rank, address, kind, values)
 

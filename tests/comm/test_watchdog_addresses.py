@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from comm.watchdog.job_key import JobKeyError, write_key_file
@@ -81,6 +81,32 @@ def test_ranks_that_share_a_key_are_connected_and_leave_no_secret(kind: str, tmp
     assert KEY not in path.read_bytes()
     codecs = [rank.watchdog_socket._codec for rank in ranks]
     assert len({codec._key for codec in codecs if codec}) == 1
+
+
+@pytest.mark.slow
+def test_ranks_of_three_blocks_meet_at_a_server_and_absent_ones_are_named() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        Rank(rank, TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False), world_size=130)
+        for rank in range(130)
+    ]
+    assert run(ranks) == [None] * 130
+    truth = [(rank.watchdog_socket.host, rank.watchdog_socket.port) for rank in ranks]
+    for number, rank in enumerate(ranks):
+        book = rank.watchdog_socket.book
+        known = {other: book.address(other) for other in range(130) if book.address(other) is not None}
+        block = range(number // 64 * 64, min(number // 64 * 64 + 64, 130))
+        assert known.keys() == (set(range(130)) if number == 0 else {0, 64, 128, *block})
+        assert known == {other: truth[other] for other in known}
+    close(ranks)
+    present = [rank for rank in range(130) if rank not in (3, 64, 65, 129)]
+    few = [Rank(rank, store, world_size=130, seconds=3.0) for store in [HashStore()] for rank in present]
+    texts = {str(error) for error in run(few)}
+    assert texts == {
+        "ranks 3, 64, 65 and 129 are absent: not joined within 3 s; "
+        "ranks 0 to 2, 4 to 63 and 66 to 128 waited for start of the job"
+    }
+    close(few)
 
 
 def test_each_attempt_has_a_new_key() -> None:

@@ -10,7 +10,7 @@ from tests.scale.rendezvous import (
     count_requests,
     opened_server,
 )
-from tests.scale.watchdog import LIMIT_BYTES, inquire, longest_messages
+from tests.scale.watchdog import LIMIT_BYTES, inquire, longest_messages, training_messages
 
 
 def test_requests_and_longest_record_of_a_rendezvous_grow_linearly() -> None:
@@ -34,6 +34,10 @@ def test_longest_message_fits_a_datagram_at_any_size_even_if_nothing_in_it_repea
     for num_ranks in (64, 2048, 100_352, 4_000_000):
         longest = longest_messages(num_ranks)
         assert max(longest.values()) < LIMIT_BYTES / 2, longest
+    for num_ranks in (2048, 100_352):
+        messages = training_messages(num_ranks)
+        assert max(messages.values()) < 8192, messages
+        assert max(messages["state"], messages["verdict"]) < 1500, messages  # one packet of a network
 
 
 @pytest.mark.slow

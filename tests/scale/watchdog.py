@@ -9,6 +9,8 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +18,16 @@ from comm.watchdog.authentication import MAX_DATAGRAM_BYTES, DatagramCodec, Kind
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.decode import MAX_TEXT_CHARACTERS, printable
 from comm.watchdog.inquiries.rank_state import RankState, Wait
+from comm.watchdog.main_thread import MainThread
 from comm.watchdog.messages import Reached, StateRequest
 from comm.watchdog.tree.address_book import AddressBook, SocketAddress, encode_addresses
 from comm.watchdog.tree.address_fetch import MAX_BLOCKS
-from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.tree.rank_set import RankSet, name_ranks
 from comm.watchdog.tree.rank_tree import FANOUT, RankTree
 from comm.watchdog.verdict import MAX_CULPRITS, Verdict
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
+from tests.scale.groups import published_layout
 
 LIMIT_BYTES = 65_507
 _KEY = bytes(range(32))
@@ -68,6 +72,47 @@ def longest_messages(num_ranks: int) -> dict[Kind, int]:
         "addresses": {"block": 0, "blocks": blocks},
         "departure": {"end": "error", "text": _random_text(noise, MAX_TEXT_CHARACTERS)} | relay,
         "state_request": StateRequest(groups[-1], 2**40).as_json(),
+    }
+    return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
+
+
+def training_messages(num_ranks: int) -> dict[Kind, int]:
+    """Returns the bytes of the longest messages of a training run in the published layout, at a common deadline."""
+    layout, rank, log = published_layout(num_ranks), num_ranks // 2, CollectiveLog()
+    members: dict[str, Iterable[int]] = {
+        "world": range(num_ranks),
+        "stage": layout.stage_group(rank, mirrored=True),
+        "expert_data": layout.expert_data_group(rank, mirrored=True),
+        "embedding": layout.data_group((0, 15)),
+        "pipeline": layout.pipeline_group(rank),
+        "expert": layout.expert_group(rank),
+    }
+    awaited = []
+    for kind, ranks in members.items():
+        name = group_name(kind, ranks)
+        for number in range(100):
+            awaited.append(log.awaiting(log.start(name, ranks, "sum of gradients of stage 15", f"layer {number}")))
+    for peer in (rank - 1, rank + 1):
+        for kind in ("activation", "gradient"):
+            log.start(f"{kind} {rank}->{peer}", (rank, peer), "transfer", "micro-batch 119")
+    codec = DatagramCodec(_KEY, rank, num_ranks)
+    with ExitStack() as inside:
+        for each in awaited[-8:]:
+            inside.enter_context(each)
+        state = RankState.of(log, MainThread())
+    assert len(state.waits) == 8
+    missing = RankSet.of(range(0, num_ranks, 97)).first(MAX_CULPRITS)
+    waiters = f"{name_ranks(range(num_ranks))} waited for {state.waits[0].text}"
+    text = f"{name_ranks(missing)} did not reach a collective; {waiters}"
+    verdict = Verdict(code=76, text=text, judge=rank, culprits=missing)
+    addresses = [
+        [(f"10.{block >> 5}.{block & 31}.{place >> 3}", 30_000 + 7 * place) for place in range(FANOUT)]
+        for block in range(MAX_BLOCKS)
+    ]
+    contents: dict[Kind, dict[str, Any]] = {
+        "state": state.as_json(),
+        "verdict": verdict.as_json(),
+        "addresses": {"block": 0, "blocks": [encode_addresses(each) for each in addresses]},
     }
     return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
 
@@ -166,7 +211,8 @@ def measure(num_ranks: int) -> dict[str, float]:
     """Measures the messages of the watchdogs of so many ranks."""
     tree, inquiry = RankTree(num_ranks), inquire(num_ranks)
     return {
-        "watchdog: longest message, bytes": max(longest_messages(num_ranks).values()),
+        "watchdog: longest possible message, bytes": max(longest_messages(num_ranks).values()),
+        "watchdog: longest message of a training run, bytes": max(training_messages(num_ranks).values()),
         "watchdog: datagrams of an inquiry to all ranks": inquiry.num_datagrams,
         "watchdog: time of that inquiry, s": inquiry.seconds,
         "watchdog: datagrams of a verdict to all ranks": num_ranks - 1,
@@ -177,7 +223,7 @@ def measure(num_ranks: int) -> dict[str, float]:
 
 def broken_laws(num_ranks: int, figures: dict[str, float]) -> list[str]:
     """Returns the limits that the figures of `measure` exceed."""
-    longest = figures["watchdog: longest message, bytes"]
+    longest = figures["watchdog: longest possible message, bytes"]
     is_long = longest > LIMIT_BYTES
     return [f"{num_ranks} ranks: a message has {longest} bytes, more than {LIMIT_BYTES}"] if is_long else []
 

@@ -108,8 +108,10 @@ class Inquiry:
                 return
             # Equal replies share one object, as there may be 100,000.
             reply = self._reached[reply.is_waiting]
-        elif len(self.replies) >= _MAX_STATES and self._short and reply.waits:
-            reply = self._waiting  # the lowest missing ranks suffice to follow a wait
+        elif self._num_states >= _MAX_STATES and self._short and reply.waits:
+            reply = self._waiting  # the first missing ranks suffice to follow a wait
+        else:
+            self._num_states += 1
         if rank in self._asked:
             self.replies[rank] = reply
         self._unanswered.discard(rank)
@@ -177,6 +179,7 @@ class Inquiry:
 
     def _ask(self, ranks: Iterable[int], now: float) -> None:
         self.replies.clear()
+        self._num_states = 0
         others = [rank for rank in ranks if rank != self._rank]
         self._unsent = deque(rank for rank in others if self._book.address(rank) is not None)
         self._has_unknown = len(self._unsent) < len(others)

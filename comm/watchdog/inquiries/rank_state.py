@@ -1,4 +1,4 @@
-"""Describes the state of a rank for other ranks, in messages whose length does not depend on the number of ranks."""
+"""Describes the state of a rank for other ranks, in messages that do not grow with the job."""
 
 import time
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Holds the addresses of all ranks in arrays: some 6 bytes for each rank, and one text for each machine."""
+"""Holds the addresses of all ranks in arrays: 6 bytes for each rank, and one text for each machine."""
 
 from array import array
 from collections.abc import Iterable, Sequence

@@ -8,7 +8,7 @@
    digest only if its own nonce is in it. Each rank publishes its address, authenticated with the attempt's key, and
    leaders combine addresses in the same way. These records prove that all ranks have the same key.
 
-Each rank ends with the addresses of its own groups: those of its block, and of the leaders above it. Rank 0 has those
+Each rank ends with the addresses of its groups: those of its block, and of the leaders above it. Rank 0 has those
 of all ranks. The others receive the rest as datagrams, after the start.
 """
 

@@ -1,4 +1,4 @@
-"""Fetches the addresses of all blocks as datagrams, from the rank above in the tree, after the start of the job.
+"""Fetches the addresses of all blocks as datagrams after the start of the job.
 
 The addresses come down the tree from rank 0. A request names a block, and the reply holds up to 16 consecutive blocks
 as far as the sender knows them. A job of one block sends nothing, because its ranks have all addresses from the start.
@@ -49,7 +49,7 @@ class AddressFetch:
         self._retry_seconds = _RETRY_SECONDS
 
     def advance(self, now: float) -> None:
-        """Requests the next blocks if some are missing, and requests them again if no reply has arrived in time."""
+        """Requests the next missing blocks, again if no reply has arrived in time."""
         if not self._missing or now < self._retry_at:
             return
         if self._num_tries == _TRIES_PER_SOURCE:

@@ -20,13 +20,13 @@ _BLOCKS_PER_READ = 64
 
 
 class NonceGathering:
-    """Gather of nonces: the digest of all, which has this rank's nonce in it, and a host that other machines reach.
+    """Gather of nonces into a digest of all, which has this rank's nonce in it.
 
     Attributes:
         name: first part of the records' keys.
         own: this rank's record.
         digest: digest of the nonces of all ranks, after `accept`.
-        remote_host: a host of the job that is no loopback address, after `accept`; None if all ranks have only that.
+        remote_host: a host of the job that is no loopback address, after `accept`; None if there is none.
     """
 
     name = "nonce"

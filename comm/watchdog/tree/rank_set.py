@@ -1,4 +1,4 @@
-"""Describes sets of ranks by arithmetic progressions, so that a group of any size is named in a few numbers."""
+"""Describes sets of ranks by arithmetic progressions: a few numbers for a group of any size."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -93,7 +93,7 @@ class RankSet:
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """Returns `rank 3`, `ranks 0, 2 and 5`, `ranks 0 to 7` or, for many runs, the first ones and how many follow."""
+    """Returns `rank 3`, `ranks 0, 2 and 5`, `ranks 0 to 7`, or the first of many and how many follow."""
     found = RankSet.of(ranks)
     if not found.runs:
         return "no rank"

@@ -1,4 +1,4 @@
-"""Arranges the ranks of a job as a tree by arithmetic alone, so that no rank deals with more than a few blocks.
+"""Arranges the ranks of a job as a tree, so that each rank deals with a few blocks at most.
 
 A block is 64 consecutive ranks, with its first rank as leader. 64 blocks form a group of the next level, and so on. The
 environment of the launcher plays no part: every rank computes the same tree from its rank and the world size.
@@ -86,7 +86,7 @@ class RankTree:
         return self._rank(label - label % (size * self.fanout), origin, turn)
 
     def _label(self, rank: int, origin: int, turn: int) -> int:
-        """Returns the place of a rank in the tree of a broadcast: 0 for its origin, and the others rotated by turn."""
+        """Returns the place of a rank in the tree of a broadcast: 0 for its origin, others rotated by turn."""
         if rank == origin:
             return 0
         ahead = (rank - origin) % self.world_size - 1

@@ -40,7 +40,7 @@ class Relay:
         self._turn = 0
 
     def broadcast(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Sends to all other ranks. Each call uses other ranks to forward, so that repeated messages reach all."""
+        """Sends to all other ranks. Repeated messages reach all, as each call has others forward them."""
         turn, self._turn = self._turn, (self._turn + 1) % MAX_TURNS
         if not self._tree.is_flat:
             values = {**values, _KEY: {"origin": self._rank, "turn": turn}}

@@ -1,9 +1,9 @@
 """Gathers a record of every rank through an untrusted store, along the tree of ranks.
 
 Each rank publishes its record. The leader of a block reads the records of its block and publishes one that combines
-them, the leader of 64 blocks combines theirs, and so on up to rank 0. Then each rank reads the combined records of its
-own groups: one per level. So a rank reads 64 records for each level that it leads, and otherwise one for each level.
-The work of the store grows linearly with the number of ranks.
+them, the leader of 64 blocks combines theirs, and so on up to rank 0. Then each rank reads the combined records of the
+groups that it is in: one per level. So a rank reads 64 records for each level that it leads, and otherwise one for each
+level. The work of the store grows linearly with the number of ranks.
 
 A record that is not authentic counts as absent. Each rank rewrites its own records until it has those that it needs,
 and a leader until the ranks below it have theirs.
@@ -125,7 +125,7 @@ class StoreGather:
         self._await([self._group(level, index) for level, index in enumerate(path, 1)], self._gathering.accept)
 
     def confirm(self) -> None:
-        """Announces that this rank has what it needs. A leader does so after all ranks below it, or after some seconds.
+        """Announces that this rank has what it needs, after the ranks below it or some seconds.
 
         So a record that another process replaces at the end is written again. If an announcement itself is replaced,
         the leader only waits longer.
