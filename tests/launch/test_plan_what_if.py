@@ -1,0 +1,296 @@
+"""What-ifs and hardware advice of `launch.plan`: results, JSON, and wrong ones that are refused in one line."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.command import command
+from launch.plan import main, preview
+from launch.planning.advice import advise_hardware
+from launch.planning.request import PlanRequest, read_request
+from launch.planning.what_if import changed_run, plan_what_if, read_what_ifs
+from train.config.decode import encode
+from train.config.errors import ConfigError
+from train.planner.advice.balance import link_balance
+from train.planner.advice.shown import advice_json, advice_lines, what_if_json, what_if_lines
+from train.planner.advice.wishes import fp8_share
+from train.planner.config import KernelRates
+from train.planner.job_plan import JobPlan, plan_job
+
+PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
+SMALL = ["experiment=v2_lite_16b"]
+LINK = "cluster.inter_node_bytes_per_second"
+KEYS = {
+    "change",
+    "step_seconds",
+    "speedup",
+    "gain",
+    "tokens_per_second_per_gpu",
+    "mfu",
+    "gpu_hours",
+    "gpu_hours_per_trillion_tokens",
+    "dollars",
+    "fits",
+    "peak_bytes",
+    "capacity_bytes",
+    "time_unknown",
+}
+WRONG_WHAT_IFS = (
+    # (what-if, the key and the value that the line must name)
+    ("cluster.inter_node_bytes_per_secnd*2", "cluster.inter_node_bytes_per_second"),
+    ("cluster.peak_flops*0", "'0'"),
+    ("cluster.peak_flops/0", "'0'"),
+    ("cluster.peak_flops*-1", "'-1'"),
+    ("cluster.peak_flops*inf", "'inf'"),
+    ("cluster.peak_flops*nan", "'nan'"),
+    ("cluster.peak_flops/1e999", "'1e999'"),
+    ("cluster.peak_flops*1e308", "is inf"),
+    ("cluster.peak_flops*two", "'two'"),
+    ("cluster.peak_flops*", "''"),
+    ("cluster.peak_flops=", "''"),
+    ("cluster.peak_flops=abc", "'abc'"),
+    ("cluster.peak_flops=.nan", "nan"),
+    ("cluster.peak_flops", "cluster.peak_flops*2"),
+    ("cluster.peak_flops*2*2", "cluster.peak_flops"),
+    ("*2", "'*2'"),
+    ("=3", "'=3'"),
+    ("", "''"),
+    ("parallelism.data*1.3", "166.4"),
+    ("parallelism.data=1.5", "1.5"),
+    ("parallelism.data=0", "is 0"),
+    ("parallelism.expert=48", "is 48"),
+    ("parallelism.pipeline=3", "has 3"),
+    ("parallelism.pipeline*4", "has 120"),
+    ("parallelism.cut=weird", "'weird'"),
+    ("parallelism.cut=[1,2,3]", "[1,2,3]"),
+    ("parallelism.data=128, parallelism.data", "'parallelism.data'"),
+    ("precision.kind=fp4", "'fp4'"),
+    ("precision=fp4", "fp4"),
+    ("precision.kind*2", "precision.kind"),
+    ("schedule.kind=dualpip", "'dualpip'"),
+    ("schedule=nothing", "nothing"),
+    ("dispatch.kind=ring", "'ring'"),
+    ("dispatch.kind=local", "parallelism.expert=64"),
+    ("dispatch.max_nodes=0", "is 0"),
+    ("recompute=[]", "[]"),
+    ("recompute=[norm,nrm]", "'nrm'"),
+    ("recompute=[norm", "'[norm'"),
+    ("batch.micro_sequences=7", "896"),
+    ("batch.global_sequences*1.0001", "15361.5"),
+    ("batch.sequence_length_tokens*2", "is 8192"),
+    ("batch.ramp*2", "batch.ramp.start_sequences"),
+    ("cost.gpu_mtbf_hours*2", "null"),
+    ("cost.gpu_mtbf_hours=-1", "-1.0"),
+    ("efficiency.unexplained=0", "0.0"),
+    ("efficiency.unexplaned=1.1", "efficiency.unexplained"),
+    ("rates.latency_seconds=-1", "-1.0"),
+    ("rates.receive_imbalance=0.5", "0.5"),
+    ("rates.*.nothing*2", "rates.*.nothing"),
+    ("rates.kind=measured", "rates.kind"),
+    ("rates=nothere", "'nothere'"),
+    ("model.num_limited_groups=9", "is 9"),
+    ("cluster.device*2", "'cuda'"),
+    ("cluster.memory_bytes=12.5", "12.5"),
+    ("cluster.ranks_per_node=7", "is 7"),
+    ("search=true", "search"),
+    ("guard=nope", "nope"),
+    ("memory_cap=0.1", "0.1"),
+    (f"{LINK}*2 + parallelism.expert=48", "is 48"),
+)
+WRONG_LAYOUTS = (
+    ("parallelism.pipeline=3", "parallelism.pipeline"),
+    ("parallelism.data=100", "batch.global_sequences"),
+    ("parallelism.expert=100", "parallelism.expert"),
+    ("parallelism.expert=512", "parallelism.expert"),
+    ("parallelism.cut=[60,1]", "parallelism.cut"),
+    ("cluster.ranks_per_node=3", "cluster.ranks_per_node"),
+    ("what_if=cluster.peak_flops/2", "what_if"),
+    ("what_if=['nothing*2']", "what_if: nothing*2"),
+)
+
+
+@pytest.fixture(scope="module")
+def request_of_v3() -> PlanRequest:
+    return read_request(PUBLISHED)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[PlanRequest, JobPlan]:
+    request = read_request([*SMALL, "schedule=dualpipe"])
+    return request, plan_job(request.config, request.planner)
+
+
+def with_what_ifs(request: PlanRequest, *items: str) -> PlanRequest:
+    values = {**encode(request.options), "what_if": list(items)}
+    options = type(request.options)(**{**values, "what_if": tuple(items)})
+    return PlanRequest(
+        config=request.config,
+        planner=request.planner,
+        options=options,
+        overrides=request.overrides,
+        values=request.values,
+    )
+
+
+@pytest.mark.parametrize(("item", "named"), WRONG_WHAT_IFS, ids=[item or "empty" for item, _ in WRONG_WHAT_IFS])
+def test_wrong_what_if_is_refused_with_key_rule_value_and_nearest(
+    request_of_v3: PlanRequest, item: str, named: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_what_ifs(with_what_ifs(request_of_v3, f"{LINK}*2", item))
+    text = str(error.value)
+    assert text.startswith(f"what_if: {item or repr(item)}")
+    assert len(text.splitlines()) == 1
+    assert named in text
+    key = re.split(r"[*/=]", item.rpartition(" + ")[2])[0].split(".kind")[0]
+    assert key in text
+    assert re.search(r"nearest|valid|did you mean|write|least is|belongs to", text), text
+
+
+@pytest.mark.parametrize(("override", "named"), WRONG_LAYOUTS, ids=[override for override, _ in WRONG_LAYOUTS])
+def test_wrong_layout_ends_with_one_line_and_exit_code_2(
+    override: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [text for text in PUBLISHED if text.partition("=")[0] != override.partition("=")[0]]
+    monkeypatch.setattr(sys, "argv", ["launch.plan", *others, override])
+    assert command("plan", main, preview) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    [line] = shown.err.splitlines()
+    assert line.startswith(f"error: {named}")
+    assert re.search(r"nearest|valid|did you mean|write", line), line
+
+
+def test_whole_numbers_stay_whole_and_others_become_fractions(request_of_v3: PlanRequest) -> None:
+    run = changed_run(request_of_v3, "parallelism.data*2, parallelism.pipeline/2 + cost.restart_seconds=3")
+    assert (run.config.parallelism.data, run.config.parallelism.pipeline) == (256, 8)
+    assert type(run.config.parallelism.data) is int
+    run = changed_run(request_of_v3, "costs.forward*1.5 + cluster.timeout_seconds/7")
+    assert run.config.costs.forward == 1.5
+    assert run.config.cluster.timeout_seconds == pytest.approx(1800 / 7)
+
+
+def test_kinds_and_options_of_groups_are_the_same_change(request_of_v3: PlanRequest) -> None:
+    for item in ("precision.kind=bf16", "precision=bf16"):
+        run = changed_run(request_of_v3, f"{item} + recompute=[]")
+        assert (run.config.precision.kind, run.config.recompute) == ("bf16", ())
+    assert changed_run(request_of_v3, "schedule.kind=zb_v").config.schedule.kind == "zb_v"
+    assert changed_run(request_of_v3, "cluster=h100").config.cluster.peak_flops == 989.4e12
+
+
+def test_patterns_change_all_keys_that_match(request_of_v3: PlanRequest) -> None:
+    before, after = request_of_v3.planner.rates, changed_run(request_of_v3, "rates.*.*.casts*0.5").planner.rates
+    assert isinstance(before, KernelRates)
+    assert isinstance(after, KernelRates)
+    for part in ("attention", "experts"):
+        for name in ("forward", "backward_input", "backward_weight"):
+            old, new = getattr(getattr(before, part), name), getattr(getattr(after, part), name)
+            assert (new.casts, new.products) == (old.casts / 2, old.products)
+
+
+def test_a_change_to_the_same_value_changes_nothing(small: tuple[PlanRequest, JobPlan]) -> None:
+    request, plan = small
+    for item in ("cluster.peak_flops*1", "schedule.kind=dualpipe", "seed=7", "recompute=[norm,mla_up,swiglu]"):
+        what_if = plan_what_if(request, plan, changed_run(request, item))
+        assert (what_if.speedup, what_if.gain) == (1.0, pytest.approx(0.0)), item
+
+
+def test_twice_the_ranks_double_the_speed_and_not_the_gain(small: tuple[PlanRequest, JobPlan]) -> None:
+    request, plan = small
+    more = plan_what_if(
+        request, plan, changed_run(request, "parallelism.data*2, batch.global_sequences*2, validation.sequences=0")
+    )
+    assert more.speedup == pytest.approx(2.0)
+    assert more.gain == pytest.approx(0.0, abs=1e-6)
+
+
+def test_half_the_failures_gain_hours_and_no_speed(tmp_path: Path) -> None:
+    failing = ["cost.gpu_mtbf_hours=200", "cost.checkpoint_seconds=60", "cost.restart_seconds=600"]
+    request = read_request([*SMALL, "schedule=dualpipe", *failing, f"data.cache_dir={tmp_path}"])
+    plan = plan_job(request.config, request.planner)
+    what_if = plan_what_if(request, plan, changed_run(request, "cost.gpu_mtbf_hours*2"))
+    assert what_if.speedup == 1.0
+    assert what_if.gain is not None
+    assert 0.01 < what_if.gain < 0.2
+
+
+def test_a_better_machine_is_never_slower_under_a_searched_order(tmp_path: Path) -> None:
+    """A new search could return a worse order; then the run's own order is kept."""
+    request = read_request([*SMALL, "schedule=dualpipe_split", f"data.cache_dir={tmp_path}"])
+    plan = plan_job(request.config, request.planner)
+    for item in ("rates.*.*.products*0.7", "rates.*.*.casts=0", "cluster.communication_sms=0", "rates.*.*.*/2"):
+        speedup = plan_what_if(request, plan, changed_run(request, item)).speedup
+        assert speedup is not None
+        assert speedup >= 1.0, item
+
+
+def test_json_has_what_ifs_and_advice_and_is_read_back(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    items = "what_if=['rates.latency_seconds*4','precision.kind=float32']"
+    assert main([*SMALL, "schedule=dualpipe", "advice=true", items, "format=json", f"out={out}"]) == 0
+    values: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    slower, untimed = values["what_if"]
+    assert set(slower) == set(untimed) == KEYS
+    assert slower["speedup"] == pytest.approx(values["time"]["step_seconds"] / slower["step_seconds"])
+    assert (untimed["step_seconds"], untimed["speedup"], untimed["gpu_hours"]) == (None, None, None)
+    assert "precision" in untimed["time_unknown"]
+    assert {"rows", "unknown", "exchange_over_compute", "break_even_bytes_per_second"} <= values["advice"].keys()
+    again = tmp_path / "again.json"
+    assert main([*SMALL, "schedule=dualpipe", f"rates={out}", items, "format=json", f"out={again}"]) == 0
+    read = json.loads(again.read_text("utf-8"))
+    assert {key: read[key] for key in ("time", "rates", "efficiency", "what_if")} == {
+        key: values[key] for key in ("time", "rates", "efficiency", "what_if")
+    }
+
+
+@pytest.mark.slow
+def test_advice_rows_are_what_ifs_sorted_by_gain(request_of_v3: PlanRequest) -> None:
+    plan = plan_job(request_of_v3.config, request_of_v3.planner)
+    advice = advise_hardware(request_of_v3, plan)
+    gains = [row.what_if.gain for row in advice.rows if row.what_if.gain is not None]
+    assert len(gains) == len(advice.rows) >= 20
+    assert gains == sorted(gains, reverse=True)
+    for row in advice.rows[::8]:
+        same = plan_what_if(request_of_v3, plan, changed_run(request_of_v3, row.wish.change))
+        assert same.gain == pytest.approx(row.what_if.gain)
+    fits = {row.wish.change: row.fits for row in advice.rows}
+    assert fits["precision.kind=bf16"] is False
+    assert fits["parallelism.pipeline/2 + parallelism.data*2 + cluster.memory_bytes*2"] is True
+    assert {wish.name.partition(":")[0] for wish in advice.unknown} >= {"multi-plane network", "adaptive routing"}
+    lines = [*advice_lines(advice), *what_if_lines([row.what_if for row in advice.rows])]
+    assert max(map(len, lines)) <= 100
+    json.dumps(advice_json(advice), allow_nan=False)
+    json.dumps([what_if_json(row.what_if) for row in advice.rows], allow_nan=False)
+
+
+def test_advice_says_where_the_link_becomes_the_limit(request_of_v3: PlanRequest) -> None:
+    """At the break-even rate, the exchange of a layer takes as long as its computation (32 GB/s for V3)."""
+    rates, config = request_of_v3.planner.rates, request_of_v3.config
+    assert isinstance(rates, KernelRates)
+    balance = link_balance(config, rates)
+    assert balance.ratio == pytest.approx(20.1 / 31.1, rel=0.01)
+    assert balance.break_even_bytes_per_second == pytest.approx(32e9, rel=0.02)
+    assert balance.hidden == "exchange"
+    assert fp8_share(rates) == pytest.approx(0.51, abs=0.005)
+    even = changed_run(request_of_v3, f"{LINK}={balance.break_even_bytes_per_second}")
+    assert link_balance(even.config, rates).ratio == pytest.approx(1.0)
+    slower = changed_run(request_of_v3, f"{LINK}={balance.break_even_bytes_per_second} + {LINK}*0.9")
+    assert link_balance(slower.config, rates).hidden == "computation"
+
+
+def test_advice_of_a_run_within_a_node_is_about_its_own_link(small: tuple[PlanRequest, JobPlan]) -> None:
+    request, plan = small
+    advice = advise_hardware(request, plan)
+    assert advice.balance.break_even_bytes_per_second is None
+    assert advice.balance.limit == "link within a node"
+    assert not [row for row in advice.rows if LINK in row.wish.change]
+    assert [wish for wish in advice.unknown if wish.name == "faster links between nodes"]
+
+
+def test_advice_without_a_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.peak_flops: must be known"):
+        main(["experiment=quickstart", "advice=true"])
