@@ -7,7 +7,7 @@ from train.planner.config import KernelRates, Rates
 from train.planner.rows import rows_per_token
 from train.planner.timing import part_seconds
 
-_SLOWER = 1e-3
+_SLOWER = 1e-6
 _EQUAL = 1 - 1e-9
 
 
@@ -61,12 +61,12 @@ def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
     even, limit = None, "nothing is exchanged"
     if moe.exchange:
         across, within = moe.exchange, 0.0
-        if isinstance(rates, KernelRates) and link is not None:
+        if not rows_per_token(config).across_nodes:
+            across = 0.0
+        elif isinstance(rates, KernelRates) and link is not None:
             # On a link this slow, nothing within a node is a limit, and time is inversely proportional to its rate.
             across = _moe_exchange(config, rates, link * _SLOWER) * _SLOWER
             within = _moe_exchange(config, rates, link / _SLOWER)
-        elif not rows_per_token(config).across_nodes:
-            across = 0.0
         limit = "link between nodes" if across >= moe.exchange * _EQUAL else "link within a node"
         if link is not None and within < moe.compute:
             even = link * across / moe.compute or None

@@ -130,7 +130,7 @@ def _balance_lines(balance: LinkBalance) -> Iterator[str]:
     yield f"balance    a MoE layer's F and B: exchange {milliseconds}: {balance.ratio:.2f}; hidden: {balance.hidden}"
     link, even, margin = balance.link_bytes_per_second, balance.break_even_bytes_per_second, balance.margin
     if link is None or even is None or margin is None:
-        yield f"break-even unknown; the exchange is limited by: {balance.limit}"
+        yield f"break-even none for the link between nodes; the exchange is limited by: {balance.limit}"
         return
     side = f"{margin:.2f} x faster" if margin >= 1 else f"{1 / margin:.2f} x slower"
     yield f"break-even {even / 1e9:.1f} GB/s between nodes: below it, exchange is longer than computation;"
@@ -149,7 +149,8 @@ def _row(name: str, what_if: WhatIf, *, fits: bool | None, is_gain: bool = False
     step = "-" if plan.timed is None else f"{plan.timed.time.step:.3f}"
     hours = "-" if plan.cost is None else f"{plan.cost.gpu_hours:,.0f}"
     speedup = "-" if what_if.speedup is None else f"{what_if.speedup:.3f}"
-    gain = "-" if what_if.gain is None else f"{100 * what_if.gain:+.1f} %"
+    # Without the sign of a rounded zero.
+    gain = "-" if what_if.gain is None else f"{round(100 * what_if.gain, 1) + 0.0:+.1f} %"
     verdict = "-" if fits is None or plan.config.cluster.memory_bytes is None else "yes" if fits else "no"
     *above, last = wrap(name, _NAME, subsequent_indent="  ", break_on_hyphens=False)
     yield from above

@@ -11,6 +11,7 @@ from model.config import RECOMPUTED
 from train.config import TrainConfig
 from train.planner.advice.balance import link_rate
 from train.planner.config import KernelRates, KernelTimes, PassTimes, RateReference, Rates
+from train.planner.rows import rows_per_token
 from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND
 
 _FP8_SHARE = 0.75
@@ -64,7 +65,7 @@ def wishes(config: TrainConfig, rates: Rates) -> Wishes:
         yield from _computation(config, rates)
         yield from _multiprocessors(config, rates)
         yield from _links(config, rates)
-        yield from _network(rates)
+        yield from _network(config, rates)
         yield _scaled("HBM twice as fast", "cluster.memory_bytes_per_second", *_memory_rate(config), 2)
     else:
         yield from _measured_links()
@@ -144,16 +145,25 @@ def _links(config: TrainConfig, rates: KernelRates) -> Wishes:
         yield UnknownWish(name="faster links", needs="experts that several ranks share; this run exchanges nothing")
         return
     across, within = "cluster.inter_node_bytes_per_second", "cluster.intra_node_bytes_per_second"
-    given = config.cluster.inter_node_bytes_per_second
-    known = link_rate(config, rates) or 0.0
+    given, reference = config.cluster.intra_node_bytes_per_second, rates.reference.intra_node_bytes_per_second
+    if not rows_per_token(config).across_nodes:
+        for factor in (*_LINKS, _UNLIMITED):
+            yield _scaled(f"link within a node {_times(factor)}", within, given, reference, factor)
+        needs = "experts that ranks of several nodes share; this run exchanges within nodes"
+        yield UnknownWish(name="faster links between nodes", needs=needs)
+        return
+    both = _scaled("both", within, given, reference, _UNLIMITED).change
+    given, known = config.cluster.inter_node_bytes_per_second, link_rate(config, rates) or 0.0
     for factor in _LINKS:
-        yield _scaled(f"link between nodes x {factor:g}", across, given, known, factor)
-    unlimited = _scaled("link between nodes unlimited", across, given, known, _UNLIMITED)
-    note = "the link within a node then limits the exchange"
-    yield Wish(name=unlimited.name, change=unlimited.change, note=note)
-    reference = rates.reference.intra_node_bytes_per_second
-    both = _scaled("both", within, config.cluster.intra_node_bytes_per_second, reference, _UNLIMITED)
-    yield Wish(name="both links unlimited", change=f"{unlimited.change} + {both.change}")
+        yield _scaled(f"link between nodes {_times(factor)}", across, given, known, factor)
+    unlimited = _scaled("", across, given, known, _UNLIMITED).change
+    note = "the link within a node may then limit the exchange"
+    yield Wish(name="link between nodes unlimited", change=unlimited, note=note)
+    yield Wish(name="both links unlimited", change=f"{unlimited} + {both}")
+
+
+def _times(factor: float) -> str:
+    return "unlimited" if factor == _UNLIMITED else f"x {factor:g}"
 
 
 def _measured_links() -> Wishes:
@@ -164,7 +174,9 @@ def _measured_links() -> Wishes:
     yield Wish(name="links unlimited", change="rates.*.*_exchange=0", note=note)
 
 
-def _network(rates: KernelRates) -> Wishes:
+def _network(config: TrainConfig, rates: KernelRates) -> Wishes:
+    if config.parallelism.expert == 1:
+        return
     combine = "rates.exchange.combine*0.5 + rates.exchange.dispatch_backward*0.5"
     yield Wish(name="combine in the network", change=combine, note="half the bytes of both sums over experts")
     name = "adaptive routing: rows spread evenly over links"
@@ -176,7 +188,7 @@ def _network(rates: KernelRates) -> Wishes:
 
 
 def _routing(config: TrainConfig) -> Wishes:
-    if config.parallelism.expert == 1:
+    if config.parallelism.expert == 1 or not rows_per_token(config).across_nodes:
         return
     if config.dispatch.kind in ("two_hop", "deepep"):
         yield Wish(name="no forwarding: a copy for each expert", change="dispatch.kind=all_to_all")
