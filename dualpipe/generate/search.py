@@ -12,9 +12,9 @@ the given cap is kept, so the orders of a smaller cap are a subset of those of a
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from dualpipe.generate.builder import build_order
-from dualpipe.generate.preferences import PRESETS
-from dualpipe.generate.queues import Pipeline
+from dualpipe.generate.list_builder.builder import build_order
+from dualpipe.generate.list_builder.preferences import PRESETS
+from dualpipe.generate.list_builder.queues import Pipeline
 from dualpipe.generate.steady import SteadyState, extend, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound

@@ -5,10 +5,10 @@ from random import Random
 
 import pytest
 
-from dualpipe.generate.builder import build_order
 from dualpipe.generate.dualpipe_interleaved import empty
-from dualpipe.generate.preferences import PRESETS
-from dualpipe.generate.queues import Pipeline
+from dualpipe.generate.list_builder.builder import build_order
+from dualpipe.generate.list_builder.preferences import PRESETS
+from dualpipe.generate.list_builder.queues import Pipeline
 from dualpipe.ir import Schedule, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate

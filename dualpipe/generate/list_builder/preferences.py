@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from dualpipe.generate.queues import Blocks
+from dualpipe.generate.list_builder.queues import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
