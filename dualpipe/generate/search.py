@@ -192,13 +192,13 @@ class _Level:
         """Builds orders with the presets, and considers the best ones until one is valid."""
         found: list[_Found] = []
         left, limit = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT, self._limit()
-        for number, preferences in enumerate(PRESETS):
+        for number, preset in enumerate(PRESETS):
             if number >= _LEAST_ATTEMPTS and left <= 0:
                 break
-            attempt = build_order(self._pipeline, preferences, limit)
+            attempt = build_order(self._pipeline, preset, limit)
             left -= attempt.effort
             if attempt.ranks is not None:
-                shift = preferences.blocks(self._few.num_ranks, self._few.num_directions).forward
+                shift = preset.steady.blocks(self._few.num_ranks, self._few.num_directions).forward
                 found += self._timed(replace(self._few, ranks=attempt.ranks), shift)
         for item in sorted(found, key=lambda item: item.makespan):
             if item.makespan > self._best.makespan * (1 + _TOLERANCE):
@@ -211,8 +211,8 @@ class _Level:
     def _run_whole(self) -> None:
         """Builds orders of all micro-batches until one is valid, because no order of few has a steady state."""
         pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
-        for preferences in PRESETS:
-            attempt = build_order(pipeline, preferences, self._best.makespan)
+        for preset in PRESETS:
+            attempt = build_order(pipeline, preset, self._best.makespan)
             if attempt.ranks is not None and self._best.consider(replace(self._best.shape, ranks=attempt.ranks)):
                 break
 

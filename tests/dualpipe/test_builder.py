@@ -48,8 +48,8 @@ def built(shape: Schedule, costs: CostModel, random: Random) -> int:
     """Checks the orders of some presets, and returns how many were complete."""
     cap = sum(stage.activation for stage in costs.stages) + 2 * max(stage.activation for stage in costs.stages)
     pipeline, complete = Pipeline(shape, costs, cap), 0
-    for preferences in random.sample(PRESETS, 4):
-        attempt = build_order(pipeline, preferences, float("inf"))
+    for preset in random.sample(PRESETS, 4):
+        attempt = build_order(pipeline, preset, float("inf"))
         if attempt.ranks is None:
             continue
         complete += 1
@@ -75,7 +75,7 @@ def test_builder_stops_as_soon_as_a_makespan_is_out_of_reach() -> None:
 def test_builder_keeps_the_cap(cap: int) -> None:
     shape = empty(4, 9)
     pipeline = Pipeline(shape, uniform(UNIT, 4, 4), cap)
-    attempts = [build_order(pipeline, preferences, float("inf")) for preferences in PRESETS]
+    attempts = [build_order(pipeline, preset, float("inf")) for preset in PRESETS]
     orders = [replace(shape, ranks=attempt.ranks) for attempt in attempts if attempt.ranks is not None]
     assert orders
     for order in orders:

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 
 from dualpipe.generate.list_builder.chooser import Candidate, GroupChoice, GroupChooser
 from dualpipe.generate.list_builder.partial_order import EPSILON, NEVER, BuilderRank, PartialOrder
-from dualpipe.generate.list_builder.preferences import Preferences
+from dualpipe.generate.list_builder.preferences import Preset
 from dualpipe.generate.list_builder.queues import FORWARD, NONE, OPS, WEIGHT, Pipeline
 from dualpipe.ir import Group, Op, Operation
 
@@ -33,25 +33,28 @@ class Attempt:
     ranks: tuple[tuple[Group, ...], ...] | None
 
 
-def build_order(pipeline: Pipeline, preferences: Preferences, makespan: float) -> Attempt:
+def build_order(pipeline: Pipeline, preset: Preset, makespan: float) -> Attempt:
     """Builds one order.
 
     Args:
         pipeline: the pipeline.
-        preferences: values that decide between groups.
+        preset: values that decide between groups.
         makespan: time by which all ranks must end; the attempt stops when a rank cannot.
     """
-    return _Run(pipeline, preferences, makespan).run()
+    return _Run(pipeline, preset, makespan).run()
 
 
 class _Run:
     """Construction of one order."""
 
-    def __init__(self, pipeline: Pipeline, preferences: Preferences, makespan: float) -> None:
+    def __init__(self, pipeline: Pipeline, preset: Preset, makespan: float) -> None:
         self._pipeline = pipeline
         self._makespan = makespan
-        self._order = PartialOrder(pipeline, preferences)
-        self._chooser = GroupChooser(pipeline, self._order, preferences, self._wake)
+        self._order = PartialOrder(pipeline, preset.steady)
+        # Parts with equal preferences share a chooser, which caches the times of groups.
+        parts = (preset.warm_up, preset.steady, preset.cool_down)
+        choosers = {each: GroupChooser(pipeline, self._order, each, self._wake) for each in parts}
+        self._warm_up, self._steady, self._cool_down = (choosers[each] for each in parts)
         self._events = [(0.0, rank) for rank in range(pipeline.shape.num_ranks)]
         self._scheduled = set(self._events)
         self._effort = 0
@@ -69,12 +72,18 @@ class _Run:
             if now + state.work_left > self._makespan + EPSILON:
                 return Attempt(time=now, effort=self._effort, ranks=None)
             self._effort += 1
-            choice = self._chooser.choose(state, now)
+            choice = self._chooser_of(state).choose(state, now)
             if choice is not None:
                 end = max(end, self._start(rank, state, now, choice))
         is_complete = not any(state.left for state in self._order.ranks)
         ranks = tuple(tuple(state.groups) for state in self._order.ranks) if is_complete else None
         return Attempt(time=end, effort=self._effort, ranks=ranks)
+
+    def _chooser_of(self, state: BuilderRank) -> GroupChooser:
+        """Returns the chooser of the part in which a rank is."""
+        if not state.has_backward:
+            return self._warm_up
+        return self._steady if state.forwards_left else self._cool_down
 
     def _start(self, rank: int, state: BuilderRank, now: float, choice: GroupChoice) -> float:
         """Starts a group: updates memory and work, receives its inputs and sends its outputs."""
@@ -87,7 +96,9 @@ class _Run:
             state.work_left -= pipeline.computes[member.kind][member.stage]
             if member.kind == FORWARD:
                 state.alive[member.direction] += pipeline.activations[member.stage]
+                state.forwards_left -= 1
             else:
+                state.has_backward = True
                 state.weights.append((member.direction, member.stage, micro_batch))
             self._transfer(member, queue.places[member.position], now, choice.end)
         if choice.has_weight:

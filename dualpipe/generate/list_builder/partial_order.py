@@ -38,10 +38,24 @@ class BuilderRank:
         free: time from which it is free.
         work_left: remaining computation.
         left: remaining operations.
+        forwards_left: remaining F.
+        has_backward: whether it has run an I.
         groups: groups so far.
     """
 
-    __slots__ = ("alive", "free", "groups", "has_deadline", "left", "links", "queues", "weights", "work_left")
+    __slots__ = (
+        "alive",
+        "forwards_left",
+        "free",
+        "groups",
+        "has_backward",
+        "has_deadline",
+        "left",
+        "links",
+        "queues",
+        "weights",
+        "work_left",
+    )
 
     def __init__(self, queues: list[int], work: float, count: int, num_directions: int) -> None:
         self.queues = queues
@@ -52,6 +66,8 @@ class BuilderRank:
         self.free = 0.0
         self.work_left = work
         self.left = count
+        self.forwards_left = count // 3
+        self.has_backward = False
         self.groups: list[Group] = []
 
 
