@@ -1,4 +1,7 @@
-"""Cuts layers into stages so that the heaviest rank has as little work as possible. No torch here.
+"""Cuts layers into stages so that a micro-batch takes as little time as possible in the steady state. No torch here.
+
+That is the work of the heaviest rank. With several chunks for each of two directions, ranks run the chunks of a block
+of micro-batches one after the other, so each of these parts must be even (`stage_work.pace`).
 
 A model is an embedding, dense layers, MoE layers, and heads with MTP modules, in this order. Layers of one kind cost
 the same, so only their number in each stage matters. For each way to place the dense layers on the first stages, MoE
@@ -12,18 +15,29 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, product
 
 from dualpipe.ir import Placement
-from train.schedule.stage_work import LaneWork, ModelWork, rank_groups, rank_times, stage_works, times_of_ranks
+from train.schedule.stage_work import (
+    LaneWork,
+    ModelWork,
+    lockstep_loads,
+    pace,
+    rank_groups,
+    runs_in_lockstep,
+    stage_works,
+    times_of_ranks,
+)
 
 _MOST_TRIED = 128
 """Maximum number of ways to place dense layers that are tried, the most even ones first. DeepSeek-V3 has 4."""
+_MOST_STARTS = 6
+"""Maximum number of these that moves of single layers improve, if chunks make ranks depend on each other."""
 _DIGITS = 9
 _TOLERANCE = 0.02
-"""How much longer the heaviest rank may take, if this makes stages more even."""
+"""How much longer a micro-batch may take, if this makes stages more even."""
 _NEARLY = 1e-6
 _FEW_STAGES = 24
 """Number of stages up to which all moves of a layer are tried."""
 _LARGEST_STAGE = 0.1
-"""Weight of the largest stage against the heaviest rank. Ranks wait for a neighbor with a large stage."""
+"""Weight of the largest stage against the pace. Ranks wait for a neighbor with a large stage."""
 _UNEVENNESS = 0.001
 """Weight of how much all ranks and stages differ, which decides between cuts that are otherwise equal."""
 
@@ -52,9 +66,9 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
     """Returns the number of layers of each stage in the best contiguous cut.
 
     Every stage has at least one layer, except that the last one may have none besides its heads. The best cut has the
-    least work on the heaviest rank. Of cuts within 2 % of it, the one is best whose heaviest rank and largest stage are
-    small, then the one with the most even ranks and stages, then the one with the fewest layers in early stages, of
-    which a schedule keeps the most activations.
+    fastest pace. Of cuts within 2 % of it, the one is best whose pace is fast and whose largest stage is small, then
+    the one with the most even ranks and stages, then the one with the fewest layers in early stages, of which a
+    schedule keeps the most activations.
 
     Args:
         model: work of its parts. It has at least as many layers as there are stages.
@@ -75,9 +89,11 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
             found.append(tuple(filling.sizes))
     if not found:
         return None
-    most = (1 + _TOLERANCE) * min(max(rank_times(sizes, model, placement)) for sizes in found)
-    start = min(found, key=lambda sizes: _score(sizes, model, placement, most))
-    return _climb(start, model, placement, limits, most)
+    most = (1 + _TOLERANCE) * min(pace(stage_works(sizes, model), placement) for sizes in found)
+    starts = sorted(found, key=lambda sizes: _score(sizes, model, placement, most))
+    tried = starts[: _MOST_STARTS if runs_in_lockstep(placement) else 1]
+    cuts = (_climb(start, model, placement, limits, most) for start in tried)
+    return min(cuts, key=lambda sizes: _score(sizes, model, placement, most))
 
 
 def _climb(
@@ -101,6 +117,9 @@ def _sources(sizes: tuple[int, ...], model: ModelWork, placement: Placement) -> 
     works = stage_works(sizes, model)
     times, largest = times_of_ranks(works, placement), max(work.time for work in works)
     heavy = {rank for rank, time in enumerate(times) if time >= max(times) * (1 - _NEARLY)}
+    if runs_in_lockstep(placement):
+        loads = [max(slots) for slots in lockstep_loads(works, placement)]
+        heavy.add(loads.index(max(loads)))
     return [
         stage
         for stage, ranks in enumerate(zip(*placement, strict=True))
@@ -130,15 +149,16 @@ def _score(sizes: Sequence[int], model: ModelWork, placement: Placement, most: f
         sizes: number of layers of each stage.
         model: work of the model's parts.
         placement: for each direction, the rank of each stage.
-        most: time of the heaviest rank from which on only this time counts.
+        most: pace from which on only the pace counts.
     """
     works = stage_works(sizes, model)
     times = times_of_ranks(works, placement)
     ranks, stages = _relative(times), _relative([work.time for work in works])
     squares = sum((time - 1) ** 2 for each in (ranks, stages) for time in each) / len(stages)
-    value = max(ranks) + _LARGEST_STAGE * max(stages) + _UNEVENNESS * squares
+    time, even = pace(works, placement), sum(times) / len(times) or 1.0
+    value = time / even + _LARGEST_STAGE * max(stages) + _UNEVENNESS * squares
     early = sum(size * (len(sizes) - stage) for stage, size in enumerate(sizes))
-    return round(max(0.0, max(times) / most - 1), _DIGITS) if most else 0.0, round(value, _DIGITS), early
+    return round(max(0.0, time / most - 1), _DIGITS) if most else 0.0, round(value, _DIGITS), early
 
 
 def _relative(times: Sequence[float]) -> list[float]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from dualpipe.ir import Placement
+from dualpipe.ir import Placement, mirrored_placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,71 @@ def times_of_ranks(works: Sequence[LaneWork], placement: Placement) -> tuple[flo
         for row in placement:
             totals[row[stage]] += work
     return tuple(total.time for total in totals)
+
+
+def runs_in_lockstep(placement: Placement) -> bool:
+    """Returns whether there are two mirrored directions and several chunks for each."""
+    num_ranks = max(placement[0]) + 1
+    chunks = len(placement[0]) // num_ranks
+    return chunks > 1 and placement == mirrored_placement(num_ranks, chunks)
+
+
+def lockstep_loads(works: Sequence[LaneWork], placement: Placement) -> list[list[float]]:
+    """Returns what each mirror pair has to do in each slot of a block, relative to a micro-batch.
+
+    With several chunks for each direction, a block of micro-batches runs one chunk after the other. In the lockstep
+    order (`dualpipe.generate.lockstep`), F of stage s starts s slots after the block enters, its I 2S - 1 - s slots,
+    and both last for P slots, so each F or I meets the same others in every block. F is taken as a third of the work.
+    Slots are rounded to a quarter of P, as ranks may be a slot ahead or behind.
+
+    Args:
+        works: work of the S stages.
+        placement: a mirrored one, for each direction the rank of each of the S stages.
+
+    Returns:
+        For each pair, S values whose mean is the work of a rank of the pair.
+    """
+    num_stages, num_ranks = len(works), max(placement[0]) + 1
+    chunks, unit = num_stages // num_ranks, max(1, num_ranks // 4)
+    loads = []
+    for pair in range(-(-num_ranks // 2)):
+        lanes = [[0.0] * (num_stages + 1) for _ in range(2)]
+        for row in placement:
+            for stage in (stage for stage, rank in enumerate(row) if rank == pair):
+                for start, share in ((stage, 1 / 3), (2 * num_stages - 1 - stage, 2 / 3)):
+                    slot = (start + unit // 2) // unit * unit % num_stages
+                    for lane, work in zip(lanes, (works[stage].compute, works[stage].exchange), strict=True):
+                        _add_window(lane, slot, num_ranks, work * share * chunks)
+        loads.append([max(both) for both in zip(*map(accumulate, lanes), strict=True)][:-1])
+    return loads
+
+
+def _add_window(changes: list[float], start: int, length: int, value: float) -> None:
+    """Adds a value to a number of slots, given as changes from slot to slot; slots after the last are the first."""
+    last = len(changes) - 1
+    end = start + length
+    changes[start] += value
+    changes[min(end, last)] -= value
+    if end > last:
+        changes[0] += value
+        changes[end - last] -= value
+
+
+def pace(works: Sequence[LaneWork], placement: Placement) -> float:
+    """Returns the time of a micro-batch per direction in the steady state, given the work of every stage.
+
+    It is that of the heaviest rank, or, with several chunks for each of two directions, the sum over the slots of the
+    pair that is the heaviest in each of them.
+
+    Args:
+        works: work of every stage.
+        placement: for each direction, the rank of each stage.
+    """
+    heaviest = max(times_of_ranks(works, placement))
+    if not runs_in_lockstep(placement):
+        return heaviest
+    slots: list[float] = [max(loads) for loads in zip(*lockstep_loads(works, placement), strict=True)]
+    return max(heaviest, sum(slots) / len(slots))
 
 
 def stage_works(sizes: Sequence[int], model: ModelWork) -> list[LaneWork]:
