@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dualpipe.generate.list_builder.builder import build_order
-from dualpipe.generate.list_builder.preferences import PRESETS
+from dualpipe.generate.list_builder.presets import PRESETS
 from dualpipe.generate.list_builder.queues import Pipeline
 from dualpipe.generate.steady import SteadyState, extend, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError

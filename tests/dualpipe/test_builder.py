@@ -7,7 +7,7 @@ import pytest
 
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.list_builder.builder import build_order
-from dualpipe.generate.list_builder.preferences import PRESETS
+from dualpipe.generate.list_builder.presets import PRESETS
 from dualpipe.generate.list_builder.queues import Pipeline
 from dualpipe.ir import Schedule, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform

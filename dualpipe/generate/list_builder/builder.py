@@ -55,6 +55,8 @@ class _Run:
         parts = (preset.warm_up, preset.steady, preset.cool_down)
         choosers = {each: GroupChooser(pipeline, self._order, each, self._wake) for each in parts}
         self._warm_up, self._steady, self._cool_down = (choosers[each] for each in parts)
+        shape = pipeline.shape
+        self._last = preset.cool_down_forwards(shape.num_ranks, shape.num_directions, pipeline.chunks)
         self._events = [(0.0, rank) for rank in range(pipeline.shape.num_ranks)]
         self._scheduled = set(self._events)
         self._effort = 0
@@ -83,7 +85,7 @@ class _Run:
         """Returns the chooser of the part in which a rank is."""
         if not state.has_backward:
             return self._warm_up
-        return self._steady if state.forwards_left else self._cool_down
+        return self._steady if state.forwards_left > self._last else self._cool_down
 
     def _start(self, rank: int, state: BuilderRank, now: float, choice: GroupChoice) -> float:
         """Starts a group: updates memory and work, receives its inputs and sends its outputs."""

@@ -1,8 +1,6 @@
-"""Defines the preferences of the list builder as numbers, and the presets that it tries."""
+"""Defines the preferences of the list builder as numbers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 from dualpipe.generate.list_builder.queues import Blocks
 
@@ -53,12 +51,8 @@ class Preferences:
     equal_blocks: bool
 
     def blocks(self, num_ranks: int, num_directions: int) -> Blocks:
-        """Returns the block sizes for a pipeline.
-
-        By default a block has as many micro-batches as ranks share a direction, so that the last one enters when the
-        first one has reached the last rank.
-        """
-        size = max(1, -(-num_ranks // num_directions))
+        """Returns the block sizes for a pipeline."""
+        size = default_block(num_ranks, num_directions)
         forward = max(1, size + self.block)
         first = forward + self.first_block
         return Blocks(first=first, forward=forward, backward=forward if self.equal_blocks else size)
@@ -73,71 +67,23 @@ class Preset:
     Attributes:
         warm_up: until the rank has run its first I. Only values of F and of groups of F matter.
         steady: between both. Block sizes and the reserve are those of all parts.
-        cool_down: when the rank has no F left. Only values of I, W and their groups matter.
+        cool_down: when the rank has few F left.
+        cool_down_blocks: number of F per chunk that are left when the cool-down begins, in blocks of default size.
     """
 
     warm_up: Preferences
     steady: Preferences
     cool_down: Preferences
+    cool_down_blocks: float = 0.0
+
+    def cool_down_forwards(self, num_ranks: int, num_directions: int, chunks: int) -> float:
+        """Returns the number of F of both directions that a rank has left when its cool-down begins."""
+        return self.cool_down_blocks * chunks * num_directions * default_block(num_ranks, num_directions)
 
 
-def make_preset(steady: Sequence[float], warm_up: Sequence[float] = (), cool_down: Sequence[float] = ()) -> Preset:
-    """Returns a preset from values in the order of fields.
+def default_block(num_ranks: int, num_directions: int) -> int:
+    """Returns the number of ranks that share a direction.
 
-    Args:
-        steady: values of all fields.
-        warm_up: other values of the fields that matter in the warm-up, or nothing.
-        cool_down: other values of the fields that matter in the cool-down, or nothing.
+    If a block has as many micro-batches, the last one enters when the first one has reached the last rank.
     """
-    names = [item.name for item in fields(Preferences)]
-    values = Preferences(**_typed(names, steady))
-    return Preset(
-        warm_up=replace(values, **_typed(_WARM_UP, warm_up)) if warm_up else values,
-        steady=values,
-        cool_down=replace(values, **_typed(_COOL_DOWN, cool_down)) if cool_down else values,
-    )
-
-
-def _typed(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
-    types = dict(zip((item.name for item in fields(Preferences)), _TYPES, strict=True))
-    return {name: types[name](value) for name, value in zip(names, values, strict=True)}
-
-
-_TYPES = (*(float,) * 13, bool, bool, int, int, bool)
-_WARM_UP = ("forward", "deep_forward", "leader", "alone", "delay", "two_forwards", "same_stage", "posts_ahead")
-_COOL_DOWN = (
-    "weight",
-    "filler",
-    "deep_backward",
-    "alone",
-    "delay",
-    "patience",
-    "two_backwards",
-    "same_stage",
-    "posts_ahead",
-)
-_TABLE: tuple[tuple[tuple[float, ...], ...], ...] = (
-    ((3.24, 0.0, 1.0, 0.19, 0.4, 0.0, 0.05, 5.7, 0.0, -0.84, 0.82, 0.88, 1.0, 0, 0, 0, 0, 0),),
-    ((0.19, 1.5, -1.0, 0.49, -0.5, 0.0, 0.72, 4.48, 0.5, 0.46, -0.38, 1.61, 0.0, 0, 0, 0, 0, 0),),
-    ((0.56, 0.0, 1.0, 0.19, -0.71, 0.0, 0.05, 5.7, 0.0, -0.84, 0.02, 0.88, 1.0, 1, 0, 0, 0, 0),),
-    ((2.66, 0.0, 0.0, 2.05, 0.4, 0.0, 0.57, 5.06, 0.0, -0.84, 0.46, 0.36, 0.0, 1, 1, 0, 1, 0),),
-    ((0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 0.5, -0.46, -0.78, -0.02, 1.0, 1, 0, -1, 0, 1),),
-    ((1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 3.63, 5.8, 0.0, -0.66, 0.47, -0.75, 0.0, 1, 0, 0, 0, 1),),
-    ((3.93, 0.0, 1.0, 0.53, 1.0, 0.0, 1.47, 3.27, 0.5, 0.08, -0.06, 1.7, 1.0, 0, 1, 0, 0, 0),),
-    ((2.23, -2.0, 1.0, -0.97, -1.17, 3.0, 2.67, 5.96, 0.0, -0.76, -0.13, 0.21, 0.0, 0, 0, 0, 0, 1),),
-    ((0.72, 1.5, 0.0, 2.87, 1.91, 0.0, 0.98, 4.47, 0.0, -0.96, -0.84, 1.23, 0.0, 1, 1, 0, 0, 1),),
-    ((2.08, -2.0, 0.0, 2.65, -1.26, 3.0, 3.33, 3.82, 1.0, 0.04, 0.87, -0.26, 0.0, 0, 1, 0, 0, 1),),
-    ((3.35, -2.0, 0.0, 1.99, -1.01, 3.0, 2.68, 0.63, 1.0, 1.23, 0.48, 1.96, 0.5, 1, 0, 0, 0, 1),),
-    ((3.24, 0.0, 0.0, 2.05, 0.4, 3.0, 0.53, 5.7, 0.0, -0.84, 0.92, 0.88, 1.0, 1, 1, 0, 0, 0),),
-    ((1.78, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 2.69, 0.5, -0.66, -0.78, 0.42, 1.0, 1, 0, -1, 0, 1),),
-    ((0.42, -2.0, 1.0, 0.02, -0.12, 0.0, 2.4, 4.74, 0.5, -0.64, -0.72, -0.06, 0.5, 1, 0, 1, 0, 1),),
-    ((0.71, 1.5, 1.0, 0.53, -1.23, 3.0, 1.47, 3.27, 0.5, 0.33, -0.92, 1.7, 0.0, 1, 1, 0, 1, 0),),
-    ((1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 3.63, 5.8, 0.5, -0.39, -0.18, -0.42, 0.0, 1, 0, 0, 0, 1),),
-    ((1.68, 0.0, 0.0, -0.58, -2.49, 0.0, 1.97, 4.75, 0.0, -0.39, 0.47, -0.75, 1.0, 1, 0, -1, 0, 1),),
-    ((1.2, -2.0, 1.0, 2.7, 0.46, 0.0, 3.39, 5.48, 0.5, -0.89, 1.49, -0.97, 1.0, 1, 1, 1, 0, 1),),
-    ((0.02, -2.0, 0.0, -0.58, -2.49, 3.0, 0.39, 5.29, 1.0, -0.33, -0.34, -0.61, 1.0, 1, 0, 0, 1, 1),),
-    ((0.15, -2.0, 1.0, 0.74, -2.77, 0.0, 1.67, 3.54, 1.0, -0.46, -0.78, 0.64, 1.0, 1, 0, -1, 0, 1),),
-)
-
-PRESETS = tuple(make_preset(*rows) for rows in _TABLE)
-"""Preferences that are good for many sizes and costs, the most useful first: a greedy selection by simulation."""
+    return max(1, -(-num_ranks // num_directions))
