@@ -23,10 +23,10 @@ from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 
 # Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.
-_EFFORT, _LARGE_EFFORT = 30_000, 8_000
+_EFFORT, _LARGE_EFFORT = 45_000, 8_000
 _LARGE = 1_500
 """Number of stages times micro-batches from which a pipeline is large."""
-_LEAST_ATTEMPTS = 3
+_LEAST_ATTEMPTS = 4
 _TOLERANCE = 1e-9
 # Up to this number of periods, orders are built for all micro-batches; above it for few, and extended.
 _MOST_PERIODS, _FEW_PERIODS = 8, 6
