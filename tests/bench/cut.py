@@ -1,4 +1,6 @@
-"""Times DeepSeek-V3's step under the even and the balanced cut: `python -m tests.bench.cut [KIND] [NUM_MICRO_BATCHES]`.
+"""Times DeepSeek-V3's step under the even and the balanced cut: `python -m tests.bench.cut`.
+
+Arguments are the kind of schedule, the number of micro-batches, and the chunks of a rank for one direction.
 
 Stages take the times of the public trace of DeepSeek-V3's training (github.com/deepseek-ai/profile-data: H800, 4,096
 tokens, balanced routing). A dense layer takes 0.8 of a MoE layer's MLP and no exchange. A head takes 7.59 TFLOP each
@@ -72,10 +74,17 @@ def measure(config: TrainConfig, kind: str, num_micro_batches: int) -> str:
 
 def main() -> None:
     """Prints a row for each cut."""
-    kind, num_micro_batches = (*sys.argv[1:], *("dualpipe_split", "120")[len(sys.argv) - 1 :])[:2]
+    kind, num_micro_batches, chunks = (*sys.argv[1:], *("dualpipe_split", "120", "1")[len(sys.argv) - 1 :])[:3]
     print("  cut  pair / mean  step  peak  built in  layers of the stages")
     for cut in ("even", "auto"):
-        print(measure(compose_run([*V3, f"parallelism.cut={cut}"]), kind, int(num_micro_batches)), flush=True)
+        print(
+            measure(
+                compose_run([*V3, f"schedule={kind}", f"schedule.chunks={chunks}", f"parallelism.cut={cut}"]),
+                kind,
+                int(num_micro_batches),
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Cuts layers into stages so that a micro-batch takes as little time as possible in the steady state. No torch here.
+"""Cuts layers into stages so that the steady state of a step is fast. No torch here.
 
-That is the work of the heaviest rank. With several chunks for each of two directions, ranks run the chunks of a block
+What counts is the work of the heaviest rank. With several chunks for each of two directions, ranks run the chunks of a block
 of micro-batches one after the other, so each of these parts must be even (`stage_work.pace`).
 
 A model is an embedding, dense layers, MoE layers, and heads with MTP modules, in this order. Layers of one kind cost

@@ -112,7 +112,7 @@ def lockstep_loads(works: Sequence[LaneWork], placement: Placement) -> list[list
 
 
 def _add_window(changes: list[float], start: int, length: int, value: float) -> None:
-    """Adds a value to a number of slots, given as changes from slot to slot; slots after the last are the first."""
+    """Adds a value to slots, given as changes from slot to slot; the first slots follow the last."""
     last = len(changes) - 1
     end = start + length
     changes[start] += value
@@ -123,7 +123,7 @@ def _add_window(changes: list[float], start: int, length: int, value: float) -> 
 
 
 def pace(works: Sequence[LaneWork], placement: Placement) -> float:
-    """Returns the time of a micro-batch per direction in the steady state, given the work of every stage.
+    """Returns the time of one micro-batch per direction in the steady state.
 
     It is that of the heaviest rank, or, with several chunks for each of two directions, the sum over the slots of the
     pair that is the heaviest in each of them.
