@@ -77,14 +77,8 @@ def main() -> None:
     kind, num_micro_batches, chunks = (*sys.argv[1:], *("dualpipe_split", "120", "1")[len(sys.argv) - 1 :])[:3]
     print("  cut  pair / mean  step  peak  built in  layers of the stages")
     for cut in ("even", "auto"):
-        print(
-            measure(
-                compose_run([*V3, f"schedule={kind}", f"schedule.chunks={chunks}", f"parallelism.cut={cut}"]),
-                kind,
-                int(num_micro_batches),
-            ),
-            flush=True,
-        )
+        config = compose_run([*V3, f"schedule={kind}", f"schedule.chunks={chunks}", f"parallelism.cut={cut}"])
+        print(measure(config, kind, int(num_micro_batches)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Cuts layers into stages so that the steady state of a step is fast. No torch here.
 
-What counts is the work of the heaviest rank. With several chunks for each of two directions, ranks run the chunks of a block
-of micro-batches one after the other, so each of these parts must be even (`stage_work.pace`).
+What counts is the work of the heaviest rank. With several chunks for each of two directions, ranks run the chunks of a
+block of micro-batches one after the other, so each of these parts must be even (`stage_work.pace`).
 
 A model is an embedding, dense layers, MoE layers, and heads with MTP modules, in this order. Layers of one kind cost
 the same, so only their number in each stage matters. For each way to place the dense layers on the first stages, MoE
