@@ -242,7 +242,8 @@ def test_network_attackers_on_the_port_of_a_store_have_no_effect() -> None:
         for _ in range(200):
             if (attacker := _connect(ranks.port)) is not None:
                 held.enter_context(attacker)
-        for name in ("key", "verdict", "nonce/0", "nonce/1", "address/0", "address/1"):
+        records = [f"{kind}/{place}" for kind in ("nonce", "address") for place in ("0", "1", "level_1/0")]
+        for name in ("key", "verdict", *records, "ready/0", "ready/1"):
             store.set(f"watchdog/{name}", json.dumps(VERDICT))
             store.delete_key(f"watchdog/{name}")
             store.set(f"watchdog/{name}", "")
