@@ -83,7 +83,16 @@ def parse_changes(item: str) -> tuple[Change, ...]:
     Raises:
         ConfigError: a change has none of the forms. The message does not start with `what_if`.
     """
-    return tuple(_parse_change(text.strip()) for text in _split(item))
+    return tuple(_parse_change(text.strip()) for text in _split(item, is_item=True))
+
+
+def split_changes(text: str) -> list[str]:
+    """Returns the parts of a text between commas that are outside of brackets and quotes.
+
+    Args:
+        text: what-ifs, as written without the brackets of their list.
+    """
+    return [part.strip() for part in _split(text, is_item=False)]
 
 
 def _parse_change(text: str) -> Change:
@@ -100,8 +109,8 @@ def _nearest_form(text: str) -> str:
     return f"{key[0]}*2" if key else EXAMPLE
 
 
-def _split(item: str) -> Iterator[str]:
-    """Yields the parts between commas and pluses that are outside of brackets and quotes."""
+def _split(item: str, *, is_item: bool) -> Iterator[str]:
+    """Yields the parts between commas, and pluses of one item, that are outside of brackets and quotes."""
     depth, quote, start = 0, "", 0
     for place, letter in enumerate(item):
         if quote:
@@ -110,7 +119,7 @@ def _split(item: str) -> Iterator[str]:
             quote = letter
         elif letter in _OPENING or letter in _CLOSING:
             depth += 1 if letter in _OPENING else -1
-        elif depth == 0 and (letter == "," or item[place - 1 : place + 2] == " + "):
+        elif depth == 0 and (letter == "," or (is_item and item[place - 1 : place + 2] == " + ")):
             yield item[start:place]
             start = place + 1
     yield item[start:]

@@ -12,6 +12,7 @@ from launch.config.groups import options, own_keys
 from launch.config.resolve import resolve
 from launch.config.rules import check_rules
 from launch.config.run_config import read_config
+from launch.planning.changes import split_changes
 from launch.planning.measured_run import measured_config, require_run
 from train.config import TrainConfig
 from train.config.decode import decode, encode
@@ -21,6 +22,7 @@ from train.planner.job_plan import PlannerConfig
 from train.planner.measured.rates import run_rates
 from train.schedule.chunks import with_chunks
 
+_WHAT_IF = "what_if"
 _RATES, _EFFICIENCY = "rates", "efficiency"
 _PLANNER = (_RATES, _EFFICIENCY)
 _MOST_BYTES = 2**26
@@ -70,6 +72,7 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
     """
+    overrides = [_with_quotes(text) for text in overrides]
     values = plan_values(overrides)
     own = [key for key in own_keys("plan") if key != _EFFICIENCY]
     plan_options = decode(PlanOptions, {key: values[key] for key in own})
@@ -81,6 +84,15 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
         overrides=tuple(overrides),
         values={key: value for key, value in values.items() if key not in own},
     )
+
+
+def _with_quotes(override: str) -> str:
+    """Quotes the changes of `what_if=[KEY*2,KEY=VALUE]`, whose quotes a shell has removed."""
+    key, _, value = override.partition("=")
+    if key != _WHAT_IF or not value or any(quote in value for quote in "'\""):
+        return override
+    items = split_changes(value[1:-1] if value.startswith("[") and value.endswith("]") else value)
+    return f"{_WHAT_IF}=[{','.join(repr(item) for item in items if item)}]"
 
 
 def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
