@@ -129,26 +129,26 @@ def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> l
     return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
 
-def gather_strings(own: str, group: ProcessGroup | None = None) -> list[str] | None:
-    """Returns the strings of all ranks on the group's first rank, in the order of ranks, else None.
+def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[ValueT] | None:
+    """Returns the values of all ranks on the group's first rank, in the order of ranks, else None.
 
-    Only the first rank needs memory for the others, which is as much as if all strings were as long as the longest.
+    Only the first rank needs memory for the others, which is as much as if all were as long as the longest.
 
     Args:
-        own: string of this rank.
+        value: value of this rank.
         group: process group; the world by default.
     """
-    content, device = own.encode(), _device(group)
+    content, device = pickle.dumps(value), _device(group)
     longest = -_smallest(-len(content), group)
-    # The length of a string is sent in the row's first 8 bytes.
-    row = torch.frombuffer(bytearray(len(content).to_bytes(8) + content.ljust(longest, b"\0")), dtype=torch.uint8)
+    row = torch.zeros(longest, dtype=torch.uint8)
+    row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     if distributed.get_rank(group) != 0:
         distributed.gather(row.to(device), None, dst=_global_rank(0, group), group=group)
         return None
-    rows_RB = torch.empty(distributed.get_world_size(group), len(row), dtype=torch.uint8, device=device)
+    rows_RB = torch.empty(distributed.get_world_size(group), longest, dtype=torch.uint8, device=device)
     distributed.gather(row.to(device), list(rows_RB.unbind()), dst=_global_rank(0, group), group=group)
-    rows = [each.tobytes() for each in rows_RB.cpu().numpy()]  # host sync
-    return [each[8 : 8 + int.from_bytes(each[:8])].decode() for each in rows]
+    # Zeros after the end of a pickle are ignored.
+    return [pickle.loads(each.tobytes()) for each in rows_RB.cpu().numpy()]  # host sync
 
 
 def _smallest(number: int, group: ProcessGroup | None) -> int:

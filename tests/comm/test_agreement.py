@@ -7,8 +7,8 @@ from comm.agreement import (
     Reports,
     compare_with_first_rank,
     exchange_reports,
+    gather_on_first,
     gather_present,
-    gather_strings,
     sum_over_ranks,
 )
 from tests.ranks import run_ranks
@@ -27,12 +27,12 @@ def _agree(rank: int, world_size: int) -> dict[str, Any]:
     found["different"] = compare_with_first_rank("same" if rank % 4 else f"own {rank}")
     found["present"] = gather_present(_VALUES.get(rank))
     found["no values"] = gather_present(None)
-    found["texts"] = gather_strings("é" * rank)
+    found["texts"] = gather_on_first("é" * rank)
     group = distributed.new_group(list(range(1, world_size)))
     if rank:
         # The group's first rank is rank 1 of the world.
         found["in group"] = exchange_reports("of the last" if rank == world_size - 1 else None, group)
-        found["texts of group"] = gather_strings(str(rank), group)
+        found["texts of group"] = gather_on_first(str(rank), group)
         found["first of group"] = compare_with_first_rank(str(rank), group)[0]
     return found
 

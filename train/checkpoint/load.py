@@ -7,20 +7,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from comm.agreement import exchange_reports
 from comm.dispatch.local import LocalDispatcher
 from data.prepare import Prepared
 from model.config import ModelConfig
 from model.transformer import Transformer, named_tensors
+from train.checkpoint.dcp.collective import PartError, load_on_all
 from train.checkpoint.dcp.metadata import read_metadata
 from train.checkpoint.dcp.storage import TensorsReader
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.save import CheckpointSaver
-from train.checkpoint.state import Extras, SliceLoadPlanner, first_line, state_of
+from train.checkpoint.state import Extras, SliceLoadPlanner, state_of
 from train.checkpoint.weights import CheckpointReader, WeightsKind
 from train.config import TrainConfig
 from train.learner import Learner
@@ -63,10 +62,9 @@ def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
         try:
-            dcp_load(state_of(learner, found), storage_reader=reader, planner=SliceLoadPlanner())
-        except CheckpointException as failure:
-            rank, (cause, _) = min(failure.failures.items())
-            raise CheckpointError(f"resume: {folder}: cannot be read by rank {rank}: {first_line(cause)}") from failure
+            load_on_all(state_of(learner, found), metadata, reader, SliceLoadPlanner())
+        except PartError as failure:
+            raise CheckpointError(f"resume: {folder}: cannot be read by {failure}") from failure
     learner.optimizer.loaded()
     for extra in found.values():
         extra.loaded()

@@ -6,23 +6,20 @@ unfinished checkpoints.
 """
 
 import ctypes
-import json
 import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 
 from torch import distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from comm.agreement import exchange_reports, gather_strings
+from comm.agreement import gather_on_first
 from data.prepare import Prepared
 from dualpipe.ir import to_json
+from train.checkpoint.dcp.collective import PartError, run_on_all, save_on_all
 from train.checkpoint.dcp.metadata import METADATA_NAME
 from train.checkpoint.dcp.storage import SyncedWriter, sync
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
@@ -35,7 +32,7 @@ from train.checkpoint.manifest import (
     write_manifest,
 )
 from train.checkpoint.preserved import NOTHING, preserved_by_run
-from train.checkpoint.state import Extras, HostCopy, SliceSavePlanner, State, first_line, state_of
+from train.checkpoint.state import Extras, HostCopy, SliceSavePlanner, State, state_of
 from train.checkpoint.verify import is_whole
 from train.config import TrainConfig
 from train.errors import UnsavedError
@@ -145,19 +142,23 @@ class CheckpointSaver:
             self._unreported.append(folder)
 
     def _write(self, step: int, copied: State) -> Path:
+        """Writes a checkpoint and returns its folder.
+
+        Raises:
+            UnsavedError: on every rank, if one of them could not write its part.
+        """
         final = step_folder(self._root.parent, step)
         partial = final.with_name(final.name + ".partial")
-        self._raise_on_all(self._error_of(self._begin, partial), partial)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
-            try:
+        try:
+            run_on_all(lambda: self._begin(partial), self._group)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
                 writer = SyncedWriter(partial, self._learner.world.files)
-                dcp_save(copied, storage_writer=writer, planner=SliceSavePlanner(), process_group=self._group)
-            except CheckpointException as failure:
-                rank, (cause, _) = min(failure.failures.items())
-                raise _refusal(partial, f"rank {rank}", cause) from failure
-        files = self._hash_all(partial)
-        self._raise_on_all(self._error_of(self._finish, partial, final, step, files), partial)
+                save_on_all(copied, writer, SliceSavePlanner(), self._group)
+            files = self._hash_all(partial)
+            run_on_all(lambda: self._finish(partial, final, step, files), self._group)
+        except PartError as failure:
+            raise UnsavedError(f"{partial}: cannot be written by {failure}") from failure
         return final
 
     def _begin(self, partial: Path) -> None:
@@ -182,16 +183,10 @@ class CheckpointSaver:
 
         Each rank reads the files that it wrote. Other ranks return nothing.
         """
-        found: dict[str, Digest] = {}
-
-        def read() -> None:
-            found.update(digests(partial, self._learner.world.files.folder(partial).glob(f"__{self._rank}_*")))
-
-        problem = self._error_of(read)
-        self._raise_on_all(problem, partial)
-        own = json.dumps([[name, each.num_bytes, each.sha256] for name, each in found.items()])
-        parts = gather_strings(own, self._group) or []
-        return {name: Digest(num_bytes, sha256) for part in parts for name, num_bytes, sha256 in json.loads(part)}
+        folder = self._learner.world.files.folder(partial)
+        own = run_on_all(lambda: digests(partial, folder.glob(f"__{self._rank}_*")), self._group)
+        parts = gather_on_first(own, self._group) or []
+        return {name: each for part in parts for name, each in part.items()}
 
     def _finish(self, partial: Path, final: Path, step: int, files: dict[str, Digest]) -> None:
         """Completes the folder and renames it. Only rank 0 does so, after all ranks have written their files."""
@@ -217,25 +212,6 @@ class CheckpointSaver:
         sync(self._root)
         if config.checkpointing.keep is not None:
             _remove_older(final, config.checkpointing.keep)
-
-    @staticmethod
-    def _error_of(act: Callable[..., None], *args: object) -> Exception | None:
-        try:
-            act(*args)
-        except Exception as error:
-            return error
-        return None
-
-    def _raise_on_all(self, problem: Exception | None, place: Path) -> None:
-        """Raises the first error on all ranks, and names the ranks that have one. All ranks call it."""
-        reports = exchange_reports(None if problem is None else first_line(problem), self._group)
-        if reports.total:
-            raise _refusal(place, reports.name_ranks(), reports.first_text) from problem
-
-
-def _refusal(place: Path, ranks: str, cause: BaseException | str) -> UnsavedError:
-    said = cause if isinstance(cause, str) else first_line(cause)
-    return UnsavedError(f"{place}: cannot be written by {ranks}: {said}")
 
 
 def _remove_older(newest: Path, num_kept: int) -> None:
