@@ -17,6 +17,11 @@ from comm.partitions import Slices, expert_data_partition, expert_partition, sta
 GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 """Added to the timeout of process groups, so that the watchdog reports first: it can name the missing rank."""
 
+MOST_CONNECTED_RANKS = 256
+"""Largest number of ranks whose gloo group connects every pair of ranks at once."""
+
+_LAZY_VARIABLE = "TORCH_GLOO_LAZY_INIT"
+
 
 class ClusterError(ValueError):
     """Raised if a process cannot join the job."""
@@ -101,6 +106,30 @@ def make_group(members: Sequence[int], timeout_seconds: float) -> ProcessGroup |
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     group = distributed.new_group(list(members), timeout=timeout)
     return group if isinstance(group, ProcessGroup) else None
+
+
+def make_host_group(timeout: timedelta) -> ProcessGroup:
+    """Creates a gloo group of all ranks, also in a job on NCCL. All ranks call it at the same point.
+
+    gloo connects every pair of ranks when it creates a group. In jobs of more than `MOST_CONNECTED_RANKS` ranks, two
+    ranks connect when they first communicate, so most ranks have a few connections instead of one to each other rank.
+
+    Args:
+        timeout: timeout of each collective.
+    """
+    if distributed.get_world_size() <= MOST_CONNECTED_RANKS:
+        group = distributed.new_group(backend="gloo", timeout=timeout)
+    else:
+        # torch reads the variable when it creates a group, and has no argument for it.
+        given = os.environ.get(_LAZY_VARIABLE)
+        os.environ[_LAZY_VARIABLE] = "1"
+        try:
+            group = distributed.new_group(backend="gloo", timeout=timeout)
+        finally:
+            del os.environ[_LAZY_VARIABLE]
+            os.environ |= {} if given is None else {_LAZY_VARIABLE: given}
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:

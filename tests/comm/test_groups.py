@@ -1,12 +1,17 @@
+import os
 import time
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import distributed
 
+from comm.agreement import sum_over_ranks
 from comm.config import ClusterConfig, ParallelismConfig
-from comm.groups import ClusterError, Groups, start
+from comm.groups import ClusterError, Groups, make_host_group, start
 from comm.layout import Layout
 from comm.transfers.transport import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
@@ -70,6 +75,32 @@ def test_groups_contain_the_members_of_the_layout_and_are_fast() -> None:
         assert "is 12 for 8 ranks" in made["error"]
         assert made["seconds"] < 3  # 0.05 on free cores
         assert made["link_seconds"] < 3  # 0.1 on free cores
+
+
+def _count_connections(rank: int, world_size: int, most_connected: int) -> tuple[int, list[int]]:
+    before = _num_sockets()
+    with mock.patch("comm.groups.MOST_CONNECTED_RANKS", most_connected):
+        group = make_host_group(timedelta(seconds=30))
+    sums = sum_over_ranks([rank], group)
+    num_opened = _num_sockets() - before
+    assert "TORCH_GLOO_LAZY_INIT" not in os.environ
+    distributed.barrier()
+    distributed.destroy_process_group(group)
+    return num_opened, sums
+
+
+def _num_sockets() -> int:
+    return sum(path.is_socket() for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts sockets in /proc")
+def test_host_group_of_a_large_job_connects_only_ranks_that_communicate() -> None:
+    for num_opened, sums in run_ranks(8, _count_connections, 8):
+        assert sums == [28]
+        assert num_opened >= 7
+    for num_opened, sums in run_ranks(8, _count_connections, 7):
+        assert sums == [28]
+        assert num_opened <= 5  # log2(8) ranks, a listener, and one that both ends opened
 
 
 def test_start_rejects_an_environment_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from threading import Thread
 from torch import distributed as dist
 
 from comm.agreement import gather_on_first
+from comm.groups import make_host_group
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from train.checkpoint.dcp.collective import PartError, run_on_all, save_on_all
@@ -81,7 +82,7 @@ class CheckpointSaver:
         self._is_closed = False
         self._rank = dist.get_rank()
         # The steps run collectives at the same time, so checkpoints need a separate group.
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        self._group = make_host_group(_LONGEST_WRITE)
         self._preserved = preserved_by_run(config, prepared.tokenizer) if self._rank == 0 else NOTHING
         self._memory = HostCopy()
         self._thread: Thread | None = None

@@ -102,6 +102,7 @@ def built_json(compared: Sequence[RankComparison]) -> list[dict[str, Any]]:
             "weights_bytes": each.built.weights,
             "gradients_bytes": each.built.gradients,
             "optimiser_bytes": each.built.optimizer,
+            "equal": not each.differences,
             "differences": list(each.differences),
         }
         for each in compared

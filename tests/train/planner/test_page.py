@@ -155,6 +155,7 @@ def test_columns_have_words_and_empty_ones_are_left_out() -> None:
     assert re.findall(r'scope="col">([^<]*)<', text) == ["step", "GPU-hours"]
     assert column_name("optimiser_seconds") == "optimizer"
     assert any_value([]) == any_value({}) == any_value(None) == ""
+    assert "<td class=\"text\">" in records_table([{"note": "x" * 30}])
     assert "1 more are left out" in records_table([{"a": 1}] * 501)
 
 

@@ -6,18 +6,20 @@ from html import escape
 from typing import Any
 
 from train.report.figures import num_bytes, plain, seconds
-from train.report.table import table
 
 _MOST_ROWS = 500
 _NAMES = {
     "optimiser_bytes": "optimizer",
     "optimiser_seconds": "optimizer",
+    "rows": "by gain",
+    "unknown": "not computed",
     "mfu": "MFU",
     "gpu_hours": "GPU-hours",
     "kilowatt_hours": "kWh",
     "gpu_hours_per_trillion_tokens": "GPU-hours/1T",
 }
-_LONG = ("note", "reason", "needs", "overrides")
+_LONG = 24
+"""Characters from which a text wraps."""
 
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -31,10 +33,20 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> str:
     if not keys:
         return ""
     rows = [[shown(key, each.get(key)) for key in keys] for each in flat]
-    wide = next((place for place, key in enumerate(keys) if key.rpartition(".")[2] in _LONG), None)
     left_out = len(records) - len(flat)
     note = f"<p>{left_out:,} more are left out.</p>" if left_out else ""
-    return table([column_name(key) for key in keys], rows, text=wide) + note
+    return _table([column_name(key) for key in keys], rows) + note
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table that scrolls, in which columns with long texts read from the left and wrap."""
+    styles = [' class="text"' if any(len(row[place]) > _LONG for row in rows) else "" for place in range(len(header))]
+    head = "".join(f'<th{style} scope="col">{escape(name)}</th>' for style, name in zip(styles, header, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{style}>{escape(cell)}</td>' for style, cell in zip(styles, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def any_value(value: object) -> str:
