@@ -4,14 +4,13 @@ import re
 
 import pytest
 
-from launch.planning.request import read_request
+from tests.train.planner.planned import PUBLISHED, plan_of
 from train.planner.as_text import COLUMNS, labeled, plan_text
-from train.planner.job_plan import JobPlan, plan_job
+from train.planner.job_plan import JobPlan
 
-PUBLISHED = ("experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even")
 RUNS = {
     "published": PUBLISHED,
-    "priced": ("experiment=v3_671b", "cost.watts_per_gpu=700", "cost.gpu_mtbf_hours=50000"),
+    "priced": (*PUBLISHED, "cost.watts_per_gpu=700", "cost.gpu_mtbf_hours=50000"),
     "quickstart": ("experiment=quickstart",),
     "default": (),
     "too_large": ("model=v3_671b", "cluster=h800"),
@@ -20,11 +19,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, JobPlan]:
-    found = {}
-    for name, overrides in RUNS.items():
-        request = read_request(overrides)
-        found[name] = plan_job(request.config, request.planner)
-    return found
+    return {name: plan_of(*overrides) for name, overrides in RUNS.items()}
 
 
 @pytest.mark.parametrize("name", RUNS)

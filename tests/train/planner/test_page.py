@@ -6,21 +6,19 @@ from typing import Any
 
 import pytest
 
-from launch.planning.request import read_request
+from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.planner.as_json import plan_json
-from train.planner.job_plan import JobPlan, plan_job
+from train.planner.job_plan import JobPlan
 from train.planner.page.bars import Bar, BarPart, Limit, stacked_bars
 from train.planner.page.page import plan_page
 from train.planner.page.records import any_value, column_name, records_table, shown
 
-PUBLISHED = ("experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even")
 ATTACK = "</style></td><script>alert(1)</script><img src=x onerror=alert(1)>"
 
 
 def planned(*overrides: str) -> tuple[JobPlan, dict[str, Any]]:
-    request = read_request(overrides)
-    plan = plan_job(request.config, request.planner)
-    return plan, plan_json(plan, request.planner)
+    plan = plan_of(*overrides)
+    return plan, plan_json(plan, request_of(*overrides).planner)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +92,9 @@ def test_timeline_shows_every_group_of_the_busiest_rank(published: tuple[JobPlan
 
 
 def test_pages_of_many_micro_batches_stay_small() -> None:
-    plan, values = planned(*PUBLISHED, "batch.global_sequences=76800", "batch.ramp=null", "validation.sequences=0")
+    plan, values = planned(*SMALL, "schedule=1f1b", "batch.global_sequences=2400")
     page = plan_page(values, plan.timed, "v3")
-    assert values["layout"]["num_micro_batches"] == 600
+    assert values["layout"]["num_micro_batches"] == 1200
     assert len(page) < 1_000_000
     assert "only the strip shows the step" in page
 
@@ -155,7 +153,7 @@ def test_columns_have_words_and_empty_ones_are_left_out() -> None:
     assert re.findall(r'scope="col">([^<]*)<', text) == ["step", "GPU-hours"]
     assert column_name("optimiser_seconds") == "optimizer"
     assert any_value([]) == any_value({}) == any_value(None) == ""
-    assert "<td class=\"text\">" in records_table([{"note": "x" * 30}])
+    assert '<td class="text">' in records_table([{"note": "x" * 30}])
     assert "1 more are left out" in records_table([{"a": 1}] * 501)
 
 

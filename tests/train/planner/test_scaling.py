@@ -1,0 +1,92 @@
+"""Scaled times: the reference is itself, and work, precision and devices scale what they should."""
+
+from dataclasses import astuple, replace
+
+import pytest
+
+from tests.train.planner.planned import PUBLISHED, request_of
+from train.config import PrecisionConfig, TrainConfig
+from train.planner.config import KernelRates
+from train.planner.scaling import scaled_times
+from train.schedule.layer_times import LayerTimes
+
+
+def rates() -> KernelRates:
+    found = request_of(*PUBLISHED).planner.rates
+    assert isinstance(found, KernelRates)
+    return found
+
+
+def published() -> TrainConfig:
+    return request_of(*PUBLISHED).config
+
+
+def with_cluster(**values: float) -> LayerTimes:
+    config = published()
+    return scaled_times(rates(), replace(config, cluster=replace(config.cluster, **values)))
+
+
+def test_reference_layer_has_the_times_of_the_trace() -> None:
+    """profile-data, train.json: F 8.97 ms, I 14.65, W 7.46; exchange 10.34 and 9.77 (PLAN: measured per layer)."""
+    moe = scaled_times(rates(), published()).moe
+    assert moe.forward == pytest.approx(8.97e-3, rel=0.002)
+    assert moe.backward_input == pytest.approx(14.65e-3, rel=0.002)
+    assert moe.backward_weight == pytest.approx(7.46e-3, rel=0.002)
+    assert moe.forward_exchange == pytest.approx(10.34e-3, rel=0.01)
+    assert moe.backward_exchange == pytest.approx(9.78e-3, rel=0.01)
+
+
+def test_twice_the_sequences_take_twice_the_time() -> None:
+    config = published()
+    one = scaled_times(rates(), config)
+    two = scaled_times(rates(), replace(config, batch=replace(config.batch, micro_sequences=2)))
+    for single, double in zip((one.moe, one.dense, one.head), (two.moe, two.dense, two.head), strict=True):
+        assert astuple(double) == pytest.approx([2 * seconds for seconds in astuple(single)])
+
+
+def test_longer_sequences_add_scores_alone() -> None:
+    config = published()
+    one = scaled_times(rates(), config)
+    longer = scaled_times(
+        rates(), replace(config, batch=replace(config.batch, sequence_length_tokens=8192, micro_sequences=1))
+    )
+    scores = rates().attention.forward.scores
+    assert longer.moe.forward == pytest.approx(2 * one.moe.forward + 2 * scores)
+    assert longer.moe.backward_weight == pytest.approx(2 * one.moe.backward_weight)
+
+
+def test_twice_the_peak_halves_products_and_scores_alone() -> None:
+    base, fast = with_cluster(), with_cluster(peak_flops=2 * 989e12)
+    kernels = (rates().attention.forward, rates().experts.forward)
+    saved = sum(each.products + each.scores for each in kernels) / 2
+    assert base.moe.forward - fast.moe.forward == pytest.approx(saved)
+    assert fast.moe.forward_exchange == base.moe.forward_exchange
+
+
+def test_links_scale_the_exchange_alone() -> None:
+    base, slow = with_cluster(), with_cluster(inter_node_bytes_per_second=25e9)
+    assert slow.moe.forward_exchange == pytest.approx(2 * base.moe.forward_exchange)
+    assert slow.moe.forward == base.moe.forward
+
+
+def test_fewer_sms_for_communication_leave_more_for_computation() -> None:
+    base, free = with_cluster(), with_cluster(communication_sms=10)
+    assert free.moe.forward == pytest.approx(base.moe.forward * 112 / 122)
+
+
+def test_bf16_has_no_casts_and_slower_products() -> None:
+    config = published()
+    bf16 = scaled_times(rates(), replace(config, precision=PrecisionConfig(kind="bf16"))).moe
+    kernels = (rates().attention.forward, rates().experts.forward)
+    expected = sum(1.75 * each.products + each.scores + each.other for each in kernels)
+    assert bf16.forward == pytest.approx(expected, rel=0.002)
+    assert bf16.forward_exchange == scaled_times(rates(), config).moe.forward_exchange, "dispatch.payload is fp8"
+
+
+@pytest.mark.parametrize("model", ["v2_lite_16b", "moonlight_16b", "v2_236b"])
+def test_smaller_models_take_less_time(model: str) -> None:
+    config = request_of(f"model={model}", "cluster=h800", "precision=bf16", "batch.sequence_length_tokens=4096").config
+    own, large = scaled_times(rates(), config), scaled_times(rates(), published())
+    tokens = config.batch.micro_sequences
+    assert 0 < own.moe.forward / tokens < large.moe.forward
+    assert own.moe.forward_exchange == 0
