@@ -28,6 +28,7 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
     # Messages of the groups that need any, in order. A copy needs none.
     receives = [_receives(schedule, group) for group in groups if not group[0].kind.is_copy]
     steps = _posts(receives[:1])
+    orders: dict[tuple[object, ...], list[int]] = {}
     index = 0
     for group in groups:
         if group[0].kind.is_copy:
@@ -36,12 +37,24 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
         # Receives are posted one group ahead, so that a message is sent during the group before the one that needs it.
         index += 1
         steps += _posts(receives[index : index + 1])
+        ops = order_members(group)
         members = [
             _atoms(schedule, op, lanes[op.stage], is_training=is_training, is_offloaded=run_key(op) in offloaded)
-            for op in order_members(group)
+            for op in ops
         ]
-        steps += [step for atom in pairing(members) for step in atom.steps]
+        # Groups that differ only in their micro-batches are interleaved in the same way.
+        shape = tuple((op.kind, op.direction, op.stage, run_key(op) in offloaded) for op in ops)
+        if shape not in orders:
+            orders[shape] = _order(members, pairing)
+        atoms = [atom for member in members for atom in member]
+        steps += [step for place in orders[shape] for step in atoms[place].steps]
     return Program(rank, tuple(steps))
+
+
+def _order(members: Sequence[Sequence[Atom]], pairing: Pairing) -> list[int]:
+    """Returns the interleaved atoms of a group as indices into all atoms of its members."""
+    places = {id(atom): place for place, atom in enumerate(atom for member in members for atom in member)}
+    return [places[id(atom)] for atom in pairing(members)]
 
 
 def _posts(receives: list[list[tuple[Operation, Message]]]) -> list[Step]:

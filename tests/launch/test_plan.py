@@ -86,16 +86,16 @@ def test_help_names_what_is_planned_within_100_columns() -> None:
 
 
 def test_command_starts_within_a_second_of_cpu_time_without_torch(tmp_path: Path) -> None:
-    """With compiled modules, as in every start after the first. Other processes disturb, so the best of some counts."""
+    """With compiled modules, as in every later start. Other processes disturb it, so the best of four counts."""
     script = (
         "import sys, time\nfrom launch.plan import main\n"
-        f"main({list(PUBLISHED)!r})\n"
+        "main(['experiment=quickstart'])\n"
         "assert 'torch' not in sys.modules\nprint(time.process_time(), file=sys.stderr)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     best = float("inf")
-    for _ in range(6):
+    for _ in range(4):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
         )
