@@ -103,17 +103,17 @@ def _layout_lines(plan: JobPlan) -> Iterator[str]:
 
 
 def _memory_lines(plan: JobPlan) -> Iterator[str]:
-    """Yields a table of the ranks' memory at its peak; neighbors with equal memory share a line."""
+    """Yields a table of the ranks' memory at its peak; neighbors of the same sizes share a line."""
     worst, room = plan.memory.worst, plan.config.cluster.memory_bytes
     unit, name = (_GB, "GB") if worst.total >= _GB else (_MB, "MB")
     columns = _MEMORY_COLUMNS if room is not None else _MEMORY_COLUMNS[:-1]
     yield f"memory of the pipeline ranks at their peak, in {name}"
     rows = [list(columns)]
-    for cells, held in groupby(plan.memory.ranks, key=_peak_parts):
-        ranks = [rank.pipeline_rank for rank in held]
-        named = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        used = [] if room is None else [f"{100 * cells[-1] / room:.0f} %"]
-        rows.append([named, *(_size(size, unit) for size in cells), *used])
+    for cells, held in groupby(plan.memory.ranks, key=lambda rank: [_size(size, unit) for size in _peak_parts(rank)]):
+        ranks = list(held)
+        first, last = ranks[0].pipeline_rank, ranks[-1].pipeline_rank
+        used = [] if room is None else [f"{100 * ranks[0].total / room:.0f} %"]
+        rows.append([str(first) if first == last else f"{first}-{last}", *cells, *used])
     widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

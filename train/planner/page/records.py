@@ -39,7 +39,7 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table that scrolls, in which columns with long texts read from the left and wrap."""
+    """Returns a table that scrolls, in which columns with long cells read from the left and wrap."""
     styles = [' class="text"' if any(len(row[place]) > _LONG for row in rows) else "" for place in range(len(header))]
     head = "".join(f'<th{style} scope="col">{escape(name)}</th>' for style, name in zip(styles, header, strict=True))
     body = "".join(
