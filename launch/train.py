@@ -19,6 +19,7 @@ from launch.command import command
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run, write_config
 from launch.help.preview import experiment_text
+from launch.ranks.device_memory import check_device_memory
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.ranks.machine import check_driver, check_gpus, check_packages, check_scorers
@@ -184,6 +185,7 @@ def _run_local(config: TrainConfig) -> int:
     try:
         start_fork_server(config.cluster, preload_modules(config.cluster))
         check_gpus(config, config.parallelism.world_size)
+        check_device_memory(config, config.parallelism.world_size)
         # This process fills the cache while the fork server imports modules. The ranks then only open the cache.
         from train.corpus import prepare_corpus
 
@@ -224,6 +226,7 @@ def _run_as_rank(config: TrainConfig) -> int:
     apply_rank_environment(config.cluster)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_device_memory(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if is_other_rank(os.environ):
         return export_exit_code(train_rank(config, reports_on_stderr=True), os.environ)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and has_rescue(config):

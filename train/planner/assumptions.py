@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from train.config import TrainConfig
 from train.config.decode import encode
-from train.planner.config import EfficiencyConfig, Rates
+from train.planner.config import EfficiencyConfig, KernelRates, Rates
 from train.planner.rows import rows_per_token
 from train.planner.timing import part_seconds
 
@@ -68,7 +68,8 @@ def _layers(config: TrainConfig, rates: Rates) -> Iterator[Assumption]:
     for name in ("dense", "moe", "head", "mtp"):
         for phase, seconds in encode(getattr(times, name)).items():
             if seconds:
-                source = source_of(rates, {"head": "head_flops_per_second"}.get(name, "attention"))
+                kernels = {"head": "head_flops_per_second"}.get(name, "attention")
+                source = source_of(rates, kernels if isinstance(rates, KernelRates) else name)
                 yield Assumption(name=f"{name}.{phase}", value=seconds, unit=unit, source=f"scaled from {source}")
 
 

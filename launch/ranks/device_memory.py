@@ -1,0 +1,81 @@
+"""Asks NVIDIA's driver for the memory of this machine's GPUs, without torch and without a CUDA context."""
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from launch.config.memory_rules import check_memory
+from launch.config.rules import check_rules
+from train.config import TrainConfig
+from train.config.errors import ConfigError
+from train.memory import fitted_config, predict_memory
+
+_LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
+_GB = 1e9
+
+
+class _Memory(ctypes.Structure):
+    """Memory of a device as NVML returns it, in bytes."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def device_memory_bytes(libraries: Sequence[str] = _LIBRARIES) -> tuple[int, ...]:
+    """Returns the total memory of every GPU of this machine, in the driver's order; empty if it cannot be asked.
+
+    Args:
+        libraries: possible names of the management library.
+    """
+    for name in libraries:
+        with suppress(OSError, AttributeError):
+            return _total_bytes(ctypes.CDLL(name))
+    return ()
+
+
+def _total_bytes(nvml: ctypes.CDLL) -> tuple[int, ...]:
+    if nvml.nvmlInit_v2() != 0:
+        return ()
+    try:
+        count = ctypes.c_uint()
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return ()
+        return tuple(total for index in range(count.value) if (total := _device_bytes(nvml, index)))
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _device_bytes(nvml: ctypes.CDLL, index: int) -> int:
+    device, memory = ctypes.c_void_p(), _Memory()
+    if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) != 0:
+        return 0
+    return int(memory.total) if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 else 0
+
+
+def check_device_memory(config: TrainConfig, num_local_ranks: int) -> None:
+    """Rejects a run that cannot fit the GPUs of this machine, if `cluster.memory_bytes` does not say their memory.
+
+    The largest GPU counts, because other ones may be hidden from the run. `plan.check=false` skips the check.
+
+    Args:
+        config: of the run, which passes the rules.
+        num_local_ranks: number of ranks on this machine. If there are more than GPUs, they share them equally.
+
+    Raises:
+        ConfigError: as `check_memory`.
+    """
+    cluster = config.cluster
+    if cluster.device != "cuda" or cluster.memory_bytes is not None or not config.plan.check:
+        return
+    devices = device_memory_bytes()
+    if not devices:
+        return
+    room = max(devices) // -(-num_local_ranks // len(devices))
+    worst = predict_memory(fitted_config(config)).worst
+    if worst.total <= room:
+        return
+    check_memory(replace(config, cluster=replace(cluster, memory_bytes=room)), check_rules)
+    raise ConfigError(
+        f"memory: rank {worst.pipeline_rank} needs {worst.total / _GB:.1f} GB of {room / _GB:.1f} with this cut; "
+        f"nearest: cluster.memory_bytes={room}, which chooses a cut that fits"
+    )
