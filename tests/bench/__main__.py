@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from tests.bench.grpo import grpo_text, measure_grpo
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
 from tests.bench.overlap import NUM_NODES, all_to_all_plan, measure_overlap, two_hop_plan
+from tests.bench.planned_cpu import cpu_text, measure_cpu, quickstart
+from tests.bench.planned_layouts import SECONDS_PER_SEQUENCE, layouts_text, measure_layouts, small_layouts
+from tests.bench.planned_stages import KINDS, measure_planned, planned_text
 from tests.bench.sft import measure_sft, sft_text
 from tests.bench.training import Precision, measure_training, training_rows, training_text
 from tests.bench.turns import StepSample, missing_trl, step_rows
@@ -21,7 +26,7 @@ from tests.cluster.exchange import exchange_text
 from tests.cluster.namespaces import missing, open_cluster
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training", "sft", "grpo")
+SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training", "sft", "grpo", "plan")
 
 _WITH_TRL = {"sft": (measure_sft, sft_text), "grpo": (measure_grpo, grpo_text)}
 
@@ -68,6 +73,8 @@ def main() -> None:
     for section, (measure_steps, text) in _WITH_TRL.items():
         if section in arguments.sections:
             found[section] = _with_trl(section, 4 * arguments.rounds, measure_steps, text)
+    if "plan" in arguments.sections:
+        found["plan"] = _planned(arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -91,6 +98,19 @@ def _with_trl(
     samples = measure(num_rounds)
     print("\n" + text(samples), flush=True)
     return step_rows(samples)
+
+
+def _planned(num_rounds: int) -> dict[str, Any]:
+    steps = measure_planned(8, 16, 0.02, KINDS, num_rounds)
+    print("\n" + planned_text(steps), flush=True)
+    ranks = measure_cpu(quickstart(), num_rounds)
+    print("\n" + cpu_text(ranks), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        layouts = small_layouts(Path(folder))
+        times = measure_layouts(layouts, num_rounds, SECONDS_PER_SEQUENCE)
+    print("\n" + layouts_text(times), flush=True)
+    tables: dict[str, Sequence[Any]] = {"stages": steps, "cpu": ranks, "layouts": times}
+    return {name: [asdict(each) for each in rows] for name, rows in tables.items()}
 
 
 def _exchange() -> None:

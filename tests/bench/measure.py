@@ -94,11 +94,12 @@ def _measure_rank(rank: int, num_ranks: int, plan: Plan, schedules: dict[str, Sc
         samples: dict[str, list[RankSample]] = {name: [] for name in plan.contenders}
         for _ in range(plan.num_rounds):
             for name, step in steps.items():
-                samples[name].append(_timed(step, log))
+                samples[name].append(timed_step(step, log))
     return samples
 
 
-def _timed(step: Step, log: SleepLog) -> RankSample:
+def timed_step(step: Step, log: SleepLog) -> RankSample:
+    """Runs a step that all ranks begin together."""
     log.clear()
     # The ranks share a clock and start at a time that rank 0 chose.
     start = torch.tensor([time.monotonic() + _START_DELAY_SECONDS], dtype=torch.float64)

@@ -16,6 +16,7 @@ from dualpipe.draw.cells import measured_cells
 from dualpipe.ir import Schedule
 from dualpipe.registry import build
 from dualpipe.runtime.measured import LaneSpan, Measured, RankBusyTime, measured_bubble, rank_spans
+from launch.ranks.run_folder import read_folder
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
@@ -23,6 +24,7 @@ from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
 from train.config import TrainConfig
 from train.learner import Learner
+from train.planner.measured.compare import compared_run
 from train.planner.measured.phases import stage_phases
 from train.planner.measured.record import MEASURED_NAME, read_measured
 from train.records.pictures import (
@@ -198,3 +200,8 @@ def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) 
     assert len(bubbles) == 5
     assert all(0 < bubble < 1 for bubble in bubbles)
     assert done.stdout.count("bubble ") == 5
+    comparison = compared_run(read_folder(run), run)
+    assert comparison.num_steps == 4
+    # The run's own times explain most of its steps, also on a busy machine.
+    assert 0.5 < comparison.factor < 2
+    assert "Predicted and measured</h2>" in (run / "report.html").read_text()
