@@ -1,4 +1,4 @@
-"""Asks NVIDIA's driver for the memory of this machine's GPUs, without torch and without a CUDA context."""
+"""Checks a run against the memory of this machine's GPUs, without torch or a CUDA context."""
 
 import ctypes
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class _Memory(ctypes.Structure):
 
 
 def device_memory_bytes(libraries: Sequence[str] = _LIBRARIES) -> tuple[int, ...]:
-    """Returns the total memory of every GPU of this machine, in the driver's order; empty if it cannot be asked.
+    """Returns the memory of every GPU of this machine; empty if NVIDIA's driver does not say it.
 
     Args:
         libraries: possible names of the management library.
@@ -53,9 +53,9 @@ def _device_bytes(nvml: ctypes.CDLL, index: int) -> int:
 
 
 def check_device_memory(config: TrainConfig, num_local_ranks: int) -> None:
-    """Rejects a run that cannot fit the GPUs of this machine, if `cluster.memory_bytes` does not say their memory.
+    """Rejects a run that cannot fit the GPUs of this machine.
 
-    The largest GPU counts, because other ones may be hidden from the run. `plan.check=false` skips the check.
+    Does nothing if `cluster.memory_bytes` says their memory, which `check_memory` checks on any machine. The largest GPU counts, because other ones may be hidden from the run. `plan.check=false` skips the check.
 
     Args:
         config: of the run, which passes the rules.
