@@ -55,7 +55,8 @@ def _device_bytes(nvml: ctypes.CDLL, index: int) -> int:
 def check_device_memory(config: TrainConfig, num_local_ranks: int) -> None:
     """Rejects a run that cannot fit the GPUs of this machine.
 
-    Does nothing if `cluster.memory_bytes` says their memory, which `check_memory` checks on any machine. The largest GPU counts, because other ones may be hidden from the run. `plan.check=false` skips the check.
+    Does nothing if `cluster.memory_bytes` says their memory, which `check_memory` checks on any machine. The largest
+    GPU counts, because other ones may be hidden from the run. `plan.check=false` skips the check.
 
     Args:
         config: of the run, which passes the rules.
