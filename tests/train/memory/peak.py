@@ -1,6 +1,7 @@
 """Measures the largest sum of live storages on each rank of a job during a whole training step."""
 
 import gc
+import weakref
 from collections.abc import Iterable
 from functools import partial
 from unittest.mock import patch
@@ -28,7 +29,8 @@ def measure_peaks(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[i
 
 def _measure(config: TrainConfig) -> int:
     """Runs two steps, the second with a count of live storages inside every operator."""
-    others = _storages(gc.get_objects())
+    # Weak references, because a storage may get the address of one that has been freed.
+    others = [weakref.ref(tensor.untyped_storage()) for tensor in gc.get_objects() if isinstance(tensor, Tensor)]
     learner = open_job(config, planning_schedule(config, config.num_micro_batches))
     _choose_evenly(learner.replica.network, config)
     loader = open_loader(config)
@@ -36,7 +38,8 @@ def _measure(config: TrainConfig) -> int:
     peak = 0
     for step in range(2):
         gc.collect()
-        alive = {key: size for key, size in _storages(gc.get_objects()).items() if key not in others | loaded}
+        ignored = {storage._cdata for each in others if (storage := each()) is not None}.union(loaded)
+        alive = {key: size for key, size in _storages(gc.get_objects()).items() if key not in ignored}
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         with LiveStorages(measures_inside=True) as storages:
             accumulate(learner, config.task, [partial(loader.batch, step)], rates)

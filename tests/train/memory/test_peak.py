@@ -42,13 +42,8 @@ def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize(
-    ("kinds", "pipelines"),
-    [
-        pytest.param(("dualpipe",), (2,), id="one", marks=pytest.mark.slow),
-        pytest.param(tuple(SCHEDULES.names()), (2, 4), id="every", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("kinds", "pipelines"), [(tuple(SCHEDULES.names()), (2, 4))])
 def test_peak_of_a_step_is_the_largest_sum_of_live_storages(
     tmp_path: Path, kinds: Sequence[str], pipelines: Sequence[int]
 ) -> None:

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -86,12 +87,22 @@ def _optimizer_bytes(learner: Learner) -> tuple[int, int]:
     return sum(tensor.untyped_storage().nbytes() for tensor in held), len(masters)
 
 
-def test_static_bytes_of_real_ranks_are_those_of_arithmetic_and_of_ranks_built_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "built_numbers"),
+    [
+        pytest.param((3,), (), id="one", marks=pytest.mark.slow),
+        pytest.param(tuple(range(len(LAYOUTS))), (2, 3), id="every", marks=pytest.mark.long),
+    ],
+)
+def test_static_bytes_of_real_ranks_are_those_of_arithmetic_and_of_ranks_built_alone(
+    tmp_path: Path, numbers: tuple[int, ...], built_numbers: tuple[int, ...]
+) -> None:
     write_text(tmp_path)
-    configs = [make_config(tmp_path, number) for number in range(len(LAYOUTS))]
-    results = run_ranks(8, measure, configs)
-    built = {number: build_ranks(configs[number]) for number in (2, 3)}
-    for number, config in enumerate(configs):
+    configs = {number: make_config(tmp_path, number) for number in numbers}
+    measured = run_ranks(8, measure, list(configs.values()))
+    results = [dict(zip(numbers, rank, strict=True)) for rank in measured]
+    built = {number: build_ranks(configs[number]) for number in built_numbers}
+    for number, config in configs.items():
         for rank, memory in enumerate(predict_memory(config).ranks):
             for index in range(config.parallelism.data):
                 weights, gradients, optimizer, num_shards = results[rank * config.parallelism.data + index][number]
