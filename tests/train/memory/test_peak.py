@@ -1,6 +1,5 @@
 """Predicted peak of every rank in a whole training step against the largest sum of live storages."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,11 @@ NUM_RANKS = 8
 
 
 def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
-    """Returns a job of 8 ranks in float32, in which a CPU computes like a GPU."""
+    """Returns a job of 8 ranks in float32, in which a CPU computes like a GPU.
+
+    Groups run sequentially, because exchanges run inline here. With overlapped groups, the prediction adds their
+    buffers to those of computation.
+    """
     data = NUM_RANKS // pipeline
     config = make_config(
         folder,
@@ -31,7 +34,7 @@ def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
         RECOMPUTED,
         PRECISIONS["float32"],
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=data),
-        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="sequential"),
     )
     sequences = 2 * pipeline * data * config.batch.micro_sequences
     sharding: Literal["zero1", "replicated"] = "zero1" if len(kind) % 2 else "replicated"
@@ -43,13 +46,11 @@ def make_job(folder: Path, kind: str, pipeline: int) -> TrainConfig:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kinds", "pipelines"), [(tuple(SCHEDULES.names()), (2, 4))])
-def test_peak_of_a_step_is_the_largest_sum_of_live_storages(
-    tmp_path: Path, kinds: Sequence[str], pipelines: Sequence[int]
-) -> None:
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_peak_of_a_step_is_the_largest_sum_of_live_storages(tmp_path: Path, pipeline: int) -> None:
     """All experts of a rank receive equally many rows, as the prediction assumes."""
     write_text(tmp_path)
-    jobs = [make_job(tmp_path, kind, pipeline) for pipeline in pipelines for kind in kinds]
+    jobs = [make_job(tmp_path, kind, pipeline) for kind in SCHEDULES.names()]
     results = run_ranks(NUM_RANKS, measure_peaks, jobs, timeout_seconds=1200.0)
     problems = []
     for number, job in enumerate(jobs):
