@@ -35,6 +35,7 @@ SECONDS_PER_SEQUENCE = 0.012
 """Time of F of a phase of computation that makes the noise of a busy machine small."""
 _PASSES = {"forward": 1.0, "backward": 1.3, "weight": 0.7}
 _TOKENS = 32
+_MOST_LATE_SECONDS = 0.002
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +184,19 @@ def layouts_text(times: Sequence[LayoutTime]) -> str:
 
 @contextmanager
 def _sleeping(seconds: list[float]) -> Iterator[None]:
-    """Makes every phase of computation take at least its share of `seconds[0]`, by sleeping after it."""
+    """Makes every phase of computation take at least its share of `seconds[0]`, by sleeping after it.
+
+    What a sleep is late is subtracted from the next one, as in `SleepLog`.
+    """
     kept = {name: getattr(ComputePhase, name) for name in _PASSES}
+    late = [0.0]
 
     def slow(method: Callable[..., Any], share: float) -> Callable[..., Any]:
         def taking(phase: Any, *values: Any) -> Any:
             started = time.perf_counter()
             result = method(phase, *values)
-            time.sleep(max(0.0, share * seconds[0] - (time.perf_counter() - started)))
+            time.sleep(max(0.0, share * seconds[0] - late[0] - (time.perf_counter() - started)))
+            late[0] = min(max(0.0, late[0] + time.perf_counter() - started - share * seconds[0]), _MOST_LATE_SECONDS)
             return result
 
         return taking
