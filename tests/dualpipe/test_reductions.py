@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpipe.ir import Schedule
+from dualpipe.ir import Op, Schedule
 from dualpipe.registry import build
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.program import Action
@@ -57,7 +57,23 @@ def test_rank_that_shares_no_stage_reduces_in_the_order_in_which_it_finishes(sch
 
 @pytest.mark.parametrize("schedule", MIRRORED, ids=name_of)
 def test_mirror_ranks_finish_stages_in_the_order_of_their_reductions(schedule: Schedule) -> None:
-    """No reduction of a bidirectional schedule waits for another one of its rank."""
+    """No reduction waits for another one of its rank; in an order found by search, at most for two groups."""
+    most = 2 if schedule.kind == "dualpipe_interleaved" else 0
     for rank in range(schedule.num_ranks):
-        finished = reduced(schedule, rank)
-        assert [stage for stage in reduction_order(schedule) if stage in finished] == finished
+        assert max(waited_groups(schedule, rank)) <= most
+
+
+def waited_groups(schedule: Schedule, rank: int) -> list[int]:
+    """Returns for each stage of a rank the groups that run between its end and the start of its reduction."""
+    ends = {
+        op.stage: index
+        for index, group in enumerate(schedule.ranks[rank])
+        for op in group
+        if op.kind in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+    }
+    started, waited = 0, []
+    for stage in reduction_order(schedule):
+        if stage in ends:
+            started = max(started, ends[stage])
+            waited.append(started - ends[stage])
+    return waited
