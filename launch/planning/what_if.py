@@ -173,7 +173,22 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
         prefixes = tuple(f"{group.replace('/', '.')}." for group in groups)
         others = [text for text in kept if not key_of(text).lstrip("+").startswith(prefixes)]
         values = plan_values([*others, *overrides])
+    for text in overrides:
+        _drop_other_keys(values, *text.split("=", 1))
     return {key: value for key, value in values.items() if key not in output}
+
+
+def _drop_other_keys(values: dict[str, Any], group: str, option: str) -> None:
+    """Removes keys that an experiment set for another option of a group, and that the chosen one does not have."""
+    *parents, last = group.split("/")
+    place = values
+    for parent in parents:
+        place = place.get(parent, {})
+    chosen, own = place.get(last), read_option(group, option)
+    if not isinstance(chosen, Mapping) or "kind" not in own:
+        return
+    others = {key for name in options(group) for key in read_option(group, name)} - own.keys()
+    place[last] = {key: value for key, value in chosen.items() if key not in others}
 
 
 def _with_model_keys(values: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from launch.command import command
+from launch.config.run_config import compose_run
 from launch.plan import main, preview
 from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request
 from launch.planning.what_if import changed_run, plan_what_if, read_what_ifs
+from tests.train.planner.measured.runs import write_run
 from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.planner.advice.balance import link_balance
@@ -305,6 +307,27 @@ def test_advice_of_a_run_within_a_node_is_about_its_own_link(small: tuple[PlanRe
     assert advice.balance.limit == "link within a node"
     assert not [row for row in advice.rows if LINK in row.wish.change]
     assert [wish for wish in advice.unknown if wish.name == "faster links between nodes"]
+
+
+def test_advice_from_measured_rates_scales_layers_and_says_what_it_does_not_know(tmp_path: Path) -> None:
+    run = ["experiment=quickstart", "parallelism=four_ranks", "batch.global_sequences=8"]
+    write_run(tmp_path, compose_run(run), [3.0, *[0.5] * 40])
+    request = read_request([*run, f"rates={tmp_path}", f"{LINK}=1e9"])
+    plan = plan_job(request.config, request.planner)
+    advice = advise_hardware(request, plan)
+    gains = {row.wish.change: row.what_if.gain for row in advice.rows}
+    faster, slower = gains["rates.*.*_exchange*0.5"], gains["rates.*.*_exchange*4"]
+    assert faster is not None
+    assert slower is not None
+    assert slower < 0 < faster
+    assert advice.balance.break_even_bytes_per_second == pytest.approx(1e9 * advice.balance.ratio)
+    assert [wish for wish in advice.unknown if "times of kernels" in wish.needs]
+
+
+def test_an_option_drops_keys_that_an_experiment_set_for_another_one() -> None:
+    request = read_request(["experiment=quickstart", "parallelism=four_ranks", "batch.global_sequences=8"])
+    assert "chunks" in request.values["dispatch"]
+    assert changed_run(request, "dispatch.kind=all_to_all").config.dispatch.kind == "all_to_all"
 
 
 def test_advice_without_a_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

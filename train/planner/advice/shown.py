@@ -130,6 +130,9 @@ def _balance_lines(balance: LinkBalance) -> Iterator[str]:
     yield f"balance    a MoE layer's F and B: exchange {milliseconds}: {balance.ratio:.2f}; hidden: {balance.hidden}"
     link, even, margin = balance.link_bytes_per_second, balance.break_even_bytes_per_second, balance.margin
     if link is None or even is None or margin is None:
+        if link is None:
+            yield "break-even unknown; cluster.inter_node_bytes_per_second is null"
+            return
         yield f"break-even none for the link between nodes; the exchange is limited by: {balance.limit}"
         return
     side = f"{margin:.2f} x faster" if margin >= 1 else f"{1 / margin:.2f} x slower"
@@ -147,7 +150,7 @@ def _row(name: str, what_if: WhatIf, *, fits: bool | None, is_gain: bool = False
     """Yields a row of a table; a long name takes several lines."""
     plan = what_if.plan
     step = "-" if plan.timed is None else f"{plan.timed.time.step:.3f}"
-    hours = "-" if plan.cost is None else f"{plan.cost.gpu_hours:,.0f}"
+    hours = "-" if plan.cost is None else _hours(plan.cost.gpu_hours)
     speedup = "-" if what_if.speedup is None else f"{what_if.speedup:.3f}"
     # Without the sign of a rounded zero.
     gain = "-" if what_if.gain is None else f"{round(100 * what_if.gain, 1) + 0.0:+.1f} %"
@@ -159,3 +162,7 @@ def _row(name: str, what_if: WhatIf, *, fits: bool | None, is_gain: bool = False
 
 def _line(name: str, step: str, gain: str, hours: str, fits: str) -> str:
     return f"{name:<{_NAME}}{step:>12}{gain:>10}{hours:>14}{fits:>7}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"

@@ -66,12 +66,12 @@ def wishes(config: TrainConfig, rates: Rates) -> Wishes:
         yield from _multiprocessors(config, rates)
         yield from _links(config, rates)
         yield from _network(config, rates)
+        yield from _routing(config)
         yield _scaled("HBM twice as fast", "cluster.memory_bytes_per_second", *_memory_rate(config), 2)
     else:
-        yield from _measured_links()
-        for name in ("FP8 units, casts, SMs of communication, HBM rate, in-network combine", "adaptive routing"):
-            yield UnknownWish(name=name, needs="times of kernels, as in rates=h800_trace; these rates are of layers")
-    yield from _routing(config)
+        yield from _measured_links(config)
+        name = "FP8, casts, SMs of communication, HBM rate, routing, recomputation, combine in the network"
+        yield UnknownWish(name=name, needs="times of kernels, as in rates=h800_trace; these rates are of layers")
     if config.parallelism.pipeline > 1:
         yield Wish(name="pipeline transfers without latency", change="rates.latency_seconds=0")
         yield Wish(name="pipeline transfers with 4 x the latency", change="rates.latency_seconds*4")
@@ -166,7 +166,9 @@ def _times(factor: float) -> str:
     return "unlimited" if factor == _UNLIMITED else f"x {factor:g}"
 
 
-def _measured_links() -> Wishes:
+def _measured_links(config: TrainConfig) -> Wishes:
+    if config.parallelism.expert == 1:
+        return
     note = "all of the measured exchange scales with the link"
     for factor in _LINKS:
         change = f"rates.*.*_exchange*{_number(1 / factor)}"
@@ -207,14 +209,12 @@ def _memory(config: TrainConfig, rates: Rates) -> Wishes:
         halved = "parallelism.pipeline/2 + parallelism.data*2"
         yield Wish(name="twice the HBM, for half the pipeline ranks", change=halved + room)
     name = "more HBM, for no recomputation"
-    if not config.recompute:
+    if not config.recompute or not isinstance(rates, KernelRates):
         return
-    if config.precision.kind != "fp8":
-        yield Wish(name=f"twice the HBM{name.removeprefix('more HBM')}", change=f"recompute=[]{room}")
-    elif isinstance(rates, KernelRates):
+    if config.precision.kind == "fp8":
         yield Wish(name=name, change=_stored(rates), note="its memory is unknown", has_memory=False)
     else:
-        yield UnknownWish(name=name, needs="the time of recomputation, which is part of the measured layers")
+        yield Wish(name=f"twice the HBM{name.removeprefix('more HBM')}", change=f"recompute=[]{room}")
 
 
 def _stored(rates: KernelRates) -> str:
