@@ -179,7 +179,7 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
 
 
 def _drop_other_keys(values: dict[str, Any], group: str, option: str) -> None:
-    """Removes keys that an experiment set for another option of a group, and that the chosen one does not have."""
+    """Removes keys of a group's other options, which an experiment set, from the chosen option."""
     *parents, last = group.split("/")
     place = values
     for parent in parents:
