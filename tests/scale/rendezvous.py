@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from comm.watchdog.job_start import JobStart, Termination
+from comm.watchdog.job_start import WAITS_PER_LOOK, JobStart, Termination
 from comm.watchdog.membership import Membership
 from comm.watchdog.tree.address_book import AddressBook
 from comm.watchdog.tree.gatherings import AddressGathering, NonceGathering
@@ -29,7 +29,7 @@ LIMITED_RANKS, LIMIT_SECONDS = 16_384, 60.0
 """The store may use so much CPU time for a rendezvous of so many ranks."""
 _MAX_SIMULATED = 20_000
 _ANNOUNCEMENT = "watchdog/key"
-_NUM_LOOKS = 2000
+_NUM_LOOKS = 10_000
 
 
 @dataclass(slots=True)
@@ -138,10 +138,10 @@ class Simulation:
         self._store.get(_ANNOUNCEMENT)
 
     def _look(self, number: int) -> None:
-        """Sends the requests of a waiting rank: for the verdict and records, and each fourth time three more."""
-        self._store.check(["watchdog/verdict"])
+        """Sends the requests of a waiting rank: for its groups' records, and each fourth time four more."""
         self._store.check([f"watchdog/absent/{level}" for level in range(self._tree.num_levels)])
-        if number % 4 == 0:
+        if number % WAITS_PER_LOOK == 0:
+            self._store.check(["watchdog/verdict"])
             self._read_announcement(number)
             self._store.set("watchdog/nonce/0", "x" * 200)
 

@@ -18,14 +18,13 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.watchdog.authentication import open_object, seal_object
 from comm.watchdog.decode import MessageError
-from comm.watchdog.job_start import JobStart
+from comm.watchdog.job_start import WAITS_PER_LOOK, JobStart
 
 Values = dict[str, Any]
 Result = TypeVar("Result")
 
 _MAX_NAMED = 1024
 _MAX_RECORD_BYTES = 65_536
-_LOOKS_PER_CHECK = 4
 _READY_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.2
@@ -150,7 +149,7 @@ class StoreGather:
         """Waits for authentic records that `use` accepts, and returns its result."""
         self._start.begin_wait()
         for look in count():
-            if self._tree.is_flat or look % _LOOKS_PER_CHECK == 0:
+            if self._tree.is_flat or look % WAITS_PER_LOOK == 0:
                 self._rewrite()
                 self._check()
             if self._store.check(keys):
