@@ -285,7 +285,7 @@ class Watchdog:
         elif inquiry.reason is Reason.SIGNAL and self._ends_by_signal:
             self._send_departure("signal", "it was ended by SIGTERM")
             os._exit(SIGNALLED)
-        else:
+        elif inquiry.reason is not Reason.DEADLINE:  # a failure right after a deadline needs its own inquiry
             self._is_terminated = False
             self._is_inquiry_requested = False
             self._inquiry_done.set()

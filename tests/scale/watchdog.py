@@ -1,8 +1,9 @@
 """Measures messages of the watchdogs of a large job: the longest ones, and those of an inquiry and of a verdict.
 
-One process plays all other ranks: they share one socket, whose answers are authentic for each of them.
+A second process plays all other ranks: they share one socket, whose answers are authentic for each of them.
 """
 
+import multiprocessing
 import random
 import socket
 import threading
@@ -130,7 +131,7 @@ class PlayedRanks:
     """
 
     def __init__(self, num_ranks: int, silent: int) -> None:
-        """Opens the socket; rank `silent` replies nothing."""
+        """Starts the process that plays the ranks; rank `silent` replies nothing."""
         self.num_datagrams: Counter[str] = Counter()
         self._num_ranks = num_ranks
         self._silent = silent
@@ -138,9 +139,11 @@ class PlayedRanks:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
         self._socket.settimeout(0.2)
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        context = multiprocessing.get_context("fork")
+        self._is_over = context.Event()
+        self._counts, counts = context.Pipe(duplex=False)
+        self._process = context.Process(target=self._run, args=(counts,), daemon=True)
+        self._process.start()
 
     @property
     def address(self) -> SocketAddress:
@@ -149,16 +152,20 @@ class PlayedRanks:
         return host, port
 
     def close(self) -> None:
-        """Ends the thread and closes the socket."""
+        """Ends the process, after which `num_datagrams` is known, and closes the socket."""
         self._is_over.set()
-        self._thread.join()
+        self.num_datagrams = self._counts.recv()
+        self._process.join()
         self._socket.close()
 
-    def _run(self) -> None:
-        while not self._is_over.is_set():
+    def _run(self, counts: Any) -> None:
+        while True:
             try:
                 data, sender = self._socket.recvfrom(MAX_DATAGRAM_BYTES)
             except TimeoutError:
+                if self._is_over.is_set():
+                    counts.send(self.num_datagrams)
+                    return
                 continue
             rank = int.from_bytes(data[_RECIPIENT], "big")
             codec = self._codecs.setdefault(rank, DatagramCodec(_KEY, rank, self._num_ranks))
@@ -176,6 +183,7 @@ class InquiryFigures:
     """What one inquiry of rank 0 to all other ranks took, until all have the verdict."""
 
     seconds: float
+    cpu_seconds: float
     num_datagrams: int
     verdict: Verdict
 
@@ -197,14 +205,13 @@ def inquire(num_ranks: int, fanout: int = FANOUT) -> InquiryFigures:
     log = CollectiveLog()
     watchdog = Watchdog(0, watchdog_socket, log, _DEADLINE_SECONDS, crash_report)
     with log.awaiting(log.start(group_name("world", range(num_ranks)), range(num_ranks), "sum of losses")):
-        begun = time.monotonic()
+        begun, cpu_begun = time.monotonic(), time.process_time()
         watchdog.start()
         assert has_ended.wait(120)
-    seconds = time.monotonic() - begun - _DEADLINE_SECONDS
-    time.sleep(0.3)  # the last datagrams arrive
+    seconds, cpu_seconds = time.monotonic() - begun - _DEADLINE_SECONDS, time.process_time() - cpu_begun
     played.close()
     watchdog_socket.close()
-    return InquiryFigures(seconds, played.num_datagrams.total(), verdicts[0])
+    return InquiryFigures(seconds, cpu_seconds, played.num_datagrams.total(), verdicts[0])
 
 
 def measure(num_ranks: int) -> dict[str, float]:
@@ -215,6 +222,7 @@ def measure(num_ranks: int) -> dict[str, float]:
         "watchdog: longest message of a training run, bytes": max(training_messages(num_ranks).values()),
         "watchdog: datagrams of an inquiry to all ranks": inquiry.num_datagrams,
         "watchdog: time of that inquiry, s": inquiry.seconds,
+        "watchdog: CPU of its rank, s": inquiry.cpu_seconds,
         "watchdog: datagrams of a verdict to all ranks": num_ranks - 1,
         "watchdog: most of them sent by one rank": len(list(tree.children(0))),
         "watchdog: addresses held by a rank, bytes": _address_bytes(num_ranks),

@@ -15,9 +15,11 @@ from comm.watchdog.watchdog_socket import WatchdogSocket
 INQUIRY_SECONDS = 1.5
 PATIENT_INQUIRY_SECONDS = 2.0
 _SEND_EVERY_SECONDS = 0.2
-_MAX_REQUESTS = 256
+_MAX_REQUESTS = 128
 """Requests without a reply at one time. The kernel's buffer holds the replies."""
+_MAX_PROBES = 256
 _BATCH_SECONDS = 0.05
+_MAX_PASSES = 4
 _MAX_STATES = 1024
 _MAX_FOLLOWED = 64
 
@@ -65,6 +67,7 @@ class Inquiry:
         self._rank = rank
         self._book = book
         self._short = short
+        self._unsent: deque[int] = deque()
         self._batch: set[int] = set()
         self._batch_at = self._sent_at = begun
         self._ask(ranks, begun)
@@ -127,9 +130,13 @@ class Inquiry:
             self._batch_at = self._sent_at = now
             for rank in sorted(self._batch.difference(gone)):
                 watchdog_socket.send(rank, "state_request", request)
+        elif len(silent := self.silent(gone)) > _MAX_PROBES and self._num_passes < _MAX_PASSES:
+            # So many replies are missing only if datagrams were lost.
+            self._num_passes += 1
+            self._unsent = deque(sorted(silent))
         elif now - self._batch_at >= _SEND_EVERY_SECONDS:
             self._batch_at = now
-            for rank in sorted(self.silent(gone))[:_MAX_REQUESTS]:
+            for rank in sorted(silent)[:_MAX_PROBES]:
                 watchdog_socket.probe(rank, request)
 
     def ask_again(self, gone: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
@@ -137,7 +144,7 @@ class Inquiry:
         if now - self._batch_at < _SEND_EVERY_SECONDS:
             return
         self._batch_at = now
-        for rank in sorted(self._asked.difference(gone))[:_MAX_REQUESTS]:
+        for rank in sorted(self._asked.difference(gone))[:_MAX_PROBES]:
             watchdog_socket.probe(rank, self._request())
 
     def lost(self, refused: Collection[int], departed: Mapping[int, Departure], log: CollectiveLog) -> dict[int, str]:
@@ -180,6 +187,7 @@ class Inquiry:
     def _ask(self, ranks: Iterable[int], now: float) -> None:
         self.replies.clear()
         self._num_states = 0
+        self._num_passes = 1
         others = [rank for rank in ranks if rank != self._rank]
         self._unsent = deque(rank for rank in others if self._book.address(rank) is not None)
         self._has_unknown = len(self._unsent) < len(others)
