@@ -19,6 +19,7 @@ from launch.config.run_config import write_config
 from launch.help.preview import plain_text
 from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request
+from launch.planning.search import search_request
 from launch.planning.what_if import plan_what_if, read_what_ifs
 from train.config.decode import encode
 from train.config.errors import ConfigError
@@ -30,6 +31,9 @@ from train.planner.job_plan import JobPlan, plan_job
 from train.planner.measured.compare import Comparison, compared_plan
 from train.planner.measured.shown import comparison_json, comparison_text
 from train.planner.page.page import plan_page
+from train.planner.search.as_json import search_json
+from train.planner.search.as_text import search_text
+from train.planner.search.result import SearchResult
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -46,6 +50,9 @@ def main(overrides: Sequence[str]) -> int:
     """
     with system_errors():
         request = read_request(overrides)
+        if request.options.search:
+            write_output(_shown_search(search_request(request), request), request.options.out)
+            return 0
         changed = read_what_ifs(request)
         if request.options.run is None:
             plan, sections = with_advice(plan_job(request.config, request.planner)), list[PlanSection]()
@@ -108,6 +115,12 @@ def _shown(plan: JobPlan, sections: Sequence[PlanSection], request: PlanRequest)
     if request.options.format == "html":
         return plan_page(values, plan.timed, request.config.name)
     return json.dumps(values, indent=1)
+
+
+def _shown_search(result: SearchResult, request: PlanRequest) -> str:
+    if request.options.format == "json":
+        return json.dumps(search_json(result), indent=1)
+    return search_text(result)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def time_plan(
 def _step_time(
     rates: Rates, efficiency: EfficiencyConfig, config: TrainConfig, schedule: Schedule, simulation: Simulation
 ) -> StepTime:
-    optimizer = _optimizer_seconds(rates, config, schedule)
+    optimizer = optimizer_seconds(rates, config, schedule)
     without = simulation.makespan + optimizer
     step = without * efficiency.unexplained
     tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
@@ -180,8 +180,14 @@ def _step_time(
     )
 
 
-def _optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> float:
-    """Returns the time of the update of the rank with the most weights."""
+def optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> float:
+    """Returns the time of the update of the rank with the most weights.
+
+    Args:
+        rates: measured times.
+        config: of the run.
+        schedule: with the placement of its stages; its groups are ignored.
+    """
     if isinstance(rates, MeasuredRates):
         return rates.optimizer_seconds
     shapes = stage_shapes(run_cut(config, schedule.placement))

@@ -1,0 +1,294 @@
+"""Finds the fastest layouts that fit, and further ones that need less memory, by branch and bound. No torch here.
+
+Every layout has a lower bound of its step. The layout with the smallest bound is refined next: first its cut is
+computed, then the live micro-batches of its schedule are counted, then its schedule is built and timed, then its memory
+is predicted. The search ends when the smallest bound is not below the slowest layout that is returned.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from heapq import heapify, heappop, heappush
+
+from dualpipe.ir import ScheduleError
+from model.config import CutError
+from train.config import TrainConfig
+from train.memory import predict_memory, summary_line
+from train.memory.fitted_cut import fitted_cut
+from train.planner.as_json import layout_json
+from train.planner.cost import JobCost, job_cost
+from train.planner.job_plan import PlannerConfig
+from train.planner.search.checked import LayoutChecks, Rules, bounded_layouts, broken_rule, layout_of
+from train.planner.search.estimates import Estimates, LayoutChoice, MemoryBound
+from train.planner.search.rejections import Rejections
+from train.planner.search.result import FoundLayout, SearchCounts, SearchResult, with_front
+from train.planner.search.space import SearchSpace
+from train.planner.timing import StepTime, time_plan
+from train.schedule.cut import with_cut
+
+NUM_FASTEST = 6
+"""Number of the fastest layouts that are returned."""
+NUM_SMALLER = 3
+"""Number of slower layouts with less memory that are returned."""
+_SMALLER = 0.9
+"""Memory of a slower layout of the front relative to that of the one before it, at most."""
+_MOST_SECONDS = 30.0
+"""CPU seconds for schedules and predictions, as estimated before each of them, so that a result depends on no clock."""
+_MOST_BUILD_SECONDS = 3.0
+"""Maximum of one schedule."""
+_PREDICTION_SECONDS = 0.3
+"""CPU seconds of a prediction of memory, as estimated."""
+_MOST_GROUPS = 40
+"""Number of reasons for rejections that are returned."""
+_GB = 1e9
+
+
+class _Level(IntEnum):
+    """What is known of a layout."""
+
+    WORK = 0
+    CUT = 1
+    BOUNDED = 2
+    COUNTED = 3
+    TIMED = 4
+    UNFITTED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A layout with lower bounds of time and memory; `config` has a listed cut as soon as it is known."""
+
+    choice: LayoutChoice
+    seconds: float
+    memory: int
+    level: _Level = _Level.WORK
+    config: TrainConfig | None = None
+    time: StepTime | None = None
+    has_fitted_cut: bool = False
+
+
+def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig, rules: Rules) -> SearchResult:
+    """Searches all layouts of a space.
+
+    Args:
+        space: the layouts.
+        run: configuration that was given.
+        planner: rates and the declared factor.
+        rules: of a run's configuration.
+
+    Raises:
+        ConfigError: there are too many layouts.
+    """
+    space.check_size()
+    search = _Search(space, planner, rules)
+    found = search.fastest(NUM_FASTEST, None)
+    for _ in range(NUM_SMALLER):
+        if not found:
+            break
+        limit = int(_SMALLER * min(each.peak_bytes for each in found))
+        smaller = search.fastest(1, limit)
+        if not smaller:
+            break
+        found += smaller
+    priced = [replace(each, cost=_own_cost(each, planner)) for each in found]
+    return SearchResult(
+        run=run,
+        config=space.config,
+        found=with_front(priced),
+        rejected=search.rejections.largest(_MOST_GROUPS),
+        counts=search.counts(len(found)),
+    )
+
+
+def _own_cost(found: FoundLayout, planner: PlannerConfig) -> JobCost:
+    """Returns the cost of the run's own steps with a layout."""
+    cost = replace(found.config.cost, context_extension=(), post_training_gpu_hours=0.0)
+    return job_cost(replace(found.config, cost=cost), planner.rates, planner.efficiency, found.time)
+
+
+class _Search:
+    """Layouts in order of their bounds, and those that are predicted exactly."""
+
+    def __init__(self, space: SearchSpace, planner: PlannerConfig, rules: Rules) -> None:
+        self.rejections = Rejections()
+        self._space = space
+        self._planner = planner
+        self._rules = rules
+        self._room = space.config.cluster.memory_bytes
+        self._estimates = Estimates(space, planner)
+        self._checks = LayoutChecks(space, rules, self.rejections)
+        self._exact: list[FoundLayout] = []
+        self._open: list[float] = []
+        self._numbers = self._built = 0
+        self._left = _MOST_SECONDS
+        bounded = bounded_layouts(space, self._checks, self._estimates, self.rejections)
+        self._heap = [
+            self._item(_Entry(choice=each.choice, seconds=each.seconds, memory=each.memory)) for each in bounded
+        ]
+        heapify(self._heap)
+
+    def counts(self, num_found: int) -> SearchCounts:
+        """Returns the numbers of layouts."""
+        return SearchCounts(
+            layouts=self._checks.count,
+            rejected=self.rejections.count,
+            dropped=self._checks.count - self.rejections.count - num_found - len(self._open),
+            built=self._built,
+            open=len(self._open),
+            open_seconds=min(self._open, default=None),
+        )
+
+    def fastest(self, number: int, limit: int | None) -> list[FoundLayout]:
+        """Returns the fastest layouts that were not returned before.
+
+        Args:
+            number: of layouts.
+            limit: maximum of the peak memory; those of later calls must be smaller.
+        """
+        while self._heap:
+            best = self._best(number, limit)
+            if len(best) == number and self._heap[0][:2] >= best[-1].order:
+                break
+            entry = heappop(self._heap)[-1]
+            if limit is None or entry.memory <= limit:
+                self._refine(entry)
+        best = self._best(number, limit)
+        self._exact = [each for each in self._exact if each not in best]
+        return best
+
+    def _best(self, number: int, limit: int | None) -> list[FoundLayout]:
+        small = (each for each in self._exact if limit is None or each.peak_bytes <= limit)
+        return sorted(small, key=lambda each: each.order)[:number]
+
+    def _item(self, entry: _Entry) -> tuple[float, int, int, _Entry]:
+        self._numbers += 1
+        return entry.seconds, entry.memory, self._numbers, entry
+
+    def _push(self, entry: _Entry) -> None:
+        heappush(self._heap, self._item(entry))
+
+    def _refine(self, entry: _Entry) -> None:
+        """Replaces a layout by what is known of it after one more step, or rejects it."""
+        steps: dict[_Level, Callable[[_Entry], None]] = {
+            _Level.WORK: self._cut,
+            _Level.CUT: self._bound,
+            _Level.BOUNDED: self._count,
+            _Level.COUNTED: self._time,
+            _Level.TIMED: self._predict,
+            _Level.UNFITTED: self._fit,
+        }
+        try:
+            steps[entry.level](entry)
+        except (ScheduleError, CutError) as error:
+            self._reject(entry, str(error))
+
+    def _cut(self, entry: _Entry) -> None:
+        """Computes the balanced cut, and bounds by the work and the static memory of each rank."""
+        config = self._estimates.balanced(entry.choice)
+        memory = self._estimates.cut_memory(entry.choice, config, builds=False)
+        seconds = self._estimates.load_seconds(entry.choice, config)
+        self._push_if_fits(replace(entry, config=config, level=_Level.CUT, seconds=seconds), memory)
+
+    def _bound(self, entry: _Entry) -> None:
+        """Bounds the step by the dependencies between ranks."""
+        assert entry.config is not None
+        seconds = self._estimates.cut_seconds(entry.choice, entry.config)
+        self._push(replace(entry, seconds=max(entry.seconds, seconds), level=_Level.BOUNDED))
+
+    def _count(self, entry: _Entry) -> None:
+        """Counts the live micro-batches of the schedule."""
+        assert entry.config is not None
+        if self._can_spend(entry):
+            memory = self._estimates.cut_memory(entry.choice, entry.config, builds=True)
+            self._push_if_fits(replace(entry, level=_Level.COUNTED), memory)
+
+    def _push_if_fits(self, entry: _Entry, memory: MemoryBound) -> None:
+        if self._room is not None and memory.largest > self._room:
+            self._set_aside(entry, memory, self._memory_reason(memory))
+        else:
+            self._push(replace(entry, memory=max(entry.memory, memory.largest)))
+
+    def _time(self, entry: _Entry) -> None:
+        """Builds and times the schedule."""
+        config, planner = entry.config, self._planner
+        assert config is not None
+        reason = broken_rule(self._rules, config)
+        if reason is not None:
+            self._reject(entry, reason)
+        elif self._can_spend(entry):
+            self._built += 1
+            time = time_plan(planner.rates, planner.efficiency, config).time
+            self._push(replace(entry, seconds=time.step, time=time, level=_Level.TIMED))
+
+    def _predict(self, entry: _Entry) -> None:
+        """Predicts the memory of a timed layout."""
+        config, time = entry.config, entry.time
+        assert config is not None
+        assert time is not None
+        if not self._can_spend(entry, _PREDICTION_SECONDS):
+            return
+        memory = predict_memory(config)
+        if self._room is None or memory.worst.total <= self._room:
+            self._exact.append(FoundLayout(config=config, memory=memory, time=time))
+            return
+        needs = MemoryBound.of_ranks([rank.total for rank in memory.ranks])
+        self._set_aside(entry, needs, summary_line(config, memory))
+
+    def _set_aside(self, entry: _Entry, memory: MemoryBound, reason: str) -> None:
+        """Rejects a layout whose balanced cut does not fit, or looks for another cut later."""
+        assert self._room is not None
+        if entry.has_fitted_cut or self._space.config.parallelism.cut.kind == "even" or memory.mean > self._room:
+            self._reject(entry, reason, excess=memory.largest / self._room)
+            return
+        choice = entry.choice
+        seconds, least = self._estimates.seconds(choice), self._estimates.mean_memory(choice)
+        self._push(replace(entry, seconds=seconds, memory=least, level=_Level.UNFITTED))
+
+    def _fit(self, entry: _Entry) -> None:
+        """Looks for a less balanced cut that fits, unless the mean rank needs too much."""
+        choice, config = entry.choice, entry.config
+        assert config is not None
+        assert self._room is not None
+        if not self._can_spend(entry):
+            return
+        memory = self._estimates.cut_memory(choice, config, builds=True)
+        reason = self._memory_reason(memory)
+        if memory.mean <= self._room:
+            if not self._can_spend(entry, _PREDICTION_SECONDS):
+                return
+            totals = [rank.total for rank in predict_memory(config).ranks]
+            memory, reason = MemoryBound.of_ranks(totals), summary_line(config, predict_memory(config))
+        if memory.mean <= self._room:
+            if not self._can_spend(entry, 3 * _PREDICTION_SECONDS):
+                return
+            free, times = self._estimates.config(choice), self._estimates.unit_times(choice.setting)
+            fitted = with_cut(free, fitted_cut(free, choice.schedule.kind, times))
+            if fitted != config:
+                seconds = self._estimates.load_seconds(choice, fitted)
+                self._push(replace(entry, config=fitted, has_fitted_cut=True, seconds=seconds, level=_Level.CUT))
+                return
+        self._reject(entry, reason, excess=memory.largest / self._room)
+
+    def _memory_reason(self, memory: MemoryBound) -> str:
+        assert self._room is not None
+        need, room = memory.largest / _GB, self._room / _GB
+        return f"memory: rank {memory.rank} needs at least {need:.1f} GB of {room:.1f}"
+
+    def _can_spend(self, entry: _Entry, seconds: float = 0.0) -> bool:
+        """Returns whether there is time to build a schedule; if not, the layout remains open.
+
+        Args:
+            entry: the layout.
+            seconds: further time that it takes.
+        """
+        build = self._estimates.build_seconds(entry.choice)
+        if build > _MOST_BUILD_SECONDS or build + seconds > self._left:
+            self._open.append(entry.seconds)
+            return False
+        self._left -= build + seconds
+        return True
+
+    def _reject(self, entry: _Entry, reason: str, excess: float = 0.0) -> None:
+        config = entry.config
+        layout = layout_of(self._space, entry.choice) if config is None else layout_json(config)
+        self.rejections.add(layout, reason, excess=excess)

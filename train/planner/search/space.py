@@ -1,0 +1,204 @@
+"""Defines all layouts of a run on a number of ranks. No torch here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import ceil, gcd
+
+from comm.config import Cut, DispatchConfig, ParallelismConfig
+from data.batch_sizes import BatchSizes
+from dualpipe.config import ScheduleConfig
+from dualpipe.registry import SCHEDULES
+from model.config import RECOMPUTED, Recomputed
+from train.config import Precision, TrainConfig
+from train.config.errors import ConfigError
+
+MOST_RANKS = 2**20
+_MOST_LAYOUTS = 3_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSetting:
+    """Everything that a layout chooses, except its schedule.
+
+    Attributes:
+        pipeline: pipeline ranks.
+        data: data-parallel ranks.
+        expert: ranks that share the experts of a layer.
+        micro_sequences: sequences of a micro-batch.
+        precision: type of weights and activations.
+        recompute: parts of the model that the backward recomputes.
+        dispatch: how rows are sent to experts.
+    """
+
+    pipeline: int
+    data: int
+    expert: int
+    micro_sequences: int
+    precision: Precision
+    recompute: tuple[Recomputed, ...]
+    dispatch: DispatchConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSpace:
+    """All layouts that a search compares.
+
+    Attributes:
+        config: of the run; its layout is replaced.
+        ranks: number of ranks of every layout.
+        schedules: one for each kind, with its pairing.
+        precisions: types of weights and activations.
+        recomputes: sets of recomputed parts, for precisions that allow a choice.
+        dispatches: how rows are sent to experts.
+    """
+
+    config: TrainConfig
+    ranks: int
+    schedules: tuple[ScheduleConfig, ...]
+    precisions: tuple[Precision, ...]
+    recomputes: tuple[tuple[Recomputed, ...], ...]
+    dispatches: tuple[DispatchConfig, ...]
+
+    def settings(self) -> Iterator[RankSetting]:
+        """Yields all settings of ranks, the smallest pipelines first.
+
+        Raises:
+            ConfigError: there are too many.
+        """
+        for pipeline in self._pipelines():
+            data = self.ranks // pipeline
+            for expert in self._expert_sizes(data):
+                for micro_sequences in self.micro_batch_sizes(data):
+                    for precision in self.precisions:
+                        for recompute in self.recomputes if precision.kind != "fp8" else (RECOMPUTED,):
+                            for dispatch in self.dispatches:
+                                yield RankSetting(
+                                    pipeline=pipeline,
+                                    data=data,
+                                    expert=expert,
+                                    micro_sequences=micro_sequences,
+                                    precision=precision,
+                                    recompute=recompute,
+                                    dispatch=dispatch,
+                                )
+
+    def schedules_of(self, pipeline: int) -> tuple[ScheduleConfig, ...]:
+        """Returns every kind of schedule with each number of chunks for which there are enough layers.
+
+        Args:
+            pipeline: number of pipeline ranks.
+        """
+        found = []
+        for schedule in self.schedules:
+            for place, chunks in enumerate(SCHEDULES.get(schedule.kind).chunk_choices(None)):
+                # A kind with too few layers for its smallest number of chunks is kept, so that the rules reject it.
+                if place == 0 or pipeline * chunks <= self.config.model.num_layers:
+                    found.append(replace(schedule, chunks=chunks))
+        return tuple(found)
+
+    def layout_config(self, setting: RankSetting, schedule: ScheduleConfig) -> TrainConfig:
+        """Returns the configuration of a layout, with the cut of the run if that is a word.
+
+        Args:
+            setting: of the ranks.
+            schedule: kind, chunks and pairing.
+        """
+        config = self.config
+        cut = Cut("even") if config.parallelism.cut.kind == "even" else Cut("auto")
+        mesh = ParallelismConfig(pipeline=setting.pipeline, data=setting.data, expert=setting.expert, cut=cut)
+        return replace(
+            config,
+            parallelism=mesh,
+            batch=replace(config.batch, micro_sequences=setting.micro_sequences),
+            precision=setting.precision,
+            recompute=setting.recompute,
+            dispatch=setting.dispatch,
+            schedule=schedule,
+        )
+
+    def micro_batch_sizes(self, data: int) -> tuple[int, ...]:
+        """Returns the sequences of a micro-batch that divide a data rank's share of the batch.
+
+        Args:
+            data: number of data-parallel ranks. If they do not divide the batch, the result is 1, which rules reject.
+        """
+        share, rest = divmod(self.config.batch.global_sequences, data)
+        return (1,) if rest else divisors(share)
+
+    def check_size(self) -> None:
+        """Rejects a search that would take too long.
+
+        Raises:
+            ConfigError: names the key, the rule and the value.
+        """
+        batch, kinds = self.config.batch, len(self.schedules)
+        count = 0
+        for pipeline in self._pipelines():
+            data = self.ranks // pipeline
+            sizes = len(self.micro_batch_sizes(data)) * len(self._expert_sizes(data))
+            count += sizes * len(self.dispatches) * kinds * (len(self.recomputes) + len(self.precisions))
+        if count > _MOST_LAYOUTS:
+            raise ConfigError(
+                f"batch.global_sequences: a search may have at most {_MOST_LAYOUTS:,} layouts, is "
+                f"{batch.global_sequences} with about {count:,} layouts for ranks={self.ranks}; nearest valid: a batch "
+                f"with fewer divisors"
+            )
+
+    def _pipelines(self) -> tuple[int, ...]:
+        """Returns the lengths of pipelines, up to the first one that has more ranks than the model has layers."""
+        layers = self.config.model.num_layers
+        found = [length for length in range(1, min(layers, self.ranks) + 1) if self.ranks % length == 0]
+        longer = (length for length in range(layers + 1, min(2 * layers, self.ranks) + 1) if self.ranks % length == 0)
+        return (*found, *list(longer)[:1])
+
+    def _expert_sizes(self, data: int) -> tuple[int, ...]:
+        """Returns the sizes of expert groups that are within a node or fill whole nodes."""
+        node = self.config.cluster.ranks_per_node
+        return tuple(
+            size
+            for size in divisors(gcd(data, self.config.model.num_routed_experts))
+            if size % node == 0 or node % size == 0 or self.ranks <= node
+        )
+
+
+def recompute_sets() -> tuple[tuple[Recomputed, ...], ...]:
+    """Returns all sets of recomputed parts, the largest first."""
+    sizes = range(len(RECOMPUTED), -1, -1)
+    return tuple(chosen for size in sizes for chosen in combinations(RECOMPUTED, size))
+
+
+def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
+    """Returns a run whose batch can be divided among some layouts of this many ranks.
+
+    That is the run itself if possible. Otherwise its batch becomes the smallest multiple of the ranks that is not
+    below it, without a ramp, in as many steps as process the same tokens.
+
+    Args:
+        config: of the run.
+        ranks: number of ranks.
+    """
+    batch = config.batch
+    lengths = range(1, min(config.model.num_layers, ranks) + 1)
+    if any(ranks % length == 0 and batch.global_sequences % (ranks // length) == 0 for length in lengths):
+        return config
+    sequences = ceil(batch.global_sequences / ranks) * ranks
+    step = BatchSizes(sequences, batch.sequence_length_tokens, None).tokens_before(1)
+    steps = ceil(config.batch_sizes.tokens_before(config.task.steps) / step)
+    validation = ceil(config.validation.sequences / sequences) * sequences
+    return replace(
+        config,
+        batch=replace(batch, global_sequences=sequences, ramp=None, micro_sequences=1),
+        task=replace(config.task, steps=steps),
+        validation=replace(config.validation, sequences=validation),
+    )
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Returns the divisors of a number, ascending.
+
+    Args:
+        number: at least 1.
+    """
+    small = [size for size in range(1, int(number**0.5) + 1) if number % size == 0]
+    return tuple(sorted({*small, *(number // size for size in small)}))
