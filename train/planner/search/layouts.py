@@ -32,12 +32,13 @@ NUM_SMALLER = 3
 """Number of slower layouts with less memory that are returned."""
 _SMALLER = 0.9
 """Memory of a slower layout of the front relative to that of the one before it, at most."""
-_MOST_SECONDS = 30.0
-"""CPU seconds for schedules and predictions, as estimated before each of them, so that a result depends on no clock."""
+_MOST_SECONDS = 28.0
+_MOST_FRONT_SECONDS = 8.0
+"""CPU seconds of a search, and further ones for the front, as estimated before each step: a result needs no clock."""
 _MOST_BUILD_SECONDS = 3.0
 """Maximum of one schedule."""
-_PREDICTION_SECONDS = 0.3
-"""CPU seconds of a prediction of memory, as estimated."""
+_CUT_SECONDS, _BOUND_SECONDS, _PREDICTION_SECONDS = 0.002, 0.008, 0.3
+"""CPU seconds of one layout's cut, bound and prediction of memory, as estimated."""
 _MOST_GROUPS = 40
 """Number of reasons for rejections that are returned."""
 _GB = 1e9
@@ -82,12 +83,12 @@ def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig,
     space.check_size()
     search = _Search(space, planner, rules)
     found = search.fastest(NUM_FASTEST, None)
-    for _ in range(NUM_SMALLER):
-        if not found:
-            break
+    counts = search.counts(len(found))
+    search.allow(_MOST_FRONT_SECONDS)
+    while found and len(found) < NUM_FASTEST + NUM_SMALLER:
         limit = int(_SMALLER * min(each.peak_bytes for each in found))
         smaller = search.fastest(1, limit)
-        if not smaller:
+        if not smaller or not search.is_complete:
             break
         found += smaller
     priced = [replace(each, cost=_own_cost(each, planner)) for each in found]
@@ -96,7 +97,7 @@ def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig,
         config=space.config,
         found=with_front(priced),
         rejected=search.rejections.largest(_MOST_GROUPS),
-        counts=search.counts(len(found)),
+        counts=counts,
     )
 
 
@@ -137,6 +138,15 @@ class _Search:
             open=len(self._open),
             open_seconds=min(self._open, default=None),
         )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layout was compared since the last call of `allow`."""
+        return not self._open
+
+    def allow(self, seconds: float) -> None:
+        """Starts to count layouts that are not compared again, and allows this many seconds for further steps."""
+        self._open, self._left = [], seconds
 
     def fastest(self, number: int, limit: int | None) -> list[FoundLayout]:
         """Returns the fastest layouts that were not returned before.
@@ -184,6 +194,8 @@ class _Search:
 
     def _cut(self, entry: _Entry) -> None:
         """Computes the balanced cut, and bounds by the work and the static memory of each rank."""
+        if not self._spends(entry, _CUT_SECONDS):
+            return
         config = self._estimates.balanced(entry.choice)
         memory = self._estimates.cut_memory(entry.choice, config, builds=False)
         seconds = self._estimates.load_seconds(entry.choice, config)
@@ -192,13 +204,15 @@ class _Search:
     def _bound(self, entry: _Entry) -> None:
         """Bounds the step by the dependencies between ranks."""
         assert entry.config is not None
+        if not self._spends(entry, _BOUND_SECONDS):
+            return
         seconds = self._estimates.cut_seconds(entry.choice, entry.config)
         self._push(replace(entry, seconds=max(entry.seconds, seconds), level=_Level.BOUNDED))
 
     def _count(self, entry: _Entry) -> None:
         """Counts the live micro-batches of the schedule."""
         assert entry.config is not None
-        if self._can_spend(entry):
+        if self._builds(entry):
             memory = self._estimates.cut_memory(entry.choice, entry.config, builds=True)
             self._push_if_fits(replace(entry, level=_Level.COUNTED), memory)
 
@@ -215,7 +229,7 @@ class _Search:
         reason = broken_rule(self._rules, config)
         if reason is not None:
             self._reject(entry, reason)
-        elif self._can_spend(entry):
+        elif self._builds(entry):
             self._built += 1
             time = time_plan(planner.rates, planner.efficiency, config).time
             self._push(replace(entry, seconds=time.step, time=time, level=_Level.TIMED))
@@ -225,7 +239,7 @@ class _Search:
         config, time = entry.config, entry.time
         assert config is not None
         assert time is not None
-        if not self._can_spend(entry, _PREDICTION_SECONDS):
+        if not self._spends(entry, _PREDICTION_SECONDS):
             return
         memory = predict_memory(config)
         if self._room is None or memory.worst.total <= self._room:
@@ -249,17 +263,17 @@ class _Search:
         choice, config = entry.choice, entry.config
         assert config is not None
         assert self._room is not None
-        if not self._can_spend(entry):
+        if not self._builds(entry):
             return
         memory = self._estimates.cut_memory(choice, config, builds=True)
         reason = self._memory_reason(memory)
         if memory.mean <= self._room:
-            if not self._can_spend(entry, _PREDICTION_SECONDS):
+            if not self._spends(entry, _PREDICTION_SECONDS):
                 return
             totals = [rank.total for rank in predict_memory(config).ranks]
             memory, reason = MemoryBound.of_ranks(totals), summary_line(config, predict_memory(config))
         if memory.mean <= self._room:
-            if not self._can_spend(entry, 3 * _PREDICTION_SECONDS):
+            if not self._spends(entry, 3 * _PREDICTION_SECONDS):
                 return
             free, times = self._estimates.config(choice), self._estimates.unit_times(choice.setting)
             fitted = with_cut(free, fitted_cut(free, choice.schedule.kind, times))
@@ -274,18 +288,17 @@ class _Search:
         need, room = memory.largest / _GB, self._room / _GB
         return f"memory: rank {memory.rank} needs at least {need:.1f} GB of {room:.1f}"
 
-    def _can_spend(self, entry: _Entry, seconds: float = 0.0) -> bool:
-        """Returns whether there is time to build a schedule; if not, the layout remains open.
+    def _builds(self, entry: _Entry) -> bool:
+        """Returns whether there is time to build the layout's schedule; if not, the layout remains open."""
+        seconds = self._estimates.build_seconds(entry.choice)
+        return self._spends(entry, seconds if seconds <= _MOST_BUILD_SECONDS else float("inf"))
 
-        Args:
-            entry: the layout.
-            seconds: further time that it takes.
-        """
-        build = self._estimates.build_seconds(entry.choice)
-        if build > _MOST_BUILD_SECONDS or build + seconds > self._left:
+    def _spends(self, entry: _Entry, seconds: float) -> bool:
+        """Returns whether there is time for a step; if not, the layout remains open."""
+        if seconds > self._left:
             self._open.append(entry.seconds)
             return False
-        self._left -= build + seconds
+        self._left -= seconds
         return True
 
     def _reject(self, entry: _Entry, reason: str, excess: float = 0.0) -> None:

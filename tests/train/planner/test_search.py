@@ -1,0 +1,117 @@
+"""Search of layouts: bounds are below what is simulated and predicted, and nothing that is dropped is better."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dualpipe.ir import ScheduleError
+from dualpipe.registry import SCHEDULES
+from launch.config.rules import check_rules
+from launch.planning.request import PlanRequest, read_request
+from launch.planning.search import search_space
+from train.planner.job_plan import plan_job, require_time
+from train.planner.search.checked import LayoutChecks
+from train.planner.search.estimates import Estimates, LayoutChoice
+from train.planner.search.layouts import search_layouts
+from train.planner.search.rejections import Rejections
+from train.planner.search.space import SearchSpace, adapted_run
+
+MODEL = ("experiment=v2_lite_16b", "search=true")
+
+
+def make_space(tmp_path: Path, ranks: int, sequences: int, *overrides: str) -> tuple[PlanRequest, SearchSpace]:
+    """Returns a small search without DeepEP, which is not installed here."""
+    batch = (f"batch.global_sequences={sequences}", f"validation.sequences={sequences}")
+    request = read_request([*MODEL, f"ranks={ranks}", *batch, f"data.cache_dir={tmp_path}", *overrides])
+    space = search_space(request)
+    return request, replace(space, dispatches=tuple(each for each in space.dispatches if each.kind != "deepep"))
+
+
+def accepted(space: SearchSpace) -> list[LayoutChoice]:
+    return list(LayoutChecks(space, check_rules, Rejections()).accepted())
+
+
+def test_bounds_are_below_exact_figures(tmp_path: Path) -> None:
+    """At every level, for layouts of all kinds."""
+    request, space = make_space(tmp_path, 16, 32)
+    estimates, seen = Estimates(space, request.planner), Counter[str]()
+    choices = accepted(space)
+    Random(0).shuffle(choices)
+    for choice in choices:
+        kind = choice.schedule.kind
+        seen[kind] += 1
+        if seen[kind] > 2:
+            continue
+        config = estimates.balanced(choice)
+        plan = plan_job(replace(config, cluster=replace(config.cluster, memory_bytes=None)), request.planner)
+        step, peak = require_time(plan).time.step, plan.memory.worst.total
+        bounds = (
+            estimates.seconds(choice),
+            estimates.load_seconds(choice, config),
+            estimates.cut_seconds(choice, config),
+        )
+        needs = (
+            estimates.mean_memory(choice),
+            *(estimates.cut_memory(choice, config, builds=builds).largest for builds in (False, True)),
+        )
+        assert max(bounds) <= step, choice
+        assert max(needs) <= peak, choice
+        assert needs[2] >= 0.5 * peak, choice
+        assert bounds[0] >= 0.2 * step, choice
+    assert set(seen) == set(SCHEDULES.names())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("ranks", "sequences", "overrides"),
+    [(16, 32, ()), (64, 64, ()), (16, 16, ("cluster.memory_bytes=40000000000",))],
+)
+def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, overrides: tuple[str, ...]) -> None:
+    """Compares the result with a plan of every layout that rules accept."""
+    request, space = make_space(tmp_path, ranks, sequences, *overrides)
+    own = space.config.dispatch
+    space = replace(space, recomputes=space.recomputes[:1], dispatches=(own,))
+    result = search_layouts(space, request.config, request.planner, check_rules)
+    assert result.counts.open == 0
+    best: list[tuple[float, int]] = []
+    for choice in accepted(space):
+        try:
+            plan = plan_job(space.layout_config(choice.setting, choice.schedule), request.planner)
+        except ScheduleError:
+            continue
+        if plan.fits:
+            best.append((require_time(plan).time.step, plan.memory.worst.total))
+    best.sort()
+    found = [each.order for each in result.found]
+    assert [step for step, _ in found[:6]] == pytest.approx([step for step, _ in best[:6]], rel=1e-6)
+    for each in result.found:
+        step, peak = each.order
+        is_beaten = any(other < step * (1 - 1e-6) and need <= peak for other, need in best)
+        assert is_beaten != each.is_pareto or not each.is_pareto
+
+
+def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
+    request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=180000000000")
+    space = replace(space, recomputes=space.recomputes[:1])
+    result = search_layouts(space, request.config, request.planner, check_rules)
+    counts = result.counts
+    assert counts.layouts == sum(len(space.schedules_of(setting.pipeline)) for setting in space.settings())
+    assert counts.rejected == sum(group.count for group in result.rejected)
+    assert counts.layouts >= counts.rejected + counts.dropped + counts.open
+    assert {group.reason.partition(":")[0] for group in result.rejected} >= {"dispatch", "batch.global_sequences"}
+    assert all(found.memory.worst.total <= request.config.cluster.memory_bytes for found in result.found)
+    assert [found.order for found in result.found] == sorted(found.order for found in result.found)
+
+
+def test_batch_is_adapted_only_if_no_layout_divides_it() -> None:
+    config = read_request(["experiment=v3_671b"]).config
+    assert adapted_run(config, 2048) == config
+    adapted = adapted_run(config, 100_352)
+    assert adapted.batch.global_sequences == 100_352
+    assert adapted.batch.ramp is None
+    tokens = config.batch_sizes.tokens_before(config.task.steps)
+    assert 0 <= adapted.batch_sizes.tokens_before(adapted.task.steps) - tokens < 100_352 * 4096
+    check_rules(replace(adapted, parallelism=replace(config.parallelism, data=6272)))
