@@ -44,6 +44,8 @@ def search_space(request: PlanRequest) -> SearchSpace:
         ConfigError: there are too many ranks, or no time can be predicted.
     """
     config = request.config
+    if request.options.format == "html":
+        raise ConfigError("format: must be text or json with search=true, is html; nearest valid: text")
     ranks = request.options.ranks or config.parallelism.world_size
     if ranks > MOST_RANKS:
         raise ConfigError(f"ranks: must be at most {MOST_RANKS}, is {ranks}; nearest valid: {MOST_RANKS}")

@@ -24,6 +24,7 @@ def run(tmp_path: Path, *overrides: str) -> str:
     return out.read_text()
 
 
+@pytest.mark.slow
 def test_candidates_are_plans_of_their_overrides(tmp_path: Path) -> None:
     found = json.loads(run(tmp_path, *SMALL, "format=json"))
     assert {"candidates", "rejected"} <= found.keys()
@@ -43,6 +44,7 @@ def test_candidates_are_plans_of_their_overrides(tmp_path: Path) -> None:
         assert plan["memory"]["peak_bytes"] == each["memory"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_text_has_at_most_100_columns(tmp_path: Path) -> None:
     lines = run(tmp_path, *SMALL).splitlines()
     assert lines[0].startswith("best of")
@@ -58,6 +60,7 @@ def test_text_has_at_most_100_columns(tmp_path: Path) -> None:
             "ranks: must be at most 1048576, is 2000000; nearest valid: 1048576",
         ),
         (["experiment=v2_lite_16b", "cluster.peak_flops=null"], "cluster.peak_flops: must be known"),
+        (["experiment=v2_lite_16b", "format=html"], "format: must be text or json with search=true"),
         (["experiment=v2_lite_16b", "ranks=0"], "ranks: must be"),
     ],
 )

@@ -93,6 +93,7 @@ def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, o
         assert is_beaten != each.is_pareto or not each.is_pareto
 
 
+@pytest.mark.slow
 def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=180000000000")
     space = replace(space, recomputes=space.recomputes[:1])

@@ -1,4 +1,4 @@
-"""Finds the fastest layouts that fit, and further ones that need less memory, by branch and bound. No torch here.
+"""Finds the fastest layouts that fit, and smaller ones, by branch and bound. No torch here.
 
 Every layout has a lower bound of its step. The layout with the smallest bound is refined next: first its cut is
 computed, then the live micro-batches of its schedule are counted, then its schedule is built and timed, then its memory

@@ -102,7 +102,7 @@ def mean_memory(config: TrainConfig, copies: int) -> int:
 
 
 def static_memory(config: TrainConfig, cut: Sequence[range], placement: Placement, sizes: Sizes) -> list[int]:
-    """Returns the bytes of each pipeline rank outside its passes, with FP8 copies of weights and the reserve.
+    """Returns the bytes of each rank outside its passes, with FP8 copies of weights and the reserve.
 
     Args:
         config: of the layout.
@@ -148,7 +148,7 @@ def one_micro_batch(placement: Placement) -> list[LiveCounts]:
 
 
 def live_counts(schedule: Schedule) -> list[LiveCounts]:
-    """Returns how many micro-batches each rank keeps after its groups, at all moments that may be the peak.
+    """Returns how many micro-batches each rank keeps after its groups, where that may be the peak.
 
     Args:
         schedule: that trains.

@@ -210,7 +210,7 @@ def _cheapest(stage: StageCosts, alone: float, *, pairs: bool) -> StageCosts:
 
 
 def update_bound(config: TrainConfig, rates: Rates, *, copies: int) -> float:
-    """Returns a time that the optimizer needs at least, for any cut: that of the rank with the mean of the weights.
+    """Returns a time that the optimizer needs at least, for any cut: that of the mean of the weights.
 
     Args:
         config: of the layout.
