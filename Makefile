@@ -8,7 +8,8 @@ ARGS ?=
 ALONE := tests/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,groups.py lane.py transport.py) \
 	$(addprefix tests/train/test_,decoding_idle.py failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py
-LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py)
+LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py) \
+	tests/train/planner/measured/test_sleeping_run.py
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 

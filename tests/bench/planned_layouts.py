@@ -21,12 +21,13 @@ from dualpipe.config import ScheduleConfig
 from model.phases import ComputePhase
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
-from tests.train.job import close_job, open_job, open_loader
+from tests.train.job import close_job, configured_schedule, open_job, open_loader
 from train.config import TrainConfig
 from train.planner.config import EfficiencyConfig, MeasuredRates, RateSource
 from train.planner.measured.record import layer_parameters
 from train.planner.timing import time_plan
 from train.schedule import probe
+from train.schedule.cut import run_cut, with_cut
 from train.schedule.layer_times import LayerTimes
 from train.step import train_step
 
@@ -88,10 +89,10 @@ def small_layouts(folder: Path) -> Layouts:
             "pipeline 4, 1f1b, 1 sequence": config(4, "1f1b", 1),
             "pipeline 4, 1f1b, 4 sequences": config(4, "1f1b", 4),
             "pipeline 4, dualpipe, 2 sequences": config(4, "dualpipe", 2),
-            "pipeline 2, zb_v, 1 sequence": config(2, "zb_v", 1),
+            "pipeline 2, 1f1b, 4 sequences": config(2, "1f1b", 4),
             "pipeline 1, 1f1b, 4 sequences": config(1, "1f1b", 4),
         },
-        probed="pipeline 2, zb_v, 1 sequence",
+        probed="pipeline 2, 1f1b, 4 sequences",
     )
 
 
@@ -117,9 +118,22 @@ def measure_layouts(layouts: Layouts, num_rounds: int, seconds_per_sequence: flo
     found = []
     for name, config in layouts.configs.items():
         steps = zip(*(of_rank[2][name] for of_rank in ranks), strict=True)
-        predicted = time_plan(rates, EfficiencyConfig(unexplained=1.0), config).time.step
-        found.append(LayoutTime(name=name, predicted=predicted, measured=tuple(max(step) for step in steps)))
+        found.append(
+            LayoutTime(name=name, predicted=predicted_step(rates, config), measured=tuple(max(step) for step in steps))
+        )
     return found
+
+
+def predicted_step(rates: MeasuredRates, config: TrainConfig) -> float:
+    """Returns the planned time of a layout's step, with the schedule and the cut that its ranks use.
+
+    Args:
+        rates: of the probe.
+        config: of the layout.
+    """
+    schedule = configured_schedule(config)
+    listed = with_cut(config, run_cut(config, schedule.placement))
+    return time_plan(rates, EfficiencyConfig(unexplained=1.0), listed, schedule=schedule).time.step
 
 
 def rates_of(config: TrainConfig, times: LayerTimes, outside_seconds: float) -> MeasuredRates:
