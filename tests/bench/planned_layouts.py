@@ -32,7 +32,7 @@ from train.schedule.layer_times import LayerTimes
 from train.step import train_step
 
 LEAST_APART = 0.05
-SECONDS_PER_SEQUENCE = 0.012
+SECONDS_PER_SEQUENCE = 0.015
 """Time of F of a phase of computation that makes the noise of a busy machine small."""
 _PASSES = {"forward": 1.0, "backward": 1.3, "weight": 0.7}
 _TOKENS = 32

@@ -7,6 +7,7 @@ import pytest
 from tests.bench.planned_cpu import MOST_OFF as MOST_CPU_OFF
 from tests.bench.planned_cpu import cpu_text, measure_cpu, quickstart
 from tests.bench.planned_layouts import (
+    SECONDS_PER_SEQUENCE,
     LayoutTime,
     layouts_text,
     measure_layouts,
@@ -42,7 +43,7 @@ def test_cpu_time_of_ranks_is_predicted(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_layouts_are_ordered_as_measured(tmp_path: Path) -> None:
-    times = measure_layouts(small_layouts(tmp_path), 5, 0.012)
+    times = measure_layouts(small_layouts(tmp_path), 5, SECONDS_PER_SEQUENCE)
     right, total = ordered_pairs(times)
     assert total - right <= 2, layouts_text(times)
 
