@@ -183,8 +183,8 @@ def _parse(text: str) -> Override:
         key, has_value, value = text.partition("=")
         raise SyntaxOverrideError(
             text,
-            f"{text}: is not an override; write key=value, a list as key=[a,b], and quote text that holds any of "
-            f",=:{{}}[]() like {quoted_override(key, value) if key and has_value else quoted_override('key', 'a,b')}",
+            f"{text}: is not an override; write name=value, a list as name=[a,b], and quote text that holds any of "
+            f",=:{{}}[]() like {quoted_override(key, value) if key and has_value else quoted_override('name', 'a,b')}",
         ) from error
 
 

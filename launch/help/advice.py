@@ -126,7 +126,7 @@ def refuse_flags(command: str, arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument}: no key; nearest valid: {arguments[index - 1]}={argument}")
         if not has_value and arguments[index + 1 :] and not re.search("^-|=", arguments[index + 1]):
             value = arguments[index + 1]
-        raise ConfigError(f"{argument}: there are no flags, options are key=value; {_meant(command, key, value)}")
+        raise ConfigError(f"{argument}: there are no flags, options are name=value; {_meant(command, key, value)}")
 
 
 def repeated_notes(arguments: Sequence[str]) -> list[str]:
@@ -185,7 +185,7 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
         return f"{text}: is an option of {' and '.join(groups)}; nearest valid: {groups[-1]}={text}"
     if "=" in before:
         words = [before, *_bare_words(arguments[index:])]
-        return f"{text}: is not key=value; if it belongs to the value before it: {shlex.quote(' '.join(words))}"
+        return f"{text}: is not name=value; if it belongs to the value before it: {shlex.quote(' '.join(words))}"
     line = find_advice(command, BARE_PATH, text, is_unknown=False)
     return None if line is None else f"{text}: {line.text(text)}"
 

@@ -54,7 +54,7 @@ def test_compose_every_default_is_an_option() -> None:
         ("task.steps=???", ["task.steps: a value is needed"]),
         ("name=${nope}", ["name: ", "nope"]),
         ("name=${oc.env:NOT_SET_ANYWHERE}", ["name: ", "NOT_SET_ANYWHERE"]),
-        ("seed", ["seed: is not an override", "key=value"]),
+        ("seed", ["seed: is not an override", "name=value"]),
         ("=3", ["=3: is not an override"]),
         ("seed=[1", ["seed=[1: is not an override", "quote"]),
         ("", ["is not an override"]),
