@@ -6,8 +6,7 @@ is predicted. The search ends when the smallest bound is not below the slowest l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from dualpipe.ir import ScheduleError
@@ -19,11 +18,12 @@ from train.planner.as_json import layout_json
 from train.planner.cost import JobCost, job_cost
 from train.planner.job_plan import PlannerConfig
 from train.planner.search.checked import LayoutChecks, Rules, bounded_layouts, broken_rule, layout_of
-from train.planner.search.estimates import Estimates, LayoutChoice, MemoryBound
+from train.planner.search.entries import Level, SearchEntry
+from train.planner.search.estimates import Estimates, MemoryBound
 from train.planner.search.rejections import Rejections
 from train.planner.search.result import FoundLayout, SearchCounts, SearchResult, with_front
 from train.planner.search.space import SearchSpace
-from train.planner.timing import StepTime, time_plan
+from train.planner.timing import time_plan
 from train.schedule.cut import with_cut
 
 NUM_FASTEST = 6
@@ -32,7 +32,7 @@ NUM_SMALLER = 3
 """Number of slower layouts with less memory that are returned."""
 _SMALLER = 0.9
 """Memory of a slower layout of the front relative to that of the one before it, at most."""
-_MOST_SECONDS = 28.0
+_MOST_SECONDS = 32.0
 _MOST_FRONT_SECONDS = 8.0
 """CPU seconds of a search, and further ones for the front, as estimated before each step: a result needs no clock."""
 _MOST_BUILD_SECONDS = 3.0
@@ -42,30 +42,6 @@ _CUT_SECONDS, _BOUND_SECONDS, _PREDICTION_SECONDS = 0.002, 0.008, 0.3
 _MOST_GROUPS = 40
 """Number of reasons for rejections that are returned."""
 _GB = 1e9
-
-
-class _Level(IntEnum):
-    """What is known of a layout."""
-
-    WORK = 0
-    CUT = 1
-    BOUNDED = 2
-    COUNTED = 3
-    TIMED = 4
-    UNFITTED = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    """A layout with lower bounds of time and memory; `config` has a listed cut as soon as it is known."""
-
-    choice: LayoutChoice
-    seconds: float
-    memory: int
-    level: _Level = _Level.WORK
-    config: TrainConfig | None = None
-    time: StepTime | None = None
-    has_fitted_cut: bool = False
 
 
 def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig, rules: Rules) -> SearchResult:
@@ -122,9 +98,10 @@ class _Search:
         self._open: list[float] = []
         self._numbers = self._built = 0
         self._left = _MOST_SECONDS
+        self._unfitted: list[tuple[float, int, int, SearchEntry]] = []
         bounded = bounded_layouts(space, self._checks, self._estimates, self.rejections)
         self._heap = [
-            self._item(_Entry(choice=each.choice, seconds=each.seconds, memory=each.memory)) for each in bounded
+            self._item(SearchEntry(choice=each.choice, seconds=each.seconds, memory=each.memory)) for each in bounded
         ]
         heapify(self._heap)
 
@@ -155,13 +132,19 @@ class _Search:
             number: of layouts.
             limit: maximum of the peak memory; those of later calls must be smaller.
         """
-        while self._heap:
-            best = self._best(number, limit)
-            if len(best) == number and self._heap[0][:2] >= best[-1].order:
-                break
-            entry = heappop(self._heap)[-1]
-            if limit is None or entry.memory <= limit:
-                self._refine(entry)
+        # Other cuts are looked for last, because that takes long and their bounds are the smallest.
+        for heap in (self._heap, self._unfitted):
+            while heap or self._heap:
+                best, source = self._best(number, limit), self._heap or heap
+                if len(best) == number and source[0][:2] >= best[-1].order:
+                    if source is heap:
+                        break
+                    source = heap
+                    if not heap or heap[0][:2] >= best[-1].order:
+                        break
+                entry = heappop(source)[-1]
+                if limit is None or entry.memory <= limit:
+                    self._refine(entry)
         best = self._best(number, limit)
         self._exact = [each for each in self._exact if each not in best]
         return best
@@ -170,59 +153,59 @@ class _Search:
         small = (each for each in self._exact if limit is None or each.peak_bytes <= limit)
         return sorted(small, key=lambda each: each.order)[:number]
 
-    def _item(self, entry: _Entry) -> tuple[float, int, int, _Entry]:
+    def _item(self, entry: SearchEntry) -> tuple[float, int, int, SearchEntry]:
         self._numbers += 1
         return entry.seconds, entry.memory, self._numbers, entry
 
-    def _push(self, entry: _Entry) -> None:
+    def _push(self, entry: SearchEntry) -> None:
         heappush(self._heap, self._item(entry))
 
-    def _refine(self, entry: _Entry) -> None:
+    def _refine(self, entry: SearchEntry) -> None:
         """Replaces a layout by what is known of it after one more step, or rejects it."""
-        steps: dict[_Level, Callable[[_Entry], None]] = {
-            _Level.WORK: self._cut,
-            _Level.CUT: self._bound,
-            _Level.BOUNDED: self._count,
-            _Level.COUNTED: self._time,
-            _Level.TIMED: self._predict,
-            _Level.UNFITTED: self._fit,
+        steps: dict[Level, Callable[[SearchEntry], None]] = {
+            Level.WORK: self._cut,
+            Level.CUT: self._bound,
+            Level.BOUNDED: self._count,
+            Level.COUNTED: self._time,
+            Level.TIMED: self._predict,
+            Level.UNFITTED: self._fit,
         }
         try:
             steps[entry.level](entry)
         except (ScheduleError, CutError) as error:
             self._reject(entry, str(error))
 
-    def _cut(self, entry: _Entry) -> None:
+    def _cut(self, entry: SearchEntry) -> None:
         """Computes the balanced cut, and bounds by the work and the static memory of each rank."""
         if not self._spends(entry, _CUT_SECONDS):
             return
         config = self._estimates.balanced(entry.choice)
         memory = self._estimates.cut_memory(entry.choice, config, builds=False)
         seconds = self._estimates.load_seconds(entry.choice, config)
-        self._push_if_fits(replace(entry, config=config, level=_Level.CUT, seconds=seconds), memory)
+        self._push_if_fits(replace(entry, config=config, level=Level.CUT, seconds=seconds), memory)
 
-    def _bound(self, entry: _Entry) -> None:
+    def _bound(self, entry: SearchEntry) -> None:
         """Bounds the step by the dependencies between ranks."""
         assert entry.config is not None
         if not self._spends(entry, _BOUND_SECONDS):
             return
         seconds = self._estimates.cut_seconds(entry.choice, entry.config)
-        self._push(replace(entry, seconds=max(entry.seconds, seconds), level=_Level.BOUNDED))
+        self._push(replace(entry, seconds=max(entry.seconds, seconds), level=Level.BOUNDED))
 
-    def _count(self, entry: _Entry) -> None:
+    def _count(self, entry: SearchEntry) -> None:
         """Counts the live micro-batches of the schedule."""
         assert entry.config is not None
-        if self._builds(entry):
+        if self._estimates.is_counted(entry.choice, entry.config) or self._builds(entry):
             memory = self._estimates.cut_memory(entry.choice, entry.config, builds=True)
-            self._push_if_fits(replace(entry, level=_Level.COUNTED), memory)
+            self._push_if_fits(replace(entry, level=Level.COUNTED), memory)
 
-    def _push_if_fits(self, entry: _Entry, memory: MemoryBound) -> None:
+    def _push_if_fits(self, entry: SearchEntry, memory: MemoryBound) -> None:
         if self._room is not None and memory.largest > self._room:
             self._set_aside(entry, memory, self._memory_reason(memory))
         else:
             self._push(replace(entry, memory=max(entry.memory, memory.largest)))
 
-    def _time(self, entry: _Entry) -> None:
+    def _time(self, entry: SearchEntry) -> None:
         """Builds and times the schedule."""
         config, planner = entry.config, self._planner
         assert config is not None
@@ -232,9 +215,9 @@ class _Search:
         elif self._builds(entry):
             self._built += 1
             time = time_plan(planner.rates, planner.efficiency, config).time
-            self._push(replace(entry, seconds=time.step, time=time, level=_Level.TIMED))
+            self._push(replace(entry, seconds=time.step, time=time, level=Level.TIMED))
 
-    def _predict(self, entry: _Entry) -> None:
+    def _predict(self, entry: SearchEntry) -> None:
         """Predicts the memory of a timed layout."""
         config, time = entry.config, entry.time
         assert config is not None
@@ -248,7 +231,7 @@ class _Search:
         needs = MemoryBound.of_ranks([rank.total for rank in memory.ranks])
         self._set_aside(entry, needs, summary_line(config, memory))
 
-    def _set_aside(self, entry: _Entry, memory: MemoryBound, reason: str) -> None:
+    def _set_aside(self, entry: SearchEntry, memory: MemoryBound, reason: str) -> None:
         """Rejects a layout whose balanced cut does not fit, or looks for another cut later."""
         assert self._room is not None
         if entry.has_fitted_cut or self._space.config.parallelism.cut.kind == "even" or memory.mean > self._room:
@@ -256,14 +239,15 @@ class _Search:
             return
         choice = entry.choice
         seconds, least = self._estimates.seconds(choice), self._estimates.mean_memory(choice)
-        self._push(replace(entry, seconds=seconds, memory=least, level=_Level.UNFITTED))
+        unfitted = replace(entry, seconds=seconds, memory=least, level=Level.UNFITTED)
+        heappush(self._unfitted, self._item(unfitted))
 
-    def _fit(self, entry: _Entry) -> None:
+    def _fit(self, entry: SearchEntry) -> None:
         """Looks for a less balanced cut that fits, unless the mean rank needs too much."""
         choice, config = entry.choice, entry.config
         assert config is not None
         assert self._room is not None
-        if not self._builds(entry):
+        if not (self._estimates.is_counted(choice, config) or self._builds(entry)):
             return
         memory = self._estimates.cut_memory(choice, config, builds=True)
         reason = self._memory_reason(memory)
@@ -279,7 +263,7 @@ class _Search:
             fitted = with_cut(free, fitted_cut(free, choice.schedule.kind, times))
             if fitted != config:
                 seconds = self._estimates.load_seconds(choice, fitted)
-                self._push(replace(entry, config=fitted, has_fitted_cut=True, seconds=seconds, level=_Level.CUT))
+                self._push(replace(entry, config=fitted, has_fitted_cut=True, seconds=seconds, level=Level.CUT))
                 return
         self._reject(entry, reason, excess=memory.largest / self._room)
 
@@ -288,12 +272,12 @@ class _Search:
         need, room = memory.largest / _GB, self._room / _GB
         return f"memory: rank {memory.rank} needs at least {need:.1f} GB of {room:.1f}"
 
-    def _builds(self, entry: _Entry) -> bool:
+    def _builds(self, entry: SearchEntry) -> bool:
         """Returns whether there is time to build the layout's schedule; if not, the layout remains open."""
         seconds = self._estimates.build_seconds(entry.choice)
         return self._spends(entry, seconds if seconds <= _MOST_BUILD_SECONDS else float("inf"))
 
-    def _spends(self, entry: _Entry, seconds: float) -> bool:
+    def _spends(self, entry: SearchEntry, seconds: float) -> bool:
         """Returns whether there is time for a step; if not, the layout remains open."""
         if seconds > self._left:
             self._open.append(entry.seconds)
@@ -301,7 +285,7 @@ class _Search:
         self._left -= seconds
         return True
 
-    def _reject(self, entry: _Entry, reason: str, excess: float = 0.0) -> None:
+    def _reject(self, entry: SearchEntry, reason: str, excess: float = 0.0) -> None:
         config = entry.config
         layout = layout_of(self._space, entry.choice) if config is None else layout_json(config)
         self.rejections.add(layout, reason, excess=excess)
