@@ -255,7 +255,7 @@ class Estimates:
         return self._once(("balanced", work, placement), lambda: run_cut(config, placement, times))
 
     def is_counted(self, choice: LayoutChoice, config: TrainConfig) -> bool:
-        """Returns whether the live micro-batches of a layout's schedule are known, perhaps from another layout.
+        """Returns whether the live micro-batches of a layout's schedule are known already.
 
         Args:
             choice: the layout.

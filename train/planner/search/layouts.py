@@ -7,9 +7,10 @@ is predicted. The search ends when the smallest bound is not below the slowest l
 
 from collections.abc import Callable
 from dataclasses import replace
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from dualpipe.ir import ScheduleError
+from dualpipe.registry import FALLBACK, SCHEDULES
 from model.config import CutError
 from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
@@ -32,16 +33,18 @@ NUM_SMALLER = 3
 """Number of slower layouts with less memory that are returned."""
 _SMALLER = 0.9
 """Memory of a slower layout of the front relative to that of the one before it, at most."""
-_MOST_SECONDS = 32.0
+_MOST_SECONDS = 16.0
 _MOST_FRONT_SECONDS = 8.0
 """CPU seconds of a search, and further ones for the front, as estimated before each step: a result needs no clock."""
 _MOST_BUILD_SECONDS = 3.0
 """Maximum of one schedule."""
-_CUT_SECONDS, _BOUND_SECONDS, _PREDICTION_SECONDS = 0.002, 0.008, 0.3
+_CUT_SECONDS, _BOUND_SECONDS, _PREDICTION_SECONDS = 0.002, 0.008, 0.8
 """CPU seconds of one layout's cut, bound and prediction of memory, as estimated."""
 _MOST_GROUPS = 40
 """Number of reasons for rejections that are returned."""
 _GB = 1e9
+
+_Heap = list[tuple[float, int, int, SearchEntry]]
 
 
 def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig, rules: Rules) -> SearchResult:
@@ -61,7 +64,7 @@ def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig,
     found = search.fastest(NUM_FASTEST, None)
     counts = search.counts(len(found))
     search.allow(_MOST_FRONT_SECONDS)
-    while found and len(found) < NUM_FASTEST + NUM_SMALLER:
+    while found and not counts.open and len(found) < NUM_FASTEST + NUM_SMALLER:
         limit = int(_SMALLER * min(each.peak_bytes for each in found))
         smaller = search.fastest(1, limit)
         if not smaller or not search.is_complete:
@@ -98,12 +101,11 @@ class _Search:
         self._open: list[float] = []
         self._numbers = self._built = 0
         self._left = _MOST_SECONDS
-        self._unfitted: list[tuple[float, int, int, SearchEntry]] = []
-        bounded = bounded_layouts(space, self._checks, self._estimates, self.rejections)
-        self._heap = [
-            self._item(SearchEntry(choice=each.choice, seconds=each.seconds, memory=each.memory)) for each in bounded
-        ]
-        heapify(self._heap)
+        self._heap: _Heap = []
+        self._costly: _Heap = []
+        self._unfitted: _Heap = []
+        for each in bounded_layouts(space, self._checks, self._estimates, self.rejections):
+            self._push(SearchEntry(choice=each.choice, seconds=each.seconds, memory=each.memory))
 
     def counts(self, num_found: int) -> SearchCounts:
         """Returns the numbers of layouts."""
@@ -132,19 +134,17 @@ class _Search:
             number: of layouts.
             limit: maximum of the peak memory; those of later calls must be smaller.
         """
-        # Other cuts are looked for last, because that takes long and their bounds are the smallest.
-        for heap in (self._heap, self._unfitted):
-            while heap or self._heap:
-                best, source = self._best(number, limit), self._heap or heap
-                if len(best) == number and source[0][:2] >= best[-1].order:
-                    if source is heap:
-                        break
-                    source = heap
-                    if not heap or heap[0][:2] >= best[-1].order:
-                        break
-                entry = heappop(source)[-1]
-                if limit is None or entry.memory <= limit:
-                    self._refine(entry)
+        while True:
+            best = self._best(number, limit)
+            worst = best[-1].order if len(best) == number else (float("inf"), 0)
+            # Searched orders take long to build, and other cuts longer, so the first ones make most of them needless.
+            heaps = (heap for heap in (self._heap, self._costly, self._unfitted) if heap and heap[0][:2] < worst)
+            heap = next(heaps, None)
+            if heap is None:
+                break
+            entry = heappop(heap)[-1]
+            if limit is None or entry.memory <= limit:
+                self._refine(entry)
         best = self._best(number, limit)
         self._exact = [each for each in self._exact if each not in best]
         return best
@@ -158,7 +158,9 @@ class _Search:
         return entry.seconds, entry.memory, self._numbers, entry
 
     def _push(self, entry: SearchEntry) -> None:
-        heappush(self._heap, self._item(entry))
+        kind = entry.choice.schedule.kind
+        is_costly = SCHEDULES.get(kind).takes_costs and kind != FALLBACK
+        heappush(self._costly if is_costly else self._heap, self._item(entry))
 
     def _refine(self, entry: SearchEntry) -> None:
         """Replaces a layout by what is known of it after one more step, or rejects it."""
