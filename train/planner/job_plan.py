@@ -69,7 +69,9 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         ScheduleError, CutError: the schedule or the cut is not defined.
     """
     untimed = untimed_reason(config, planner.rates)
-    times = None if untimed else part_seconds(planner.rates, config)
+    # A run with schedule=auto measures before it cuts the model; any other uses the configured costs.
+    measures = config.schedule.kind == "auto" and not untimed
+    times = part_seconds(planner.rates, config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
     room, worst = config.cluster.memory_bytes, memory.worst

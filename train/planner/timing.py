@@ -13,8 +13,9 @@ from model.account.parameters import held_parameters, stage_shapes
 from train.config import TrainConfig, sized_config
 from train.planner.config import EfficiencyConfig, KernelRates, MeasuredRates, Rates
 from train.planner.scaling import DeviceScale, scaled_times
-from train.schedule.cut import run_cut, run_placement
+from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.layer_times import LayerTimes, PartTimes, part_times, stage_costs
+from train.schedule.nominal import nominal_costs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,10 +130,13 @@ def time_plan(
 ) -> TimedPlan:
     """Simulates the schedule of a step of the largest batch.
 
+    The schedule and an automatic cut are those of the run: built for `costs`, or, with `schedule=auto`, for the rates,
+    as such a run measures first.
+
     Args:
         rates: measured times.
         efficiency: with the declared factor.
-        config: of the run, with a named schedule.
+        config: of the run; `schedule=auto` is planned as dualpipe_split.
         attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
         schedule: that a run follows; None: it is built.
 
@@ -141,12 +145,16 @@ def time_plan(
         CutError: the model cannot be cut into the stages.
     """
     config = sized_config(config, config.batch.global_sequences)
-    kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
+    measures = config.schedule.kind == "auto"
+    kind = FALLBACK if measures else config.schedule.kind
     config = replace(config, schedule=replace(config.schedule, kind=kind))
+    if not measures:
+        config = with_cut(config, run_cut(config, run_placement(config, kind)))
     costs = planned_costs(rates, config, attended_tokens)
     if schedule is None:
+        order = costs if measures else nominal_costs(config, kind)
         cache = schedules_folder(config.data.cache_dir)
-        schedule = build(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
+        schedule = build(kind, config.parallelism.pipeline, config.num_micro_batches, order, config.memory_cap, cache)
     simulation = simulate(schedule, costs)
     time = _step_time(rates, efficiency, config, schedule, simulation)
     return TimedPlan(schedule=schedule, costs=costs, simulation=simulation, time=time)
