@@ -9,17 +9,18 @@ A larger memory cap never gives a longer schedule. Orders are built for a fixed 
 the given cap is kept, so the orders of a smaller cap are a subset of those of a larger one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dualpipe.generate.list_builder.builder import build_order
+from dualpipe.generate.list_builder.preferences import Preset
 from dualpipe.generate.list_builder.presets import PRESETS
 from dualpipe.generate.list_builder.queues import Pipeline
-from dualpipe.generate.steady import SteadyState, extend, find_steady_state
+from dualpipe.generate.steady import SteadyState, extend, find_repeatable, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import simulate
+from dualpipe.simulate.simulate import Simulation, makespan_of, peak_memory, simulate
 from dualpipe.validate import validate
 
 # Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.
@@ -31,6 +32,8 @@ _TOLERANCE = 1e-9
 # Up to this number of periods, orders are built for all micro-batches; above it for few, and extended.
 _MOST_PERIODS, _FEW_PERIODS = 8, 6
 _LEAST_MICRO_BATCHES = 32
+# Maximum number of orders without a steady state that are extended.
+_MOST_REPEATED = 2
 # Orders of equal makespan are compared under links with this additional latency, relative to a stage's work.
 _LATENCY_SHARE = 0.02
 
@@ -52,7 +55,9 @@ class BestSchedule:
         self.bound = lower_bound(shape, costs, cap).value
         self.schedule: Schedule | None = None
         self.makespan = float("inf")
-        self._score: tuple[float, ...] = ()
+        self._peak = 0.0
+        self._slowed_schedule: Schedule | None = None
+        self._slowed_makespan = 0.0
         work = [stage.forward + stage.backward_input + stage.backward_weight for stage in costs.stages]
         self._slow_links = replace(costs, latency=costs.latency + _LATENCY_SHARE * sum(work) / len(work))
 
@@ -64,21 +69,34 @@ class BestSchedule:
     def consider(self, schedule: Schedule) -> bool:
         """Keeps the schedule if it is valid, within the cap and better than the best so far; returns whether."""
         try:
-            simulation = simulate(schedule, self.costs)
+            makespan = makespan_of(schedule, self.costs)
         except ScheduleError:
             return False
-        if max(simulation.peaks) > self.cap + _TOLERANCE or simulation.makespan > self.makespan * (1 + _TOLERANCE):
+        peak = max(peak_memory(schedule, self.costs))
+        if peak > self.cap + _TOLERANCE or makespan > self.makespan * (1 + _TOLERANCE):
             return False
-        slowed = simulate(schedule, self._slow_links).makespan
-        score = (round(simulation.makespan, 9), round(slowed, 9), max(simulation.peaks))
-        if self.schedule is not None and score >= self._score:
+        if self._is_tie(makespan) and (self._slowed(schedule), peak) >= (self._slowed(self.schedule), self._peak):
             return False
         try:
             validate(schedule)
         except ScheduleError:
             return False
-        self.schedule, self.makespan, self._score = schedule, simulation.makespan, score
+        self.schedule, self.makespan, self._peak = schedule, makespan, peak
         return True
+
+    def _is_tie(self, makespan: float) -> bool:
+        """Returns whether slow links decide, which are simulated only then."""
+        return self.schedule is not None and round(makespan, 9) >= round(self.makespan, 9)
+
+    def _slowed(self, schedule: Schedule | None) -> float:
+        """Returns the makespan with slower links; that of the last best schedule is kept."""
+        assert schedule is not None, "ties are only between schedules"
+        if schedule is not self._slowed_schedule:
+            slowed = round(makespan_of(schedule, self._slow_links), 9)
+            if schedule is not self.schedule:
+                return slowed
+            self._slowed_schedule, self._slowed_makespan = schedule, slowed
+        return self._slowed_makespan
 
 
 def search(
@@ -176,6 +194,16 @@ class _Found:
     makespan: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Unsteady:
+    """Order of few micro-batches without a steady state; blocks have `shift` micro-batches of each direction."""
+
+    schedule: Schedule
+    simulation: Simulation
+    shift: int
+    preset: Preset
+
+
 class _Level:
     """Search within one memory cap."""
 
@@ -191,47 +219,81 @@ class _Level:
     def run(self) -> None:
         """Builds orders with the presets, and considers the best ones until one is valid."""
         found: list[_Found] = []
+        unsteady: list[_Unsteady] = []
         left, limit = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT, self._limit()
-        for number, preset in enumerate(PRESETS):
-            if number >= _LEAST_ATTEMPTS and left <= 0:
+        attempts = 0
+        for preset in PRESETS:
+            shift = preset.steady.blocks(self._few.num_ranks, self._few.num_directions).forward
+            if self._added() % (shift * self._few.num_directions):
+                continue
+            if attempts >= _LEAST_ATTEMPTS and left <= 0:
                 break
             attempt = build_order(self._pipeline, preset, limit)
+            attempts += 1
             left -= attempt.effort
-            if attempt.ranks is not None:
-                shift = preset.steady.blocks(self._few.num_ranks, self._few.num_directions).forward
-                found += self._timed(replace(self._few, ranks=attempt.ranks), shift)
+            if attempt.ranks is None:
+                continue
+            order = replace(self._few, ranks=attempt.ranks)
+            if not self._added():
+                found.append(_Found(order, None, makespan_of(order, self._best.costs)))
+                continue
+            simulation = simulate(order, self._best.costs)
+            steady = find_steady_state(order, simulation, shift)
+            if steady is None:
+                unsteady.append(_Unsteady(order, simulation, shift, preset))
+            else:
+                found.append(self._extended(order, simulation, steady))
+        if not self._consider(found or self._repeated(unsteady)) and self._best.schedule is None:
+            self._run_whole([item.preset for item in sorted(unsteady, key=lambda item: item.simulation.makespan)])
+
+    def _added(self) -> int:
+        """Returns the number of micro-batches that orders are extended by."""
+        return self._best.shape.num_micro_batches - self._few.num_micro_batches
+
+    def _extended(self, order: Schedule, simulation: Simulation, steady: SteadyState) -> _Found:
+        periods = self._added() // (steady.shift * order.num_directions)
+        return _Found(order, steady, simulation.makespan + periods * steady.time)
+
+    def _consider(self, found: Sequence[_Found]) -> bool:
+        """Considers orders from the shortest to the longest while they may be the best; returns whether one was kept.
+
+        Large ones are not built in full to compare orders of equal makespan.
+        """
+        margin = -_TOLERANCE if _is_large(self._best.shape) else _TOLERANCE
+        has_kept = False
         for item in sorted(found, key=lambda item: item.makespan):
-            if item.makespan > self._best.makespan * (1 + _TOLERANCE):
+            if item.makespan > self._best.makespan * (1 + margin):
                 break
             steady, count = item.steady, self._best.shape.num_micro_batches
-            self._best.consider(item.schedule if steady is None else extend(item.schedule, steady, count))
-        if not found and self._few is not self._best.shape:
-            self._run_whole()
+            order = item.schedule if steady is None else extend(item.schedule, steady, count)
+            has_kept = self._best.consider(order) or has_kept
+        return has_kept
 
-    def _run_whole(self) -> None:
-        """Builds orders of all micro-batches until one is valid, because no order of few has a steady state."""
+    def _repeated(self, unsteady: Sequence[_Unsteady]) -> list[_Found]:
+        """Returns the shortest orders without a steady state, with a part that can be repeated."""
+        found = []
+        for item in sorted(unsteady, key=lambda item: item.simulation.makespan)[:_MOST_REPEATED]:
+            steady = find_repeatable(item.schedule, item.simulation, item.shift, self._best.costs)
+            if steady is not None:
+                found.append(self._extended(item.schedule, item.simulation, steady))
+        return found
+
+    def _run_whole(self, first: Sequence[Preset]) -> None:
+        """Builds orders of all micro-batches until one is valid, because none of few can be extended.
+
+        Args:
+            first: presets to try before the others.
+        """
+        if not self._added():
+            return
         pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
-        for preset in PRESETS:
+        for preset in (*first, *PRESETS):
             attempt = build_order(pipeline, preset, self._best.makespan)
             if attempt.ranks is not None and self._best.consider(replace(self._best.shape, ranks=attempt.ranks)):
                 break
 
     def _limit(self) -> float:
         """Returns the makespan that an order of few micro-batches must not exceed to be the best."""
-        more = self._best.shape.num_micro_batches - self._few.num_micro_batches
         stages = self._best.costs.stages
         work = sum(stage.forward + stage.backward_input + stage.backward_weight for stage in stages)
-        return self._best.makespan - more * work / self._best.shape.num_ranks + _TOLERANCE
-
-    def _timed(self, schedule: Schedule, shift: int) -> Iterator[_Found]:
-        """Yields the order with its makespan for all micro-batches, if it has a steady state or needs none."""
-        simulation = simulate(schedule, self._best.costs)
-        more, rest = divmod(
-            self._best.shape.num_micro_batches - schedule.num_micro_batches, shift * schedule.num_directions
-        )
-        if more == rest == 0:
-            yield _Found(schedule, None, simulation.makespan)
-            return
-        steady = None if rest else find_steady_state(schedule, simulation, shift)
-        if steady is not None:
-            yield _Found(schedule, steady, simulation.makespan + more * steady.time)
+        return self._best.makespan - self._added() * work / self._best.shape.num_ranks + _TOLERANCE

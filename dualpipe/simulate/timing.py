@@ -91,6 +91,7 @@ class Timing:
         }
         self._lanes = [lanes[op[0], op[2]] for op in self.operations]
         self._durations: dict[NumberedGroup, float] = {}
+        self._known_inputs: dict[NumberedGroup, tuple[tuple[int, float], ...]] = {}
         self._alone = costs.alone
         self._needed, self._lags = self._edges(schedule, costs.latency)
         # By number: the time of each copy, and the offload that follows a forward.
@@ -142,7 +143,8 @@ class Timing:
             Whether all ranks can still end by the limit.
         """
         ends, left, clock, position = progress.ends, progress.left, progress.clock, progress.position
-        ready, duration_of, copies = self.ready, self.duration, self._copies
+        known, duration_of, copies = self._durations, self.duration, self._copies
+        known_inputs, inputs_of = self._known_inputs, self._inputs_of
         blocked: dict[int, list[int]] = {}
         waiting = list(range(len(ranks)))[::-1]
         while waiting:
@@ -150,13 +152,21 @@ class Timing:
             groups, time = ranks[rank], clock[rank]
             for index in range(position[rank], len(groups) if until is None else min(until, len(groups))):
                 group = groups[index]
-                start, missing = ready(group, time, ends)
+                start, missing = time, -1
+                # As in `ready`, without a call for each group.
+                for number, lag in known_inputs[group] if group in known_inputs else inputs_of(group):
+                    arrival = ends[number]
+                    if arrival < 0:
+                        missing = number
+                        break
+                    if arrival + lag > start:
+                        start = arrival + lag
                 if missing >= 0:
                     blocked.setdefault(missing, []).append(rank)
                     break
                 if start + left[rank] > limit:
                     return False
-                duration = duration_of(group)
+                duration = known[group] if group in known else duration_of(group)
                 time = start + duration
                 left[rank] -= duration
                 position[rank] = index + 1
@@ -215,22 +225,24 @@ class Timing:
 
     def ready(self, group: NumberedGroup, time: float, ends: list[float]) -> tuple[float, int]:
         """Returns the start of a group on a rank free at `time`, and -1 or an operation that must run first."""
-        for number in group:
-            before = self._before[number]
-            if before >= 0:
-                if ends[before] < 0:
-                    return time, before
-                if ends[before] > time:  # only a reload may end after the rank is free
-                    time = ends[before]
-            needed = self._needed[number]
-            if needed >= 0:
-                arrival = ends[needed]
-                if arrival < 0:
-                    return time, needed
-                arrival += self._lags[number]
-                if arrival > time:
-                    time = arrival
+        for number, lag in self._known_inputs.get(group) or self._inputs_of(group):
+            arrival = ends[number]
+            if arrival < 0:
+                return time, number
+            if arrival + lag > time:
+                time = arrival + lag
         return time, -1
+
+    def _inputs_of(self, group: NumberedGroup) -> tuple[tuple[int, float], ...]:
+        """Returns the operations that a group needs, each with the time from its end to the arrival of its value."""
+        inputs: list[tuple[int, float]] = []
+        for number in group:
+            if self._before[number] >= 0:  # only a reload may end after the rank is free
+                inputs.append((self._before[number], 0.0))
+            if self._needed[number] >= 0:
+                inputs.append((self._needed[number], self._lags[number]))
+        found = self._known_inputs[group] = tuple(inputs)
+        return found
 
     def _edges(self, schedule: Schedule, latency: float) -> tuple[list[int], list[float]]:
         """Returns the operation of a neighboring stage that each operation needs, and the latency from it."""

@@ -150,7 +150,7 @@ def _found(case: Case, kind: str, chunks: int, cap: float) -> Found:
     schedule = build(kind, case.num_ranks, case.num_micro_batches, costs, cap)
     seconds = time.perf_counter() - begin
     validate(schedule, cap)
-    played, work = EventClock(schedule, costs), _most_work(schedule, costs)
+    played, work = EventClock(schedule, costs), most_work(schedule, costs)
     bound = lower_bound(schedule, costs, cap).value
     assert bound <= played.makespan + _ROUNDING, f"{case}: {kind} has makespan {played.makespan}, bound {bound}"
     return Found(
@@ -163,7 +163,7 @@ def _found(case: Case, kind: str, chunks: int, cap: float) -> Found:
     )
 
 
-def _most_work(schedule: Schedule, costs: CostModel) -> float:
+def most_work(schedule: Schedule, costs: CostModel) -> float:
     """Returns the computation of the rank that has most of it."""
     return max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)
 
