@@ -12,6 +12,7 @@ from tests.bench import report
 from tests.bench.blocks import Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, TORCH_KINDS
 from tests.bench.forecast import forecast_text
+from tests.bench.grouped_stages import CASES, grouped_text, measure_grouped
 from tests.bench.grpo import grpo_text, measure_grpo
 from tests.bench.interpreter import microseconds_per_operation
 from tests.bench.measure import Plan, make_schedule, measure
@@ -26,7 +27,19 @@ from tests.cluster.exchange import exchange_text
 from tests.cluster.namespaces import missing, open_cluster
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-SECTIONS = ("sleep", "products", "interpreter", "forecast", "exchange", "overlap", "training", "sft", "grpo", "plan")
+SECTIONS = (
+    "sleep",
+    "products",
+    "interpreter",
+    "forecast",
+    "exchange",
+    "overlap",
+    "training",
+    "sft",
+    "grpo",
+    "plan",
+    "groups",
+)
 
 _WITH_TRL = {"sft": (measure_sft, sft_text), "grpo": (measure_grpo, grpo_text)}
 
@@ -75,6 +88,10 @@ def main() -> None:
             found[section] = _with_trl(section, 4 * arguments.rounds, measure_steps, text)
     if "plan" in arguments.sections:
         found["plan"] = _planned(arguments.rounds)
+    if "groups" in arguments.sections:
+        grouped = measure_grouped(8, 16, 0.24, CASES, max(1, arguments.rounds // 2))
+        found["groups"] = [asdict(step) for step in grouped]
+        print("\n" + grouped_text(grouped), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
