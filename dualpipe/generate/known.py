@@ -11,12 +11,14 @@ from dualpipe.optimize.fuse import exchanges, fuse
 from dualpipe.optimize.weights import place_weights
 from dualpipe.passes import split_backwards
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import peak_memory
+from dualpipe.simulate.simulate import makespan_of, peak_memory
 
 _PATIENCE = (0.0, 1.0, 0.5)
 # Enough micro-batches that a steady state remains between the fused ends.
 _FEW_PER_RANK, _MARGIN = 3, 4
 _SHIFTS = (1, 2, 4)
+# Without exchange, up to this number of micro-batches per rank all are ordered; above it few, and extended.
+_MOST_PERIODS, _FEW_PERIODS = 8, 6
 # Maximum number of ranks for which more than one order is fused.
 _MOST_FUSED = 12
 
@@ -35,9 +37,7 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
     largest = max(stage.activation for stage in costs.stages) * shape.num_stages / shape.num_ranks
     natural = (shape.num_ranks + 1) * largest
     if not exchanges(costs):
-        order = lockstep(shape, paired=False)
-        for patience in _PATIENCE:
-            yield from filter(None, [place_weights(order, costs, min(memory_cap, natural), patience)])
+        yield from _filled_orders(shape, costs, min(memory_cap, natural))
     elif shape.num_stages == shape.num_ranks:
         # Fusing is slow, so the order of few micro-batches is extended.
         few = _FEW_PER_RANK * shape.num_ranks + _MARGIN
@@ -47,6 +47,34 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
                 yield from filter(None, [lengthen(fuse(order, costs), costs, shape.num_micro_batches, _SHIFTS)])
             if shape.num_ranks > _MOST_FUSED:
                 break
+
+
+def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
+    """Yields lockstep orders whose W fill idle time.
+
+    With many micro-batches it yields one order: the best of few micro-batches, extended. If it has no steady state, the
+    W of all micro-batches are placed.
+
+    Args:
+        shape: schedule with placement and counts.
+        costs: costs of its stages.
+        memory_cap: memory cap for the placement of W.
+    """
+    ranks, count = shape.num_ranks, shape.num_micro_batches
+    is_short = count <= _MOST_PERIODS * ranks
+    few = shape if is_short else replace(shape, num_micro_batches=count % ranks + _FEW_PERIODS * ranks)
+    order = lockstep(few, paired=False)
+    filled = (place_weights(order, costs, memory_cap, patience) for patience in _PATIENCE)
+    if is_short:
+        yield from filter(None, filled)
+        return
+    shifts = _SHIFTS if shape.num_stages == ranks else (max(1, ranks // 2),)
+    for found in sorted(filter(None, filled), key=lambda each: makespan_of(each, costs)):
+        longer = lengthen(found, costs, count, shifts)
+        if longer is not None:
+            yield longer
+            return
+    yield from filter(None, [place_weights(lockstep(shape, paired=False), costs, memory_cap)])
 
 
 def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Iterator[Schedule]:

@@ -74,3 +74,14 @@ def test_fused_split_dualpipe_reaches_the_promised_overhead(num_ranks: int, over
     assert simulation.makespan - 6 * num_ranks == overhead
     assert max(simulation.peaks) <= num_ranks + 1
     assert any(len(group) == 2 and {op.kind for op in group} == {Op.FORWARD} for group in fused.ranks[0])
+
+
+def test_fusing_many_ranks_changes_mirror_ranks_alike() -> None:
+    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0), 18, 18)
+    schedule = lockstep(empty(18, 42), paired=True)
+    fused = fuse(schedule, costs)
+    validate(fused)
+    assert simulate(fused, costs).makespan < simulate(schedule, costs).makespan - 5
+    for rank in range(9):
+        mirrored = [{(*op[2:], op.kind, 1 - op.direction) for op in group} for group in fused.ranks[17 - rank]]
+        assert [{(*op[2:], op.kind, op.direction) for op in group} for group in fused.ranks[rank]] == mirrored
