@@ -16,7 +16,7 @@ from dualpipe.generate.list_builder.builder import build_order
 from dualpipe.generate.list_builder.preferences import Preset
 from dualpipe.generate.list_builder.presets import PRESETS
 from dualpipe.generate.list_builder.queues import Pipeline
-from dualpipe.generate.steady import SteadyState, extend, find_repeatable, find_steady_state
+from dualpipe.generate.steady import SteadyState, extend, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel
@@ -32,8 +32,6 @@ _TOLERANCE = 1e-9
 # Up to this number of periods, orders are built for all micro-batches; above it for few, and extended.
 _MOST_PERIODS, _FEW_PERIODS = 8, 6
 _LEAST_MICRO_BATCHES = 32
-# Maximum number of orders without a steady state that are extended.
-_MOST_REPEATED = 2
 # Orders of equal makespan are compared under links with this additional latency, relative to a stage's work.
 _LATENCY_SHARE = 0.02
 
@@ -196,12 +194,10 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Unsteady:
-    """Order of few micro-batches without a steady state; blocks have `shift` micro-batches of each direction."""
+    """Preset whose order of few micro-batches has no steady state, and the makespan of that order."""
 
-    schedule: Schedule
-    simulation: Simulation
-    shift: int
     preset: Preset
+    makespan: float
 
 
 class _Level:
@@ -240,11 +236,12 @@ class _Level:
             simulation = simulate(order, self._best.costs)
             steady = find_steady_state(order, simulation, shift)
             if steady is None:
-                unsteady.append(_Unsteady(order, simulation, shift, preset))
+                unsteady.append(_Unsteady(preset, simulation.makespan))
             else:
                 found.append(self._extended(order, simulation, steady))
-        if not self._consider(found or self._repeated(unsteady)) and self._best.schedule is None:
-            self._run_whole([item.preset for item in sorted(unsteady, key=lambda item: item.simulation.makespan)])
+        self._consider(found)
+        if self._added() and not found:
+            self._run_whole([item.preset for item in sorted(unsteady, key=lambda item: item.makespan)])
 
     def _added(self) -> int:
         """Returns the number of micro-batches that orders are extended by."""
@@ -254,40 +251,28 @@ class _Level:
         periods = self._added() // (steady.shift * order.num_directions)
         return _Found(order, steady, simulation.makespan + periods * steady.time)
 
-    def _consider(self, found: Sequence[_Found]) -> bool:
-        """Considers orders from the shortest to the longest while they may be the best; returns whether one was kept.
+    def _consider(self, found: Sequence[_Found]) -> None:
+        """Considers orders from the shortest to the longest while they may be the best.
 
         Large ones are not built in full to compare orders of equal makespan.
         """
         margin = -_TOLERANCE if _is_large(self._best.shape) else _TOLERANCE
-        has_kept = False
         for item in sorted(found, key=lambda item: item.makespan):
             if item.makespan > self._best.makespan * (1 + margin):
                 break
             steady, count = item.steady, self._best.shape.num_micro_batches
-            order = item.schedule if steady is None else extend(item.schedule, steady, count)
-            has_kept = self._best.consider(order) or has_kept
-        return has_kept
+            self._best.consider(item.schedule if steady is None else extend(item.schedule, steady, count))
 
-    def _repeated(self, unsteady: Sequence[_Unsteady]) -> list[_Found]:
-        """Returns the shortest orders without a steady state, with a part that can be repeated."""
-        found = []
-        for item in sorted(unsteady, key=lambda item: item.simulation.makespan)[:_MOST_REPEATED]:
-            steady = find_repeatable(item.schedule, item.simulation, item.shift, self._best.costs)
-            if steady is not None:
-                found.append(self._extended(item.schedule, item.simulation, steady))
-        return found
+    def _run_whole(self, presets: Sequence[Preset]) -> None:
+        """Builds orders of all micro-batches, because none of few has a steady state.
 
-    def _run_whole(self, first: Sequence[Preset]) -> None:
-        """Builds orders of all micro-batches until one is valid, because none of few can be extended.
+        This takes long. So if there is a schedule already, only the first preset is tried.
 
         Args:
-            first: presets to try before the others.
+            presets: presets whose orders of few micro-batches may be the best, the shortest first.
         """
-        if not self._added():
-            return
         pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
-        for preset in (*first, *PRESETS):
+        for preset in (*presets, *PRESETS) if self._best.schedule is None else presets[:1]:
             attempt = build_order(pipeline, preset, self._best.makespan)
             if attempt.ranks is not None and self._best.consider(replace(self._best.shape, ranks=attempt.ranks)):
                 break

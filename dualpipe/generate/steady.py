@@ -1,12 +1,12 @@
 """Extends orders of few micro-batches to many by repeating their steady state."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import Simulation, makespan_of, simulate
+from dualpipe.simulate.simulate import Simulation, simulate
 
 _TOLERANCE = 1e-6
 
@@ -85,61 +85,6 @@ def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: i
         if _is_whole(block, shift * held) and _repeats(groups, start, end - start, shift):
             return start, end - start, starts[end] - starts[start]
     return None
-
-
-def find_repeatable(schedule: Schedule, simulation: Simulation, shift: int, costs: CostModel) -> SteadyState | None:
-    """Returns a part in the middle of each rank's work that can be repeated, or None.
-
-    The part is complete, but the rank runs other groups before and after it. So the time of a repetition is measured,
-    and the extended schedule must be validated.
-
-    Args:
-        schedule: a valid schedule without a steady state.
-        simulation: its simulation.
-        shift: micro-batches of each direction in the part.
-        costs: costs of its stages.
-    """
-    middle = simulation.makespan / 2
-    found = []
-    for rank in range(schedule.num_ranks):
-        starts, parts = simulation.starts[rank], _complete_parts(schedule, rank, shift)
-        centered = {abs((starts[start] + starts[end]) / 2 - middle): (start, end) for start, end in parts}
-        if not centered:
-            return None
-        found.append(centered[min(centered)])
-    state = SteadyState(
-        shift=shift,
-        starts=tuple(start for start, _ in found),
-        lengths=tuple(end - start for start, end in found),
-        time=0.0,
-    )
-    more = shift * schedule.num_directions
-    try:
-        times = [
-            makespan_of(extend(schedule, state, schedule.num_micro_batches + count * more), costs) for count in (2, 3)
-        ]
-    except ScheduleError:
-        return None
-    return replace(state, time=times[1] - times[0])
-
-
-def _complete_parts(schedule: Schedule, rank: int, shift: int) -> Iterator[tuple[int, int]]:
-    """Yields start and end of parts of a rank that have `shift` operations of each kind, direction and stage.
-
-    The last group of the rank is never part of one.
-    """
-    kinds = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
-    places = [(kind, *held) for held in schedule.stages_of(rank) for kind in kinds]
-    counts = dict.fromkeys(places, 0)
-    seen = {tuple(counts.values()): 0}
-    for index, group in enumerate(schedule.ranks[rank][:-1]):
-        for op in group:
-            counts[op[:3]] += 1
-        now = tuple(counts.values())
-        seen[now] = index + 1
-        start = seen.get(tuple([count - shift for count in now]))
-        if start is not None:
-            yield start, index + 1
 
 
 def extend(schedule: Schedule, steady: SteadyState, num_micro_batches: int) -> Schedule:

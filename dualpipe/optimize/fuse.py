@@ -86,7 +86,13 @@ class _HillClimb:
         return duration(first + second) < duration(first) + duration(second) - 1e-12
 
     def _try(self, ranks: Sequence[int], index: int, before: TimingProgress) -> bool:
-        """Fuses a pair on each of these ranks and returns whether it is kept; `before` is the progress up to it."""
+        """Fuses a pair on each of these ranks and returns whether it is kept.
+
+        Args:
+            ranks: one rank, or two mirror ranks.
+            index: index of the first group of the pair.
+            before: progress of all ranks up to the pair.
+        """
         old = {rank: self._ranks[rank] for rank in ranks}
         pair = old[ranks[0]][index], old[ranks[0]][index + 1]
         if pair in self._rejected:

@@ -234,7 +234,7 @@ class Timing:
         return time, -1
 
     def _inputs_of(self, group: NumberedGroup) -> tuple[tuple[int, float], ...]:
-        """Returns the operations that a group needs, each with the time from its end to the arrival of its value."""
+        """Returns the operations that a group needs, each with the time until its value arrives."""
         inputs: list[tuple[int, float]] = []
         for number in group:
             if self._before[number] >= 0:  # only a reload may end after the rank is free

@@ -8,7 +8,9 @@ from tests.bench.handling import build_row
 
 @pytest.mark.long
 def test_step_of_grouped_sleeping_stages_takes_the_simulated_time() -> None:
-    steps = measure_grouped(8, 16, 0.24, CASES, 3)
+    # The fourth case has groups of two F whose phases cannot overlap perfectly: 1.02 of the simulated time even without
+    # any delay (docs/benchmarks.md).
+    steps = measure_grouped(8, 16, 0.24, CASES[:3], 3)
     assert all(step.triples for step in steps), grouped_text(steps)
     assert max(step.ratio for step in steps) <= 1 + MOST_OVER, grouped_text(steps)
 

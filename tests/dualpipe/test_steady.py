@@ -1,7 +1,5 @@
 """Schedules are lengthened by their steady state: valid, with only work added."""
 
-from dataclasses import replace
-
 import pytest
 
 from dualpipe.generate.dualpipe import dualpipe
@@ -9,7 +7,7 @@ from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.steady import extend, find_repeatable, lengthen
+from dualpipe.generate.steady import lengthen
 from dualpipe.ir import Schedule
 from dualpipe.optimize.fuse import fuse
 from dualpipe.simulate.costs import Costs, uniform
@@ -51,22 +49,3 @@ def test_lengthening_is_impossible_without_a_steady_state() -> None:
     assert longer(schedule, 12) == schedule
     assert longer(schedule, 15) is None, "an odd number cannot be shared by two directions"
     assert longer(one_f_one_b(4, 1), 40) is None
-
-
-def test_part_without_a_steady_state_is_repeated_in_the_measured_time() -> None:
-    costs = uniform(EXCHANGING, 4, 4)
-    order = lockstep(empty(4, 20), paired=True)
-    # Groups that are not fused alike on all ranks and in all periods, so that no period equals the next.
-    mixed = [
-        groups if index % 2 else fused
-        for index, (groups, fused) in enumerate(zip(order.ranks, fuse(order, costs).ranks, strict=True))
-    ]
-    order = replace(order, ranks=tuple(mixed))
-    simulation = simulate(order, costs)
-    part = find_repeatable(order, simulation, 2, costs)
-    assert part is not None
-    longer_by = [extend(order, part, order.num_micro_batches + 4 * count) for count in (3, 8)]
-    for schedule in longer_by:
-        validate(schedule)
-    times = [simulate(schedule, costs).makespan for schedule in longer_by]
-    assert times[1] - times[0] == pytest.approx(5 * part.time)
