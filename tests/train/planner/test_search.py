@@ -67,14 +67,14 @@ def test_bounds_are_below_exact_figures(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "sequences", "overrides"),
-    [(16, 32, ()), (64, 64, ()), (16, 16, ("cluster.memory_bytes=40000000000",))],
+    [(16, 16, ("cluster.memory_bytes=40000000000",)), (64, 32, ())],
 )
 def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, overrides: tuple[str, ...]) -> None:
     """Compares the result with a plan of every layout that rules accept."""
     request, space = make_space(tmp_path, ranks, sequences, *overrides)
     own = space.config.dispatch
-    space = replace(space, recomputes=space.recomputes[:1], dispatches=(own,))
-    result = search_layouts(space, request.config, request.planner, check_rules)
+    space = replace(space, recomputes=space.recomputes[:1], dispatches=(own,), precisions=space.precisions[:1])
+    result = search_layouts(space, request.config, request.planner, check_rules, most_seconds=200.0)
     assert result.counts.open == 0
     best: list[tuple[float, int]] = []
     for choice in accepted(space):
@@ -90,7 +90,7 @@ def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, o
     for each in result.found:
         step, peak = each.order
         is_beaten = any(other < step * (1 - 1e-6) and need <= peak for other, need in best)
-        assert is_beaten != each.is_pareto or not each.is_pareto
+        assert not (each.is_pareto and is_beaten)
 
 
 @pytest.mark.slow

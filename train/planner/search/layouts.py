@@ -33,13 +33,12 @@ NUM_SMALLER = 3
 """Number of slower layouts with less memory that are returned."""
 _SMALLER = 0.9
 """Memory of a slower layout of the front relative to that of the one before it, at most."""
-_MOST_SECONDS = 16.0
-_MOST_FRONT_SECONDS = 8.0
-"""CPU seconds of a search, and further ones for the front, as estimated before each step: a result needs no clock."""
+MOST_SECONDS = 16.0
+"""CPU seconds of a search, as estimated before each step, so that a result depends on no clock; half for the front."""
 _MOST_BUILD_SECONDS = 3.0
 """Maximum of one schedule."""
-_CUT_SECONDS, _BOUND_SECONDS, _PREDICTION_SECONDS = 0.002, 0.008, 0.8
-"""CPU seconds of one layout's cut, bound and prediction of memory, as estimated."""
+_CUT_SECONDS, _BOUND_SECONDS, _PREDICTION_SECONDS = 0.001, 0.0005, 0.05
+"""CPU seconds of one layout's cut, and for each pipeline rank of its bound and prediction of memory, as estimated."""
 _MOST_GROUPS = 40
 """Number of reasons for rejections that are returned."""
 _GB = 1e9
@@ -47,7 +46,9 @@ _GB = 1e9
 _Heap = list[tuple[float, int, int, SearchEntry]]
 
 
-def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig, rules: Rules) -> SearchResult:
+def search_layouts(
+    space: SearchSpace, run: TrainConfig, planner: PlannerConfig, rules: Rules, *, most_seconds: float = MOST_SECONDS
+) -> SearchResult:
     """Searches all layouts of a space.
 
     Args:
@@ -55,15 +56,17 @@ def search_layouts(space: SearchSpace, run: TrainConfig, planner: PlannerConfig,
         run: configuration that was given.
         planner: rates and the declared factor.
         rules: of a run's configuration.
+        most_seconds: estimated time for schedules and predictions after which layouts remain open.
 
     Raises:
         ConfigError: there are too many layouts.
     """
     space.check_size()
     search = _Search(space, planner, rules)
+    search.allow(most_seconds)
     found = search.fastest(NUM_FASTEST, None)
     counts = search.counts(len(found))
-    search.allow(_MOST_FRONT_SECONDS)
+    search.allow(most_seconds / 2)
     while found and not counts.open and len(found) < NUM_FASTEST + NUM_SMALLER:
         limit = int(_SMALLER * min(each.peak_bytes for each in found))
         smaller = search.fastest(1, limit)
@@ -100,7 +103,7 @@ class _Search:
         self._exact: list[FoundLayout] = []
         self._open: list[float] = []
         self._numbers = self._built = 0
-        self._left = _MOST_SECONDS
+        self._left = 0.0
         self._heap: _Heap = []
         self._costly: _Heap = []
         self._unfitted: _Heap = []
@@ -189,7 +192,7 @@ class _Search:
     def _bound(self, entry: SearchEntry) -> None:
         """Bounds the step by the dependencies between ranks."""
         assert entry.config is not None
-        if not self._spends(entry, _BOUND_SECONDS):
+        if not self._spends(entry, _BOUND_SECONDS * entry.choice.setting.pipeline):
             return
         seconds = self._estimates.cut_seconds(entry.choice, entry.config)
         self._push(replace(entry, seconds=max(entry.seconds, seconds), level=Level.BOUNDED))
@@ -224,7 +227,7 @@ class _Search:
         config, time = entry.config, entry.time
         assert config is not None
         assert time is not None
-        if not self._spends(entry, _PREDICTION_SECONDS):
+        if not self._spends(entry, _PREDICTION_SECONDS * entry.choice.setting.pipeline):
             return
         memory = predict_memory(config)
         if self._room is None or memory.worst.total <= self._room:
@@ -254,12 +257,12 @@ class _Search:
         memory = self._estimates.cut_memory(choice, config, builds=True)
         reason = self._memory_reason(memory)
         if memory.mean <= self._room:
-            if not self._spends(entry, _PREDICTION_SECONDS):
+            if not self._spends(entry, _PREDICTION_SECONDS * entry.choice.setting.pipeline):
                 return
             totals = [rank.total for rank in predict_memory(config).ranks]
             memory, reason = MemoryBound.of_ranks(totals), summary_line(config, predict_memory(config))
         if memory.mean <= self._room:
-            if not self._spends(entry, 3 * _PREDICTION_SECONDS):
+            if not self._spends(entry, 3 * _PREDICTION_SECONDS * entry.choice.setting.pipeline):
                 return
             free, times = self._estimates.config(choice), self._estimates.unit_times(choice.setting)
             fitted = with_cut(free, fitted_cut(free, choice.schedule.kind, times))
