@@ -32,8 +32,6 @@ ALLOWED = {
     ("train/checkpoint/dcp/records.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
     ("launch/ranks/run_folder.py", "yaml.load"),
-    # With the reader and the planner that take tensors alone.
-    ("train/checkpoint/load.py", "dcp_load("),
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
     ("comm/agreement.py", "pickle"),
     # From this process to its child.

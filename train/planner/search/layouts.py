@@ -33,7 +33,7 @@ NUM_SMALLER = 3
 """Number of slower layouts with less memory that are returned."""
 _SMALLER = 0.9
 """Memory of a slower layout of the front relative to that of the one before it, at most."""
-MOST_SECONDS = 16.0
+MOST_SECONDS = 26.0
 """CPU seconds of a search, as estimated before each step, so that a result depends on no clock; half for the front."""
 _MOST_BUILD_SECONDS = 3.0
 """Maximum of one schedule."""
