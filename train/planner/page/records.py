@@ -14,6 +14,7 @@ _NAMES = {
     "rows": "by gain",
     "unknown": "not computed",
     "mfu": "MFU",
+    "tokens_per_second_per_gpu": "tokens/s/GPU",
     "gpu_hours": "GPU-hours",
     "kilowatt_hours": "kWh",
     "gpu_hours_per_trillion_tokens": "GPU-hours/1T",
