@@ -44,7 +44,7 @@ def test_candidates_are_plans_of_their_overrides(tmp_path: Path) -> None:
         assert plan["memory"]["peak_bytes"] == each["memory"]["peak_bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_text_has_at_most_100_columns(tmp_path: Path) -> None:
     lines = run(tmp_path, *SMALL).splitlines()
     assert lines[0].startswith("best of")

@@ -265,7 +265,7 @@ def test_json_has_what_ifs_and_advice_and_is_read_back(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_advice_rows_are_what_ifs_sorted_by_gain(request_of_v3: PlanRequest) -> None:
     plan = plan_job(request_of_v3.config, request_of_v3.planner)
     advice = advise_hardware(request_of_v3, plan)

@@ -128,7 +128,7 @@ def test_distinct_ranks_of_2048_hold_what_the_plan_says() -> None:
     assert built[7].parameters == 3_273_261_056, "global rank 1023 is a replica of pipeline rank 7"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_building_of_distinct_ranks_of_2048_takes_seconds_and_less_than_a_gigabyte() -> None:
     """Both are measured in a process with no other children."""
     arguments = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even", *NO_FILES]

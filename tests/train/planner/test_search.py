@@ -93,7 +93,7 @@ def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, o
         assert not (each.is_pareto and is_beaten)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=180000000000")
     space = replace(space, recomputes=space.recomputes[:1])
