@@ -33,7 +33,7 @@ NUM_SMALLER = 3
 """Number of slower layouts with less memory that are returned."""
 _SMALLER = 0.9
 """Memory of a slower layout of the front relative to that of the one before it, at most."""
-MOST_SECONDS = 26.0
+MOST_SECONDS = 22.0
 """CPU seconds of a search, as estimated before each step, so that a result depends on no clock; half for the front."""
 _MOST_BUILD_SECONDS = 3.0
 """Maximum of one schedule."""
@@ -104,6 +104,7 @@ class _Search:
         self._open: list[float] = []
         self._numbers = self._built = 0
         self._left = 0.0
+        self._own: _Heap = []
         self._heap: _Heap = []
         self._costly: _Heap = []
         self._unfitted: _Heap = []
@@ -140,8 +141,10 @@ class _Search:
         while True:
             best = self._best(number, limit)
             worst = best[-1].order if len(best) == number else (float("inf"), 0)
-            # Searched orders take long to build, and other cuts longer, so the first ones make most of them needless.
-            heaps = (heap for heap in (self._heap, self._costly, self._unfitted) if heap and heap[0][:2] < worst)
+            # The run's own layout comes first, so that something is found. Searched orders take long to build, and other
+            # cuts longer, so the first ones make most of them needless.
+            ordered = (self._own, self._heap, self._costly, self._unfitted)
+            heaps = (heap for heap in ordered if heap and heap[0][:2] < worst)
             heap = next(heaps, None)
             if heap is None:
                 break
@@ -163,7 +166,8 @@ class _Search:
     def _push(self, entry: SearchEntry) -> None:
         kind = entry.choice.schedule.kind
         is_costly = SCHEDULES.get(kind).takes_costs and kind != FALLBACK
-        heappush(self._costly if is_costly else self._heap, self._item(entry))
+        is_own = self._space.is_like_run(entry.choice.setting)
+        heappush(self._costly if is_costly else self._own if is_own else self._heap, self._item(entry))
 
     def _refine(self, entry: SearchEntry) -> None:
         """Replaces a layout by what is known of it after one more step, or rejects it."""

@@ -60,6 +60,17 @@ class SearchSpace:
     recomputes: tuple[tuple[Recomputed, ...], ...]
     dispatches: tuple[DispatchConfig, ...]
 
+    def is_like_run(self, setting: RankSetting) -> bool:
+        """Returns whether a setting differs from the run's own only in the number of data-parallel ranks."""
+        run, mesh = self.config, self.config.parallelism
+        layout = (setting.pipeline, setting.expert, setting.micro_sequences)
+        return (
+            layout == (mesh.pipeline, mesh.expert, run.batch.micro_sequences)
+            and setting.precision == run.precision
+            and setting.dispatch == run.dispatch
+            and set(setting.recompute) == set(run.recompute)
+        )
+
     def settings(self) -> Iterator[RankSetting]:
         """Yields all settings of ranks, the smallest pipelines first.
 
