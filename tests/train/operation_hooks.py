@@ -50,7 +50,7 @@ def watch_writing(on_operation: OnOperation) -> None:
 
         return watched
 
-    saver.dcp_save = before(WRITING, saver.dcp_save)
+    saver.save_on_all = before(WRITING, saver.save_on_all)
     saver.digests = before(HASHING, saver.digests)
     os.fsync = before(SYNCING, os.fsync)
     saver.replace_folder = before(MOVING, saver.replace_folder)

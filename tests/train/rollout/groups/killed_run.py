@@ -89,7 +89,7 @@ def _arm(out_dir: Path) -> None:
         "reference": (Reference, "log_probs", 1),
         "training": (StageRun, "backward", 3),
         "update": (StagedAdamW, "update", 1),
-        "checkpoint": (save, "dcp_save", 1),
+        "checkpoint": (save, "save_on_all", 1),
     }
     phase = out_dir.name.rpartition("-")[2]
     if phase in places:
