@@ -44,7 +44,7 @@ def measure(num_ranks: int) -> dict[str, float]:
     """Returns the cost of all groups of one rank in the middle of a pipeline.
 
     `arithmetic` is the enumeration of all groups without torch. The other times include `torch.distributed.new_group`,
-    which every rank calls for every group. Communicators are not included: a rank opens only those of its own groups.
+    which every rank calls for every group. Communicators are not included: a rank opens only those of its groups.
     """
     layout = published_layout(num_ranks)
     found: dict[str, float] = {"groups: arithmetic of all partitions, s": _seconds(lambda: _walk(layout))}
