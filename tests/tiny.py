@@ -16,11 +16,11 @@ from train.config import (
     PrecisionConfig,
     ProfileConfig,
     SamplesConfig,
-    StopGuardConfig,
     TrackConfig,
     TrainConfig,
     ValidationConfig,
 )
+from train.config.guards import StopGuardConfig
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
 from train.optim.duration import Duration

@@ -22,7 +22,8 @@ from model.objectives.preference import REFERENCE
 from model.router import Routes
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
-from train.config import StopGuardConfig, TaskConfig
+from train.config import TaskConfig
+from train.config.guards import StopGuardConfig
 from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal, judged_batch
 from train.guard.rollout_guard import BadWeights

@@ -23,15 +23,12 @@ from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config, wr
 from tests.train.job import close_job, open_job
 from train.checkpoint.state import Slice
 from train.config import (
-    GuardConfig,
     OptimConfig,
     Precision,
     PrecisionConfig,
-    RollBackGuardConfig,
-    SkipGuardConfig,
-    StopGuardConfig,
     TrainConfig,
 )
+from train.config.guards import GuardConfig, RollBackGuardConfig, SkipGuardConfig, StopGuardConfig
 from train.errors import StoppedError
 from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.guard.rollout_guard import BadWeights

@@ -15,8 +15,9 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne, ZeroOrAbove
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne
 from model.config import Computing, ModelConfig, Products, Recomputed
+from train.config.guards import GuardConfig
 from train.config.planning import DEFAULT_COST, DEFAULT_PLAN_CHECK, CostConfig, PlanCheckConfig
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
@@ -133,45 +134,6 @@ class EmaConfig:
     """
 
     decay: ShareBelowOne | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StopGuardConfig:
-    """A guard that ends the run if a step's loss or gradient norm is not finite, or is a spike.
-
-    A spike is larger than `spike_factor` times the median of the previous `spike_window_steps` steps. Steps before the
-    window is full are not spikes, and with `spike_factor` 0 no step is.
-    """
-
-    kind: Literal["stop"]
-    spike_factor: Annotated[float, ZeroOrAbove(1)]
-    spike_window_steps: PositiveInt
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SkipGuardConfig:
-    """A guard that skips refused steps, and ends the run after more than `max_consecutive` in a row."""
-
-    kind: Literal["skip"]
-    spike_factor: Annotated[float, ZeroOrAbove(1)]
-    spike_window_steps: PositiveInt
-    max_consecutive: PositiveInt
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RollBackGuardConfig:
-    """A guard that rolls back to the newest checkpoint, and skips the refused batch on the second pass.
-
-    The run ends after more than `max_consecutive` rollbacks without a step beyond the last refused one.
-    """
-
-    kind: Literal["roll_back"]
-    spike_factor: Annotated[float, ZeroOrAbove(1)]
-    spike_window_steps: PositiveInt
-    max_consecutive: PositiveInt
-
-
-GuardConfig = StopGuardConfig | SkipGuardConfig | RollBackGuardConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from data.loader import Loader
 from infer.config import GenerateError
-from train.config import GuardConfig
+from train.config.guards import GuardConfig
 from train.errors import StepRefusal
 from train.guard.rollout_guard import BadWeights, RolloutFigures, RolloutGuard
 from train.records.json_lines import number_of, read_lines

@@ -18,7 +18,7 @@ from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, locate, ne
 from train.checkpoint.manifest import read_step
 from train.checkpoint.together import find_together
 from train.checkpoint.verify import Check
-from train.config import GuardConfig
+from train.config.guards import GuardConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
 from train.guard.guard import Guard, read_loss_and_norm, to_json_values
 from train.guard.rollout_guard import RolloutFigures, RolloutGuard, read_figures
