@@ -259,7 +259,7 @@ def _other_options(key: str) -> str:
     parts = key.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
-        found = [option for option in options(group) if rest in _dotted(read_option(group, option))]
+        found = [option for option in options(group) if rest in dict(dotted_keys(read_option(group, option)))]
         if found:
             return ", ".join(f"{group}={option}" for option in found)
     return ""
@@ -291,10 +291,6 @@ def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
 @cache
 def _known_keys(command: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> Mapping[str, Any]:
     return dict(dotted_keys(OmegaConf.to_container(_compose_in(folders, command, choices), resolve=False)))
-
-
-def _dotted(values: object) -> list[str]:
-    return [key for key, _ in dotted_keys(values)]
 
 
 def _first_line(error: Exception) -> str:

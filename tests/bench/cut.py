@@ -16,7 +16,7 @@ from launch.config.run_config import compose_run
 from train.config import TrainConfig
 from train.schedule.cut import run_cut, run_placement
 from train.schedule.layer_times import LayerTimes, PartTimes, model_work, stage_costs
-from train.schedule.stage_work import rank_times
+from train.schedule.stage_work import stage_works, times_of_ranks
 
 _ATTENTION = (4.37e-3, 9.34e-3, 2.39e-3)
 _MLP = (4.60e-3, 5.31e-3, 5.07e-3)
@@ -61,7 +61,7 @@ def measure(config: TrainConfig, kind: str, num_micro_batches: int) -> str:
     times, placement = trace_times(), run_placement(config, kind)
     cut = run_cut(config, placement, times)
     sizes = [len(layers) for layers in cut]
-    work = rank_times(sizes, model_work(times, config), placement)
+    work = times_of_ranks(stage_works(sizes, model_work(times, config)), placement)
     costs = stage_costs(times, config, cut)
     begin = time.perf_counter()
     schedule = build(kind, config.parallelism.pipeline, num_micro_batches, costs)

@@ -15,7 +15,6 @@ from train.schedule.stage_work import (
     lockstep_loads,
     pace,
     rank_groups,
-    rank_times,
     runs_in_lockstep,
     stage_works,
     times_of_ranks,
@@ -79,7 +78,7 @@ def test_balanced_cut_is_within_tolerance_of_the_best_of_all_cuts(placement: Pla
         assert paces[found] <= tolerance * least + 1e-9, (model, found, least)
         # Of the cuts within the tolerance, it has nearly the fastest pace and smallest largest stage.
         values = {
-            cut: paces[cut] / mean(rank_times(cut, model, placement)) + 0.1 * largest_stage(cut, model)
+            cut: paces[cut] / mean(times_of_ranks(stage_works(cut, model), placement)) + 0.1 * largest_stage(cut, model)
             for cut in cuts
             if paces[cut] <= tolerance * least
         }
@@ -107,12 +106,12 @@ def test_work_of_a_rank_is_that_of_its_stages_in_both_directions() -> None:
     )
     # Stage 0: embedding, dense, MoE. Stage 1: two MoE. Stage 2: MoE and heads. The middle rank holds stage 1 twice.
     assert [work.compute for work in stage_works((2, 2, 1), model)] == [111, 20, 1010]
-    assert rank_times((2, 2, 1), model, mirrored_placement(3)) == (1121, 40, 1121)
-    assert rank_times((2, 2, 1), model, straight_placement(3)) == (111, 20, 1010)
+    assert times_of_ranks(stage_works((2, 2, 1), model), mirrored_placement(3)) == (1121, 40, 1121)
+    assert times_of_ranks(stage_works((2, 2, 1), model), straight_placement(3)) == (111, 20, 1010)
     exchanging = ModelWork(
         num_dense=0, num_moe=2, embedding=LaneWork(), dense=LaneWork(), moe=LaneWork(1, 3), heads=LaneWork(4)
     )
-    assert rank_times((1, 1), exchanging, straight_placement(2)) == (3, 5)
+    assert times_of_ranks(stage_works((1, 1), exchanging), straight_placement(2)) == (3, 5)
 
 
 def test_groups_are_the_ranks_that_share_stages() -> None:
@@ -140,10 +139,10 @@ def test_cut_of_deepseek_v3_by_the_public_trace(placement: Placement, most: floa
     assert time.process_time() - started < 1
     assert found is not None
     assert sum(found) == 61
-    times = rank_times(found, V3, placement)
+    times = times_of_ranks(stage_works(found, V3), placement)
     assert max(times) / mean(times) <= most
     even = (*[4] * 14, 3, 2)
-    assert max(rank_times(even, V3, mirrored_placement(16))) / 249.1 > 1.13
+    assert max(times_of_ranks(stage_works(even, V3), mirrored_placement(16))) / 249.1 > 1.13
 
 
 def test_loads_of_slots_have_the_work_of_ranks_as_their_mean() -> None:
@@ -174,7 +173,7 @@ def test_cut_of_two_chunks_spreads_the_heads_of_deepseek_v3() -> None:
     works = stage_works(found, V3)
     assert pace(works, placement) <= 1.034 * mean(times_of_ranks(works, placement))
     ranks_only = (3, *[2] * 14, 1, 1, *[2] * 14, 0)
-    assert max(rank_times(ranks_only, V3, placement)) < max(rank_times(found, V3, placement))
+    assert max(times_of_ranks(stage_works(ranks_only, V3), placement)) < max(times_of_ranks(works, placement))
     assert pace(stage_works(ranks_only, V3), placement) > 1.2 * pace(works, placement)
 
 

@@ -1,4 +1,4 @@
-"""Configuration of the guard: what happens to a step whose loss or gradient norm is refused. No torch here."""
+"""Configuration of the guard: what happens to a step that it refuses. No torch here."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

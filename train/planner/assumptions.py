@@ -78,16 +78,7 @@ def _rates(rates: Rates) -> Iterator[Assumption]:
     for name, value in _leaves({key: values[key] for key in values if key not in ("kind", "sources")}):
         last = name.rpartition(".")[2]
         unit = next((unit for end, unit in _UNITS.items() if last == end or last.endswith(f"_{end}")), "")
-        is_time = name.partition(".")[0] in (
-            "attention",
-            "experts",
-            "exchange",
-            "recomputed",
-            "dense",
-            "moe",
-            "head",
-            "mtp",
-        )
+        is_time = name.partition(".")[0] in _TIMED
         unit = unit or ("s per layer" if is_time else "number")
         yield Assumption(name=f"rates.{name}", value=value, unit=unit, source=source_of(rates, name))
 

@@ -54,17 +54,6 @@ class ModelWork:
         return self.num_dense + self.num_moe
 
 
-def rank_times(sizes: Sequence[int], model: ModelWork, placement: Placement) -> tuple[float, ...]:
-    """Returns the work of every pipeline rank with one micro-batch per direction.
-
-    Args:
-        sizes: number of layers of each stage.
-        model: work of the model's parts.
-        placement: for each direction, the rank of each stage.
-    """
-    return times_of_ranks(stage_works(sizes, model), placement)
-
-
 def times_of_ranks(works: Sequence[LaneWork], placement: Placement) -> tuple[float, ...]:
     """Returns the time of every pipeline rank, given the work of every stage."""
     totals = [LaneWork()] * (max(max(row) for row in placement) + 1)

@@ -230,9 +230,8 @@ class PipelinedEngine:
         gathered = self._pipeline.gather((own, counts) if any(own) else None)
         found = {(each.prompt, each.sample): each for parts, _ in gathered for part in parts for each in part}
         order = [(prompt.number, sample) for prompt in prompts for sample in range(request.samples)]
-        statistics = sum_statistics(
-            [each for _, each in gathered], max((each.seconds for _, each in gathered), default=seconds)
-        )
+        longest = max((each.seconds for _, each in gathered), default=seconds)
+        statistics = sum_statistics([each for _, each in gathered], longest)
         rollouts = tuple(found[key] for key in order)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 
