@@ -27,7 +27,7 @@ def with_cluster(**values: float) -> LayerTimes:
 
 
 def test_reference_layer_has_the_times_of_the_trace() -> None:
-    """profile-data, train.json: F 8.97 ms, I 14.65, W 7.46; exchange 10.34 and 9.77 (PLAN: measured per layer)."""
+    """profile-data, train.json: F 8.97 ms, I 14.65, W 7.46; exchange 10.34 and 9.77."""
     moe = scaled_times(rates(), published()).moe
     assert moe.forward == pytest.approx(8.97e-3, rel=0.002)
     assert moe.backward_input == pytest.approx(14.65e-3, rel=0.002)
@@ -90,3 +90,18 @@ def test_smaller_models_take_less_time(model: str) -> None:
     tokens = config.batch.micro_sequences
     assert 0 < own.moe.forward / tokens < large.moe.forward
     assert own.moe.forward_exchange == 0
+
+
+def test_rows_in_bf16_take_the_time_of_their_bytes() -> None:
+    """A row in FP8 has a byte for each value and 4 for each 128. Rows from experts are in bf16 in both cases."""
+    config = replace(published(), precision=PrecisionConfig(kind="bf16"))
+    fp8, full = (
+        scaled_times(rates(), replace(config, dispatch=replace(config.dispatch, payload=payload))).moe
+        for payload in ("fp8", "full")
+    )
+    exchange, more = rates().exchange, 2 / (1 + 4 / 128) - 1
+    forward, backward = exchange.dispatch + exchange.combine, exchange.dispatch_backward + exchange.combine_backward
+    assert full.forward_exchange / fp8.forward_exchange - 1 == pytest.approx(more * exchange.dispatch / forward)
+    assert full.backward_exchange / fp8.backward_exchange - 1 == pytest.approx(
+        more * exchange.combine_backward / backward
+    )

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from dualpipe.registry import build
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.planner.job_plan import plan_job, require_time
 from train.planner.timing import TimedPlan, time_plan
+from train.schedule.nominal import nominal_costs
 
 KINDS = ("1f1b", "dualpipe", "dualpipe_split", "dualpipe_v", "zb_h1", "zb_v")
 
@@ -94,3 +96,13 @@ def test_rates_of_other_precisions_and_unknown_devices_give_a_reason_instead_of_
     assert plan.untimed.startswith(
         "precision: must be fp8 or bf16 for these rates, is float32; nearest: precision=bf16"
     )
+
+
+def test_order_is_the_one_that_the_run_builds() -> None:
+    """From its costs, not from the rates, unless the run measures first."""
+    overrides = (*SMALL, "schedule=dualpipe_split", "costs.backward_weight=3")
+    config = plan_of(*overrides).config
+    pipeline, costs = config.parallelism.pipeline, nominal_costs(config, "dualpipe_split")
+    built = build("dualpipe_split", pipeline, config.num_micro_batches, costs)
+    assert timed_of(*overrides).schedule == built
+    assert timed_of(*SMALL, "schedule=auto", "costs.backward_weight=3").schedule != built
