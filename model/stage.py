@@ -13,7 +13,9 @@ from model.block import Block
 from model.gradients import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.offload import ActivationOffload, HostMemoryLink
-from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Lane, Phase, block_lanes, block_phases
+from model.phases.block import Lane, Phase, block_lanes, block_phases
+from model.phases.compute import Computed, ComputePhase
+from model.phases.exchange import CombinePhase, DispatchPhase
 from model.precision.linear import WeightSink
 from model.router import Routes
 from model.transformer import Transformer

@@ -19,7 +19,7 @@ from model.account import ActivationAccount, MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases import ComputePhase
+from model.phases.compute import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
 from model.stage import Stage
 from model.transformer import Transformer, initialize_weights

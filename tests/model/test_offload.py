@@ -12,7 +12,7 @@ from model.config import RECOMPUTED, Recomputed
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
 from model.offload import movable_storages
-from model.phases import ComputePhase
+from model.phases.compute import ComputePhase
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
 from tests.model.live_memory import LiveMemory

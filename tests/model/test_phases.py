@@ -16,7 +16,9 @@ from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases import Computed, ComputePhase, DispatchPhase, Phase, block_phases
+from model.phases.block import Phase, block_phases
+from model.phases.compute import Computed, ComputePhase
+from model.phases.exchange import DispatchPhase
 from model.stage import Stage
 from model.transformer import Transformer, initialize_weights
 from model.values import ExpertOutput, Gradients, Hidden, HiddenGradients

@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
 from model.objectives.ranking import RANKING_LOSSES, SCORE, PairRanking
-from model.phases import block_lanes
+from model.phases.block import block_lanes
 from model.stage import Stage, StageRun
 from model.transformer import Part
 from train.config import TrainConfig

@@ -1,0 +1,132 @@
+"""A computation as a phase with its own forward and backward, between which the autograd graph is cut.
+
+One object runs one phase of one micro-batch. `model.values` defines the values between phases.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from model.gradients import GradientStore, WeightQueue
+from model.offload import graph_tensors
+from model.precision.linear import WeightSink
+from model.values import Gradients, Values
+
+In = TypeVar("In", bound=Values)
+Out = TypeVar("Out", bound=Values)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed(Generic[Out]):
+    """Result of a computation: values for the next phase, and its part of the step's loss, if any."""
+
+    values: Out
+    loss: Tensor | None = None
+
+
+class _Entry:
+    """Holder of the gradients of a phase's inputs. The inputs themselves are kept only by the graph."""
+
+    def __init__(self, size: int) -> None:
+        self.gradients: tuple[Tensor | None, ...] = (None,) * size
+
+
+class _Enter(torch.autograd.Function):
+    """Identity at the start of a phase's graph, which stores the gradients in an entry."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, entry: _Entry, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.entry = entry
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.entry.gradients = grads
+        return (None, None, *(None for _ in grads))
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """State of a computation after its forward: both ends of its graph. Only the graph holds tensors.
+
+    Attributes:
+        ends: graph node of each output tensor, None if no gradient passes through it.
+        gradients: class of the inputs' gradients.
+    """
+
+    entry: _Entry
+    ends: tuple[GradientEdge | None, ...]
+    loss: Tensor | None
+    gradients: type[Gradients]
+
+
+class ComputePhase(Generic[In, Out]):
+    """A differentiable function of the values before it; `weight` computes the deferred weight gradients.
+
+    Between forward and backward it keeps only the function's graph: inputs and outputs stay in memory only if the graph
+    has saved them.
+    """
+
+    def __init__(self, function: Callable[[In, WeightSink | None], Computed[Out]], store: GradientStore | None) -> None:
+        self._function = function
+        self._store = store
+        self._queue = WeightQueue()
+        self._recorded: _Recorded | None = None
+
+    def forward(self, values: In) -> Out:
+        """Returns the function's values, detached from its graph.
+
+        Without a store nothing is kept for a backward.
+        """
+        if self._store is None:
+            with torch.no_grad():
+                return self._function(values, None).values
+        tensors = values.tensors()
+        entry = _Entry(len(tensors))
+        with torch.enable_grad():
+            # The anchor puts the inputs into a graph although, as leaves, they do not require a gradient.
+            anchor = torch.zeros((), requires_grad=True)
+            if tensors:
+                values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
+            computed = self._function(values, self._queue)
+        made = computed.values.tensors()
+        ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made)
+        self._recorded = _Recorded(entry, ends, computed.loss, values.gradients)
+        return computed.values.with_tensors(tensor.detach() for tensor in made)
+
+    def backward(self, gradients: Gradients) -> Gradients:
+        """Returns the gradients of the inputs; weight gradients of linear layers wait in the queue."""
+        assert self._recorded is not None
+        recorded, self._recorded = self._recorded, None
+        roots: list[GradientEdge] = []
+        seeds: list[Tensor] = []
+        for end, gradient in zip(recorded.ends, gradients.tensors(), strict=True):
+            if gradient is not None and end is not None:
+                roots.append(end)
+                seeds.append(gradient)
+        if recorded.loss is not None:
+            roots.append(get_gradient_edge(recorded.loss))
+            seeds.append(torch.ones_like(recorded.loss))
+        entry, made = recorded.entry, recorded.gradients
+        del recorded
+        torch.autograd.backward(roots, seeds)
+        # Closures that wait for W may still hold the graph, and with it the entry.
+        tensors, entry.gradients = entry.gradients, ()
+        return made(*tensors)
+
+    def kept(self) -> Iterator[Tensor]:
+        """Yields the tensors that are kept between forward and backward, including weights, maybe twice."""
+        if self._recorded is not None:
+            nodes = [end.node for end in self._recorded.ends if end is not None]
+            loss = self._recorded.loss
+            yield from graph_tensors([*nodes, *([] if loss is None or loss.grad_fn is None else [loss.grad_fn])])
+
+    def weight(self) -> None:
+        """Computes the weight gradients of the last backward and adds them to the store."""
+        assert self._store is not None
+        self._queue.flush(self._store)
