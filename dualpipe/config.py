@@ -18,11 +18,13 @@ class ScheduleConfig:
         kind: name of a registered schedule, or `auto` for the best one by simulation.
         chunks: stages that a rank holds for one direction; None for the best number that the layers allow.
         pairing: whether the phases of a group's operations overlap each other's exchanges or run in sequence.
+        slices: slices into which every sequence is cut along its tokens; each counts as a micro-batch.
     """
 
     kind: Annotated[str, SCHEDULES]
     chunks: PositiveInt | None
     pairing: Literal["overlapped", "sequential"]
+    slices: PositiveInt = 1
 
 
 _STAGE_KEYS = tuple(field.name for field in fields(StageCosts))

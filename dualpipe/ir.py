@@ -100,6 +100,9 @@ class Schedule:
         cohorts: None in a schedule that trains. In one that decodes, the number of cohorts of each direction:
             micro-batch m is round m // cohorts of cohort m % cohorts, and its first stage needs the tokens that the
             last stage chose in the cohort's previous round.
+        slices: number of consecutive micro-batches that hold the same sequences, cut along the tokens: micro-batch m
+            is slice m % slices. In every stage, F of a slice follows F of the slice before it, and its backward
+            follows the backward of the slice after it, because later tokens attend to earlier ones.
     """
 
     kind: str
@@ -108,6 +111,7 @@ class Schedule:
     placement: Placement
     ranks: tuple[tuple[Group, ...], ...]
     cohorts: int | None = None
+    slices: int = 1
 
     @property
     def num_stages(self) -> int:
@@ -160,8 +164,8 @@ class Schedule:
 
     def micro_batches_of(self, direction: int) -> range:
         """Returns the direction's micro-batches. If their total is odd, direction 0 has one more."""
-        share, rest = divmod(self.num_micro_batches, self.num_directions)
-        return range(share + (direction < rest))
+        share, rest = divmod(self.num_micro_batches // self.slices, self.num_directions)
+        return range((share + (direction < rest)) * self.slices)
 
 
 def to_json(schedule: Schedule) -> str:
@@ -176,6 +180,8 @@ def to_json(schedule: Schedule) -> str:
     }
     if schedule.cohorts is not None:
         record["cohorts"] = schedule.cohorts
+    if schedule.slices != 1:
+        record["slices"] = schedule.slices
     return json.dumps(record)
 
 
@@ -205,6 +211,7 @@ def from_json(text: str) -> Schedule:
         placement=placement,
         ranks=ranks,
         cohorts=_integer(record["cohorts"], "cohorts") if "cohorts" in record else None,
+        slices=_integer(record.get("slices", 1), "slices"),
     )
     _check_sizes(schedule, _integer(record["num_stages"], "num_stages"))
     return schedule
@@ -214,7 +221,7 @@ def _read_object(record: Any) -> dict[str, Any]:
     keys = {"kind", "num_ranks", "num_micro_batches", "num_stages", "placement", "ranks"}
     if not isinstance(record, dict):
         raise ScheduleError(f"schedule: must be an object, is {_shown(record)}")
-    if wrong := keys.symmetric_difference(record) - {"cohorts"}:
+    if wrong := keys.symmetric_difference(record) - {"cohorts", "slices"}:
         verb = "is missing" if wrong <= keys else "is unknown"
         name = min(wrong & keys if wrong <= keys else wrong - keys)
         raise ScheduleError(f"schedule: the key {name!r} {verb}; nearest valid: {', '.join(sorted(keys))}")
@@ -281,6 +288,8 @@ def _check_sizes(schedule: Schedule, num_stages: int) -> None:
             raise ScheduleError(f"placement[{direction}]: must have num_stages = {num_stages} entries, has {len(row)}")
     if len(schedule.ranks) != schedule.num_ranks:
         raise ScheduleError(f"ranks: must have num_ranks = {schedule.num_ranks} entries, has {len(schedule.ranks)}")
+    if not schedule.slices:
+        raise ScheduleError("slices: must be at least 1, is 0; nearest valid: 1")
 
 
 def _shown(value: Any) -> str:

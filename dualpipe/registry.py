@@ -72,11 +72,12 @@ class ScheduleSpec:
         generate: function of the numbers of ranks and micro-batches (all directions together) that returns a valid
             schedule. If `takes_costs` is set, it also takes a `CostModel` and a memory cap or None, and it raises
             MemoryCapError if it cannot keep the cap. Its results are then cached. The number of chunks follows from the
-            number of stages in the `CostModel`.
+            number of stages in the `CostModel`. If `takes_slices` is set, it also takes the number of slices.
         placement: function of the numbers of ranks and chunks that returns the placement.
         chunks: numbers of stages that a rank can hold for one direction.
         limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
         takes_costs: whether the order depends on costs and memory cap.
+        takes_slices: whether micro-batches can be slices of sequences (`Schedule.slices`).
         may_be_chosen: whether `schedule=auto` considers the kind.
         grows: whether the peak of live activations still grows after three micro-batches per rank. If so, memory is
             predicted with all micro-batches.
@@ -90,6 +91,7 @@ class ScheduleSpec:
     chunks: range = range(1, 2)
     limit: Callable[[int, int], SizeLimit | None] = accept_any_size
     takes_costs: bool = False
+    takes_slices: bool = False
     may_be_chosen: bool = True
     grows: bool = False
     idle: IdleFormula | None = None
@@ -171,6 +173,31 @@ def check_size(
         raise ScheduleError(f"{key}: schedule '{kind}' {limit.rule}, has {value}; nearest: {advice}")
 
 
+def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
+    """Checks that a kind can run slices of sequences, of which each counts as a micro-batch.
+
+    Args:
+        kind: name of the schedule, or `auto`.
+        num_micro_batches: micro-batches of one pipeline and step.
+        slices: slices of each sequence.
+
+    Raises:
+        ScheduleError: the kind runs whole sequences, or the slices do not divide the micro-batches.
+    """
+    if slices > 1 and (kind == "auto" or not SCHEDULES.get(kind).takes_slices):
+        sliced = " or ".join(other for other, spec in SCHEDULES.items() if spec.takes_slices)
+        raise ScheduleError(
+            f"schedule.slices: schedule '{kind}' runs whole sequences, is {slices}; nearest: 1, or schedule={sliced}"
+        )
+    if num_micro_batches % slices:
+        below = num_micro_batches - num_micro_batches % slices
+        nearest = " or ".join(str(count) for count in (below, below + slices) if count)
+        raise ScheduleError(
+            f"num_micro_batches: must be a multiple of schedule.slices={slices}, because each slice counts as one, "
+            f"is {num_micro_batches}; nearest: {nearest}"
+        )
+
+
 def kind_for_size(
     kind: str, num_ranks: int, num_micro_batches: int, chunks: int, *, micro_batches_key: str = "num_micro_batches"
 ) -> str:
@@ -231,6 +258,7 @@ def build(
     chunks, rest = divmod(len(costs.stages), num_ranks)
     assert not rest, f"{kind}: {len(costs.stages)} stages have costs, which {num_ranks} ranks cannot share"
     spec.chunk_choices(chunks)
+    check_slices(kind, num_micro_batches, costs.slices)
     copies = len(spec.placement(num_ranks, chunks))
     room = activation_cap(memory_cap, copies, costs)
     try:
@@ -283,7 +311,7 @@ def _generate(
     """Makes the schedule within a cap on its activations, from the cache if it depends on costs."""
     if spec.takes_costs:
         return load_or_make(spec.generate, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
-    schedule = spec.generate(num_ranks, num_micro_batches)
+    schedule = spec.generate(num_ranks, num_micro_batches, *([costs.slices] if spec.takes_slices else []))
     expected = spec.placement(num_ranks, len(costs.stages) // num_ranks)
     if schedule.placement != expected:
         raise ScheduleError(

@@ -35,6 +35,8 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
     _check_order(schedule, located)
     if schedule.cohorts is not None:
         _check_tokens(schedule, located)
+    if schedule.slices > 1:
+        _check_slices(schedule, located)
     check_progress(schedule)
     if memory_cap is not None:
         _check_memory(schedule, memory_cap)
@@ -65,6 +67,11 @@ def _check_sizes(schedule: Schedule) -> None:
         raise ScheduleError(f"ranks: must have num_ranks = {schedule.num_ranks} entries, has {len(schedule.ranks)}")
     if schedule.cohorts is not None and schedule.cohorts < 1:
         raise ScheduleError(f"cohorts: a schedule that decodes needs at least 1 per direction, has {schedule.cohorts}")
+    if schedule.slices < 1 or schedule.num_micro_batches % schedule.slices:
+        raise ScheduleError(
+            f"slices: must be at least 1 and divide the {schedule.num_micro_batches} micro-batches, "
+            f"is {schedule.slices}"
+        )
     if not schedule.placement or not schedule.placement[0]:
         raise ScheduleError("placement: places no stage")
     for direction, row in enumerate(schedule.placement):
@@ -197,6 +204,29 @@ def _check_tokens(schedule: Schedule, located: _Located) -> None:
             raise ScheduleError(
                 f"rank {rank}: group {index} has {Operation(*op)} before the tokens that it reads, from {source}"
             )
+
+
+def _check_slices(schedule: Schedule, located: _Located) -> None:
+    """Checks that forwards of the slices of a sequence run in order, and backwards in reverse order.
+
+    An activation that later slices attend to must stay on the device, so none is offloaded.
+    """
+    backwards = (Op.BACKWARD, Op.BACKWARD_INPUT)
+    for key, index in located.items():
+        op, rank = Operation(*key), schedule.rank_of(key[1], key[2])
+        if op.kind.is_copy:
+            raise ScheduleError(f"rank {rank}: group {index} has {op}; slices of sequences cannot be offloaded")
+        is_forward = op.kind is Op.FORWARD
+        other = op.micro_batch - 1 if is_forward else op.micro_batch + 1
+        if op.kind is Op.BACKWARD_WEIGHT or other // schedule.slices != op.micro_batch // schedule.slices:
+            continue
+        for kind in (Op.FORWARD,) if is_forward else backwards:
+            earlier = op._replace(kind=kind, micro_batch=other)
+            if located.get(earlier, -1) >= index:
+                raise ScheduleError(
+                    f"rank {rank}: group {index} has {op} before or together with {earlier}, of the "
+                    f"{'previous' if is_forward else 'next'} slice, which it needs"
+                )
 
 
 def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:

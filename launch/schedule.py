@@ -5,7 +5,7 @@ if not __package__:
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -19,7 +19,7 @@ from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
-from dualpipe.registry import FALLBACK, SCHEDULES, check_size
+from dualpipe.registry import FALLBACK, SCHEDULES, check_size, check_slices
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.choose import best_of_kind, choose, survey
 from dualpipe.simulate.costs import CostModel, Costs
@@ -57,7 +57,7 @@ class ScheduleCommandConfig:
 
     def costs_of(self, num_stages: int) -> CostModel:
         """Returns the costs of each stage if the model is cut into `num_stages` stages."""
-        return self.costs.of_stages(self.num_ranks, num_stages)
+        return replace(self.costs.of_stages(self.num_ranks, num_stages), slices=self.schedule.slices)
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -98,6 +98,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
     kind, reason = config.schedule.kind, ""
     rows: tuple[TimedSchedule | UnavailableSchedule, ...] = ()
     check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
+    check_slices(kind, config.num_micro_batches, config.schedule.slices)
     if kind == "auto":
         rows = _survey(config, cache_dir)
         choice = choose(rows, config.memory_cap)

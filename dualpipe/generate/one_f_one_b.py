@@ -25,18 +25,21 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
     return tuple(groups)
 
 
+def one_f_one_b_idle() -> IdleFormula:
+    """Returns the idle time of 1F1B, with the costs of one of its micro-batches."""
+    return IdleFormula(
+        text="(P-1)(F+B)",
+        assumes="no exchange and no latency",
+        value=lambda num_ranks, costs: (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight),
+    )
+
+
 SCHEDULES.register(
     "1f1b",
     ScheduleSpec(
         name="1f1b",
         summary="one forward, one backward, in a single direction",
         generate=one_f_one_b,
-        idle=IdleFormula(
-            text="(P-1)(F+B)",
-            assumes="no exchange and no latency",
-            value=lambda num_ranks, costs: (
-                (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight)
-            ),
-        ),
+        idle=one_f_one_b_idle(),
     ),
 )

@@ -93,7 +93,8 @@ def best_of_kind(
         kind: name of the schedule.
         num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
-        costs_of: costs of each stage, as a function of the kind and the number of stages.
+        costs_of: costs of each stage, as a function of the kind and the number of stages. If they are those of slices
+            and the kind does not take slices, it is timed with whole sequences.
         memory_cap: as in `registry.build`.
         cache_dir: folder that caches searched schedules.
         chunks: stages of a rank for one direction; None for the best number.
@@ -110,8 +111,11 @@ def best_of_kind(
         if (timed or errors) and num_stages > (most_stages or math.inf):
             break
         costs = costs_of(kind, num_stages)
+        count = num_micro_batches
+        if costs.slices > 1 and not spec.takes_slices:
+            count, costs = num_micro_batches // costs.slices, costs.of_whole_sequences()
         try:
-            schedule = build(kind, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
+            schedule = build(kind, num_ranks, count, costs, memory_cap, cache_dir)
         except ScheduleError as error:
             errors.append(error)
         else:

@@ -108,12 +108,14 @@ class CostModel:
             `StageCosts.activation`; 0 to count activations only. A rank holds one copy for each direction.
         alone: factor on the computation of a group of one operation. It is below 1 if exchange takes part of a device
             that computes, and an operation without another to hide its exchange has the whole device.
+        slices: as `Schedule.slices`. Costs and activations are those of one slice.
     """
 
     stages: tuple[StageCosts, ...]
     latency: float
     weights: float = 0.0
     alone: float = 1.0
+    slices: int = 1
 
     def compute_of(self, op: Operation) -> float:
         """Returns the computation time of one operation."""
@@ -131,6 +133,17 @@ class CostModel:
     def without_offload(self) -> "CostModel":
         """Returns the same costs for activations that all stay on the device."""
         return replace(self, stages=tuple(replace(stage, offload=None) for stage in self.stages))
+
+    def of_whole_sequences(self) -> "CostModel":
+        """Returns the costs of whole sequences, if these are the costs of slices."""
+        names = [field.name for field in fields(StageCosts)]
+        stages = [
+            StageCosts(
+                **{name: None if (cost := getattr(stage, name)) is None else cost * self.slices for name in names}
+            )
+            for stage in self.stages
+        ]
+        return replace(self, stages=tuple(stages), slices=1)
 
     def copy_time_of(self, op: Operation) -> float:
         """Returns the time of the copy that an offload waits for, or that a reload starts.
