@@ -19,7 +19,7 @@ from dualpipe.draw.trace import trace
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
-from dualpipe.registry import FALLBACK, SCHEDULES, check_size, check_slices
+from dualpipe.registry import FALLBACK, SCHEDULES, candidates, check_size, check_slices
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.choose import best_of_kind, choose, survey
 from dualpipe.simulate.costs import CostModel, Costs
@@ -104,7 +104,7 @@ def _shown(config: ScheduleCommandConfig) -> str:
         choice = choose(rows, config.memory_cap)
         schedule, reason = choice.schedule, choice.reason
     else:
-        schedule = _best_of_kind(config, cache_dir)
+        schedule = _best_of_kind(config, cache_dir).schedule
     # Building the schedule has kept the memory cap, by the costs of each stage.
     validate(schedule)
     costs = config.costs_of(schedule.num_stages)
@@ -175,7 +175,7 @@ def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
     return decode_schedule(placement, cohorts, rounds)
 
 
-def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> Schedule:
+def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> TimedSchedule:
     """Builds the configured kind with the configured number of chunks, or with the best one."""
     return best_of_kind(
         config.schedule.kind,
@@ -185,7 +185,7 @@ def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> Schedule:
         config.memory_cap,
         cache_dir,
         config.schedule.chunks,
-    ).schedule
+    )
 
 
 def _summed(config: ScheduleCommandConfig, costs: CostModel) -> Costs | CostModel:
@@ -195,7 +195,10 @@ def _summed(config: ScheduleCommandConfig, costs: CostModel) -> Costs | CostMode
 
 
 def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
-    return survey(
+    """Times the configured kind and all kinds that `auto` considers. Those without slices run whole sequences."""
+    is_extra = config.schedule.kind != "auto" and config.schedule.kind not in candidates()
+    own = (_best_of_kind(config, cache_dir),) if is_extra else ()
+    return own + survey(
         config.num_ranks,
         config.num_micro_batches,
         lambda kind, num_stages: config.costs_of(num_stages),

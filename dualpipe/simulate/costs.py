@@ -136,13 +136,12 @@ class CostModel:
 
     def of_whole_sequences(self) -> "CostModel":
         """Returns the costs of whole sequences, if these are the costs of slices."""
-        names = [field.name for field in fields(StageCosts)]
-        stages = [
-            StageCosts(
-                **{name: None if (cost := getattr(stage, name)) is None else cost * self.slices for name in names}
+        stages = []
+        for stage in self.stages:
+            given = {field.name: getattr(stage, field.name) for field in fields(StageCosts)}
+            stages.append(
+                replace(stage, **{name: cost * self.slices for name, cost in given.items() if cost is not None})
             )
-            for stage in self.stages
-        ]
         return replace(self, stages=tuple(stages), slices=1)
 
     def copy_time_of(self, op: Operation) -> float:
