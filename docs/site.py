@@ -17,7 +17,10 @@ API = {
         ["launch.api", "train.callbacks", "infer.config", "infer.generate", "data.tokenizer"],
     ),
     "model": ("Model", ["model.account", "model.hf.convert", "model.objective", "model.router"]),
-    "dualpipe": ("Schedules", ["dualpipe.ir", "dualpipe.validate", "dualpipe.simulate.simulate", "dualpipe.draw.svg"]),
+    "dualpipe": (
+        "Schedules",
+        ["dualpipe.ir", "dualpipe.build", "dualpipe.validate", "dualpipe.simulate.simulate", "dualpipe.draw.svg"],
+    ),
     "comm": ("Exchange", ["comm.protocol", "comm.layout", "comm.groups", "comm.dispatch.build"]),
     "registries": (
         "Registries",

@@ -1,18 +1,14 @@
 """Registers kinds of schedules by name, with their size limits, placement and generator.
 
-A generator's file registers its kind. `build` makes a schedule from a name.
+A generator's file registers its kind. `dualpipe.build` makes a schedule from a name.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-from dualpipe.generate.cache import load_or_make
-from dualpipe.ir import MemoryCapError, Placement, Schedule, ScheduleError, straight_placement
-from dualpipe.optimize.offload import offload
-from dualpipe.simulate.costs import CostModel, Costs, uniform
-from dualpipe.simulate.simulate import activation_cap, peak_memory, simulate
+from dualpipe.ir import Placement, Schedule, ScheduleError, straight_placement
+from dualpipe.simulate.costs import Costs
 from kernels.registry import Registry, list_modules
 
 FALLBACK = "dualpipe_split"
@@ -22,7 +18,6 @@ AUTO_CHUNKS = 4
 """Maximum number of chunks that is tried if none is configured."""
 
 _FIRST = ("dualpipe_interleaved", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
-_EQUAL = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,108 +219,3 @@ def kind_for_size(
                 return other
     check_size(kind, num_ranks, num_micro_batches, micro_batches_key=micro_batches_key)
     return kind
-
-
-def build(
-    kind: str,
-    num_ranks: int,
-    num_micro_batches: int,
-    costs: CostModel | None = None,
-    memory_cap: float | None = None,
-    cache_dir: Path | None = None,
-) -> Schedule:
-    """Builds the named schedule within the memory cap.
-
-    If the costs allow offload, activations may be in host memory while the cap has no room for them.
-
-    Args:
-        kind: name of the schedule.
-        num_ranks: ranks of one pipeline.
-        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
-        costs: costs of each stage; None for equal stages with F = I = W and no exchange. Their number determines the
-            chunks per rank. They change the order only if the kind takes costs.
-        memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
-            `StageCosts.activation`; None for the schedule's own maximum.
-        cache_dir: folder that caches searched schedules; None to search each time.
-
-    Raises:
-        UnknownNameError: if there is no such kind.
-        ScheduleError: if the schedule is not defined for the size or number of chunks, or does not fit the cap.
-    """
-    check_size(kind, num_ranks, num_micro_batches)
-    spec = SCHEDULES.get(kind)
-    costs = costs or uniform(_EQUAL, num_ranks, spec.num_stages(num_ranks))
-    chunks, rest = divmod(len(costs.stages), num_ranks)
-    assert not rest, f"{kind}: {len(costs.stages)} stages have costs, which {num_ranks} ranks cannot share"
-    spec.chunk_choices(chunks)
-    check_slices(kind, num_micro_batches, costs.slices)
-    copies = len(spec.placement(num_ranks, chunks))
-    room = activation_cap(memory_cap, copies, costs)
-    try:
-        return _fit(spec, num_ranks, num_micro_batches, replace(costs, weights=0.0), room, cache_dir)
-    except MemoryCapError as error:
-        if not costs.weights:
-            raise
-        raise MemoryCapError(
-            f"{str(error).removeprefix('memory_cap: ')}; both without {copies} x {costs.weights:g} of weights",
-            error.least + copies * costs.weights,
-        ) from error
-
-
-def _fit(
-    spec: ScheduleSpec,
-    num_ranks: int,
-    num_micro_batches: int,
-    costs: CostModel,
-    memory_cap: float | None,
-    cache_dir: Path | None,
-) -> Schedule:
-    """Makes the schedule within a cap on its activations.
-
-    Some are offloaded if the costs allow it and it takes less time.
-    """
-
-    def generate(cap: float | None) -> Schedule:
-        return _generate(spec, num_ranks, num_micro_batches, costs.without_offload(), cap, cache_dir)
-
-    if memory_cap is None or not costs.can_offload:
-        return generate(memory_cap)
-    try:
-        staying: Schedule | None = generate(memory_cap)
-    except MemoryCapError:
-        staying = None
-    moving = offload(generate(None), costs, memory_cap)
-    found = [schedule for schedule in (staying, moving) if schedule is not None]
-    # If neither keeps the cap, the generator's error says which one it could keep without offload.
-    return min(found, key=lambda schedule: simulate(schedule, costs).makespan) if found else generate(memory_cap)
-
-
-def _generate(
-    spec: ScheduleSpec,
-    num_ranks: int,
-    num_micro_batches: int,
-    costs: CostModel,
-    memory_cap: float | None,
-    cache_dir: Path | None,
-) -> Schedule:
-    """Makes the schedule within a cap on its activations, from the cache if it depends on costs."""
-    if spec.takes_costs:
-        return load_or_make(spec.generate, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
-    schedule = spec.generate(num_ranks, num_micro_batches, *([costs.slices] if spec.takes_slices else []))
-    expected = spec.placement(num_ranks, len(costs.stages) // num_ranks)
-    if schedule.placement != expected:
-        raise ScheduleError(
-            f"schedule '{spec.name}': places stages on ranks {schedule.placement}, its entry has {expected}"
-        )
-    _check_cap(schedule, costs, memory_cap)
-    return schedule
-
-
-def _check_cap(schedule: Schedule, costs: CostModel, memory_cap: float | None) -> None:
-    peak = max(peak_memory(schedule, costs))
-    if memory_cap is not None and peak > memory_cap + 1e-9:
-        raise MemoryCapError(
-            f"schedule '{schedule.kind}' on {schedule.num_ranks} ranks keeps {peak:g} live activations on a rank, "
-            f"the cap is {memory_cap:g}; nearest: {peak:g}, or schedule={FALLBACK}",
-            peak,
-        )

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 
+from dualpipe.build import build
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.ir import Schedule, ScheduleError
-from dualpipe.registry import build, candidates
+from dualpipe.registry import candidates
 from dualpipe.simulate.costs import CostModel, resampled
 from dualpipe.simulate.simulate import simulate
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dualpipe.build import build
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, time_schedule
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
-from dualpipe.registry import SCHEDULES, build, candidates
+from dualpipe.registry import SCHEDULES, candidates
 from dualpipe.simulate.costs import CostModel
 
 MARGIN = 0.005
@@ -95,7 +96,7 @@ def best_of_kind(
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs_of: costs of each stage, as a function of the kind and the number of stages. If they are those of slices
             and the kind does not take slices, it is timed with whole sequences.
-        memory_cap: as in `registry.build`.
+        memory_cap: as in `dualpipe.build.build`.
         cache_dir: folder that caches searched schedules.
         chunks: stages of a rank for one direction; None for the best number.
         most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.

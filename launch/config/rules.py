@@ -3,9 +3,10 @@
 import re
 
 from data.batch_sizes import BatchRamp, ramp_sizes
+from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import build, candidates, check_size
+from dualpipe.registry import candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
 from launch.config.rollout_rules import check_rollouts

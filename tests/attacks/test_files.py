@@ -12,8 +12,8 @@ import pytest
 from comm.config import ParallelismConfig
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
+from dualpipe.build import build
 from dualpipe.ir import to_json
-from dualpipe.registry import build
 from launch.convert import main as convert
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.redraw import main as redraw

@@ -10,7 +10,7 @@ for F, I and W at 650 TFLOP/s. MTP is a MoE layer with a projection, and a head.
 import sys
 import time
 
-from dualpipe.registry import build
+from dualpipe.build import build
 from dualpipe.simulate.simulate import simulate
 from launch.config.run_config import compose_run
 from train.config import TrainConfig

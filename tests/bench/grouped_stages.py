@@ -17,8 +17,8 @@ from comm.layout import Layout
 from comm.protocol import Work
 from comm.transfers.transport import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import build
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from dualpipe.build import build
 from dualpipe.ir import Schedule, from_json, to_json
 from dualpipe.passes import forward_only
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.protocols import Lane

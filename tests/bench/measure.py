@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs, uniform
 from tests.bench.blocks import SleepLog, Workload
 from tests.bench.contenders import ALONE, OWN_KINDS, Step, alone_step, open_transport, own_step, torch_step

@@ -23,8 +23,8 @@ from comm.lane import InlineLane, Lane, ThreadLane
 from comm.layout import Layout
 from comm.transfers.transport import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
+from dualpipe.build import build
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.registry import build
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import Pairing, compile_rank, run_key
 from dualpipe.runtime.execute import Execution, execute

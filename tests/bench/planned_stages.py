@@ -14,8 +14,9 @@ from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.transfers.transport import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute

@@ -20,8 +20,8 @@ from unittest.mock import patch
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import build
 from dualpipe.simulate.costs import uniform
 from model.stage import StageRun
 from tests.bench.measure import COSTS

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dualpipe.build import build
 from dualpipe.ir import Schedule, ScheduleError
-from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, build
+from dualpipe.registry import AUTO_CHUNKS, SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.validate import validate

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpipe.registry import build
+from dualpipe.build import build
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.program import Action

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualpipe.build import build
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Schedule
-from dualpipe.registry import build
 from dualpipe.runtime.compile import Pairing, compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.pairing import overlapped, sequential

@@ -6,9 +6,10 @@ from random import Random
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
 from dualpipe.optimize.fuse import fuse
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import simulate

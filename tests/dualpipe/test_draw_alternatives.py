@@ -2,11 +2,12 @@
 
 import re
 
+from dualpipe.build import build
 from dualpipe.draw.alternatives import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.table import html
 from dualpipe.passes import ungroup
-from dualpipe.registry import build, candidates
+from dualpipe.registry import candidates
 from dualpipe.runtime.measured import measured_costs
 from dualpipe.simulate.costs import resampled
 from tests.dualpipe.clockwork import measured_run

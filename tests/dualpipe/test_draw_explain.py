@@ -1,10 +1,11 @@
 """The section of the page and the lines of the text on the steady state and the next best schedules."""
 
+from dualpipe.build import build
 from dualpipe.draw.entry import TimedSchedule, time_schedule
 from dualpipe.draw.explain import explanation
 from dualpipe.draw.table import html
 from dualpipe.draw.text import summary
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)

@@ -5,12 +5,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.svg import natural_scale, svg
 from dualpipe.draw.text import grid, summary
 from dualpipe.draw.trace import trace
 from dualpipe.ir import Op, Schedule
-from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
 from tests.dualpipe.clockwork import measured_run

@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.draw import style
 from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.svg import Scale, natural_scale, svg
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.registry import build
 from dualpipe.runtime.measured import measured_bubble
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.simulate import Simulation, simulate

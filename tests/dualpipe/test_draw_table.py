@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.draw.entry import UnavailableSchedule, time_schedule
 from dualpipe.draw.table import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe_v import dualpipe_v
-from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs
 from tests.dualpipe.clockwork import measured_run
 

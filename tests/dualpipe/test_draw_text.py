@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.draw.text import grid, summary
-from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
 

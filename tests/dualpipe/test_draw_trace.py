@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.trace import trace
-from dualpipe.registry import build
 from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.costs import Costs
 from dualpipe.transfers import transfers

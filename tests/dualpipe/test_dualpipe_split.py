@@ -5,11 +5,12 @@ import time
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_interleaved import dualpipe_split
 from dualpipe.ir import MemoryCapError
 from dualpipe.passes import split_backwards
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate

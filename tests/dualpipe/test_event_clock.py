@@ -5,8 +5,9 @@ from random import Random
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.simulate.simulate import simulate
 from tests.dualpipe.event_clock import EventClock

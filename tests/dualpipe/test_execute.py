@@ -2,9 +2,9 @@
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Schedule
 from dualpipe.passes import forward_only
-from dualpipe.registry import build
 from dualpipe.runtime.compile import Pairing
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.simulate.simulate import peak_activations

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.zero_bubble import v_half, v_min, zb_h1, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
-from dualpipe.registry import build, check_size
+from dualpipe.registry import check_size
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import MemoryCapError
-from dualpipe.registry import build
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
-from dualpipe.registry import build
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Op, Operation, Schedule
 from dualpipe.passes import ungroup
-from dualpipe.registry import build
 from dualpipe.runtime.measured import (
     LaneSpan,
     Measured,

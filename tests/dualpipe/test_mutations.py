@@ -8,13 +8,13 @@ from functools import cache
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.generate.dualpipe import dualpipe, mirror
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
-from dualpipe.registry import build
 from dualpipe.validate import validate
 from tests.dualpipe.enactment import enact
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, v_shaped

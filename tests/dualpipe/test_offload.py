@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import MemoryCapError, Op, Schedule
 from dualpipe.optimize.offload import offload
-from dualpipe.registry import SCHEDULES, ScheduleSpec, build
+from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate

@@ -2,8 +2,9 @@
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Op
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.pace import Pace, pace_of
 from dualpipe.simulate.simulate import simulate

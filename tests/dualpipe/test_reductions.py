@@ -2,8 +2,8 @@
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Op, Schedule
-from dualpipe.registry import build
 from dualpipe.runtime.pairing import overlapped
 from dualpipe.runtime.program import Action
 from dualpipe.runtime.reductions import first_use_order, reduction_order, with_reductions

@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only
-from dualpipe.registry import FALLBACK, SCHEDULES, build, check_size, kind_for_size
+from dualpipe.registry import FALLBACK, SCHEDULES, check_size, kind_for_size
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import peak_activations, simulate

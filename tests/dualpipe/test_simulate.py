@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.generate.dualpipe import published_idle
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.passes import forward_only
-from dualpipe.registry import build
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
 

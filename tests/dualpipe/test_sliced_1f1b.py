@@ -5,9 +5,10 @@ from itertools import product
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
 from dualpipe.passes import forward_only, split_backwards
-from dualpipe.registry import build, check_slices
+from dualpipe.registry import check_slices
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate, validate_passes

@@ -1,7 +1,7 @@
 """Each value is sent once, from the rank that makes it to the rank that needs it."""
 
+from dualpipe.build import build
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.registry import build
 from dualpipe.transfers import Message, message_of, transfers
 
 

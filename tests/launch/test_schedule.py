@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import ScheduleError, from_json
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from launch.schedule import main
 from train.config.errors import ConfigError
 

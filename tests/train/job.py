@@ -15,8 +15,8 @@ from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import build
 from infer.engines.local import LocalEngine
 from model.experts import RoutedExperts
 from model.objective import LossSums, MicroBatch

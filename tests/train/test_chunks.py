@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from comm.config import ParallelismConfig
-from dualpipe.registry import build
+from dualpipe.build import build
 from dualpipe.simulate.simulate import simulate
 from tests.tiny import tiny_config
 from train.config import TrainConfig

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from comm.config import ParallelismConfig
+from dualpipe.build import build
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Schedule
-from dualpipe.registry import build
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.simulate.simulate import peak_activations

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from comm.config import ParallelismConfig
+from dualpipe.build import build
 from dualpipe.ir import Op, Schedule
-from dualpipe.registry import FALLBACK, SCHEDULES, build
+from dualpipe.registry import FALLBACK, SCHEDULES
 from tests.tiny import tiny_config
 from train.config import TrainConfig
 from train.schedule.nominal import few_micro_batches, nominal_costs, planning_schedule

@@ -11,9 +11,9 @@ from torch import distributed as dist
 from comm.config import Cut, ParallelismConfig
 from comm.layout import Layout
 from data.batch_sizes import BatchRamp
+from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
-from dualpipe.registry import build
 from dualpipe.validate import validate, validate_passes
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config

@@ -11,9 +11,9 @@ import torch
 
 from comm.config import ParallelismConfig
 from data.batch_sizes import BatchRamp
+from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import build
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import Job, close_job, open_job, run_jobs, run_plain

@@ -15,7 +15,7 @@ from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from dualpipe.registry import build
+from dualpipe.build import build
 from infer.batch import PROMPT_TOKENS
 from model.config import Computing, ModelConfig
 from model.transformer import named_tensors

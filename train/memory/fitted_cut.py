@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import replace
 
+from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Placement, ScheduleError
-from dualpipe.registry import FALLBACK, build
+from dualpipe.registry import FALLBACK
 from model.config import cut_at, cut_layers
 from train.config import TrainConfig
 from train.memory.predict import predict_memory

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
+from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Group, Op, Schedule
-from dualpipe.registry import FALLBACK, build
+from dualpipe.registry import FALLBACK
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation, simulate
 from model.account import training_flops_per_token

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import SCHEDULES, build
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.simulate import simulate
 from model.config import CutError
 from train.config import TrainConfig

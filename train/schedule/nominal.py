@@ -8,11 +8,12 @@ for each rank show the peak of thousands. `tests/train/test_nominal.py` compares
 
 from dataclasses import replace
 
+from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Schedule
 from dualpipe.passes import split_backwards
-from dualpipe.registry import FALLBACK, SCHEDULES, build
+from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from train.config import TrainConfig
 from train.schedule.cut import run_cut, run_placement

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.registry import build
+from dualpipe.build import build
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.planner.job_plan import plan_job, require_time
 from train.planner.timing import TimedPlan, time_plan

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from dualpipe.registry import build
+from dualpipe.build import build
 from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
 from train.planner.measured.phases import StepTimes

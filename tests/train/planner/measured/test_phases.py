@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from dualpipe.build import build
 from dualpipe.ir import Schedule
-from dualpipe.registry import build
 from dualpipe.runtime.measured import LaneSpan, Measured
 from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.simulate.simulate import simulate
