@@ -1,4 +1,4 @@
-"""Runs guest programs in bubblewrap: own namespaces, an empty file system, and limits.
+"""Defines sandboxes, and runs guests in bubblewrap: namespaces, an empty file system, and limits.
 
 One process has at most `memory_bytes`, so a program and its children have at most `processes` times that.
 """
@@ -7,18 +7,27 @@ import json
 import os
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from infer.scoring.code.seccomp import seccomp_filter
 
-_GUEST = Path(__file__).with_name("guest")
+GUEST = Path(__file__).with_name("guest")
 _PACKAGE = "/guest/lib/infer/scoring/code/guest"
-_START = (
-    "import sys; sys.path.insert(0, '/guest/lib'); "
-    "from infer.scoring.code.guest.{name} import main; main(*sys.argv[1:])"
+START_GUEST = (
+    "import sys; sys.path.insert(0, '{folder}'); from infer.scoring.code.guest.{name} import main; main(*sys.argv[1:])"
 )
+
+Isolation = Literal["bubblewrap", "namespaces", "landlock", "limits"]
+"""Levels of isolation, the strongest first.
+
+bubblewrap: all namespaces and an empty file system. namespaces: Landlock, with own network and IPC namespaces.
+landlock: without namespaces; files can be read where the interpreter needs them, and neither files nor processes nor
+sockets can be made. limits: another process with limits, which can read and change what its user can.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +35,7 @@ class GuestLimits:
     """The limits of one guest program.
 
     Attributes:
-        cpu_seconds: processor time of each process.
+        cpu_seconds: whole seconds of processor time of each process. `wait_for_guests` limits all processes together.
         memory_bytes: address space of each process.
         processes: number of processes and threads together.
         file_bytes: size of a file.
@@ -75,57 +84,20 @@ class StartedGuest:
     info: int
 
 
-class Sandbox:
-    """A way to run guest programs on this machine. It keeps no state, so threads may share it."""
+class Sandbox(ABC):
+    """A way to run guest programs on this machine. It keeps no state, so threads may share it.
 
-    def __init__(self, prefix: Sequence[str], python_home: str, visible_home: str) -> None:
-        """Use `infer.scoring.code.find.find_sandbox`, which checks that the sandbox holds.
+    Use `infer.scoring.code.find.find_sandbox`, which checks that the sandbox holds.
 
-        Args:
-            prefix: command that runs before bubblewrap.
-            python_home: folder of the interpreter, as guests see it.
-            visible_home: folder where bubblewrap finds it.
-        """
-        self._prefix, self._python_home, self._visible_home = tuple(prefix), python_home, visible_home
-        self._filter = seccomp_filter()
+    Attributes:
+        isolation: its level.
+    """
 
+    isolation: Isolation
+
+    @abstractmethod
     def start(self, program: GuestProgram) -> StartedGuest:
         """Starts a guest. Its standard output and error are pipes of the returned process."""
-        opened: list[int] = []
-        try:
-            files = {f"{_PACKAGE}/{path.name}": path.read_text("utf-8") for path in sorted(_GUEST.glob("*.py"))}
-            files |= {f"/guest/{name}": text for name, text in program.files.items()}
-            mounted = {place: _memory_file(text.encode("utf-8", "replace"), opened) for place, text in files.items()}
-            filter_fd = None if self._filter is None else _memory_file(self._filter, opened)
-            stdin = _memory_file(program.stdin.encode("utf-8", "replace"), opened)
-            info, info_writer = os.pipe()
-            opened.append(info_writer)
-            command = [
-                *self._prefix,
-                *self._bubblewrap(mounted, program.limits, filter_fd, info_writer),
-                *(f"{self._python_home}/bin/{_python_name()}", "-I", "-S", "-B", "-c"),
-                _START.format(name=program.name),
-                json.dumps(asdict(program.limits)),
-                *program.arguments,
-            ]
-            try:
-                process = subprocess.Popen(
-                    command,
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    pass_fds=[*mounted.values(), *opened[-1:], *([filter_fd] if filter_fd else []), *program.inherited],
-                    env={"PATH": os.environ.get("PATH", os.defpath)},
-                    cwd="/",
-                    start_new_session=True,
-                )
-            except BaseException:
-                os.close(info)
-                raise
-            return StartedGuest(process, info)
-        finally:
-            for descriptor in opened:
-                os.close(descriptor)
 
     def start_all(self, programs: Sequence[GuestProgram]) -> list[StartedGuest]:
         """Starts several guests, or none if one of them cannot start."""
@@ -140,6 +112,48 @@ class Sandbox:
                 os.close(guest.info)
             raise
         return guests
+
+
+class BubblewrapSandbox(Sandbox):
+    """Runs guests in bubblewrap."""
+
+    isolation: Isolation = "bubblewrap"
+
+    def __init__(self, prefix: Sequence[str], python_home: str, visible_home: str) -> None:
+        """Prepares the filter of system calls.
+
+        Args:
+            prefix: command that runs before bubblewrap.
+            python_home: folder of the interpreter, as guests see it.
+            visible_home: folder where bubblewrap finds it.
+        """
+        self._prefix, self._python_home, self._visible_home = tuple(prefix), python_home, visible_home
+        self._filter = seccomp_filter()
+
+    def start(self, program: GuestProgram) -> StartedGuest:
+        """Implements `Sandbox.start`."""
+        with Descriptors() as opened:
+            files = {f"{_PACKAGE}/{path.name}": path.read_text("utf-8") for path in sorted(GUEST.glob("*.py"))}
+            files |= {f"/guest/{name}": text for name, text in program.files.items()}
+            mounted = {place: opened.memory_file(encode(text)) for place, text in files.items()}
+            filter_fd = None if self._filter is None else opened.memory_file(self._filter)
+            stdin = opened.memory_file(encode(program.stdin))
+            info, info_writer = os.pipe()
+            opened.add(info_writer)
+            command = [
+                *self._prefix,
+                *self._bubblewrap(mounted, program.limits, filter_fd, info_writer),
+                *(f"{self._python_home}/bin/{python_name()}", "-I", "-S", "-B", "-c"),
+                START_GUEST.format(folder="/guest/lib", name=program.name),
+                json.dumps(asdict(program.limits)),
+                *program.arguments,
+            ]
+            inherited = [*mounted.values(), info_writer, *([filter_fd] if filter_fd else []), *program.inherited]
+            try:
+                return StartedGuest(start_process(command, stdin, inherited), info)
+            except BaseException:
+                os.close(info)
+                raise
 
     def _bubblewrap(
         self, mounted: Mapping[str, int], limits: GuestLimits, filter_fd: int | None, info_writer: int
@@ -169,16 +183,59 @@ class Sandbox:
         return [*command, *(["--seccomp", str(filter_fd)] if filter_fd is not None else []), "--"]
 
 
-def _python_name() -> str:
+def python_name() -> str:
+    """Returns the name of this interpreter's program."""
     return f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def _memory_file(content: bytes, opened: list[int]) -> int:
-    """Returns a file descriptor of a file without a name, at its beginning, and adds it to `opened`."""
-    descriptor = os.memfd_create("guest")
-    opened.append(descriptor)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+def encode(text: str) -> bytes:
+    """Returns a text's bytes; halves of surrogate pairs become question marks."""
+    return text.encode("utf-8", "replace")
+
+
+def start_process(command: Sequence[str], stdin: int, inherited: Sequence[int]) -> "subprocess.Popen[bytes]":
+    """Starts a command without an environment, in a new session.
+
+    Args:
+        command: with its arguments.
+        stdin: file descriptor of the standard input.
+        inherited: file descriptors that the command gets, with the same numbers.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=inherited,
+        env={"PATH": os.environ.get("PATH", os.defpath)},
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+class Descriptors:
+    """File descriptors that a context manager closes."""
+
+    def __init__(self) -> None:
+        self._opened: list[int] = []
+
+    def __enter__(self) -> "Descriptors":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._opened:
+            os.close(descriptor)
+
+    def add(self, descriptor: int) -> None:
+        """Adds an open descriptor."""
+        self._opened.append(descriptor)
+
+    def memory_file(self, content: bytes) -> int:
+        """Returns a file descriptor of a file without a name, at its beginning."""
+        descriptor = os.memfd_create("guest")
+        self.add(descriptor)
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return descriptor

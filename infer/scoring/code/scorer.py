@@ -5,6 +5,7 @@ program's functions through a pipe, and printed output is compared here.
 """
 
 import json
+import math
 import os
 import secrets
 import threading
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 
 from data.problems.records import StdinTest
 from infer.scoring.answer_text import final_text, last_code
-from infer.scoring.code.find import find_sandbox
+from infer.scoring.code.find import IsolationChoice, find_sandbox
 from infer.scoring.code.pipes import Pipes
-from infer.scoring.code.sandbox import GuestLimits, GuestProgram
+from infer.scoring.code.sandbox import GuestLimits, GuestProgram, Isolation
 from infer.scoring.code.supervise import GuestResult, wait_for_guests
 from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, failure, verdict
 from kernels.ranges import PositiveFloat, PositiveInt
@@ -28,17 +29,20 @@ class CodeConfig(ScorerConfig):
     """The configuration of the sandbox.
 
     Attributes:
-        cpu_seconds: processor time of a program for one test, or for all assertions together.
+        cpu_seconds: processor time of a program with its children for one test, or for all assertions together.
         wall_seconds: time after which a program without a verdict is stopped. The outcome is then unknown, as the
             machine may be busy, and the program is run once more.
         memory_mib: address space of each process.
         num_sandboxes: number of programs that run at the same time.
+        isolation: auto takes the strongest level that this machine has and refuses if it has none. accept_risk then
+            takes limits alone. Any other value is the only level that is tried.
     """
 
-    cpu_seconds: PositiveInt
+    cpu_seconds: PositiveFloat
     wall_seconds: PositiveFloat
     memory_mib: PositiveInt
     num_sandboxes: PositiveInt
+    isolation: IsolationChoice = "auto"
 
     def __post_init__(self) -> None:
         """Rejects a wall time below the processor time.
@@ -49,8 +53,8 @@ class CodeConfig(ScorerConfig):
         if self.wall_seconds < self.cpu_seconds:
             raise ScoringError(
                 f"reward.parts, kind code: wall_seconds must be at least cpu_seconds "
-                f"({self.cpu_seconds}), is {self.wall_seconds:g}; "
-                f"nearest valid: {self.cpu_seconds}"
+                f"({self.cpu_seconds:g}), is {self.wall_seconds:g}; "
+                f"nearest valid: {self.cpu_seconds:g}"
             )
 
 
@@ -64,10 +68,15 @@ class CodeScorer:
             ScoringError: this machine has none that holds.
         """
         self._config = config
-        self._sandbox = find_sandbox()
+        self._sandbox = find_sandbox(config.isolation)
         # More programs than cores would only wait for each other, and reach the limit of wall time.
         self._places = threading.BoundedSemaphore(config.num_sandboxes)
-        self._limits = GuestLimits(cpu_seconds=config.cpu_seconds, memory_bytes=config.memory_mib * 2**20)
+        self._limits = GuestLimits(cpu_seconds=math.ceil(config.cpu_seconds), memory_bytes=config.memory_mib * 2**20)
+
+    @property
+    def isolation(self) -> Isolation:
+        """The level of isolation in which programs run."""
+        return self._sandbox.isolation
 
     def score(self, answer: Answer, problem: Problem) -> Score:
         """Returns 1 if the program passes every test; an answer without a program is missing."""
@@ -144,7 +153,7 @@ class CodeScorer:
     def _stopped(self, result: GuestResult, *, is_late: bool) -> Score | None:
         """Returns the score of a program that was stopped, or None if it ended by itself."""
         if result.is_out_of_cpu:
-            return failure("timeout", f"more than {self._config.cpu_seconds} s of processor time")
+            return failure("timeout", f"more than {self._config.cpu_seconds:g} s of processor time")
         if result.is_flooded:
             return verdict(is_correct=False, detail="printed too much")
         if is_late:

@@ -15,6 +15,7 @@ from infer.scoring.code.sandbox import StartedGuest
 OUTPUT_BYTES = 2**16
 _KILLED = 137  # exit code of SIGKILL, as bubblewrap reports it
 _ROUNDING_SECONDS = 0.1  # the kernel's clock for limits is coarser than that for usage
+_POLL_SECONDS = 0.05  # between looks at the processor time
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -45,26 +46,27 @@ class _Watched:
 
     process: "subprocess.Popen[bytes]"
     info: int
-    cpu_limit: int
+    cpu_limit: float
     is_running: bool = True
     inner: int | None = None  # file descriptor of the first process in the namespace
     inner_pid: int = 0
     announced: bytes = b""
     outputs: dict[int, bytearray] = field(default_factory=dict)
     is_flooded: bool = False
+    has_overrun: bool = False
     cpu_seconds: float = 0.0
 
 
 def wait_for_guests(
-    guests: Sequence[StartedGuest], cpu_limits: Sequence[int], wall_seconds: float
+    guests: Sequence[StartedGuest], cpu_limits: Sequence[float], wall_seconds: float
 ) -> tuple[list[GuestResult], bool]:
-    """Waits until the last guest ends, one prints too much, or time is over. Then kills the others.
+    """Waits until the last guest ends, one exceeds a limit, or time is over. Then kills the others.
 
     When it returns, no process of the guests exists.
 
     Args:
         guests: started guests. The last one decides how long all run.
-        cpu_limits: limit of processor time of each guest.
+        cpu_limits: limit of processor time of each guest, all its processes together.
         wall_seconds: time from now.
 
     Returns:
@@ -98,11 +100,11 @@ def _register(selector: selectors.BaseSelector, guest: _Watched) -> None:
 def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], deadline: float) -> bool:
     """Handles events until it is time to kill. Returns whether the deadline has passed."""
     try:
-        while watched[-1].is_running and not any(guest.is_flooded for guest in watched):
+        while watched[-1].is_running and not any(guest.is_flooded or guest.has_overrun for guest in watched):
             left = deadline - time.monotonic()
             if left <= 0:
                 return True
-            for key, _ in selector.select(left):
+            for key, _ in selector.select(min(left, _POLL_SECONDS)):
                 guest, kind = key.data
                 if kind == "output":
                     if not _read_output(guest, key.fd):
@@ -114,6 +116,8 @@ def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], deadli
                     guest.is_running = False
                     selector.unregister(key.fd)
                     os.close(key.fd)
+            for guest in watched:
+                guest.has_overrun = guest.is_running and _cpu_of(guest.process.pid) > guest.cpu_limit
         return False
     finally:
         for key in list(selector.get_map().values()):
@@ -155,7 +159,7 @@ def _end(guest: _Watched) -> None:
         if guest.process.poll() is not None:
             break
         time.sleep(0.005)
-    guest.cpu_seconds = _cpu_of(guest.inner_pid) if guest.is_running else 0.0
+    guest.cpu_seconds = _cpu_of(guest.process.pid) if guest.is_running else 0.0
     if guest.inner is not None:
         # The kernel ends every process of a namespace with its first one, which is gone only after all others.
         with suppress(ProcessLookupError):
@@ -198,18 +202,20 @@ def _is_drained(descriptor: int) -> bool:
 
 
 def _cpu_of(pid: int) -> float:
-    """Returns the processor time of a process, its living children, and all those that they waited for."""
-    total = 0.0
-    with suppress(OSError, ValueError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-        for one in (str(pid), *children):
+    """Returns the processor time of a process and of all below it, also of those that have ended."""
+    total, waiting = 0.0, [str(pid)]
+    while waiting:
+        one = waiting.pop()
+        with suppress(OSError, ValueError):
             stat = Path(f"/proc/{one}/stat").read_text(encoding="utf-8", errors="replace")
             total += sum(map(int, stat.rpartition(")")[2].split()[11:15])) / _CLOCK_TICKS
+            waiting += Path(f"/proc/{one}/task/{one}/children").read_text(encoding="ascii").split()
     return total
 
 
 def _result(guest: _Watched) -> GuestResult:
     code = guest.process.returncode
+    code = 128 - code if code < 0 else code  # as bubblewrap reports a signal
     is_out_of_cpu = guest.cpu_seconds >= guest.cpu_limit - _ROUNDING_SECONDS
     stdout, stderr = guest.outputs.values()
     return GuestResult(
@@ -218,5 +224,5 @@ def _result(guest: _Watched) -> GuestResult:
         stderr=bytes(stderr),
         cpu_seconds=guest.cpu_seconds,
         is_flooded=guest.is_flooded,
-        is_out_of_cpu=is_out_of_cpu and (guest.is_running or code == _KILLED),
+        is_out_of_cpu=guest.has_overrun or (is_out_of_cpu and (guest.is_running or code == _KILLED)),
     )

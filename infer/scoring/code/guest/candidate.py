@@ -11,7 +11,7 @@ import sys
 import types
 from typing import Any
 
-from infer.scoring.code.guest.limits import apply_limits
+from infer.scoring.code.guest.limits import apply_limits, read_source
 from infer.scoring.code.guest.wire import WireError, decode, encode, receive, send
 
 
@@ -23,9 +23,9 @@ def main(limits: str, request_fd: str, reply_fd: str) -> None:
         request_fd: number of the file descriptor with the tests' requests.
         reply_fd: number of the file descriptor for the replies.
     """
-    with open("/guest/program.py", encoding="utf-8") as file:
-        source = file.read()
-    apply_limits(json.loads(limits))
+    values = json.loads(limits)
+    source = read_source(values, "program.py")
+    apply_limits(values)
     requests, replies = os.fdopen(int(request_fd), "rb"), os.fdopen(int(reply_fd), "wb")
     objects = _Objects()
     module = types.ModuleType("solution")

@@ -9,43 +9,53 @@ from pathlib import Path
 from infer.scoring.code.guest.limits import apply_limits
 
 
-def main(limits: str) -> None:
+def main(limits: str, *places: str) -> None:
     """Prints the limits that do not hold, as a list in JSON.
 
     Args:
         limits: JSON for `apply_limits`.
+        places: further files that it must not be able to write.
     """
     values = json.loads(limits)
     apply_limits(values)
+    allowed = values.get("processes", 0)
     found = [
-        *(
-            f"{path} can be read"
-            for path in ("/etc/passwd", "/proc/1", "/sys", "/home", "/var")
-            if os.path.exists(path)
-        ),
-        *(f"{path} can be written" for path in ("/x", "/usr/x", "/dev/x", "/guest/x") if _is_written(path)),
-        *(["network interfaces"] if _interfaces() - {"lo"} else []),
+        *(f"{path} can be read" for path in ("/etc/passwd", "/proc/1", "/sys", "/home", "/var") if _is_read(path)),
+        *(f"{path} can be written" for path in ("/x", "/usr/x", "/dev/x", "/guest/x", *places) if _is_written(path)),
+        *(["a network"] if _interfaces() - {"lo"} else []),
         *(["an environment"] if set(os.environ) - {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED"} else []),
         *(["root"] if os.getuid() == 0 else []),
-        *([f"more than {values['processes']} processes"] if _num_forks(values["processes"] + 1) else []),
+        *([f"more than {allowed} processes"] if _has_forked(allowed + 1) else []),
     ]
     print(json.dumps(found))
 
 
-def _is_written(path: str) -> bool:
+def _is_read(path: str) -> bool:
     try:
-        Path(path).write_text("x", encoding="utf-8")
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            Path(path).read_bytes()
     except OSError:
         return False
     return True
 
 
-def _num_forks(limit: int) -> bool:
+def _is_written(path: str) -> bool:
+    try:
+        Path(path).write_text("x", encoding="utf-8")
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _has_forked(limit: int) -> bool:
     """Returns whether so many processes can be started at the same time."""
     try:
         for _ in range(limit):
             if os.fork() == 0:
-                time.sleep(60)  # the namespace ends before
+                time.sleep(5)  # a namespace ends before
                 os._exit(0)
     except OSError:
         return False

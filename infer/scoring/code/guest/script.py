@@ -3,7 +3,7 @@
 import json
 import sys
 
-from infer.scoring.code.guest.limits import apply_limits
+from infer.scoring.code.guest.limits import apply_limits, read_source
 
 
 def main(limits: str) -> None:
@@ -12,9 +12,9 @@ def main(limits: str) -> None:
     Args:
         limits: JSON for `apply_limits`.
     """
-    with open("/guest/program.py", encoding="utf-8") as file:
-        source = file.read()
-    apply_limits(json.loads(limits))
+    values = json.loads(limits)
+    source = read_source(values, "program.py")
+    apply_limits(values)
     sys.argv = ["program.py"]
     module = sys.modules["__main__"]
     module.__dict__.clear()

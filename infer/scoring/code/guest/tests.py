@@ -11,7 +11,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from infer.scoring.code.guest.limits import apply_limits
+from infer.scoring.code.guest.limits import apply_limits, read_source
 from infer.scoring.code.guest.wire import WireError, decode, encode, receive, send
 
 
@@ -25,9 +25,9 @@ def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
         verdict_fd: number of the file descriptor for the verdict.
     """
     nonce = sys.stdin.readline().strip()
-    with open("/guest/tests.py", encoding="utf-8") as file:
-        source = file.read()
-    apply_limits(json.loads(limits))
+    values = json.loads(limits)
+    source = read_source(values, "tests.py")
+    apply_limits(values)
     link = _Link(int(request_fd), int(reply_fd))
     outcome, detail = _run(source, link)
     if link.problem:
