@@ -87,24 +87,36 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """Axes of the device mesh: world = pipeline x data, and the expert axis divides the data axis.
+    """Axes of the device mesh: world = pipeline x data x context; expert divides data x context.
 
     Attributes:
         pipeline: pipeline ranks.
-        data: data-parallel ranks.
+        data: groups of ranks that read different sequences.
         expert: ranks that share the experts of a layer.
         cut: layers of each pipeline stage.
+        context: ranks that share each sequence; every one holds an equal part of its tokens.
     """
 
     pipeline: PositiveInt
     data: PositiveInt
     expert: PositiveInt
     cut: Cut = Cut("auto")
+    context: PositiveInt = 1
 
     @property
     def world_size(self) -> int:
         """Number of ranks in the job."""
-        return self.pipeline * self.data
+        return self.pipeline * self.stage_ranks
+
+    @property
+    def stage_ranks(self) -> int:
+        """Number of ranks at one index of the pipeline, data x context, which hold the same stages."""
+        return self.data * self.context
+
+    def axes(self, separator: str = " ") -> str:
+        """Returns the axes whose product is the number of ranks, as in `pipeline 2 x data 4`."""
+        sizes = {"pipeline": self.pipeline, "data": self.data} | ({"context": self.context} if self.context > 1 else {})
+        return " x ".join(f"{name}{separator}{size}" for name, size in sizes.items())
 
 
 Payload = Literal["full", "fp8"]

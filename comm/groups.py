@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.config import ClusterConfig
 from comm.layout import Layout
-from comm.partitions import Slices, expert_data_partition, expert_partition, stage_partition
+from comm.partitions import Slices, context_partition, expert_data_partition, expert_partition, stage_partition
 
 GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 """Added to the timeout of process groups, so that the watchdog reports first: it can name the missing rank."""
@@ -32,7 +32,7 @@ class Groups:
 
     Groups with equal members still get separate communicators, and calls on one communicator must have the same order
     on all ranks. So each is used from one lane: the expert group from the comm lane; those of `stage`, `expert_data`
-    and `embedding` from the lane of reductions; the world from the compute lane.
+    and `embedding` from the lane of reductions; the context group and the world from the compute lane.
 
     Attributes:
         rank: global rank of this process.
@@ -41,6 +41,7 @@ class Groups:
         expert_data: ranks that hold the same routed experts.
         embedding: ranks that hold the embedding. It is `stage` itself if these are the same ranks, and on ranks that
             do not hold the embedding.
+        context: ranks that share each sequence, ordered by context index; None if each rank holds whole sequences.
         world: all ranks of the job.
     """
 
@@ -49,6 +50,7 @@ class Groups:
     stage: ProcessGroup
     expert_data: ProcessGroup
     embedding: ProcessGroup
+    context: ProcessGroup | None
     world: ProcessGroup
 
     def __init__(
@@ -67,16 +69,18 @@ class Groups:
         """
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
-                f"cluster: pipeline x data must equal the number of ranks started, "
+                f"cluster: pipeline x data x context must equal the number of ranks started, "
                 f"is {layout.world_size} for {distributed.get_world_size()} ranks"
             )
         self.rank = distributed.get_rank()
         self.expert = join_one(expert_partition(layout), timeout_seconds)
         self.stage = join_one(stage_partition(layout, mirrored=mirrored), timeout_seconds)
         self.expert_data = join_one(expert_data_partition(layout, mirrored=mirrored), timeout_seconds)
-        holders = layout.data_group(embedding)
+        holders = layout.ranks_at(embedding)
         is_stage_group = set(holders) <= set(layout.stage_group(holders[0], mirrored=mirrored))
         self.embedding = (None if is_stage_group else make_group(holders, timeout_seconds)) or self.stage
+        shares = layout.parallelism.context > 1
+        self.context = join_one(context_partition(layout), timeout_seconds) if shares else None
         world = distributed.group.WORLD
         assert world is not None
         self.world = world

@@ -22,8 +22,14 @@ def expert_partition(layout: Layout) -> Iterator[Slices]:
 
 def pipeline_partition(layout: Layout) -> Iterator[Slices]:
     """Yields the groups of `Layout.pipeline_group`."""
-    data = layout.parallelism.data
-    return ((range(first, layout.world_size, data),) for first in range(data))
+    size = layout.parallelism.stage_ranks
+    return ((range(first, layout.world_size, size),) for first in range(size))
+
+
+def context_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields the groups of `Layout.context_group`."""
+    size = layout.parallelism.context
+    return ((range(first, first + size),) for first in range(0, layout.world_size, size))
 
 
 def stage_partition(layout: Layout, *, mirrored: bool) -> Iterator[Slices]:

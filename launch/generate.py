@@ -105,8 +105,8 @@ def _job(config: GenerateCommandConfig, source: GenerationSource, prompts: Seque
     world_size, started = config.parallelism.world_size, os.environ.get("WORLD_SIZE")
     if is_torchrun(os.environ) and started != str(world_size):
         raise ConfigError(
-            f"parallelism: pipeline={config.parallelism.pipeline} x data={config.parallelism.data} makes {world_size} "
-            f"ranks, but torchrun started WORLD_SIZE={started}; start {world_size} ranks, or change parallelism"
+            f"parallelism: {config.parallelism.axes('=')} makes {world_size} ranks, but torchrun started "
+            f"WORLD_SIZE={started}; start {world_size} ranks, or change parallelism"
         )
     model = with_drafts(source.model, config.speculative)
     kind, cut = check_ranks(model, config.parallelism, config.schedule)

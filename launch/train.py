@@ -213,8 +213,8 @@ def _run_as_rank(config: TrainConfig) -> int:
     world, started = config.parallelism.world_size, int(os.environ["WORLD_SIZE"])
     if world != started:
         raise ConfigError(
-            f"parallelism: pipeline={config.parallelism.pipeline} x data={config.parallelism.data} makes {world} "
-            f"ranks, but torchrun started WORLD_SIZE={started}; start {world} ranks, or change parallelism"
+            f"parallelism: {config.parallelism.axes('=')} makes {world} ranks, but torchrun started "
+            f"WORLD_SIZE={started}; start {world} ranks, or change parallelism"
         )
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and config.resume != AUTO:

@@ -246,7 +246,8 @@ def open_replica(
         schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven
     )
     batch = config.batch
-    shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
+    tokens = batch.sequence_length_tokens // world.layout.parallelism.context
+    shape = (batch.micro_sequences, tokens, config.model.hidden_size)
     return Replica(
         world=world,
         config=config,

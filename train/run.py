@@ -120,7 +120,7 @@ def _write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> No
         precision=config.precision.kind,
         device=device.type,
         expert=config.parallelism.expert,
-        tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
+        tokens=config.batch.micro_sequences * config.rank_sequence_tokens,
         cut=planned.cut,
     )
     try_to_write(Path(config.out_dir), MeasuredRun(measured=probed(planned.times, facts), schedule=planned.schedule))

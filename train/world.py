@@ -71,6 +71,11 @@ class World:
         """This rank's index along the data axis."""
         return self.layout.data_index(self.rank)
 
+    @property
+    def context_index(self) -> int:
+        """This rank's index along the context axis."""
+        return self.layout.context_index(self.rank)
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Logs a phase in which all ranks take part, for example `checkpoint`."""
         return self.log.phase("world", self.ranks, name)

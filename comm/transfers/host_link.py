@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from comm.groups import make_group
 from comm.lane import ThreadLane
 from comm.layout import Layout
+from comm.partitions import pipeline_partition
 from comm.protocol import Work
 from comm.transfers.message import (
     HEADER_BYTES,
@@ -47,8 +48,7 @@ def host_links(
     hundred times a second. See `comm.transfers.transport.PipelineTransport` for the arguments.
     """
     links: dict[tuple[int, int, str], HostLink] = {}
-    for data_index in range(layout.parallelism.data):
-        members = tuple(layout.rank(member, data_index) for member in range(layout.parallelism.pipeline))
+    for (members,) in pipeline_partition(layout):
         with _batch_priority_threads():
             group = make_group(members, timeout_seconds)
         if group is not None:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from comm.groups import make_group
 from comm.lane import ClosesOnSuccess
 from comm.layout import Layout
+from comm.partitions import pipeline_partition
 from comm.protocol import Work
 from comm.transfers.host_link import host_links
 from comm.transfers.message import TRAINING_KINDS, LinkLog, MessageKey, MessageKind, as_bytes
@@ -130,8 +131,8 @@ def _device_links(
     links: dict[tuple[int, int, str], _DeviceLink] = {}
     # All ranks use one order, which prevents deadlocks. Sorted by parity so that neighboring pairs can start at once.
     ordered = sorted(pairs, key=lambda pair: (pair[0] % 2, pair))
-    for (low, high), data_index in itertools.product(ordered, range(layout.parallelism.data)):
-        ends = {low: layout.rank(low, data_index), high: layout.rank(high, data_index)}
+    for (low, high), (members,) in itertools.product(ordered, pipeline_partition(layout)):
+        ends = {low: members[low], high: members[high]}
         for (source, destination), kind in itertools.product(((low, high), (high, low)), kinds):
             group = make_group((ends[low], ends[high]), timeout_seconds)
             if group is not None:

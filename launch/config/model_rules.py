@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from comm.config import ParallelismConfig
 from kernels.attention import ATTENTION, AUTO, AttentionKernel
 from model.config import ModelConfig, YarnRope
 from train.config import TrainConfig
@@ -71,6 +72,22 @@ def check_experts(model: ModelConfig, expert: int) -> None:
         raise ConfigError(
             f"model.num_experts_per_token: must be at most {within}, the experts in {limit} of {groups} groups "
             f"(model.num_limited_groups, model.num_expert_groups), is {top_k}; nearest valid: {within}"
+        )
+
+
+def check_expert_ranks(mesh: ParallelismConfig) -> None:
+    """Rejects a number of expert ranks that does not divide the ranks of a stage.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    if mesh.stage_ranks % mesh.expert:
+        divided = f"parallelism.data={mesh.data}"
+        if mesh.context > 1:
+            divided = f"parallelism.data x parallelism.context = {mesh.stage_ranks}"
+        raise ConfigError(
+            f"parallelism.expert: must divide {divided}, is {mesh.expert}; "
+            f"nearest valid: {divisors(mesh.stage_ranks, mesh.expert)}"
         )
 
 

@@ -8,7 +8,7 @@ from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size
 from launch.config.dispatch_rules import check_exchange
-from launch.config.model_rules import check_attention, check_experts, check_model, check_optim
+from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from launch.config.rollout_rules import check_rollouts
 from model.config import RECOMPUTED, CutError
 from train.config import TrainConfig
@@ -70,6 +70,13 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.sequence_length_tokens: must be at most model.max_position_tokens={model.max_position_tokens}, "
             f"is {batch.sequence_length_tokens}; nearest valid: {model.max_position_tokens}"
         )
+    parts = 2 * config.parallelism.context
+    if config.parallelism.context > 1 and batch.sequence_length_tokens % parts:
+        raise ConfigError(
+            f"batch.sequence_length_tokens: must be divisible by 2 x parallelism.context = {parts}, because each of "
+            f"the ranks that share a sequence holds two equal parts of it, is {batch.sequence_length_tokens}; "
+            f"nearest valid: {multiples(batch.sequence_length_tokens, parts)}"
+        )
     if batch.sequence_length_tokens <= model.mtp_depth:
         raise ConfigError(
             f"batch.sequence_length_tokens: must be above model.mtp_depth={model.mtp_depth}, "
@@ -90,6 +97,13 @@ def _check_task(config: TrainConfig) -> None:
     if model.head != spec.head:
         raise ConfigError(
             f"model.head: must be {spec.head} with task={kind}, is {model.head}; nearest valid: {spec.head}"
+        )
+    context = config.parallelism.context
+    if context > 1 and not spec.splits_sequences:
+        valid = ", ".join(name for name, other in TASKS.items() if other.splits_sequences)
+        raise ConfigError(
+            f"parallelism.context: must be 1 with task={kind}, because its loss reads whole sequences on one rank, "
+            f"is {context}; nearest valid: 1, or a task whose loss is of single tokens: {valid}"
         )
     if model.head == "score" and model.mtp_depth:
         raise ConfigError(
@@ -174,14 +188,10 @@ def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
 
 def _check_ranks(config: TrainConfig) -> None:
     cluster, parallelism, world = config.cluster, config.parallelism, config.parallelism.world_size
-    if parallelism.data % parallelism.expert:
-        raise ConfigError(
-            f"parallelism.expert: must divide parallelism.data={parallelism.data}, is {parallelism.expert}; "
-            f"nearest valid: {divisors(parallelism.data, parallelism.expert)}"
-        )
+    check_expert_ranks(parallelism)
     if world > cluster.ranks_per_node and world % cluster.ranks_per_node:
         raise ConfigError(
-            f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.pipeline x parallelism.data), "
+            f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.{parallelism.axes('=')}), "
             f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
         )
     check_attention(config)

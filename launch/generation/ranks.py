@@ -27,7 +27,7 @@ from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from kernels.registry import loaded_plugins
 from launch.command import user_errors
 from launch.config.groups import load_plugin_files
-from launch.config.model_rules import check_experts
+from launch.config.model_rules import check_expert_ranks, check_experts
 from launch.generation.continuations import Transcript
 from launch.generation.prompts import Prompt
 from launch.ranks.environment import apply_rank_environment
@@ -93,11 +93,12 @@ def check_ranks(model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleC
     Raises:
         ConfigError, ScheduleError, CutError: names the key, the rule, the value and the nearest valid one.
     """
-    if mesh.data % mesh.expert:
-        nearest = max(size for size in range(1, mesh.expert + 1) if mesh.data % size == 0)
+    if mesh.context > 1:
         raise ConfigError(
-            f"parallelism.expert: must divide parallelism.data={mesh.data}, is {mesh.expert}; nearest valid: {nearest}"
+            f"parallelism.context: must be 1, because ranks that generate hold whole sequences, is {mesh.context}; "
+            f"nearest valid: parallelism.context=1 parallelism.data={mesh.stage_ranks}"
         )
+    check_expert_ranks(mesh)
     check_experts(model, mesh.expert)
     kind = FALLBACK if schedule.kind == "auto" else schedule.kind
     check_size(kind, mesh.pipeline, 2 * mesh.pipeline, ranks_key="parallelism.pipeline")

@@ -92,7 +92,7 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
     if num_local_ranks > found:
         raise MachineError(
             f"cluster.backend: nccl needs a GPU for each of the {num_local_ranks} ranks of this machine "
-            f"(parallelism.pipeline={config.parallelism.pipeline} x data={config.parallelism.data} in all), "
+            f"(parallelism.{config.parallelism.axes('=')} in all), "
             f"{place} {found}, is nccl; nearest valid: {found} ranks, cluster=one_gpu, or torchrun on several machines"
         )
     if not torch.distributed.is_nccl_available():

@@ -17,7 +17,7 @@ from comm.transfers.transport import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from tests.ranks import run_ranks
 
-_LAYOUT = Layout(ParallelismConfig(pipeline=2, data=4, expert=2), ranks_per_node=4)
+_LAYOUT = Layout(ParallelismConfig(pipeline=2, data=2, expert=4, context=2), ranks_per_node=4)
 _CPU = ClusterConfig(
     device="cpu",
     backend="gloo",
@@ -39,7 +39,7 @@ def _make_groups(rank: int, world_size: int) -> dict[str, object]:
     seconds = time.monotonic() - begun
     members = {
         name: tuple(distributed.get_process_group_ranks(getattr(groups, name)))
-        for name in ("expert", "stage", "expert_data", "world")
+        for name in ("expert", "stage", "expert_data", "context", "world")
     }
     assert groups.embedding is groups.stage
     sums = {}
@@ -68,6 +68,7 @@ def test_groups_contain_the_members_of_the_layout_and_are_fast() -> None:
             "expert": _LAYOUT.expert_group(rank),
             "stage": _LAYOUT.stage_group(rank, mirrored=True),
             "expert_data": _LAYOUT.expert_data_group(rank, mirrored=True),
+            "context": _LAYOUT.context_group(rank),
             "world": tuple(range(8)),
         }
         assert made["members"] == expected

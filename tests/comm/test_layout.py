@@ -10,9 +10,9 @@ _PUBLISHED = Layout(ParallelismConfig(pipeline=16, data=128, expert=64), ranks_p
 
 @st.composite
 def _layouts(draw: st.DrawFn) -> Layout:
-    expert = draw(st.integers(1, 6))
-    data = expert * draw(st.integers(1, 4))
-    mesh = ParallelismConfig(pipeline=draw(st.integers(1, 8)), data=data, expert=expert)
+    data, context = draw(st.integers(1, 12)), draw(st.integers(1, 6))
+    expert = draw(st.sampled_from([size for size in range(1, 7) if data * context % size == 0]))
+    mesh = ParallelismConfig(pipeline=draw(st.integers(1, 8)), data=data, expert=expert, context=context)
     return Layout(mesh, draw(st.integers(1, 9)))
 
 
@@ -20,6 +20,7 @@ def _partitions(layout: Layout, mirrored: bool) -> dict[str, list[tuple[int, ...
     ranks = range(layout.world_size)
     return {
         "expert": [layout.expert_group(rank) for rank in ranks],
+        "context": [layout.context_group(rank) for rank in ranks],
         "pipeline": [layout.pipeline_group(rank) for rank in ranks],
         "stage": [layout.stage_group(rank, mirrored=mirrored) for rank in ranks],
         "expert_data": [layout.expert_data_group(rank, mirrored=mirrored) for rank in ranks],
@@ -31,18 +32,23 @@ def _partitions(layout: Layout, mirrored: bool) -> dict[str, list[tuple[int, ...
 def test_layout_indices_and_rank_are_inverse(layout: Layout) -> None:
     mesh = layout.parallelism
     for rank in range(layout.world_size):
-        assert layout.rank(layout.pipeline_index(rank), layout.data_index(rank)) == rank
-        assert layout.expert_data_index(rank) * mesh.expert + layout.expert_index(rank) == layout.data_index(rank)
+        data_index, context_index = layout.data_index(rank), layout.context_index(rank)
+        assert layout.rank(layout.pipeline_index(rank), data_index, context_index) == rank
+        assert 0 <= data_index < mesh.data
+        assert 0 <= context_index < mesh.context
+        member = data_index * mesh.context + context_index
+        assert layout.expert_data_index(rank) * mesh.expert + layout.expert_index(rank) == member
         assert 0 <= layout.expert_index(rank) < mesh.expert
 
 
 @given(_layouts())
 @settings(max_examples=60, deadline=None)
-def test_layout_mirror_is_an_involution_that_keeps_the_data_index(layout: Layout) -> None:
+def test_layout_mirror_is_an_involution_that_keeps_data_and_context_index(layout: Layout) -> None:
     for rank in range(layout.world_size):
         mirror = layout.mirror_rank(rank)
         assert layout.mirror_rank(mirror) == rank
         assert layout.data_index(mirror) == layout.data_index(rank)
+        assert layout.context_index(mirror) == layout.context_index(rank)
         assert layout.pipeline_index(mirror) + layout.pipeline_index(rank) == layout.parallelism.pipeline - 1
 
 
@@ -108,11 +114,14 @@ def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() ->
 @pytest.mark.parametrize(
     ("mesh", "ranks_per_node", "message"),
     [
+        ((1, 2, 1, 0), 2, "context must be at least 1, is 0"),
+        ((1, 3, 4, 2), 2, "expert must divide data x context=6, is 4; nearest valid: 3"),
         ((2, 6, 4), 2, "expert must divide data=6, is 4; nearest valid: 3"),
         ((0, 1, 1), 2, "pipeline must be at least 1, is 0"),
         ((1, 1, 1), 0, "ranks_per_node must be at least 1, is 0"),
     ],
 )
-def test_layout_rejects_impossible_meshes(mesh: tuple[int, int, int], ranks_per_node: int, message: str) -> None:
+def test_layout_rejects_impossible_meshes(mesh: tuple[int, ...], ranks_per_node: int, message: str) -> None:
+    axes = dict(zip(("pipeline", "data", "expert", "context"), mesh, strict=False))
     with pytest.raises(LayoutError, match=message):
-        Layout(ParallelismConfig(pipeline=mesh[0], data=mesh[1], expert=mesh[2]), ranks_per_node)
+        Layout(ParallelismConfig(**axes), ranks_per_node)

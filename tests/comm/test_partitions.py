@@ -9,6 +9,7 @@ from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.partitions import (
     Slices,
+    context_partition,
     distinct_expert_groups,
     expert_data_partition,
     expert_partition,
@@ -22,9 +23,9 @@ from comm.relays import Relays
 
 @st.composite
 def _layouts(draw: st.DrawFn) -> Layout:
-    expert = draw(st.integers(1, 9))
-    data = expert * draw(st.integers(1, 5))
-    mesh = ParallelismConfig(pipeline=draw(st.integers(1, 9)), data=data, expert=expert)
+    data, context = draw(st.integers(1, 15)), draw(st.integers(1, 4))
+    expert = draw(st.sampled_from([size for size in range(1, 10) if data * context % size == 0]))
+    mesh = ParallelismConfig(pipeline=draw(st.integers(1, 9)), data=data, expert=expert, context=context)
     return Layout(mesh, draw(st.integers(1, 12)))
 
 
@@ -41,6 +42,7 @@ def _by_walking(layout: Layout, group: Callable[[int], tuple[int, ...]]) -> list
 @settings(max_examples=150, deadline=None)
 def test_partitions_equal_the_groups_of_all_ranks(mirrored: bool, layout: Layout) -> None:
     assert _members(expert_partition(layout)) == _by_walking(layout, layout.expert_group)
+    assert _members(context_partition(layout)) == _by_walking(layout, layout.context_group)
     assert _members(pipeline_partition(layout)) == _by_walking(layout, layout.pipeline_group)
     stages = _by_walking(layout, lambda rank: layout.stage_group(rank, mirrored=mirrored))
     assert _members(stage_partition(layout, mirrored=mirrored)) == stages

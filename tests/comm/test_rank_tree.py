@@ -95,7 +95,7 @@ def test_groups_of_a_mesh_of_100352_ranks_are_a_few_progressions_with_different_
             layout.stage_group(rank, mirrored=True),
             layout.expert_data_group(rank, mirrored=True),
             layout.pipeline_group(rank),
-            layout.data_group((0, 15)),
+            layout.ranks_at((0, 15)),
         )
         for members in groups:
             assert len(RankSet.of(members).runs) <= 2 < MAX_RUNS

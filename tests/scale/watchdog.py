@@ -84,7 +84,7 @@ def training_messages(num_ranks: int) -> dict[Kind, int]:
         "world": range(num_ranks),
         "stage": layout.stage_group(rank, mirrored=True),
         "expert_data": layout.expert_data_group(rank, mirrored=True),
-        "embedding": layout.data_group((0, 15)),
+        "embedding": layout.ranks_at((0, 15)),
         "pipeline": layout.pipeline_group(rank),
         "expert": layout.expert_group(rank),
     }

@@ -247,6 +247,11 @@ class TrainConfig:
         return self.batch.global_sequences // (self.parallelism.data * self.batch.micro_sequences)
 
     @property
+    def rank_sequence_tokens(self) -> int:
+        """The number of tokens of each sequence that a rank holds."""
+        return self.batch.sequence_length_tokens // self.parallelism.context
+
+    @property
     def dispatch_site(self) -> DispatchSite:
         """The sizes of what a rank dispatches to experts, and the ranks that take part."""
         model = self.model
@@ -255,7 +260,7 @@ class TrainConfig:
             parallelism=self.parallelism,
             precision=self.precision.kind,
             tokens=TokenSizes(
-                max_tokens=self.batch.micro_sequences * self.batch.sequence_length_tokens,
+                max_tokens=self.batch.micro_sequences * self.rank_sequence_tokens,
                 hidden_size=model.hidden_size,
                 num_choices=model.num_experts_per_token,
             ),

@@ -42,7 +42,7 @@ def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) 
     rank = layout.rank(pipeline_rank, 0)
     return ReplicaCounts(
         dense=len(layout.stage_group(rank, mirrored=mirrored)),
-        embedding=len(layout.data_group(embedding_ranks(schedule, config.model.mtp_depth))),
+        embedding=len(layout.ranks_at(embedding_ranks(schedule, config.model.mtp_depth))),
         experts=len(layout.expert_data_group(rank, mirrored=mirrored)),
     )
 

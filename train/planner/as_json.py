@@ -46,6 +46,7 @@ def layout_json(config: TrainConfig) -> dict[str, Any]:
         "ranks": mesh.world_size,
         "pipeline": mesh.pipeline,
         "data": mesh.data,
+        "context": mesh.context,
         "expert": mesh.expert,
         "schedule": config.schedule.kind,
         "chunks": len(mesh.cut.layers) // mesh.pipeline,

@@ -91,7 +91,7 @@ def _layout_lines(plan: JobPlan) -> Iterator[str]:
     )
     yield from labeled(
         "layout",
-        f"{mesh.world_size:,} ranks: pipeline {mesh.pipeline} x data {mesh.data}, experts over {mesh.expert}; "
+        f"{mesh.world_size:,} ranks: {mesh.axes()}, experts over {mesh.expert}; "
         f"schedule {config.schedule.kind}, dispatch {config.dispatch.kind}",
     )
     yield from labeled(

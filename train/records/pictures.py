@@ -102,13 +102,13 @@ class PipelineTimeline:
 
     def _write_times(self, replica: Replica, drawn_schedule: Schedule, measured: Measured, step: int) -> None:
         """Writes the times of the model's parts, from which `launch.plan` predicts steps."""
-        config, batch = replica.config, replica.config.batch
+        config, batch, mesh = replica.config, replica.config.batch, replica.world.layout.parallelism
         facts = RunFacts(
             model=config.model,
             precision=config.precision.kind,
             device=replica.world.device.type,
-            expert=replica.world.layout.parallelism.expert,
-            tokens=batch.micro_sequences * batch.sequence_length_tokens,
+            expert=mesh.expert,
+            tokens=batch.micro_sequences * batch.sequence_length_tokens // mesh.context,
             cut=replica.cut,
         )
         times = step_times(config.model, drawn_schedule, replica.cut, measured)

@@ -37,7 +37,7 @@ def print_run_summary(
     _log_place(replica)
     layout = config.parallelism
     reporter.say(
-        f"{config.name}: {layout.world_size} ranks (pipeline {layout.pipeline} x data {layout.data}, "
+        f"{config.name}: {layout.world_size} ranks ({layout.axes()}, "
         f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches per step, "
         f"{config.precision.kind}; folder {config.out_dir}"
     )
@@ -68,12 +68,14 @@ def _log_place(replica: Replica) -> None:
     """Logs this rank's coordinates and what it holds."""
     world = replica.world
     LOGGER.info(
-        "rank %d, node %d: pipeline index %d with stages %s, data index %d, expert index %d, %d parameters, device %s",
+        "rank %d, node %d: pipeline index %d with stages %s, data index %d, context index %d, expert index %d, "
+        "%d parameters, device %s",
         world.rank,
         world.layout.node_of(world.rank),
         world.pipeline_index,
         sorted(replica.stages),
         world.data_index,
+        world.context_index,
         world.layout.expert_index(world.rank),
         sum(parameter.numel() for parameter in replica.model.parameters()),
         world.device,

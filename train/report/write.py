@@ -121,7 +121,7 @@ def about(config: TrainConfig) -> str:
     """A line on a run: its ranks, its batch, its folder."""
     mesh, batch = config.parallelism, config.batch
     return (
-        f"{mesh.world_size} ranks (pipeline {mesh.pipeline} x data {mesh.data}, experts over {mesh.expert}), "
+        f"{mesh.world_size} ranks ({mesh.axes()}, experts over {mesh.expert}), "
         f"schedule {config.schedule.kind}, {config.precision.kind}, {batch.global_sequences} sequences of "
         f"{batch.sequence_length_tokens} tokens a step, {config.task.steps:,} steps asked for; folder {config.out_dir}"
     )

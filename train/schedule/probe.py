@@ -189,7 +189,7 @@ def _any_objective(model: ModelConfig, factor: float) -> tuple[Objective, tuple[
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
     """Draws a random micro-batch of the run's shape, different on every rank, like real ones."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    shape = (config.batch.micro_sequences, config.batch.sequence_length_tokens)
+    shape = (config.batch.micro_sequences, config.rank_sequence_tokens)
     drawn = [
         torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
         for _ in range(config.model.mtp_depth + 2)
@@ -207,8 +207,7 @@ def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, devi
     """
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
-    batch = config.batch
-    shape = (batch.micro_sequences, batch.sequence_length_tokens, config.model.hidden_size)
+    shape = (config.batch.micro_sequences, config.rank_sequence_tokens, config.model.hidden_size)
     # gloo sends only from host memory.
     place = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
     ball = torch.zeros(shape, dtype=weight_dtype(config.precision), device=place)

@@ -25,5 +25,10 @@ def build_pretrain(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -
 
 TASKS.register(
     "pretrain",
-    TaskSpec(summary="next-token prediction on packed documents", config=PretrainConfig, build=build_pretrain),
+    TaskSpec(
+        summary="next-token prediction on packed documents",
+        config=PretrainConfig,
+        build=build_pretrain,
+        splits_sequences=True,
+    ),
 )

@@ -113,6 +113,8 @@ class TaskSpec:
         check_files: the same for files that the task's configuration names.
         extend: returns the prepared data with further values that the task reads from files.
         values: names of the samples' values that the task reads; see `data.samples`.
+        splits_sequences: whether several ranks may share a sequence (`parallelism.context`): the loss of a token reads
+            no other token's output.
     """
 
     summary: str
@@ -130,6 +132,7 @@ class TaskSpec:
     check_files: Callable[[TrainConfig], None] = _accept
     extend: Callable[[TrainConfig, Prepared], Prepared] = _unchanged
     values: tuple[str, ...] = ()
+    splits_sequences: bool = False
 
 
 TASKS = Registry[TaskSpec](

@@ -37,6 +37,7 @@ def test_published_plan_has_the_published_sizes() -> None:
         "ranks": 2048,
         "pipeline": 16,
         "data": 128,
+        "context": 1,
         "expert": 64,
         "schedule": "dualpipe",
         "chunks": 1,

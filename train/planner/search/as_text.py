@@ -34,7 +34,7 @@ def _first_line(result: SearchResult) -> str:
     best = result.found[0]
     mesh = best.config.parallelism
     return (
-        f"best of {counts.layouts:,} layouts: pipeline {mesh.pipeline} x data {mesh.data}, expert {mesh.expert}, "
+        f"best of {counts.layouts:,} layouts: {mesh.axes()}, expert {mesh.expert}, "
         f"{best.config.schedule.kind}: {best.time.step:.3f} s"
     )
 
