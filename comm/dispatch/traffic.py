@@ -69,11 +69,13 @@ class LayerTraffic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrafficSnapshot:
-    """Counts of one rank since the last `take`: of exchanges by layer, and of pipeline transfers."""
+    """Counts of one rank since the last `take`: of exchanges by layer, pipeline transfers, and context groups."""
 
     layers: Mapping[int | None, LayerTraffic] = field(default_factory=dict)
     num_message_bytes_within_node: int = 0
     num_message_bytes_across_nodes: int = 0
+    num_context_bytes_within_node: int = 0
+    num_context_bytes_across_nodes: int = 0
 
     @property
     def total(self) -> LayerTraffic:
@@ -82,13 +84,15 @@ class TrafficSnapshot:
 
     @property
     def num_bytes_across_nodes(self) -> int:
-        """Bytes of exchanges and transfers sent to other nodes."""
-        return self.total.num_bytes_across_nodes + self.num_message_bytes_across_nodes
+        """Bytes of exchanges, transfers and context groups sent to other nodes."""
+        others = self.num_message_bytes_across_nodes + self.num_context_bytes_across_nodes
+        return self.total.num_bytes_across_nodes + others
 
     @property
     def num_bytes_within_node(self) -> int:
-        """Bytes of exchanges and transfers sent within the node."""
-        return self.total.num_bytes_within_node + self.num_message_bytes_within_node
+        """Bytes of exchanges, transfers and context groups sent within the node."""
+        others = self.num_message_bytes_within_node + self.num_context_bytes_within_node
+        return self.total.num_bytes_within_node + others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,12 +133,13 @@ class Spread:
 
 
 class Traffic:
-    """Counters of one rank. The comm lane adds to them and the main thread takes them."""
+    """Counters of one rank. Both lanes add to them and the main thread takes them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._layers: dict[int | None, Counter[str]] = {}  # by field of LayerTraffic
         self._messages = [0, 0]
+        self._context = [0, 0]
 
     def add_plan(self, layer: int | None, num_tokens: int, num_touched_nodes: int) -> None:
         """Adds the tokens of a plan and the nodes that they touch, summed over tokens."""
@@ -174,15 +179,24 @@ class Traffic:
         with self._lock:
             self._messages[across_nodes] += num_bytes
 
+    def add_context(self, sent_bytes: Spread) -> None:
+        """Adds the bytes that this rank sent to the other ranks of its context group."""
+        with self._lock:
+            self._context[0] += sent_bytes.within_node
+            self._context[1] += sent_bytes.across_nodes
+
     def take(self) -> TrafficSnapshot:
         """Returns the counts since the last call and resets them to zero."""
         with self._lock:
             layers, self._layers = self._layers, {}
             (within, across), self._messages = self._messages, [0, 0]
+            context, self._context = self._context, [0, 0]
         return TrafficSnapshot(
             layers={layer: LayerTraffic(**counts) for layer, counts in layers.items()},
             num_message_bytes_within_node=within,
             num_message_bytes_across_nodes=across,
+            num_context_bytes_within_node=context[0],
+            num_context_bytes_across_nodes=context[1],
         )
 
     def _add(self, layer: int | None, numbers: dict[str, int]) -> None:

@@ -196,21 +196,31 @@ def _gather_traffic(
     for layer, number in clipped.items():
         assert layer is not None
         clipped_L[layer] = number
-    messages = torch.tensor(
-        [traffic.num_message_bytes_within_node, traffic.num_message_bytes_across_nodes], dtype=torch.float64
-    )
+    others = [
+        traffic.num_message_bytes_within_node,
+        traffic.num_message_bytes_across_nodes,
+        traffic.num_context_bytes_within_node,
+        traffic.num_context_bytes_across_nodes,
+    ]
+    messages = torch.tensor(others, dtype=torch.float64)
     received = counts_LF[:, _RECEIVED]
     largest = torch.cat([received, received.sum(0, keepdim=True)]).to(device)
     summed = torch.cat([counts_LF.flatten(), held_L, clipped_L, messages]).to(device)
     dist.all_reduce(summed, group=world)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world)
-    flat, *others = summed.cpu().to(torch.int64).split([counts_LF.numel(), num_layers, num_layers, 2])
-    holders, clipped_of_all, (within, across) = (each.tolist() for each in others)
+    flat, *parts = summed.cpu().to(torch.int64).split([counts_LF.numel(), num_layers, num_layers, len(messages)])
+    holders, clipped_of_all, (within, across, *context) = (each.tolist() for each in parts)
     rows = zip(flat.view(num_layers, len(_FIELDS)).tolist(), holders, strict=True)
     layers: dict[int | None, LayerTraffic] = {
         layer: LayerTraffic(**dict(zip(_FIELDS, row, strict=True))) for layer, (row, held) in enumerate(rows) if held
     }
-    whole = TrafficSnapshot(layers=layers, num_message_bytes_within_node=within, num_message_bytes_across_nodes=across)
+    whole = TrafficSnapshot(
+        layers=layers,
+        num_message_bytes_within_node=within,
+        num_message_bytes_across_nodes=across,
+        num_context_bytes_within_node=context[0],
+        num_context_bytes_across_nodes=context[1],
+    )
     return _JobTraffic(traffic=whole, holders=holders, clipped=clipped_of_all, most_received=largest.tolist())
 
 

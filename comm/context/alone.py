@@ -1,0 +1,44 @@
+"""Implements the context group of a rank that holds whole sequences."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from comm.context.protocol import Contribution, Rows
+from comm.protocol import Work
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedWork:
+    """Work that needed no communication."""
+
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        """Returns the result."""
+        return self.result
+
+
+class SingleRankContext:
+    """Implements `ContextGroup` for one rank, without communication."""
+
+    size = 1
+    index = 0
+    keeps_rows = True
+
+    def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Implements `ContextGroup.visit`."""
+        yield 0, rows
+
+    def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
+        """Implements `ContextGroup.collect`."""
+        return CompletedWork(contribute(0, rows))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Implements `ContextGroup.sum`."""
+        return values
+
+
+ALONE = SingleRankContext()
+"""The context group of a rank that holds whole sequences."""

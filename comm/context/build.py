@@ -1,0 +1,36 @@
+"""Chooses how a context group exchanges rows."""
+
+from typing import Literal
+
+from torch.distributed import ProcessGroup
+
+from comm.context.alone import ALONE
+from comm.context.group import ContextLink, GatherContext
+from comm.context.protocol import ContextGroup
+from comm.context.ring import RingContext
+from comm.dispatch.process_group import Observers
+from comm.layout import Layout
+
+MOST_GATHERED_RANKS = 16
+"""Largest context group that gathers the rows of all ranks; a larger one passes them around a ring."""
+
+
+ContextExchange = Literal["auto", "gather", "ring"]
+
+
+def open_context(
+    group: ProcessGroup | None, layout: Layout, observers: Observers, exchange: ContextExchange = "auto"
+) -> ContextGroup:
+    """Returns the context group of a process group.
+
+    Args:
+        group: ranks that share each sequence, by index; None or one rank: each rank holds whole sequences.
+        layout: says on which node each rank is.
+        observers: counters and log of what it sends.
+        exchange: how rows travel; `auto` gathers them up to `MOST_GATHERED_RANKS` ranks.
+    """
+    if group is None or group.size() == 1:
+        return ALONE
+    link = ContextLink(group, layout, observers)
+    is_ring = exchange == "ring" or (exchange == "auto" and group.size() > MOST_GATHERED_RANKS)
+    return RingContext(link) if is_ring else GatherContext(link)

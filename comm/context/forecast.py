@@ -1,0 +1,34 @@
+"""Predicts the bytes that a rank of a context group sends. Imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextBytes:
+    """Bytes that one rank sends to other ranks for one layer and micro-batch."""
+
+    forward: int
+    backward: int
+
+
+def forecast_context_bytes(
+    *, size: int, num_tokens: int, row_bytes: int, gradient_bytes: int, wide_gradient_bytes: int, is_ring: bool
+) -> ContextBytes:
+    """Predicts what a rank sends. Each of c ranks holds T / c tokens of each sequence.
+
+    With an all-gather, a rank sends the rows of its tokens to c - 1 ranks, and in the backward one part of the gradient
+    to each of them: (c - 1) / c of all tokens in each direction. In a ring it forwards c - 1 messages as large as its
+    own rows, and as many again in the backward, with as many sums of gradients.
+
+    Args:
+        size: ranks of the group, c.
+        num_tokens: tokens of all sequences of the micro-batch, on all ranks of the group together.
+        row_bytes: bytes of a token's row: latent and rotated key, 576 values for DeepSeek-V3.
+        gradient_bytes: bytes of the gradient of a token's row.
+        wide_gradient_bytes: the same in float32 or wider.
+        is_ring: whether rows travel around a ring.
+    """
+    sent = num_tokens // size * (size - 1)
+    if is_ring:
+        return ContextBytes(forward=sent * row_bytes, backward=sent * (row_bytes + wide_gradient_bytes))
+    return ContextBytes(forward=sent * row_bytes, backward=sent * gradient_bytes)

@@ -1,0 +1,165 @@
+"""Runs the collectives of a context group over one process group, and logs and counts each of them.
+
+A sum adds the ranks' parts in the order of their indices, so it does not depend on timing, and it is equal bit for bit
+on every backend.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from comm.context.packing import from_bytes, to_bytes
+from comm.context.protocol import Contribution, Rows
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Spread
+from comm.layout import Layout
+from comm.protocol import Work
+from comm.watchdog.collective_log import group_name
+
+
+class LoggedWork:
+    """Pending communication whose wait the collective log sees."""
+
+    def __init__(self, link: "ContextLink", name: str, works: Sequence[distributed.Work], buffers: Rows) -> None:
+        """Logs the start of a collective.
+
+        Args:
+            link: the group.
+            name: what the collective does.
+            works: parts of the collective.
+            buffers: tensors that must stay in memory until it is complete.
+        """
+        self._log = link.observers.log
+        self._collective = self._log.start(link.name, link.members, name)
+        self._works, self._buffers = works, buffers
+
+    def wait(self) -> None:
+        """Waits for all parts; on CUDA only the current stream waits."""
+        with self._log.awaiting(self._collective):
+            for work in self._works:
+                work.wait()
+        self._works, self._buffers = (), ()
+
+
+class ContextLink:
+    """Process group of a context group. Used only from the compute lane.
+
+    Attributes:
+        members: global ranks of the members, by index.
+        index: index of this rank.
+        name: unique name of the group.
+        observers: counters and log.
+    """
+
+    def __init__(self, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
+        """Wraps a process group; `layout` says on which node each rank is."""
+        self.members = tuple(distributed.get_process_group_ranks(group))
+        self.index = distributed.get_rank(group)
+        self.name = group_name("context", self.members)
+        self.observers = observers
+        self._group = group
+        self._nodes = tuple(layout.node_of(rank) for rank in self.members)
+
+    def start_gather(self, packed: Tensor) -> tuple[Work[None], list[Tensor]]:
+        """Starts to send bytes to all members; returns the work, and the bytes of each member once it is complete."""
+        received = [torch.empty_like(packed) for _ in self.members]
+        self._count([packed.nbytes] * len(self.members))
+        work = distributed.all_gather(received, packed, group=self._group, async_op=True)
+        assert work is not None
+        return LoggedWork(self, "gather of context rows", [work], (packed,)), received
+
+    def start_exchange(self, parts: Tensor) -> tuple[Work[None], Tensor]:
+        """Starts to send row r of `parts` to member r; returns the work, and what each member sent here."""
+        received = torch.empty_like(parts)
+        self._count([parts[0].nbytes] * len(self.members))
+        work = distributed.all_to_all_single(received, parts, group=self._group, async_op=True)
+        assert work is not None
+        return LoggedWork(self, "exchange of context gradients", [work], (parts,)), received
+
+    def start_shift(self, sent: Tensor, name: str) -> "Shift":
+        """Starts to send a tensor to the next member and to receive an equally large one from the one before."""
+        size, received = len(self.members), torch.empty_like(sent)
+        after, before = (self.index + 1) % size, (self.index - 1) % size
+        self._count([sent.nbytes if member == after else 0 for member in range(size)])
+        # One batch, because NCCL would deadlock if every member sent first.
+        works = distributed.batch_isend_irecv(
+            [
+                distributed.P2POp(distributed.isend, sent, self.members[after], self._group),
+                distributed.P2POp(distributed.irecv, received, self.members[before], self._group),
+            ]
+        )
+        return Shift(LoggedWork(self, name, works, (sent,)), received)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Implements `ContextGroup.sum`."""
+        received = [torch.empty_like(values) for _ in self.members]
+        work = distributed.all_gather(received, values.contiguous(), group=self._group, async_op=True)
+        assert work is not None
+        LoggedWork(self, "sum over the context group", [work], (values,)).wait()
+        return ordered_sum(received)
+
+    def _count(self, bytes_per_member: Sequence[int]) -> None:
+        self.observers.traffic.add_context(Spread.of(bytes_per_member, self._nodes, self.index))
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Tensors on their way to the next member of a ring; `received` is complete after `work`."""
+
+    work: Work[None]
+    received: Tensor
+
+
+class GatherContext:
+    """Implements `ContextGroup` with an all-gather of rows and an all-to-all of their gradients."""
+
+    keeps_rows = True
+
+    def __init__(self, link: ContextLink) -> None:
+        self._link = link
+        self.size, self.index = len(link.members), link.index
+
+    def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Implements `ContextGroup.visit`."""
+        work, received = self._link.start_gather(to_bytes(rows))
+        yield self.index, rows
+        work.wait()
+        for distance in range(1, self.size):
+            index = (self.index - distance) % self.size
+            yield index, from_bytes(received[index], rows)
+
+    def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
+        """Implements `ContextGroup.collect`."""
+        parts = [contribute(index, rows if index == self.index else kept[index]) for index in range(self.size)]
+        stacked = torch.stack(parts)
+        work, received = self._link.start_exchange(stacked.view(self.size, -1).view(torch.uint8))
+        return _SummedWork(work, received, stacked)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Implements `ContextGroup.sum`."""
+        return self._link.sum(values)
+
+
+class _SummedWork:
+    """Sum of the gradients that all members sent."""
+
+    def __init__(self, work: Work[None], received: Tensor, like: Tensor) -> None:
+        self._work, self._received, self._shape, self._dtype = work, received, like.shape, like.dtype
+
+    def wait(self) -> Tensor:
+        """Waits for the gradients and adds them in the order of the members."""
+        self._work.wait()
+        return ordered_sum(list(self._received.view(self._dtype).view(self._shape)))
+
+
+def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Adds tensors in their order, in float32 if their type is narrower."""
+    total, dtype = parts[0], parts[0].dtype
+    if dtype.is_floating_point:
+        total = total.to(torch.promote_types(dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype)

@@ -1,0 +1,83 @@
+"""Cuts sequences into equal segments and assigns two of them to each rank of a context group.
+
+Of 2c segments, rank i holds segments i and 2c - 1 - i. A token attends to all tokens before it, so a rank with an early
+and a late segment has as much work as every other rank.
+
+Shape legend: c ranks, S tokens of a segment.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+
+def segments_of(index: int, size: int) -> tuple[int, int]:
+    """Returns the two segments that a rank holds, in order.
+
+    Args:
+        index: index of the rank in the context group.
+        size: number of ranks of the group.
+    """
+    return index, 2 * size - 1 - index
+
+
+def segment_tokens(num_tokens: int, size: int) -> int:
+    """Returns the number of tokens of a segment.
+
+    Args:
+        num_tokens: tokens of a whole sequence.
+        size: number of ranks of the context group.
+
+    Raises:
+        ValueError: the segments would not be equal.
+    """
+    if num_tokens % (2 * size) and size > 1:
+        nearest = max(1, round(num_tokens / (2 * size))) * 2 * size
+        raise ValueError(
+            f"context: the length of a sequence must be a multiple of {2 * size}, two segments for each of {size} "
+            f"ranks, is {num_tokens}; nearest valid: {nearest}"
+        )
+    return num_tokens // (2 * size)
+
+
+def held_slices(index: int, size: int, num_tokens: int) -> tuple[slice, ...]:
+    """Returns the places of a rank's tokens in a whole sequence: two slices, or one of everything if it is alone."""
+    if size == 1:
+        return (slice(0, num_tokens),)
+    tokens = segment_tokens(num_tokens, size)
+    return tuple(slice(each * tokens, (each + 1) * tokens) for each in segments_of(index, size))
+
+
+def held_positions(index: int, size: int, num_tokens: int) -> tuple[int, ...]:
+    """Returns the place in the whole sequence of each token that a rank holds, in the rank's order."""
+    return tuple(chain(*(range(each.start, each.stop) for each in held_slices(index, size, num_tokens))))
+
+
+def take_held(values: Tensor, index: int, size: int, dim: int = 1) -> Tensor:
+    """Returns what a rank holds of whole sequences, in its order; the tensor itself if the rank is alone.
+
+    Args:
+        values: values of whole sequences.
+        index: index of the rank.
+        size: number of ranks of the context group.
+        dim: dimension of the tokens.
+    """
+    slices = held_slices(index, size, values.shape[dim])
+    if size == 1:
+        return values
+    return torch.cat([values.narrow(dim, each.start, each.stop - each.start) for each in slices], dim)
+
+
+def join_held(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
+    """Returns whole sequences from the parts of all ranks; reverses `take_held`.
+
+    Args:
+        parts: part of each rank, by index.
+        dim: dimension of the tokens.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    halves = [part.chunk(2, dim) for part in parts]
+    return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], dim)
