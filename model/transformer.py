@@ -12,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention, AttentionForm, attention_form
@@ -79,6 +81,8 @@ class Transformer(nn.Module):
         part: part of the model; None means the whole.
         computing: what a backward recomputes, the attention kernel, and the precision of products.
         attention: form of attention; None means that of the configuration.
+        context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
+            (`comm.context.zigzag`), documents are those of whole sequences. Decoding ignores it.
     """
 
     def __init__(
@@ -89,15 +93,17 @@ class Transformer(nn.Module):
         part: Part | None = None,
         computing: Computing = Computing(),  # noqa: B008  frozen
         attention: AttentionForm | None = None,
+        context: ContextGroup = ALONE,
     ) -> None:
         super().__init__()
         self.config = config
+        self.context = context
         self._computing = computing
         self.dispatcher = dispatcher
         part = part or whole(config)
         self._linears = build_linears(computing)
         self.attention = attention or attention_form(config)
-        build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
+        build = partial(self.attention.build, config, dtype, computing.attention, self._linears, context)
         self.model = Trunk(config, part, dtype, build, self._linears)
         head = Projection(config.hidden_size, config.num_head_rows, dtype) if part.head else None
         # The names of the released checkpoint, and of a sequence classifier in transformers.

@@ -64,7 +64,10 @@ class ContextLink:
         self._nodes = tuple(layout.node_of(rank) for rank in self.members)
 
     def start_gather(self, packed: Tensor) -> tuple[Work[None], list[Tensor]]:
-        """Starts to send bytes to all members; returns the work, and the bytes of each member once it is complete."""
+        """Starts to send bytes to all members.
+
+        Returns the work, and the bytes of each member, which are complete after it.
+        """
         received = [torch.empty_like(packed) for _ in self.members]
         self._count([packed.nbytes] * len(self.members))
         work = distributed.all_gather(received, packed, group=self._group, async_op=True)
@@ -72,7 +75,7 @@ class ContextLink:
         return LoggedWork(self, "gather of context rows", [work], (packed,)), received
 
     def start_exchange(self, parts: Tensor) -> tuple[Work[None], Tensor]:
-        """Starts to send row r of `parts` to member r; returns the work, and what each member sent here."""
+        """Starts to send row r of `parts` to member r. Returns the work, and what each member sent here."""
         received = torch.empty_like(parts)
         self._count([parts[0].nbytes] * len(self.members))
         work = distributed.all_to_all_single(received, parts, group=self._group, async_op=True)

@@ -1,7 +1,7 @@
-"""Defines the group of ranks that share each sequence: the only part of context parallelism that the model uses.
+"""Defines the group of ranks that share each sequence, which is all that the model knows of it.
 
-Ranks exchange rows: the values of their own tokens that attention of other tokens needs, as a tuple of tensors whose
-shapes are equal on all ranks. Every rank of the group must make the same calls in the same order.
+Ranks exchange rows: what attention of other tokens needs of a rank's tokens, as a tuple of tensors whose shapes are
+equal on all ranks. Every rank of the group must make the same calls in the same order.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,8 @@
-"""Implements a context group whose rows travel around a ring, so that a rank holds two ranks' rows at a time.
+"""Implements a context group whose rows travel around a ring.
 
-A rank sends to the next one and receives from the one before. Its rows pass all other ranks in `size` - 1 steps. In a
-backward they pass again, one step ahead of the sum of their gradients, which ends at the rank that holds the tokens.
+A rank sends to the next one and receives from the one before, and holds the rows of two ranks at a time. Its rows pass
+all other ranks in `size` - 1 steps. In a backward they pass again, one step ahead of the sum of their gradients, which
+ends at the rank that holds the tokens.
 """
 
 from collections.abc import Iterator, Mapping

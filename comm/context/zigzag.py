@@ -43,7 +43,7 @@ def segment_tokens(num_tokens: int, size: int) -> int:
 
 
 def held_slices(index: int, size: int, num_tokens: int) -> tuple[slice, ...]:
-    """Returns the places of a rank's tokens in a whole sequence: two slices, or one of everything if it is alone."""
+    """Returns the places of a rank's tokens in a whole sequence: two slices, or one if the rank is alone."""
     if size == 1:
         return (slice(0, num_tokens),)
     tokens = segment_tokens(num_tokens, size)

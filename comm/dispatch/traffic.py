@@ -69,7 +69,7 @@ class LayerTraffic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrafficSnapshot:
-    """Counts of one rank since the last `take`: of exchanges by layer, pipeline transfers, and context groups."""
+    """Counts of one rank since the last `take`: exchanges by layer, pipeline transfers, context groups."""
 
     layers: Mapping[int | None, LayerTraffic] = field(default_factory=dict)
     num_message_bytes_within_node: int = 0

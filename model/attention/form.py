@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from comm.context.protocol import ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.kv_cache import CacheView
 from model.config import ModelConfig
@@ -32,10 +33,11 @@ class Attention(nn.Module):
         """Returns x + attention(norm(x)), causal: BTD.
 
         Args:
-            x_BTD: the residual.
+            x_BTD: the residual of the tokens that this rank holds.
             norm: norm of this layer; it belongs to the block, and autograd computes its gradient.
             sink: takes the gradients of linear layers, as in `model.precision.linear.linear`.
-            documents: documents of packed sequences; None: each token sees all tokens before it in its sequence.
+            documents: documents of whole packed sequences, also if a context group shares them; None: each token sees
+                all tokens before it in its sequence.
         """
 
     @abstractmethod
@@ -53,12 +55,13 @@ class AttentionForm:
     """A form of attention.
 
     Attributes:
-        build: builds it from the architecture, the weights' type, the kernel's name and the precision of linear layers.
+        build: builds it from the architecture, the weights' type, the kernel's name, the precision of linear layers,
+            and the ranks that share each sequence. A form that needs whole sequences raises an error for several ranks.
         values_per_token: number of values that a layer's cache holds of a token.
     """
 
     name: str
-    build: Callable[[ModelConfig, torch.dtype, str, "Linears"], Attention]
+    build: Callable[[ModelConfig, torch.dtype, str, "Linears", ContextGroup], Attention]
     values_per_token: Callable[[ModelConfig], int]
 
 

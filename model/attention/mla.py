@@ -9,6 +9,8 @@ compressed queries, keys and values together.
 import torch
 from torch import Tensor
 
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.absorbed import attend_absorbed, attend_cached, attend_expanded, compute_latent_rows
 from model.attention.core import mix
@@ -29,8 +31,16 @@ EXPANDED_TOKENS = 64
 class LatentAttention(LatentProjections):
     """Attention with low-rank queries, and keys and values from a latent and a rotated key of all heads."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        kernel: str,
+        linears: Linears,
+        context: ContextGroup = ALONE,
+    ) -> None:
         super().__init__(config, dtype)
+        self._context = context
         self._kernel = kernel
         self._linears = linears
         self._shape = LatentShape(

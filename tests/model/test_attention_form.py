@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from comm.context.protocol import ContextGroup
 from comm.dispatch.local import LocalDispatcher
 from infer.decoder import Decoder
 from kernels.attention.documents import Documents
@@ -30,8 +31,11 @@ ATTENDED = partial(functional.scaled_dot_product_attention, dropout_p=0.0)
 class MultiHeadAttention(Attention):
     """Plain multi-head attention without positions: every head has its own queries, keys and values."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears, context: ContextGroup
+    ) -> None:
         super().__init__()
+        assert context.size == 1
         self._linears, self._heads = linears, config.num_heads
         hidden = config.hidden_size
         self.q_proj = Projection(hidden, hidden, dtype)
