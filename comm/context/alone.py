@@ -1,23 +1,12 @@
 """Implements the context group of a rank that holds whole sequences."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from comm.context.protocol import Contribution, Rows
+from comm.lane import CompletedWork
 from comm.protocol import Work
-
-
-@dataclass(frozen=True, slots=True)
-class CompletedWork:
-    """Work that needed no communication."""
-
-    result: Tensor
-
-    def wait(self) -> Tensor:
-        """Returns the result."""
-        return self.result
 
 
 class SingleRankContext:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from comm.context.alone import CompletedWork
 from comm.context.group import ContextLink, Shift
 from comm.context.packing import from_bytes, to_bytes
 from comm.context.protocol import Contribution, Rows
+from comm.lane import CompletedWork
 from comm.protocol import Work
 
 
