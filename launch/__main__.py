@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, discard_output
+from launch.help.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, discard_output
 from launch.help.commands import listing, split_command, unknown_command
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
+from launch.help.command import command
 from launch.help.preview import plain_text
 from train.checkpoint.sources import is_hf_folder, source_config
 from train.config.decode import decode, encode

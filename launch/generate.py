@@ -12,7 +12,6 @@ from typing import TextIO
 
 from infer.config import Statistics, check
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
-from launch.command import command
 from launch.config.errors import system_errors
 from launch.generation.continuations import new_file
 from launch.generation.prompts import Prompt
@@ -33,6 +32,7 @@ from launch.generation.request import (
     tokenize_prompts,
 )
 from launch.generation.source import GenerationSource, load_model
+from launch.help.command import command
 from launch.help.preview import plain_text
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from train.config.decode import encode

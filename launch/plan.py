@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.command import command
 from launch.config.errors import system_errors
 from launch.config.memory_rules import check_memory
 from launch.config.output import write_output
 from launch.config.rules import check_rules
 from launch.config.run_config import write_config
+from launch.help.command import command
 from launch.help.preview import plain_text
 from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
+from launch.help.command import command
 from launch.help.preview import plain_text
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig

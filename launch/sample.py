@@ -22,12 +22,12 @@ from infer.scoring.models.parts import model_part_problem
 from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet, check_reward
 from infer.scoring.score import SCORERS, Answer, problem_of
 from kernels.ranges import PositiveInt
-from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.generation.continuations import new_file
 from launch.generation.prompts import find_template
 from launch.generation.source import GenerationSource, find_weights, load_model
+from launch.help.command import command
 from launch.help.preview import plain_text
 from launch.sampling.journal import JOURNAL_SUFFIX, SampleJournal, ScoredSample
 from launch.sampling.problems import ProblemsConfig, digest_problems, load_problems

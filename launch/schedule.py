@@ -26,9 +26,9 @@ from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate
 from kernels.ranges import PositiveInt
-from launch.command import command
 from launch.config.compose import compose
 from launch.config.output import write_output
+from launch.help.command import command
 from launch.help.preview import plain_text
 from train.config.decode import decode, encode
 

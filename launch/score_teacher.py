@@ -14,12 +14,12 @@ from typing import Any, Literal
 from data.prepare import Prepared, prepare
 from data.progress import progress_on
 from kernels.ranges import PositiveFloat, PositiveInt
-from launch.command import command
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.config.groups import own_keys
 from launch.config.resolve import check_data, resolve
 from launch.config.run_config import read_config, write_config
+from launch.help.command import command
 from launch.help.preview import experiment_text
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig

@@ -15,12 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.command import command
 from launch.config.compose import chosen_options, compose, key_of
 from launch.config.errors import system_errors
 from launch.config.groups import own_keys
 from launch.config.resolve import resolve
 from launch.config.run_config import check, read_config, write_config
+from launch.help.command import command
 from launch.help.preview import experiment_text
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.slurm.config import SlurmConfig, check_slurm

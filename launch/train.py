@@ -15,9 +15,9 @@ from types import FrameType
 from comm.exit_codes import EXIT_PREEMPTED
 from comm.preemption import Preemption, handled_signals
 from data.progress import progress_on
-from launch.command import command
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run, write_config
+from launch.help.command import command
 from launch.help.preview import experiment_text
 from launch.ranks.device_memory import check_device_memory
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun

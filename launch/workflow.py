@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from launch.command import command
 from launch.config.errors import system_errors
+from launch.help.command import command
 from launch.help.preview import plain_text
 from launch.workflows.config import WorkflowCommand, plain_values, read_workflow, workflow_commands
 from launch.workflows.progress import WorkflowProgress

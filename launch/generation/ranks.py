@@ -25,11 +25,11 @@ from dualpipe.registry import FALLBACK, SCHEDULES, check_size
 from infer.config import Speculative
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from kernels.registry import loaded_plugins
-from launch.command import user_errors
 from launch.config.groups import load_plugin_files
 from launch.config.model_rules import check_expert_ranks, check_experts
 from launch.generation.continuations import Transcript
 from launch.generation.prompts import Prompt
+from launch.help.command import user_errors
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.local import die_with_parent
 from model.config import CutError, ModelConfig, cut_at, cut_layers

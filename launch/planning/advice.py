@@ -1,6 +1,6 @@
 """Computes hardware advice for a run: every wish is planned as a what-if."""
 
-from launch.command import user_errors
+from launch.help.command import user_errors
 from launch.planning.request import PlanRequest
 from launch.planning.what_if import changed_run, plan_what_if
 from train.planner.advice.advice import AdviceRow, HardwareAdvice, sorted_rows

@@ -26,8 +26,8 @@ from comm.preemption import SIGNALS, Preemption, handled_signals
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from kernels.registry import loaded_plugins
-from launch.command import EXIT_CONFIGURATION, user_errors
 from launch.config.groups import load_plugin_files
+from launch.help.command import EXIT_CONFIGURATION, user_errors
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (

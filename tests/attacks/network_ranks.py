@@ -16,8 +16,8 @@ from typing import Any
 
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from launch.command import command
 from launch.config.run_config import compose_run
+from launch.help.command import command
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig

@@ -12,7 +12,7 @@ from data.prepare import prepare
 from data.samples.pack import WEIGHTS
 from data.samples.show import sample_lines
 from launch import train
-from launch.command import command
+from launch.help.command import command
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
 from tests.data.chat.test_sources import L, config_of, write_lines
 

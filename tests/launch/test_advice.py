@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from launch import train
-from launch.command import command
 from launch.config.compose import compose, compose_defaults, dotted_keys, switches
 from launch.config.groups import default_groups
 from launch.help.advice import BARE_PATH, Advice, advice_table, find_advice
+from launch.help.command import command
 from launch.help.preview import split_switch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,9 +16,9 @@ from data.corpus import DataError
 from dualpipe.ir import ScheduleError
 from kernels.ranges import Range
 from kernels.registry import Registry
-from launch.command import user_errors
 from launch.config.groups import default_groups, options
 from launch.config.run_config import check, compose_run, read_config, write_config
+from launch.help.command import user_errors
 from model.config import CutError
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch import train
-from launch.command import user_errors
+from launch.help.command import user_errors
 from tests.launch.fuzz import SECONDS, invalid_configurations, problem_of, refusal_of
 
 

@@ -12,10 +12,10 @@ import yaml
 
 import launch.config.compose
 from launch import submit, train
-from launch.command import command
 from launch.config.compose import compose, compose_defaults, dotted_keys, switches
 from launch.config.groups import default_groups
 from launch.config.run_config import compose_run
+from launch.help.command import command
 from launch.help.commands import find_commands, listing, unknown_command
 from launch.help.page import help_text
 from launch.planning.request import UNREAD

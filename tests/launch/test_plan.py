@@ -46,7 +46,7 @@ def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def test_a_wrong_value_is_one_line(
     override: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch.command import command
+    from launch.help.command import command
 
     monkeypatch.setattr(sys, "argv", ["plan", "experiment=quickstart", override])
     assert command("plan", plan.main, plan.preview) == 2
@@ -140,7 +140,7 @@ def _compared(*differences: str) -> tuple[RankComparison, ...]:
 def test_dry_run_that_differs_prints_the_plan_and_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch.command import command
+    from launch.help.command import command
 
     text = "bytes of weights: built 40, by arithmetic 44"
     monkeypatch.setattr(plan, "compare_built_ranks", lambda config: _compared(text))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import command
+from launch.help.command import command
 from launch.plan import main, preview
 
 SMALL = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.command import command
 from launch.config.run_config import compose_run
+from launch.help.command import command
 from launch.plan import main, preview
 from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request

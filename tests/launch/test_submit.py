@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from launch.command import user_errors
 from launch.config.compose import compose
 from launch.config.groups import own_keys
+from launch.help.command import user_errors
 from launch.slurm.config import seconds_of
 from launch.submit import job_overrides, main, with_cluster
 from launch.train import export_exit_code
