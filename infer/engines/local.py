@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from infer.active import ActiveSequence
+from infer.active import ActiveSequence, StopCondition
 from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
@@ -29,6 +29,7 @@ class LocalEngine:
         speculative: Speculative = "auto",
         batch_size: int = 64,
         prefill_tokens: int = PROMPT_TOKENS,
+        stop_condition: StopCondition = lambda index, token: False,
     ) -> None:
         """Stores the arguments.
 
@@ -37,7 +38,9 @@ class LocalEngine:
             speculative: whether the first MTP module drafts one token per round.
             batch_size: number of continuations that are generated together. It changes no token.
             prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
+            stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
         """
+        self._stop_condition = stop_condition
         self._model, self._wanted, self._batch_size = model, speculative, batch_size
         self._prefill_tokens = prefill_tokens
         self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
@@ -59,7 +62,7 @@ class LocalEngine:
             decoder,
             request.sampling,
             request.stop,
-            lambda index, token: False,
+            self._stop_condition,
             speculative=self._speculative,
             prefill_tokens=self._prefill_tokens,
             keeps_sets=request.keeps_sets,

@@ -85,7 +85,7 @@ def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_token
 
 
 def load_model(
-    source: GenerationSource, dtype_name: Literal["float32", "bf16"], device: Literal["cpu", "cuda"]
+    source: GenerationSource, dtype_name: Literal["float64", "float32", "bf16"], device: Literal["cpu", "cuda"]
 ) -> "Transformer":
     """Loads the whole model into this process, and says so on standard error.
 
@@ -101,7 +101,7 @@ def load_model(
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
+    dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
     if source.is_hf:
         from model.hf.convert import load_hf
 

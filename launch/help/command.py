@@ -135,6 +135,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
     from infer.config import GenerateError
+    from infer.evaluate.config import EvaluationError
     from infer.scoring.score import ScoringError
     from model.config import CutError
     from model.hf.errors import HfError
@@ -142,4 +143,4 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from train.ownership.lock_file import LockedError
 
     known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
-    return (*known, ScoringError, LockedError, JobKeyError)
+    return (*known, ScoringError, EvaluationError, LockedError, JobKeyError)

@@ -1,0 +1,1 @@
+"""Evaluation of trained weights: tasks, requests, samples and results."""

@@ -1,0 +1,140 @@
+"""Keeps an evaluation in a folder, so that an interrupted one continues. Imports no torch.
+
+`evaluation.json` says what decides the records. `samples_TASK.jsonl` has a record a line, and `results.json` is written
+last. A line that is not whole at the end of a file is the only damage that an interruption can do.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from infer.evaluate.config import EvaluationError
+from infer.evaluate.run import Record
+
+IDENTITY_NAME = "evaluation.json"
+RESULTS_NAME = "results.json"
+
+
+class EvaluationFolder:
+    """The folder of an evaluation, locked. Use it as a context manager."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Opens or creates the folder.
+
+        Args:
+            path: the folder.
+            identity: what decides the records, as plain values.
+
+        Raises:
+            EvaluationError: the folder has records of another evaluation, or another process writes it.
+            OSError: it cannot be written.
+        """
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path, os.O_RDONLY)
+        try:
+            self._take_lock()
+            self._compare(json.loads(json.dumps(identity)))
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> "EvaluationFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the results are written."""
+        return (self.path / RESULTS_NAME).is_file()
+
+    def read(self, task: str) -> list[Record]:
+        """Returns the records of a task, and removes a line that an interruption cut.
+
+        Raises:
+            EvaluationError: a line is not a record.
+        """
+        path = self._samples(task)
+        if not path.exists():
+            return []
+        records = list[Record]()
+        with path.open("r+b") as file:
+            whole = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                records.append(_record(line, f"out: {path}, line {number}"))
+                whole += len(line)
+            file.truncate(whole)
+        return records
+
+    def append(self, task: str, records: Sequence[Record]) -> None:
+        """Adds records; they are on the disk when this returns."""
+        content = b"".join(_line(record) for record in records)
+        with self._samples(task).open("ab", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a file."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def _samples(self, task: str) -> Path:
+        return self.path / f"samples_{task}.jsonl"
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EvaluationError(
+                f"out: another process evaluates into {str(self.path)!r}; wait for it, or choose another folder"
+            ) from None
+
+    def _compare(self, identity: dict[str, Any]) -> None:
+        path = self.path / IDENTITY_NAME
+        if not path.exists():
+            others = sorted(each.name for each in self.path.glob("samples_*.jsonl"))
+            if others:
+                raise EvaluationError(
+                    f"out: {str(self.path)!r} must have {IDENTITY_NAME}, has {others[0]} without it; "
+                    "nearest valid: another folder"
+                )
+            self.write(IDENTITY_NAME, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            different = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise EvaluationError(
+                f"out: {str(path)!r} must be one of launch.evaluate, cannot be read: {error}"
+            ) from error
+        if different:
+            key = different[0]
+            raise EvaluationError(
+                f"{key}: must be as in {str(path)!r}, which has {found.get(key)!r}, is {identity.get(key)!r}; "
+                "nearest valid: another out, or remove this folder"
+            )
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _record(line: bytes, place: str) -> Record:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{place}: must be a record of launch.evaluate, cannot be read: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("id"), str | int):
+        raise EvaluationError(f"{place}: must be a record of launch.evaluate, has no id")
+    return values

@@ -1,0 +1,94 @@
+"""Scores and generates with a model that is whole in this process.
+
+Shape legend: B sequences, T tokens, D hidden size, R rows with a target.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infer.engines.local import LocalEngine
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from infer.evaluate.batches import by_length
+from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
+from kernels.cross_entropy.greedy import greedy_scores
+from kernels.cross_entropy.reference import IGNORE
+from model.transformer import Transformer
+
+PADDING = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Sequences, padded at the end, which no token before sees.
+
+    Attributes:
+        inputs_BT: all tokens except the last one of each sequence.
+        targets_BT: the token after each input, -100 if it is not scored.
+    """
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+
+
+def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None) -> PaddedBatch:
+    """Returns sequences as tensors on the host.
+
+    Args:
+        sequences: at least one.
+        size: B and T; None: as small as they fit.
+    """
+    num_rows, length = size or (len(sequences), max(len(each.tokens) for each in sequences) - 1)
+    inputs_BT = torch.full((num_rows, length), PADDING)
+    targets_BT = torch.full((num_rows, length), IGNORE)
+    for row, each in enumerate(sequences):
+        tokens, end = torch.tensor(each.tokens), len(each.tokens) - 1
+        inputs_BT[row, :end] = tokens[:-1]
+        targets_BT[row, end - each.num_targets : end] = tokens[-each.num_targets :]
+    return PaddedBatch(inputs_BT, targets_BT)
+
+
+class LocalModel:
+    """A whole model that is evaluated."""
+
+    def __init__(self, model: Transformer, batch_size: int) -> None:
+        """Stores the arguments.
+
+        Args:
+            model: the whole model.
+            batch_size: maximum number of sequences that are computed together. It does not change results.
+        """
+        self._model, self._batch_size = model, batch_size
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        """Implements `EvaluatedModel.score`."""
+        found: list[TargetScores | None] = [None] * len(sequences)
+        for numbers in by_length(sequences, self._batch_size):
+            for number, scores in zip(numbers, self._score([sequences[at] for at in numbers]), strict=True):
+                found[number] = scores
+        return [scores for scores in found if scores is not None]
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
+        """Implements `EvaluatedModel.generate`."""
+        engine = LocalEngine(self._model, speculative=False, batch_size=self._batch_size, stop_condition=stop_condition)
+        return engine.generate(prompts, request)
+
+    def _score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        """Scores sequences in one pass."""
+        model, batch = self._model, pad(sequences)
+        device = model.head_weight.device
+        states_BTD = model.final_states(batch.inputs_BT.to(device))
+        # Only rows with a target are multiplied with the head. The host's copy finds them without waiting for a device.
+        rows_R = (batch.targets_BT.flatten() != IGNORE).nonzero().flatten()
+        states_RD = states_BTD.flatten(0, 1)[rows_R.to(device)]
+        targets_R = batch.targets_BT.flatten()[rows_R].to(device)
+        log_probs_R, are_greedy_R = greedy_scores(states_RD, model.head_weight, targets_R)
+        counts = [each.num_targets for each in sequences]
+        log_probs, are_greedy = log_probs_R.double().cpu().split(counts), are_greedy_R.cpu().split(counts)  # host sync
+        return [
+            TargetScores(log_probs=tuple(values.tolist()), are_greedy=tuple(flags.tolist()))
+            for values, flags in zip(log_probs, are_greedy, strict=True)
+        ]

@@ -1,0 +1,39 @@
+"""Registers evaluation tasks by name. Imports no torch.
+
+A task is a frozen dataclass and a function that builds an `EvaluationTask` from it. A plugin file can register one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from infer.evaluate.config import EvaluationTaskConfig
+from infer.evaluate.protocol import EvaluationTask, TaskContext
+from kernels.registry import Registry
+from model.config import HeadKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTaskSpec:
+    """A task that `tasks` can name.
+
+    Attributes:
+        summary: one line for users.
+        version: changes with the meaning of the task's numbers.
+        config: its dataclass. Its keys are those of the group with the task's name.
+        build: builds the task. It checks all files, and raises `EvaluationError`, `DataError` or `ScoringError`.
+        files: returns the files that decide the results, given the configuration.
+        heads: kinds of the output head that the task can evaluate.
+    """
+
+    summary: str
+    version: int
+    config: type[EvaluationTaskConfig]
+    build: Callable[[Any, TaskContext], EvaluationTask]
+    files: Callable[[Any], tuple[str, ...]]
+    heads: tuple[HeadKind, ...] = ("tokens",)
+
+
+EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry(
+    "tasks", [f"infer.evaluate.tasks.{name}" for name in ("choice", "bits_per_byte")]
+)

@@ -1,0 +1,1 @@
+"""Evaluation tasks. Each module registers one."""

@@ -1,0 +1,38 @@
+"""Log-probabilities of targets under a linear head, and whether each is the most probable token.
+
+Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy.reference import check_operands, chunk_rows
+
+
+@torch.no_grad()
+def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes log softmax(rows head^T)[target] of each row, chunk by chunk, on any device.
+
+    Args:
+        rows_ND: the head's input.
+        head_VD: the head's matrix.
+        targets_N: int64, below V.
+
+    Returns:
+        Log-probabilities, N, in float32 or wider; and whether the target has the first of the largest logits, N.
+
+    Raises:
+        ValueError: the operands do not match.
+    """
+    check_operands(rows_ND, head_VD, targets_N)
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    log_probs_N = rows_ND.new_empty(len(rows_ND), dtype=wide)
+    are_greedy_N = torch.empty(len(rows_ND), dtype=torch.bool, device=rows_ND.device)
+    size = max(1, chunk_rows(len(rows_ND), len(head_VD), rows_ND.dtype))
+    for first in range(0, len(rows_ND), size):
+        chunk = slice(first, first + size)
+        logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
+        found_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
+        log_probs_N[chunk] = found_C - logits_CV.logsumexp(-1)
+        are_greedy_N[chunk] = logits_CV.argmax(-1) == targets_N[chunk]
+    return log_probs_N, are_greedy_N

@@ -1,0 +1,117 @@
+"""Evaluates trained weights on tasks: `python -m launch.evaluate`."""
+
+if not __package__:
+    import started_as_file  # type: ignore[import-not-found]  # noqa: F401
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infer.evaluate.answers import Answerer
+from infer.evaluate.folder import RESULTS_NAME, EvaluationFolder
+from infer.evaluate.results import TaskResult, as_json, task_result
+from infer.evaluate.run import OpenTask, run_tasks
+from launch.config.errors import system_errors
+from launch.evaluation.checkpoint import describe_checkpoint
+from launch.evaluation.request import EvaluationJob, identity, read_job
+from launch.generation.source import load_model
+from launch.help.command import command
+from launch.help.preview import plain_text
+from launch.ranks.environment import is_other_rank
+from train.config.decode import encode
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Evaluates, and writes records and results into a folder.
+
+    All user errors are reported before weights are read.
+
+    Args:
+        overrides: overrides for `conf/evaluate.yaml`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be read or written.
+        CheckpointError, HfError: the weights cannot be read.
+        DataError, EvaluationError: a sample is not valid, or the folder has another evaluation.
+        ScoringError: this machine cannot run a task.
+    """
+    job = read_job(overrides)
+    with system_errors():
+        tasks = job.open_tasks()
+        try:
+            _evaluate(job, tasks)
+        finally:
+            for each in tasks:
+                each.task.close()
+    return 0
+
+
+def preview(overrides: Sequence[str]) -> str:
+    """Returns the command's configuration, checked, as YAML.
+
+    Args:
+        overrides: overrides for `conf/evaluate.yaml`.
+
+    Raises:
+        ConfigError, CheckpointError, HfError, DataError, EvaluationError, ScoringError: as `main`.
+    """
+    job = read_job(overrides)
+    with system_errors():
+        for each in job.open_tasks():
+            each.task.close()
+    return plain_text("evaluate", {**encode(job.config), **encode(job.tasks)})
+
+
+def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
+    """Evaluates in a folder, or says that it is complete."""
+    checkpoint = describe_checkpoint(job.source)
+    path = Path(job.config.out).expanduser()
+    with EvaluationFolder(path, identity(job, checkpoint)) as folder:
+        if folder.is_complete:
+            print(f"{path} is complete; nothing is evaluated", file=sys.stderr, flush=True)
+            return
+        records = {each.name: folder.read(each.name) for each in tasks}
+        done = {name: {record["id"] for record in found} for name, found in records.items()}
+
+        def write(name: str, fresh: list[dict[str, Any]]) -> None:
+            folder.append(name, fresh)
+            records[name].extend(fresh)
+
+        _run(job, tasks, done, write)
+        results = {each.name: task_result(each, records[each.name]) for each in tasks}
+        settings = {name: encode(each) for name, each in job.tasks.settings.items()}
+        facts = {"checkpoint": checkpoint, "seed": job.config.seed}
+        folder.write(RESULTS_NAME, json.dumps(as_json(tasks, results, settings, facts), indent=2) + "\n")
+    print(_summary(results), flush=True)
+
+
+def _run(job: EvaluationJob, tasks: Sequence[OpenTask], done: Any, write: Any) -> None:
+    model = load_model(job.source, job.config.dtype, job.config.device)
+    from infer.evaluate.local import LocalModel
+
+    assert job.source.tokenizer is not None
+    local = LocalModel(model, job.config.batch_size)
+    answerer = Answerer(local, job.source.tokenizer, job.source.end_ids, job.source.model.max_position_tokens)
+    run_tasks(tasks, answerer, done, write)
+
+
+def _summary(results: dict[str, TaskResult]) -> str:
+    """Returns a line for each metric."""
+    lines = []
+    for name, result in results.items():
+        for metric, each in result.estimates.items():
+            error = "" if each.standard_error is None else f" +- {each.standard_error:.4f}"
+            value = "none" if each.value is None else f"{each.value:.4f}"
+            lines.append(f"{name}  {metric} {value}{error}  ({each.num_samples} samples)")
+        lines += [f"note: {name}: {note}" for note in result.details.notes]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(command("evaluate", main, preview, quiet=is_other_rank(os.environ)))
