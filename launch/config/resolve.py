@@ -45,7 +45,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
     if isinstance(model, Mapping):
         expanded = expand_model(model, values.get("init_from"), values.get("init_mtp"))
-        resolved["model"] = _with_head(expanded, model.get("head"), values.get("task"))
+        resolved["model"] = _with_task(expanded, model.get("head"), values.get("task"))
     if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
         # Absolute paths, because ranks and later runs may have another working directory.
         resolved["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
@@ -103,8 +103,10 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
     return {**encode(kinds[kind]()), **changes}
 
 
-def _with_head(model: dict[str, Any], given: object, task: object) -> dict[str, Any]:
-    """Returns the keys of a model with the head of the task, without MTP modules if it is a score head.
+def _with_task(model: dict[str, Any], given: object, task: object) -> dict[str, Any]:
+    """Returns the keys of a model with those that the task sets.
+
+    These are the head, no MTP modules if it is a score head, and the rotary embedding of an extension of the context.
 
     Args:
         model: keys of a `ModelConfig`; `head` may be missing.
@@ -112,7 +114,10 @@ def _with_head(model: dict[str, Any], given: object, task: object) -> dict[str, 
         task: composed keys of `task`. The decoder reports an unknown kind.
     """
     kind = task.get("kind") if isinstance(task, Mapping) else None
-    head = TASKS.get(kind).head if isinstance(kind, str) and kind in TASKS else "tokens"
+    spec = TASKS.get(kind) if isinstance(kind, str) and kind in TASKS else None
+    if spec is not None and isinstance(task, Mapping):
+        model = {**model, **spec.model_keys(task)}
+    head = "tokens" if spec is None else spec.head
     if head == "score":
         model = {**model, "mtp_depth": 0}
     return {**model, "head": head if given is None else given}

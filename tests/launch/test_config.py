@@ -113,6 +113,10 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         config = build(choice, f"init_from={place_weights(tmp_path / 'weights')}")
         assert config.model == build().model
         check(replace(config, init_from=None))
+    elif choice == "task=long_context":
+        # Its other half, with weights, is in tests/train/tasks/test_long_context.py.
+        with pytest.raises(ConfigError, match="init_from: task=long_context needs the weights of the phase before"):
+            check(build(choice))
     elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
         with pytest.raises(ConfigError, match="deep_ep is not installed"):
             check(build(choice, *needs))

@@ -16,7 +16,7 @@ from train.teacher.scores import check_scores, is_scores_folder, with_scores
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from train.config import TrainConfig
-    from train.tasks.distillation import DistillationTask
+    from train.teacher.distillation import DistillationTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class DistillConfig(SampleTaskConfig):
 
 def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig) -> "DistillationTask":
     """Builds the task of distillation."""
-    from train.tasks.distillation import DistillationTask
+    from train.teacher.distillation import DistillationTask
 
     return DistillationTask(config, model.mtp_depth, masks_documents=batch.document_mask)
 

@@ -43,6 +43,10 @@ def _unchanged(config: TrainConfig, prepared: Prepared) -> Prepared:
     return prepared
 
 
+def _no_keys(task: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRates:
     """The rates of a step.
@@ -115,6 +119,7 @@ class TaskSpec:
         values: names of the samples' values that the task reads; see `data.samples`.
         splits_sequences: whether several ranks may share a sequence (`parallelism.context`): the loss of a token reads
             no other token's output.
+        model_keys: returns the keys of the model that the composed keys of the task set.
     """
 
     summary: str
@@ -133,12 +138,14 @@ class TaskSpec:
     extend: Callable[[TrainConfig, Prepared], Prepared] = _unchanged
     values: tuple[str, ...] = ()
     splits_sequences: bool = False
+    model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
 
 
 TASKS = Registry[TaskSpec](
     "task.kind",
     (
         "train.tasks.pretrain",
+        "train.tasks.long_context",
         "train.tasks.sft",
         "train.tasks.distill",
         "train.tasks.reward_model",

@@ -1,0 +1,114 @@
+"""Registers the extension of the context: next-token prediction on longer sequences. No torch here.
+
+Source: arXiv:2412.19437, section 4.3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kernels.ranges import PositiveInt
+from model.config import ModelConfig, RopeScaling, YarnRope
+from train.config import BatchConfig
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
+from train.tasks.pretrain import PretrainConfig, build_pretrain
+from train.tasks.registry import TASKS, TaskSpec
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+    from train.tasks.next_token import NextToken
+
+_ROPE = "task.rope"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongContextConfig(PretrainConfig):
+    """The configuration of an extension of the context.
+
+    Attributes:
+        rope: rotary embedding of the extended model, which the model's configuration follows.
+        max_position_tokens: longest sequence of the extended model; None: as YaRN allows.
+    """
+
+    rope: RopeScaling
+    max_position_tokens: PositiveInt | None
+
+
+def build_long_context(config: LongContextConfig, model: ModelConfig, batch: BatchConfig) -> "NextToken":
+    """Builds the task of an extension, which trains as pre-training does."""
+    return build_pretrain(config, model, batch)
+
+
+def extended_model(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of the model that an extension sets.
+
+    Args:
+        task: composed keys of `task`. The decoder reports missing and unknown ones.
+
+    Raises:
+        ConfigError: a key of the rotary embedding is unknown or missing, or has a wrong type or range.
+    """
+    if "rope" not in task:
+        return {}
+    rope: RopeScaling = decode(RopeScaling, task["rope"], _ROPE)  # type: ignore[arg-type]
+    longest = task.get("max_position_tokens")
+    if isinstance(rope, YarnRope):
+        if rope.factor < 1:
+            raise ConfigError(f"{_ROPE}.factor: must be at least 1, is {rope.factor:g}; nearest valid: 1")
+        longest = int(rope.factor * rope.original_max_position_tokens) if longest is None else longest
+    return {"rope_scaling": encode(rope), **({} if longest is None else {"max_position_tokens": longest})}
+
+
+def check_long_context(config: "TrainConfig") -> None:
+    """Rejects a model without the task's rotary embedding, and a length that YaRN was not given the factor for.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    task, model, length = config.task, config.model, config.batch.sequence_length_tokens
+    assert isinstance(task, LongContextConfig)
+    if model.rope_scaling != task.rope:
+        raise ConfigError(f"model.rope_scaling: must be {_ROPE}={task.rope}, is {model.rope_scaling}")
+    if not isinstance(task.rope, YarnRope):
+        return
+    original = task.rope.original_max_position_tokens
+    for key, tokens in (("batch.sequence_length_tokens", length), ("task.max_position_tokens", _longest(task))):
+        if tokens > task.rope.factor * original:
+            raise ConfigError(
+                f"{_ROPE}.factor: must be at least {key} / {_ROPE}.original_max_position_tokens = {tokens} / "
+                f"{original}, is {task.rope.factor:g}; nearest valid: {-(-tokens // original)}, or {key}="
+                f"{int(task.rope.factor * original)}"
+            )
+
+
+def check_weights(config: "TrainConfig") -> None:
+    """Rejects a run without the weights of the phase before.
+
+    Raises:
+        ConfigError: there is neither `init_from` nor `resume`.
+    """
+    if config.init_from is None and config.resume is None:
+        raise ConfigError(
+            "init_from: task=long_context needs the weights of the phase before, is null; nearest valid: "
+            "init_from=FOLDER with a run of task=pretrain, or a Hugging Face folder"
+        )
+
+
+def _longest(task: LongContextConfig) -> int:
+    return task.max_position_tokens or 0
+
+
+TASKS.register(
+    "long_context",
+    TaskSpec(
+        summary="extension of the context: next-token prediction on longer sequences",
+        config=LongContextConfig,
+        build=build_long_context,
+        needs_weights=True,
+        example={"rope": {"kind": "plain"}, "max_position_tokens": None},
+        check=check_long_context,
+        check_files=check_weights,
+        model_keys=extended_model,
+    ),
+)
