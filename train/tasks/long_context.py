@@ -110,5 +110,6 @@ TASKS.register(
         check=check_long_context,
         check_files=check_weights,
         model_keys=extended_model,
+        splits_sequences=True,
     ),
 )
