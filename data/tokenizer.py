@@ -267,6 +267,15 @@ class Tokenizer:
         """
         return max(self._backend.get_vocab().values(), default=-1) + 1
 
+    def spellings(self) -> dict[int, str]:
+        """Returns how the vocabulary spells each token, by id."""
+        return {number: token for token, number in self._backend.get_vocab().items()}
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether the vocabulary spells each byte of a text as one character."""
+        return "ByteLevel" in json.dumps(json.loads(self._content).get("decoder"))
+
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without begin and end of sentence."""
         with self._panics():

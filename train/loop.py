@@ -26,6 +26,7 @@ from train.errors import CallbackError, PreemptedError, RefusedStepError, Stoppe
 from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.ownership.lock_file import OwnershipCheck
+from train.records.by_position import open_by_position
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
@@ -187,13 +188,14 @@ class TrainingLoop:
         if isinstance(outcome, Done) and (on_step := self._callbacks.on_step):
             call_on_first_rank(self._world, "on_step", partial(on_step, record))
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, Any]:
         """Measures and reports held-out problems or sequences, and returns the means for the step's record."""
         sampler = self._learner.sampler
         if sampler is not None and (measured := sampler.validate()) is not None:
             return self._report_answers(measured)
         task, num_sequences, learner = self._config.task, self._config.validation.sequences, self._learner
-        found = validate(learner.replica, task, self._loader, num_sequences, learner.reference)
+        by_position = open_by_position(self._config, self._prepared.tokenizer)
+        found = validate(learner.replica, task, self._loader, num_sequences, learner.reference, by_position)
         loss, unit = found.loss, TASKS.get(task.kind).unit
         line = f"step {self.num_done:>6}  validation loss {loss:.4f} nats per {unit}"
         if unit == "token":
@@ -203,7 +205,11 @@ class TrainingLoop:
         self._reporter.say(line + "".join(f"  {name} {mean:.4f}" for name, mean in found.reported.items()))
         if on_validation := self._callbacks.on_validation:
             call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, loss))
-        return {VALIDATION_LOSS: loss, **{f"validation_{name}": mean for name, mean in found.reported.items()}}
+        positions = {} if found.by_position is None else found.by_position.record()
+        return {
+            VALIDATION_LOSS: loss,
+            **{f"validation_{name}": mean for name, mean in {**found.reported, **positions}.items()},
+        }
 
     def _report_answers(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Reports measurements of answers to held-out problems."""

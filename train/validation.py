@@ -11,6 +11,7 @@ from torch import Tensor
 from data.loader import Batch, Loader
 from model.objective import MAIN, LossSums
 from train.config import TaskConfig
+from train.records.by_position import LossByPosition, PositionMeans
 from train.replica import Replica
 from train.step import Losses, compare, is_reported, reduce_losses
 from train.tasks.batch_reader import BatchReader, Read, first_sequence
@@ -23,14 +24,20 @@ _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Means over held-out sequences: the main loss, and what else the task reports by name."""
+    """Means over held-out sequences: the main loss, the task's others by name, and losses by position."""
 
     loss: float
     reported: Mapping[str, float]
+    by_position: PositionMeans | None = None
 
 
 def validate(
-    replica: Replica, task: TaskConfig, loader: Loader, num_sequences: int, reference: Reference | Teacher | None = None
+    replica: Replica,
+    task: TaskConfig,
+    loader: Loader,
+    num_sequences: int,
+    reference: Reference | Teacher | None = None,
+    by_position: LossByPosition | None = None,
 ) -> Validation:
     """Returns the main loss and reported means over validation sequences. All ranks call it.
 
@@ -40,23 +47,30 @@ def validate(
         loader: of the data.
         num_sequences: number of sequences to read, or fewer if the corpus has fewer.
         reference: model with which the task compares, if it does.
+        by_position: measures the loss by position; None: it is not measured.
     """
     size = replica.global_sequences
     passes = min(num_sequences, loader.num_validation_sequences) // size
     totals, counts = defaultdict[str, float](float), defaultdict[str, float](float)
     for index in range(passes):
-        losses, found = validate_pass(replica, task, partial(_read_validation, loader, index * size), reference)
+        read = partial(_read_validation, loader, index * size)
+        losses, found = validate_pass(replica, task, read, reference, by_position)
         for name, mean in losses.by_name.items():
             totals[name] += mean * found[name]
             counts[name] += found[name]
     replica.observers.traffic.take()  # the next step's record must not count this traffic
     replica.observers.clips.take()
     means = {name: total / (counts[name] or 1) for name, total in totals.items()}
-    return Validation(means.get(MAIN, 0.0), {name: mean for name, mean in means.items() if is_reported(name)})
+    reported = {name: mean for name, mean in means.items() if is_reported(name)}
+    return Validation(means.get(MAIN, 0.0), reported, None if by_position is None else by_position.means(replica.world))
 
 
 def validate_pass(
-    replica: Replica, config: TaskConfig, read: Read, reference: Reference | Teacher | None = None
+    replica: Replica,
+    config: TaskConfig,
+    read: Read,
+    reference: Reference | Teacher | None = None,
+    by_position: LossByPosition | None = None,
 ) -> tuple[Losses, dict[str, float]]:
     """Runs a forward pass of one global batch.
 
@@ -65,11 +79,12 @@ def validate_pass(
         config: of the run's task.
         read: as in `accumulate`.
         reference: model with which the task compares, if it does.
+        by_position: as in `validate`.
 
     Returns:
         The losses, with MTP losses left out of the total, and the denominator of each mean by name.
     """
-    sums, losses, counts = _forward(replica, config, read, log_probs=None, reference=reference)
+    sums, losses, counts = _forward(replica, config, read, reference=reference, by_position=by_position)
     return losses, dict(zip(sums.names, counts.tolist(), strict=True))
 
 
@@ -97,14 +112,26 @@ def _forward(
     config: TaskConfig,
     read: Read,
     *,
-    log_probs: dict[tuple[int, int], Tensor] | None,
+    log_probs: dict[tuple[int, int], Tensor] | None = None,
     reference: Reference | Teacher | None = None,
+    by_position: LossByPosition | None = None,
 ) -> tuple[LossSums, Losses, Tensor]:
     task = open_task(config, replica.config.model, replica.config.batch)
+    if by_position is not None:
+        log_probs, read = {}, partial(_read_marked, by_position, read)
     batches, sums = BatchReader(replica, task, read), LossSums(task.names, log_probs)
     counts = batches.count()
     replica.forward(batches, compare(reference, batches, task.objective(counts, _NO_RATES)), sums)
+    if by_position is not None:
+        for place, log_probs_BT in (sums.log_probs or {}).items():
+            batch = batches(*place)
+            assert batch is not None
+            by_position.add(batch, log_probs_BT)
     return sums, reduce_losses(replica, task, sums, counts, _NO_RATES), counts
+
+
+def _read_marked(by_position: LossByPosition, read: Read, first: int, count: int) -> Batch:
+    return by_position.mark(read(first, count))
 
 
 def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:

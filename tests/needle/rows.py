@@ -43,6 +43,11 @@ def read_corpus() -> Corpus:
     return Corpus(np.concatenate(train)[:_CORPUS_BYTES], np.concatenate(held_out))
 
 
+def is_key(tokens: Tensor) -> Tensor:
+    """Returns which tokens are keys."""
+    return (tokens >= _FIRST_KEY) & (tokens < _FIRST_VALUE)
+
+
 class Rows:
     """Draws rows. Its draws depend only on the seed."""
 

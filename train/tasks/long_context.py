@@ -61,7 +61,7 @@ def extended_model(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_long_context(config: "TrainConfig") -> None:
-    """Rejects a model without the task's rotary embedding, and a length that YaRN was not given the factor for.
+    """Rejects a model with another rotary embedding, and a length beyond YaRN's factor.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
@@ -93,6 +93,12 @@ def check_weights(config: "TrainConfig") -> None:
             "init_from: task=long_context needs the weights of the phase before, is null; nearest valid: "
             "init_from=FOLDER with a run of task=pretrain, or a Hugging Face folder"
         )
+
+
+def base_length(config: "TrainConfig") -> int:
+    """Returns the length before an extension; without YaRN, that of the run's sequences."""
+    rope, length = config.model.rope_scaling, config.batch.sequence_length_tokens
+    return min(rope.original_max_position_tokens, length) if isinstance(rope, YarnRope) else length
 
 
 def _longest(task: LongContextConfig) -> int:
