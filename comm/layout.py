@@ -65,13 +65,17 @@ class Layout:
         """Returns the index along the context axis: the rank's part of each sequence."""
         return rank % self.parallelism.context
 
+    def member_index(self, rank: int) -> int:
+        """Returns the index among the ranks at its pipeline index, which is also the number of its pipeline."""
+        return rank % self.parallelism.stage_ranks
+
     def expert_index(self, rank: int) -> int:
         """Returns the index within the expert group: the rank's slice of each layer's routed experts."""
-        return rank % self.parallelism.stage_ranks % self.parallelism.expert
+        return self.member_index(rank) % self.parallelism.expert
 
     def expert_data_index(self, rank: int) -> int:
         """Returns the index of the rank's expert group among those at its pipeline index."""
-        return rank % self.parallelism.stage_ranks // self.parallelism.expert
+        return self.member_index(rank) // self.parallelism.expert
 
     def mirror_rank(self, rank: int) -> int:
         """Returns the rank at the mirrored pipeline index, with the same data and context indices."""
@@ -89,7 +93,7 @@ class Layout:
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
         """Returns the ranks of this rank's pipeline, ordered by pipeline index."""
-        return tuple(range(rank % self.parallelism.stage_ranks, self.world_size, self.parallelism.stage_ranks))
+        return tuple(range(self.member_index(rank), self.world_size, self.parallelism.stage_ranks))
 
     def context_group(self, rank: int) -> tuple[int, ...]:
         """Returns the ranks that share this rank's sequences, ordered by context index."""

@@ -69,6 +69,16 @@ class MicroBatch:
                 )
         object.__setattr__(self, "extras", MappingProxyType(dict(self.extras)))
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Returns the micro-batch on a device."""
+        return MicroBatch(
+            inputs_BT=tuple(each.to(device) for each in self.inputs_BT),
+            targets_BT=tuple(each.to(device) for each in self.targets_BT),
+            documents=None if self.documents is None else self.documents.to(device),
+            extras={name: extra.to(device) for name, extra in self.extras.items()},
+            target_rows=tuple(None if each is None else each.to(device) for each in self.target_rows),
+        )
+
     def rows(self, depth: int) -> Tensor | None:
         """Returns the rows that the head of a depth reads; None: all."""
         return self.target_rows[depth] if self.target_rows else None
@@ -137,7 +147,8 @@ class CrossEntropy:
         factors: factor of the summed cross-entropy of each depth: 1 / (targets of that depth in the global batch) for
             the main head, and that times MTP's weight divided by the depth for the others.
         balance: weight of the balance loss divided by the sequences in the global batch.
-        weights: name of the extra that holds the weight of each main target; None: all weigh 1.
+        weights: name of the extra that holds the weights of the targets of each depth, [B, T, depths]
+            (`weights_of_depths`); None: all weigh 1.
     """
 
     factors: tuple[float, ...]
@@ -146,7 +157,7 @@ class CrossEntropy:
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
         """Computes the depth's summed cross-entropy in nats, times its factor."""
-        weights_N = None if self.weights is None else depth_weights(batch.extras[self.weights], head.depth).flatten()
+        weights_N = None if self.weights is None else batch.extras[self.weights][..., head.depth].flatten()
 
         def nats_of(log_probs_N: Tensor) -> Tensor:
             return -(log_probs_N if weights_N is None else weights_N.to(log_probs_N.dtype) * log_probs_N).sum()
@@ -171,6 +182,14 @@ def depth_weights(weights_BT: Tensor, depth: int) -> Tensor:
     """
     kept = weights_BT[:, depth:]
     return functional.pad(kept, (0, weights_BT.shape[1] - kept.shape[1]))
+
+
+def weights_of_depths(weights_BT: Tensor, num_depths: int) -> Tensor:
+    """Returns the weights of the targets of each depth, [B, T, depths].
+
+    `weights_BT`: weights of the main targets of whole sequences.
+    """
+    return torch.stack([depth_weights(weights_BT, depth) for depth in range(num_depths)], -1)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
+from comm.context.zigzag import take_held
 from comm.node_limit import limit_groups
 from comm.protocol import Label
 from kernels.attention.documents import Documents
@@ -40,36 +43,43 @@ class Routing:
     weights_TK: Tensor
     scores_BTE: Tensor
 
-    def balance(self, documents: Documents | None = None) -> Tensor:
-        """Returns the sum over sequences of sum_i f_i P_i, unscaled.
+    def balance(self, documents: Documents | None = None, context: ContextGroup = ALONE) -> Tensor:
+        """Returns this rank's part of the sum over sequences of sum_i f_i P_i, unscaled.
 
-        f comes from plain top-k of unbiased scores, without gradient. A document that is masked from
-        others counts as a sequence, as if it was in a batch alone; padding does not.
+        f comes from plain top-k of unbiased scores, without gradient. It counts the tokens of all ranks that share a
+        sequence, whose parts of P add up to that of the sequence. A document that is masked from others counts as a
+        sequence, as if it was in a batch alone; padding does not.
+
+        Args:
+            documents: documents of whole sequences.
+            context: ranks that share each sequence.
         """
         if documents is not None:
-            return self._balance_of_documents(documents)
+            return self._balance_of_documents(documents, context)
         scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_TK.shape[1]
-        _, tokens, num_experts = scores_BTE.shape
+        num_experts, tokens = scores_BTE.shape[2], scores_BTE.shape[1] * context.size
         top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
         counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
             1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
         )
-        frequency_BE = counts_BE * (num_experts / (num_experts_per_token * tokens))
-        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+        frequency_BE = context.sum(counts_BE) * (num_experts / (num_experts_per_token * tokens))
+        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1) / context.size
         return (frequency_BE * share_BE).sum()
 
-    def _balance_of_documents(self, documents: Documents) -> Tensor:
+    def _balance_of_documents(self, documents: Documents, context: ContextGroup) -> Tensor:
         scores_NE, num_chosen = self.scores_BTE.flatten(0, 1), self.ids_TK.shape[1]
-        num_documents, num_experts, numbers_N = len(documents.starts) - 1, scores_NE.shape[1], documents.numbers_N
+        num_documents, num_experts = documents.num_real, scores_NE.shape[1]
+        # Padding counts as one further document until its factor is set to 0.
+        numbers_N = take_held(documents.numbers_BT, context.index, context.size).flatten()
         # How often each document chooses each expert, [documents, E]: whole numbers, so any order gives the same sum.
         places_NK = numbers_N[:, None] * num_experts + scores_NE.detach().topk(num_chosen, -1, sorted=False).indices
-        counts = scores_NE.new_zeros(num_documents * num_experts)
+        counts = scores_NE.new_zeros((num_documents + 1) * num_experts)
         counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))
-        lengths = documents.starts.diff().to(counts.dtype)[:, None]
+        lengths = documents.lengths[:-1, None].to(counts.dtype)
         # f / T of the token's document, without gradient; 0 for padding.
-        factors = counts.view(num_documents, num_experts) * (num_experts / num_chosen) / lengths**2
-        factors_NE = factors[numbers_N].masked_fill_(documents.is_padding_BT.flatten()[:, None], 0)
-        return (factors_NE * (scores_NE / scores_NE.sum(-1, keepdim=True))).sum()
+        factors = context.sum(counts).view(num_documents + 1, num_experts) * (num_experts / num_chosen)
+        factors = torch.cat((factors[:-1] / lengths**2, torch.zeros_like(factors[-1:])))
+        return (factors[numbers_N] * (scores_NE / scores_NE.sum(-1, keepdim=True))).sum()
 
 
 Route = Callable[["Router", Tensor], Routing]

@@ -193,7 +193,10 @@ class Stage:
 
         def add_block(block: Block, layer: int) -> None:
             label = Label(layer, direction, micro_batch)
-            phases.extend(block_phases(block, self._model.dispatcher, store, record_balance, label, documents, routes))
+            model = self._model
+            phases.extend(
+                block_phases(block, model.dispatcher, store, record_balance, label, documents, routes, model.context)
+            )
 
         phases: list[Phase] = []
         if self._first:

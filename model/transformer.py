@@ -241,7 +241,7 @@ class Transformer(nn.Module):
             for layer in self._layers(depth):
                 hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents)
                 if routing is not None:
-                    balance = routing.balance(batch.documents)
+                    balance = routing.balance(batch.documents, self.context)
                     sums.add(BALANCE, balance)
                     total = total + objective.balance * balance
             loss, onward = self.head_loss(depth, hidden, batch, objective, sums, None)

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 
 from comm.config import DispatchConfig
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
 from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
 from model.config import Computing, ModelConfig
@@ -56,9 +58,24 @@ class ReplicaConfig:
         )
 
 
-def build_model(config: ReplicaConfig, dispatcher: Dispatcher, part: Part, device: torch.device) -> Transformer:
-    """Builds a part of a model on a device, with the initial weights of the seed if there is one."""
-    model = Transformer(config.model, dispatcher, weight_dtype(config.precision), part, config.computing)
+def build_model(
+    config: ReplicaConfig,
+    dispatcher: Dispatcher,
+    part: Part,
+    device: torch.device,
+    context: ContextGroup = ALONE,
+) -> Transformer:
+    """Builds a part of a model on a device, with the initial weights of the seed if there is one.
+
+    Args:
+        config: of the network.
+        dispatcher: sends rows to experts when the model is called as a plain module.
+        part: of the model.
+        device: of the weights.
+        context: ranks that share each sequence.
+    """
+    dtype = weight_dtype(config.precision)
+    model = Transformer(config.model, dispatcher, dtype, part, config.computing, context=context)
     if config.seed is not None:
         initialize_weights(model, config.seed)
     return model.to(device)

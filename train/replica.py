@@ -240,7 +240,7 @@ def open_replica(
     dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
     part = stage_part(config.model, held, cut, experts)
-    model = build_model(config, dispatcher, part, world.device)
+    model = build_model(config, dispatcher, part, world.device, world.open_context(observers))
     stages = build_stages(model, held, cut)
     train_program, forward_program = compile_programs(
         schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven

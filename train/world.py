@@ -8,6 +8,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import DispatchConfig
+from comm.context.build import open_context
+from comm.context.protocol import ContextGroup
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.requirements import TokenSizes
@@ -111,6 +113,14 @@ class World:
             tokens=tokens,
         )
         return build_dispatcher(config, parts)
+
+    def open_context(self, observers: Observers) -> ContextGroup:
+        """Opens the group of ranks that share this rank's sequences. All ranks call it at the same point.
+
+        Args:
+            observers: counters and log of what it sends.
+        """
+        return open_context(self.groups.context, self.layout, observers)
 
     def observers(self) -> Observers:
         """Returns new traffic counters that share this process's log. Each replica has its own counters."""

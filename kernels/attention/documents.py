@@ -79,11 +79,21 @@ class Documents:
                 yield from (part for part in parts.values() if isinstance(part, Tensor))
 
     @cached_property
-    def numbers_N(self) -> Tensor:
-        """Number of each token's document among all documents of the flattened batch, from 0, int64."""
-        ids_BT = self.ids_BT
-        before_B1 = torch.cat((ids_BT.new_zeros(1), ids_BT[:-1, -1])).cumsum(0)[:, None]
-        return (before_B1 + ids_BT - 1).flatten()
+    def numbers_BT(self) -> Tensor:
+        """Number of each token's document among those of the batch that are no padding, from 0, int64.
+
+        `num_real` for padding.
+        """
+        is_padding_BT = self.is_padding_BT
+        begins_BT = self.ids_BT.diff(dim=1, prepend=torch.zeros_like(self.ids_BT[:, :1])) > 0
+        numbers_N = (begins_BT & ~is_padding_BT).flatten().cumsum(0) - 1
+        return numbers_N.view_as(is_padding_BT).masked_fill_(is_padding_BT, self.num_real)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of tokens of each document that is no padding, by `numbers_BT`, then of all padding together."""
+        numbers_N = self.numbers_BT.flatten()
+        return numbers_N.new_zeros(self.num_real + 1).scatter_add_(0, numbers_N, torch.ones_like(numbers_N))
 
     @cached_property
     def runs(self) -> tuple[DocumentRun, ...]:

@@ -13,7 +13,7 @@ from kernels.distillation import linear_distillation
 from kernels.distillation.divergence import Divergence
 from kernels.distillation.reference import Teacher, TeacherStates, TeacherTopK
 from model.head import score_rows
-from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss, depth_name, depth_weights, loss_names
+from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss, depth_name, loss_names
 from model.precision.linear import WeightSink
 
 DIVERGENCE = "divergence"
@@ -59,7 +59,7 @@ class Distillation:
         rows, mix = batch.rows(0), (1 - self.cross_entropy_weight, self.cross_entropy_weight)
         weights_N = None
         if self.targets.weights is not None:
-            weights_N = depth_weights(batch.extras[self.targets.weights], 0).flatten().to(wide)
+            weights_N = batch.extras[self.targets.weights][..., 0].flatten().to(wide)
         teacher = self._teacher(batch, rows)
         divergences: list[Tensor] = []
 

@@ -5,6 +5,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
 from comm.protocol import Dispatcher, Label
 from kernels.attention.documents import Documents
 from model.block import Block
@@ -43,10 +45,11 @@ def block_phases(
     label: Label,
     documents: Documents | None = None,
     routes: Routes | None = None,
+    context: ContextGroup = ALONE,
 ) -> list[Phase]:
     """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`.
 
-    `label` names its exchanges.
+    `label` names its exchanges. `context` are the ranks that share each sequence.
     """
 
     def dense(hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
@@ -58,7 +61,7 @@ def block_phases(
         attended = block.attend(hidden.hidden_BTD, sink, documents, route)
         routing = attended.routing
         routed = Routed(attended.residual_BTD, attended.rows, routing.weights_TK, routing.ids_TK)
-        return Computed(routed, record_balance(routing.balance(documents)))
+        return Computed(routed, record_balance(routing.balance(documents, context)))
 
     def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
         return Computed(block.apply_experts(received, sink))

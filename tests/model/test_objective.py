@@ -22,6 +22,7 @@ from model.objective import (
     TaskLoss,
     find_target_rows,
     loss_names,
+    weights_of_depths,
 )
 from model.precision.linear import WeightSink
 from tests.kernels.plain import randn
@@ -96,7 +97,8 @@ def gradients_of(objective: Objective, batch: MicroBatch, depth: int) -> tuple[T
 def test_weighted_cross_entropy_equals_autograd(depth: int) -> None:
     batch = scored_batch(2, 50)
     objective = CrossEntropy(factors=(0.3, 0.2, 0.1), balance=0.0, weights="weights")
-    found, gradients = gradients_of(objective, batch, depth)
+    of_depths = {"weights": weights_of_depths(batch.extras["weights"], 3)}
+    found, gradients = gradients_of(objective, replace(batch, extras=of_depths), depth)
     hidden, head = randn(2, 32, 6, seed=0).requires_grad_(), randn(50, 6, seed=1).requires_grad_()
     log_probs_N = plain_log_probs(hidden, head, batch.targets_BT[depth])
     # The target at place i of depth k is the main target at place i + k.
@@ -137,7 +139,8 @@ def test_phased_weighted_cross_entropy_equals_plain(num_stages: int) -> None:
     objective = CrossEntropy(factors=(0.1, 0.05, 0.03), balance=0.05, weights="weights")
     plain, cut = make_model(config), make_model(config)
     batch = make_batch(config, 3)
-    batch = replace(batch, extras={"weights": torch.rand(2, 12, generator=torch.Generator().manual_seed(1))})
+    weights_BT = torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
+    batch = replace(batch, extras={"weights": weights_of_depths(weights_BT, 3)})
     store, sums = GradientStore(cut.parameters()), LossSums(loss_names(2))
     plain.loss(batch, objective, sums).backward()
     made = phased(cut, num_stages, batch, store, objective=objective)

@@ -151,18 +151,18 @@ def write_pictures(
     return shown
 
 
-def window_slots(use: RankBusyTime, data_index: int, num_pipelines: int) -> list[float]:
+def window_slots(use: RankBusyTime, pipeline: int, num_pipelines: int) -> list[float]:
     """Returns this rank's negated start and end time in its pipeline's slots, and -inf in all others.
 
     A maximum over all ranks then gives the start and end of every pipeline.
 
     Args:
         use: busy time of this rank.
-        data_index: index of its pipeline.
+        pipeline: number of its pipeline among all pipelines.
         num_pipelines: number of pipelines.
     """
     slots = [-float("inf")] * (2 * num_pipelines)
-    slots[2 * data_index : 2 * data_index + 2] = [-use.start_seconds, use.end_seconds]
+    slots[2 * pipeline : 2 * pipeline + 2] = [-use.start_seconds, use.end_seconds]
     return slots
 
 

@@ -71,7 +71,7 @@ def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[
     mesh, mine = world.layout.parallelism, _peak_memory_bytes(world.device)
     sums = [use.busy_seconds, use.exposed_seconds, mine]
     used_seconds, exposed, memory = _reduce(world, sums, dist.ReduceOp.SUM)
-    largest = [mine, *window_slots(use, world.data_index, mesh.data)]
+    largest = [mine, *window_slots(use, world.layout.member_index(world.rank), mesh.stage_ranks)]
     peak, *slots = _reduce(world, largest, dist.ReduceOp.MAX)
     return {
         "peak_memory_bytes": int(peak),

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
+from comm.context.build import open_context
+from comm.context.protocol import ContextGroup
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
 from comm.layout import Layout
-from comm.partitions import expert_partition, pipeline_partition
+from comm.partitions import context_partition, expert_partition, pipeline_partition
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from model.config import ModelConfig
@@ -51,10 +53,11 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     timeout = config.cluster.timeout_seconds
     experts = join_one(expert_partition(layout), timeout)
     pipeline = join_one(pipeline_partition(layout), timeout)
+    shared = join_one(context_partition(layout), timeout) if layout.parallelism.context > 1 else None
     lane = open_lane(device)
     observers = Observers(Traffic(), CollectiveLog())
     network = ReplicaConfig.of_run(config)
-    parts = DispatcherParts(
+    exchange = DispatcherParts(
         num_experts=config.model.num_routed_experts,
         layout=layout,
         group=experts,
@@ -63,37 +66,40 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
         timeout_seconds=timeout,
         tokens=network.tokens,
     )
-    dispatcher = build_dispatcher(network.dispatch, parts)
-    mine = _measure_parts(config, layout, dispatcher, device, _link_latency(config, layout, pipeline, device))
+    dispatcher = build_dispatcher(network.dispatch, exchange)
+    latency = _link_latency(config, layout, pipeline, device)
+    parts = _Parts(config, layout, dispatcher, device, open_context(shared, layout, observers))
+    with parts.model.weights_unchanged():
+        for _ in range(_RUNS):
+            parts.run()
+    mine = parts.times(latency)
     agreed = _average_over_ranks(mine, device)
     lane.close()
     dispatcher.close()
-    for group in (experts, pipeline):
-        dist.destroy_process_group(group)
+    for group in (experts, pipeline, shared):
+        if group is not None:
+            dist.destroy_process_group(group)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return agreed
 
 
-def _measure_parts(
-    config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device, latency: float
-) -> LayerTimes:
-    parts = _Parts(config, layout, dispatcher, device)
-    with parts.model.weights_unchanged():
-        for _ in range(_RUNS):
-            parts.run()
-    return parts.times(latency)
-
-
 class _Parts:
     """The measured parts as two stages: embedding and first layer, last layer and heads."""
 
-    def __init__(self, config: TrainConfig, layout: Layout, dispatcher: Dispatcher, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        layout: Layout,
+        dispatcher: Dispatcher,
+        device: torch.device,
+        context: ContextGroup,
+    ) -> None:
         shape, last = config.model, config.model.num_layers - 1
         mtp_modules = range(shape.num_layers, shape.num_layers + shape.mtp_depth)
         experts = held_experts(shape, layout.parallelism.expert, layout.expert_index(dist.get_rank()))
         part = Part(layers=tuple({0, last, *mtp_modules}), experts=experts, embedding=True, head=True)
-        self.model = model = build_model(ReplicaConfig.of_run(config), dispatcher, part, device)
+        self.model = model = build_model(ReplicaConfig.of_run(config), dispatcher, part, device, context)
         self._shape = shape
         self._device = device
         self._batch = _random_batch(config, device)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from comm.context.zigzag import take_held
 from data.loader import Batch
-from model.objective import MicroBatch
+from model.objective import MicroBatch, find_target_rows
 from train.errors import PreemptedError
 from train.replica import Replica
 from train.tasks.registry import Task
@@ -19,7 +20,9 @@ Read = Callable[[int, int], Batch]
 class BatchReader:
     """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
 
-    Only ranks with the first or the last stage read them, or every rank if attention masks documents.
+    Only ranks with the first or the last stage read them, or every rank if attention masks documents. Ranks that share
+    sequences read the same ones, and each keeps its own tokens with their targets and extras. Documents stay those of
+    whole sequences.
     """
 
     def __init__(self, replica: Replica, task: Task, read: Read) -> None:
@@ -27,6 +30,7 @@ class BatchReader:
         self._task = task
         self._read = read
         self._known: dict[tuple[int, int], MicroBatch] = {}
+        self._counts: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """Returns the micro-batch, or None if this rank does not need it."""
@@ -36,8 +40,20 @@ class BatchReader:
         key = (direction, micro_batch)
         if key not in self._known:
             sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
-            self._known[key] = self._task.read(sequences, replica.world.device)
+            self._known[key] = self._take_part(key, sequences)
         return self._known[key]
+
+    def _take_part(self, key: tuple[int, int], sequences: Batch) -> MicroBatch:
+        """Returns this rank's part of a micro-batch, and keeps the counts of the whole one."""
+        world, size = self._replica.world, self._replica.world.layout.parallelism.context
+        if size == 1:
+            whole = self._task.read(sequences, world.device)
+        else:
+            # Sequences are split on the host, where target rows can be found without waiting for the device.
+            whole = self._task.read(sequences, torch.device("cpu"))
+        if key[0] in self._replica.loss_directions and world.context_index == 0:
+            self._counts[key] = self._task.count(whole)
+        return whole if size == 1 else held_part(whole, world.context_index, size).to(world.device)
 
     def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
         """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""
@@ -61,13 +77,35 @@ class BatchReader:
             for micro_batch in replica.schedule.micro_batches_of(direction):
                 batch = self(direction, micro_batch)
                 assert batch is not None
-                counts += self._task.count(batch)
+                # The first of the ranks that share a sequence counts its targets and the sequence itself.
+                if world.context_index == 0:
+                    counts += self._counts[direction, micro_batch]
         # The preemption request shares this all-reduce, so that a step needs no other collective for it.
         requested = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
         summed = world.reduce(torch.cat([counts, requested]), "sum of targets")
         if summed[-1]:
             raise PreemptedError(f"{int(summed[-1])} of {len(world.ranks)} ranks received a preemption request")
         return summed[:-1]
+
+
+def held_part(whole: MicroBatch, index: int, size: int) -> MicroBatch:
+    """Returns the part of a micro-batch that one of several ranks holds.
+
+    Inputs and targets were shifted over whole sequences, so MTP depths read and predict tokens of other ranks.
+
+    Args:
+        whole: whole sequences, on the host. Its extras have a value for each token.
+        index: index of the rank within the context group.
+        size: ranks that share each sequence.
+    """
+    targets = tuple(take_held(targets_BT, index, size) for targets_BT in whole.targets_BT)
+    return MicroBatch(
+        inputs_BT=tuple(take_held(inputs_BT, index, size) for inputs_BT in whole.inputs_BT),
+        targets_BT=targets,
+        documents=whole.documents,
+        extras={name: take_held(extra, index, size) for name, extra in whole.extras.items()},
+        target_rows=tuple(find_target_rows(targets_BT) for targets_BT in targets) if whole.target_rows else (),
+    )
 
 
 def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:

@@ -4,13 +4,23 @@ Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from data.loader import IGNORE, Batch
 from kernels.attention.documents import Documents
-from model.objective import BALANCE, MAIN, CrossEntropy, MicroBatch, depth_weights, find_target_rows, loss_names
+from model.objective import (
+    BALANCE,
+    MAIN,
+    CrossEntropy,
+    MicroBatch,
+    depth_weights,
+    find_target_rows,
+    loss_names,
+    weights_of_depths,
+)
 from train.config import TaskConfig
 from train.tasks.registry import StepRates
 
@@ -45,6 +55,9 @@ class NextToken:
         A target of weight 0 is none.
         """
         weights = None if self._weights is None else batch.extras.get(self._weights)
+        if self._weights is not None and weights is not None:
+            of_depths = weights_of_depths(weights, self._mtp_depth + 1)
+            batch = replace(batch, extras={**batch.extras, self._weights: of_depths})
         return to_micro_batch(batch, self._mtp_depth, device, masks_documents=self._masks_documents, weights_BT=weights)
 
     def count(self, batch: MicroBatch) -> Tensor:
@@ -77,7 +90,7 @@ class NextToken:
         is_target_BT = batch.targets_BT[depth] != IGNORE
         if self._weights is None:
             return is_target_BT.sum()
-        return (depth_weights(batch.extras[self._weights], depth).double() * is_target_BT).sum()
+        return (batch.extras[self._weights][..., depth].double() * is_target_BT).sum()
 
 
 def to_micro_batch(
@@ -109,14 +122,14 @@ def to_micro_batch(
             targets_BT.masked_fill(depth_weights(weights_BT, depth) == 0, IGNORE)
             for depth, targets_BT in enumerate(targets)
         ]
-    rows = [find_target_rows(targets_BT) for targets_BT in targets]
-    return MicroBatch(
-        inputs_BT=tuple(each.to(device) for each in inputs),
-        targets_BT=tuple(each.to(device) for each in targets),
-        documents=Documents.from_positions(batch.positions_BT).to(device) if masks_documents else None,
-        extras={name: extra.to(device) for name, extra in batch.extras.items()},
-        target_rows=tuple(None if each is None else each.to(device) for each in rows),
+    whole = MicroBatch(
+        inputs_BT=tuple(inputs),
+        targets_BT=tuple(targets),
+        documents=Documents.from_positions(batch.positions_BT) if masks_documents else None,
+        extras=batch.extras,
+        target_rows=tuple(find_target_rows(targets_BT) for targets_BT in targets),
     )
+    return whole.to(device)
 
 
 def _within_documents(batch: Batch, shift: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Tests the inputs, targets and weights of next-token prediction with numbers computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from data.loader import Batch
 from model.config import ModelConfig
-from model.objective import MicroBatch
+from model.objective import MicroBatch, weights_of_depths
 from tests.tiny import BATCH, MODEL, TASK
 from train.tasks.next_token import NextToken, to_micro_batch
 from train.tasks.registry import TASKS, StepRates, open_task
@@ -59,7 +61,9 @@ def test_counts_are_targets_of_each_depth_and_sequences() -> None:
 
 def test_weights_of_a_depth_are_those_of_the_tokens_that_it_predicts() -> None:
     task = NextToken(TASK, 2, weights="weights")
-    assert task.count(weighted_batch()).tolist() == [0.5 + 1 + 2 + 4 + 8, 1 + 2 + 8, 2, 1]
+    batch = weighted_batch()
+    batch = replace(batch, extras={"weights": weights_of_depths(batch.extras["weights"], 3)})
+    assert task.count(batch).tolist() == [0.5 + 1 + 2 + 4 + 8, 1 + 2 + 8, 2, 1]
 
 
 def test_objective_divides_by_global_counts() -> None:
