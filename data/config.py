@@ -4,7 +4,20 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from data.registry import DATA_SOURCES, DataSource
-from kernels.ranges import NonNegativeInt
+from kernels.ranges import NonNegativeInt, PositiveInt, PositiveShare
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongDocumentsConfig:
+    """Configuration of the up-sampling of long documents.
+
+    Attributes:
+        min_document_tokens: tokens from which a document is long, with the tokens that begin and end it.
+        share: share of the training sequences that hold long documents only. All others hold none.
+    """
+
+    min_document_tokens: PositiveInt
+    share: PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +36,7 @@ class DataConfig:
             no effect if the tokenizer has no tokens for it.
         seed: seed of the validation split and of the order of samples.
         cache_dir: folder for prepared data.
+        long_documents: up-sampling of long documents; None: every document is read once per epoch.
     """
 
     source: Annotated[DataSource, DATA_SOURCES]
@@ -35,3 +49,4 @@ class DataConfig:
     fim_rate: float
     seed: NonNegativeInt
     cache_dir: str
+    long_documents: LongDocumentsConfig | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.batch_sizes import BatchSizes
 from data.corpus import DataError
+from data.documents.long_documents import LongDocuments
 from data.prepare import Prepared
 
 IGNORE = -100
@@ -102,6 +103,33 @@ class SampleOrder:
         return permutation(self.num_sequences, self._seed, epoch) if kept is None else kept
 
 
+class LongDocumentOrder:
+    """Order of the training sequences if those with long documents have a given share.
+
+    Both kinds have their own order, and sequences of both alternate as evenly as the share allows.
+    """
+
+    def __init__(self, long: LongDocuments, seed: int) -> None:
+        """Creates the order for the numbers of sequences of both kinds, and a seed."""
+        self._long = long
+        self._firsts = (0, long.num_sequences)
+        sizes = (long.num_sequences, long.other_sequences)
+        self._orders = tuple(SampleOrder(size, seed) if size else None for size in sizes)
+
+    def range(self, first: int, count: int) -> NDArray[np.int64]:
+        """Returns the numbers of `count` consecutive sequences from position `first` of the training order."""
+        before = np.array([self._long.count_before(place) for place in range(first, first + count + 1)], dtype=np.int64)
+        is_long = np.diff(before) > 0
+        indices = np.empty(count, dtype=np.int64)
+        for order, start, places, begin in zip(
+            self._orders, self._firsts, (is_long, ~is_long), (before[0], first - before[0]), strict=True
+        ):
+            if places.any():
+                assert order is not None
+                indices[places] = start + order.range(int(begin), int(places.sum()))
+        return indices
+
+
 class Loader:
     """Loads batches of a prepared corpus. A rank reads only its own slice of a step's global batch."""
 
@@ -116,7 +144,9 @@ class Loader:
         self.sizes = sizes
         self.num_validation_sequences = len(prepared.validation_tokens_NL)
         self._prepared = prepared
-        self._order = SampleOrder(len(prepared.train_tokens_NL), seed)
+        long = prepared.long_documents
+        num_sequences = len(prepared.train_tokens_NL)
+        self._order = SampleOrder(num_sequences, seed) if long is None else LongDocumentOrder(long, seed)
         # Packing sorts by length. Without shuffling, validation on the first few sequences would see only long pieces.
         self._validation_order = permutation(self.num_validation_sequences, seed, VALIDATION_EPOCH)
 
@@ -143,8 +173,18 @@ class Loader:
 
     def sample_ids(self, step: int) -> list[int]:
         """Returns the numbers of the training sequences in a step's global batch, in order."""
-        ids: list[int] = self._order.indices(step, self.sizes).tolist()
+        ids: list[int] = self._order.range(self.sizes.sequences_before(step), self.sizes.sequences(step)).tolist()
         return ids
+
+    def long_document_share(self, step: int) -> float | None:
+        """Returns the share of a step's tokens in long documents; None if these are not up-sampled."""
+        long = self._prepared.long_documents
+        if long is None:
+            return None
+        begin = self.sizes.sequences_before(step)
+        count = self.sizes.sequences(step)
+        num_long = long.count_before(begin + count) - long.count_before(begin)
+        return long.share_of(num_long, count - num_long)
 
     def validation_batch(self, first: int, count: int) -> Batch:
         """Returns validation sequences `first` to `first + count - 1` of a fixed order.

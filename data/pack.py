@@ -29,7 +29,11 @@ class Packed:
 
 
 def pack_documents(
-    tokens: NDArray[np.integer], lengths_tokens: NDArray[np.int64], sequence_length_tokens: int, pad_id: int
+    tokens: NDArray[np.integer],
+    lengths_tokens: NDArray[np.int64],
+    sequence_length_tokens: int,
+    pad_id: int,
+    is_chosen: NDArray[np.bool_] | None = None,
 ) -> Packed:
     """Cuts documents that are longer than a sequence, and packs all pieces by best fit, longest first.
 
@@ -38,11 +42,15 @@ def pack_documents(
         lengths_tokens: number of tokens of each document; empty documents are skipped.
         sequence_length_tokens: L.
         pad_id: token id that fills the rest of a sequence.
+        is_chosen: which documents are packed; None: all.
 
     Source: arXiv:2404.10830 (best-fit packing), used by arXiv:2412.19437, section 4.1.
     """
     length = sequence_length_tokens
     starts, piece_lengths = cut_pieces(lengths_tokens, length)
+    if is_chosen is not None:
+        kept = np.repeat(is_chosen, -(-lengths_tokens // length))
+        starts, piece_lengths = starts[kept], piece_lengths[kept]
     bins, num_bins = best_fit_decreasing(piece_lengths.tolist(), length)
     tokens_NL = np.full((num_bins, length), pad_id, dtype=tokens.dtype)
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.cache import CacheEntry, open_or_build
-from data.config import DataConfig
+from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, check_source, list_files
+from data.documents.long_documents import LongDocuments, pack_long_first
 from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
 from data.pack import entropy_nats, pack_documents
 from data.progress import Progress
@@ -49,6 +50,7 @@ class Prepared:
         train_values: further values of the training part's tokens by name, each [N, L, ...]; see `data.samples`.
         validation_values: as for training.
         counts: number of samples of each part; empty if the source has documents.
+        long_documents: long documents of the training part; None: they are packed with others.
     """
 
     tokenizer: Tokenizer
@@ -64,6 +66,7 @@ class Prepared:
     train_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     validation_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     counts: Mapping[Part, SampleCounts] = field(default_factory=dict)
+    long_documents: LongDocuments | None = None
 
 
 def check_config(config: DataConfig) -> int:
@@ -90,6 +93,11 @@ def check_config(config: DataConfig) -> int:
         raise DataError(
             f"data.fim_rate: must be between 0 and 1, got {config.fim_rate}; "
             f"nearest: {0.0 if config.fim_rate < 0.0 else 1.0}"
+        )
+    if config.long_documents is not None and has_samples(config):
+        raise DataError(
+            f"data.long_documents: must be null with data.kind={config.source.kind}, which has samples instead of "
+            f"documents; nearest: null"
         )
     known = known_tokenizer(config)
     if entry.check is None:
@@ -159,9 +167,11 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
         if has_samples(config):
             return build_samples(config, known, sequence_length_tokens, folder, progress)
         encoded = open_or_build(cache_dir, encoded_name, lambda inner: build_encoded(config, known, inner, progress))
-        return _build_packed(encoded, sequence_length_tokens, folder)
+        return _build_packed(encoded, sequence_length_tokens, config.long_documents, folder)
 
-    return _open_prepared(open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{encoded_name}", build))
+    long = "" if config.long_documents is None else f"long-{config.long_documents.min_document_tokens}-"
+    entry = open_or_build(cache_dir, f"packed-{sequence_length_tokens}-{long}{encoded_name}", build)
+    return _open_prepared(entry, config.long_documents)
 
 
 def _encoded_key(config: DataConfig, known: Tokenizer | None) -> str:
@@ -184,7 +194,9 @@ def _encoded_key(config: DataConfig, known: Tokenizer | None) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
-def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path) -> dict[str, int | float | str]:
+def _build_packed(
+    encoded: CacheEntry, sequence_length_tokens: int, long: LongDocumentsConfig | None, folder: Path
+) -> dict[str, int | float | str]:
     for name in ("tokenizer.json", TOKENIZER_CONFIG_NAME):
         if (encoded.folder / name).exists():
             shutil.copyfile(encoded.folder / name, folder / name)
@@ -194,7 +206,11 @@ def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path
     for part in ("train", "validation"):
         tokens = np.load(encoded.folder / f"{part}_tokens.npy", mmap_mode="r")
         lengths = np.load(encoded.folder / f"{part}_lengths.npy")
-        packed = pack_documents(tokens, lengths, sequence_length_tokens, tokenizer.pad_id)
+        if part == "train" and long is not None:
+            packed, counts = pack_long_first(tokens, lengths, sequence_length_tokens, tokenizer.pad_id, long)
+            values |= counts
+        else:
+            packed = pack_documents(tokens, lengths, sequence_length_tokens, tokenizer.pad_id)
         for name, array in (("tokens", packed.tokens_NL), ("positions", packed.positions_NL)):
             np.save(folder / f"{part}_{name}_NL.npy", array)
             digest.update(array.data)
@@ -209,7 +225,7 @@ def _build_packed(encoded: CacheEntry, sequence_length_tokens: int, folder: Path
     return values
 
 
-def _open_prepared(entry: CacheEntry) -> Prepared:
+def _open_prepared(entry: CacheEntry, config: LongDocumentsConfig | None) -> Prepared:
     arrays = {
         name: np.load(entry.folder / f"{name}.npy", mmap_mode="r")
         for name in ("train_tokens_NL", "train_positions_NL", "validation_tokens_NL", "validation_positions_NL")
@@ -224,8 +240,27 @@ def _open_prepared(entry: CacheEntry) -> Prepared:
         validation_tokens=int(entry.values["validation_tokens"]),
         unigram_entropy_nats=float(entry.values["unigram_entropy_nats"]),
         bytes_per_token=float(entry.values["bytes_per_token"]),
-        fingerprint=str(entry.values["fingerprint"]),
+        fingerprint=_fingerprint(entry, config),
         train_values=read_values(entry.folder, "train"),
         validation_values=read_values(entry.folder, "validation"),
         counts=counts_of(entry.values),
+        long_documents=None if config is None else _open_long(entry, config, len(arrays["train_tokens_NL"])),
+    )
+
+
+def _fingerprint(entry: CacheEntry, config: LongDocumentsConfig | None) -> str:
+    """Returns the fingerprint of the arrays and of the share of long documents, which a step depends on."""
+    arrays = str(entry.values["fingerprint"])
+    return arrays if config is None else hashlib.sha256(f"{arrays}:{config.share!r}".encode()).hexdigest()
+
+
+def _open_long(entry: CacheEntry, config: LongDocumentsConfig, num_sequences: int) -> LongDocuments:
+    num_long = int(entry.values["long_sequences"])
+    return LongDocuments(
+        min_document_tokens=config.min_document_tokens,
+        share=config.share,
+        num_sequences=num_long,
+        tokens=int(entry.values["long_tokens"]),
+        other_sequences=num_sequences - num_long,
+        other_tokens=int(entry.values["other_tokens"]),
     )

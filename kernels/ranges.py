@@ -77,6 +77,22 @@ class Between(Range):
 
 
 @dataclass(frozen=True, slots=True)
+class AboveUpTo(Range):
+    """Numbers above a lower limit, up to an upper limit, included."""
+
+    limit: float
+    most: float
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range."""
+        return self.limit < value <= self.most
+
+    def __str__(self) -> str:
+        """Returns the rule."""
+        return f"above {self.limit:g} and at most {self.most:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class FromToBelow(Range):
     """Numbers from a lower limit, included, to an upper limit, excluded."""
 
@@ -97,4 +113,5 @@ PositiveFloat = Annotated[float, Above(0)]
 NonNegativeInt = Annotated[int, AtLeast(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
 Share = Annotated[float, Between(0, 1)]
+PositiveShare = Annotated[float, AboveUpTo(0, 1)]
 ShareBelowOne = Annotated[float, FromToBelow(0, 1)]

@@ -178,6 +178,8 @@ class TrainingLoop:
         # What the loop waited for checkpoints since the record before.
         record["step_time"]["saving_seconds"], self._saving_seconds = self._saving_seconds, 0.0
         record["tokens"] = self._loader.sizes.tokens_before(step + 1)
+        if (share := self._loader.long_document_share(step)) is not None:
+            record["long_document_share"] = share
         try:
             yield record
         finally:

@@ -87,6 +87,7 @@ def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     yield (
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
         f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
+        f"{_long_documents(prepared)}"
     )
     if counts := prepared.counts.get("train"):
         steps, sizes = config.task.steps, config.batch_sizes
@@ -117,3 +118,13 @@ def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
     if special.fim is None and config.data.fim_rate > 0:
         notes += f"; it has no fill-in-the-middle tokens, so data.fim_rate={config.data.fim_rate} has no effect"
     return notes
+
+
+def _long_documents(prepared: Prepared) -> str:
+    long = prepared.long_documents
+    if long is None:
+        return ""
+    return (
+        f", {long.own_share:.1%} of training tokens and {long.read_share:.1%} of those read in documents of at least "
+        f"{long.min_document_tokens:,} tokens"
+    )
