@@ -137,6 +137,13 @@ class Dispatcher(Protocol):
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
         ...
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends each token's row again, without weights, after `dispatch`; AD in the same order.
+
+        A backward uses it if the rows that arrived were not kept.
+        """
+        ...
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD."""
         ...

@@ -69,6 +69,11 @@ class Block(nn.Module):
         """The MoE part, None in a dense layer."""
         return self.mlp if isinstance(self.mlp, Moe) else None
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward of a stage computes everything again but attention."""
+        return self._linears.recomputes_layers
+
     def wire(self) -> Wire:
         """Returns the wire format of one exchange of this layer, for one micro-batch."""
         return self._linears.wire()
@@ -78,8 +83,16 @@ class Block(nn.Module):
 
         `documents`: None if a token sees all tokens before it in its sequence.
         """
+        return self.add_mlp(self.mix(hidden_BTD, sink, documents), sink)
+
+    def mix(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Tensor:
+        """Adds attention of the norm to the hidden state, BTD -> BTD: the first part of every layer."""
+        residual_BTD: Tensor = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
+        return residual_BTD
+
+    def add_mlp(self, residual_BTD: Tensor, sink: WeightSink | None) -> Tensor:
+        """Adds the network of the norm to the residual, BTD -> BTD: the second part of a dense layer."""
         assert isinstance(self.mlp, Mlp)
-        residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink)
 
     def attend(
@@ -93,8 +106,14 @@ class Block(nn.Module):
 
         `route`: chooses experts instead of the router.
         """
+        return self.route(self.mix(hidden_BTD, sink, documents), route)
+
+    def route(self, residual_BTD: Tensor, route: Route | None = None) -> Attended:
+        """Runs norm and router of the residual.
+
+        `route`: chooses experts instead of the router.
+        """
         assert isinstance(self.mlp, Moe)
-        residual_BTD = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
         gate = self.mlp.gate
         normal_BTD, logits_BTE = norm_and_map(residual_BTD, self.post_attention_layernorm, gate.weight)
         rows = self._linears.make_rows(normal_BTD)

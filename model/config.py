@@ -3,7 +3,7 @@
 Imports no torch: commands read this and reject an invalid split before any process starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Literal
@@ -37,10 +37,18 @@ class YarnRope:
 
 RopeScaling = PlainRope | YarnRope
 
-Recomputed = Literal["norm", "mla_up", "swiglu"]
+Recomputed = Literal["norm", "mla_up", "swiglu", "layer"]
 RECOMPUTED: tuple[Recomputed, ...] = ("norm", "mla_up", "swiglu")
 """Outputs that a backward may recompute instead of keeping them: those of RMSNorms, of MLA's up-projections (queries,
 keys and values), and of SwiGLU gates (arXiv:2412.19437, section 3.2.3)."""
+LAYER: Recomputed = "layer"
+"""All outputs of a layer except those of the attention kernel. It includes all others."""
+
+
+def all_recomputed(chosen: Iterable[Recomputed]) -> frozenset[Recomputed]:
+    """Returns everything that is recomputed, given the chosen kinds: `layer` includes all others."""
+    kinds = frozenset(chosen)
+    return kinds | frozenset(RECOMPUTED) if LAYER in kinds else kinds
 
 
 HeadKind = Literal["tokens", "score"]
@@ -57,7 +65,7 @@ class Computing:
 
     Attributes:
         recomputed: what a backward computes again; by default what costs almost nothing. Products in FP8 always
-            recompute everything possible, and keep the products' inputs in FP8 instead.
+            recompute all but `layer`, and keep the products' inputs in FP8 instead.
         attention: the implementation; `auto` chooses the best one that is installed.
         products: precision of attention, feed-forward networks and experts; products of the embedding, the head, the
             router and the projections of MTP modules stay in the weights' type.
@@ -66,6 +74,10 @@ class Computing:
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
     attention: Annotated[str, ATTENTION] = "auto"
     products: Products = "own"
+
+    def __post_init__(self) -> None:
+        """Adds what `layer` includes."""
+        object.__setattr__(self, "recomputed", all_recomputed(self.recomputed))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -99,6 +99,11 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_routed_experts))
         self.register_buffer("load", torch.zeros(config.num_routed_experts, dtype=torch.int64), persistent=False)
 
+    @property
+    def id_dtype(self) -> torch.dtype:
+        """Type that stores ids of experts in as few bytes as their number requires."""
+        return expert_id_dtype(self._config.num_routed_experts)
+
     def forward(self, x_BTD: Tensor) -> Routing:
         """Routes every token by its normalized state."""
         return self.route(functional.linear(widen(x_BTD), widen(self.weight)))
@@ -118,12 +123,14 @@ class Router(nn.Module):
         scores_BTE = logits_BTE.sigmoid()
         scores_TE = scores_BTE.detach().flatten(0, 1)
         ids_TK = self._choose(scores_TE) if forced_ids_TK is None else self._force(scores_TE, forced_ids_TK)
-        chosen_TK = scores_BTE.flatten(0, 1).gather(1, ids_TK)
-        weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
         if torch.is_grad_enabled():
             # bincount would need a host sync for the size of its result.
             self.load.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-        return Routing(ids_TK, weights_TK, scores_BTE)
+        return self._weigh(scores_BTE, ids_TK)
+
+    def route_again(self, logits_BTE: Tensor, ids_TK: Tensor) -> Routing:
+        """Returns the routing of choices that `route` made from the same logits. `load` has them already."""
+        return self._weigh(logits_BTE.sigmoid(), ids_TK)
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:
         """Raises the bias of experts below the mean load and lowers that of those above it, by `rate`.
@@ -134,6 +141,11 @@ class Router(nn.Module):
         """
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
+
+    def _weigh(self, scores_BTE: Tensor, ids_TK: Tensor) -> Routing:
+        chosen_TK = scores_BTE.flatten(0, 1).gather(1, ids_TK)
+        weights_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * self._config.routed_scaling_factor
+        return Routing(ids_TK, weights_TK, scores_BTE)
 
     def _force(self, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Returns forced ids, and the router's choice where they are -1. Raises an error if they are invalid."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from comm.protocol import Label, Work
 from model.block import Block
 from model.gradients import GradientStore
-from model.objective import BALANCE, LossSums, MicroBatch, Objective
+from model.objective import LossSums, MicroBatch, Objective
 from model.offload import ActivationOffload, HostMemoryLink
-from model.phases.block import Lane, Phase, block_lanes, block_phases
+from model.phases.block import BalanceLoss, Lane, Phase, block_lanes, block_phases
 from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import CombinePhase, DispatchPhase
 from model.precision.linear import WeightSink
@@ -187,15 +187,12 @@ class Stage:
         """
         documents = None if batch is None else batch.documents
 
-        def record_balance(balance: Tensor) -> Tensor:
-            sums.add(BALANCE, balance)
-            return objective.balance * balance
+        balance, model = BalanceLoss(objective.balance, sums), self._model
 
         def add_block(block: Block, layer: int) -> None:
             label = Label(layer, direction, micro_batch)
-            model = self._model
             phases.extend(
-                block_phases(block, model.dispatcher, store, record_balance, label, documents, routes, model.context)
+                block_phases(block, model.dispatcher, store, balance, label, documents, routes, model.context)
             )
 
         phases: list[Phase] = []

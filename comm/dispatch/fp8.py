@@ -14,9 +14,9 @@ from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, unp
 class Fp8Dispatcher:
     """Wrapper of a dispatcher that sends rows to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
 
-    Each 128 columns of a row share a power-of-two scale. `dispatch` quantizes rows, and `combine_backward` quantizes
-    the gradients of the experts' outputs. Results have the rows' own dtype again. `combine` and `dispatch_backward`
-    send rows unchanged. A NaN or an infinity turns its 128 columns into NaN.
+    Each 128 columns of a row share a power-of-two scale. `dispatch` and `dispatch_again` quantize rows, and
+    `combine_backward` quantizes the gradients of the experts' outputs. Results have the rows' own dtype again.
+    `combine` and `dispatch_backward` send rows unchanged. A NaN or an infinity turns its 128 columns into NaN.
 
     The backward treats quantization as the identity (straight-through): `dispatch_backward` returns the gradient of the
     arrived rows as the gradient of the input rows, and experts get the quantized gradient of their outputs.
@@ -41,6 +41,11 @@ class Fp8Dispatcher:
             return Arrived(restore(arrived.rows_AD), arrived.weights_A, arrived.counts)
 
         return MappedWork(self._inner.dispatch(self._packed(rows_TD, ROWS_MIN_AMAX), weights_TK, handle), finish)
+
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends a quantized copy of each token's row to each of its experts; AD."""
+        packed_TB = self._packed(rows_TD, ROWS_MIN_AMAX)
+        return MappedWork(self._inner.dispatch_again(packed_TB, handle), _Restore(rows_TD))
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Calls the inner dispatcher: these rows are never quantized."""

@@ -42,6 +42,10 @@ class LocalDispatcher:
         rows_AD = local.order.copy_rows(rows_TD.detach())
         return CompletedWork(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Copies each token's row for each of the token's experts; AD."""
+        return CompletedWork(_own(handle).order.copy_rows(rows_TD.detach()))
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD."""
         return CompletedWork(_own(handle).order.sum_rows(rows_AD.detach()))

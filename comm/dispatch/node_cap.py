@@ -245,6 +245,10 @@ class ClippingDispatcher:
         own.weights_TK = weights_TK.detach()
         return self._inner.dispatch(rows_TD, own.renormalization.forward(own.weights_TK), own.inner)
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends a copy of each token's row to each of its kept experts; AD."""
+        return self._inner.dispatch_again(rows_TD, _own(handle).inner)
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's kept experts; TD."""
         return self._inner.combine(rows_AD, _own(handle).inner)

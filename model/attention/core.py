@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import Node, saved_tensors_hooks
 
 from kernels.attention import choose_attention
 from model.attention.projections import LatentLinears, LatentOptions, LatentWeights, rows_of_heads
@@ -37,6 +37,27 @@ def mix(
     """
     out: Tensor = _MixHeads.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
+
+
+def recomputes_result(node: Node | None) -> bool:
+    """Returns whether `recompute_result` can compute the result of a node again, bit for bit."""
+    return bool(getattr(node, "keeps_mixed", False))
+
+
+def recompute_result(node: Any, x_BTD: Tensor) -> Tensor:
+    """Computes the result of `mix` again before its backward, from x and what its node keeps.
+
+    Args:
+        node: the result's node in the graph.
+        x_BTD: the residual that `mix` got.
+    """
+    num_weights = len(LatentWeights._fields)
+    with torch.no_grad():
+        saved = node.saved_tensors
+        weights = LatentWeights(*saved[:num_weights])
+        ends = node.linears.restore_latents(saved[num_weights:], weights, node.options)
+        out_ND: Tensor = ends.add(x_BTD.flatten(0, 1), ends.mixed())
+    return out_ND.view_as(x_BTD)
 
 
 @dataclass(slots=True)
@@ -79,6 +100,8 @@ class _MixHeads(torch.autograd.Function):
         out_ND = ends.add(x.flatten(0, 1), kernel.rows(mixed_BHTW.detach()))
         if options.records:
             ctx.options, ctx.linears, ctx.shape = options, linears, compressed.shape
+            # Rounded heads would not give the same result again.
+            ctx.keeps_mixed = not ends.frees_mixed
             ctx.save_for_backward(*given, *ends.saved(mixed_BHTW.detach()))
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
             ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)

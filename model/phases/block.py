@@ -1,7 +1,9 @@
 """A block as its phases: attend, dispatch, experts, combine, or one phase if it is dense."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -9,27 +11,40 @@ from comm.context.alone import ALONE
 from comm.context.protocol import ContextGroup
 from comm.protocol import Dispatcher, Label
 from kernels.attention.documents import Documents
-from model.block import Block
+from model.block import Attended, Block
 from model.gradients import GradientStore
+from model.objective import BALANCE, LossSums
 from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
+from model.phases.recomputed import RecomputedAttend, RecomputedCombine, RecomputedExperts, RecomputedPhase
 from model.precision.linear import WeightSink
-from model.router import Routes
+from model.router import Route, Router, Routes, Routing
 from model.values import ExpertOutput, Hidden, Received, Routed
 
 Lane = Literal["compute", "comm"]
 Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase
 
 
-class BalanceRecorder(Protocol):
-    """Records the balance loss of one layer and one micro-batch, and returns its part of the step's loss."""
+@dataclass(frozen=True, slots=True)
+class BalanceLoss:
+    """Part of MoE layers in the loss of a step, for one micro-batch.
 
-    def __call__(self, balance: Tensor) -> Tensor:
-        """Records the balance loss.
+    Attributes:
+        factor: factor of the balance loss, which is summed over sequences.
+        sums: takes the balance loss of every layer, unscaled.
+    """
 
-        `balance`: the loss summed over sequences, unscaled.
-        """
-        ...
+    factor: float
+    sums: LossSums
+
+    def record(self, balance: Tensor) -> Tensor:
+        """Records a layer's balance loss, and returns its part of the step's loss."""
+        self.sums.add(BALANCE, balance)
+        return self.scale(balance)
+
+    def scale(self, balance: Tensor) -> Tensor:
+        """Returns the part of a layer's balance loss in the step's loss."""
+        return self.factor * balance
 
 
 def block_lanes(*, is_dense: bool) -> tuple[Lane, ...]:
@@ -41,7 +56,7 @@ def block_phases(
     block: Block,
     dispatcher: Dispatcher,
     store: GradientStore | None,
-    record_balance: BalanceRecorder,
+    balance: BalanceLoss,
     label: Label,
     documents: Documents | None = None,
     routes: Routes | None = None,
@@ -49,29 +64,77 @@ def block_phases(
 ) -> list[Phase]:
     """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`.
 
-    `label` names its exchanges. `context` are the ranks that share each sequence.
+    Args:
+        block: the block.
+        dispatcher: sends rows to experts.
+        store: takes gradients; without it, nothing is kept for a backward.
+        balance: takes the balance loss.
+        label: names the exchanges.
+        documents: documents of packed sequences.
+        routes: choose experts in place of the router.
+        context: ranks that share each sequence.
+    """
+    choose = None if routes is None else partial(routes.route, label)
+    parts = _BlockParts(block, documents, context, balance, choose)
+    again = store if block.recomputes else None
+    if block.moe is None:
+        return [ComputePhase(parts.dense, store) if again is None else RecomputedPhase(parts.mix, parts.add_mlp, again)]
+    exchange = Exchange(dispatcher, label, block.wire())
+    dispatch = DispatchPhase(exchange)
+    if again is None:
+        return [ComputePhase(parts.attend, store), dispatch, ComputePhase(parts.experts, store), CombinePhase(exchange)]
+    attend = RecomputedAttend(parts.mix, parts.route, parts.route_again, block.moe.gate.id_dtype, again)
+    experts = RecomputedExperts(parts.experts, again)
+    return [attend, dispatch, experts, RecomputedCombine(exchange, attend, dispatch, experts)]
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockParts:
+    """Computations of one micro-batch in one block, from values to values.
+
+    `choose`: chooses experts instead of the router.
     """
 
-    def dense(hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
-        return Computed(Hidden(block.dense(hidden.hidden_BTD, sink, documents)))
+    block: Block
+    documents: Documents | None
+    context: ContextGroup
+    balance: BalanceLoss
+    choose: Route | None
 
-    route = None if routes is None else partial(routes.route, label)
+    def mix(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
+        """Runs attention."""
+        return Computed(Hidden(self.block.mix(hidden.hidden_BTD, sink, self.documents)))
 
-    def attend(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
-        attended = block.attend(hidden.hidden_BTD, sink, documents, route)
+    def add_mlp(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
+        """Runs the network of a dense layer, after attention."""
+        return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink)))
+
+    def dense(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
+        """Runs a dense layer."""
+        return Computed(Hidden(self.block.dense(hidden.hidden_BTD, sink, self.documents)))
+
+    def attend(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
+        """Runs attention and router, and records the balance loss."""
+        attended = self.block.attend(hidden.hidden_BTD, sink, self.documents, self.choose)
+        return self._routed(attended, self.balance.record)
+
+    def route(self, hidden: Hidden) -> Routed:
+        """Runs the router after attention, and records the balance loss."""
+        return self._routed(self.block.route(hidden.hidden_BTD, self.choose), self.balance.record).values
+
+    def route_again(self, hidden: Hidden, ids_TK: Tensor) -> Computed[Routed]:
+        """Computes what `route` did, for its choices."""
+
+        def choose(router: Router, logits_BTE: Tensor) -> Routing:
+            return router.route_again(logits_BTE, ids_TK)
+
+        return self._routed(self.block.route(hidden.hidden_BTD, choose), self.balance.scale)
+
+    def experts(self, received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
+        """Runs routed and shared experts."""
+        return Computed(self.block.apply_experts(received, sink))
+
+    def _routed(self, attended: Attended, loss: Callable[[Tensor], Tensor]) -> Computed[Routed]:
         routing = attended.routing
         routed = Routed(attended.residual_BTD, attended.rows, routing.weights_TK, routing.ids_TK)
-        return Computed(routed, record_balance(routing.balance(documents, context)))
-
-    def experts(received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
-        return Computed(block.apply_experts(received, sink))
-
-    if block.moe is None:
-        return [ComputePhase(dense, store)]
-    exchange = Exchange(dispatcher, label, block.wire())
-    return [
-        ComputePhase(attend, store),
-        DispatchPhase(exchange),
-        ComputePhase(experts, store),
-        CombinePhase(exchange),
-    ]
+        return Computed(routed, loss(routing.balance(self.documents, self.context)))

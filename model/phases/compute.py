@@ -51,8 +51,8 @@ class _Enter(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Recorded:
-    """State of a computation after its forward: both ends of its graph. Only the graph holds tensors.
+class Recording:
+    """Both ends of a computation's graph until its backward. Only the graph holds tensors.
 
     Attributes:
         ends: graph node of each output tensor, None if no gradient passes through it.
@@ -63,6 +63,46 @@ class _Recorded:
     ends: tuple[GradientEdge | None, ...]
     loss: Tensor | None
     gradients: type[Gradients]
+
+    def backward(self, gradients: Gradients) -> Gradients:
+        """Returns the gradients of the inputs from those of the outputs, and frees the graph."""
+        roots: list[GradientEdge] = []
+        seeds: list[Tensor] = []
+        for end, gradient in zip(self.ends, gradients.tensors(), strict=True):
+            if gradient is not None and end is not None:
+                roots.append(end)
+                seeds.append(gradient)
+        if self.loss is not None:
+            roots.append(get_gradient_edge(self.loss))
+            seeds.append(torch.ones_like(self.loss))
+        torch.autograd.backward(roots, seeds)
+        # Closures that wait for W may still hold the graph, and with it the entry.
+        tensors, self.entry.gradients = self.entry.gradients, ()
+        return self.gradients(*tensors)
+
+    def kept(self) -> Iterator[Tensor]:
+        """Yields the tensors that the graph keeps, including weights, maybe twice."""
+        nodes = [end.node for end in self.ends if end is not None]
+        loss = self.loss
+        yield from graph_tensors([*nodes, *([] if loss is None or loss.grad_fn is None else [loss.grad_fn])])
+
+
+def record(
+    function: Callable[[In, WeightSink | None], Computed[Out]], values: In, sink: WeightSink
+) -> tuple[Out, Recording]:
+    """Returns a function's values, detached from its graph, and the recording for its backward."""
+    tensors = values.tensors()
+    entry = _Entry(len(tensors))
+    with torch.enable_grad():
+        # The anchor puts the inputs into a graph although, as leaves, they do not require a gradient.
+        anchor = torch.zeros((), requires_grad=True)
+        if tensors:
+            values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
+        computed = function(values, sink)
+    made = computed.values.tensors()
+    ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made)
+    recording = Recording(entry, ends, computed.loss, values.gradients)
+    return computed.values.with_tensors(tensor.detach() for tensor in made), recording
 
 
 class ComputePhase(Generic[In, Out]):
@@ -76,7 +116,7 @@ class ComputePhase(Generic[In, Out]):
         self._function = function
         self._store = store
         self._queue = WeightQueue()
-        self._recorded: _Recorded | None = None
+        self._recorded: Recording | None = None
 
     def forward(self, values: In) -> Out:
         """Returns the function's values, detached from its graph.
@@ -86,45 +126,19 @@ class ComputePhase(Generic[In, Out]):
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values
-        tensors = values.tensors()
-        entry = _Entry(len(tensors))
-        with torch.enable_grad():
-            # The anchor puts the inputs into a graph although, as leaves, they do not require a gradient.
-            anchor = torch.zeros((), requires_grad=True)
-            if tensors:
-                values = values.with_tensors(_Enter.apply(anchor, entry, *tensors))  # type: ignore[no-untyped-call]
-            computed = self._function(values, self._queue)
-        made = computed.values.tensors()
-        ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in made)
-        self._recorded = _Recorded(entry, ends, computed.loss, values.gradients)
-        return computed.values.with_tensors(tensor.detach() for tensor in made)
+        made, self._recorded = record(self._function, values, self._queue)
+        return made
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Returns the gradients of the inputs; weight gradients of linear layers wait in the queue."""
         assert self._recorded is not None
         recorded, self._recorded = self._recorded, None
-        roots: list[GradientEdge] = []
-        seeds: list[Tensor] = []
-        for end, gradient in zip(recorded.ends, gradients.tensors(), strict=True):
-            if gradient is not None and end is not None:
-                roots.append(end)
-                seeds.append(gradient)
-        if recorded.loss is not None:
-            roots.append(get_gradient_edge(recorded.loss))
-            seeds.append(torch.ones_like(recorded.loss))
-        entry, made = recorded.entry, recorded.gradients
-        del recorded
-        torch.autograd.backward(roots, seeds)
-        # Closures that wait for W may still hold the graph, and with it the entry.
-        tensors, entry.gradients = entry.gradients, ()
-        return made(*tensors)
+        return recorded.backward(gradients)
 
     def kept(self) -> Iterator[Tensor]:
         """Yields the tensors that are kept between forward and backward, including weights, maybe twice."""
         if self._recorded is not None:
-            nodes = [end.node for end in self._recorded.ends if end is not None]
-            loss = self._recorded.loss
-            yield from graph_tensors([*nodes, *([] if loss is None or loss.grad_fn is None else [loss.grad_fn])])
+            yield from self._recorded.kept()
 
     def weight(self) -> None:
         """Computes the weight gradients of the last backward and adds them to the store."""

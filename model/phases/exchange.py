@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
-from model.precision.linears import Wire
+from model.precision.linears import Rows, Wire
 from model.values import (
     ExpertGradients,
     ExpertOutput,
@@ -58,6 +58,12 @@ class DispatchPhase:
             return Received(routed.residual_BTD, routed.rows, received, arrived.weights_A, arrived.counts)
 
         return MappedWork(self._exchange.dispatcher.dispatch(wire.pack(routed.rows), routed.weights_TK, handle), finish)
+
+    def send_again(self, routed: Routed) -> Work[Rows]:
+        """Starts another exchange of the same rows, before the backward, if those that arrived were not kept."""
+        wire, rows = self._exchange.wire, routed.rows
+        work = self._exchange.dispatcher.dispatch_again(wire.pack(rows), self._exchange.planned())
+        return MappedWork(work, lambda received: wire.unpack(received, rows))
 
     def backward(self, gradients: ReceivedGradients) -> Work[RoutedGradients]:
         """Starts the return of the gradients of rows and weights to their tokens."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comm.protocol import RowOrder
 from model.attention.projections import LatentLinears, LatentOptions, LatentWeights
-from model.config import Computing
+from model.config import LAYER, Computing
 from model.norm import NormSource, RmsNorm
 from model.precision.linear import WeightSink
 
@@ -66,8 +66,11 @@ class ExpertWeights(NamedTuple):
 class Linears(Protocol):
     """Linear layers with the operations around them, computed in one precision.
 
-    A sink takes the weights' gradients, as in `model.precision.linear.linear`; those of norms go through autograd.
+    `recomputes_layers` says whether the backward of a stage computes everything again but attention. A sink takes the
+    weights' gradients, as in `model.precision.linear.linear`; those of norms go through autograd.
     """
+
+    recomputes_layers: bool
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Returns a context in which no weight changes, so that each is converted only once."""
@@ -170,4 +173,5 @@ def build_linears(computing: Computing) -> Linears:
         return PlainLinears(computing.recomputed)
     from model.precision.fp8.linears import Fp8Linears
 
-    return Fp8Linears(power_of_two=computing.products == "fp8_power_of_two")
+    is_rounded = computing.products == "fp8_power_of_two"
+    return Fp8Linears(power_of_two=is_rounded, recomputes_layers=LAYER in computing.recomputed)

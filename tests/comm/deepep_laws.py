@@ -59,6 +59,7 @@ def law_quantized_rows_equal_those_of_the_wrapper(deepep: DeepEPBench) -> None:
         arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
         assert torch.equal(arrived.rows_AD, deepep.bench.arriving(case)[0])
         assert torch.equal(dispatcher.combine_backward(mine.rows_TD, handle).wait(), arrived.rows_AD)
+        assert torch.equal(dispatcher.dispatch_again(mine.rows_TD, handle).wait(), arrived.rows_AD)
 
 
 def law_one_layout_serves_a_plan(deepep: DeepEPBench) -> None:
@@ -71,8 +72,10 @@ def law_one_layout_serves_a_plan(deepep: DeepEPBench) -> None:
     arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
     dispatcher.combine(arrived.rows_AD, handle).wait()
     dispatcher.combine_backward(mine.rows_TD, handle).wait()
+    again_AD = dispatcher.dispatch_again(mine.rows_TD, handle).wait()
     dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
-    assert deepep.library.calls == ["dispatch", "combine", "cached dispatch", "combine"]
+    assert torch.equal(again_AD, arrived.rows_AD)
+    assert deepep.library.calls == ["dispatch", "combine", "cached dispatch", "cached dispatch", "combine"]
 
 
 def law_prediction_agrees_with_an_enumeration(deepep: DeepEPBench) -> None:

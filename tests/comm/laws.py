@@ -199,6 +199,29 @@ def law_inputs_may_be_strided_and_results_carry_no_graph(bench: Bench) -> None:
     assert not any(part.requires_grad for part in results)
 
 
+def law_rows_sent_again_arrive_like_the_first_time(bench: Bench) -> None:
+    """Checks rows and opaque bytes after other exchanges of their handle; weights and counts are not sent again."""
+    dispatcher = bench.dispatcher()
+    width = bench.hidden_size + 8
+    results = []
+    for case in CASES:
+        for dtype in bench.row_types:
+            mine, codes = bench.mine(case, dtype), bench.mine(case, torch.int8, width)
+            handle = dispatcher.plan(mine.ids_TK)
+            arrived = dispatcher.dispatch(mine.rows_TD, mine.weights_TK, handle).wait()
+            combined = dispatcher.combine(arrived.rows_AD, handle)
+            again = dispatcher.dispatch_again(mine.rows_TD.detach().requires_grad_(), handle)
+            bytes_again = dispatcher.dispatch_again(codes.rows_TD.view(torch.uint8), handle)
+            combined.wait()
+            results.append((case, dtype, arrived, again.wait(), bytes_again.wait()))
+    for case, dtype, arrived, again_AD, bytes_AB in results:
+        assert again_AD.dtype == dtype
+        assert not again_AD.requires_grad
+        assert again_AD.is_contiguous()
+        assert torch.equal(again_AD, arrived.rows_AD), case
+        assert torch.equal(bytes_AB.view(torch.int8), bench.arriving(case, torch.int8, width)[0]), case
+
+
 def law_rows_of_bytes_travel_as_they_are(bench: Bench) -> None:
     """Checks opaque payloads that are wider than a row by two scales and contain codes of NaN."""
     dispatcher = bench.dispatcher()
@@ -242,6 +265,7 @@ LAWS = {
         law_outputs_equal_local,
         law_inputs_may_be_strided_and_results_carry_no_graph,
         law_rows_of_bytes_travel_as_they_are,
+        law_rows_sent_again_arrive_like_the_first_time,
     )
 }
 

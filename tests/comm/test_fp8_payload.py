@@ -72,6 +72,7 @@ def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
     assert own.num_tokens == len(case.rows_TD)
     expected = plain.dispatch(_changed(case.rows_TD, ROWS_MIN_AMAX), case.weights_TK, handle).wait()
     arrived = fp8.dispatch(case.rows_TD, case.weights_TK, own).wait()
+    again_AD = fp8.dispatch_again(case.rows_TD, own).wait()
     combined = [each.combine(expected.rows_AD, held).wait() for each, held in ((plain, handle), (fp8, own))]
     copied_AD = plain.combine_backward(_changed(case.gradients_TD, GRADIENTS_MIN_AMAX), handle).wait()
     gradients_AD = fp8.combine_backward(case.gradients_TD, own).wait()
@@ -83,6 +84,7 @@ def _check_equals_plain(plain: Dispatcher, case: Case) -> None:
     assert torch.equal(arrived.weights_A, expected.weights_A)
     for found, wanted in (
         (arrived.rows_AD, expected.rows_AD),
+        (again_AD, expected.rows_AD),
         (gradients_AD, copied_AD),
         (combined[1], combined[0]),
         *zip(back[1], back[0], strict=True),

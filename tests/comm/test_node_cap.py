@@ -172,6 +172,7 @@ def _through(
     factor_A1 = factor_E.repeat_interleave(torch.tensor(arrived.counts))[:, None]
     out_TD = dispatcher.combine(arrived.rows_AD * factor_A1 * arrived.weights_A[:, None], handle).wait()
     grad_AD = dispatcher.combine_backward(grad_TD, handle).wait()
+    assert torch.equal(dispatcher.dispatch_again(rows_TD, handle).wait(), arrived.rows_AD)
     weights_A = (grad_AD * arrived.rows_AD * factor_A1).sum(1)
     back = dispatcher.dispatch_backward(grad_AD * factor_A1 * arrived.weights_A[:, None], weights_A, handle).wait()
     return out_TD, *back

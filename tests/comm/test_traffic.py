@@ -29,10 +29,11 @@ _SETTINGS = {
 }
 # Bytes of a row in each direction; with one weight (8 bytes of float64), or with the weights of three choices (24) and
 # their ids (6, rounded up to 8) behind a row, which is then rounded up to 16, as is the whole.
+_ROW = {"dispatch again": 10, "combine backward": 10}
 _BYTES = {
-    "all_to_all": {"dispatch": 32, "combine": 10, "dispatch backward": 32, "combine backward": 10},
-    "two_hop": {"dispatch": 48, "combine": 10, "dispatch backward": 48, "combine backward": 10},
-    "two_hop float32": {"dispatch": 48, "combine": 20, "dispatch backward": 64, "combine backward": 10},
+    "all_to_all": {"dispatch": 32, "combine": 10, "dispatch backward": 32} | _ROW,
+    "two_hop": {"dispatch": 48, "combine": 10, "dispatch backward": 48} | _ROW,
+    "two_hop float32": {"dispatch": 48, "combine": 20, "dispatch backward": 64} | _ROW,
 }
 
 
@@ -70,6 +71,8 @@ def _exchange_all(rank: int, world_size: int, setting: Setting) -> list[Counted]
             exchanges["dispatch backward"] = take()
             dispatcher.combine_backward(mine.rows_TD, handle).wait()
             exchanges["combine backward"] = take()
+            dispatcher.dispatch_again(mine.rows_TD, handle).wait()
+            exchanges["dispatch again"] = take()
             plan = LayerTraffic(
                 num_tokens=exchanges["dispatch"].num_tokens, num_touched_nodes=exchanges["dispatch"].num_touched_nodes
             )

@@ -41,6 +41,9 @@ class Away:
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         return self._inner.dispatch(rows_TD, weights_TK, handle)
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        return self._inner.dispatch_again(rows_TD, handle)
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         return self._inner.combine(rows_AD, handle)
 

@@ -16,7 +16,7 @@ from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases.block import Phase, block_phases
+from model.phases.block import BalanceLoss, Phase, block_phases
 from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import DispatchPhase
 from model.stage import Stage
@@ -239,7 +239,8 @@ def test_a_phase_keeps_no_input_that_its_backward_does_not_read() -> None:
 
 def phases_of(model: Transformer, layer: int) -> list[Phase]:
     store = GradientStore(model.parameters())
-    return block_phases(model.block(layer), model.dispatcher, store, lambda balance: balance, Label(layer, 0, 0))
+    balance = BalanceLoss(1.0, LossSums(loss_names(1)))
+    return block_phases(model.block(layer), model.dispatcher, store, balance, Label(layer, 0, 0))
 
 
 @pytest.mark.usefixtures("_garbage_collection_disabled")

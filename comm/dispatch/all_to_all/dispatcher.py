@@ -101,6 +101,10 @@ class AllToAllDispatcher:
 
         return self._lane.submit(run)
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends a copy of each token's row to each of its experts; AD."""
+        return self._send_rows("dispatch again", rows_TD, handle)
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts, in the order of its choices; TD."""
         own = _own(handle)
@@ -133,18 +137,22 @@ class AllToAllDispatcher:
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
+        return self._send_rows("combine backward", grad_rows_TD, handle)
+
+    def close(self) -> None:
+        """Does nothing: there is nothing to free."""
+
+    def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends rows of the tokens without weights; AD."""
         own = _own(handle)
 
         def run() -> Tensor:
             route = own.route(self._planner)
-            form = RowFormat.of(grad_rows_TD)
-            bytes_AB = self._send("combine backward", own, form, bytes_of(route.order.copy_rows(grad_rows_TD)))
+            form = RowFormat.of(rows_TD)
+            bytes_AB = self._send(name, own, form, bytes_of(route.order.copy_rows(rows_TD)))
             return _reorder(form.part(bytes_AB, 0), route.sorted_A)
 
         return self._lane.submit(run)
-
-    def close(self) -> None:
-        """Does nothing: there is nothing to free."""
 
     def _send(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
         """Sends copies of tokens to their experts' ranks; AB."""

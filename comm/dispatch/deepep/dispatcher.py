@@ -160,6 +160,14 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
         return self._lane.submit(run)
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends a copy of each token's row to each of its experts; AD.
+
+        Raises:
+            DeepEPError: if DeepEP does not support the rows' dtype.
+        """
+        return self._send_rows("dispatch again", rows_TD, handle)
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD.
 
@@ -197,16 +205,20 @@ class DeepEPDispatcher(ClosesOnSuccess):
         Raises:
             DeepEPError: if DeepEP does not support the rows' dtype.
         """
-        own, name = _own(handle), "combine backward"
-        self._buffer.check_rows(grad_rows_TD, name, may_be_codes=True)
+        return self._send_rows("combine backward", grad_rows_TD, handle)
+
+    def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends rows of the tokens without weights; AD."""
+        own = _own(handle)
+        self._buffer.check_rows(rows_TD, name, may_be_codes=True)
 
         def run() -> Tensor:
-            if grad_rows_TD.dtype not in own.routes:
-                rows = self._lay_out(own, grad_rows_TD, None, name).rows
-                return own.routes[grad_rows_TD.dtype].copy_rows(rows)
-            route = own.routes[grad_rows_TD.dtype]
-            with self._exchanging(own, grad_rows_TD, name):
-                rows = self._buffer.dispatch_again(grad_rows_TD, route.handle)
+            if rows_TD.dtype not in own.routes:
+                rows = self._lay_out(own, rows_TD, None, name).rows
+                return own.routes[rows_TD.dtype].copy_rows(rows)
+            route = own.routes[rows_TD.dtype]
+            with self._exchanging(own, rows_TD, name):
+                rows = self._buffer.dispatch_again(rows_TD, route.handle)
             return route.copy_rows(rows)
 
         return self._lane.submit(run)

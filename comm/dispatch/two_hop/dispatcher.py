@@ -173,6 +173,10 @@ class TwoHopDispatcher:
 
         return self._lane.submit(run)
 
+    def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends a copy of each token's row to each of its experts, without ids; AD."""
+        return self._send_rows("dispatch again", rows_TD, handle)
+
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD."""
         own = _own(handle)
@@ -194,18 +198,22 @@ class TwoHopDispatcher:
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD."""
-        own = _own(handle)
-
-        def run() -> Tensor:
-            form = RowFormat.of(grad_rows_TD)
-            arrived_XB = self._send_to_experts("combine backward", own, form, (grad_rows_TD,))
-            return permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
-
-        return self._lane.submit(run)
+        return self._send_rows("combine backward", grad_rows_TD, handle)
 
     def close(self) -> None:
         """Destroys the rail and node groups."""
         self._groups.close()
+
+    def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
+        """Sends rows of the tokens without weights and ids; AD."""
+        own = _own(handle)
+
+        def run() -> Tensor:
+            form = RowFormat.of(rows_TD)
+            arrived_XB = self._send_to_experts(name, own, form, (rows_TD,))
+            return permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
+
+        return self._lane.submit(run)
 
     def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
         """Sends rows to their experts' ranks, once to each; bytes_XB.

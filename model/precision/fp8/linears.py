@@ -24,11 +24,14 @@ from model.precision.linears import ExpertWeights, Rows
 class Fp8Linears:
     """Implements `Linears` in FP8."""
 
-    def __init__(self, *, power_of_two: bool) -> None:
+    def __init__(self, *, power_of_two: bool, recomputes_layers: bool = False) -> None:
         """Creates the products of one model.
 
-        `power_of_two`: whether all scales are powers of two; those of rows on their way to experts always are.
+        Args:
+            power_of_two: whether all scales are powers of two; those of rows on their way to experts always are.
+            recomputes_layers: whether the backward of a stage computes everything again but attention.
         """
+        self.recomputes_layers = recomputes_layers
         self._maps = Fp8Maps(power_of_two=power_of_two)
 
     def weights_unchanged(self) -> AbstractContextManager[None]:

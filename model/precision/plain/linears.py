@@ -22,7 +22,7 @@ from kernels.expert_mlp import (
 )
 from kernels.swiglu import swiglu, swiglu_backward
 from model.attention.projections import LatentOptions, LatentWeights
-from model.config import Recomputed
+from model.config import LAYER, Recomputed
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
 from model.precision.linear import WeightSink, deliver_gradient
 from model.precision.linears import ExpertWeights, Rows
@@ -66,6 +66,7 @@ class PlainLinears:
     def __init__(self, recomputed: frozenset[Recomputed]) -> None:
         """Stores what a backward recomputes instead of keeping it."""
         self._recomputed = recomputed
+        self.recomputes_layers = LAYER in recomputed
         self._keeps_normal = "norm" not in recomputed
         self._keeps_gated = "swiglu" not in recomputed
 
