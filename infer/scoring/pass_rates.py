@@ -1,7 +1,8 @@
-"""Computes how many problems a model solves by one of several answers, by any, and by their vote."""
+"""Computes how many problems a model solves by one of several answers, by any of k, and by their vote."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import mean
 
 from infer.scoring.answer_text import normalize_text, shown_answer
@@ -29,6 +30,19 @@ class PassRates:
     maj_at_n: float
     mean_tokens: float
     cut_share: float
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Returns an unbiased estimate of the probability that one of k answers is correct.
+
+    Source: arXiv:2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k).
+
+    Args:
+        num_samples: number n of answers that were drawn.
+        num_correct: number c of correct ones.
+        k: from 1 to n.
+    """
+    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def compute_pass_rates(answers: Sequence[Sequence[Answer]], sheets: Sequence[Sequence[ScoreSheet]]) -> PassRates:

@@ -85,10 +85,19 @@ class CodeScorer:
         program = last_code(final_text(answer.text))
         if program is None or not program.strip():
             return failure("missing", "no block of code after the thoughts")
+        return self.score_program(program, problem.tests)
+
+    def score_program(self, program: str, tests: str | tuple[StdinTest, ...]) -> Score:
+        """Returns 1 if a program passes every test.
+
+        Args:
+            program: Python source.
+            tests: assertions as Python source, or inputs with outputs.
+        """
         if len(program) > LONGEST_PROGRAM:
             return verdict(is_correct=False, detail=f"the program has more than {LONGEST_PROGRAM} characters")
-        score = self._run(program, problem.tests)
-        return self._run(program, problem.tests) if score.outcome == "unknown" else score
+        score = self._run(program, tests)
+        return self._run(program, tests) if score.outcome == "unknown" else score
 
     def close(self) -> None:
         """Does nothing: a sandbox ends with its call."""
