@@ -35,5 +35,9 @@ class EvaluationTaskSpec:
 
 
 EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry(
-    "tasks", [f"infer.evaluate.tasks.{name}" for name in ("choice", "bits_per_byte")]
+    "tasks",
+    [
+        f"infer.evaluate.tasks.{name}"
+        for name in ("choice", "bits_per_byte", "needle", "ruler", "maths", "code", "reasoning")
+    ],
 )

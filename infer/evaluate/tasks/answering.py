@@ -119,12 +119,12 @@ class AnswerTask:
         assert isinstance(given, GenerationAnswer)
         drawn = [
             Answer(text=text, num_tokens=count, is_finished=finish == "stop")
-            for text, count, finish in zip(given.texts, given.num_tokens, given.finishes, strict=True)
+            for text, count, finish in zip(given.continuations, given.num_tokens, given.finishes, strict=True)
         ]
         scores = self._judge.score_all(drawn, problem.source)
         return {
             **({} if problem.group is None else {"group": problem.group}),
-            "answers": list(given.texts),
+            "answers": list(given.continuations),
             "outcomes": [score.outcome for score in scores],
             "details": [score.detail for score in scores],
             "num_tokens": list(given.num_tokens),
@@ -243,9 +243,7 @@ def check_settings(name: str, config: AnswerTaskConfig, context: TaskContext) ->
         check_tokens(template.required_tokens, config.chat_template, context.tokenizer, f"{name}.chat_template")
 
 
-def chat_or_text(
-    config: AnswerTaskConfig, context: TaskContext, messages: Sequence[ChatMessage], text: str
-) -> Text:
+def chat_or_text(config: AnswerTaskConfig, context: TaskContext, messages: Sequence[ChatMessage], text: str) -> Text:
     """Returns a prompt in the form that the configuration wants.
 
     Args:

@@ -1,7 +1,7 @@
-"""Evaluates programs: a model completes a function, and the problem's tests decide. Imports no torch.
+r"""Evaluates programs: a model completes a function, and the problem's tests decide. Imports no torch.
 
 Programs run in a sandbox (`infer.scoring.code`). The 20 problems next to this file are the project's own; a line of
-another file is `{"id": ..., "prompt": "def f(x):\\n    ...", "tests": "assert f(1) == 2"}`.
+another file is `{"id": ..., "prompt": "def f(x):\n    ...", "tests": "assert f(1) == 2"}`.
 """
 
 import ast

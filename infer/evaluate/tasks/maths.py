@@ -5,7 +5,7 @@ any model may solve, or digits to sort or reverse, which `data=arithmetic` train
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -141,7 +141,7 @@ def _judge(config: MathsTaskConfig) -> Judge:
 
 
 def _score(scorer: Scorer, answer: Answer, question: MathsQuestion, *, boxed: bool) -> Score:
-    """Scores an answer. Scorers read boxes, so an answer without one gets a box around its first line with text."""
+    """Scores an answer. Without boxes, its first line with text is put in one for the scorers."""
     if not boxed:
         shown = next((line.strip() for line in final_text(answer.text).splitlines() if line.strip()), "")
         answer = Answer(text=f"\\boxed{{{shown}}}" if shown else "", num_tokens=answer.num_tokens)

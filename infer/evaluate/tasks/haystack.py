@@ -1,0 +1,239 @@
+"""Builds prompts of an exact number of tokens: facts hidden in filler text. Imports no torch.
+
+Everything is put together from token ids, so a prompt has the length that was asked for with any tokenizer, and a fact
+has the same tokens wherever it is.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.corpus import DataError
+from data.tokenizer import Tokenizer
+from infer.evaluate.config import EvaluationError
+from infer.evaluate.lines import checked_file
+
+_SENTENCES = (
+    "The river carries small stones down to the lake.",
+    "A baker opens the shop before the sun is up.",
+    "Most of the houses on this street have green doors.",
+    "The train to the coast leaves from the second platform.",
+    "Rain fell for three days and then the sky was clear.",
+    "She kept her letters in a box under the stairs.",
+    "The museum is closed on Mondays in winter.",
+    "Two dogs ran along the fence and back again.",
+    "He learned to repair clocks from his grandfather.",
+    "The market sells apples, bread and cheese.",
+    "Nothing grows on the northern side of the hill.",
+    "The children built a bridge from old planks.",
+    "In the evening the boats return to the harbor.",
+    "Her answer was short, but it was friendly.",
+    "The road turns left behind the old mill.",
+    "They painted the kitchen in a pale yellow.",
+    "Snow covered the roofs of the village.",
+    "The teacher wrote the date on the board.",
+    "A cold wind came from the mountains.",
+    "The library has a room for maps and globes.",
+    "He drinks his coffee without sugar.",
+    "The garden needs water twice a week.",
+    "An old song played on the radio.",
+    "The tower can be seen from far away.",
+)
+_ADJECTIVES = (
+    "amber brisk crimson dusty eager faint gentle golden hollow humble idle jolly keen lively mellow narrow noble "
+    "olive pale quiet rapid rustic silent silver steady sunny tender velvet wild"
+)
+_NOUNS = (
+    "anchor basket bridge candle canyon castle cedar cloud compass copper desert ember falcon forest garden glacier "
+    "harbor island kettle ladder lantern meadow mirror orchard pebble pillow planet ribbon river saddle shadow spruce "
+    "temple thunder tiger tunnel valley violin walnut window"
+)
+ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
+
+
+class Draws:
+    """Random choices that depend only on a seed and names, on every machine and with every version of numpy."""
+
+    def __init__(self, seed: int, *names: object) -> None:
+        """Starts a stream of random numbers of its names."""
+        digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+        self._bits = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
+
+    def below(self, limit: int) -> int:
+        """Returns a number from 0 to below a limit."""
+        return int(self._bits.random_raw()) % limit
+
+    def different(self, limit: int, count: int) -> list[int]:
+        """Returns different numbers from 0 to below a limit, in random order."""
+        found: dict[int, None] = {}
+        while len(found) < count:
+            found[self.below(limit)] = None
+        return list(found)
+
+    def shuffled(self, items: Sequence[int]) -> list[int]:
+        """Returns the items in random order."""
+        order = list(items)
+        for last in range(len(order) - 1, 0, -1):
+            other = self.below(last + 1)
+            order[last], order[other] = order[other], order[last]
+        return order
+
+    def digits(self, count: int) -> str:
+        """Returns a number of so many digits, whose first is not 0."""
+        return str(10 ** (count - 1) + self.below(9 * 10 ** (count - 1)))
+
+    def names(self, count: int) -> list[str]:
+        """Returns different names of two words."""
+        pairs = self.different(len(ADJECTIVES) * len(NOUNS), count)
+        return [f"{ADJECTIVES[pair // len(NOUNS)]} {NOUNS[pair % len(NOUNS)]}" for pair in pairs]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filler:
+    """Token ids of filler text, and the places in them where a sentence ends."""
+
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def take(self, count: int, start: int) -> tuple[list[int], list[int]]:
+        """Returns tokens from a sentence's beginning on, repeated as often as needed, and where sentences end in them.
+
+        Args:
+            count: number of tokens.
+            start: random number that chooses the first sentence.
+        """
+        first = (0, *self.ends[:-1])[start % len(self.ends)]
+        turned = [*self.ids[first:], *self.ids[:first]]
+        size = len(turned)
+        ids = (turned * (count // size + 1))[:count]
+        ends = sorted({(end - first) % size or size for end in self.ends})
+        cuts = [turn * size + end for turn in range(count // size + 1) for end in ends]
+        return ids, [0, *(cut for cut in cuts if cut <= count)]
+
+
+def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> Filler:
+    """Returns filler from a text file, or from plain sentences in a random order.
+
+    Args:
+        key: configuration key of the path.
+        path: a text file, or None.
+        tokenizer: of the weights.
+        seed: of the order.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or has no sentence.
+    """
+    if path is None:
+        draws = Draws(seed, "sentences")
+        order = [at for _ in range(20) for at in draws.shuffled(range(len(_SENTENCES)))]
+        sentences = [f" {_SENTENCES[at]}" for at in order]
+    else:
+        try:
+            text = checked_file(key, path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{key}: {path} must be UTF-8, is not at byte {error.start + 1}; nearest: UTF-8") from error
+        sentences = list(_split(text))
+    ids: list[int] = []
+    ends: list[int] = []
+    for tokens in tokenizer.encode_batch(sentences):
+        if tokens:
+            ids += tokens
+            ends.append(len(ids))
+    if not ends:
+        raise DataError(f"{key}: {path} must have text, has none; nearest: {key}=null")
+    return Filler(ids=tuple(ids), ends=tuple(ends))
+
+
+def _split(text: str) -> Iterator[str]:
+    """Yields the sentences of a text, each with the white space before it."""
+    start = 0
+    for at, character in enumerate(text):
+        is_end = character == "\n" or (character in ".!?" and text[at + 1 : at + 2].isspace())
+        if is_end and text[start : at + 1].strip():
+            yield text[start : at + 1]
+            start = at + 1
+    if text[start:].strip():
+        yield text[start:]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """Text that is hidden in filler.
+
+    Attributes:
+        depth: where it belongs, from 0 (first) to 1 (last).
+        parts: its text in parts that are tokenized separately, so that each has the same tokens everywhere.
+    """
+
+    depth: float
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt: token ids without the begin of sentence, and the depth of each fact as a share of the filler."""
+
+    ids: tuple[int, ...]
+    depths: tuple[float, ...]
+
+
+def num_begin(tokenizer: Tokenizer) -> int:
+    """Returns the number of tokens before every prompt."""
+    return int(tokenizer.begin_of_sentence_id is not None)
+
+
+def hide(
+    tokenizer: Tokenizer, filler: Filler, facts: Sequence[Fact], question: str, size: int, start: int
+) -> Prompt | None:
+    """Returns a prompt with facts in filler text, and a question at its end, or None if they do not fit.
+
+    Args:
+        tokenizer: of the weights.
+        filler: text around the facts.
+        facts: in any order; those at one place stay in order.
+        question: text at the end.
+        size: number of tokens of the prompt, with the begin of sentence.
+        start: random number that chooses the first sentence of the filler.
+    """
+    encoded = iter(tokenizer.encode_batch([*(part for fact in facts for part in fact.parts), question]))
+    hidden = [[token for _ in fact.parts for token in next(encoded)] for fact in facts]
+    asked = next(encoded)
+    count = size - num_begin(tokenizer) - sum(map(len, hidden)) - len(asked)
+    if count < 0:
+        return None
+    around, ends = filler.take(count, start)
+    places = [min(ends, key=lambda end: abs(end - fact.depth * count)) for fact in facts]
+    ids, last = list[int](), 0
+    for at in sorted(range(len(facts)), key=lambda at: places[at]):
+        ids += [*around[last : places[at]], *hidden[at]]
+        last = places[at]
+    depths = tuple(place / max(1, count) for place in places)
+    return Prompt(ids=(*ids, *around[last:], *asked), depths=depths)
+
+
+def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
+    """Returns the lengths of prompts with their answers: an eighth, a quarter, half and all of the model's by default.
+
+    Args:
+        key: configuration key of the lengths.
+        lengths: as configured.
+        max_tokens: number of positions of the model.
+
+    Raises:
+        EvaluationError: a length exceeds the model's, or occurs twice.
+    """
+    if lengths is None:
+        return tuple(sorted({max(1, max_tokens // part) for part in (8, 4, 2, 1)}))
+    for length in lengths:
+        if length > max_tokens:
+            raise EvaluationError(
+                f"{key}: must be at most model.max_position_tokens={max_tokens}, is {length}; nearest valid: "
+                f"{max_tokens}"
+            )
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise EvaluationError(
+            f"{key}: must have at least one length, each once, is {list(lengths)}; nearest valid: [{max_tokens}]"
+        )
+    return tuple(lengths)

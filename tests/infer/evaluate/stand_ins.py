@@ -1,0 +1,136 @@
+"""Models for tests of evaluation tasks: one that solves problems from their prompts, and one that guesses."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from infer.config import Statistics
+from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
+from infer.evaluate.answers import Answerer
+from infer.evaluate.protocol import EvaluationTask, StopToken, TargetScores, TargetSequence, TaskDetails
+from infer.evaluate.registry import EVALUATION_TASKS
+from infer.evaluate.results import TaskResult, task_result
+from infer.evaluate.run import OpenTask, run_tasks
+
+
+class CopyModel:
+    """An oracle: copies what followed the same tokens before, and answers questions of `ruler` from the prompt."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.lengths: list[int] = []
+
+    def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        self.lengths += [len(each.tokens) for each in sequences]
+        return [self._score(each) for each in sequences]
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
+        self.lengths += [len(prompt.tokens) + request.max_new_tokens for prompt in prompts]
+        return rollouts_of(
+            prompts,
+            request,
+            stop_condition,
+            [self.tokenizer.encode(" " + self.answer(self.tokenizer.decode(prompt.tokens[1:]))) for prompt in prompts],
+        )
+
+    def answer(self, text: str) -> str:
+        """Returns the answer to the question in the last line of a prompt."""
+        body, _, question = text.rpartition("\n")
+        numbers = re.findall(r"The secret number of the (\w+ \w+) is (\d+)\.", body)
+        if question.startswith(("The secret number", "All secret numbers")):
+            asked = re.findall(r"the (\w+ \w+)", question)
+            return ", ".join(number for name in asked for key, number in numbers if key == name)
+        if question.startswith("All variables"):
+            values = {}
+            for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", body):
+                values[name] = values.get(source, source)
+            wanted = re.search(r"\d+", question)[0]
+            return ", ".join(name for name, value in values.items() if value == wanted)
+        counts = Counter(re.findall(r"(\w+ \w+),", body))
+        most = max(counts.values())
+        return ", ".join(name for name, count in counts.items() if count > most // 2)
+
+    def _score(self, sequence: TargetSequence) -> TargetScores:
+        tokens = sequence.tokens
+        first = len(tokens) - sequence.num_targets
+        right = tuple(self._follower(tokens[:at]) == tokens[at] for at in range(first, len(tokens)))
+        return TargetScores(log_probs=tuple(-0.01 if each else -9.0 for each in right), are_greedy=right)
+
+    def _follower(self, tokens: Sequence[int]) -> int | None:
+        """Returns the token after the longest end of the tokens that also occurs before."""
+        for size in range(min(24, len(tokens) - 1), 0, -1):
+            end = tuple(tokens[-size:])
+            for at in range(len(tokens) - size - 1, -1, -1):
+                if tuple(tokens[at : at + size]) == end:
+                    return tokens[at + size]
+        return None
+
+
+class RandomModel:
+    """Draws every token, and scores every token as one of the vocabulary's, all equally probable."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.random = np.random.default_rng(1)
+
+    def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        chance = 1 / self.vocab_size
+        return [
+            TargetScores(
+                log_probs=(float(np.log(chance)),) * each.num_targets,
+                are_greedy=tuple(bool(value < chance) for value in self.random.random(each.num_targets)),
+            )
+            for each in sequences
+        ]
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
+        drawn = self.random.integers(0, self.vocab_size, (len(prompts), request.max_new_tokens)).tolist()
+        return rollouts_of(prompts, request, stop_condition, drawn)
+
+
+class SayingModel:
+    """Answers each prompt with a given text, in the order of the prompts."""
+
+    def __init__(self, tokenizer: Tokenizer, said: Sequence[str]) -> None:
+        self.tokenizer, self.said = tokenizer, iter(said)
+
+    def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        raise NotImplementedError
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
+        said = [self.tokenizer.encode(next(self.said)) for _ in prompts]
+        return rollouts_of(prompts, request, stop_condition, said)
+
+
+def rollouts_of(
+    prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken, said: Sequence[list[int]]
+) -> Rollouts:
+    """Returns rollouts with given tokens, up to where the request ends them."""
+    rollouts = []
+    for prompt, tokens in zip(prompts, said, strict=True):
+        own = []
+        finish = "stop"
+        for token in tokens:
+            if len(own) == request.max_new_tokens:
+                finish = "length"
+                break
+            own.append(token)
+            if stop_condition(prompt.number, token):
+                break
+        log_probs = (0.0,) * len(own)
+        rollouts.append(Rollout(prompt=prompt.number, sample=0, tokens=tuple(own), log_probs=log_probs, finish=finish))
+    return Rollouts(rollouts=tuple(rollouts), statistics=Statistics())
+
+
+def evaluate(name: str, config: object, task: EvaluationTask, model: object, tokenizer: Tokenizer, max_tokens: int):
+    """Returns a task's records and its results."""
+    records = []
+    opened = OpenTask(name=name, spec=EVALUATION_TASKS.get(name), config=config, task=task)
+    answerer = Answerer(model, tokenizer, [tokenizer.end_of_sentence_id], max_tokens)
+    run_tasks([opened], answerer, {}, lambda _, fresh: records.extend(fresh))
+    result: TaskResult = task_result(opened, records)
+    assert isinstance(result.details, TaskDetails)
+    return records, result

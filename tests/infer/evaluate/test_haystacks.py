@@ -1,0 +1,165 @@
+"""Tests of `needle` and `ruler`: an oracle is always right, guessing is at chance, and prompts have their length."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.corpus import DataError
+from data.tokenizer import Tokenizer
+from infer.evaluate.config import EvaluationError
+from infer.evaluate.protocol import TaskContext
+from infer.evaluate.tasks.haystack import Draws, Fact, hide, read_filler
+from infer.evaluate.tasks.needle import NeedleConfig, NeedleTask
+from infer.evaluate.tasks.ruler import RulerConfig, RulerTask
+from infer.evaluate.tasks.ruler_problems import SUBTASKS
+from tests.infer.evaluate.stand_ins import CopyModel, RandomModel, evaluate
+
+MOST = 1024
+NEEDLE = NeedleConfig(lengths=None, depths=(0.0, 30.0, 100.0), num_samples=3, num_digits=4, path=None)
+RULER = RulerConfig(
+    subtasks=SUBTASKS,
+    lengths=(512, 1024),
+    num_samples=3,
+    num_facts=3,
+    num_hops=3,
+    num_common=3,
+    num_digits=5,
+    path=None,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    text = " The secret number of the silver tower is 123. All variables with the value are VAR ABCDE = VAR FGHIJ. "
+    return Tokenizer.train([text * 20, "The river carries small stones down to the lake. " * 20], 400)
+
+
+def context_of(tokenizer: Tokenizer, max_tokens: int = MOST, seed: int = 0) -> TaskContext:
+    return TaskContext(tokenizer=tokenizer, max_tokens=max_tokens, seed=seed)
+
+
+def test_needle_an_oracle_finds_every_needle_and_guessing_none(tokenizer: Tokenizer) -> None:
+    task, model = NeedleTask(NEEDLE, context_of(tokenizer)), CopyModel(tokenizer)
+    records, result = evaluate("needle", NEEDLE, task, model, tokenizer, MOST)
+    assert len(records) == result.num_samples == 4 * 3 * 3
+    assert result.estimates["accuracy"].value == 1.0
+    assert result.estimates["accuracy"].standard_error == 0.0
+    # Prompt and answer have exactly as many tokens as the length says.
+    assert sorted(model.lengths) == sorted(record["length"] for record in records)
+    (grid,) = result.details.grids
+    assert (grid.x, grid.y) == (("128", "256", "512", "1024"), ("0", "30", "100"))
+    assert grid.values == ((1.0,) * 4,) * 3
+    cells = result.details.values["cells"]
+    assert [(cell["samples"], cell["standard_error"]) for cell in cells] == [(3, 0.0)] * 12
+    guessed = evaluate("needle", NEEDLE, task, RandomModel(tokenizer.vocab_size), tokenizer, MOST)[1]
+    assert guessed.estimates["accuracy"].value <= guessed.details.values["accuracy_of_guessing"] + 1 / 36
+    assert guessed.estimates["loglikelihood"].value < -10
+    json.dumps(result.values())
+
+
+def test_needle_is_where_it_should_be(tokenizer: Tokenizer) -> None:
+    task = NeedleTask(replace(NEEDLE, lengths=(1024,), num_samples=5), context_of(tokenizer))
+    for sample in task.samples():
+        needle = sample.source
+        assert abs(100 * needle.actual_depth - needle.depth) < 4  # a sentence of 1024 tokens
+        text = tokenizer.decode(sample.requests[0].context)
+        assert text.count(f" The secret number of the {needle.name} is {needle.value}.") == 1
+        assert text.endswith(f"\nThe secret number of the {needle.name} is")
+        assert len(needle.value) == 4
+
+
+def test_ruler_an_oracle_names_everything_and_guessing_nothing(tokenizer: Tokenizer) -> None:
+    task, model = RulerTask(RULER, context_of(tokenizer)), CopyModel(tokenizer)
+    records, result = evaluate("ruler", RULER, task, model, tokenizer, MOST)
+    assert len(records) == 5 * 2 * 3
+    wrong = [record for record in records if record["found"] != record["expected"]]
+    assert not wrong, wrong[0]
+    assert result.estimates["accuracy"].value == 1.0
+    (grid,) = result.details.grids
+    assert grid.y == SUBTASKS
+    assert grid.values == ((1.0, 1.0),) * 5
+    # Prompts have their length, but for lists of whole words, which may be a few tokens shorter.
+    for record, length in zip(records, model.lengths, strict=True):
+        assert length <= record["length"] + 1
+        assert length > record["length"] - (30 if record["subtask"] == "common_words" else 1)
+    guessed = evaluate("ruler", RULER, task, RandomModel(tokenizer.vocab_size), tokenizer, MOST)[1]
+    assert guessed.estimates["accuracy"].value == 0
+    json.dumps(result.values())
+
+
+def test_ruler_problems_ask_for_what_their_subtask_says(tokenizer: Tokenizer) -> None:
+    task = RulerTask(RULER, context_of(tokenizer))
+    for sample in task.samples():
+        source = sample.source
+        text = tokenizer.decode(sample.requests[0].prompt[1:])
+        expected = {"multi_key": 1, "multi_value": 3, "multi_query": 3, "variable_tracking": 4, "common_words": 3}
+        assert len(set(source.problem.expected)) == expected[source.subtask]
+        assert all(name in text for name in source.problem.expected)
+        if source.subtask == "common_words":
+            counts = {name: text.count(f" {name},") for name in source.problem.expected}
+            assert len(set(counts.values())) == 1
+            assert min(counts.values()) >= 2
+
+
+def test_prompts_depend_on_the_seed_alone(tokenizer: Tokenizer) -> None:
+    for build, config in ((NeedleTask, NEEDLE), (RulerTask, RULER)):
+        first, again, other = (
+            [sample.requests for sample in build(config, context_of(tokenizer, seed=seed)).samples()]
+            for seed in (0, 0, 1)
+        )
+        assert first == again
+        assert all(one != two for one, two in zip(first, other, strict=True))
+    keys = [sample.key for sample in RulerTask(RULER, context_of(tokenizer)).samples()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_filler_may_be_a_text_of_the_user(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "filler.txt"
+    path.write_text("One sentence here. Another one there!\nA line\n\nThe end")
+    filler = read_filler("needle.path", str(path), tokenizer, 0)
+    assert tokenizer.decode(filler.ids) == path.read_text()
+    assert len(filler.ends) == 4
+    fact = Fact(depth=0.5, parts=(" A fact",))
+    prompt = hide(tokenizer, filler, [fact], " Why?", 300, 2)
+    assert len(prompt.ids) == 299  # one more is the begin of sentence
+    text = tokenizer.decode(prompt.ids)
+    assert text.count(" A fact") == 1
+    assert text.count("The end") > 1
+    assert text.endswith(" Why?")
+    for content, rule in ((b"", "must have text"), (b"\xff\xfe", "must be UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"needle\.path: .*{rule}"):
+            read_filler("needle.path", str(path), tokenizer, 0)
+    with pytest.raises(DataError, match=r"needle\.path: must be a file"):
+        read_filler("needle.path", str(tmp_path / "none.txt"), tokenizer, 0)
+
+
+def test_draws_are_different_and_repeatable() -> None:
+    assert Draws(1, "a").different(50, 50) == Draws(1, "a").different(50, 50)
+    assert sorted(Draws(1, "a").different(50, 50)) == sorted(Draws(1, "b").shuffled(range(50))) == list(range(50))
+    assert Draws(1, "a").names(5) != Draws(2, "a").names(5)
+    assert {len(Draws(seed, "a").digits(3)) for seed in range(50)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"lengths": (2000,)}, r"needle\.lengths: must be at most model\.max_position_tokens=1024, is 2000"),
+        ({"lengths": (128, 128)}, r"needle\.lengths: must have at least one length, each once"),
+        ({"lengths": (8,)}, r"needle\.lengths: must have room for needle and question, is 8"),
+        ({"depths": ()}, r"needle\.depths: must have at least one depth"),
+    ],
+)
+def test_needle_rejects_what_does_not_fit(tokenizer: Tokenizer, changes: dict, rule: str) -> None:
+    with pytest.raises(EvaluationError, match=rule):
+        NeedleTask(replace(NEEDLE, **changes), context_of(tokenizer))
+
+
+@pytest.mark.parametrize("subtask", SUBTASKS)
+def test_ruler_rejects_what_does_not_fit(tokenizer: Tokenizer, subtask: str) -> None:
+    with pytest.raises(EvaluationError, match=rf"ruler\.lengths: must have room for a problem of {subtask}, is 48"):
+        RulerTask(replace(RULER, subtasks=(subtask,), lengths=(48,)), context_of(tokenizer))
+    with pytest.raises(EvaluationError, match=r"ruler\.subtasks: must have at least one subtask, each once"):
+        RulerTask(replace(RULER, subtasks=(subtask, subtask)), context_of(tokenizer))
