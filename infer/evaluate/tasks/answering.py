@@ -68,26 +68,20 @@ class AnswerTask:
 
     def __init__(
         self,
-        name: str,
         config: AnswerTaskConfig,
         context: TaskContext,
         problems: Sequence[AnswerProblem],
-        judge: "Judge",
+        judge: "AnswerJudge",
     ) -> None:
-        """Checks the settings.
+        """Makes a request of each problem.
 
         Args:
-            name: of the task, for errors.
-            config: of the task.
+            config: of the task, checked by `check_settings`.
             context: of the weights.
             problems: with different keys.
             judge: scores answers. The task owns it.
-
-        Raises:
-            EvaluationError: settings that exclude each other.
         """
         self._config, self._judge = config, judge
-        check_settings(name, config, context)
         at = tuple(EvaluationMetric(name=f"pass_at_{k}") for k in config.pass_at)
         self.metrics = (EvaluationMetric(name="accuracy"), *at)
         sampling = Sampling(temperature=config.temperature, seed=context.seed)
@@ -166,7 +160,7 @@ class AnswerTask:
         self._judge.close()
 
 
-class Judge:
+class AnswerJudge:
     """Scores answers to problems.
 
     Attributes:

@@ -15,7 +15,14 @@ from data.corpus import DataError
 from infer.evaluate.lines import check_unique, key_field, read_lines, text_field
 from infer.evaluate.protocol import TaskContext
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
-from infer.evaluate.tasks.answering import AnswerProblem, AnswerTask, AnswerTaskConfig, Judge, chat_or_text
+from infer.evaluate.tasks.answering import (
+    AnswerJudge,
+    AnswerProblem,
+    AnswerTask,
+    AnswerTaskConfig,
+    chat_or_text,
+    check_settings,
+)
 from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import IsolationChoice
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
@@ -98,7 +105,7 @@ def _problem(values: Mapping[str, Any], place: str) -> CodeProblem:
     )
 
 
-def build_judge(config: CodeTaskConfig) -> Judge:
+def build_judge(config: CodeTaskConfig) -> AnswerJudge:
     """Finds a sandbox, and returns what runs programs in it.
 
     Raises:
@@ -125,7 +132,7 @@ def build_judge(config: CodeTaskConfig) -> Judge:
         return scorer.score_program(program, problem.tests)
 
     facts = {"isolation": scorer.isolation}
-    return Judge(score, scorer.close, stop=STOP, num_threads=config.num_sandboxes, facts=facts)
+    return AnswerJudge(score, scorer.close, stop=STOP, num_threads=config.num_sandboxes, facts=facts)
 
 
 def build_code_task(config: CodeTaskConfig, context: TaskContext) -> AnswerTask:
@@ -134,6 +141,7 @@ def build_code_task(config: CodeTaskConfig, context: TaskContext) -> AnswerTask:
     Raises:
         EvaluationError, DataError, ScoringError: settings or a line that is not valid, or no sandbox.
     """
+    check_settings(NAME, config, context)
     problems = [
         AnswerProblem(
             key=problem.key,
@@ -142,7 +150,7 @@ def build_code_task(config: CodeTaskConfig, context: TaskContext) -> AnswerTask:
         )
         for problem in read_code_problems("code.path", config.path or str(OWN_PROBLEMS))
     ]
-    return AnswerTask(NAME, config, context, problems, build_judge(config))
+    return AnswerTask(config, context, problems, build_judge(config))
 
 
 def _files(config: CodeTaskConfig) -> tuple[str, ...]:

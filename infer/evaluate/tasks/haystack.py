@@ -54,7 +54,7 @@ ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 
 
 class Draws:
-    """Random choices that depend only on a seed and names, on every machine and with every version of numpy."""
+    """Random choices that depend only on a seed and names, on every machine."""
 
     def __init__(self, seed: int, *names: object) -> None:
         """Starts a stream of random numbers of its names."""
@@ -92,13 +92,15 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Filler:
-    """Token ids of filler text, and the places in them where a sentence ends."""
+    """Token ids of filler text, and places in them where a sentence ends."""
 
     ids: tuple[int, ...]
     ends: tuple[int, ...]
 
     def take(self, count: int, start: int) -> tuple[list[int], list[int]]:
-        """Returns tokens from a sentence's beginning on, repeated as often as needed, and where sentences end in them.
+        """Returns tokens from a sentence's beginning on, and where sentences end in them.
+
+        They are repeated as often as needed.
 
         Args:
             count: number of tokens.
@@ -114,7 +116,7 @@ class Filler:
 
 
 def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> Filler:
-    """Returns filler from a text file, or from plain sentences in a random order.
+    """Returns filler: a text file, or plain sentences in a random order.
 
     Args:
         key: configuration key of the path.
@@ -172,8 +174,8 @@ class Fact:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """A prompt: token ids without the begin of sentence, and the depth of each fact as a share of the filler."""
+class HaystackPrompt:
+    """Token ids of a prompt without the begin of sentence, and the depth of each fact from 0 to 1."""
 
     ids: tuple[int, ...]
     depths: tuple[float, ...]
@@ -186,8 +188,8 @@ def num_begin(tokenizer: Tokenizer) -> int:
 
 def hide(
     tokenizer: Tokenizer, filler: Filler, facts: Sequence[Fact], question: str, size: int, start: int
-) -> Prompt | None:
-    """Returns a prompt with facts in filler text, and a question at its end, or None if they do not fit.
+) -> HaystackPrompt | None:
+    """Returns a prompt with facts in filler and a question at its end, or None if they do not fit.
 
     Args:
         tokenizer: of the weights.
@@ -210,15 +212,15 @@ def hide(
         ids += [*around[last : places[at]], *hidden[at]]
         last = places[at]
     depths = tuple(place / max(1, count) for place in places)
-    return Prompt(ids=(*ids, *around[last:], *asked), depths=depths)
+    return HaystackPrompt(ids=(*ids, *around[last:], *asked), depths=depths)
 
 
 def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
-    """Returns the lengths of prompts with their answers: an eighth, a quarter, half and all of the model's by default.
+    """Returns the lengths of prompts with their answers.
 
     Args:
         key: configuration key of the lengths.
-        lengths: as configured.
+        lengths: as configured; None: an eighth, a quarter, half and all of `max_tokens`.
         max_tokens: number of positions of the model.
 
     Raises:

@@ -19,7 +19,14 @@ from infer.evaluate.config import EvaluationError
 from infer.evaluate.lines import check_unique, key_field, read_lines, text_field
 from infer.evaluate.protocol import TaskContext
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
-from infer.evaluate.tasks.answering import AnswerProblem, AnswerTask, AnswerTaskConfig, Judge, chat_or_text
+from infer.evaluate.tasks.answering import (
+    AnswerJudge,
+    AnswerProblem,
+    AnswerTask,
+    AnswerTaskConfig,
+    chat_or_text,
+    check_settings,
+)
 from infer.scoring.answer_text import final_text
 from infer.scoring.exact import ExactConfig, ExactScorer
 from infer.scoring.maths import MathsConfig, MathsScorer
@@ -81,6 +88,7 @@ class MathsTask(AnswerTask):
         Raises:
             EvaluationError, DataError, ScoringError: settings or a line that is not valid, or no math-verify.
         """
+        check_settings(NAME, config, context)
         questions = _questions(config, context.seed)
         shots = questions[: config.num_shots]
         if config.num_shots and config.chat_template is not None:
@@ -102,9 +110,7 @@ class MathsTask(AnswerTask):
                 key=each.key, prompt=chat_or_text(config, context, [user(text)], prefix + text), source=each
             )
 
-        super().__init__(
-            NAME, config, context, [problem(each) for each in questions[config.num_shots :]], _judge(config)
-        )
+        super().__init__(config, context, [problem(each) for each in questions[config.num_shots :]], _judge(config))
         self.num_shots = config.num_shots
 
 
@@ -118,7 +124,7 @@ def _form(config: MathsTaskConfig) -> str:
     return config.prompt
 
 
-def _judge(config: MathsTaskConfig) -> Judge:
+def _judge(config: MathsTaskConfig) -> AnswerJudge:
     scorer: Scorer
     if config.path is None and config.generator != "sums":
         scorer = ExactScorer(ExactConfig(kind="exact", weight=1.0, boxed=True, ignore_case=False))
@@ -132,7 +138,7 @@ def _judge(config: MathsTaskConfig) -> Judge:
                 memory_gib=config.memory_gib,
             )
         )
-    return Judge(
+    return AnswerJudge(
         partial(_score, scorer, boxed=config.boxed),
         scorer.close,
         stop=() if config.boxed else ("\n",),

@@ -1,4 +1,6 @@
-"""Evaluates retrieval: a number that is hidden at a depth of filler text, by depth and length. Imports no torch.
+"""Evaluates retrieval of a number that is hidden in filler text, by depth and length.
+
+Imports no torch.
 
 A needle is right if the greedy continuation of the question is the hidden number. All of it is read in one pass,
 because each token is the most probable one exactly if greedy decoding would choose it. Guessing finds it with a

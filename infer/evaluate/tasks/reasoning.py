@@ -12,7 +12,14 @@ from data.registry import DATA_SOURCES
 from infer.evaluate.config import EvaluationError
 from infer.evaluate.protocol import TaskContext
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
-from infer.evaluate.tasks.answering import AnswerProblem, AnswerTask, AnswerTaskConfig, Judge, chat_or_text
+from infer.evaluate.tasks.answering import (
+    AnswerJudge,
+    AnswerProblem,
+    AnswerTask,
+    AnswerTaskConfig,
+    chat_or_text,
+    check_settings,
+)
 from infer.scoring.python.gym import GymScorer, GymScorerConfig
 from infer.scoring.score import problem_of
 from kernels.ranges import PositiveFloat, PositiveInt
@@ -50,6 +57,7 @@ def build_reasoning_task(config: ReasoningTaskConfig, context: TaskContext) -> A
             f"reasoning.dataset: a value is needed, is {config.dataset!r}; write reasoning.dataset=NAME, one of "
             f"reasoning-gym's data sets, for example basic_arithmetic"
         )
+    check_settings(NAME, config, context)
     source = GymSource(
         kind="reasoning_gym",
         dataset=config.dataset,
@@ -82,7 +90,7 @@ def build_reasoning_task(config: ReasoningTaskConfig, context: TaskContext) -> A
     )
     stop = () if config.boxed else ("\nQuestion:",)
     return AnswerTask(
-        NAME, config, context, problems, Judge(scorer.score, scorer.close, stop=stop, num_threads=config.num_workers)
+        config, context, problems, AnswerJudge(scorer.score, scorer.close, stop=stop, num_threads=config.num_workers)
     )
 
 

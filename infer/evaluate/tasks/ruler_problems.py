@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from data.tokenizer import Tokenizer
-from infer.evaluate.tasks.haystack import Draws, Fact, Filler, Prompt, hide, num_begin
+from infer.evaluate.tasks.haystack import Draws, Fact, Filler, HaystackPrompt, hide, num_begin
 
 Subtask = Literal["multi_key", "multi_value", "multi_query", "variable_tracking", "common_words"]
 SUBTASKS: tuple[Subtask, ...] = get_args(Subtask)
@@ -118,7 +118,9 @@ def draw_problem(subtask: Subtask, draws: Draws, sizes: RulerSizes) -> RulerProb
     return _DRAW[subtask](draws, sizes)
 
 
-def build_prompt(tokenizer: Tokenizer, filler: Filler, problem: RulerProblem, draws: Draws, size: int) -> Prompt | None:
+def build_prompt(
+    tokenizer: Tokenizer, filler: Filler, problem: RulerProblem, draws: Draws, size: int
+) -> HaystackPrompt | None:
     """Returns a prompt of a problem, or None if it does not fit.
 
     With words, it may have a few tokens less than `size`, because the list has whole words.
@@ -140,13 +142,15 @@ def build_prompt(tokenizer: Tokenizer, filler: Filler, problem: RulerProblem, dr
     while (order := _word_list(len(problem.words), len(names), num_items)) is not None:
         if sum(len(encoded[at]) for at in order) <= room:
             ids = [token for at in draws.shuffled(order) for token in encoded[at]]
-            return Prompt(ids=(*ids, *asked), depths=())
+            return HaystackPrompt(ids=(*ids, *asked), depths=())
         num_items -= max(1, num_items // 100)
     return None
 
 
 def _word_list(num_common: int, num_words: int, num_items: int) -> list[int] | None:
-    """Returns a list of words by number: half of it are the common ones, each at least twice as often as any other.
+    """Returns a list of words by number, about half of which are the common ones.
+
+    Each of these occurs at least twice as often as any other word.
 
     Args:
         num_common: number of the first words, which are common.

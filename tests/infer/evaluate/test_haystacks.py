@@ -80,7 +80,7 @@ def test_ruler_an_oracle_names_everything_and_guessing_nothing(tokenizer: Tokeni
     (grid,) = result.details.grids
     assert grid.y == SUBTASKS
     assert grid.values == ((1.0, 1.0),) * 5
-    # Prompts have their length, but for lists of whole words, which may be a few tokens shorter.
+    # Prompts have their length. Lists of whole words may be a few tokens shorter.
     for record, length in zip(records, model.lengths, strict=True):
         assert length <= record["length"] + 1
         assert length > record["length"] - (30 if record["subtask"] == "common_words" else 1)
