@@ -17,7 +17,7 @@ NUM_BYTES, NUM_KEYS, NUM_VALUES = 256, 64, 64
 VOCAB_SIZE = NUM_BYTES + NUM_KEYS + NUM_VALUES
 _FIRST_KEY, _FIRST_VALUE = NUM_BYTES, NUM_BYTES + NUM_KEYS
 _STREAM_SHARE = 0.7
-_NUM_NEEDLES = 16
+_MOST_NEEDLES = 16
 _FEWEST_STREAM_KEYS = 8
 _HELD_OUT_EVERY = 20
 _CORPUS_BYTES = 6 * 2**20
@@ -57,8 +57,8 @@ class Rows:
     def batch(self, num_rows: int, length: int) -> Tensor:
         """Returns training rows, int64 BT.
 
-        70 % are streams of pairs, each of which is met several times. The others are text with 16 needles, followed by
-        the same needles as questions and answers in another order.
+        70 % are streams of pairs, each of which is met several times. The others are text with 1 to 16 needles,
+        followed by the same needles as questions and answers in another order.
         """
         text = read_corpus().train
         rows = [
@@ -91,12 +91,13 @@ class Rows:
         return np.stack([keys[chosen], values[chosen]], axis=1).flatten()
 
     def _questions(self, source: NDArray[np.uint8], length: int) -> Row:
-        keys, values = self._pairs(_NUM_NEEDLES)
-        text = self._text(source, length - 4 * _NUM_NEEDLES)
-        places = np.sort(self._draw.integers(0, len(text) + 1, _NUM_NEEDLES))
+        count = int(self._draw.integers(1, _MOST_NEEDLES + 1))
+        keys, values = self._pairs(count)
+        text = self._text(source, length - 4 * count)
+        places = np.sort(self._draw.integers(0, len(text) + 1, count))
         pairs = np.stack([keys, values], axis=1)
         with_needles = np.insert(text, np.repeat(places, 2), pairs.flatten())
-        return np.concatenate([with_needles, pairs[self._draw.permutation(_NUM_NEEDLES)].flatten()])
+        return np.concatenate([with_needles, pairs[self._draw.permutation(count)].flatten()])
 
     def _pairs(self, count: int) -> tuple[Row, Row]:
         """Draws different keys, each with any value."""

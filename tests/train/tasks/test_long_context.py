@@ -1,13 +1,20 @@
 """Tests the task that extends the context: the model follows its rotary embedding, and phases follow each other."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM
 
+from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import check
 from model.config import PlainRope, YarnRope
+from model.hf.convert import load_hf, save_hf
+from model.transformer import Transformer, named_tensors
 from tests.launch.test_config import build
+from tests.model.hf_checkpoints import random_tokens, reference_logits, reference_model
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -83,3 +90,34 @@ def test_model_has_the_rotary_embedding_of_the_task(base: Path) -> None:
     yarn = YarnRope(**{**asdict(build("model=v3_671b").model.rope_scaling), "kind": "yarn"})
     with pytest.raises(ConfigError, match=r"model\.rope_scaling: must be task\.rope"):
         check_long_context(replace(config, model=replace(config.model, rope_scaling=yarn)))
+
+
+@torch.no_grad()
+def test_exported_model_is_that_of_transformers_at_four_times_the_base_length(tmp_path: Path) -> None:
+    """The exported config.json has the keys of the released one."""
+    base = 64
+    reference_model(max_position_embeddings=base).save_pretrained(tmp_path / "base")
+    values = ("task.rope.factor=4", f"task.rope.original_max_position_tokens={base}", "data.tokenizer=null")
+    config = extend(tmp_path / "base", *values, f"batch.sequence_length_tokens={4 * base}").model
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
+    before = load_hf(tmp_path / "base", torch.float32)
+    for name, tensor in named_tensors(model).items():
+        tensor.copy_(named_tensors(before)[name])
+    save_hf(model, tmp_path / "export")
+    exported = json.loads((tmp_path / "export" / "config.json").read_text(encoding="utf-8"))
+    assert exported["max_position_embeddings"] == 4 * base
+    assert exported["rope_theta"] == 10000
+    assert exported["rope_scaling"] == {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": base,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    tokens_BT = random_tokens(2, 4 * base)
+    ours_BTV = model(tokens_BT)
+    theirs_BTV = reference_logits(DeepseekV3ForCausalLM.from_pretrained(tmp_path / "export"), tokens_BT)
+    torch.testing.assert_close(ours_BTV, theirs_BTV, rtol=0, atol=1e-4)
+    assert (before(tokens_BT) - ours_BTV).abs().amax() > 0.01
