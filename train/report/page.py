@@ -1,5 +1,6 @@
 """Draws a run on one offline page: curves, pipeline, experts, exchange, checkpoints and events."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,6 +28,9 @@ _SCRIPT = Path(__file__).with_name("page.js")
 _STYLE = Path(__file__).with_name("style.css")
 _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
 _MOST_EVENTS = 1000
+_NUM_COLORS = 9
+_BY_POSITION = "validation_loss_by_position."
+_RANGE = re.compile(re.escape(_BY_POSITION) + r"\d+-\d+")
 _LOSSES = (
     Line(key="loss", name="total", color=0),
     Line(key="main_loss", name="main", color=1),
@@ -136,6 +140,24 @@ def _learning(runs: Sequence[ChartedRun]) -> list[str]:
         chart(runs, "Loss", losses, y="nats per token", has_marks=True, is_wide=True),
         chart(runs, "Learning rate", rate, y="rate", from_zero=True),
         chart(runs, "Gradient norm before clipping", norm, y="norm", has_marks=True),
+        *_by_position(runs),
+    ]
+
+
+def _by_position(runs: Sequence[ChartedRun]) -> list[str]:
+    """Returns charts of validation by position, and of how much of a step is in long documents."""
+    keys = {key for run in runs for key in run.history.keys if key.startswith(_BY_POSITION)}
+    first = {key: int(key.removeprefix(_BY_POSITION).split("-")[0]) for key in keys if _RANGE.fullmatch(key)}
+    losses = [
+        Line(key=key, name=f"tokens {key.removeprefix(_BY_POSITION)}", color=number % _NUM_COLORS + 1, dots=True)
+        for number, key in enumerate(sorted(first, key=lambda key: first[key]))
+    ]
+    bits = [Line(key="validation_bits_per_byte", name="bits per byte", color=3, dots=True)]
+    share = [Line(key="long_document_share", name="long documents", color=1)]
+    return [
+        chart(runs, "Validation loss by position in the document", losses, y="nats per token"),
+        chart(runs, "Validation bits per byte, up to the base length", bits, y="bits per byte"),
+        chart(runs, "Tokens in long documents", share, y="share of tokens", unit="percent", from_zero=True),
     ]
 
 
