@@ -51,6 +51,7 @@ class AttentionKernel:
         dtypes: torch's names of the supported types; empty for all.
         pads_values: function of the head sizes and device type: whether values must be padded to the width of keys.
         makes_dense_masks: function of the device type: whether document masks store a number for each pair of tokens.
+        has_blocks: whether a context group may use it: `kernels.attention.blocks` computes the same by blocks.
         suits: function of the device type, the name of a dtype, and whether documents are packed: whether `auto` may
             choose the kernel. The kernel that was registered last is tried first.
     """
@@ -62,6 +63,7 @@ class AttentionKernel:
     dtypes: tuple[str, ...] = ()
     pads_values: Callable[[str], bool] = lambda device: False
     makes_dense_masks: Callable[[str], bool] = lambda device: False
+    has_blocks: bool = False
     suits: Callable[[str, str, bool], bool] = lambda device, dtype, is_packed: False
 
     @property

@@ -89,6 +89,7 @@ ATTENTION.register(
     AttentionKernel(
         summary="torch's scaled_dot_product_attention",
         attend=scaled_dot_product,
+        has_blocks=True,
         pads_values=lambda device: device == "cpu",
         makes_dense_masks=lambda device: device != "cpu",
         suits=lambda device, dtype, is_packed: True,

@@ -1,0 +1,109 @@
+"""Attention of some queries over some keys, merged over blocks of keys. Imports no torch.
+
+Each block returns the logarithm of its queries' sums of exponentials, by which blocks are merged (as in FlashAttention,
+arXiv:2205.14135). The backward of a block needs the merged result and logarithm only.
+
+Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
+queries and K keys of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kernels.attention import ATTENTION, AUTO
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class BlockForward(Protocol):
+    """Signature of the forward of a block."""
+
+    def __call__(
+        self, query_SHLQ: Tensor, key_SHKQ: Tensor, value_SHKV: Tensor, scale: float, is_causal: bool, /
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the mixed values, SHLV, and logarithms of sums of exponentials, SHL, in float32 or wider."""
+
+
+class BlockBackward(Protocol):
+    """Signature of the backward of a block."""
+
+    def __call__(
+        self,
+        grad_SHLV: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        mixed_SHLV: Tensor,
+        log_sums_SHL: Tensor,
+        scale: float,
+        is_causal: bool,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of queries, keys and values.
+
+        Args:
+            grad_SHLV: gradient of the merged values.
+            heads: queries, keys and values of the block.
+            mixed_SHLV: values merged over all blocks.
+            log_sums_SHL: logarithms of sums of exponentials over all blocks.
+            scale: factor of the scores.
+            is_causal: whether query l sees keys up to l; there are as many keys as queries then.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockKernel:
+    """Forward and backward of a block, and the widths that they require.
+
+    Attributes:
+        forward: forward of a block.
+        backward: backward of a block.
+        multiple: queries, keys and values are padded to one width that is a multiple of this; 0: they are not padded.
+    """
+
+    forward: BlockForward
+    backward: BlockBackward
+    multiple: int
+
+    def widths(self, key: int, value: int) -> tuple[int, int]:
+        """Returns the widths of keys and values in memory, from those of the model."""
+        if self.multiple == 0:
+            return key, value
+        return (-(-max(key, value) // self.multiple) * self.multiple,) * 2
+
+
+class BlockKernelError(ValueError):
+    """Raised if an attention kernel does not return the logarithms that blocks need."""
+
+
+def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> BlockKernel:
+    """Returns the block kernel of an attention kernel.
+
+    On a CPU it is torch's flash kernel. On CUDA it is torch's flash kernel for types of 16 bits, its memory-efficient
+    kernel for float32, and the reference for float64, which fused kernels do not support.
+
+    Args:
+        name: name of the attention kernel, or `auto`.
+        device: device of the tensors.
+        dtype: type of the tensors.
+
+    Raises:
+        BlockKernelError: the attention kernel is not torch's.
+    """
+    if not has_blocks(name):
+        nearest = ", ".join(each for each in (AUTO, *ATTENTION.names()) if has_blocks(each))
+        raise BlockKernelError(
+            f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
+        )
+    from kernels.attention.blocks import fused, reference
+
+    if device.type == "cpu":
+        return fused.CPU_FLASH
+    return {2: fused.CUDA_FLASH, 4: fused.CUDA_EFFICIENT}.get(dtype.itemsize, reference.REFERENCE)
+
+
+def has_blocks(name: str) -> bool:
+    """Whether an attention kernel, or `auto`, can compute attention by blocks."""
+    return name == AUTO or ATTENTION.get(name).has_blocks

@@ -1,0 +1,75 @@
+"""Attention of a block by its definition, a few queries at a time, so that the scores of all pairs are never stored.
+
+Shape legend: as in kernels/attention/blocks/__init__.py.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.attention.blocks import BlockKernel
+
+_MOST_SCORES = 2**24
+"""Scores that are in memory at a time."""
+
+
+def forward(
+    query_SHLQ: Tensor, key_SHKQ: Tensor, value_SHKV: Tensor, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Implements `BlockForward`."""
+    mixed, log_sums = [], []
+    for rows in _parts(query_SHLQ, key_SHKQ):
+        scores_SHlK = _scores(query_SHLQ, key_SHKQ, scale, rows, is_causal=is_causal)
+        log_sums_SHl = scores_SHlK.logsumexp(-1)
+        shares_SHlK = (scores_SHlK - log_sums_SHl[..., None]).exp()
+        mixed.append(shares_SHlK @ _wide(value_SHKV))
+        log_sums.append(log_sums_SHl)
+    return torch.cat(mixed, 2).to(value_SHKV.dtype), torch.cat(log_sums, 2)
+
+
+def backward(
+    grad_SHLV: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    mixed_SHLV: Tensor,
+    log_sums_SHL: Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements `BlockBackward`."""
+    query, key, value = heads
+    grad_query, grad_key, grad_value = (torch.zeros_like(_wide(each)) for each in heads)
+    for rows in _parts(query, key):
+        scores_SHlK = _scores(query, key, scale, rows, is_causal=is_causal)
+        shares_SHlK = (scores_SHlK - log_sums_SHL[..., rows, None]).exp()
+        grad_SHlV = _wide(grad_SHLV[:, :, rows])
+        # Softmax over all blocks: a score's slope is its share times how much its value exceeds the mean.
+        mean_SHl1 = (grad_SHlV * _wide(mixed_SHLV[:, :, rows])).sum(-1, keepdim=True)
+        slopes_SHlK = shares_SHlK * (grad_SHlV @ _wide(value).mT - mean_SHl1) * scale
+        grad_query[:, :, rows] = slopes_SHlK @ _wide(key)
+        grad_key += slopes_SHlK.mT @ _wide(query[:, :, rows])
+        grad_value += shares_SHlK.mT @ grad_SHlV
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _parts(query_SHLQ: Tensor, key_SHKQ: Tensor) -> Iterator[slice]:
+    sequences, heads, queries, _ = query_SHLQ.shape
+    step = max(1, _MOST_SCORES // max(1, sequences * heads * key_SHKQ.shape[2]))
+    for start in range(0, queries, step):
+        yield slice(start, min(start + step, queries))
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, rows: slice, *, is_causal: bool) -> Tensor:
+    scores_SHlK = _wide(query[:, :, rows]) @ _wide(key).mT * scale
+    if is_causal:
+        places = torch.arange(key.shape[2], device=key.device)
+        scores_SHlK.masked_fill_(places[rows, None] < places, -torch.inf)
+    return scores_SHlK
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+REFERENCE = BlockKernel(forward=forward, backward=backward, multiple=0)
+"""Works on every device and in every type."""
