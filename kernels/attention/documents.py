@@ -61,13 +61,16 @@ class Documents:
 
     def to(self, device: torch.device) -> "Documents":
         """Returns the documents on a device."""
-        return Documents(
+        moved = Documents(
             self.ids_BT.to(device),
             self.starts.to(device),
             self.longest,
             self.is_padding_BT.to(device),
             self.num_real,
         )
+        if self.starts.device.type == "cpu":
+            vars(moved)["first_tokens"] = self.first_tokens
+        return moved
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields all tensors of the object, including those of its cached masks."""
@@ -94,6 +97,11 @@ class Documents:
         """Number of tokens of each document that is no padding, by `numbers_BT`, then of all padding together."""
         numbers_N = self.numbers_BT.flatten()
         return numbers_N.new_zeros(self.num_real + 1).scatter_add_(0, numbers_N, torch.ones_like(numbers_N))
+
+    @cached_property
+    def first_tokens(self) -> tuple[int, ...]:
+        """The numbers of `starts` on the host. No host sync if the documents were moved from there."""
+        return tuple(self.starts.tolist())
 
     @cached_property
     def runs(self) -> tuple[DocumentRun, ...]:

@@ -1,8 +1,6 @@
 """Core of latent attention: one differentiable function that saves latents instead of heads.
 
-Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/projections.py. W is the size of
-a value for the kernel. If the kernel requires queries, keys and values of one width, narrower ones are padded with
-zeros.
+Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/heads.py.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from kernels.attention import choose_attention
-from model.attention.projections import LatentLinears, LatentOptions, LatentWeights, rows_of_heads
-from model.attention.rope import rotate, rotate_
+from model.attention.heads import HeadLayout
+from model.attention.projections import LatentLinears, LatentOptions, LatentWeights
 from model.precision.linears import Linears
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -97,7 +95,7 @@ class _MixHeads(torch.autograd.Function):
         # The graph still holds these tensors, without memory until the backward fills them again.
         head_bytes = [_free(tensor) for tensor in heads] if is_freed else []
         # x plus the output projection, ND.
-        out_ND = ends.add(x.flatten(0, 1), kernel.rows(mixed_BHTW.detach()))
+        out_ND = ends.add(x.flatten(0, 1), kernel.layout.rows(mixed_BHTW.detach()))
         if options.records:
             ctx.options, ctx.linears, ctx.shape = options, linears, compressed.shape
             # Rounded heads would not give the same result again.
@@ -126,13 +124,13 @@ class _MixHeads(torch.autograd.Function):
         grad_BTX = grad_BTD.new_empty(ctx.shape)
         kernel = _Kernel(grad_BTX, options)
         _refill(heads, ends, kernel)
-        grad_heads = torch.autograd.grad(heads.mixed_BHTW, heads.inputs, kernel.pad(grad_NV))
+        grad_heads = torch.autograd.grad(heads.mixed_BHTW, heads.inputs, kernel.layout.pad(grad_NV))
         ctx.heads = heads = None  # type: ignore[assignment]
         ctx.inner_tensors = ()
         # The up-projections: each writes its part of the gradient of the compressed values, BTX.
         out_BTR, out_BTL, out_key = options.split(grad_BTX)
-        query = ends.queries_backward(kernel.query_gradient(grad_heads[0]), out_BTR)
-        grad_TE = kernel.key_gradient(grad_heads[1], grad_heads[2], out_key)
+        query = ends.queries_backward(kernel.layout.query_gradient(grad_heads[0], options.rotation), out_BTR)
+        grad_TE = kernel.layout.key_gradient(grad_heads[1], grad_heads[2], options.rotation, out_key)
         latent = ends.keys_and_values_backward(grad_TE, out_BTL)
         return grad_BTD, grad_BTX, None, None, *query, *latent, grad_out
 
@@ -146,7 +144,7 @@ def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
         kernel.fill(ends, (query.data, key.data, value.data))
     if ends.frees_mixed:
         _allocate_again(heads.mixed_BHTW, heads.mixed_bytes)
-        kernel.fill_mixed(ends.mixed(), heads.mixed_BHTW.data)
+        kernel.layout.fill_mixed(ends.mixed(), heads.mixed_BHTW.data)
 
 
 def _free(tensor: Tensor) -> int:
@@ -175,87 +173,31 @@ def _saved_tensor_hooks_disabled() -> AbstractContextManager[None]:
 
 
 class _Kernel:
-    """Converts rows of all heads to the attention kernel's queries, keys and values, and its output back."""
+    """The attention kernel of whole sequences, with the layout of its queries, keys and values."""
 
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
         """Reads sizes from the options.
 
         `like_BTX`: a tensor with the shape, type and device of the compressed values.
         """
-        self._options, self._shape, self._like = options, options.shape, like_BTX
+        self._options, shape = options, options.shape
         is_packed = options.documents is not None
         kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, is_packed=is_packed)
         self._attend = kernel.attend
-        size, value = self._shape.nope + self._shape.rope, self._shape.value
+        size, value = shape.nope + shape.rope, shape.value
         is_padded = kernel.pads_values(like_BTX.device.type)
-        self._widths = (max(size, value),) * 2 if is_padded else (size, value)
+        self.layout = HeadLayout(like_BTX, shape, (max(size, value),) * 2 if is_padded else (size, value))
 
     def fill(self, ends: LatentLinears, into: Heads | None) -> Heads:
         """Computes queries, keys and values, into the given memory if there is any."""
-        shape, (cos, sin) = self._shape, self._options.rotation
-        heads = self._allocate() if into is None else into
+        layout, rotation = self.layout, self._options.rotation
+        heads = (layout.new_query(), layout.new_query(), layout.new_value()) if into is None else into
         query, key, value = heads
-        size = shape.nope + shape.rope
-        # Queries are projected directly to their place unless padding separates them; then their end is rotated.
-        if size == query.shape[-1]:
-            ends.queries(query.flatten(0, 1).flatten(1))
-        else:
-            plain = query.new_empty(*query.shape[:3], size)
-            ends.queries(plain.flatten(0, 1).flatten(1))
-            query[..., :size] = plain
-        rotate_(query[..., shape.nope : size], cos, sin)
-        # A head's key is its own part without position, then the rotated key that all heads share.
-        expanded = ends.keys_and_values().view(*query.shape[:3], shape.nope + shape.value)
-        key[..., : shape.nope] = expanded[..., : shape.nope]
-        key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], cos, sin)
-        value[..., : shape.value] = expanded[..., shape.nope :]
-        # Padding, if the kernel requires one width.
-        for padded, used in ((query, size), (key, size), (value, shape.value)):
-            padded[..., used:] = 0
+        layout.fill_query(ends, rotation, query)
+        layout.fill_key_and_value(ends, rotation, key, value)
         return heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Runs the kernel, BHTW."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self._attend(query, key, value, self._shape.scale, self._options.documents)
-
-    def rows(self, mixed_BHTW: Tensor) -> Tensor:
-        """Returns all heads' values of a token side by side, NV."""
-        return rows_of_heads(mixed_BHTW, self._shape.value)
-
-    def fill_mixed(self, rows_NV: Tensor, mixed_BHTW: Tensor) -> None:
-        """Reverses `rows`, into the given memory."""
-        mixed_BTHW, value = mixed_BHTW.transpose(1, 2), self._shape.value
-        mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
-        mixed_BTHW[..., value:] = 0
-
-    def pad(self, rows_NV: Tensor) -> Tensor:
-        """Reverses `rows` for gradients, BHTW."""
-        value = self._shape.value
-        rows_BTHV = rows_NV.view(*self._like.shape[:2], self._shape.num_heads, value)
-        if self._widths[1] == value:
-            return rows_BTHV.transpose(1, 2)
-        padded = rows_NV.new_zeros(*rows_BTHV.shape[:3], self._widths[1])
-        padded[..., :value] = rows_BTHV
-        return padded.transpose(1, 2)
-
-    def query_gradient(self, grad_BTHQ: Tensor) -> Tensor:
-        """Computes the gradient of queries before rotation, [N, H Q]."""
-        shape, (cos, sin) = self._shape, self._options.rotation
-        grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
-        rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
-        return grad_BTHQ.flatten(2).flatten(0, 1)
-
-    def key_gradient(self, grad_key: Tensor, grad_value: Tensor, out_key: Tensor) -> Tensor:
-        """Computes the gradient of keys without position and of values, NE, and writes that of the shared key."""
-        shape, (cos, sin) = self._shape, self._options.rotation
-        expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
-        expanded[..., : shape.nope] = grad_key[..., : shape.nope]
-        expanded[..., shape.nope :] = grad_value[..., : shape.value]
-        shared = grad_key[..., shape.nope : shape.nope + shape.rope].sum(2, keepdim=True)
-        out_key.copy_(rotate(shared, cos, -sin)[:, :, 0])
-        return expanded.flatten(2).flatten(0, 1)
-
-    def _allocate(self) -> Heads:
-        shape, (key, value), new = (*self._like.shape[:2], self._shape.num_heads), self._widths, self._like.new_empty
-        return new(*shape, key), new(*shape, key), new(*shape, value)
+        return self._attend(query, key, value, self._options.shape.scale, self._options.documents)

@@ -13,6 +13,7 @@ from comm.context.alone import ALONE
 from comm.context.protocol import ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.absorbed import attend_absorbed, attend_cached, attend_expanded, compute_latent_rows
+from model.attention.context import mix_in_context
 from model.attention.core import mix
 from model.attention.form import AttentionForm
 from model.attention.kv_cache import CacheView, PromptView, StepView
@@ -57,7 +58,7 @@ class LatentAttention(LatentProjections):
     def forward(
         self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
     ) -> Tensor:
-        """Computes x + attention(norm(x)), BTD, causal over each sequence or each of its documents."""
+        """Implements `Attention.forward`."""
         has_latent = self._config.q_lora_rank is not None
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
         # Compressed queries (or whole ones), compressed keys and values, shared key: side by side, BTX.
@@ -77,7 +78,10 @@ class LatentAttention(LatentProjections):
             documents=documents,
             sink=sink,
             records=torch.is_grad_enabled(),
+            context=self._context,
         )
+        if self._context.size > 1:
+            return mix_in_context(x_BTD, compressed_BTX, weights, options, self._linears)
         return mix(x_BTD, compressed_BTX, weights, options, self._linears)
 
     def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
@@ -94,10 +98,12 @@ class LatentAttention(LatentProjections):
                 return attend_absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
 
     def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin of all positions of the sequences, of which this rank may hold a part."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        key = (x_BTD.shape[1], x_BTD.device, dtype)
+        num_positions = x_BTD.shape[1] * self._context.size
+        key = (num_positions, x_BTD.device, dtype)
         if key not in self._tables:
-            cos, sin = rotation_table(self._config, x_BTD.shape[1], dtype)
+            cos, sin = rotation_table(self._config, num_positions, dtype)
             self._tables = {key: (cos.to(x_BTD.device), sin.to(x_BTD.device))}
         return self._tables[key]
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.form import Attention
 from model.config import ModelConfig
@@ -82,10 +84,11 @@ class LatentOptions:
 
     Attributes:
         kernel: a name in `kernels.attention.ATTENTION`, or `auto`.
-        rotation: cos and sin of positions.
-        documents: documents of packed sequences; None: each token sees all tokens before it.
+        rotation: cos and sin of each position of a whole sequence.
+        documents: documents of whole packed sequences; None: each token sees all tokens before it.
         sink: takes weight gradients.
         records: whether a backward follows.
+        context: ranks that share each sequence.
     """
 
     shape: LatentShape
@@ -94,6 +97,7 @@ class LatentOptions:
     documents: Documents | None
     sink: WeightSink | None
     records: bool
+    context: ContextGroup = ALONE
 
     def split(self, compressed_BTX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries (BTR), latents (BTL), and the shared key before rotation."""
@@ -130,6 +134,12 @@ class LatentLinears(Protocol):
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
         """Returns what a backward needs besides weights, after `add`. `mixed_BHTW`: output of the kernel."""
+
+    def saved_keys(self) -> tuple[Tensor, ...]:
+        """Returns what keys and values alone need; `Linears.restore_keys` restores them on any rank.
+
+        Tensors share memory with those of `saved`.
+        """
 
     def mixed(self) -> Tensor:
         """Returns, in a backward, the heads' output that was passed to `add`, NV."""

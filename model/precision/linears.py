@@ -164,6 +164,13 @@ class Linears(Protocol):
         """Returns these layers in a backward, from what `LatentLinears.saved` returned."""
         ...
 
+    def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
+        """Returns the layers of keys and values of a rank's tokens, from `LatentLinears.saved_keys`.
+
+        Only `keys_and_values`, `shared_key` and `keys_and_values_backward` may be called.
+        """
+        ...
+
 
 def build_linears(computing: Computing) -> Linears:
     """Returns the implementation that a model's `computing.products` selects."""

@@ -1,6 +1,6 @@
-"""Attention of a block by its definition, a few queries at a time, so that the scores of all pairs are never stored.
+"""Attention of a block by its definition, a few queries at a time.
 
-Shape legend: as in kernels/attention/blocks/__init__.py.
+The scores of all pairs are never stored. Shape legend: as in kernels/attention/blocks/__init__.py.
 """
 
 from collections.abc import Iterator

@@ -95,7 +95,7 @@ def _tiles_of_whole_sequences(cut: Cut, queries: list[int], keys: list[int]) -> 
 
 
 def _tiles_of_documents(cut: Cut, sequence: int, query: tuple[int, int], key: tuple[int, int]) -> Iterator[Tile]:
-    """Yields the tiles of one segment's queries and one segment's keys, both given by place in memory and number."""
+    """Yields the tiles of one segment's queries and one's keys, both given by place in memory and number."""
     (place, query_segment), (other, key_segment) = query, key
     if key_segment > query_segment:
         return

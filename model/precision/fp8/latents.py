@@ -90,6 +90,18 @@ class Fp8LatentLinears:
         assert self._mixed is not None
         return (kept.plain_BTF, *self._mixed, *kept.latent, *(() if kept.query is None else kept.query))
 
+    def saved_keys(self) -> tuple[Tensor, ...]:
+        """Implements `LatentLinears.saved_keys`: the shared key, and latents in FP8 as they are kept."""
+        return (self.shared_key(), *self._kept.latent)
+
+    @classmethod
+    def restore_keys(
+        cls, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions, maps: Fp8Maps
+    ) -> Self:
+        """Restores keys and values of a rank's tokens from what `saved_keys` returned there."""
+        key, *latent = saved
+        return cls(_SavedLatents(key, _Normal(*latent), None), None, weights, options, maps)
+
     def queries(self, out: Tensor) -> None:
         """Implements `LatentLinears`."""
         kept, query_up = self._kept, self._weights.query_up

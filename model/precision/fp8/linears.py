@@ -89,3 +89,7 @@ class Fp8Linears:
     ) -> Fp8LatentLinears:
         """Implements `Linears.restore_latents`."""
         return Fp8LatentLinears.restore(saved, weights, options, self._maps)
+
+    def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> Fp8LatentLinears:
+        """Implements `Linears.restore_keys`."""
+        return Fp8LatentLinears.restore_keys(saved, weights, options, self._maps)

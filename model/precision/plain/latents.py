@@ -33,13 +33,16 @@ class PlainLatentLinears:
         """Takes the compressed values.
 
         `kept`: in a backward, the heads' output as the kernel returned it, then the norms' outputs if they were kept.
+        If ranks share sequences, latents of all of them are normalized again, so only the queries' norm is kept.
         """
         self._compressed, self._weights, self._options = compressed_BTX, weights, options
         self._keeps_normals = "norm" not in recomputed
         self.frees_heads = "mla_up" in recomputed
         self._mixed_NV = rows_of_heads(kept[0], options.shape.value) if kept else None
         self._query, self._latent, self._key = options.split(compressed_BTX)
-        eps, normals = options.shape.eps, kept[1:]
+        eps, normals = options.shape.eps, list[Tensor | None](kept[1:])
+        if options.context.size > 1:
+            normals.insert(0, None)
         self._normal_latent = _normal(self._latent.flatten(0, 1), weights.latent_norm, eps, normals[:1])
         if weights.query_norm is not None:
             self._normal_query = _normal(self._query.flatten(0, 1), weights.query_norm, eps, normals[1:])
@@ -67,9 +70,14 @@ class PlainLatentLinears:
         """Implements `LatentLinears.saved`: compressed values, heads' output, and norms' outputs if kept."""
         if not self._keeps_normals:
             return self._compressed, mixed_BHTW
+        normals = () if self._options.context.size > 1 else (self._normal_latent(),)
         if self._weights.query_up is None:
-            return self._compressed, mixed_BHTW, self._normal_latent()
-        return self._compressed, mixed_BHTW, self._normal_latent(), self._normal_query()
+            return self._compressed, mixed_BHTW, *normals
+        return self._compressed, mixed_BHTW, *normals, self._normal_query()
+
+    def saved_keys(self) -> tuple[Tensor, ...]:
+        """Implements `LatentLinears.saved_keys`: latents before their norm, then the shared key, side by side."""
+        return (self._compressed[..., -self._options.shape.latent - self._options.shape.rope :],)
 
     def mixed(self) -> Tensor:
         """Implements `LatentLinears.mixed`."""
@@ -107,12 +115,11 @@ class PlainLatentLinears:
         return NormAndUpGradients(grad_norm, grad_up)
 
 
-def _normal(x: Tensor, weight: Tensor, eps: float, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
+def _normal(x: Tensor, weight: Tensor, eps: float, kept: Sequence[Tensor | None]) -> Callable[[], Tensor]:
     """Returns norm(x), computed at the first call unless it was kept.
 
     The closure holds only tensors, so it is freed with its owner.
     """
-    if kept:
-        normal = kept[0]
+    if kept and (normal := kept[0]) is not None:
         return lambda: normal
     return cache(lambda: rms_norm(x, weight, eps)[0])

@@ -131,6 +131,14 @@ class PlainLinears:
         """Implements `Linears.restore_latents`."""
         return PlainLatentLinears(saved[0], weights, options, self._recomputed, saved[1:])
 
+    def restore_keys(
+        self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions
+    ) -> PlainLatentLinears:
+        """Implements `Linears.restore_keys`."""
+        (rows_BTC,) = saved
+        keys = weights._replace(query_norm=None, query_up=None)
+        return PlainLatentLinears(rows_BTC, keys, options, self._recomputed)
+
 
 class _GatedDown(torch.autograd.Function):
     """Computes base + (silu(gate) * up) down^T; the backward recomputes the product in brackets."""

@@ -1,0 +1,247 @@
+"""Latent attention over sequences that several ranks share.
+
+Each rank computes the queries of its tokens, and receives the latents and rotated keys of all others (576 values per
+token for DeepSeek-V3), from which it expands the keys and values of one rank at a time. After a sum over the context
+group, every gradient equals that of one rank: those of latents are summed here, those of weights by whoever sums the
+ranks' gradients. The gradient of the up-projection of keys and values on a rank is that of its queries over all
+latents.
+
+Shape legend: as in model/attention/heads.py. C = latent and shared key.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comm.context.protocol import Rows
+from comm.context.zigzag import segment_tokens, segments_of, take_held
+from kernels.attention.blocks import BlockKernel, choose_block_kernel
+from kernels.attention.blocks.attend import MergedAttention, MergedBackward
+from kernels.attention.blocks.tiles import Cut, Tile, visible_tiles
+from model.attention.heads import HeadLayout, Rotated
+from model.attention.projections import LatentLinears, LatentOptions, LatentWeights, NormAndUpGradients
+from model.precision.linear import deliver_gradient
+from model.precision.linears import Linears
+
+
+def mix_in_context(
+    x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, linears: Linears
+) -> Tensor:
+    """Returns x + attention of this rank's tokens, BTD. All ranks of the context group call it.
+
+    Args:
+        x_BTD: the residual of this rank's tokens.
+        compressed_BTX: as in `model.attention.core.mix`, of this rank's tokens.
+        weights: weights of norms and projections.
+        options: sizes, kernel, rotation and documents of whole sequences, sink, and context group.
+        linears: the precision of the projections.
+    """
+    out: Tensor = _MixInContext.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What a backward needs, in one tuple of tensors.
+
+    Attributes:
+        ends: from `LatentLinears.saved`.
+        log_sums: logarithms of the sums of exponentials, and queries if they are not recomputed.
+        others: from `LatentLinears.saved_keys` of each rank whose rows are kept.
+    """
+
+    weights: LatentWeights
+    ends: tuple[Tensor, ...]
+    log_sums: tuple[Tensor, ...]
+    others: dict[int, Rows]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Returns all tensors in order."""
+        others = [each for rows in self.others.values() for each in rows]
+        return (*self.weights, *self.ends, *self.log_sums, *others)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "_Saved":
+        """Reverses `tensors`."""
+        left = iter(tensors)
+        weights = LatentWeights(*(next(left) for _ in self.weights))
+        ends, log_sums = (tuple(next(left) for _ in each) for each in (self.ends, self.log_sums))
+        return _Saved(weights, ends, log_sums, {i: tuple(next(left) for _ in each) for i, each in self.others.items()})
+
+    def without_tensors(self) -> "_Saved":
+        """Returns the structure alone, which holds no memory."""
+        return self.with_tensors([torch.empty(0)] * len(self.tensors()))
+
+
+class _MixInContext(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, compressed: Tensor, options: LatentOptions, linears: Linears, *given: Tensor | None
+    ) -> Tensor:
+        weights, context = LatentWeights(*given), options.context  # type: ignore[arg-type]
+        ends = linears.compress_latents(compressed, weights, options)
+        blocks = _Blocks(compressed, options)
+        layout, key, value = blocks.layout, blocks.layout.new_query(), blocks.layout.new_value()
+        others: dict[int, Rows] = {}
+        merged: MergedAttention | None = None
+        for index, rows in context.visit(ends.saved_keys()):
+            if merged is None:
+                # Rows of other ranks travel meanwhile.
+                query = layout.new_query()
+                layout.fill_query(ends, blocks.rotation(context.index), query)
+                merged = MergedAttention(query, layout.value_width)
+            # Keys and values of one rank's tokens, in the same memory for each rank.
+            keys = linears.restore_keys(rows, weights, options)
+            layout.fill_key_and_value(keys, blocks.rotation(index), key, value)
+            merged.add(blocks.tiles(index), (query, key, value), blocks.kernel, options.shape.scale)
+            if options.records and context.keeps_rows and index != context.index:
+                others[index] = rows
+        assert merged is not None
+        mixed_BTHW, log_sums_BTH = merged.result()
+        mixed_BHTW = mixed_BTHW.transpose(1, 2)
+        # x plus the output projection, ND.
+        out_ND = ends.add(x.flatten(0, 1), layout.rows(mixed_BHTW))
+        if options.records:
+            log_sums = (log_sums_BTH,) if ends.frees_heads else (log_sums_BTH, query)
+            saved = _Saved(weights, ends.saved(mixed_BHTW), log_sums, others)
+            ctx.save_for_backward(*saved.tensors())
+            ctx.saved, ctx.options, ctx.linears, ctx.shape = saved.without_tensors(), options, linears, compressed.shape
+        return out_ND.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BTD,) = grads
+        if ctx.saved is None:
+            raise RuntimeError("attention: a second backward of one forward; the ranks exchange gradients only once")
+        saved, options, linears = ctx.saved.with_tensors(ctx.saved_tensors), ctx.options, ctx.linears
+        ctx.saved = None
+        ends = linears.restore_latents(saved.ends, saved.weights, options)
+        # The output projection: the gradient of what the heads mixed, NV, and of its weight.
+        grad_NV, grad_out = ends.add_backward(grad_BTD.flatten(0, 1))
+        grad_BTX = grad_BTD.new_empty(ctx.shape)
+        blocks = _Blocks(grad_BTX, options)
+        backward = blocks.backward(ends, saved.log_sums, grad_NV)
+        latents = _LatentBackward(blocks, backward, linears, saved.weights, options)
+        work = options.context.collect(ends.saved_keys(), saved.others, latents.contribute)
+        # Gradients of rows travel while those of queries pass their projection.
+        out_BTR, _, _ = options.split(grad_BTX)
+        grad_heads = backward.grad_query_BTHQ.to(grad_BTX.dtype)
+        rotation = blocks.rotation(options.context.index)
+        query = ends.queries_backward(blocks.layout.query_gradient(grad_heads, rotation), out_BTR)
+        grad_BTX[..., out_BTR.shape[-1] :] = work.wait()
+        return grad_BTD, grad_BTX, None, None, *query, *latents.gradients(), grad_out
+
+
+class _Blocks:
+    """What this rank's queries see of each rank's keys, and the kernel that computes it."""
+
+    def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
+        """Reads sizes from the options.
+
+        `like_BTX`: a tensor with the shape, type and device of this rank's compressed values.
+        """
+        self._options, shape = options, options.shape
+        self.kernel: BlockKernel = choose_block_kernel(options.kernel, like_BTX.device, like_BTX.dtype)
+        self.layout = HeadLayout(like_BTX, shape, self.kernel.widths(shape.nope + shape.rope, shape.value))
+        batch, tokens = like_BTX.shape[:2]
+        size, documents = options.context.size, options.documents
+        self._cut = Cut(
+            num_sequences=batch,
+            segment=segment_tokens(tokens * size, size),
+            segments=2 * size,
+            starts=None if documents is None else documents.first_tokens,
+        )
+
+    def rotation(self, index: int) -> Rotated:
+        """Returns cos and sin of the positions of a rank's tokens."""
+        cos, sin = (take_held(each, index, self._options.context.size, 0) for each in self._options.rotation)
+        return cos, sin
+
+    def tiles(self, index: int) -> list[Tile]:
+        """Returns the tiles of this rank's queries and a rank's keys."""
+        context = self._options.context
+        return visible_tiles(self._cut, segments_of(context.index, context.size), segments_of(index, context.size))
+
+    def backward(self, ends: LatentLinears, kept: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
+        """Starts a backward of the heads.
+
+        Args:
+            ends: linear layers of this rank's tokens.
+            kept: logarithms of sums of exponentials, and queries if they were kept.
+            grad_NV: gradient of the heads' output.
+        """
+        layout, log_sums_BTH = self.layout, kept[0]
+        if len(kept) == 2:
+            query = kept[1]
+        else:
+            query = layout.new_query()
+            layout.fill_query(ends, self.rotation(self._options.context.index), query)
+        mixed_BTHW = layout.new_value()
+        layout.fill_mixed(ends.mixed(), mixed_BTHW.transpose(1, 2))
+        return MergedBackward(
+            query_BTHQ=query,
+            mixed_BTHV=mixed_BTHW,
+            log_sums_BTH=log_sums_BTH,
+            grad_mixed_BTHV=layout.pad(grad_NV).transpose(1, 2),
+            grad_query_BTHQ=torch.zeros_like(query, dtype=log_sums_BTH.dtype),
+            kernel=self.kernel,
+            scale=self._options.shape.scale,
+        )
+
+
+class _UpGradient:
+    """Sums the gradients of one weight over ranks' latents as soon as they exist.
+
+    Deferred, each would keep the gradients of keys and values until W: of all tokens, not of this rank's.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """Implements `WeightSink`."""
+        part = gradient()
+        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        self.total = part if self.total is None else self.total.add_(part)
+
+
+class _LatentBackward:
+    """Backward of keys and values, one rank's tokens at a time."""
+
+    def __init__(
+        self,
+        blocks: _Blocks,
+        backward: MergedBackward,
+        linears: Linears,
+        weights: LatentWeights,
+        options: LatentOptions,
+    ) -> None:
+        self._blocks, self._backward, self._linears, self._weights = blocks, backward, linears, weights
+        self._options, self._up = options, _UpGradient()
+        self._norm: Tensor | None = None
+        self._key, self._value = blocks.layout.new_query(), blocks.layout.new_value()
+
+    def contribute(self, index: int, rows: Rows) -> Tensor:
+        """Returns this rank's part of the gradient of a rank's rows, BTC."""
+        layout, rotation, key, value = self._blocks.layout, self._blocks.rotation(index), self._key, self._value
+        keys = self._linears.restore_keys(rows, self._weights, replace(self._options, sink=self._up))
+        layout.fill_key_and_value(keys, rotation, key, value)
+        grad_key, grad_value = self._backward.add(self._blocks.tiles(index), key, value)
+        shape = self._options.shape
+        grad_BTC = key.new_empty(*key.shape[:2], shape.latent + shape.rope)
+        grad_TE = layout.key_gradient(grad_key, grad_value, rotation, grad_BTC[..., shape.latent :])
+        found = keys.keys_and_values_backward(grad_TE, grad_BTC[..., : shape.latent])
+        if found.norm is not None:
+            self._norm = found.norm if self._norm is None else self._norm + found.norm
+        return grad_BTC
+
+    def gradients(self) -> NormAndUpGradients:
+        """Returns the gradients of the latents' norm and up-projection, or defers the second one to the sink."""
+        up, total = self._weights.latent_up, self._up.total
+        if total is None:
+            return NormAndUpGradients(self._norm, None)
+        sink = self._options.sink
+        given = total if sink is not None else total.to(up.dtype)
+        return NormAndUpGradients(self._norm, deliver_gradient(up, lambda: given, sink))

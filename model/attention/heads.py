@@ -1,0 +1,104 @@
+"""Places queries, keys and values of all heads in memory as attention kernels read them, and back.
+
+Shape legend: as in model/attention/projections.py. W is the size of a value for the kernel. If the kernel requires
+queries, keys and values of one width, narrower ones are padded with zeros.
+"""
+
+from torch import Tensor
+
+from model.attention.projections import LatentLinears, LatentShape, rows_of_heads
+from model.attention.rope import rotate, rotate_
+
+Rotated = tuple[Tensor, Tensor]
+"""Cos and sin of each token's position."""
+
+
+class HeadLayout:
+    """Converts rows of all heads to the attention kernel's queries, keys and values, and its output back."""
+
+    def __init__(self, like_BTX: Tensor, shape: LatentShape, widths: tuple[int, int]) -> None:
+        """Stores the arguments.
+
+        Args:
+            like_BTX: a tensor with the tokens, type and device of the compressed values.
+            shape: sizes.
+            widths: width of queries and keys, and of values, in memory.
+        """
+        self._like, self._shape, self._widths = like_BTX, shape, widths
+
+    @property
+    def value_width(self) -> int:
+        """Width of values in memory, W."""
+        return self._widths[1]
+
+    def new_query(self) -> Tensor:
+        """Allocates queries or keys, BTHQ."""
+        return self._like.new_empty(*self._like.shape[:2], self._shape.num_heads, self._widths[0])
+
+    def new_value(self) -> Tensor:
+        """Allocates values, BTHW."""
+        return self._like.new_empty(*self._like.shape[:2], self._shape.num_heads, self._widths[1])
+
+    def fill_query(self, ends: LatentLinears, rotation: Rotated, query: Tensor) -> None:
+        """Computes queries into the given memory."""
+        shape, (cos, sin) = self._shape, rotation
+        size = shape.nope + shape.rope
+        # Queries are projected directly to their place unless padding separates them; then their end is rotated.
+        if size == query.shape[-1]:
+            ends.queries(query.flatten(0, 1).flatten(1))
+        else:
+            plain = query.new_empty(*query.shape[:3], size)
+            ends.queries(plain.flatten(0, 1).flatten(1))
+            query[..., :size] = plain
+        rotate_(query[..., shape.nope : size], cos, sin)
+        query[..., size:] = 0
+
+    def fill_key_and_value(self, ends: LatentLinears, rotation: Rotated, key: Tensor, value: Tensor) -> None:
+        """Computes keys and values into the given memory."""
+        shape, (cos, sin) = self._shape, rotation
+        size = shape.nope + shape.rope
+        # A head's key is its own part without position, then the rotated key that all heads share.
+        expanded = ends.keys_and_values().view(*key.shape[:3], shape.nope + shape.value)
+        key[..., : shape.nope] = expanded[..., : shape.nope]
+        key[..., shape.nope : size] = rotate(ends.shared_key()[:, :, None], cos, sin)
+        value[..., : shape.value] = expanded[..., shape.nope :]
+        # Padding, if the kernel requires one width.
+        key[..., size:] = 0
+        value[..., shape.value :] = 0
+
+    def rows(self, mixed_BHTW: Tensor) -> Tensor:
+        """Returns all heads' values of a token side by side, NV."""
+        return rows_of_heads(mixed_BHTW, self._shape.value)
+
+    def fill_mixed(self, rows_NV: Tensor, mixed_BHTW: Tensor) -> None:
+        """Reverses `rows`, into the given memory."""
+        mixed_BTHW, value = mixed_BHTW.transpose(1, 2), self._shape.value
+        mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
+        mixed_BTHW[..., value:] = 0
+
+    def pad(self, rows_NV: Tensor) -> Tensor:
+        """Reverses `rows` for gradients, BHTW."""
+        value = self._shape.value
+        rows_BTHV = rows_NV.view(*self._like.shape[:2], self._shape.num_heads, value)
+        if self._widths[1] == value:
+            return rows_BTHV.transpose(1, 2)
+        padded = rows_NV.new_zeros(*rows_BTHV.shape[:3], self._widths[1])
+        padded[..., :value] = rows_BTHV
+        return padded.transpose(1, 2)
+
+    def query_gradient(self, grad_BTHQ: Tensor, rotation: Rotated) -> Tensor:
+        """Computes the gradient of queries before rotation, [N, H Q]."""
+        shape, (cos, sin) = self._shape, rotation
+        grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
+        rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
+        return grad_BTHQ.flatten(2).flatten(0, 1)
+
+    def key_gradient(self, grad_key: Tensor, grad_value: Tensor, rotation: Rotated, out_key: Tensor) -> Tensor:
+        """Computes the gradient of keys without position and of values, NE, and writes that of the shared key."""
+        shape, (cos, sin) = self._shape, rotation
+        expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
+        expanded[..., : shape.nope] = grad_key[..., : shape.nope]
+        expanded[..., shape.nope :] = grad_value[..., : shape.value]
+        shared = grad_key[..., shape.nope : shape.nope + shape.rope].sum(2, keepdim=True)
+        out_key.copy_(rotate(shared, cos, -sin)[:, :, 0])
+        return expanded.flatten(2).flatten(0, 1)
