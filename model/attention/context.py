@@ -20,7 +20,7 @@ from comm.context.protocol import Rows
 from comm.context.zigzag import segment_tokens, segments_of, take_held
 from kernels.attention.blocks import BlockKernel, choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
-from kernels.attention.blocks.tiles import Cut, Tile, visible_tiles
+from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from model.attention.heads import HeadLayout, Rotated
 from model.attention.projections import LatentLinears, LatentOptions, LatentWeights, NormAndUpGradients
 from model.precision.linear import deliver_gradient
@@ -107,6 +107,8 @@ class _MixInContext(torch.autograd.Function):
             log_sums = (log_sums_BTH,) if ends.frees_heads else (log_sums_BTH, query)
             saved = _Saved(weights, ends.saved(mixed_BHTW), log_sums, others)
             ctx.save_for_backward(*saved.tensors())
+            # For `model.attention.core.recompute_result`.
+            ctx.keeps_mixed, ctx.num_ends = not ends.frees_mixed, len(saved.ends)
             ctx.saved, ctx.options, ctx.linears, ctx.shape = saved.without_tensors(), options, linears, compressed.shape
         return out_ND.view_as(x)
 
@@ -147,7 +149,7 @@ class _Blocks:
         self.layout = HeadLayout(like_BTX, shape, self.kernel.widths(shape.nope + shape.rope, shape.value))
         batch, tokens = like_BTX.shape[:2]
         size, documents = options.context.size, options.documents
-        self._cut = Cut(
+        self._cut = SegmentCut(
             num_sequences=batch,
             segment=segment_tokens(tokens * size, size),
             segments=2 * size,
@@ -159,7 +161,7 @@ class _Blocks:
         cos, sin = (take_held(each, index, self._options.context.size, 0) for each in self._options.rotation)
         return cos, sin
 
-    def tiles(self, index: int) -> list[Tile]:
+    def tiles(self, index: int) -> list[VisibleTile]:
         """Returns the tiles of this rank's queries and a rank's keys."""
         context = self._options.context
         return visible_tiles(self._cut, segments_of(context.index, context.size), segments_of(index, context.size))

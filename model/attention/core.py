@@ -46,14 +46,14 @@ def recompute_result(node: Any, x_BTD: Tensor) -> Tensor:
     """Computes the result of `mix` again before its backward, from x and what its node keeps.
 
     Args:
-        node: the result's node in the graph.
-        x_BTD: the residual that `mix` got.
+        node: the result's node in the graph, of `mix` or `mix_in_context`.
+        x_BTD: the residual that it got.
     """
     num_weights = len(LatentWeights._fields)
     with torch.no_grad():
         saved = node.saved_tensors
         weights = LatentWeights(*saved[:num_weights])
-        ends = node.linears.restore_latents(saved[num_weights:], weights, node.options)
+        ends = node.linears.restore_latents(saved[num_weights : num_weights + node.num_ends], weights, node.options)
         out_ND: Tensor = ends.add(x_BTD.flatten(0, 1), ends.mixed())
     return out_ND.view_as(x_BTD)
 
@@ -100,7 +100,9 @@ class _MixHeads(torch.autograd.Function):
             ctx.options, ctx.linears, ctx.shape = options, linears, compressed.shape
             # Rounded heads would not give the same result again.
             ctx.keeps_mixed = not ends.frees_mixed
-            ctx.save_for_backward(*given, *ends.saved(mixed_BHTW.detach()))
+            kept = ends.saved(mixed_BHTW.detach())
+            ctx.num_ends = len(kept)
+            ctx.save_for_backward(*given, *kept)
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
             ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)
             ctx.inner_tensors = (*heads, mixed_BHTW)

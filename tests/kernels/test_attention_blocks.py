@@ -11,7 +11,7 @@ from kernels.attention import ATTENTION, AttentionKernel, choose_attention
 from kernels.attention.blocks import BlockKernel, BlockKernelError, choose_block_kernel, fused
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
 from kernels.attention.blocks.reference import REFERENCE
-from kernels.attention.blocks.tiles import Cut, Tile, visible_tiles
+from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from tests.kernels.plain import near, randn
 from tests.kernels.test_attention import SCALE, by_query, documents_of, flatly
@@ -44,9 +44,9 @@ def held(x_BHTQ: Tensor, segments: Sequence[int]) -> Tensor:
     return torch.cat([parts[segment] for segment in segments], 1).contiguous()
 
 
-def cut_of(size: int, documents: Documents | None) -> Cut:
+def cut_of(size: int, documents: Documents | None) -> SegmentCut:
     starts = None if documents is None else tuple(documents.starts.tolist())
-    return Cut(num_sequences=2, segment=SEGMENT, segments=2 * size, starts=starts)
+    return SegmentCut(num_sequences=2, segment=SEGMENT, segments=2 * size, starts=starts)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -73,7 +73,7 @@ def tokens_of(segments: Sequence[int]) -> list[int]:
     return [segment * SEGMENT + place for segment in segments for place in range(SEGMENT)]
 
 
-def pairs_of(tile: Tile, queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int, int]]:
+def pairs_of(tile: VisibleTile, queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int, int]]:
     """Returns the pairs of a query and a key of a tile, by sequence and place in it."""
     length = (tile.queries[1] - tile.queries[0]) // tile.num_documents
     found = []
@@ -88,7 +88,7 @@ def pairs_of(tile: Tile, queries: Sequence[int], keys: Sequence[int]) -> list[tu
 @pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
 def test_attention_work_is_equal_on_all_ranks(size: int) -> None:
     """Without documents, it is exactly equal; that of contiguous parts would not be."""
-    cut = Cut(num_sequences=1, segment=512, segments=2 * size, starts=None)
+    cut = SegmentCut(num_sequences=1, segment=512, segments=2 * size, starts=None)
 
     def work(queries: list[int], keys: list[list[int]]) -> int:
         return sum(tile.num_scores for each in keys for tile in visible_tiles(cut, queries, each))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.blocks import BlockKernel
-from kernels.attention.blocks.tiles import Tile
+from kernels.attention.blocks.tiles import VisibleTile
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values: BTHQ, BTHQ, BTHV."""
@@ -27,7 +27,7 @@ class MergedAttention:
         self._mixed_BTHV = query_BTHQ.new_zeros(*shape, value_width, dtype=wide)
         self._log_sums_BTH = query_BTHQ.new_full(shape, -torch.inf, dtype=wide)
 
-    def add(self, tiles: Iterable[Tile], heads: Heads, kernel: BlockKernel, scale: float) -> None:
+    def add(self, tiles: Iterable[VisibleTile], heads: Heads, kernel: BlockKernel, scale: float) -> None:
         """Adds the keys of some tiles."""
         query, key, value = heads
         for tile in tiles:
@@ -69,7 +69,7 @@ class MergedBackward:
     kernel: BlockKernel
     scale: float
 
-    def add(self, tiles: Iterable[Tile], key_BTHQ: Tensor, value_BTHV: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, tiles: Iterable[VisibleTile], key_BTHQ: Tensor, value_BTHV: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of keys and values of some tiles, and adds those of the queries."""
         grad_key, grad_value = torch.zeros_like(key_BTHQ), torch.zeros_like(value_BTHV)
         for tile in tiles:
@@ -86,16 +86,16 @@ class MergedBackward:
         return grad_key, grad_value
 
 
-def _rows(x_BTHQ: Tensor, tile: Tile, rows: tuple[int, int]) -> Tensor:
+def _rows(x_BTHQ: Tensor, tile: VisibleTile, rows: tuple[int, int]) -> Tensor:
     """Returns a view of a tile's rows, SHLQ: its documents and sequences are the sequences of a call."""
     return _view(x_BTHQ, tile, rows).transpose(1, 2)
 
 
-def _place(x: Tensor, tile: Tile) -> Tensor:
+def _place(x: Tensor, tile: VisibleTile) -> Tensor:
     return _view(x, tile, tile.queries)
 
 
-def _view(x: Tensor, tile: Tile, rows: tuple[int, int]) -> Tensor:
+def _view(x: Tensor, tile: VisibleTile, rows: tuple[int, int]) -> Tensor:
     part = x[tile.sequences[0] : tile.sequences[1], rows[0] : rows[1]]
     if tile.num_documents == 1:
         return part

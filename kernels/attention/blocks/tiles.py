@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
+class VisibleTile:
     """Queries and keys of which every query sees every key, or those up to its place if it is causal.
 
     Attributes:
@@ -40,7 +40,7 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
+class SegmentCut:
     """Sequences cut into equal segments.
 
     Attributes:
@@ -57,7 +57,7 @@ class Cut:
     starts: tuple[int, ...] | None
 
 
-def visible_tiles(cut: Cut, queries: Sequence[int], keys: Sequence[int]) -> list[Tile]:
+def visible_tiles(cut: SegmentCut, queries: Sequence[int], keys: Sequence[int]) -> list[VisibleTile]:
     """Returns the tiles in which queries see keys.
 
     Args:
@@ -77,12 +77,12 @@ def visible_tiles(cut: Cut, queries: Sequence[int], keys: Sequence[int]) -> list
     ]
 
 
-def _tiles_of_whole_sequences(cut: Cut, queries: list[int], keys: list[int]) -> Iterator[Tile]:
+def _tiles_of_whole_sequences(cut: SegmentCut, queries: list[int], keys: list[int]) -> Iterator[VisibleTile]:
     all_sequences = (0, cut.num_sequences)
     if queries == keys:
         # A query sees the keys before it in memory, whichever segments they are in.
         own = (0, len(queries) * cut.segment)
-        yield Tile(sequences=all_sequences, queries=own, keys=own, is_causal=True)
+        yield VisibleTile(sequences=all_sequences, queries=own, keys=own, is_causal=True)
         return
     # Neighbors in memory that see the same keys share a tile.
     place = 0
@@ -90,11 +90,13 @@ def _tiles_of_whole_sequences(cut: Cut, queries: list[int], keys: list[int]) -> 
         end = place + len(list(group))
         if num_seen:
             rows = (place * cut.segment, end * cut.segment)
-            yield Tile(sequences=all_sequences, queries=rows, keys=(0, num_seen * cut.segment))
+            yield VisibleTile(sequences=all_sequences, queries=rows, keys=(0, num_seen * cut.segment))
         place = end
 
 
-def _tiles_of_documents(cut: Cut, sequence: int, query: tuple[int, int], key: tuple[int, int]) -> Iterator[Tile]:
+def _tiles_of_documents(
+    cut: SegmentCut, sequence: int, query: tuple[int, int], key: tuple[int, int]
+) -> Iterator[VisibleTile]:
     """Yields the tiles of one segment's queries and one's keys, both given by place in memory and number."""
     (place, query_segment), (other, key_segment) = query, key
     if key_segment > query_segment:
@@ -110,7 +112,7 @@ def _tiles_of_documents(cut: Cut, sequence: int, query: tuple[int, int], key: tu
         if end > first_query:
             rows = (place * size, place * size + end - first_query)
             columns = (other * size + start - first_key, (other + 1) * size)
-            yield Tile(sequences=sequences, queries=rows, keys=columns)
+            yield VisibleTile(sequences=sequences, queries=rows, keys=columns)
         return
     # Documents inside the segment, cut at its ends; neighbors of equal length share a tile.
     inside = cut.starts[bisect_right(cut.starts, first_query) : bisect_left(cut.starts, first_query + size)]
@@ -119,5 +121,5 @@ def _tiles_of_documents(cut: Cut, sequence: int, query: tuple[int, int], key: tu
     for length, group in groupby(after - before for before, after in pairwise(edges)):
         number = len(list(group))
         rows = (row, row + number * length)
-        yield Tile(sequences=sequences, queries=rows, keys=rows, num_documents=number, is_causal=True)
+        yield VisibleTile(sequences=sequences, queries=rows, keys=rows, num_documents=number, is_causal=True)
         row = rows[1]
