@@ -13,14 +13,16 @@ from typing import Any
 from infer.evaluate.answers import Answerer
 from infer.evaluate.folder import RESULTS_NAME, EvaluationFolder
 from infer.evaluate.results import TaskResult, as_json, task_result
-from infer.evaluate.run import OpenTask, run_tasks
+from infer.evaluate.run import OpenTask, Write, run_tasks
 from launch.config.errors import system_errors
 from launch.evaluation.checkpoint import describe_checkpoint
+from launch.evaluation.ranks import Done, check_placement, evaluate_as_rank, evaluate_on_local_ranks
 from launch.evaluation.request import EvaluationJob, identity, read_job
+from launch.generation.ranks import local_cluster
 from launch.generation.source import load_model
 from launch.help.command import command
 from launch.help.preview import plain_text
-from launch.ranks.environment import is_other_rank
+from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from train.config.decode import encode
 
 
@@ -69,11 +71,17 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
-    """Evaluates in a folder, or says that it is complete."""
+    """Evaluates in a folder, or says that it is complete. Rank 0 of torchrun keeps the records of all ranks."""
+    placement = check_placement(job) if job.config.parallelism.world_size > 1 else None
+    if placement is not None and is_torchrun(os.environ):
+        apply_rank_environment(local_cluster(job.config.device, job.config.parallelism.world_size))
+        if is_other_rank(os.environ):
+            evaluate_as_rank(job, placement, None, lambda name, records: None)
+            return
     checkpoint = describe_checkpoint(job.source)
     path = Path(job.config.out).expanduser()
     with EvaluationFolder(path, identity(job, checkpoint)) as folder:
-        if folder.is_complete:
+        if folder.is_complete and not is_torchrun(os.environ):
             print(f"{path} is complete; nothing is evaluated", file=sys.stderr, flush=True)
             return
         records = {each.name: folder.read(each.name) for each in tasks}
@@ -83,7 +91,12 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
             folder.append(name, fresh)
             records[name].extend(fresh)
 
-        _run(job, tasks, done, write)
+        if placement is None:
+            _evaluate_here(job, tasks, done, write)
+        elif is_torchrun(os.environ):
+            evaluate_as_rank(job, placement, done, write)
+        else:
+            evaluate_on_local_ranks(job, placement, done, write)
         results = {each.name: task_result(each, records[each.name]) for each in tasks}
         settings = {name: encode(each) for name, each in job.tasks.settings.items()}
         facts = {"checkpoint": checkpoint, "seed": job.config.seed}
@@ -91,7 +104,12 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
     print(_summary(results), flush=True)
 
 
-def _run(job: EvaluationJob, tasks: Sequence[OpenTask], done: Any, write: Any) -> None:
+def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, write: Write) -> None:
+    """Evaluates with the whole model in this process."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    apply_rank_environment(local_cluster(job.config.device, 1))
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = threads
     model = load_model(job.source, job.config.dtype, job.config.device)
     from infer.evaluate.local import LocalModel
 

@@ -6,7 +6,7 @@ Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy.reference import check_operands, chunk_rows
+from kernels.cross_entropy.reference import IGNORE, check_operands, chunk_rows
 
 
 @torch.no_grad()
@@ -16,10 +16,11 @@ def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[
     Args:
         rows_ND: the head's input.
         head_VD: the head's matrix.
-        targets_N: int64, below V.
+        targets_N: int64, below V; rows with -100 are ignored.
 
     Returns:
-        Log-probabilities, N, in float32 or wider; and whether the target has the first of the largest logits, N.
+        Log-probabilities, N, in float32 or wider, 0 if the target is -100; and whether the target has the first of the
+        largest logits, N.
 
     Raises:
         ValueError: the operands do not match.
@@ -31,8 +32,10 @@ def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[
     size = max(1, chunk_rows(len(rows_ND), len(head_VD), rows_ND.dtype))
     for first in range(0, len(rows_ND), size):
         chunk = slice(first, first + size)
+        is_ignored_C = targets_N[chunk] == IGNORE
+        places_C1 = targets_N[chunk].masked_fill(is_ignored_C, 0)[:, None]
         logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
-        found_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
-        log_probs_N[chunk] = found_C - logits_CV.logsumexp(-1)
+        found_C = logits_CV.gather(1, places_C1)[:, 0]
+        log_probs_N[chunk] = (found_C - logits_CV.logsumexp(-1)).masked_fill_(is_ignored_C, 0)
         are_greedy_N[chunk] = logits_CV.argmax(-1) == targets_N[chunk]
     return log_probs_N, are_greedy_N

@@ -1,7 +1,7 @@
 """Reads the request of `launch.evaluate`: configuration, weights and tasks. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +87,8 @@ def read_job(overrides: Sequence[str]) -> EvaluationJob:
         raise ConfigError(f"tasks: must name at least one task, is []; valid: {', '.join(EVALUATION_TASKS.names())}")
     if not config.out:
         raise ConfigError("out: a value is needed, is empty; write out=FOLDER")
-    source = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True)
+    found = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True)
+    source = replace(found, model=replace(found.model, mtp_depth=0))  # no task uses MTP modules
     return EvaluationJob(config=config, tasks=tasks, source=source)
 
 

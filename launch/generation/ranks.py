@@ -3,44 +3,27 @@
 Imports torch only on the ranks, so that all checks run before.
 """
 
-import multiprocessing
 import os
-import signal
-import sys
-import tempfile
-import threading
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from multiprocessing import connection
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 from comm.config import ClusterConfig, ParallelismConfig
-from comm.watchdog.membership import STORE_FILE_VARIABLE
 from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size
 from infer.config import Speculative
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
-from kernels.registry import loaded_plugins
-from launch.config.groups import load_plugin_files
 from launch.config.model_rules import check_expert_ranks, check_experts
 from launch.generation.continuations import Transcript
 from launch.generation.prompts import Prompt
-from launch.help.command import user_errors
-from launch.ranks.environment import apply_rank_environment
-from launch.ranks.local import die_with_parent
+from launch.ranks.workers import Send, run_on_local_ranks
 from model.config import CutError, ModelConfig, cut_at, cut_layers
 from train.config.errors import ConfigError
 
-_PRELOADED = ["torch", "train.decoding.inference", "infer.engines.pipelined.engine", "launch.generation.ranks"]
+_PRELOADED = ["train.decoding.inference", "infer.engines.pipelined.engine", "launch.generation.ranks"]
 _TIMEOUT_SECONDS = 1800.0
-
-
-class RankError(RuntimeError):
-    """Raised if a rank failed with an error that is not the user's, or died."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,64 +151,13 @@ def generate_on_local_ranks(job: RankJob) -> Rollouts:
         RankError: a rank failed or died.
         ValueError: an error of the user, as `generate_as_rank`.
     """
-    apply_rank_environment(job.cluster)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    processes, ends = [], {}
-    with tempfile.TemporaryDirectory(prefix="generate") as scratch:
-        try:
-            for rank in range(job.parallelism.world_size):
-                ours, theirs = context.Pipe(duplex=False)
-                arguments = (job, rank, str(Path(scratch) / "store"), theirs, loaded_plugins())
-                process = context.Process(target=_run_rank, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                processes.append(process)
-                ends[ours] = rank
-            return _await_results(ends)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-
-
-def _await_results(ends: "dict[connection.Connection, int]") -> Rollouts:
-    """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
-    rollouts: Rollouts | None = None
-    while ends:
-        for end in connection.wait(list(ends)):
-            assert isinstance(end, connection.Connection)
-            rank = ends.pop(end)
-            try:
-                found, details = end.recv()
-            except (EOFError, ConnectionResetError) as error:
-                raise RankError(f"rank {rank} died before it returned") from error
-            if isinstance(found, ValueError):
-                raise found
-            if details:
-                raise RankError(f"rank {rank} failed\n{details}")
-            rollouts = found if rank == 0 else rollouts
-    assert rollouts is not None
+    rollouts = run_on_local_ranks(partial(_generate, job), job.cluster, job.parallelism.world_size, _PRELOADED)
+    assert isinstance(rollouts, Rollouts)
     return rollouts
 
 
-def _run_rank(job: RankJob, rank: int, store_file: str, end: "connection.Connection", plugins: Sequence[Path]) -> None:
-    """Runs one local rank and sends its result or its error to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    interface = "lo0" if sys.platform == "darwin" else "lo"
-    world_size = job.parallelism.world_size
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, STORE_FILE_VARIABLE: store_file}
-    try:
-        load_plugin_files([str(path) for path in plugins])
-        rollouts = generate_as_rank(job)
-        end.send((rollouts if rank == 0 else None, ""))
-    except Exception as error:
-        is_users = isinstance(error, user_errors())
-        found = type(error)(str(error)) if is_users else None
-        with suppress(OSError):
-            end.send((found, "" if is_users else traceback.format_exc()))
+def _generate(job: RankJob, send: Send) -> Rollouts:
+    return generate_as_rank(job)
 
 
 def as_text_tokens(tokens: Sequence[int], stop: frozenset[int]) -> list[int]:

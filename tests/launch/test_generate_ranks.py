@@ -13,7 +13,8 @@ from dualpipe.ir import ScheduleError
 from infer.config import GenerateError
 from launch.generate import main
 from launch.generation import ranks
-from launch.generation.ranks import RankError
+from launch.ranks import workers
+from launch.ranks.workers import RankError
 from model.config import CutError
 from model.hf.convert import save_hf
 from tests.infer.models import make_foresighted
@@ -129,12 +130,12 @@ def test_error_of_the_ranks_is_the_users(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rank_that_dies_ends_all(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "_run_rank", _die_as_rank_one)
+    monkeypatch.setattr(workers, "_run_rank", _die_as_rank_one)
     with pytest.raises(RankError, match="rank 1 died before it returned"):
         main([f"ckpt={run}", "prompt=a", "parallelism=two_ranks"])
 
 
-def _die_as_rank_one(job: object, rank: int, *rest: object) -> None:
-    if rank == 1:
+def _die_as_rank_one(function: object, place: tuple[int, int, str], *rest: object) -> None:
+    if place[0] == 1:
         os._exit(7)
-    ranks.threading.Event().wait(60)
+    workers.threading.Event().wait(60)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from infer.evaluate.config import EvaluationTaskConfig
@@ -44,7 +43,7 @@ class EvaluationTasksConfig:
             for name, spec in EVALUATION_TASKS.items()
             if name in values or name in names
         }
-        return cls(tasks=names, settings=MappingProxyType(settings))
+        return cls(tasks=names, settings=settings)
 
     def to_plain(self) -> dict[str, Any]:
         """Returns the values that `from_plain` reads."""

@@ -47,7 +47,7 @@ class InferenceConfig:
     ckpt: str
     weights: WeightsKind
     model: ModelConfig
-    dtype: Literal["float32", "bf16"]
+    dtype: Literal["float64", "float32", "bf16"]
     cluster: ClusterConfig
     parallelism: ParallelismConfig
     kind: str

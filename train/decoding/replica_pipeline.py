@@ -44,6 +44,11 @@ class ReplicaPipeline:
         self._links: DecodeLinks = open_decode_links(replica.world, replica.observers, smallest)
 
     @property
+    def replica(self) -> Replica:
+        """The network."""
+        return self._replica
+
+    @property
     def placement(self) -> Placement:
         """The pipeline rank of each stage, for each direction."""
         return self._replica.schedule.placement

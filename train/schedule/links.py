@@ -44,6 +44,10 @@ class PipelineLinks:
         self._shape = shape
         self._dtype = dtype
 
+    def with_shape(self, shape: tuple[int, ...]) -> "PipelineLinks":
+        """Returns the same links for hidden states of another shape. Only one of both has messages under way."""
+        return PipelineLinks(self._transport, self._nodes, self._traffic, shape, self._dtype)
+
     def post_receive(self, message: Message, /) -> Work[Tensor]:
         """Allocates a buffer for a message and starts to receive it."""
         return self._transport.post_receive(message_key(message), self._shape, self._dtype)

@@ -1,0 +1,125 @@
+"""Runs a function on local processes that are the ranks of one job, and returns the result of rank 0.
+
+Imports torch only on the ranks, so that all checks run before.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from comm.config import ClusterConfig
+from comm.watchdog.membership import STORE_FILE_VARIABLE
+from kernels.registry import loaded_plugins
+from launch.config.groups import load_plugin_files
+from launch.help.command import user_errors
+from launch.ranks.environment import apply_rank_environment
+from launch.ranks.local import die_with_parent
+
+Send = Callable[[Any], None]
+"""Sends a message to the parent; on all ranks except rank 0 it does nothing."""
+RankFunction = Callable[[Send], Any]
+"""What every rank runs. Its module is imported on the ranks; pickle sends it."""
+
+
+class RankError(RuntimeError):
+    """Raised if a rank failed with an error that is not the user's, or died."""
+
+
+def run_on_local_ranks(
+    function: RankFunction,
+    cluster: ClusterConfig,
+    num_ranks: int,
+    preloaded: Sequence[str],
+    receive: Callable[[Any], None] = lambda message: None,
+) -> Any:
+    """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call.
+
+    Args:
+        function: runs on every rank.
+        cluster: the machine.
+        num_ranks: number of ranks.
+        preloaded: modules that are imported once, before the ranks are forked.
+        receive: takes the messages of rank 0 in order.
+
+    Raises:
+        RankError: a rank failed or died.
+        ValueError: an error of the user.
+    """
+    apply_rank_environment(cluster)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", *preloaded])
+    processes, ends = [], dict[connection.Connection, int]()
+    with tempfile.TemporaryDirectory(prefix="ranks") as scratch:
+        try:
+            for rank in range(num_ranks):
+                ours, theirs = context.Pipe(duplex=False)
+                place = (rank, num_ranks, str(Path(scratch) / "store"))
+                process = context.Process(
+                    target=_run_rank, args=(function, place, theirs, loaded_plugins()), daemon=True
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                ends[ours] = rank
+            return _await_results(ends, receive)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[[Any], None]) -> Any:
+    """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
+    result: Any = None
+    while ends:
+        for end in connection.wait(list(ends)):
+            assert isinstance(end, connection.Connection)
+            try:
+                kind, found = end.recv()
+            except (EOFError, ConnectionResetError) as error:
+                raise RankError(f"rank {ends[end]} died before it returned") from error
+            if kind == "message":
+                receive(found)
+                continue
+            rank = ends.pop(end)
+            if isinstance(found, ValueError) and kind == "user error":
+                raise found
+            if kind == "error":
+                raise RankError(f"rank {rank} failed\n{found}")
+            result = found if rank == 0 else result
+    return result
+
+
+def _run_rank(
+    function: RankFunction, place: tuple[int, int, str], end: "connection.Connection", plugins: Sequence[Path]
+) -> None:
+    """Runs one local rank and sends its result or its error to the parent."""
+    rank, num_ranks, store_file = place
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, STORE_FILE_VARIABLE: store_file}
+
+    def send(message: Any) -> None:
+        if rank == 0:
+            end.send(("message", message))
+
+    try:
+        load_plugin_files([str(path) for path in plugins])
+        result = function(send)
+        end.send(("result", result if rank == 0 else None))
+    except Exception as error:
+        is_users = isinstance(error, user_errors())
+        found = ("user error", type(error)(str(error))) if is_users else ("error", traceback.format_exc())
+        with suppress(OSError):
+            end.send(found)

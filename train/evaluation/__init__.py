@@ -1,0 +1,1 @@
+"""Evaluation on the ranks of a pipeline, and during training."""

@@ -1,0 +1,155 @@
+"""Scores and generates with a model whose stages are spread over ranks, where the weights are.
+
+Shape legend: B sequences of a micro-batch, T tokens, D hidden size, S sequences of a pass.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from comm.context.zigzag import held_slices
+from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from infer.evaluate.batches import MOST_TOKENS
+from infer.evaluate.local import pad
+from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
+from kernels.cross_entropy.greedy import greedy_scores
+from model.objective import BALANCE, LossSums, MicroBatch, OutputHead, TaskLoss
+from model.precision.linear import WeightSink
+from train.decoding.replica_pipeline import ReplicaPipeline
+from train.replica import Replica
+from train.tasks.batch_reader import first_sequence, held_part
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GreedyTargets:
+    """Objective of a forward-only pass that records the scores of the main targets.
+
+    Attributes:
+        balance: factor of the balance loss, which no such pass needs.
+    """
+
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes log-probabilities and whether each target is the most probable token, [B, T, 2]. The loss is 0."""
+        targets_BT = batch.targets_BT[0]
+        if head.depth:
+            return TaskLoss(hidden_BTD.new_zeros(()), {})
+        found = greedy_scores(hidden_BTD.flatten(0, 1), head.weight_VD, targets_BT.flatten())
+        both_BT2 = torch.stack([each.double() for each in found], -1).view(*targets_BT.shape, 2)
+        return TaskLoss(hidden_BTD.new_zeros(()), {}, both_BT2)
+
+
+class PipelinedModel:
+    """A network on several ranks that is evaluated. Every rank has one, and all call the same methods."""
+
+    def __init__(self, replica: Replica, batch_size: int, pipeline: Callable[[], ReplicaPipeline]) -> None:
+        """Stores the arguments.
+
+        Args:
+            replica: the network.
+            batch_size: maximum number of sequences of a micro-batch. It does not change results.
+            pipeline: opens or returns the pipeline that generates.
+        """
+        self._replica, self._batch_size, self._pipeline = replica, batch_size, pipeline
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
+        """Implements `EvaluatedModel.score`."""
+        found: list[TargetScores | None] = [None] * len(sequences)
+        for numbers, num_rows in self._passes(sequences):
+            together = [sequences[number] for number in numbers]
+            for number, scores in zip(numbers, self._score(together, num_rows), strict=True):
+                found[number] = scores
+        return [scores for scores in found if scores is not None]
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
+        """Implements `EvaluatedModel.generate`."""
+        engine = PipelinedEngine(
+            self._pipeline(),
+            speculative=False,
+            sizes=CohortSizes(cohorts=None, max_rows=self._batch_size),
+            stop_condition=stop_condition,
+        )
+        return engine.generate(prompts, request)
+
+    def _passes(self, sequences: Sequence[TargetSequence]) -> Iterator[tuple[list[int], int]]:
+        """Yields the numbers of the sequences of each pass, the longest first, and B."""
+        slots = self._replica.schedule.num_micro_batches * self._replica.world.layout.parallelism.data
+        order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
+        first = 0
+        while first < len(order):
+            longest = len(sequences[order[first]].tokens) - 1
+            most = max(1, min(self._batch_size, MOST_TOKENS // longest))
+            num_rows = min(most, -(-(len(order) - first) // slots))
+            yield order[first : first + slots * num_rows], num_rows
+            first += slots * num_rows
+
+    def _score(self, sequences: Sequence[TargetSequence], num_rows: int) -> list[TargetScores]:
+        """Scores the sequences of one pass."""
+        replica = self._sized(len(sequences[0].tokens) - 1, num_rows)
+        sums = LossSums((BALANCE,), {})
+        replica.forward(_Batches(replica, sequences), GreedyTargets(), sums)
+        # Records of steps count the traffic of the training pass.
+        replica.observers.traffic.take()
+        replica.observers.clips.take()
+        found_ST2 = self._gather(replica, sums)
+        scores = []
+        for row, each in enumerate(sequences):
+            end = len(each.tokens) - 1
+            values_R2 = found_ST2[row, end - each.num_targets : end]
+            flags = (values_R2[:, 1] > 0).tolist()
+            scores.append(TargetScores(log_probs=tuple(values_R2[:, 0].tolist()), are_greedy=tuple(flags)))
+        return scores
+
+    def _gather(self, replica: Replica, sums: LossSums) -> Tensor:
+        """Returns the scores of all targets of a pass on every rank, [S, T, 2], on the host."""
+        batch, world = replica.config.batch, replica.world
+        found_ST2 = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, 2, dtype=torch.float64)
+        held = held_slices(world.context_index, world.layout.parallelism.context, batch.sequence_length_tokens)
+        for (direction, micro_batch), both_BT2 in (sums.log_probs or {}).items():
+            first = first_sequence(replica, direction, micro_batch)
+            for place, part_BT2 in zip(held, both_BT2.chunk(len(held), dim=1), strict=True):
+                found_ST2[first : first + batch.micro_sequences, place] = part_BT2.cpu()  # host sync
+        # One rank holds the scores of a token; all others add zeros.
+        return world.reduce(found_ST2, "scores of an evaluation")
+
+    def _sized(self, length: int, num_rows: int) -> Replica:
+        """Returns the replica for micro-batches of another size, with the same weights and links."""
+        replica = self._replica
+        context = replica.world.layout.parallelism.context
+        multiple = 2 * context if context > 1 else 1
+        length = -(-length // multiple) * multiple
+        batch = replace(replica.config.batch, sequence_length_tokens=length, micro_sequences=num_rows)
+        links = replica.links.with_shape((num_rows, length // context, replica.config.model.hidden_size))
+        return replace(replica, config=replace(replica.config, batch=batch), links=links)
+
+
+class _Batches:
+    """The micro-batches of one pass. Each is made once."""
+
+    def __init__(self, replica: Replica, sequences: Sequence[TargetSequence]) -> None:
+        self._replica, self._sequences = replica, sequences
+        self._known: dict[tuple[int, int], MicroBatch] = {}
+
+    def __call__(self, direction: int, micro_batch: int) -> MicroBatch:
+        """Returns a micro-batch. Rows without a sequence hold padding."""
+        key = (direction, micro_batch)
+        if key not in self._known:
+            self._known[key] = self._make(*key)
+        return self._known[key]
+
+    def _make(self, direction: int, micro_batch: int) -> MicroBatch:
+        replica, batch = self._replica, self._replica.config.batch
+        first = first_sequence(replica, direction, micro_batch)
+        own = self._sequences[first : first + batch.micro_sequences]
+        padded = pad(own, (batch.micro_sequences, batch.sequence_length_tokens))
+        # MTP modules run in a network that trains; what they read does not matter.
+        depths = replica.config.model.mtp_depth + 1
+        whole = MicroBatch(inputs_BT=(padded.inputs_BT,) * depths, targets_BT=(padded.targets_BT,) * depths)
+        world, size = replica.world, replica.world.layout.parallelism.context
+        part = whole if size == 1 else held_part(whole, world.context_index, size)
+        return part.to(world.device)
