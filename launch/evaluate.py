@@ -71,7 +71,7 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
-    """Evaluates in a folder, or says that it is complete. Rank 0 of torchrun keeps the records of all ranks."""
+    """Evaluates in a folder, or says that it is complete. Only rank 0 of torchrun writes there."""
     placement = check_placement(job) if job.config.parallelism.world_size > 1 else None
     if placement is not None and is_torchrun(os.environ):
         apply_rank_environment(local_cluster(job.config.device, job.config.parallelism.world_size))

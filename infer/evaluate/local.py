@@ -3,7 +3,7 @@
 Shape legend: B sequences, T tokens, D hidden size, R rows with a target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
-from infer.evaluate.batches import by_length
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.greedy import greedy_scores
 from kernels.cross_entropy.reference import IGNORE
 from model.transformer import Transformer
 
 PADDING = 0
+MOST_TOKENS = 2**15
+"""Tokens, with padding, that are computed together if there are several sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,25 @@ def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None
         inputs_BT[row, :end] = tokens[:-1]
         targets_BT[row, end - each.num_targets : end] = tokens[-each.num_targets :]
     return PaddedBatch(inputs_BT, targets_BT)
+
+
+def by_length(
+    sequences: Sequence[TargetSequence], batch_size: int, most_tokens: int = MOST_TOKENS
+) -> Iterator[list[int]]:
+    """Yields the numbers of sequences that are computed together, the longest first.
+
+    Args:
+        sequences: in any order.
+        batch_size: maximum number of sequences.
+        most_tokens: maximum number of tokens with padding; a single sequence may have more.
+    """
+    order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
+    first = 0
+    while first < len(order):
+        longest = len(sequences[order[first]].tokens) - 1
+        size = max(1, min(batch_size, most_tokens // longest))
+        yield order[first : first + size]
+        first += size
 
 
 class LocalModel:

@@ -132,12 +132,7 @@ class EvaluationSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationMetric:
-    """A number that a task measures.
-
-    Attributes:
-        name: of the number in `results.json`.
-        higher_is_better: whether a higher value is better.
-    """
+    """A number that a task measures, with its name in `results.json`."""
 
     name: str
     higher_is_better: bool = True

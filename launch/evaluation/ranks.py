@@ -24,7 +24,7 @@ Done = Mapping[str, Collection[str | int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationPlacement:
-    """Where a model is evaluated: the kind of schedule whose placement is used, and the layers of each stage."""
+    """Placement of a model: the kind of schedule that defines it, and the layers of each stage."""
 
     kind: str
     cut: tuple[range, ...]

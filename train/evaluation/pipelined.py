@@ -12,8 +12,7 @@ from torch import Tensor
 from comm.context.zigzag import held_slices
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
-from infer.evaluate.batches import MOST_TOKENS
-from infer.evaluate.local import pad
+from infer.evaluate.local import MOST_TOKENS, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.greedy import greedy_scores
 from model.objective import BALANCE, LossSums, MicroBatch, OutputHead, TaskLoss
@@ -34,7 +33,7 @@ class GreedyTargets:
     balance: float = 0.0
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
-        """Computes log-probabilities and whether each target is the most probable token, [B, T, 2]. The loss is 0."""
+        """Computes log-probabilities, and 1 for each target that is the most probable token, [B, T, 2]."""
         targets_BT = batch.targets_BT[0]
         if head.depth:
             return TaskLoss(hidden_BTD.new_zeros(()), {})
