@@ -122,6 +122,7 @@ def _write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> No
         expert=config.parallelism.expert,
         tokens=config.batch.micro_sequences * config.rank_sequence_tokens,
         cut=planned.cut,
+        context=config.parallelism.context,
     )
     try_to_write(Path(config.out_dir), MeasuredRun(measured=probed(planned.times, facts), schedule=planned.schedule))
 

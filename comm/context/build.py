@@ -5,15 +5,12 @@ from typing import Literal
 from torch.distributed import ProcessGroup
 
 from comm.context.alone import ALONE
+from comm.context.forecast import MOST_GATHERED_RANKS
 from comm.context.group import ContextLink, GatherContext
 from comm.context.protocol import ContextGroup
 from comm.context.ring import RingContext
 from comm.dispatch.process_group import Observers
 from comm.layout import Layout
-
-MOST_GATHERED_RANKS = 16
-"""Largest context group that gathers the rows of all ranks; a larger one passes them around a ring."""
-
 
 ContextExchange = Literal["auto", "gather", "ring"]
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MOST_GATHERED_RANKS = 16
+"""Largest context group that gathers the rows of all ranks; a larger one passes them around a ring."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextBytes:

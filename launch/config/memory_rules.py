@@ -10,6 +10,7 @@ from model.config import RECOMPUTED
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.memory import JobMemory, fitted_config, parts, predict_memory
+from train.planner.search.space import context_sizes
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]
@@ -72,10 +73,12 @@ def _changes(config: TrainConfig) -> Iterator[Change]:
     yield from _recomputation(config)
     yield from _moments(config)
     yield from _ramp(config)
+    yield from _shared_sequences(config)
     yield from _ranks(config)
     yield from _precision(config)
     for text, cheap in _cheapest(config):
-        yield from ((f"{text} {more}", changed) for more, changed in (*_ranks(cheap), *_precision(cheap)))
+        combined = (*_shared_sequences(cheap), *_ranks(cheap), *_precision(cheap))
+        yield from ((f"{text} {more}", changed) for more, changed in combined)
 
 
 def _micro_batches(config: TrainConfig) -> Iterator[Change]:
@@ -110,11 +113,20 @@ def _ramp(config: TrainConfig) -> Iterator[Change]:
         yield f"batch.ramp.start_sequences={start}", changed
 
 
+def _shared_sequences(config: TrainConfig) -> Iterator[Change]:
+    """Yields layouts of the same ranks in which more of them share each sequence."""
+    mesh = config.parallelism
+    for context in context_sizes(config):
+        if context > mesh.context and mesh.stage_ranks % context == 0:
+            shared = replace(mesh, data=mesh.stage_ranks // context, context=context)
+            yield f"parallelism.data={shared.data} parallelism.context={context}", replace(config, parallelism=shared)
+
+
 def _ranks(config: TrainConfig) -> Iterator[Change]:
     """Yields layouts with two and four times the ranks along one axis."""
     mesh = config.parallelism
     for times in (2, 4):
-        if mesh.data % (mesh.expert * times) == 0:
+        if mesh.stage_ranks % (mesh.expert * times) == 0:
             changed = replace(config, parallelism=replace(mesh, expert=mesh.expert * times))
             yield f"parallelism.expert={mesh.expert * times}", changed
     for times in (2, 4):

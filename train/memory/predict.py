@@ -99,10 +99,10 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
     """
     model, batch = config.model, config.batch
     value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
-    rows = batch.micro_sequences * batch.sequence_length_tokens * model.num_experts_per_token
+    rows = batch.micro_sequences * config.rank_sequence_tokens * model.num_experts_per_token
     shape = MicroBatchShape(
         sequences=batch.micro_sequences,
-        tokens=batch.sequence_length_tokens,
+        tokens=config.rank_sequence_tokens,
         value_bytes=value,
         wide_bytes=max(4, value),
         pads_heads=pads_values(config.attention, config.cluster.device),

@@ -63,8 +63,8 @@ def assumptions(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig)
 
 def _layers(config: TrainConfig, rates: Rates) -> Iterator[Assumption]:
     """Yields the times of the run's layers, scaled from the rates."""
-    times, batch = part_seconds(rates, config), config.batch
-    unit = f"s per layer and {batch.micro_sequences * batch.sequence_length_tokens:,} tokens"
+    times = part_seconds(rates, config)
+    unit = f"s per layer and {config.batch.micro_sequences * config.rank_sequence_tokens:,} tokens"
     for name in ("dense", "moe", "head", "mtp"):
         for phase, seconds in encode(getattr(times, name)).items():
             if seconds:

@@ -148,7 +148,7 @@ class MeasuredRates:
         precision: of the measured run.
         layer_parameters: weights that a token uses in a dense and a MoE layer of the measured model.
         expert: ranks over which its experts were distributed.
-        tokens: tokens of a measured micro-batch.
+        tokens: tokens of a measured micro-batch on a rank.
         dense: a dense layer.
         moe: a MoE layer.
         embedding: the embedding.
@@ -158,6 +158,7 @@ class MeasuredRates:
         latency_seconds: time of an activation from one pipeline rank to the next.
         optimizer_seconds: time of a step outside the passes.
         sources: where the values come from.
+        context: ranks that shared each sequence.
     """
 
     kind: Literal["measured"]
@@ -174,6 +175,7 @@ class MeasuredRates:
     latency_seconds: NonNegativeFloat
     optimizer_seconds: NonNegativeFloat
     sources: tuple[RateSource, ...]
+    context: PositiveInt = 1
 
 
 Rates = KernelRates | MeasuredRates

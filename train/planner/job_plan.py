@@ -127,6 +127,9 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
         if rates.expert == 1 < config.parallelism.expert:
             rule = "must be of a run with experts on several ranks, as parallelism.expert has"
             return f"rates: {rule}, are of one rank; nearest: parallelism.expert=1, or rates=RUN of such a run"
+        if rates.context != config.parallelism.context:
+            rule = f"must be of a run with parallelism.context={config.parallelism.context}"
+            return f"rates: {rule}, are of {rates.context}; nearest: parallelism.context={rates.context}"
         return ""
     if config.cluster.peak_flops is None:
         rule = "must be known for rates of another device, is null"

@@ -11,6 +11,7 @@ from operator import add
 from model.account.parameters import attention_parameters
 from train.config import TrainConfig
 from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference
+from train.planner.context_exchange import context_seconds
 from train.planner.rows import rows_per_token
 from train.schedule.layer_times import LayerTimes, PartTimes, part_times
 
@@ -66,8 +67,8 @@ def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens
     Args:
         rates: measured on a reference.
         config: of the run, in FP8 or bf16.
-        sequence_length_tokens: length of sequences if several ranks share each of them, so that a micro-batch has as
-            many tokens on each rank as the run's.
+        sequence_length_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has
+            as many tokens on each rank as the run's.
     """
     scale = _Scale(rates, config, sequence_length_tokens or config.batch.sequence_length_tokens)
     moe = replace(
@@ -95,8 +96,7 @@ class _Scale:
 
     @cached_property
     def tokens(self) -> float:
-        batch = self.config.batch
-        return batch.micro_sequences * batch.sequence_length_tokens / self.rates.reference.tokens
+        return self.config.batch.micro_sequences * self.config.rank_sequence_tokens / self.rates.reference.tokens
 
     @property
     def width(self) -> float:
@@ -108,11 +108,11 @@ class _Scale:
 
     @property
     def attention(self) -> PartTimes:
-        """One layer's attention."""
+        """One layer's attention, and the exchange of latents if ranks share sequences, which nothing hides here."""
         model, reference = self.config.model, self.rates.reference
         score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
-        # Ranks that share a longer sequence expand the latents of all its tokens to keys and values.
-        shared = self.attended_tokens / self.config.batch.sequence_length_tokens
+        # Ranks that share a sequence expand the latents of all its tokens to keys and values.
+        shared = self.attended_tokens / self.config.rank_sequence_tokens
         expanded = model.kv_lora_rank * model.num_heads * (model.qk_nope_head_dim + model.v_head_dim)
         part = self._part(
             self.rates.attention,
@@ -120,7 +120,9 @@ class _Scale:
             scores=score_width * self.attended_tokens / reference.score_width / reference.sequence_length_tokens,
             others=self.width,
         )
-        return self._without_recomputation(part, ("norm", "mla_up"))
+        part = self._without_recomputation(part, ("norm", "mla_up"))
+        sent = context_seconds(self.config, reference)
+        return replace(part, forward=part.forward + sent.forward, backward_input=part.backward_input + sent.backward)
 
     @property
     def experts(self) -> PartTimes:
@@ -137,8 +139,8 @@ class _Scale:
     @property
     def head(self) -> PartTimes:
         """An output head, in bf16."""
-        model, batch = self.config.model, self.config.batch
-        flops = 2 * batch.micro_sequences * batch.sequence_length_tokens * model.num_head_rows * model.hidden_size
+        model, tokens = self.config.model, self.config.batch.micro_sequences * self.config.rank_sequence_tokens
+        flops = 2 * tokens * model.num_head_rows * model.hidden_size
         seconds = flops / self.rates.head_flops_per_second * self.device.products
         return PartTimes(forward=seconds, backward_input=seconds, backward_weight=seconds)
 

@@ -85,12 +85,11 @@ def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None 
     Args:
         rates: measured times.
         config: of the run.
-        attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+        attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
     """
     if isinstance(rates, KernelRates):
         return scaled_times(rates, config, attended_tokens)
-    tokens = config.batch.micro_sequences * config.batch.sequence_length_tokens
-    scale = tokens / rates.tokens
+    scale = config.batch.micro_sequences * config.rank_sequence_tokens / rates.tokens
 
     def scaled(part: PartTimes) -> PartTimes:
         own = part_times(scale * seconds for seconds in astuple(part))
@@ -114,7 +113,7 @@ def planned_costs(rates: Rates, config: TrainConfig, attended_tokens: int | None
     Args:
         rates: measured times.
         config: of the run.
-        attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+        attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
     """
     times = part_seconds(rates, config, attended_tokens)
     cut = run_cut(config, run_placement(config, config.schedule.kind), times)
@@ -138,7 +137,7 @@ def time_plan(
         rates: measured times.
         efficiency: with the declared factor.
         config: of the run; `schedule=auto` is planned as dualpipe_split.
-        attended_tokens: length of sequences if several ranks share each of them; see `scaled_times`.
+        attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
         schedule: that a run follows; None: it is built.
 
     Raises:

@@ -110,6 +110,7 @@ class PipelineTimeline:
             expert=mesh.expert,
             tokens=batch.micro_sequences * batch.sequence_length_tokens // mesh.context,
             cut=replica.cut,
+            context=mesh.context,
         )
         times = step_times(config.model, drawn_schedule, replica.cut, measured)
         try_to_write(self._folder, MeasuredRun(measured=drawn(times, facts, step), schedule=replica.schedule))

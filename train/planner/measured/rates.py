@@ -40,6 +40,7 @@ def run_rates(folder: Path) -> MeasuredRates:
         layer_parameters=run.measured.layer_parameters,
         expert=run.measured.expert,
         tokens=run.measured.tokens,
+        context=run.measured.context,
         **parts,
         alone=alone,
         latency_seconds=run.measured.latency_seconds,

@@ -35,7 +35,7 @@ class MeasuredTimes:
         precision: of the run.
         layer_parameters: weights that a token uses in a dense and a MoE layer.
         expert: ranks over which experts are distributed.
-        tokens: tokens of a micro-batch.
+        tokens: tokens of a micro-batch on a rank.
         cut: layers of each stage.
         dense: a dense layer.
         moe: a MoE layer.
@@ -45,6 +45,7 @@ class MeasuredTimes:
         alone: computation of a lone operation over computation next to another one.
         latency_seconds: time of an activation from one pipeline rank to the next.
         phases: median times of all phases, for readers; empty for the probe.
+        context: ranks that share each sequence.
     """
 
     kind: Literal["probe", "step"]
@@ -63,6 +64,7 @@ class MeasuredTimes:
     alone: PositiveShare
     latency_seconds: NonNegativeFloat
     phases: tuple[PhaseTimes, ...]
+    context: PositiveInt = 1
 
     @property
     def cut_ranges(self) -> tuple[range, ...]:
@@ -99,8 +101,9 @@ class RunFacts:
         precision: kind of precision.
         device: cpu or cuda.
         expert: ranks over which experts are distributed.
-        tokens: tokens of a micro-batch.
+        tokens: tokens of a micro-batch on a rank.
         cut: layers of each stage.
+        context: ranks that share each sequence.
     """
 
     model: ModelConfig
@@ -109,6 +112,7 @@ class RunFacts:
     expert: int
     tokens: int
     cut: Sequence[range]
+    context: int = 1
 
 
 def probed(times: LayerTimes, facts: RunFacts) -> MeasuredTimes:
@@ -151,6 +155,7 @@ def _record(found: StepTimes, facts: RunFacts, kind: Literal["probe", "step"], s
         alone=found.alone,
         latency_seconds=times.latency,
         phases=found.phases,
+        context=facts.context,
     )
 
 

@@ -48,6 +48,8 @@ def layout_overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     yield f"parallelism.pipeline={mesh.pipeline}"
     yield f"parallelism.data={mesh.data}"
     yield f"parallelism.expert={mesh.expert}"
+    if mesh.context != run.parallelism.context:
+        yield f"parallelism.context={mesh.context}"
     yield f"parallelism.cut=[{','.join(map(str, mesh.cut.layers))}]"
     yield f"schedule={schedule.kind}"
     yield f"schedule.pairing={schedule.pairing}"

@@ -56,17 +56,18 @@ def _notes(result: SearchResult) -> Iterator[str]:
 
 
 def _table(found: Sequence[FoundLayout]) -> Iterator[str]:
+    shared = ("context",) if any(each.config.parallelism.context > 1 for each in found) else ()
     header = (
-        *("", "pipeline", "data", "expert", "schedule", "chunks", "micro", "precision", "dispatch"),
+        *("", "pipeline", "data", *shared, "expert", "schedule", "chunks", "micro", "precision", "dispatch"),
         *("GB", "step s", "GPU-hours"),
     )
     rows: list[tuple[str, ...]] = [header]
     for number, each in enumerate(found, start=1):
         layout = layout_json(each.config)
         hours = "-" if each.cost is None else f"{each.cost.gpu_hours:,.0f}"
-        names = ("pipeline", "data", "expert", "schedule", "chunks", "micro_batch_sequences", "precision", "dispatch")
-        cells = [str(layout[name]) for name in names]
-        cells[3] = cells[3].replace("interleaved", "inter.")
+        layout["schedule"] = layout["schedule"].replace("interleaved", "inter.")
+        names = ("schedule", "chunks", "micro_batch_sequences", "precision", "dispatch")
+        cells = [str(layout[name]) for name in ("pipeline", "data", *shared, "expert", *names)]
         mark = f"{number}{'*' if each.is_pareto else ' '}"
         rows.append((mark, *cells, f"{each.peak_bytes / _GB:.1f}", f"{each.time.step:.3f}", hours))
     widths = [max(len(row[place]) for row in rows) for place in range(len(header))]

@@ -69,7 +69,7 @@ class LayoutChecks:
                 continue
             for schedule in schedules:
                 choice = LayoutChoice(setting=setting, schedule=schedule)
-                reason = self._once((setting.pipeline, setting.micro_sequences, schedule), choice)
+                reason = self._once((setting.pipeline, setting.data, setting.micro_sequences, schedule), choice)
                 if reason is None:
                     yield choice
                 else:

@@ -93,7 +93,9 @@ def mean_memory(config: TrainConfig, copies: int) -> int:
     whole = StageShape(layers=range(model.num_layers), is_first=True, is_last=True)
     held = held_parameters(model, [whole], sizes.num_local_experts)
     replicas = ReplicaCounts(
-        dense=mesh.data * copies, embedding=mesh.data * copies, experts=mesh.data // mesh.expert * copies
+        dense=mesh.stage_ranks * copies,
+        embedding=mesh.stage_ranks * copies,
+        experts=mesh.stage_ranks // mesh.expert * copies,
     )
     static = sum(static_bytes(config, held, sizes, replicas)) + (held.code_bytes if sizes.is_fp8 else 0)
     # A copy of the embedding for MTP is in addition to this.
@@ -110,9 +112,9 @@ def static_memory(config: TrainConfig, cut: Sequence[range], placement: Placemen
         placement: for each direction, the rank of each stage.
         sizes: of a micro-batch.
     """
-    shapes, pipeline, data = stage_shapes(cut), config.parallelism.pipeline, config.parallelism.data
+    shapes, pipeline = stage_shapes(cut), config.parallelism.pipeline
     ends = (0, len(cut) - 1) if config.model.mtp_depth else (0,)
-    embeddings = data * len({row[stage] for row in placement for stage in ends})
+    embeddings = config.parallelism.stage_ranks * len({row[stage] for row in placement for stage in ends})
     found, known = [], dict[tuple[int, ...], int]()
     for rank in range(pipeline):
         stages = tuple(sorted({stage for row in placement for stage, own in enumerate(row) if own == rank}))
@@ -126,7 +128,8 @@ def static_memory(config: TrainConfig, cut: Sequence[range], placement: Placemen
 def _replicas(config: TrainConfig, placement: Placement, rank: int, embeddings: int) -> ReplicaCounts:
     mesh = config.parallelism
     copies = 2 if len(placement) > 1 and 2 * rank + 1 != mesh.pipeline else 1
-    return ReplicaCounts(dense=mesh.data * copies, embedding=embeddings, experts=mesh.data // mesh.expert * copies)
+    held = mesh.stage_ranks * copies
+    return ReplicaCounts(dense=held, embedding=embeddings, experts=held // mesh.expert)
 
 
 def _static_of_rank(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:

@@ -12,9 +12,12 @@ from dualpipe.registry import SCHEDULES
 from model.config import RECOMPUTED, Recomputed
 from train.config import Precision, TrainConfig
 from train.config.errors import ConfigError
+from train.tasks.registry import TASKS
 
 MOST_RANKS = 2**20
 _MOST_LAYOUTS = 3_000_000
+LEAST_SHARED_TOKENS = 4096
+"""Tokens of a sequence that a rank of a suggested context group holds at least: a sequence of pre-training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +26,8 @@ class RankSetting:
 
     Attributes:
         pipeline: pipeline ranks.
-        data: data-parallel ranks.
+        data: groups of ranks that read different sequences.
+        context: ranks that share each sequence.
         expert: ranks that share the experts of a layer.
         micro_sequences: sequences of a micro-batch.
         precision: type of weights and activations.
@@ -33,6 +37,7 @@ class RankSetting:
 
     pipeline: int
     data: int
+    context: int
     expert: int
     micro_sequences: int
     precision: Precision
@@ -63,9 +68,9 @@ class SearchSpace:
     def is_like_run(self, setting: RankSetting) -> bool:
         """Returns whether a setting differs from the run's own only in the number of data-parallel ranks."""
         run, mesh = self.config, self.config.parallelism
-        layout = (setting.pipeline, setting.expert, setting.micro_sequences)
+        layout = (setting.pipeline, setting.context, setting.expert, setting.micro_sequences)
         return (
-            layout == (mesh.pipeline, mesh.expert, run.batch.micro_sequences)
+            layout == (mesh.pipeline, mesh.context, mesh.expert, run.batch.micro_sequences)
             and setting.precision == run.precision
             and setting.dispatch == run.dispatch
             and set(setting.recompute) == set(run.recompute)
@@ -77,22 +82,21 @@ class SearchSpace:
         Raises:
             ConfigError: there are too many.
         """
-        for pipeline in self._pipelines():
-            data = self.ranks // pipeline
-            for expert in self._expert_sizes(data):
-                for micro_sequences in self.micro_batch_sizes(data):
-                    for precision in self.precisions:
-                        for recompute in self.recomputes if precision.kind != "fp8" else (RECOMPUTED,):
-                            for dispatch in self.dispatches:
-                                yield RankSetting(
-                                    pipeline=pipeline,
-                                    data=data,
-                                    expert=expert,
-                                    micro_sequences=micro_sequences,
-                                    precision=precision,
-                                    recompute=recompute,
-                                    dispatch=dispatch,
-                                )
+        for mesh in self._meshes():
+            for micro_sequences in self.micro_batch_sizes(mesh.data):
+                for precision in self.precisions:
+                    for recompute in self.recomputes if precision.kind != "fp8" else (RECOMPUTED,):
+                        for dispatch in self.dispatches:
+                            yield RankSetting(
+                                pipeline=mesh.pipeline,
+                                data=mesh.data,
+                                context=mesh.context,
+                                expert=mesh.expert,
+                                micro_sequences=micro_sequences,
+                                precision=precision,
+                                recompute=recompute,
+                                dispatch=dispatch,
+                            )
 
     def schedules_of(self, pipeline: int) -> tuple[ScheduleConfig, ...]:
         """Returns every kind of schedule with each number of chunks for which there are enough layers.
@@ -117,7 +121,9 @@ class SearchSpace:
         """
         config = self.config
         cut = Cut("even") if config.parallelism.cut.kind == "even" else Cut("auto")
-        mesh = ParallelismConfig(pipeline=setting.pipeline, data=setting.data, expert=setting.expert, cut=cut)
+        mesh = ParallelismConfig(
+            pipeline=setting.pipeline, data=setting.data, expert=setting.expert, cut=cut, context=setting.context
+        )
         return replace(
             config,
             parallelism=mesh,
@@ -145,9 +151,8 @@ class SearchSpace:
         """
         batch, kinds = self.config.batch, len(self.schedules)
         count = 0
-        for pipeline in self._pipelines():
-            data = self.ranks // pipeline
-            sizes = len(self.micro_batch_sizes(data)) * len(self._expert_sizes(data))
+        for mesh in self._meshes():
+            sizes = len(self.micro_batch_sizes(mesh.data))
             count += sizes * len(self.dispatches) * kinds * (len(self.recomputes) + len(self.precisions))
         if count > _MOST_LAYOUTS:
             raise ConfigError(
@@ -156,6 +161,17 @@ class SearchSpace:
                 f"with fewer divisors"
             )
 
+    def _meshes(self) -> Iterator[ParallelismConfig]:
+        """Yields the sizes of all axes, the smallest pipelines and context groups first."""
+        for pipeline in self._pipelines():
+            stage_ranks = self.ranks // pipeline
+            for context in context_sizes(self.config):
+                if stage_ranks % context == 0:
+                    for expert in self._expert_sizes(stage_ranks):
+                        yield ParallelismConfig(
+                            pipeline=pipeline, data=stage_ranks // context, expert=expert, context=context
+                        )
+
     def _pipelines(self) -> tuple[int, ...]:
         """Returns the lengths of pipelines, up to the first one that has more ranks than the model has layers."""
         layers = self.config.model.num_layers
@@ -163,14 +179,30 @@ class SearchSpace:
         longer = (length for length in range(layers + 1, min(2 * layers, self.ranks) + 1) if self.ranks % length == 0)
         return (*found, *list(longer)[:1])
 
-    def _expert_sizes(self, data: int) -> tuple[int, ...]:
+    def _expert_sizes(self, stage_ranks: int) -> tuple[int, ...]:
         """Returns the sizes of expert groups that are within a node or fill whole nodes."""
         node = self.config.cluster.ranks_per_node
         return tuple(
             size
-            for size in divisors(gcd(data, self.config.model.num_routed_experts))
+            for size in divisors(gcd(stage_ranks, self.config.model.num_routed_experts))
             if size % node == 0 or node % size == 0 or self.ranks <= node
         )
+
+
+def context_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """Returns the sizes of context groups that a layout may have, ascending.
+
+    They are powers of two that leave a rank at least `LEAST_SHARED_TOKENS` of each sequence, and the run's own size.
+
+    Args:
+        config: of the run.
+    """
+    length = config.batch.sequence_length_tokens
+    sizes = {1, config.parallelism.context}
+    if TASKS.get(config.task.kind).splits_sequences:
+        powers = (2**power for power in range(1, 21))
+        sizes |= {size for size in powers if length % (2 * size) == 0 and length // size >= LEAST_SHARED_TOKENS}
+    return tuple(sorted(sizes))
 
 
 def recompute_sets() -> tuple[tuple[Recomputed, ...], ...]:
@@ -190,8 +222,9 @@ def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
         ranks: number of ranks.
     """
     batch = config.batch
-    lengths = range(1, min(config.model.num_layers, ranks) + 1)
-    if any(ranks % length == 0 and batch.global_sequences % (ranks // length) == 0 for length in lengths):
+    lengths, contexts = range(1, min(config.model.num_layers, ranks) + 1), context_sizes(config)
+    meshes = ((length, context) for length in lengths for context in contexts if ranks % (length * context) == 0)
+    if any(batch.global_sequences % (ranks // (length * context)) == 0 for length, context in meshes):
         return config
     sequences = ceil(batch.global_sequences / ranks) * ranks
     step = BatchSizes(sequences, batch.sequence_length_tokens, None).tokens_before(1)

@@ -49,7 +49,8 @@ def has_pairs(kind: str) -> bool:
     if spec.takes_costs:
         return True
     sizes = [size for size in _PROBED_SIZES if spec.limit(*size) is None]
-    groups = [group for size in sizes for rank in spec.generate(*size).ranks for group in rank]
+    whole = [1] if spec.takes_slices else []
+    groups = [group for size in sizes for rank in spec.generate(*size, *whole).ranks for group in rank]
     return not groups or any(len(group) > 1 for group in groups)
 
 
