@@ -11,7 +11,7 @@ _VALUE_BYTES, _WIDE_BYTES = 2, 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextSeconds:
-    """Seconds of one layer and micro-batch in which latents, and in the backward their gradients, are sent."""
+    """Seconds in which one layer sends a micro-batch's latents, and in the backward their gradients."""
 
     forward: float
     backward: float

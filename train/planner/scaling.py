@@ -108,7 +108,10 @@ class _Scale:
 
     @property
     def attention(self) -> PartTimes:
-        """One layer's attention, and the exchange of latents if ranks share sequences, which nothing hides here."""
+        """One layer's attention, and the exchange of latents if ranks share sequences.
+
+        Nothing hides the exchange, which overestimates it: latents travel during the attention of a rank's own tokens.
+        """
         model, reference = self.config.model, self.rates.reference
         score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
         # Ranks that share a sequence expand the latents of all its tokens to keys and values.
