@@ -8,8 +8,10 @@ import pytest
 from data.batch_sizes import BatchRamp
 from launch.config.compose import compose
 from launch.config.groups import options
+from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run
 from launch.train import preview
+from model.config import YarnRope
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
@@ -32,6 +34,7 @@ SIZES = {
     "ladder_1b": (8, 1, 20 * 10**9),
     "ladder_100m": (1, 1, 2 * 10**9),
 }
+EXTENSIONS = ("v3_32k", "v3_128k")
 T = 10**12
 
 
@@ -56,7 +59,8 @@ def build(folder: Path, name: str, *overrides: str) -> TrainConfig:
 
 
 def test_recipes_are_those_of_this_table() -> None:
-    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *ON_REWARDS, *SIZES, "v3_sft", "v3_grpo", "none"}
+    others = {"v3_sft", "v3_grpo", "quickstart_yarn", *EXTENSIONS, "none"}
+    assert set(options("experiment")) == {*LAPTOP, *ON_PAIRS, *ON_REWARDS, *SIZES, *others}
 
 
 @pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS])
@@ -161,6 +165,47 @@ def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:
     same = {"rope_scaling": released.rope_scaling, "max_position_tokens": released.max_position_tokens}
     assert released.rope_scaling.kind == "yarn"
     assert replace(pretrained, **same) == released  # type: ignore[arg-type]
+
+
+def extension(folder: Path, name: str) -> TrainConfig:
+    """Returns an extension of V3 from weights of the phase before, of which only the architecture is there."""
+    model = "v3_671b_4k" if name == "v3_32k" else "v3_671b"
+    if not (weights := folder / f"before_{name}").exists():
+        weights.mkdir()
+        write_weights_manifest(weights, compose_run([f"model={model}"]).model, {})
+    given = [f"data.paths=[{folder / 'text'}]", f"data.tokenizer={folder / 'v3_671b'}.json"]
+    return compose_run([f"experiment={name}", f"init_from={weights}", *given])
+
+
+@pytest.mark.parametrize(("name", "length", "sequences"), [("v3_32k", 32_768, 1920), ("v3_128k", 131_072, 480)])
+def test_recipe_v3_extension_is_the_published_phase_and_fits(
+    folder: Path, name: str, length: int, sequences: int
+) -> None:
+    """The values equal those of arXiv:2412.19437, section 4.3; both phases have the same YaRN as the released model."""
+    config = extension(folder, name)
+    check_rules(config)
+    batch, sizes = config.batch, config.batch_sizes
+    assert (batch.sequence_length_tokens, batch.global_sequences, config.task.steps) == (length, sequences, 1000)
+    rates = [rates_of(config.task, config.optim, sizes, step).learning_rate for step in (0, 500, 999)]
+    assert rates == [7.3e-6] * 3
+    assert config.model == compose_run(["model=v3_671b"]).model
+    assert config.parallelism.world_size == 2048
+    assert config.data.long_documents is not None
+    assert config.num_micro_batches >= 2 * config.parallelism.pipeline
+
+
+def test_recipe_quickstart_yarn_extends_a_quickstart_by_eight(folder: Path) -> None:
+    before = compose_run(["experiment=quickstart"])
+    weights = folder / "quickstart"
+    weights.mkdir()
+    write_weights_manifest(weights, before.model, {})
+    config = compose_run(["experiment=quickstart_yarn", f"init_from={weights}"])
+    check_rules(config)
+    rope = config.model.rope_scaling
+    assert isinstance(rope, YarnRope)
+    assert rope.original_max_position_tokens == before.batch.sequence_length_tokens
+    assert config.batch.sequence_length_tokens == 8 * before.batch.sequence_length_tokens
+    assert replace(config.model, rope_scaling=before.model.rope_scaling, max_position_tokens=4096) == before.model
 
 
 def test_recipe_v3_sft_is_the_published_fine_tuning(tmp_path: Path) -> None:
