@@ -1,6 +1,6 @@
 """Tests that every layout resumes from every other's checkpoint with the losses of the uninterrupted run.
 
-`python -m tests.train.any_to_any [PART]` prints a table of all ordered pairs of 12 layouts, or of those whose names
+`python -m tests.train.any_to_any [PART]` prints a table of all ordered pairs of 15 layouts, or of those whose names
 hold PART, and ends with 1 if a pair fails. In float64, as a change of layout changes the order of sums.
 """
 
@@ -37,7 +37,7 @@ Samples = dict[tuple[int, int], str]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A layout: pipeline, data and expert ranks, the schedule, sequences in a micro-batch, and the cut."""
+    """A layout: pipeline, data and expert ranks, schedule, sequences in a micro-batch, cut, ranks of a sequence."""
 
     pipeline: int
     data: int
@@ -45,15 +45,17 @@ class Place:
     kind: str
     micro: int = 1
     cut: Cut = AUTO
+    context: int = 1
 
     @property
     def world_size(self) -> int:
         """Ranks in the job."""
-        return self.pipeline * self.data
+        return self.pipeline * self.data * self.context
 
     def __str__(self) -> str:
         cut = self.cut.to_plain()
-        return f"{self.kind} {self.pipeline}x{self.data} e{self.expert} m{self.micro} {cut}".replace(" auto", "")
+        mesh = f"{self.pipeline}x{self.data}" + (f"x{self.context}" if self.context > 1 else "")
+        return f"{self.kind} {mesh} e{self.expert} m{self.micro} {cut}".replace(" auto", "")
 
 
 PLACES = (
@@ -69,6 +71,9 @@ PLACES = (
     Place(4, 1, 1, "dualpipe_split", 2),
     Place(4, 2, 2, "dualpipe"),
     Place(2, 4, 4, "zb_v"),
+    Place(1, 1, 1, "1f1b", 2, context=2),
+    Place(2, 1, 4, "dualpipe", context=4),
+    Place(2, 2, 2, "zb_v", context=2),
 )
 
 
@@ -89,7 +94,9 @@ def config_at(
     return tiny_config(
         folder,
         out_dir=str(folder / "runs" / str(place).replace(" ", "_")),
-        parallelism=ParallelismConfig(pipeline=place.pipeline, data=place.data, expert=place.expert, cut=place.cut),
+        parallelism=ParallelismConfig(
+            pipeline=place.pipeline, data=place.data, expert=place.expert, cut=place.cut, context=place.context
+        ),
         schedule=ScheduleConfig(kind=place.kind, chunks=None, pairing="overlapped"),
         dispatch=local if place.expert == 1 else exchange,
         model=replace(MODEL, num_layers=8),

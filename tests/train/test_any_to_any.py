@@ -41,6 +41,15 @@ def test_any_to_any_sampled_pairs_resume_as_if_uninterrupted(folder: Path) -> No
     assert max(seen.values()) <= TOLERANCE, seen
 
 
+@pytest.mark.long
+def test_any_to_any_ranks_begin_and_cease_to_share_sequences(folder: Path) -> None:
+    """To whole sequences, to groups of another size, and back, with other data and expert ranks."""
+    pairs = [(1, 12), (12, 6), (12, 13), (13, 0)]
+    seen = dict(compare(folder, [(PLACES[a], PLACES[b]) for a, b in pairs], steps_after=2, sequences=8))
+    assert len(seen) == len(pairs)
+    assert max(seen.values()) <= TOLERANCE, seen
+
+
 @pytest.mark.slow
 def test_any_to_any_chunks_move_between_one_and_two_directions(folder: Path) -> None:
     """Two chunks for each rank: the same four stages are on one rank each, and then on both."""

@@ -13,7 +13,7 @@ from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain
-from tests.train.test_equality import assert_equal
+from tests.train.test_equality import assert_equal, assert_zero1_equal, zero1
 from train.config import TrainConfig
 from train.validation import score_pass
 
@@ -30,7 +30,7 @@ def shared_config(
     document_mask: bool = True,
     depth: int = 2,
 ) -> TrainConfig:
-    """A run whose sequences hold several uneven documents and padding. Segments are as short as 3 tokens."""
+    """A run whose sequences hold several uneven documents and padding. Segments of 16 or 8 tokens."""
     write_text(folder)
     kind: Literal["1f1b", "dualpipe"] = "1f1b" if pipeline == 1 else "dualpipe"
     mesh = ParallelismConfig(pipeline=pipeline, data=data, expert=expert, cut=Cut("even"), context=context)
@@ -40,7 +40,7 @@ def shared_config(
     sequences = max(2, 2 * pipeline) * data
     return replace(
         config,
-        batch=replace(config.batch, document_mask=document_mask, sequence_length_tokens=24, global_sequences=sequences),
+        batch=replace(config.batch, document_mask=document_mask, sequence_length_tokens=64, global_sequences=sequences),
         model=replace(config.model, num_layers=max(3, pipeline), mtp_depth=depth),
     )
 
@@ -63,13 +63,12 @@ def alone(config: TrainConfig) -> TrainConfig:
     ("pipeline", "data", "context", "expert", "document_mask"),
     [
         (1, 1, 2, 2, True),
-        pytest.param(1, 1, 2, 1, False, marks=pytest.mark.slow),
-        pytest.param(1, 1, 4, 2, True, marks=pytest.mark.slow),
-        pytest.param(2, 1, 2, 2, True, marks=pytest.mark.long),
-        pytest.param(1, 2, 2, 4, True, marks=pytest.mark.slow),
-        pytest.param(1, 1, 4, 4, False, marks=pytest.mark.slow),
+        pytest.param(2, 1, 2, 2, True, marks=pytest.mark.slow),
+        pytest.param(1, 1, 2, 1, False, marks=pytest.mark.long),
+        pytest.param(1, 1, 4, 2, True, marks=pytest.mark.long),
+        pytest.param(1, 2, 2, 4, True, marks=pytest.mark.long),
         pytest.param(2, 2, 2, 4, True, marks=pytest.mark.long),
-        pytest.param(2, 1, 4, 2, False, marks=pytest.mark.slow),
+        pytest.param(2, 1, 4, 2, False, marks=pytest.mark.long),
     ],
 )
 def test_ranks_that_share_sequences_equal_one_rank(
@@ -87,3 +86,9 @@ def test_ranks_that_share_sequences_equal_one_rank(
     for _, found, scores in results:
         assert found == pytest.approx(loss, rel=1e-12)
         torch.testing.assert_close(scores, log_probs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.long
+def test_zero1_shards_over_ranks_that_share_sequences(tmp_path: Path) -> None:
+    config = zero1(shared_config(tmp_path, 2, 1, 2, 1, depth=1))
+    assert_zero1_equal(run_ranks(4, run_jobs, [Job(config=config, starved=1)], STEPS), [config])

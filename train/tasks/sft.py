@@ -34,5 +34,6 @@ TASKS.register(
         example={"epochs": None},
         check=check_samples,
         values=(WEIGHTS,),
+        splits_sequences=True,
     ),
 )

@@ -119,6 +119,14 @@ def test_sft_on_two_ranks_equals_one_rank_although_ranks_hold_different_shares_o
     assert 0.0 in assert_equal_to_one_rank(folder, chosen)
 
 
+@pytest.mark.long
+def test_sft_on_ranks_that_share_sequences_equals_one_rank(folder: Path) -> None:
+    """Fractional weights of MTP's targets are those of tokens that other ranks may hold."""
+    config = sized(folder, 2, 1, 1, 1, "dualpipe")
+    mesh = replace(config.parallelism, context=2, expert=2)
+    assert_equal_to_one_rank(folder, [(4, [replace(config, parallelism=mesh)])])
+
+
 def test_batch_without_any_target_has_loss_and_gradient_zero() -> None:
     tokens = torch.arange(24).view(2, 12)
     batch = Batch(tokens_BT=tokens, positions_BT=tokens % 6, pad_id=2, extras={"weights": torch.zeros(2, 12)})
