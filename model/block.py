@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comm.context.alone import ALONE
+from comm.context.protocol import ContextGroup
 from comm.protocol import Dispatcher, Handle, RankLocalDispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention
@@ -78,16 +80,28 @@ class Block(nn.Module):
         """Returns the wire format of one exchange of this layer, for one micro-batch."""
         return self._linears.wire()
 
-    def dense(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Tensor:
+    def dense(
+        self,
+        hidden_BTD: Tensor,
+        sink: WeightSink | None,
+        documents: Documents | None = None,
+        context: ContextGroup = ALONE,
+    ) -> Tensor:
         """Runs a whole dense layer, BTD -> BTD.
 
         `documents`: None if a token sees all tokens before it in its sequence.
         """
-        return self.add_mlp(self.mix(hidden_BTD, sink, documents), sink)
+        return self.add_mlp(self.mix(hidden_BTD, sink, documents, context), sink)
 
-    def mix(self, hidden_BTD: Tensor, sink: WeightSink | None, documents: Documents | None = None) -> Tensor:
+    def mix(
+        self,
+        hidden_BTD: Tensor,
+        sink: WeightSink | None,
+        documents: Documents | None = None,
+        context: ContextGroup = ALONE,
+    ) -> Tensor:
         """Adds attention of the norm to the hidden state, BTD -> BTD: the first part of every layer."""
-        residual_BTD: Tensor = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents)
+        residual_BTD: Tensor = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents, context)
         return residual_BTD
 
     def add_mlp(self, residual_BTD: Tensor, sink: WeightSink | None) -> Tensor:
@@ -101,12 +115,13 @@ class Block(nn.Module):
         sink: WeightSink | None,
         documents: Documents | None = None,
         route: Route | None = None,
+        context: ContextGroup = ALONE,
     ) -> Attended:
         """Runs norm, attention, residual, norm and router.
 
         `route`: chooses experts instead of the router.
         """
-        return self.route(self.mix(hidden_BTD, sink, documents), route)
+        return self.route(self.mix(hidden_BTD, sink, documents, context), route)
 
     def route(self, residual_BTD: Tensor, route: Route | None = None) -> Attended:
         """Runs norm and router of the residual.
@@ -179,12 +194,16 @@ class _Combine(torch.autograd.Function):
 
 
 def run_block(
-    block: Block, dispatcher: Dispatcher, hidden_BTD: Tensor, documents: Documents | None
+    block: Block,
+    dispatcher: Dispatcher,
+    hidden_BTD: Tensor,
+    documents: Documents | None,
+    context: ContextGroup = ALONE,
 ) -> tuple[Tensor, Routing | None]:
     """Runs a whole layer under plain autograd, BTD -> BTD; returns the routing too if it is a MoE layer."""
     if block.moe is None:
-        return block.dense(hidden_BTD, None, documents), None
-    attended = block.attend(hidden_BTD, None, documents)
+        return block.dense(hidden_BTD, None, documents, context), None
+    attended = block.attend(hidden_BTD, None, documents, context=context)
     residual_BTD, rows, routing = attended.residual_BTD, attended.rows, attended.routing
     handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
     if isinstance(dispatcher, RankLocalDispatcher):

@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from comm.context.alone import ALONE
 from comm.context.protocol import ContextGroup
-from comm.context.zigzag import take_held
 from comm.node_limit import limit_groups
 from comm.protocol import Label
 from kernels.attention.documents import Documents
@@ -57,20 +56,21 @@ class Routing:
         if documents is not None:
             return self._balance_of_documents(documents, context)
         scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_TK.shape[1]
-        num_experts, tokens = scores_BTE.shape[2], scores_BTE.shape[1] * context.size
+        num_experts, tokens = scores_BTE.shape[2], context.parts(scores_BTE.shape[1]).num_tokens
         top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
         counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
             1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
         )
         frequency_BE = context.sum(counts_BE) * (num_experts / (num_experts_per_token * tokens))
-        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1) / context.size
+        share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1) * (scores_BTE.shape[1] / tokens)
         return (frequency_BE * share_BE).sum()
 
     def _balance_of_documents(self, documents: Documents, context: ContextGroup) -> Tensor:
         scores_NE, num_chosen = self.scores_BTE.flatten(0, 1), self.ids_TK.shape[1]
         num_documents, num_experts = documents.num_real, scores_NE.shape[1]
         # Padding counts as one further document until its factor is set to 0.
-        numbers_N = take_held(documents.numbers_BT, context.index, context.size).flatten()
+        parts = context.parts(self.scores_BTE.shape[1])
+        numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
         # How often each document chooses each expert, [documents, E]: whole numbers, so any order gives the same sum.
         places_NK = numbers_N[:, None] * num_experts + scores_NE.detach().topk(num_chosen, -1, sorted=False).indices
         counts = scores_NE.new_zeros((num_documents + 1) * num_experts)

@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         part = part or whole(config)
         self._linears = build_linears(computing)
         self.attention = attention or attention_form(config)
-        build = partial(self.attention.build, config, dtype, computing.attention, self._linears, context)
+        build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
         self.model = Trunk(config, part, dtype, build, self._linears)
         head = Projection(config.hidden_size, config.num_head_rows, dtype) if part.head else None
         # The names of the released checkpoint, and of a sequence classifier in transformers.
@@ -239,7 +239,7 @@ class Transformer(nn.Module):
         hidden, total = self.embed(batch.inputs_BT[0], None), torch.zeros((), dtype=torch.float64)
         for depth in range(self.config.mtp_depth + 1):
             for layer in self._layers(depth):
-                hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents)
+                hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents, self.context)
                 if routing is not None:
                     balance = routing.balance(batch.documents, self.context)
                     sums.add(BALANCE, balance)

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
+from comm.context.zigzag import zigzag_parts
 from comm.lane import CompletedWork
 from comm.protocol import Work
 
@@ -15,6 +17,10 @@ class SingleRankContext:
     size = 1
     index = 0
     keeps_rows = True
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Implements `ContextGroup.parts`."""
+        return zigzag_parts(own_tokens, 1)
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""

@@ -12,7 +12,9 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.context.packing import from_bytes, to_bytes
+from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
+from comm.context.zigzag import zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Spread
 from comm.layout import Layout
@@ -124,6 +126,10 @@ class GatherContext:
     def __init__(self, link: ContextLink) -> None:
         self._link = link
         self.size, self.index = len(link.members), link.index
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Implements `ContextGroup.parts`."""
+        return zigzag_parts(own_tokens * self.size, self.size)
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from comm.context.parts import SequenceParts
 from comm.protocol import Work
 
 Rows = tuple[Tensor, ...]
@@ -19,7 +20,10 @@ Contribution = Callable[[int, Rows], Tensor]
 
 
 class ContextGroup(Protocol):
-    """Ranks that hold one part of each sequence each, as `comm.context.zigzag` cuts it."""
+    """Members that hold one part of each sequence each.
+
+    Members are ranks, among which `comm.context.zigzag` cuts a sequence, or consecutive slices on one rank.
+    """
 
     @property
     def size(self) -> int:
@@ -29,6 +33,10 @@ class ContextGroup(Protocol):
     @property
     def index(self) -> int:
         """Index of this rank in the group."""
+        ...
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Returns which tokens each member holds, given the number of tokens of a sequence on this rank."""
         ...
 
     @property

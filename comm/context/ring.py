@@ -12,7 +12,9 @@ from torch import Tensor
 
 from comm.context.group import ContextLink, Shift
 from comm.context.packing import from_bytes, to_bytes
+from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
+from comm.context.zigzag import zigzag_parts
 from comm.lane import CompletedWork
 from comm.protocol import Work
 
@@ -25,6 +27,10 @@ class RingContext:
     def __init__(self, link: ContextLink) -> None:
         self._link = link
         self.size, self.index = len(link.members), link.index
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Implements `ContextGroup.parts`."""
+        return zigzag_parts(own_tokens * self.size, self.size)
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""

@@ -7,10 +7,13 @@ Shape legend: c ranks, S tokens of a segment.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 
 import torch
 from torch import Tensor
+
+from comm.context.parts import SequenceParts
 
 
 def segments_of(index: int, size: int) -> tuple[int, int]:
@@ -42,12 +45,27 @@ def segment_tokens(num_tokens: int, size: int) -> int:
     return num_tokens // (2 * size)
 
 
+@cache
+def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
+    """Returns which tokens each rank holds.
+
+    Args:
+        num_tokens: tokens of a whole sequence.
+        size: number of ranks of the context group.
+
+    Raises:
+        ValueError: the segments would not be equal.
+    """
+    if size == 1:
+        return SequenceParts(edges=(0, num_tokens), held=((0,),))
+    tokens = segment_tokens(num_tokens, size)
+    held = tuple(segments_of(index, size) for index in range(size))
+    return SequenceParts(edges=tuple(range(0, num_tokens + 1, tokens)), held=held)
+
+
 def held_slices(index: int, size: int, num_tokens: int) -> tuple[slice, ...]:
     """Returns the places of a rank's tokens in a whole sequence: two slices, or one if the rank is alone."""
-    if size == 1:
-        return (slice(0, num_tokens),)
-    tokens = segment_tokens(num_tokens, size)
-    return tuple(slice(each * tokens, (each + 1) * tokens) for each in segments_of(index, size))
+    return zigzag_parts(num_tokens, size).slices(index)
 
 
 def held_positions(index: int, size: int, num_tokens: int) -> tuple[int, ...]:
@@ -64,10 +82,7 @@ def take_held(values: Tensor, index: int, size: int, dim: int = 1) -> Tensor:
         size: number of ranks of the context group.
         dim: dimension of the tokens.
     """
-    slices = held_slices(index, size, values.shape[dim])
-    if size == 1:
-        return values
-    return torch.cat([values.narrow(dim, each.start, each.stop - each.start) for each in slices], dim)
+    return values if size == 1 else zigzag_parts(values.shape[dim], size).take(values, index, dim)
 
 
 def join_held(parts: Sequence[Tensor], dim: int = 1) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from comm.context.protocol import Rows
-from comm.context.zigzag import segment_tokens, segments_of, take_held
 from kernels.attention.blocks import BlockKernel, choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
@@ -83,7 +82,7 @@ class _MixInContext(torch.autograd.Function):
         weights, context = LatentWeights(*given), options.context  # type: ignore[arg-type]
         ends = linears.compress_latents(compressed, weights, options)
         blocks = _Blocks(compressed, options)
-        layout, key, value = blocks.layout, blocks.layout.new_query(), blocks.layout.new_value()
+        layout, keys_and_values = blocks.layout, _KeysAndValues(blocks)
         others: dict[int, Rows] = {}
         merged: MergedAttention | None = None
         for index, rows in context.visit(ends.saved_keys()):
@@ -92,7 +91,7 @@ class _MixInContext(torch.autograd.Function):
                 query = layout.new_query()
                 layout.fill_query(ends, blocks.rotation(context.index), query)
                 merged = MergedAttention(query, layout.value_width)
-            # Keys and values of one rank's tokens, in the same memory for each rank.
+            key, value = keys_and_values.of(index)
             keys = linears.restore_keys(rows, weights, options)
             layout.fill_key_and_value(keys, blocks.rotation(index), key, value)
             merged.add(blocks.tiles(index), (query, key, value), blocks.kernel, options.shape.scale)
@@ -148,23 +147,18 @@ class _Blocks:
         self.kernel: BlockKernel = choose_block_kernel(options.kernel, like_BTX.device, like_BTX.dtype)
         self.layout = HeadLayout(like_BTX, shape, self.kernel.widths(shape.nope + shape.rope, shape.value))
         batch, tokens = like_BTX.shape[:2]
-        size, documents = options.context.size, options.documents
-        self._cut = SegmentCut(
-            num_sequences=batch,
-            segment=segment_tokens(tokens * size, size),
-            segments=2 * size,
-            starts=None if documents is None else documents.first_tokens,
-        )
+        self.parts = options.context.parts(tokens)
+        starts = None if options.documents is None else options.documents.first_tokens
+        self._cut = SegmentCut(num_sequences=batch, edges=self.parts.edges, starts=starts)
 
     def rotation(self, index: int) -> Rotated:
         """Returns cos and sin of the positions of a rank's tokens."""
-        cos, sin = (take_held(each, index, self._options.context.size, 0) for each in self._options.rotation)
+        cos, sin = (self.parts.take(each, index, 0) for each in self._options.rotation)
         return cos, sin
 
     def tiles(self, index: int) -> list[VisibleTile]:
         """Returns the tiles of this rank's queries and a rank's keys."""
-        context = self._options.context
-        return visible_tiles(self._cut, segments_of(context.index, context.size), segments_of(index, context.size))
+        return visible_tiles(self._cut, self.parts.held[self._options.context.index], self.parts.held[index])
 
     def backward(self, ends: LatentLinears, kept: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
         """Starts a backward of the heads.
@@ -191,6 +185,21 @@ class _Blocks:
             kernel=self.kernel,
             scale=self._options.shape.scale,
         )
+
+
+class _KeysAndValues:
+    """Memory for keys and values of one rank's tokens, the same for all ranks with equally many tokens."""
+
+    def __init__(self, blocks: _Blocks) -> None:
+        self._blocks = blocks
+        self._memory: tuple[Tensor, Tensor] | None = None
+
+    def of(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns the memory for a rank's tokens."""
+        tokens, layout = self._blocks.parts.tokens_of(index), self._blocks.layout
+        if self._memory is None or self._memory[0].shape[1] != tokens:
+            self._memory = layout.new_query(tokens), layout.new_value(tokens)
+        return self._memory
 
 
 class _UpGradient:
@@ -223,11 +232,12 @@ class _LatentBackward:
         self._blocks, self._backward, self._linears, self._weights = blocks, backward, linears, weights
         self._options, self._up = options, _UpGradient()
         self._norm: Tensor | None = None
-        self._key, self._value = blocks.layout.new_query(), blocks.layout.new_value()
+        self._keys_and_values = _KeysAndValues(blocks)
 
     def contribute(self, index: int, rows: Rows) -> Tensor:
         """Returns this rank's part of the gradient of a rank's rows, BTC."""
-        layout, rotation, key, value = self._blocks.layout, self._blocks.rotation(index), self._key, self._value
+        layout, rotation = self._blocks.layout, self._blocks.rotation(index)
+        key, value = self._keys_and_values.of(index)
         keys = self._linears.restore_keys(rows, self._weights, replace(self._options, sink=self._up))
         layout.fill_key_and_value(keys, rotation, key, value)
         grad_key, grad_value = self._backward.add(self._blocks.tiles(index), key, value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from comm.context.alone import ALONE
 from comm.context.protocol import ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.kv_cache import CacheView
@@ -28,7 +29,12 @@ class Attention(nn.Module):
 
     @abstractmethod
     def forward(
-        self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
+        self,
+        x_BTD: Tensor,
+        norm: RmsNorm,
+        sink: WeightSink | None,
+        documents: Documents | None = None,
+        context: ContextGroup = ALONE,
     ) -> Tensor:
         """Returns x + attention(norm(x)), causal: BTD.
 
@@ -38,6 +44,8 @@ class Attention(nn.Module):
             sink: takes the gradients of linear layers, as in `model.precision.linear.linear`.
             documents: documents of whole packed sequences, also if a context group shares them; None: each token sees
                 all tokens before it in its sequence.
+            context: members that share each sequence. A form that needs whole sequences raises an error if there are
+                several.
         """
 
     @abstractmethod
@@ -55,13 +63,12 @@ class AttentionForm:
     """A form of attention.
 
     Attributes:
-        build: builds it from the architecture, the weights' type, the kernel's name, the precision of linear layers,
-            and the ranks that share each sequence. A form that needs whole sequences raises an error for several ranks.
+        build: builds it from the architecture, the weights' type, the kernel's name and the precision of linear layers.
         values_per_token: number of values that a layer's cache holds of a token.
     """
 
     name: str
-    build: Callable[[ModelConfig, torch.dtype, str, "Linears", ContextGroup], Attention]
+    build: Callable[[ModelConfig, torch.dtype, str, "Linears"], Attention]
     values_per_token: Callable[[ModelConfig], int]
 
 

@@ -31,13 +31,17 @@ class HeadLayout:
         """Width of values in memory, W."""
         return self._widths[1]
 
-    def new_query(self) -> Tensor:
-        """Allocates queries or keys, BTHQ."""
-        return self._like.new_empty(*self._like.shape[:2], self._shape.num_heads, self._widths[0])
+    def new_query(self, tokens: int | None = None) -> Tensor:
+        """Allocates queries or keys of so many tokens, by default of this rank's: BTHQ."""
+        return self._new(tokens, self._widths[0])
 
-    def new_value(self) -> Tensor:
-        """Allocates values, BTHW."""
-        return self._like.new_empty(*self._like.shape[:2], self._shape.num_heads, self._widths[1])
+    def new_value(self, tokens: int | None = None) -> Tensor:
+        """Allocates values of so many tokens, by default of this rank's: BTHW."""
+        return self._new(tokens, self._widths[1])
+
+    def _new(self, tokens: int | None, width: int) -> Tensor:
+        batch, own = self._like.shape[:2]
+        return self._like.new_empty(batch, own if tokens is None else tokens, self._shape.num_heads, width)
 
     def fill_query(self, ends: LatentLinears, rotation: Rotated, query: Tensor) -> None:
         """Computes queries into the given memory."""

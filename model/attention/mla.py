@@ -38,10 +38,8 @@ class LatentAttention(LatentProjections):
         dtype: torch.dtype,
         kernel: str,
         linears: Linears,
-        context: ContextGroup = ALONE,
     ) -> None:
         super().__init__(config, dtype)
-        self._context = context
         self._kernel = kernel
         self._linears = linears
         self._shape = LatentShape(
@@ -56,7 +54,12 @@ class LatentAttention(LatentProjections):
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(
-        self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
+        self,
+        x_BTD: Tensor,
+        norm: RmsNorm,
+        sink: WeightSink | None,
+        documents: Documents | None = None,
+        context: ContextGroup = ALONE,
     ) -> Tensor:
         """Implements `Attention.forward`."""
         has_latent = self._config.q_lora_rank is not None
@@ -74,13 +77,13 @@ class LatentAttention(LatentProjections):
         options = LatentOptions(
             shape=self._shape,
             kernel=self._kernel,
-            rotation=self._rotation(x_BTD),
+            rotation=self._rotation(x_BTD, context),
             documents=documents,
             sink=sink,
             records=torch.is_grad_enabled(),
-            context=self._context,
+            context=context,
         )
-        if self._context.size > 1:
+        if context.size > 1:
             return mix_in_context(x_BTD, compressed_BTX, weights, options, self._linears)
         return mix(x_BTD, compressed_BTX, weights, options, self._linears)
 
@@ -97,10 +100,10 @@ class LatentAttention(LatentProjections):
             case StepView():
                 return attend_absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
 
-    def _rotation(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, x_BTD: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of all positions of the sequences, of which this rank may hold a part."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        num_positions = x_BTD.shape[1] * self._context.size
+        num_positions = context.parts(x_BTD.shape[1]).num_tokens
         key = (num_positions, x_BTD.device, dtype)
         if key not in self._tables:
             cos, sin = rotation_table(self._config, num_positions, dtype)

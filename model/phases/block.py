@@ -103,7 +103,7 @@ class _BlockParts:
 
     def mix(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         """Runs attention."""
-        return Computed(Hidden(self.block.mix(hidden.hidden_BTD, sink, self.documents)))
+        return Computed(Hidden(self.block.mix(hidden.hidden_BTD, sink, self.documents, self.context)))
 
     def add_mlp(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         """Runs the network of a dense layer, after attention."""
@@ -111,11 +111,11 @@ class _BlockParts:
 
     def dense(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         """Runs a dense layer."""
-        return Computed(Hidden(self.block.dense(hidden.hidden_BTD, sink, self.documents)))
+        return Computed(Hidden(self.block.dense(hidden.hidden_BTD, sink, self.documents, self.context)))
 
     def attend(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
         """Runs attention and router, and records the balance loss."""
-        attended = self.block.attend(hidden.hidden_BTD, sink, self.documents, self.choose)
+        attended = self.block.attend(hidden.hidden_BTD, sink, self.documents, self.choose, self.context)
         return self._routed(attended, self.balance.record)
 
     def route(self, hidden: Hidden) -> Routed:

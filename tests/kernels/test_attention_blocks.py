@@ -46,7 +46,7 @@ def held(x_BHTQ: Tensor, segments: Sequence[int]) -> Tensor:
 
 def cut_of(size: int, documents: Documents | None) -> SegmentCut:
     starts = None if documents is None else tuple(documents.starts.tolist())
-    return SegmentCut(num_sequences=2, segment=SEGMENT, segments=2 * size, starts=starts)
+    return SegmentCut(num_sequences=2, edges=tuple(range(0, (2 * size + 1) * SEGMENT, SEGMENT)), starts=starts)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -88,7 +88,7 @@ def pairs_of(tile: VisibleTile, queries: Sequence[int], keys: Sequence[int]) -> 
 @pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
 def test_attention_work_is_equal_on_all_ranks(size: int) -> None:
     """Without documents, it is exactly equal; that of contiguous parts would not be."""
-    cut = SegmentCut(num_sequences=1, segment=512, segments=2 * size, starts=None)
+    cut = SegmentCut(num_sequences=1, edges=tuple(range(0, (2 * size + 1) * 512, 512)), starts=None)
 
     def work(queries: list[int], keys: list[list[int]]) -> int:
         return sum(tile.num_scores for each in keys for tile in visible_tiles(cut, queries, each))

@@ -1,6 +1,6 @@
 """Slices of equal work."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -19,14 +19,14 @@ def test_slices_have_equal_work(name: str, length: int, slices: int) -> None:
     assert slice_starts(lengths) == tuple(accumulate(lengths, initial=0))
     # Work of the first x tokens: they cost x times the mean cost of a token in a sequence of x tokens.
     first = [x and x * count_work(model, x, is_fp8=False).total(model) for x in slice_starts(lengths)]
-    works = [after - before for before, after in zip(first, first[1:], strict=False)]
+    works = [after - before for before, after in pairwise(first)]
     # A border is off by at most half a unit of 128 tokens, or of 1 if slices are short.
     last_token = works[-1] / lengths[-1]
     unit = 128 if length >= slices * 1024 else 1
     assert max(works) - min(works) <= 2 * unit * last_token + 1e-9 * first[-1]
     assert all(tokens % unit == 0 for tokens in lengths)
     # Later tokens attend to more, so later slices are not longer than earlier ones by more than the rounding.
-    assert all(later <= earlier + unit for earlier, later in zip(lengths, lengths[1:], strict=False))
+    assert all(later <= earlier + unit for earlier, later in pairwise(lengths))
 
 
 def test_later_slices_of_long_sequences_are_shorter() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from comm.context.alone import ALONE
 from comm.context.protocol import ContextGroup
 from comm.dispatch.local import LocalDispatcher
 from infer.decoder import Decoder
@@ -31,11 +32,8 @@ ATTENDED = partial(functional.scaled_dot_product_attention, dropout_p=0.0)
 class MultiHeadAttention(Attention):
     """Plain multi-head attention without positions: every head has its own queries, keys and values."""
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears, context: ContextGroup
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__()
-        assert context.size == 1
         self._linears, self._heads = linears, config.num_heads
         hidden = config.hidden_size
         self.q_proj = Projection(hidden, hidden, dtype)
@@ -44,8 +42,14 @@ class MultiHeadAttention(Attention):
         self.o_proj = Projection(hidden, hidden, dtype)
 
     def forward(
-        self, x_BTD: Tensor, norm: RmsNorm, sink: WeightSink | None, documents: Documents | None = None
+        self,
+        x_BTD: Tensor,
+        norm: RmsNorm,
+        sink: WeightSink | None,
+        documents: Documents | None = None,
+        context: ContextGroup = ALONE,
     ) -> Tensor:
+        assert context.size == 1
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         projected = self._linears.normed_linear(x_BTD, norm, weights, sink)
         size = x_BTD.shape[1]

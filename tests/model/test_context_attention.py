@@ -67,12 +67,12 @@ NARROW_CASES = [
 
 
 class _Module(nn.Module):
-    def __init__(self, case: Case, context: ContextGroup) -> None:
+    def __init__(self, case: Case) -> None:
         super().__init__()
         config, computing = case.config, case.computing
         self.norm = RmsNorm(config.hidden_size, config.norm_eps, case.dtype)
         linears = build_linears(computing)
-        self.self_attn = LatentAttention(config, case.dtype, computing.attention, linears, context)
+        self.self_attn = LatentAttention(config, case.dtype, computing.attention, linears)
         randomize(self, 1, 0.4 if config.hidden_size < 100 else 0.1)
 
 
@@ -84,10 +84,10 @@ def attend(case: Case, context: ContextGroup, *, is_exact: bool = False) -> dict
         context: ranks that share sequences.
         is_exact: computes in float64 from the case's weights and inputs.
     """
-    module = _Module(case, context)
+    module = _Module(case)
     if is_exact:
         given = module.state_dict()
-        module = _Module(replace(case, computing=Computing(), dtype=torch.float64), context)
+        module = _Module(replace(case, computing=Computing(), dtype=torch.float64))
         module.load_state_dict(given)
     documents = Documents.from_positions(torch.tensor(PLACES)) if case.is_packed else None
     width = case.config.hidden_size
@@ -96,9 +96,9 @@ def attend(case: Case, context: ContextGroup, *, is_exact: bool = False) -> dict
         x, slope = x.double(), slope.double()
     x = take_held(x, context.index, context.size).clone().requires_grad_()
     queue, weights = WeightQueue(), dict(module.named_parameters())
-    out = module.self_attn(x, module.norm, queue if case.is_split else None, documents)
+    out = module.self_attn(x, module.norm, queue if case.is_split else None, documents, context)
     with torch.no_grad():
-        again = module.self_attn(x, module.norm, None, documents)
+        again = module.self_attn(x, module.norm, None, documents, context)
         assert torch.equal(out, again), "without a backward"
     out.backward(take_held(slope, context.index, context.size))
     store = GradientStore(weights.values())

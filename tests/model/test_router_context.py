@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
-from comm.context.zigzag import join_held, take_held
+from comm.context.zigzag import join_held, take_held, zigzag_parts
 from comm.protocol import Work
 from kernels.attention.documents import Documents
 from tests.kernels.plain import randn
@@ -21,9 +22,13 @@ class RecordedContext:
 
     size: int
     index: int
-    parts: list[Tensor]
+    given: list[Tensor]
     total: Tensor | None = None
     keeps_rows = True
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Returns the zig-zag parts."""
+        return zigzag_parts(own_tokens * self.size, self.size)
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Is not called by the router."""
@@ -35,7 +40,7 @@ class RecordedContext:
 
     def sum(self, values: Tensor) -> Tensor:
         """Records this rank's part, and returns the known sum."""
-        self.parts.append(values)
+        self.given.append(values)
         return values if self.total is None else self.total
 
 

@@ -1,4 +1,4 @@
-"""Which queries see which keys if a sequence is cut into equal segments: dense tiles, without masks.
+"""Which queries see which keys if a sequence is cut into segments: dense tiles, without masks.
 
 Tiles that documents hide whole do not exist, so they cost nothing. Imports no torch.
 
@@ -6,7 +6,7 @@ Shape legend: as in kernels/attention/blocks/__init__.py.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -41,20 +41,26 @@ class VisibleTile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentCut:
-    """Sequences cut into equal segments.
+    """Sequences cut into segments.
 
     Attributes:
         num_sequences: number of sequences, B.
-        segment: tokens of a segment.
-        segments: segments of a whole sequence.
+        edges: first token of each segment, then the number of tokens of a whole sequence.
         starts: first token of each document in the flattened batch of whole sequences, then the number of tokens; None
             if a sequence is one document.
     """
 
     num_sequences: int
-    segment: int
-    segments: int
+    edges: tuple[int, ...]
     starts: tuple[int, ...] | None
+
+    def tokens_of(self, segments: Iterable[int]) -> int:
+        """Returns the number of tokens of some segments together."""
+        return sum(self.edges[each + 1] - self.edges[each] for each in segments)
+
+    def places(self, segments: Sequence[int]) -> list[int]:
+        """Returns where each of some segments starts, if they are in memory one after the other."""
+        return [self.tokens_of(segments[:index]) for index in range(len(segments))]
 
 
 def visible_tiles(cut: SegmentCut, queries: Sequence[int], keys: Sequence[int]) -> list[VisibleTile]:
@@ -71,9 +77,9 @@ def visible_tiles(cut: SegmentCut, queries: Sequence[int], keys: Sequence[int]) 
     return [
         tile
         for sequence in range(cut.num_sequences)
-        for place, query in enumerate(queries)
-        for other, key in enumerate(keys)
-        for tile in _tiles_of_documents(cut, sequence, (place, query), (other, key))
+        for row, query in zip(cut.places(queries), queries, strict=True)
+        for column, key in zip(cut.places(keys), keys, strict=True)
+        for tile in _tiles_of_documents(cut, sequence, (row, query), (column, key))
     ]
 
 
@@ -81,43 +87,42 @@ def _tiles_of_whole_sequences(cut: SegmentCut, queries: list[int], keys: list[in
     all_sequences = (0, cut.num_sequences)
     if queries == keys:
         # A query sees the keys before it in memory, whichever segments they are in.
-        own = (0, len(queries) * cut.segment)
+        own = (0, cut.tokens_of(queries))
         yield VisibleTile(sequences=all_sequences, queries=own, keys=own, is_causal=True)
         return
     # Neighbors in memory that see the same keys share a tile.
-    place = 0
-    for num_seen, group in groupby(sum(key < query for key in keys) for query in queries):
-        end = place + len(list(group))
+    start = 0
+    for num_seen, group in groupby(queries, lambda query: sum(key < query for key in keys)):
+        end = start + cut.tokens_of(group)
         if num_seen:
-            rows = (place * cut.segment, end * cut.segment)
-            yield VisibleTile(sequences=all_sequences, queries=rows, keys=(0, num_seen * cut.segment))
-        place = end
+            seen = (0, cut.tokens_of(keys[:num_seen]))
+            yield VisibleTile(sequences=all_sequences, queries=(start, end), keys=seen)
+        start = end
 
 
 def _tiles_of_documents(
     cut: SegmentCut, sequence: int, query: tuple[int, int], key: tuple[int, int]
 ) -> Iterator[VisibleTile]:
     """Yields the tiles of one segment's queries and one's keys, both given by place in memory and number."""
-    (place, query_segment), (other, key_segment) = query, key
+    (row, query_segment), (column, key_segment) = query, key
     if key_segment > query_segment:
         return
     assert cut.starts is not None
-    offset, size = sequence * cut.segments * cut.segment, cut.segment
-    first_query, first_key = offset + query_segment * size, offset + key_segment * size
+    offset = sequence * cut.edges[-1]
+    first_query, end_query = (offset + edge for edge in cut.edges[query_segment : query_segment + 2])
+    first_key, end_key = (offset + edge for edge in cut.edges[key_segment : key_segment + 2])
     sequences = (sequence, sequence + 1)
     if key_segment < query_segment:
         # Documents are consecutive, so only the one that holds the segment's last key can reach the queries.
-        index = bisect_right(cut.starts, first_key + size - 1) - 1
-        start, end = max(cut.starts[index], first_key), min(cut.starts[index + 1], first_query + size)
+        index = bisect_right(cut.starts, end_key - 1) - 1
+        start, end = max(cut.starts[index], first_key), min(cut.starts[index + 1], end_query)
         if end > first_query:
-            rows = (place * size, place * size + end - first_query)
-            columns = (other * size + start - first_key, (other + 1) * size)
+            rows, columns = (row, row + end - first_query), (column + start - first_key, column + end_key - first_key)
             yield VisibleTile(sequences=sequences, queries=rows, keys=columns)
         return
     # Documents inside the segment, cut at its ends; neighbors of equal length share a tile.
-    inside = cut.starts[bisect_right(cut.starts, first_query) : bisect_left(cut.starts, first_query + size)]
-    edges = [first_query, *inside, first_query + size]
-    row = place * size
+    inside = cut.starts[bisect_right(cut.starts, first_query) : bisect_left(cut.starts, end_query)]
+    edges = [first_query, *inside, end_query]
     for length, group in groupby(after - before for before, after in pairwise(edges)):
         number = len(list(group))
         rows = (row, row + number * length)

@@ -1,0 +1,46 @@
+"""Says which tokens of whole sequences each member of a context group holds.
+
+Shape legend: as in comm/context/zigzag.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceParts:
+    """Consecutive segments of sequences, and the members that hold them.
+
+    Attributes:
+        edges: first token of each segment, then the number of tokens of a whole sequence.
+        held: segments of each member, ascending.
+    """
+
+    edges: tuple[int, ...]
+    held: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of a whole sequence."""
+        return self.edges[-1]
+
+    def slices(self, index: int) -> tuple[slice, ...]:
+        """Returns the places of a member's tokens in a whole sequence."""
+        return tuple(slice(self.edges[each], self.edges[each + 1]) for each in self.held[index])
+
+    def tokens_of(self, index: int) -> int:
+        """Returns the number of tokens of a sequence that a member holds."""
+        return sum(each.stop - each.start for each in self.slices(index))
+
+    def take(self, values: Tensor, index: int, dim: int = 1) -> Tensor:
+        """Returns what a member holds of whole sequences, in its order; a view if it has one segment.
+
+        Args:
+            values: values of whole sequences.
+            index: index of the member.
+            dim: dimension of the tokens.
+        """
+        parts = [values.narrow(dim, each.start, each.stop - each.start) for each in self.slices(index)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
