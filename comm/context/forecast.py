@@ -6,6 +6,11 @@ MOST_GATHERED_RANKS = 16
 """Largest context group that gathers the rows of all ranks; a larger one passes them around a ring."""
 
 
+def num_kept_ranks(size: int) -> int:
+    """Returns the number of other ranks whose rows a rank keeps until the backward."""
+    return size - 1 if size <= MOST_GATHERED_RANKS else 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextBytes:
     """Bytes that one rank sends to other ranks for one layer and micro-batch."""

@@ -9,6 +9,7 @@ exclude the indices of an exchange, 24 bytes per row at an expert.
 from dataclasses import dataclass
 
 from kernels.quantize import num_pairs, num_tiles
+from model.account.context import fp8_context_bytes, plain_context_bytes
 from model.config import ModelConfig, Recomputed
 
 
@@ -43,11 +44,13 @@ class MicroBatchShape:
 
     Attributes:
         sequences: number of sequences.
-        tokens: tokens per sequence.
+        tokens: tokens of each sequence that this rank holds.
         value_bytes: bytes of a number in the model's type.
         wide_bytes: bytes of a number that needs at least float32.
         pads_heads: whether queries, keys and values have one width, as torch's fused attention requires on CPU.
         expert_rows: rows at this rank's experts; None if all experts are on this rank and read rows from the tokens.
+        context: ranks that share each sequence.
+        kept_ranks: other ranks of these whose latents are kept, from `comm.context.forecast.num_kept_ranks`.
     """
 
     sequences: int
@@ -56,6 +59,8 @@ class MicroBatchShape:
     wide_bytes: int
     pads_heads: bool
     expert_rows: int | None = None
+    context: int = 1
+    kept_ranks: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -115,6 +120,8 @@ def attention_bytes(config: ModelConfig, shape: MicroBatchShape, recomputed: fro
 
     These are a layer's input, its norm, compressed queries, keys and values, and the output of the heads.
     """
+    if shape.context > 1:
+        return plain_context_bytes(config, shape, recomputed)
     tokens, heads = shape.num_tokens, config.num_heads
     key, value = config.qk_head_dim, config.v_head_dim
     if shape.pads_heads:
@@ -196,7 +203,7 @@ def fp8_attention_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
         kept += config.num_heads * config.qk_head_dim * shape.value_bytes
     else:
         kept += _codes(config.q_lora_rank) + shape.wide_bytes
-    return shape.num_tokens * kept
+    return shape.num_tokens * kept + (fp8_context_bytes(config, shape) if shape.context > 1 else 0)
 
 
 def _fp8_experts(config: ModelConfig, shape: MicroBatchShape) -> int:

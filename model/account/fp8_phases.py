@@ -3,6 +3,7 @@
 Peaks are those of the Triton kernels; the references that run on a CPU compute in float32 and take several times that.
 """
 
+from model.account import context
 from model.account.activations import fp8_attention_bytes, router_bytes
 from model.account.sizes import PhaseBytes, Sizes
 
@@ -93,6 +94,8 @@ def attention_waiting(sizes: Sizes) -> int:
     config = sizes.config
     down = sizes.codes(config.hidden_size) + sizes.columns(sizes.compressed_width)
     keys = sizes.codes(config.kv_lora_rank) + sizes.columns(sizes.expanded_width)
+    if sizes.is_shared:
+        keys = context.up_gradient(sizes)
     queries = sizes.codes(sizes.query_rank) + sizes.columns(sizes.query_width) if sizes.query_rank else 0
     return down + keys + queries + sizes.columns(config.hidden_size) + sizes.columns(sizes.value_width)
 
@@ -107,7 +110,7 @@ def _mlp_waiting(sizes: Sizes, width: int) -> int:
 
 
 def _attention_kept(sizes: Sizes) -> int:
-    return fp8_attention_bytes(sizes.config, sizes.shape) + sizes.logsumexp
+    return fp8_attention_bytes(sizes.config, sizes.shape) + (0 if sizes.is_shared else sizes.logsumexp)
 
 
 def _attention_forward_peak(sizes: Sizes) -> int:
@@ -115,6 +118,8 @@ def _attention_forward_peak(sizes: Sizes) -> int:
     compressed = sizes.numbers(sizes.compressed_width)
     rotated = sizes.wide(2 * sizes.config.num_heads * sizes.config.qk_rope_head_dim)
     before = codes + compressed + sizes.heads
+    if sizes.is_shared:
+        return context.forward_peak(sizes, before)
     return max(
         before + max(rotated, sizes.numbers(sizes.expanded_width)), before + sizes.kernel_mixed + sizes.logsumexp
     )
@@ -124,6 +129,8 @@ def _attention_backward_peak(sizes: Sizes) -> int:
     made = sizes.numbers(sizes.compressed_width) + sizes.row
     columns = sizes.columns(sizes.config.hidden_size + sizes.value_width)
     up = sizes.numbers(sizes.query_width + sizes.expanded_width)
+    if sizes.is_shared:
+        return context.backward_peak(sizes, made + columns)
     return max(
         made + columns + sizes.numbers(sizes.value_width) + 2 * sizes.kernel_mixed + 2 * sizes.heads,
         made + columns + 2 * up + sizes.columns(sizes.query_width + sizes.expanded_width),

@@ -3,6 +3,7 @@
 Each peak is the largest of a few points inside the phase; the comment at a point names what is alive there.
 """
 
+from model.account import context
 from model.account.activations import attention_bytes, gated_bytes, router_bytes
 from model.account.sizes import PhaseBytes, Sizes
 
@@ -104,17 +105,19 @@ def attention_waiting(sizes: Sizes) -> int:
     """Returns the bytes that wait for the W of attention: inputs and output gradients of its linear maps."""
     config, row = sizes.config, sizes.row
     down = row + sizes.scale + (0 if sizes.recomputes("norm") else row) + sizes.numbers(sizes.compressed_width)
-    up = sizes.numbers(sizes.expanded_width) + (sizes.numbers(sizes.query_width) if sizes.query_rank else 0)
+    up = context.up_gradient(sizes) if sizes.is_shared else sizes.numbers(sizes.expanded_width)
+    up += sizes.numbers(sizes.query_width) if sizes.query_rank else 0
     # Norms of compressed values were recomputed for the heads, or kept.
     has_normals = sizes.recomputes("mla_up") or not sizes.recomputes("norm")
-    normals = sizes.numbers(config.kv_lora_rank + sizes.query_rank) if has_normals else 0
+    latent = 0 if sizes.is_shared else config.kv_lora_rank
+    normals = sizes.numbers(latent + sizes.query_rank) if has_normals else 0
     out = sizes.numbers(sizes.compressed_width + sizes.value_width) + row
     return down + up + normals + out
 
 
 def _attention_kept(sizes: Sizes) -> int:
     kept = attention_bytes(sizes.config, sizes.shape, sizes.computing.recomputed)
-    return kept + (sizes.logsumexp if sizes.recomputes("mla_up") else 0)
+    return kept + (sizes.logsumexp if sizes.recomputes("mla_up") and not sizes.is_shared else 0)
 
 
 def _normals(sizes: Sizes) -> int:
@@ -126,6 +129,8 @@ def _attention_forward_peak(sizes: Sizes) -> int:
     join = sizes.matrix(sizes.compressed_width, sizes.config.hidden_size)
     rotated = sizes.wide(2 * sizes.config.num_heads * sizes.config.qk_rope_head_dim)
     before = compressed + _normals(sizes) + sizes.heads
+    if sizes.is_shared:
+        return max(sizes.row + compressed + join, context.forward_peak(sizes, before))
     return max(
         sizes.row + compressed + join,
         before + max(rotated, sizes.numbers(sizes.expanded_width)),
@@ -139,6 +144,8 @@ def _attention_backward_peak(sizes: Sizes) -> int:
     made = compressed + _normals(sizes) + sizes.row
     up = sizes.numbers(sizes.query_width + sizes.expanded_width)
     again = sizes.heads if sizes.recomputes("mla_up") else 0
+    if sizes.is_shared:
+        return max(context.backward_peak(sizes, made), made + up + join + 2 * sizes.row)
     return max(
         made + sizes.numbers(sizes.value_width) + sizes.kernel_mixed + again + sizes.heads,
         made + up + join + 2 * sizes.row,

@@ -194,6 +194,21 @@ class Sizes:
         return self.wide(self.config.num_heads)
 
     @property
+    def wide_mixed(self) -> int:
+        """Bytes of the values that the attention kernel returns, in float32 or wider."""
+        return self.wide(self.config.num_heads * self._kernel_widths[1])
+
+    @property
+    def wide_query(self) -> int:
+        """Bytes of queries as the attention kernel reads them, in float32 or wider."""
+        return self.wide(self.config.num_heads * self._kernel_widths[0])
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks share each sequence."""
+        return self.shape.context > 1
+
+    @property
     def router_weights(self) -> int:
         """Bytes of the routing weights."""
         return self.wide(self.config.num_experts_per_token)

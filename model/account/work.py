@@ -41,18 +41,20 @@ class PartWork:
         return self.embedding + layers + self.head + self.mtp
 
 
-def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool) -> PartWork:
+def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool, context: int = 1) -> PartWork:
     """Counts the relative time of each part of a model.
 
     Args:
         config: architecture.
-        sequence_length_tokens: tokens of a sequence. Attention is causal, so a token attends to half of it.
+        sequence_length_tokens: tokens of a whole sequence. Attention is causal, so a token attends to half of it.
         is_fp8: whether products of linear maps in layers are in FP8. Those of heads never are.
+        context: ranks that share each sequence; each expands the keys and values of all tokens.
     """
     hidden, expert = config.hidden_size, 3 * config.hidden_size * config.expert_intermediate_size
     products = _FP8_PRODUCTS if is_fp8 else _OWN_PRODUCTS
     scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length_tokens / 2
-    attention = attention_parameters(config)
+    expanded = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    attention = attention_parameters(config) + (context - 1) * expanded
     active = (config.num_experts_per_token + config.num_shared_experts) * expert + hidden * config.num_routed_experts
     dense = 3 * hidden * config.dense_intermediate_size
     moe = products * (attention + active) + _SCORES * scores

@@ -98,7 +98,7 @@ class _MixInContext(torch.autograd.Function):
             if options.records and context.keeps_rows and index != context.index:
                 others[index] = rows
         assert merged is not None
-        mixed_BTHW, log_sums_BTH = merged.result()
+        mixed_BTHW, log_sums_BTH = merged.result(options.shape.value)
         mixed_BHTW = mixed_BTHW.transpose(1, 2)
         # x plus the output projection, ND.
         out_ND = ends.add(x.flatten(0, 1), layout.rows(mixed_BHTW))

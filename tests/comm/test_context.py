@@ -8,8 +8,8 @@ from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
 from comm.context.alone import ALONE
-from comm.context.build import MOST_GATHERED_RANKS, ContextExchange, open_context
-from comm.context.forecast import ContextBytes, forecast_context_bytes
+from comm.context.build import ContextExchange, open_context
+from comm.context.forecast import MOST_GATHERED_RANKS, ContextBytes, forecast_context_bytes, num_kept_ranks
 from comm.context.packing import from_bytes, to_bytes
 from comm.context.protocol import ContextGroup, Rows
 from comm.context.zigzag import held_positions, held_slices, join_held, segment_tokens, segments_of, take_held
@@ -149,4 +149,5 @@ def _chosen(rank: int, world_size: int) -> list[str]:
 
 def test_large_groups_pass_rows_around_a_ring() -> None:
     assert MOST_GATHERED_RANKS == 16
+    assert [num_kept_ranks(size) for size in (1, 2, 16, 17, 32)] == [0, 1, 15, 0, 0]
     assert run_ranks(2, _chosen) == [["GatherContext", "RingContext", "SingleRankContext"]] * 2

@@ -116,7 +116,7 @@ def attend_by_blocks(
             keys = zigzag(other, size)
             parts = held(query, own), held(key, keys), held(value, keys)
             merged.add(visible_tiles(cut, own, keys), parts, kernel, SCALE)
-        mixed, log_sums = merged.result()
+        mixed, log_sums = merged.result(value.shape[-1])
         rows = [position for segment in own for position in range(tokens)[segment * SEGMENT : (segment + 1) * SEGMENT]]
         found[0][:, :, rows] = mixed.transpose(1, 2)
         wide = torch.promote_types(query.dtype, torch.float32)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from comm.context.forecast import num_kept_ranks
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing
@@ -107,6 +108,8 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
         wide_bytes=max(4, value),
         pads_heads=pads_values(config.attention, config.cluster.device),
         expert_rows=round(rows * load),
+        context=config.parallelism.context,
+        kept_ranks=num_kept_ranks(config.parallelism.context),
     )
     return Sizes(
         config=model,

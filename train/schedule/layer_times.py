@@ -67,7 +67,12 @@ def nominal_times(config: TrainConfig) -> LayerTimes:
         config: of the run.
     """
     model, costs = config.model, config.costs
-    work = count_work(model, config.batch.sequence_length_tokens, is_fp8=config.precision.kind == "fp8")
+    work = count_work(
+        model,
+        config.batch.sequence_length_tokens,
+        is_fp8=config.precision.kind == "fp8",
+        context=config.parallelism.context,
+    )
     exchanging = model.num_layers - model.num_dense_layers + model.mtp_depth
     whole = config.parallelism.pipeline / work.total(model)
     exchange = 0.0

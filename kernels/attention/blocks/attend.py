@@ -42,9 +42,12 @@ class MergedAttention:
             merged.lerp_(mixed_SHLV.transpose(1, 2).to(merged.dtype), share[..., None])
             merged_sums.copy_(total)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Returns the mixed values, BTHV in the queries' type, and the logarithms, BTH in float32 or wider."""
-        return self._mixed_BTHV.to(self._dtype), self._log_sums_BTH
+    def result(self, value: int) -> tuple[Tensor, Tensor]:
+        """Returns the mixed values, BTHV in the queries' type, and the logarithms, BTH in float32 or wider.
+
+        `value`: size of a value without padding.
+        """
+        return self._mixed_BTHV[..., :value].to(self._dtype).contiguous(), self._log_sums_BTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
