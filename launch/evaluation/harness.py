@@ -1,0 +1,52 @@
+"""Opens weights as a model of lm-evaluation-harness."""
+
+import importlib.util
+from typing import TYPE_CHECKING, Literal
+
+from infer.evaluate.answers import Answerer
+from launch.config.errors import system_errors
+from launch.generation.source import find_weights, load_model
+from train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from infer.evaluate.harness import HarnessModel
+
+
+def open_harness_model(
+    ckpt: str,
+    *,
+    weights: Literal["trained", "ema"] = "trained",
+    dtype: Literal["float64", "float32", "bf16"] = "float32",
+    device: Literal["cpu", "cuda"] = "cpu",
+    batch_size: int = 32,
+    seed: int = 0,
+) -> "HarnessModel":
+    """Returns a model for `lm_eval.simple_evaluate(model=...)`.
+
+    Args:
+        ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
+        weights: trained, or ema: the average of a run with `ema.decay`.
+        dtype: type of the weights.
+        device: where they are.
+        batch_size: maximum number of sequences that are computed together. It changes no result.
+        seed: of the random numbers of generations.
+
+    Raises:
+        ConfigError: lm-evaluation-harness is not installed, or the weights have no tokenizer or no output head.
+        CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm_eval: must be installed, is not; run pip install -e '.[lm-eval]'")
+    with system_errors():
+        source = find_weights(ckpt, weights, drop_mtp=True, needs_tokenizer=True)
+    if source.tokenizer is None:
+        raise ConfigError(f"ckpt: tasks need a tokenizer, {source.folder} holds none")
+    if source.model.head != "tokens":
+        raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
+    model = load_model(source, dtype, device)
+    from infer.evaluate.harness import HarnessModel
+    from infer.evaluate.local import LocalModel
+
+    local = LocalModel(model, batch_size)
+    answerer = Answerer(local, source.tokenizer, source.end_ids, source.model.max_position_tokens)
+    return HarnessModel(answerer, source.tokenizer, seed=seed, name=str(source.folder))
