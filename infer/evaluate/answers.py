@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
@@ -145,7 +146,8 @@ class Answerer:
         ]
 
     def _stream(self, request: GenerationRequest, prompt: Sequence[int]) -> TextStream:
-        return TextStream(self._tokenizer.decode, request.stop, self._tokenizer.text_context(prompt))
+        decode = partial(self._tokenizer.decode, skip_special_tokens=not request.shows_special)
+        return TextStream(decode, request.stop, self._tokenizer.text_context(prompt))
 
     def _generated(
         self, numbered: NumberedRequest, group: Sequence[_Continuation], by_prompt: dict[int, Rollout]

@@ -84,12 +84,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
             for number, (_, context, continuation) in enumerate(requests)
         ]
-        found = []
-        for (key, _, _), answer in zip(requests, self._answers(asked), strict=True):
+        found: list[tuple[float, bool]] = []
+        for request, answer in zip(requests, self._answers(asked), strict=True):
             assert isinstance(answer, ContinuationAnswer)
             found.append((answer.log_likelihood, answer.is_greedy))
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, found[-1])
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], found[-1])
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: FBT001, FBT002
@@ -99,7 +99,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             requests: the package's requests.
             disable_tqdm: without effect.
         """
-        found = []
+        found: list[float] = []
         asked = [DocumentRequest(text=request.args[0]) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
             assert isinstance(answer, DocumentAnswer)
@@ -117,7 +117,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         Raises:
             EvaluationError: a setting that the engine does not have.
         """
-        found = []
+        found: list[str] = []
         asked = [self._generation(*request.args) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
             assert isinstance(answer, GenerationAnswer)
@@ -154,6 +154,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             max_new_tokens=int(lengths[0]) if lengths else MAX_NEW_TOKENS,
             stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
             sampling=Sampling(**values, temperature=temperature if samples else 0.0, seed=self._seed),
+            shows_special=False,
         )
 
     def _answers(self, requests: Sequence[EvaluationRequest]) -> Iterator[EvaluationAnswer]:

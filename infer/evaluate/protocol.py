@@ -58,6 +58,7 @@ class GenerationRequest:
         stop: strings that end a continuation, and are not part of it.
         samples: number of continuations.
         sampling: how tokens are chosen; greedy by default.
+        shows_special: whether special tokens are in the text, by name; thoughts are found by them.
     """
 
     prompt: Text
@@ -65,6 +66,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
+    shows_special: bool = True
 
 
 EvaluationRequest = ContinuationRequest | DocumentRequest | GenerationRequest
