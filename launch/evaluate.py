@@ -3,7 +3,6 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from infer.evaluate.answers import Answerer
-from infer.evaluate.folder import RESULTS_NAME, EvaluationFolder
-from infer.evaluate.results import TaskResult, as_json, task_result
+from infer.evaluate.folder import EvaluationFolder
 from infer.evaluate.run import OpenTask, Write, run_tasks
 from launch.config.errors import system_errors
 from launch.evaluation.checkpoint import describe_checkpoint
+from launch.evaluation.comparison import check_compared
+from launch.evaluation.outcome import write_outcome
 from launch.evaluation.ranks import Done, check_placement, evaluate_as_rank, evaluate_on_local_ranks
 from launch.evaluation.request import EvaluationJob, identity, read_job
 from launch.generation.ranks import local_cluster
@@ -47,6 +47,8 @@ def main(overrides: Sequence[str]) -> int:
     with system_errors():
         tasks = job.open_tasks()
         try:
+            if job.config.compare is not None:
+                check_compared(job.config.compare, tasks)
             _evaluate(job, tasks)
         finally:
             for each in tasks:
@@ -97,11 +99,7 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
             evaluate_as_rank(job, placement, done, write)
         else:
             evaluate_on_local_ranks(job, placement, done, write)
-        results = {each.name: task_result(each, records[each.name]) for each in tasks}
-        settings = {name: encode(each) for name, each in job.tasks.settings.items()}
-        facts = {"checkpoint": checkpoint, "seed": job.config.seed}
-        folder.write(RESULTS_NAME, json.dumps(as_json(tasks, results, settings, facts), indent=2) + "\n")
-    print(_summary(results), flush=True)
+        print(write_outcome(job, tasks, records, checkpoint, folder), flush=True)
 
 
 def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, write: Write) -> None:
@@ -117,18 +115,6 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
     local = LocalModel(model, job.config.batch_size)
     answerer = Answerer(local, job.source.tokenizer, job.source.end_ids, job.source.model.max_position_tokens)
     run_tasks(tasks, answerer, done, write)
-
-
-def _summary(results: dict[str, TaskResult]) -> str:
-    """Returns a line for each metric."""
-    lines = []
-    for name, result in results.items():
-        for metric, each in result.estimates.items():
-            error = "" if each.standard_error is None else f" +- {each.standard_error:.4f}"
-            value = "none" if each.value is None else f"{each.value:.4f}"
-            lines.append(f"{name}  {metric} {value}{error}  ({each.num_samples} samples)")
-        lines += [f"note: {name}: {note}" for note in result.details.notes]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -65,15 +65,10 @@ class EvaluationFolder:
         path = self._samples(task)
         if not path.exists():
             return []
-        records = list[Record]()
-        with path.open("r+b") as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                records.append(_record(line, f"out: {path}, line {number}"))
-                whole += len(line)
-            file.truncate(whole)
+        records = read_records(self.path, task)
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
         return records
 
     def append(self, task: str, records: Sequence[Record]) -> None:
@@ -90,7 +85,7 @@ class EvaluationFolder:
         partial.replace(self.path / name)
 
     def _samples(self, task: str) -> Path:
-        return self.path / f"samples_{task}.jsonl"
+        return self.path / samples_name(task)
 
     def _take_lock(self) -> None:
         try:
@@ -124,6 +119,26 @@ class EvaluationFolder:
                 f"{key}: must be as in {str(path)!r}, which has {found.get(key)!r}, is {identity.get(key)!r}; "
                 "nearest valid: another out, or remove this folder"
             )
+
+
+def samples_name(task: str) -> str:
+    """Returns the name of the file of a task's records."""
+    return f"samples_{task}.jsonl"
+
+
+def read_records(folder: Path, task: str) -> list[Record]:
+    """Returns the records of a task in a folder, without a line that an interruption cut.
+
+    Raises:
+        EvaluationError: a line is not a record.
+    """
+    path = folder / samples_name(task)
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [
+            _record(line, f"out: {path}, line {number}") for number, line in enumerate(file, 1) if line.endswith(b"\n")
+        ]
 
 
 def _line(record: Record) -> bytes:

@@ -1,10 +1,15 @@
-"""Estimates metrics with their standard errors. Imports no torch."""
+"""Estimates metrics with their standard errors, and compares two evaluations. Imports no torch."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from infer.evaluate.protocol import Measure
+
+NUM_RESAMPLES = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,3 +42,104 @@ def estimate(measures: Sequence[Measure]) -> Estimate:
         squares = math.fsum((each.value - ratio * each.weight) ** 2 for each in measures)
         error = math.sqrt(squares * number / (number - 1)) / weight
     return Estimate(value=ratio, standard_error=error, num_samples=number)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Difference of a metric between two evaluations of the same samples: the first minus the second.
+
+    Attributes:
+        difference: of the metrics.
+        standard_error: of the difference, from the differences of samples; None without two samples.
+        p_value: probability of a difference at least as large if neither was better; None without samples.
+        test: `mcnemar_exact` if all values are 0 or 1, else `paired_bootstrap`.
+        interval: 95 % interval of the difference, from the bootstrap or the standard error; None without two samples.
+        num_samples: samples that are compared.
+    """
+
+    difference: float | None
+    standard_error: float | None
+    p_value: float | None
+    test: Literal["mcnemar_exact", "paired_bootstrap"]
+    interval: tuple[float, float] | None
+    num_samples: int
+
+
+def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) -> Comparison:
+    """Compares two evaluations sample by sample.
+
+    Args:
+        first: measures of one evaluation.
+        second: those of the other one, of the same samples in the same order.
+        seed: of the bootstrap.
+    """
+    is_binary = all(each.weight == 1 and each.value in (0, 1) for each in (*first, *second))
+    test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
+    number, both = len(first), (estimate(first).value, estimate(second).value)
+    if both[0] is None or both[1] is None:
+        return Comparison(
+            difference=None, standard_error=None, p_value=None, test=test, interval=None, num_samples=number
+        )
+    difference = both[0] - both[1]
+    error = _paired_error(first, second, both[0], both[1])
+    interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
+    if is_binary:
+        gained = sum(mine.value > other.value for mine, other in zip(first, second, strict=True))
+        lost = sum(mine.value < other.value for mine, other in zip(first, second, strict=True))
+        p_value: float | None = mcnemar(gained, lost)
+    else:
+        p_value, interval = _bootstrap(first, second, seed) if number > 1 else (None, None)
+    return Comparison(
+        difference=difference,
+        standard_error=error,
+        p_value=p_value,
+        test=test,
+        interval=interval,
+        num_samples=number,
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Returns the two-sided p-value of McNemar's exact test: a fair coin decides each sample that differs.
+
+    Args:
+        gained: samples that only the first evaluation has right.
+        lost: samples that only the second one has right.
+    """
+    number = gained + lost
+    tail = sum(math.comb(number, k) for k in range(min(gained, lost) + 1))
+    return float(min(1.0, 2 * tail / 2**number))
+
+
+def _paired_error(
+    first: Sequence[Measure], second: Sequence[Measure], ratio: float, other_ratio: float
+) -> float | None:
+    """Returns the standard error of a difference of two ratios over the same samples."""
+    number = len(first)
+    if number < 2:
+        return None
+    weight, other_weight = math.fsum(each.weight for each in first), math.fsum(each.weight for each in second)
+    squares = math.fsum(
+        ((mine.value - ratio * mine.weight) / weight - (other.value - other_ratio * other.weight) / other_weight) ** 2
+        for mine, other in zip(first, second, strict=True)
+    )
+    return math.sqrt(squares * number / (number - 1))
+
+
+def _bootstrap(first: Sequence[Measure], second: Sequence[Measure], seed: int) -> tuple[float, tuple[float, float]]:
+    """Returns the p-value and the 95 % interval of a difference over resampled samples."""
+    random = np.random.default_rng(seed)
+    values = np.array(
+        [(mine.value, mine.weight, other.value, other.weight) for mine, other in zip(first, second, strict=True)]
+    )
+    found = []
+    for _ in range(NUM_RESAMPLES):
+        sums = values[random.integers(len(values), size=len(values))].sum(0)
+        if sums[1] and sums[3]:
+            found.append(sums[0] / sums[1] - sums[2] / sums[3])
+    differences = np.array(found)
+    # One more than counted, so that a finite number of resamples never gives a probability of 0.
+    at_most = (1 + (differences <= 0).sum()) / (1 + len(differences))
+    at_least = (1 + (differences >= 0).sum()) / (1 + len(differences))
+    low, high = np.quantile(differences, (0.025, 0.975)).tolist()
+    return min(1.0, float(2 * min(at_most, at_least))), (low, high)
