@@ -23,6 +23,7 @@ from train.checkpoint.rescue import save_to_rescue_folder
 from train.checkpoint.save import CheckpointSaver
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RefusedStepError, StoppedError, UnsavedError
+from train.evaluation.during_training import RunEvaluator, record_values, result_line
 from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.ownership.lock_file import OwnershipCheck
@@ -104,6 +105,7 @@ class TrainingLoop:
         )
         # The first step takes longer than others: kernels are compiled and memory is allocated from the system.
         self._first_progress = progress_on() if world.rank == 0 else None
+        self._evaluator = RunEvaluator(config, learner.replica, prepared) if config.evaluation.tasks.tasks else None
 
     def run(self) -> None:
         """Runs the remaining steps, then generates the sample text.
@@ -131,6 +133,8 @@ class TrainingLoop:
                 with self._recorded(step, outcome) as record:
                     if self._is_validation_due():
                         record |= self._validate()
+                    if self._evaluator is not None and self._is_due(self._config.evaluation.every_steps):
+                        record |= self._evaluate(self._evaluator)
                 self._call_on_step(outcome, record)
                 if self._is_due(self._config.track.picture_every_steps):
                     self._draw(step, outcome)
@@ -138,6 +142,8 @@ class TrainingLoop:
                     self._save()
                 self._report_checkpoints()
                 self._status.running(self.num_done)
+        if self._evaluator is not None:
+            self._evaluator.close()
         self._sample()
 
     def _train(self, step: int) -> Outcome:
@@ -212,6 +218,14 @@ class TrainingLoop:
             VALIDATION_LOSS: loss,
             **{f"validation_{name}": mean for name, mean in {**found.reported, **positions}.items()},
         }
+
+    def _evaluate(self, evaluator: RunEvaluator) -> dict[str, float]:
+        """Evaluates tasks, reports the metrics, and returns those for the step's record on rank 0."""
+        with self._world.phase("evaluation"):
+            results = evaluator.evaluate(self.num_done)
+        if results:
+            self._reporter.say(f"step {self.num_done:>6}  evaluation: {result_line(results)}")
+        return record_values(results)
 
     def _report_answers(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Reports measurements of answers to held-out problems."""

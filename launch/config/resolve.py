@@ -12,6 +12,7 @@ from typing import Any, Literal
 from data.prepare import check_config
 from data.registry import DATA_SOURCES
 from data.tokenizer_files import find_tokenizer_file, other_tokenizer
+from launch.config.evaluation_rules import check_evaluation
 from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig, ladder
 from train.checkpoint.compatible import check_compatible
@@ -65,6 +66,7 @@ def check_files(config: TrainConfig) -> None:
         CheckpointError, HfError: `init_from` names no weights, or weights of another model.
     """
     check_data(config)
+    check_evaluation(config)
     TASKS.get(config.task.kind).check_files(config)
     check_model_parts(config)
     if not _check_resume(config):

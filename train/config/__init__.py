@@ -17,6 +17,7 @@ from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne
 from model.config import Computing, ModelConfig, Products, Recomputed
+from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
 from train.config.guards import GuardConfig
 from train.config.planning import DEFAULT_COST, DEFAULT_PLAN_CHECK, CostConfig, PlanCheckConfig
 from train.config.token_schedule import TokenSchedule
@@ -189,6 +190,7 @@ class TrainConfig:
         attention: implementation of attention.
         cost: what the planner counts in addition to the run's own steps.
         plan: what is checked before the run starts.
+        evaluation: tasks that are evaluated during training.
         plugins: Python files that register further kinds of what a `kind` selects. The command and every rank load
             them.
     """
@@ -226,6 +228,7 @@ class TrainConfig:
     plugins: tuple[str, ...]
     cost: CostConfig = DEFAULT_COST
     plan: PlanCheckConfig = DEFAULT_PLAN_CHECK
+    evaluation: RunEvaluationConfig = NO_EVALUATION
 
     @property
     def computing(self) -> Computing:

@@ -72,6 +72,8 @@ def _decode_dataclass(cls: Any, value: object, place: str) -> Any:
     if hasattr(cls, "from_plain"):
         try:
             return cls.from_plain(value)
+        except ConfigError as error:  # names a key within the value
+            raise type(error)(_join(place, str(error))) from error
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from error
     values = _mapping(value, place)

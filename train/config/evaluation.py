@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from infer.evaluate.config import EvaluationTaskConfig
 from infer.evaluate.registry import EVALUATION_TASKS
+from kernels.ranges import NonNegativeInt
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 
@@ -23,23 +24,21 @@ class EvaluationTasksConfig:
     settings: Mapping[str, EvaluationTaskConfig]
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any], place: str = "") -> "EvaluationTasksConfig":
+    def from_plain(cls, values: Mapping[str, Any]) -> "EvaluationTasksConfig":
         """Decodes the key `tasks` and a group of keys for each task.
 
         Args:
             values: plain values.
-            place: dotted key of the values, for errors.
 
         Raises:
             ConfigError: an unknown task, a task that is named twice, or a key that is not valid.
         """
-        prefix = f"{place}." if place else ""
-        names = decode(_Names, {"tasks": values.get("tasks")}, place).tasks
+        names = decode(_Names, {"tasks": values.get("tasks")}).tasks
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"{prefix}tasks: must name a task once, is {list(names)}; nearest valid: one {name}")
+                raise ConfigError(f"tasks: must name a task once, is {list(names)}; nearest valid: one {name}")
         settings = {
-            name: decode(spec.config, values.get(name, {}), f"{prefix}{name}")
+            name: decode(spec.config, values.get(name, {}), name)
             for name, spec in EVALUATION_TASKS.items()
             if name in values or name in names
         }
@@ -48,3 +47,42 @@ class EvaluationTasksConfig:
     def to_plain(self) -> dict[str, Any]:
         """Returns the values that `from_plain` reads."""
         return {"tasks": list(self.tasks), **{name: encode(each) for name, each in self.settings.items()}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Interval:
+    every_steps: NonNegativeInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEvaluationConfig:
+    """Evaluations during training.
+
+    Attributes:
+        every_steps: interval of evaluations; 0: only after the last step.
+        tasks: what is evaluated; without tasks, nothing is.
+    """
+
+    every_steps: int
+    tasks: EvaluationTasksConfig
+
+    @classmethod
+    def from_plain(cls, values: object) -> "RunEvaluationConfig":
+        """Decodes the keys `every_steps` and `tasks`, and a group of keys for each task.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is not valid.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"must hold keys and values, is {values!r}")
+        known = ("tasks", *EVALUATION_TASKS.names())
+        own = {key: value for key, value in values.items() if key not in known}
+        tasks = EvaluationTasksConfig.from_plain({key: values[key] for key in known if key in values})
+        return cls(every_steps=decode(_Interval, own).every_steps, tasks=tasks)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns the values that `from_plain` reads."""
+        return {"every_steps": self.every_steps, **self.tasks.to_plain()}
+
+
+NO_EVALUATION = RunEvaluationConfig(every_steps=0, tasks=EvaluationTasksConfig(tasks=(), settings={}))

@@ -45,14 +45,22 @@ class GreedyTargets:
 class PipelinedModel:
     """A network on several ranks that is evaluated. Every rank has one, and all call the same methods."""
 
-    def __init__(self, replica: Replica, batch_size: int, pipeline: Callable[[], ReplicaPipeline]) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        batch_size: int,
+        pipeline: Callable[[], ReplicaPipeline],
+        most_tokens: int = MOST_TOKENS,
+    ) -> None:
         """Stores the arguments.
 
         Args:
             replica: the network.
             batch_size: maximum number of sequences of a micro-batch. It does not change results.
             pipeline: opens or returns the pipeline that generates.
+            most_tokens: maximum number of tokens of a micro-batch with several sequences.
         """
+        self._most_tokens = most_tokens
         self._replica, self._batch_size, self._pipeline = replica, batch_size, pipeline
 
     @torch.no_grad()
@@ -82,7 +90,7 @@ class PipelinedModel:
         first = 0
         while first < len(order):
             longest = len(sequences[order[first]].tokens) - 1
-            most = max(1, min(self._batch_size, MOST_TOKENS // longest))
+            most = max(1, min(self._batch_size, self._most_tokens // longest))
             num_rows = min(most, -(-(len(order) - first) // slots))
             yield order[first : first + slots * num_rows], num_rows
             first += slots * num_rows

@@ -1,0 +1,31 @@
+"""Checks the evaluations of a run before any process starts."""
+
+from infer.evaluate.lines import checked_file
+from infer.evaluate.registry import EVALUATION_TASKS
+from train.config import TrainConfig
+from train.config.errors import ConfigError
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Rejects tasks that the model cannot do, and files that do not exist.
+
+    Raises:
+        ConfigError: a task needs another output head, or has no file.
+        DataError: a file cannot be read.
+    """
+    tasks = config.evaluation.tasks
+    for name in tasks.tasks:
+        spec = EVALUATION_TASKS.get(name)
+        if config.model.head not in spec.heads:
+            raise ConfigError(
+                f"evaluation.tasks: {name} needs a model with model.head={' or '.join(spec.heads)}, task.kind="
+                f"{config.task.kind} has {config.model.head}; nearest valid: evaluation.tasks=[]"
+            )
+        settings = tasks.settings[name]
+        if hasattr(settings, "path") and not settings.path:
+            raise ConfigError(
+                f"evaluation.{name}.path: a value is needed if evaluation.tasks has {name}, is {settings.path}; "
+                f"write evaluation.{name}.path=FILE"
+            )
+        for path in spec.files(settings):
+            checked_file(f"evaluation.{name}", path)
