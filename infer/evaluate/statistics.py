@@ -45,7 +45,7 @@ def estimate(measures: Sequence[Measure]) -> Estimate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class PairedComparison:
     """Difference of a metric between two evaluations of the same samples: the first minus the second.
 
     Attributes:
@@ -65,7 +65,7 @@ class Comparison:
     num_samples: int
 
 
-def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) -> Comparison:
+def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) -> PairedComparison:
     """Compares two evaluations sample by sample.
 
     Args:
@@ -77,7 +77,7 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
     number, both = len(first), (estimate(first).value, estimate(second).value)
     if both[0] is None or both[1] is None:
-        return Comparison(
+        return PairedComparison(
             difference=None, standard_error=None, p_value=None, test=test, interval=None, num_samples=number
         )
     difference = both[0] - both[1]
@@ -89,7 +89,7 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
         p_value: float | None = mcnemar(gained, lost)
     else:
         p_value, interval = _bootstrap(first, second, seed) if number > 1 else (None, None)
-    return Comparison(
+    return PairedComparison(
         difference=difference,
         standard_error=error,
         p_value=p_value,

@@ -8,7 +8,7 @@ from typing import Any
 
 from infer.evaluate.folder import IDENTITY_NAME, RESULTS_NAME, read_records
 from infer.evaluate.run import OpenTask, Record
-from infer.evaluate.statistics import Comparison, compare
+from infer.evaluate.statistics import PairedComparison, compare
 from train.config.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def check_compared(folder: str, tasks: Sequence[OpenTask]) -> None:
 
 def compare_with(
     folder: str, tasks: Sequence[OpenTask], records: Mapping[str, Sequence[Record]], seed: int
-) -> dict[str, dict[str, Comparison]]:
+) -> dict[str, dict[str, PairedComparison]]:
     """Returns the comparison of each metric of each task.
 
     Args:
@@ -45,7 +45,7 @@ def compare_with(
         records: of this evaluation, by task.
         seed: of the bootstrap.
     """
-    found = dict[str, dict[str, Comparison]]()
+    found = dict[str, dict[str, PairedComparison]]()
     for each in tasks:
         others = {str(record["id"]): record for record in read_records(Path(folder).expanduser(), each.name)}
         mine = [each.task.measures(record) for record in records[each.name]]
@@ -62,7 +62,7 @@ def compare_with(
     return found
 
 
-def as_plain(folder: str, found: Mapping[str, Mapping[str, Comparison]]) -> dict[str, Any]:
+def as_plain(folder: str, found: Mapping[str, Mapping[str, PairedComparison]]) -> dict[str, Any]:
     """Returns comparisons for `results.json`, with the weights of the other evaluation."""
     identity = json.loads((Path(folder).expanduser() / IDENTITY_NAME).read_text(encoding="utf-8"))
     tasks = {name: {metric: asdict(each) for metric, each in metrics.items()} for name, metrics in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from infer.evaluate.folder import RESULTS_NAME, EvaluationFolder
 from infer.evaluate.results import TaskResult, as_json, task_result
 from infer.evaluate.run import OpenTask, Record
-from infer.evaluate.statistics import Comparison
+from infer.evaluate.statistics import PairedComparison
 from launch.evaluation.comparison import as_plain, compare_with
 from launch.evaluation.request import EvaluationJob
 from train.config.decode import encode
@@ -56,7 +56,9 @@ def write_outcome(
     return summary(results, compared)
 
 
-def summary(results: Mapping[str, TaskResult], compared: Mapping[str, Mapping[str, Comparison]] | None = None) -> str:
+def summary(
+    results: Mapping[str, TaskResult], compared: Mapping[str, Mapping[str, PairedComparison]] | None = None
+) -> str:
     """Returns a line for each metric, and for each note."""
     lines = []
     for name, result in results.items():

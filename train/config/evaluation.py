@@ -18,10 +18,15 @@ class _Names:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationTasksConfig:
-    """Evaluation tasks, and the configuration of each registered task that has one, by name."""
+    """Evaluation tasks, and pairs of a registered task's name and its configuration."""
 
     tasks: tuple[str, ...]
-    settings: Mapping[str, EvaluationTaskConfig]
+    configured: tuple[tuple[str, EvaluationTaskConfig], ...] = ()
+
+    @property
+    def settings(self) -> dict[str, EvaluationTaskConfig]:
+        """The configuration of each registered task that has one, by name."""
+        return dict(self.configured)
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "EvaluationTasksConfig":
@@ -37,12 +42,12 @@ class EvaluationTasksConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"tasks: must name a task once, is {list(names)}; nearest valid: one {name}")
-        settings = {
-            name: decode(spec.config, values.get(name, {}), name)
+        configured = tuple(
+            (name, decode(spec.config, values.get(name, {}), name))
             for name, spec in EVALUATION_TASKS.items()
             if name in values or name in names
-        }
-        return cls(tasks=names, settings=settings)
+        )
+        return cls(tasks=names, configured=configured)
 
     def to_plain(self) -> dict[str, Any]:
         """Returns the values that `from_plain` reads."""
@@ -85,4 +90,4 @@ class RunEvaluationConfig:
         return {"every_steps": self.every_steps, **self.tasks.to_plain()}
 
 
-NO_EVALUATION = RunEvaluationConfig(every_steps=0, tasks=EvaluationTasksConfig(tasks=(), settings={}))
+NO_EVALUATION = RunEvaluationConfig(every_steps=0, tasks=EvaluationTasksConfig(tasks=()))

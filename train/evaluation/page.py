@@ -7,7 +7,7 @@ from typing import Any
 
 from infer.evaluate.protocol import ResultGrid, ResultTable
 from infer.evaluate.results import TaskResult
-from infer.evaluate.statistics import Comparison
+from infer.evaluate.statistics import PairedComparison
 from train.report.figures import plain
 from train.report.table import table
 
@@ -20,7 +20,7 @@ def page(
     title: str,
     facts: Mapping[str, object],
     results: Mapping[str, TaskResult],
-    compared: Mapping[str, Mapping[str, Comparison]] | None = None,
+    compared: Mapping[str, Mapping[str, PairedComparison]] | None = None,
 ) -> str:
     """Returns the page.
 
@@ -49,7 +49,7 @@ td.text,th.text{text-align:left;overflow-wrap:anywhere}
 """
 
 
-def _task(name: str, result: TaskResult, compared: Mapping[str, Comparison] | None) -> str:
+def _task(name: str, result: TaskResult, compared: Mapping[str, PairedComparison] | None) -> str:
     """Returns the section of a task."""
     parts = [f"<h2>{escape(name)}<small>{result.num_samples:,} samples</small></h2>"]
     parts += [f"<p>{escape(note)}</p>" for note in result.details.notes]
@@ -130,7 +130,7 @@ def _table(found: ResultTable) -> str:
     return f"<h3>{escape(found.title)}</h3>{table(found.columns, rows)}"
 
 
-def _comparison(compared: Mapping[str, Comparison]) -> str:
+def _comparison(compared: Mapping[str, PairedComparison]) -> str:
     columns = ("metric", "difference", "standard error", "95 % interval", "p", "test", "samples")
     rows = [
         [
