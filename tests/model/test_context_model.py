@@ -20,12 +20,14 @@ from comm.dispatch.traffic import Traffic
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
+from launch.config.run_config import compose_run
 from model.account import MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recomputed
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialize_weights
 from tests.model.test_activations import Counter
+from tests.model.test_fp8_activations import SMALL as IN_FP8
 from tests.model.test_stage import make_objective, phased
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
@@ -156,6 +158,8 @@ SAVED_CASES = [
         (torch.bfloat16, frozenset[Recomputed]({"mla_up"}), MODEL),
         (torch.bfloat16, frozenset[Recomputed]({"norm"}), replace(MODEL, q_lora_rank=None)),
     )
+] + [
+    Case(dtype=torch.bfloat16, products="fp8", config=config) for config in (IN_FP8, replace(IN_FP8, q_lora_rank=None))
 ]
 
 
@@ -165,3 +169,23 @@ def test_ranks_keep_what_the_account_counts(exchange: ContextExchange, size: int
     for place, case in enumerate(SAVED_CASES):
         predicted = predicted_bytes(case, size, is_ring=exchange == "ring")
         assert [result[place] for result in results] == [predicted] * size, f"case {place}, {exchange}"
+
+
+@pytest.mark.parametrize("products", ["own", "fp8"])
+def test_activations_of_32k_tokens_on_four_ranks_are_those_of_8k_on_one(products: Products) -> None:
+    """DeepSeek-V3 keeps at most 2 % more on each rank: latents of three other ranks, and logarithms of 128 heads."""
+    config = compose_run(["model=v3_671b"]).model
+    tokens = 8192
+    alone = MicroBatchShape(
+        sequences=1,
+        tokens=tokens,
+        value_bytes=2,
+        wide_bytes=4,
+        pads_heads=False,
+        expert_rows=tokens * config.num_experts_per_token,
+    )
+    shared = replace(alone, context=4, kept_ranks=3)
+    totals = [
+        count_activations(config, shape, frozenset(RECOMPUTED), products).total(config) for shape in (alone, shared)
+    ]
+    assert totals[0] < totals[1] <= 1.02 * totals[0]
