@@ -132,7 +132,7 @@ def check_attention(config: TrainConfig) -> None:
     """Rejects an attention kernel that does not support the device or the precision.
 
     Raises:
-        ConfigError: the kernel is for another device or another precision.
+        ConfigError: the kernel is for another device or another precision, or for whole sequences.
     """
     name, device, precision = config.attention, config.cluster.device, config.precision.kind
     if name == AUTO:
@@ -149,6 +149,12 @@ def check_attention(config: TrainConfig) -> None:
         raise ConfigError(
             f"attention: {name} needs precision={' or '.join(valid)}, is {name} with precision={precision}; "
             f"nearest valid: {' or '.join(suiting)}"
+        )
+    if config.parallelism.context > 1 and not kernel.has_blocks:
+        valid = [each for each in suiting if each == AUTO or ATTENTION.get(each).has_blocks]
+        raise ConfigError(
+            f"attention: must return logarithms of sums of exponentials with parallelism.context above 1, by which "
+            f"blocks of keys are merged, is {name}; nearest valid: {' or '.join(valid)}"
         )
 
 

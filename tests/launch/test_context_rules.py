@@ -18,6 +18,10 @@ from train.config.errors import ConfigError
             ["parallelism=four_ranks", "parallelism.context=2", "parallelism.expert=3"],
             ["parallelism.expert", "parallelism.data x parallelism.context = 4", "is 3", "2 or 4"],
         ),
+        (
+            ["parallelism.context=2", "cluster=one_gpu", "attention=flex"],
+            ["attention", "logarithms", "parallelism.context above 1", "is flex", "nearest valid: auto or sdpa"],
+        ),
         (["parallelism.context=0"], ["parallelism.context", "above 0", "is 0"]),
         (
             ["parallelism.context=2", "task=dpo", *NEEDS["task=dpo"]],

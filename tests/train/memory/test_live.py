@@ -164,6 +164,22 @@ def test_ranks_of_a_mirrored_pipeline_keep_what_is_predicted(folder: Path) -> No
             check(together(*both), f"pipeline rank {place}, job {index}", 0.05)
 
 
+@pytest.mark.long
+def test_ranks_that_share_sequences_keep_what_is_predicted(folder: Path) -> None:
+    """A mirrored pipeline of two ranks, each of them twice, with half of every sequence."""
+    names = (("all features", "bf16"), ("no query rank", "float32"), ("keeps all", "float32"), ("all features", "fp8"))
+    mesh = ParallelismConfig(pipeline=2, data=1, expert=1, context=2)
+    jobs = [
+        (make_config(folder, *SHAPES[shape], PRECISIONS[precision], parallelism=mesh), None)
+        for shape, precision in names
+    ]
+    results = run_ranks(4, compare_rank, jobs, False)
+    for rank, compared in enumerate(results):
+        for name, each in zip(names, compared, strict=True):
+            # Messages that have left may still be there.
+            check(each, f"rank {rank}, {name}", 0.05)
+
+
 def test_ranks_with_chunks_and_a_shared_embedding_keep_what_is_predicted(folder: Path) -> None:
     """First and last stage on different ranks, one or two chunks; both directions with two chunks."""
     model = replace(BASE, num_layers=4)
