@@ -1,5 +1,6 @@
 """Tests that a run that does not fit its devices is rejected with the nearest change that fits."""
 
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,15 @@ def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
     message = refusal(make_config(*V3, "batch.micro_sequences=2"))
     assert message.startswith("memory: rank 1 needs 127.0 GB of 84.9 (activations 86.5, ")
     assert message.endswith("; nearest: batch.micro_sequences=1")
+
+
+@pytest.mark.long
+def test_deepseek_v3_at_128k_names_the_ranks_that_must_share_a_sequence() -> None:
+    message = refusal(make_config(*V3, "batch.sequence_length_tokens=131072"))
+    assert re.match(r"memory: rank \d+ needs 16\d\d\.\d GB of 84\.9 \(activations 1456\.3, ", message), message
+    nearest = message.rpartition("; nearest: ")[2].split()
+    assert any(text.startswith("parallelism.context=") for text in nearest), message
+    check_memory(make_config(*V3, "batch.sequence_length_tokens=131072", *nearest), check_rules)
 
 
 def test_deepseek_v3_takes_less_than_two_seconds_and_no_torch() -> None:

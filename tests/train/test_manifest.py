@@ -9,7 +9,14 @@ import pytest
 from tests.launch.test_config import build
 from train.checkpoint.compatible import check_compatible
 from train.checkpoint.locate import locate
-from train.checkpoint.manifest import CheckpointError, layout_record, read_manifest, read_step, write_manifest
+from train.checkpoint.manifest import (
+    CheckpointError,
+    layout_record,
+    read_manifest,
+    read_step,
+    write_manifest,
+    written_layout,
+)
 
 
 def save(run: Path, step: int, *overrides: str, complete: bool = True) -> Path:
@@ -123,6 +130,14 @@ def test_manifest_of_another_layout_passes(overrides: list[str], tmp_path: Path)
     check_compatible(folder, config)
     assert layout_record(build()) == read_manifest(folder)["layout"]
     assert (layout_record(config) == layout_record(build())) is (overrides[0] == "optim.sharding=replicated")
+
+
+def test_checkpoint_without_context_groups_has_the_layout_of_whole_sequences(tmp_path: Path) -> None:
+    folder = save(tmp_path, 20)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    del manifest["layout"]["context"]
+    assert written_layout(manifest) == layout_record(build())
+    assert written_layout(manifest) != layout_record(build("parallelism.data=1", "parallelism.context=2"))
 
 
 def test_manifest_of_an_older_release_is_refused_in_one_line(tmp_path: Path) -> None:

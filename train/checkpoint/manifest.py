@@ -220,6 +220,12 @@ def layout_record(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def written_layout(manifest: Mapping[str, Any]) -> object:
+    """Returns the layout under which a checkpoint was written. Older checkpoints name no context group."""
+    layout = manifest.get("layout")
+    return {"context": 1, **layout} if isinstance(layout, dict) else layout
+
+
 def _tokenizer_shape(config: TrainConfig) -> dict[str, Any]:
     """Returns the source of the tokenizer. Its content is compared by the fingerprint of the samples."""
     if config.data.tokenizer is not None:

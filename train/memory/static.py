@@ -76,7 +76,7 @@ def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
     model, shape = sizes.config, sizes.shape
     # Router bias in float32 and load in int64; cos and sin of each block's positions.
     routers = held.num_routers * model.num_routed_experts * (4 + _ID_BYTES)
-    tables = held.num_blocks * shape.tokens * model.qk_rope_head_dim * shape.wide_bytes
+    tables = held.num_blocks * shape.tokens * shape.context * model.qk_rope_head_dim * shape.wide_bytes
     return held.total * shape.value_bytes + routers + tables
 
 
@@ -115,8 +115,9 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
     if has_end or masks:
         each = 2 * (config.model.mtp_depth + 1) * shape.num_tokens * _ID_BYTES
     if masks:
-        each += shape.num_tokens * _ID_BYTES
-        if makes_dense_masks(config.attention, config.cluster.device):
+        # Documents are those of whole sequences, also if ranks share them.
+        each += shape.num_tokens * shape.context * _ID_BYTES
+        if shape.context == 1 and makes_dense_masks(config.attention, config.cluster.device):
             # A Boolean mask and the bias that is added to the scores, for every pair of tokens.
             each += shape.sequences * shape.tokens**2 * (1 + shape.value_bytes)
     return each * num_micro_batches

@@ -30,7 +30,7 @@ LAYOUTS = (
     (ParallelismConfig(pipeline=2, data=4, expert=4), "1f1b"),  # MTP modules and the embedding are on different ranks
     (ParallelismConfig(pipeline=4, data=2, expert=2), "dualpipe"),
     (ParallelismConfig(pipeline=4, data=2, expert=1), "zb_v"),
-    (ParallelismConfig(pipeline=8, data=1, expert=1), "dualpipe_split"),
+    (ParallelismConfig(pipeline=4, data=1, expert=2, context=2), "dualpipe_split"),
     (ParallelismConfig(pipeline=8, data=1, expert=1), "zb_h1"),
 )
 PADDED_ELEMENTS = 2
@@ -66,10 +66,12 @@ def measure(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tupl
 
 def _weight_bytes(learner: Learner) -> int:
     """Returns the bytes of weights, buffers and rotation tables, which each block makes in its first forward."""
-    network, tokens = learner.replica.network, learner.replica.config.batch.sequence_length_tokens
+    network = learner.replica.network
+    tokens = learner.replica.config.batch.sequence_length_tokens // learner.world.layout.parallelism.context
     for module in network.modules():
         if isinstance(module, LatentAttention):
-            module._rotation(torch.empty(1, tokens, 1, dtype=weight_dtype(learner.replica.config.precision)))
+            rows = torch.empty(1, tokens, 1, dtype=weight_dtype(learner.replica.config.precision))
+            module._rotation(rows, network.context)
     tables = [
         table for module in network.modules() for pair in getattr(module, "_tables", {}).values() for table in pair
     ]
@@ -91,7 +93,7 @@ def _optimizer_bytes(learner: Learner) -> tuple[int, int]:
     ("numbers", "built_numbers"),
     [
         pytest.param((3,), (), id="one", marks=pytest.mark.slow),
-        pytest.param(tuple(range(len(LAYOUTS))), (2, 3), id="every", marks=pytest.mark.long),
+        pytest.param(tuple(range(len(LAYOUTS))), (2, 3, 6), id="every", marks=pytest.mark.long),
     ],
 )
 def test_static_bytes_of_real_ranks_are_those_of_arithmetic_and_of_ranks_built_alone(
@@ -104,9 +106,11 @@ def test_static_bytes_of_real_ranks_are_those_of_arithmetic_and_of_ranks_built_a
     built = {number: build_ranks(configs[number]) for number in built_numbers}
     for number, config in configs.items():
         for rank, memory in enumerate(predict_memory(config).ranks):
-            for index in range(config.parallelism.data):
-                weights, gradients, optimizer, num_shards = results[rank * config.parallelism.data + index][number]
-                name = f"{LAYOUTS[number]}, pipeline rank {rank}, data rank {index}"
+            for index in range(config.parallelism.stage_ranks):
+                weights, gradients, optimizer, num_shards = results[rank * config.parallelism.stage_ranks + index][
+                    number
+                ]
+                name = f"{LAYOUTS[number]}, pipeline rank {rank}, member {index}"
                 assert memory.weights == weights, name
                 assert memory.gradients == gradients, name
                 assert 0 <= optimizer - memory.optimizer <= num_shards * PADDED_ELEMENTS * 12, name
