@@ -20,6 +20,8 @@ from infer.evaluate.protocol import (
     EvaluationRequest,
     GenerationAnswer,
     GenerationRequest,
+    RatingAnswer,
+    RatingRequest,
     TargetScores,
     TargetSequence,
 )
@@ -81,7 +83,7 @@ class Answerer:
             EvaluationError: a continuation is longer than the model has positions, or a log-likelihood is not finite.
         """
         found: list[EvaluationAnswer | None] = [None] * len(requests)
-        for at, scored in self._score(requests):
+        for at, scored in [*self._score(requests), *self._rate(requests)]:
             found[at] = scored
         by_settings = defaultdict[tuple[int, Sampling], list[int]](list)
         for at, each in enumerate(requests):
@@ -107,6 +109,15 @@ class Answerer:
             places[at] = _Scored(first=first, count=len(sequences) - first, num_dropped=num_dropped)
         scores = self._model.score(sequences) if sequences else []
         return [(at, _likelihood(requests[at].request, place, scores)) for at, place in places.items()]
+
+    def _rate(self, requests: Sequence[NumberedRequest]) -> list[tuple[int, EvaluationAnswer]]:
+        """Answers the requests for scores of a reward model in one call of the model."""
+        rated = {at: each.request.tokens for at, each in enumerate(requests) if isinstance(each.request, RatingRequest)}
+        scores = self._model.rate(list(rated.values())) if rated else []
+        for score in scores:
+            if not math.isfinite(score):
+                raise EvaluationError(f"ckpt: scores of answers must be finite, one is {score}")
+        return [(at, RatingAnswer(score=score)) for at, score in zip(rated, scores, strict=True)]
 
     def _generate(
         self, requests: Sequence[NumberedRequest], places: Sequence[int], max_new_tokens: int, sampling: Sampling

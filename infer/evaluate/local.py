@@ -12,6 +12,7 @@ from torch import Tensor
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
+from infer.reward import score_answers
 from kernels.cross_entropy.greedy import greedy_scores
 from kernels.cross_entropy.reference import IGNORE
 from model.transformer import Transformer
@@ -90,6 +91,10 @@ class LocalModel:
             for number, scores in zip(numbers, self._score([sequences[at] for at in numbers]), strict=True):
                 found[number] = scores
         return [scores for scores in found if scores is not None]
+
+    def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Implements `EvaluatedModel.rate`."""
+        return score_answers(self._model, sequences, self._batch_size)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Implements `EvaluatedModel.generate`."""

@@ -69,7 +69,19 @@ class GenerationRequest:
     shows_special: bool = True
 
 
-EvaluationRequest = ContinuationRequest | DocumentRequest | GenerationRequest
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatingRequest:
+    """Asks a reward model for its score of an answer.
+
+    Attributes:
+        tokens: ids of the prompt with the answer, at most as many as the model has positions. The score is read at the
+            last one.
+    """
+
+    tokens: tuple[int, ...]
+
+
+EvaluationRequest = ContinuationRequest | DocumentRequest | GenerationRequest | RatingRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +126,14 @@ class GenerationAnswer:
     num_dropped: int = 0
 
 
-EvaluationAnswer = ContinuationAnswer | DocumentAnswer | GenerationAnswer
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatingAnswer:
+    """A reward model's score of an answer."""
+
+    score: float
+
+
+EvaluationAnswer = ContinuationAnswer | DocumentAnswer | GenerationAnswer | RatingAnswer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,6 +305,14 @@ class EvaluatedModel(Protocol):
 
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Returns the scores of each sequence. They depend on no other sequence."""
+        ...
+
+    def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Returns the score of each answer, if the model has a score head.
+
+        Args:
+            sequences: token ids of each prompt with its answer, at most as many as the model has positions.
+        """
         ...
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:

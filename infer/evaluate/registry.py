@@ -38,6 +38,6 @@ EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry(
     "tasks",
     [
         f"infer.evaluate.tasks.{name}"
-        for name in ("choice", "bits_per_byte", "needle", "ruler", "maths", "code", "reasoning")
+        for name in ("choice", "bits_per_byte", "needle", "ruler", "maths", "code", "reasoning", "reward")
     ],
 )

@@ -1,6 +1,6 @@
 """Scores and generates with a model whose stages are spread over ranks, where the weights are.
 
-Shape legend: B sequences of a micro-batch, T tokens, D hidden size, S sequences of a pass.
+Shape legend: B sequences of a micro-batch, T tokens, C recorded values, D hidden size, S sequences of a pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +12,10 @@ from torch import Tensor
 from comm.context.zigzag import held_slices
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
-from infer.evaluate.local import MOST_TOKENS, pad
+from infer.evaluate.local import MOST_TOKENS, PADDING, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.greedy import greedy_scores
+from model.head import score_states
 from model.objective import BALANCE, LossSums, MicroBatch, OutputHead, TaskLoss
 from model.precision.linear import WeightSink
 from train.decoding.replica_pipeline import ReplicaPipeline
@@ -40,6 +41,21 @@ class GreedyTargets:
         found = greedy_scores(hidden_BTD.flatten(0, 1), head.weight_VD, targets_BT.flatten())
         both_BT2 = torch.stack([each.double() for each in found], -1).view(*targets_BT.shape, 2)
         return TaskLoss(hidden_BTD.new_zeros(()), {}, both_BT2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatedTokens:
+    """Objective of a forward-only pass of a reward model, which records the score of each token.
+
+    Attributes:
+        balance: factor of the balance loss, which no such pass needs.
+    """
+
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the scores, [B, T, 1]."""
+        return TaskLoss(hidden_BTD.new_zeros(()), {}, score_states(hidden_BTD, head.weight_VD).double()[..., None])
 
 
 class PipelinedModel:
@@ -73,6 +89,17 @@ class PipelinedModel:
                 found[number] = scores
         return [scores for scores in found if scores is not None]
 
+    def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Implements `EvaluatedModel.rate`."""
+        # The token after an answer is never read; its place is where the score is.
+        targets = [TargetSequence(tokens=(*sequence, PADDING), num_targets=1) for sequence in sequences]
+        found = [0.0] * len(sequences)
+        for numbers, num_rows in self._passes(targets):
+            scores_ST1 = self._run([targets[number] for number in numbers], num_rows, RatedTokens(), 1)
+            for row, number in enumerate(numbers):
+                found[number] = float(scores_ST1[row, len(sequences[number]) - 1, 0])
+        return found
+
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Implements `EvaluatedModel.generate`."""
         engine = PipelinedEngine(
@@ -97,13 +124,7 @@ class PipelinedModel:
 
     def _score(self, sequences: Sequence[TargetSequence], num_rows: int) -> list[TargetScores]:
         """Scores the sequences of one pass."""
-        replica = self._sized(len(sequences[0].tokens) - 1, num_rows)
-        sums = LossSums((BALANCE,), {})
-        replica.forward(_Batches(replica, sequences), GreedyTargets(), sums)
-        # Records of steps count the traffic of the training pass.
-        replica.observers.traffic.take()
-        replica.observers.clips.take()
-        found_ST2 = self._gather(replica, sums)
+        found_ST2 = self._run(sequences, num_rows, GreedyTargets(), 2)
         scores = []
         for row, each in enumerate(sequences):
             end = len(each.tokens) - 1
@@ -112,17 +133,30 @@ class PipelinedModel:
             scores.append(TargetScores(log_probs=tuple(values_R2[:, 0].tolist()), are_greedy=tuple(flags)))
         return scores
 
-    def _gather(self, replica: Replica, sums: LossSums) -> Tensor:
-        """Returns the scores of all targets of a pass on every rank, [S, T, 2], on the host."""
+    @torch.no_grad()
+    def _run(
+        self, sequences: Sequence[TargetSequence], num_rows: int, objective: "GreedyTargets | RatedTokens", width: int
+    ) -> Tensor:
+        """Runs one pass, and returns what the objective records on every rank, [S, T, width], on the host."""
+        replica = self._sized(len(sequences[0].tokens) - 1, num_rows)
+        sums = LossSums((BALANCE,), {})
+        replica.forward(_Batches(replica, sequences), objective, sums)
+        # Records of steps count the traffic of the training pass.
+        replica.observers.traffic.take()
+        replica.observers.clips.take()
+        return self._gather(replica, sums, width)
+
+    def _gather(self, replica: Replica, sums: LossSums, width: int) -> Tensor:
+        """Returns the records of all tokens of a pass on every rank, [S, T, width], on the host."""
         batch, world = replica.config.batch, replica.world
-        found_ST2 = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, 2, dtype=torch.float64)
+        found_STC = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, width, dtype=torch.float64)
         held = held_slices(world.context_index, world.layout.parallelism.context, batch.sequence_length_tokens)
-        for (direction, micro_batch), both_BT2 in (sums.log_probs or {}).items():
+        for (direction, micro_batch), own_BTC in (sums.log_probs or {}).items():
             first = first_sequence(replica, direction, micro_batch)
-            for place, part_BT2 in zip(held, both_BT2.chunk(len(held), dim=1), strict=True):
-                found_ST2[first : first + batch.micro_sequences, place] = part_BT2.cpu()  # host sync
+            for place, part_BTC in zip(held, own_BTC.chunk(len(held), dim=1), strict=True):
+                found_STC[first : first + batch.micro_sequences, place] = part_BTC.cpu()  # host sync
         # One rank holds the scores of a token; all others add zeros.
-        return world.reduce(found_ST2, "scores of an evaluation")
+        return world.reduce(found_STC, "scores of an evaluation")
 
     def _sized(self, length: int, num_rows: int) -> Replica:
         """Returns the replica for micro-batches of another size, with the same weights and links."""
