@@ -6,7 +6,7 @@ Imports no torch.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from model.config import RECOMPUTED
+from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.memory import JobMemory, fitted_config, parts, predict_memory
@@ -90,8 +90,11 @@ def _micro_batches(config: TrainConfig) -> Iterator[Change]:
 
 
 def _recomputation(config: TrainConfig) -> Iterator[Change]:
-    if set(config.recompute) != set(RECOMPUTED):
-        yield f"recompute=[{','.join(RECOMPUTED)}]", replace(config, recompute=RECOMPUTED)
+    """Yields more recomputation: first what costs almost nothing, then all of a layer but attention."""
+    recomputed = all_recomputed(config.recompute)
+    for kinds in (RECOMPUTED, (LAYER,)):
+        if not recomputed.issuperset(kinds):
+            yield f"recompute=[{','.join(kinds)}]", replace(config, recompute=kinds)
 
 
 def _moments(config: TrainConfig) -> Iterator[Change]:
@@ -146,7 +149,12 @@ def _precision(config: TrainConfig) -> Iterator[Change]:
         yield "precision=bf16", replace(config, precision=PrecisionConfig(kind="bf16"), optim=optim)
     if config.precision.kind != "fp8":
         fp8 = Fp8PrecisionConfig(kind="fp8", scales="float32")
-        yield "precision=fp8", replace(config, precision=fp8, recompute=RECOMPUTED, optim=optim)
+        yield "precision=fp8", replace(config, precision=fp8, recompute=_recompute_of_fp8(config), optim=optim)
+
+
+def _recompute_of_fp8(config: TrainConfig) -> tuple[Recomputed, ...]:
+    """Returns what a run recomputes in FP8, which recomputes all but `layer` in any case."""
+    return config.recompute if LAYER in config.recompute else RECOMPUTED
 
 
 def _cheapest(config: TrainConfig) -> list[Change]:

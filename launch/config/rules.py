@@ -10,7 +10,7 @@ from dualpipe.registry import candidates, check_size
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from launch.config.rollout_rules import check_rollouts
-from model.config import RECOMPUTED, CutError
+from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
 from train.memory.fitted_cut import fitted_cut
@@ -200,7 +200,7 @@ def _check_ranks(config: TrainConfig) -> None:
             f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "
             f"nearest valid: [{','.join(dict.fromkeys(config.recompute))}]"
         )
-    if config.precision.kind == "fp8" and set(config.recompute) != set(RECOMPUTED):
+    if config.precision.kind == "fp8" and not all_recomputed(config.recompute).issuperset(RECOMPUTED):
         raise ConfigError(
             f"recompute: must name all parts with precision=fp8, which stores only the inputs of linear layers, "
             f"is [{','.join(config.recompute)}]; nearest valid: [{','.join(RECOMPUTED)}]"

@@ -10,7 +10,7 @@ from model.account.activations import (
     count_plain_activations,
 )
 from model.account.parameters import ParameterAccount, count_parameters, training_flops_per_token
-from model.config import ModelConfig, Products, Recomputed
+from model.config import ModelConfig, Products, Recomputed, all_recomputed
 
 __all__ = [
     "ActivationAccount",
@@ -30,10 +30,10 @@ def count_activations(
     Args:
         config: the architecture.
         shape: shape of a micro-batch.
-        recomputed: what the backward computes again; ignored if products are in FP8, which recompute everything
-            possible.
+        recomputed: what the backward computes again; if products are in FP8, only `layer` makes a difference.
         products: type in which linear maps are computed. The size of scales does not depend on their values.
     """
+    recomputed = all_recomputed(recomputed)
     if products == "own":
         return count_plain_activations(config, shape, recomputed)
-    return count_fp8_activations(config, shape)
+    return count_fp8_activations(config, shape, recomputed)

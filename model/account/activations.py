@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kernels.quantize import num_pairs, num_tiles
 from model.account.context import fp8_context_bytes, plain_context_bytes
-from model.config import ModelConfig, Recomputed
+from model.config import LAYER, ModelConfig, Recomputed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +81,14 @@ def count_plain_activations(
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     scale = shape.num_tokens * shape.wide_bytes
     attention = attention_bytes(config, shape, recomputed)
+    if LAYER in recomputed:
+        return ActivationAccount(
+            embedding=shape.num_tokens * 8,
+            dense=attention,
+            moe=attention + recomputed_moe_bytes(config, shape),
+            head=head_bytes(config, shape),
+            merge=2 * row,
+        )
     return ActivationAccount(
         embedding=shape.num_tokens * 8,
         dense=attention
@@ -113,6 +121,17 @@ def router_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
     tokens, choices, experts = shape.num_tokens, config.num_experts_per_token, config.num_routed_experts
     kept = tokens * ((experts + choices + 2) * shape.wide_bytes + choices * 8)
     return kept + shape.sequences * experts * shape.wide_bytes
+
+
+def recomputed_moe_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
+    """Returns the bytes of a MoE layer after attention if it is recomputed: choices, and weights of received rows."""
+    assert shape.expert_rows is not None, "recomputed layers exchange rows"
+    return chosen_expert_bytes(config, shape) + shape.expert_rows * shape.wide_bytes
+
+
+def chosen_expert_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
+    """Returns the bytes of the tokens' experts as a recomputed layer keeps them, one or two bytes each."""
+    return shape.num_tokens * config.num_experts_per_token * (1 if config.num_routed_experts <= 2**8 else 2)
 
 
 def attention_bytes(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]) -> int:
@@ -163,15 +182,27 @@ def _experts(config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[
 _SCALE_BYTES = 4
 
 
-def count_fp8_activations(config: ModelConfig, shape: MicroBatchShape) -> ActivationAccount:
+def count_fp8_activations(
+    config: ModelConfig, shape: MicroBatchShape, recomputed: frozenset[Recomputed]
+) -> ActivationAccount:
     """Counts the bytes kept for the backward, by part of a model whose products are in FP8.
 
     Args:
         config: the architecture.
         shape: shape of a micro-batch.
+        recomputed: what the backward computes again; only `layer` makes a difference.
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
     attention = fp8_attention_bytes(config, shape)
+    if LAYER in recomputed:
+        # The residual is kept, as attention keeps neither its input nor the heads' output exactly.
+        return ActivationAccount(
+            embedding=shape.num_tokens * 8,
+            dense=attention + row,
+            moe=attention + row + recomputed_moe_bytes(config, shape),
+            head=head_bytes(config, shape),
+            merge=2 * row,
+        )
     normal = shape.num_tokens * (_codes(config.hidden_size) + shape.wide_bytes)
     hidden = shape.num_tokens * _codes(2 * config.dense_intermediate_size)
     return ActivationAccount(

@@ -12,7 +12,7 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
     """Returns the account of a dense block."""
     width, hidden, row = sizes.config.dense_intermediate_size, sizes.config.hidden_size, sizes.row
     gate_up = sizes.numbers(2 * width)
-    attention = _attention_kept(sizes)
+    attention = attention_kept(sizes)
     return PhaseBytes(
         name="dense",
         lane="compute",
@@ -35,7 +35,7 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
 def attend_phase(sizes: Sizes) -> PhaseBytes:
     """Returns the account of a MoE block's attention and router."""
     config, row, hidden = sizes.config, sizes.row, sizes.config.hidden_size
-    attention, router = _attention_kept(sizes), router_bytes(config, sizes.shape)
+    attention, router = attention_kept(sizes), router_bytes(config, sizes.shape)
     scores = sizes.wide(config.num_routed_experts)
     gate = config.num_routed_experts * hidden * sizes.shape.wide_bytes
     return PhaseBytes(
@@ -109,7 +109,8 @@ def _mlp_waiting(sizes: Sizes, width: int) -> int:
     return sizes.columns(2 * width) + sizes.columns(width) + sizes.columns(sizes.config.hidden_size)
 
 
-def _attention_kept(sizes: Sizes) -> int:
+def attention_kept(sizes: Sizes) -> int:
+    """Returns the bytes that attention keeps, with those of the kernel."""
     return fp8_attention_bytes(sizes.config, sizes.shape) + (0 if sizes.is_shared else sizes.logsumexp)
 
 

@@ -3,7 +3,7 @@
 `tests/train/memory` compares every number with the storages that are alive in a run. Imports no torch.
 """
 
-from model.account import fp8_phases, plain_phases
+from model.account import fp8_phases, plain_phases, recomputed_phases
 from model.account.parameters import StageShape
 from model.account.sizes import PhaseBytes, Sizes
 
@@ -27,12 +27,19 @@ def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
 
 
 def _dense_phases(sizes: Sizes) -> list[PhaseBytes]:
-    return [(fp8_phases if sizes.is_fp8 else plain_phases).dense_phase(sizes)]
+    computed = fp8_phases if sizes.is_fp8 else plain_phases
+    dense = computed.dense_phase(sizes)
+    if sizes.recomputes_layers:
+        dense = recomputed_phases.recomputed_dense(sizes, dense, computed.attention_kept(sizes))
+    return [dense]
 
 
 def _moe_phases(sizes: Sizes) -> list[PhaseBytes]:
     computed = fp8_phases if sizes.is_fp8 else plain_phases
-    return [computed.attend_phase(sizes), dispatch_phase(sizes), computed.experts_phase(sizes), combine_phase(sizes)]
+    moe = [computed.attend_phase(sizes), dispatch_phase(sizes), computed.experts_phase(sizes), combine_phase(sizes)]
+    return (
+        recomputed_phases.recomputed_moe(sizes, moe, computed.attention_kept(sizes)) if sizes.recomputes_layers else moe
+    )
 
 
 def dispatch_phase(sizes: Sizes) -> PhaseBytes:

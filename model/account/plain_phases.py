@@ -14,7 +14,7 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
     gate_up = sizes.numbers(2 * width)
     join = sizes.matrix(2 * width, sizes.config.hidden_size)
     kept_norm = 0 if sizes.recomputes("norm") else row
-    attention = _attention_kept(sizes)
+    attention = attention_kept(sizes)
     mlp = row + sizes.scale + kept_norm + gated_bytes(sizes.shape, width, sizes.computing.recomputed)
     waiting_mlp = row + sizes.scale + kept_norm + 2 * gate_up + row
     waiting_mlp += 0 if sizes.recomputes("swiglu") else gate_up // 2
@@ -43,7 +43,7 @@ def dense_phase(sizes: Sizes) -> PhaseBytes:
 def attend_phase(sizes: Sizes) -> PhaseBytes:
     """Returns the account of a MoE block's attention and router."""
     config, row = sizes.config, sizes.row
-    attention, router = _attention_kept(sizes), router_bytes(config, sizes.shape)
+    attention, router = attention_kept(sizes), router_bytes(config, sizes.shape)
     scores = sizes.wide(config.num_routed_experts)
     gate = config.num_routed_experts * config.hidden_size * sizes.shape.wide_bytes
     before_router = attention - row + row + sizes.scale
@@ -115,7 +115,8 @@ def attention_waiting(sizes: Sizes) -> int:
     return down + up + normals + out
 
 
-def _attention_kept(sizes: Sizes) -> int:
+def attention_kept(sizes: Sizes) -> int:
+    """Returns the bytes that attention keeps, with those of the kernel."""
     kept = attention_bytes(sizes.config, sizes.shape, sizes.computing.recomputed)
     return kept + (sizes.logsumexp if sizes.recomputes("mla_up") and not sizes.is_shared else 0)
 

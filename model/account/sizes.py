@@ -11,7 +11,7 @@ from typing import Literal
 
 from kernels.quantize import TILE, num_pairs, num_tiles
 from model.account.activations import MicroBatchShape
-from model.config import Computing, ModelConfig
+from model.config import LAYER, Computing, ModelConfig
 
 _SCALE_BYTES = 4
 _ID_BYTES = 8
@@ -38,6 +38,8 @@ class PhaseBytes:
         forward_peak: largest allocation inside the forward, above what was allocated before.
         backward_peak: the same inside the backward.
         weight_peak: the same inside W.
+        restored: recomputed in its backward for other phases, from its end on.
+        recomputed: part of the above that lives until the end of this phase's backward.
     """
 
     name: str
@@ -50,6 +52,8 @@ class PhaseBytes:
     forward_peak: int = 0
     backward_peak: int = 0
     weight_peak: int = 0
+    restored: int = 0
+    recomputed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +144,11 @@ class Sizes:
     def recomputes(self, kind: str) -> bool:
         """Whether the backward recomputes a kind of output, as all FP8 models do."""
         return self.is_fp8 or kind in self.computing.recomputed
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether the backward computes everything again but attention."""
+        return LAYER in self.computing.recomputed
 
     @cached_property
     def row(self) -> int:

@@ -191,7 +191,7 @@ def _settle(step: Step, rank: _Rank, run: _Run) -> None:
         run.routing += phase.routing
     else:
         made = phase.gradients
-        rank.activations -= phase.kept
+        rank.activations += phase.restored - phase.recomputed - phase.kept
         rank.waiting += phase.waiting
     rank.held += made - run.held
     run.held = made

@@ -9,12 +9,14 @@ from functools import cached_property, reduce
 from operator import add
 
 from model.account.parameters import attention_parameters
+from model.config import LAYER
 from train.config import TrainConfig
 from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference
 from train.planner.context_exchange import context_seconds
 from train.planner.rows import rows_per_token
 from train.schedule.layer_times import LayerTimes, PartTimes, part_times
 
+_NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
 _SCALE_BYTES = 4
 _TILE = 128
 REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
@@ -71,10 +73,14 @@ def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens
             as many tokens on each rank as the run's.
     """
     scale = _Scale(rates, config, sequence_length_tokens or config.batch.sequence_length_tokens)
+    again = LAYER in config.computing.recomputed
     moe = replace(
         scale.attention + scale.experts,
         forward_exchange=scale.exchange.dispatch + scale.exchange.combine,
-        backward_exchange=scale.exchange.dispatch_backward + scale.exchange.combine_backward,
+        # A recomputed layer sends its rows once more.
+        backward_exchange=scale.exchange.dispatch_backward
+        + scale.exchange.combine_backward
+        + again * scale.exchange.dispatch,
     )
     return LayerTimes(
         dense=scale.attention + scale.dense,
@@ -123,7 +129,7 @@ class _Scale:
             scores=score_width * self.attended_tokens / reference.score_width / reference.sequence_length_tokens,
             others=self.width,
         )
-        part = self._without_recomputation(part, ("norm", "mla_up"))
+        part = self._with_layer(self._without_recomputation(part, ("norm", "mla_up")), self._residual_again)
         sent = context_seconds(self.config, reference)
         return replace(part, forward=part.forward + sent.forward, backward_input=part.backward_input + sent.backward)
 
@@ -175,7 +181,7 @@ class _Scale:
         share = active_width / self.rates.reference.active_expert_width
         part = self._part(self.rates.experts, products=share * self.width, scores=0.0, others=share * self.width)
         part = part_times(kind * seconds for seconds in astuple(part))
-        return self._without_recomputation(part, ("swiglu",))
+        return self._with_layer(self._without_recomputation(part, ("swiglu",)), part.forward)
 
     def _part(self, passes: PassTimes, *, products: float, scores: float, others: float) -> PartTimes:
         """Returns the times of a part by its work relative to the reference's, for as many tokens."""
@@ -193,10 +199,33 @@ class _Scale:
             backward_weight=seconds(passes.backward_weight),
         )
 
+    @property
+    def _residual_again(self) -> float:
+        """Seconds in which a recomputed layer computes the residual after attention; in FP8 it is kept."""
+        model, passes = self.config.model, self.rates.attention
+        if self.config.precision.kind == "fp8":
+            return 0.0
+        out = PassTimes(
+            forward=KernelTimes(products=passes.forward.products, scores=0.0, casts=0.0, other=0.0),
+            backward_input=_NOTHING,
+            backward_weight=_NOTHING,
+        )
+        weights = model.num_heads * model.v_head_dim * model.hidden_size
+        return self._part(
+            out, products=weights / self.rates.reference.attention_parameters, scores=0.0, others=0.0
+        ).forward
+
+    def _with_layer(self, part: PartTimes, again: float) -> PartTimes:
+        """Returns the times with `again` seconds of recomputation if the backward recomputes layers."""
+        if LAYER not in self.config.computing.recomputed:
+            return part
+        return replace(part, backward_input=part.backward_input + again)
+
     def _without_recomputation(self, part: PartTimes, names: tuple[str, ...]) -> PartTimes:
         """Returns the times without outputs that the run keeps. A run in FP8 recomputes all of them."""
         if self.config.precision.kind == "fp8":
             return part
-        kept = sum(getattr(self.rates.recomputed, name) for name in names if name not in self.config.recompute)
+        recomputed = self.config.computing.recomputed
+        kept = sum(getattr(self.rates.recomputed, name) for name in names if name not in recomputed)
         saved = kept * self.tokens * self.width * self.device.memory
         return replace(part, backward_input=max(0.0, part.backward_input - saved))

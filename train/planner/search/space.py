@@ -9,7 +9,7 @@ from comm.config import Cut, DispatchConfig, ParallelismConfig
 from data.batch_sizes import BatchSizes
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import SCHEDULES
-from model.config import RECOMPUTED, Recomputed
+from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
 from train.config import Precision, TrainConfig
 from train.config.errors import ConfigError
 from train.tasks.registry import TASKS
@@ -73,7 +73,7 @@ class SearchSpace:
             layout == (mesh.pipeline, mesh.context, mesh.expert, run.batch.micro_sequences)
             and setting.precision == run.precision
             and setting.dispatch == run.dispatch
-            and set(setting.recompute) == set(run.recompute)
+            and all_recomputed(setting.recompute) == all_recomputed(run.recompute)
         )
 
     def settings(self) -> Iterator[RankSetting]:
@@ -85,7 +85,7 @@ class SearchSpace:
         for mesh in self._meshes():
             for micro_sequences in self.micro_batch_sizes(mesh.data):
                 for precision in self.precisions:
-                    for recompute in self.recomputes if precision.kind != "fp8" else (RECOMPUTED,):
+                    for recompute in self._recomputes_of(precision):
                         for dispatch in self.dispatches:
                             yield RankSetting(
                                 pipeline=mesh.pipeline,
@@ -153,7 +153,8 @@ class SearchSpace:
         count = 0
         for mesh in self._meshes():
             sizes = len(self.micro_batch_sizes(mesh.data))
-            count += sizes * len(self.dispatches) * kinds * (len(self.recomputes) + len(self.precisions))
+            choices = sum(len(self._recomputes_of(precision)) for precision in self.precisions)
+            count += sizes * len(self.dispatches) * kinds * choices
         if count > _MOST_LAYOUTS:
             raise ConfigError(
                 f"batch.global_sequences: a search may have at most {_MOST_LAYOUTS:,} layouts, is "
@@ -171,6 +172,12 @@ class SearchSpace:
                         yield ParallelismConfig(
                             pipeline=pipeline, data=stage_ranks // context, expert=expert, context=context
                         )
+
+    def _recomputes_of(self, precision: Precision) -> tuple[tuple[Recomputed, ...], ...]:
+        """Returns the sets of recomputed parts for a precision. FP8 recomputes all but `layer` in any case."""
+        if precision.kind != "fp8":
+            return self.recomputes
+        return tuple(each for each in self.recomputes if all_recomputed(each).issuperset(RECOMPUTED)) or (RECOMPUTED,)
 
     def _pipelines(self) -> tuple[int, ...]:
         """Returns the lengths of pipelines, up to the first one that has more ranks than the model has layers."""
@@ -206,9 +213,9 @@ def context_sizes(config: TrainConfig) -> tuple[int, ...]:
 
 
 def recompute_sets() -> tuple[tuple[Recomputed, ...], ...]:
-    """Returns all sets of recomputed parts, the largest first."""
+    """Returns all sets of recomputed parts, the largest first: a layer but attention, then its cheap parts."""
     sizes = range(len(RECOMPUTED), -1, -1)
-    return tuple(chosen for size in sizes for chosen in combinations(RECOMPUTED, size))
+    return ((LAYER,), *(chosen for size in sizes for chosen in combinations(RECOMPUTED, size)))
 
 
 def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
