@@ -39,7 +39,7 @@ class PhaseBytes:
         backward_peak: the same inside the backward.
         weight_peak: the same inside W.
         restored: recomputed in its backward for other phases, from its end on.
-        recomputed: part of the above that lives until the end of this phase's backward.
+        recomputed: part of the above that is held until the end of this phase's backward.
     """
 
     name: str

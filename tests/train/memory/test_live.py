@@ -8,7 +8,7 @@ import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
 from dualpipe.runtime.program import Action
-from model.config import RECOMPUTED, ModelConfig, Recomputed
+from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
@@ -54,7 +54,7 @@ def make_config(
     optim = replace(
         config.optim, sharding="replicated" if is_full else "zero1", moments="bf16" if is_fp8 else "float32"
     )
-    recompute = RECOMPUTED if is_fp8 else recompute
+    recompute = RECOMPUTED if is_fp8 and LAYER not in recompute else recompute
     schedule = replace(config.schedule, kind="dualpipe_split")
     given = replace(config, batch=batch, optim=optim, recompute=recompute, schedule=schedule)
     return replace(given, **changes)  # type: ignore[arg-type]
@@ -101,8 +101,9 @@ def test_one_rank_keeps_what_is_predicted_in_every_shape_and_precision(
         assert max(compared.pending) > 0
 
 
-EVERY_SUBSET = tuple(
-    frozenset(some) for some in chain.from_iterable(combinations(RECOMPUTED, size) for size in range(4))
+EVERY_SUBSET = (
+    frozenset[Recomputed]([LAYER]),
+    *(frozenset(some) for some in chain.from_iterable(combinations(RECOMPUTED, size) for size in range(4))),
 )
 FEW_SUBSETS = (frozenset[Recomputed](["norm"]),)
 
@@ -119,7 +120,7 @@ def test_activations_of_one_micro_batch_are_exact(folder: Path, subsets: tuple[f
     cases = list(product(SHAPES, PRECISIONS, subsets))
     jobs = []
     for shape, precision, recomputed in cases:
-        kept = tuple(kind for kind in RECOMPUTED if kind in recomputed)
+        kept = tuple(kind for kind in (*RECOMPUTED, LAYER) if kind in recomputed)
         config = make_config(folder, SHAPES[shape][0], kept, PRECISIONS[precision])
         config = replace(config, batch=replace(config.batch, global_sequences=config.batch.micro_sequences))
         jobs.append((config, random_schedule(straight(1), 1, 0, split_share=1.0)))
@@ -133,6 +134,20 @@ def test_activations_of_one_micro_batch_are_exact(folder: Path, subsets: tuple[f
         first_weight = compared.actions.index(Action.WEIGHT)
         alive, predicted = compared.after[first_weight - 1], compared.predicted_after[first_weight - 1]
         assert abs(alive - predicted) <= 0.01 * alive, f"{case}: between I and W {alive} bytes, predicted {predicted}"
+
+
+def test_recomputed_layers_keep_what_is_predicted(folder: Path) -> None:
+    """Live bytes after every step, for F, I and W, and inside operations in float32."""
+    shapes = ("all features", "no query rank", "no shared experts")
+    configs = [
+        make_config(folder, SHAPES[shape][0], (LAYER,), precision)
+        for shape, precision in zip(shapes, PRECISIONS.values(), strict=True)
+    ]
+    (results,) = run_ranks(1, compare_rank, [(config, None) for config in configs], True)
+    for name, compared in zip(PRECISIONS, results, strict=True):
+        check(compared, name)
+        assert max(compared.pending) > 0
+    assert max(results[0].predicted_peaks) == pytest.approx(max(results[0].peaks), rel=TOLERANCE)
 
 
 def test_offloaded_activations_are_not_kept(folder: Path) -> None:
