@@ -124,7 +124,7 @@ def router_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
 
 
 def recomputed_moe_bytes(config: ModelConfig, shape: MicroBatchShape) -> int:
-    """Returns the bytes of a MoE layer after attention if it is recomputed: choices, and weights of received rows."""
+    """Returns what a recomputed MoE layer keeps after attention: choices, and weights of received rows."""
     assert shape.expert_rows is not None, "recomputed layers exchange rows"
     return chosen_expert_bytes(config, shape) + shape.expert_rows * shape.wide_bytes
 

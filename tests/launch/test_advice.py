@@ -159,6 +159,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["seed="], "seed"),
     (["model="], "quickstart"),
     (["task.steps="], "a whole number"),
+    (["recompute=full"], "'recompute=[layer]'"),
     (["recompute=true"], "'recompute=[norm,mla_up,swiglu]'"),
     (["gradient_checkpointing=true"], "'recompute=[norm,mla_up,swiglu]'"),
     (["config_olny=true"], "config_only"),

@@ -213,7 +213,7 @@ def context_sizes(config: TrainConfig) -> tuple[int, ...]:
 
 
 def recompute_sets() -> tuple[tuple[Recomputed, ...], ...]:
-    """Returns all sets of recomputed parts, the largest first: a layer but attention, then its cheap parts."""
+    """Returns all sets of recomputed parts, the largest first: `layer`, then its cheap parts."""
     sizes = range(len(RECOMPUTED), -1, -1)
     return ((LAYER,), *(chosen for size in sizes for chosen in combinations(RECOMPUTED, size)))
 
