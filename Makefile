@@ -14,7 +14,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .ve
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train post life test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos \
-	any-to-any docker docker-cpu docker-check docker-pins docker-test docs
+	any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -114,6 +114,11 @@ docker-test: .venv/installed
 docs: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
+# Compares the adapter to lm-evaluation-harness with the package's own model. The first run installs 620 MB of packages.
+harness-test: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]' accelerate
+	$(PYTEST) tests/infer/evaluate/test_harness.py
 
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
