@@ -19,6 +19,7 @@ from comm.protocol import Label
 from kernels.attention.documents import Documents
 from model.config import ModelConfig
 from model.precision.linear import widen
+from model.slices import SliceContext
 
 # Number of biased scores that add up to a group's score, for any number of experts per token, as in the released code.
 GROUP_SCORE_EXPERTS = 2
@@ -53,6 +54,8 @@ class Routing:
             documents: documents of whole sequences.
             context: ranks that share each sequence.
         """
+        if isinstance(context, SliceContext):
+            return self._balance_of_slice(documents, context)
         if documents is not None:
             return self._balance_of_documents(documents, context)
         scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_TK.shape[1]
@@ -66,20 +69,47 @@ class Routing:
         return (frequency_BE * share_BE).sum()
 
     def _balance_of_documents(self, documents: Documents, context: ContextGroup) -> Tensor:
-        scores_NE, num_chosen = self.scores_BTE.flatten(0, 1), self.ids_TK.shape[1]
-        num_documents, num_experts = documents.num_real, scores_NE.shape[1]
+        scores_NE, (num_experts, num_chosen) = self.scores_BTE.flatten(0, 1), self._sizes
         # Padding counts as one further document until its factor is set to 0.
         parts = context.parts(self.scores_BTE.shape[1])
         numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
-        # How often each document chooses each expert, [documents, E]: whole numbers, so any order gives the same sum.
-        places_NK = numbers_N[:, None] * num_experts + scores_NE.detach().topk(num_chosen, -1, sorted=False).indices
-        counts = scores_NE.new_zeros((num_documents + 1) * num_experts)
-        counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))
+        counts = self._count_choices(numbers_N, documents.num_real + 1)
         lengths = documents.lengths[:-1, None].to(counts.dtype)
         # f / T of the token's document, without gradient; 0 for padding.
-        factors = context.sum(counts).view(num_documents + 1, num_experts) * (num_experts / num_chosen)
+        factors = context.sum(counts) * (num_experts / num_chosen)
         factors = torch.cat((factors[:-1] / lengths**2, torch.zeros_like(factors[-1:])))
         return (factors[numbers_N] * (scores_NE / scores_NE.sum(-1, keepdim=True))).sum()
+
+    def _balance_of_slice(self, documents: Documents | None, context: SliceContext) -> Tensor:
+        scores_NE, (num_experts, num_chosen) = self.scores_BTE.flatten(0, 1), self._sizes
+        parts = context.parts(self.scores_BTE.shape[1])
+        if documents is None:
+            batch, tokens = self.scores_BTE.shape[:2]
+            numbers_N = torch.arange(batch, device=scores_NE.device).repeat_interleave(tokens)
+            lengths = scores_NE.new_full((batch,), parts.num_tokens)
+        else:
+            numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
+            # The last one is all padding, which has no part in the loss.
+            lengths = torch.cat((documents.lengths[:-1].to(scores_NE), scores_NE.new_full((1,), torch.inf)))
+        counts = self._count_choices(numbers_N, len(lengths))
+        slopes = (num_experts / num_chosen) / lengths**2
+        return context.balance(scores_NE / scores_NE.sum(-1, keepdim=True), numbers_N, counts, slopes)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Number of experts, and of those that a token chooses."""
+        return self.scores_BTE.shape[2], self.ids_TK.shape[1]
+
+    def _count_choices(self, numbers_N: Tensor, num_sequences: int) -> Tensor:
+        """Counts how often the tokens of each sequence choose each expert, given each token's sequence.
+
+        The counts are whole numbers, so any order gives the same sum.
+        """
+        scores_NE, (num_experts, num_chosen) = self.scores_BTE.detach().flatten(0, 1), self._sizes
+        places_NK = numbers_N[:, None] * num_experts + scores_NE.topk(num_chosen, -1, sorted=False).indices
+        counts = scores_NE.new_zeros(num_sequences * num_experts)
+        counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))
+        return counts.view(num_sequences, num_experts)
 
 
 Route = Callable[["Router", Tensor], Routing]

@@ -18,6 +18,7 @@ from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import CombinePhase, DispatchPhase
 from model.precision.linear import WeightSink
 from model.router import Routes
+from model.slices import RunPlace
 from model.transformer import Transformer
 from model.values import (
     ExpertOutput,
@@ -174,26 +175,24 @@ class Stage:
         sums: LossSums,
         store: GradientStore | None,
         *,
-        direction: int = 0,
-        micro_batch: int = 0,
+        place: RunPlace = RunPlace(),  # noqa: B008  frozen
         routes: Routes | None = None,
         link: HostMemoryLink | None = None,
     ) -> StageRun:
         """Returns a run of one micro-batch; without a store it is forward only.
 
-        `batch` is required at both ends, and in every stage if it has documents. `direction` and `micro_batch` identify
-        the run in logs of its exchanges and for `routes`, which record or replay the routers' choices. `link` copies
-        the activation to host memory and back; None if the run is not offloaded.
+        `batch` is required at both ends, and in every stage if it has documents. `place` identifies the run in logs of
+        its exchanges and for `routes`, which record or replay the routers' choices. `link` copies the activation to
+        host memory and back; None if the run is not offloaded.
         """
         documents = None if batch is None else batch.documents
 
         balance, model = BalanceLoss(objective.balance, sums), self._model
 
         def add_block(block: Block, layer: int) -> None:
-            label = Label(layer, direction, micro_batch)
-            phases.extend(
-                block_phases(block, model.dispatcher, store, balance, label, documents, routes, model.context)
-            )
+            label, slices = Label(layer, place.direction, place.micro_batch), place.sequences
+            context = model.context if slices is None else slices.context(layer, place.index)
+            phases.extend(block_phases(block, model.dispatcher, store, balance, label, documents, routes, context))
 
         phases: list[Phase] = []
         if self._first:
@@ -206,7 +205,8 @@ class Stage:
             for depth in range(self._model.config.mtp_depth + 1):
                 if depth:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
-                phases.append(ComputePhase(self._head(depth, batch, objective, sums, (direction, micro_batch)), store))
+                head = self._head(depth, batch, objective, sums, (place.direction, place.micro_batch))
+                phases.append(ComputePhase(head, store))
         return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch)))
 
     def _shared(self, batch: MicroBatch | None) -> Iterator[Tensor]:

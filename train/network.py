@@ -8,9 +8,12 @@ import torch
 
 from comm.config import DispatchConfig
 from comm.context.alone import ALONE
+from comm.context.parts import SequenceParts
 from comm.context.protocol import ContextGroup
+from comm.context.zigzag import zigzag_parts
 from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
+from model.account.slices import slice_lengths, slice_starts
 from model.config import Computing, ModelConfig
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
@@ -56,6 +59,33 @@ class ReplicaConfig:
             pairing=config.schedule.pairing,
             seed=config.seed,
         )
+
+
+def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> SequenceParts:
+    """Returns which tokens of a sequence each rank of a context group holds, or each slice.
+
+    Args:
+        config: of the network.
+        context: ranks that share each sequence; 1 if there are several slices.
+        slices: slices of each sequence.
+    """
+    length = config.batch.sequence_length_tokens
+    if slices == 1:
+        return zigzag_parts(length, context)
+    lengths = slice_lengths(config.model, length, slices, is_fp8=config.precision.kind == "fp8")
+    return SequenceParts(edges=slice_starts(lengths), held=tuple((index,) for index in range(slices)))
+
+
+def link_shapes(config: ReplicaConfig, parts: SequenceParts, slices: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns the shapes of hidden states: of each slice, or of a rank's part of sequences.
+
+    Args:
+        config: of the network.
+        parts: tokens of each slice, or of each rank.
+        slices: slices of each sequence.
+    """
+    batch, hidden = config.batch.micro_sequences, config.model.hidden_size
+    return tuple((batch, parts.tokens_of(index), hidden) for index in range(slices))
 
 
 def build_model(

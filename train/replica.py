@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from comm.context.parts import SequenceParts
 from comm.dispatch.process_group import Observers
 from comm.protocol import Dispatcher
 from dualpipe.ir import Schedule, ScheduleError
@@ -22,9 +23,19 @@ from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.offload import HostMemoryLink
 from model.router import Routes
+from model.slices import SlicedRuns
 from model.stage import Stage, StageRun
 from model.transformer import Transformer
-from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
+from train.network import (
+    ReplicaConfig,
+    build_model,
+    build_stages,
+    held_experts,
+    link_shapes,
+    sequence_parts,
+    stage_part,
+    weight_dtype,
+)
 from train.optim.updates import WeightUpdates
 from train.schedule.links import PipelineLinks, open_links
 from train.world import World
@@ -78,9 +89,20 @@ class Replica:
         return tuple(d for d in directions if self.schedule.rank_of(d, last) == self.world.pipeline_index)
 
     @property
+    def parts(self) -> SequenceParts:
+        """Which tokens of a sequence each rank of the context group holds, or each slice."""
+        return sequence_parts(self.config, self.world.layout.parallelism.context, self.schedule.slices)
+
+    def part_of(self, micro_batch: int) -> int:
+        """Returns the index of the part of its sequences that a micro-batch holds on this rank."""
+        slices = self.schedule.slices
+        return self.world.context_index if slices == 1 else micro_batch % slices
+
+    @property
     def global_sequences(self) -> int:
         """The number of sequences in a global batch of this schedule."""
-        per_pipeline = self.schedule.num_micro_batches * self.config.batch.micro_sequences
+        schedule = self.schedule
+        per_pipeline = schedule.num_micro_batches // schedule.slices * self.config.batch.micro_sequences
         return per_pipeline * self.world.layout.parallelism.data
 
     def train(
@@ -135,8 +157,9 @@ class Replica:
         step = _StepInputs(
             batches=batches, objective=objective, sums=sums, store=store, routes=routes, offloads=offloads
         )
+        parts, slices, wait = self.parts, self.schedule.slices, self.weight_updates.wait
         return {
-            number: _BoundStage(number, stage, step, partial(self.weight_updates.wait, number))
+            number: _BoundStage(number, stage, step, SlicedRuns(parts, slices), partial(wait, number))
             for number, stage in self.stages.items()
         }
 
@@ -193,11 +216,14 @@ class _StepInputs:
 class _BoundStage:
     """A model's stage, bound to the micro-batches, objective, loss sums and gradient store of one step."""
 
-    def __init__(self, number: int, stage: Stage, step: _StepInputs, wait_for_weights: Callable[[], None]) -> None:
+    def __init__(
+        self, number: int, stage: Stage, step: _StepInputs, places: SlicedRuns, wait_for_weights: Callable[[], None]
+    ) -> None:
         self.lanes = stage.lanes
         self._number = number
         self._stage = stage
         self._step = step
+        self._places = places
         self._wait_for_weights = wait_for_weights
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
@@ -210,8 +236,7 @@ class _BoundStage:
             step.objective,
             step.sums,
             step.store,
-            direction=direction,
-            micro_batch=micro_batch,
+            place=self._places.place(direction, micro_batch),
             routes=step.routes,
             link=step.offloads.link if is_offloaded else None,
         )
@@ -245,9 +270,8 @@ def open_replica(
     train_program, forward_program = compile_programs(
         schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven
     )
-    batch = config.batch
-    tokens = batch.sequence_length_tokens // world.layout.parallelism.context
-    shape = (batch.micro_sequences, tokens, config.model.hidden_size)
+    parts = sequence_parts(config, world.layout.parallelism.context, schedule.slices)
+    shapes = link_shapes(config, parts, schedule.slices)
     return Replica(
         world=world,
         config=config,
@@ -258,7 +282,7 @@ def open_replica(
         stages=stages,
         train_program=train_program,
         forward_program=forward_program,
-        links=open_links(world, observers, schedule, shape, weight_dtype(config.precision)),
+        links=open_links(world, observers, schedule, shapes, weight_dtype(config.precision)),
         dispatcher=dispatcher,
         observers=observers,
     )

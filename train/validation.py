@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from comm.context.zigzag import held_slices
 from data.loader import Batch, Loader
 from model.objective import MAIN, LossSums
 from train.config import TaskConfig
@@ -101,14 +100,13 @@ def score_pass(replica: Replica, config: TaskConfig, read: Read) -> tuple[Losses
     sums, losses, _ = _forward(replica, config, read, log_probs={})
     batch = replica.config.batch
     found_BT = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, dtype=torch.float64)
-    world = replica.world
-    held = held_slices(world.context_index, world.layout.parallelism.context, batch.sequence_length_tokens)
+    parts = replica.parts
     for (direction, micro_batch), log_probs_BT in (sums.log_probs or {}).items():
-        first, parts = first_sequence(replica, direction, micro_batch), log_probs_BT.chunk(len(held), dim=1)
-        for place, part_BT in zip(held, parts, strict=True):
-            found_BT[first : first + batch.micro_sequences, place] = part_BT.cpu()  # host sync
+        first = first_sequence(replica, direction, micro_batch)
+        rows_BT = found_BT[first : first + batch.micro_sequences]
+        parts.put(log_probs_BT.cpu(), replica.part_of(micro_batch), rows_BT)  # host sync
     # One rank holds the log-probability of a token; all others add zeros.
-    return losses, world.reduce(found_BT, "sum of log-probabilities")
+    return losses, replica.world.reduce(found_BT, "sum of log-probabilities")
 
 
 def _forward(

@@ -44,3 +44,11 @@ class SequenceParts:
         """
         parts = [values.narrow(dim, each.start, each.stop - each.start) for each in self.slices(index)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def put(self, part_BT: Tensor, index: int, whole_BT: Tensor) -> None:
+        """Writes what a member holds to its places in whole sequences; reverses `take` along dimension 1."""
+        start = 0
+        for each in self.slices(index):
+            tokens = each.stop - each.start
+            whole_BT[:, each] = part_BT[:, start : start + tokens]
+            start += tokens

@@ -6,7 +6,7 @@ from data.batch_sizes import BatchRamp, ramp_sizes
 from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import candidates, check_size
+from dualpipe.registry import candidates, check_size, check_slices
 from launch.config.dispatch_rules import check_exchange
 from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from launch.config.rollout_rules import check_rollouts
@@ -100,10 +100,9 @@ def _check_task(config: TrainConfig) -> None:
         )
     context = config.parallelism.context
     if context > 1 and not spec.splits_sequences:
-        valid = ", ".join(name for name, other in TASKS.items() if other.splits_sequences)
         raise ConfigError(
             f"parallelism.context: must be 1 with task={kind}, because its loss reads whole sequences on one rank, "
-            f"is {context}; nearest valid: 1, or a task whose loss is of single tokens: {valid}"
+            f"is {context}; nearest valid: 1, or a task whose loss is of single tokens: {_splitting_tasks()}"
         )
     if model.head == "score" and model.mtp_depth:
         raise ConfigError(
@@ -119,6 +118,7 @@ def _check_schedule(config: TrainConfig) -> None:
             f"costs.offload: must be null without memory_cap, because activations are offloaded only to keep a cap, "
             f"is {config.costs.offload:g}; nearest valid: null, or memory_cap={config.parallelism.pipeline}"
         )
+    _check_slices(config)
     kinds = tuple(candidates()) if config.schedule.kind == "auto" else (config.schedule.kind,)
     problems: list[ValueError] = []
     for kind in kinds:
@@ -128,6 +128,33 @@ def _check_schedule(config: TrainConfig) -> None:
             problems.append(problem)
     if len(problems) == len(kinds):
         raise problems[0]
+
+
+def _check_slices(config: TrainConfig) -> None:
+    """Rejects slices of sequences under a schedule, a task or a layout that needs whole sequences."""
+    slices, length, kind = config.schedule.slices, config.batch.sequence_length_tokens, config.task.kind
+    check_slices(config.schedule.kind, config.num_micro_batches, slices)
+    if slices == 1:
+        return
+    if not TASKS.get(kind).splits_sequences:
+        raise ConfigError(
+            f"schedule.slices: must be 1 with task={kind}, because its loss reads whole sequences, is {slices}; "
+            f"nearest valid: 1, or a task whose loss is of single tokens: {_splitting_tasks()}"
+        )
+    if config.parallelism.context > 1:
+        raise ConfigError(
+            f"schedule.slices: must be 1 with parallelism.context={config.parallelism.context}, because sequences are "
+            f"cut over ranks or over time, is {slices}; nearest valid: 1, or parallelism.context=1"
+        )
+    if slices > length:
+        raise ConfigError(
+            f"schedule.slices: must be at most batch.sequence_length_tokens={length}, is {slices}; "
+            f"nearest valid: {length}"
+        )
+
+
+def _splitting_tasks() -> str:
+    return ", ".join(name for name, spec in TASKS.items() if spec.splits_sequences)
 
 
 def _check_kind(config: TrainConfig, kind: str) -> None:

@@ -16,6 +16,7 @@ from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from dualpipe.build import build
+from dualpipe.generate.sliced_1f1b import sliced_1f1b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
 from model.experts import RoutedExperts
@@ -104,6 +105,8 @@ def make_world(config: TrainConfig, schedule: Schedule) -> World:
 def configured_schedule(config: TrainConfig) -> Schedule:
     """Builds the schedule that a run names."""
     assert config.schedule.kind != "auto"
+    if config.schedule.slices > 1:
+        return sliced_1f1b(config.parallelism.pipeline, config.num_micro_batches, config.schedule.slices)
     return build(config.schedule.kind, config.parallelism.pipeline, config.num_micro_batches)
 
 

@@ -16,6 +16,7 @@ from dualpipe.simulate.costs import Costs
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne
+from model.account.slices import slice_lengths
 from model.config import Computing, ModelConfig, Products, Recomputed
 from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
 from train.config.guards import GuardConfig
@@ -246,13 +247,20 @@ class TrainConfig:
 
     @property
     def num_micro_batches(self) -> int:
-        """The number of micro-batches of one pipeline per step, both directions together, after a batch ramp."""
-        return self.batch.global_sequences // (self.parallelism.data * self.batch.micro_sequences)
+        """The number of micro-batches of one pipeline per step, both directions together, after a batch ramp.
+
+        Each slice of sequences counts as one.
+        """
+        batch = self.batch
+        return batch.global_sequences // (self.parallelism.data * batch.micro_sequences) * self.schedule.slices
 
     @property
     def rank_sequence_tokens(self) -> int:
-        """The number of tokens of each sequence that a rank holds."""
-        return self.batch.sequence_length_tokens // self.parallelism.context
+        """The number of tokens of each sequence that a rank holds in one micro-batch, the most of all slices."""
+        length, slices = self.batch.sequence_length_tokens, self.schedule.slices
+        if slices > 1:
+            return max(slice_lengths(self.model, length, slices, is_fp8=self.precision.kind == "fp8"))
+        return length // self.parallelism.context
 
     @property
     def dispatch_site(self) -> DispatchSite:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from comm.context.zigzag import held_slices
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from infer.evaluate.local import MOST_TOKENS, PADDING, pad
@@ -19,6 +18,7 @@ from model.head import score_states
 from model.objective import BALANCE, LossSums, MicroBatch, OutputHead, TaskLoss
 from model.precision.linear import WeightSink
 from train.decoding.replica_pipeline import ReplicaPipeline
+from train.network import link_shapes, sequence_parts
 from train.replica import Replica
 from train.tasks.batch_reader import first_sequence, held_part
 
@@ -112,7 +112,8 @@ class PipelinedModel:
 
     def _passes(self, sequences: Sequence[TargetSequence]) -> Iterator[tuple[list[int], int]]:
         """Yields the numbers of the sequences of each pass, the longest first, and B."""
-        slots = self._replica.schedule.num_micro_batches * self._replica.world.layout.parallelism.data
+        schedule = self._replica.schedule
+        slots = schedule.num_micro_batches // schedule.slices * self._replica.world.layout.parallelism.data
         order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
         first = 0
         while first < len(order):
@@ -150,23 +151,24 @@ class PipelinedModel:
         """Returns the records of all tokens of a pass on every rank, [S, T, width], on the host."""
         batch, world = replica.config.batch, replica.world
         found_STC = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, width, dtype=torch.float64)
-        held = held_slices(world.context_index, world.layout.parallelism.context, batch.sequence_length_tokens)
+        parts = replica.parts
         for (direction, micro_batch), own_BTC in (sums.log_probs or {}).items():
             first = first_sequence(replica, direction, micro_batch)
-            for place, part_BTC in zip(held, own_BTC.chunk(len(held), dim=1), strict=True):
-                found_STC[first : first + batch.micro_sequences, place] = part_BTC.cpu()  # host sync
+            rows_BTC = found_STC[first : first + batch.micro_sequences]
+            parts.put(own_BTC.cpu(), replica.part_of(micro_batch), rows_BTC)  # host sync
         # One rank holds the scores of a token; all others add zeros.
         return world.reduce(found_STC, "scores of an evaluation")
 
     def _sized(self, length: int, num_rows: int) -> Replica:
         """Returns the replica for micro-batches of another size, with the same weights and links."""
         replica = self._replica
-        context = replica.world.layout.parallelism.context
+        context, slices = replica.world.layout.parallelism.context, replica.schedule.slices
         multiple = 2 * context if context > 1 else 1
-        length = -(-length // multiple) * multiple
+        length = max(-(-length // multiple) * multiple, slices)
         batch = replace(replica.config.batch, sequence_length_tokens=length, micro_sequences=num_rows)
-        links = replica.links.with_shape((num_rows, length // context, replica.config.model.hidden_size))
-        return replace(replica, config=replace(replica.config, batch=batch), links=links)
+        config = replace(replica.config, batch=batch)
+        shapes = link_shapes(config, sequence_parts(config, context, slices), slices)
+        return replace(replica, config=config, links=replica.links.with_shapes(shapes))
 
 
 class _Batches:
@@ -191,6 +193,6 @@ class _Batches:
         # MTP modules run in a network that trains; what they read does not matter.
         depths = replica.config.model.mtp_depth + 1
         whole = MicroBatch(inputs_BT=(padded.inputs_BT,) * depths, targets_BT=(padded.targets_BT,) * depths)
-        world, size = replica.world, replica.world.layout.parallelism.context
-        part = whole if size == 1 else held_part(whole, world.context_index, size)
-        return part.to(world.device)
+        parts = replica.parts
+        part = whole if len(parts.held) == 1 else held_part(whole, parts, replica.part_of(micro_batch))
+        return part.to(replica.world.device)

@@ -51,7 +51,9 @@ def predict_memory(config: TrainConfig) -> JobMemory:
     *smaller, last = config.batch_sizes.sizes
     for sequences in (last, *reversed(smaller)):
         sized = sized_run(config, sequences)
-        shown.setdefault(few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches), sized)
+        shown.setdefault(
+            few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches, config.schedule.slices), sized
+        )
     whole, *others = shown.values()
     jobs, room = [_predict(whole)], config.cluster.memory_bytes
     if room is None or jobs[0].worst.total <= room:

@@ -18,7 +18,7 @@ from train.world import World
 class PipelineLinks:
     """The pipeline transport for the interpreter.
 
-    All activations and gradients between stages have one shape.
+    Activations and gradients of a micro-batch have one shape. Those of slices of sequences differ.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class PipelineLinks:
         transport: PipelineTransport,
         nodes: Sequence[int],
         traffic: Traffic,
-        shape: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
     ) -> None:
         """Wraps a transport.
@@ -35,22 +35,23 @@ class PipelineLinks:
             transport: between the ranks of the pipeline.
             nodes: node of each pipeline rank.
             traffic: counts what is sent.
-            shape: of hidden states.
+            shapes: of hidden states; micro-batch m has the shape with the number m modulo their number.
             dtype: of hidden states.
         """
         self._transport = transport
         self._nodes = nodes
         self._traffic = traffic
-        self._shape = shape
+        self._shapes = tuple(shapes)
         self._dtype = dtype
 
-    def with_shape(self, shape: tuple[int, ...]) -> "PipelineLinks":
-        """Returns the same links for hidden states of another shape. Only one of both has messages under way."""
-        return PipelineLinks(self._transport, self._nodes, self._traffic, shape, self._dtype)
+    def with_shapes(self, shapes: Sequence[tuple[int, ...]]) -> "PipelineLinks":
+        """Returns the same links for hidden states of other shapes. Only one of both has messages under way."""
+        return PipelineLinks(self._transport, self._nodes, self._traffic, shapes, self._dtype)
 
     def post_receive(self, message: Message, /) -> Work[Tensor]:
         """Allocates a buffer for a message and starts to receive it."""
-        return self._transport.post_receive(message_key(message), self._shape, self._dtype)
+        shape = self._shapes[message.micro_batch % len(self._shapes)]
+        return self._transport.post_receive(message_key(message), shape, self._dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
         """Sends a message without waiting, and counts its bytes."""
@@ -80,7 +81,7 @@ def message_key(message: Message) -> MessageKey:
 
 
 def open_links(
-    world: World, observers: Observers, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype
+    world: World, observers: Observers, schedule: Schedule, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 ) -> PipelineLinks:
     """Opens this rank's links of one replica. All ranks of the job call it at the same point.
 
@@ -88,10 +89,10 @@ def open_links(
         world: of this process.
         observers: counters and log of messages.
         schedule: determines which pipeline ranks exchange messages.
-        shape: of hidden states.
+        shapes: of hidden states, as in `PipelineLinks`.
         dtype: of hidden states.
     """
     layout, log = world.layout, observers.log
     transport = PipelineTransport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
-    return PipelineLinks(transport, nodes, observers.traffic, shape, dtype)
+    return PipelineLinks(transport, nodes, observers.traffic, shapes, dtype)

@@ -40,7 +40,7 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
     """
     cut = run_cut(config, run_placement(config, kind))
     estimated, equal = stage_costs(nominal_times(config), config, cut), _equal_costs(config, len(cut))
-    return equal if _are_near(estimated, equal) else estimated
+    return replace(equal if _are_near(estimated, equal) else estimated, slices=config.schedule.slices)
 
 
 def _equal_costs(config: TrainConfig, num_stages: int) -> CostModel:
@@ -82,16 +82,21 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     pipeline = config.parallelism.pipeline
     # An order that the list builder finds keeps other activations for another number of micro-batches.
     is_whole = spec.grows or (spec.takes_costs and kind != FALLBACK)
-    few = num_micro_batches if is_whole else few_micro_batches(pipeline, num_micro_batches)
+    few = num_micro_batches if is_whole else few_micro_batches(pipeline, num_micro_batches, config.schedule.slices)
     costs = nominal_costs(config, kind)
     if kind == "dualpipe_split" and _is_published_order(config, num_micro_batches, costs):
         return split_backwards(dualpipe(pipeline, few))
     return build(kind, pipeline, few, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 
-def few_micro_batches(pipeline: int, num_micro_batches: int) -> int:
-    """Returns how many micro-batches show the peak: about three per rank, odd if the run's number is odd."""
+def few_micro_batches(pipeline: int, num_micro_batches: int, slices: int = 1) -> int:
+    """Returns how many micro-batches show the peak: about three per rank, odd if the run's number is odd.
+
+    Slices of one sequence are not separated.
+    """
     few = _PER_RANK * pipeline + _MARGIN
+    if slices > 1:
+        return min(num_micro_batches, -(-few // slices) * slices + slices)
     return min(num_micro_batches, few + (few + num_micro_batches) % 2)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from comm.context.zigzag import take_held
+from comm.context.parts import SequenceParts
 from data.loader import Batch
 from model.objective import MicroBatch, find_target_rows
 from train.errors import PreemptedError
@@ -21,8 +21,8 @@ class BatchReader:
     """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
 
     Only ranks with the first or the last stage read them, or every rank if attention masks documents. Ranks that share
-    sequences read the same ones, and each keeps its own tokens with their targets and extras. Documents stay those of
-    whole sequences.
+    sequences read the same ones, and each keeps its own tokens with their targets and extras. So does each slice of
+    sequences. Documents stay those of whole sequences.
     """
 
     def __init__(self, replica: Replica, task: Task, read: Read) -> None:
@@ -40,20 +40,26 @@ class BatchReader:
         key = (direction, micro_batch)
         if key not in self._known:
             sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
-            self._known[key] = self._take_part(key, sequences)
+            self._take_parts(direction, micro_batch - micro_batch % replica.schedule.slices, sequences)
         return self._known[key]
 
-    def _take_part(self, key: tuple[int, int], sequences: Batch) -> MicroBatch:
-        """Returns this rank's part of a micro-batch, and keeps the counts of the whole one."""
-        world, size = self._replica.world, self._replica.world.layout.parallelism.context
-        if size == 1:
-            whole = self._task.read(sequences, world.device)
-        else:
-            # Sequences are split on the host, where target rows can be found without waiting for the device.
-            whole = self._task.read(sequences, torch.device("cpu"))
-        if key[0] in self._replica.loss_directions and world.context_index == 0:
-            self._counts[key] = self._task.count(whole)
-        return whole if size == 1 else held_part(whole, world.context_index, size).to(world.device)
+    def _take_parts(self, direction: int, first: int, sequences: Batch) -> None:
+        """Keeps what this rank holds of sequences, as one micro-batch or a slice in each, and their counts.
+
+        Args:
+            direction: of the micro-batches.
+            first: number of the first one.
+            sequences: whole sequences.
+        """
+        replica, parts = self._replica, self._replica.parts
+        world, is_whole = replica.world, len(parts.held) == 1
+        # Sequences are split on the host, where target rows can be found without waiting for the device.
+        whole = self._task.read(sequences, world.device if is_whole else torch.device("cpu"))
+        if direction in replica.loss_directions and world.context_index == 0:
+            self._counts[direction, first] = self._task.count(whole)
+        for micro_batch in range(first, first + replica.schedule.slices):
+            part = whole if is_whole else held_part(whole, parts, replica.part_of(micro_batch)).to(world.device)
+            self._known[direction, micro_batch] = part
 
     def add_extras(self, name: str, found: Mapping[tuple[int, int], Tensor]) -> None:
         """Adds a further value of each token to micro-batches, by (direction, micro-batch)."""
@@ -77,8 +83,8 @@ class BatchReader:
             for micro_batch in replica.schedule.micro_batches_of(direction):
                 batch = self(direction, micro_batch)
                 assert batch is not None
-                # The first of the ranks that share a sequence counts its targets and the sequence itself.
-                if world.context_index == 0:
+                # The first part of a sequence counts all targets and the sequence itself.
+                if (direction, micro_batch) in self._counts:
                     counts += self._counts[direction, micro_batch]
         # The preemption request shares this all-reduce, so that a step needs no other collective for it.
         requested = torch.tensor([world.preemption.is_requested], dtype=torch.float64)
@@ -88,22 +94,22 @@ class BatchReader:
         return summed[:-1]
 
 
-def held_part(whole: MicroBatch, index: int, size: int) -> MicroBatch:
-    """Returns the part of a micro-batch that one of several ranks holds.
+def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch:
+    """Returns the part of a micro-batch that one of several ranks holds, or one of several slices.
 
-    Inputs and targets were shifted over whole sequences, so MTP depths read and predict tokens of other ranks.
+    Inputs and targets were shifted over whole sequences, so MTP depths read and predict tokens of other parts.
 
     Args:
         whole: whole sequences, on the host. Its extras have a value for each token.
-        index: index of the rank within the context group.
-        size: ranks that share each sequence.
+        parts: tokens of each part.
+        index: index of the part.
     """
-    targets = tuple(take_held(targets_BT, index, size) for targets_BT in whole.targets_BT)
+    targets = tuple(parts.take(targets_BT, index) for targets_BT in whole.targets_BT)
     return MicroBatch(
-        inputs_BT=tuple(take_held(inputs_BT, index, size) for inputs_BT in whole.inputs_BT),
+        inputs_BT=tuple(parts.take(inputs_BT, index) for inputs_BT in whole.inputs_BT),
         targets_BT=targets,
         documents=whole.documents,
-        extras={name: take_held(extra, index, size) for name, extra in whole.extras.items()},
+        extras={name: parts.take(extra, index) for name, extra in whole.extras.items()},
         target_rows=tuple(find_target_rows(targets_BT) for targets_BT in targets) if whole.target_rows else (),
     )
 
@@ -113,4 +119,4 @@ def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:
     schedule = replica.schedule
     before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
     index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
-    return index * replica.config.batch.micro_sequences
+    return index // schedule.slices * replica.config.batch.micro_sequences

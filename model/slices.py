@@ -1,0 +1,172 @@
+"""What slices of the same sequences share in one stage: a context group over time on one rank.
+
+Forwards run slice by slice. A slice attends to the rows of earlier ones, which stay until its backward. Backwards run
+in reverse, so the gradient of a slice's rows is complete when its backward begins (arXiv:2406.03488, section 3).
+Shape legend: B sequences, T tokens of a slice, N = B T, E experts, S sequences or documents.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comm.context.parts import SequenceParts
+from comm.context.protocol import Contribution, Rows
+from comm.lane import CompletedWork
+from comm.protocol import Work
+
+
+@dataclass(slots=True)
+class _SharedLayer:
+    """State of one layer.
+
+    Attributes:
+        rows: rows of each slice, from its forward to its backward.
+        gradients: sum of the gradients of a slice's rows from later slices, in float32 or wider.
+        counts: how often the tokens of each slice choose each expert, by sequence: SE.
+        shares: sum of the tokens' normalized scores of each slice, by sequence: SE.
+    """
+
+    rows: dict[int, Rows] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    shares: dict[int, Tensor] = field(default_factory=dict)
+
+
+class SlicedSequences:
+    """Sequences of one micro-batch in one stage, and what their slices share in each layer."""
+
+    def __init__(self, parts: SequenceParts) -> None:
+        """Starts before the first slice; `parts` are the tokens of each slice."""
+        self.parts = parts
+        self._layers: dict[int, _SharedLayer] = {}
+
+    def context(self, layer: int, index: int) -> "SliceContext":
+        """Returns the context group of a slice in a layer."""
+        return SliceContext(self.parts, index, self._layers.setdefault(layer, _SharedLayer()))
+
+
+class SliceContext:
+    """Implements `ContextGroup` for one slice, whose other members are the slices of the same sequences."""
+
+    keeps_rows = True
+
+    def __init__(self, parts: SequenceParts, index: int, layer: _SharedLayer) -> None:
+        self.size, self.index = len(parts.held), index
+        self._parts, self._layer = parts, layer
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Implements `ContextGroup.parts`."""
+        assert own_tokens == self._parts.tokens_of(self.index), "hidden states of another slice"
+        return self._parts
+
+    def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Yields the rows of this slice and of those before it. No token attends to later ones."""
+        self._layer.rows[self.index] = rows
+        for index in range(self.index, -1, -1):
+            yield index, self._layer.rows[index]
+
+    def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
+        """Returns the gradient of this slice's rows, and adds to those of earlier slices."""
+        gradients = self._layer.gradients
+        own = contribute(self.index, rows)
+        later = gradients.pop(self.index, None)
+        total = own if later is None else (later + own).to(own.dtype)
+        for index in range(self.index):
+            part = contribute(index, kept[index])
+            if index in gradients:
+                gradients[index] += part
+            else:
+                gradients[index] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+        del self._layer.rows[self.index]
+        return CompletedWork(total)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Is not possible: later slices have not run."""
+        raise AssertionError("a slice cannot sum values of later slices")
+
+    def balance(self, normal_NE: Tensor, numbers_N: Tensor, counts_SE: Tensor, slopes_S: Tensor) -> Tensor:
+        """Returns the balance loss of whole sequences with the last slice, and 0 with those before it.
+
+        Every slice has its part of the gradient. It needs the counts of all slices, which are known in the backwards.
+
+        Args:
+            normal_NE: scores of each token over their sum.
+            numbers_N: sequence or document of each token.
+            counts_SE: how often the slice's tokens choose each expert.
+            slopes_S: factor of each sequence's counts; 0 if it has no part in the loss.
+        """
+        found: Tensor = _SliceBalance.apply(normal_NE, self, numbers_N, counts_SE, slopes_S)  # type: ignore[no-untyped-call]
+        return found
+
+    def record_balance(self, counts_SE: Tensor, shares_SE: Tensor) -> bool:
+        """Records a slice's part, again if it is recomputed, and returns whether the slice is the last."""
+        self._layer.counts[self.index], self._layer.shares[self.index] = counts_SE, shares_SE
+        return self.index == self.size - 1
+
+    def factors(self, slopes_S: Tensor) -> Tensor:
+        """Returns the factor of each expert's scores in a sequence, from the counts of all slices: SE."""
+        return slopes_S[:, None] * torch.stack(list(self._layer.counts.values())).sum(0)
+
+    def shares(self) -> Tensor:
+        """Returns the sum of normalized scores over all slices, SE."""
+        return torch.stack(list(self._layer.shares.values())).sum(0)
+
+
+class _SliceBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, normal_NE: Tensor, slice_: SliceContext, numbers_N: Tensor, counts_SE: Tensor, slopes_S: Tensor
+    ) -> Tensor:
+        ctx.slice = slice_
+        ctx.save_for_backward(numbers_N, slopes_S)
+        shares_SE = torch.zeros_like(counts_SE).index_add_(0, numbers_N, normal_NE)
+        is_last = slice_.record_balance(counts_SE, shares_SE)
+        return (slice_.factors(slopes_S) * slice_.shares()).sum() if is_last else normal_NE.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        numbers_N, slopes_S = ctx.saved_tensors
+        return grads[0] * ctx.slice.factors(slopes_S)[numbers_N], None, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlace:
+    """Which micro-batch a run of a stage is.
+
+    Attributes:
+        direction: of the micro-batch.
+        micro_batch: its number within the direction.
+        sequences: sequences of which it is a slice; None: it has whole sequences, or this rank's part of them.
+        index: index of the slice.
+    """
+
+    direction: int = 0
+    micro_batch: int = 0
+    sequences: SlicedSequences | None = None
+    index: int = 0
+
+
+class SlicedRuns:
+    """Sequences of one stage whose slices have begun but not all of them.
+
+    A run holds its sequences as long as it needs them.
+    """
+
+    def __init__(self, parts: SequenceParts, slices: int) -> None:
+        """Stores the tokens of each slice, and the number of slices; 1 if runs have whole sequences."""
+        self._parts, self._slices = parts, slices
+        self._begun: dict[tuple[int, int], SlicedSequences] = {}
+
+    def place(self, direction: int, micro_batch: int) -> RunPlace:
+        """Returns the place of the next run of a stage. Slices of a sequence must be asked for in order."""
+        if self._slices == 1:
+            return RunPlace(direction=direction, micro_batch=micro_batch)
+        number, index = divmod(micro_batch, self._slices)
+        key = direction, number
+        if index == 0:
+            self._begun[key] = SlicedSequences(self._parts)
+        sequences = self._begun[key] if index < self._slices - 1 else self._begun.pop(key)
+        return RunPlace(direction=direction, micro_batch=micro_batch, sequences=sequences, index=index)
