@@ -1,24 +1,18 @@
 """Runs a network on this rank as stages, programs and links. `model` and `dualpipe` meet only here."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from comm.context.parts import SequenceParts
 from comm.dispatch.process_group import Observers
 from comm.protocol import Dispatcher
 from dualpipe.ir import Schedule, ScheduleError
-from dualpipe.passes import forward_only
-from dualpipe.runtime import pairing as pairings
 from dualpipe.runtime.clock import open_clock
-from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import PipelineStage
-from dualpipe.runtime.reductions import with_reductions
 from dualpipe.transfers import linked_pairs
-from dualpipe.validate import validate_passes
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, Objective
 from model.offload import HostMemoryLink
@@ -38,6 +32,7 @@ from train.network import (
 )
 from train.optim.updates import WeightUpdates
 from train.schedule.links import PipelineLinks, open_links
+from train.schedule.programs import compile_programs
 from train.world import World
 
 Batches = Callable[[int, int], MicroBatch | None]
@@ -286,32 +281,3 @@ def open_replica(
         dispatcher=dispatcher,
         observers=observers,
     )
-
-
-def compile_programs(
-    schedule: Schedule,
-    pairing: Literal["overlapped", "sequential"],
-    pipeline_rank: int,
-    stages: Mapping[int, Stage],
-    *,
-    is_proven: bool = False,
-) -> tuple[Program, Program]:
-    """Compiles a pipeline rank's programs for training and for a forward pass only.
-
-    Args:
-        schedule: for all ranks of the pipeline.
-        pairing: how the operations of a group run.
-        pipeline_rank: of this rank.
-        stages: the stages that it holds.
-        is_proven: whether the schedule has been validated; else it is validated now.
-
-    Raises:
-        ScheduleError: the schedule is not valid.
-    """
-    if not is_proven:
-        validate_passes(schedule)
-    forwards = forward_only(schedule)
-    order = {"overlapped": pairings.overlapped, "sequential": pairings.sequential}[pairing]
-    lanes = {number: stage.lanes for number, stage in stages.items()}
-    training = with_reductions(compile_rank(schedule, pipeline_rank, lanes, order))
-    return training, compile_rank(forwards, pipeline_rank, lanes, order)
