@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from comm.protocol import Work
+from comm.protocol import CompletedWork, Work
 
 T = TypeVar("T")
 
@@ -51,17 +51,6 @@ class Lane(Protocol):
     def close(self) -> None:
         """Waits for all submitted functions. Nothing may be submitted afterwards."""
         ...
-
-
-class CompletedWork(Generic[T]):
-    """Work that is complete from the start."""
-
-    def __init__(self, result: T) -> None:
-        self._result = result
-
-    def wait(self) -> T:
-        """Returns the result."""
-        return self._result
 
 
 class InlineLane:

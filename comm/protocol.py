@@ -23,6 +23,17 @@ class Work(Protocol, Generic[T_co]):
         ...
 
 
+class CompletedWork(Generic[ResultT]):
+    """Work that is complete from the start."""
+
+    def __init__(self, result: ResultT) -> None:
+        self._result = result
+
+    def wait(self) -> ResultT:
+        """Returns the result."""
+        return self._result
+
+
 class MappedWork(Generic[SourceT, ResultT]):
     """Work whose result is a function of other work's result.
 

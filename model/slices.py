@@ -14,8 +14,7 @@ from torch import Tensor
 
 from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
-from comm.lane import CompletedWork
-from comm.protocol import Work
+from comm.protocol import CompletedWork, Work
 
 
 @dataclass(slots=True)

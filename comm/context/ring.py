@@ -15,8 +15,7 @@ from comm.context.packing import from_bytes, to_bytes
 from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
 from comm.context.zigzag import zigzag_parts
-from comm.lane import CompletedWork
-from comm.protocol import Work
+from comm.protocol import CompletedWork, Work
 
 
 class RingContext:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices
-from comm.lane import CompletedWork
-from comm.protocol import Arrived, Handle, Label, RowOrder, Work
+from comm.protocol import Arrived, CompletedWork, Handle, Label, RowOrder, Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from comm.lane import CompletedWork, InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
-from comm.protocol import Arrived
+from comm.lane import InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
+from comm.protocol import Arrived, CompletedWork
 
 _LANES = [InlineLane, lambda: ThreadLane("test")]
 
