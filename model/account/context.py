@@ -86,10 +86,12 @@ def backward_peak(sizes: "Sizes", before: int) -> int:
     `before`: bytes of gradients and norms outside the heads.
     """
     config, shape = sizes.config, sizes.shape
-    # Gradients of the heads' output, the output itself, queries, keys and values.
-    given = sizes.numbers(sizes.value_width) + 2 * sizes.kernel_mixed + sizes.heads
+    # Gradients of the heads' output, the output itself, keys and values, and queries unless they were kept.
+    keys_and_values = sizes.heads - sizes.kernel_query
+    given = sizes.numbers(sizes.value_width) + 2 * sizes.kernel_mixed + keys_and_values
+    given += sizes.kernel_query if sizes.recomputes("mla_up") else 0
     # Sums of the gradients of queries, keys and values, and those of a block.
-    grads = sizes.wide_query + 2 * sizes.heads
+    grads = sizes.wide_query + keys_and_values + sizes.heads
     rows = shape.context * sizes.numbers(row_values(config))
     again = 0 if shape.kept_ranks else _MESSAGES * message_bytes(config, shape, is_fp8=sizes.is_fp8)
-    return before + given + grads + rows + again + 2 * up_gradient(sizes)
+    return before + given + grads + rows + again + up_gradient(sizes)

@@ -208,6 +208,11 @@ class Sizes:
         return self.wide(self.config.num_heads * self._kernel_widths[1])
 
     @property
+    def kernel_query(self) -> int:
+        """Bytes of queries as the attention kernel reads them."""
+        return self.numbers(self.config.num_heads * self._kernel_widths[0])
+
+    @property
     def wide_query(self) -> int:
         """Bytes of queries as the attention kernel reads them, in float32 or wider."""
         return self.wide(self.config.num_heads * self._kernel_widths[0])

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from comm.config import ParallelismConfig
 from comm.context.alone import ALONE
 from comm.context.build import ContextExchange, open_context
-from comm.context.forecast import ContextBytes, forecast_context_bytes
+from comm.context.forecast import forecast_context_bytes
 from comm.context.protocol import ContextGroup
 from comm.context.zigzag import join_held, take_held
 from comm.dispatch.process_group import Observers
@@ -19,6 +19,8 @@ from comm.dispatch.traffic import Traffic
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
+from model.account.activations import MicroBatchShape
+from model.account.context import message_bytes
 from model.attention.mla import LatentAttention, values_per_token
 from model.config import Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore, WeightQueue
@@ -32,6 +34,7 @@ from tests.tiny import MODEL
 SMALL = replace(MODEL, hidden_size=10, num_heads=3, norm_eps=1e-3)
 WHOLE_QUERIES = replace(SMALL, q_lora_rank=None, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=16)
 IN_FP8 = replace(MODEL, hidden_size=160, num_heads=3, q_lora_rank=136, kv_lora_rank=48, v_head_dim=20)
+FP8 = Computing(products="fp8")
 TOKENS = 24
 # Documents end inside segments, at their borders, and cover several of them; the second sequence ends with padding.
 PLACES = [[*range(5), *range(3), *range(12), *range(4)], [*range(1), *range(20), -1, -1, -1]]
@@ -60,9 +63,9 @@ CASES = [
 ] + [Case(config=WHOLE_QUERIES, is_packed=is_packed, is_split=True) for is_packed in (False, True)]
 NARROW_CASES = [
     Case(dtype=torch.bfloat16, is_packed=True),
-    Case(config=IN_FP8, computing=Computing(products="fp8"), dtype=torch.float32, is_packed=True, is_split=True),
-    Case(config=IN_FP8, computing=Computing(products="fp8"), dtype=torch.bfloat16),
-    Case(config=replace(IN_FP8, q_lora_rank=None), computing=Computing(products="fp8"), dtype=torch.float32),
+    Case(config=IN_FP8, computing=FP8, dtype=torch.float32, is_packed=True, is_split=True),
+    Case(config=IN_FP8, computing=FP8, dtype=torch.bfloat16),
+    Case(config=replace(IN_FP8, q_lora_rank=None), computing=FP8, dtype=torch.float32),
 ]
 
 
@@ -156,21 +159,31 @@ def test_attention_in_narrow_types_is_as_near_to_the_exact_as_on_one_rank(exchan
             assert error <= 1.5 * usual, f"{name}, {exchange}, {case}: {error}, on one rank {usual}, of {right.norm()}"
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_bytes_of_attention_are_the_values_of_every_token(exchange: ContextExchange) -> None:
-    """A layer sends a latent and a rotated key per token in each direction, 576 values for DeepSeek-V3."""
-    case, size = Case(), 2
-    row = values_per_token(case.config) * 8
-    results = run_ranks(size, _attend_all, [case], exchange)
-    predicted = forecast_context_bytes(
-        size=size,
-        num_tokens=2 * TOKENS,
-        row_bytes=row,
-        gradient_bytes=row,
-        wide_gradient_bytes=row,
-        is_ring=exchange == "ring",
-    )
-    assert isinstance(predicted, ContextBytes)
-    for ((_, sent),) in results:
+@pytest.mark.parametrize(("exchange", "size"), [("gather", 4), ("ring", 2)])
+def test_bytes_of_attention_are_the_values_of_every_token(exchange: ContextExchange, size: int) -> None:
+    """A layer sends a latent and a rotated key per token in each direction, 576 values for DeepSeek-V3.
+
+    In FP8 they are sent as they are kept. Gradients have the model's type; those in a ring are sums in float32.
+    """
+    cases = [Case(), Case(dtype=torch.bfloat16), Case(config=IN_FP8, computing=FP8, dtype=torch.bfloat16)]
+    results = run_ranks(size, _attend_all, cases, exchange)
+    for place, case in enumerate(cases):
+        value, num_values = case.dtype.itemsize, values_per_token(case.config)
+        shape = MicroBatchShape(
+            sequences=2, tokens=TOKENS // size, value_bytes=value, wide_bytes=max(4, value), pads_heads=True
+        )
+        message = message_bytes(case.config, shape, is_fp8=case.computing.products == "fp8")
+        if case.computing.products == "own":
+            assert message == shape.num_tokens * num_values * value
+        predicted = forecast_context_bytes(
+            size=size,
+            num_tokens=2 * TOKENS,
+            row_bytes=message // shape.num_tokens,
+            gradient_bytes=num_values * value,
+            wide_gradient_bytes=num_values * shape.wide_bytes,
+            is_ring=exchange == "ring",
+        )
+        assert message % shape.num_tokens == 0
         # `attend` runs the forward twice, once without a backward.
-        assert sent == 2 * predicted.forward + predicted.backward
+        sent = [result[place][1] for result in results]
+        assert sent == [2 * predicted.forward + predicted.backward] * size, f"case {place}"

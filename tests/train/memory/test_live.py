@@ -233,6 +233,16 @@ def test_peaks_inside_operations_are_those_of_the_reference_kernels(folder: Path
     assert max(compared.predicted_peaks) == pytest.approx(max(compared.peaks), rel=TOLERANCE)
 
 
+@pytest.mark.long
+def test_peaks_of_ranks_that_share_sequences_are_those_of_the_reference_kernels(folder: Path) -> None:
+    mesh = ParallelismConfig(pipeline=1, data=1, expert=1, context=2)
+    shapes = [SHAPES[name] for name in ("all features", "keeps all")]
+    jobs = [(make_config(folder, *shape, PRECISIONS["float32"], parallelism=mesh), None) for shape in shapes]
+    for compared in run_ranks(2, compare_rank, jobs, True):
+        for each in compared:
+            assert max(each.predicted_peaks) == pytest.approx(max(each.peaks), rel=TOLERANCE)
+
+
 def test_wrong_account_is_detected(folder: Path) -> None:
     """Counts tensors kept from I to W with the size that they had before I, which is wrong."""
     jobs = [(make_config(folder, *SHAPES["all features"], PRECISIONS["bf16"]), None)]
