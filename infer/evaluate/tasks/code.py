@@ -12,6 +12,7 @@ from typing import Any
 
 from data.chat.messages import user
 from data.corpus import DataError
+from infer.evaluate.config import EvaluationError
 from infer.evaluate.lines import check_unique, key_field, read_lines, text_field
 from infer.evaluate.protocol import TaskContext
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
@@ -26,7 +27,7 @@ from infer.evaluate.tasks.answering import (
 from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import IsolationChoice
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
-from infer.scoring.score import Answer, Score, failure
+from infer.scoring.score import Answer, Score, ScoringError, failure
 from kernels.ranges import PositiveFloat, PositiveInt
 
 NAME = "code"
@@ -109,19 +110,22 @@ def build_judge(config: CodeTaskConfig) -> AnswerJudge:
     """Finds a sandbox, and returns what runs programs in it.
 
     Raises:
-        ScoringError: this machine has no sandbox, and the user does not accept the risk.
+        EvaluationError: this machine has no sandbox, and the user does not accept the risk.
     """
-    scorer = CodeScorer(
-        CodeConfig(
-            kind="code",
-            weight=1.0,
-            cpu_seconds=config.cpu_seconds,
-            wall_seconds=config.wall_seconds,
-            memory_mib=config.memory_mib,
-            num_sandboxes=config.num_sandboxes,
-            isolation=config.isolation,
+    try:
+        scorer = CodeScorer(
+            CodeConfig(
+                kind="code",
+                weight=1.0,
+                cpu_seconds=config.cpu_seconds,
+                wall_seconds=config.wall_seconds,
+                memory_mib=config.memory_mib,
+                num_sandboxes=config.num_sandboxes,
+                isolation=config.isolation,
+            )
         )
-    )
+    except ScoringError as error:
+        raise EvaluationError(f"code.{error}") from error
 
     def score(answer: Answer, problem: CodeProblem) -> Score:
         if config.chat_template is None:
@@ -139,7 +143,7 @@ def build_code_task(config: CodeTaskConfig, context: TaskContext) -> AnswerTask:
     """Reads the problems and finds a sandbox.
 
     Raises:
-        EvaluationError, DataError, ScoringError: settings or a line that is not valid, or no sandbox.
+        EvaluationError, DataError: settings or a line that is not valid, or no sandbox.
     """
     check_settings(NAME, config, context)
     problems = [

@@ -70,7 +70,8 @@ def build_reasoning_task(config: ReasoningTaskConfig, context: TaskContext) -> A
     try:
         records = list(generate(source))
     except DataError as error:
-        raise EvaluationError(str(error).replace("data.dataset", "reasoning.dataset")) from error
+        renamed = str(error).replace("data.dataset", "reasoning.dataset").replace("data.kind", "tasks")
+        raise EvaluationError(renamed) from error
     problems = [
         AnswerProblem(
             key=record.key,

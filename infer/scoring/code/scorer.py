@@ -52,7 +52,7 @@ class CodeConfig(ScorerConfig):
         """
         if self.wall_seconds < self.cpu_seconds:
             raise ScoringError(
-                f"reward.parts, kind code: wall_seconds must be at least cpu_seconds "
+                f"wall_seconds: of kind code must be at least cpu_seconds "
                 f"({self.cpu_seconds:g}), is {self.wall_seconds:g}; "
                 f"nearest valid: {self.cpu_seconds:g}"
             )

@@ -16,7 +16,7 @@ from infer.evaluate.protocol import TaskContext
 from infer.evaluate.tasks.code import OWN_PROBLEMS, CodeTaskConfig, build_code_task, build_judge, read_code_problems
 from infer.scoring.code import find
 from infer.scoring.pass_rates import pass_at_k
-from infer.scoring.score import Answer, ScoringError
+from infer.scoring.score import Answer
 from tests.infer.evaluate.mutants import MUTANTS
 from tests.infer.evaluate.stand_ins import SayingModel, evaluate
 
@@ -123,7 +123,7 @@ def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, toke
         raise find._MissingError("not here")
 
     monkeypatch.setattr(find, "_BUILDERS", dict.fromkeys(find._BUILDERS, missing))
-    with pytest.raises(ScoringError, match="isolation=accept_risk"):
+    with pytest.raises(EvaluationError, match=r"^code\.isolation: .*isolation=accept_risk"):
         build_code_task(CONFIG, context_of(tokenizer))
 
 
