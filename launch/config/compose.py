@@ -37,7 +37,6 @@ DRY_RUN = "dry_run"
 # Examples for error messages about values without a default.
 _EXAMPLES = {
     "data.paths": "[FOLDER,FILE], the text to train on: .txt, .md, .py or .jsonl",
-    "init_from": "FOLDER, weights of the phase before",
     "data.tokenizer": "PATH, a tokenizer.json or a folder that holds one, of at most model.vocab_size tokens",
 }
 

@@ -38,7 +38,9 @@ def main() -> int:
     if arguments.picture is not None:
         from tests.needle.picture import draw
 
-        draw(found[arguments.seeds[0]], recipe.long_steps, arguments.picture)
+        seed = arguments.seeds[0]
+        title = f"Share of right answers, seed {seed}: base of 128 tokens, {recipe.base_steps:,} steps"
+        draw(found[seed], recipe.long_steps, title, arguments.picture)
     return int(bool(broken))
 
 
