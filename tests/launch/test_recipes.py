@@ -8,6 +8,7 @@ import pytest
 from data.batch_sizes import BatchRamp
 from launch.config.compose import compose
 from launch.config.groups import options
+from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run
 from launch.train import preview
@@ -184,6 +185,7 @@ def test_recipe_v3_extension_is_the_published_phase_and_fits(
     """The values equal those of arXiv:2412.19437, section 4.3; both phases have the same YaRN as the released model."""
     config = extension(folder, name)
     check_rules(config)
+    check_memory(config, check_rules)
     batch, sizes = config.batch, config.batch_sizes
     assert (batch.sequence_length_tokens, batch.global_sequences, config.task.steps) == (length, sequences, 1000)
     rates = [rates_of(config.task, config.optim, sizes, step).learning_rate for step in (0, 500, 999)]

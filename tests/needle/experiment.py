@@ -23,7 +23,7 @@ class Recipe:
 
     base_steps: int = 1200
     long_steps: int = 40
-    samples: int = 12
+    samples: int = 36
     lengths: tuple[int, ...] = LENGTHS
 
 

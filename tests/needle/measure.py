@@ -53,7 +53,7 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: Transformer, samples: int = 12, lengths: tuple[int, ...] = LENGTHS) -> Measured:
+def measure(model: Transformer, samples: int = 36, lengths: tuple[int, ...] = LENGTHS) -> Measured:
     """Measures a network on rows that are the same for every network.
 
     Args:

@@ -15,8 +15,7 @@ from tests.needle.rows import VOCAB_SIZE, Rows, is_key
 BASE_LENGTH, FACTOR = 128, 8
 LONG_LENGTH = BASE_LENGTH * FACTOR
 TOKENS_PER_STEP = 2048
-_BASE_RATE, _LONG_RATE = 6e-3, 5e-4
-_WARMUP_STEPS = 20
+_BASE_RATE, _LONG_RATE = 6e-3, 2e-4
 
 PLAIN = ModelConfig(
     vocab_size=VOCAB_SIZE,
@@ -91,7 +90,7 @@ def train(model: Transformer, steps: int, *, is_base: bool, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * _rate_share(step, steps) if is_base else rate
+            group["lr"] = rate * _rate_share(step, steps, is_base=is_base)
         tokens_BT = rows.batch(TOKENS_PER_STEP // length, length)
         optimizer.zero_grad()
         loss_of(model, tokens_BT).backward()  # type: ignore[no-untyped-call]
@@ -108,6 +107,8 @@ def loss_of(model: Transformer, tokens_BT: Tensor) -> Tensor:
     return model.loss(batch, objective, LossSums(loss_names(0)))
 
 
-def _rate_share(step: int, steps: int) -> float:
-    """Returns the learning rate's share of its peak: a short warm-up, and a decay over the last fifth."""
-    return min((step + 1) / _WARMUP_STEPS, 1.0, max((steps - step) / (0.2 * steps), 0.05))
+def _rate_share(step: int, steps: int, *, is_base: bool) -> float:
+    """Returns the share of the peak learning rate: a warm-up, then a decay; of the base over its last fifth."""
+    if is_base:
+        return min((step + 1) / 20, 1.0, max((steps - step) / (0.2 * steps), 0.05))
+    return min((step + 1) / 5, (steps - step) / steps)

@@ -43,14 +43,16 @@ def run_validation(rank: int, world_size: int, config: TrainConfig) -> Validatio
     return found
 
 
+@pytest.mark.slow
 def test_every_layout_has_the_same_means_and_they_are_those_of_the_tokens(config: TrainConfig) -> None:
     """The mean of all ranges is the validation loss."""
     alone = run_ranks(1, run_validation, config)[0]
     schedule = ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
-    wide = replace(config, parallelism=replace(config.parallelism, pipeline=2, data=2, expert=2), schedule=schedule)
+    meshes = ({"pipeline": 2, "data": 2, "expert": 2}, {"pipeline": 2, "context": 2, "expert": 2})
+    wide = [replace(config, parallelism=replace(config.parallelism, **mesh), schedule=schedule) for mesh in meshes]
     assert alone.by_position is not None
     assert list(alone.by_position.losses) == list(RANGES)
-    for found in run_ranks(4, run_validation, wide):
+    for found in (found for each in wide for found in run_ranks(4, run_validation, each)):
         assert found.by_position is not None
         assert found.by_position.losses == pytest.approx(alone.by_position.losses, rel=1e-10)
         assert found.by_position.bits_per_byte == pytest.approx(alone.by_position.bits_per_byte, rel=1e-10)
