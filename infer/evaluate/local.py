@@ -18,7 +18,7 @@ from kernels.cross_entropy.reference import IGNORE
 from model.transformer import Transformer
 
 PADDING = 0
-MOST_TOKENS = 2**15
+MOST_TOKENS = 2**13
 """Tokens, with padding, that are computed together if there are several sequences."""
 
 

@@ -24,6 +24,7 @@ class EvaluationTaskSpec:
         build: builds the task. It checks all files, and raises `EvaluationError`, `DataError` or `ScoringError`.
         files: returns the files that decide the results, given the configuration.
         heads: kinds of the output head that the task can evaluate.
+        required: keys of its configuration that must not be null.
     """
 
     summary: str
@@ -32,6 +33,7 @@ class EvaluationTaskSpec:
     build: Callable[[Any, TaskContext], EvaluationTask]
     files: Callable[[Any], tuple[str, ...]]
     heads: tuple[HeadKind, ...] = ("tokens",)
+    required: tuple[str, ...] = ()
 
 
 EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry(

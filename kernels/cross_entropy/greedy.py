@@ -1,6 +1,7 @@
 """Log-probabilities of targets under a linear head, and whether each is the most probable token.
 
-Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary.
+Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, M rows whose
+target has the largest logit.
 """
 
 import torch
@@ -34,8 +35,12 @@ def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[
         chunk = slice(first, first + size)
         is_ignored_C = targets_N[chunk] == IGNORE
         places_C1 = targets_N[chunk].masked_fill(is_ignored_C, 0)[:, None]
-        logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
-        found_C = logits_CV.gather(1, places_C1)[:, 0]
-        log_probs_N[chunk] = (found_C - logits_CV.logsumexp(-1)).masked_fill_(is_ignored_C, 0)
-        are_greedy_N[chunk] = logits_CV.argmax(-1) == targets_N[chunk]
+        logs_CV = torch.log_softmax((rows_ND[chunk] @ head_VD.t()).to(wide), -1)
+        found_C = logs_CV.gather(1, places_C1)[:, 0]
+        is_largest_C = (found_C == logs_CV.amax(-1)) & ~is_ignored_C
+        # The first of equal logits is the most probable token. `argmax` is slow, and few rows need it.
+        rows_M = is_largest_C.nonzero()[:, 0]  # host sync
+        is_largest_C[rows_M] = logs_CV[rows_M].argmax(-1) == targets_N[chunk][rows_M]
+        log_probs_N[chunk] = found_C.masked_fill(is_ignored_C, 0)
+        are_greedy_N[chunk] = is_largest_C
     return log_probs_N, are_greedy_N

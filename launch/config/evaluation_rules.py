@@ -22,10 +22,11 @@ def check_evaluation(config: TrainConfig) -> None:
                 f"{config.task.kind} has {config.model.head}; nearest valid: evaluation.tasks=[]"
             )
         settings = tasks.settings[name]
-        if hasattr(settings, "path") and not settings.path:
-            raise ConfigError(
-                f"evaluation.{name}.path: a value is needed if evaluation.tasks has {name}, is {settings.path}; "
-                f"write evaluation.{name}.path=FILE"
-            )
+        for key in spec.required:
+            if not getattr(settings, key):
+                raise ConfigError(
+                    f"evaluation.{name}.{key}: a value is needed if evaluation.tasks has {name}, is "
+                    f"{getattr(settings, key)}; write evaluation.{name}.{key}=FILE"
+                )
         for path in spec.files(settings):
             checked_file(f"evaluation.{name}", path)

@@ -1,6 +1,6 @@
 """Evaluates documents: bits per byte of text, also for each source. Imports no torch.
 
-A document is read in windows of the model's length, and every token is scored once. The number of bytes is that of the
+A document is read in windows, and every token is scored once. The number of bytes is that of the
 text in UTF-8, so the tokenizer does not matter.
 """
 
@@ -39,7 +39,7 @@ class BitsPerByteConfig(EvaluationTaskConfig):
 
     Attributes:
         path: `.jsonl` file of documents, or a `.txt` or `.md` file, which is one document.
-        window_tokens: tokens that the model sees at a time; None: as many as the model has positions.
+        window_tokens: maximum number of tokens that the model sees at a time; None: as many as it has positions.
         stride_tokens: tokens that each window after the first one scores; None: all, which is fastest.
         limit: maximum number of documents; None: all.
     """
@@ -73,13 +73,13 @@ class BitsPerByteTask:
             EvaluationError, DataError: no file, a line that is not valid, or a window that does not fit the model.
         """
         documents = read_documents("bits_per_byte.path", needed_path("bits_per_byte.path", config.path, EXAMPLE))
-        window = config.window_tokens or context.max_tokens
-        for name, size, most in (
-            ("window_tokens", window, context.max_tokens),
-            ("stride_tokens", config.stride_tokens or window, window),
-        ):
-            if size > most:
-                raise EvaluationError(f"bits_per_byte.{name}: must be at most {most}, is {size}; nearest valid: {most}")
+        window = min(config.window_tokens or context.max_tokens, context.max_tokens)
+        if (config.stride_tokens or window) > window:
+            raise EvaluationError(
+                f"bits_per_byte.stride_tokens: must be at most the window's {window} tokens, is "
+                f"{config.stride_tokens}; nearest valid: {window}"
+            )
+        self._window, self._stride = window, config.stride_tokens or window
         self._samples = [
             EvaluationSample(
                 key=document.key,
@@ -120,7 +120,8 @@ class BitsPerByteTask:
         rows = tuple((source, *(values[name] for name in columns)) for source, values in sources.items())
         table = ResultTable(title="Bits per byte of each source", columns=("source", *columns), rows=rows)
         totals = {name: value for name, value in _sums(records).items() if name not in ("documents", "bits_per_byte")}
-        return TaskDetails(values={**totals, "sources": sources}, tables=(table,))
+        windows = {"window_tokens": self._window, "stride_tokens": self._stride}
+        return TaskDetails(values={**totals, **windows, "sources": sources}, tables=(table,))
 
     def close(self) -> None:
         """Does nothing."""
@@ -192,5 +193,6 @@ EVALUATION_TASKS.register(
         config=BitsPerByteConfig,
         build=BitsPerByteTask,
         files=_files,
+        required=("path",),
     ),
 )

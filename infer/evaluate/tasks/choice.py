@@ -200,5 +200,6 @@ EVALUATION_TASKS.register(
         config=ChoiceConfig,
         build=ChoiceTask,
         files=_files,
+        required=("path",),
     ),
 )
