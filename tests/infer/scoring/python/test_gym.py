@@ -1,6 +1,7 @@
 """Tests of problems of reasoning-gym and their verifier, with a small library in its place."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ def create_dataset(name, **config):
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Writes a library next to a copy of the verifier, and returns their folder."""
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Writes a library next to a copy of the verifier, and provides their folder."""
     folder = tmp_path / "library"
     (folder / "reasoning_gym").mkdir(parents=True)
     (folder / "reasoning_gym" / "factory.py").write_text(LIBRARY)
@@ -48,7 +49,9 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gym, "VERIFIER", folder / "gym_verifier.py")
     for name in ("reasoning_gym", "reasoning_gym.factory"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return folder
+    yield folder
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        sys.modules.pop(name, None)
 
 
 def source_of(**changes: object) -> GymSource:
