@@ -138,7 +138,7 @@ def joined(parts: list[dict[str, Tensor]], name: str) -> Tensor:
 )
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_attention_of_all_ranks_equals_that_of_one(exchange: ContextExchange, size: int) -> None:
-    cases = CASES if size == 4 else CASES[::5]
+    cases = CASES[::5] if size < 4 else CASES[::3] if exchange == "ring" else CASES
     results = run_ranks(size, _attend_all, cases, exchange)
     for place, case in enumerate(cases):
         expected, parts = attend(case, ALONE), [result[place][0] for result in results]
@@ -147,7 +147,7 @@ def test_attention_of_all_ranks_equals_that_of_one(exchange: ContextExchange, si
             assert_near(joined(parts, name), exact, 1e-10, f"{name}, {exchange}, {size} ranks, {case}")
 
 
-@pytest.mark.parametrize(("exchange", "size"), [("gather", 4), ("ring", 2)])
+@pytest.mark.parametrize(("exchange", "size"), [("gather", 4), pytest.param("ring", 2, marks=pytest.mark.long)])
 def test_attention_in_narrow_types_is_as_near_to_the_exact_as_on_one_rank(exchange: ContextExchange, size: int) -> None:
     """Errors are of the same size but differ: each rank rounds its part of a gradient with scales of this part."""
     results = run_ranks(size, _attend_all, NARROW_CASES, exchange)
