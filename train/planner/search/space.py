@@ -83,7 +83,7 @@ class SearchSpace:
             ConfigError: there are too many.
         """
         for mesh in self._meshes():
-            for micro_sequences in self.micro_batch_sizes(mesh.data):
+            for micro_sequences in self.micro_batch_sizes(mesh.data, mesh.context):
                 for precision in self.precisions:
                     for recompute in self._recomputes_of(precision):
                         for dispatch in self.dispatches:
@@ -134,14 +134,20 @@ class SearchSpace:
             schedule=schedule,
         )
 
-    def micro_batch_sizes(self, data: int) -> tuple[int, ...]:
+    def micro_batch_sizes(self, data: int, context: int) -> tuple[int, ...]:
         """Returns the sequences of a micro-batch that divide a data rank's share of the batch.
 
+        Ranks that share sequences take one, or as many as the run: with more, fewer ranks could share each of them.
+
         Args:
-            data: number of data-parallel ranks. If they do not divide the batch, the result is 1, which rules reject.
+            data: groups of ranks that read different sequences. If they do not divide the batch, the result is 1, which
+                rules reject.
+            context: ranks that share each sequence.
         """
         share, rest = divmod(self.config.batch.global_sequences, data)
-        return (1,) if rest else divisors(share)
+        sizes = (1,) if rest else divisors(share)
+        own = self.config.batch.micro_sequences
+        return sizes if context == 1 else tuple(size for size in sizes if size in (1, own))
 
     def check_size(self) -> None:
         """Rejects a search that would take too long.
@@ -152,7 +158,7 @@ class SearchSpace:
         batch, kinds = self.config.batch, len(self.schedules)
         count = 0
         for mesh in self._meshes():
-            sizes = len(self.micro_batch_sizes(mesh.data))
+            sizes = len(self.micro_batch_sizes(mesh.data, mesh.context))
             choices = sum(len(self._recomputes_of(precision)) for precision in self.precisions)
             count += sizes * len(self.dispatches) * kinds * choices
         if count > _MOST_LAYOUTS:
