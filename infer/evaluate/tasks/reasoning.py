@@ -103,5 +103,6 @@ EVALUATION_TASKS.register(
         config=ReasoningTaskConfig,
         build=build_reasoning_task,
         files=lambda config: (),
+        required=("dataset",),
     ),
 )

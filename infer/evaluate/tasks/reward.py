@@ -156,6 +156,7 @@ EVALUATION_TASKS.register(
         config=RewardTaskConfig,
         build=RewardTask,
         files=_files,
+        required=("path",),
         heads=("score",),
     ),
 )
