@@ -120,7 +120,13 @@ def _merge(rank: int, world_size: int) -> dict[str, Any]:
         predicted_bytes_across_nodes=60,
     )
     layers: dict[int | None, LayerTraffic] = {2: counted} if rank else {1: LayerTraffic(num_tokens=4), 2: counted}
-    snapshot = TrafficSnapshot(layers=layers, num_message_bytes_across_nodes=1000, num_message_bytes_within_node=rank)
+    snapshot = TrafficSnapshot(
+        layers=layers,
+        num_message_bytes_across_nodes=1000,
+        num_message_bytes_within_node=rank,
+        num_context_bytes_across_nodes=500,
+        num_context_bytes_within_node=7,
+    )
     world = dist.group.WORLD
     assert world is not None
     return exchange_metrics(snapshot, {2: rank}, 4, world, torch.device("cpu"))
@@ -130,8 +136,8 @@ def _merge(rank: int, world_size: int) -> dict[str, Any]:
 def test_exchange_metrics_are_sums_and_extremes_over_ranks() -> None:
     first, second, third = run_ranks(3, _merge)
     assert first == second == third
-    assert first["inter_node_bytes"] == 3 * 1060
-    assert first["intra_node_bytes"] == 0 + 1 + 2
+    assert first["inter_node_bytes"] == 3 * 1560
+    assert first["intra_node_bytes"] == 0 + 1 + 2 + 3 * 7
     assert first["lower_bound_share"] == 0.5
     assert first["nic_imbalance"] == 2.0  # of 0, 100 and 200
     assert first["clipped_tokens"] == first["exchange"]["layer_2"]["clipped_tokens"] == 0 + 1 + 2
