@@ -104,10 +104,13 @@ class Block(nn.Module):
         residual_BTD: Tensor = self.self_attn(hidden_BTD, self.input_layernorm, sink, documents, context)
         return residual_BTD
 
-    def add_mlp(self, residual_BTD: Tensor, sink: WeightSink | None) -> Tensor:
-        """Adds the network of the norm to the residual, BTD -> BTD: the second part of a dense layer."""
+    def add_mlp(self, residual_BTD: Tensor, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
+        """Adds the network of the norm to the residual, BTD -> BTD: the second part of a dense layer.
+
+        `for_backward`: whether only the backward is needed; then the result has no numbers.
+        """
         assert isinstance(self.mlp, Mlp)
-        return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink)
+        return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink, for_backward=for_backward)
 
     def attend(
         self,
@@ -134,22 +137,33 @@ class Block(nn.Module):
         rows = self._linears.make_rows(normal_BTD)
         return Attended(residual_BTD, rows, gate.route(logits_BTE) if route is None else route(gate, logits_BTE))
 
-    def apply_experts(self, received: Received, sink: WeightSink | None) -> ExpertOutput:
-        """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
-        assert isinstance(self.mlp, Moe)
-        routed_AD = self.mlp.experts(received.received, received.weights_A, received.counts, sink)
-        return ExpertOutput(routed_AD, self.add_shared(received.residual_BTD, received.own, sink))
+    def apply_experts(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> ExpertOutput:
+        """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows.
 
-    def add_shared(self, residual_BTD: Tensor, rows: Rows, sink: WeightSink | None) -> Tensor:
-        """Returns the residual plus shared experts of its norm, BTD.
-
-        `rows`: the norm, which need not be kept.
+        `for_backward`: whether only the backward is needed; then the results have no numbers.
         """
         assert isinstance(self.mlp, Moe)
-        experts = self.mlp.shared_experts
-        return (
-            residual_BTD if experts is None else experts.add_to(residual_BTD, rows, self.post_attention_layernorm, sink)
-        )
+        given = (received.received, received.weights_A, received.counts, sink)
+        routed_AD = self.mlp.experts(*given, for_backward=for_backward)
+        base_BTD = self.add_shared(received.residual_BTD, received.own, sink, for_backward=for_backward)
+        return ExpertOutput(routed_AD, base_BTD)
+
+    def add_shared(
+        self, residual_BTD: Tensor, rows: Rows, sink: WeightSink | None, *, for_backward: bool = False
+    ) -> Tensor:
+        """Returns the residual plus shared experts of its norm, BTD.
+
+        Args:
+            residual_BTD: the residual.
+            rows: the norm, which need not be kept.
+            sink: takes weight gradients.
+            for_backward: whether only the backward is needed; then the result has no numbers.
+        """
+        assert isinstance(self.mlp, Moe)
+        experts, norm = self.mlp.shared_experts, self.post_attention_layernorm
+        if experts is None:
+            return residual_BTD
+        return experts.add_to(residual_BTD, rows, norm, sink, for_backward=for_backward)
 
 
 class _Dispatch(torch.autograd.Function):

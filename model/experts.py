@@ -25,7 +25,15 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * intermediate, hidden, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(len(experts), hidden, intermediate, dtype=dtype))
 
-    def forward(self, rows: Rows, weights_A: Tensor, counts: Sequence[int], sink: WeightSink | None) -> Tensor:
+    def forward(
+        self,
+        rows: Rows,
+        weights_A: Tensor,
+        counts: Sequence[int],
+        sink: WeightSink | None,
+        *,
+        for_backward: bool = False,
+    ) -> Tensor:
         """Returns the experts' results for received rows, times their routing weights, AD.
 
         Args:
@@ -33,8 +41,9 @@ class RoutedExperts(nn.Module):
             weights_A: routing weights, multiplied before `down`, as rows are narrower there.
             counts: rows per expert.
             sink: takes weight gradients.
+            for_backward: whether only the backward is needed; then the result has no numbers.
         """
-        return self._linears.experts(rows, weights_A, self._weights, counts, sink)
+        return self._linears.experts(rows, weights_A, self._weights, counts, sink, for_backward=for_backward)
 
     def apply_locally(
         self, rows: Rows, source: NormSource, weights_TK: Tensor, counts: Sequence[int], order: RowOrder

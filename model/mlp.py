@@ -27,12 +27,17 @@ class Mlp(nn.Module):
         gated = swiglu(self.gate_proj(x, sink), self.up_proj(x, sink))
         return self.down_proj(gated, sink)  # type: ignore[no-any-return]
 
-    def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
-        """Returns x plus the network of norm(x), [..., D]."""
-        hidden = self._linears.normed_linear(x, norm, self._gate_up(), sink)
-        return self._linears.gated_down(x, hidden, self.down_proj.weight, sink)
+    def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
+        """Returns x plus the network of norm(x), [..., D].
 
-    def add_to(self, x: Tensor, rows: Rows, norm: RmsNorm, sink: WeightSink | None) -> Tensor:
+        `for_backward`: as in `add_to`.
+        """
+        hidden = self._linears.normed_linear(x, norm, self._gate_up(), sink)
+        return self._linears.gated_down(x, hidden, self.down_proj.weight, sink, for_backward=for_backward)
+
+    def add_to(
+        self, x: Tensor, rows: Rows, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False
+    ) -> Tensor:
         """Returns x plus the network of norm(x) if norm(x) is given.
 
         Args:
@@ -40,9 +45,10 @@ class Mlp(nn.Module):
             rows: norm(x), which takes the gradient; a backward may recompute it from x.
             norm: norm that computed the rows.
             sink: takes weight gradients.
+            for_backward: whether only the backward is needed; then the result has no numbers.
         """
         hidden = self._linears.linear_of_rows(rows, NormSource.of(x, norm), self._gate_up(), sink)
-        return self._linears.gated_down(x, hidden, self.down_proj.weight, sink)
+        return self._linears.gated_down(x, hidden, self.down_proj.weight, sink, for_backward=for_backward)
 
     def _gate_up(self) -> tuple[Tensor, Tensor]:
         return self.gate_proj.weight, self.up_proj.weight

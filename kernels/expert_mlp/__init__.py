@@ -50,6 +50,19 @@ def expert_mlp(
     return made
 
 
+def expert_hidden(
+    rows_AD: Tensor,
+    gate_up_EHD: Tensor,
+    counts: Sequence[int],
+    *,
+    implementation: ExpertImplementation | None = None,
+) -> Tensor:
+    """Returns hidden_AH alone, bit for bit that of `expert_mlp`, for rows in the experts' order."""
+    module = _module(implementation, rows_AD, gate_up_EHD.shape[1] // 2)
+    made: Tensor = module.expert_hidden(rows_AD, gate_up_EHD, counts)
+    return made
+
+
 def expert_mlp_backward(  # noqa: PLR0913
     grad_ND: Tensor,
     weights_A: Tensor,

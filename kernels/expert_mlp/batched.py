@@ -68,6 +68,14 @@ def expert_mlp(
     return slots.gather(gated_ECM @ down_EDM.transpose(1, 2)), slots.gather(hidden_ECH)
 
 
+def expert_hidden(rows_AD: Tensor, gate_up_EHD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Implements `reference.expert_hidden`."""
+    slots = _fill(counts)
+    if slots is None:
+        return reference.expert_hidden(rows_AD, gate_up_EHD, counts)
+    return slots.gather(slots.scatter(rows_AD) @ gate_up_EHD.transpose(1, 2))
+
+
 def expert_mlp_backward(
     grad_ND: Tensor,
     weights_A: Tensor,

@@ -27,6 +27,11 @@ def expert_mlp(
     return grouped_rows(made_AM, down_EDM, counts), hidden_AH
 
 
+def expert_hidden(rows_AD: Tensor, gate_up_EHD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Implements `reference.expert_hidden`."""
+    return grouped_rows(rows_AD, gate_up_EHD, counts)
+
+
 def expert_mlp_backward(
     grad_ND: Tensor,
     weights_A: Tensor,

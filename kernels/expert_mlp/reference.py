@@ -88,6 +88,14 @@ def expert_mlp(
     return out_AD, hidden_AH
 
 
+def expert_hidden(rows_AD: Tensor, gate_up_EHD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Computes hidden_AH of `expert_mlp` alone, for rows in the experts' order."""
+    hidden_AH = rows_AD.new_empty(len(rows_AD), gate_up_EHD.shape[1])
+    for block in cut_into_blocks(counts, gate_up_EHD.shape[1]):
+        _products(_gather(rows_AD, None, block), gate_up_EHD.transpose(1, 2), hidden_AH[block.rows], block)
+    return hidden_AH
+
+
 def expert_mlp_backward(
     grad_ND: Tensor,
     weights_A: Tensor,

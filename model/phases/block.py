@@ -78,13 +78,17 @@ def block_phases(
     parts = _BlockParts(block, documents, context, balance, choose)
     again = store if block.recomputes else None
     if block.moe is None:
-        return [ComputePhase(parts.dense, store) if again is None else RecomputedPhase(parts.mix, parts.add_mlp, again)]
+        return [
+            ComputePhase(parts.dense, store)
+            if again is None
+            else RecomputedPhase(parts.mix, parts.add_mlp, parts.add_mlp_again, again)
+        ]
     exchange = Exchange(dispatcher, label, block.wire())
     dispatch = DispatchPhase(exchange)
     if again is None:
         return [ComputePhase(parts.attend, store), dispatch, ComputePhase(parts.experts, store), CombinePhase(exchange)]
     attend = RecomputedAttend(parts.mix, parts.route, parts.route_again, block.moe.gate.id_dtype, again)
-    experts = RecomputedExperts(parts.experts, again)
+    experts = RecomputedExperts(parts.experts, parts.experts_again, again)
     return [attend, dispatch, experts, RecomputedCombine(exchange, attend, dispatch, experts)]
 
 
@@ -108,6 +112,10 @@ class _BlockParts:
     def add_mlp(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         """Runs the network of a dense layer, after attention."""
         return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink)))
+
+    def add_mlp_again(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
+        """Computes what the backward of `add_mlp` needs."""
+        return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink, for_backward=True)))
 
     def dense(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         """Runs a dense layer."""
@@ -133,6 +141,10 @@ class _BlockParts:
     def experts(self, received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
         """Runs routed and shared experts."""
         return Computed(self.block.apply_experts(received, sink))
+
+    def experts_again(self, received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
+        """Computes what the backward of `experts` needs."""
+        return Computed(self.block.apply_experts(received, sink, for_backward=True))
 
     def _routed(self, attended: Attended, loss: Callable[[Tensor], Tensor]) -> Computed[Routed]:
         routing = attended.routing

@@ -54,6 +54,7 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         self,
         mix: Function[Hidden],
         rest: Function[Out],
+        rest_again: Function[Out],
         store: GradientStore,
     ) -> None:
         """Stores the arguments.
@@ -61,10 +62,12 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         Args:
             mix: attention with its residual.
             rest: what follows it in the phase.
+            rest_again: the same for a backward; its result may have no numbers.
             store: takes weight gradients.
         """
         super().__init__(rest, store)
         self._mix = mix
+        self._again = rest_again
         self._attention: Recording | None = None
         self._source: _ResidualSource | None = None
 
@@ -102,7 +105,7 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         return self._function(mixed, None).values
 
     def _rest_again(self) -> Function[Out]:
-        return self._function
+        return self._again
 
 
 class RecomputedAttend(RecomputedPhase[Routed]):
@@ -125,7 +128,11 @@ class RecomputedAttend(RecomputedPhase[Routed]):
             id_dtype: type that stores ids of experts.
             store: takes weight gradients.
         """
-        super().__init__(mix, lambda hidden, sink: Computed(route(hidden)), store)
+
+        def first(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
+            return Computed(route(hidden))
+
+        super().__init__(mix, first, first, store)
         self._route_again = route_again
         self._id_dtype = id_dtype
         self._ids_TK: Tensor | None = None
@@ -154,10 +161,20 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
     """Experts, whose graph the backward records; keeps the weights of received rows."""
 
     def __init__(
-        self, function: Callable[[Received, WeightSink | None], Computed[ExpertOutput]], store: GradientStore
+        self,
+        function: Callable[[Received, WeightSink | None], Computed[ExpertOutput]],
+        again: Callable[[Received, WeightSink | None], Computed[ExpertOutput]],
+        store: GradientStore,
     ) -> None:
-        """Stores the arguments, as `ComputePhase` does."""
+        """Stores the arguments.
+
+        Args:
+            function: experts.
+            again: the same for a backward; its result may have no numbers.
+            store: takes weight gradients.
+        """
         super().__init__(function, store)
+        self._again = again
         self._weights_A: Tensor | None = None
         self._counts: tuple[int, ...] = ()
         self._received: Received | None = None
@@ -178,7 +195,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         """Computes the experts again, and returns the gradients of their input."""
         assert self._received is not None
         received, self._received = self._received, None
-        self._recorded = record(self._function, received, self._queue)[1]
+        self._recorded = record(self._again, received, self._queue)[1]
         del received
         return super().backward(gradients)
 

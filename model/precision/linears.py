@@ -104,7 +104,9 @@ class Linears(Protocol):
         """
         ...
 
-    def gated_down(self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None) -> Tensor:
+    def gated_down(
+        self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
+    ) -> Tensor:
         """Returns base + (silu(gate) * up) down^T.
 
         Args:
@@ -112,11 +114,19 @@ class Linears(Protocol):
             hidden: [..., H].
             down_DM: down projection.
             sink: takes the gradient of the weight.
+            for_backward: whether only the backward is needed; then the result has no numbers.
         """
         ...
 
     def experts(
-        self, rows: Rows, weights_A: Tensor, experts: ExpertWeights, counts: Sequence[int], sink: WeightSink | None
+        self,
+        rows: Rows,
+        weights_A: Tensor,
+        experts: ExpertWeights,
+        counts: Sequence[int],
+        sink: WeightSink | None,
+        *,
+        for_backward: bool = False,
     ) -> Tensor:
         """Returns the experts' results for received rows, times their routing weights, AD.
 
@@ -126,6 +136,7 @@ class Linears(Protocol):
             experts: weights of this rank's experts.
             counts: rows per expert.
             sink: takes the experts' gradients.
+            for_backward: whether only the backward is needed; then the result has no numbers.
         """
         ...
 

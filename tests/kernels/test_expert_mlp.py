@@ -15,6 +15,7 @@ from kernels.expert_mlp import (
     ExpertImplementation,
     choose_expert_implementation,
     down_gradient,
+    expert_hidden,
     expert_mlp,
     expert_mlp_backward,
     gate_up_gradient,
@@ -243,3 +244,13 @@ def test_experts_are_grouped_if_torch_supports_them() -> None:
     assert choose_expert_implementation(cuda, torch.float32, 16, 24) == "reference"
     assert choose_expert_implementation(cpu, torch.bfloat16, 16, 24) == "batched"
     assert choose_expert_implementation(cpu, torch.float32, 16, 24) == "reference"
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), TYPES)
+def test_hidden_values_alone_have_the_same_bits(implementation: ExpertImplementation, dtype: torch.dtype) -> None:
+    for counts in COUNTS:
+        case = make_case(counts, dtype, by_token=False)
+        given = (case.rows_ND, case.weights_A, case.gate_up_EHD, case.down_EDM, case.counts)
+        _, hidden_AH = expert_mlp(*given, implementation=implementation)
+        alone_AH = expert_hidden(case.rows_ND, case.gate_up_EHD, case.counts, implementation=implementation)
+        assert torch.equal(alone_AH, hidden_AH), counts

@@ -181,7 +181,9 @@ class _Scale:
         share = active_width / self.rates.reference.active_expert_width
         part = self._part(self.rates.experts, products=share * self.width, scores=0.0, others=share * self.width)
         part = part_times(kind * seconds for seconds in astuple(part))
-        return self._with_layer(self._without_recomputation(part, ("swiglu",)), part.forward)
+        # The backward of a recomputed layer needs gate and up again, but not the last of the three products.
+        down = kind * self._product_seconds(self.rates.experts, share * self.width) / 3
+        return self._with_layer(self._without_recomputation(part, ("swiglu",)), part.forward - down)
 
     def _part(self, passes: PassTimes, *, products: float, scores: float, others: float) -> PartTimes:
         """Returns the times of a part by its work relative to the reference's, for as many tokens."""
@@ -202,18 +204,16 @@ class _Scale:
     @property
     def _residual_again(self) -> float:
         """Seconds in which a recomputed layer computes the residual after attention; in FP8 it is kept."""
-        model, passes = self.config.model, self.rates.attention
         if self.config.precision.kind == "fp8":
             return 0.0
-        out = PassTimes(
-            forward=KernelTimes(products=passes.forward.products, scores=0.0, casts=0.0, other=0.0),
-            backward_input=_NOTHING,
-            backward_weight=_NOTHING,
-        )
-        weights = model.num_heads * model.v_head_dim * model.hidden_size
-        return self._part(
-            out, products=weights / self.rates.reference.attention_parameters, scores=0.0, others=0.0
-        ).forward
+        weights = self.config.model.num_heads * self.config.model.v_head_dim * self.config.model.hidden_size
+        return self._product_seconds(self.rates.attention, weights / self.rates.reference.attention_parameters)
+
+    def _product_seconds(self, passes: PassTimes, products: float) -> float:
+        """Returns the seconds of matrix products in a forward, by their work relative to the reference's."""
+        kernels = KernelTimes(products=passes.forward.products, scores=0.0, casts=0.0, other=0.0)
+        forward = PassTimes(forward=kernels, backward_input=_NOTHING, backward_weight=_NOTHING)
+        return self._part(forward, products=products, scores=0.0, others=0.0).forward
 
     def _with_layer(self, part: PartTimes, again: float) -> PartTimes:
         """Returns the times with `again` seconds of recomputation if the backward recomputes layers."""

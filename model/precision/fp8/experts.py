@@ -19,7 +19,7 @@ from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.norm import NormSource
 from model.precision.fp8.maps import Fp8Maps, deliver_gradient
-from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, repack
+from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, placeholder, repack
 from model.precision.linear import WeightSink
 from model.precision.linears import ExpertWeights
 
@@ -27,11 +27,19 @@ from model.precision.linears import ExpertWeights
 class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, maps: Fp8Maps
+        ctx: Any,
+        base: Tensor,
+        hidden: Tensor,
+        down_DM: Tensor,
+        sink: WeightSink | None,
+        maps: Fp8Maps,
+        for_backward: bool,  # noqa: FBT001
     ) -> Tensor:
         gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
         ctx.save_for_backward(*kept, down_DM)
         ctx.sink, ctx.maps, ctx.shape = sink, maps, hidden.shape
+        if for_backward:
+            return placeholder(base.shape, base)
         return maps.forward(gated, (down_DM,)).view_as(base).add_(base)
 
     @staticmethod
@@ -42,10 +50,18 @@ class _GatedDown(torch.autograd.Function):
         grad_AM = maps.input_gradient(grad_AD, (down_DM,))
         grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
         grad_down = deliver_gradient(down_DM, maps.weight_gradient(grad_AD, gated_AM), ctx.sink)
-        return grad, grad_AH.view(ctx.shape), grad_down, None, None
+        return grad, grad_AH.view(ctx.shape), grad_down, None, None, None
 
 
-def gated_down(base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, maps: Fp8Maps) -> Tensor:
+def gated_down(
+    base: Tensor,
+    hidden: Tensor,
+    down_DM: Tensor,
+    sink: WeightSink | None,
+    maps: Fp8Maps,
+    *,
+    for_backward: bool = False,
+) -> Tensor:
     """Returns base + (silu(gate) * up) down^T, [..., D].
 
     Args:
@@ -54,8 +70,11 @@ def gated_down(base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink |
         down_DM: down projection.
         sink: takes the gradient of the weight.
         maps: the model's FP8 products.
+        for_backward: whether only the backward is needed; then the result has no numbers.
     """
-    out: Tensor = _GatedDown.apply(base, hidden, down_DM, sink, maps)  # type: ignore[no-untyped-call]
+    out: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
+        base, hidden, down_DM, sink, maps, for_backward
+    )
     return out
 
 
@@ -67,6 +86,7 @@ class _Options:
         order: order of rows that stay on this rank and are given by token; None for received rows.
         slot: holds the output gradient of received rows; None for rows that stay on this rank.
         eps: eps of the norm whose output is recomputed for rows that stay on this rank.
+        for_backward: whether only the backward is needed.
     """
 
     counts: Sequence[int]
@@ -75,6 +95,7 @@ class _Options:
     slot: GradientSlot | None
     order: RowOrder | None
     eps: float
+    for_backward: bool = False
 
     def packed_gradient(self, grad: Tensor) -> Tensor:
         """Returns the gradient of the output in codes, in the experts' order, AB.
@@ -110,10 +131,12 @@ class _ExpertMlp(torch.autograd.Function):
         operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
         hidden_AH = grouped_rows_fp8(operand, maps.codes(gate_up_EHD).forward, counts, dtype)
         gated, kept = swiglu_quantize(hidden_AH, weights_A, power_of_two=maps.power_of_two)
-        out_AD = grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
         source = (packed,) if x is None else (x, norm_weight_D)
         ctx.save_for_backward(weights_A, *kept, gate_up_EHD, down_EDM, *source)
         ctx.options, ctx.weights_dtype = options, weights.dtype
+        if options.for_backward:
+            return placeholder(rows.shape, rows)
+        out_AD = grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
         return out_AD if order is None else order.sum_rows(out_AD)
 
     @staticmethod
@@ -158,6 +181,8 @@ def received_experts(
     counts: Sequence[int],
     sink: WeightSink | None,
     maps: Fp8Maps,
+    *,
+    for_backward: bool = False,
 ) -> Tensor:
     """Applies experts to received rows and keeps the received codes, AD.
 
@@ -168,9 +193,12 @@ def received_experts(
         counts: rows per expert.
         sink: takes the experts' gradients.
         maps: the model's FP8 products.
+        for_backward: whether only the backward is needed; then the result has no numbers.
     """
     assert rows.slot is not None
-    options = _Options(counts=counts, sink=sink, maps=maps, slot=rows.slot, order=None, eps=0.0)
+    options = _Options(
+        counts=counts, sink=sink, maps=maps, slot=rows.slot, order=None, eps=0.0, for_backward=for_backward
+    )
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
         rows.values, rows.packed, weights_A, *experts, options, None, None
     )

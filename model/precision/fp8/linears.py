@@ -52,15 +52,25 @@ class Fp8Linears:
         """Implements `Linears.linear_of_rows`; keeps the source."""
         return fp8_norm.linear_of_rows(as_fp8(rows), source, weights_ND, sink, self._maps)
 
-    def gated_down(self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None) -> Tensor:
+    def gated_down(
+        self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
+    ) -> Tensor:
         """Implements `Linears.gated_down`; keeps gate and up in FP8."""
-        return fp8_experts.gated_down(base, hidden, down_DM, sink, self._maps)
+        return fp8_experts.gated_down(base, hidden, down_DM, sink, self._maps, for_backward=for_backward)
 
     def experts(
-        self, rows: Rows, weights_A: Tensor, experts: ExpertWeights, counts: Sequence[int], sink: WeightSink | None
+        self,
+        rows: Rows,
+        weights_A: Tensor,
+        experts: ExpertWeights,
+        counts: Sequence[int],
+        sink: WeightSink | None,
+        *,
+        for_backward: bool = False,
     ) -> Tensor:
         """Implements `Linears.experts`; keeps the received codes, and gate and up in FP8."""
-        return fp8_experts.received_experts(as_fp8(rows), weights_A, experts, counts, sink, self._maps)
+        given = (as_fp8(rows), weights_A, experts, counts, sink, self._maps)
+        return fp8_experts.received_experts(*given, for_backward=for_backward)
 
     def apply_local_experts(
         self,

@@ -16,6 +16,7 @@ from comm.protocol import RowOrder
 from kernels.expert_mlp import (
     choose_expert_implementation,
     down_gradient,
+    expert_hidden,
     expert_mlp,
     expert_mlp_backward,
     gate_up_gradient,
@@ -88,18 +89,29 @@ class PlainLinears:
         """Implements `Linears.linear_of_rows`; keeps the source, or the rows if norms are not recomputed."""
         return linear_of_normal(rows.values, source, weights_ND, sink, keeps_normal=self._keeps_normal)
 
-    def gated_down(self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None) -> Tensor:
+    def gated_down(
+        self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
+    ) -> Tensor:
         """Implements `Linears.gated_down`; keeps gate and up, and the gated values if they are not recomputed."""
         out: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
-            base, hidden, down_DM, sink, self._keeps_gated
+            base, hidden, down_DM, sink, self._keeps_gated, for_backward
         )
         return out
 
     def experts(
-        self, rows: Rows, weights_A: Tensor, experts: ExpertWeights, counts: Sequence[int], sink: WeightSink | None
+        self,
+        rows: Rows,
+        weights_A: Tensor,
+        experts: ExpertWeights,
+        counts: Sequence[int],
+        sink: WeightSink | None,
+        *,
+        for_backward: bool = False,
     ) -> Tensor:
         """Implements `Linears.experts`; keeps rows, and gate and up before the gate is applied."""
-        options = _Options(counts=counts, sink=sink, keeps_gated=self._keeps_gated, order=None)
+        options = _Options(
+            counts=counts, sink=sink, keeps_gated=self._keeps_gated, order=None, for_backward=for_backward
+        )
         return _run_experts(rows.values, weights_A, experts, options)
 
     def apply_local_experts(
@@ -151,11 +163,15 @@ class _GatedDown(torch.autograd.Function):
         down_DM: Tensor,
         sink: WeightSink | None,
         keeps: bool,  # noqa: FBT001
+        for_backward: bool,  # noqa: FBT001
     ) -> Tensor:
         hidden_AH = hidden.flatten(0, -2)
+        ctx.sink, ctx.shape = sink, hidden.shape
+        if for_backward and not keeps:
+            ctx.save_for_backward(hidden_AH, down_DM)
+            return base.new_zeros(()).expand_as(base)
         gated_AM = swiglu(*hidden_AH.chunk(2, 1))
         ctx.save_for_backward(hidden_AH, down_DM, *((gated_AM,) if keeps else ()))
-        ctx.sink, ctx.shape = sink, hidden.shape
         return torch.addmm(base.flatten(0, -2), gated_AM, down_DM.t()).view_as(base)
 
     @staticmethod
@@ -169,7 +185,7 @@ class _GatedDown(torch.autograd.Function):
 
         grad_down = deliver_gradient(down_DM, gradient, ctx.sink)
         grad_hidden_AH = swiglu_backward(grad_AD @ down_DM, hidden_AH)
-        return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None
+        return grad, grad_hidden_AH.view(ctx.shape), grad_down, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,12 +195,14 @@ class _Options:
     Attributes:
         order: order of rows that stay on this rank: they are given by token, and results are summed by token. None:
             rows were received in the experts' order.
+        for_backward: whether only the backward is needed.
     """
 
     counts: Sequence[int]
     sink: WeightSink | None
     keeps_gated: bool
     order: RowOrder | None
+    for_backward: bool = False
 
     @property
     def tokens_A(self) -> Tensor | None:
@@ -200,12 +218,16 @@ class _ExpertMlp(torch.autograd.Function):
         order, width = options.order, down_EDM.shape[2]
         run = choose_expert_implementation(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
         weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
+        ctx.options, ctx.run, ctx.weights_dtype = options, run, weights.dtype
+        if options.for_backward and order is None and not options.keeps_gated:
+            hidden_AH = expert_hidden(rows_ND, gate_up_EHD, options.counts, implementation=run)
+            ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM)
+            return rows_ND.new_zeros(()).expand_as(rows_ND)
         gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
         given = (rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM)
         out_AD, hidden_AH = expert_mlp(*given, implementation=run)
         kept = () if gated_AM is None else (gated_AM,)
         ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept)
-        ctx.options, ctx.run, ctx.weights_dtype = options, run, weights.dtype
         return out_AD if order is None else order.sum_rows(out_AD)
 
     @staticmethod

@@ -92,6 +92,21 @@ def test_smaller_models_take_less_time(model: str) -> None:
     assert own.moe.forward_exchange == 0
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_recomputed_layers_add_to_the_backward_for_inputs_alone(precision: str) -> None:
+    """Another dispatch; experts without their last product; in bf16 also the output projection of attention."""
+    config = published()
+    if precision == "bf16":
+        config = replace(config, precision=PrecisionConfig(kind="bf16"))
+    kept = scaled_times(rates(), config).moe
+    again = scaled_times(rates(), replace(config, recompute=("layer",))).moe
+    assert (again.forward, again.backward_weight) == (kept.forward, kept.backward_weight)
+    assert again.forward_exchange == kept.forward_exchange
+    sent = again.backward_exchange - kept.backward_exchange
+    assert 0.3 * kept.forward_exchange < sent < 0.6 * kept.forward_exchange
+    assert 0.2 * kept.forward < again.backward_input - kept.backward_input < 0.7 * kept.forward
+
+
 def test_rows_in_bf16_take_the_time_of_their_bytes() -> None:
     """A row in FP8 has a byte for each value and 4 for each 128. Rows from experts are in bf16 in both cases."""
     config = replace(published(), precision=PrecisionConfig(kind="bf16"))
