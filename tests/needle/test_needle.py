@@ -11,7 +11,7 @@ from tests.needle.measure import LENGTHS, Measured
 from tests.needle.network import BASE_LENGTH, LONG_LENGTH
 from tests.needle.rows import VOCAB_SIZE, Rows, is_key
 
-SHORT = Recipe(base_steps=400, long_steps=20, samples=6, lengths=(BASE_LENGTH, LONG_LENGTH))
+SHORT = Recipe(base_steps=300, long_steps=20, samples=6, lengths=(BASE_LENGTH, LONG_LENGTH))
 
 
 def test_rows_are_the_same_for_a_seed_and_hold_each_answer() -> None:
@@ -51,7 +51,7 @@ def test_rules_name_what_does_not_hold() -> None:
 
 @pytest.mark.long
 def test_yarn_extends_a_context_by_eight() -> None:
-    """A third of the steps of `python -m tests.needle`, whose results are in docs/benchmarks.md."""
+    """A quarter of the steps of `python -m tests.needle`, whose results are in docs/benchmarks.md."""
     found = run_seed(0, SHORT)
     far = {name: each.mean(LONG_LENGTH) for name, each in found.items()}
     assert found["plain"].mean(BASE_LENGTH) >= 0.25
