@@ -3,7 +3,11 @@
 `tests/train/memory` compares every number with the storages that are alive in a run. Imports no torch.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from model.account import fp8_phases, plain_phases, recomputed_phases
+from model.account.context import row_values
 from model.account.parameters import StageShape
 from model.account.sizes import PhaseBytes, Sizes
 
@@ -40,6 +44,30 @@ def _moe_phases(sizes: Sizes) -> list[PhaseBytes]:
     return (
         recomputed_phases.recomputed_moe(sizes, moe, computed.attention_kept(sizes)) if sizes.recomputes_layers else moe
     )
+
+
+def sliced_phases(by_slice: Sequence[Sizes], stage: StageShape) -> list[list[PhaseBytes]]:
+    """Returns the accounts of a stage's phases for each slice of sequences, in forward order.
+
+    The backward of the last slice begins the gradients of all earlier slices' rows, in float32 or wider. Each of these
+    is complete in the slice's own backward.
+
+    Args:
+        by_slice: sizes of the micro-batch that holds each slice.
+        stage: layers and ends of the stage.
+    """
+    gradients = [sizes.wide(row_values(sizes.config)) for sizes in by_slice]
+    *earlier, _ = gradients
+    found = []
+    for index, sizes in enumerate(by_slice):
+        carried = sum(earlier) if index == len(earlier) else -gradients[index]
+        found.append(
+            [
+                replace(phase, carried=carried) if phase.name in ("dense", "attend") else phase
+                for phase in stage_phases(sizes, stage)
+            ]
+        )
+    return found
 
 
 def dispatch_phase(sizes: Sizes) -> PhaseBytes:

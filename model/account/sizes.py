@@ -40,6 +40,7 @@ class PhaseBytes:
         weight_peak: the same inside W.
         restored: recomputed in its backward for other phases, from its end on.
         recomputed: part of the above that is held until the end of this phase's backward.
+        carried: gradients of earlier slices' rows that the backward allocates, less those that it completes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PhaseBytes:
     weight_peak: int = 0
     restored: int = 0
     recomputed: int = 0
+    carried: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

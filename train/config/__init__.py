@@ -257,10 +257,15 @@ class TrainConfig:
     @property
     def rank_sequence_tokens(self) -> int:
         """The number of tokens of each sequence that a rank holds in one micro-batch, the most of all slices."""
+        return max(self.part_lengths)
+
+    @property
+    def part_lengths(self) -> tuple[int, ...]:
+        """The tokens of each slice of a sequence, or of a rank's part if it is not cut into slices."""
         length, slices = self.batch.sequence_length_tokens, self.schedule.slices
         if slices > 1:
-            return max(slice_lengths(self.model, length, slices, is_fp8=self.precision.kind == "fp8"))
-        return length // self.parallelism.context
+            return slice_lengths(self.model, length, slices, is_fp8=self.precision.kind == "fp8")
+        return (length // self.parallelism.context,)
 
     @property
     def dispatch_site(self) -> DispatchSite:

@@ -13,14 +13,14 @@ from dualpipe.runtime.reductions import with_reductions
 from kernels.attention import pads_values
 from model.account.activations import MicroBatchShape
 from model.account.parameters import HeldParameters, StageShape, held_parameters, stage_shapes
-from model.account.phases import stage_phases
-from model.account.sizes import PhaseBytes, Sizes
+from model.account.phases import sliced_phases
+from model.account.sizes import Sizes
 from model.config import ModelConfig
 from train.config import TrainConfig
 from train.memory.account import JobMemory, PipelineBytes, RankMemory
 from train.memory.exchange import exchange_bytes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
-from train.memory.walk import find_peaks
+from train.memory.walk import RunSizes, find_peaks
 from train.schedule.cut import run_cut
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.schedule.ramp import sized_run
@@ -93,24 +93,27 @@ def _peak_total(config: TrainConfig, cap: float | None) -> int | None:
         return None
 
 
-def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
+def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = None) -> Sizes:
     """Returns the sizes of a micro-batch on a rank.
 
     Args:
         config: of the run.
         load: rows that arrive at the rank's experts, relative to an even load.
+        tokens: tokens of each sequence in the micro-batch; None: the most that any micro-batch has.
     """
     model, batch = config.model, config.batch
     value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
-    rows = batch.micro_sequences * config.rank_sequence_tokens * model.num_experts_per_token
+    tokens = config.rank_sequence_tokens if tokens is None else tokens
+    rows = batch.micro_sequences * tokens * model.num_experts_per_token
     shape = MicroBatchShape(
         sequences=batch.micro_sequences,
-        tokens=config.rank_sequence_tokens,
+        tokens=tokens,
         value_bytes=value,
         wide_bytes=max(4, value),
         pads_heads=pads_values(config.attention, config.cluster.device),
         expert_rows=round(rows * load),
-        context=config.parallelism.context,
+        # Slices attend as ranks do that keep no rows of others: those of earlier slices are kept by these.
+        context=max(config.parallelism.context, config.schedule.slices),
         kept_ranks=num_kept_ranks(config.parallelism.context),
     )
     return Sizes(
@@ -127,14 +130,14 @@ def planning_sizes(config: TrainConfig, load: float = 1.0) -> Sizes:
 def _predict(config: TrainConfig) -> JobMemory:
     schedule = planning_schedule(config, config.num_micro_batches)
     shapes, sizes = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config)
-    phases = [stage_phases(sizes, shape) for shape in shapes]
+    runs = run_sizes(config, shapes)
     # Both ranks of a mirror pair run the same operations, each in its own direction.
     peaks: dict[tuple[object, ...], tuple[PipelineBytes, PipelineBytes]] = {}
     ranks = []
     for rank in range(schedule.num_ranks):
         order = _order(schedule, rank)
         if order not in peaks:
-            peaks[order] = pipeline_peaks(config, schedule, rank, phases, sizes)
+            peaks[order] = pipeline_peaks(config, schedule, rank, runs)
         held = _held(config.model, schedule, rank, shapes, sizes)
         memory = _rank_memory(config, rank, held, *peaks[order], schedule, sizes)
         if TASKS.get(config.task.kind).has_reference(config.task):
@@ -188,10 +191,9 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     sized = sized_run(config, sequences)
     if sequences < config.batch.global_sequences:
         sized = replace(sized, memory_cap=ramp_memory_cap(sized))
-    schedule, sizes = planning_schedule(sized, job.num_micro_batches), planning_sizes(config, _IMBALANCE)
-    phases = [stage_phases(sizes, shape) for shape in stage_shapes(run_cut(config, schedule.placement))]
-    worst = job.worst
-    peak, _ = pipeline_peaks(config, schedule, worst.pipeline_rank, phases, sizes)
+    schedule = planning_schedule(sized, job.num_micro_batches)
+    runs, worst = run_sizes(config, stage_shapes(run_cut(config, schedule.placement)), _IMBALANCE), job.worst
+    peak, _ = pipeline_peaks(config, schedule, worst.pipeline_rank, runs)
     return peak.total - worst.pipeline.total
 
 
@@ -200,8 +202,24 @@ def _order(schedule: Schedule, rank: int) -> tuple[object, ...]:
     return tuple(tuple((op.kind, op.stage, op.micro_batch) for op in group) for group in groups)
 
 
+def run_sizes(config: TrainConfig, shapes: Sequence[StageShape], load: float = 1.0) -> RunSizes:
+    """Returns the sizes of all runs, by slice.
+
+    Args:
+        config: of the run.
+        shapes: of all stages.
+        load: rows that arrive at a rank's experts, relative to an even load.
+    """
+    by_slice = [planning_sizes(config, load, tokens) for tokens in config.part_lengths]
+    stages = [sliced_phases(by_slice, shape) for shape in shapes]
+    return RunSizes(
+        stages=[{number: stage[index] for number, stage in enumerate(stages)} for index in range(len(by_slice))],
+        messages=[sizes.row for sizes in by_slice],
+    )
+
+
 def pipeline_peaks(
-    config: TrainConfig, schedule: Schedule, rank: int, phases: Sequence[Sequence[PhaseBytes]], sizes: Sizes
+    config: TrainConfig, schedule: Schedule, rank: int, runs: RunSizes
 ) -> tuple[PipelineBytes, PipelineBytes]:
     """Returns the bytes that the passes of one rank hold at their peak.
 
@@ -209,16 +227,15 @@ def pipeline_peaks(
         config: of the run.
         schedule: of the pipeline.
         rank: index within the pipeline.
-        phases: sizes of the phases of every stage.
-        sizes: of a micro-batch.
+        runs: sizes of the runs of every stage.
 
     Returns:
         The peak of all passes, and the peak of those that run after a stage has finished and is reduced.
     """
     order = {"overlapped": pairing.overlapped, "sequential": pairing.sequential}[config.schedule.pairing]
-    lanes = {number: [phase.lane for phase in stage] for number, stage in enumerate(phases)}
+    lanes = {number: [phase.lane for phase in stage] for number, stage in runs.stages[0].items()}
     program = with_reductions(compile_rank(schedule, rank, lanes, order))
-    return find_peaks(program, dict(enumerate(phases)), sizes.row, keeps_sent=config.cluster.backend == "nccl")
+    return find_peaks(program, runs, keeps_sent=config.cluster.backend == "nccl")
 
 
 def _held(

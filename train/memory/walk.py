@@ -83,19 +83,37 @@ class _Rank:
         self.observe()
 
 
-def find_peaks(
-    program: Program, stages: Mapping[int, Sequence[PhaseBytes]], message_bytes: int, *, keeps_sent: bool
-) -> tuple[PipelineBytes, PipelineBytes]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSizes:
+    """Sizes of the runs of one rank, for each slice of a sequence; micro-batch m is slice m modulo their number.
+
+    Attributes:
+        stages: sizes of the phases of each stage on the rank, by slice.
+        messages: bytes of a hidden state or its gradient between two stages, by slice.
+    """
+
+    stages: Sequence[Mapping[int, Sequence[PhaseBytes]]]
+    messages: Sequence[int]
+
+    def phases(self, run: RunKey) -> Sequence[PhaseBytes]:
+        """Returns the sizes of a run's phases."""
+        return self.stages[run.micro_batch % len(self.stages)][run.stage]
+
+    def message(self, step: Step) -> int:
+        """Returns the bytes of a step's message."""
+        return self.messages[step.run.micro_batch % len(self.messages)]
+
+
+def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[PipelineBytes, PipelineBytes]:
     """Returns the peak of a program, and the peak from its first reduction on.
 
     Args:
         program: of one rank.
-        stages: sizes of the phases of each stage on the rank.
-        message_bytes: size of a hidden state or its gradient between two stages.
+        sizes: sizes of its runs.
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
     before, most, is_reducing, rank = PipelineBytes(), 0, False, _Rank()
-    for step in _follow(program, stages, rank, message_bytes, keeps_sent=keeps_sent):
+    for step in _follow(program, sizes, rank, keeps_sent=keeps_sent):
         if step.action is Action.REDUCE and not is_reducing:
             is_reducing, before, most = True, rank.peak, rank.most
             rank.forget_peak()
@@ -104,32 +122,27 @@ def find_peaks(
     return before if most >= rank.most else rank.peak, rank.peak
 
 
-def iterate_live_bytes(
-    program: Program, stages: Mapping[int, Sequence[PhaseBytes]], message_bytes: int, *, keeps_sent: bool
-) -> Iterator[LiveBytes]:
+def iterate_live_bytes(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> Iterator[LiveBytes]:
     """Yields the bytes that are alive after and inside each step of a program.
 
     Args:
         program: of one rank.
-        stages: sizes of the phases of each stage on the rank.
-        message_bytes: size of a hidden state or its gradient between two stages.
+        sizes: sizes of its runs.
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
     rank = _Rank()
-    for _ in _follow(program, stages, rank, message_bytes, keeps_sent=keeps_sent):
+    for _ in _follow(program, sizes, rank, keeps_sent=keeps_sent):
         yield LiveBytes(after=rank.alive(0), peak=rank.peak)
         rank.most = -1
 
 
-def _follow(
-    program: Program, stages: Mapping[int, Sequence[PhaseBytes]], rank: _Rank, message_bytes: int, *, keeps_sent: bool
-) -> Iterator[Step]:
+def _follow(program: Program, sizes: RunSizes, rank: _Rank, *, keeps_sent: bool) -> Iterator[Step]:
     """Applies the steps of a program to a rank, and yields each of them when it is done."""
     runs = dict[RunKey, _Run]()
     for step in program.steps:
         if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
-            runs[step.run] = _Run(stages[step.run.stage])
-        _perform(step, rank, runs, message_bytes, keeps_sent=keeps_sent)
+            runs[step.run] = _Run(sizes.phases(step.run))
+        _perform(step, rank, runs, sizes.message(step), keeps_sent=keeps_sent)
         # The peak inside a step is counted on top of what was alive before it. It may be below what is alive after it.
         rank.observe()
         yield step
@@ -192,7 +205,7 @@ def _settle(step: Step, rank: _Rank, run: _Run) -> None:
     else:
         made = phase.gradients
         rank.activations += phase.restored - phase.recomputed - phase.kept
-        rank.waiting += phase.waiting
+        rank.waiting += phase.waiting + phase.carried
     rank.held += made - run.held
     run.held = made
 

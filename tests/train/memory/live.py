@@ -18,12 +18,11 @@ from dualpipe.runtime.clock import HostClock
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.program import Action
 from model.account.parameters import held_parameters, stage_shapes
-from model.account.phases import stage_phases
 from model.objective import LossSums
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
-from train.memory.predict import planning_sizes
+from train.memory.predict import planning_sizes, run_sizes
 from train.memory.static import count_replicas, static_bytes
 from train.memory.walk import LiveBytes, iterate_live_bytes
 from train.step import rates_of
@@ -176,10 +175,8 @@ def _run(
 
 
 def _predicted(config: TrainConfig, learner: Learner) -> list[LiveBytes]:
-    sizes = planning_sizes(config)
-    shapes = stage_shapes(learner.replica.cut)
-    phases = {number: stage_phases(sizes, shapes[number]) for number in learner.replica.stages}
-    return list(iterate_live_bytes(learner.replica.train_program, phases, sizes.row, keeps_sent=False))
+    runs = run_sizes(config, stage_shapes(learner.replica.cut))
+    return list(iterate_live_bytes(learner.replica.train_program, runs, keeps_sent=False))
 
 
 def _predicted_static(config: TrainConfig, learner: Learner) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
+from dualpipe.generate.sliced_1f1b import sliced_1f1b
 from dualpipe.runtime.program import Action
 from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight
@@ -250,3 +251,18 @@ def test_wrong_account_is_detected(folder: Path) -> None:
     lighter = [alive - pending // 3 for alive, pending in zip(compared.predicted_after, compared.pending, strict=True)]
     with pytest.raises(AssertionError, match="settled step"):
         check(replace(compared, predicted_after=lighter), "lighter")
+
+
+def test_slices_keep_what_is_predicted(folder: Path) -> None:
+    """Live bytes after every step of forwards and backwards of three sequences in four slices each."""
+    configs = [
+        make_config(folder, *SHAPES["all features"], PRECISIONS["float32"]),
+        make_config(folder, BASE, (LAYER,), PRECISIONS["bf16"]),
+    ]
+    jobs = []
+    for config in configs:
+        schedule = replace(config.schedule, kind="sliced_1f1b", slices=4)
+        jobs.append((replace(config, schedule=schedule), sliced_1f1b(1, 12, 4)))
+    (results,) = run_ranks(1, compare_rank, jobs, False)
+    for (config, _), compared in zip(jobs, results, strict=True):
+        check(compared, config.precision.kind)
