@@ -4,6 +4,7 @@ Shape legend: B sequences, T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from model.offload import ActivationOffload, HostMemoryLink
 from model.phases.block import BalanceLoss, Lane, Phase, block_lanes, block_phases
 from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import CombinePhase, DispatchPhase
+from model.phases.recomputed import RecomputedHead
 from model.precision.linear import WeightSink
 from model.router import Routes
 from model.slices import RunPlace
@@ -205,8 +207,11 @@ class Stage:
             for depth in range(self._model.config.mtp_depth + 1):
                 if depth:
                     add_block(self._model.mtp_block(depth), self._model.config.num_layers + depth - 1)
-                head = self._head(depth, batch, objective, sums, (place.direction, place.micro_batch))
-                phases.append(ComputePhase(head, store))
+                compute = partial(self._head, depth, batch, objective, place=(place.direction, place.micro_batch))
+                if store is None or place.sequences is None:
+                    phases.append(ComputePhase(compute(sums), store))
+                else:
+                    phases.append(RecomputedHead(compute(sums), compute(LossSums(sums.names)), store))
         return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch)))
 
     def _shared(self, batch: MicroBatch | None) -> Iterator[Tensor]:

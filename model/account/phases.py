@@ -12,12 +12,13 @@ from model.account.parameters import StageShape
 from model.account.sizes import PhaseBytes, Sizes
 
 
-def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
+def stage_phases(sizes: Sizes, stage: StageShape, *, is_sliced: bool = False) -> list[PhaseBytes]:
     """Returns the accounts of a stage's phases, in forward order.
 
     Args:
         sizes: sizes of the micro-batch.
         stage: layers and ends of the stage.
+        is_sliced: whether the micro-batch is a slice of sequences. Its heads are recomputed.
     """
     config = sizes.config
     phases = [embedding_phase(sizes)] if stage.is_first else []
@@ -26,7 +27,8 @@ def stage_phases(sizes: Sizes, stage: StageShape) -> list[PhaseBytes]:
     if stage.is_last:
         for depth in range(config.mtp_depth + 1):
             phases += _moe_phases(sizes) if depth else []
-            phases.append(head_phase(sizes, depth))
+            head = head_phase(sizes, depth)
+            phases.append(recomputed_phases.recomputed_head(sizes, head) if is_sliced else head)
     return phases
 
 
@@ -64,7 +66,7 @@ def sliced_phases(by_slice: Sequence[Sizes], stage: StageShape) -> list[list[Pha
         found.append(
             [
                 replace(phase, carried=carried) if phase.name in ("dense", "attend") else phase
-                for phase in stage_phases(sizes, stage)
+                for phase in stage_phases(sizes, stage, is_sliced=len(by_slice) > 1)
             ]
         )
     return found

@@ -68,3 +68,15 @@ def residual_source(sizes: Sizes) -> int:
     and the residual itself is kept.
     """
     return sizes.row if sizes.is_fp8 else 0
+
+
+def recomputed_head(sizes: Sizes, whole: PhaseBytes) -> PhaseBytes:
+    """Returns the account of a head.
+
+    Args:
+        sizes: sizes of the micro-batch.
+        whole: account of a head that keeps everything.
+    """
+    # The head runs again inside the backward, on top of its input.
+    backward = max(whole.forward_peak, whole.kept - sizes.row + whole.backward_peak)
+    return replace(whole, kept=sizes.row, backward_peak=backward)

@@ -260,6 +260,11 @@ class TrainConfig:
         return max(self.part_lengths)
 
     @property
+    def mean_part_tokens(self) -> float:
+        """The number of tokens of each sequence that a micro-batch has on a rank, as a mean over slices."""
+        return self.batch.sequence_length_tokens / (self.parallelism.context * self.schedule.slices)
+
+    @property
     def part_lengths(self) -> tuple[int, ...]:
         """The tokens of each slice of a sequence, or of a rank's part if it is not cut into slices."""
         length, slices = self.batch.sequence_length_tokens, self.schedule.slices

@@ -64,7 +64,7 @@ def assumptions(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig)
 def _layers(config: TrainConfig, rates: Rates) -> Iterator[Assumption]:
     """Yields the times of the run's layers, scaled from the rates."""
     times = part_seconds(rates, config)
-    unit = f"s per layer and {config.batch.micro_sequences * config.rank_sequence_tokens:,} tokens"
+    unit = f"s per layer and {config.batch.micro_sequences * config.mean_part_tokens:,.0f} tokens"
     for name in ("dense", "moe", "head", "mtp"):
         for phase, seconds in encode(getattr(times, name)).items():
             if seconds:

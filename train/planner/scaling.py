@@ -102,7 +102,7 @@ class _Scale:
 
     @cached_property
     def tokens(self) -> float:
-        return self.config.batch.micro_sequences * self.config.rank_sequence_tokens / self.rates.reference.tokens
+        return self.config.batch.micro_sequences * self.config.mean_part_tokens / self.rates.reference.tokens
 
     @property
     def width(self) -> float:
@@ -120,8 +120,10 @@ class _Scale:
         """
         model, reference = self.config.model, self.rates.reference
         score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
-        # Ranks that share a sequence expand the latents of all its tokens to keys and values.
-        shared = self.attended_tokens / self.config.rank_sequence_tokens
+        # Ranks that share a sequence expand the latents of all its tokens to keys and values, and slices those of all
+        # tokens before their end.
+        slices = self.config.schedule.slices
+        shared = (slices + 1) / 2 if slices > 1 else self.attended_tokens / self.config.rank_sequence_tokens
         expanded = model.kv_lora_rank * model.num_heads * (model.qk_nope_head_dim + model.v_head_dim)
         part = self._part(
             self.rates.attention,
@@ -148,10 +150,12 @@ class _Scale:
     @property
     def head(self) -> PartTimes:
         """An output head, in bf16."""
-        model, tokens = self.config.model, self.config.batch.micro_sequences * self.config.rank_sequence_tokens
+        model, tokens = self.config.model, self.config.batch.micro_sequences * self.config.mean_part_tokens
         flops = 2 * tokens * model.num_head_rows * model.hidden_size
         seconds = flops / self.rates.head_flops_per_second * self.device.products
-        return PartTimes(forward=seconds, backward_input=seconds, backward_weight=seconds)
+        # The backward of a slice computes its head again.
+        again = seconds if self.config.schedule.slices > 1 else 0.0
+        return PartTimes(forward=seconds, backward_input=seconds + again, backward_weight=seconds)
 
     @property
     def projection(self) -> PartTimes:

@@ -89,7 +89,7 @@ def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None 
     """
     if isinstance(rates, KernelRates):
         return scaled_times(rates, config, attended_tokens)
-    scale = config.batch.micro_sequences * config.rank_sequence_tokens / rates.tokens
+    scale = config.batch.micro_sequences * config.mean_part_tokens / rates.tokens
 
     def scaled(part: PartTimes) -> PartTimes:
         own = part_times(scale * seconds for seconds in astuple(part))
