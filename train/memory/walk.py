@@ -85,7 +85,7 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSizes:
-    """Sizes of the runs of one rank, for each slice of a sequence; micro-batch m is slice m modulo their number.
+    """Sizes of the runs of one rank for each slice of a sequence; micro-batch m is slice m % slices.
 
     Attributes:
         stages: sizes of the phases of each stage on the rank, by slice.
