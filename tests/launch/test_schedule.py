@@ -9,7 +9,7 @@ import pytest
 
 from dualpipe.build import build
 from dualpipe.ir import ScheduleError, from_json
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import candidates
 from launch.schedule import main
 from train.config.errors import ConfigError
 
@@ -86,7 +86,7 @@ def test_schedule_auto_takes_the_shortest_and_says_why(capsys: pytest.CaptureFix
     assert main(["schedule=auto", "num_ranks=4", "num_micro_batches=12"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("auto: dualpipe_interleaved with 4 chunks: makespan 36.2, ")
-    assert all(kind in printed for kind in SCHEDULES.names())
+    assert all(kind in printed for kind in candidates())
 
 
 @pytest.mark.parametrize("form", ["svg", "html", "trace", "json"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from comm.config import TwoHopDispatchConfig
+from comm.config import ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.row_format import RowFormat, RowPart
 from dualpipe.build import build
 from dualpipe.registry import SCHEDULES
@@ -72,6 +72,16 @@ def test_recomputed_layers_change_no_bit_in_a_pipeline(folder: Path) -> None:
     away = replace(job, schedule=offloaded(schedule, 0, share=1.0))
     wide = replace(away, config=replace(away.config, model=replace(away.config.model, hidden_size=128)))
     check_bits(2, [job, wide, replace(job, config=in_sequence(job.config))])
+
+
+@pytest.mark.long
+def test_recomputed_layers_change_no_bit_of_ranks_that_share_sequences(folder: Path) -> None:
+    """The balance loss is summed over the context group again, so that all its ranks make the same calls."""
+    config = layout_config(folder, 1, 2, 2)
+    batch = replace(config.batch, global_sequences=4, sequence_length_tokens=48)
+    mesh = ParallelismConfig(pipeline=1, data=1, context=2, expert=2)
+    shared = replace(config, parallelism=mesh, batch=batch)
+    check_bits(2, [Job(config=shared, starved=1), Job(config=masked(shared), starved=1)], steps=1)
 
 
 @pytest.mark.long
