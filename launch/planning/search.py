@@ -6,7 +6,7 @@ from typing import Any
 from comm.config import DispatchConfig
 from comm.dispatch.registry import DISPATCHERS
 from dualpipe.config import ScheduleConfig
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import candidates
 from launch.config.groups import options, read_option
 from launch.config.rules import check_rules
 from launch.planning.request import PlanRequest
@@ -44,6 +44,11 @@ def search_space(request: PlanRequest) -> SearchSpace:
         ConfigError: there are too many ranks, or no time can be predicted.
     """
     config = request.config
+    if config.schedule.slices > 1:
+        raise ConfigError(
+            f"schedule.slices: must be 1 with search=true, which compares layouts of whole sequences, is "
+            f"{config.schedule.slices}; nearest valid: 1"
+        )
     if request.options.format == "html":
         raise ConfigError("format: must be text or json with search=true, is html; nearest valid: text")
     ranks = request.options.ranks or config.parallelism.world_size
@@ -57,7 +62,7 @@ def search_space(request: PlanRequest) -> SearchSpace:
     return SearchSpace(
         config=adapted_run(config, ranks),
         ranks=ranks,
-        schedules=tuple(_schedule(config, kind) for kind in SCHEDULES.names()),
+        schedules=tuple(_schedule(config, kind) for kind in candidates()),
         precisions=precisions,
         recomputes=(config.recompute,) if is_measured else recompute_sets(),
         dispatches=_dispatches(config),

@@ -9,7 +9,7 @@ import pytest
 
 from dualpipe.build import build
 from dualpipe.ir import ScheduleError, from_json
-from dualpipe.registry import candidates
+from dualpipe.registry import SCHEDULES, candidates
 from launch.schedule import main
 from train.config.errors import ConfigError
 

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import candidates
 from launch.config.rules import check_rules
 from launch.planning.request import PlanRequest, read_request
 from launch.planning.search import search_space
@@ -61,7 +61,7 @@ def test_bounds_are_below_exact_figures(tmp_path: Path) -> None:
         assert max(needs) <= peak, choice
         assert needs[2] >= 0.5 * peak, choice
         assert bounds[0] >= 0.2 * step, choice
-    assert set(seen) == set(SCHEDULES.names())
+    assert set(seen) == set(candidates())
 
 
 @pytest.mark.long
