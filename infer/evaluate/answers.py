@@ -10,20 +10,18 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.protocol import NumberedPrompt, Request, Rollout
 from infer.evaluate.config import EvaluationError
-from infer.evaluate.protocol import (
+from infer.evaluate.protocol import EvaluatedModel, TargetScores, TargetSequence
+from infer.evaluate.requests import (
     ContinuationAnswer,
     ContinuationRequest,
     DocumentAnswer,
     DocumentRequest,
-    EvaluatedModel,
     EvaluationAnswer,
     EvaluationRequest,
     GenerationAnswer,
     GenerationRequest,
     RatingAnswer,
     RatingRequest,
-    TargetScores,
-    TargetSequence,
 )
 from infer.evaluate.tokens import context_tokens, document_windows, target_sequence
 from infer.text import TextStream

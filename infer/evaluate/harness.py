@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.evaluate.answers import Answerer, NumberedRequest
 from infer.evaluate.config import EvaluationError
-from infer.evaluate.protocol import (
+from infer.evaluate.requests import (
     ContinuationAnswer,
     ContinuationRequest,
     DocumentAnswer,

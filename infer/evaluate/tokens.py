@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from data.tokenizer import Tokenizer
 from infer.evaluate.config import EvaluationError
-from infer.evaluate.protocol import ContinuationRequest, DocumentRequest, TargetSequence, Text
+from infer.evaluate.protocol import TargetSequence
+from infer.evaluate.requests import ContinuationRequest, DocumentRequest, Text
 
 
 def context_tokens(tokenizer: Tokenizer, context: Text) -> list[int]:

@@ -14,17 +14,8 @@ from data.chat.messages import ChatMessage
 from data.chat.templates import CHAT_TEMPLATES
 from infer.config import Sampling
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig
-from infer.evaluate.protocol import (
-    EvaluationAnswer,
-    EvaluationMetric,
-    EvaluationSample,
-    GenerationAnswer,
-    GenerationRequest,
-    Measure,
-    TaskContext,
-    TaskDetails,
-    Text,
-)
+from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, TaskContext, TaskDetails
+from infer.evaluate.requests import EvaluationAnswer, GenerationAnswer, GenerationRequest, Text
 from infer.scoring.pass_rates import pass_at_k
 from infer.scoring.score import VERDICTS, Answer, Score
 from kernels.ranges import NonNegativeFloat, PositiveInt

@@ -14,18 +14,9 @@ from typing import Any
 from data.corpus import DataError
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig, needed_path
 from infer.evaluate.lines import check_unique, checked_file, key_field, read_lines, text_field
-from infer.evaluate.protocol import (
-    DocumentAnswer,
-    DocumentRequest,
-    EvaluationAnswer,
-    EvaluationMetric,
-    EvaluationSample,
-    Measure,
-    ResultTable,
-    TaskContext,
-    TaskDetails,
-)
+from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, ResultTable, TaskContext, TaskDetails
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
+from infer.evaluate.requests import DocumentAnswer, DocumentRequest, EvaluationAnswer
 from kernels.ranges import PositiveInt
 
 NAME = "bits_per_byte"

@@ -12,17 +12,9 @@ from data.chat.fields import describe, list_of, text_of
 from data.corpus import DataError
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig, needed_path
 from infer.evaluate.lines import check_unique, field_of, key_field, read_lines, text_field
-from infer.evaluate.protocol import (
-    ContinuationAnswer,
-    ContinuationRequest,
-    EvaluationAnswer,
-    EvaluationMetric,
-    EvaluationSample,
-    Measure,
-    TaskContext,
-    TaskDetails,
-)
+from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, TaskContext, TaskDetails
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
+from infer.evaluate.requests import ContinuationAnswer, ContinuationRequest, EvaluationAnswer
 from infer.evaluate.tokens import target_sequence
 from kernels.ranges import NonNegativeInt, PositiveInt
 

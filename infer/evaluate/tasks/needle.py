@@ -15,9 +15,6 @@ from typing import Annotated, Any
 
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig
 from infer.evaluate.protocol import (
-    ContinuationAnswer,
-    ContinuationRequest,
-    EvaluationAnswer,
     EvaluationMetric,
     EvaluationSample,
     Measure,
@@ -27,6 +24,7 @@ from infer.evaluate.protocol import (
     TaskDetails,
 )
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
+from infer.evaluate.requests import ContinuationAnswer, ContinuationRequest, EvaluationAnswer
 from infer.evaluate.statistics import estimate
 from infer.evaluate.tasks.haystack import Draws, Fact, Filler, check_lengths, hide, read_filler
 from kernels.ranges import Between, PositiveInt

@@ -17,18 +17,9 @@ from data.chat.records import read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig, needed_path
 from infer.evaluate.lines import check_unique, key_field, read_lines, text_field
-from infer.evaluate.protocol import (
-    EvaluationAnswer,
-    EvaluationMetric,
-    EvaluationSample,
-    Measure,
-    RatingAnswer,
-    RatingRequest,
-    ResultTable,
-    TaskContext,
-    TaskDetails,
-)
+from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, ResultTable, TaskContext, TaskDetails
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
+from infer.evaluate.requests import EvaluationAnswer, RatingAnswer, RatingRequest
 from infer.evaluate.statistics import estimate
 from kernels.ranges import PositiveInt
 

@@ -12,11 +12,8 @@ from typing import Annotated, Any
 
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig
 from infer.evaluate.protocol import (
-    EvaluationAnswer,
     EvaluationMetric,
     EvaluationSample,
-    GenerationAnswer,
-    GenerationRequest,
     Measure,
     ResultGrid,
     ResultTable,
@@ -24,6 +21,7 @@ from infer.evaluate.protocol import (
     TaskDetails,
 )
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
+from infer.evaluate.requests import EvaluationAnswer, GenerationAnswer, GenerationRequest
 from infer.evaluate.statistics import estimate
 from infer.evaluate.tasks.haystack import Draws, check_lengths, read_filler
 from infer.evaluate.tasks.ruler_problems import RulerProblem, RulerSizes, Subtask, build_prompt, draw_problem
