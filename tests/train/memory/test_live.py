@@ -189,6 +189,8 @@ def test_ranks_that_share_sequences_keep_what_is_predicted(folder: Path) -> None
         (make_config(folder, *SHAPES[shape], PRECISIONS[precision], parallelism=mesh), None)
         for shape, precision in names
     ]
+    names += (("recomputed layers", "float32"), ("recomputed layers", "fp8"))
+    jobs += [(make_config(folder, BASE, (LAYER,), PRECISIONS[kind], parallelism=mesh), None) for _, kind in names[-2:]]
     results = run_ranks(4, compare_rank, jobs, False)
     for rank, compared in enumerate(results):
         for name, each in zip(names, compared, strict=True):
