@@ -134,18 +134,21 @@ def test_report_draws_what_was_recorded_in_its_place(tmp_path: Path) -> None:
     assert chart["bands"] == []
 
 
-def test_report_draws_validation_by_position_in_order(tmp_path: Path) -> None:
+def test_report_draws_validation_by_position_and_evaluations_in_order(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 3))
     found = {"512-1023": 4.0, "0-127": 5.0, "128-255": 4.5, "1024-2047": 3.5, "256-511": 4.25}
     record = {**next(records(range(3, 4))), "validation_loss_by_position": found, "validation_bits_per_byte": 1.5}
     with (Path(config.out_dir) / "metrics.jsonl").open("a") as metrics:
-        metrics.write(json.dumps({**record, "long_document_share": 0.5}) + "\n")
+        measured = {"evaluation_choice_accuracy": 0.25, "evaluation_<b>": 1.0}
+        metrics.write(json.dumps({**record, **measured, "long_document_share": 0.5}) + "\n")
     page = Page(Report(config).write().read_text())
     names = [line["name"] for line in page.charts["Validation loss by position in the document"]["series"]]
     assert names == [f"tokens {name}" for name in ("0-127", "128-255", "256-511", "512-1023", "1024-2047")]
     assert page.reading("Validation loss by position in the document", 3)["tokens 512-1023"] == 4.0
     assert page.reading("Validation bits per byte, up to the base length", 3) == {"bits per byte": 1.5}
     assert page.reading("Tokens in long documents", 3) == {"long documents": 0.5}
+    assert page.reading("Evaluation: choice_accuracy", 3) == {"choice_accuracy": 0.25}
+    assert [title for title in page.charts if title.startswith("Evaluation")] == ["Evaluation: choice_accuracy"]
 
 
 def test_report_shows_least_and_most_of_many_steps_as_a_band(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
 _MOST_EVENTS = 1000
 _NUM_COLORS = 9
 _BY_POSITION = "validation_loss_by_position."
+_EVALUATION = re.compile(r"evaluation_([a-z0-9_]+)")
+_MOST_EVALUATIONS = 24
 _RANGE = re.compile(re.escape(_BY_POSITION) + r"\d+-\d+")
 _LOSSES = (
     Line(key="loss", name="total", color=0),
@@ -141,6 +143,7 @@ def _learning(runs: Sequence[ChartedRun]) -> list[str]:
         chart(runs, "Learning rate", rate, y="rate", from_zero=True),
         chart(runs, "Gradient norm before clipping", norm, y="norm", has_marks=True),
         *_by_position(runs),
+        *_evaluations(runs),
     ]
 
 
@@ -158,6 +161,15 @@ def _by_position(runs: Sequence[ChartedRun]) -> list[str]:
         chart(runs, "Validation loss by position in the document", losses, y="nats per token"),
         chart(runs, "Validation bits per byte, up to the base length", bits, y="bits per byte"),
         chart(runs, "Tokens in long documents", share, y="share of tokens", unit="percent", from_zero=True),
+    ]
+
+
+def _evaluations(runs: Sequence[ChartedRun]) -> list[str]:
+    """Returns a chart of each metric of the evaluation tasks, if there are any."""
+    names = sorted({match[1] for run in runs for key in run.history.keys if (match := _EVALUATION.fullmatch(key))})
+    return [
+        chart(runs, f"Evaluation: {name}", [Line(key=f"evaluation_{name}", name=name, color=1, dots=True)], y="value")
+        for name in names[:_MOST_EVALUATIONS]
     ]
 
 
