@@ -34,6 +34,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["bs=8"], "batch.global_sequences=8"),
     (["batch=8"], "batch.global_sequences=8"),
     (["batch_size=8"], "batch.global_sequences=8"),
+    (["schedule=seq1f1b"], "schedule=sliced_1f1b"),
     (["target_kl=0.3"], "rollout.limits.kl=0.3"),
     (["micro_batch_size=1"], "batch.micro_sequences=1"),
     (["gradient_accumulation_steps=4"], "batch.global_sequences="),
