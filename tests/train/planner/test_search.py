@@ -72,8 +72,10 @@ def test_bounds_are_below_exact_figures(tmp_path: Path) -> None:
 def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, overrides: tuple[str, ...]) -> None:
     """Compares the result with a plan of every layout that rules accept."""
     request, space = make_space(tmp_path, ranks, sequences, *overrides)
+    # For the run's own recomputation, the cut by estimated work, which plans have, is the cut by rates. A search lists the
+    # cut by rates with each layout, so with another recomputation it finds better layouts than the plans compared here.
     own = space.config.dispatch
-    space = replace(space, recomputes=space.recomputes[:1], dispatches=(own,), precisions=space.precisions[:1])
+    space = replace(space, recomputes=(space.config.recompute,), dispatches=(own,), precisions=space.precisions[:1])
     result = search_layouts(space, request.config, request.planner, check_rules, most_seconds=200.0)
     assert result.counts.open == 0
     best: list[tuple[float, int]] = []
