@@ -15,7 +15,7 @@ from torch import distributed
 from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.ir import ScheduleError
-from dualpipe.registry import SCHEDULES
+from dualpipe.registry import candidates
 from launch.config.groups import options
 from launch.config.run_config import compose_run
 from model.account.parameters import held_parameters, stage_shapes
@@ -33,7 +33,7 @@ NO_FILES = ["data.paths=[corpus]", "data.tokenizer=null"]
 PRESETS = tuple(name for name in options("model") if name != "of_checkpoint")
 PIPELINES = (1, 2, 4, 8, 16)
 FEW = (("quickstart", "v3_671b"), (1, 4), ("dualpipe", "dualpipe_split", "1f1b", "zb_v"))
-EVERY = (PRESETS, PIPELINES, tuple(SCHEDULES.names()))
+EVERY = (PRESETS, PIPELINES, tuple(candidates()))
 
 
 def make_config(base: TrainConfig, pipeline: int, kind: str, number: int) -> TrainConfig:
