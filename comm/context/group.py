@@ -118,10 +118,8 @@ class Shift:
     received: Tensor
 
 
-class GatherContext:
-    """Implements `ContextGroup` with an all-gather of rows and an all-to-all of their gradients."""
-
-    keeps_rows = True
+class LinkedContext:
+    """Base class of context groups of several ranks: zig-zag parts, and sums."""
 
     def __init__(self, link: ContextLink) -> None:
         self._link = link
@@ -130,6 +128,16 @@ class GatherContext:
     def parts(self, own_tokens: int) -> SequenceParts:
         """Implements `ContextGroup.parts`."""
         return zigzag_parts(own_tokens * self.size, self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Implements `ContextGroup.sum`."""
+        return self._link.sum(values)
+
+
+class GatherContext(LinkedContext):
+    """Implements `ContextGroup` with an all-gather of rows and an all-to-all of their gradients."""
+
+    keeps_rows = True
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""
@@ -146,10 +154,6 @@ class GatherContext:
         stacked = torch.stack(parts)
         work, received = self._link.start_exchange(stacked.view(self.size, -1).view(torch.uint8))
         return _SummedWork(work, received, stacked)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Implements `ContextGroup.sum`."""
-        return self._link.sum(values)
 
 
 class _SummedWork:

@@ -10,26 +10,16 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from comm.context.group import ContextLink, Shift
+from comm.context.group import LinkedContext, Shift
 from comm.context.packing import from_bytes, to_bytes
-from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
-from comm.context.zigzag import zigzag_parts
 from comm.protocol import CompletedWork, Work
 
 
-class RingContext:
+class RingContext(LinkedContext):
     """Implements `ContextGroup` with sends around a ring; keeps no rows of other ranks."""
 
     keeps_rows = False
-
-    def __init__(self, link: ContextLink) -> None:
-        self._link = link
-        self.size, self.index = len(link.members), link.index
-
-    def parts(self, own_tokens: int) -> SequenceParts:
-        """Implements `ContextGroup.parts`."""
-        return zigzag_parts(own_tokens * self.size, self.size)
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""
@@ -64,7 +54,3 @@ class RingContext:
         assert pending is not None
         pending.work.wait()
         return CompletedWork((pending.received + own).to(dtype))
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Implements `ContextGroup.sum`."""
-        return self._link.sum(values)

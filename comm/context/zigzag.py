@@ -6,12 +6,7 @@ and a late segment has as much work as every other rank.
 Shape legend: c ranks, S tokens of a segment.
 """
 
-from collections.abc import Sequence
-from functools import cache
-from itertools import chain
-
-import torch
-from torch import Tensor
+from functools import lru_cache
 
 from comm.context.parts import SequenceParts
 
@@ -45,7 +40,7 @@ def segment_tokens(num_tokens: int, size: int) -> int:
     return num_tokens // (2 * size)
 
 
-@cache
+@lru_cache(maxsize=256)
 def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
     """Returns which tokens each rank holds.
 
@@ -61,38 +56,3 @@ def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
     tokens = segment_tokens(num_tokens, size)
     held = tuple(segments_of(index, size) for index in range(size))
     return SequenceParts(edges=tuple(range(0, num_tokens + 1, tokens)), held=held)
-
-
-def held_slices(index: int, size: int, num_tokens: int) -> tuple[slice, ...]:
-    """Returns the places of a rank's tokens in a whole sequence: two slices, or one if the rank is alone."""
-    return zigzag_parts(num_tokens, size).slices(index)
-
-
-def held_positions(index: int, size: int, num_tokens: int) -> tuple[int, ...]:
-    """Returns the place in the whole sequence of each token that a rank holds, in the rank's order."""
-    return tuple(chain(*(range(each.start, each.stop) for each in held_slices(index, size, num_tokens))))
-
-
-def take_held(values: Tensor, index: int, size: int, dim: int = 1) -> Tensor:
-    """Returns what a rank holds of whole sequences, in its order; the tensor itself if the rank is alone.
-
-    Args:
-        values: values of whole sequences.
-        index: index of the rank.
-        size: number of ranks of the context group.
-        dim: dimension of the tokens.
-    """
-    return values if size == 1 else zigzag_parts(values.shape[dim], size).take(values, index, dim)
-
-
-def join_held(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-    """Returns whole sequences from the parts of all ranks; reverses `take_held`.
-
-    Args:
-        parts: part of each rank, by index.
-        dim: dimension of the tokens.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    halves = [part.chunk(2, dim) for part in parts]
-    return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], dim)

@@ -12,11 +12,12 @@ from comm.context.build import ContextExchange, open_context
 from comm.context.forecast import MOST_GATHERED_RANKS, ContextBytes, forecast_context_bytes, num_kept_ranks
 from comm.context.packing import from_bytes, to_bytes
 from comm.context.protocol import ContextGroup, Rows
-from comm.context.zigzag import held_positions, held_slices, join_held, segment_tokens, segments_of, take_held
+from comm.context.zigzag import segment_tokens, segments_of, zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic, TrafficSnapshot
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
+from tests.context_parts import join_held, take_held
 from tests.ranks import run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
@@ -26,14 +27,15 @@ TOKENS, WIDTH = 6, 5
 @pytest.mark.parametrize("size", SIZES)
 def test_ranks_hold_all_tokens_once_and_have_equal_work(size: int) -> None:
     num_tokens = 2 * size * 3
-    held = [held_positions(index, size, num_tokens) for index in range(size)]
+    slices = [zigzag_parts(num_tokens, size).slices(index) for index in range(size)]
+    held = [[place for each in own for place in range(each.start, each.stop)] for own in slices]
     assert sorted(place for places in held for place in places) == list(range(num_tokens))
     assert len({sum(place + 1 for place in places) for places in held}) == 1, "visible tokens of a rank"
     whole = torch.arange(2 * num_tokens).view(2, num_tokens, 1).expand(2, num_tokens, 3)
     parts = [take_held(whole, index, size) for index in range(size)]
     for index, part in enumerate(parts):
-        assert part[0, :, 0].tolist() == list(held[index])
-        assert torch.equal(part, torch.cat([whole[:, each] for each in held_slices(index, size, num_tokens)], 1))
+        assert part[0, :, 0].tolist() == held[index]
+        assert torch.equal(part, torch.cat([whole[:, each] for each in slices[index]], 1))
     assert torch.equal(join_held(parts), whole)
     assert [segments_of(index, size)[0] for index in range(size)] == list(range(size))
 
@@ -43,7 +45,7 @@ def test_unequal_segments_are_refused_with_the_nearest_length() -> None:
     with pytest.raises(ValueError, match=r"a multiple of 8, two segments .* is 30; nearest valid: 32$"):
         segment_tokens(30, 4)
     with pytest.raises(ValueError, match=r"nearest valid: 8$"):
-        held_slices(0, 4, 1)
+        zigzag_parts(1, 4)
 
 
 def test_rows_of_several_types_return_from_one_message() -> None:

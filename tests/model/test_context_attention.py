@@ -13,7 +13,6 @@ from comm.context.alone import ALONE
 from comm.context.build import ContextExchange, open_context
 from comm.context.forecast import forecast_context_bytes
 from comm.context.protocol import ContextGroup
-from comm.context.zigzag import join_held, take_held
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.layout import Layout
@@ -26,6 +25,7 @@ from model.config import Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.precision.linears import build_linears
+from tests.context_parts import join_held, take_held
 from tests.kernels.plain import randn
 from tests.model.against_plain import assert_near, randomize
 from tests.ranks import run_ranks

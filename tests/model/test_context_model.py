@@ -13,7 +13,6 @@ from comm.context.alone import ALONE
 from comm.context.build import ContextExchange, open_context
 from comm.context.forecast import num_kept_ranks
 from comm.context.protocol import ContextGroup
-from comm.context.zigzag import take_held
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
@@ -26,6 +25,7 @@ from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recompute
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialize_weights
+from tests.context_parts import take_held
 from tests.model.test_activations import Counter
 from tests.model.test_fp8_activations import SMALL as IN_FP8
 from tests.model.test_stage import make_objective, phased

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from comm.context.parts import SequenceParts
 from comm.context.protocol import Contribution, Rows
-from comm.context.zigzag import join_held, take_held, zigzag_parts
+from comm.context.zigzag import zigzag_parts
 from comm.protocol import Work
 from kernels.attention.documents import Documents
+from tests.context_parts import join_held, take_held
 from tests.kernels.plain import randn
 from tests.model.test_router import make_router
 
