@@ -129,16 +129,21 @@ class EvaluationTask(Protocol):
 
 
 class SimpleTask:
-    """Base class of tasks without examples, further results or processes."""
+    """Base class of tasks that hold their samples, without examples, further results or processes."""
 
     num_shots = 0
+    _samples: Sequence[EvaluationSample]
+
+    def samples(self) -> Sequence[EvaluationSample]:
+        """Implements `EvaluationTask.samples`."""
+        return self._samples
 
     def details(self, records: Sequence[Mapping[str, Any]]) -> TaskDetails:
-        """Returns no further results."""
+        """Implements `EvaluationTask.details`: no further results."""
         return TaskDetails()
 
     def close(self) -> None:
-        """Does nothing."""
+        """Implements `EvaluationTask.close`: there is no process to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,15 @@ from typing import Any
 from data.corpus import DataError
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig, needed_path
 from infer.evaluate.lines import check_unique, checked_file, key_field, read_lines, text_field
-from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, ResultTable, TaskContext, TaskDetails
+from infer.evaluate.protocol import (
+    EvaluationMetric,
+    EvaluationSample,
+    Measure,
+    ResultTable,
+    SimpleTask,
+    TaskContext,
+    TaskDetails,
+)
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
 from infer.evaluate.requests import DocumentAnswer, DocumentRequest, EvaluationAnswer
 from kernels.ranges import PositiveInt
@@ -51,11 +59,10 @@ class EvaluatedDocument:
     place: str
 
 
-class BitsPerByteTask:
+class BitsPerByteTask(SimpleTask):
     """Documents."""
 
     metrics = (EvaluationMetric(name="bits_per_byte", higher_is_better=False),)
-    num_shots = 0
 
     def __init__(self, config: BitsPerByteConfig, context: TaskContext) -> None:
         """Reads and checks the file.
@@ -79,10 +86,6 @@ class BitsPerByteTask:
             )
             for document in documents[: config.limit]
         ]
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Implements `EvaluationTask.samples`: a request for each document."""
-        return self._samples
 
     def record(self, sample: EvaluationSample, answers: Sequence[EvaluationAnswer]) -> dict[str, Any]:
         """Implements `EvaluationTask.record`."""
@@ -113,9 +116,6 @@ class BitsPerByteTask:
         totals = {name: value for name, value in _sums(records).items() if name not in ("documents", "bits_per_byte")}
         windows = {"window_tokens": self._window, "stride_tokens": self._stride}
         return TaskDetails(values={**totals, **windows, "sources": sources}, tables=(table,))
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def _sums(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

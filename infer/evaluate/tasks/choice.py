@@ -12,7 +12,7 @@ from data.chat.fields import describe, list_of, text_of
 from data.corpus import DataError
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig, needed_path
 from infer.evaluate.lines import check_unique, field_of, key_field, read_lines, text_field
-from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, TaskContext, TaskDetails
+from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, SimpleTask, TaskContext, TaskDetails
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
 from infer.evaluate.requests import ContinuationAnswer, ContinuationRequest, EvaluationAnswer
 from infer.evaluate.tokens import target_sequence
@@ -60,7 +60,7 @@ class ChoiceQuestion:
     place: str
 
 
-class ChoiceTask:
+class ChoiceTask(SimpleTask):
     """Questions with choices."""
 
     metrics = (EvaluationMetric(name="accuracy"), EvaluationMetric(name="accuracy_per_byte"))
@@ -90,10 +90,6 @@ class ChoiceTask:
             for request in sample.requests:
                 assert isinstance(request, ContinuationRequest)
                 target_sequence(context.tokenizer, request, context.max_tokens)  # rejects choices that are too long
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Implements `EvaluationTask.samples`: a request for each choice."""
-        return self._samples
 
     def record(self, sample: EvaluationSample, answers: Sequence[EvaluationAnswer]) -> dict[str, Any]:
         """Implements `EvaluationTask.record`."""
@@ -126,9 +122,6 @@ class ChoiceTask:
         note = f"{truncated} contexts are longer than the model's positions; their first tokens are dropped"
         values = {"num_truncated": truncated, "accuracy_of_guessing": guessing}
         return TaskDetails(values=values, notes=(note,) if truncated else ())
-
-    def close(self) -> None:
-        """Does nothing."""
 
     def _sample(self, question: ChoiceQuestion) -> EvaluationSample:
         requests = tuple(

@@ -20,6 +20,7 @@ from infer.evaluate.protocol import (
     Measure,
     ResultGrid,
     ResultTable,
+    SimpleTask,
     TaskContext,
     TaskDetails,
 )
@@ -65,11 +66,10 @@ class Needle:
     actual_depth: float
 
 
-class NeedleTask:
+class NeedleTask(SimpleTask):
     """Needles of every length and depth."""
 
     metrics = (EvaluationMetric(name="accuracy"), EvaluationMetric(name="loglikelihood"))
-    num_shots = 0
 
     def __init__(self, config: NeedleConfig, context: TaskContext) -> None:
         """Builds all prompts.
@@ -90,10 +90,6 @@ class NeedleTask:
             for depth in config.depths
             for number in range(config.num_samples)
         ]
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Implements `EvaluationTask.samples`: a request for each needle."""
-        return self._samples
 
     def record(self, sample: EvaluationSample, answers: Sequence[EvaluationAnswer]) -> dict[str, Any]:
         """Implements `EvaluationTask.record`."""
@@ -158,9 +154,6 @@ class NeedleTask:
         }
         table = ResultTable(title="Accuracy by length", columns=columns, rows=tuple(rows))
         return TaskDetails(values=values, tables=(table,), grids=(grid,))
-
-    def close(self) -> None:
-        """Does nothing."""
 
     def _sample(self, context: TaskContext, filler: Filler, length: int, depth: float, number: int) -> EvaluationSample:
         draws = Draws(context.seed, NAME, length, depth, number)

@@ -17,7 +17,15 @@ from data.chat.records import read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from infer.evaluate.config import EvaluationError, EvaluationTaskConfig, needed_path
 from infer.evaluate.lines import check_unique, key_field, read_lines, text_field
-from infer.evaluate.protocol import EvaluationMetric, EvaluationSample, Measure, ResultTable, TaskContext, TaskDetails
+from infer.evaluate.protocol import (
+    EvaluationMetric,
+    EvaluationSample,
+    Measure,
+    ResultTable,
+    SimpleTask,
+    TaskContext,
+    TaskDetails,
+)
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskSpec
 from infer.evaluate.requests import EvaluationAnswer, RatingAnswer, RatingRequest
 from infer.evaluate.statistics import estimate
@@ -53,11 +61,10 @@ class RatedPair:
     place: str
 
 
-class RewardTask:
+class RewardTask(SimpleTask):
     """Pairs of answers."""
 
     metrics = (EvaluationMetric(name="accuracy"), EvaluationMetric(name="margin"))
-    num_shots = 0
 
     def __init__(self, config: RewardTaskConfig, context: TaskContext) -> None:
         """Reads and checks the file.
@@ -85,10 +92,6 @@ class RewardTask:
             )
             for each, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True)
         ]
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Implements `EvaluationTask.samples`: a request for each answer."""
-        return self._samples
 
     def record(self, sample: EvaluationSample, answers: Sequence[EvaluationAnswer]) -> dict[str, Any]:
         """Implements `EvaluationTask.record`."""
@@ -120,9 +123,6 @@ class RewardTask:
         }
         table = ResultTable(title="Accuracy by subset", columns=columns, rows=tuple(rows))
         return TaskDetails(values=values, tables=(table,))
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def _pair(values: Mapping[str, Any], place: str) -> RatedPair:

@@ -17,6 +17,7 @@ from infer.evaluate.protocol import (
     Measure,
     ResultGrid,
     ResultTable,
+    SimpleTask,
     TaskContext,
     TaskDetails,
 )
@@ -64,11 +65,10 @@ class RulerSample:
     problem: RulerProblem
 
 
-class RulerTask:
+class RulerTask(SimpleTask):
     """Problems of every subtask and length."""
 
     metrics = (EvaluationMetric(name="accuracy"),)
-    num_shots = 0
 
     def __init__(self, config: RulerConfig, context: TaskContext) -> None:
         """Builds all prompts.
@@ -85,10 +85,6 @@ class RulerTask:
         self._lengths = check_lengths("ruler.lengths", config.lengths, context.max_tokens)
         self._filler = read_filler("ruler.path", config.path, context.tokenizer, context.seed)
         self._samples = [sample for subtask in config.subtasks for sample in self._subtask(subtask)]
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Implements `EvaluationTask.samples`: a request for each problem."""
-        return self._samples
 
     def record(self, sample: EvaluationSample, answers: Sequence[EvaluationAnswer]) -> dict[str, Any]:
         """Implements `EvaluationTask.record`."""
@@ -136,9 +132,6 @@ class RulerTask:
         values = {"cells": [dict(zip(columns, row, strict=True)) for row in rows]}
         table = ResultTable(title="Accuracy by subtask and length", columns=columns, rows=rows)
         return TaskDetails(values=values, tables=(table,), grids=(grid,))
-
-    def close(self) -> None:
-        """Does nothing."""
 
     def _subtask(self, subtask: Subtask) -> list[EvaluationSample]:
         """Builds the samples of a subtask. All have equally many tokens for the answer."""
