@@ -149,7 +149,7 @@ class TrainingLoop:
     def _train(self, step: int) -> Outcome:
         """Trains on one batch, unless it is skipped after a rollback or the guard refuses the step."""
         if self._recovery.skips(step):
-            self._reporter.say(f"step {step + 1:>6}  its batch is skipped")
+            self._reporter.say(f"step {step + 1:>5}  its batch is skipped")
             return Skipped()
         learner, guard = self._learners.for_step(step), self._recovery.guard
         try:
@@ -159,7 +159,7 @@ class TrainingLoop:
             with self._world.phase("checkpoint"):
                 self._saver.wait()  # the run may roll back to this checkpoint
             outcome, reason = self._recovery.handle_refusal(refused.refusal)
-            self._reporter.say(f"step {step + 1:>6}  {reason}")
+            self._reporter.say(f"step {step + 1:>5}  {reason}")
             return outcome
         self._first_progress = None
         self._recovery.note_accepted(step)
@@ -205,7 +205,7 @@ class TrainingLoop:
         by_position = open_by_position(self._config, self._prepared.tokenizer)
         found = validate(learner.replica, task, self._loader, num_sequences, learner.reference, by_position)
         loss, unit = found.loss, TASKS.get(task.kind).unit
-        line = f"step {self.num_done:>6}  validation loss {loss:.4f} nats per {unit}"
+        line = f"step {self.num_done:>5}  validation loss {loss:.4f} nats per {unit}"
         if unit == "token":
             bits_per_byte = loss / math.log(2) / self._prepared.bytes_per_token
             entropy = self._prepared.unigram_entropy_nats
@@ -224,13 +224,13 @@ class TrainingLoop:
         with self._world.phase("evaluation"):
             results = evaluator.evaluate(self.num_done)
         if results:
-            self._reporter.say(f"step {self.num_done:>6}  evaluation: {result_line(results)}")
+            self._reporter.say(f"step {self.num_done:>5}  evaluation: {result_line(results)}")
         return record_values(results)
 
     def _report_answers(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Reports measurements of answers to held-out problems."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
-        self._reporter.say(f"step {self.num_done:>6}  held-out problems: {text}")
+        self._reporter.say(f"step {self.num_done:>5}  held-out problems: {text}")
         if on_validation := self._callbacks.on_validation:
             call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, measured[PASS_AT_1]))
         return {f"validation_{name}": value for name, value in measured.items()}
@@ -253,13 +253,13 @@ class TrainingLoop:
         replica = self._learners.for_step(step).replica
         if isinstance(outcome, Done) and self._watch.draw(replica, outcome.result.execution, self.num_done):
             self._reporter.say(
-                f"step {self.num_done:>6}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"
+                f"step {self.num_done:>5}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"
             )
 
     def _sample(self) -> None:
         """Generates and prints the configured samples."""
         if self._world.rank == 0 and self._config.model.head == "tokens":
-            report_samples(self._config, self._prepared, self._reporter.say)
+            report_samples(self._config, self._prepared, self._reporter.show)
 
     def _save(self) -> None:
         """Copies the state and starts to write it in the background. A run saves nowhere else."""
@@ -280,7 +280,7 @@ class TrainingLoop:
         finished = {int(folder.name[5:]): folder for folder in self._saver.take_finished()}
         for step, folder in finished.items():
             self._status.running(self.num_done, str(folder))
-            self._reporter.say(f"step {step:>6}  checkpoint {folder}")
+            self._reporter.say(f"step {step:>5}  checkpoint {folder}")
             self._reporter.draw()
         if on_checkpoint := self._callbacks.on_checkpoint:
             # All ranks take part in every step, because each of them may see a checkpoint completed at another step.

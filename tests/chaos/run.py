@@ -190,7 +190,7 @@ def _fault_problems(command: Command, fault: Fault, attempts: list[Attempt], out
         yield f"there is no event of the restart: {kinds}"
     if fault.kind in DAMAGES:
         damaged, _, name = (notes_of(command.out_dir) / DAMAGED_NAME).read_text().partition("/")
-        if not any(f"resume: rejected {damaged}: " in attempt.output for attempt in attempts):
+        if not any(f"resume: rejected {damaged}: " in " ".join(attempt.output.split()) for attempt in attempts):
             yield f"{damaged}/{name} was damaged, and not rejected"
     if fault.kind == "full disk" and attempts[0].code and "No space left on device" not in attempts[0].output:
         yield f"a full disk was not reported: {attempts[0].output[-500:]!r}"

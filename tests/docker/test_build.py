@@ -80,7 +80,7 @@ def test_image_trains_the_quickstart_as_its_user(images: Images, container: Cont
     assert config["Cmd"] == ["python", "-m", "launch.train", "experiment=quickstart"]
     tmp_path.chmod(0o1777)
     printed = container.run([*config["Cmd"], "task.steps=2"], [*VOLUMES, f"{tmp_path}:/app/outputs"])
-    assert "step      2  checkpoint outputs/quickstart/" in printed
+    assert "step     2  checkpoint outputs/quickstart/" in printed
     (folder,) = (tmp_path / "quickstart").iterdir()
     assert folder.stat().st_uid == UID
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

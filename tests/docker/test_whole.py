@@ -54,8 +54,8 @@ def test_cpu_image_installs_all_and_trains(images: Images, tmp_path: Path) -> No
         added = sum(bytes_below(container.root / name) for name in ("opt/venv", "app"))
         print(f"Dockerfile.cpu adds {added / 2**20:,.0f} MiB to its base")
         assert added < 1.5 * 2**30
-        assert "step      2  checkpoint" in container.run(JOB, ())
-    assert "step      2  checkpoint" in run_on_two_nodes(images, "localhost/trainer:cpu", tmp_path / "outputs")
+        assert "step     2  checkpoint" in container.run(JOB, ())
+    assert "step     2  checkpoint" in run_on_two_nodes(images, "localhost/trainer:cpu", tmp_path / "outputs")
 
 
 def bytes_below(folder: Path) -> int:
@@ -98,4 +98,4 @@ def test_cuda_image_installs_its_system_packages_and_trains_on_cpus(images: Imag
         assert compiler.exists()
         assert verbs.exists()
         assert not any((container.root / "var/lib/apt/lists").glob("*Packages*"))
-        assert "step      2  checkpoint" in container.run(JOB, [PACKAGES])
+        assert "step     2  checkpoint" in container.run(JOB, [PACKAGES])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from train.records.display import Display, PhaseLines, open_console, step_line
+from train.records.display import Display, PhaseLines, folded, open_console, step_line
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -126,7 +126,7 @@ def test_line_of_a_step_with_rewards_has_stable_columns_and_no_loss() -> None:
     first = step_line(record_of(1, loss=-4e-18, rollouts=rollouts, **policy))
     later = {**rollouts, "reward": -0.125, "correct_share": 1.0, "equal_share": 1.0, "mean_tokens": 12345.6}
     second = step_line(record_of(99_999, loss=0.0, rollouts=later, **policy))
-    assert first.startswith("step      1  reward  0.5000  correct  50 %  equal groups  25 %  tokens     9.0  cut   0 %")
+    assert first.startswith("step     1  reward  0.5000  correct  50 %  equal groups  25 %  tokens     9.0  cut   0 %")
     assert "KL 0.0100  entropy 0.400  clipped  2.0 %" in first
     assert "loss" not in first
     assert [first.index(name) for name in ("correct", "tokens", "KL")] == [
@@ -134,7 +134,51 @@ def test_line_of_a_step_with_rewards_has_stable_columns_and_no_loss() -> None:
     ]
     rated = {key: value for key, value in rollouts.items() if key != "correct_share"}
     assert "correct" not in step_line(record_of(1, rollouts=rated, **policy))
-    assert "loss 1.0000" in step_line(record_of(1, rollouts={"answers": 4, "mean_tokens": 3.0}, mtp_loss=1.0))
+    assert "loss 1.000 (1.000/1.000)" in step_line(record_of(1, rollouts={"answers": 4, "mean_tokens": 3.0}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": 10.8644, "main_loss": 10.3569, "mtp_loss": 10.357},
+        {"loss": 0.6931, "main_loss": 0.6931, "mtp_loss": 0.0},  # preferences, distillation
+        {"step": 235_000, "tokens_per_second": 12_345_678.0, "pipeline_bubble": 0.05},
+        {"max_violation": 31.4, "grad_norm": 123.4, "pipeline_bubble": 0.99},
+    ],
+    ids=str,
+)
+def test_line_of_a_step_stays_one_line_below_100_columns_at_large_values(values: dict[str, Any]) -> None:
+    line = step_line({**record_of(12_345, tokens_per_second=1_234_567.0, lr=3.0123e-4), **values})
+    assert list(folded(line)) == [line]
+    assert len(line) < 100
+    assert {"loss", "grad", "lr", "tok/s", "MaxVio", "bubble"} <= set(line.split())
+
+
+def test_long_lines_continue_between_fields_or_words_and_lose_nothing() -> None:
+    rollouts = {"reward": -123.5, "correct_share": 1.0, "equal_share": 1.0, "mean_tokens": 99999.9, "cut_share": 1.0}
+    policy = {"kl": 12.5, "entropy": 11.5, "clip_fraction": 1.0, "tokens_per_second": 1e7, "step_seconds": 86_400.0}
+    rewards = step_line(record_of(99_999, rollouts=rollouts, **policy)) + "  no verdict 40 %  difference 1.2e-02"
+    header = f"name: 2048 ranks ({'pipeline 16 x data 128, ' * 5}), float32"
+    answers = "step 12345  held-out problems: " + "  ".join(f"pass@{k} 0.1234" for k in range(1, 12))
+    path = f"resume: rejected {'/folder' * 20}: rank 3 cannot read it, and {'the reason has many words ' * 5}"
+    for line in (rewards, header, answers, path, "/folder" * 20):
+        lines = list(folded(line))
+        assert " ".join(" ".join(lines).split()) == " ".join(line.split())
+        assert all(len(part) < 100 or len(part.split()) == 1 for part in lines), lines
+    lines = list(folded(rewards))
+    assert [part.split()[0] for part in lines[:2]] == ["step", "KL"]
+    assert lines[1].startswith(" " * len("step 99999  "))
+
+
+def test_display_continues_lines_and_shows_texts_as_they_are() -> None:
+    stream = io.StringIO()
+    display = Display(open_console(stream), 1, 0, 1)
+    text = "word " * 40
+    display.say(text)
+    display.show(text)
+    *lines, shown = stream.getvalue().splitlines()
+    assert [len(line.rstrip()) for line in lines] == [99, 98, 8]
+    assert shown == text
 
 
 def test_phase_of_a_second_gets_one_line_and_a_short_or_failed_one_none() -> None:

@@ -4,6 +4,7 @@ Without a terminal, nothing but whole lines is written: no escape codes, no carr
 """
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data.progress import seconds_text
+from train.report.figures import short
 
 Clock = Callable[[], float]
 _LEAST_SECONDS = 1.0
 """Shortest phase that gets a line, and shortest time between two updates of a terminal."""
 _RECENT_STEPS = 20
+LOG_COLUMNS = 99
+"""Longest line of a run, except for a single word such as a path."""
+_FIELD_ENDS = re.compile(r"(?<=\S)  (?=[A-Za-z(])")
+"""A number in a column follows its name after any number of spaces, so a field begins with a letter."""
 
 
 def open_console(stream: TextIO) -> Console:
@@ -118,8 +124,12 @@ class Display:
         """Shows nothing: what was added was printed when it was known."""
 
     def say(self, line: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Prints a line, above the bar if there is one, and continues it on further lines if it is long."""
+        self.show("\n".join(folded(line)))
+
+    def show(self, text: str) -> None:
+        """Prints a text as it is."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -155,12 +165,32 @@ def step_line(values: Mapping[str, Any]) -> str:
     rollouts = values.get("rollouts", {})
     if "reward" in rollouts:
         return _reward_line(values, rollouts)
+    main, mtp, violation = values["main_loss"], values["mtp_loss"], values["max_violation"]
+    parts = f"{main:#.4g}/{mtp:#.4g}" if mtp else f"{main:#.4g}"
     return (
-        f"step {values['step']:>6}  loss {values['loss']:.4f}  main {values['main_loss']:.4f}  "
-        f"mtp {values['mtp_loss']:.4f}  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-        f"{values['tokens_per_second']:,.0f} tokens/s  MaxVio {values['max_violation']:.2f}  "
+        f"step {values['step']:>5}  loss {values['loss']:#.4g} ({parts})  {_update(values)}  "
+        f"{short(values['tokens_per_second'])} tok/s  MaxVio {violation:.{2 if violation < 10 else 1}f}  "
         f"bubble {100 * values['pipeline_bubble']:.0f} %"
     )
+
+
+def folded(line: str) -> Iterator[str]:
+    """Yields a line in parts of at most 99 characters, divided between fields or between words."""
+    label = re.match(r"step +\d+  ", line)
+    indent = " " * (label.end() if label else 4)
+    while len(line) > LOG_COLUMNS:
+        ends = [match.start() for match in _FIELD_ENDS.finditer(line[: LOG_COLUMNS + 2])]
+        cut = ends[-1] if ends and ends[-1] > LOG_COLUMNS // 2 else line.rfind(" ", len(indent), LOG_COLUMNS + 1)
+        if cut < 0 and (cut := line.find(" ", LOG_COLUMNS)) < 0:
+            break
+        yield line[:cut].rstrip()
+        line = indent + line[cut:].lstrip()
+    yield line
+
+
+def _update(values: Mapping[str, Any]) -> str:
+    """Returns gradient norm and learning rate."""
+    return f"grad {values['grad_norm']:.3g}  lr {values['lr']:.1e}".replace("e-0", "e-")
 
 
 def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
@@ -172,9 +202,8 @@ def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
     """
     correct = f"correct {100 * rollouts['correct_share']:3.0f} %  " if "correct_share" in rollouts else ""
     return (
-        f"step {values['step']:>6}  reward {rollouts['reward']:7.4f}  {correct}"
+        f"step {values['step']:>5}  reward {rollouts['reward']:7.4f}  {correct}"
         f"equal groups {100 * rollouts['equal_share']:3.0f} %  tokens {rollouts['mean_tokens']:7.1f}  "
         f"cut {100 * rollouts['cut_share']:3.0f} %  KL {values['kl']:.4f}  entropy {values['entropy']:.3f}  "
-        f"clipped {100 * values['clip_fraction']:4.1f} %  grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-        f"{values['step_seconds']:.3g} s"
+        f"clipped {100 * values['clip_fraction']:4.1f} %  {_update(values)}  {values['step_seconds']:.3g} s"
     )

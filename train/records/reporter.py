@@ -37,9 +37,14 @@ class Reporter:
         self._report = report
 
     def say(self, line: str) -> None:
-        """Prints a line for people."""
+        """Prints a line for people, in several lines if it is long."""
         if self._display is not None:
             self._display.say(redact(line))
+
+    def show(self, text: str) -> None:
+        """Prints a text for people as it is."""
+        if self._display is not None:
+            self._display.show(redact(text))
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Names a phase next to the bar on a terminal, and prints its duration if that is at least a second."""

@@ -37,14 +37,14 @@ def print_run_summary(
     _log_place(replica)
     layout = config.parallelism
     reporter.say(
-        f"{config.name}: {layout.world_size} ranks ({layout.axes()}, "
-        f"experts over {layout.expert}), {replica.schedule.kind}, {config.num_micro_batches} micro-batches per step, "
-        f"{config.precision.kind}; folder {config.out_dir}"
+        f"{config.name}: {layout.world_size} ranks ({layout.axes()}, experts over {layout.expert}), "
+        f"{config.precision.kind}"
     )
+    reason = f"; {planned.reason}" if config.schedule.kind == "auto" else ""
+    reporter.say(f"schedule: {replica.schedule.kind}, {config.num_micro_batches} micro-batches per step{reason}")
+    reporter.say(f"folder: {config.out_dir}")
     if replica.schedule.num_stages > 1:
         reporter.say(f"cut: {','.join(str(len(layers)) for layers in replica.cut)} layers in the pipeline's stages")
-    if config.schedule.kind == "auto":
-        reporter.say(f"schedule: {planned.reason}")
     for notice in ramp_notices(config):
         reporter.say(notice)
     if config.cluster.memory_bytes is not None and replica.world.rank == 0:
@@ -85,8 +85,8 @@ def _log_place(replica: Replica) -> None:
 def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     """Yields lines about corpus and tokenizer."""
     yield (
-        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens, "
-        f"{prepared.bytes_per_token:.2f} bytes per token, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
+        f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens "
+        f"of {prepared.bytes_per_token:.2f} bytes, unigram entropy {prepared.unigram_entropy_nats:.4f} nats"
         f"{_long_documents(prepared)}"
     )
     if counts := prepared.counts.get("train"):
