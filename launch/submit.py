@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from typing import Any
 from launch.config.compose import chosen_options, compose, key_of
 from launch.config.errors import system_errors
 from launch.config.groups import own_keys
-from launch.config.resolve import resolve
-from launch.config.run_config import check, read_config, write_config
+from launch.config.run_config import check, read_run, write_config
 from launch.help.command import command
 from launch.help.preview import experiment_text
 from launch.ranks.run_folder import check_folder, locked_run_folder
@@ -51,8 +49,8 @@ def main(overrides: Sequence[str]) -> int:
     """
     with system_errors():
         overrides = with_cluster(overrides)
-        config, slurm, is_dry = _composed(overrides)
-        config = replace(config, out_dir=str(_folder_of(config, datetime.now())), resume="auto")
+        values, slurm, is_dry = _composed(overrides)
+        config = read_run({**values, "out_dir": str(_folder_of(values, datetime.now())), "resume": "auto"})
         check(config)
         check_slurm(slurm)
         check_folder(config)
@@ -77,24 +75,21 @@ def preview(overrides: Sequence[str]) -> str:
     """
     with system_errors():
         overrides = with_cluster(overrides)
-        config, slurm, is_dry = _composed(overrides)
+        values, slurm, is_dry = _composed(overrides)
+        config = read_run(values)
         check(config)
         check_slurm(slurm)
     own = {"dry_run": is_dry, "slurm": encode(slurm)}
     return experiment_text("submit", overrides, {**write_config(config), **own}, memory_lines(config))
 
 
-def _composed(overrides: Sequence[str]) -> tuple[TrainConfig, SlurmConfig, bool]:
-    """Returns the run's configuration, the Slurm options, and whether to only print the script.
-
-    All unchecked.
-    """
+def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bool]:
+    """Returns the composed values, the unchecked Slurm options, and whether to only print the script."""
     values = compose("submit", overrides)
     slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
     is_dry = decode(bool, values["dry_run"], "dry_run")
     _check_resume(values["resume"])
-    config = read_config(resolve({key: value for key, value in values.items() if key not in own_keys("submit")}))
-    return config, slurm, is_dry
+    return values, slurm, is_dry
 
 
 def with_cluster(overrides: Sequence[str]) -> list[str]:
@@ -147,9 +142,10 @@ def _check_resume(resume: object) -> None:
         )
 
 
-def _folder_of(config: TrainConfig, now: datetime) -> Path:
+def _folder_of(values: Mapping[str, Any], now: datetime) -> Path:
     """Returns the run's folder. It is fixed before submission, so that a requeued job finds it."""
-    chosen = config.out_dir or f"outputs/{config.name}/{now:%Y-%m-%d_%H-%M-%S}"
+    name = decode(str, values["name"], "name")
+    chosen = decode(str, values["out_dir"], "out_dir") or f"outputs/{name}/{now:%Y-%m-%d_%H-%M-%S}"
     return Path(chosen).expanduser().absolute()
 
 

@@ -8,6 +8,7 @@ from data.config import DataConfig
 from data.progress import progress_on
 from data.registry import DATA_SOURCES
 from launch.config.compose import compose
+from launch.config.groups import own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.resolve import check_files, resolve
 from launch.config.rules import check_name, check_rules
@@ -19,19 +20,32 @@ from train.schedule.chunks import with_chunks
 _ENDLESS_STEPS = 2**40
 
 
-def compose_run(overrides: Sequence[str], command: str = "train") -> TrainConfig:
+def compose_run(overrides: Sequence[str]) -> TrainConfig:
     """Composes, resolves and decodes a run's configuration; `check` is the last step.
 
     Args:
-        overrides: as for `compose`.
-        command: name of a root YAML file with exactly the keys of `conf/train.yaml`.
+        overrides: overrides for `conf/train.yaml`.
 
     Raises:
-        ConfigError: an override does not parse, a key is unknown or missing, or a value has a wrong type or range.
+        ConfigError: an override does not parse, or as in `read_run`.
+        CheckpointError, HfError, CutError, ScheduleError, DataError: as in `read_run`.
+    """
+    return read_run(compose("train", overrides))
+
+
+def read_run(values: Mapping[str, Any]) -> TrainConfig:
+    """Resolves and decodes a run's composed values. Every command that starts or plans a run calls it.
+
+    Args:
+        values: keys of `conf/train.yaml`. Keys of `conf/submit.yaml`, which an experiment may also set, are ignored.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has a wrong type or range.
         CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
         CutError, ScheduleError, DataError: as in `check`, if `task.epochs` is the length of the run.
     """
-    return with_chunks(_with_steps(resolve(compose(command, overrides))))
+    own = own_keys("submit")
+    return with_chunks(_with_steps(resolve({key: value for key, value in values.items() if key not in own})))
 
 
 def _with_steps(values: Mapping[str, Any]) -> TrainConfig:

@@ -9,9 +9,8 @@ from typing import Any, Literal
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose, key_of
 from launch.config.groups import options, own_keys
-from launch.config.resolve import resolve
 from launch.config.rules import check_rules
-from launch.config.run_config import read_config
+from launch.config.run_config import read_run
 from launch.planning.changes import split_changes
 from launch.planning.measured_run import measured_config, require_run
 from train.config import TrainConfig
@@ -26,8 +25,9 @@ _WHAT_IF = "what_if"
 _RATES, _EFFICIENCY = "rates", "efficiency"
 _PLANNER = (_RATES, _EFFICIENCY)
 _MOST_BYTES = 2**26
-UNREAD: Mapping[str, Any] = {"data.paths": ["unread"], "data.tokenizer": None}
-"""Values without which a run cannot start, and which a plan does not read."""
+_UNREAD = "unread"
+UNREAD: Mapping[str, Any] = {"data.paths": [_UNREAD], "data.tokenizer": _UNREAD}
+"""Values without which a run cannot start, and which a plan can do without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,13 +149,20 @@ def _sets(overrides: Sequence[str], group: str) -> bool:
 def run_config(values: Mapping[str, Any]) -> TrainConfig:
     """Decodes and checks a run's composed values, without memory and files.
 
+    Reads data only if `task.epochs` is the length of the run.
+
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration.
     """
-    task = values.get("task")
-    if isinstance(task, Mapping) and task.get("steps") is None:
-        raise ConfigError("task.steps: launch.plan needs a number, as it reads no data, is null; nearest valid: 1000")
-    config = with_chunks(read_config(resolve(values)))
+    task, data = values.get("task"), values.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    unread = [key for key, value in UNREAD.items() if data.get(key.removeprefix("data.")) == value]
+    if isinstance(task, Mapping) and task.get("steps") is None and (unread or task.get("epochs") is None):
+        needs = f"{' and '.join(unread)} to count the steps of task.epochs" if task.get("epochs") else "a number"
+        raise ConfigError(f"task.steps: launch.plan needs {needs}, is null; nearest valid: 1000")
+    if "data.tokenizer" in unread:
+        values = {**values, "data": {**data, "tokenizer": None}}
+    config = read_run(values)
     check_rules(config)
     return config
 

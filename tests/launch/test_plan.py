@@ -13,6 +13,7 @@ import yaml
 from launch import plan
 from launch.help.page import help_text
 from tests.train.planner.planned import PUBLISHED, SMALL
+from train.config.errors import ConfigError
 from train.planner.dry_run import RankComparison, RankCounts
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +37,7 @@ def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         ("rates.latency_seconds=-1", "rates.latency_seconds: must be 0 or above, is -1"),
         ("cluster.dollars_per_gpu_hour=-2", "cluster.dollars_per_gpu_hour: must be 0 or above, is -2"),
         ("cost.gpu_mtbf_hours=0", "cost.gpu_mtbf_hours: must be above 0, is 0"),
-        (
-            "task.steps=null",
-            "task.steps: launch.plan needs a number, as it reads no data, is null; nearest valid: 1000",
-        ),
+        ("task.steps=null", "task.steps: launch.plan needs a number, is null; nearest valid: 1000"),
         ("out=/proc/nope/plan.txt", "out: '/proc/nope/plan.txt' must be a file that can be written"),
     ],
 )
@@ -54,6 +52,12 @@ def test_a_wrong_value_is_one_line(
     assert shown.err.startswith(f"error: {message}")
     assert len(shown.err.splitlines()) == 1
     assert shown.out == ""
+
+
+def test_steps_of_epochs_need_the_data() -> None:
+    rule = r"^task.steps: launch.plan needs data.paths to count the steps of task.epochs, is null; nearest valid: 1000"
+    with pytest.raises(ConfigError, match=rule):
+        plan.main(["experiment=v3_sft"])
 
 
 def test_a_file_that_is_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:

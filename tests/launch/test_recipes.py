@@ -1,16 +1,22 @@
 """Tests of the recipes in conf/experiment: each passes all checks, and its values equal those of its source."""
 
+import os
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data.batch_sizes import BatchRamp
-from launch.config.compose import compose
+from launch import submit
+from launch.config.compose import compose, dotted_keys
 from launch.config.groups import options
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
-from launch.config.run_config import check, compose_run
+from launch.config.run_config import check, compose_run, write_config
+from launch.planning.request import read_request
+from launch.ranks.run_folder import write_run_folder
 from launch.train import preview
 from model.config import YarnRope
 from tests.data.released_tokenizer import write_released
@@ -168,14 +174,85 @@ def test_recipe_v3_model_is_the_released_one_without_yarn(folder: Path) -> None:
     assert replace(pretrained, **same) == released  # type: ignore[arg-type]
 
 
-def extension(folder: Path, name: str) -> TrainConfig:
-    """Returns an extension of V3 from weights of the phase before, of which only the architecture is there."""
-    model = "v3_671b_4k" if name == "v3_32k" else "v3_671b"
+def weights_before(folder: Path, name: str) -> Path:
+    """Returns weights of the phase before an extension, of which only the architecture is there."""
+    model = {"v3_32k": "v3_671b_4k", "v3_128k": "v3_671b", "quickstart_yarn": "quickstart"}[name]
     if not (weights := folder / f"before_{name}").exists():
         weights.mkdir()
         write_weights_manifest(weights, compose_run([f"model={model}"]).model, {})
+    return weights
+
+
+def extension(folder: Path, name: str) -> TrainConfig:
+    """Returns an extension of V3 from weights of the phase before."""
+    weights = weights_before(folder, name)
     given = [f"data.paths=[{folder / 'text'}]", f"data.tokenizer={folder / 'v3_671b'}.json"]
     return compose_run([f"experiment={name}", f"init_from={weights}", *given])
+
+
+@pytest.mark.parametrize("name", [*(name for name in options("experiment") if name != "none"), "v3_sft interleaved"])
+def test_recipe_is_the_same_run_for_train_plan_and_submit(
+    folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three write the same `config.yaml`, with the steps of epochs and the chunks of a schedule filled in."""
+    overrides = overrides_of_run(folder, name, tmp_path)
+    submitted = written_by_submit(overrides, tmp_path, monkeypatch)
+    job = (tmp_path / "run" / "overrides.txt").read_text("utf-8").splitlines()
+    trained = write_run_folder(compose_run(job), datetime.now())
+    configs = {
+        "train": yaml.safe_load((Path(trained.out_dir) / "config.yaml").read_text("utf-8")),
+        "plan": write_config(read_request(job).config),
+        "submit": submitted,
+    }
+    expected = dict(dotted_keys(plain(configs["train"])))
+    for command, values in configs.items():
+        found = dict(dotted_keys(plain(values)))
+        differing = {key for key in expected | found if key not in found or expected.get(key, "none") != found[key]}
+        assert not differing, f"{command}: {sorted(differing)}"
+    assert type(expected["task.steps"]) is int
+    assert expected["task.steps"] < 2**40
+
+
+def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
+    """Returns the overrides of a recipe with stand-ins for all that its user must give."""
+    name, _, variant = name.partition(" ")
+    overrides = [f"experiment={name}", f"out_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    overrides += ["schedule=dualpipe_interleaved", "parallelism.pipeline=4", "parallelism.data=128"] if variant else []
+    if name in ("v3_sft", "v3_grpo"):
+        source = {
+            "v3_sft": '{"prompt": "question %d", "answer": "answer"}',
+            "v3_grpo": '{"prompt": "%d", "answer": "1"}',
+        }
+        lines = "\n".join(source[name] % number for number in range(2000))
+        (tmp_path / "samples.jsonl").write_text(lines, "utf-8")
+        given = [f"data.paths=[{tmp_path / 'samples.jsonl'}]", "data.tokenizer=null", "validation.sequences=0"]
+        return [*overrides, *given]
+    if name not in (*LAPTOP, *ON_PAIRS, *ON_REWARDS, "quickstart_yarn"):
+        overrides.append(f"data.paths=[{folder / 'text'}]")
+    if name in GIVEN or name in EXTENSIONS:
+        overrides.append(f"data.tokenizer={folder / (name if name in GIVEN else 'v3_671b')}.json")
+    if name in (*EXTENSIONS, "quickstart_yarn"):
+        overrides.append(f"init_from={weights_before(folder, name)}")
+    if name == "arithmetic_distill":
+        overrides.append(f"task.teacher={folder / 'teacher'}")
+    return overrides
+
+
+def written_by_submit(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Returns the values of the `config.yaml` that launch.submit writes, without its checks and without Slurm."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 17\n", "utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(submit, "check", lambda config: None)
+    assert submit.main(overrides) == 0
+    return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8"))
+
+
+def plain(values: object) -> object:
+    """Returns values as YAML keeps them, without tuples."""
+    return yaml.safe_load(yaml.safe_dump(values))
 
 
 @pytest.mark.parametrize(("name", "length", "sequences"), [("v3_32k", 32_768, 1920), ("v3_128k", 131_072, 480)])
@@ -198,10 +275,7 @@ def test_recipe_v3_extension_is_the_published_phase_and_fits(
 
 def test_recipe_quickstart_yarn_extends_a_quickstart_by_eight(folder: Path) -> None:
     before = compose_run(["experiment=quickstart"])
-    weights = folder / "quickstart"
-    weights.mkdir()
-    write_weights_manifest(weights, before.model, {})
-    config = compose_run(["experiment=quickstart_yarn", f"init_from={weights}"])
+    config = compose_run(["experiment=quickstart_yarn", f"init_from={weights_before(folder, 'quickstart_yarn')}"])
     check_rules(config)
     rope = config.model.rope_scaling
     assert isinstance(rope, YarnRope)
