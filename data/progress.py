@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol, TextIO, TypeVar
 
+from data.terminal_text import escape_terminals, printable, unescaped
+
 Item = TypeVar("Item")
 Unit = Literal["bytes", "phases", "batches"]
 _FIRST_SECONDS = 1.0
@@ -123,6 +125,7 @@ def _bar(stream: TextIO, what: str, total: int, unit: Unit) -> Iterator[Callable
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Shown(*columns, console=Console(file=stream), transient=True) as shown:
-        task = shown.add_task(what, total=total)
+    with Shown(*columns, console=Console(file=unescaped(stream)), transient=True) as shown:
+        escape_terminals()  # the bar has put streams of its own in place
+        task = shown.add_task(printable(what), total=total)
         yield lambda count: shown.advance(task, count)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data.terminal_text import escape_terminals
 from launch.help.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, discard_output
 from launch.help.commands import listing, split_command, unknown_command
 
@@ -39,4 +40,5 @@ def _print(text: str) -> int:
 
 
 if __name__ == "__main__":
+    escape_terminals()
     sys.exit(main(sys.argv[1:]))

@@ -112,7 +112,7 @@ def dry_run(overrides: Sequence[str]) -> str:
         task = TASKS.get(config.task.kind)
         # A task that samples answers trains nothing of the prompts.
         reads_weights = bool(task.values) or task.has_rollouts
-        lines = sample_lines(prepared, first, reads_weights=reads_weights, has_colors=sys.stdout.isatty())
+        lines = sample_lines(prepared, first, reads_weights=reads_weights)
         return "\n".join(lines)
 
 

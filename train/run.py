@@ -20,6 +20,7 @@ from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import Job, join
 from data.prepare import Prepared
+from data.terminal_text import printable_on
 from train.callbacks import Callbacks
 from train.checkpoint.together import resolve_resume
 from train.config import TrainConfig
@@ -107,7 +108,7 @@ def _join(
         os._exit(error.verdict.code)
     except JobKeyError as error:
         if reports_on_stderr and member.rank != 0:  # rank 0's error is printed by its caller
-            os.write(sys.stderr.fileno(), f"error: {error}\n".encode())
+            os.write(sys.stderr.fileno(), printable_on(sys.stderr, f"error: {error}\n").encode())
         raise
 
 

@@ -16,7 +16,6 @@ from data.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 4000
 CONTEXT, TARGET = "       | ", "target | "
-_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -34,14 +33,13 @@ class ShownPiece:
     is_target: NDArray[np.bool_]
 
 
-def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool, has_colors: bool) -> Iterator[str]:
+def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> Iterator[str]:
     """Yields lines about the training data, and its first sample in a sequence, both answers of a pair.
 
     Args:
         prepared: the prepared data.
         sequence: number of a training sequence.
         reads_weights: whether the samples' weights decide which tokens are targets; else all are.
-        has_colors: whether targets are green, for a terminal.
     """
     yield from _count_lines(prepared)
     pieces = _pieces(prepared, sequence, reads_weights=reads_weights)
@@ -50,10 +48,10 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool, has_
     yield f"sequence {sequence} has {len(pieces)} {'answers' if has_pairs else 'pieces'}; the first {len(shown)}:"
     for piece in shown:
         yield f"{piece.title}: {len(piece.tokens)} tokens, {int(piece.is_target.sum())} targets"
-        yield from piece_lines(piece, prepared.tokenizer, has_colors=has_colors)
+        yield from piece_lines(piece, prepared.tokenizer)
 
 
-def piece_lines(piece: ShownPiece, tokenizer: Tokenizer, *, has_colors: bool) -> Iterator[str]:
+def piece_lines(piece: ShownPiece, tokenizer: Tokenizer) -> Iterator[str]:
     """Yields the lines of a piece. Each run of targets, and of other tokens, begins a line.
 
     Special tokens appear by name. Text that spells one has a backslash before it. Characters that do not print are
@@ -62,7 +60,6 @@ def piece_lines(piece: ShownPiece, tokenizer: Tokenizer, *, has_colors: bool) ->
     Args:
         piece: tokens and targets.
         tokenizer: of the tokens.
-        has_colors: whether targets are green.
     """
     start = 0
     for is_target, run in groupby(piece.is_target.tolist()):
@@ -71,8 +68,7 @@ def piece_lines(piece: ShownPiece, tokenizer: Tokenizer, *, has_colors: bool) ->
         if len(text) > MAX_CHARACTERS:
             text = f"{text[:MAX_CHARACTERS]}... ({len(text) - MAX_CHARACTERS} more characters)"
         for line in text.split("\n"):
-            marked = f"{TARGET if is_target else CONTEXT}{line}"
-            yield f"{_GREEN}{marked}{_PLAIN}" if has_colors and is_target else marked
+            yield f"{TARGET if is_target else CONTEXT}{line}"
         start = end
 
 

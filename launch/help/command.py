@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from data.terminal_text import escape_terminals
 from launch.config.compose import CONFIG_ONLY, DRY_RUN
 from launch.config.errors import system_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
@@ -44,6 +45,7 @@ def command(
         The exit code of the process.
     """
     interrupts = Interrupts()
+    escape_terminals()
     try:
         previews = {CONFIG_ONLY: preview, **({} if dry_run is None else {DRY_RUN: dry_run})}
         code = _run(name, main, previews, sys.argv[1:], quiet=quiet)

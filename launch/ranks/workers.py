@@ -18,6 +18,7 @@ from typing import Any
 
 from comm.config import ClusterConfig
 from comm.watchdog.membership import STORE_FILE_VARIABLE
+from data.terminal_text import escape_terminals
 from kernels.registry import loaded_plugins
 from launch.config.groups import load_plugin_files
 from launch.help.command import user_errors
@@ -104,6 +105,7 @@ def _run_rank(
 ) -> None:
     """Runs one local rank and sends its result or its error to the parent."""
     rank, num_ranks, store_file = place
+    escape_terminals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
     threading.Thread(target=die_with_parent, daemon=True).start()
     interface = "lo0" if sys.platform == "darwin" else "lo"

@@ -25,7 +25,7 @@ def test_every_target_is_marked_in_every_sequence(tmp_path: Path) -> None:
     prepared = prepare(config_of(source, tmp_path, chat_tokenizer()), L)
     texts = {line["answer"] for line in lines}
     for row in range(len(prepared.train_tokens_NL)):
-        shown = list(sample_lines(prepared, row, reads_weights=True, has_colors=False))
+        shown = list(sample_lines(prepared, row, reads_weights=True))
         header = next(line for line in shown if line.startswith("piece: "))
         size = int(header.split()[1])
         assert f", {int(prepared.train_values[WEIGHTS][row, :size].sum())} targets" in header
@@ -36,12 +36,7 @@ def test_every_target_is_marked_in_every_sequence(tmp_path: Path) -> None:
             assert answer.replace(f"\\{name}", "").count(name) == 0
             answer = answer.replace(f"\\{name}", name)
         assert answer in texts
-        colored = list(sample_lines(prepared, row, reads_weights=True, has_colors=True))
-        assert [line.replace("\x1b[32m", "").replace("\x1b[0m", "") for line in colored] == shown
-        assert {line for line in colored if "\x1b[32m" in line} == {
-            f"\x1b[32mtarget | {line}\x1b[0m" for line in marked
-        }
-        everything = list(sample_lines(prepared, row, reads_weights=False, has_colors=False))
+        everything = list(sample_lines(prepared, row, reads_weights=False))
         assert next(line for line in everything if "|" in line) == "       | <｜begin▁of▁sentence｜>"
 
 
@@ -50,7 +45,7 @@ def test_pairs_show_both_answers_and_hostile_text_is_escaped(tmp_path: Path) -> 
     path = write_lines(tmp_path / "pairs.jsonl", [line, line])
     source = PreferencesSource(kind="preferences", paths=(str(path),), template="v3")
     config = dataclasses.replace(config_of(source, tmp_path, chat_tokenizer()), validation_fraction=0.001)
-    shown = list(sample_lines(prepare(config, L), 0, reads_weights=True, has_colors=False))
+    shown = list(sample_lines(prepare(config, L), 0, reads_weights=True))
     prompt = "       | <｜begin▁of▁sentence｜><｜User｜>a\\x1b[2Jb\\u202e<｜Assistant｜>"
     assert [line for line in shown if "|" in line] == [
         prompt,

@@ -13,6 +13,7 @@ from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.tree.rank_set import RankSet
 from comm.watchdog.verdict import Verdict
+from data.terminal_text import printable_on
 from train.errors import LOG_FOLDER, ExitReason, write_error
 from train.ownership.rank_files import RankFiles
 from train.records.status import write_end
@@ -49,7 +50,8 @@ class CrashReporter:
         if self._reports_on_stderr:
             # One write, because all ranks may print at the same time and the launcher gave them one stderr.
             with suppress(OSError):
-                os.write(sys.stderr.fileno(), f"error: rank {self._files.rank} ends: {verdict.text}\n".encode())
+                line = f"error: rank {self._files.rank} ends: {verdict.text}\n"
+                os.write(sys.stderr.fileno(), printable_on(sys.stderr, line).encode())
         LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
         if self.out_dir is None or verdict.code == EXIT_OTHER:
             return

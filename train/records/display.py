@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data.progress import seconds_text
+from data.terminal_text import escape_terminals, printable, unescaped
 from train.report.figures import short
 
 Clock = Callable[[], float]
@@ -34,7 +35,7 @@ def open_console(stream: TextIO) -> Console:
         stream: standard output or another text stream. Variables such as `FORCE_COLOR` do not make it a terminal.
     """
     is_terminal = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-    return Console(file=stream, force_terminal=is_terminal, force_interactive=is_terminal)
+    return Console(file=unescaped(stream), force_terminal=is_terminal, force_interactive=is_terminal)
 
 
 class PhaseLines:
@@ -98,6 +99,7 @@ class Display:
             self._progress = Progress(*columns, console=console, refresh_per_second=1 / _LEAST_SECONDS)
             self._task = self._progress.add_task("training", total=num_steps, completed=first_step, rate="")
             self._progress.start()
+            escape_terminals()  # the bar has put streams of its own in place
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Shows a step if it is due. A terminal gets at most one line per second, and always the last step's."""
@@ -128,8 +130,9 @@ class Display:
         self.show("\n".join(folded(line)))
 
     def show(self, text: str) -> None:
-        """Prints a text as it is."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Prints a text as it is, with control characters as escapes on a terminal."""
+        shown = printable(text) if self._console.is_terminal else text
+        self._console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TextIO
 
+from data.terminal_text import escape_terminals, unescaped
+
 Report = Callable[[str], None]
 
 
@@ -78,7 +80,7 @@ class GuardedStream:
 
 
 def guard_terminal() -> None:
-    """Guards this process' standard output and error from here on.
+    """Guards this process' standard output and error from here on, and escapes control characters on a terminal.
 
     Opens those that were closed before it started.
     """
@@ -88,11 +90,9 @@ def guard_terminal() -> None:
         except OSError:  # the next file that is opened would get the number, and what is printed
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        if not isinstance(stream, GuardedStream):
-            setattr(sys, name, GuardedStream(stream, name))
+        stream = unescaped(getattr(sys, name) or open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        setattr(sys, name, stream if isinstance(stream, GuardedStream) else GuardedStream(stream, name))
+    escape_terminals()
 
 
 def report_breaks(report: Report) -> None:
@@ -101,6 +101,6 @@ def report_breaks(report: Report) -> None:
     Args:
         report: takes a line; called on the thread that writes.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (unescaped(sys.stdout), unescaped(sys.stderr)):
         if isinstance(stream, GuardedStream):
             stream.report_to(report)

@@ -54,7 +54,7 @@ def test_problems_become_prompts_without_targets_and_split_as_their_samples(tmp_
     assert not prepared.train_values[WEIGHTS].any()
     assert prepared.counts["train"].targets == 0
     assert prepared.bytes_per_token > 0
-    shown = list(sample_lines(prepared, 0, reads_weights=True, has_colors=False))
+    shown = list(sample_lines(prepared, 0, reads_weights=True))
     assert any(line.startswith("prompt: ") and line.endswith(", 0 targets") for line in shown)
     assert shown[-1].endswith("<｜Assistant｜>")
     assert prepare(config, L).fingerprint == prepared.fingerprint
