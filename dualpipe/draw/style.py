@@ -54,7 +54,7 @@ def _pattern(name: str, ground: str, line: str, opacity: float) -> str:
 
 
 STYLE = (
-    "<style>"
+    ".pipeline{max-width:100%;height:auto}"
     ".pipeline text{font-family:ui-sans-serif,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:12px;"
     "fill:#1c1e21}"
     ".pipeline .paper{fill:#fff}.pipeline .track{fill:#eef0f2}.pipeline .soft{fill:#5c6370}"
@@ -71,7 +71,6 @@ STYLE = (
     ".pipeline .soft{fill:#a2a9b4}.pipeline .grid{stroke:#363c45}.pipeline .bound{stroke:#ff6f9f}"
     ".pipeline .cells rect,.pipeline .cells path{stroke:#15181c}"
     "}"
-    "</style>"
 )
 DEFINITIONS = (
     "<defs>"

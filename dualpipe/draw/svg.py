@@ -104,7 +104,7 @@ def svg(
     explained, lines = legend(schedule, notes, width, has_measured=measured is not None, has_bound=bound is not None)
     picture.parts += [f'<g class="legend" transform="translate(24 {picture.y:.0f})">', *explained, "</g>"]
     name = escape(title or f"{schedule.kind}: {size(schedule)}", {'"': "&quot;"})
-    head = [STYLE, DEFINITIONS] if standalone else []
+    head = [f"<style>{STYLE}</style>", DEFINITIONS] if standalone else []
     return _element(panel_scale.width, picture.y + lines * _LEGEND_LINE + 8, name, [*head, *picture.parts])
 
 

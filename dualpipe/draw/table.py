@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from dualpipe.draw.document import document
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, number, percent, plain
 from dualpipe.draw.explain import explanation
 from dualpipe.draw.style import DEFINITIONS, STYLE
@@ -76,7 +77,7 @@ def _wrapped(text: str, head: str, width: int) -> list[str]:
     )
 
 
-_TEMPLATE = Path(__file__).with_name("page.html")
+_TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind in ("html", "css", "js"))
 
 
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
@@ -93,9 +94,8 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
     """
     shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
     scale, is_run = _common_scale(shown), any(entry.measured for entry in shown)
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+    body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        style=STYLE,
         definitions=DEFINITIONS,
         header="".join(_head(name, is_sorted=is_run and name == "makespan") for name in COLUMNS),
         rows="\n".join(_row(index, entry, has_run=is_run) for index, entry in enumerate(entries)),
@@ -104,6 +104,7 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
         comparison=_comparison(shown),
         figures="\n".join(_figure(index, entry, scale, has_run=is_run) for index, entry in _run_first(entries)),
     )
+    return document(title, body, STYLE + _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8"))
 
 
 def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:

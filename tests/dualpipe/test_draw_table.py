@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from dualpipe.draw.entry import UnavailableSchedule, time_schedule
 from dualpipe.draw.table import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.simulate.costs import Costs
+from tests.documents import browse, check_policy, with_style_attributes
 from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
@@ -203,3 +205,38 @@ def test_page_of_a_run_draws_it_and_says_that_times_are_seconds(text: str) -> No
     assert shown.count("<title>") == 2 * operations + 1
     assert "times in seconds" in shown
     assert "times in seconds" not in text
+
+
+def test_page_policy_allows_its_own_script_and_style_alone(text: str) -> None:
+    check_policy(text, has_script=True)
+    Reader(with_style_attributes(text))
+
+
+CHECKS = """
+addEventListener("load", () => {
+  const figure = document.querySelector("figure"), full = document.getElementById("full");
+  const fits = () => figure.scrollWidth <= figure.clientWidth, shown = ["fits " + fits()];
+  full.click();
+  shown.push("full size fits " + fits());
+  full.click();
+  const cell = document.querySelector(".pipeline .cells rect");
+  cell.dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
+  shown.push(document.getElementById("operation").textContent.split(":")[0]);
+  const box = document.querySelector("[data-figure]");
+  box.click();
+  shown.push("hidden " + document.getElementById(box.dataset.figure).hidden);
+  document.querySelectorAll("#comparison th")[3].click();
+  shown.push(document.querySelectorAll("#comparison th")[3].getAttribute("aria-sort"));
+  document.title = shown.join("|");
+});
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 1400])
+def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path, width: int) -> None:
+    page = html([time_schedule(build("dualpipe", 8, 40), UNIT), *ENTRIES])
+    shown = browse(page, tmp_path, f"--window-size={width},900", script=CHECKS)
+    title = re.search(r"<title>(.*?)</title>", shown)
+    assert title is not None
+    assert title[1] == "fits true|full size fits false|B0.0|hidden true|ascending"

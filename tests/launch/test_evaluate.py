@@ -14,6 +14,7 @@ from infer.evaluate import run as evaluation_run
 from infer.evaluate.config import EvaluationError
 from infer.evaluate.registry import EVALUATION_TASKS
 from launch.evaluate import main
+from tests.documents import check_policy
 from tests.launch.checkpoints import write_run
 from train.config.errors import ConfigError
 
@@ -82,7 +83,8 @@ def test_results_follow_from_the_samples(run: Path, tmp_path: Path, capsys: pyte
     assert {"configs", "versions", "n-shot", "higher_is_better", "checkpoint", "seed"} <= set(results)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "accuracy_per_byte" in page
-    assert "http" not in page
+    assert "://" not in page
+    check_policy(page, has_script=False)
     assert "contexts are longer" in capsys.readouterr().out
 
 

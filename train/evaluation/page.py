@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dualpipe.draw.document import document
 from infer.evaluate.protocol import ResultGrid, ResultTable
 from infer.evaluate.results import TaskResult
 from infer.evaluate.statistics import PairedComparison
@@ -34,8 +35,7 @@ def page(
     rows = [(name, "" if value is None else str(value)) for name, value in facts.items()]
     parts = [f"<h1>{escape(title)}</h1>", table(("fact", "value"), rows, 1)]
     parts += [_task(name, result, (compared or {}).get(name)) for name, result in results.items()]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{style}{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+    return document(title, f"<main>{''.join(parts)}</main>", style + _STYLE)
 
 
 _STYLE = """

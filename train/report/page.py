@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dualpipe.draw.document import document
+from dualpipe.draw.style import STYLE
 from train.planner.measured.compare import Comparison
 from train.report.chart import ChartedRun, Line, chart, run_data
 from train.report.figures import num_bytes, plain, short
@@ -25,8 +27,8 @@ from train.samples.answers import read_answers
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SCRIPT = Path(__file__).with_name("page.js")
-_STYLE = Path(__file__).with_name("style.css")
 _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
+_STYLES = (_LIBRARY / "uplot.css", Path(__file__).with_name("style.css"), Path(__file__).with_name("page.css"))
 _MOST_EVENTS = 1000
 _NUM_COLORS = 9
 _BY_POSITION = "validation_loss_by_position."
@@ -95,18 +97,18 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
         _section("Answers to held-out prompts", _answers(drawn)),
         _section("Checkpoints and events", _events(runs)),
     ]
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+    body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         about="".join(_about(run, number if len(drawn) > 1 else 0) for number, run in enumerate(drawn, 1)),
         summary=tiles(runs[0].history) if len(runs) == 1 else comparison(runs),
         run_data=run_data(runs),
         sections="\n".join(section for section in sections if section),
-        shared=_STYLE.read_text(encoding="utf-8"),
-        styles=(_LIBRARY / "uplot.css").read_text(encoding="utf-8"),
-        notice=_comment((_LIBRARY / "LICENSE").read_text(encoding="utf-8")),
-        library=_without_header((_LIBRARY / "uplot.js").read_text(encoding="utf-8")),
-        script=_SCRIPT.read_text(encoding="utf-8"),
     )
+    style = "".join(path.read_text(encoding="utf-8") for path in _STYLES) + STYLE
+    notice = _comment((_LIBRARY / "LICENSE").read_text(encoding="utf-8"))
+    library = _without_header((_LIBRARY / "uplot.js").read_text(encoding="utf-8"))
+    script = "\n".join((notice, library, _SCRIPT.read_text(encoding="utf-8")))
+    return document(title, body, style, script, has_images=True)
 
 
 def _about(run: DrawnRun, number: int) -> str:
@@ -201,7 +203,8 @@ def _pipeline(drawn: Sequence[DrawnRun]) -> str:
         if picture := run.source.picture():
             name = escape(f"timeline of {run.name}, scrolls")
             figures.append(f'<figure tabindex="0" role="region" aria-label="{name}">{picture}</figure>')
-    return "".join(figures)
+    size = '<p><label><input type="checkbox" id="full" autocomplete="off"> full size</label></p>'
+    return size + "".join(figures) if figures else ""
 
 
 def _experts(runs: Sequence[ChartedRun]) -> str:

@@ -75,7 +75,8 @@ class RunSource:
         if not path.is_file() or path.stat().st_size > _LARGEST_PICTURE_BYTES:
             return ""
         text = path.read_text(encoding="utf-8", errors="replace")
-        return text if _is_only_drawn(text) else ""
+        # The page has the style of pictures, and its policy allows no other.
+        return re.sub(r"(?s)<style>.*?</style>", "", text) if _is_only_drawn(text) else ""
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.documents import check_policy, with_style_attributes
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
 from train.planner.as_json import plan_json
 from train.planner.job_plan import JobPlan
@@ -57,7 +58,7 @@ def test_page_is_one_offline_file_without_scripts(published: tuple[JobPlan, dict
     plan, values = published
     page = plan_page(values, plan.timed, "v3")
     assert not re.search(r"(?i)https?://|@import|url\(|<script|<link|<img|src=", page)
-    assert "Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page
+    check_policy(page, has_script=False)
     assert "script" not in tags(page)
     assert len(page) < 300_000
     for title in ("Memory of each pipeline rank", "Time of a step", "Cost", "Assumptions"):
@@ -67,7 +68,7 @@ def test_page_is_one_offline_file_without_scripts(published: tuple[JobPlan, dict
 
 def test_page_has_a_bar_for_each_rank_and_a_line_for_the_capacity(published: tuple[JobPlan, dict[str, Any]]) -> None:
     plan, values = published
-    page = plan_page(values, plan.timed, "v3")
+    page = with_style_attributes(plan_page(values, plan.timed, "v3"))
     memory, time = page.partition("<h2>Time of a step</h2>")[::2]
     assert memory.count('class="bar"') == time.count('class="bar"') == 16
     assert memory.count('class="limit"') == 16
@@ -81,7 +82,11 @@ def test_page_has_a_bar_for_each_rank_and_a_line_for_the_capacity(published: tup
 def test_timeline_shows_every_group_of_the_busiest_rank(published: tuple[JobPlan, dict[str, Any]]) -> None:
     plan, values = published
     assert plan.timed is not None
-    rows = plan_page(values, plan.timed, "v3").partition('class="rows"')[2].partition("</section>")[0]
+    rows = (
+        with_style_attributes(plan_page(values, plan.timed, "v3"))
+        .partition('class="rows"')[2]
+        .partition("</section>")[0]
+    )
     groups = plan.timed.schedule.ranks[plan.timed.time.busiest]
     labels = re.findall(r"<span>([FBIW])(\d+)</span>", rows)
     operations = [(op.kind.value, str(op.micro_batch)) for group in groups for op in group]

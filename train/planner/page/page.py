@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dualpipe.draw.document import document
 from train.planner.page.bars import Bar, BarPart, Limit, stacked_bars
 from train.planner.page.records import any_value, records_table, shown
 from train.planner.page.timeline import PAIR, UPDATE, style_sheet, timeline
@@ -14,7 +15,7 @@ from train.report.figures import seconds, short
 from train.report.table import table
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_STYLE = Path(__file__).parents[2] / "report" / "style.css"
+_STYLES = (Path(__file__).parents[2] / "report" / "style.css", Path(__file__).with_name("page.css"))
 _MEMORY_PARTS = (
     BarPart("weights", "p1"),
     BarPart("gradients", "p2"),
@@ -58,14 +59,14 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
         *(_section(title, any_value(values.get(key))) for key, title in _OTHERS),
         _section("Assumptions", _assumptions(values["assumptions"])),
     ]
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"Plan of {name}"),
+    title = f"Plan of {name}"
+    body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
         verdict=_verdict(values),
         summary=_tiles(values),
         sections="\n".join(section for section in sections if section),
-        shared=_STYLE.read_text(encoding="utf-8"),
-        operations=style_sheet(),
     )
+    return document(title, body, style_sheet() + "".join(path.read_text(encoding="utf-8") for path in _STYLES))
 
 
 def _verdict(values: Mapping[str, Any]) -> str:

@@ -4,13 +4,12 @@ Answers are hostile: they may hold HTML, scripts and control characters. They re
 writes them as text. The page's policy allows this script and style alone, by their digests, and no network.
 """
 
-import base64
-import hashlib
 from html import escape
 from pathlib import Path
 from string import Template
 
 from data.tokenizer import Tokenizer
+from dualpipe.draw.document import document
 from train.report.embed import embedded_json
 from train.report.viewer.groups import group_data
 from train.report.viewer.journals import JournalChoice, choose_groups, has_journals
@@ -56,16 +55,14 @@ class RolloutViewer:
         choice, pieces = choose_groups(self._folder, _MOST_DATA_BYTES), self._open_pieces()
         script, style = _SCRIPT.read_text(encoding="utf-8"), "".join(path.read_text("utf-8") for path in _STYLES)
         data, num_shown = _group_list(choice, pieces)
-        return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-            title=escape(f"Rollouts of {name}"),
+        title = f"Rollouts of {name}"
+        body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+            title=escape(title),
             about=escape(about),
             shown=escape(_shown(choice, num_shown, has_pieces=pieces is not None)),
-            script_digest=_digest(script),
-            style_digest=_digest(style),
-            style=style,
-            script=script,
             data=data,
         )
+        return document(title, body, style, script)
 
     def _open_pieces(self) -> TokenPieces | None:
         """Returns what decodes tokens; None if the run's tokenizer is not known or cannot be read."""
@@ -102,8 +99,3 @@ def _shown(choice: JournalChoice, num_groups: int, *, has_pieces: bool) -> str:
         groups = f"{num_groups:,} of {choice.num_groups:,} groups, evenly chosen,"
     notes = "" if has_pieces else " Answers are shown as text, because the run has no tokenizer yet."
     return f"{groups} of {rollouts}. The folder rollouts has all of them.{notes}"
-
-
-def _digest(text: str) -> str:
-    """Returns the digest of an inline script or style as a content policy has it."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"

@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.documents import browse, check_policy
 from tests.train.report.viewer.journal_run import place_rollouts
 from train.report.viewer.page import RolloutViewer
 from train.rollout.groups.journal import journal_path
@@ -55,10 +55,7 @@ def test_page_has_the_groups_and_its_policy_allows_its_own_script_alone(tmp_path
     assert "6 groups of 3 rollouts." in page
     assert "Rollouts of &lt;run&gt;" in page
     assert "about &amp; more" in page
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
-    assert policy is not None
-    assert "unsafe" not in policy[1]
-    assert policy[1].startswith("default-src 'none'; script-src 'sha256-")
+    check_policy(page, has_script=True)
     assert not re.search(r"(?i)https?://|@import|url\(|innerHTML|insertAdjacent|document\.write|\beval\(", page)
 
 
@@ -139,34 +136,13 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
-def dump(tmp_path: Path, page: str) -> tuple[str, str]:
-    """Opens a page with headless Chromium. Returns the page after its scripts, and the errors that it logged."""
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("needs chromium")
-    path = tmp_path / "rollouts.html"
-    path.write_text(page, encoding="utf-8")
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--window-size=500,900",
-    ]
-    command += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=2000", "--dump-dom", f"file://{path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-
-
 @pytest.mark.slow
 def test_browser_filters_and_colors_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "viewer.js"
     script.write_text(Path("train/report/viewer/viewer.js").read_text() + CHECKS)
     monkeypatch.setattr("train.report.viewer.page._SCRIPT", script)
     place_rollouts(tmp_path, range(1, 4))
-    text, errors = dump(tmp_path, RolloutViewer(tmp_path, None).html("run", "about"))
-    assert errors == ""
+    text = browse(RolloutViewer(tmp_path, None).html("run", "about"), tmp_path, "--window-size=500,900")
     checked = re.search(r"<title>CHECKED (.*?)</title>", text)
     assert checked is not None
     assert checked[1].split(" | ") == [
@@ -188,8 +164,7 @@ def test_browser_filters_and_colors_answers(tmp_path: Path, monkeypatch: pytest.
 def test_browser_runs_nothing_of_hostile_answers(tmp_path: Path) -> None:
     place_attacks(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")  # the answers are their hostile text
-    text, errors = dump(tmp_path, RolloutViewer(tmp_path, None).html("run", "about"))
-    assert errors == ""
+    text = browse(RolloutViewer(tmp_path, None).html("run", "about"), tmp_path, "--window-size=500,900")
     assert "data-proof" not in text
     body = re.sub(r"(?s)<script.*?</script>", "", text)
     assert "<img" not in body
