@@ -126,6 +126,6 @@ def _bar(stream: TextIO, what: str, total: int, unit: Unit) -> Iterator[Callable
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Shown(*columns, console=Console(file=unescaped(stream)), transient=True) as shown:
-        escape_terminals()  # the bar has put streams of its own in place
+        escape_terminals()  # the bar has replaced both streams
         task = shown.add_task(printable(what), total=total)
         yield lambda count: shown.advance(task, count)

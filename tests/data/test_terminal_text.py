@@ -77,7 +77,7 @@ def test_rank_escapes_on_a_terminal_with_a_guard_and_bars(monkeypatch: pytest.Mo
         guard_terminal()
         print(HOSTILE)
         display = Display(open_console(sys.stdout), 2, 0, 1)
-        display.say(HOSTILE)
+        display.show(HOSTILE)
         print(HOSTILE, file=sys.stderr)
         display.close()
         list(progress_on(sys.stderr).over(HOSTILE, [1], 1, lambda item: item, "batches"))

@@ -99,7 +99,7 @@ class Display:
             self._progress = Progress(*columns, console=console, refresh_per_second=1 / _LEAST_SECONDS)
             self._task = self._progress.add_task("training", total=num_steps, completed=first_step, rate="")
             self._progress.start()
-            escape_terminals()  # the bar has put streams of its own in place
+            escape_terminals()  # the bar has replaced both streams
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Shows a step if it is due. A terminal gets at most one line per second, and always the last step's."""
