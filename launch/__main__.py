@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data.terminal_text import escape_terminals
+from data.progress import escape_terminals
 from launch.help.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, discard_output
 from launch.help.commands import listing, split_command, unknown_command
 

@@ -20,7 +20,7 @@ from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
 from comm.watchdog.rendezvous import Job, join
 from data.prepare import Prepared
-from data.terminal_text import printable_on
+from data.progress import printable_on
 from train.callbacks import Callbacks
 from train.checkpoint.together import resolve_resume
 from train.config import TrainConfig

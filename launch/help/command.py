@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from data.terminal_text import escape_terminals
+from data.progress import escape_terminals
 from launch.config.compose import CONFIG_ONLY, DRY_RUN
 from launch.config.errors import system_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts

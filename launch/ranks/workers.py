@@ -18,7 +18,7 @@ from typing import Any
 
 from comm.config import ClusterConfig
 from comm.watchdog.membership import STORE_FILE_VARIABLE
-from data.terminal_text import escape_terminals
+from data.progress import escape_terminals
 from kernels.registry import loaded_plugins
 from launch.config.groups import load_plugin_files
 from launch.help.command import user_errors

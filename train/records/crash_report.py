@@ -13,7 +13,7 @@ from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.tree.rank_set import RankSet
 from comm.watchdog.verdict import Verdict
-from data.terminal_text import printable_on
+from data.progress import printable_on
 from train.errors import LOG_FOLDER, ExitReason, write_error
 from train.ownership.rank_files import RankFiles
 from train.records.status import write_end

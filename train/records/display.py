@@ -14,8 +14,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from data.progress import seconds_text
-from data.terminal_text import escape_terminals, printable, unescaped
+from data.progress import escape_terminals, printable, seconds_text, unescaped
 from train.report.figures import short
 
 Clock = Callable[[], float]

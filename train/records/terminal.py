@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from data.terminal_text import escape_terminals, unescaped
+from data.progress import escape_terminals, unescaped
 
 Report = Callable[[str], None]
 
@@ -80,9 +80,9 @@ class GuardedStream:
 
 
 def guard_terminal() -> None:
-    """Guards this process' standard output and error from here on, and escapes control characters on a terminal.
+    """Guards this process' standard output and error from here on.
 
-    Opens those that were closed before it started.
+    Opens those that were closed before it started. A terminal gets control characters as escapes.
     """
     for descriptor in range(3):
         try:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.progress import progress_on
-from data.terminal_text import EscapedStream, escape_terminals, printable
+from data.progress import EscapedStream, escape_terminals, printable, progress_on
 from launch.help.command import command
 from train.config.errors import ConfigError
 from train.records.display import Display, open_console
