@@ -1,4 +1,4 @@
-"""Writes HTML documents with one head, and a content policy that allows only their own script and style.
+"""Writes HTML documents with one head and a policy that allows only their own script and style.
 
 Pages show names, answers and errors that may be hostile. The policy allows the script and the style of the document by
 their digests, and no network. Such a policy blocks `style` attributes too, so they become rules of the style sheet.
