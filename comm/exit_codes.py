@@ -3,6 +3,7 @@
 Does not import torch.
 """
 
+EXIT_CONFIGURATION = 2  # refused; no step was made
 EXIT_OTHER = 1  # another rank failed with an error
 EXIT_PREEMPTED = 75  # preempted after saving
 EXIT_HANG = 76  # a rank did not reach a collective within the timeout

@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from comm.exit_codes import EXIT_CONFIGURATION
 from data.progress import escape_terminals
-from launch.help.command import EXIT_BROKEN_PIPE, EXIT_CONFIGURATION, discard_output
+from launch.help.command import EXIT_BROKEN_PIPE, discard_output
 from launch.help.commands import listing, split_command, unknown_command
 
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from comm.exit_codes import EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED
+from comm.exit_codes import EXIT_CONFIGURATION, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.preemption import Preemption
@@ -43,6 +43,7 @@ from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
 from train.startup import (
     broadcast_config,
+    compare_ranks,
     load_initial_weights,
     load_resumed,
     prepare_corpus_together,
@@ -66,8 +67,8 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
         callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.
 
     Returns:
-        The exit code: 0 if the run is done, 1 if its folder took no checkpoint or its answers cannot be scored, 75 if
-        it was preempted and saved, 77 if the guard stopped it.
+        The exit code: 0 if the run is done, 1 if its folder took no checkpoint or its answers cannot be scored, 2 if
+        ranks have different configurations, 75 if it was preempted and saved, 77 if the guard stopped it.
     """
     preemption = Preemption.of_process()
     member = Membership.from_environment()
@@ -185,6 +186,9 @@ class _TrainingRank:
         layout = Layout(config.parallelism, config.cluster.ranks_per_node)
         with self._lines.timed("start of communication"), self._phase("start of communication"):
             device = start(config.cluster, self._job.store)
+            refusal = compare_ranks(config)
+            if refusal:
+                return self._refuse(config, refusal)
             config, ended = broadcast_config(config)
         if ended is not None:
             return ended
@@ -234,6 +238,15 @@ class _TrainingRank:
         if end.error is not None:
             raise end.error
         return end.code
+
+    def _refuse(self, config: TrainConfig, reason: str) -> int:
+        """Ends a run that all ranks refuse together, and returns the exit code. One rank of each node prints why."""
+        if config.out_dir and dist.get_rank() == 0:
+            self._open_status(config).ended("stopped", EXIT_CONFIGURATION, reason)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"error: {reason}\n".encode())
+        return EXIT_CONFIGURATION
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self._log.phase("world", self._ranks, name)

@@ -1,8 +1,15 @@
 """Prepares a run on all ranks together before the first step: configuration, corpus, weights."""
 
 import dataclasses
+import hashlib
+import json
 import os
+import platform
+import socket
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
@@ -20,12 +27,78 @@ from train.checkpoint.locate import AUTO, newest_whole
 from train.checkpoint.manifest import read_step
 from train.checkpoint.verify import verify_sizes
 from train.config import TrainConfig
+from train.config.decode import encode
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError
 from train.learner import Learner
+from train.records.secrets import HIDDEN, is_secret_name, redact
 from train.records.status import read_status
 from train.tasks.reference import Reference
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
+_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers")
+_MOST_KEYS = 8
+
+
+def compare_ranks(config: TrainConfig) -> str:
+    """Compares every rank's configuration, sources and packages with those of rank 0.
+
+    All ranks call it. Other ranks than rank 0 may leave `out_dir` empty.
+
+    Returns:
+        A line that names the nodes that differ, the keys and their values, equal on all ranks; empty if none differs.
+    """
+    own, node = _identity(config), f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
+    first = [hashlib.sha256(json.dumps(own).encode()).hexdigest(), str(Path(config.out_dir).expanduser())]
+    digest = first[0]
+    dist.broadcast_object_list(first, src=0)
+    own["out_dir"] = str(Path(config.out_dir).expanduser()) if config.out_dir else first[1]
+    is_same = [digest, own["out_dir"]] == first
+    (num_others,) = sum_over_ranks([not is_same])
+    if not num_others:
+        return ""
+    expected: list[Any] = [node, own]
+    dist.broadcast_object_list(expected, src=0)
+    # The ranks of a node run the same command, so the first one reports for all.
+    is_reporter = not is_same and os.environ.get("LOCAL_RANK", "0") == "0"
+    reports = exchange_reports(f"on {node} {_differences(own, expected[1])}" if is_reporter else None)
+    nodes = "; ".join(report.text for report in reports.first)
+    return redact(
+        f"ranks: must all have the configuration, sources and packages of rank 0 on {expected[0]}, {nodes}; "
+        f"{num_others} of {dist.get_world_size()} ranks differ; nearest valid: the same overrides, sources and "
+        f"packages on every node"
+    )
+
+
+def _identity(config: TrainConfig) -> dict[str, str]:
+    """Returns what must be equal on all ranks: every key but `out_dir`, the sources, and the packages."""
+    sources = hashlib.sha256()
+    for path in sorted(path for package in _SOURCES for path in (_ROOT / package).rglob("*.py")):
+        sources.update(str(path.relative_to(_ROOT)).encode() + path.read_bytes())
+    versions = {"python": ".".join(platform.python_version_tuple()[:2]), **{name: version(name) for name in _PACKAGES}}
+    keys = dict(_leaves(encode(dataclasses.replace(config, out_dir=""))))
+    return {**keys, **{f"version of {name}": text for name, text in versions.items()}, "sources": sources.hexdigest()}
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields nested values as JSON by their dotted keys, as on the command line."""
+    if not isinstance(values, Mapping):
+        yield key, json.dumps(values)
+        return
+    for name, value in values.items():
+        yield from _leaves(value, "data" if (key, name) == ("data", "source") else f"{key}.{name}".lstrip("."))
+
+
+def _differences(own: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """Returns the keys that differ with both values, without secrets; at most eight keys."""
+    keys = [key for key in {**expected, **own} if own.get(key) != expected.get(key)]
+    parts = []
+    for key in keys[:_MOST_KEYS]:
+        shown = [HIDDEN if is_secret_name(key) else values.get(key, "absent")[:80] for values in (own, expected)]
+        parts.append(f"{key} is {shown[0]} instead of {shown[1]}")
+    return ", ".join(parts) + (f" and {len(keys) - _MOST_KEYS} more keys differ" if len(keys) > _MOST_KEYS else "")
 
 
 def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from comm.exit_codes import EXIT_CONFIGURATION
 from data.progress import escape_terminals
 from launch.config.compose import CONFIG_ONLY, DRY_RUN
 from launch.config.errors import system_errors
@@ -15,7 +16,6 @@ from train.config.errors import ConfigError
 from train.records.secrets import redact
 
 _HELP = ("-h", "--help", "help")
-EXIT_CONFIGURATION = 2
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 Main = Callable[[Sequence[str]], int]

@@ -22,12 +22,13 @@ from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
 
 from comm.config import ClusterConfig
+from comm.exit_codes import EXIT_CONFIGURATION
 from comm.preemption import SIGNALS, Preemption, handled_signals
 from comm.watchdog.job_key import KEY_VARIABLE
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from kernels.registry import loaded_plugins
 from launch.config.groups import load_plugin_files
-from launch.help.command import EXIT_CONFIGURATION, user_errors
+from launch.help.command import user_errors
 from launch.ranks.environment import apply_rank_environment
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (

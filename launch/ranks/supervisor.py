@@ -17,9 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from comm.exit_codes import EXIT_HANG, EXIT_LOST
+from comm.exit_codes import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST
 from comm.preemption import Preemption
-from launch.help.command import EXIT_CONFIGURATION
 from launch.ranks.interrupt import EXIT_INTERRUPTED
 from train.errors import find_errors, find_verdict, read_error
 from train.ownership.lock_file import LockedError, read_lock
