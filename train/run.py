@@ -240,7 +240,7 @@ class _TrainingRank:
         return end.code
 
     def _refuse(self, config: TrainConfig, reason: str) -> int:
-        """Ends a run that all ranks refuse together, and returns the exit code. One rank of each node prints why."""
+        """Ends a run that all ranks refuse; one rank of each node prints why. Returns the exit code."""
         if config.out_dir and dist.get_rank() == 0:
             self._open_status(config).ended("stopped", EXIT_CONFIGURATION, reason)
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""Tests of the comparison at the start: ranks with another configuration, other sources or packages do not train."""
+"""Tests of the comparison at the start: ranks that differ in configuration, sources or packages do not train."""
 
 import os
 import subprocess
