@@ -1,7 +1,7 @@
-r"""Scores mathematical answers: the last `\boxed{...}` after the thoughts is compared with math-verify.
+r"""Scores mathematical answers: the last `\boxed{...}` must be proven equal to the expected answer.
 
-math-verify interrupts itself by signals, which work only in a main thread. So it runs in worker processes, without its
-own limit, and a worker that takes too long is killed.
+Only a box after the thoughts counts. A comparison may take minutes and all memory. So it runs in worker processes, and
+one that takes too long is killed.
 """
 
 import importlib.util
@@ -89,7 +89,7 @@ class MathsScorer:
 SCORERS.register(
     "maths",
     ScorerSpec(
-        summary="the last box equals the answer, by math-verify",
+        summary="the last box is proven equal to the answer",
         config=MathsConfig,
         build=MathsScorer,
         has_verdict=True,

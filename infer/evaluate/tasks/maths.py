@@ -1,4 +1,4 @@
-r"""Evaluates answers to questions of mathematics: math-verify compares them. Imports no torch.
+r"""Evaluates answers to questions of mathematics: they must be proven equal. Imports no torch.
 
 A line of the file is `{"id": ..., "question": ..., "answer": ...}`. Without a file, problems are generated: sums, which
 any model may solve, or digits to sort or reverse, which `data=arithmetic` trains.
@@ -27,7 +27,7 @@ from infer.evaluate.tasks.answering import (
     chat_or_text,
     check_settings,
 )
-from infer.scoring.answer_text import final_text
+from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.exact import ExactConfig, ExactScorer
 from infer.scoring.maths import MathsConfig, MathsScorer
 from infer.scoring.score import Answer, Problem, Score, Scorer
@@ -150,6 +150,7 @@ def _score(scorer: Scorer, answer: Answer, question: MathsQuestion, *, boxed: bo
     """Scores an answer. Without boxes, its first line with text is put in one for the scorers."""
     if not boxed:
         shown = next((line.strip() for line in final_text(answer.text).splitlines() if line.strip()), "")
+        shown = last_boxed(shown) or shown
         answer = Answer(text=f"\\boxed{{{shown}}}" if shown else "", num_tokens=answer.num_tokens)
     return scorer.score(answer, Problem(prompt=question.question, answer=question.answer))
 
@@ -212,8 +213,8 @@ def _files(config: MathsTaskConfig) -> tuple[str, ...]:
 EVALUATION_TASKS.register(
     NAME,
     EvaluationTaskSpec(
-        summary="questions of mathematics, judged by math-verify",
-        version=1,
+        summary="questions of mathematics, whose answers must be proven equal",
+        version=2,
         config=MathsTaskConfig,
         build=MathsTask,
         files=_files,
