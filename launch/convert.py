@@ -37,6 +37,7 @@ class ConvertConfig:
     max_shard_bytes: int | None
     weights: Literal["trained", "ema"]
     mtp: Literal["keep", "drop"]
+    accept_template: bool
 
     @property
     def target(self) -> Form:
@@ -72,6 +73,7 @@ def main(overrides: Sequence[str]) -> int:
             max_shard_bytes=_file_bytes(config),
             weights=config.weights,
             drop_mtp=config.mtp == "drop",
+            accept_template=config.accept_template,
         )
         print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0

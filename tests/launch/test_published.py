@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM, GenerationConfig
 
 from data.tokenizer import Tokenizer
-from launch.convert import main as convert
+from launch.convert import main as convert_main
 from launch.generate import main as generate
 from model.hf.convert import load_hf, save_hf
 from model.hf.errors import HfError
@@ -34,6 +34,10 @@ from train.checkpoint.sources import source_config
 # `torch_dtype` may change with the conversion, and keys of the architecture are checked by the model they describe.
 KEPT_KEYS = ("aux_loss_alpha", "auto_map", "ep_size", "seq_aux", "house_note", "pretraining_tp", "transformers_version")
 FILES = ("LICENSE-MODEL", "configuration_deepseek.py", "chat_template.jinja")
+
+
+def convert(arguments: list[str]) -> int:
+    return convert_main([*arguments, "accept_template=true"])
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,14 @@ from model.hf.names import (
 from model.hf.reader import HfReader
 from model.hf.writer import Extras, Fp8Scales, write_hf
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, write_weights_manifest
-from train.checkpoint.preserved import PreservedMetadata, read_preserved, rotary_record, rotary_tensors, server_files
+from train.checkpoint.preserved import (
+    PreservedMetadata,
+    read_preserved,
+    rotary_record,
+    rotary_tensors,
+    server_files,
+    without_unknown_templates,
+)
 from train.checkpoint.sources import is_hf_folder, source_folder, unknown_notes
 from train.checkpoint.weights import CheckpointReader, WeightsKind, held_weights, write_weights
 
@@ -53,6 +60,7 @@ class Conversion:
         max_shard_bytes: largest size of a file.
         weights: whether to read the trained weights or their moving average.
         drop_mtp: whether to leave MTP modules out.
+        accept_template: whether to copy a chat template that is not known.
     """
 
     path: str
@@ -62,6 +70,7 @@ class Conversion:
     max_shard_bytes: int
     weights: WeightsKind = "trained"
     drop_mtp: bool = False
+    accept_template: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +118,11 @@ def convert(conversion: Conversion, say: Say) -> str:
     source = _open(conversion)
     if unknown := unknown_notes(conversion.path):
         say(unknown)
+    if not conversion.accept_template:
+        files, left_out = without_unknown_templates(source.preserved.files)
+        source = replace(source, preserved=replace(source.preserved, files=files))
+        for name in left_out:
+            say(f"{name}: its chat template is not known and left out; accept_template=true copies it")
     counter = _Counter(source, conversion.max_shard_bytes, say)
     write = _write_checkpoint if conversion.form == "checkpoint" else _write_hf
     write(conversion, source, counter.read)

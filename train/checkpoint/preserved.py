@@ -18,6 +18,8 @@ from data.registry import DATA_SOURCES
 from data.special_tokens import GENERATION_NAME, TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME
 from data.tokenizer import Tokenizer
 from model.hf.config import TOKEN_ID_KEYS
+from model.hf.errors import HfError
+from model.hf.json_file import parse_json
 from model.hf.names import layer_of
 from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, read_manifest
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
@@ -41,6 +43,8 @@ _TOKENIZER_PATTERNS = (
     OLD_CHAT_TEMPLATE_NAME,
 )
 # Licenses apply with any tokenizer. The publisher's code (`auto_map`) is copied, but never run.
+_KNOWN_TEMPLATES = frozenset(("563b1ce7d61d50a9b4c7439a912a1116f095b712df5b5e4d3e1116049874eb64",))
+"""SHA-256 of published chat templates, in addition to this project's own: DeepSeek-V3, as TRL stores it."""
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _MODEL_PATTERNS = (*_LICENCE_PATTERNS, "*.py", GENERATION_NAME)
 
@@ -131,6 +135,36 @@ def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> Preserved
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
         files = {name: files[name] for name in files if name not in (TOKENS_MAP_NAME, GENERATION_NAME)}
     return PreservedMetadata(config=ids, rotary=before.rotary if _is_same_rope(path, key, config) else {}, files=files)
+
+
+def without_unknown_templates(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
+    """Leaves out chat templates that are neither published nor this project's own, because servers run them.
+
+    Returns the files that are left, and the names of those that held such a template.
+    """
+    left = {name: _without_unknown_template(name, content) for name, content in files.items()}
+    changed = [name for name, content in files.items() if left[name] != content]
+    return {name: content for name, content in left.items() if content is not None}, changed
+
+
+def _without_unknown_template(name: str, content: bytes) -> bytes | None:
+    if name == CHAT_TEMPLATE_NAME:
+        return content if _is_known_template(content) else None
+    if name not in (OLD_CHAT_TEMPLATE_NAME, TOKENIZER_CONFIG_NAME):
+        return content
+    try:
+        values = parse_json(content, Path(name), "")
+    except HfError:
+        return None
+    template = values.pop("chat_template", "")
+    is_known = isinstance(template, str) and (not template or _is_known_template(template.encode("utf-8", "replace")))
+    return content if is_known else _json(values) if values else None
+
+
+def _is_known_template(content: bytes) -> bool:
+    text = content.strip()
+    own = {template_jinja(template).encode().strip() for _, template in CHAT_TEMPLATES.items()}
+    return text in own or sha256(text).hexdigest() in _KNOWN_TEMPLATES
 
 
 def is_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
