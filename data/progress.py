@@ -4,7 +4,6 @@ A terminal shows control characters from models, files and other machines as esc
 unchanged, because programs read it there. Imports no torch.
 """
 
-import io
 import re
 import sys
 import time
@@ -38,8 +37,6 @@ class EscapedStream:
 
     def __init__(self, stream: TextIO) -> None:
         self.unescaped = stream
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")  # characters that the terminal cannot encode
 
     def write(self, text: str) -> int:
         """Writes the escaped text, and returns the length of what was given."""
@@ -66,6 +63,8 @@ def escape_terminals() -> None:
     """Escapes what this process prints from here on, if standard output or error is a terminal."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="replace")  # characters that the terminal or the pipe cannot encode
         if stream is not None and not stream.closed and stream.isatty() and not isinstance(stream, EscapedStream):
             setattr(sys, name, EscapedStream(stream))
 

@@ -3,7 +3,6 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -70,7 +69,7 @@ def main(overrides: Sequence[str]) -> int:
         job = _job(config, source, prompts) if config.parallelism.world_size > 1 else None
         if job is not None and is_torchrun(os.environ):
             return _run_as_rank(config, source, prompts, job)
-        with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
+        with new_file("out", config.out) if config.out else nullcontext(sys.stdout) as file:
             statistics = (
                 _run(config, source, prompts, file) if job is None else _run_ranks(config, source, prompts, job, file)
             )
@@ -152,7 +151,7 @@ def _run_as_rank(
     apply_rank_environment(job.cluster)
     rollouts = generate_as_rank(job)
     if not is_other_rank(os.environ):
-        with new_file("out", config.out) if config.out else nullcontext(_standard_output()) as file:
+        with new_file("out", config.out) if config.out else nullcontext(sys.stdout) as file:
             _print_statistics(_write_rollouts(config, source, prompts, rollouts, file))
     return 0
 
@@ -193,13 +192,6 @@ def _run(
             transcripts[piece.index].end(piece.finish)
         writer.update()
     return stream.statistics
-
-
-def _standard_output() -> TextIO:
-    """Returns standard output, set to replace characters that the terminal cannot encode."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return sys.stdout
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from train.records.run_summary import print_run_summary
 from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
 from train.replica import open_replica
+from train.report.write import Report
 from train.rollout.open import open_sampler
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
@@ -233,6 +234,8 @@ class _TrainingRank:
             end = _RunOutcome.of_error(error)
         self._close(groups)
         status.ended(end.state, end.code, end.reason)
+        if end.code and groups.rank == 0:
+            Report(config).try_to_write()  # it says at its top that the run has failed
         if end.state == "preempted" and groups.rank == 0:
             try_append_event(Path(config.out_dir), "preempted", status.step, end.reason)
         if end.error is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.prepare import Prepared
+from data.progress import printable
 from data.samples.pack import PAIR, WEIGHTS
 from data.tokenizer import Tokenizer
 
@@ -116,7 +117,5 @@ def _shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
         text = tokenizer.decode(list(run))
         for name in names.values():
             text = text.replace(name, f"\\{name}")
-        parts.append(
-            "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-        )
+        parts.append(printable(text))
     return "".join(parts)

@@ -8,7 +8,9 @@ import base64
 import hashlib
 import re
 from html import escape
+from pathlib import Path
 
+_STYLE = Path(__file__).with_name("document.css")
 _STYLE_ATTRIBUTE = re.compile(r'(?<=\s)style="([^"{}<>]*)"')
 
 
@@ -18,13 +20,17 @@ def document(title: str, body: str, style: str, script: str = "", *, has_images:
     Args:
         title: plain text.
         body: HTML in which every outside string is escaped; its script elements must hold data only.
-        style: the style sheet.
+        style: the style sheet, after what all documents share.
         script: runs after the body was read; empty for none.
         has_images: whether the body has images as `data:` addresses.
     """
     rules: dict[str, str] = {}
     body = _STYLE_ATTRIBUTE.sub(lambda match: f'data-style="{rules.setdefault(match[1], str(len(rules)))}"', body)
-    style += "".join(f'\n:root [data-style="{name}"]{{{rule}}}' for rule, name in rules.items())
+    style = (
+        _STYLE.read_text(encoding="utf-8")
+        + style
+        + "".join(f'\n:root [data-style="{name}"]{{{rule}}}' for rule, name in rules.items())
+    )
     policy = ["default-src 'none'", f"style-src '{_digest(style)}'", "base-uri 'none'", "form-action 'none'"]
     policy += ["require-trusted-types-for 'script'"]
     policy += [f"script-src '{_digest(script)}'"] if script else []

@@ -108,6 +108,13 @@ def stop_fork_server() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _has_lost_fork_server() -> bool:
+    """Returns whether the fork server has ended. It stays unreaped, so that `multiprocessing` starts a new one."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return pid is not None and hasattr(os, "waitid") and os.waitid(os.P_PID, pid, flags) is not None
+
+
 def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     """Runs a job's ranks until they end. No rank outlives this call or this process.
 
@@ -135,6 +142,10 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
                 print_redacted(f"error: ranks cannot restart: {error}")
                 break
     _write_status(folder, code, reason)
+    if code in (1, *VERDICT_CODES) and folder.is_dir():
+        from train.report.write import Report
+
+        Report(config).try_to_write()  # it says at its top that the run has failed
     return code
 
 
@@ -144,6 +155,7 @@ def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, rea
     append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
     print_redacted(f"all ranks restart ({restart} of {config.cluster.max_restarts}) from the newest checkpoint")
     write_run_folder(replace(config, resume=AUTO), datetime.now())
+    start_fork_server(config.cluster, getattr(forkserver._forkserver, "_preload_modules", ()))  # if it was lost
 
 
 def _run_once(
@@ -220,11 +232,16 @@ def _run_elastic(
     key = secrets.token_hex(32)
     try:
         codes = elastic_launch(launch, _rank)(entry, str(folder), str(supervisor.scratch), key, loaded_plugins())
-    except VanishedError as vanished:
-        return report_vanished(folder, str(vanished))
     except SignalException as ended:
         return 128 + int(ended.sigval), f"ended by {ended.sigval.name}"
-    except ChildFailedError as failed:
+    except (VanishedError, ChildFailedError, EOFError, ConnectionError) as failed:
+        if _has_lost_fork_server():
+            supervisor.kill_ranks()  # multiprocessing takes them for ended, but they run
+            return report_vanished(folder, "the fork server of the ranks is lost: its process has ended")
+        if isinstance(failed, VanishedError):
+            return report_vanished(folder, str(failed))
+        if not isinstance(failed, ChildFailedError):
+            raise
         rank, failure = failed.get_first_failure()
         return report_failure(folder, rank, int(failure.exitcode), request)
     return next((code for _, code in sorted(codes.items()) if code), 0), ""
@@ -261,11 +278,12 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
 
 
 def die_with_parent() -> None:
-    """Ends this rank when the launcher ends or is killed.
+    """Ends this rank when the launcher or the fork server ends or is killed.
 
-    Otherwise the fork server would keep the rank alive.
+    Otherwise the rank would outlive them.
     """
-    parent = process.parent_process()
+    parent, fork_server = process.parent_process(), os.getppid()
     if parent is not None:
-        connection.wait([parent.sentinel])
+        while os.getppid() == fork_server and not connection.wait([parent.sentinel], _NOTICE_SECONDS):
+            pass
         os.kill(os.getpid(), signal.SIGKILL)

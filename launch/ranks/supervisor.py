@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,6 +80,12 @@ class RankSupervisor:
     def end_ranks_after_delay(self) -> None:
         """Kills all remaining ranks after a few seconds, because a rank has vanished."""
         self._vanished_at = time.monotonic()
+
+    def kill_ranks(self) -> None:
+        """Kills all ranks, and waits for their end at most a few seconds each."""
+        for descriptor in list(self._ranks.values()):
+            _send(descriptor, signal.SIGKILL)
+            connection.wait([descriptor], _VANISHED_SECONDS)
 
     def _supervise(self) -> None:
         while not self._is_over.wait(_LOOK_SECONDS):

@@ -32,6 +32,12 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
+def is_running(pid: str) -> bool:
+    """Returns whether a process runs; one that has ended and waits for its parent does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def sleep_on() -> None:
     """Waits until a signal ends it, with nothing to save."""
     for number in SIGNALS:
@@ -128,6 +134,20 @@ def one_is_killed_at_first(config: TrainConfig) -> int:
     return 0 if config.resume == "auto" else 1
 
 
+def fork_server_is_killed_at_first(config: TrainConfig) -> int:
+    """Loses the fork server in the first attempt; in the second, the first attempt's ranks must have ended."""
+    pids = Path(config.out_dir) / f"attempts_{rank()}"
+    if not pids.exists():
+        pids.write_text(str(os.getpid()))
+        if rank() == 1:
+            while len(list(Path(config.out_dir).glob("attempts_*"))) < WORLD_SIZE:
+                time.sleep(0.02)
+            os.kill(os.getppid(), signal.SIGKILL)
+        sleep_on()
+    is_alone = not any(is_running(path.read_text()) for path in Path(config.out_dir).glob("attempts_*"))
+    return 0 if is_alone and config.resume == "auto" else 1
+
+
 def one_vanishes(config: TrainConfig) -> int:
     """Exits with code 0 while the other ranks wait for its result."""
     if rank() == 1:
@@ -197,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
     start_fork_server(config.cluster, ["torch.distributed", "launch.config.compose", "launch.ranks.local"])
     code = 0
     for name in names:
-        cluster = replace(config.cluster, max_restarts=2 if name == "one_is_killed_at_first" else 0)
+        cluster = replace(config.cluster, max_restarts=2 if name.endswith("_at_first") else 0)
         write_run_folder(replace(config, out_dir=str(place / name), cluster=cluster), datetime(2024, 1, 2))
         code = run_ranks(place / name, WORLD_SIZE, getattr(rank_entries, name))
         print(f"{name}: {code}", file=sys.stderr, flush=True)

@@ -73,6 +73,11 @@ ENDS = {
         76,
         r"error: rank 2 did not reach a collective within 4 s\nthe log of each rank is in (.*)\n",
     ),
+    "fork_server_is_killed_at_first": (
+        0,
+        r"error: the fork server of the ranks is lost: its process has ended\n"
+        r"all ranks restart \(1 of 2\) from the newest checkpoint\n",
+    ),
     "one_is_killed_at_first": (
         0,
         r"error: rank 3 is lost: it was ended by SIGKILL\n"
@@ -106,6 +111,9 @@ def test_local_exit_code_and_error_are_those_of_the_rank_that_fails_first(start:
         status = read_status(tmp_path / entry)
         assert status is not None
         assert (status.exit_code, status.state, status.reason) == (code, state, reason)
+        has_report = code in (1, 76, 78)
+        assert (tmp_path / entry / "report.html").exists() == has_report
+        assert not has_report or reason in (tmp_path / entry / "report.html").read_text()
     events = read_events(tmp_path / "one_is_killed_at_first")
     assert [(event["kind"], event["restart"], event["exit_code"]) for event in events] == [
         ("restarted", 1, 78),

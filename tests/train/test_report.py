@@ -17,6 +17,9 @@ from tests.documents import browse, check_policy
 from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.errors import ExitReason, write_error
+from train.ownership.rank_files import RankFiles
+from train.records.status import State, Status, write_status
 from train.report.figures import num_bytes, plain, seconds, short
 from train.report.history import History
 from train.report.layers import palette, png, relative_shades
@@ -210,6 +213,31 @@ def test_report_shows_events_and_whole_checkpoints_as_text(tmp_path: Path) -> No
     assert "step-00000006" not in text
     assert page.runs[0]["marks"] == [[3, "skip"], [4, "checkpoint"]]
     assert page.reading(LOSS, 3) == {"total": 8.97, "main": 8.0, "MTP": 8.5}
+
+
+@pytest.mark.parametrize(("state", "code"), [("stopped", 77), ("lost", 78), ("stopped", 1)])
+def test_report_of_a_failed_run_says_so_at_the_top(tmp_path: Path, state: State, code: int) -> None:
+    configs = [place_run(tmp_path / name, range(1, 4)) for name in ("a", "b")]
+    folder = Path(configs[0].out_dir)
+    before = Report(configs[0]).write().read_text()
+    assert 'class="failed"' not in before
+    write_status(folder, Status(state=state, step=3, checkpoint="checkpoints/step-3", exit_code=code, reason="<b>why"))
+    files = RankFiles.of_run(configs[0], 0)
+    write_error(folder, files, ExitReason("why", code), "details")
+    for page in (Report(configs[0]).write().read_text(), compare(configs).read_text()):
+        check_policy(page, has_script=True)
+        top = page.partition("</h1>")[2].partition("</p>")[0]
+        assert f"This run failed with exit code {code} after step 3, 20" in top
+        assert "&lt;b&gt;why" in top
+        assert f"See log/{files.stem}.error.log. Newest checkpoint: checkpoints/step-3." in top
+        assert page.count('class="failed"') == 1
+
+
+@pytest.mark.parametrize(("state", "code"), [("running", None), ("done", 0), ("preempted", 75)])
+def test_report_of_a_run_that_did_not_fail_has_no_warning(tmp_path: Path, state: State, code: int | None) -> None:
+    config = place_run(tmp_path, range(1, 4))
+    write_status(Path(config.out_dir), Status(state=state, step=3, exit_code=code))
+    assert 'class="failed"' not in Report(config).write().read_text()
 
 
 def test_report_data_cannot_end_its_script(tmp_path: Path) -> None:

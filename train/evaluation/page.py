@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from dualpipe.draw.document import document
@@ -31,21 +30,16 @@ def page(
         results: of each task by name.
         compared: comparison of each metric of each task with another evaluation, if there is one.
     """
-    style = (Path(__file__).parents[1] / "report" / "style.css").read_text(encoding="utf-8")
     rows = [(name, "" if value is None else str(value)) for name, value in facts.items()]
     parts = [f"<h1>{escape(title)}</h1>", table(("fact", "value"), rows, 1)]
     parts += [_task(name, result, (compared or {}).get(name)) for name, result in results.items()]
-    return document(title, f"<main>{''.join(parts)}</main>", style + _STYLE)
+    return document(title, f"<main>{''.join(parts)}</main>", _STYLE)
 
 
 _STYLE = """
 .bar{fill:var(--c1)}.whisker{stroke:var(--ink);stroke-width:1.5}.zero{stroke:var(--line)}
 svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-width:100%;height:auto}
-figure{margin:8px 0 18px}figcaption{font-weight:600;margin-bottom:6px}
-.table{overflow-x:auto;margin:8px 0 18px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:3px 12px;border-bottom:1px solid var(--line);text-align:right}
-td:first-child,th:first-child{text-align:left}
-td.text,th.text{text-align:left;overflow-wrap:anywhere}
+.table{border:0}.table table{width:auto}figure{margin:8px 0 18px;border:0}figcaption{font-weight:600;margin-bottom:6px}
 """
 
 

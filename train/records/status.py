@@ -65,8 +65,10 @@ def _has_types(status: Status) -> bool:
     """Returns whether the values of a status have valid types and ranges."""
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
+    is_dated = type(status.time) in (int, float) and 0 <= status.time < 2**33
     strings = (status.reason, "" if status.checkpoint is None else status.checkpoint)
-    return is_code and is_step and status.state in get_args(State) and all(type(text) is str for text in strings)
+    is_text = all(type(text) is str for text in strings)
+    return is_code and is_step and is_dated and is_text and status.state in get_args(State)
 
 
 def write_end(out_dir: Path, state: State, exit_code: int, reason: str) -> None:

@@ -3,7 +3,6 @@
 No torch here.
 """
 
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -33,8 +32,6 @@ class GuardedStream:
         self._name = name
         self._problem = ""
         self._report: Report | None = None
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # of a character that the terminal does not know
 
     def write(self, text: str) -> int:
         """Writes, or loses the text."""

@@ -3,14 +3,18 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from comm.exit_codes import EXIT_PREEMPTED
 from dualpipe.draw.document import document
 from dualpipe.draw.style import STYLE
+from train.errors import LOG_FOLDER, find_errors
 from train.planner.measured.compare import Comparison
+from train.records.status import read_status
 from train.report.chart import ChartedRun, Line, chart, run_data
 from train.report.figures import num_bytes, plain, short
 from train.report.layers import card, legend_gradient, overview
@@ -28,8 +32,9 @@ REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SCRIPT = Path(__file__).with_name("page.js")
 _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
-_STYLES = (_LIBRARY / "uplot.css", Path(__file__).with_name("style.css"), Path(__file__).with_name("page.css"))
+_STYLES = (_LIBRARY / "uplot.css", Path(__file__).with_name("page.css"))
 _MOST_EVENTS = 1000
+_MOST_ERRORS = 3
 _NUM_COLORS = 9
 _BY_POSITION = "validation_loss_by_position."
 _EVALUATION = re.compile(r"evaluation_([a-z0-9_]+)")
@@ -113,7 +118,20 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
 
 def _about(run: DrawnRun, number: int) -> str:
     name = f'<i class="swatch p{number}"></i><b>{escape(run.name)}</b>: ' if number else ""
-    return f"<p>{name}{escape(run.about)}</p>"
+    return f"{_failure(run.source.folder)}<p>{name}{escape(run.about)}</p>"
+
+
+def _failure(folder: Path) -> str:
+    """Returns how a run failed and where to look; empty if it runs, is done or was preempted."""
+    status = read_status(folder)
+    if status is None or status.exit_code in (None, 0, EXIT_PREEMPTED):
+        return ""
+    ended = datetime.fromtimestamp(status.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    heading = f"This run failed with exit code {status.exit_code} after step {status.step:,}, {ended}."
+    files = [path.relative_to(folder).as_posix() for path in find_errors(folder)[:_MOST_ERRORS]] or [f"{LOG_FOLDER}/"]
+    advice = f"See {', '.join(files)}. Newest checkpoint: {status.checkpoint or 'none'}."
+    lines = (f"<b>{escape(heading)}</b>", escape(status.reason or "No reason is known."), escape(advice))
+    return f'<p class="failed" role="alert">{"<br>".join(lines)}</p>'
 
 
 def _viewer_link(drawn: Sequence[DrawnRun]) -> str:

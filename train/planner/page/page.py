@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from dualpipe.draw.document import document
@@ -14,8 +13,7 @@ from train.planner.timing import TimedPlan
 from train.report.figures import seconds, short
 from train.report.table import table
 
-_TEMPLATE = Path(__file__).with_name("page.html")
-_STYLES = (Path(__file__).parents[2] / "report" / "style.css", Path(__file__).with_name("page.css"))
+_STYLE = Path(__file__).with_name("page.css")
 _MEMORY_PARTS = (
     BarPart("weights", "p1"),
     BarPart("gradients", "p2"),
@@ -60,13 +58,8 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
         _section("Assumptions", _assumptions(values["assumptions"])),
     ]
     title = f"Plan of {name}"
-    body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        verdict=_verdict(values),
-        summary=_tiles(values),
-        sections="\n".join(section for section in sections if section),
-    )
-    return document(title, body, style_sheet() + "".join(path.read_text(encoding="utf-8") for path in _STYLES))
+    body = f"<main><h1>{escape(title)}</h1>{_verdict(values)}{_tiles(values)}{''.join(sections)}</main>"
+    return document(title, body, style_sheet() + _STYLE.read_text(encoding="utf-8"))
 
 
 def _verdict(values: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from train.report.viewer.pieces import TokenPieces, find_tokenizer
 VIEWER_NAME = "rollouts.html"
 _TEMPLATE = Path(__file__).with_name("viewer.html")
 _SCRIPT = Path(__file__).with_name("viewer.js")
-_STYLES = (Path(__file__).parents[1] / "style.css", Path(__file__).with_name("viewer.css"))
+_STYLE = Path(__file__).with_name("viewer.css")
 _MOST_DATA_BYTES = 4_500_000
 """Size of the data of a page, which has at most 5 MB."""
 
@@ -53,7 +53,6 @@ class RolloutViewer:
             OSError: a journal cannot be read.
         """
         choice, pieces = choose_groups(self._folder, _MOST_DATA_BYTES), self._open_pieces()
-        script, style = _SCRIPT.read_text(encoding="utf-8"), "".join(path.read_text("utf-8") for path in _STYLES)
         data, num_shown = _group_list(choice, pieces)
         title = f"Rollouts of {name}"
         body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -62,7 +61,7 @@ class RolloutViewer:
             shown=escape(_shown(choice, num_shown, has_pieces=pieces is not None)),
             data=data,
         )
-        return document(title, body, style, script)
+        return document(title, body, _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8"))
 
     def _open_pieces(self) -> TokenPieces | None:
         """Returns what decodes tokens; None if the run's tokenizer is not known or cannot be read."""
