@@ -109,7 +109,10 @@ def stop_fork_server() -> None:
 
 
 def _has_lost_fork_server() -> bool:
-    """Returns whether the fork server has ended. It stays unreaped, so that `multiprocessing` starts a new one."""
+    """Returns whether the fork server has ended.
+
+    It stays unreaped, so that `multiprocessing` starts a new one.
+    """
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     return pid is not None and hasattr(os, "waitid") and os.waitid(os.P_PID, pid, flags) is not None

@@ -138,9 +138,9 @@ def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> Preserved
 
 
 def without_unknown_templates(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
-    """Leaves out chat templates that are neither published nor this project's own, because servers run them.
+    """Leaves out chat templates that are neither published nor this project's own.
 
-    Returns the files that are left, and the names of those that held such a template.
+    Servers run templates. Returns the files that are left, and the names of those that held such a template.
     """
     left = {name: _without_unknown_template(name, content) for name, content in files.items()}
     changed = [name for name, content in files.items() if left[name] != content]
