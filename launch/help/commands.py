@@ -8,15 +8,17 @@ from pathlib import Path
 from launch.config.groups import config_dir
 
 _EXAMPLE = "# Example: "
+_COMMON = "# Most used: "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """A command's name, one-line description and example command lines."""
+    """A command's name, one-line description, example command lines, and keys that are used most."""
 
     name: str
     about: str
     examples: tuple[str, ...]
+    common: tuple[str, ...]
 
 
 def find_commands() -> tuple[Command, ...]:
@@ -42,7 +44,7 @@ def listing() -> str:
             *lines,
             "",
             "Each takes [group=option] [key=value]:",
-            "  --help             lists the groups and keys, with their values",
+            "  --help             lists groups and the most used keys; --help WORD searches, --help all lists all",
             "  config_only=true   prints the composed, checked configuration and starts nothing",
             "",
             "First run: python -m launch.train experiment=quickstart",
@@ -69,5 +71,6 @@ def split_command(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def _read(path: Path) -> Command:
     lines = path.read_text(encoding="utf-8").splitlines()
     examples = tuple(line.removeprefix(_EXAMPLE).strip() for line in lines if line.startswith(_EXAMPLE))
+    common = tuple(key for line in lines if line.startswith(_COMMON) for key in line.removeprefix(_COMMON).split())
     about = lines[0].lstrip("# ").partition(": python -m")[0].rstrip(".")
-    return Command(name=path.stem, about=f"{about}.", examples=examples)
+    return Command(name=path.stem, about=f"{about}.", examples=examples, common=common)

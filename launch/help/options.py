@@ -1,32 +1,35 @@
 """Collects each key with its value and the comment in its YAML file, for `--help`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.config.compose import compose_defaults, dotted_keys
-from launch.config.groups import config_dir, included_roots, option_file
+from launch.config.compose import dotted_keys
+from launch.config.groups import config_dir, config_dirs, included_roots, option_file, options, read_option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """A key with its value in command-line syntax and its comment in the YAML file."""
+    """A key with its value in command-line syntax and its comment in the YAML file.
+
+    Attributes:
+        key: dotted, but that of a group has slashes.
+        value: of a group, the chosen option; empty for other keys that contain keys.
+        comment: of the key or of the option.
+        is_leaf: whether it contains no other keys.
+        group: of which it is a key; empty if it belongs to none.
+        choices: options of the group that have the key, if it is not among the command's keys.
+    """
 
     key: str
     value: str
     comment: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """The keys of a command itself, or of one group."""
-
-    title: str
-    comment: str
-    options: tuple[Option, ...]
+    is_leaf: bool = True
+    group: str = ""
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,54 +39,68 @@ class _Source:
     path: Path
     prefix: str
 
+    @classmethod
+    def of_option(cls, group: str, option: str) -> "_Source":
+        path = option_file(group, option)
+        is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
+        return cls(path, "" if is_global else f"{group.replace('/', '.')}.")
+
     @property
     def lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines()
 
 
-def sections(command: str, overrides: Sequence[str], chosen: Mapping[str, str]) -> list[Section]:
-    """Returns all keys of a command with their values, in sections.
+def read_options(command: str, values: Mapping[str, Any], chosen: Mapping[str, str]) -> list[Option]:
+    """Returns all keys of a command with their values; a key precedes those that it contains.
 
     Args:
         command: name of a root YAML file.
-        overrides: as for `compose`.
+        values: before interpolation, by key.
         chosen: the chosen option of each group.
     """
-    values = compose_defaults(command, overrides)
+    sources = {group: _Source.of_option(group, option) for group, option in chosen.items()}
     roots = [_Source(config_dir() / f"{root}.yaml", "") for root in (*included_roots(command), command)]
-    groups = {
-        group: _Source(option_file(group, option), f"{group.replace('/', '.')}.") for group, option in chosen.items()
-    }
-    comments = {key: text for source in (*roots, *groups.values()) for key, text in _comments(source)}
-    leaves = [Option(key=key, value=_flow(value), comment=comments.get(key, "")) for key, value in _leaves(values)]
-    found = [Section(title="", comment="", options=tuple(leaf for leaf in leaves if "." not in leaf.key))]
-    for place in _places(values, chosen):
-        own = tuple(leaf for leaf in leaves if _place_of(leaf.key, chosen) == place)
-        title = f"{place}={chosen[place]}" if place in chosen else place
-        about = _heading(groups[place]) if place in groups else comments.get(place, "")
-        found.append(Section(title=title, comment=about, options=own))
+    comments = {key: text for source in (*sources.values(), *roots) for key, text in _comments(source) if text}
+    found = []
+    for key, value in dotted_keys(values):
+        group = key.replace(".", "/")
+        if not isinstance(value, Mapping) or not value:
+            found.append(Option(key=key, value=_flow(value), comment=comments.get(key, "")))
+        elif group in chosen:
+            about = _heading(sources[group])
+            found.append(Option(key=group, value=chosen[group], comment=about, is_leaf=False))
+        else:
+            found.append(Option(key=key, value="", comment=comments.get(key, ""), is_leaf=False))
     return found
 
 
-def _places(values: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[str]:
-    """Yields the keys that contain others, each followed by its nested groups: `optim`, `optim/schedule`."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield key
-            yield from (group for group in chosen if group.startswith(f"{key}/"))
+def other_options(chosen: Mapping[str, str]) -> list[Option]:
+    """Returns the groups of a command, and the keys of all their options but experiments.
+
+    Args:
+        chosen: the chosen option of each group.
+    """
+    found: dict[str, Option] = {}
+    for group in _with_nested(chosen):
+        for option in options(group):
+            source = _Source.of_option(group, option)
+            found[f"{group}={option}"] = Option(key=group, value=option, comment=_heading(source), is_leaf=False)
+            if group == "experiment":
+                continue
+            comments = dict(_comments(source))
+            for key, value in dotted_keys(read_option(group, option), source.prefix):
+                if (not isinstance(value, Mapping) or not value) and not key.startswith(f"{source.prefix}defaults"):
+                    first = Option(key=key, value=_flow(value), comment=comments.get(key, ""), group=group)
+                    known = found.get(key, first)
+                    found[key] = replace(known, choices=(*known.choices, option))
+    return list(found.values())
 
 
-def _place_of(key: str, chosen: Mapping[str, str]) -> str:
-    """Returns the innermost group that a dotted key belongs to, or its first part."""
-    groups = [group for group in chosen if key.startswith(f"{group.replace('/', '.')}.")]
-    return max(groups, key=len, default=key.partition(".")[0])
-
-
-def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the keys that contain no other keys."""
-    for key, value in dotted_keys(values):
-        if not isinstance(value, Mapping) or not value:
-            yield key, value
+def _with_nested(groups: Iterable[str]) -> list[str]:
+    """Returns groups and the groups in their folders, such as `task/loss`."""
+    folders = [folder / group for group in groups for folder in config_dirs()]
+    nested = [path.relative_to(folder.parent).as_posix() for folder in folders for path in folder.glob("*/")]
+    return list(dict.fromkeys([*groups, *nested]))
 
 
 def _comments(source: _Source) -> Iterator[tuple[str, str]]:
@@ -162,8 +179,3 @@ def _flow(value: Any) -> str:
             return f"{{{','.join(f'{key}:{_flow(item)}' for key, item in value.items())}}}"
         case _:
             return str(value)
-
-
-def all_options(found: Iterable[Section]) -> list[Option]:
-    """Returns the options of all sections, in order."""
-    return [option for section in found for option in section.options]

@@ -1,47 +1,64 @@
-"""Formats the output of `--help`: usage, groups with options, keys with values, and examples."""
+"""Formats the output of `--help`: an overview, every key, or what matches words."""
 
+import importlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
 
-from launch.config.compose import chosen_options, switches
-from launch.config.groups import options
+from launch.config.compose import chosen_options, compose_defaults, switches
+from launch.config.groups import options, own_keys, read_option
+from launch.help.advice import find_advice
 from launch.help.commands import find_command
-from launch.help.options import Section, all_options, sections
+from launch.help.options import Option, other_options, read_options
+from train.config.decode import GROUP_OF_KEYS, describe_key
+from train.config.errors import ConfigError
 
 MOST_COLUMNS = 100
+MOST_LINES = 60
 _FEWEST_COLUMNS = 40
 _COMMENT_COLUMN = 42
+_MOST_MATCHES = 20
+_CONFIGS = {
+    "convert": "launch.convert ConvertConfig",
+    "evaluate": "launch.evaluation.request EvaluateCommandConfig",
+    "generate": "launch.generation.request GenerateCommandConfig",
+    "redraw": "launch.redraw RedrawConfig",
+    "sample": "launch.sample SampleCommandConfig",
+    "schedule": "launch.schedule ScheduleCommandConfig",
+    "workflow": "launch.workflows.config WorkflowCommandConfig",
+}
+"""Modules and dataclasses of the commands whose keys are not those of a run."""
 
 
-def help_text(command: str, overrides: Sequence[str] = (), columns: int = MOST_COLUMNS) -> str:
-    """Returns the help of a command, with the keys of the options that the overrides choose.
+def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_COLUMNS) -> str:
+    """Returns the help of a command: at most 60 lines, with `all` every key, with other words what matches them.
 
     Args:
         command: the command's name.
-        overrides: as for `launch.config.compose.compose`; required values may be missing.
+        arguments: words, and overrides as for `launch.config.compose.compose`; required values may be missing.
         columns: maximum width of a line in characters.
+
+    Raises:
+        ConfigError: nothing matches the words.
     """
-    about = find_command(command)
+    overrides = [text for text in arguments if "=" in text or text[:1] in "-+~"]
+    words = [text.lower().replace("-", "_") for text in arguments if text not in overrides]
     chosen = chosen_options(command, overrides)
-    found = sections(command, overrides, chosen)
-    lines = [*_wrapped(about.about, "", columns), ""]
-    usage = f"python -m launch.{command} {'[group=option] ' if chosen else ''}[key=value]"
-    lines += [*textwrap.wrap(usage, columns, subsequent_indent="    ", break_on_hyphens=False), ""]
-    if chosen:
-        lines += _group_lines(chosen, columns)
-    must = " (??? must be given)" if any(option.value == "???" for option in all_options(found)) else ""
-    lines += [*_wrapped(f"Keys and their values{must}:", "", columns)]
-    for section in found:
-        lines += _section_lines(section, columns)
-    lines += [""]
-    for switch, effect in switches(command).items():
-        lines += _two_columns(f"{switch}=true", effect, columns)
-    if chosen:
-        lines += [*_two_columns("--help group=option", "shows the keys of another option", columns)]
-    if about.examples:
-        lines += ["", "Examples:", *(line for text in about.examples for line in _example_lines(text, columns))]
+    values = compose_defaults(command, overrides)
+    keys = read_options(command, values, chosen)
+    if not words or words == ["all"]:
+        whole = _page(command, keys, chosen, columns, is_short=False)
+        return "\n".join(
+            whole if words or len(whole) <= MOST_LINES else _page(command, keys, chosen, columns, is_short=True)
+        )
+    kinds = {option: _type_of(command, option, values) for option in _all_options(keys, chosen)}
+    matches = _search(command, words, kinds)
+    lines = [line for option in matches[:_MOST_MATCHES] for line in _row(option, columns, kinds[option])]
+    if len(matches) > _MOST_MATCHES:
+        lines.append(f"{len(matches) - _MOST_MATCHES} more match: add a word, or print every key with --help all")
     return "\n".join(lines)
 
 
@@ -52,24 +69,119 @@ def terminal_columns() -> int:
     return min(MOST_COLUMNS, max(_FEWEST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns))
 
 
-def _group_lines(chosen: dict[str, str], columns: int) -> list[str]:
-    """Returns lines with each group and its options; a star marks the chosen option."""
-    lines = ["Groups (* is chosen):"]
+def _page(
+    command: str, keys: Sequence[Option], chosen: Mapping[str, str], columns: int, *, is_short: bool
+) -> list[str]:
+    """Returns usage, groups, keys and examples; in short the keys that are used most, each on one line."""
+    about = find_command(command)
+    usage = f"python -m launch.{command} {'[group=option] ' if chosen else ''}[key=value]"
+    lines = [*_wrapped(about.about, "", columns), ""]
+    lines += [*textwrap.wrap(usage, columns, subsequent_indent="    ", break_on_hyphens=False), ""]
+    lines += ["Groups (* is chosen):"] * bool(chosen)
     for group, option in chosen.items():
         names = [f"{name}*" if name == option else name for name in options(group)]
-        lines += _wrapped(" | ".join(names), f"  {group}=", columns)
-    return [*lines, ""]
-
-
-def _section_lines(section: Section, columns: int) -> list[str]:
-    """Returns the lines of a section's title and keys, or nothing if it has no keys."""
-    if not section.options:
-        return []
-    title = f"{section.title}:" if section.title else ""
-    lines = ["", *_wrapped(section.comment, f"{title} ", columns, indent=4)] if title else []
-    for option in section.options:
-        lines += _two_columns(f"{option.key}={option.value}", option.comment, columns)
+        if not is_short:
+            lines += _wrapped(" | ".join(names), f"  {group}=", columns)
+        elif len(names) > 1:
+            names.sort(key=lambda name: not name.endswith("*"))
+            lines += _one_line(_wrapped(" | ".join(names), f"  {group}=", columns), columns)
+    lines += [""] * bool(chosen)
+    must = " (??? must be given)" if any(option.value == "???" for option in keys) else ""
+    if is_short:
+        lines += _wrapped(f"Keys that are used most, and their values{must}:", "", columns)
+        common = about.common or own_keys(command)
+        shown = [option for key in common for option in keys if option.key == key]
+        lines += [line for option in shown for line in _one_line(_row(option, columns), columns)]
+    else:
+        lines += [*_wrapped(f"Keys and their values{must}:", "", columns)]
+        for key in keys:
+            lines += _row(key, columns) if key.is_leaf else _title(key, columns)
+    hints = {f"{switch}=true": effect for switch, effect in switches(command).items()}
+    hints["--help WORD"] = "shows keys and options with this word in name or comment"
+    hints["--help all"] = "shows every key, with group=option those of an option"
+    lines += ["", *(line for left, effect in hints.items() for line in _two_columns(left, effect, columns))]
+    if about.examples:
+        lines += ["", "Examples:", *(line for text in about.examples for line in _example_lines(text, columns))]
     return lines
+
+
+def _row(option: Option, columns: int, kind: str = "") -> list[str]:
+    """Returns the lines of a key, or of an option of a group.
+
+    Args:
+        option: the key.
+        columns: as for `help_text`.
+        kind: its type and range.
+    """
+    facts = [kind] if kind else []
+    if option.choices:
+        others = ", ..." if len(option.choices) > 3 else ""
+        facts.append(f"with {option.group}={', '.join(option.choices[:3])}{others}")
+    comment = f"{option.comment} ({'; '.join(facts)})".strip() if facts else option.comment
+    return _two_columns(f"{option.key}={option.value}" if option.value else f"{option.key}.", comment, columns)
+
+
+def _title(option: Option, columns: int) -> list[str]:
+    """Returns the lines above the keys that a key contains, none if it has no comment within another one."""
+    if not option.value and not option.comment and "." in option.key:
+        return []
+    title = f"{option.key}={option.value}:" if option.value else f"{option.key}:"
+    return ["", *_wrapped(option.comment, f"{title} ", columns, indent=4)]
+
+
+def _one_line(lines: Sequence[str], columns: int) -> list[str]:
+    """Returns the first line, which ends with dots if there are more."""
+    return [*lines] if len(lines) == 1 else [f"{lines[0][: columns - 4].rpartition(' ')[0].rstrip(' |')} ..."]
+
+
+def _all_options(keys: Sequence[Option], chosen: Mapping[str, str]) -> list[Option]:
+    """Returns keys, options of groups, and keys of other options."""
+    names = {option.key for option in keys if option.is_leaf}
+    others = [option for option in other_options(chosen) if option.key not in names]
+    return [option for option in keys if option.key not in chosen] + others
+
+
+def _type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:
+    """Returns type and range of a key; empty if no dataclass and no value tells."""
+    if option.choices:
+        values = read_option(option.group, option.choices[0])
+        for part in reversed(option.group.split("/")):
+            values = {part: values}
+    module, name = _CONFIGS.get(command, "train.config TrainConfig").split()
+    text = describe_key(getattr(importlib.import_module(module), name), values, option.key)
+    return text if option.is_leaf and text != GROUP_OF_KEYS else ""
+
+
+def _search(command: str, words: Sequence[str], kinds: Mapping[Option, str]) -> list[Option]:
+    """Returns the options that match all words, by name before comment, or else those with the nearest names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    ranked = [(rank, option) for option, kind in kinds.items() if (rank := _rank(words, option, kind)) is not None]
+    if ranked:
+        return [option for _, option in sorted(ranked, key=lambda pair: pair[0])]
+    word = "_".join(words)
+    advice = find_advice(command, word, "", is_unknown=True)
+    meant = {text.partition("=")[0] for text in advice.overrides("")} if advice else set()
+    by_last = {option.key.rpartition(".")[2]: option.key for option in kinds}
+    meant |= {by_last[last] for last in get_close_matches(word, by_last, cutoff=0.75)}
+    if near := [option for option in kinds if option.key in meant]:
+        return near
+    names = ", ".join(by_last[last] for last in get_close_matches(word, by_last, cutoff=0.0))
+    raise ConfigError(f"--help: a key, group, option or comment must have {' '.join(words)!r}; nearest valid: {names}")
+
+
+def _rank(words: Sequence[str], option: Option, kind: str) -> int | None:
+    """Returns how well an option matches all words, best 0; None if a word is missing."""
+    choice = "" if option.is_leaf else option.value
+    texts = (
+        (option.key, option.key.rpartition(".")[2], choice),
+        f"{option.key} {choice}",
+        f"{option.comment} {kind}".lower().replace("-", "_"),
+    )
+    ranks = [next((rank for rank, text in enumerate(texts) if word in text), len(texts)) for word in words]
+    return max(ranks) if max(ranks) < len(texts) else None
 
 
 def _two_columns(left: str, comment: str, columns: int) -> list[str]:

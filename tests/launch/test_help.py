@@ -13,10 +13,10 @@ import yaml
 import launch.config.compose
 from launch import submit, train
 from launch.config.compose import compose, compose_defaults, dotted_keys, switches
-from launch.config.groups import default_groups
+from launch.config.groups import default_groups, options
 from launch.config.run_config import compose_run
 from launch.help.command import command
-from launch.help.commands import find_commands, listing, unknown_command
+from launch.help.commands import find_command, find_commands, listing, unknown_command
 from launch.help.page import help_text
 from launch.planning.request import UNREAD
 from train.config.errors import ConfigError
@@ -75,8 +75,8 @@ def test_package_lists_the_commands_and_starts_one() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_lists_every_key_once_with_its_value(name: str) -> None:
-    text = help_text(name)
+def test_help_all_lists_every_key_once_with_its_value(name: str) -> None:
+    text = help_text(name, ["all"])
     leaves = [key for key, value in dotted_keys(compose_defaults(name)) if not isinstance(value, dict) or not value]
     keys = listed(text)
     assert sorted(keys) == sorted([*leaves, *switches(name)])
@@ -86,15 +86,27 @@ def test_help_lists_every_key_once_with_its_value(name: str) -> None:
     assert "Examples:\n" in text
 
 
-@pytest.mark.parametrize("columns", [40, 100])
-def test_help_fits_the_terminal(columns: int) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_at_most_60_lines_with_groups_most_used_keys_and_examples(name: str) -> None:
+    lines = help_text(name, (), 80).splitlines()
+    assert len(lines) <= 60
+    assert lines[0] == find_command(name).about
+    for key in (*find_command(name).common, "config_only"):
+        assert any(line.startswith(f"  {key}=") for line in lines), f"{name}: {key}"
+    for group in default_groups(name):
+        assert len(options(group)) == 1 or any(line.startswith(f"  {group}=") for line in lines), f"{name}: {group}"
+    assert {"  --help WORD", "  --help all"} <= {line[:13].rstrip() for line in lines}
+
+
+@pytest.mark.parametrize(("columns", "words"), [(40, []), (100, []), (40, ["all"]), (100, ["all"])], ids=str)
+def test_help_fits_the_terminal(columns: int, words: list[str]) -> None:
     for name in COMMANDS:
-        for line in help_text(name, (), columns).splitlines():
+        for line in help_text(name, words, columns).splitlines():
             assert len(line) <= columns or " " not in line.strip(" \\"), f"{name}: {line!r} is wider than {columns}"
 
 
-def test_help_shows_the_keys_of_chosen_options() -> None:
-    text = help_text("train", ["model=v3_671b", "optim=adamw_v3", "seed=7", "data=files"])
+def test_help_all_shows_the_keys_of_chosen_options() -> None:
+    text = help_text("train", ["all", "model=v3_671b", "optim=adamw_v3", "seed=7", "data=files"])
     assert "v3_671b*" in text
     assert "v3_tokens*" in text
     for line in ("  model.num_layers=61 ", "  seed=7 ", "  optim.learning_rate=0.00022"):
@@ -103,18 +115,63 @@ def test_help_shows_the_keys_of_chosen_options() -> None:
     assert re.search(r"^  init_from=null +weights to start from", text, re.M)
 
 
-@pytest.mark.parametrize("override", ["model=nothing", "lr=3", "--lr"])
-def test_help_of_a_wrong_choice_is_an_error(override: str) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("name", "words", "parts"),
+    [
+        (
+            "train",
+            "Learning-Rate optim=adamw_v3",
+            ["optim.learning_rate=0.00022", "peak learning rate", "a number, above 0"],
+        ),
+        ("train", "task.steps", ["task.steps=100", "optimizer steps", "a whole number, above 0"]),
+        ("train", "kl weight", ["task.loss.kl_weight=", "with task/loss=cispo, dapo, dr_grpo"]),  # of another option
+        ("train", "dapo", ["task/loss=dapo", "arXiv:2503.14476"]),
+        ("train", "yarn rope kind", ["model.rope_scaling.kind=plain", "one of plain, yarn"]),
+        ("train", "warmup", ["optim.schedule.warmup=10", "a share of its tokens, or a number of steps"]),
+        ("train", "lr", ["optim.learning_rate="]),  # a name in other trainers
+        ("train", "learnign_rate", ["optim.learning_rate="]),
+        ("generate", "top_k", ["top_k=null", "most probable", "a whole number, or null"]),
+        ("submit", "partition", ["slurm.partition=null"]),
+    ],
+    ids=str,
+)
+def test_help_of_words_shows_keys_options_and_types(name: str, words: str, parts: list[str]) -> None:
+    text = help_text(name, words.split())
+    first, *_ = text.split()
+    assert first.startswith(parts[0]), text
+    for part in parts[1:]:
+        assert part in " ".join(text.split()), text
+
+
+def test_help_of_a_word_lists_names_before_comments_and_has_an_end() -> None:
+    lines = help_text("train", ["loss"]).splitlines()
+    names = [line.split("=")[0].strip() for line in lines if re.match(r"  \S", line)]
+    assert len(names) == 20
+    assert "loss" in names[0]
+    assert re.fullmatch(r"\d+ more match: add a word, or print every key with --help all", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [("model=nothing", "model"), ("lr=3", "lr: unknown key"), ("--lr", "lr"), ("xyzzy", "nearest valid: ")],
+)
+def test_help_of_a_wrong_choice_or_an_unknown_word_is_an_error(override: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=near):
         help_text("train", [override])
 
 
+def test_help_of_an_unknown_word_ends_with_2_and_one_line() -> None:
+    done = shell('"$PYTHON" -m launch.train --help learnign')
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "'learnign'; nearest valid: optim.learning_rate" in done.stderr
+
+
 def test_help_is_plain_text_in_a_pipe_and_ends_with_its_reader() -> None:
-    whole = shell('"$PYTHON" -m launch.train --help model=tiny')
+    whole = shell('"$PYTHON" -m launch.train --help all model=tiny')
     assert (whole.returncode, whole.stderr) == (0, "")
-    assert whole.stdout.strip() == help_text("train", ["model=tiny"]).strip()
+    assert whole.stdout.strip() == help_text("train", ["all", "model=tiny"]).strip()
     assert "\x1b" not in whole.stdout
-    cut = shell('"$PYTHON" -m launch.train -h | head -1')
+    cut = shell('"$PYTHON" -m launch.train -h all | head -1')
     assert (cut.stdout, cut.stderr) == ("Trains a DeepSeek-V3-class model.\n", "")
 
 

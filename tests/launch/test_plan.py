@@ -83,7 +83,7 @@ def test_config_only_prints_a_configuration_that_plans_the_same() -> None:
 
 
 def test_help_names_what_is_planned_within_100_columns() -> None:
-    text = help_text("plan")
+    text = help_text("plan", ["all"])
     for key in ("search=false", "what_if=[]", "advice=false", "dry_run=false", "format=text", "rates=h800_trace*"):
         assert key in text
     assert max(map(len, text.splitlines())) <= 100

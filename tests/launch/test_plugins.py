@@ -65,7 +65,7 @@ def test_plugin_is_chosen_by_a_group_option_next_to_it(command: str, tmp_path: P
     assert shown.returncode == 0, shown.stderr
     assert "half_life_steps: 5" in shown.stdout
     assert f"- {tmp_path}/rates.py" in shown.stdout
-    helped = run(tmp_path, command, "--help", *chosen[:2])
+    helped = run(tmp_path, command, "--help", "all", *chosen[:2])
     assert "optim.schedule.half_life_steps=2" in helped.stdout
     assert "of the rate" in helped.stdout
     assert "halved*" in helped.stdout

@@ -15,6 +15,7 @@ from kernels.registry import Registry
 from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
 T = TypeVar("T")
+GROUP_OF_KEYS = "a group of keys"
 
 
 def decode(cls: type[T], values: object, place: str = "") -> T:
@@ -49,6 +50,39 @@ def encode(instance: object) -> Any:
     if isinstance(instance, tuple):
         return [encode(item) for item in instance]
     return instance
+
+
+def describe_key(hint: Any, values: object, key: str) -> str:
+    """Returns type and range of a dotted key, by its value if no dataclass has it.
+
+    Args:
+        hint: as `cls` of `decode`.
+        values: plain values; their `kind` selects the dataclass of a union.
+        key: dotted.
+    """
+    name, _, rest = key.partition(".")
+    value = values.get(name) if isinstance(values, Mapping) else None
+    members = _members(hint)
+    if name == "kind" and len(members) > 1:
+        return "one of " + ", ".join(members)
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    every = [get_type_hints(member, include_extras=True) for member in (members.get(kind), *members.values()) if member]
+    inner = next((hints[name] for hints in every if name in hints), type(value))
+    return describe_key(inner, value, rest) if rest else _describe(inner)
+
+
+def _members(hint: Any) -> dict[Any, Any]:
+    """Returns the dataclasses that a type allows, by their kinds if there are several."""
+    if get_origin(hint) in (Union, UnionType):
+        members = [member for member in get_args(hint) if member is not NoneType]
+        return _members(members[0]) if len(members) == 1 else _by_kind(members)
+    if get_origin(hint) is Annotated and (registry := _registry_in(get_args(hint)[1:])) is not None:
+        return {name: entry.config for name, entry in registry.items()} if get_args(hint)[0] is not str else {}
+    return {"": hint} if is_dataclass(hint) else {}
+
+
+def _by_kind(members: Sequence[Any]) -> dict[Any, Any]:
+    return {kind: member for member in members if is_dataclass(member) for kind in _kinds_of(member)}
 
 
 def _decode(hint: Any, value: object, place: str) -> Any:
@@ -97,7 +131,7 @@ def _decode_union(members: tuple[Any, ...], value: object, place: str) -> Any:
     kept = [member for member in members if member is not NoneType]
     if len(kept) == 1:
         return _decode(kept[0], value, place)
-    return _decode_tagged({kind: member for member in kept for kind in _kinds_of(member)}, value, place)
+    return _decode_tagged(_by_kind(kept), value, place)
 
 
 def _decode_annotated(hint: Any, value: object, place: str) -> Any:
@@ -107,7 +141,7 @@ def _decode_annotated(hint: Any, value: object, place: str) -> Any:
         return _in_ranges(_decode(base, value, place), marks, place)
     if base is str:
         return _decode_choice(registry.choices(), value, place)
-    return _decode_tagged({name: entry.config for name, entry in registry.items()}, value, place)
+    return _decode_tagged(_members(hint), value, place)
 
 
 def _decode_tagged(kinds: Mapping[str, Any], value: object, place: str) -> Any:
@@ -179,17 +213,22 @@ def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if hint in names:
         return names[hint]
+    if hasattr(hint, "from_plain"):
+        first = hint.__doc__.splitlines()[0].rstrip(".")
+        return f"{first[0].lower()}{first[1:]}"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) is Annotated:
         base, *marks = get_args(hint)
         registry = _registry_in(marks)
-        return _describe(base) if registry is None or base is not str else "one of " + ", ".join(registry.choices())
-    if get_origin(hint) is tuple:
+        if registry is None:
+            return ", ".join([_describe(base), *(str(mark) for mark in marks if isinstance(mark, Range))])
+        return "one of " + ", ".join(registry.choices()) if base is str else GROUP_OF_KEYS
+    if get_origin(hint) is tuple or hint is list:
         return "a list"
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
         return " or ".join(_describe(member) for member in get_args(hint) if member is not NoneType) + ", or null"
-    return "a group of keys"
+    return GROUP_OF_KEYS
 
 
 def _in_ranges(number: Any, marks: Sequence[object], place: str) -> Any:
