@@ -156,7 +156,7 @@ def _meant(command: str, key: str, value: str) -> str:
     return (
         line.text(value).removeprefix(f"{_UNKNOWN}; ")
         if line is not None
-        else f"{nearest_key(key, list(known))}; --help lists all"
+        else f"{nearest_key(key, list(known))}; --help WORD searches"
     )
 
 
