@@ -73,13 +73,9 @@ def advice_table() -> tuple[Advice, ...]:
 
 
 def find_advice(command: str, key: str, value: str, *, is_unknown: bool) -> Advice | None:
-    """Returns the first matching entry of the table, or None.
+    """Returns the first entry of the table that matches what the user wrote, or None.
 
-    Args:
-        command: the command's name.
-        key: the dotted key as the user wrote it.
-        value: the value as the user wrote it; empty if there is none.
-        is_unknown: whether the command has no such key. If so, the key's last part is looked up after the whole key.
+    If the command has no such key (`is_unknown`), the key's last part is looked up after the whole key.
     """
     name = key.lower().replace("-", "_")
     for written in dict.fromkeys((name, name.rpartition(".")[2]) if is_unknown else (name,)):
@@ -92,13 +88,7 @@ def find_advice(command: str, key: str, value: str, *, is_unknown: bool) -> Advi
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
-    """Returns the message for a rejected command line: matching advice, or the error's text.
-
-    Args:
-        command: the command's name.
-        arguments: the command-line arguments.
-        error: the error that rejected them.
-    """
+    """Returns the message for a command line that an error rejected: matching advice, or the error's text."""
     text = str(error)
     if isinstance(error, SyntaxOverrideError):
         return _advise_bare(command, arguments, arguments.index(error.argument)) or text
@@ -130,11 +120,7 @@ def refuse_flags(command: str, arguments: Sequence[str]) -> None:
 
 
 def repeated_notes(arguments: Sequence[str]) -> list[str]:
-    """Returns a note for every key with several different values, of which the last one is used.
-
-    Args:
-        arguments: the command-line arguments.
-    """
+    """Returns a note for every key with several different values, of which the last one is used."""
     given: dict[str, list[str]] = {}
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")

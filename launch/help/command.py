@@ -29,20 +29,17 @@ Previews = Mapping[str, Preview | None]
 def command(
     name: str, main: Main, preview: Preview | None = None, *, dry_run: Preview | None = None, quiet: bool = False
 ) -> int:
-    """Runs a command with this process' arguments.
+    """Runs a command with this process' arguments, and returns the exit code.
 
     A user error prints one line to stderr and returns exit code 2. Ctrl-C prints `interrupted` and returns 130.
     If the reader of stdout closes the pipe, the command ends silently.
 
     Args:
-        name: the command's name; it has `conf/<name>.yaml` and `launch/<name>.py`.
-        main: runs the command with the overrides.
-        preview: runs instead of `main` with `config_only=true`; None if the command has no preview.
-        dry_run: runs instead of `main` with `dry_run=true`; None if the command has no dry run.
-        quiet: print no error, because another rank prints the same one; only the exit code remains.
-
-    Returns:
-        The exit code of the process.
+        name: of `conf/<name>.yaml` and `launch/<name>.py`.
+        main: runs the command.
+        preview: runs instead of `main` with `config_only=true`, if the command has one.
+        dry_run: runs instead of `main` with `dry_run=true`, if the command has one.
+        quiet: print no error, because another rank prints the same one.
     """
     interrupts = Interrupts()
     escape_terminals()

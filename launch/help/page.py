@@ -51,9 +51,8 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
     keys = read_options(command, values, chosen)
     if not words or words == ["all"]:
         whole = _page(command, keys, chosen, columns, is_short=False)
-        return "\n".join(
-            whole if words or len(whole) <= MOST_LINES else _page(command, keys, chosen, columns, is_short=True)
-        )
+        is_short = not words and len(whole) > MOST_LINES
+        return "\n".join(_page(command, keys, chosen, columns, is_short=True) if is_short else whole)
     kinds = {option: _type_of(command, option, values) for option in _all_options(keys, chosen)}
     matches = _search(command, words, kinds)
     lines = [line for option in matches[:_MOST_MATCHES] for line in _row(option, columns, kinds[option])]
@@ -75,8 +74,7 @@ def _page(
     """Returns usage, groups, keys and examples; in short the keys that are used most, each on one line."""
     about = find_command(command)
     usage = f"python -m launch.{command} {'[group=option] ' if chosen else ''}[key=value]"
-    lines = [*_wrapped(about.about, "", columns), ""]
-    lines += [*textwrap.wrap(usage, columns, subsequent_indent="    ", break_on_hyphens=False), ""]
+    lines = [*_wrapped(about.about, "", columns), "", *_wrapped(usage, "", columns, indent=4), ""]
     lines += ["Groups (* is chosen):"] * bool(chosen)
     for group, option in chosen.items():
         names = [f"{name}*" if name == option else name for name in options(group)]
@@ -93,7 +91,7 @@ def _page(
         shown = [option for key in common for option in keys if option.key == key]
         lines += [line for option in shown for line in _one_line(_row(option, columns), columns)]
     else:
-        lines += [*_wrapped(f"Keys and their values{must}:", "", columns)]
+        lines += _wrapped(f"Keys and their values{must}:", "", columns)
         for key in keys:
             lines += _row(key, columns) if key.is_leaf else _title(key, columns)
     hints = {f"{switch}=true": effect for switch, effect in switches(command).items()}
@@ -106,13 +104,7 @@ def _page(
 
 
 def _row(option: Option, columns: int, kind: str = "") -> list[str]:
-    """Returns the lines of a key, or of an option of a group.
-
-    Args:
-        option: the key.
-        columns: as for `help_text`.
-        kind: its type and range.
-    """
+    """Returns the lines of a key, or of an option of a group, with type and range if given."""
     facts = [kind] if kind else []
     if option.choices:
         others = ", ..." if len(option.choices) > 3 else ""
@@ -198,27 +190,18 @@ def _two_columns(left: str, comment: str, columns: int) -> list[str]:
 
 
 def _wrapped(text: str, first: str, columns: int, indent: int | None = None) -> list[str]:
-    """Returns the wrapped lines of a text after the prefix `first`.
-
-    Later lines are indented by `indent` or by its width.
-    """
+    """Returns the wrapped lines of a text after a prefix; later ones are indented by `indent` or the prefix."""
     after = " " * (min(len(first), columns // 2) if indent is None else indent)
     if not text:
-        return [
-            line.rstrip()
-            for line in textwrap.wrap(first.rstrip(), columns, subsequent_indent="      ", drop_whitespace=False)
-        ]
+        lines = textwrap.wrap(first.rstrip(), columns, subsequent_indent="      ", drop_whitespace=False)
+        return [line.rstrip() for line in lines]
     return textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=after, break_on_hyphens=False)
 
 
 def _example_lines(text: str, columns: int) -> list[str]:
     """Returns a command line wrapped for a shell, with backslashes at line ends."""
-    lines = textwrap.wrap(
-        text,
-        columns - 2,
-        initial_indent="  ",
-        subsequent_indent="      ",
-        break_on_hyphens=False,
-        break_long_words=False,
+    wrapper = textwrap.TextWrapper(
+        columns - 4, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
     )
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+    *lines, last = wrapper.wrap(text)
+    return [*(f"  {line} \\" for line in lines), f"  {last}"]

@@ -12,10 +12,6 @@ from train.config.errors import ConfigError
 def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[list[str], bool]:
     """Returns the arguments without a switch, and its value.
 
-    Args:
-        arguments: overrides and switches.
-        name: the switch, such as `config_only`.
-
     Raises:
         ConfigError: the value is neither true nor false.
     """
@@ -32,26 +28,14 @@ def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[lis
 
 
 def plain_text(command: str, values: Mapping[str, Any]) -> str:
-    """Returns the YAML of a command that has no groups.
-
-    Args:
-        command: the command's name.
-        values: its checked configuration as plain values.
-    """
+    """Returns the YAML of a command that has no groups, from its checked values."""
     return f"# python -m launch.{command}\n{_dump(values)}"
 
 
 def experiment_text(
     command: str, overrides: Sequence[str], values: Mapping[str, Any], comments: Sequence[str] = ()
 ) -> str:
-    """Returns a configuration as a file for `conf/experiment/`, with its options and all values.
-
-    Args:
-        command: the command's name.
-        overrides: the overrides that the configuration was composed with.
-        values: the checked configuration as plain values.
-        comments: lines to add at the top as comments.
-    """
+    """Returns a configuration as a file for `conf/experiment/`, with comments at its top, options and all values."""
     options = {group: option for group, option in chosen_options(command, overrides).items() if group != "experiment"}
     lines = [
         "# @package _global_",
