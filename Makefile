@@ -2,6 +2,10 @@
 # newer. `make train ARGS="task.steps=200 name=longer"` passes overrides.
 PYTHON ?= python3
 ARGS ?=
+# Index of torch's wheels. Without NVIDIA's driver, it has torch for CPUs, a tenth of the download. Empty: the package index.
+TORCH_INDEX ?= $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
+	echo https://download.pytorch.org/whl/cpu)
+INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Tests with deadlines of seconds or comparisons of times run alone. All others spend most of their time waiting, so
 # they run two at a time, files with slow tests first.
@@ -27,7 +31,7 @@ post: .venv/installed
 life: .venv/installed
 	.venv/bin/python -m launch.workflow workflow=life $(ARGS)
 
-test: .venv/installed
+test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
@@ -36,53 +40,53 @@ test: .venv/installed
 
 # Long tests: chaos, preemption, attacks on a run, Slurm, network namespaces, images, suites over plugins, a dry run of
 # `gpu-day`, documentation blocks.
-test-long: .venv/installed
+test-long: .venv/installed-dev
 	$(PYTEST) $(TWO) -m long --durations=20 $(LONG_ALONE:%=--ignore=%)
 	$(PYTEST) -m long --durations=20 $(LONG_ALONE)
 
 # Quick tests only.
-test-fast: .venv/installed
+test-fast: .venv/installed-dev
 	$(PYTEST) $(TWO) -m 'not slow and not long' -x -q --durations=20
 
 # Ranks in network namespaces with rate-limited links, and jobs on a real Slurm. Needs Linux and root, and for the jobs
 # slurm-wlm and munge; tests that cannot run are skipped with the reason.
-cluster-test: .venv/installed
+cluster-test: .venv/installed-dev
 	$(PYTEST) tests/cluster tests/slurm
 
 # Step time, CPU time and interpreter overhead, compared with torch's pipelines. Takes minutes; needs an idle machine.
-bench: .venv/installed
+bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.bench $(ARGS)
 
 # Kills, stops or disconnects a rank in every phase of a step, and prints a table of how each run ends. Takes minutes.
-failures: .venv/installed
+failures: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.cluster.failures $(ARGS)
 
 # Injects a hundred seeded faults, each into a run that must end with unchanged results, and prints a table. Each takes
 # half a minute on two cores.
-chaos: .venv/installed
+chaos: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.chaos $(ARGS)
 
 # Resumes a run in every layout from every other layout's checkpoint: all ordered pairs of 12. Takes about 10 minutes.
-any-to-any: .venv/installed
+any-to-any: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.train.any_to_any $(ARGS)
 
 # Compares registers, spills and shared memory of every kernel under each supported Triton with recorded tables. Needs
 # no GPU. The first run downloads the versions into .cache/triton. ARGS=--write records the tables.
-triton-table: .venv/installed
+triton-table: .venv/installed-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.kernels.triton_versions $(ARGS)
 
 # Compares kernels with their references on a CUDA device; skipped with the reason if there is none.
-gpu-test: .venv/installed
+gpu-test: .venv/installed-dev
 	.venv/bin/python -m pytest tests/gpu -q -rs
 
 # First checks on a GPU, in three parts of at most ten minutes: make gpu-day PART=1. Without a GPU, a dry run.
 PART ?= 1
 
-gpu-day: .venv/installed
+gpu-day: .venv/installed-dev
 	PART=$(PART) PYTHON=.venv/bin/python bash tests/gpu/day.sh
 
 # Compares the time of every kernel on a CUDA device with its lower bound, torch and targets. Without a GPU, exits with 2.
-gpu-bench: .venv/installed
+gpu-bench: .venv/installed-dev
 	.venv/bin/python -m tests.gpu.bench $(ARGS)
 
 # Builds images with docker or a compatible ENGINE: `make docker ARGS="--build-arg BASE_IMAGE=..."`.
@@ -101,26 +105,35 @@ docker-check:
 	$(ENGINE) run --rm --init dualpipe-trainer:$(TAG) python -m launch.train experiment=quickstart task.steps=2 $(ARGS)
 
 # Writes the package versions of the images from this tested environment.
-docker-pins: .venv/installed
+docker-pins: .venv/installed-dev
 	.venv/bin/python -m tests.docker.pins > docker/requirements.new
 	mv docker/requirements.new docker/requirements.txt
 
 # Builds both complete images with buildah on a Debian base and trains inside them. Takes minutes. Needs a network,
 # Linux and root.
-docker-test: .venv/installed
+docker-test: .venv/installed-dev
 	DOCKER_WHOLE=1 $(PYTEST) tests/docker -rsP
 
 # The documentation as a site in site/, with API pages from docstrings. Warnings are errors.
 docs: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 # Compares the adapter to lm-evaluation-harness with the package's own model. The first run installs 620 MB of packages.
-harness-test: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lm-eval]' accelerate
+harness-test: .venv/installed-dev
+	$(INSTALL) -e '.[lm-eval]' accelerate
 	$(PYTEST) tests/infer/evaluate/test_harness.py
 
+# What running needs. torch alone comes from its index, so that no other package can come from there.
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@test -z "$(TORCH_INDEX)" || \
+		$(INSTALL) --retries 1 --no-deps --index-url "$(TORCH_INDEX)" "$$(grep -om1 'torch>=[^"]*' pyproject.toml)" || \
+		echo "torch is not in $(TORCH_INDEX); it comes from the package index"
+	$(INSTALL) -e .
+	touch $@
+
+# What tests need besides.
+.venv/installed-dev: .venv/installed
+	$(INSTALL) -e '.[dev]'
 	touch $@

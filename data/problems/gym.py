@@ -52,7 +52,7 @@ def _open(source: GymSource) -> Any:
     except ImportError as error:
         raise DataError(
             f"data.kind: reasoning_gym needs the library reasoning-gym, which cannot be imported: {error}; nearest "
-            f"valid: pip install reasoning-gym"
+            f"valid: pip install '.[reasoning]'"
         ) from error
     if source.dataset not in factory.DATASETS:
         close = get_close_matches(source.dataset, factory.DATASETS, n=1, cutoff=0.4) or sorted(factory.DATASETS)

@@ -1,4 +1,4 @@
-"""Adapts a model to lm-evaluation-harness, an optional package (`pip install -e .[lm-eval]`).
+"""Adapts a model to lm-evaluation-harness, an optional package (`pip install '.[lm-eval]'`).
 
 Its tasks then run on the project's own checkpoints, with the numbers that its `hf` model has on the exported folder.
 Source: EleutherAI/lm-evaluation-harness 0.4.13, `lm_eval/api/model.py`.

@@ -53,7 +53,7 @@ class MathsScorer:
             ScoringError: math-verify is not installed.
         """
         if importlib.util.find_spec("math_verify") is None:
-            raise ScoringError("reward.parts: kind maths needs math-verify, it is missing; run pip install -e .[score]")
+            raise ScoringError("reward.parts: kind maths needs math-verify, it is missing; run pip install '.[score]'")
         program = WorkerProgram(Path(__file__).with_name("maths_program.py"), (str(int(config.memory_gib * 2**30)),))
         self._pool = WorkerPool(program, config.num_workers, config.seconds, name="maths")
 

@@ -111,7 +111,7 @@ def check_optim(config: TrainConfig) -> None:
         nearest = "optim.sharding=replicated, or " if precision == "float32" else ""
         raise ConfigError(
             "optim.sharding: zero1 needs the package deepspeed, which is not installed; nearest valid: "
-            f"{nearest}pip install deepspeed"
+            f"{nearest}pip install ."
         )
     if optim.moments == "bf16":
         _check_bf16_moments(config)

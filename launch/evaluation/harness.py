@@ -36,7 +36,7 @@ def open_harness_model(
         CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("lm_eval: must be installed, is not; run pip install -e '.[lm-eval]'")
+        raise ConfigError("lm_eval: must be installed, is not; run pip install '.[lm-eval]'")
     with system_errors():
         source = find_weights(ckpt, weights, drop_mtp=True, needs_tokenizer=True)
     if source.tokenizer is None:

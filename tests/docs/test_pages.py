@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def test_page_blocks_say_how_they_run(page: Path) -> None:
             json.loads(block.text)
         if block.language == "yaml":
             yaml.safe_load(block.text)
+
+
+@every_page
+def test_page_shell_commands_parse(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "bash":
+            done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, f"{block}: {done.stderr}"
 
 
 @every_page

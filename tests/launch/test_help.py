@@ -88,8 +88,9 @@ def test_help_all_lists_every_key_once_with_its_value(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_at_most_60_lines_with_groups_most_used_keys_and_examples(name: str) -> None:
-    lines = help_text(name, (), 80).splitlines()
+    lines = help_text(name).splitlines()
     assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
     assert lines[0] == find_command(name).about
     for key in (*find_command(name).common, "config_only"):
         assert any(line.startswith(f"  {key}=") for line in lines), f"{name}: {key}"
@@ -98,11 +99,10 @@ def test_help_has_at_most_60_lines_with_groups_most_used_keys_and_examples(name:
     assert {"  --help WORD", "  --help all"} <= {line[:13].rstrip() for line in lines}
 
 
-@pytest.mark.parametrize(("columns", "words"), [(40, []), (100, []), (40, ["all"]), (100, ["all"])], ids=str)
-def test_help_fits_the_terminal(columns: int, words: list[str]) -> None:
-    for name in COMMANDS:
-        for line in help_text(name, words, columns).splitlines():
-            assert len(line) <= columns or " " not in line.strip(" \\"), f"{name}: {line!r} is wider than {columns}"
+@pytest.mark.parametrize("words", [[], ["all"], ["reward"]], ids=str)
+def test_help_fits_a_narrow_terminal(words: list[str]) -> None:
+    for line in help_text("evaluate", words, 40).splitlines():
+        assert len(line) <= 40 or " " not in line.strip(" \\"), line
 
 
 def test_help_all_shows_the_keys_of_chosen_options() -> None:

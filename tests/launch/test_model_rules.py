@@ -24,7 +24,7 @@ def test_zero1_without_deepspeed_is_rejected_before_any_rank_starts(
         check_optim(build(f"precision={precision}"))
     assert str(refused.value) == (
         "optim.sharding: zero1 needs the package deepspeed, which is not installed; nearest valid: "
-        f"{nearest}pip install deepspeed"
+        f"{nearest}pip install ."
     )
 
 

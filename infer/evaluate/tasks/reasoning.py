@@ -1,6 +1,6 @@
 """Evaluates problems that the library reasoning-gym generates and verifies. Imports no torch.
 
-The library (arXiv:2505.24760) is no dependency; `pip install reasoning-gym`.
+The library (arXiv:2505.24760) is no dependency; `pip install '.[reasoning]'`.
 """
 
 from dataclasses import dataclass

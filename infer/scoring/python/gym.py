@@ -50,10 +50,8 @@ class GymScorer:
             ScoringError: the library is missing or cannot be imported.
         """
         if importlib.util.find_spec("reasoning_gym") is None:
-            raise ScoringError(
-                "reward.parts: kind reasoning_gym needs the library reasoning-gym, it is missing; run pip install "
-                "reasoning-gym"
-            )
+            missing = "reward.parts: kind reasoning_gym needs the library reasoning-gym, it is missing"
+            raise ScoringError(f"{missing}; run pip install '.[reasoning]'")
         self._boxed = config.boxed
         self._verifier = PythonScorer(
             PythonConfig(

@@ -39,7 +39,7 @@ CONFIG = MathsTaskConfig(
     memory_gib=2.0,
 )
 HAS_JUDGE = importlib.util.find_spec("math_verify") is not None
-needs_judge = pytest.mark.skipif(not HAS_JUDGE, reason="math-verify is not installed (pip install -e .[score])")
+needs_judge = pytest.mark.skipif(not HAS_JUDGE, reason="math-verify is not installed (pip install '.[score]')")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_maths_examples_precede_each_question(tmp_path: Path, tokenizer: Tokeniz
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"id": n, "question": f"{n}+1?", "answer": n + 1}) + "\n" for n in range(4)))
     if not HAS_JUDGE:
-        pytest.skip("math-verify is not installed (pip install -e .[score])")
+        pytest.skip("math-verify is not installed (pip install '.[score]')")
     task = MathsTask(replace(CONFIG, path=str(path), num_shots=2), context_of(tokenizer))
     shots = "Question: 0+1?\nAnswer: 1\n\nQuestion: 1+1?\nAnswer: 2\n\n"
     assert [sample.requests[0].prompt for sample in task.samples()] == [

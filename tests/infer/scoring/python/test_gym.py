@@ -101,12 +101,12 @@ def test_gym_library_that_is_missing_or_broken_is_named_in_one_line(
 ) -> None:
     (library / "reasoning_gym" / "__init__.py").write_text("import drawsvg_missing\n")
     with pytest.raises(
-        DataError, match=r"cannot be imported: No module named 'drawsvg_missing'; .* pip install"
+        DataError, match=r"cannot be imported: No module named 'drawsvg_missing'; .* pip install '\.\[reasoning\]'"
     ) as data:
         split_problems(config_of(source_of(), tmp_path))
     with pytest.raises(ScoringError, match=r"kind reasoning_gym: .*No module named 'drawsvg_missing'") as scoring:
         GymScorer(scorer_config())
     assert "\n" not in f"{data.value}{scoring.value}"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ScoringError, match="pip install reasoning-gym"):
+    with pytest.raises(ScoringError, match=r"pip install '\.\[reasoning\]'"):
         GymScorer(scorer_config())
