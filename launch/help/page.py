@@ -34,11 +34,11 @@ _CONFIGS = {
 
 
 def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_COLUMNS) -> str:
-    """Returns the help of a command: at most 60 lines, with `all` every key, with other words what matches them.
+    """Returns the help of a command in at most 60 lines, all its keys, or those that match words.
 
     Args:
         command: the command's name.
-        arguments: words, and overrides as for `launch.config.compose.compose`; required values may be missing.
+        arguments: words (`all` for all keys), and overrides; required values may be missing.
         columns: maximum width of a line in characters.
 
     Raises:
@@ -134,7 +134,7 @@ def _all_options(keys: Sequence[Option], chosen: Mapping[str, str]) -> list[Opti
 
 
 def _type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:
-    """Returns type and range of a key; empty if no dataclass and no value tells."""
+    """Returns type and range of a key; empty if neither a dataclass nor the value has them."""
     if option.choices:
         values = read_option(option.group, option.choices[0])
         for part in reversed(option.group.split("/")):
@@ -145,7 +145,7 @@ def _type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:
 
 
 def _search(command: str, words: Sequence[str], kinds: Mapping[Option, str]) -> list[Option]:
-    """Returns the options that match all words, by name before comment, or else those with the nearest names.
+    """Returns the options that match all words, names first, or else those with the nearest names.
 
     Raises:
         ConfigError: there is none.
@@ -167,13 +167,13 @@ def _search(command: str, words: Sequence[str], kinds: Mapping[Option, str]) -> 
 def _rank(words: Sequence[str], option: Option, kind: str) -> int | None:
     """Returns how well an option matches all words, best 0; None if a word is missing."""
     choice = "" if option.is_leaf else option.value
-    texts = (
+    parts = (
         (option.key, option.key.rpartition(".")[2], choice),
         f"{option.key} {choice}",
         f"{option.comment} {kind}".lower().replace("-", "_"),
     )
-    ranks = [next((rank for rank, text in enumerate(texts) if word in text), len(texts)) for word in words]
-    return max(ranks) if max(ranks) < len(texts) else None
+    ranks = [next((rank for rank, part in enumerate(parts) if word in part), len(parts)) for word in words]
+    return max(ranks) if max(ranks) < len(parts) else None
 
 
 def _two_columns(left: str, comment: str, columns: int) -> list[str]:
@@ -190,7 +190,7 @@ def _two_columns(left: str, comment: str, columns: int) -> list[str]:
 
 
 def _wrapped(text: str, first: str, columns: int, indent: int | None = None) -> list[str]:
-    """Returns the wrapped lines of a text after a prefix; later ones are indented by `indent` or the prefix."""
+    """Returns the wrapped lines of a text after a prefix; later ones are indented by `indent`."""
     after = " " * (min(len(first), columns // 2) if indent is None else indent)
     if not text:
         lines = textwrap.wrap(first.rstrip(), columns, subsequent_indent="      ", drop_whitespace=False)
