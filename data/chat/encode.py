@@ -220,7 +220,8 @@ def _open_turn(parts: _Parts, before: ChatMessage, template: ChatTemplate, *, th
         return
     if thinking and template.thoughts is None:
         raise DataError(
-            "thoughts: must be absent with a template that has none; nearest valid: data.template=r1 or v3_1"
+            "thoughts: must be absent with a template that has none; nearest valid: data.template=r1, r1_distill or "
+            "v3_1"
         )
     parts.place(template.thoughts.begin if thinking and template.thoughts is not None else template.assistant)
 

@@ -3,10 +3,11 @@
 A template is data: which tokens begin and end a message of each role. `data.chat.encode` places them as token ids, and
 `data.chat.jinja` writes the same table for inference servers.
 
-Source: the `chat_template` of the released DeepSeek-V3-0324, R1 and V3.1.
+Source: the `chat_template` of the released DeepSeek-V3-0324, R1, R1-Distill and V3.1. docs/post_training.md lists which
+template is which release.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.special_tokens import (
     BEGIN_OF_SENTENCE,
@@ -136,22 +137,24 @@ _JSON_CALLS = ToolForm(
 CHAT_TEMPLATES.register(
     "v3",
     ChatTemplate(
-        summary="DeepSeek-V3 (V3-0324): no thoughts",
+        summary="DeepSeek-V3 and V3-0324: no thoughts",
         assistant=(ASSISTANT,),
         thoughts=None,
         thinks=False,
         tools=_JSON_CALLS,
     ),
 )
+_R1 = ChatTemplate(
+    summary="DeepSeek-R1 since February 2025: thinks before it answers",
+    assistant=(ASSISTANT,),
+    thoughts=ThoughtsForm(begin=(ASSISTANT, THINK, "\n"), end=("\n", END_THINK, "\n\n")),
+    thinks=True,
+    tools=replace(_JSON_CALLS, output_joint=()),
+)
+CHAT_TEMPLATES.register("r1", _R1)
 CHAT_TEMPLATES.register(
-    "r1",
-    ChatTemplate(
-        summary="DeepSeek-R1: thinks before it answers",
-        assistant=(ASSISTANT,),
-        thoughts=ThoughtsForm(begin=(ASSISTANT, THINK, "\n"), end=("\n", END_THINK, "\n\n")),
-        thinks=True,
-        tools=_JSON_CALLS,
-    ),
+    "r1_distill",
+    replace(_R1, summary="DeepSeek-R1-Distill: R1 with a line break between two outputs", tools=_JSON_CALLS),
 )
 CHAT_TEMPLATES.register(
     "v3_1",

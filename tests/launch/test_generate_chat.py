@@ -85,9 +85,12 @@ def test_prompts_are_asked_by_the_template(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["chat=v33"], "chat: must be one of v3, r1, v3_1, auto, is 'v33'; did you mean v3"),
+        (["chat=v33"], "chat: must be one of v3, r1, r1_distill, v3_1, auto, is 'v33'; did you mean v3"),
         (["thinking=true"], "thinking: must be null without chat, is True; nearest valid: chat=auto"),
-        (["chat=v3", "thinking=true"], "thinking: must be false with chat=v3, is true; nearest valid: chat=r1 or v3_1"),
+        (
+            ["chat=v3", "thinking=true"],
+            "thinking: must be false with chat=v3, is true; nearest valid: chat=r1 or r1_distill or v3_1",
+        ),
     ],
 )
 def test_wrong_choices_of_templates_are_rejected(arguments: list[str], error: str, checkpoint: Path) -> None:
@@ -98,7 +101,9 @@ def test_wrong_choices_of_templates_are_rejected(arguments: list[str], error: st
 
 def test_weights_without_a_template_or_its_tokens_are_rejected(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, make_foresighted(dtype=torch.float32))
-    with pytest.raises(ConfigError, match=r"chat: auto needs weights of a run on chats, .* one of v3, r1, v3_1$"):
+    with pytest.raises(
+        ConfigError, match=r"chat: auto needs weights of a run on chats, .* one of v3, r1, r1_distill, v3_1$"
+    ):
         main([f"ckpt={folder}", "prompt=a", "chat=auto"])
     with pytest.raises(DataError, match="chat: r1 places the token '<think>', which must be a special token"):
         main([f"ckpt={folder}", "prompt=a", "chat=r1"])

@@ -191,7 +191,7 @@ def test_sample_rejects_a_problem_by_file_line_and_field(run: Path, tmp_path: Pa
         ("problems.path=missing.jsonl", "problems.path: must be a file of JSON lines"),
         ("temperature=-1", "temperature: must be finite"),
         ("num_samples=0", "num_samples: must be above 0"),
-        ("chat=v4", "chat: must be one of v3, r1, v3_1, auto"),
+        ("chat=v4", "chat: must be one of v3, r1, r1_distill, v3_1, auto"),
         ("thinking=true", "thinking: must be false with chat=v3"),
         ("chat=auto", "chat: auto needs weights of a run on chats"),
         ("chat=r1", "chat: r1 places the token '<think>'"),

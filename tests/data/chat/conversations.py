@@ -89,7 +89,8 @@ def _outputs(name: str, messages: list[ChatMessage]) -> str:
     outputs = [_s("<｜tool▁output▁begin｜>") + m.content + _s("<｜tool▁output▁end｜>") for m in messages]
     if name == "v3_1":
         return "".join(outputs)
-    return _s("<｜tool▁outputs▁begin｜>") + "\n".join(outputs) + _s("<｜tool▁outputs▁end｜>")
+    joint = "" if name == "r1" else "\n"
+    return _s("<｜tool▁outputs▁begin｜>") + joint.join(outputs) + _s("<｜tool▁outputs▁end｜>")
 
 
 def _marked(name: str, conversation: Conversation) -> str:
@@ -113,7 +114,7 @@ def _marked(name: str, conversation: Conversation) -> str:
         if outputs:
             text += _outputs(name, outputs)
             outputs = []
-        elif name == "r1" and has_thoughts:
+        elif name.startswith("r1") and has_thoughts:
             text += _s("<｜Assistant｜>") + _s("<think>") + "\n"
         elif name == "v3_1":
             text += _s("<｜Assistant｜>") + _s("<think>" if has_thoughts else "</think>")
@@ -121,7 +122,7 @@ def _marked(name: str, conversation: Conversation) -> str:
             text += _s("<｜Assistant｜>")
         written = ""
         if has_thoughts:
-            newline = "\n" if name == "r1" else ""
+            newline = "\n" if name.startswith("r1") else ""
             written += f"{message.thoughts}{newline}" + _s("</think>") + newline + newline
         written += message.content
         if message.tool_calls:

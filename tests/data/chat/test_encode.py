@@ -16,7 +16,7 @@ from data.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
 from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_conversation, draw_text, expected
 from tests.data.released_tokenizer import edit
 
-NAMES = ("v3", "r1", "v3_1")
+NAMES = ("v3", "r1", "r1_distill", "v3_1")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_targets_are_exactly_the_assistants_tokens_of_60_conversations(name: str, tokenizer: Tokenizer) -> None:
+def test_targets_are_exactly_the_assistants_tokens_of_200_conversations(name: str, tokenizer: Tokenizer) -> None:
     rng = random.Random(name)
-    drawn = [draw_conversation(rng, thoughts=name != "v3") for _ in range(60)]
+    drawn = [draw_conversation(rng, thoughts=name != "v3") for _ in range(200)]
     views = [view for conversation in drawn for view in split_views(conversation)]
     encoded = encode_conversations(views, CHAT_TEMPLATES.get(name), tokenizer)
     for number, (view, chat) in enumerate(zip(views, encoded, strict=True)):
@@ -91,7 +91,7 @@ def test_prompts_think_as_the_template_or_the_user_says(tokenizer: Tokenizer) ->
     ]
     assert [end("v3_1", None), end("v3_1", False)] == ["<｜Assistant｜></think>"] * 2
     assert end("v3_1", True) == "<｜Assistant｜><think>"
-    with pytest.raises(DataError, match=r"nearest valid: data\.template=r1 or v3_1"):
+    with pytest.raises(DataError, match=r"nearest valid: data\.template=r1, r1_distill or v3_1"):
         end("v3", True)
 
 

@@ -69,7 +69,7 @@ def draw_plain(rng: random.Random, *, thoughts: bool) -> Conversation:
     return Conversation(messages=tuple(messages), tools=drawn.tools)
 
 
-@pytest.mark.parametrize("name", ["v3", "r1", "v3_1"])
+@pytest.mark.parametrize("name", ["v3", "r1", "r1_distill", "v3_1"])
 def test_transformers_gives_the_ids_of_60_conversations_and_their_prompts(name: str, tmp_path: Path) -> None:
     rng, template, tokenizer = random.Random(f"jinja {name}"), CHAT_TEMPLATES.get(name), chat_tokenizer()
     other = export(tmp_path, tokenizer, name)

@@ -183,5 +183,6 @@ def test_thoughts_that_a_template_cannot_write_are_refused_by_line(tmp_path: Pat
     with pytest.raises(DataError) as refused:
         check_config(config_of(source, tmp_path))
     assert str(refused.value) == (
-        f"{path}:1: thoughts: must be absent with a template that has none; nearest valid: data.template=r1 or v3_1"
+        f"{path}:1: thoughts: must be absent with a template that has none; nearest valid: data.template=r1, "
+        "r1_distill or v3_1"
     )
