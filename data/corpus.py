@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document
 
@@ -200,11 +201,38 @@ def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None)
         raise DataError(f"data.paths: {file.path} cannot be read: {error.strerror}") from error
 
 
+def decode_json(text: str | bytes) -> Any:
+    """Decodes JSON in which no object has two values for a key and no string half of a surrogate pair.
+
+    Python's decoder keeps the last value, and UTF-8 cannot encode such a half: both would change data silently.
+
+    Raises:
+        ValueError: the text is no such JSON.
+        RecursionError: it is nested too deeply.
+    """
+    text = text.decode() if isinstance(text, bytes) else text
+    value = json.loads(text, object_pairs_hook=_unique_keys)
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a string has the lone surrogate \\u{ord(error.object[error.start]):x}") from error
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return values
+
+
 def _line_text(line: bytes, field: str, place: str) -> str:
     rule = f'a line of .jsonl must be an object with a string field "{field}" (data.text_field)'
     decoded = line.decode("utf-8-sig", errors="replace")
     try:
-        value = json.loads(decoded)
+        value = decode_json(decoded)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: {rule}, got {_shorten(decoded.strip())}: {error}") from error
     if not isinstance(value, dict):
@@ -214,8 +242,7 @@ def _line_text(line: bytes, field: str, place: str) -> str:
     text = value[field]
     if not isinstance(text, str):
         raise DataError(f"{place}: {rule}, got a value of type {type(text).__name__}: {_shorten(str(text))}")
-    # JSON can contain an escaped lone surrogate, which UTF-8 cannot encode.
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    return text
 
 
 def _nearest_field(field: str, value: dict[str, object]) -> str:

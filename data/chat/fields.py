@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.corpus import DataError
+from data.corpus import DataError, decode_json
 
 SHOWN_CHARACTERS = 80
 ONE_EACH = "nearest: one object in each line"
@@ -19,10 +19,10 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
         place: file and line, for errors.
 
     Raises:
-        DataError: the line is not UTF-8 or not a JSON object.
+        DataError: the line is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
     """
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = decode_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{place}: must be UTF-8, is not at byte {error.start + 1}; nearest: save it as UTF-8"
@@ -36,7 +36,7 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
 
 
 def text_of(value: object, place: str) -> str:
-    """Returns a string without lone surrogates, which JSON can contain and UTF-8 cannot.
+    """Returns a string.
 
     Raises:
         DataError: the value is not a string.
@@ -44,7 +44,7 @@ def text_of(value: object, place: str) -> str:
     if not isinstance(value, str):
         hint = '; nearest: ""' if value is None else f"; nearest: {shorten(json.dumps(json.dumps(value)))}"
         raise DataError(f"{place}: must be a string, is {describe(value)}{hint}")
-    return value.encode("utf-8", errors="replace").decode("utf-8")
+    return value
 
 
 def list_of(value: object, place: str) -> Sequence[object]:

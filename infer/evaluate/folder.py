@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data.corpus import decode_json
 from infer.evaluate.config import EvaluationError
 from infer.evaluate.run import Record
 
@@ -147,7 +148,7 @@ def _line(record: Record) -> bytes:
 
 def _record(line: bytes, place: str) -> Record:
     try:
-        values = json.loads(line)
+        values = decode_json(line)
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{place}: must be a record of launch.evaluate, cannot be read: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("id"), str | int):

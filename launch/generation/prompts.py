@@ -1,6 +1,5 @@
 """Reads prompts, stop conditions and the tokenizer for text generation. Imports no torch."""
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from data.chat.encode import check_tokens, encode_prompt
 from data.chat.jinja import template_of
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.corpus import decode_json
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import find_tokenizer_file
 from train.config.errors import ConfigError, nearest
@@ -145,7 +145,7 @@ def _template_name(chat: str, folder: Path) -> str:
 
 def _field(place: str, line: str) -> str:
     try:
-        values = json.loads(line)
+        values = decode_json(line)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: must be a JSON object, cannot be parsed: {error}") from error
     text = values.get("prompt") if isinstance(values, dict) else None

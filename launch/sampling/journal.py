@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from data.corpus import decode_json
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Answer, Score
 from train.config.errors import ConfigError
@@ -99,7 +100,7 @@ class SampleJournal:
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
                 break
-            values = json.loads(line)
+            values = _decode(line, f"{self._path}:{number + 1}")
             if number == 0:
                 self._compare(values, made_with)
             else:
@@ -131,11 +132,18 @@ def read_samples(path: Path) -> dict[int, tuple[ScoredSample, ...]]:
         ConfigError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[1:]
-        found = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
         raise ConfigError(f"{path}: must be a journal of launch.sample, cannot be read: {error}") from error
+    found = [_decode(line, f"{path}:{number}") for number, line in enumerate(lines[1:], 2)]
     return {values["problem"]: tuple(map(_to_sample, values["samples"])) for values in found}
+
+
+def _decode(line: bytes, place: str) -> Any:
+    try:
+        return decode_json(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: must be a line of a journal of launch.sample, cannot be read: {error}") from error
 
 
 def _to_sample(values: Mapping[str, Any]) -> ScoredSample:

@@ -2,12 +2,20 @@
 
 import json
 import os
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from data.chat.lines import read_json_lines
 from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
+from infer.evaluate.folder import read_records
+from infer.evaluate.lines import read_lines
+from launch.generation.prompts import read_prompts
+from launch.sampling.journal import read_samples
+from launch.sampling.problems import FileProblemsConfig, load_problems
 
 EMBEDDED = EmbeddedSource(kind="embedded")
 
@@ -62,9 +70,46 @@ def test_keys_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_become_replacement_characters(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\xffc")
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "x\\ud800y"}\n')
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "x\xffy"}\n')
     texts = [document.text for document in read_documents(files(tmp_path))]
-    assert texts == ["ab�c", "x?y"]
+    assert texts == ["ab�c", "x�y"]
+
+
+def chat_lines(path: Path) -> object:
+    return list(read_json_lines(list_files(files(path))[0], lambda values, place: values, None, "chats"))
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "documents": lambda path: list(read_documents(files(path))),
+    "chats, preferences, problems": chat_lines,
+    "problems to sample": lambda path: load_problems(FileProblemsConfig(kind="file", path=str(path))),
+    "evaluation": lambda path: read_lines("maths.path", str(path), lambda values, place: values),
+    "records of an evaluation": lambda path: read_records(path.parent, "x"),
+    "prompts": lambda path: read_prompts(None, str(path)),
+    "journal of samples": read_samples,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ('{"text": "a", "id": 1, "prompt": "a", "text": "b"}', "the key 'text' occurs twice"),
+        ('{"text": "a", "id": 1, "prompt": "a", "tools": [{"x": 1, "x": 1}]}', "the key 'x' occurs twice"),
+        ('{"text": "a", "id": 1, "prompt": "a\\ud83d"}', "lone surrogate .ud83d"),
+        ('{"text": "a", "id": 1, "prompt": "a\\uDE00\\ud83d"}', "lone surrogate .ude00"),
+        ('{"text": "a", "id": 1, "prompt": "a", "a\\ud83d": 1}', "lone surrogate .ud83d"),
+    ],
+)
+def test_every_reader_refuses_keys_that_occur_twice_and_lone_surrogates(
+    tmp_path: Path, reader: str, line: str, rule: str
+) -> None:
+    path = tmp_path / "samples_x.jsonl"
+    good = '{"text": "a\\ud83d\\ude00", "id": 1, "prompt": "a", "answer": "b"}\n'
+    path.write_text(good * 2 + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rule) as refused:
+        READERS[reader](path)
+    assert re.search(r"samples_x\.jsonl'?(:|, line )3\b", str(refused.value))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +119,8 @@ def test_bytes_that_are_no_text_become_replacement_characters(tmp_path: Path) ->
         ("[1, 2]", ["object with a string field", "[1, 2]"]),
         ('{"texts": "a", "id": 3}', ["'id', 'texts'", "nearest: data.text_field='texts'"]),
         ('{"text": 7}', ["type int", "7"]),
+        ('{"text": "x\\ud800y"}', ["lone surrogate \\ud800"]),
+        ('{"text": "a", "id": {"b": 1, "b": 2}}', ["the key 'b' occurs twice"]),
         ("[" * 100_000, ["object with a string field"]),
     ],
 )

@@ -148,11 +148,11 @@ def test_all_forms_are_read() -> None:
     assert pair.margin == 2.0
 
 
-def test_lone_surrogates_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+def test_byte_order_marks_and_whole_surrogate_pairs_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\ud800", "answer": ""}\n')
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\ud83d\\ude00 \\\\ud800", "answer": ""}\n')
     documents = list(read_documents(source_of(path, is_pair=False)))
-    assert [document.text for document in documents] == ["a?"]
+    assert [document.text for document in documents] == ["a\U0001f600 \\ud800"]
     assert documents[0].key == "a.jsonl:1"
 
 
