@@ -2,7 +2,7 @@
 # newer. `make train ARGS="task.steps=200 name=longer"` passes overrides.
 PYTHON ?= python3
 ARGS ?=
-# Index of torch's wheels. Without NVIDIA's driver, it has torch for CPUs, a tenth of the download. Empty: the package index.
+# Index of torch's wheels. Without NVIDIA's driver, that for CPUs: a tenth of the download. Empty: the package index.
 TORCH_INDEX ?= $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
 	echo https://download.pytorch.org/whl/cpu)
 INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
@@ -128,7 +128,8 @@ harness-test: .venv/installed-dev
 .venv/installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@test -z "$(TORCH_INDEX)" || \
-		$(INSTALL) --retries 1 --no-deps --index-url "$(TORCH_INDEX)" "$$(grep -om1 'torch>=[^"]*' pyproject.toml)" || \
+		$(INSTALL) --retries 1 --timeout 15 --no-deps --index-url "$(TORCH_INDEX)" \
+			"$$(grep -om1 'torch>=[^"]*' pyproject.toml)" || \
 		echo "torch is not in $(TORCH_INDEX); it comes from the package index"
 	$(INSTALL) -e .
 	touch $@
