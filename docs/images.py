@@ -1,22 +1,32 @@
-"""Draws the pictures of the documentation, each in light and dark: `python docs/images.py RUN`.
+"""Draws the pictures of the documentation, each in light and dark: `python docs/images.py`.
 
-`pipeline-*.svg` shows the planned and measured time of one pipeline, read from the run's trace.json and
-schedule.svg. `architecture-*.svg` shows the layers of the project. Standard library only.
+`pipeline-*.svg` shows DualPipe next to 1F1B for 8 ranks and 20 micro-batches, from the simulator, and DualPipe as 8
+gloo ranks ran it. The stages of that run sleep for the time of each operation, so that 8 ranks do not compete for the
+cores of one machine; schedule, interpreter and transfers are those of training. `architecture-*.svg` shows the layers
+of the project.
 """
 
-import argparse
-import json
-import re
-from dataclasses import dataclass
-from html import unescape
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dualpipe.build import build
+from dualpipe.draw.cells import Cell, measured_cells, planned_cells
+from dualpipe.simulate.costs import Costs, uniform
+from dualpipe.simulate.simulate import simulate
+from tests.bench.grouped_stages import measure_spans
+
 FOLDER = Path(__file__).parent / "images"
 WIDTH = 880
-_LEFT, _ROW, _GAP = 84, 42, 6
-_PLANNED_THREADS, _MEASURED_THREAD = (0, 1), 3
-_NAME = re.compile(r"^(?:exposed exchange )?([FBIW])(\d+)\.(\d+)('?)$")
+NUM_RANKS, NUM_MICRO_BATCHES, BLOCKS = 8, 20, 4
+COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
+UNIT_SECONDS = 0.16
+_LEFT, _ROW, _GAP = 70, 21, 2
+_TITLES = {"1f1b": "1F1B, exchanges of experts wait", "dualpipe": "DualPipe, exchanges behind computation"}
 _NAMES = {"F": "forward", "B": "backward", "I": "backward for inputs", "W": "backward for weights"}
 _FONT = "font-family:ui-sans-serif,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif"
 
@@ -46,81 +56,75 @@ THEMES = (
 )
 
 
+def simulated_panel(kind: str) -> "Panel":
+    """Returns the panel of a schedule whose stages are equal and whose exchange takes as long as a forward."""
+    costs = uniform(COSTS, NUM_RANKS, NUM_RANKS)
+    schedule = build(kind, NUM_RANKS, NUM_MICRO_BATCHES, costs)
+    simulation = simulate(schedule, costs)
+    return Panel(
+        heading=f"{_TITLES[kind]}, simulated: {simulation.makespan:g} units",
+        cells=planned_cells(schedule, simulation),
+    )
+
+
+def measured_panel(kind: str) -> "Panel":
+    """Returns the panel of a run of gloo ranks whose stages sleep."""
+    seconds = {name: value * UNIT_SECONDS for name, value in asdict(COSTS).items() if value is not None}
+    costs = uniform(Costs(**seconds), NUM_RANKS, NUM_RANKS)
+    schedule = build(kind, NUM_RANKS, NUM_MICRO_BATCHES, costs)
+    measured = measure_spans(schedule, costs, BLOCKS)
+    cells = [
+        replace(cell, start=cell.start / UNIT_SECONDS, end=cell.end / UNIT_SECONDS)
+        for cell in measured_cells(schedule, measured)[0]
+    ]
+    units = measured.makespan_seconds / UNIT_SECONDS
+    heading = f"The same DualPipe as 8 gloo ranks ran it, with stages that sleep: {units:.3g} units"
+    return Panel(heading=heading, cells=cells)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One group of a rank: its time in milliseconds, and the operations that ran overlapped."""
+class Panel:
+    """One picture of all ranks' time, in units of a forward."""
 
-    rank: int
-    start: float
-    end: float
-    members: tuple[tuple[str, int, int], ...]  # kind, direction, micro-batch
+    heading: str
+    cells: list[Cell]
 
 
-def read_cells(trace: dict[str, list[dict]], threads: tuple[int, ...]) -> list[Cell]:
-    """Returns a cell per group from the complete events of some threads of a trace."""
-    found: dict[tuple[int, int], list[tuple[float, float, tuple[str, int, int]]]] = {}
-    for event in trace["traceEvents"]:
-        match = _NAME.match(event["name"]) if event["ph"] == "X" and event["tid"] in threads else None
-        if match is not None:
-            kind, _, micro_batch, prime = match.groups()
-            span = (event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3, (kind, len(prime), int(micro_batch)))
-            found.setdefault((event["pid"], event["args"]["group"]), []).append(span)
-    return [
-        Cell(
-            rank=rank,
-            start=min(start for start, _, _ in spans),
-            end=max(end for _, end, _ in spans),
-            members=tuple(sorted({member for _, _, member in spans})),
-        )
-        for (rank, _), spans in sorted(found.items())
-    ]
-
-
-def read_headings(svg: str) -> list[str]:
-    """Returns the two sentences above the planned and the measured panel, each up to its bubble and in three digits."""
-    text = " ".join(unescape(line) for line in re.findall(r'class="heading"[^>]*>([^<]*)<', svg))
-    text = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.3g}", text)
-    planned, measured = text[: text.index("measured:")], text[text.index("measured:") :]
-    return [
-        re.sub(r" \(planned[^)]*\)", "", re.match(r"(.*?bubble [\d.]+ %)", part).group(1))
-        for part in (planned, measured)
-    ]
-
-
-def draw_pipeline(panels: list[tuple[str, list[Cell]]], title: str, theme: Theme) -> str:
+def draw_pipeline(panels: Sequence[Panel], title: str, theme: Theme) -> str:
     """Returns the picture of a pipeline: one panel above the other, on one time scale."""
-    span = max(cell.end for _, cells in panels for cell in cells)
-    ranks = 1 + max(cell.rank for _, cells in panels for cell in cells)
+    span = max(cell.end for panel in panels for cell in panel.cells)
     scale = (WIDTH - _LEFT - 16) / span
-    parts, y = [_text(16, 32, title, theme.text, 22, "600")], 44
-    for heading, cells in panels:
-        parts.append(_text(16, y + 24, heading, theme.soft, 19))
-        y += 36
-        end = max(cell.end for cell in cells)
-        for rank in range(ranks):
+    parts = [_text(16, 32, title, theme.text, 21, "600")]
+    y = 44.0
+    for panel in panels:
+        parts.append(_text(16, y + 20, panel.heading, theme.soft, 17))
+        y += 30
+        end = max(cell.end for cell in panel.cells)
+        for rank in range(NUM_RANKS):
             top = y + rank * (_ROW + _GAP)
-            parts.append(_text(_LEFT - 10, top + 28, f"rank {rank}", theme.soft, 19, anchor="end"))
+            parts.append(_text(_LEFT - 8, top + 16, f"rank {rank}", theme.soft, 15, anchor="end"))
             parts.append(_box(_LEFT, top, end * scale, _ROW, theme.track))
-        for cell in cells:
+        for cell in panel.cells:
             parts += _draw_cell(cell, y, scale, theme)
-        y += ranks * (_ROW + _GAP) + 8
-    parts += _draw_legend({kind for _, cells in panels for cell in cells for kind, _, _ in cell.members}, y, theme)
-    return _svg(WIDTH, y + 66, title, parts, theme)
+        y += NUM_RANKS * (_ROW + _GAP) + 6
+    kinds = {member.kind.value for panel in panels for cell in panel.cells for member in cell.members}
+    parts += _draw_legend(kinds, y, theme)
+    return _svg(WIDTH, y + 84, title, parts, theme)
 
 
 def _draw_cell(cell: Cell, top: float, scale: float, theme: Theme) -> list[str]:
     parts = []
     height = _ROW / len(cell.members)
-    x, width = _LEFT + cell.start * scale, (cell.end - cell.start) * scale
-    for index, (kind, direction, micro_batch) in enumerate(cell.members):
+    x = _LEFT + cell.start * scale
+    width = (cell.end - cell.start) * scale
+    for index, member in enumerate(cell.members):
         y = top + cell.rank * (_ROW + _GAP) + index * height
-        parts.append(_box(x, y, width, height, theme.kinds[kind][direction], theme.paper))
-        size = 20 if height > 30 else 17
+        parts.append(_box(x, y, width, height, theme.kinds[member.kind.value][member.direction], theme.paper))
+        size = 13 if height > 15 else 10.5
         if width > 11:
-            ink = "#ffffff" if direction else "#16181b"
-            parts.append(
-                _text(x + width / 2, y + height / 2 + size * 0.36, str(micro_batch), ink, size, anchor="middle")
-            )
+            ink = "#ffffff" if member.direction else "#16181b"
+            label = str(member.micro_batch)
+            parts.append(_text(x + width / 2, y + height / 2 + size * 0.36, label, ink, size, anchor="middle"))
     return parts
 
 
@@ -129,10 +133,11 @@ def _draw_legend(kinds: set[str], y: float, theme: Theme) -> list[str]:
     for kind in (kind for kind in _NAMES if kind in kinds):
         for direction in (0, 1):
             parts.append(_box(x + 20 * direction, y + 6, 20, 18, theme.kinds[kind][direction]))
-        parts.append(_text(x + 48, y + 22, _NAMES[kind], theme.soft, 19))
-        x += 48 + 9.6 * len(_NAMES[kind]) + 26
-    note = "light: enters at rank 0; dark: enters at the last rank; halves: overlapped; gray: idle"
-    return [*parts, _text(16, y + 52, note, theme.soft, 19)]
+        parts.append(_text(x + 48, y + 21, _NAMES[kind], theme.soft, 17))
+        x += 48 + 8.6 * len(_NAMES[kind]) + 26
+    note = "light: enters at rank 0; dark: enters at rank 7; halves: overlapped; gray: idle"
+    unit = "1 unit: a forward, a backward for inputs or for weights, or an exchange of one micro-batch on one rank"
+    return [*parts, _text(16, y + 48, note, theme.soft, 15), _text(16, y + 70, unit, theme.soft, 15)]
 
 
 LAYERS = (
@@ -178,18 +183,11 @@ def _svg(width: float, height: float, name: str, parts: list[str], theme: Theme)
 
 def main() -> None:
     """Writes all pictures next to this file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run that drew its pictures")
-    run = parser.parse_args().run
-    trace = json.loads((run / "trace.json").read_text("utf-8"))
-    headings = read_headings((run / "schedule.svg").read_text("utf-8"))
-    panels = list(
-        zip(headings, (read_cells(trace, _PLANNED_THREADS), read_cells(trace, (_MEASURED_THREAD,))), strict=True)
-    )
-    title = re.search(r'class="title"[^>]*>([^<]*)<', (run / "schedule.svg").read_text("utf-8")).group(1)
+    panels = [simulated_panel("1f1b"), simulated_panel("dualpipe"), measured_panel("dualpipe")]
+    title = f"1F1B and DualPipe, {NUM_RANKS} ranks, {NUM_MICRO_BATCHES} micro-batches"
     FOLDER.mkdir(exist_ok=True)
     for theme in THEMES:
-        (FOLDER / f"pipeline-{theme.name}.svg").write_text(draw_pipeline(panels, unescape(title), theme), "utf-8")
+        (FOLDER / f"pipeline-{theme.name}.svg").write_text(draw_pipeline(panels, title, theme), "utf-8")
         (FOLDER / f"architecture-{theme.name}.svg").write_text(draw_architecture(theme), "utf-8")
 
 

@@ -5,7 +5,8 @@ computation, exchange, computation, exchange. Computations sleep on the main thr
 comm lane. Schedule, compiler, interpreter and transfers are those of training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,13 +22,15 @@ from dualpipe.build import build
 from dualpipe.ir import Schedule
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
-from dualpipe.runtime.execute import execute
+from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.measured import LaneSpan, Measured, rank_spans
+from dualpipe.runtime.program import Program
 from dualpipe.runtime.protocols import Lane
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
 from dualpipe.simulate.simulate import simulate
 from dualpipe.transfers import linked_pairs
 from tests.bench.blocks import SleepLog
-from tests.bench.contenders import Links, Step
+from tests.bench.contenders import Links
 from tests.bench.measure import timed_step
 from tests.bench.planned_stages import uneven_costs
 from tests.ranks import run_ranks
@@ -191,23 +194,62 @@ class _LaneStage:
         return _LaneRun(self)
 
 
-def _run_rank(
-    rank: int, num_ranks: int, jobs: Sequence[tuple[GroupedCase, Schedule, CostModel]], num_rounds: int
-) -> list[list[float]]:
+class _Job:
+    """A rank's program of a schedule, and the stages on which it runs."""
+
+    def __init__(self, program: Program, stages: Mapping[int, _LaneStage], links: Links, log: SleepLog) -> None:
+        self.program = program
+        self.log = log
+        self.execution: Execution | None = None
+        self._stages = stages
+        self._links = links
+
+    def run(self) -> None:
+        self.execution = execute(self.program, self._stages, self._links)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _open_jobs(rank: int, num_ranks: int, parts: Sequence[tuple[Schedule, CostModel, int]]) -> Iterator[list[_Job]]:
+    """Opens the links of a rank and compiles its programs of schedules, given their costs and blocks of a stage."""
     layout = Layout(ParallelismConfig(pipeline=num_ranks, data=1, expert=1), ranks_per_node=num_ranks)
-    pairs = sorted({pair for _, schedule, _ in jobs for pair in linked_pairs(schedule)})
+    pairs = sorted({pair for schedule, _, _ in parts for pair in linked_pairs(schedule)})
     logs, like_TD = (SleepLog(), SleepLog()), torch.zeros(1, 8)
     transport = PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
     with transport, ThreadLane("comm") as comm:
-        links, steps = Links(transport, like_TD), list[Step]()
-        for case, schedule, costs in jobs:
+        links, jobs = Links(transport, like_TD), list[_Job]()
+        for schedule, costs, blocks in parts:
             held = sorted({stage for _, stage in schedule.stages_of(rank)})
-            stages = {stage: _LaneStage(costs.stages[stage], case.blocks, comm, logs, like_TD) for stage in held}
-            lanes: Mapping[int, Sequence[Lane]] = dict.fromkeys(held, _BLOCK * case.blocks)
-            program = compile_rank(schedule, rank, lanes, pairing.overlapped)
-            steps.append(partial(execute, program, stages, links))  # type: ignore[arg-type]
-        found: list[list[float]] = [[] for _ in steps]
+            stages = {stage: _LaneStage(costs.stages[stage], blocks, comm, logs, like_TD) for stage in held}
+            lanes: Mapping[int, Sequence[Lane]] = dict.fromkeys(held, _BLOCK * blocks)
+            jobs.append(_Job(compile_rank(schedule, rank, lanes, pairing.overlapped), stages, links, logs[0]))
+        yield jobs
+
+
+def _run_rank(
+    rank: int, num_ranks: int, cases: Sequence[tuple[GroupedCase, Schedule, CostModel]], num_rounds: int
+) -> list[list[float]]:
+    with _open_jobs(rank, num_ranks, [(schedule, costs, case.blocks) for case, schedule, costs in cases]) as jobs:
+        found: list[list[float]] = [[] for _ in jobs]
         for _ in range(num_rounds):
-            for seconds, step in zip(found, steps, strict=True):
-                seconds.append(timed_step(step, logs[0]).seconds)
+            for seconds, job in zip(found, jobs, strict=True):
+                seconds.append(timed_step(job.run, job.log).seconds)
     return found
+
+
+def measure_spans(schedule: Schedule, costs: CostModel, blocks: int) -> Measured:
+    """Runs a step whose stages sleep, and returns the spans of all ranks.
+
+    Args:
+        schedule: what the ranks run.
+        costs: seconds of each stage.
+        blocks: blocks of four phases in a stage.
+    """
+    ranks = run_ranks(schedule.num_ranks, _record_rank, schedule, costs, blocks, timeout_seconds=900.0)
+    return Measured(ranks=tuple(ranks))
+
+
+def _record_rank(rank: int, num_ranks: int, schedule: Schedule, costs: CostModel, blocks: int) -> tuple[LaneSpan, ...]:
+    with _open_jobs(rank, num_ranks, [(schedule, costs, blocks)]) as (job,):
+        timed_step(job.run, job.log)
+        assert job.execution is not None
+        return rank_spans(schedule.ranks[rank], job.program, job.execution.spans, job.execution.origin_seconds)
