@@ -53,6 +53,9 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data, Mapping) and "tokenizer" in data:
         tokenizer = expand_tokenizer(data["tokenizer"], values.get("init_from"), _resumed(values))
         resolved["data"] = {**data, "tokenizer": tokenizer}
+        size, shape = data.get("tokenizer_vocab_size"), resolved.get("model")
+        if size is None and isinstance(shape, Mapping) and "vocab_size" in shape:
+            resolved["data"]["tokenizer_vocab_size"] = shape["vocab_size"]
     return resolved
 
 

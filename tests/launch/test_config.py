@@ -96,7 +96,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         chat_tokenizer().save(tmp_path / "tokenizer.json")
         needs = ["data.dataset=chain_sum", f"data.tokenizer={tmp_path / 'tokenizer.json'}"]
     if choice == "data=files_and_tokenizer":
-        needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=4000)}"]
+        needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=2000)}"]
     if choice == "task=distill":
         teacher = place_weights(tmp_path / "teacher")
         needs = [*NEEDS["task=sft"], f"task.teacher={teacher}"]
@@ -131,7 +131,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
 def test_config_any_choice_of_options_passes_or_is_rejected_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     weights = place_weights(tmp_path / "weights")
-    given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=4000)
+    given = write_released(tmp_path / "tokenizer.json", ["some text"], highest_id=2000)
     needs = {"data=files": [f"data.paths=['{tmp_path / 'a.txt'}']"], "model=of_checkpoint": [f"init_from={weights}"]}
     needs |= {choice: write_chats(tmp_path, choice) for choice in CHATS}
     needs["data=files_and_tokenizer"] = [*needs["data=files"], f"data.tokenizer={given}"]
@@ -305,7 +305,7 @@ def test_config_quickstart_feeds_dualpipe_fully() -> None:
         (["profile=steps", "profile.ranks=[2]"], ["profile.ranks", "0 to 1", "one is 2", "nearest valid: 1"]),
         (["precision=float64"], ["optim.sharding", "precision=float64", "is zero1", "replicated"]),
         (["precision=bf16", "optim.sharding=replicated"], ["optim.sharding", "bf16", "is replicated", "zero1"]),
-        (["data.tokenizer_vocab_size=5000"], ["data.tokenizer_vocab_size", "model.vocab_size=4096", "is 5000"]),
+        (["data.tokenizer_vocab_size=5000"], ["data.tokenizer_vocab_size", "model.vocab_size=2048", "is 5000"]),
         (["name=a/b"], ["name", "'a/b'"]),
         (["name="], ["name", "''"]),
         (["~optim.eps"], ["optim.eps: missing"]),

@@ -77,7 +77,7 @@ def test_tokenizer_must_fit_the_model(weights: Path) -> None:
     check(replace(build(f"init_from={weights}", f"model.vocab_size={VOCAB_SIZE}", *choices), init_from=None))
     with pytest.raises(ConfigError) as refused:
         check(build(f"data.tokenizer={weights}", *choices))
-    for part in ("data.tokenizer: must have at most model.vocab_size=4096", f"has {VOCAB_SIZE}", "data.tokenizer=null"):
+    for part in ("data.tokenizer: must have at most model.vocab_size=2048", f"has {VOCAB_SIZE}", "data.tokenizer=null"):
         assert part in str(refused.value)
 
 
