@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch import plan, schedule
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, runners_of
 
 LANGUAGES = {"bash", "console", "python", "text", "yaml", "json"}
@@ -82,3 +84,30 @@ def test_every_page_is_linked_from_the_readme() -> None:
     linked = set(links(ROOT / "README.md"))
     pages = {name for name in NAMES if name.startswith("docs/")}
     assert pages <= linked, pages - linked
+
+
+@pytest.mark.parametrize(
+    ("module", "figures"),
+    [
+        (
+            plan,
+            {r"pretrain .* ([\d,]+)  +[\d,]+ +\d+\.\d ": "2,668,", r"x ([\d.]+) for what no rate explains": "1.059"},
+        ),
+        (schedule, {r"\n1f1b +1 +\S+ +(\d+) ": "135", r"\ndualpipe +1 +\S+ +(\d+) ": "87"}),
+    ],
+    ids=["plan", "schedule"],
+)
+def test_readme_figures_are_what_its_commands_print(
+    module: object, figures: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    name = module.__name__  # type: ignore[attr-defined]
+    command = re.search(rf"\| `python -m {re.escape(name)} ([^`]+)` \|", readme)
+    assert command is not None
+    assert module.main(shlex.split(command[1])) == 0  # type: ignore[attr-defined]
+    printed = capsys.readouterr().out
+    for pattern, figure in figures.items():
+        value = re.search(pattern, printed)
+        assert value is not None, f"{pattern} is not in\n{printed}"
+        assert value[1].startswith(figure), f"{name} prints {value[1]}, README says {figure}"
+        assert figure.rstrip(",") in readme
