@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from launch.config.compose import chosen_options, compose, key_of
 from launch.config.errors import system_errors
@@ -127,10 +126,10 @@ def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
     return [*cluster, *kept, f"out_dir={out_dir}", "resume=auto"]
 
 
-def _with_text_time(slurm: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_text_time(slurm: object) -> object:
     """Converts an integer `time` to text: `slurm.time=60` is a number in YAML but minutes in Slurm."""
-    time = slurm.get("time")
-    return {**slurm, "time": str(time)} if type(time) is int else slurm
+    is_number = isinstance(slurm, Mapping) and type(slurm.get("time")) is int
+    return {**slurm, "time": str(slurm["time"])} if is_number else slurm
 
 
 def _check_resume(resume: object) -> None:

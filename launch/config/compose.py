@@ -3,6 +3,7 @@
 The only module that uses Hydra.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -15,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.config.errors import SyntaxOverrideError
 from launch.config.groups import (
@@ -29,10 +30,16 @@ from launch.config.groups import (
 )
 from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
+# OmegaConf raises the last two for a key into a list that is no number.
+_LIBRARY_ERRORS = (HydraException, OmegaConfBaseException, TypeError, ValueError)
+
 CONFIG_ONLY = "config_only"
 """Key of every command: with `true`, the command prints its configuration and does nothing else."""
 DRY_RUN = "dry_run"
 """Key of `launch.train`: with `true`, the command prints a training sample with its targets and does nothing else."""
+
+MISSING = "???"
+"""What a value without a default is written as."""
 
 # Examples for error messages about values without a default.
 _EXAMPLES = {
@@ -61,16 +68,17 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
         group, _, name = key.rpartition(".")
         if group in config and OmegaConf.is_missing(config[group], name):
             config[group][name] = value
+    raw = _raw_keys(config)
     try:
         values = _plain(config)
     except MissingMandatoryValue as error:
+        keys = [key for key, value in raw.items() if value == MISSING]
+        examples = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
+        raise ConfigError(f"{' and '.join(keys)}: a value is needed; write {examples}") from error
+    except OmegaConfBaseException as error:
         # An override names an item of a list by its number alone.
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key))
-        raise ConfigError(f"{key}: a value is needed; write {key}={_EXAMPLES.get(key, '...')}") from error
-    except InterpolationResolutionError as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
+        raise ConfigError(_unresolved(key, raw)) from error
     load_plugin_files(values.get(PLUGINS))
     return values
 
@@ -140,9 +148,9 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
         _check_override(override, groups)
     try:
         return _compose(command, overrides, with_hydra=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except _LIBRARY_ERRORS as error:
         _raise_unknown_key(command, groups, parsed)
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(_inapplicable(command, groups, parsed)) from error
 
 
 def _load_plugins(parsed: Sequence[Override]) -> None:
@@ -232,6 +240,7 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
     keys = [*known, *(group for group in groups if group not in known), *switches(command)]
     for override in parsed:
         key = override.key_or_group
+        _check_parents(key, known, groups)
         if override.is_add() and key in known:
             line = (override.input_line or "").lstrip("+")
             raise ConfigError(f"+{key}: exists already, + adds a key that does not; nearest valid: {line}")
@@ -245,6 +254,90 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
         if key.lower() in keys:
             raise ConfigError(f"{key}: unknown key, keys are lower case; nearest valid: {_lower(override, groups)}")
         raise UnknownKeyError(f"{key}: unknown key; {nearest_key(key, keys)}")
+
+
+def _check_parents(key: str, known: Mapping[str, Any], groups: Mapping[str, str]) -> None:
+    """Rejects a key into a list without an item's number, into a group that is null, and into a single value."""
+    parts = key.split(".")
+    for depth in range(1, len(parts)):
+        parent = ".".join(parts[:depth])
+        if isinstance(known.get(parent), list) and f"{parent}.{parts[depth]}" not in known:
+            items = [name for name in known if name.startswith(f"{parent}.")]
+            near = nearest_key(f"{parent}.0.{'.'.join(parts[depth:])}", items) if items else f"write {parent}=[...]"
+            rule = f"{parent} is a list, whose items are named by their numbers from 0"
+            raise ConfigError(f"{key}: {rule}, is {parts[depth]}; {near}")
+        if known.get(parent, {}) is None and parent in groups:
+            choices = ", ".join(f"{parent}={name}" for name in options(parent) if name != "none")
+            raise ConfigError(f"{key}: needs {parent}, which is null; nearest valid: {choices}")
+        if not isinstance(known.get(parent, {}), dict | list):
+            raise ConfigError(f"{key}: unknown key, as {parent} is one value; nearest valid: {parent}=VALUE")
+
+
+def _inapplicable(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> str:
+    """Returns what is wrong with the first override that cannot be applied after those before it."""
+    lines = [override.input_line or "" for override in parsed if override.key_or_group in groups]
+    for override in parsed:
+        key, line = override.key_or_group, override.input_line or ""
+        if key in groups:
+            continue
+        known = _raw_keys(_compose(command, lines))
+        lines.append(line)
+        try:
+            _compose(command, lines)
+        except _LIBRARY_ERRORS:
+            return f"{line if override.is_delete() else key}: {_rule_of(override, known)}"
+    return f"{command}: the options of groups must compose, do not: {' '.join(lines)}; --help lists all options"
+
+
+def _rule_of(override: Override, known: Mapping[str, Any]) -> str:
+    """Returns the rule that an override breaks, with what is valid.
+
+    Args:
+        override: an override that cannot be applied.
+        known: values by dotted keys, to which it should be applied.
+    """
+    key, text = override.key_or_group, (override.input_line or "").partition("=")[2]
+    if override.is_delete() and key in known:
+        rule = "must name a key without a value to delete, or its present value"
+        return (
+            f"{rule}, is {text or _text(known[key])}; nearest valid: {key}={_text(known[key]).replace(MISSING, '...')}"
+        )
+    if key not in known and not override.is_add():
+        return f"must be a key that exists, is none after the overrides before it; {nearest_key(key, list(known))}"
+    if "${" in text:
+        return f"must close what it opens with ${{, is {text}; nearest valid: {key}=${{name}}, or text without ${{"
+    if isinstance(known.get(key), dict):
+        inner = next((name for name in known if name.startswith(f"{key}.")), f"{key}.KEY")
+        return f"must hold keys and values, is {text}; nearest valid: {inner}={_text(known.get(inner))}"
+    return f"must be a value that fits here, is {text}; nearest valid: {key}={_text(known.get(key))}"
+
+
+def _unresolved(key: str, known: Mapping[str, Any], followed: tuple[str, ...] = ()) -> str:
+    """Returns the error of a value that refers, perhaps over others, to a value that does not exist.
+
+    Args:
+        key: dotted key of the value, which has `${...}`.
+        known: values by dotted keys, as written.
+        followed: keys that refer to this one.
+    """
+    text = known.get(key)
+    for name in re.findall(r"\$\{([\w./]+)\}", str(text)):
+        parent = name.partition(".")[0]
+        if parent in known and known[parent] is None:
+            options_of = _other_options(name) or f"{parent}=VALUE"
+            return f"{parent}: must have values, because {key} is {text}, is null; nearest valid: {options_of}"
+        if name not in known:
+            return f"{key}: must refer to a key that exists, is {text}; {nearest_key(name, list(known))}"
+        if name in (key, *followed):
+            return f"{key}: must not refer to itself, is {text}; nearest valid: {key}=VALUE"
+        if "${" in str(known[name]):
+            return _unresolved(name, known, (*followed, key))
+    return f"{key}: must refer to a value that exists, is {text}; nearest valid: {key}=VALUE"
+
+
+def _text(value: Any) -> str:
+    """Returns a plain value as it is written on the command line."""
+    return json.dumps(value).replace('"', "").replace(" ", "")
 
 
 def _lower(override: Override, groups: Mapping[str, str]) -> str:
@@ -270,12 +363,18 @@ def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
     return key.startswith("model.") and "model.kind" in known
 
 
-def dotted_keys(values: object, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield f"{prefix}{key}", value
-            yield from dotted_keys(value, f"{prefix}{key}.")
+def dotted_keys(values: object, prefix: str = "", *, has_items: bool = False) -> Iterable[tuple[str, Any]]:
+    """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it.
+
+    Args:
+        values: nested dicts.
+        prefix: of all keys.
+        has_items: whether items of lists have keys too, which are their numbers.
+    """
+    items = enumerate(values) if has_items and isinstance(values, list) else ()
+    for key, value in values.items() if isinstance(values, dict) else items:
+        yield f"{prefix}{key}", value
+        yield from dotted_keys(value, f"{prefix}{key}.", has_items=has_items)
 
 
 def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
@@ -290,8 +389,9 @@ def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
 
 @cache
 def _known_keys(command: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> Mapping[str, Any]:
-    return dict(dotted_keys(OmegaConf.to_container(_compose_in(folders, command, choices), resolve=False)))
+    return _raw_keys(_compose_in(folders, command, choices))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _raw_keys(config: DictConfig) -> dict[str, Any]:
+    """Returns every dotted key, also those of items of lists, with its value before interpolation."""
+    return dict(dotted_keys(OmegaConf.to_container(config, resolve=False), has_items=True))

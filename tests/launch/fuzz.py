@@ -5,6 +5,7 @@ of them: exit codes, seconds, and those that were not refused as they should be.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from random import Random
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from launch.config.compose import compose_defaults
+from launch.config.compose import compose_defaults, known_keys
 from launch.config.groups import default_groups
 from train.config import TrainConfig
 
@@ -52,6 +53,33 @@ def invalid_configurations(seed: int) -> Iterator[Invalid]:
         for make in makers:
             made = make(random, leaves)
             yield Invalid((random.choice(_BASES), *made.overrides), made.keys)
+
+
+def misused_keys(command: str, seed: int) -> Iterator[Invalid]:
+    """Yields endless overrides of any command that Hydra or OmegaConf would refuse in their own words.
+
+    Keys into lists, values and null, references, deletions, additions, brackets and choices of groups, in turn.
+    """
+    random, known, groups = Random(seed), known_keys(command), sorted(default_groups(command))
+    filled = {key: f"{key}=x" for key, value in known.items() if value == "???"}
+    lists = [key for key, value in known.items() if isinstance(value, list)]
+    leaves = [key for key, value in known.items() if not isinstance(value, dict | list) and key not in groups]
+    while True:
+        key, absent = random.choice(leaves), "".join(random.choice(_LETTERS[:-1]) for _ in range(9))
+        texts = [
+            f"{key}{end}" for end in (f".{absent}=1", f"='${{{absent}'", f"=${{{key}}}", f"=a${{{absent}}}b", "=???")
+        ]
+        texts += [f"{key}=${{{absent}}}", f"{key}=${{oc.env:{absent}}}", f"~{key}={absent}", f"~{key}{absent}"]
+        texts += [f"{key}={value}" for value in ("[1", "{a", "a=b", "'a", "=1", "a]", "1,2", "range(3)")]
+        for name in random.sample(lists, min(2, len(lists))):
+            texts += [f"{name}.{absent}=1", f"+{name}.{absent}=1", f"{name}.77={absent}", f"{name}.{absent}.a=1"]
+        for group in random.sample(groups, min(2, len(groups))):
+            texts += [f"{group}={absent}", f"{group}=[a]", f"+{group}=a", f"~{group}", f"{group}@a=b", f"{group}=null"]
+        for text in texts:
+            named = re.split("[~+=@]", text.lstrip("~+"))[0]
+            yield Invalid(
+                (*(fill for name, fill in filled.items() if name != key), text), (named.removesuffix(absent),)
+            )
 
 
 def _leaves(cls: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -190,6 +218,8 @@ def problem_of(invalid: Invalid, text: str) -> str:
     """Returns what is wrong with an error message; empty if nothing."""
     if not text.startswith("error: ") or text.count("\n") != 1:
         return "is not one line"
+    if library := re.search(r"interpolation|Could not|merging|struct|raised|ConfigKey|Error|invalid literal", text):
+        return f"has text of a library: {library[0]}"
     if not any(key in text for key in invalid.keys):
         return f"does not name {' or '.join(invalid.keys)}"
     return ""

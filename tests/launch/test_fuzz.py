@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from launch import train
+from launch.config.compose import compose
+from launch.config.groups import config_dir
 from launch.help.command import user_errors
-from tests.launch.fuzz import SECONDS, invalid_configurations, problem_of, refusal_of
+from tests.launch.fuzz import SECONDS, invalid_configurations, misused_keys, problem_of, refusal_of
+from train.config.errors import ConfigError
 
 
 @pytest.mark.long
@@ -21,6 +24,15 @@ def test_two_hundred_invalid_configurations_are_rejected_by_name(
             train.main(invalid.overrides)
         assert problem_of(invalid, f"error: {refused.value}\n") == "", (invalid, str(refused.value))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", [path.stem for path in sorted(config_dir().glob("*.yaml"))])
+def test_no_library_speaks_to_the_user_of_a_command(command: str) -> None:
+    for invalid in islice(misused_keys(command, seed=0), 40):
+        with pytest.raises(ConfigError) as refused:
+            compose(command, invalid.overrides)
+        assert problem_of(invalid, f"error: {refused.value}\n") == "", (invalid, str(refused.value))
 
 
 @pytest.mark.slow
