@@ -189,14 +189,16 @@ class Loader:
     def validation_batch(self, first: int, count: int) -> Batch:
         """Returns validation sequences `first` to `first + count - 1` of a fixed order.
 
+        If the part has fewer sequences than a global batch, empty ones follow.
+
         Raises:
             DataError: the slice exceeds the validation part.
         """
-        _check_slice("validation part", first, count, self.num_validation_sequences)
+        _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]
         prepared = self._prepared
         arrays = prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values
-        return self._gather(*arrays, indices)
+        return _filled(self._gather(*arrays, indices), count)
 
     def _gather(
         self,
@@ -211,6 +213,21 @@ class Loader:
             pad_id=self._prepared.tokenizer.pad_id,
             extras={name: torch.from_numpy(value[indices]) for name, value in values.items()},
         )
+
+
+def _filled(batch: Batch, count: int) -> Batch:
+    """Returns a batch with empty sequences up to a number of sequences."""
+    added = count - len(batch.tokens_BT)
+
+    def fill(rows: Tensor, value: int) -> Tensor:
+        return torch.cat([rows, rows.new_full((added, *rows.shape[1:]), value)]) if added else rows
+
+    return Batch(
+        tokens_BT=fill(batch.tokens_BT, batch.pad_id),
+        positions_BT=fill(batch.positions_BT, -1),
+        pad_id=batch.pad_id,
+        extras={name: fill(value, 0) for name, value in batch.extras.items()},
+    )
 
 
 def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from launch.config.compose import chosen_options, compose, key_of
 from launch.config.errors import system_errors
@@ -128,8 +129,9 @@ def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
 
 def _with_text_time(slurm: object) -> object:
     """Converts an integer `time` to text: `slurm.time=60` is a number in YAML but minutes in Slurm."""
-    is_number = isinstance(slurm, Mapping) and type(slurm.get("time")) is int
-    return {**slurm, "time": str(slurm["time"])} if is_number else slurm
+    if isinstance(slurm, Mapping) and type(slurm.get("time")) is int:
+        return {**slurm, "time": str(slurm["time"])}
+    return slurm
 
 
 def _check_resume(resume: object) -> None:

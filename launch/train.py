@@ -36,7 +36,7 @@ from train.records.events import try_append_event
 from train.records.status import read_status
 from train.records.terminal import guard_terminal, report_breaks
 from train.schedule.ramp import ramp_notices
-from train.tasks.registry import TASKS, initial_weight_warnings
+from train.tasks.registry import TASKS
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -82,8 +82,7 @@ def preview(overrides: Sequence[str]) -> str:
         check(config)
         check_folder(config)
         check_scorers(config)
-    schedule = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
-    warnings = (*initial_weight_warnings(config), *schedule)
+    warnings = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     comments = [*(f"warning: {line}" for line in warnings), *ramp_notices(config), *memory_lines(config)]
     return experiment_text("train", overrides, write_config(config), comments)
 
@@ -100,8 +99,9 @@ def dry_run(overrides: Sequence[str]) -> str:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
-        config = compose_run(overrides)
-        check(config)
+        # A sample shows data alone.
+        config = compose_run(overrides, checks_weights=False)
+        check(config, checks_weights=False)
         from data.loader import SampleOrder
         from data.samples.show import sample_lines
         from train.corpus import prepare_corpus

@@ -23,11 +23,9 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
     """Opens the run's corpus, and builds what is not in the cache.
 
     Raises:
-        DataError: as `data.prepare.prepare`, the samples lack a value that the task reads, or the held-out part is too
-            small for one validation pass.
+        DataError: as `data.prepare.prepare`, or the samples lack a value that the task reads.
     """
-    batch, validation = config.batch, config.validation
-    prepared = prepare(config.data, batch.sequence_length_tokens, progress)
+    prepared = prepare(config.data, config.batch.sequence_length_tokens, progress)
     task = TASKS.get(config.task.kind)
     prepared = task.extend(config, prepared)
     for name in task.values:
@@ -36,15 +34,6 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
                 f"data.kind: must be a source whose samples have the value {name} for task.kind={config.task.kind}, is "
                 f"{config.data.source.kind} with {', '.join(prepared.train_values) or 'no values'}"
             )
-    found = len(prepared.validation_tokens_NL)
-    # A corpus without held-out sequences, such as a single document, trains without validation.
-    if found and validation.sequences and found < batch.global_sequences:
-        raise DataError(
-            f"validation.sequences: a validation pass reads batch.global_sequences="
-            f"{batch.global_sequences} sequences, but data.validation_fraction={config.data.validation_fraction} "
-            f"leaves {found} of {batch.sequence_length_tokens} tokens; nearest valid: validation.sequences=0, "
-            f"or a larger data.validation_fraction"
-        )
     return prepared
 
 

@@ -197,7 +197,7 @@ def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepar
 
     Without any, an empty one.
     """
-    if config.init_from is None:
+    if config.initial_weights is None:
         return ""
     with learner.world.phase("loading of initial weights"):
         line = load_initial(config, learner, prepared.tokenizer)

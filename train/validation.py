@@ -50,7 +50,8 @@ def validate(
         by_position: measures the loss by position; None: it is not measured.
     """
     size = replica.global_sequences
-    passes = min(num_sequences, loader.num_validation_sequences) // size
+    # A part that is smaller than a global batch is one pass, filled with empty sequences.
+    passes = max(min(num_sequences, loader.num_validation_sequences) // size, 1)
     totals, counts = defaultdict[str, float](float), defaultdict[str, float](float)
     for index in range(passes):
         read = partial(_read_validation, loader, index * size)

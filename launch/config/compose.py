@@ -48,6 +48,16 @@ _EXAMPLES = {
 }
 
 
+class MissingValueError(ConfigError):
+    """Keys without a default that have no value."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        """Names all keys in one message."""
+        examples = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
+        super().__init__(f"{' and '.join(keys)}: a value is needed; write {examples}")
+        self.keys = keys
+
+
 def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Composes `conf/<command>.yaml` with the overrides: group choices and values.
 
@@ -72,9 +82,7 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
     try:
         values = _plain(config)
     except MissingMandatoryValue as error:
-        keys = [key for key, value in raw.items() if value == MISSING]
-        examples = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
-        raise ConfigError(f"{' and '.join(keys)}: a value is needed; write {examples}") from error
+        raise MissingValueError([key for key, value in raw.items() if value == MISSING]) from error
     except OmegaConfBaseException as error:
         # An override names an item of a list by its number alone.
         key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key))
@@ -236,7 +244,11 @@ def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> No
 def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence[Override]) -> None:
     """Raises an error for the first override whose key does not exist, with the nearest key that exists."""
     choices = [override.input_line or "" for override in parsed if override.key_or_group in groups]
-    known = known_keys(command, tuple(choices))
+    try:
+        known = known_keys(command, tuple(choices))
+    except _LIBRARY_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{' '.join(choices) or command}: files of conf/ must compose, do not: {reason}") from error
     keys = [*known, *(group for group in groups if group not in known), *switches(command)]
     for override in parsed:
         key = override.key_or_group
@@ -286,7 +298,7 @@ def _inapplicable(command: str, groups: Mapping[str, str], parsed: Sequence[Over
             _compose(command, lines)
         except _LIBRARY_ERRORS:
             return f"{line if override.is_delete() else key}: {_rule_of(override, known)}"
-    return f"{command}: the options of groups must compose, do not: {' '.join(lines)}; --help lists all options"
+    return f"{command}: the overrides must compose, do not: {' '.join(lines)}"
 
 
 def _rule_of(override: Override, known: Mapping[str, Any]) -> str:

@@ -1,8 +1,11 @@
 """Errors of a command line: invalid overrides, and errors of the operating system."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dualpipe.ir import ScheduleError
+from model.config import CutError
+from train.config import TrainConfig
 from train.config.errors import ConfigError
 
 
@@ -13,6 +16,25 @@ class SyntaxOverrideError(ConfigError):
         """Stores the argument, because it cannot be recovered from the text by splitting at the first colon."""
         super().__init__(text)
         self.argument = argument
+
+
+def check_all(config: TrainConfig, *rules: Callable[[TrainConfig], None]) -> None:
+    """Checks independent rules, and reports all that are broken in one message.
+
+    Raises:
+        ConfigError: several rules are broken.
+        ConfigError, CutError, ScheduleError: the error of the only broken rule.
+    """
+    errors: list[ValueError] = []
+    for rule in rules:
+        try:
+            rule(config)
+        except (ConfigError, CutError, ScheduleError) as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ConfigError(". Also ".join(map(str, errors))) from errors[0]
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, locate, newest_whole
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.checkpoint.verify import verify_sizes
-from train.config import TrainConfig
+from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest, nearest_key
 from train.second_network import check_model_parts
@@ -44,14 +44,15 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     resolved = _with_moments(values)
     model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
+    weights = named_weights(values.get("init_from"))
     if isinstance(model, Mapping):
-        expanded = expand_model(model, values.get("init_from"), values.get("init_mtp"))
+        expanded = expand_model(model, weights, values.get("init_mtp"))
         resolved["model"] = _with_task(expanded, model.get("head"), values.get("task"))
     if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
         # Absolute paths, because ranks and later runs may have another working directory.
         resolved["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
     if isinstance(data, Mapping) and "tokenizer" in data:
-        tokenizer = expand_tokenizer(data["tokenizer"], values.get("init_from"), _resumed(values))
+        tokenizer = expand_tokenizer(data["tokenizer"], weights, _resumed(values))
         resolved["data"] = {**data, "tokenizer": tokenizer}
         size, shape = data.get("tokenizer_vocab_size"), resolved.get("model")
         if size is None and isinstance(shape, Mapping) and "vocab_size" in shape:
@@ -81,7 +82,7 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
 
     Args:
         model: either `kind` with its keys, or the keys of a `ModelConfig`.
-        init_from: value of the key `init_from`.
+        init_from: weights that the key `init_from` names, if any.
         init_mtp: value of the key `init_mtp`; with `drop`, `of_checkpoint` has no MTP modules.
 
     Raises:
@@ -136,10 +137,9 @@ def _ladder_step(size: object) -> ModelConfig:
 
 def _model_of_checkpoint(init_from: object, *, drop_mtp: bool) -> ModelConfig:
     if not isinstance(init_from, str):
-        given = "null" if init_from is None else repr(init_from)
         raise ConfigError(
-            f"model: of_checkpoint reads the architecture from init_from, which is {given}; "
-            f"write init_from=FOLDER, or choose another model"
+            "model: of_checkpoint reads the architecture from init_from, which names no weights; "
+            "write init_from=FOLDER, or choose another model"
         )
     return source_config(init_from, "init_from", drop_mtp=drop_mtp)
 
@@ -150,7 +150,7 @@ def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> ob
     Args:
         tokenizer: `auto`, a file, or a folder with a `tokenizer.json`: a Hugging Face folder, a checkpoint or a run's
             folder.
-        init_from: value of the key `init_from`; `auto` uses the tokenizer of these weights, if they have one.
+        init_from: weights that the key `init_from` names, if any; `auto` uses their tokenizer, if they have one.
         resume: value of the key `resume`; `auto` uses the tokenizer of that run, if its tokenizer was not trained.
 
     Returns:
@@ -270,15 +270,32 @@ def _check_resume(config: TrainConfig) -> bool:
     return False
 
 
+def check_weights(config: TrainConfig) -> None:
+    """Rejects a start from random weights that `init_from=random` does not confirm, if the task needs trained ones.
+
+    Raises:
+        ConfigError: names the key, the rule, the value and the nearest valid one.
+    """
+    kind, out_dir = config.task.kind, config.out_dir
+    if config.init_from is not None or not TASKS.get(kind).needs_weights or config.resume not in (None, AUTO):
+        return
+    if config.resume == AUTO and out_dir and newest_whole(Path(out_dir).expanduser(), check=verify_sizes) is not None:
+        return
+    raise ConfigError(
+        f"init_from: must name trained weights with task={kind}, is null; nearest valid: init_from=FOLDER of a run or "
+        f"of Hugging Face weights, or init_from={RANDOM}, which confirms a start from random weights"
+    )
+
+
 def _check_start(config: TrainConfig) -> None:
-    if config.init_from is None:
+    if config.initial_weights is None:
         return
     if config.resume not in (None, AUTO):
         raise ConfigError(
             f"init_from: must be null with resume={config.resume}, which has its own weights, "
             f"is {config.init_from!r}; nearest valid: init_from=null"
         )
-    if not is_hf_folder(config.init_from):
+    if not is_hf_folder(config.initial_weights):
         # Listing a checkpoint's tensors imports torch, which reads settings from the environment at import.
         apply_rank_environment(config.cluster)
     check_initial(config)

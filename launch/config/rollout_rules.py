@@ -3,9 +3,9 @@
 from data.chat.templates import CHAT_TEMPLATES
 from data.registry import DATA_SOURCES
 from infer.scoring.models.judge import JudgeConfig
+from launch.config.errors import check_all
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors
-from train.rollout.config import RolloutConfig
 from train.tasks.registry import TASKS
 
 
@@ -27,13 +27,20 @@ def check_rollouts(config: TrainConfig) -> None:
         return
     if rollouts is None:
         raise ConfigError(f"rollout: must have values with task={kind}, is null; nearest valid: rollout=default")
+    check_all(config, _check_reward, _check_source, _check_sizes, _check_batch)
+
+
+def _check_reward(config: TrainConfig) -> None:
+    kind = config.task.kind
     if config.reward is None:
         raise ConfigError(f"reward: must have values with task={kind}, is null; nearest valid: reward=exact")
-    _check_source(config)
-    _check_sizes(rollouts, config.batch.sequence_length_tokens)
     for part in config.reward.parts:
         if isinstance(part, JudgeConfig):
             _check_judge(config, part)
+
+
+def _check_batch(config: TrainConfig) -> None:
+    kind = config.task.kind
     if config.batch.ramp is not None:
         raise ConfigError(
             f"batch.ramp: must be null with task={kind}, whose batches are as many as the answers need, has values; "
@@ -52,7 +59,7 @@ def _check_source(config: TrainConfig) -> None:
         valid = [name for name, entry in DATA_SOURCES.items() if entry.problems is not None]
         raise ConfigError(
             f"data.kind: must be a source with problems for task.kind={config.task.kind}, is {kind}; nearest valid: "
-            f"{', '.join(valid)}"
+            f"{' or '.join(f'data={name}' for name in valid)}"
         )
 
 
@@ -78,7 +85,9 @@ def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
             )
 
 
-def _check_sizes(config: RolloutConfig, length: int) -> None:
+def _check_sizes(run: TrainConfig) -> None:
+    config, length = run.rollout, run.batch.sequence_length_tokens
+    assert config is not None
     if config.samples < 2:
         raise ConfigError(
             f"rollout.samples: must be at least 2, because an answer is compared with the others to its prompt, is "

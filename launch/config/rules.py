@@ -8,6 +8,7 @@ from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from launch.config.dispatch_rules import check_exchange
+from launch.config.errors import check_all
 from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from launch.config.rollout_rules import check_rollouts
 from model.config import RECOMPUTED, CutError, all_recomputed
@@ -30,18 +31,25 @@ def check_name(config: TrainConfig) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise ConfigError(
-            f"name: must contain only letters, digits, '.', '_' and '-', because it names a folder, is {config.name!r}"
+            "name: must contain only letters, digits, '.', '_' and '-', because it names a folder, is "
+            f"{config.name!r}; "
+            f"nearest valid: {re.sub(r'[^A-Za-z0-9._-]+', '-', config.name).lstrip('._-') or 'run'}"
         )
 
 
 def check_rules(config: TrainConfig) -> None:
-    """Rejects an invalid configuration, using only its values.
+    """Rejects an invalid configuration, using only its values, with all rules that are broken in one message.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
         CutError: there are fewer layers than pipeline stages.
         ScheduleError: the schedule does not support the number of ranks or micro-batches.
     """
+    check_all(config, _check_sizes, _check_profile, check_rollouts, TASKS.get(config.task.kind).check)
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Rejects sizes of model, batch and layout. Each rule relies on those before it, so the first is reported."""
     _check_batch(config)
     check_model(config.model)
     _check_task(config)
@@ -51,9 +59,6 @@ def check_rules(config: TrainConfig) -> None:
     check_experts(config.model, config.parallelism.expert)
     check_exchange(config)
     check_optim(config)
-    _check_profile(config)
-    check_rollouts(config)
-    TASKS.get(config.task.kind).check(config)
 
 
 def _check_batch(config: TrainConfig) -> None:

@@ -7,37 +7,63 @@ from typing import Any, get_type_hints
 from data.config import DataConfig
 from data.progress import progress_on
 from data.registry import DATA_SOURCES
-from launch.config.compose import compose
+from dualpipe.ir import ScheduleError
+from launch.config.compose import MissingValueError, compose
+from launch.config.errors import check_all
 from launch.config.groups import own_keys
 from launch.config.memory_rules import check_memory
-from launch.config.resolve import check_files, resolve
+from launch.config.resolve import check_files, check_weights, resolve
 from launch.config.rules import check_name, check_rules
+from model.config import CutError
+from model.hf.errors import HfError
+from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
 from train.schedule.chunks import with_chunks
 
 _ENDLESS_STEPS = 2**40
 
 
-def compose_run(overrides: Sequence[str]) -> TrainConfig:
+def compose_run(overrides: Sequence[str], *, checks_weights: bool = True) -> TrainConfig:
     """Composes, resolves and decodes a run's configuration; `check` is the last step.
 
     Args:
         overrides: overrides for `conf/train.yaml`.
+        checks_weights: as in `check`.
 
     Raises:
         ConfigError: an override does not parse, or as in `read_run`.
         CheckpointError, HfError, CutError, ScheduleError, DataError: as in `read_run`.
     """
-    return read_run(compose("train", overrides))
+    try:
+        return read_run(compose("train", overrides), checks_weights=checks_weights)
+    except MissingValueError as missing:
+        others = _other_problem(overrides, missing.keys, checks_weights=checks_weights)
+        raise ConfigError(f"{missing}{others}") from missing
 
 
-def read_run(values: Mapping[str, Any]) -> TrainConfig:
+def _other_problem(overrides: Sequence[str], missing: Sequence[str], *, checks_weights: bool) -> str:
+    """Returns what else is wrong with a run that lacks values, as the end of a message; empty if nothing."""
+    filled = {key: {"data.paths": [key], "data.tokenizer": None}.get(key, key) for key in missing}
+    try:
+        values = resolve(compose("train", overrides, filled))
+        task = {**values["task"], "steps": values["task"].get("steps") or _ENDLESS_STEPS}
+        _check_values(with_chunks(read_config({**values, "task": task})), checks_weights=checks_weights)
+    except MissingValueError:  # a value within a list, which cannot be filled
+        return ""
+    except (ConfigError, CutError, ScheduleError, CheckpointError, HfError) as error:
+        return f". Also {error}"
+    return ""
+
+
+def read_run(values: Mapping[str, Any], *, checks_weights: bool = True) -> TrainConfig:
     """Resolves and decodes a run's composed values. Every command that starts or plans a run calls it.
 
     Args:
         values: keys of `conf/train.yaml`. Keys of `conf/submit.yaml`, which an experiment may also set, are ignored.
+        checks_weights: as in `check`.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has a wrong type or range.
@@ -45,10 +71,11 @@ def read_run(values: Mapping[str, Any]) -> TrainConfig:
         CutError, ScheduleError, DataError: as in `check`, if `task.epochs` is the length of the run.
     """
     own = own_keys("submit")
-    return with_chunks(_with_steps(resolve({key: value for key, value in values.items() if key not in own})))
+    resolved = resolve({key: value for key, value in values.items() if key not in own})
+    return with_chunks(_with_steps(resolved, checks_weights=checks_weights))
 
 
-def _with_steps(values: Mapping[str, Any]) -> TrainConfig:
+def _with_steps(values: Mapping[str, Any], *, checks_weights: bool) -> TrainConfig:
     """Decodes resolved values, and computes `task.steps` from `task.epochs` if it is null.
 
     The data, whose size decides, are prepared only after everything else has been checked.
@@ -57,7 +84,7 @@ def _with_steps(values: Mapping[str, Any]) -> TrainConfig:
     if not isinstance(task, Mapping) or task.get("steps") is not None or task.get("epochs") is None:
         return read_config(values)
     provisional = with_chunks(read_config({**values, "task": {**task, "steps": _ENDLESS_STEPS}}))
-    check_rules(provisional)
+    _check_values(provisional, checks_weights=checks_weights)
     check_files(provisional)
     num_sequences = len(prepare_corpus(provisional, progress_on()).train_tokens_NL)
     steps = provisional.batch_sizes.steps_for(float(task["epochs"]) * num_sequences)
@@ -91,15 +118,22 @@ def write_config(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, *, checks_weights: bool = True) -> None:
     """Rejects an invalid configuration before any process starts.
+
+    Args:
+        config: of a run.
+        checks_weights: whether a task that needs trained weights must have them. A plan and a sample do without.
 
     Raises:
         ConfigError: a rule between keys is violated, or the run does not fit its devices.
         CutError, ScheduleError: as in `check_rules`.
         DataError, CheckpointError, HfError: as in `check_files`.
     """
-    check_name(config)
-    check_rules(config)
+    _check_values(config, checks_weights=checks_weights)
     check_memory(config, check_rules)
     check_files(config)
+
+
+def _check_values(config: TrainConfig, *, checks_weights: bool) -> None:
+    check_all(config, check_name, check_rules, *([check_weights] if checks_weights else []))

@@ -162,7 +162,7 @@ def run_config(values: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"task.steps: launch.plan needs {needs}, is null; nearest valid: 1000")
     if "data.tokenizer" in unread:
         values = {**values, "data": {**data, "tokenizer": None}}
-    config = read_run(values)
+    config = read_run(values, checks_weights=False)
     check_rules(config)
     return config
 

@@ -12,7 +12,7 @@ from launch.config.run_config import write_config
 from launch.help.command import user_errors
 from launch.planning.changes import EXAMPLE, Change, changed_values, parse_changes
 from launch.planning.request import PlanRequest, plan_values, planner_config, run_config
-from train.config import TrainConfig
+from train.config import TrainConfig, named_weights
 from train.config.decode import encode
 from train.config.errors import ConfigError, UnknownKeyError, nearest
 from train.planner.advice.what_if import WhatIf, compare, plan_kept
@@ -197,6 +197,6 @@ def _with_model_keys(values: Mapping[str, Any], changes: Sequence[Change]) -> di
     names = [change.key.removeprefix("model.") for change in changes if change.key.startswith("model.")]
     if not isinstance(model, Mapping) or all(name.partition(".")[0] in model for name in names):
         return dict(values)
-    expanded = expand_model(model, values.get("init_from"), values.get("init_mtp"))
+    expanded = expand_model(model, named_weights(values.get("init_from")), values.get("init_mtp"))
     # A head that is not given follows the task.
     return {**values, "model": {key: value for key, value in expanded.items() if key != "head" or key in model}}

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from launch.config.compose import compose, compose_defaults, key_of
+from launch.config.compose import chosen_options, compose, compose_defaults, key_of
 from launch.config.groups import default_groups, included_roots, options, own_keys
+from launch.config.run_config import check, compose_run
 from train.config.errors import ConfigError
 
 
@@ -107,3 +108,32 @@ def test_compose_key_of_an_override() -> None:
 def test_compose_rejects_a_group_of_another_command() -> None:
     with pytest.raises(ConfigError, match=r"^model: unknown key"):
         compose("schedule", ["model=tiny"])
+
+
+def test_compose_a_task_brings_what_it_demands() -> None:
+    values = compose("train", ["task=grpo"])
+    assert values["rollout"]["max_new_tokens"] < values["batch"]["sequence_length_tokens"]
+    for task in ("sft", "dpo", "reward_model", "grpo"):
+        batch = compose("train", [f"task={task}"])["batch"]
+        assert batch["document_mask"]
+        assert chosen_options("train", [f"task={task}"])["batch"] == "samples"
+    assert compose("train", ["task=sft", "batch=default"])["batch"]["document_mask"] is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["task=grpo"], ["reward", "data.kind", "init_from"]),
+        (["task=grpo", "data=problems"], ["data.paths", "reward", "init_from"]),
+        (["task=dpo"], ["data.kind", "init_from"]),
+        (["task=distill", "name=a/b"], ["task.teacher", "name", "data.kind", "init_from"]),
+        (["task=dpo", "name=a/b", "batch.global_sequences=7", "profile.steps=[0]", "task.steps=3"],
+         ["name", "batch.global_sequences", "profile.steps", "data.kind", "init_from"]),
+    ],
+)  # fmt: skip
+def test_one_message_names_all_that_a_run_lacks(overrides: list[str], keys: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(compose_run(overrides))
+    parts = str(refused.value).split(". Also ")
+    assert [part.partition(":")[0] for part in parts] == keys
+    assert all("; " in part for part in parts)

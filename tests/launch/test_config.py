@@ -42,16 +42,15 @@ NEEDS = {
     "model=arithmetic": ["data=arithmetic"],
     **{
         f"task={task}": [
-            "data=arithmetic_preferences", "data.num_samples=2000", "batch.document_mask=true",
-            "validation.sequences=0",
+            "data=arithmetic_preferences", "data.num_samples=2000", "init_from=random", "validation.sequences=0",
         ]
         for task in ("reward_model", "dpo")
     },
-    "task=sft": ["data=arithmetic", "data.num_samples=2000", "batch.document_mask=true", "validation.sequences=0"],
+    "task=sft": ["data=arithmetic", "data.num_samples=2000", "validation.sequences=0"],
 }  # fmt: skip
 ROLLOUTS = [
-    *NEEDS["task=sft"], "task=grpo", "rollout=default", "rollout.max_new_tokens=16", "model=tiny",
-    "model.vocab_size=32",
+    *NEEDS["task=sft"], "task=grpo", "rollout.max_new_tokens=16", "model=tiny", "model.vocab_size=32",
+    "init_from=random",
 ]  # fmt: skip
 
 
@@ -99,7 +98,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         needs += [f"data.tokenizer={write_released(tmp_path / 'tokenizer.json', ['some text'], highest_id=2000)}"]
     if choice == "task=distill":
         teacher = place_weights(tmp_path / "teacher")
-        needs = [*NEEDS["task=sft"], f"task.teacher={teacher}"]
+        needs = [*NEEDS["task=sft"], f"task.teacher={teacher}", "init_from=random"]
     if choice.split("=")[0] in ("reward", "rollout") or choice == "task=grpo":
         needs = [*ROLLOUTS, "reward=exact"] if choice.split("=")[0] != "reward" else ROLLOUTS
     if choice in ("reward=none", "rollout=none"):
@@ -115,7 +114,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         check(replace(config, init_from=None))
     elif choice == "task=long_context":
         # Its other half, with weights, is in tests/train/tasks/test_long_context.py.
-        with pytest.raises(ConfigError, match="init_from: task=long_context needs the weights of the phase before"):
+        with pytest.raises(ConfigError, match="init_from: must name trained weights with task=long_context, is null"):
             check(build(choice))
     elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
         with pytest.raises(ConfigError, match="deep_ep is not installed"):

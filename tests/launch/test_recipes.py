@@ -17,7 +17,6 @@ from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run, write_config
 from launch.planning.request import read_request
 from launch.ranks.run_folder import write_run_folder
-from launch.train import preview
 from model.config import YarnRope
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import write_weights_manifest
@@ -27,7 +26,6 @@ from train.corpus import prepare_corpus
 from train.optim.learning_rate import schedule_warnings
 from train.step import rates_of
 from train.tasks.grpo import GrpoConfig
-from train.tasks.registry import initial_weight_warnings
 
 # What a recipe leaves to its user: ranks, nodes, tokens it trains on, and the vocabulary of the tokenizer to give.
 LAPTOP = ("quickstart", "two_nodes", "four_nodes", "arithmetic_sft", "arithmetic_distill")
@@ -71,24 +69,34 @@ def test_recipes_are_those_of_this_table() -> None:
 
 
 @pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS])
-def test_recipe_after_fine_tuning_passes_the_whole_check_from_any_weights(name: str) -> None:
-    config = compose_run([f"experiment={name}"])
+def test_recipe_after_fine_tuning_starts_from_random_weights_only_if_told(name: str, tmp_path: Path) -> None:
+    config = compose_run([f"experiment={name}", "init_from=random"])
     check(config)
     assert config.model.head == ("score" if name == "arithmetic_rm" else "tokens")
     assert config.name == name
+    unstarted = replace(config, init_from=None)
+    for refused in (unstarted, replace(unstarted, resume="auto", out_dir=str(tmp_path))):
+        with pytest.raises(ConfigError, match=r"^init_from: must name trained .*init_from=random, which confirms"):
+            check(refused)
+    check(unstarted, checks_weights=False)
+    assert read_request([f"experiment={name}"]).config.init_from is None
 
 
-@pytest.mark.parametrize("name", [*ON_PAIRS, *ON_REWARDS, "quickstart"])
-def test_recipe_warns_of_random_weights_only_if_its_task_needs_trained_ones(name: str) -> None:
-    warning = f"warning: init_from: task.kind={compose_run([f'experiment={name}']).task.kind} needs the weights"
-    assert (warning in preview([f"experiment={name}"])) == (name != "quickstart")
+def test_recipe_distils_into_a_fresh_student_and_says_so(folder: Path) -> None:
+    student = build(folder, "arithmetic_distill")
+    assert (student.init_from, student.initial_weights) == ("random", None)
+    with pytest.raises(ConfigError, match=r"^init_from: must name trained weights with task=distill, is null"):
+        check(build(folder, "arithmetic_distill", "init_from=null"))
 
 
-def test_start_from_weights_or_a_checkpoint_gives_no_warning() -> None:
-    config = compose_run(["experiment=arithmetic_rm"])
-    assert len(initial_weight_warnings(config)) == 1
-    assert not initial_weight_warnings(replace(config, init_from="weights"))
-    assert not initial_weight_warnings(replace(config, resume="run"))
+def test_a_folder_that_is_called_random_has_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("random").mkdir()
+    write_weights_manifest(Path("random"), compose_run(["model=tiny"]).model, {})
+    named = compose_run(["model=of_checkpoint", "init_from=./random"])
+    assert (named.model, named.initial_weights) == (compose_run(["model=tiny"]).model, "./random")
+    with pytest.raises(ConfigError, match=r"of_checkpoint reads .* from init_from, which names no weights"):
+        compose_run(["model=of_checkpoint", "init_from=random"])
 
 
 @pytest.mark.parametrize("name", [*LAPTOP, *SIZES])
@@ -226,6 +234,7 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         lines = "\n".join(source[name] % number for number in range(2000))
         (tmp_path / "samples.jsonl").write_text(lines, "utf-8")
         given = [f"data.paths=[{tmp_path / 'samples.jsonl'}]", "data.tokenizer=null", "validation.sequences=0"]
+        given += ["init_from=random"] if name == "v3_grpo" else []
         return [*overrides, *given]
     if name not in (*LAPTOP, *ON_PAIRS, *ON_REWARDS, "quickstart_yarn"):
         overrides.append(f"data.paths=[{folder / 'text'}]")
@@ -235,6 +244,8 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
         overrides.append(f"init_from={weights_before(folder, name)}")
     if name == "arithmetic_distill":
         overrides.append(f"task.teacher={folder / 'teacher'}")
+    if name in (*ON_PAIRS, *ON_REWARDS):
+        overrides.append("init_from=random")
     return overrides
 
 
@@ -306,7 +317,7 @@ def test_recipe_v3_grpo_fits_with_its_reference(tmp_path: Path) -> None:
     """The loss is that of arXiv:2512.02556; groups of 16 and the interval of the reference are those of R1."""
     lines = [f'{{"prompt": "What is {number} + 1?", "answer": "{number + 1}"}}' for number in range(100)]
     (tmp_path / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    config = compose_run(["experiment=v3_grpo", f"data.paths=[{tmp_path}]", "data.tokenizer=null"])
+    config = compose_run(["experiment=v3_grpo", f"data.paths=[{tmp_path}]", "data.tokenizer=null", "init_from=random"])
     check(config)
     assert config.parallelism.world_size == 2048
     assert config.optim.learning_rate == 1e-6

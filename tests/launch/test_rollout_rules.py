@@ -11,7 +11,7 @@ from tests.launch.test_config import place_weights
 from train.checkpoint.manifest import CheckpointError
 from train.config.errors import ConfigError
 
-JUDGE = ("experiment=arithmetic_self_reward", "reward=judge", "reward.parts.0.max_new_tokens=16")
+JUDGE = ("experiment=arithmetic_self_reward", "init_from=random", "reward=judge", "reward.parts.0.max_new_tokens=16")
 PLACE = "reward.parts, kind judge: "
 
 
@@ -45,7 +45,7 @@ def test_a_local_engine_is_accepted_without_its_routes() -> None:
 def test_files_of_a_reward_are_checked_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(ScoringError, match="constitution_path must be a text file"):
         check(compose_run([*JUDGE, f"reward.parts.0.constitution_path={tmp_path / 'none.txt'}"]))
-    scored = ("experiment=arithmetic_self_reward", "reward=reward_model")
+    scored = ("experiment=arithmetic_self_reward", "init_from=random", "reward=reward_model")
     with pytest.raises(CheckpointError, match="kind reward_model: ckpt"):
         check(compose_run([*scored, f"reward.parts.0.ckpt={tmp_path / 'none'}"]))
     weights = place_weights(tmp_path / "weights")

@@ -71,7 +71,14 @@ def test_scores_of_a_teacher_are_written_whole_and_train_a_student(tmp_path: Pat
     refused = run_command(["-m", "launch.score_teacher", *given])
     assert refused.returncode == 2
     assert "scores: must be a folder that does not exist" in refused.stderr
-    student = ["task=distill", f"task.teacher={scores}", "task.temperature=2", "task.steps=2", "samples.tokens=0"]
+    student = [
+        "task=distill",
+        "init_from=random",
+        f"task.teacher={scores}",
+        "task.temperature=2",
+        "task.steps=2",
+        "samples.tokens=0",
+    ]
     done = run_command(["-m", "launch.train", *choices(tmp_path, *student, f"out_dir={tmp_path / 'student'}")])
     assert done.returncode == 0, done.stdout + done.stderr
     records = (tmp_path / "student" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

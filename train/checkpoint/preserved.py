@@ -122,7 +122,7 @@ def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> Preserved
     """Returns the metadata of the initial weights and of a given tokenizer's folder that still apply."""
     data, given = config.data, config.data.tokenizer
     own_files = {} if given is None else read_files(Path(given).expanduser().parent, _TOKENIZER_PATTERNS)
-    path, key = (config.resume, "resume") if config.resume is not None else (config.init_from, "init_from")
+    path, key = (config.resume, "resume") if config.resume is not None else (config.initial_weights, "init_from")
     if path is None:
         return PreservedMetadata(config={}, rotary={}, files=own_files)
     before, folder = read_preserved(path, key), source_folder(path, key)

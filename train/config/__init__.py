@@ -167,6 +167,15 @@ class ProfileConfig:
     memory_snapshot: bool
 
 
+RANDOM = "random"
+"""Value of `init_from` that confirms a start from random weights. A folder of that name is `./random`."""
+
+
+def named_weights(init_from: object) -> str | None:
+    """Returns the folder or file that a value of `init_from` names, or None if weights are drawn from the seed."""
+    return init_from if isinstance(init_from, str) and init_from != RANDOM else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The configuration of a training run, equal on all ranks.
@@ -180,7 +189,8 @@ class TrainConfig:
         seed: of the initial weights.
         resume: a run's folder or one of its checkpoints; `auto`: the newest checkpoint in `out_dir`, if any.
         init_from: source of the initial weights: a run's folder or one of its checkpoints, converted weights, or a
-            Hugging Face folder; None: weights are drawn from the seed.
+            Hugging Face folder; None: weights are drawn from the seed; `random`: they are, also under a task that
+            needs trained ones.
         init_mtp: whether MTP modules also start from `init_from` (`checkpoint`), are drawn from the seed (`fresh`), or
             are left out of the model (`drop`).
         rollout: answers that the run samples and learns from; None: it learns from its data alone.
@@ -230,6 +240,11 @@ class TrainConfig:
     cost: CostConfig = DEFAULT_COST
     plan: PlanCheckConfig = DEFAULT_PLAN_CHECK
     evaluation: RunEvaluationConfig = NO_EVALUATION
+
+    @property
+    def initial_weights(self) -> str | None:
+        """The weights that `init_from` names; None: they are drawn from the seed."""
+        return named_weights(self.init_from)
 
     @property
     def computing(self) -> Computing:

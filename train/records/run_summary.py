@@ -16,7 +16,6 @@ from train.replica import Replica
 from train.schedule.cut import with_cut
 from train.schedule.plan import Plan
 from train.schedule.ramp import ramp_notices
-from train.tasks.registry import initial_weight_warnings
 
 LOGGER = logging.getLogger("train")
 
@@ -54,7 +53,7 @@ def print_run_summary(
     for line in _corpus_lines(config, prepared):
         reporter.say(line)
     schedule = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
-    for warning in (*initial_weight_warnings(config), *schedule):
+    for warning in schedule:
         reporter.say(f"warning: {warning}")
     if first_step and config.resume is not None:
         reporter.say(f"resumed after step {first_step} from {config.resume}{other_layout(Path(config.resume), config)}")
@@ -107,8 +106,13 @@ def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     made = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
     origin = made if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
-    if config.validation.sequences and not prepared.validation_tokens:
+    found, wanted, size = len(prepared.validation_tokens_NL), config.validation.sequences, config.batch.global_sequences
+    if wanted and not found:
         yield "validation: off, because data.validation_fraction is too small to hold out a document of this corpus"
+    elif found < wanted and config.rollout is None:
+        # Whole global batches are read, or all of less than one.
+        read = found // size * size or found
+        yield f"validation: reads {read} of validation.sequences={wanted}, because the held-out part has only {found}"
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:

@@ -143,6 +143,7 @@ TASKS.register(
             "max_new_tokens": 16,
             "sampling_temperature": 1.0,
         },
+        needs_weights=True,
         check=check_distill,
         check_files=check_teacher,
         teacher_run=teacher_run,

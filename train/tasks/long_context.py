@@ -82,19 +82,6 @@ def check_long_context(config: "TrainConfig") -> None:
             )
 
 
-def check_weights(config: "TrainConfig") -> None:
-    """Rejects a run without the weights of the phase before.
-
-    Raises:
-        ConfigError: there is neither `init_from` nor `resume`.
-    """
-    if config.init_from is None and config.resume is None:
-        raise ConfigError(
-            "init_from: task=long_context needs the weights of the phase before, is null; nearest valid: "
-            "init_from=FOLDER with a run of task=pretrain, or a Hugging Face folder"
-        )
-
-
 def base_length(config: "TrainConfig") -> int:
     """Returns the length before an extension; without YaRN, that of the run's sequences."""
     rope, length = config.model.rope_scaling, config.batch.sequence_length_tokens
@@ -114,7 +101,6 @@ TASKS.register(
         needs_weights=True,
         example={"rope": {"kind": "plain"}, "max_position_tokens": None},
         check=check_long_context,
-        check_files=check_weights,
         model_keys=extended_model,
         splits_sequences=True,
     ),

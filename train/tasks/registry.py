@@ -109,7 +109,7 @@ class TaskSpec:
             starts from.
         reference_interval: returns after how many steps the present weights replace that copy; None: never.
         has_rollouts: whether the task learns from the rewards of answers that it samples.
-        needs_weights: whether the task needs the weights of a trained model to start from.
+        needs_weights: whether the task starts from random weights only if `init_from=random` confirms it.
         teacher_run: returns the run's configuration with the architecture and the cut of a frozen network that runs in
             the same pipeline, or None if there is none. It may read files.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
@@ -158,13 +158,3 @@ TASKS = Registry[TaskSpec](
 def open_task(config: TaskConfig, model: ModelConfig, batch: BatchConfig) -> Task:
     """Builds the task that a configuration names."""
     return TASKS.get(config.kind).build(config, model, batch)
-
-
-def initial_weight_warnings(config: TrainConfig) -> tuple[str, ...]:
-    """Returns a line if the task needs trained weights and the run starts from random ones."""
-    if config.init_from is not None or config.resume is not None or not TASKS.get(config.task.kind).needs_weights:
-        return ()
-    return (
-        f"init_from: task.kind={config.task.kind} needs the weights of a trained model, is null, so the run starts "
-        f"from random weights; nearest: init_from=FOLDER with a run of task=sft",
-    )

@@ -33,10 +33,12 @@ def check_samples(config: "TrainConfig") -> None:
     kind, task = config.data.source.kind, config.task.kind
     entry = DATA_SOURCES.get(kind)
     if entry.samples is None:
-        valid = [name for name, entry in DATA_SOURCES.items() if entry.samples is not None]
+        valid = [f"data={name}" for name, entry in DATA_SOURCES.items() if entry.samples and entry.has_targets]
+        if TASKS.get(task).unit == "pair":
+            valid = ["data=preferences", "data=arithmetic_preferences"]
         raise ConfigError(
             f"data.kind: must be a source with samples for task.kind={task}, is {kind}; "
-            f"nearest valid: {', '.join(valid) or 'a plugin that registers one'}"
+            f"nearest valid: {' or '.join(valid)}"
         )
     if not entry.has_targets:
         raise ConfigError(

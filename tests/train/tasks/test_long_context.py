@@ -73,7 +73,10 @@ def test_phases_follow_each_other_with_the_same_values(base: Path, tmp_path: Pat
             ["task.rope.factor=2", "task.max_position_tokens=16384"],
             "task.rope.factor: must be at least task.max_position_tokens / task.rope.original_max_position_tokens",
         ),
-        (["init_from=null", "data.tokenizer=null"], "init_from: task=long_context needs the weights of the phase"),
+        (
+            ["init_from=null", "data.tokenizer=null"],
+            "init_from: must name trained weights with task=long_context",
+        ),
     ],
 )
 def test_extension_that_cannot_work_is_one_error(base: Path, overrides: list[str], words: str) -> None:

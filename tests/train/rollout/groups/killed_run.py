@@ -25,7 +25,14 @@ NONE = "none"
 PHASES = ("drawing", "sampling", "rewards", "journal", "reference", "training", "update", "checkpoint")
 VARIANTS = {"ahead": ("rollout.steps_ahead=1",), "updates": ("rollout.updates=2",)}
 CHOICES = (
-    *("experiment=arithmetic_grpo", "name=killed", "resume=auto", "cluster.max_restarts=1", "schedule=1f1b"),
+    *(
+        "experiment=arithmetic_grpo",
+        "init_from=random",
+        "name=killed",
+        "resume=auto",
+        "cluster.max_restarts=1",
+        "schedule=1f1b",
+    ),
     *("model.hidden_size=32", "model.num_layers=2", "data.num_digits=4", "data.num_samples=60", "task.steps=5"),
     *("data.validation_fraction=0.2", "task/loss=v3_2", "task.loss.kl_weight=0.01", "reward=python"),
     *("rollout.prompts=4", "rollout.samples=4", "rollout.max_new_tokens=5", "rollout.held_out=4"),
