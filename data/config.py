@@ -1,10 +1,24 @@
 """Configuration of a run's text, tokenizer and sequences. Imports no torch."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Protocol, TypeVar
 
-from data.registry import DATA_SOURCES, DataSource
+from data.corpus import is_validation
+from data.registry import DATA_SOURCES, DataSource, Part
 from kernels.ranges import NonNegativeInt, PositiveInt, PositiveShare
+
+
+class Keyed(Protocol):
+    """What a source has and the split of its parts needs."""
+
+    @property
+    def key(self) -> str:
+        """Name that is equal on every machine."""
+        ...
+
+
+T = TypeVar("T", bound=Keyed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +51,8 @@ class DataConfig:
         seed: seed of the validation split and of the order of samples.
         cache_dir: folder for prepared data.
         long_documents: up-sampling of long documents; None: every document is read once per epoch.
+        validation_paths: files and folders that are held out, all others being trained on; None: `validation_fraction`
+            of the source is.
     """
 
     source: Annotated[DataSource, DATA_SOURCES]
@@ -50,3 +66,27 @@ class DataConfig:
     seed: NonNegativeInt
     cache_dir: str
     long_documents: LongDocumentsConfig | None = None
+    validation_paths: tuple[str, ...] | None = None
+
+    @property
+    def validation_source(self) -> DataSource | None:
+        """The source of the held-out part; None: `validation_fraction` of `source` is held out."""
+        if self.validation_paths is None:
+            return None
+        return replace(self.source, paths=self.validation_paths)  # type: ignore[call-arg]
+
+
+def with_parts(config: DataConfig, read: Callable[[Any], Iterable[T]]) -> Iterator[tuple[Part, T]]:
+    """Yields the documents, samples or problems of both parts in order, each with its part.
+
+    Args:
+        config: decides which of them are held out.
+        read: returns those of a source.
+    """
+    for item in read(config.source):
+        is_split = config.validation_paths is None
+        is_held_out = is_split and is_validation(item.key, config.validation_fraction, config.seed)
+        yield "validation" if is_held_out else "train", item
+    if (source := config.validation_source) is not None:
+        for item in read(source):
+            yield "validation", item

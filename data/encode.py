@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataConfig
-from data.corpus import DataError, hash_unit, is_validation, list_files, read_documents
+from data.config import DataConfig, with_parts
+from data.corpus import DataError, hash_unit, list_files, read_documents
 from data.fim import cut_for_fim, join_fim_tokens
 from data.progress import NoProgress, Progress
 from data.registry import DATA_SOURCES, Document, Part
@@ -87,8 +87,8 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
     units: list[float] = [1.0, 0.0]
     total = sum(file.path.stat().st_size for file in list_files(config.source))
-    for document in progress.over("reading the corpus", read_documents(config.source), total, _text_bytes):
-        part = _part_of(document, config)
+    documents = with_parts(config, read_documents)
+    for part, document in progress.over("reading the corpus", documents, total, lambda pair: _text_bytes(pair[1])):
         num_documents[part] += 1
         text_bytes[part] += _text_bytes(document)
         unit = hash_unit("split", config.seed, document.key)
@@ -104,7 +104,7 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[
 
 def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
     """Returns an iterator over the documents of one part, in the source's order."""
-    return (document for document in read_documents(config.source) if _part_of(document, config) == part)
+    return (document for place, document in with_parts(config, read_documents) if place == part)
 
 
 def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = NO_PROGRESS) -> Tokenizer:
@@ -187,10 +187,6 @@ def _text_bytes(document: Document) -> int:
 
 def _batch_bytes(documents: Sequence[str]) -> int:
     return sum(len(text.encode("utf-8")) for text in documents)
-
-
-def _part_of(document: Document, config: DataConfig) -> Part:
-    return "validation" if is_validation(document.key, config.validation_fraction, config.seed) else "train"
 
 
 def _empty_train_error(config: DataConfig, num_documents: int, smallest_unit: float, largest_unit: float) -> DataError:

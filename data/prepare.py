@@ -20,7 +20,7 @@ from data.documents.long_documents import LongDocuments, pack_long_first
 from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
 from data.pack import entropy_nats, pack_documents
 from data.progress import Progress
-from data.registry import DATA_SOURCES, Part
+from data.registry import DATA_SOURCES, DataSource, Part
 from data.samples.build import build_samples, counts_of, has_samples, read_values
 from data.samples.pack import SampleCounts
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
@@ -100,11 +100,34 @@ def check_config(config: DataConfig) -> int:
             f"documents; nearest: null"
         )
     known = known_tokenizer(config)
-    if entry.check is None:
-        check_source(config.source)
-    else:
-        entry.check(config.source, known)
+    _check_source(config.source, known)
+    _check_validation_paths(config, known)
     return config.tokenizer_vocab_size if known is None else known.vocab_size
+
+
+def _check_source(source: DataSource, known: Tokenizer | None) -> None:
+    check = DATA_SOURCES.get(source.kind).check
+    if check is None:
+        check_source(source)
+    else:
+        check(source, known)
+
+
+def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None:
+    """Rejects held-out files that cannot be read, or that are also trained on."""
+    if config.validation_paths is None:
+        return
+    key, kind = "data.validation_paths", config.source.kind
+    if not hasattr(config.source, "paths"):
+        raise DataError(f"{key}: must be null with data.kind={kind}, which has no paths; nearest: null")
+    assert config.validation_source is not None
+    try:
+        _check_source(config.validation_source, known)
+    except DataError as error:
+        raise DataError(str(error).replace("data.paths", key)) from error
+    trained = {file.path.resolve() for file in list_files(config.source)}
+    if both := [str(file.path) for file in list_files(config.validation_source) if file.path.resolve() in trained]:
+        raise DataError(f"{key}: must name files that data.paths does not, names {both[0]}; nearest: null, or others")
 
 
 def known_tokenizer(config: DataConfig) -> Tokenizer | None:
@@ -176,7 +199,8 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
 
 def _encoded_key(config: DataConfig, known: Tokenizer | None) -> str:
     files = []
-    for file in list_files(config.source):
+    held_out = () if config.validation_source is None else list_files(config.validation_source)
+    for file in (*list_files(config.source), *held_out):
         status = file.path.stat()
         files.append((file.key, str(file.path.resolve()), status.st_size, status.st_mtime_ns))
     special = None if known is None else [*known.special.all_ids, known.token_names]
@@ -190,6 +214,7 @@ def _encoded_key(config: DataConfig, known: Tokenizer | None) -> str:
         config.fim_rate,
         config.seed,
         files,
+        *([len(held_out)] if held_out else []),
     ]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 

@@ -1,7 +1,7 @@
 """Splits a source's problems into training part and held-out part. Imports no torch."""
 
-from data.config import DataConfig
-from data.corpus import DataError, is_validation
+from data.config import DataConfig, with_parts
+from data.corpus import DataError
 from data.problems.records import ProblemRecord
 from data.registry import DATA_SOURCES
 
@@ -22,9 +22,8 @@ def split_problems(config: DataConfig) -> tuple[list[ProblemRecord], list[Proble
         )
     train: list[ProblemRecord] = []
     held_out: list[ProblemRecord] = []
-    for record in entry.problems(config.source):
-        is_held_out = is_validation(record.key, config.validation_fraction, config.seed)
-        (held_out if is_held_out else train).append(record)
+    for part, record in with_parts(config, entry.problems):
+        (train if part == "train" else held_out).append(record)
     if not train:
         raise DataError(
             f"data.validation_fraction: {config.validation_fraction} of {len(held_out)} problems, selected by hash "

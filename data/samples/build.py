@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataConfig
-from data.corpus import DataError, is_validation
+from data.config import DataConfig, with_parts
+from data.corpus import DataError
 from data.encode import train_tokenizer
 from data.pack import entropy_nats
 from data.progress import Progress
@@ -105,9 +105,8 @@ def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list
     encode = DATA_SOURCES.get(config.source.kind).samples
     assert encode is not None
     parts: dict[Part, list[Sample]] = {"train": [], "validation": []}
-    for sample in encode(config.source, tokenizer):
-        held_out = is_validation(sample.key, config.validation_fraction, config.seed)
-        parts["validation" if held_out else "train"].append(sample)
+    for part, sample in with_parts(config, lambda source: encode(source, tokenizer)):
+        parts[part].append(sample)
     if not parts["train"]:
         raise DataError(
             f"data.validation_fraction: {config.validation_fraction} of {len(parts['validation'])} samples, selected "
