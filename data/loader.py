@@ -196,9 +196,14 @@ class Loader:
         """
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]
-        prepared = self._prepared
+        prepared, found = self._prepared, len(indices)
         arrays = prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values
-        return _filled(self._gather(*arrays, indices), count)
+        batch = self._gather(*arrays, np.pad(indices, (0, count - found)))
+        batch.tokens_BT[found:] = batch.pad_id
+        batch.positions_BT[found:] = -1
+        for values in batch.extras.values():
+            values[found:] = 0
+        return batch
 
     def _gather(
         self,
@@ -213,21 +218,6 @@ class Loader:
             pad_id=self._prepared.tokenizer.pad_id,
             extras={name: torch.from_numpy(value[indices]) for name, value in values.items()},
         )
-
-
-def _filled(batch: Batch, count: int) -> Batch:
-    """Returns a batch with empty sequences up to a number of sequences."""
-    added = count - len(batch.tokens_BT)
-
-    def fill(rows: Tensor, value: int) -> Tensor:
-        return torch.cat([rows, rows.new_full((added, *rows.shape[1:]), value)]) if added else rows
-
-    return Batch(
-        tokens_BT=fill(batch.tokens_BT, batch.pad_id),
-        positions_BT=fill(batch.positions_BT, -1),
-        pad_id=batch.pad_id,
-        extras={name: fill(value, 0) for name, value in batch.extras.items()},
-    )
 
 
 def permutation(size: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -289,67 +289,54 @@ def _inapplicable(command: str, groups: Mapping[str, str], parsed: Sequence[Over
     """Returns what is wrong with the first override that cannot be applied after those before it."""
     lines = [override.input_line or "" for override in parsed if override.key_or_group in groups]
     for override in parsed:
-        key, line = override.key_or_group, override.input_line or ""
-        if key in groups:
+        if override.key_or_group in groups:
             continue
         known = _raw_keys(_compose(command, lines))
-        lines.append(line)
+        lines.append(override.input_line or "")
         try:
             _compose(command, lines)
         except _LIBRARY_ERRORS:
-            return f"{line if override.is_delete() else key}: {_rule_of(override, known)}"
+            return _broken_rule(override, known)
     return f"{command}: the overrides must compose, do not: {' '.join(lines)}"
 
 
-def _rule_of(override: Override, known: Mapping[str, Any]) -> str:
-    """Returns the rule that an override breaks, with what is valid.
-
-    Args:
-        override: an override that cannot be applied.
-        known: values by dotted keys, to which it should be applied.
-    """
+def _broken_rule(override: Override, known: Mapping[str, Any]) -> str:
+    """Returns the error of an override that cannot be applied to values with these dotted keys."""
     key, text = override.key_or_group, (override.input_line or "").partition("=")[2]
+    present = json.dumps(known.get(key)).replace('"', "").replace(" ", "").replace(MISSING, "...")
     if override.is_delete() and key in known:
-        rule = "must name a key without a value to delete, or its present value"
-        return (
-            f"{rule}, is {text or _text(known[key])}; nearest valid: {key}={_text(known[key]).replace(MISSING, '...')}"
-        )
+        rule = "must name a key with a value to delete, and that value or none"
+        return f"{override.input_line}: {rule}, is {text or present}; nearest valid: {key}={present}"
     if key not in known and not override.is_add():
-        return f"must be a key that exists, is none after the overrides before it; {nearest_key(key, list(known))}"
+        return (
+            f"{key}: must be a key that exists, is none after the overrides before it; {nearest_key(key, list(known))}"
+        )
     if "${" in text:
-        return f"must close what it opens with ${{, is {text}; nearest valid: {key}=${{name}}, or text without ${{"
+        return f"{key}: must close what it opens with ${{, is {text}; nearest valid: {key}=${{name}}"
     if isinstance(known.get(key), dict):
         inner = next((name for name in known if name.startswith(f"{key}.")), f"{key}.KEY")
-        return f"must hold keys and values, is {text}; nearest valid: {inner}={_text(known.get(inner))}"
-    return f"must be a value that fits here, is {text}; nearest valid: {key}={_text(known.get(key))}"
+        return f"{key}: must hold keys and values, is {text}; nearest valid: {inner}=..."
+    return f"{key}: must be a value that fits here, is {text}; nearest valid: {key}={present}"
 
 
-def _unresolved(key: str, known: Mapping[str, Any], followed: tuple[str, ...] = ()) -> str:
+def _unresolved(key: str, known: Mapping[str, Any]) -> str:
     """Returns the error of a value that refers, perhaps over others, to a value that does not exist.
 
     Args:
         key: dotted key of the value, which has `${...}`.
         known: values by dotted keys, as written.
-        followed: keys that refer to this one.
     """
     text = known.get(key)
     for name in re.findall(r"\$\{([\w./]+)\}", str(text)):
         parent = name.partition(".")[0]
         if parent in known and known[parent] is None:
-            options_of = _other_options(name) or f"{parent}=VALUE"
-            return f"{parent}: must have values, because {key} is {text}, is null; nearest valid: {options_of}"
+            choices = _other_options(name) or f"{parent}=VALUE"
+            return f"{parent}: must have values, because {key} is {text}, is null; nearest valid: {choices}"
         if name not in known:
             return f"{key}: must refer to a key that exists, is {text}; {nearest_key(name, list(known))}"
-        if name in (key, *followed):
-            return f"{key}: must not refer to itself, is {text}; nearest valid: {key}=VALUE"
         if "${" in str(known[name]):
-            return _unresolved(name, known, (*followed, key))
+            return _unresolved(name, {**known, key: "itself"})
     return f"{key}: must refer to a value that exists, is {text}; nearest valid: {key}=VALUE"
-
-
-def _text(value: Any) -> str:
-    """Returns a plain value as it is written on the command line."""
-    return json.dumps(value).replace('"', "").replace(" ", "")
 
 
 def _lower(override: Override, groups: Mapping[str, str]) -> str:

@@ -7,16 +7,12 @@ from typing import Any, get_type_hints
 from data.config import DataConfig
 from data.progress import progress_on
 from data.registry import DATA_SOURCES
-from dualpipe.ir import ScheduleError
 from launch.config.compose import MissingValueError, compose
 from launch.config.errors import check_all
 from launch.config.groups import own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.resolve import check_files, check_weights, resolve
 from launch.config.rules import check_name, check_rules
-from model.config import CutError
-from model.hf.errors import HfError
-from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
@@ -51,10 +47,9 @@ def _other_problem(overrides: Sequence[str], missing: Sequence[str], *, checks_w
         values = resolve(compose("train", overrides, filled))
         task = {**values["task"], "steps": values["task"].get("steps") or _ENDLESS_STEPS}
         _check_values(with_chunks(read_config({**values, "task": task})), checks_weights=checks_weights)
-    except MissingValueError:  # a value within a list, which cannot be filled
-        return ""
-    except (ConfigError, CutError, ScheduleError, CheckpointError, HfError) as error:
-        return f". Also {error}"
+    except ConfigError as error:
+        # A value within a list cannot be filled and is still missing.
+        return "" if isinstance(error, MissingValueError) else f". Also {error}"
     return ""
 
 

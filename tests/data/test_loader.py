@@ -140,3 +140,13 @@ def test_slices_outside_are_rejected(prepared: Prepared) -> None:
         loader.batch(0, 3, 2)
     with pytest.raises(DataError, match="the validation part has"):
         loader.validation_batch(loader.num_validation_sequences, 1)
+
+
+def test_a_validation_part_below_a_batch_is_filled_with_empty_sequences(prepared: Prepared) -> None:
+    number = len(prepared.validation_tokens_NL)
+    loader = Loader(prepared, sizes=BatchSizes(number + 3), seed=5)
+    whole = loader.validation_batch(0, number + 3)
+    assert torch.equal(whole.tokens_BT[:number], loader.validation_batch(0, number).tokens_BT)
+    assert (whole.tokens_BT[number:] == whole.pad_id).all()
+    assert (whole.targets(1)[number:] == IGNORE).all()
+    assert torch.equal(loader.validation_batch(number + 1, 2).tokens_BT, whole.tokens_BT[number + 1 :])

@@ -4,21 +4,23 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from data.corpus import DataError
 from tests.tiny import tiny_config, write_text
 from train.corpus import prepare_corpus
 from train.records.json_lines import JsonLines
+from train.records.run_summary import corpus_lines
 
 
-def test_validation_part_too_small_for_a_pass_is_refused(tmp_path: Path) -> None:
+def test_validation_part_below_a_batch_is_read_whole_and_said(tmp_path: Path) -> None:
     write_text(tmp_path, 20)
     config = tiny_config(tmp_path)
     batch, validation = replace(config.batch, global_sequences=512), replace(config.validation, sequences=512)
-    with pytest.raises(DataError, match=r"validation\.sequences.*512.*nearest valid"):
-        prepare_corpus(replace(config, batch=batch, validation=validation))
-    prepare_corpus(replace(config, batch=batch))
+    prepared = prepare_corpus(replace(config, batch=batch, validation=validation))
+    found = len(prepared.validation_tokens_NL)
+    assert 0 < found < 512
+    lines = list(corpus_lines(replace(config, batch=batch, validation=validation), prepared))
+    assert f"validation: reads {found} of validation.sequences=512, because the held-out part has only {found}" in lines
+    whole = replace(config.validation, sequences=found)
+    assert not any("validation: " in line for line in corpus_lines(replace(config, validation=whole), prepared))
 
 
 def test_resumed_run_removes_later_lines(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def print_run_summary(
         reporter.say(summary_line(config, predict_memory(with_cut(config, replica.cut))))
     if notice := profile_notice(config):
         reporter.say(notice)
-    for line in _corpus_lines(config, prepared):
+    for line in corpus_lines(config, prepared):
         reporter.say(line)
     schedule = schedule_warnings(config.optim, config.batch_sizes, config.task.steps)
     for warning in schedule:
@@ -81,7 +81,7 @@ def _log_place(replica: Replica) -> None:
     )
 
 
-def _corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
+def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     """Yields lines about corpus and tokenizer."""
     yield (
         f"corpus: {prepared.train_tokens:,} training and {prepared.validation_tokens:,} validation tokens "
