@@ -269,7 +269,7 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
 
 
 def _check_parents(key: str, known: Mapping[str, Any], groups: Mapping[str, str]) -> None:
-    """Rejects a key into a list without an item's number, into a group that is null, and into a single value."""
+    """Rejects a key into a list without an item's number, into a null group, or into a single value."""
     parts = key.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])

@@ -271,11 +271,7 @@ def _check_resume(config: TrainConfig) -> bool:
 
 
 def check_weights(config: TrainConfig) -> None:
-    """Rejects a start from random weights that `init_from=random` does not confirm, if the task needs trained ones.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects random weights for a task that needs trained ones, unless `init_from=random` confirms them."""
     kind, out_dir = config.task.kind, config.out_dir
     if config.init_from is not None or not TASKS.get(kind).needs_weights or config.resume not in (None, AUTO):
         return

@@ -38,7 +38,7 @@ def check_name(config: TrainConfig) -> None:
 
 
 def check_rules(config: TrainConfig) -> None:
-    """Rejects an invalid configuration, using only its values, with all rules that are broken in one message.
+    """Rejects an invalid configuration by its values, with all broken rules in one message.
 
     Raises:
         ConfigError: names the key, the rule, the value and the nearest valid one.
@@ -49,7 +49,7 @@ def check_rules(config: TrainConfig) -> None:
 
 
 def _check_sizes(config: TrainConfig) -> None:
-    """Rejects sizes of model, batch and layout. Each rule relies on those before it, so the first is reported."""
+    """Rejects sizes of model, batch and layout; the first error, as the rules build upon each other."""
     _check_batch(config)
     check_model(config.model)
     _check_task(config)

@@ -172,7 +172,7 @@ RANDOM = "random"
 
 
 def named_weights(init_from: object) -> str | None:
-    """Returns the folder or file that a value of `init_from` names, or None if weights are drawn from the seed."""
+    """Returns the weights that a value of `init_from` names; None: they are drawn from the seed."""
     return init_from if isinstance(init_from, str) and init_from != RANDOM else None
 
 
