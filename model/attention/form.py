@@ -49,12 +49,11 @@ class Attention(nn.Module):
         """
 
     @abstractmethod
-    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
-        """Returns hidden + attention(norm(hidden)) of new tokens, and writes them to the cache: ND.
+    def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
+        """Returns attention of new tokens, without the residual, and writes them to the cache: ND.
 
         Args:
-            hidden_ND: the residual of the new tokens, sequence by sequence.
-            norm: norm of this layer.
+            x_ND: normalized states of the new tokens, sequence by sequence.
             view: this layer's cache and the tokens' positions: whole prompts, or a step of every sequence.
         """
 

@@ -1,33 +1,51 @@
-"""Defines sandboxes, and runs guests in bubblewrap: namespaces, an empty file system, and limits.
+"""Runs guests in bubblewrap (namespaces, an empty file system, and limits), or with limits alone.
 
 One process has at most `memory_bytes`, so a program and its children have at most `processes` times that.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
-from abc import ABC, abstractmethod
+import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from infer.scoring.code.seccomp import seccomp_filter
 
-GUEST = Path(__file__).with_name("guest")
-_PACKAGE = "/guest/lib/infer/scoring/code/guest"
-START_GUEST = (
-    "import sys; sys.path.insert(0, '{folder}'); from infer.scoring.code.guest.{name} import main; main(*sys.argv[1:])"
-)
+PYTHON_NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
+_GUEST = Path(__file__).with_name("guest")
+_PACKAGE = PurePosixPath("infer/scoring/code/guest")
+_START = "import sys; sys.path[0] = {path!r}; from infer.scoring.code.guest.{name} import main; main(*sys.argv[1:])"
+# If memory runs out, the kernel ends guests first.
+_FIRST_VICTIM = ("/bin/sh", "-c", 'echo 1000 > /proc/self/oom_score_adj; exec "$@"', "sh")
+# Not -I, which would ignore the seed of hashes: the order of a set must not differ between two runs.
+_FLAGS = ("-s", "-S", "-B", "-c")
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": f"/python/{sys.platlibdir}"}
 
-Isolation = Literal["bubblewrap", "namespaces", "landlock", "limits"]
-"""Levels of isolation, the strongest first.
+Isolation = Literal["bubblewrap", "limits"]
+"""Levels of isolation.
 
-bubblewrap: all namespaces and an empty file system. namespaces: Landlock, with own network and IPC namespaces.
-landlock: without namespaces; files can be read where the interpreter needs them, and neither files nor processes nor
-sockets can be made. limits: another process with limits, which can read and change what its user can.
+bubblewrap: all namespaces and an empty file system. limits: a process with limits, which can read and change what its
+user can.
 """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interpreter:
+    """The parts of this interpreter that guests need. In bubblewrap they are in `/python`.
+
+    Attributes:
+        program: executable file.
+        library: folder with shared libraries and the folder of the standard library.
+    """
+
+    program: str
+    library: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,20 +102,55 @@ class StartedGuest:
     info: int
 
 
-class Sandbox(ABC):
+class Sandbox:
     """A way to run guest programs on this machine. It keeps no state, so threads may share it.
 
     Use `infer.scoring.code.find.find_sandbox`, which checks that the sandbox holds.
-
-    Attributes:
-        isolation: its level.
     """
 
-    isolation: Isolation
+    def __init__(self, isolation: Isolation, prefix: Sequence[str], interpreter: Interpreter) -> None:
+        """Packs the guest's modules.
 
-    @abstractmethod
+        Args:
+            isolation: its level.
+            prefix: command that runs before bubblewrap, or before the interpreter.
+            interpreter: where the command after the prefix finds it.
+        """
+        self.isolation = isolation
+        self._prefix, self._interpreter = tuple(prefix), interpreter
+        self._modules, self._filter = _pack_modules(), seccomp_filter()
+
     def start(self, program: GuestProgram) -> StartedGuest:
         """Starts a guest. Its standard output and error are pipes of the returned process."""
+        is_confined = self.isolation == "bubblewrap"
+        with Descriptors() as opened:
+            contents = {"lib.zip": self._modules, **{name: encode(text) for name, text in program.files.items()}}
+            files = {name: opened.memory_file(content) for name, content in contents.items()}
+            paths = {name: f"/guest/{name}" if is_confined else f"/proc/self/fd/{file}" for name, file in files.items()}
+            stdin = opened.memory_file(encode(program.stdin))
+            filter_fds = [opened.memory_file(self._filter)] if is_confined and self._filter else []
+            info, info_writer = os.pipe()
+            opened.add(info_writer)
+            limits = {**asdict(program.limits), "files": paths}
+            command = [*_FIRST_VICTIM, *self._prefix]
+            if is_confined:
+                mounted = dict(zip(paths.values(), files.values(), strict=True))
+                command += [*self._bubblewrap(mounted, program.limits, info_writer), f"/python/bin/{PYTHON_NAME}"]
+                command[-1:-1] = [*(part for each in filter_fds for part in ("--seccomp", str(each))), "--"]
+            else:
+                command.append(self._interpreter.program)
+                limits["processes"] = program.limits.processes + _count_own_tasks()
+            command += [*_FLAGS, _START.format(path=paths["lib.zip"], name=program.name)]
+            command += [json.dumps(limits), *program.arguments]
+            try:
+                inherited = [*files.values(), *filter_fds, info_writer, *program.inherited]
+                process = start_process(command, stdin, inherited)
+            except BaseException:
+                os.close(info)
+                raise
+            if not is_confined:
+                os.write(info_writer, b'{"child-pid": %d,' % process.pid)
+            return StartedGuest(process, info)
 
     def start_all(self, programs: Sequence[GuestProgram]) -> list[StartedGuest]:
         """Starts several guests, or none if one of them cannot start."""
@@ -113,59 +166,16 @@ class Sandbox(ABC):
             raise
         return guests
 
-
-class BubblewrapSandbox(Sandbox):
-    """Runs guests in bubblewrap."""
-
-    isolation: Isolation = "bubblewrap"
-
-    def __init__(self, prefix: Sequence[str], python_home: str, visible_home: str) -> None:
-        """Prepares the filter of system calls.
-
-        Args:
-            prefix: command that runs before bubblewrap.
-            python_home: folder of the interpreter, as guests see it.
-            visible_home: folder where bubblewrap finds it.
-        """
-        self._prefix, self._python_home, self._visible_home = tuple(prefix), python_home, visible_home
-        self._filter = seccomp_filter()
-
-    def start(self, program: GuestProgram) -> StartedGuest:
-        """Implements `Sandbox.start`."""
-        with Descriptors() as opened:
-            files = {f"{_PACKAGE}/{path.name}": path.read_text("utf-8") for path in sorted(GUEST.glob("*.py"))}
-            files |= {f"/guest/{name}": text for name, text in program.files.items()}
-            mounted = {place: opened.memory_file(encode(text)) for place, text in files.items()}
-            filter_fd = None if self._filter is None else opened.memory_file(self._filter)
-            stdin = opened.memory_file(encode(program.stdin))
-            info, info_writer = os.pipe()
-            opened.add(info_writer)
-            command = [
-                *self._prefix,
-                *self._bubblewrap(mounted, program.limits, filter_fd, info_writer),
-                *(f"{self._python_home}/bin/{python_name()}", "-I", "-S", "-B", "-c"),
-                START_GUEST.format(folder="/guest/lib", name=program.name),
-                json.dumps(asdict(program.limits)),
-                *program.arguments,
-            ]
-            inherited = [*mounted.values(), info_writer, *([filter_fd] if filter_fd else []), *program.inherited]
-            try:
-                return StartedGuest(start_process(command, stdin, inherited), info)
-            except BaseException:
-                os.close(info)
-                raise
-
-    def _bubblewrap(
-        self, mounted: Mapping[str, int], limits: GuestLimits, filter_fd: int | None, info_writer: int
-    ) -> list[str]:
-        """Returns the command line of bubblewrap, up to the guest's own."""
+    def _bubblewrap(self, mounted: Mapping[str, int], limits: GuestLimits, info_writer: int) -> list[str]:
+        """Returns the command line of bubblewrap, up to the filter."""
         # All namespaces are new. /proc is not mounted: no test needs it, and containers often forbid it.
         # The guest is the first process of its namespace, which ends with it: no daemon survives, and bubblewrap exits
         # only after all processes are gone.
         command = ["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"]
-        command += ["--cap-drop", "ALL", "--clearenv"]
+        command += ["--cap-drop", "ALL", "--clearenv", "--setenv", "PATH", "/usr/bin"]
         command += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--info-fd", str(info_writer)]
-        command += [*("--setenv", "PATH", "/usr/bin"), *("--setenv", "PYTHONHASHSEED", "0")]
+        for name, value in _ENVIRONMENT.items():
+            command += ["--setenv", name, value]
         command += [*("--ro-bind", "/usr", "/usr"), *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache")]
         for name in ("lib", "lib32", "lib64", "bin"):
             path = Path("/", name)
@@ -173,19 +183,34 @@ class BubblewrapSandbox(Sandbox):
                 command += ["--symlink", os.readlink(path), str(path)]
             elif path.is_dir():
                 command += ["--ro-bind", str(path), str(path)]
-        if not self._python_home.startswith("/usr/"):
-            command += ["--ro-bind", self._visible_home, self._python_home]
+        command += ["--ro-bind", self._interpreter.program, f"/python/bin/{PYTHON_NAME}"]
+        command += ["--ro-bind", self._interpreter.library, f"/python/{sys.platlibdir}"]
         for place, descriptor in mounted.items():
             command += ["--perms", "0444", "--ro-bind-data", str(descriptor), place]
         # Only /tmp can be written. Without these remounts, the root and /dev would be file systems without a limit.
         command += ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs", "/tmp", "--dev", "/dev"]
-        command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
-        return [*command, *(["--seccomp", str(filter_fd)] if filter_fd is not None else []), "--"]
+        return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
 
 
-def python_name() -> str:
-    """Returns the name of this interpreter's program."""
-    return f"python{sys.version_info.major}.{sys.version_info.minor}"
+def _pack_modules() -> bytes:
+    """Returns a ZIP archive of the guest's modules, which Python can import."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for package in _PACKAGE.parents[:-1]:
+            archive.writestr(f"{package}/__init__.py", "")
+        for path in sorted(_GUEST.glob("*.py")):
+            archive.writestr(f"{_PACKAGE}/{path.name}", path.read_text("utf-8"))
+    return content.getvalue()
+
+
+def _count_own_tasks() -> int:
+    """Returns the number of threads of this user, which the kernel counts together with those of a guest."""
+    count = 0
+    for entry in os.scandir("/proc"):
+        with suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
+                count += len(os.listdir(f"{entry.path}/task"))
+    return count
 
 
 def encode(text: str) -> bytes:
@@ -207,7 +232,7 @@ def start_process(command: Sequence[str], stdin: int, inherited: Sequence[int]) 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=inherited,
-        env={"PATH": os.environ.get("PATH", os.defpath)},
+        env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONHASHSEED": "0"},
         cwd="/",
         start_new_session=True,
     )
@@ -229,6 +254,12 @@ class Descriptors:
     def add(self, descriptor: int) -> None:
         """Adds an open descriptor."""
         self._opened.append(descriptor)
+
+    def pipe(self) -> tuple[int, int]:
+        """Returns the reading and the writing end of a new pipe."""
+        ends = os.pipe()
+        self._opened += ends
+        return ends
 
     def memory_file(self, content: bytes) -> int:
         """Returns a file descriptor of a file without a name, at its beginning."""

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from data.problems.records import StdinTest
 from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import IsolationChoice, find_sandbox
-from infer.scoring.code.pipes import Pipes
-from infer.scoring.code.sandbox import GuestLimits, GuestProgram, Isolation
-from infer.scoring.code.supervise import GuestResult, wait_for_guests
+from infer.scoring.code.sandbox import Descriptors, GuestLimits, GuestProgram, Isolation
+from infer.scoring.code.supervise import Finished, GuestResult, wait_for_guests
 from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, failure, verdict
 from kernels.ranges import PositiveFloat, PositiveInt
 
@@ -30,19 +29,18 @@ class CodeConfig(ScorerConfig):
 
     Attributes:
         cpu_seconds: processor time of a program with its children for one test, or for all assertions together.
-        wall_seconds: time after which a program without a verdict is stopped. The outcome is then unknown, as the
-            machine may be busy, and the program is run once more.
+        wall_seconds: time after which a program without a verdict is stopped. If it slept, this is a timeout. If it
+            waited for a processor, the machine was busy: it is run once more, and then the outcome is unknown.
         memory_mib: address space of each process.
         num_sandboxes: number of programs that run at the same time.
-        isolation: auto takes the strongest level that this machine has and refuses if it has none. accept_risk then
-            takes limits alone. Any other value is the only level that is tried.
+        isolation: bubblewrap, or accept_risk, which takes limits alone if bubblewrap is missing or does not hold.
     """
 
     cpu_seconds: PositiveFloat
     wall_seconds: PositiveFloat
     memory_mib: PositiveInt
     num_sandboxes: PositiveInt
-    isolation: IsolationChoice = "auto"
+    isolation: IsolationChoice = "bubblewrap"
 
     def __post_init__(self) -> None:
         """Rejects a wall time below the processor time.
@@ -116,10 +114,9 @@ class CodeScorer:
     def _run_script(self, program: str, test: StdinTest) -> Score:
         """Runs a program with an input, and compares what it prints."""
         script = GuestProgram(name="script", limits=self._limits, files={"program.py": program}, stdin=test.stdin)
-        (result,), is_late = wait_for_guests(
-            [self._sandbox.start(script)], [self._config.cpu_seconds], self._config.wall_seconds
-        )
-        if stopped := self._stopped(result, is_late=is_late):
+        finished = self._wait(script)
+        (result,) = finished.guests
+        if stopped := self._stopped(result, finished):
             return stopped
         if result.code != 0:
             return verdict(is_correct=False, detail=f"exit code {result.code}{_last_line(result.stderr)}")
@@ -130,57 +127,75 @@ class CodeScorer:
     def _run_assertions(self, program: str, tests: str) -> Score:
         """Runs a program in one sandbox and its tests in another, joined by two pipes."""
         nonce = secrets.token_hex(16)
-        with Pipes(3) as pipes:
-            request, reply, verdict_pipe = pipes.pairs
+        with Descriptors() as opened:
+            verdict_file = opened.memory_file(b"")
+            finished = self._run_apart(program, tests, nonce, verdict_file)
+            state = os.pread(verdict_file, _LONGEST_VERDICT, 0).decode("utf-8", "replace").strip()
+        return self._score_apart(finished, state, _read_verdict(state, nonce))
+
+    def _run_apart(self, program: str, tests: str, nonce: str, verdict_file: int) -> Finished:
+        """Runs a program and its tests, joined by two pipes."""
+        with Descriptors() as opened:
+            request_reader, request_writer, reply_reader, reply_writer = opened.pipe() + opened.pipe()
             candidate = GuestProgram(
                 name="candidate",
                 limits=self._limits,
-                arguments=(str(request.reader), str(reply.writer)),
+                arguments=(str(request_reader), str(reply_writer)),
                 files={"program.py": program},
-                inherited=(request.reader, reply.writer),
+                inherited=(request_reader, reply_writer),
             )
             tester = GuestProgram(
                 name="tests",
                 limits=self._limits,
-                arguments=(str(request.writer), str(reply.reader), str(verdict_pipe.writer)),
+                arguments=(str(request_writer), str(reply_reader), str(verdict_file)),
                 files={"tests.py": tests},
                 stdin=nonce,
-                inherited=(request.writer, reply.reader, verdict_pipe.writer),
+                inherited=(request_writer, reply_reader, verdict_file),
             )
             guests = self._sandbox.start_all((candidate, tester))
-            # The guests see the end of a pipe only if this process does not hold it.
-            pipes.close(request.reader, request.writer, reply.reader, reply.writer, verdict_pipe.writer)
-            limits = [self._config.cpu_seconds] * 2
-            (ran, tested), is_late = wait_for_guests(guests, limits, self._config.wall_seconds)
-            message = os.read(verdict_pipe.reader, _LONGEST_VERDICT) if tested.code == 0 else b""
-        if ran.is_flooded or ran.is_out_of_cpu:
-            return self._stopped(ran, is_late=is_late) or failure("unknown", "")
-        if stopped := self._stopped(tested, is_late=is_late):
-            return failure("error", "the tests used too much processor time") if tested.is_out_of_cpu else stopped
-        return _read_verdict(message, nonce)
+        # The guests see the end of a pipe only if this process does not hold it.
+        return wait_for_guests(guests, [self._config.cpu_seconds] * 2, self._config.wall_seconds)
 
-    def _stopped(self, result: GuestResult, *, is_late: bool) -> Score | None:
+    def _score_apart(self, finished: Finished, state: str, message: dict[str, str]) -> Score:
+        ran, tested = finished.guests
+        if ran.is_flooded or ran.is_out_of_cpu:
+            return self._stopped(ran, finished) or failure("unknown", "")
+        if tested.is_out_of_cpu and not state:
+            return failure("error", "the tests used too much processor time")
+        if finished.is_late and finished.has_slept and not state.startswith("asking"):
+            return failure("error", "the tests did not end")
+        if stopped := self._stopped(tested, finished):
+            return stopped
+        match message.get("outcome"):
+            case "correct" | "wrong" as outcome:
+                return verdict(is_correct=outcome == "correct", detail=message["detail"])
+            case "error":
+                return failure("error", message["detail"])
+        return failure("error", "the tests ended without a verdict")
+
+    def _wait(self, program: GuestProgram) -> Finished:
+        return wait_for_guests([self._sandbox.start(program)], [self._config.cpu_seconds], self._config.wall_seconds)
+
+    def _stopped(self, result: GuestResult, finished: Finished) -> Score | None:
         """Returns the score of a program that was stopped, or None if it ended by itself."""
         if result.is_out_of_cpu:
             return failure("timeout", f"more than {self._config.cpu_seconds:g} s of processor time")
         if result.is_flooded:
             return verdict(is_correct=False, detail="printed too much")
-        if is_late:
-            return failure("unknown", f"no verdict after {self._config.wall_seconds:g} s")
+        if finished.is_late and finished.has_slept:
+            return failure("timeout", f"slept until {self._config.wall_seconds:g} s were over")
+        if finished.is_late:
+            return failure("unknown", f"no verdict after {self._config.wall_seconds:g} s on a busy machine")
         return None
 
 
-def _read_verdict(message: bytes, nonce: str) -> Score:
-    """Reads what the tests' sandbox wrote after the last test. Without its nonce, there is no verdict."""
+def _read_verdict(state: str, nonce: str) -> dict[str, str]:
+    """Returns what the tests' sandbox wrote after the last test, or nothing if it is not from there."""
     try:
-        content = json.loads(message)
-        if content["nonce"] == nonce and content["outcome"] in ("correct", "wrong"):
-            return verdict(is_correct=content["outcome"] == "correct", detail=content["detail"])
-        if content["nonce"] == nonce:
-            return failure("error", content["detail"])
+        message: dict[str, str] = json.loads(state)
+        return message if message["nonce"] == nonce else {}
     except (ValueError, KeyError, TypeError):
-        pass
-    return failure("error", "the tests ended without a verdict")
+        return {}
 
 
 def _lines(text: str) -> list[str]:

@@ -1,4 +1,8 @@
-"""Waits for guests: reads their output while they run, and kills them with all their processes."""
+"""Waits for guests: reads their output while they run, and kills them with all their processes.
+
+Guests that are late are to blame if they slept longer than they waited for a processor. The kernel counts the waiting
+of each thread (`/proc/PID/task/TID/schedstat`), so a sleeping program differs from one that a busy machine delays.
+"""
 
 import os
 import selectors
@@ -8,15 +12,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from infer.scoring.code.sandbox import StartedGuest
 
 OUTPUT_BYTES = 2**16
 _KILLED = 137  # exit code of SIGKILL, as bubblewrap reports it
 _ROUNDING_SECONDS = 0.1  # the kernel's clock for limits is coarser than that for usage
-_POLL_SECONDS = 0.05  # between looks at the processor time
+_POLL_SECONDS = 0.1  # between looks at the processor time
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+_COUNTS_DELAYS = os.path.exists("/proc/self/schedstat")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +44,30 @@ class GuestResult:
     is_out_of_cpu: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """How guests that ran together ended.
+
+    Attributes:
+        guests: results in the guests' order.
+        is_late: whether the time was over before the last one ended.
+        has_slept: whether all of them slept longer than they waited for a processor.
+    """
+
+    guests: tuple[GuestResult, ...]
+    is_late: bool
+    has_slept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of a process on a processor, of children that it waited for, and waiting for one."""
+
+    own: float
+    children: float
+    delay: float
+
+
 @dataclass(slots=True)
 class _Watched:
     """A guest while it runs."""
@@ -55,11 +83,40 @@ class _Watched:
     is_flooded: bool = False
     has_overrun: bool = False
     cpu_seconds: float = 0.0
+    times: dict[int, _Times] = field(default_factory=dict)
+    lost_seconds: float = 0.0  # processor time of processes that ended without being waited for
+
+    def measure(self) -> float:
+        """Updates the processor time. Returns how long threads waited for a processor since then."""
+        old, self.times = self.times, _read_times(self.process.pid)
+        gone = sum(times.own + times.children for pid, times in old.items() if pid not in self.times)
+        reported = sum(times.children - old[pid].children for pid, times in self.times.items() if pid in old)
+        self.lost_seconds += max(0.0, gone - max(0.0, reported))
+        alive = sum(times.own + times.children for times in self.times.values())
+        self.cpu_seconds = max(self.cpu_seconds, alive + self.lost_seconds)
+        return sum(max(0.0, new.delay - old[pid].delay if pid in old else new.delay) for pid, new in self.times.items())
 
 
-def wait_for_guests(
-    guests: Sequence[StartedGuest], cpu_limits: Sequence[float], wall_seconds: float
-) -> tuple[list[GuestResult], bool]:
+@dataclass(slots=True)
+class _Activity:
+    """How long guests together slept, and how long they waited for a processor while none of them had one."""
+
+    measured_at: float
+    cpu_seconds: float = 0.0
+    slept: float = 0.0
+    delayed: float = 0.0
+
+    def measure(self, guests: Sequence[_Watched]) -> None:
+        """Adds the time since the last call."""
+        delay = sum(guest.measure() for guest in guests if guest.is_running)
+        cpu_seconds, now = sum(guest.cpu_seconds for guest in guests), time.monotonic()
+        idle = max(0.0, now - self.measured_at - (cpu_seconds - self.cpu_seconds))
+        self.delayed += min(idle, delay)
+        self.slept += idle - min(idle, delay)
+        self.measured_at, self.cpu_seconds = now, cpu_seconds
+
+
+def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float], wall_seconds: float) -> Finished:
     """Waits until the last guest ends, one exceeds a limit, or time is over. Then kills the others.
 
     When it returns, no process of the guests exists.
@@ -68,21 +125,21 @@ def wait_for_guests(
         guests: started guests. The last one decides how long all run.
         cpu_limits: limit of processor time of each guest, all its processes together.
         wall_seconds: time from now.
-
-    Returns:
-        The results in the guests' order, and whether time was over.
     """
     watched = [_Watched(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
+    activity = _Activity(time.monotonic())
     selector = selectors.DefaultSelector()
     try:
         for guest in watched:
             _register(selector, guest)
-        is_late = _watch(selector, watched, time.monotonic() + wall_seconds)
+        is_late = _watch(selector, watched, activity, time.monotonic() + wall_seconds)
     finally:
-        for guest in watched:
+        # The last one does not learn of the end of the others.
+        for guest in reversed(watched):
             _end(guest)
         selector.close()
-    return [_result(guest) for guest in watched], is_late
+    has_slept = _COUNTS_DELAYS and activity.slept > activity.delayed
+    return Finished(guests=tuple(map(_result, watched)), is_late=is_late, has_slept=has_slept)
 
 
 def _register(selector: selectors.BaseSelector, guest: _Watched) -> None:
@@ -97,7 +154,7 @@ def _register(selector: selectors.BaseSelector, guest: _Watched) -> None:
     selector.register(exited, selectors.EVENT_READ, (guest, "exit"))
 
 
-def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], deadline: float) -> bool:
+def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], activity: _Activity, deadline: float) -> bool:
     """Handles events until it is time to kill. Returns whether the deadline has passed."""
     try:
         while watched[-1].is_running and not any(guest.is_flooded or guest.has_overrun for guest in watched):
@@ -106,18 +163,16 @@ def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], deadli
                 return True
             for key, _ in selector.select(min(left, _POLL_SECONDS)):
                 guest, kind = key.data
-                if kind == "output":
-                    if not _read_output(guest, key.fd):
-                        selector.unregister(key.fd)
-                elif kind == "info":
-                    if not _read_info(guest):
-                        selector.unregister(key.fd)
-                else:
+                if kind == "exit":
                     guest.is_running = False
                     selector.unregister(key.fd)
                     os.close(key.fd)
+                elif not (_read_output(guest, key.fd) if kind == "output" else _read_info(guest)):
+                    selector.unregister(key.fd)
+            if time.monotonic() - activity.measured_at >= _POLL_SECONDS:
+                activity.measure(watched)
             for guest in watched:
-                guest.has_overrun = guest.is_running and _cpu_of(guest.process.pid) > guest.cpu_limit
+                guest.has_overrun = guest.is_running and guest.cpu_seconds > guest.cpu_limit
         return False
     finally:
         for key in list(selector.get_map().values()):
@@ -159,7 +214,12 @@ def _end(guest: _Watched) -> None:
         if guest.process.poll() is not None:
             break
         time.sleep(0.005)
-    guest.cpu_seconds = _cpu_of(guest.process.pid) if guest.is_running else 0.0
+    if guest.is_running:
+        guest.measure()
+    for pid in guest.times if guest.inner_pid == guest.process.pid else ():
+        # Without a namespace, nothing else ends the processes that a program started.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     if guest.inner is not None:
         # The kernel ends every process of a namespace with its first one, which is gone only after all others.
         with suppress(ProcessLookupError):
@@ -201,16 +261,28 @@ def _is_drained(descriptor: int) -> bool:
     return not ready
 
 
-def _cpu_of(pid: int) -> float:
-    """Returns the processor time of a process and of all below it, also of those that have ended."""
-    total, waiting = 0.0, [str(pid)]
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _read_times(pid: int) -> dict[int, _Times]:
+    """Returns the times of a process and of all below it, by process id."""
+    found: dict[int, _Times] = {}
+    waiting = [pid]
     while waiting:
         one = waiting.pop()
         with suppress(OSError, ValueError):
-            stat = Path(f"/proc/{one}/stat").read_text(encoding="utf-8", errors="replace")
-            total += sum(map(int, stat.rpartition(")")[2].split()[11:15])) / _CLOCK_TICKS
-            waiting += Path(f"/proc/{one}/task/{one}/children").read_text(encoding="ascii").split()
-    return total
+            ticks = list(map(int, _read(f"/proc/{one}/stat").rpartition(b")")[2].split()[11:15]))
+            delay = 0
+            for thread in os.listdir(f"/proc/{one}/task"):
+                with suppress(OSError):
+                    delay += int(_read(f"/proc/{one}/task/{thread}/schedstat").split()[1])
+                with suppress(OSError):
+                    # Each thread has its children.
+                    waiting += map(int, _read(f"/proc/{one}/task/{thread}/children").split())
+            found[one] = _Times(sum(ticks[:2]) / _CLOCK_TICKS, sum(ticks[2:]) / _CLOCK_TICKS, delay / 1e9)
+    return found
 
 
 def _result(guest: _Watched) -> GuestResult:

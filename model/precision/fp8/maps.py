@@ -58,13 +58,12 @@ class Fp8Maps:
 
     @contextmanager
     def weights_unchanged(self) -> Iterator[None]:
-        """Caches the codes of every weight inside the outermost context, in which no weight changes."""
-        before = self._cached
-        self._cached = {} if before is None else before
+        """Caches the codes of every weight inside the context: for a step, in which no weight changes."""
+        self._cached = {}
         try:
             yield
         finally:
-            self._cached = before
+            self._cached = None
 
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """Quantizes an output gradient."""

@@ -28,7 +28,7 @@ CONFIG = CodeTaskConfig(
     pass_at=(),
     limit=None,
     path=None,
-    isolation="auto",
+    isolation="bubblewrap",
     cpu_seconds=5.0,
     wall_seconds=60.0,
     memory_mib=512,
@@ -87,7 +87,7 @@ def test_code_runs_what_the_model_writes_up_to_the_next_definition(sandbox: None
     assert [record["outcomes"] for record in records] == [["correct"], ["wrong"]], records
     assert records[0]["answers"][0].rstrip() == solved.solution.rstrip()
     assert result.estimates["accuracy"].value == 0.5
-    assert result.details.values["isolation"] in ("bubblewrap", "namespaces", "landlock")
+    assert result.details.values["isolation"] == "bubblewrap"
     assert result.details.values["outcomes"] == {"correct": 1, "wrong": 1}
     assert other.key == PROBLEMS[2].key
     json.dumps(result.values())
@@ -122,7 +122,7 @@ def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, toke
     def missing() -> None:
         raise find._MissingError("not here")
 
-    monkeypatch.setattr(find, "_BUILDERS", dict.fromkeys(find._BUILDERS, missing))
+    monkeypatch.setattr(find, "_build_bubblewrap", missing)
     with pytest.raises(EvaluationError, match=r"^code\.isolation: .*isolation=accept_risk"):
         build_code_task(CONFIG, context_of(tokenizer))
 

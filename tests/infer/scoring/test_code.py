@@ -9,15 +9,19 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from data.problems.records import StdinTest
-from infer.scoring.code import find
+from infer.scoring.code import find, supervise
+from infer.scoring.code.sandbox import GuestLimits, GuestProgram
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
+from infer.scoring.code.supervise import wait_for_guests
 from infer.scoring.score import Answer, Problem, Score, ScoringError
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
+from tests.infer.scoring.test_isolation import open_to_all
 
 pytestmark = pytest.mark.slow
 WALL_SECONDS = 20.0
@@ -64,8 +68,7 @@ def guests() -> list[str]:
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """Provides what attacks aim at, and checks afterwards that nothing has changed."""
     monkeypatch.setenv("SECRET_OF_THE_TRAINER", "SECRET")
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     canary = tmp_path / "canary"
     canary.write_text("intact")
     canary.chmod(0o666)
@@ -170,15 +173,89 @@ def test_code_no_verdict_can_be_forged(scorer: CodeScorer, outside: dict[str, ob
     assert time.monotonic() - begin < WALL_SECONDS + 1
 
 
-def test_code_sleeping_programs_are_unknown_not_wrong(scorer: CodeScorer, outside: dict[str, object]) -> None:
+def test_code_sets_print_in_one_order(scorer: CodeScorer) -> None:
+    program = "class A: pass\nprint({*'abcdefgh', None, A, print}, {str(n) for n in range(9)})"
+    outcomes = set()
+    for _ in range(6):
+        outcomes.add(run(scorer, program, (StdinTest(stdin="", stdout="-"),)).detail)
+    assert len(outcomes) == 1, outcomes
+
+
+def test_code_processor_time_of_every_child_counts(scorer: CodeScorer) -> None:
+    burn = "    end = time.process_time() + {}\n    while time.process_time() < end: pass\n    os._exit(0)\n"
+    of_a_thread = (
+        f"import os, threading, time\ndef work():\n  if os.fork() == 0:\n{burn.format(60)}  time.sleep(60)\n"
+        "threading.Thread(target=work).start()\ntime.sleep(60)"
+    )
+    # At most a few at a time: a busy machine runs them slowly, and more than 8 processes are refused.
+    without_wait = (
+        "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nfor _ in range(400):\n"
+        f"  try: is_child = os.fork() == 0\n  except OSError: is_child = False\n  if is_child:\n{burn.format(0.2)}"
+        "  time.sleep(0.25)"
+    )
+    for program in (of_a_thread, without_wait):
+        score = run(scorer, program, TESTS)
+        assert (score.outcome, score.detail) == ("timeout", "more than 1 s of processor time")
+
+
+def test_code_guests_are_the_first_to_end_without_memory(scorer: CodeScorer) -> None:
+    limits = GuestLimits(cpu_seconds=5, memory_bytes=2**29)
+    files = {"program.py": "import time\ntime.sleep(1)"}
+    guest = scorer._sandbox.start(GuestProgram(name="script", limits=limits, files=files))
+    announced = b""
+    while b"," not in announced:
+        announced += os.read(guest.info, 4096)
+    pid = int(bytes(byte for byte in announced.partition(b"child-pid")[2].partition(b",")[0] if 48 <= byte <= 57))
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+    assert Path("/proc/self/oom_score_adj").read_text() != "1000\n"
+    wait_for_guests([guest], [5], 20)
+
+
+@dataclass
+class StandIn:
+    """A guest with given times."""
+
+    delays: list[float]
+    speed: float
+    cpu_seconds: float = 0.0
+    is_running: bool = True
+
+    def measure(self) -> float:
+        self.cpu_seconds += self.speed
+        return self.delays.pop()
+
+
+@pytest.mark.parametrize(
+    ("delays", "speed", "slept", "delayed"),
+    [
+        ([0.0] * 10, 0.0, 10, 0),  # sleeps
+        ([1.0] * 10, 0.0, 0, 10),  # waits for a processor
+        ([0.75] * 10, 0.25, 0, 7.5),  # gets a quarter of one
+        ([6.0] * 3 + [0.0] * 7, 0.3, 4.9, 2.1),  # its own threads wait for each other and then it sleeps
+        ([7.0] * 10, 1.0, 0, 0),  # threads that wait for each other while one of them runs
+    ],
+)
+def test_code_sleep_and_a_busy_machine_are_distinguished(
+    monkeypatch: pytest.MonkeyPatch, delays: list[float], speed: float, slept: float, delayed: float
+) -> None:
+    now = iter(range(1, 20))
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: float(next(now)))
+    activity, guest = supervise._Activity(0.0), StandIn(list(delays), speed)
+    for _ in range(10):
+        activity.measure([guest])
+    assert (activity.slept, activity.delayed) == (pytest.approx(slept), pytest.approx(delayed))
+
+
+def test_code_sleeping_programs_earn_nothing(scorer: CodeScorer, outside: dict[str, object]) -> None:
+    """A program that sleeps is at fault, also on a busy machine: it does not wait for a processor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(find, "_unused_uid", lambda: UID)
         impatient = build(wall_seconds=2.0, num_sandboxes=len(SLEEPERS))
     begin = time.monotonic()
     with ThreadPoolExecutor(len(SLEEPERS)) as threads:
         scores = list(threads.map(lambda program: run(impatient, program, TESTS), SLEEPERS.values()))
-    assert [score.outcome for score in scores] == ["unknown"] * len(SLEEPERS), scores
-    assert time.monotonic() - begin < 2 * (2.0 + 1)  # each is run twice
+    assert [score.outcome for score in scores] == ["timeout"] * len(SLEEPERS), scores
+    assert time.monotonic() - begin < 2.0 + 1
 
 
 def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeScorer) -> None:
@@ -200,7 +277,10 @@ def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeSco
 
 def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ScoringError, match="in a sandbox only: bubblewrap is not installed") as caught:
+    with pytest.raises(
+        ScoringError,
+        match=r"bubblewrap is not installed; .*apt-get install .*isolation=accept_risk",
+    ) as caught:
         build()
     assert "\n" not in str(caught.value)
     fake = tmp_path / "bwrap"

@@ -1,7 +1,7 @@
-"""Runs twelve attacks at one level of isolation and prints what each of them achieved and cost, as JSON.
+"""Runs twelve attacks in the sandbox and prints what each of them achieved and cost, as JSON.
 
 A separate command, so that `test_isolation` can start it as root and as an ordinary user.
-Arguments: level, canary, port, and the user id for guests if root starts it.
+Arguments: canary, port, and the user id for guests if root starts it.
 """
 
 import json
@@ -44,7 +44,7 @@ TWELVE = {
 HONEST = "succeeded = True"
 
 
-def main(level: str, canary: str, port: str, uid: str = "") -> None:
+def main(canary: str, port: str, uid: str = "") -> None:
     with mock.patch.object(find, "_unused_uid", return_value=int(uid or -1)):
         scorer = CodeScorer(
             CodeConfig(
@@ -54,7 +54,6 @@ def main(level: str, canary: str, port: str, uid: str = "") -> None:
                 wall_seconds=60.0,
                 memory_mib=512,
                 num_sandboxes=1,
-                isolation=level,
             )
         )
     found = {"level": scorer.isolation, "uid": os.getuid()}

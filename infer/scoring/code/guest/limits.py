@@ -5,23 +5,18 @@ from typing import Any
 
 
 def apply_limits(limits: dict[str, Any]) -> None:
-    """Sets limits that no process in the sandbox can raise, and confines the process if no namespaces do.
+    """Sets limits that no process in the sandbox can raise.
 
     They are set inside the sandbox, because the number of processes is counted for each user namespace from there on.
 
     Args:
-        limits: cpu_seconds, memory_bytes, processes, file_bytes, open_files, and for `confine` readable and filter.
+        limits: cpu_seconds, memory_bytes, processes, file_bytes and open_files.
     """
-    if "readable" in limits:
-        from infer.scoring.code.guest.confine import confine
-
-        confine(limits["readable"], bytes.fromhex(limits["filter"]))
     # A hard limit sends SIGKILL. The signal of a soft limit can be caught, and the first process of a namespace does
     # not get it at all.
     _set(resource.RLIMIT_CPU, limits["cpu_seconds"])
     _set(resource.RLIMIT_AS, limits["memory_bytes"])
-    if "processes" in limits:
-        _set(resource.RLIMIT_NPROC, limits["processes"])
+    _set(resource.RLIMIT_NPROC, limits["processes"])
     _set(resource.RLIMIT_FSIZE, limits["file_bytes"])
     _set(resource.RLIMIT_NOFILE, limits["open_files"])
     _set(resource.RLIMIT_CORE, 0)
@@ -30,13 +25,8 @@ def apply_limits(limits: dict[str, Any]) -> None:
 
 
 def read_source(limits: dict[str, Any], name: str) -> str:
-    """Returns the content of a file that the guest gets.
-
-    Args:
-        limits: of the guest; without namespaces they say where each file is.
-        name: of the file.
-    """
-    with open(limits.get("files", {}).get(name, f"/guest/{name}"), encoding="utf-8") as file:
+    """Returns the content of a file that the guest gets."""
+    with open(limits["files"][name], encoding="utf-8") as file:
         return file.read()
 
 

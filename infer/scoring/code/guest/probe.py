@@ -9,21 +9,29 @@ from pathlib import Path
 from infer.scoring.code.guest.limits import apply_limits
 
 
-def main(limits: str, *places: str) -> None:
+def main(limits: str, canary: str) -> None:
     """Prints the limits that do not hold, as a list in JSON.
 
     Args:
         limits: JSON for `apply_limits`.
-        places: further files that it must not be able to write.
+        canary: file of this machine that it must not find.
     """
     values = json.loads(limits)
     apply_limits(values)
-    allowed = values.get("processes", 0)
+    allowed = values["processes"]
     found = [
-        *(f"{path} can be read" for path in ("/etc/passwd", "/proc/1", "/sys", "/home", "/var") if _is_read(path)),
-        *(f"{path} can be written" for path in ("/x", "/usr/x", "/dev/x", "/guest/x", *places) if _is_written(path)),
+        *(f"{path} can be read" for path in ("/etc/passwd", "/proc/1", "/sys", canary) if _is_read(path)),
+        *(
+            f"{path} can be written"
+            for path in ("/x", "/usr/x", "/dev/x", "/guest/x", "/python/x")
+            if _is_written(path)
+        ),
         *(["a network"] if _interfaces() - {"lo"} else []),
-        *(["an environment"] if set(os.environ) - {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED"} else []),
+        *(
+            ["an environment"]
+            if set(os.environ) - {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED", "LD_LIBRARY_PATH"}
+            else []
+        ),
         *(["root"] if os.getuid() == 0 else []),
         *([f"more than {allowed} processes"] if _has_forked(allowed + 1) else []),
     ]

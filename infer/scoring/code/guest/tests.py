@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from infer.scoring.code.guest.limits import apply_limits, read_source
 from infer.scoring.code.guest.wire import WireError, decode, encode, receive, send
 
+_ASKING, _TESTING = b"asking ", b"testing"
+
 
 def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
     """Runs `tests.py` and writes the verdict, which begins with the nonce from standard input.
@@ -22,18 +24,18 @@ def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
         limits: JSON for `apply_limits`.
         request_fd: number of the file descriptor for requests to the program.
         reply_fd: number of the file descriptor with the program's replies.
-        verdict_fd: number of the file descriptor for the verdict.
+        verdict_fd: number of the file descriptor of a file: what is being done, and at the end the verdict.
     """
     nonce = sys.stdin.readline().strip()
     values = json.loads(limits)
     source = read_source(values, "tests.py")
     apply_limits(values)
-    link = _Link(int(request_fd), int(reply_fd))
+    link = _Link(int(request_fd), int(reply_fd), int(verdict_fd))
     outcome, detail = _run(source, link)
     if link.problem:
         outcome, detail = "wrong", link.problem
-    with os.fdopen(int(verdict_fd), "w", encoding="utf-8") as file:
-        file.write(json.dumps({"nonce": nonce, "outcome": outcome, "detail": detail[:200]}))
+    verdict = json.dumps({"nonce": nonce, "outcome": outcome, "detail": detail[:200]})
+    os.pwrite(int(verdict_fd), verdict.encode().ljust(len(_ASKING)), 0)
 
 
 def _run(source: str, link: "_Link") -> tuple[str, str]:
@@ -91,7 +93,8 @@ class _BrokenLinkError(BaseException):
 class _Link:
     """The pipes to the process with the program."""
 
-    def __init__(self, request_fd: int, reply_fd: int) -> None:
+    def __init__(self, request_fd: int, reply_fd: int, verdict_fd: int) -> None:
+        self._verdict_fd = verdict_fd
         self._requests, self._replies = os.fdopen(request_fd, "wb"), os.fdopen(reply_fd, "rb")
         self.problem = ""
 
@@ -106,8 +109,10 @@ class _Link:
 
     def _ask(self, message: dict[str, Any], number: int | None) -> Any:
         try:
+            os.pwrite(self._verdict_fd, _ASKING, 0)
             send(self._requests, message if number is None else {**message, "object": number})
             reply = receive(self._replies)
+            os.pwrite(self._verdict_fd, _TESTING, 0)
             if reply is None:
                 self._break("the program ended")
             if "value" in reply:
