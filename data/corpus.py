@@ -79,7 +79,7 @@ def check_source(source: DataSource) -> None:
             return
         for _ in entry.read(source, file, max(budget_bytes, 1)):
             found = True
-        budget_bytes -= _size_bytes(file)
+        budget_bytes -= size_bytes(file)
     if not found:
         raise DataError(
             f"{entry.place(source)} must contain at least one non-empty document; {len(files)} files were found"
@@ -252,7 +252,12 @@ def _nearest_field(field: str, value: dict[str, object]) -> str:
     return f"; nearest: data.text_field={close[0]!r}" if close else ""
 
 
-def _size_bytes(file: CorpusFile) -> int:
+def size_bytes(file: CorpusFile) -> int:
+    """Returns the size of a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         return file.path.stat().st_size
     except OSError as error:

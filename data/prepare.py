@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data.cache import CacheEntry, open_or_build
 from data.config import DataConfig, LongDocumentsConfig
-from data.corpus import DataError, check_source, list_files
+from data.corpus import DataError, check_source, list_files, size_bytes
 from data.documents.long_documents import LongDocuments, pack_long_first
 from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
 from data.pack import entropy_nats, pack_documents
@@ -28,6 +28,8 @@ from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
 # Part of every cache entry's name. Increase it if the same settings produce different files.
 FORMAT_VERSION = 4
+_SAMPLE_BYTES = 2**18
+_MOST_BYTES_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -128,6 +130,42 @@ def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None
     trained = {file.path.resolve() for file in list_files(config.source)}
     if both := [str(file.path) for file in list_files(config.validation_source) if file.path.resolve() in trained]:
         raise DataError(f"{key}: must name files that data.paths does not, names {both[0]}; nearest: null, or others")
+
+
+def estimate_tokens(config: DataConfig, enough: float) -> float | None:
+    """Returns about how many tokens the files of a source hold, rather too many than too few.
+
+    Reads the sizes of the files, and at most the first 256 KiB of text.
+
+    Args:
+        config: settings that pass `check_config`.
+        enough: number of tokens that needs no estimate.
+
+    Returns:
+        None if the files certainly hold enough, or if the source has no files.
+
+    Raises:
+        DataError: as in `check_config`.
+    """
+    entry, size = DATA_SOURCES.get(config.source.kind), 0
+    files = entry.files(config.source)
+    for file in files:
+        size += size_bytes(file)
+        if size >= enough * _MOST_BYTES_PER_TOKEN:
+            return None
+    if not files:
+        return None
+    tokenizer = read_tokenizer(config)
+    if tokenizer is None or entry.samples is not None:
+        return float(size)  # at most one token for each byte
+    documents, read = list[str](), 0
+    for file in files:
+        documents += [document.text for document in entry.read(config.source, file, _SAMPLE_BYTES - read)]
+        read += size_bytes(file)
+        if read >= _SAMPLE_BYTES:
+            break
+    tokens = sum(len(tokenizer.document(ids)) for ids in tokenizer.encode_batch(documents))
+    return size * tokens / max(1, sum(len(text.encode()) for text in documents))
 
 
 def known_tokenizer(config: DataConfig) -> Tokenizer | None:

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from data.corpus import DataError
 from data.prepare import Prepared, prepare
 from data.progress import NoProgress, Progress
+from data.registry import DATA_SOURCES
 from train.config import TrainConfig
 from train.tasks.registry import TASKS
+
+MOST_REPEATS = 100
+"""Number of times that a run may read its corpus unless `accept` has `repeated_corpus`."""
 
 _NO_PROGRESS = NoProgress()
 _ROUND_SECONDS = 1.0
@@ -23,7 +27,7 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
     """Opens the run's corpus, and builds what is not in the cache.
 
     Raises:
-        DataError: as `data.prepare.prepare`, or the samples lack a value that the task reads.
+        DataError: as `data.prepare.prepare` and `check_repeats`, or the samples lack a value that the task reads.
     """
     prepared = prepare(config.data, config.batch.sequence_length_tokens, progress)
     task = TASKS.get(config.task.kind)
@@ -34,7 +38,34 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
                 f"data.kind: must be a source whose samples have the value {name} for task.kind={config.task.kind}, is "
                 f"{config.data.source.kind} with {', '.join(prepared.train_values) or 'no values'}"
             )
+    check_repeats(config, len(prepared.train_tokens_NL))
     return prepared
+
+
+def check_repeats(config: TrainConfig, num_sequences: float) -> None:
+    """Rejects a run that reads its corpus more than 100 times, unless that is confirmed.
+
+    Prompts of runs that sample their answers may be read any number of times.
+
+    Args:
+        config: of the run.
+        num_sequences: sequences of the training part; an estimate before the corpus is prepared.
+
+    Raises:
+        DataError: names the number of times, and the largest number of steps.
+    """
+    sizes, steps, most = config.batch_sizes, config.task.steps, MOST_REPEATS * num_sequences
+    read = sizes.sequences_before(steps)
+    if read <= most or "repeated_corpus" in config.accept or TASKS.get(config.task.kind).has_rollouts:
+        return
+    valid = sizes.steps_for(most)
+    valid -= sizes.sequences_before(valid) > most
+    tokens, source = num_sequences * config.batch.sequence_length_tokens, config.data.source
+    raise DataError(
+        f"{DATA_SOURCES.get(source.kind).place(source)}: a run must read its corpus at most {MOST_REPEATS} times, "
+        f"task.steps={steps} reads about {tokens:,.0f} tokens {read / num_sequences:,.0f} times; "
+        f"nearest valid: {f'task.steps={valid}' if valid else 'more text'}, or accept=[repeated_corpus]"
+    )
 
 
 def build_together(config: TrainConfig, exchange: Exchange, progress: Progress = _NO_PROGRESS) -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from data.prepare import check_config
+from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
 from data.tokenizer_files import find_tokenizer_file, other_tokenizer
 from launch.config.evaluation_rules import check_evaluation
@@ -24,10 +24,12 @@ from train.checkpoint.verify import verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest, nearest_key
+from train.corpus import MOST_REPEATS, check_repeats
 from train.second_network import check_model_parts
 from train.tasks.registry import TASKS
 
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
+_LEAST_TOKENIZER_SHARE = 0.9
 _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
@@ -69,7 +71,7 @@ def check_files(config: TrainConfig) -> None:
         CheckpointError: `resume` names no checkpoint, an incomplete one, or one of another model.
         CheckpointError, HfError: `init_from` names no weights, or weights of another model.
     """
-    check_data(config)
+    check_text(config, check_data(config))
     check_evaluation(config)
     TASKS.get(config.task.kind).check_files(config)
     check_model_parts(config)
@@ -225,8 +227,11 @@ def _with_moments(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "optim": {**optim, "moments": "bf16" if is_fp8 else "float32"}}
 
 
-def check_data(config: TrainConfig) -> None:
+def check_data(config: TrainConfig) -> int:
     """Rejects data that cannot be read, or a tokenizer with more tokens than the model.
+
+    Returns:
+        The size of the tokenizer's vocabulary.
 
     Raises:
         ConfigError: the tokenizer has more tokens.
@@ -234,7 +239,7 @@ def check_data(config: TrainConfig) -> None:
     """
     tokens, model = check_config(config.data), config.model.vocab_size
     if tokens <= model:
-        return
+        return tokens
     kind = config.data.source.kind
     if config.data.tokenizer is None and DATA_SOURCES.get(kind).tokenizer is not None:
         raise ConfigError(
@@ -249,6 +254,43 @@ def check_data(config: TrainConfig) -> None:
         f"data.tokenizer: must have at most model.vocab_size={model} tokens, {config.data.tokenizer} has {tokens}; "
         f"nearest valid: model.vocab_size={tokens}, or data.tokenizer=null, which trains one"
     )
+
+
+def check_text(config: TrainConfig, num_tokens: int) -> None:
+    """Rejects a tokenizer or a corpus that is far too small for the run, unless `accept` confirms it.
+
+    The size of a tokenizer that belongs to the weights or to the source is what it must be.
+
+    Args:
+        config: the run's configuration.
+        num_tokens: size of the tokenizer's vocabulary.
+
+    Raises:
+        ConfigError: the tokenizer has ids for less than 90 % of the model's vocabulary.
+        DataError: as in `train.corpus.check_repeats`, estimated from the sizes of the files.
+    """
+    data, rows = config.data, config.model.vocab_size
+    is_own = DATA_SOURCES.get(data.source.kind).tokenizer is not None or _is_tokenizer_of_weights(config)
+    if num_tokens < _LEAST_TOKENIZER_SHARE * rows and not is_own and "small_tokenizer" not in config.accept:
+        is_trained = data.tokenizer is None
+        key = "data.tokenizer_vocab_size" if is_trained else "data.tokenizer"
+        raise ConfigError(
+            f"{key}: must have tokens for at least 90 % of model.vocab_size={rows}, as other rows learn nothing, has "
+            f"{num_tokens}; nearest valid: {f'{key}={rows}' if is_trained else f'{key}=PATH of another'}, "
+            f"model.vocab_size={num_tokens}, or accept=[small_tokenizer]"
+        )
+    needed = config.batch_sizes.tokens_before(config.task.steps) / MOST_REPEATS
+    estimate = estimate_tokens(data, needed)
+    if estimate is not None:
+        check_repeats(config, estimate / config.batch.sequence_length_tokens)
+
+
+def _is_tokenizer_of_weights(config: TrainConfig) -> bool:
+    """Returns whether the tokenizer is in the folder of the initial weights or of the resumed run."""
+    resumed = config.out_dir if config.resume == AUTO else config.resume
+    folders = [Path(folder).expanduser().resolve() for folder in (config.init_from, resumed) if folder]
+    tokenizer = config.data.tokenizer
+    return tokenizer is not None and any(Path(tokenizer).resolve().is_relative_to(folder) for folder in folders)
 
 
 def _check_resume(config: TrainConfig) -> bool:

@@ -80,8 +80,9 @@ def _with_steps(values: Mapping[str, Any], *, checks_weights: bool) -> TrainConf
         return read_config(values)
     provisional = with_chunks(read_config({**values, "task": {**task, "steps": _ENDLESS_STEPS}}))
     _check_values(provisional, checks_weights=checks_weights)
-    check_files(provisional)
-    num_sequences = len(prepare_corpus(provisional, progress_on()).train_tokens_NL)
+    endless = replace(provisional, accept=(*provisional.accept, "repeated_corpus"))
+    check_files(endless)
+    num_sequences = len(prepare_corpus(endless, progress_on()).train_tokens_NL)
     steps = provisional.batch_sizes.steps_for(float(task["epochs"]) * num_sequences)
     return replace(provisional, task=replace(provisional.task, steps=steps))
 

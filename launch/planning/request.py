@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose, key_of
 from launch.config.groups import options, own_keys
+from launch.config.resolve import check_data, check_text
 from launch.config.rules import check_rules
 from launch.config.run_config import read_run
 from launch.planning.changes import split_changes
 from launch.planning.measured_run import measured_config, require_run
-from train.config import TrainConfig
+from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest
 from train.planner.config import EfficiencyConfig, Rates
@@ -77,8 +78,13 @@ def read_request(overrides: Sequence[str]) -> PlanRequest:
     own = [key for key in own_keys("plan") if key != _EFFICIENCY]
     plan_options = decode(PlanOptions, {key: values[key] for key in own})
     run = {key: value for key, value in values.items() if key not in (*own, *_PLANNER)}
+    if plan_options.run is None:
+        config = run_config(run)
+        _check_known_files(config, _unread(run))
+    else:
+        config = _compared_config(plan_options, run, overrides)
     return PlanRequest(
-        config=run_config(run) if plan_options.run is None else _compared_config(plan_options, run, overrides),
+        config=config,
         planner=planner_config(values),
         options=plan_options,
         overrides=tuple(overrides),
@@ -154,17 +160,34 @@ def run_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration.
     """
-    task, data = values.get("task"), values.get("data")
-    data = data if isinstance(data, Mapping) else {}
-    unread = [key for key, value in UNREAD.items() if data.get(key.removeprefix("data.")) == value]
+    task, unread = values.get("task"), _unread(values)
     if isinstance(task, Mapping) and task.get("steps") is None and (unread or task.get("epochs") is None):
         needs = f"{' and '.join(unread)} to count the steps of task.epochs" if task.get("epochs") else "a number"
         raise ConfigError(f"task.steps: launch.plan needs {needs}, is null; nearest valid: 1000")
     if "data.tokenizer" in unread:
-        values = {**values, "data": {**data, "tokenizer": None}}
+        values = {**values, "data": {**values["data"], "tokenizer": None}}
     config = read_run(values, checks_weights=False)
     check_rules(config)
     return config
+
+
+def _unread(values: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of `UNREAD` that a run's composed values do not have."""
+    data = values.get("data")
+    return [key for key, value in UNREAD.items() if isinstance(data, Mapping) and data.get(key[5:]) == value]
+
+
+def _check_known_files(config: TrainConfig, unread: Sequence[str]) -> None:
+    """Rejects text and a tokenizer that are given, are on this machine, and are far too small for the run.
+
+    Raises:
+        ConfigError, DataError: as in `check_data` and `check_text`.
+    """
+    paths = getattr(config.data.source, "paths", ())
+    if paths and all(Path(path).expanduser().exists() for path in paths):
+        unknown: tuple[Acceptance, ...] = ("small_tokenizer",) if "data.tokenizer" in unread else ()
+        known = replace(config, accept=(*config.accept, *unknown))
+        check_text(known, check_data(known))
 
 
 def _path_of(overrides: Sequence[str]) -> str | None:

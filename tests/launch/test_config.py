@@ -48,6 +48,8 @@ NEEDS = {
     },
     "task=sft": ["data=arithmetic", "data.num_samples=2000", "validation.sequences=0"],
 }  # fmt: skip
+SCALED = ("model", "parallelism", "data")
+"""Groups whose options change the size of the model, of the vocabulary or of the text."""
 ROLLOUTS = [
     *NEEDS["task=sft"], "task=grpo", "rollout.max_new_tokens=16", "model=tiny", "model.vocab_size=32",
     "init_from=random",
@@ -123,7 +125,9 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         with pytest.raises(DataError, match="reasoning-gym, which cannot be imported"):
             check(build(choice, *needs))
     else:
-        check(build(choice, *needs))
+        # Large models with the small default text, and small text for a run of the default length.
+        accepted = ["accept=[small_tokenizer,repeated_corpus]"] if choice.split("=")[0] in SCALED else []
+        check(build(choice, *needs, *accepted))
 
 
 @pytest.mark.slow

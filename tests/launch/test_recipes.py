@@ -1,6 +1,7 @@
 """Tests of the recipes in conf/experiment: each passes all checks, and its values equal those of its source."""
 
 import os
+import re
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -9,14 +10,17 @@ import pytest
 import yaml
 
 from data.batch_sizes import BatchRamp
-from launch import submit
+from data.corpus import DataError
+from launch import plan, submit
 from launch.config.compose import compose, dotted_keys
 from launch.config.groups import options
 from launch.config.memory_rules import check_memory
+from launch.config.resolve import check_data, check_text
 from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run, write_config
 from launch.planning.request import read_request
 from launch.ranks.run_folder import write_run_folder
+from launch.train import preview
 from model.config import YarnRope
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import write_weights_manifest
@@ -48,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("some text to train on", encoding="utf-8")
+    os.truncate(folder / "text" / "a.txt", 3 * T)  # sparse: as many bytes as DeepSeek-V3's corpus needs at least
     (folder / "teacher").mkdir()
     write_weights_manifest(folder / "teacher", compose_run(["model=arithmetic"]).model, {})
     for name, size in GIVEN.items():
@@ -266,6 +271,62 @@ def plain(values: object) -> object:
     return yaml.safe_load(yaml.safe_dump(values))
 
 
+@pytest.mark.parametrize("command", ["train", "plan", "submit"])
+def test_recipe_with_a_small_tokenizer_or_corpus_must_be_confirmed(
+    folder: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("A line of text for a corpus.\n" * 1400, "utf-8")
+    small = write_released(tmp_path / "small.json", ["A line of text"], highest_id=100_000)
+    run = {"train": preview, "plan": plan.main, "submit": submit.main}[command]
+    given = ["experiment=v3_671b", f"data.paths=[{tmp_path / 'a.txt'}]"]
+    given += ["dry_run=true"] if command == "submit" else []
+    for tokenizer, key, size, nearest in (
+        ("null", "data.tokenizer_vocab_size", 4096, "data.tokenizer_vocab_size=129280"),
+        (small, "data.tokenizer", 100_001, "data.tokenizer=PATH of another"),
+    ):
+        rule = "must have tokens for at least 90 % of model.vocab_size=129280, as other rows learn nothing"
+        remedy = f"nearest valid: {nearest}, model.vocab_size={size}, or accept=[small_tokenizer]"
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{key}: {rule}, has {size}; {remedy}')}$"):
+            run([*given, f"data.tokenizer={tokenizer}", "accept=[repeated_corpus]"])
+    given += [f"data.tokenizer={folder / 'v3_671b.json'}"]
+    rule = r"^data.paths: .*: a run must read its corpus at most 100 times, task.steps=247199 reads about [\d,]+ tokens"
+    with pytest.raises(
+        DataError, match=rf"{rule} [\d,]+ times; nearest valid: more text, or accept=.repeated_corpus.$"
+    ):
+        run([*given, "accept=[small_tokenizer]"])
+    capsys.readouterr()
+    run([*given, "accept=[repeated_corpus]"])
+
+
+def test_corpus_is_read_at_most_100_times_by_its_real_tokens(tmp_path: Path) -> None:
+    """The estimate before the run is generous; the prepared corpus decides, and the advice holds."""
+    (tmp_path / "a.txt").write_text(" ".join(f"{number}" for number in range(6000)), "utf-8")
+    given = ["experiment=quickstart", "data=files", f"data.paths=[{tmp_path}]", f"data.cache_dir={tmp_path / 'cache'}"]
+    given += ["data.tokenizer_vocab_size=3700", "validation.sequences=0"]
+    num_sequences = len(prepare_corpus(compose_run(given)).train_tokens_NL)
+    sizes = compose_run(given).batch_sizes
+    steps = sizes.steps_for(100 * num_sequences) + 1
+    config = compose_run([*given, f"task.steps={steps}"])
+    check(config)
+    with pytest.raises(DataError, match=r"at most 100 times, .* 10\d times; nearest valid: task.steps=") as refused:
+        prepare_corpus(config)
+    (nearest,) = re.findall(r"nearest valid: task.steps=(\d+), or accept", str(refused.value))
+    prepare_corpus(compose_run([*given, f"task.steps={nearest}"]))
+    read = [sizes.sequences_before(int(nearest) + more) for more in (0, 1)]
+    assert read[0] <= 100 * num_sequences < read[1]
+    prepare_corpus(compose_run([*given, f"task.steps={steps}", "accept=[repeated_corpus]"]))
+
+
+def test_tokenizer_of_the_initial_weights_may_be_small(tmp_path: Path) -> None:
+    weights = weights_before(tmp_path, "quickstart_yarn")
+    write_released(weights / "tokenizer.json", ["some text"], highest_id=700)
+    given = ["experiment=quickstart", f"init_from={weights}", f"data.tokenizer={weights}"]
+    config = compose_run(given)
+    check_text(config, check_data(config))
+    with pytest.raises(ConfigError, match=r"accept=.small_tokenizer.$"):
+        check_text(replace(config, init_from=None), 701)
+
+
 @pytest.mark.parametrize(("name", "length", "sequences"), [("v3_32k", 32_768, 1920), ("v3_128k", 131_072, 480)])
 def test_recipe_v3_extension_is_the_published_phase_and_fits(
     folder: Path, name: str, length: int, sequences: int
@@ -300,6 +361,7 @@ def test_recipe_v3_sft_is_the_published_fine_tuning(tmp_path: Path) -> None:
     lines = [f'{{"prompt": "question {number}", "answer": "answer {number}"}}' for number in range(3000)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
     given = ["init_from=null", f"data.paths=[{tmp_path}]", f"data.cache_dir={tmp_path / 'cache'}"]
+    given += ["accept=[small_tokenizer,repeated_corpus]"]
     small = ["batch.sequence_length_tokens=32", "validation.sequences=0"]
     config = compose_run(["experiment=v3_sft", *given, *small])
     check(config)
@@ -317,7 +379,8 @@ def test_recipe_v3_grpo_fits_with_its_reference(tmp_path: Path) -> None:
     """The loss is that of arXiv:2512.02556; groups of 16 and the interval of the reference are those of R1."""
     lines = [f'{{"prompt": "What is {number} + 1?", "answer": "{number + 1}"}}' for number in range(100)]
     (tmp_path / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    config = compose_run(["experiment=v3_grpo", f"data.paths=[{tmp_path}]", "data.tokenizer=null", "init_from=random"])
+    given = [f"data.paths=[{tmp_path}]", "data.tokenizer=null", "accept=[small_tokenizer]", "init_from=random"]
+    config = compose_run(["experiment=v3_grpo", *given])
     check(config)
     assert config.parallelism.world_size == 2048
     assert config.optim.learning_rate == 1e-6

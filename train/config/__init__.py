@@ -176,6 +176,14 @@ def named_weights(init_from: object) -> str | None:
     return init_from if isinstance(init_from, str) and init_from != RANDOM else None
 
 
+Acceptance = Literal["small_tokenizer", "repeated_corpus"]
+"""What a run is refused for unless it is confirmed.
+
+That is a tokenizer with tokens for less than 90 % of the model's vocabulary, or a corpus that is read more than 100
+times.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The configuration of a training run, equal on all ranks.
@@ -201,6 +209,7 @@ class TrainConfig:
         attention: implementation of attention.
         cost: what the planner counts in addition to the run's own steps.
         plan: what is checked before the run starts.
+        accept: what is confirmed, so that the run is not refused for it.
         evaluation: tasks that are evaluated during training.
         plugins: Python files that register further kinds of what a `kind` selects. The command and every rank load
             them.
@@ -237,6 +246,7 @@ class TrainConfig:
     track: TrackConfig
     profile: ProfileConfig
     plugins: tuple[str, ...]
+    accept: tuple[Acceptance, ...] = ()
     cost: CostConfig = DEFAULT_COST
     plan: PlanCheckConfig = DEFAULT_PLAN_CHECK
     evaluation: RunEvaluationConfig = NO_EVALUATION
