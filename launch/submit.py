@@ -14,19 +14,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.config.compose import chosen_options, compose, key_of
+from launch.config.compose import chosen_options, compose, compose_defaults, key_of
 from launch.config.errors import system_errors
-from launch.config.groups import own_keys
+from launch.config.groups import default_groups, own_keys
 from launch.config.run_config import check, read_run, write_config
 from launch.help.command import command
 from launch.help.preview import experiment_text
+from launch.planning.request import planner_config
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.slurm.config import SlurmConfig, check_slurm
 from launch.slurm.script import render
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.memory.report import memory_lines
+from train.memory.report import gigabytes, memory_lines
+from train.planner.job_plan import JobPlan, plan_job
 
 SCRIPT_NAME = "job.sbatch"
 OVERRIDES_NAME = "overrides.txt"
@@ -56,11 +58,11 @@ def main(overrides: Sequence[str]) -> int:
         check_folder(config)
         _check_path(config.out_dir)
         job = job_overrides(overrides, config.out_dir)
-        script = render(config, slurm, job, Path.cwd())
-        if is_dry:
-            print(script, end="")
-            return 0
-        print(_submit(config, script, job))
+        plan = plan_job(config, planner_config(compose_defaults("plan")))
+        script = render(config, slurm, job, Path.cwd(), plan.memory.worst.total)
+        print(script if is_dry else _submit(config, script, job), end="" if is_dry else "\n", flush=True)
+        for line in predicted_lines(plan, slurm):
+            print(line, file=sys.stderr)
         return 0
 
 
@@ -141,6 +143,29 @@ def _check_resume(resume: object) -> None:
             f"is {resume!r}; to continue that run, use out_dir={resume}; "
             f"to start from its weights, use init_from={resume}"
         )
+
+
+def predicted_lines(plan: JobPlan, slurm: SlurmConfig) -> list[str]:
+    """Returns lines about predicted memory, days and GPU-hours, and about the time limit."""
+    room, ranks = plan.config.cluster.memory_bytes, plan.config.parallelism.world_size
+    of = "" if room is None else f" of {gigabytes(room)}"
+    lines = [f"predicted: the largest rank needs {gigabytes(plan.memory.worst.total)}{of}"]
+    if plan.timed is None or plan.cost is None:
+        return [*lines, f"predicted: no days and GPU-hours: {plan.untimed}"]
+    run, rates = plan.cost.stages[0], default_groups("plan")["rates"]
+    lines.append(
+        f"predicted with rates={rates} of launch.plan, not measured on this cluster: {plan.timed.time.step:.2f} s a "
+        f"step, {run.days:.1f} days and {run.gpu_hours:,.0f} GPU-hours on {ranks:,} GPUs, without time in the queue"
+    )
+    seconds, limit = run.days * 86400, slurm.limit_seconds - slurm.signal_seconds
+    if seconds <= limit:
+        return lines
+    if slurm.requeue:
+        effect = f"the job saves, is requeued and continues about {int(seconds / limit)} times"
+        return [*lines, f"slurm.time={slurm.time} is shorter: {effect}"]
+    effect = f"the run stops with code 75 after about {100 * limit / seconds:.2g} % of its time"
+    nearest = f"slurm.requeue=true, or slurm.time={int(seconds / 86400) + 1}-00:00:00"
+    return [*lines, f"warning: slurm.time={slurm.time} is shorter: {effect}; nearest: {nearest}"]
 
 
 def _folder_of(values: Mapping[str, Any], now: datetime) -> Path:

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Literal
 
 from launch.config.memory_rules import check_memory
 from launch.config.rules import check_rules
@@ -21,35 +22,39 @@ class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
-def device_memory_bytes(libraries: Sequence[str] = _LIBRARIES) -> tuple[int, ...]:
+def device_memory_bytes(
+    libraries: Sequence[str] = _LIBRARIES, kind: Literal["total", "free"] = "total"
+) -> tuple[int, ...]:
     """Returns the memory of every GPU of this machine; empty if NVIDIA's driver does not say it.
 
     Args:
         libraries: possible names of the management library.
+        kind: all memory, or what no process uses.
     """
     for name in libraries:
         with suppress(OSError, AttributeError):
-            return _total_bytes(ctypes.CDLL(name))
+            return tuple(getattr(memory, kind) for memory in _device_memories(ctypes.CDLL(name)))
     return ()
 
 
-def _total_bytes(nvml: ctypes.CDLL) -> tuple[int, ...]:
+def _device_memories(nvml: ctypes.CDLL) -> list[_Memory]:
     if nvml.nvmlInit_v2() != 0:
-        return ()
+        return []
     try:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return ()
-        return tuple(total for index in range(count.value) if (total := _device_bytes(nvml, index)))
+            return []
+        memories = [_device_memory(nvml, index) for index in range(count.value)]
+        return [memory for memory in memories if memory.total]
     finally:
         nvml.nvmlShutdown()
 
 
-def _device_bytes(nvml: ctypes.CDLL, index: int) -> int:
+def _device_memory(nvml: ctypes.CDLL, index: int) -> _Memory:
     device, memory = ctypes.c_void_p(), _Memory()
     if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) != 0:
-        return 0
-    return int(memory.total) if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 else 0
+        return _Memory()
+    return memory if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 else _Memory()
 
 
 def check_device_memory(config: TrainConfig, num_local_ranks: int) -> None:

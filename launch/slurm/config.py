@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from kernels.ranges import NonNegativeInt
 from train.config.errors import ConfigError, nearest
 
 # Options that the batch script sets itself. A second value in `extra` would silently override the script's value.
@@ -43,7 +44,9 @@ class SlurmConfig:
         qos: quality of service.
         time: time limit, after which Slurm stops the job.
         signal_seconds: seconds before the time limit at which the ranks receive the signal to save.
-        requeue: whether Slurm starts the job again after preemption.
+        requeue: whether the job is started again after the time limit, preemption, and a lost or unresponsive rank.
+        max_requeues: how often it is started again after a lost rank or node without a new checkpoint in between.
+        exclusive: whether the job has its nodes and their memory for itself.
         gpus_per_node: GPUs per node; None for what the ranks of a node need.
         cpus_per_node: CPU cores per node; None for what the ranks of a node need.
         python: Python interpreter; None for the one that submits the job.
@@ -58,6 +61,8 @@ class SlurmConfig:
     time: str
     signal_seconds: int
     requeue: bool
+    max_requeues: NonNegativeInt
+    exclusive: bool
     gpus_per_node: int | None
     cpus_per_node: int | None
     python: str | None
@@ -134,16 +139,16 @@ def _check_text(key: str, value: str | None, pattern: str, rule: str) -> None:
 def _check_extra(key: str, option: str) -> None:
     match = re.fullmatch(r"--([a-z][a-z-]*)(=[^\n]*)?", option)
     if match is None:
-        word = re.sub(r"[^a-z-].*", "", option.lstrip("-").lower()) or "exclusive"
+        word = re.sub(r"[^a-z-].*", "", option.lstrip("-").lower()) or "constraint"
         raise ConfigError(
             f"{key}: must be a long option of sbatch as --name or --name=value, is {option!r}; "
-            f"nearest valid: {f'--{word}' if word not in _OWN_OPTIONS else '--exclusive'}"
+            f"nearest valid: {f'--{word}' if word not in _OWN_OPTIONS else '--constraint=NAME'}"
         )
     name = match.group(1)
     if name == "array":
         raise ConfigError(f"{key}: must not be an array, whose jobs would share out_dir, is {option!r}; leave it out")
     if name in _OWN_OPTIONS:
-        keys = ("partition", "account", "qos", "time", "requeue", "gpus_per_node", "cpus_per_node", "signal_seconds")
+        keys = ("partition", "account", "qos", "time", "requeue", "exclusive", "gpus_per_node", "cpus_per_node")
         raise ConfigError(
             f"{key}: {option!r} is set by the script itself; leave it out, or use a key of slurm: "
             f"{nearest(name.replace('-', '_'), keys)}"

@@ -13,7 +13,7 @@ from train.config import TrainConfig
 _TEMPLATE = Path(__file__).with_name("job.sbatch")
 
 
-def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], folder: Path) -> str:
+def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], folder: Path, rank_bytes: int) -> str:
     """Returns the batch script of a run.
 
     Args:
@@ -21,6 +21,7 @@ def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], fo
         slurm: Slurm options of the job.
         overrides: overrides for `launch.train`.
         folder: working directory, to which paths in `overrides` are relative.
+        rank_bytes: predicted memory of the largest rank, which the nodes must have.
     """
     ranks = min(config.cluster.ranks_per_node, config.parallelism.world_size)
     cpus = slurm.cpus_per_node if slurm.cpus_per_node is not None else ranks * config.cluster.threads_per_rank
@@ -35,6 +36,8 @@ def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], fo
         "options": "\n".join(f"#SBATCH {option}" for option in _options(config, slurm, ranks)),
         "run": config.out_dir,
         "may_requeue": str(int(slurm.requeue)),
+        "max_requeues": str(slurm.max_requeues),
+        "health": f"gpus={_num_gpus(config, slurm, ranks)} ranks={ranks} rank_bytes={rank_bytes}",
         "folder": shlex.quote(str(folder)),
         "checkout": shlex.quote(str(checkout)),
         "setup": "\n".join(slurm.setup),
@@ -48,12 +51,16 @@ def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], fo
 
 def _options(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> list[str]:
     named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
-    gpus = slurm.gpus_per_node
-    if gpus is None:
-        gpus = ranks if config.cluster.device == "cuda" else 0
+    gpus = _num_gpus(config, slurm, ranks) if slurm.gpus_per_node is None else slurm.gpus_per_node
     options = [f"--{name}={value}" for name, value in named.items() if value is not None]
     options += [f"--gpus-per-node={gpus}"] if gpus else []
+    options += ["--exclusive", "--mem=0"] if slurm.exclusive else []
     return [*options, "--requeue" if slurm.requeue else "--no-requeue", *slurm.extra]
+
+
+def _num_gpus(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> int:
+    """Returns the number of GPUs that the ranks of a node use."""
+    return (slurm.gpus_per_node or ranks) if config.cluster.device == "cuda" else 0
 
 
 def _container(slurm: SlurmConfig, folders: Sequence[Path]) -> str:

@@ -1,6 +1,7 @@
 """Tests of batch scripts: they fit the run's layout, and invalid options are rejected with one line."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,8 +40,8 @@ def test_script_asks_for_what_the_layout_needs(
         capsys,
         *("model=v3_671b", "parallelism=v3_2048_ranks", "batch.global_sequences=8192", "name=big"),
         *("validation.sequences=8192", "slurm.partition=gpu", "slurm.account=lab", "slurm.time=2-12"),
-        *("slurm.signal_seconds=900", "slurm.setup=[module load cuda]", "slurm.extra=[--exclusive]"),
-        *("out_dir=runs/big", "cluster.max_restarts=5"),
+        *("slurm.signal_seconds=900", "slurm.setup=[module load cuda]", "slurm.extra=['--constraint=h800']"),
+        *("out_dir=runs/big", "cluster.max_restarts=5", "accept=[small_tokenizer,repeated_corpus]"),
     )
     run = tmp_path / "runs" / "big"
     assert options_of(script) == [
@@ -55,8 +56,10 @@ def test_script_asks_for_what_the_layout_needs(
         "--partition=gpu",
         "--account=lab",
         "--gpus-per-node=8",
-        "--requeue",
         "--exclusive",
+        "--mem=0",
+        "--requeue",
+        "--constraint=h800",
     ]
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
@@ -66,6 +69,7 @@ def test_script_asks_for_what_the_layout_needs(
     assert "    resume=auto" in lines
     assert "--nproc-per-node 8 " in script
     assert "--max-restarts 5 " in script
+    assert "-m launch.slurm.health gpus=8 ranks=8 rank_bytes=" in script
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,6 +97,41 @@ def test_script_without_gpus_and_requeue(capsys: pytest.CaptureFixture[str]) -> 
     assert "--no-requeue" in options
     assert not [option for option in options if "gpus" in option]
     assert "may_requeue=0" in script.splitlines()
+    assert "-m launch.slurm.health gpus=0 ranks=1 rank_bytes=" in script
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        ([], [
+            "predicted: the largest rank needs 27.3 GB of 84.9 GB",
+            r"predicted with rates=h800_trace of launch.plan, not measured on this cluster: [\d.]+ s a step, "
+            r"0\.\d days and \d+ GPU-hours on 8 GPUs, without time in the queue",
+        ]),
+        (["slurm.time=2:00:00"], [
+            "", "", r"slurm.time=2:00:00 is shorter: the job saves, is requeued and continues about \d+ times",
+        ]),
+        (["slurm.time=2:00:00", "slurm.requeue=false"], [
+            "", "", r"warning: slurm.time=2:00:00 is shorter: the run stops with code 75 after about \d+ % "
+            r"of its time; nearest: slurm.requeue=true, or slurm.time=1-00:00:00",
+        ]),
+        (["slurm.exclusive=false", "cluster=laptop"], [
+            "", r"predicted: no days and GPU-hours: cluster.peak_flops: must be known for rates of another device.*",
+        ]),
+    ],
+)  # fmt: skip
+def test_submit_predicts_memory_days_and_gpu_hours_on_stderr(
+    overrides: list[str], lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").touch()
+    os.truncate(tmp_path / "a.txt", 4 * 10**9)  # sparse: a corpus large enough for 20 billion tokens
+    assert main(["experiment=ladder_1b", f"data.paths=[{tmp_path}]", "dry_run=true", *overrides]) == 0
+    script, said = capsys.readouterr()
+    assert len(said.splitlines()) == len(lines), said
+    for line, expected in zip(said.splitlines(), lines, strict=True):
+        assert not expected or re.fullmatch(expected, line), line
+    assert ("--exclusive" in options_of(script)) == ("slurm.exclusive=false" not in overrides)
+    assert ("--max-restarts 3 " in script) == ("cluster=laptop" not in overrides)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def submit(slurm: Slurm, folder: Path, name: str) -> str:
+def submit(slurm: Slurm, folder: Path, name: str, *overrides: str) -> str:
     """Submits the run and returns the job's number."""
-    said = slurm.run(*SUBMIT, *choices(folder, name, NUM_STEPS), *JOB)
+    said = slurm.run(*SUBMIT, *choices(folder, name, NUM_STEPS), *JOB, *overrides)
     assert said.startswith("submitted job "), said
     return said.split()[2].rstrip(":")
 
@@ -78,6 +78,31 @@ def test_job_preempted_while_it_starts_is_requeued(slurm: Slurm, folder: Path) -
     assert f"attempt {number}-0 ended with exit code 75" in (log / f"slurm-{number}.log").read_text()
     slurm.run("scancel", number)
     slurm.wait_for("its end", lambda: not slurm.run("squeue", "--noheader"), SECONDS)
+
+
+def test_job_that_loses_a_rank_is_requeued_and_ends_the_same(slurm: Slurm, folder: Path) -> None:
+    number, run = submit(slurm, folder, "lost", "checkpointing.every_steps=5"), folder / "lost"
+    slurm.wait_for("a checkpoint", lambda: num_steps_recorded(run) >= 8, SECONDS)
+    slurm.run("pkill", "--newest", "--signal", "KILL", "--full", f"^{sys.executable} .*-m launch.train .*name=lost")
+    job = wait_until_over(slurm, number, run)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), logs(run / "log")
+    assert f"attempt {number}-0 ended with exit code 78" in (run / "log" / f"slurm-{number}.log").read_text()
+    assert "resumed after step" in (run / "log" / f"slurm-{number}-node-0.log").read_text()
+    assert_same_end(run, folder / "bare")
+
+
+def test_job_on_a_node_that_fails_its_check_starts_no_rank(slurm: Slurm, folder: Path) -> None:
+    number = submit(slurm, folder, "unhealthy", "slurm.max_requeues=1", 'slurm.extra=["--hold"]')
+    run = folder / "unhealthy"
+    (run / ".health-n2").mkdir()  # so n2 cannot write the file of its check
+    slurm.run("scontrol", "release", number)
+    job = wait_until_over(slurm, number, run)
+    said = (run / "log" / f"slurm-{number}.log").read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "78:0", "1"), said
+    assert said.count(f"error: node n2: out_dir: '{run}' must be writable, is not:") == 2
+    assert "error: node n1" not in said
+    assert "ended 2 times without a new checkpoint; not requeued" in said
+    assert not list((run / "log").glob("*-node-*.log"))
 
 
 def test_job_that_is_cancelled_stays_so(slurm: Slurm, folder: Path) -> None:
