@@ -25,7 +25,8 @@ class ClusterConfig:
         grace_seconds: time that ranks of the built-in launcher have to save a checkpoint before it ends them.
         max_restarts: how often the built-in launcher restarts all ranks after one was lost.
         num_sms: streaming multiprocessors of a rank's device; None as those of the planner's rates.
-        communication_sms: how many of them dispatch and combine use; None as for the rates.
+        communication_sms: how many of them the planner assumes that dispatch and combine use; None as for the rates. No
+            kernel and no communicator reads it.
         inter_node_bytes_per_second: rate of a rank's link to other nodes in each direction; None as for the rates.
         intra_node_bytes_per_second: rate of a rank's link within its node in each direction; None as for the rates.
         memory_bytes_per_second: rate of the device's memory; None as for the rates.

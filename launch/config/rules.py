@@ -15,6 +15,7 @@ from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
 from train.memory.fitted_cut import fitted_cut
+from train.planner.scaling import communication_share
 from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.nominal import nominal_costs
 from train.schedule.ramp import sized_run
@@ -227,6 +228,8 @@ def _check_ranks(config: TrainConfig) -> None:
             f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
         )
     check_attention(config)
+    if cluster.communication_sms is not None and cluster.num_sms is not None:
+        communication_share("cluster", cluster.communication_sms, cluster.num_sms)
     if len(set(config.recompute)) < len(config.recompute):
         raise ConfigError(
             f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "

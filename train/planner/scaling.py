@@ -11,6 +11,7 @@ from operator import add
 from model.account.parameters import attention_parameters
 from model.config import LAYER
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference
 from train.planner.context_exchange import context_seconds
 from train.planner.rows import rows_per_token
@@ -45,13 +46,13 @@ class DeviceScale:
     def of_run(cls, config: TrainConfig, reference: RateReference) -> "DeviceScale":
         """Returns the scale of a run's device. What its cluster does not say is as on the reference."""
         cluster = config.cluster
-        num_sms = cluster.num_sms or reference.num_sms
-        taken = reference.communication_sms / reference.num_sms
+        used = communication_share("rates.reference", reference.communication_sms, reference.num_sms)
+        taken = used
         if cluster.communication_sms is not None:
-            taken = min(cluster.communication_sms / num_sms, 1 - 1 / num_sms)
+            taken = communication_share("cluster", cluster.communication_sms, cluster.num_sms or reference.num_sms)
         if config.parallelism.expert == 1:
             taken = 0.0
-        busy = (1 - reference.communication_sms / reference.num_sms) / (1 - taken)
+        busy = (1 - used) / (1 - taken)
         link = reference.inter_node_bytes_per_second
         memory = REFERENCE_MEMORY_BYTES_PER_SECOND
         return cls(
@@ -61,6 +62,20 @@ class DeviceScale:
             intra_node=link / (cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second),
             alone=1 - taken,
         )
+
+
+def communication_share(key: str, communication_sms: int, num_sms: int) -> float:
+    """Returns the share of a device's SMs that dispatch and combine are assumed to use.
+
+    Raises:
+        ConfigError: none is left for computation.
+    """
+    if communication_sms >= num_sms:
+        raise ConfigError(
+            f"{key}.communication_sms: must be below the device's {num_sms} SMs, of which the others compute, "
+            f"is {communication_sms}; nearest valid: {num_sms - 1}"
+        )
+    return communication_sms / num_sms
 
 
 def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens: int | None = None) -> LayerTimes:

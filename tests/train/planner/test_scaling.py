@@ -4,8 +4,10 @@ from dataclasses import astuple, replace
 
 import pytest
 
+from launch import plan
 from tests.train.planner.planned import PUBLISHED, request_of
 from train.config import PrecisionConfig, TrainConfig
+from train.config.errors import ConfigError
 from train.planner.config import KernelRates
 from train.planner.scaling import scaled_times
 from train.schedule.layer_times import LayerTimes
@@ -72,6 +74,16 @@ def test_links_scale_the_exchange_alone() -> None:
 def test_fewer_sms_for_communication_leave_more_for_computation() -> None:
     base, free = with_cluster(), with_cluster(communication_sms=10)
     assert free.moe.forward == pytest.approx(base.moe.forward * 112 / 122)
+
+
+def test_sms_for_communication_must_leave_some_for_computation() -> None:
+    for num_sms, changes in ((132, {"communication_sms": 132}), (20, {"communication_sms": 20, "num_sms": 20})):
+        valid = num_sms - 1
+        rule = rf"^cluster.communication_sms: must be below the device's {num_sms} SMs, .* nearest valid: {valid}$"
+        with pytest.raises(ConfigError, match=rule):
+            with_cluster(**changes)
+        with pytest.raises(ConfigError, match=rule):
+            plan.main(["experiment=v3_671b", *(f"cluster.{key}={value}" for key, value in changes.items())])
 
 
 def test_bf16_has_no_casts_and_slower_products() -> None:
