@@ -188,8 +188,20 @@ def saved(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ["experiment=quickstart"],
         ["experiment=four_nodes"],
-        pytest.param(["experiment=v3_671b", "data=embedded"], marks=pytest.mark.slow, id="v3_671b"),
-        ["model=ladder_20m", "optim/schedule=wsd", "dispatch=two_hop", "guard=skip", "task.steps=7", "name=other"],
+        pytest.param(
+            ["experiment=v3_671b", "data=embedded", "accept=[small_tokenizer,repeated_corpus]"],
+            marks=pytest.mark.slow,
+            id="v3_671b",
+        ),
+        [
+            "model=ladder_20m",
+            "accept=[small_tokenizer]",
+            "optim/schedule=wsd",
+            "dispatch=two_hop",
+            "guard=skip",
+            "task.steps=7",
+            "name=other",
+        ],
     ],
     ids=" ".join,
 )
