@@ -224,10 +224,11 @@ def test_report_of_a_failed_run_says_so_at_the_top(tmp_path: Path, state: State,
     write_status(folder, Status(state=state, step=3, checkpoint="checkpoints/step-3", exit_code=code, reason="<b>why"))
     files = RankFiles.of_run(configs[0], 0)
     write_error(folder, files, ExitReason("why", code), "details")
-    for page in (Report(configs[0]).write().read_text(), compare(configs).read_text()):
+    pages = {"This run": Report(configs[0]).write(), "tried run (1)": compare(configs)}
+    for name, page in ((name, path.read_text()) for name, path in pages.items()):
         check_policy(page, has_script=True)
         top = page.partition("</h1>")[2].partition("</p>")[0]
-        assert f"This run failed with exit code {code} after step 3, 20" in top
+        assert f"{name} failed with exit code {code} after step 3, 20" in top
         assert "&lt;b&gt;why" in top
         assert f"See log/{files.stem}.error.log. Newest checkpoint: checkpoints/step-3." in top
         assert page.count('class="failed"') == 1

@@ -118,16 +118,17 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
 
 def _about(run: DrawnRun, number: int) -> str:
     name = f'<i class="swatch p{number}"></i><b>{escape(run.name)}</b>: ' if number else ""
-    return f"{_failure(run.source.folder)}<p>{name}{escape(run.about)}</p>"
+    failure = _failure(run.source.folder, run.name if number else "This run")
+    return f"{failure}<p>{name}{escape(run.about)}</p>"
 
 
-def _failure(folder: Path) -> str:
+def _failure(folder: Path, name: str) -> str:
     """Returns how a run failed and where to look; empty if it runs, is done or was preempted."""
     status = read_status(folder)
     if status is None or status.exit_code in (None, 0, EXIT_PREEMPTED):
         return ""
     ended = datetime.fromtimestamp(status.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    heading = f"This run failed with exit code {status.exit_code} after step {status.step:,}, {ended}."
+    heading = f"{name} failed with exit code {status.exit_code} after step {status.step:,}, {ended}."
     files = [path.relative_to(folder).as_posix() for path in find_errors(folder)[:_MOST_ERRORS]] or [f"{LOG_FOLDER}/"]
     advice = f"See {', '.join(files)}. Newest checkpoint: {status.checkpoint or 'none'}."
     lines = (f"<b>{escape(heading)}</b>", escape(status.reason or "No reason is known."), escape(advice))
