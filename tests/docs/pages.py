@@ -7,14 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-_COMMENT = re.compile(r"^<!-- (checked|not run): (.+) -->$")
+_COMMENT = re.compile(r"^<!-- (checked|shortened|not run): (.+) -->$")
 _PAGE_COMMENT = re.compile(r"^<!-- page: run by (.+) -->$", re.MULTILINE)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A fenced block of a page. `mode` is `run`, `checked` or `not run`, with the reason that the page states."""
+    """A fenced block of a page.
+
+    `mode` is `run`, `checked` (trainings are only composed), `shortened` (trainings do two steps) or `not run`, with
+    the reason that the page states.
+    """
 
     page: Path
     line: int

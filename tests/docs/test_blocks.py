@@ -1,7 +1,5 @@
-"""Runs the code blocks of the documentation, in a folder with a small trained run and the files that pages name."""
+"""Runs the code blocks of each page of the documentation in order, in an empty folder."""
 
-import contextlib
-import io
 import os
 import re
 import shutil
@@ -11,57 +9,46 @@ from pathlib import Path
 
 import pytest
 
-from launch.convert import main as convert
 from tests.docs.pages import PAGES, ROOT, Block, blocks, runners_of
-from tests.launch.checkpoints import write_run
 
 pytestmark = pytest.mark.long
 PROGRAMS = ("bash", "console", "python")
 RUNNABLE = [
     page for page in PAGES if not runners_of(page) and any(block.language in PROGRAMS for block in blocks(page))
 ]
-# Python of this page is run twice by a real kernel (tests/launch/test_notebook.py), with its commands.
-TRAINS = re.compile(r"python -m launch\.(train|submit)\b")
+TRAINS = re.compile(r"-m launch\.(train|submit)\b")
+STARTS_NOTHING = re.compile(r"--help|config_only|dry_run")
+TIME = re.compile(r"outputs/(\w+)/TIME")
+"""A run's folder as pages write it; the reader inserts the time."""
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that pages name: a run, its export, text and prompts."""
-    folder = tmp_path_factory.mktemp("files")
-    write_run(folder / "outputs/quickstart/TIME")
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert(["from=checkpoint", f"path={folder / 'outputs/quickstart/TIME'}", f"to={folder / 'quickstart_hf'}"])
-    (folder / "prompts.jsonl").write_text('{"prompt": "def f(x):"}\n{"prompt": "import os"}\n', "utf-8")
-    for name in ("corpus", "src"):
-        (folder / name).mkdir()
-        (folder / name / "a.txt").write_text("A line of text for a corpus.\n" * 200, "utf-8")
-    pair = '{"prompt": "Sort 312.", "chosen": "123", "rejected": "132"}\n'
-    (folder / "pairs.jsonl").write_text(pair * 50, "utf-8")
-    (folder / "notes.txt").write_text("Some notes of a reader.\n" * 200, "utf-8")
-    (folder / "chats.jsonl").write_text('{"prompt": "Sort 312.", "answer": "123"}\n' * 50, "utf-8")
-    (folder / "corpus.jsonl").write_text('{"content": "a document"}\n' * 50, "utf-8")
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds what the first training of a page has written, by command, for pages that begin with the same one."""
+    return tmp_path_factory.mktemp("trained")
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=[page.relative_to(ROOT).as_posix() for page in RUNNABLE])
-def test_page_blocks_run_as_printed(page: Path, files: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    shutil.copytree(files, folder)
+def test_page_blocks_run_as_printed(page: Path, trained: Path, tmp_path: Path) -> None:
     shell = make_shell()
     names: list[str] = []
     for block in blocks(page):
         if block.mode == "not run":
             continue
         match block.language:
+            case "bash" if block.mode == "shortened":
+                for command in block.commands():
+                    run_shortened(block, command, tmp_path, shell, trained)
             case "bash":
                 for command in block.commands():
-                    run(block, _checked(command) if block.mode == "checked" else command, folder, shell)
+                    run(block, _checked(command) if block.mode == "checked" else command, tmp_path, shell)
             case "console":
                 for command, expected in sessions(block):
-                    compare(block, run(block, command, folder, shell, codes=(0, 2)), expected)
+                    compare(block, run(block, command, tmp_path, shell, codes=(0, 2)), expected)
             case "python":
-                names.append(block.text)
-                run(block, "python program.py", _with_program(folder, names), shell)
+                names.append(with_times(block.text, tmp_path))
+                (tmp_path / "program.py").write_text("\n".join(names), "utf-8")
+                run(block, "python program.py", tmp_path, shell)
 
 
 def make_shell() -> dict[str, str]:
@@ -74,12 +61,40 @@ def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: 
     """Runs one command and returns what it prints. A `make` target is only looked up, by tests/docs/test_pages.py."""
     if command.startswith("make "):
         return ""
+    line = with_times(command, folder)
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=shell, capture_output=True, text=True, timeout=300, check=False
+        ["bash", "-c", line], cwd=folder, env=shell, capture_output=True, text=True, timeout=600, check=False
     )
     shown = done.stdout + done.stderr
-    assert done.returncode in codes, f"{block}: {command}\nexit code {done.returncode}\n{shown[-3000:]}"
+    assert done.returncode in codes, f"{block}: {line}\nexit code {done.returncode}\n{shown[-3000:]}"
     return shown
+
+
+def run_shortened(block: Block, command: str, folder: Path, shell: dict[str, str], trained: Path) -> None:
+    """Runs a command; a training does two steps, or two more if it resumes. Equal first trainings run once."""
+    if command.startswith("make train"):
+        command = "python -m launch.train experiment=quickstart"
+    if not TRAINS.search(command) or STARTS_NOTHING.search(command):
+        run(block, command, folder, shell)
+        return
+    kept = trained / re.sub(r"\W+", "_", command)
+    if kept.exists() and not (folder / "outputs").exists():
+        shutil.copytree(kept, folder / "outputs")
+        return
+    is_first = not any(folder.iterdir())
+    run(block, _with_override(command, f"task.steps={4 if 'resume=' in command else 2}"), folder, shell)
+    if is_first:
+        shutil.copytree(folder / "outputs", kept)
+
+
+def with_times(text: str, folder: Path) -> str:
+    """Returns a text with the newest run in place of each `outputs/NAME/TIME`."""
+
+    def newest(match: re.Match[str]) -> str:
+        runs = sorted((folder / "outputs" / match[1]).iterdir())
+        return runs[-1].relative_to(folder).as_posix()
+
+    return TIME.sub(newest, text)
 
 
 def sessions(block: Block) -> list[tuple[str, str]]:
@@ -102,12 +117,11 @@ def compare(block: Block, shown: str, expected: str) -> None:
 
 def _checked(command: str) -> str:
     """Adds `config_only=true` to a command that trains: it is composed and checked, and starts nothing."""
-    if not TRAINS.search(command) or "--help" in command or "config_only" in command:
+    if not TRAINS.search(command) or STARTS_NOTHING.search(command):
         return command
+    return _with_override(command, "config_only=true")
+
+
+def _with_override(command: str, override: str) -> str:
     words, hash_sign, comment = command.partition("   #")
-    return f"{words} config_only=true{hash_sign}{comment}"
-
-
-def _with_program(folder: Path, blocks_before: list[str]) -> Path:
-    (folder / "program.py").write_text("\n".join(blocks_before), "utf-8")
-    return folder
+    return f"{words} {override}{hash_sign}{comment}"
