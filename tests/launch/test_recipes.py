@@ -302,7 +302,7 @@ def test_corpus_is_read_at_most_100_times_by_its_real_tokens(tmp_path: Path) -> 
     """The estimate before the run is generous; the prepared corpus decides, and the advice holds."""
     (tmp_path / "a.txt").write_text(" ".join(f"{number}" for number in range(6000)), "utf-8")
     given = ["experiment=quickstart", "data=files", f"data.paths=[{tmp_path}]", f"data.cache_dir={tmp_path / 'cache'}"]
-    given += ["data.tokenizer_vocab_size=3700", "validation.sequences=0"]
+    given += ["data.tokenizer_vocab_size=2048", "validation.sequences=0"]
     num_sequences = len(prepare_corpus(compose_run(given)).train_tokens_NL)
     sizes = compose_run(given).batch_sizes
     steps = sizes.steps_for(100 * num_sequences) + 1
