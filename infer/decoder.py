@@ -14,10 +14,9 @@ from torch.nn import functional
 from infer.routes import RouteRecorder, RouteStore
 from model.attention.kv_cache import CacheView, KvCache, PromptView, StepView
 from model.attention.rope import Rotation, rotation_table
-from model.block import Block, Moe
+from model.block import Attended, Block, Moe
 from model.mlp import Mlp
 from model.precision.linear import widen
-from model.router import Routing
 from model.transformer import Transformer
 
 Views = Callable[[int], CacheView]
@@ -30,8 +29,8 @@ PassKind = Literal["prompts", "chunk", "step"]
 class PartDecoder:
     """Cached passes of a part of a model: embedding, some layers, final norm and head, MTP module.
 
-    A caller combines them into a pass. Each needs only its own weights, so the part may be a pipeline stage. Computes
-    in the type of the weights, even for FP8. The layers and the MTP module have one cache each, with the same sequences
+    A caller combines them into a pass. Each needs only its own weights, so the part may be a pipeline stage. Products
+    have the precision of training. The layers and the MTP module have one cache each, with the same sequences
     in the same rows. Entry i of the MTP module's cache is for the pair of the main model's state of token i and the
     embedding of token i + 1. New entries do not count until the caller sets the length with `KvCache.resize`, because
     only the caller knows which tokens stay.
@@ -232,32 +231,31 @@ class PartDecoder:
             view: of its cache.
             layer: number of the block if it is a layer of the main model, whose experts may be recorded.
         """
-        residual_ND = hidden_ND + block.self_attn.decode(block.input_layernorm(hidden_ND), view)
-        rows_ND: Tensor = block.post_attention_layernorm(residual_ND)
+        residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)
         if isinstance(block.mlp, Mlp):
-            dense: Tensor = residual_ND + block.mlp(rows_ND, None)
-            return dense
-        routing = block.mlp.gate(rows_ND[None])
+            return block.mlp.decode(residual_ND, block.post_attention_layernorm)
+        attended = block.route(residual_ND[None])
         if self.recorder is not None and layer is not None:
-            self.recorder.write(layer, view, routing.ids_TK)
-        return self._run_experts(block.mlp, routing, residual_ND, rows_ND)
+            self.recorder.write(layer, view, attended.routing.ids_TK)
+        return self._run_experts(block, block.mlp, attended)
 
     def _run_idle(self, block: Block) -> None:
         """Takes part in a block's exchange of rows, without any token of this rank."""
         if isinstance(block.mlp, Mlp):
             return
         no_rows_ND = torch.empty(0, self._config.hidden_size, dtype=self._dtype, device=self.device)
-        self._run_experts(block.mlp, block.mlp.gate(no_rows_ND[None]), no_rows_ND, no_rows_ND)
+        self._run_experts(block, block.mlp, block.route(no_rows_ND[None]))
 
-    def _run_experts(self, moe: Moe, routing: Routing, residual_ND: Tensor, rows_ND: Tensor) -> Tensor:
+    def _run_experts(self, block: Block, moe: Moe, attended: Attended) -> Tensor:
         """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
-        dispatcher = self._model.dispatcher
+        dispatcher, wire, routing = self._model.dispatcher, block.wire(), attended.routing
+        base_1ND, rows = attended.residual_BTD, attended.rows
         handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
-        arrived = dispatcher.dispatch(rows_ND, routing.weights_TK, handle).wait()
-        routed_AD = moe.experts.apply_in_weight_type(arrived.rows_AD, arrived.weights_A, arrived.counts)
+        arrived = dispatcher.dispatch(wire.pack(rows), routing.weights_TK, handle).wait()
+        routed_AD = moe.experts(wire.unpack(arrived.rows_AD, rows), arrived.weights_A, arrived.counts, None)
         if moe.shared_experts is not None:
-            residual_ND = residual_ND + moe.shared_experts(rows_ND, None)
-        return residual_ND + dispatcher.combine(routed_AD, handle).wait()
+            base_1ND = moe.shared_experts.decode(base_1ND, block.post_attention_layernorm, rows)
+        return base_1ND[0] + dispatcher.combine(routed_AD, handle).wait()
 
     def _rotation(self, positions_N: Tensor) -> Rotation:
         return Rotation(self._cos_TP[positions_N], self._sin_TP[positions_N])

@@ -92,10 +92,11 @@ class Stream:
             decoder, self._sampling, self._stop, self._stop_condition, speculative=self._speculative
         )
         begin = time.perf_counter()
-        for made in batch.run(waiting, self._batch_size):
-            self.statistics = batch.statistics(time.perf_counter() - begin)
-            for sequence, tokens in made:
-                yield Piece(sequence.index, tuple(tokens), sequence.finish)
+        with self._model.weights_unchanged():
+            for made in batch.run(waiting, self._batch_size):
+                self.statistics = batch.statistics(time.perf_counter() - begin)
+                for sequence, tokens in made:
+                    yield Piece(sequence.index, tuple(tokens), sequence.finish)
 
 
 def generate(

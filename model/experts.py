@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from comm.protocol import RowOrder
-from kernels.expert_mlp import expert_mlp
 from model.norm import NormSource
 from model.precision.linear import WeightSink
 from model.precision.linears import ExpertWeights, Linears, Rows
@@ -58,11 +57,6 @@ class RoutedExperts(nn.Module):
             order: order in which copies of tokens go to experts.
         """
         return self._linears.apply_local_experts(rows, source, weights_TK, self._weights, counts, order)
-
-    def apply_in_weight_type(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int]) -> Tensor:
-        """Returns the result of `forward` in the weights' type for any model precision, without gradients, AD."""
-        out_AD, _ = expert_mlp(rows_AD, weights_A.to(rows_AD.dtype), *self._weights, counts)
-        return out_AD
 
     @property
     def _weights(self) -> ExpertWeights:

@@ -23,9 +23,17 @@ class Mlp(nn.Module):
         self.down_proj = Projection(intermediate, hidden, dtype)
 
     def forward(self, x: Tensor, sink: WeightSink | None) -> Tensor:
-        """Returns the network of x in the weights' type, [..., D]; also used to decode with a model in FP8."""
+        """Returns the network of x in the weights' type, [..., D]."""
         gated = swiglu(self.gate_proj(x, sink), self.up_proj(x, sink))
         return self.down_proj(gated, sink)  # type: ignore[no-any-return]
+
+    def decode(self, x: Tensor, norm: RmsNorm, rows: Rows | None = None) -> Tensor:
+        """Returns x plus the network of norm(x), [..., D], without gradients. `rows`: norm(x), if it is given."""
+        if self._linears.decodes_as_trained:
+            return self.add(x, norm, None) if rows is None else self.add_to(x, rows, norm, None)
+        # Joining the weights for one product, as training does, would copy them for every token.
+        out: Tensor = x + self(norm(x) if rows is None else rows.values, None)
+        return out
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
         """Returns x plus the network of norm(x), [..., D].

@@ -68,8 +68,9 @@ class LocalEngine:
             keeps_sets=request.keeps_sets,
         )
         began = time.perf_counter()
-        for _ in batch.run(waiting, size):
-            pass
+        with self._model.weights_unchanged():
+            for _ in batch.run(waiting, size):
+                pass
         statistics = batch.statistics(time.perf_counter() - began)
         rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=_collect(store, rollouts))

@@ -87,9 +87,10 @@ class LocalModel:
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Implements `EvaluatedModel.score`."""
         found: list[TargetScores | None] = [None] * len(sequences)
-        for numbers in by_length(sequences, self._batch_size):
-            for number, scores in zip(numbers, self._score([sequences[at] for at in numbers]), strict=True):
-                found[number] = scores
+        with self._model.weights_unchanged():
+            for numbers in by_length(sequences, self._batch_size):
+                for number, scores in zip(numbers, self._score([sequences[at] for at in numbers]), strict=True):
+                    found[number] = scores
         return [scores for scores in found if scores is not None]
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention over the latent cache: absorbed for decoding, expanded for prompts.
+"""Multi-head latent attention over the latent cache: absorbed for decoding, expanded for prompts and in FP8.
 
 In the absorbed form, the keys' up-projection is applied to the queries and the values' up-projection after the mixing.
 Every head then reads the same cached latent, and no keys or values are computed (arXiv:2405.04434, section 2.1.2;
@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.attention.projections import LatentProjections
-from model.attention.rope import Rotation, softmax_scale
+from model.attention.projections import LatentOptions, LatentProjections, LatentWeights, rows_of_heads
+from model.attention.rope import Rotation, rotate_, softmax_scale
 from model.config import ModelConfig
 from model.precision.linear import widen
+from model.precision.linears import Linears
+
+_KEYS = 16
+"""Keys whose weights a kernel sums as one vector."""
 
 
 def compute_latent_rows(attention: LatentProjections, config: ModelConfig, x_ND: Tensor, rotation: Rotation) -> Tensor:
@@ -118,14 +122,61 @@ def attend_cached(
     return functional.linear(torch.cat(mixed), attention.o_proj.weight)
 
 
+def add_attention_over_cache(
+    hidden_ND: Tensor,
+    compressed_NX: Tensor,
+    cached_BTC: Tensor,
+    future_BST: Tensor | None,
+    weights: LatentWeights,
+    options: LatentOptions,
+    linears: Linears,
+) -> Tensor:
+    """Returns hidden + attention of S new tokens of each sequence over the cache, computed as in training, ND.
+
+    Keys and values of all positions are expanded again in each pass. The absorbed form would round other numbers, and
+    FP8 magnifies any difference before it rounds.
+
+    `cached_BTC` holds latents before their norm and rotated shared keys, also of the new tokens.
+    """
+    shape, (num_sequences, num_positions) = options.shape, cached_BTC.shape[:2]
+    if future_BST is None:
+        future_BST = cached_BTC.new_zeros(num_sequences, 1, num_positions, dtype=torch.bool)
+    cached_BTC = pad_tokens(cached_BTC)
+    mask_B1ST = ~functional.pad(future_BST, (0, cached_BTC.shape[1] - num_positions), value=True)[:, None]
+    heads = (num_sequences, -1, shape.num_heads)
+    new = linears.compress_latents(compressed_NX[None], weights, options)
+    query_NHQ = compressed_NX.new_empty(len(compressed_NX), shape.num_heads, shape.nope + shape.rope)
+    new.queries(query_NHQ.flatten(1))
+    rotate_(query_NHQ[..., shape.nope :], *options.rotation)
+    # Rows of the cache have no queries before their latents.
+    cached = linears.compress_latents(cached_BTC, weights._replace(query_norm=None, query_up=None), options)
+    key_NHQ, value_NHV = _to_heads(
+        cached.keys_and_values(), cached.shared_key().flatten(0, 1), shape.num_heads, shape.value
+    )
+    query, key, value = (each.view(*heads, each.shape[-1]).transpose(1, 2) for each in (query_NHQ, key_NHQ, value_NHV))
+    mixed_BHSV = functional.scaled_dot_product_attention(query, key, value, mask_B1ST, scale=shape.scale)
+    return new.add(hidden_ND, rows_of_heads(mixed_BHSV, shape.value))
+
+
+def pad_tokens(values: Tensor) -> Tensor:
+    """Appends zeros as further tokens, so that sums over whole vectors of keys are those of longer sequences."""
+    return functional.pad(values, (0, 0, 0, -values.shape[-2] % _KEYS))
+
+
 def _expand(attention: LatentProjections, config: ModelConfig, cached_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Computes each head's keys, NHQ, and values, which are padded to the size of the keys."""
     latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-    up_NHK = functional.linear(latent_NL, attention.kv_b_proj.weight).unflatten(-1, (config.num_heads, -1))
-    key_NHK, value_NHV = up_NHK.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-    key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, config.num_heads, -1)), -1)
+    up_NE = functional.linear(latent_NL, attention.kv_b_proj.weight)
+    return _to_heads(up_NE, shared_NR, config.num_heads, config.v_head_dim)
+
+
+def _to_heads(up_NE: Tensor, shared_NR: Tensor, num_heads: int, value: int) -> tuple[Tensor, Tensor]:
+    """Returns keys, NHQ, and padded values from both up-projections of each head and the rotated shared key."""
+    up_NHK = up_NE.unflatten(-1, (num_heads, -1))
+    key_NHK, value_NHV = up_NHK[..., :-value], up_NHK[..., -value:]
+    key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, num_heads, -1)), -1)
     # Flash kernels require heads of one size: values are padded with zeros, and results are cut again.
-    padding = config.qk_head_dim - config.v_head_dim
+    padding = key_NHQ.shape[-1] - value
     return key_NHQ, functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
 
 

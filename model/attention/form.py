@@ -49,11 +49,12 @@ class Attention(nn.Module):
         """
 
     @abstractmethod
-    def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
-        """Returns attention of new tokens, without the residual, and writes them to the cache: ND.
+    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
+        """Returns hidden + attention(norm(hidden)) of new tokens, and writes them to the cache: ND.
 
         Args:
-            x_ND: normalized states of the new tokens, sequence by sequence.
+            hidden_ND: the residual of the new tokens, sequence by sequence.
+            norm: norm of this layer.
             view: this layer's cache and the tokens' positions: whole prompts, or a step of every sequence.
         """
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: expanded in training, absorbed in decoding.
+"""Multi-head latent attention: expanded in training, absorbed in decoding unless products are in FP8.
 
 Source: arXiv:2412.19437, section 2.1.1.
 
@@ -6,13 +6,23 @@ Shape legend: B sequences, T tokens, N new tokens, D hidden size, C values per t
 compressed queries, keys and values together.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from comm.context.alone import ALONE
 from comm.context.protocol import ContextGroup
 from kernels.attention.documents import Documents
-from model.attention.absorbed import attend_absorbed, attend_cached, attend_expanded, compute_latent_rows
+from model.attention.absorbed import (
+    add_attention_over_cache,
+    attend_absorbed,
+    attend_cached,
+    attend_expanded,
+    compute_latent_rows,
+    pad_tokens,
+)
 from model.attention.context import mix_in_context
 from model.attention.core import mix
 from model.attention.form import AttentionForm
@@ -40,7 +50,6 @@ class LatentAttention(LatentProjections):
         linears: Linears,
     ) -> None:
         super().__init__(config, dtype)
-        self._kernel = kernel
         self._linears = linears
         self._shape = LatentShape(
             num_heads=config.num_heads,
@@ -51,6 +60,7 @@ class LatentAttention(LatentProjections):
             eps=LATENT_NORM_EPS,
             scale=softmax_scale(config),
         )
+        self._options = partial(LatentOptions, shape=self._shape, kernel=kernel)
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(
@@ -62,21 +72,8 @@ class LatentAttention(LatentProjections):
         context: ContextGroup = ALONE,
     ) -> Tensor:
         """Implements `Attention.forward`."""
-        has_latent = self._config.q_lora_rank is not None
-        query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
-        # Compressed queries (or whole ones), compressed keys and values, shared key: side by side, BTX.
-        down = (query_weight, self.kv_a_proj_with_mqa.weight)
-        compressed_BTX = self._linears.normed_linear(x_BTD, norm, down, sink)
-        weights = LatentWeights(
-            query_norm=self.q_a_layernorm.weight if has_latent else None,
-            query_up=self.q_b_proj.weight if has_latent else None,
-            latent_norm=self.kv_a_layernorm.weight,
-            latent_up=self.kv_b_proj.weight,
-            out=self.o_proj.weight,
-        )
-        options = LatentOptions(
-            shape=self._shape,
-            kernel=self._kernel,
+        compressed_BTX, weights = self._compress(x_BTD, norm, sink)
+        options = self._options(
             rotation=self._rotation(x_BTD, context),
             documents=documents,
             sink=sink,
@@ -87,18 +84,58 @@ class LatentAttention(LatentProjections):
             return mix_in_context(x_BTD, compressed_BTX, weights, options, self._linears)
         return mix(x_BTD, compressed_BTX, weights, options, self._linears)
 
-    def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
+    def _compress(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> tuple[Tensor, LatentWeights]:
+        """Returns compressed queries (or whole ones), keys and values, and shared key, [..., X], and other weights."""
+        has_latent = self._config.q_lora_rank is not None
+        query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
+        compressed = self._linears.normed_linear(x, norm, (query_weight, self.kv_a_proj_with_mqa.weight), sink)
+        return compressed, LatentWeights(
+            query_norm=self.q_a_layernorm.weight if has_latent else None,
+            query_up=self.q_b_proj.weight if has_latent else None,
+            latent_norm=self.kv_a_layernorm.weight,
+            latent_up=self.kv_b_proj.weight,
+            out=self.o_proj.weight,
+        )
+
+    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
         """Implements `Attention.decode`: expanded over whole prompts, absorbed over the cache."""
+        if self._linears.decodes_as_trained:
+            return self._decode_as_trained(hidden_ND, norm, view)
+        x_ND: Tensor = norm(hidden_ND)
         values_NC = compute_latent_rows(self, self._config, x_ND, view.rotation)
         view.write(values_NC)
+        given = (self, self._config, x_ND, view.rotation)
         match view:
             case PromptView():
-                return attend_expanded(self, self._config, x_ND, view.rotation, values_NC, view.counts)
+                return hidden_ND + attend_expanded(*given, values_NC, view.counts)
             case StepView() if view.positions_BS.shape[1] >= EXPANDED_TOKENS:
                 assert view.future_BST is not None
-                return attend_cached(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
+                return hidden_ND + attend_cached(*given, view.read(), view.future_BST)
             case StepView():
-                return attend_absorbed(self, self._config, x_ND, view.rotation, view.read(), view.future_BST)
+                return hidden_ND + attend_absorbed(*given, view.read(), view.future_BST)
+
+    def _decode_as_trained(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
+        """Decodes with the products of training; the cache keeps latents before their norm, from which they start."""
+        compressed_NX, weights = self._compress(hidden_ND, norm, None)
+        rows_NC = compressed_NX[:, -values_per_token(self._config) :].clone()
+        rotated_NR = rows_NC[:, self._config.kv_lora_rank :]
+        rotated_NR.copy_(view.rotation.turn(rotated_NR[:, None])[:, 0])
+        view.write(rows_NC)
+        rotation = (view.rotation.cos_NP, view.rotation.sin_NP)
+        options = self._options(rotation=rotation, documents=None, sink=None, records=False)
+        if isinstance(view, StepView):
+            given = (weights, options, self._linears)
+            return add_attention_over_cache(hidden_ND, compressed_NX, view.read(), view.future_BST, *given)
+        split, prompts = (
+            [each.split(list(view.counts)) for each in (hidden_ND, compressed_NX, *rotation)],
+            list[Tensor](),
+        )
+        for parts in zip(*split, strict=True):
+            hidden_TD, compressed_TX, *turns = (pad_tokens(each) for each in parts)
+            own = replace(options, rotation=(turns[0], turns[1]))
+            mixed_1TD = mix(hidden_TD[None], compressed_TX[None], weights, own, self._linears)
+            prompts.append(mixed_1TD[0, : len(parts[0])])
+        return torch.cat(prompts)
 
     def _rotation(self, x_BTD: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of all positions of the sequences, of which this rank may hold a part."""

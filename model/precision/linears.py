@@ -66,11 +66,16 @@ class ExpertWeights(NamedTuple):
 class Linears(Protocol):
     """Linear layers with the operations around them, computed in one precision.
 
-    `recomputes_layers` says whether the backward of a stage computes everything again but attention. A sink takes the
-    weights' gradients, as in `model.precision.linear.linear`; those of norms go through autograd.
+    A sink takes the weights' gradients, as in `model.precision.linear.linear`; those of norms go through autograd.
+
+    Attributes:
+        recomputes_layers: whether the backward of a stage computes everything again but attention.
+        decodes_as_trained: whether decoding must compute layers in the form of training, because a product rounds its
+            input so coarsely that any difference before it grows.
     """
 
     recomputes_layers: bool
+    decodes_as_trained: bool
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Returns a context in which no weight changes, so that each is converted only once."""

@@ -9,7 +9,6 @@ import torch
 
 from infer.config import GenerateError, Sampling, Speculative
 from infer.generate import Stream, generate
-from model.config import Computing
 from model.transformer import Transformer
 from tests.infer.models import SMALL, make_foresighted, make_model
 
@@ -55,15 +54,6 @@ def test_draws_depend_on_seed_and_number_not_on_other_prompts(speculative: Specu
     assert made(model, PROMPTS, 10, sampling=replace(WARM, seed=5), speculative=speculative)[1] != first[1]
     twins = made(model, [PROMPTS[1]] * 4, 10, **options)
     assert len({tuple(tokens) for tokens in twins}) == 4
-
-
-@pytest.mark.parametrize("speculative", [False, True])
-def test_model_that_trains_in_fp8_continues_as_its_weights_do(speculative: Speculative) -> None:
-    plain = make_foresighted(dtype=torch.bfloat16)
-    model = Transformer(SMALL, plain.dispatcher, torch.bfloat16, computing=Computing(products="fp8"))
-    model.load_state_dict(plain.state_dict())
-    ours, theirs = (made(each, PROMPTS, 10, speculative=speculative) for each in (model, plain))
-    assert ours == theirs
 
 
 def test_top_k_of_one_and_tiny_temperature_are_greedy() -> None:

@@ -2,19 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, Rollout, RouteKey
 from infer.sample import distribution
+from kernels.quantize import quantize_128x128
 from model.attention.mla import EXPANDED_TOKENS
+from model.config import Computing, Products
 from model.router import Router, Routing
-from model.transformer import Transformer
+from model.transformer import Transformer, initialize_weights
 from tests.infer.models import SHAPES, make_foresighted
+from tests.model.fp8_models import CONFIDENT, scale_like_trained
 
 PROMPTS = [NumberedPrompt(number=number, tokens=tuple(range(number + 3, 2 * number + 4))) for number in range(8)]
 REQUEST = Request(samples=6, max_new_tokens=16, sampling=Sampling(temperature=1.0, seed=3), stop=frozenset((50, 111)))
@@ -44,6 +49,45 @@ def test_log_probs_are_those_of_a_training_pass(
         found = torch.tensor(rollout.log_probs, dtype=dtype)
         trained = trained_log_probs(model, rollout, temperature)
         torch.testing.assert_close(found, trained, rtol=tolerances[0], atol=tolerances[1], msg=str(rollout))
+
+
+def confident_model(products: Products) -> Transformer:
+    """Builds a bf16 model that is about as unsure of its tokens as a trained one."""
+    model = Transformer(CONFIDENT, LocalDispatcher(8), torch.bfloat16, computing=Computing(products=products))
+    initialize_weights(model, 4)
+    scale_like_trained(model)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("products", ["own", "fp8", "fp8_power_of_two"])
+def test_log_probs_in_16_and_8_bits_are_near_those_of_a_training_pass(products: Products, temperature: float) -> None:
+    """Prompts are read whole or in chunks, and the MTP module drafts."""
+    model = confident_model(products)
+    sampling = Sampling(temperature=temperature, seed=5)
+    request = replace(REQUEST, sampling=sampling, max_new_tokens=22, stop=frozenset())
+    rollouts = LocalEngine(model, prefill_tokens=8).generate(PROMPTS, request).rollouts
+    found = torch.cat([torch.tensor(each.log_probs) for each in rollouts])
+    with model.weights_unchanged():
+        trained = torch.cat([trained_log_probs(model, each, temperature) for each in rollouts])
+    assert len(found) == 8 * 6 * 22
+    assert 1.0 < -found.mean() < 4.0, "tokens that are almost certain or almost random show no difference"
+    # Log-probabilities of decoding that ignores FP8 differ by 0.05.
+    assert (found - trained).abs().mean() <= (2e-2 if products == "own" else 5e-3)
+
+
+def test_weights_are_quantized_once_per_request_and_again_after_an_update() -> None:
+    model = confident_model("fp8")
+    engine, request = LocalEngine(model, speculative=False), replace(REQUEST, samples=1, max_new_tokens=6)
+    with mock.patch("model.precision.fp8.maps.quantize_128x128", wraps=quantize_128x128) as quantize:
+        before = engine.generate(PROMPTS, request).rollouts
+        num_calls = quantize.call_count
+        engine.generate(PROMPTS, replace(request, max_new_tokens=2))
+        assert quantize.call_count == 2 * num_calls, "the number of tokens changes the number of conversions"
+    with torch.no_grad():
+        model.block(1).self_attn.get_parameter("o_proj.weight").neg_()
+    assert engine.generate(PROMPTS, request).rollouts != before
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from kernels.attention.documents import Documents
 from model.config import Computing, ModelConfig, Products
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
-from model.transformer import Transformer, initialize_weights
+from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.model.test_stage import make_objective, phased
 from tests.tiny import MODEL
 
@@ -26,6 +26,17 @@ CONFIG = replace(
     kv_lora_rank=48,
     expert_intermediate_size=80,
 )
+
+# After `scale_like_trained`, it is as unsure of its tokens, and of their experts, as trained models are.
+CONFIDENT = replace(CONFIG, vocab_size=64, initializer_range=0.03)
+
+
+def scale_like_trained(model: Transformer) -> None:
+    """Scales both ends of a new model or a part, so that layers change the embedding and do not replace it."""
+    with torch.no_grad():
+        for name, weight in named_tensors(model).items():
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                weight.mul_(3.0 if name.startswith("model") else 4.0)
 
 
 class Away:

@@ -59,7 +59,8 @@ class MultiHeadAttention(Attention):
         out: Tensor = x_BTD + self.o_proj(self._mix(*projected.chunk(3, -1), seen), sink)
         return out
 
-    def decode(self, x_ND: Tensor, view: CacheView) -> Tensor:
+    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
+        x_ND = norm(hidden_ND)
         query_ND, key_ND, value_ND = (layer(x_ND, None) for layer in (self.q_proj, self.k_proj, self.v_proj))
         view.write(torch.cat((key_ND, value_ND), -1))
         if isinstance(view, PromptView):
@@ -68,11 +69,11 @@ class MultiHeadAttention(Attention):
             for query, key, value in zip(*parts, strict=True):
                 seen = torch.ones(len(query), len(query), dtype=torch.bool).tril()
                 mixed.append(self._mix(query[None], key[None], value[None], seen)[0])
-            return self.o_proj(torch.cat(mixed), None)  # type: ignore[no-any-return]
+            return hidden_ND + self.o_proj(torch.cat(mixed), None)
         seen = None if view.future_BST is None else ~view.future_BST[:, None]
         key, value = view.read().chunk(2, -1)
         mixed_BSD = self._mix(query_ND.view(*view.positions_BS.shape, -1), key, value, seen)
-        return self.o_proj(mixed_BSD.flatten(0, 1), None)  # type: ignore[no-any-return]
+        return hidden_ND + self.o_proj(mixed_BSD.flatten(0, 1), None)
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
         heads = (each.unflatten(-1, (self._heads, -1)).transpose(1, 2) for each in (query, key, value))

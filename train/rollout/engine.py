@@ -37,7 +37,8 @@ class ReplicaEngine:
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
         """Implements `Engine.generate`. Every rank returns all rollouts."""
-        rollouts = self._engine.generate(prompts, request)
+        with self._replica.model.weights_unchanged():
+            rollouts = self._engine.generate(prompts, request)
         # Records of steps count the traffic of the training pass.
         self._replica.observers.traffic.take()
         self._replica.observers.clips.take()

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.agreement import exchange_reports, gather_present
+from comm.dispatch.fp8 import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
+from comm.protocol import Dispatcher
 from infer.config import GenerateError, Statistics, check, sum_statistics
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
@@ -46,7 +48,9 @@ class WholeCopy:
         """
         world, config = replica.world, replace(replica.config, seed=None)
         self._replica, self.received_bytes = replica, 0
-        dispatcher = LocalDispatcher(config.model.num_routed_experts)
+        dispatcher: Dispatcher = LocalDispatcher(config.model.num_routed_experts)
+        if config.dispatch.payload == "fp8":
+            dispatcher = Fp8Dispatcher(dispatcher)  # rows that stay on a rank are rounded as sent ones are
         self.model = build_model(config, dispatcher, whole(config.model), world.device).requires_grad_(
             requires_grad=False
         )
@@ -123,8 +127,7 @@ class GatheredEngine:
         self.copy.update()
         found, problem = Rollouts(rollouts=(), statistics=Statistics()), ""
         try:
-            with self.copy.model.weights_unchanged():
-                found = self._engine.generate(prompts[self._world.rank :: len(self._world.ranks)], request)
+            found = self._engine.generate(prompts[self._world.rank :: len(self._world.ranks)], request)
         except GenerateError as error:
             problem = str(error)
         gathered = self._gather(found, problem)

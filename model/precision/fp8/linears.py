@@ -24,6 +24,8 @@ from model.precision.linears import ExpertWeights, Rows
 class Fp8Linears:
     """Implements `Linears` in FP8."""
 
+    decodes_as_trained = True
+
     def __init__(self, *, power_of_two: bool, recomputes_layers: bool = False) -> None:
         """Creates the products of one model.
 

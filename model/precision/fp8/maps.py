@@ -58,12 +58,13 @@ class Fp8Maps:
 
     @contextmanager
     def weights_unchanged(self) -> Iterator[None]:
-        """Caches the codes of every weight inside the context: for a step, in which no weight changes."""
-        self._cached = {}
+        """Caches the codes of every weight inside the outermost context: for a step, in which no weight changes."""
+        before = self._cached
+        self._cached = {} if before is None else before
         try:
             yield
         finally:
-            self._cached = None
+            self._cached = before
 
     def gradient(self, grad_AN: Tensor) -> Quantized:
         """Quantizes an output gradient."""

@@ -64,6 +64,8 @@ class PlainWire:
 class PlainLinears:
     """Implements `Linears` in the weights' own type."""
 
+    decodes_as_trained = False
+
     def __init__(self, recomputed: frozenset[Recomputed]) -> None:
         """Stores what a backward recomputes instead of keeping it."""
         self._recomputed = recomputed
