@@ -89,13 +89,19 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
         f"{_long_documents(prepared)}"
     )
     if counts := prepared.counts.get("train"):
-        steps, sizes = config.task.steps, config.batch_sizes
-        num_sequences = len(prepared.train_tokens_NL)
-        yield (
-            f"samples: {counts.kept:,} for training ({counts.cut:,} cut at their end, {counts.dropped:,} dropped) in "
-            f"{num_sequences:,} sequences; an epoch is {num_sequences / sizes.sequences(steps - 1):.1f} steps, "
-            f"{steps:,} steps are {sizes.sequences_before(steps) / num_sequences:.2f} epochs"
-        )
+        steps, sizes, rollout = config.task.steps, config.batch_sizes, config.rollout
+        if rollout is None:
+            size, step_size = len(prepared.train_tokens_NL), float(sizes.sequences(steps - 1))
+            read = float(sizes.sequences_before(steps))
+            found = (
+                f"samples: {counts.kept:,} for training ({counts.cut:,} cut at their end, {counts.dropped:,} dropped) "
+            )
+            found += f"in {size:,} sequences"
+        else:
+            # Such a run reads problems, and its batches are made of its own answers, not of the data's samples.
+            size, step_size = counts.kept + counts.dropped, rollout.prompts / rollout.updates
+            read, found = steps * step_size, f"problems: {size:,} for training"
+        yield f"{found}; an epoch is {size / step_size:.1f} steps, {steps:,} steps are {read / size:.2f} epochs"
     given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
     made = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
     origin = made if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
