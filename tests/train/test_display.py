@@ -122,12 +122,12 @@ def test_bar_starts_over_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_line_of_a_step_with_rewards_has_stable_columns_and_no_loss() -> None:
     rollouts = {"reward": 0.5, "correct_share": 0.5, "equal_share": 0.25, "mean_tokens": 9.0, "cut_share": 0.0}
-    policy = {"kl": 0.01, "entropy": 0.4, "clip_fraction": 0.02}
+    policy = {"kl": 0.01, "entropy": 0.4, "clip_fraction": 0.02, "sampler_difference": 0.0042}
     first = step_line(record_of(1, loss=-4e-18, rollouts=rollouts, **policy))
     later = {**rollouts, "reward": -0.125, "correct_share": 1.0, "equal_share": 1.0, "mean_tokens": 12345.6}
     second = step_line(record_of(99_999, loss=0.0, rollouts=later, **policy))
     assert first.startswith("step     1  reward  0.5000  correct  50 %  equal groups  25 %  tokens     9.0  cut   0 %")
-    assert "KL 0.0100  entropy 0.400  clipped  2.0 %" in first
+    assert "KL 0.0100  entropy 0.400  clipped  2.0 %  sampler off 0.0042" in first
     assert "loss" not in first
     assert [first.index(name) for name in ("correct", "tokens", "KL")] == [
         second.index(name) for name in ("correct", "tokens", "KL")
@@ -157,6 +157,7 @@ def test_line_of_a_step_stays_one_line_below_100_columns_at_large_values(values:
 def test_long_lines_continue_between_fields_or_words_and_lose_nothing() -> None:
     rollouts = {"reward": -123.5, "correct_share": 1.0, "equal_share": 1.0, "mean_tokens": 99999.9, "cut_share": 1.0}
     policy = {"kl": 12.5, "entropy": 11.5, "clip_fraction": 1.0, "tokens_per_second": 1e7, "step_seconds": 86_400.0}
+    policy["sampler_difference"] = 1.5
     rewards = step_line(record_of(99_999, rollouts=rollouts, **policy)) + "  no verdict 40 %  difference 1.2e-02"
     header = f"name: 2048 ranks ({'pipeline 16 x data 128, ' * 5}), float32"
     answers = "step 12345  held-out problems: " + "  ".join(f"pass@{k} 0.1234" for k in range(1, 12))

@@ -207,5 +207,6 @@ def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
         f"step {values['step']:>5}  reward {rollouts['reward']:7.4f}  {correct}"
         f"equal groups {100 * rollouts['equal_share']:3.0f} %  tokens {rollouts['mean_tokens']:7.1f}  "
         f"cut {100 * rollouts['cut_share']:3.0f} %  KL {values['kl']:.4f}  entropy {values['entropy']:.3f}  "
-        f"clipped {100 * values['clip_fraction']:4.1f} %  {_update(values)}  {values['step_seconds']:.3g} s"
+        f"clipped {100 * values['clip_fraction']:4.1f} %  sampler off {values['sampler_difference']:.4f}  "
+        f"{_update(values)}  {values['step_seconds']:.3g} s"
     )
