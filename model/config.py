@@ -58,6 +58,14 @@ Products = Literal["own", "fp8", "fp8_power_of_two"]
 """Precision of the products of linear maps: the weights' own type, or FP8 with scales of any value or only powers
 of two (arXiv:2412.19437, section 3.3)."""
 
+InferencePrecision = Literal["float64", "float32", "bf16", "fp8", "fp8_power_of_two"]
+"""Type of weights that are not trained; with products in FP8 it is bf16."""
+
+
+def products_of(precision: InferencePrecision) -> Products:
+    """Returns the precision of products that weights of a precision have."""
+    return precision if precision == "fp8" or precision == "fp8_power_of_two" else "own"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computing:

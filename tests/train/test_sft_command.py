@@ -24,6 +24,7 @@ def choices(folder: Path, *others: str) -> list[str]:
 def test_run_of_epochs_answers_held_out_prompts_and_belongs_to_its_task(tmp_path: Path) -> None:
     run = tmp_path / "run"
     given = choices(tmp_path, "task.steps=null", "task.epochs=0.5", "samples.held_out=3", "samples.tokens=12")
+    given = [*given, "samples.prompt=def"]
     done = run_command(["-m", "launch.train", *given, f"out_dir={run}"])
     assert done.returncode == 0, done.stdout + done.stderr
     # About 240 samples, eight in a sequence: half an epoch is 15 sequences, so 4 steps of 4.
@@ -31,6 +32,7 @@ def test_run_of_epochs_answers_held_out_prompts_and_belongs_to_its_task(tmp_path
     assert config.task.steps == 4
     assert "samples: " in done.stdout
     assert "4 steps are 0.5" in done.stdout
+    assert "continuation of" not in done.stdout, "a model of chats continues no plain text"
     answers = json.loads((run / "answers.json").read_text(encoding="utf-8"))
     assert len(answers) == 3
     page = (run / "report.html").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from comm.agreement import exchange_reports
 from comm.dispatch.local import LocalDispatcher
 from data.prepare import Prepared
-from model.config import ModelConfig
+from model.config import Computing, ModelConfig, Products
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.dcp.collective import PartError, load_on_all
 from train.checkpoint.dcp.metadata import read_metadata
@@ -90,7 +90,13 @@ def _read_metadata(folder: Path) -> Metadata:
 
 
 def load_whole(
-    config: ModelConfig, folder: Path, dtype: torch.dtype, key: str = "resume", kind: WeightsKind = "trained"
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    key: str = "resume",
+    kind: WeightsKind = "trained",
+    *,
+    products: Products = "own",
 ) -> Transformer:
     """Loads the whole model of a checkpoint of any layout in this process alone.
 
@@ -100,10 +106,12 @@ def load_whole(
         dtype: type of the model's weights.
         key: configuration key that names the checkpoint, for errors.
         kind: the trained weights, or their moving average.
+        products: precision of the products of linear layers.
 
     Raises:
         CheckpointError: there is no average, or a file is missing, truncated or of another form.
     """
-    model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
+    computing = Computing(products=products)
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype, computing=computing)
     CheckpointReader(folder, key, kind).fill(named_tensors(model))
     return model

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare import Prepared
+from data.registry import DATA_SOURCES
 from data.samples.pack import WEIGHTS
 from infer.config import Sampling
 from infer.generate import Continuation, generate
@@ -44,11 +45,14 @@ def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str],
     """
     samples = config.samples
     has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation_tokens_NL) > 0
-    if not samples.tokens or not (samples.prompt or (samples.held_out and has_answers)):
+    # A model of chats continues no plain text; its held-out prompts are chats.
+    continues = samples.prompt and DATA_SOURCES.get(config.data.source.kind).chat_template is None
+    if not samples.tokens or not (continues or (samples.held_out and has_answers)):
         return
     folder = step_folder(Path(config.out_dir), config.task.steps)
-    model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision))
-    if samples.prompt:
+    products = config.computing.products
+    model = checkpoint.load_whole(config.model, folder, weight_dtype(config.precision), products=products)
+    if continues:
         say(f"continuation of {samples.prompt!r}:\n{sample_text(config, prepared, model)}")
     if samples.held_out and has_answers:
         answers = answer_held_out(config, prepared, model)
