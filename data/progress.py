@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TextIO, TypeVar
 
 Item = TypeVar("Item")
-Unit = Literal["bytes", "phases", "batches"]
+Unit = Literal["bytes", "phases", "batches", "tokens"]
 _FIRST_SECONDS = 1.0
 _EVERY_SECONDS = 5.0
 # C0 except tab and newline, DEL, C1, and the characters that change the direction of text.
@@ -82,7 +82,7 @@ class Progress(Protocol):
             items: items that the caller processes.
             total: sum of all sizes, or an estimate.
             size: returns the size of an item in the unit.
-            unit: bytes, phases or batches.
+            unit: bytes, phases, batches or tokens.
         """
         ...
 

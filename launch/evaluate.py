@@ -108,7 +108,7 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
     apply_rank_environment(local_cluster(job.config.device, 1))
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = threads
-    model = load_model(job.source, job.config.dtype, job.config.device)
+    model = load_model(job.source, job.source.resolve(job.config.dtype), job.config.device)
     from infer.evaluate.local import LocalModel
 
     assert job.source.tokenizer is not None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TextIO
 
+from data.progress import NoProgress, progress_on
 from infer.config import Statistics, check
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from launch.config.errors import system_errors
@@ -113,7 +114,7 @@ def _job(config: GenerateCommandConfig, source: GenerationSource, prompts: Seque
         ckpt=config.ckpt,
         weights=config.weights,
         model=model,
-        dtype=config.dtype,
+        dtype=source.resolve(config.dtype),
         cluster=local_cluster(config.device, world_size),
         parallelism=config.parallelism,
         kind=kind,
@@ -174,7 +175,7 @@ def _run(
 ) -> Statistics:
     # Values of sampling are checked before the weights are read.
     sampling, (transcripts, writer) = config.sampling, open_writer(config, source, prompts, file)
-    model = load_model(source, config.dtype, config.device)
+    model = load_model(source, source.resolve(config.dtype), config.device)
     from infer.generate import Stream
 
     stream = Stream(
@@ -187,7 +188,9 @@ def _run(
         batch_size=config.batch_size,
         stop_condition=lambda index, token: transcripts[index].push(token),
     )
-    for piece in stream:
+    # Standard output shows text as it is made; a file shows nothing.
+    progress, most = progress_on() if config.out else NoProgress(), len(prompts) * config.max_new_tokens
+    for piece in progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens"):
         if piece.finish is not None:
             transcripts[piece.index].end(piece.finish)
         writer.update()

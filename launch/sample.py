@@ -59,7 +59,7 @@ class SampleCommandConfig:
     keep: KeepConfig
     speculative: Speculative
     batch_size: PositiveInt
-    dtype: Literal["float32", "bf16"]
+    dtype: Literal["auto", "float32", "bf16"]
     device: Literal["cpu", "cuda"]
     plugins: tuple[str, ...]
 
@@ -209,7 +209,7 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "ckpt": str(job.source.folder),
         "step": None if job.source.is_hf else read_step(job.source.folder),
         "weights": config.weights,
-        "dtype": config.dtype,
+        "dtype": job.source.resolve(config.dtype),
         "speculative": config.speculative,
         "problems": digest_problems(job.problems),
         "chat": next(name for name, each in CHAT_TEMPLATES.items() if each is job.template),
@@ -229,7 +229,7 @@ def _sample(
     reward: Reward,
 ) -> None:
     """Samples and scores the problems that are left, a few at a time."""
-    model = load_model(job.source, config.dtype, config.device)
+    model = load_model(job.source, job.source.resolve(config.dtype), config.device)
     from infer.engines.local import LocalEngine
 
     engine: Engine = LocalEngine(model, speculative=config.speculative, batch_size=config.batch_size)

@@ -16,7 +16,7 @@ def open_harness_model(
     ckpt: str,
     *,
     weights: Literal["trained", "ema"] = "trained",
-    dtype: Literal["float64", "float32", "bf16"] = "float32",
+    dtype: Literal["auto", "float64", "float32", "bf16"] = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
     batch_size: int = 32,
     seed: int = 0,
@@ -43,7 +43,7 @@ def open_harness_model(
         raise ConfigError(f"ckpt: tasks need a tokenizer, {source.folder} holds none")
     if source.model.head != "tokens":
         raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
-    model = load_model(source, dtype, device)
+    model = load_model(source, source.resolve(dtype), device)
     from infer.evaluate.harness import HarnessModel
     from infer.evaluate.local import LocalModel
 

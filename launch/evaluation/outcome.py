@@ -37,10 +37,11 @@ def write_outcome(
     """
     results = {each.name: task_result(each, records[each.name]) for each in tasks}
     compared = None if job.config.compare is None else compare_with(job.config.compare, tasks, records, job.config.seed)
+    dtype = job.source.resolve(job.config.dtype)
     software = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     facts: dict[str, Any] = {
         "checkpoint": dict(checkpoint),
-        "dtype": job.config.dtype,
+        "dtype": dtype,
         "seed": job.config.seed,
         "config": {"model": "dualpipe", "model_args": f"ckpt={job.config.ckpt}", **encode(job.config)},
         "software": software,
@@ -49,7 +50,7 @@ def write_outcome(
     if job.config.compare is not None and compared is not None:
         facts["comparison"] = as_plain(job.config.compare, compared)
     settings = {each.name: encode(each.config) for each in tasks}
-    shown = {**checkpoint, "dtype": job.config.dtype, "seed": job.config.seed, "compared with": job.config.compare}
+    shown = {**checkpoint, "dtype": dtype, "seed": job.config.seed, "compared with": job.config.compare}
     title = f"Evaluation of {job.source.folder.name}"
     folder.write(PAGE_NAME, page(title, shown, results, compared))
     folder.write(RESULTS_NAME, json.dumps(as_json(tasks, results, settings, facts), indent=2) + "\n")

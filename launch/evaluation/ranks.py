@@ -90,7 +90,7 @@ def evaluate_as_rank(job: EvaluationJob, placement: EvaluationPlacement, done: D
         ckpt=config.ckpt,
         weights=config.weights,
         model=source.model,
-        dtype=config.dtype,
+        dtype=source.resolve(config.dtype),
         cluster=local_cluster(config.device, config.parallelism.world_size),
         parallelism=config.parallelism,
         kind=placement.kind,

@@ -33,7 +33,7 @@ class EvaluateCommandConfig:
     batch_size: PositiveInt
     parallelism: ParallelismConfig
     schedule: ScheduleConfig
-    dtype: Literal["float64", "float32", "bf16"]
+    dtype: Literal["auto", "float64", "float32", "bf16"]
     device: Literal["cpu", "cuda"]
     plugins: tuple[str, ...]
 
@@ -103,7 +103,7 @@ def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "ckpt": {key: value for key, value in checkpoint.items() if key != "folder"},
-        "dtype": job.config.dtype,
+        "dtype": job.source.resolve(job.config.dtype),
         "seed": job.config.seed,
         "tasks": list(job.tasks.tasks),
         **settings,

@@ -19,7 +19,7 @@ from launch.config.model_rules import check_expert_ranks, check_experts
 from launch.generation.continuations import Transcript
 from launch.generation.prompts import Prompt
 from launch.ranks.workers import Send, run_on_local_ranks
-from model.config import CutError, ModelConfig, cut_at, cut_layers
+from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers
 from train.config.errors import ConfigError
 
 _PRELOADED = ["train.decoding.inference", "infer.engines.pipelined.engine", "launch.generation.ranks"]
@@ -52,7 +52,7 @@ class RankJob:
     ckpt: str
     weights: Literal["trained", "ema"]
     model: ModelConfig
-    dtype: Literal["float32", "bf16"]
+    dtype: InferencePrecision
     cluster: ClusterConfig
     parallelism: ParallelismConfig
     kind: str

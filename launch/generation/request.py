@@ -44,7 +44,7 @@ class GenerateCommandConfig:
     parallelism: ParallelismConfig
     schedule: ScheduleConfig
     cohorts: PositiveInt | None
-    dtype: Literal["float32", "bf16"]
+    dtype: Literal["auto", "float32", "bf16"]
     device: Literal["cpu", "cuda"]
     plugins: tuple[str, ...]
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from launch.generation.prompts import find_tokenizer
-from model.config import ModelConfig
+from model.config import InferencePrecision, ModelConfig, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
+from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.config.errors import ConfigError
 
@@ -33,6 +34,7 @@ class GenerationSource:
         end_ids: ids of the tokens that end a text.
         weights: which weights of a checkpoint.
         drop_mtp: whether the MTP modules of a Hugging Face folder are left out.
+        precision: of the run that trained the weights; float32 for others.
     """
 
     folder: Path
@@ -42,6 +44,11 @@ class GenerationSource:
     end_ids: tuple[int, ...]
     weights: WeightsKind
     drop_mtp: bool
+    precision: InferencePrecision
+
+    def resolve(self, dtype: Literal["auto", "float64", "float32", "bf16"]) -> InferencePrecision:
+        """Returns what a command's `dtype` means: auto is the precision of the run."""
+        return self.precision if dtype == "auto" else dtype
 
 
 def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_tokenizer: bool) -> GenerationSource:
@@ -81,11 +88,12 @@ def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_token
         end_ids=tuple(end_ids),
         weights=weights,
         drop_mtp=drop_mtp,
+        precision="float32" if is_hf else read_precision(folder, "ckpt"),
     )
 
 
 def load_model(
-    source: GenerationSource, dtype_name: Literal["float64", "float32", "bf16"], device: Literal["cpu", "cuda"]
+    source: GenerationSource, precision: InferencePrecision, device: Literal["cpu", "cuda"]
 ) -> "Transformer":
     """Loads the whole model into this process, and says so on standard error.
 
@@ -101,7 +109,7 @@ def load_model(
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
-    dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
+    dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
     if source.is_hf:
         from model.hf.convert import load_hf
 
@@ -109,5 +117,5 @@ def load_model(
     else:
         from train.checkpoint.load import load_whole
 
-        model = load_whole(source.model, source.folder, dtype, "ckpt", source.weights)
+        model = load_whole(source.model, source.folder, dtype, "ckpt", source.weights, products=products_of(precision))
     return model.to(torch.device(device))

@@ -11,12 +11,18 @@ from model.transformer import Transformer, named_tensors
 from tests.infer.models import make_foresighted
 from tests.tiny import tiny_config
 from train.checkpoint.manifest import TOKENIZER_NAME, write_manifest
+from train.config import Precision, PrecisionConfig
 
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
 
 
 def write_checkpoint(
-    run: Path, model: Transformer, *, tokenizer: bool = True, average: Transformer | None = None
+    run: Path,
+    model: Transformer,
+    *,
+    tokenizer: bool = True,
+    average: Transformer | None = None,
+    precision: Precision = PrecisionConfig(kind="float32"),  # noqa: B008  frozen
 ) -> Path:
     """Writes a checkpoint and returns its folder. `average`: model whose weights are stored as the average."""
     folder = run / "checkpoints" / "step-00000000"
@@ -29,7 +35,7 @@ def write_checkpoint(
         dcp_save(named, checkpoint_id=folder, no_dist=True)
     if tokenizer:
         Tokenizer.train(TEXTS, 300).save(folder / TOKENIZER_NAME)
-    write_manifest(folder, 0, tiny_config(run, model=model.config), "f00d")
+    write_manifest(folder, 0, tiny_config(run, model=model.config, precision=precision), "f00d")
     return folder
 
 

@@ -2,10 +2,13 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +17,10 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.generate import generate
+from kernels.quantize import quantize_128x128
 from launch.generate import main
+from launch.generation.source import find_weights, load_model
+from model.config import InferencePrecision
 from model.hf.convert import save_hf
 from model.hf.errors import HfError
 from tests.infer.models import SMALL, make_foresighted, make_model
@@ -22,6 +28,7 @@ from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
+from train.config import Fp8PrecisionConfig
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +139,31 @@ def test_stop_strings_and_ids_end_the_text(run: Path, capsys: pytest.CaptureFixt
     record = json.loads((tmp_path / "o").read_text())
     assert record["tokens"] == ids[: ids.index(ids[6])]
     assert record["finish"] == "stop"
+
+
+def test_file_shows_progress_on_standard_error(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.progress._FIRST_SECONDS", 0.0)
+    main([f"ckpt={run}", "prompt=def", "max_new_tokens=5", "temperature=0", f"out={tmp_path / 'made.jsonl'}"])
+    assert re.search(r"^generating: \d of 5 tokens, \d+ %", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("scales", "precision"), [("float32", "fp8"), ("power_of_two", "fp8_power_of_two")], ids=str)
+def test_weights_of_a_run_in_fp8_have_its_products(
+    scales: Literal["float32", "power_of_two"], precision: InferencePrecision, tmp_path: Path
+) -> None:
+    trained = Fp8PrecisionConfig(kind="fp8", scales=scales)
+    write_checkpoint(tmp_path, make_model(dtype=torch.bfloat16), tokenizer=False, precision=trained)
+    source = find_weights(str(tmp_path), "trained", drop_mtp=False, needs_tokenizer=False)
+    assert (source.resolve("auto"), source.resolve("bf16")) == (precision, "bf16")
+    for chosen in (source.resolve("auto"), source.resolve("bf16")):
+        model = load_model(source, chosen, "cpu")
+        assert next(model.parameters()).dtype is torch.bfloat16
+        with mock.patch("model.precision.fp8.maps.quantize_128x128", wraps=quantize_128x128) as quantize:
+            generate(model, [[0, 5, 9]], max_new_tokens=2)
+        rounded = {call.kwargs["power_of_two"] for call in quantize.call_args_list}
+        assert rounded == (set() if chosen == "bf16" else {scales == "power_of_two"})
 
 
 def test_bfloat16_weights_are_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import InferencePrecision, ModelConfig
 from model.hf.errors import HfError
 from model.hf.json_file import read_json
 from train.config import TrainConfig
@@ -108,6 +108,7 @@ def write_manifest(
         "step": step,
         "data_fingerprint": data_fingerprint,
         "task": config.task.kind,
+        "products": config.computing.products,
         **shape_record(config),
         "layout": layout_record(config),
     }
@@ -183,6 +184,13 @@ def read_model(folder: Path, key: str = "resume") -> ModelConfig:
         return decode(ModelConfig, read_manifest(folder, key).get("model"), "model")
     except ConfigError as error:
         raise CheckpointError(f"{key}: {path} must hold an architecture: {error}") from error
+
+
+def read_precision(folder: Path, key: str) -> InferencePrecision:
+    """Reads the precision of the run that wrote a checkpoint; float32 if none did."""
+    manifest = read_manifest(folder, key)
+    kind: InferencePrecision = manifest.get("precision", {}).get("kind", "float32")
+    return manifest.get("products", kind) if kind == "fp8" else kind
 
 
 def read_step(folder: Path) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import distributed as dist
 
@@ -17,7 +16,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from dualpipe.build import build
 from infer.batch import PROMPT_TOKENS
-from model.config import Computing, ModelConfig
+from model.config import Computing, InferencePrecision, ModelConfig, products_of
 from model.transformer import named_tensors
 from train.checkpoint.sources import WeightSource, is_hf_folder, open_source, source_folder
 from train.checkpoint.weights import CheckpointReader, WeightsKind
@@ -47,7 +46,7 @@ class InferenceConfig:
     ckpt: str
     weights: WeightsKind
     model: ModelConfig
-    dtype: Literal["float64", "float32", "bf16"]
+    dtype: InferencePrecision
     cluster: ClusterConfig
     parallelism: ParallelismConfig
     kind: str
@@ -98,7 +97,7 @@ def _open_weights(config: InferenceConfig) -> WeightSource:
 
 
 def _replica_config(config: InferenceConfig) -> ReplicaConfig:
-    model = config.model
+    model, products = config.model, products_of(config.dtype)
     dispatch: DispatchConfig = (
         AllToAllDispatchConfig(
             kind="all_to_all", payload="full", max_nodes=config.parallelism.expert, node_cap="verify"
@@ -108,8 +107,8 @@ def _replica_config(config: InferenceConfig) -> ReplicaConfig:
     )
     return ReplicaConfig(
         model=model,
-        computing=Computing(),
-        precision=PrecisionConfig(kind=config.dtype),
+        computing=Computing(products=products),
+        precision=PrecisionConfig(kind=config.dtype if config.dtype in ("float64", "float32") else "bf16"),
         dispatch=dispatch,
         tokens=TokenSizes(
             max_tokens=PROMPT_TOKENS, hidden_size=model.hidden_size, num_choices=model.num_experts_per_token
