@@ -1,4 +1,4 @@
-"""Multi-head latent attention over the latent cache: absorbed for decoding, expanded for prompts and in FP8.
+"""Latent attention over the latent cache: absorbed for decoding, expanded for prompts and in FP8.
 
 In the absorbed form, the keys' up-projection is applied to the queries and the values' up-projection after the mixing.
 Every head then reads the same cached latent, and no keys or values are computed (arXiv:2405.04434, section 2.1.2;
@@ -131,7 +131,7 @@ def add_attention_over_cache(
     options: LatentOptions,
     linears: Linears,
 ) -> Tensor:
-    """Returns hidden + attention of S new tokens of each sequence over the cache, computed as in training, ND.
+    """Returns hidden + attention of S new tokens of each sequence over the cache as in training, ND.
 
     Keys and values of all positions are expanded again in each pass. The absorbed form would round other numbers, and
     FP8 magnifies any difference before it rounds.
@@ -159,7 +159,7 @@ def add_attention_over_cache(
 
 
 def pad_tokens(values: Tensor) -> Tensor:
-    """Appends zeros as further tokens, so that sums over whole vectors of keys are those of longer sequences."""
+    """Appends tokens of zeros, so that sums over whole vectors of keys are those of longer sequences."""
     return functional.pad(values, (0, 0, 0, -values.shape[-2] % _KEYS))
 
 
@@ -171,7 +171,7 @@ def _expand(attention: LatentProjections, config: ModelConfig, cached_NC: Tensor
 
 
 def _to_heads(up_NE: Tensor, shared_NR: Tensor, num_heads: int, value: int) -> tuple[Tensor, Tensor]:
-    """Returns keys, NHQ, and padded values from both up-projections of each head and the rotated shared key."""
+    """Returns keys, NHQ, and padded values from the up-projections and the rotated shared key."""
     up_NHK = up_NE.unflatten(-1, (num_heads, -1))
     key_NHK, value_NHV = up_NHK[..., :-value], up_NHK[..., -value:]
     key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, num_heads, -1)), -1)

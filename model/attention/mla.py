@@ -85,7 +85,7 @@ class LatentAttention(LatentProjections):
         return mix(x_BTD, compressed_BTX, weights, options, self._linears)
 
     def _compress(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None) -> tuple[Tensor, LatentWeights]:
-        """Returns compressed queries (or whole ones), keys and values, and shared key, [..., X], and other weights."""
+        """Returns compressed queries (or whole ones), latents and shared key, [..., X], and other weights."""
         has_latent = self._config.q_lora_rank is not None
         query_weight = self.q_a_proj.weight if has_latent else self.q_proj.weight
         compressed = self._linears.normed_linear(x, norm, (query_weight, self.kv_a_proj_with_mqa.weight), sink)
@@ -115,7 +115,7 @@ class LatentAttention(LatentProjections):
                 return hidden_ND + attend_absorbed(*given, view.read(), view.future_BST)
 
     def _decode_as_trained(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
-        """Decodes with the products of training; the cache keeps latents before their norm, from which they start."""
+        """Decodes with the products of training, which start from latents before their norm."""
         compressed_NX, weights = self._compress(hidden_ND, norm, None)
         rows_NC = compressed_NX[:, -values_per_token(self._config) :].clone()
         rotated_NR = rows_NC[:, self._config.kv_lora_rank :]

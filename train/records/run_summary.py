@@ -98,7 +98,7 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
             )
             found += f"in {size:,} sequences"
         else:
-            # Such a run reads problems, and its batches are made of its own answers, not of the data's samples.
+            # Such a run reads problems, and its batches are made of sampled answers, not of the data's samples.
             size, step_size = counts.kept + counts.dropped, rollout.prompts / rollout.updates
             read, found = steps * step_size, f"problems: {size:,} for training"
         yield f"{found}; an epoch is {size / step_size:.1f} steps, {steps:,} steps are {read / size:.2f} epochs"

@@ -58,7 +58,7 @@ class Fp8Maps:
 
     @contextmanager
     def weights_unchanged(self) -> Iterator[None]:
-        """Caches the codes of every weight inside the outermost context: for a step, in which no weight changes."""
+        """Caches the codes of every weight inside the outermost context, in which no weight changes."""
         before = self._cached
         self._cached = {} if before is None else before
         try:
