@@ -3,6 +3,7 @@
 Shape legend: B rows, V vocabulary, K kept tokens.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,10 +98,11 @@ class SequenceRandom:
             sample: number of the continuation among those of the prompt.
             step: number of the request.
         """
-        # A Mersenne twister starts similarly for adjacent seeds. Large odd factors separate the sequences.
-        place = prompt * 0x9E3779B97F4A7C15 + sample * 0xD1B54A32D192ED03 + step * 0x8CB92BA72F3D8DD7
-        self._generator = torch.Generator().manual_seed((seed + place) % 2**63)
+        # Each number has its own word of 64 bits, so no two sequences share random numbers. torch's generator on the
+        # CPU would only use the low 32 bits of a seed.
+        philox = np.random.Philox(key=seed % 2**128, counter=[0, prompt, sample, step])
+        self._generator = np.random.Generator(philox)
 
     def uniform(self, count: int) -> Tensor:
         """Returns `count` uniform numbers in [0, 1), float64, on the CPU."""
-        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+        return torch.from_numpy(self._generator.random(count))

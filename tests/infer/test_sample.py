@@ -81,6 +81,14 @@ def test_draws_of_prompts_and_seeds_differ() -> None:
     assert [float(one_by_one.uniform(1)) for _ in range(3)] == list(drawn[2, 3])
 
 
+def test_draws_depend_on_all_bits_of_all_numbers() -> None:
+    """A step of 2**40 must not draw what step 0 draws, as a seed of 32 bits would."""
+    bits = [0, *(2**bit for bit in range(63))]
+    numbers = [[0] * place + [bit] + [0] * (3 - place) for place in range(4) for bit in bits]
+    drawn = {tuple(each): float(SequenceRandom(*each).uniform(1)) for each in numbers}
+    assert len(set(drawn.values())) == len(drawn) == 4 * 63 + 1
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
