@@ -33,6 +33,20 @@ SCORERS.register(
     ScorerSpec(summary="even digits", config=EvenConfig, build=lambda config: EvenScorer(), has_verdict=False),
 )
 
+
+class SparseScorer(EvenScorer):
+    """As `EvenScorer` for the problems whose digits add up to a multiple of 16; others have equal rewards."""
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        is_live = sum(map(int, filter(str.isdecimal, problem.prompt))) % 16 == 0
+        return super().score(answer, problem) if is_live else Score(value=1.0, outcome="rated")
+
+
+SCORERS.register(
+    "sparse",
+    ScorerSpec(summary="even digits", config=EvenConfig, build=lambda config: SparseScorer(), has_verdict=False),
+)
+
 ROLLOUT = RolloutConfig(
     engine="pipelined",
     prompts=4,

@@ -32,7 +32,7 @@ from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
 from train.rollout.step_batch import StepBatch
-from train.tasks.batch_reader import BatchReader, Read
+from train.tasks.batch_reader import BatchReader
 from train.tasks.reference import Reference, refresh_reference
 from train.tasks.registry import StepRates, Task, open_task
 from train.teacher.replica import Teacher
@@ -166,7 +166,7 @@ def train_step(
     reduce = learner.optimizer.reduce
     guard = guard or Guard(_NO_SPIKES)
     batch = _open_batch(learner, loader, step, guard)
-    passes = accumulate(learner, task, batch.reads, rates, progress, reduce, batch.routes)
+    passes = accumulate(learner, task, batch, rates, progress, reduce)
     part_seconds: dict[str, float] = {}
     if learner.sampler is not None:
         part_seconds = {**learner.sampler.finish_step(step), "earlier_batches": passes.earlier_seconds}
@@ -233,23 +233,21 @@ def discard(learner: Learner) -> None:
 def accumulate(
     learner: Learner,
     config: TaskConfig,
-    reads: Sequence[Read],
+    batch: StepBatch,
     rates: StepRates,
     progress: Progress | None = None,
     reduce: Callable[[int], None] = lambda stage: None,
-    routes: Sequence[Routes] = (),
 ) -> PassResult:
     """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
 
     Args:
         learner: of this rank.
         config: of the run's task.
-        reads: for each global batch, returns sequences, given the first one's index and their number.
+        batch: of the step.
         rates: of the step.
         progress: shows how many of this rank's phases are done; None: shows nothing.
         reduce: starts to reduce the gradients of a stage in the last pass. By default all gradients stay those of this
             rank.
-        routes: for each global batch, replays experts; empty: the routers choose.
 
     Raises:
         PreemptedError: on every rank, before any pass has started.
@@ -257,10 +255,12 @@ def accumulate(
     replica = learner.replica
     task = open_task(config, replica.config.model, replica.config.batch)
     began = time.perf_counter()
-    passes = [BatchReader(replica, task, read) for read in reads]
+    passes = [BatchReader(replica, task, read) for read in batch.reads]
     counts = torch.stack([batches.count() for batches in passes]).sum(0)
+    for name, count in batch.more_counts.items():
+        counts[task.names.index(name)] += count
     sums, objective, follow = LossSums(task.names), task.objective(counts, rates), partial(_count_phases, progress)
-    replays: Sequence[Routes | None] = routes or [None] * len(passes)
+    replays: Sequence[Routes | None] = batch.routes or [None] * len(passes)
     for batches, replayed in zip(passes[:-1], replays[:-1], strict=True):
         compared = compare(learner.reference, batches, objective)
         replica.train(batches, compared, sums, learner.store, follow, replayed)

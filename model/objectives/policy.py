@@ -13,6 +13,7 @@ from model.head import score_rows
 from model.objective import MAIN, CrossEntropy, MicroBatch, OutputHead, TaskLoss, loss_names
 from model.objectives.policy_loss import PolicyLossConfig
 from model.objectives.policy_terms import (
+    KL,
     OFF_POLICY,
     TOKEN_MEANS,
     AnswerTokens,
@@ -29,9 +30,10 @@ ADVANTAGE, SAMPLER, OLD = "advantage", "sampler_log_probs", "old_log_probs"
 the sampler and under the policy before the rollout's first update. Without the last one it is the policy's own."""
 
 
-def policy_names(mtp_depth: int) -> tuple[str, ...]:
+def policy_names(mtp_depth: int, *, has_reference: bool) -> tuple[str, ...]:
     """Returns the names of the losses and of reported means over tokens and answers."""
-    return (*loss_names(mtp_depth), *TOKEN_MEANS, OFF_POLICY)
+    divergence = (KL,) if has_reference else ()
+    return (*loss_names(mtp_depth), *divergence, *TOKEN_MEANS, OFF_POLICY)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

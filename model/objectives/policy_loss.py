@@ -26,6 +26,8 @@ class PolicyLossConfig:
         normalizer: mean over answers of the mean over tokens (answers), mean over all tokens (tokens), sum over tokens
             divided by answers and by the maximum number of tokens of an answer (length), or mean over answers of the
             sum over tokens (sums).
+        equal_groups: whether answers of groups with equal rewards, whose advantage is 0, count in the denominator
+            (count), or not, because other groups are drawn in their place (leave_out, DAPO's dynamic sampling).
         kl: estimator of the divergence from the reference, by the gradient that it has on answers of the policy
             itself: that of KL(policy || reference) (reverse: ratio (q - log q - 1) with q = reference / policy;
             reverse_squared: (log q)^2 / 2) or of KL(reference || policy) (forward: q - log q - 1). It has each token's
@@ -48,3 +50,4 @@ class PolicyLossConfig:
     kl_weight: NonNegativeFloat
     off_policy_limit: NonNegativeFloat | None
     sampler_ratio_cap: PositiveFloat | None
+    equal_groups: Literal["count", "leave_out"] = "count"

@@ -15,8 +15,8 @@ from model.objectives.policy_loss import PolicyLossConfig
 
 KL, ENTROPY, CLIPPED, RATIO = "kl", "entropy", "clip_fraction", "ratio_deviation"
 SAMPLER_DIFFERENCE, OFF_POLICY = "sampler_difference", "off_policy_share"
-TOKEN_MEANS = (KL, ENTROPY, CLIPPED, RATIO, SAMPLER_DIFFERENCE)
-"""Names of reported means over tokens."""
+TOKEN_MEANS = (ENTROPY, CLIPPED, RATIO, SAMPLER_DIFFERENCE)
+"""Names of reported means over tokens. With a reference, the divergence is another one."""
 _LARGEST_LOG_RATIO = 20.0
 
 
@@ -106,18 +106,17 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
     surrogate, is_clipped_R = _surrogate(form, tokens, ratio_R, log_probs_R)
     factor_R = _surrogate_factor(form, tokens, old_R)
     loss_R, slope_R = -factor_R * surrogate.value_R, factor_R * surrogate.slope_R
-    kl_R = torch.zeros_like(log_probs_R)
+    means: dict[str, Tensor] = {}
     if tokens.reference_R is not None:
         log_q_R = tokens.reference_R - log_probs_R
         # exp(x) - x - 1 is never negative, and expm1 keeps its digits near x = 0.
         excess_R = (torch.expm1(log_q_R.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)) - log_q_R).clamp_min(0)
-        kl_R = own_ratio_R * excess_R
+        means[KL] = own_ratio_R * excess_R
         if form.kl_weight and form.kl != "none":
             divergence = _divergence(form, own_ratio_R, log_q_R, excess_R)
             loss_R = loss_R + form.kl_weight * divergence.value_R
             slope_R = slope_R - form.kl_weight * divergence.slope_R
-    means = {
-        KL: kl_R,
+    means |= {
         ENTROPY: -log_probs_R,
         CLIPPED: is_clipped_R,
         RATIO: (ratio_R - 1).abs(),

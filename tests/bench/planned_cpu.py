@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
 from train.memory import fitted_config
+from train.rollout.step_batch import StepBatch
 from train.schedule import probe
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.nominal import planning_schedule
@@ -97,7 +98,7 @@ def _run_rank(rank: int, world_size: int, config: TrainConfig, num_steps: int) -
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         dist.barrier()
         began = time.process_time()
-        accumulate(learner, config.task, [partial(loader.batch, step)], rates)
+        accumulate(learner, config.task, StepBatch((partial(loader.batch, step),)), rates)
         found.append(time.process_time() - began)
         learner.optimizer.discard()
     dist.barrier()

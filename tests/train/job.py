@@ -33,7 +33,7 @@ from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.replica import open_replica
 from train.rollout.open import open_sampler
-from train.rollout.step_batch import open_step_batch
+from train.rollout.step_batch import StepBatch, open_step_batch
 from train.rollout.student import StudentSampler
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
@@ -144,8 +144,8 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
         learner = learners.for_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        batches = open_step_batch(learner.sampler, loader, step).reads
-        losses = accumulate(learner, config.task, batches, rates).losses
+        batch = open_step_batch(learner.sampler, loader, step)
+        losses = accumulate(learner, config.task, batch, rates).losses
         if learner.sampler is not None:
             learner.sampler.finish_step(step)
         gradients = by_released_name(model, learner.store.gradient)
@@ -164,7 +164,7 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
 def sequential_step(learner: Learner, config: TrainConfig, loader: Loader, step: int) -> float:
     """Runs a step that reduces after all passes and completes every update before the router bias."""
     rates = rates_of(config.task, config.optim, loader.sizes, step)
-    accumulate(learner, config.task, [partial(loader.batch, step)], rates)
+    accumulate(learner, config.task, StepBatch((partial(loader.batch, step),)), rates)
     norm = learner.optimizer.norm()
     learner.optimizer.update(rates.learning_rate)
     learner.replica.weight_updates.wait_all()

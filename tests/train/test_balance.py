@@ -15,6 +15,7 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.balance import Balance, LoadLines, update_router_bias
 from train.config import TrainConfig
+from train.rollout.step_batch import StepBatch
 from train.step import accumulate, rates_of
 
 
@@ -24,7 +25,7 @@ def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Bala
     seen = []
     for step in range(2):
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        accumulate(learner, config.task, [partial(loader.batch, step)], rates)
+        accumulate(learner, config.task, StepBatch((partial(loader.batch, step),)), rates)
         seen.append(update_router_bias(learner.replica, rates.bias_update))
         learner.store.clear()
     close_job(learner)

@@ -17,6 +17,7 @@ from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run
 from tests.train.test_equality import assert_equal, assert_same, in_sequence
 from train.config import TrainConfig
 from train.records.step_record import exchange_metrics
+from train.rollout.step_batch import StepBatch
 from train.step import accumulate, rates_of
 
 TWO_HOP = TwoHopDispatchConfig(
@@ -67,7 +68,7 @@ def test_training_in_two_hops_equals_one_rank(
 def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
     learner, loader = open_job(config), open_loader(config)
     rates = rates_of(config.task, config.optim, loader.sizes, 0)
-    accumulate(learner, config.task, [lambda first, count: loader.batch(0, first, count)], rates)
+    accumulate(learner, config.task, StepBatch((lambda first, count: loader.batch(0, first, count),)), rates)
     model = config.model
     metrics = exchange_metrics(
         learner.replica.observers.traffic.take(),

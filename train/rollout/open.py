@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +27,26 @@ from train.rollout.model_parts import open_model_parts, with_constitutions
 from train.rollout.rewards import RolloutRewards
 from train.rollout.step_batch import StepSampler
 from train.rollout.student import open_student_sampler
-from train.tasks.grpo import GrpoConfig
+from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
 from train.tasks.registry import open_task
 
 _NO_LIMITS = RolloutLimits(
-    kl=None, cut_share=None, equal_steps=None, entropy_share=None, reward_share=None, window_steps=1
+    kl=None,
+    cut_share=None,
+    no_verdict_share=None,
+    equal_steps=None,
+    entropy_share=None,
+    reward_share=None,
+    window_steps=1,
 )
 
 
 def open_sampler(
-    config: TrainConfig, replica: Replica, prepared: Prepared, reference: Replica | None = None
+    config: TrainConfig,
+    replica: Replica,
+    prepared: Prepared,
+    reference: Replica | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> StepSampler | None:
     """Opens the sampler of a run that trains on sampled answers; None: it trains on its data alone.
 
@@ -47,6 +57,7 @@ def open_sampler(
         replica: the network that the run trains.
         prepared: tokenizer and fingerprint of the data.
         reference: frozen network of the run's divergence; None: it has none.
+        say: prints a line.
 
     Raises:
         ConfigError: on every rank, if no problem has room for an answer.
@@ -58,16 +69,25 @@ def open_sampler(
     assert isinstance(config.task, GrpoConfig)
     assert config.reward is not None
     reward = with_constitutions(config.reward, replica.world)
-    scored = replace(config, reward=reward)
-    rollouts, form = config.rollout, _form(config, prepared)
+    rollouts = replace(config.rollout, drop_equal_groups=leaves_out_equal_groups(config))
+    scored, form = replace(config, reward=reward, rollout=rollouts), _form(config, prepared)
     engine: TrainingEngine = GatheredEngine(replica) if rollouts.engine == "local" else ReplicaEngine(replica)
     train, held_out = split_problems(config.data)
     room = config.batch.sequence_length_tokens - rollouts.max_new_tokens
+    fitting, fitting_held_out = _fitting(train, form, room), [each for each in held_out if _fits(each, form, room)]
+    if len(fitting) < len(train):
+        say(f"problems: {len(train) - len(fitting):,} of {len(train):,} have too long prompts and are not trained")
+    if len(fitting_held_out) < rollouts.held_out:
+        say(
+            f"held-out problems: {len(fitting_held_out)} instead of rollout.held_out={rollouts.held_out}, because "
+            f"data.validation_fraction={config.data.validation_fraction:g} holds out {len(held_out)}, of which "
+            f"{len(held_out) - len(fitting_held_out)} have too long prompts; nearest: a larger fraction"
+        )
     maker = RolloutMaker(
         rollouts,
         engine,
         RolloutRewards(reward, replica.world, open_model_parts(scored, replica, reference, engine, form)),
-        PromptOrder(_fitting(train, form, room), form, config.data.seed),
+        PromptOrder(fitting, form, config.data.seed),
         form,
         advantage=config.task.loss.advantage,
         seed=config.seed,
@@ -76,13 +96,14 @@ def open_sampler(
         replica,
         open_task(config.task, config.model, config.batch),
         maker,
-        _open_held_out(rollouts, held_out, form, room),
+        _open_held_out(rollouts, fitting_held_out, form),
         JournalPlace(
             out_dir=Path(config.out_dir),
             resumed=None if config.resume is None else Path(config.resume).parents[1],
             settings=_digest(scored, prepared.fingerprint),
         ),
         config=rollouts,
+        loss=config.task.loss,
     )
 
 
@@ -97,7 +118,7 @@ def _form(config: TrainConfig, prepared: Prepared) -> PromptForm:
 
 def _fitting(problems: Sequence[ProblemRecord], form: PromptForm, room: int) -> list[ProblemRecord]:
     """Returns the problems whose prompts leave room for an answer."""
-    fitting = [problem for problem in problems if len(form.tokens(problem)) <= room]
+    fitting = [problem for problem in problems if _fits(problem, form, room)]
     if not fitting:
         raise ConfigError(
             f"rollout.max_new_tokens: must leave room for a prompt in batch.sequence_length_tokens, leaves {room} "
@@ -107,13 +128,14 @@ def _fitting(problems: Sequence[ProblemRecord], form: PromptForm, room: int) -> 
     return fitting
 
 
-def _open_held_out(
-    config: RolloutConfig, problems: Sequence[ProblemRecord], form: PromptForm, room: int
-) -> HeldOutProblems | None:
-    fitting = [problem for problem in problems if len(form.tokens(problem)) <= room][: config.held_out]
+def _fits(problem: ProblemRecord, form: PromptForm, room: int) -> bool:
+    return len(form.tokens(problem)) <= room
+
+
+def _open_held_out(config: RolloutConfig, fitting: Sequence[ProblemRecord], form: PromptForm) -> HeldOutProblems | None:
     drawn = [
         DrawnPrompt(problem=problem, prompt=NumberedPrompt(number=number, tokens=form.tokens(problem)))
-        for number, problem in enumerate(fitting)
+        for number, problem in enumerate(fitting[: config.held_out])
     ]
     return HeldOutProblems(drawn, config.held_out_samples) if drawn else None
 

@@ -1,7 +1,7 @@
 """Defines what prepares the batches of a step, for tasks that train on more than the data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,12 +17,14 @@ class StepBatch:
     Attributes:
         reads: reader of each batch.
         metrics: values of the step's record about rollouts; None if the step trains on the data alone.
+        more_counts: by name of a loss, what its denominator has in addition to what the batches hold.
         routes: for each batch, what replays the sampler's choice of experts; empty if the routers choose.
     """
 
     reads: tuple[Read, ...]
     metrics: Mapping[str, Any] | None = None
     routes: tuple[Routes, ...] = ()
+    more_counts: Mapping[str, float] = field(default_factory=dict)
 
 
 class StepSampler(Protocol):

@@ -45,6 +45,20 @@ class GrpoConfig(TaskConfig):
         return self.kl_limit is not None or (self.loss.kl != "none" and self.loss.kl_weight > 0)
 
 
+def leaves_out_equal_groups(config: "TrainConfig") -> bool:
+    """Returns whether answers of groups with equal rewards take no part in the passes of a step.
+
+    Their advantage is 0. So they change no gradient without a divergence, balance or MTP modules that learn.
+    """
+    task, rollouts = config.task, config.rollout
+    assert isinstance(task, GrpoConfig)
+    assert rollouts is not None
+    is_replaced = task.loss.equal_groups == "leave_out" or rollouts.max_draws > 1
+    rates = [task.bias_update_rate, *([task.mtp_loss_weight] if config.model.mtp_depth else [])]
+    weights = [task.loss.kl_weight, task.balance_loss_weight, *(point.value for each in rates for point in each.points)]
+    return rollouts.drop_equal_groups and (is_replaced or not any(weights))
+
+
 def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "PolicyGradientTask":
     """Builds the task of policy gradients."""
     from train.tasks.policy_gradient import PolicyGradientTask

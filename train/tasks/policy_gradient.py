@@ -9,7 +9,7 @@ from data.loader import Batch
 from data.samples.pack import WEIGHTS
 from model.objective import MicroBatch
 from model.objectives.policy import PolicyGradient, policy_names
-from model.objectives.policy_terms import TOKEN_MEANS
+from model.objectives.policy_terms import OFF_POLICY
 from model.objectives.sampled import AnswerIndex
 from train.tasks.grpo import GrpoConfig
 from train.tasks.next_token import NextToken
@@ -25,7 +25,7 @@ class PolicyGradientTask:
 
     def __init__(self, config: GrpoConfig, mtp_depth: int) -> None:
         """Builds the task for a model with `mtp_depth` MTP modules, which learn the sampled tokens."""
-        self.names = policy_names(mtp_depth)
+        self.names = policy_names(mtp_depth, has_reference=config.has_reference)
         self._targets = NextToken(config, mtp_depth, masks_documents=True, weights=WEIGHTS)
         self._config = config
 
@@ -38,11 +38,12 @@ class PolicyGradientTask:
         counts = self._targets.count(batch)
         tokens, answers = counts[:1], AnswerIndex(batch, None).count().to("cpu", torch.float64)[None]  # host sync
         main = tokens if self._config.loss.normalizer == "tokens" else answers
-        return torch.cat([main, counts[1:], *[tokens] * len(TOKEN_MEANS), answers])
+        num_token_means = self.names.index(OFF_POLICY) - len(counts)
+        return torch.cat([main, counts[1:], *[tokens] * num_token_means, answers])
 
     def objective(self, counts: Tensor, rates: StepRates) -> PolicyGradient:
         """Builds the step's objective."""
-        targets = self._targets.objective(counts[: -len(TOKEN_MEANS) - 1], rates)
+        targets = self._targets.objective(counts[: len(self._targets.names)], rates)
         return PolicyGradient(
             targets=targets,
             form=self._config.loss,

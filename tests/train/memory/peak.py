@@ -15,6 +15,7 @@ from model.transformer import routers
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.memory.live import LiveStorages
 from train.config import TrainConfig
+from train.rollout.step_batch import StepBatch
 from train.schedule.nominal import planning_schedule
 from train.step import accumulate, rates_of
 
@@ -42,7 +43,7 @@ def _measure(config: TrainConfig) -> int:
         alive = {key: size for key, size in _storages(gc.get_objects()).items() if key not in ignored}
         rates = rates_of(config.task, config.optim, loader.sizes, step)
         with LiveStorages(measures_inside=True) as storages:
-            accumulate(learner, config.task, [partial(loader.batch, step)], rates)
+            accumulate(learner, config.task, StepBatch((partial(loader.batch, step),)), rates)
             learner.optimizer.norm()
             learner.optimizer.update(rates.learning_rate)
         peak = sum(alive.values()) + storages.peak

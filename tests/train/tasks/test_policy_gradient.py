@@ -26,6 +26,7 @@ from train.config.token_schedule import TokenSchedule
 from train.learner import open_learner
 from train.network import ReplicaConfig
 from train.replica import open_replica
+from train.rollout.step_batch import StepBatch
 from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
@@ -59,6 +60,15 @@ def run_config(folder: Path, form: PolicyLossConfig, layout: tuple[int, int, int
     )
     sizes = {"global_sequences": len(ROWS), "sequence_length_tokens": LENGTH, "document_mask": True}
     return replace(config, batch=replace(config.batch, **sizes))  # type: ignore[arg-type]
+
+
+def compared_config(
+    folder: Path, form: PolicyLossConfig, layout: tuple[int, int, int, str] = LAYOUTS[0]
+) -> TrainConfig:
+    """Returns a run that measures the divergence from a reference, which the batches have, under every loss."""
+    config = run_config(folder, form, layout)
+    assert isinstance(config.task, GrpoConfig)
+    return replace(config, task=replace(config.task, kl_limit=1.0))
 
 
 def plain_model(config: TrainConfig) -> Transformer:
@@ -111,7 +121,7 @@ def run_policies(rank: int, world_size: int, configs: list[TrainConfig], batch: 
         replica = open_replica(make_world(config, schedule), ReplicaConfig.of_run(config), schedule, cut)
         # The batch has the log-probabilities of a reference that is not the policy itself.
         learner = open_learner(replica, config.optim, config.ema)
-        losses = accumulate(learner, config.task, [read], RATES).losses
+        losses = accumulate(learner, config.task, StepBatch((read,)), RATES).losses
         gradients = by_released_name(learner.replica.model, learner.store.gradient)
         found.append(Found(means=dict(losses.by_name), total=losses.total, gradients=gradients))
         dist.barrier()
@@ -143,7 +153,7 @@ def assert_near(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_process_equals_autograd_on_whole_logits(tmp_path: Path, name: str) -> None:
     form = VARIANTS[name]
-    config = run_config(tmp_path, form)
+    config = compared_config(tmp_path, form)
     model = plain_model(config)
     batch = draw_batch(model)
     found = run_whole(config, batch, 0.0)
@@ -158,7 +168,7 @@ def test_one_process_equals_autograd_on_whole_logits(tmp_path: Path, name: str) 
 def test_ranks_equal_one_process_under_several_schedules(tmp_path: Path) -> None:
     """One and two sweeps of the head, all normalizers but one; some ranks have no answer."""
     names = ("dr_grpo", "gspo", "dapo", "v3_2")
-    configs = [run_config(tmp_path, VARIANTS[name], layout) for name, layout in zip(names, LAYOUTS, strict=True)]
+    configs = [compared_config(tmp_path, VARIANTS[name], layout) for name, layout in zip(names, LAYOUTS, strict=True)]
     batch = draw_batch(plain_model(configs[0]))
     results = run_ranks(2, run_policies, configs, batch)
     for place, config in enumerate(configs):

@@ -15,10 +15,13 @@ import torch
 from torch import distributed as dist
 
 from data.loader import Loader
+from model.objective import MAIN
+from model.objectives.policy_loss import PolicyLossConfig
 from train.errors import UnsavedError
 from train.network import weight_dtype
 from train.replica import Replica
 from train.rollout.config import RolloutConfig
+from train.rollout.groups.advantages import EQUAL
 from train.rollout.groups.fingerprint import fingerprint
 from train.rollout.groups.held_out import HeldOutProblems
 from train.rollout.groups.journal import (
@@ -69,6 +72,7 @@ class PolicySampler:
         place: JournalPlace,
         *,
         config: RolloutConfig,
+        loss: PolicyLossConfig,
     ) -> None:
         """Stores the arguments.
 
@@ -79,9 +83,10 @@ class PolicySampler:
             held_out: problems of a validation; None: there is none.
             place: of the journals.
             config: of the rollouts.
+            loss: decides which answers its denominator counts.
         """
         self._replica, self._task, self._maker, self._held_out, self._place = replica, task, maker, held_out, place
-        self._config = config
+        self._config, self._loss = config, loss
         self._updates, self._steps_ahead, self._drops_cut = (
             config.updates,
             config.steps_ahead,
@@ -103,11 +108,14 @@ class PolicySampler:
         rollout = self._rollout(number, step, loader)
         if self._steps_ahead and part == 0:
             self._next = self._begin_next(rollout, step)
-        trained = [group for group in rollout.groups if not group.dropped][part :: self._updates]
-        answers = [(group, answer) for group in trained for answer in self._kept(group)]
+        groups = [rollout.groups[number] for number in self._numbers(rollout, part)]
+        answers = [(group, answer) for group in groups if not group.dropped for answer in self._kept(group)]
+        left_out = [answer for group in groups if group.dropped for answer in self._kept(group)]
         packed = pack_step(self._replica, answers, self._shape(loader), self._old(answers), rollout.routes)
         metrics = rollout_metrics(rollout, step) | {"seconds": time.perf_counter() - began}
-        return replace(packed.step, metrics=metrics)
+        num_tokens = sum(len(answer.tokens) for answer in left_out)
+        count = num_tokens if self._loss.normalizer == "tokens" else len(left_out)
+        return replace(packed.step, metrics=metrics, more_counts={MAIN: count})
 
     def finish_step(self, step: int) -> Mapping[str, float]:
         """Implements `StepSampler.finish_step`. Completes the next rollout, if it was begun before the passes."""
@@ -146,6 +154,18 @@ class PolicySampler:
             self._write(found)
         self._current = found
         return found
+
+    def _numbers(self, rollout: ScoredRollout, part: int) -> list[int]:
+        """Returns the groups of an update that count in the denominator of its loss, by number.
+
+        Groups of equal rewards that are left out of the passes count, unless other groups replace them.
+        """
+        groups = rollout.groups
+        found = [number for number, group in enumerate(groups) if not group.dropped]
+        if self._loss.equal_groups == "count":
+            equal = [number for number, group in enumerate(groups) if group.dropped == EQUAL]
+            found = sorted([*found, *equal[: max(self._num_prompts - len(found), 0)]])
+        return found[part :: self._updates]
 
     def _begin_next(self, rollout: ScoredRollout, step: int) -> ScoredRollout | PendingRollout:
         """Returns the next rollout from the journal, or starts to sample it with the present weights."""
@@ -230,9 +250,8 @@ class PolicySampler:
     def _with_old(self, rollout: ScoredRollout, loader: Loader) -> ScoredRollout:
         """Returns a rollout with log-probabilities before the first update, packed as each update does."""
         shape, groups = self._shape(loader), list(rollout.groups)
-        trained = [number for number, group in enumerate(groups) if not group.dropped]
         for part in range(self._updates):
-            numbers = trained[part :: self._updates]
+            numbers = [number for number in self._numbers(rollout, part) if not groups[number].dropped]
             parts = [(number, answer) for number in numbers for answer in self._kept(groups[number])]
             answers = [(groups[number], answer) for number, answer in parts]
             packed = pack_step(self._replica, answers, shape, None, rollout.routes)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.answers import VARIANTS as VARIANTS_OF_LOSS
 from tests.ranks import run_ranks
-from tests.rollouts import GRPO, LOSS, ROLLOUT, rollout_config
+from tests.rollouts import GRPO, LOSS, REWARD, ROLLOUT, EvenConfig, rollout_config
 from tests.train.job import Job, Seen, run_jobs, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
 from train.rollout.groups.journal import read_journal
 from train.rollout.groups.records import RolledGroup
+from train.rollout.groups.statistics import has_equal_rewards
 
 STEPS = 3
 VARIANTS = {
@@ -90,3 +92,39 @@ def test_policy_of_many_ranks_is_that_of_one(
             reported = dict(zip(names, rank[number][0].losses, strict=False))
             ratios = (reported["ratio_deviation"], reported["clip_fraction"])
             assert ratios == (0.0, 0.0), f"{job.config.out_dir}: ratios must be exactly 1"
+
+
+SPARSE = replace(REWARD, parts=(EvenConfig(kind="sparse", weight=1.0),))
+FEW_GROUPS = replace(ROLLOUT, prompts=8, samples=3, held_out=0)
+UPDATES = {"gspo": 2}
+"""Updates per rollout of variants that have several."""
+
+
+def sparse_jobs(folder: Path, *, drops: bool) -> list[Job]:
+    """Returns a run of each published variant in which three of four groups have equal rewards."""
+    made = []
+    for name, form in VARIANTS_OF_LOSS.items():
+        rollout = replace(FEW_GROUPS, drop_equal_groups=drops, updates=UPDATES.get(name, 1))
+        changes = {"task": replace(GRPO, loss=form), "rollout": rollout, "reward": SPARSE}
+        config = rollout_config(folder, **changes)
+        model = replace(config.model, mtp_depth=0)
+        made.append(Job(config=replace(config, model=model, out_dir=str(folder / f"{name}-{drops}"))))
+    return made
+
+
+@pytest.mark.slow
+def test_dropped_groups_of_equal_rewards_leave_the_gradient_as_it_is_except_with_dapo(tmp_path: Path) -> None:
+    whole, dropped = sparse_jobs(tmp_path, drops=False), sparse_jobs(tmp_path, drops=True)
+    (seen,) = run_ranks(1, run_jobs, [*whole, *dropped], 1)
+    for name, job, (before,), (after,) in zip(
+        VARIANTS_OF_LOSS, dropped, seen[: len(whole)], seen[len(whole) :], strict=True
+    ):
+        groups = read_journal(Path(job.config.out_dir), 1).groups
+        assert sum(map(has_equal_rewards, groups)) == 6, f"{name}: of 8 groups"
+        assert before.norm > 0, name
+        if name == "dapo":
+            assert after.norm > 1.5 * before.norm
+            continue
+        # Reported means are those of the trained tokens.
+        main_loss = [replace(each, losses=each.losses[:1]) for each in (after, before)]
+        assert_equal([main_loss[0]], main_loss[1], 1e-12)
