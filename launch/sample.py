@@ -192,8 +192,7 @@ def _prepare(config: SampleCommandConfig) -> SamplingJob:
 def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> None:
     """Rejects a problem to which no part of the reward with a verdict applies."""
     kinds = [part.kind for part in reward.parts if part.weight]
-    needs = {"exact": "answer", "maths": "answer", "code": "tests"}
-    wanted = {needs[kind]: kind for kind in kinds if kind in needs}
+    wanted = {field: kind for kind in kinds if (field := SCORERS.get(kind).needs) is not None}
     for each in problems:
         if wanted and not any(getattr(each, field) is not None for field in wanted):
             field, kind = next(iter(wanted.items()))

@@ -20,7 +20,8 @@ class Callbacks:
 
     Attributes:
         on_step: receives the record of each step that updated the weights, as in `metrics.jsonl`.
-        on_validation: receives the number of steps done and the loss of held-out sequences in nats per token.
+        on_validation: receives the number of steps done and the loss of held-out sequences in nats per token. In
+            a run that learns from rewards, it is pass@1 on held-out problems, or their reward if nothing checks them.
         on_checkpoint: receives the step and the folder of each checkpoint, once it is complete.
     """
 

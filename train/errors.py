@@ -26,6 +26,7 @@ class StepRefusal:
             gradients; none if the reason is the same on all ranks.
         last_good: number of updates after which the weights were still good as far as known; None: the weights are
             good, and the batch is the reason.
+        ends_run: whether neither another batch nor other weights would help, so that the run ends.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepRefusal:
     values: dict[str, float]
     ranks: tuple[int, ...]
     last_good: int | None = None
+    ends_run: bool = False
 
 
 class RefusedStepError(RuntimeError):

@@ -28,6 +28,7 @@ from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.ownership.lock_file import OwnershipCheck
 from train.records.by_position import open_by_position
+from train.records.events import try_append_event
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
@@ -86,6 +87,7 @@ class TrainingLoop:
         learner, world, out_dir = learners.last, learners.last.world, Path(config.out_dir)
         self.num_done = self._num_saved = first_step
         self._saving_seconds = 0.0
+        self._has_reported_no_verdict = False
         self._config = config
         self._world = world
         self._learner = learner
@@ -163,8 +165,18 @@ class TrainingLoop:
             return outcome
         self._first_progress = None
         self._recovery.note_accepted(step)
+        self._report_no_verdict(step, result)
         LOGGER.info("step %d: loss %.6f, %.3f s", step + 1, result.losses.total, result.seconds)
         return Done(result)
+
+    def _report_no_verdict(self, step: int, result: StepResult) -> None:
+        """Reports, once in a run, why the first answer without a verdict has none."""
+        reason = (result.rollouts or {}).get("no_verdict_reason")
+        if reason is not None and not self._has_reported_no_verdict:
+            self._has_reported_no_verdict = True
+            self._reporter.say(f"step {step + 1:>5}  an answer has no verdict: {reason}")
+            if self._world.rank == 0:
+                try_append_event(Path(self._config.out_dir), "no_verdict", step + 1, reason)
 
     def _roll_back(self, to_step: int) -> None:
         """Continues after an earlier step, whose checkpoint the learner has already loaded."""
@@ -232,7 +244,8 @@ class TrainingLoop:
         text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
         self._reporter.say(f"step {self.num_done:>5}  held-out problems: {text}")
         if on_validation := self._callbacks.on_validation:
-            call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, measured[PASS_AT_1]))
+            value = measured.get(PASS_AT_1, measured.get("reward", math.nan))
+            call_on_first_rank(self._world, "on_validation", partial(on_validation, self.num_done, value))
         return {f"validation_{name}": value for name, value in measured.items()}
 
     def _validate_if_missing(self) -> None:

@@ -227,7 +227,7 @@ class _TrainingRank:
                     config.optim,
                     config.ema,
                     reference or open_teacher(config, replica),
-                    open_sampler(config, replica, prepared, frozen),
+                    open_sampler(config, replica, prepared, frozen, self._lines.say),
                 )
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:

@@ -47,7 +47,8 @@ class Losses:
     """The losses of a step over the whole job.
 
     Attributes:
-        by_name: means in nats per predicted token; for the balance loss, per sequence.
+        by_name: means in nats per predicted token; for the balance loss, per sequence. What a task reports in addition
+            is missing if nothing has it.
         total: the loss that was minimized.
         is_finite_here: whether this rank's own part of the losses is finite.
     """
@@ -304,5 +305,6 @@ def reduce_losses(replica: Replica, task: Task, sums: LossSums, counts: Tensor, 
     own = sums.settle()
     is_finite_here = bool(own.isfinite().all())
     totals = replica.world.reduce(own, "sum of losses").tolist()
-    means = {name: total / (n or 1) for name, total, n in zip(task.names, totals, counts.tolist(), strict=True)}
+    counted = zip(task.names, totals, counts.tolist(), strict=True)
+    means = {name: total / (n or 1) for name, total, n in counted if n or not is_reported(name)}
     return Losses(by_name=means, total=task.total(means, rates), is_finite_here=is_finite_here)

@@ -55,6 +55,10 @@ class ExactScorer(RatingScorer):
 SCORERS.register(
     "exact",
     ScorerSpec(
-        summary="the text after the thoughts is the answer", config=ExactConfig, build=ExactScorer, has_verdict=True
+        summary="the text after the thoughts is the answer",
+        config=ExactConfig,
+        build=ExactScorer,
+        has_verdict=True,
+        needs="answer",
     ),
 )

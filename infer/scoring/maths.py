@@ -93,6 +93,7 @@ SCORERS.register(
         config=MathsConfig,
         build=MathsScorer,
         has_verdict=True,
+        needs="answer",
         has_deadline=True,
     ),
 )

@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
+from data.problems.records import ProblemRecord
 from infer.scoring.score import (
     SCORERS,
-    VERDICTS,
     Answer,
     GroupScorer,
     Outcome,
@@ -26,9 +26,12 @@ from kernels.ranges import PositiveInt
 ANSWER_SECONDS = 60.0
 """Time of a scorer that sets no deadline itself, for one answer or group."""
 LONGEST_DETAIL = 300
+_LARGEST_VALUE = 1e30
+"""Bound of a score, from which sums, squares and weights are far from overflow."""
 
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
-_PRECEDENCE: tuple[Outcome, ...] = ("error", "unknown", "timeout", "missing", "wrong", "correct")
+_PRECEDENCE: tuple[Outcome, ...] = ("error", "unknown", "timeout", "missing", "wrong", "correct", "skipped")
+_FAULTS: tuple[Outcome, ...] = ("error", "unknown")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,8 @@ class ScoreSheet:
 
     Attributes:
         total: sum of all parts' values by their weights.
-        outcome: joint outcome of the parts that have a verdict; `rated` if none of them applies.
+        outcome: joint outcome of the parts that have a verdict; `skipped` if none of them applies, `rated` if there is
+            none.
         parts: score of each part by its kind.
     """
 
@@ -88,7 +92,13 @@ class ScoreSheet:
     @property
     def is_verdict(self) -> bool:
         """Whether the outcome says something about the answer, or there is nothing to check."""
-        return self.outcome in (*VERDICTS, "rated")
+        return self.outcome not in _FAULTS
+
+    @property
+    def fault(self) -> str:
+        """Detail of the first part without a verdict, for people; empty if the answer has one."""
+        details = (score.detail for score in self.parts.values() if score.outcome == self.outcome)
+        return "" if self.is_verdict else next(details, "") or self.outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,12 +123,6 @@ class GroupSheets:
     def dropped(self) -> Outcome | None:
         """Why the group must not be trained on: the first outcome that is no verdict, or None."""
         return next((sheet.outcome for sheet in self.sheets if not sheet.is_verdict), None)
-
-    @property
-    def reason(self) -> str:
-        """The detail of the first score that is no verdict, for people; empty if all are."""
-        scores = (score for sheet in self.sheets if not sheet.is_verdict for score in sheet.parts.values())
-        return next((score.detail for score in scores if score.outcome in ("error", "unknown")), "")
 
 
 class Reward:
@@ -184,7 +188,7 @@ class Reward:
             return [_checked_group(kind, each, len(group.answers)) for each, group in zip(votes, groups, strict=True)]
         calls = [partial(scorer.score, answer, group.problem) for group in groups for answer in group.answers]
         scores = iter(self._run(kind, calls))
-        return [[_checked(kind, next(scores)) for _ in group.answers] for group in groups]
+        return [[checked_score(kind, next(scores)) for _ in group.answers] for group in groups]
 
     def _run(self, kind: str, calls: Sequence[Callable[[], object]]) -> list[object]:
         """Returns what a scorer's calls returned, or the score of a failure for those that did not return."""
@@ -220,7 +224,7 @@ def join_parts(parts: Mapping[str, Score], weights: Mapping[str, float]) -> Scor
     """
     total = sum(weights[kind] * score.value for kind, score in parts.items())
     outcomes = [
-        score.outcome for kind, score in parts.items() if weights[kind] or score.outcome not in ("error", "unknown")
+        score.outcome for kind, score in parts.items() if weights[kind] or score.outcome not in (*_FAULTS, "skipped")
     ]
     return ScoreSheet(total=total, outcome=joint_outcome(outcomes), parts=dict(parts))
 
@@ -235,12 +239,34 @@ def check_reward(config: RewardConfig) -> None:
         pass
 
 
-def _checked(kind: str, score: object) -> Score:
+def check_problems(config: RewardConfig, problems: Callable[[], Iterable[ProblemRecord]]) -> None:
+    """Rejects a part of the reward that would skip all problems, which are read as far as needed.
+
+    Raises:
+        ScoringError: names the part, the field that all problems lack, and parts that apply to them.
+    """
+
+    def applies(field: str) -> bool:
+        return any(getattr(each, field) is not None for each in problems())
+
+    for part in config.parts:
+        field = SCORERS.get(part.kind).needs
+        if not part.weight or field is None or applies(field):
+            continue
+        valid = [kind for kind, spec in SCORERS.items() if spec.needs is not None and applies(spec.needs)]
+        raise ScoringError(
+            f"reward.parts: kind {part.kind} must apply to a problem, needs the field {field}, which none of the "
+            f"problems has; nearest valid: {', '.join(f'reward={kind}' for kind in valid) or 'reward=python'}"
+        )
+
+
+def checked_score(kind: str, score: object) -> Score:
     """Returns a scorer's score, or an error if it is none or its value is not finite."""
     if not isinstance(score, Score):
         return failure("error", f"{kind}: must return a score, returned a value of type {type(score).__name__}")
-    if not math.isfinite(score.value):
-        return failure("error", f"{kind}: must return a finite value, returned {score.value}")
+    if not abs(score.value) <= _LARGEST_VALUE:  # NaN is not
+        rule = f"must return a finite value of at most {_LARGEST_VALUE:g} in size"
+        return failure("error", f"{kind}: {rule}, returned {score.value:g}")
     return score
 
 
@@ -250,7 +276,7 @@ def _checked_group(kind: str, scores: object, count: int) -> list[Score]:
         return [scores] * count
     if not isinstance(scores, Sequence) or len(scores) != count:
         return [failure("error", f"{kind}: must return a score of each answer, does not")] * count
-    return [_checked(kind, score) for score in scores]
+    return [checked_score(kind, score) for score in scores]
 
 
 def joint_outcome(outcomes: Sequence[Outcome]) -> Outcome:

@@ -142,6 +142,7 @@ class ScorerSpec:
         build: builds the scorer from its configuration. It raises `ScoringError` if this machine cannot run it.
         has_verdict: whether its outcome is a verdict rather than `rated`.
         needs_model: whether it needs a model on the ranks of a training run, which `build` does not have.
+        needs: field without which the scorer skips a problem; None: it applies to all.
         has_deadline: whether each call ends by itself after a time, because processes are killed. Other scorers are
             abandoned if they take too long.
     """
@@ -151,6 +152,7 @@ class ScorerSpec:
     build: Callable[[Any], Scorer | GroupScorer]
     has_verdict: bool
     needs_model: bool = False
+    needs: str | None = None
     has_deadline: bool = False
 
 

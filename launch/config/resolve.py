@@ -6,12 +6,14 @@ final values, which `read_config` decodes. `check_files` checks a decoded config
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
 from data.tokenizer_files import find_tokenizer_file, other_tokenizer
+from infer.scoring.reward import check_problems
 from launch.config.evaluation_rules import check_evaluation
 from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig, ladder
@@ -70,11 +72,15 @@ def check_files(config: TrainConfig) -> None:
         DataError: text is missing or empty, or a data setting is invalid.
         CheckpointError: `resume` names no checkpoint, an incomplete one, or one of another model.
         CheckpointError, HfError: `init_from` names no weights, or weights of another model.
+        ScoringError: a part of the reward applies to no problem.
     """
     check_text(config, check_data(config))
     check_evaluation(config)
     TASKS.get(config.task.kind).check_files(config)
     check_model_parts(config)
+    problems = DATA_SOURCES.get(config.data.source.kind).problems
+    if config.reward is not None and problems is not None:
+        check_problems(config.reward, partial(problems, config.data.source))
     if not _check_resume(config):
         _check_start(config)
 

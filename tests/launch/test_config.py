@@ -14,6 +14,7 @@ import yaml
 
 from data.corpus import DataError
 from dualpipe.ir import ScheduleError
+from infer.scoring.score import ScoringError
 from kernels.ranges import Range
 from kernels.registry import Registry
 from launch.config.groups import default_groups, options
@@ -120,6 +121,9 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
             check(build(choice))
     elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
         with pytest.raises(ConfigError, match="deep_ep is not installed"):
+            check(build(choice, *needs))
+    elif choice in ("reward=code", "reward=reasoning_gym"):
+        with pytest.raises(ScoringError, match=rf"reward\.parts: kind {choice[7:]} must apply to a problem"):
             check(build(choice, *needs))
     elif choice == "data=reasoning_gym" and find_spec("reasoning_gym") is None:
         with pytest.raises(DataError, match="reasoning-gym, which cannot be imported"):

@@ -134,6 +134,17 @@ def test_line_of_a_step_with_rewards_has_stable_columns_and_no_loss() -> None:
     ]
     rated = {key: value for key, value in rollouts.items() if key != "correct_share"}
     assert "correct" not in step_line(record_of(1, rollouts=rated, **policy))
+    assert "KL" not in step_line(
+        record_of(1, rollouts=rollouts, entropy=0.4, clip_fraction=0.0, sampler_difference=0.0)
+    )
+    assert "cut   0 %  nothing is trained  grad" in step_line(record_of(1, rollouts=rollouts))
+    assert "verdict" not in first
+    assert "skipped" not in first
+    faults = {"no_verdict_share": 0.4, "no_verdict_groups": 1.0, "skipped_share": 0.004}
+    failing = {key: value for key, value in (rated | faults).items() if key != "reward"}
+    assert "reward    none  equal groups  25 %  no verdict 40 % in 100 % of groups  skipped 1 %  tokens" in step_line(
+        record_of(1, rollouts=failing, **policy)
+    )
     assert "loss 1.000 (1.000/1.000)" in step_line(record_of(1, rollouts={"answers": 4, "mean_tokens": 3.0}))
 
 

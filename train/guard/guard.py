@@ -14,7 +14,7 @@ from data.loader import Loader
 from infer.config import GenerateError
 from train.config.guards import GuardConfig
 from train.errors import StepRefusal
-from train.guard.rollout_guard import BadWeights, RolloutFigures, RolloutGuard
+from train.guard.rollout_guard import BadWeights, Figures, RolloutGuard
 from train.records.json_lines import number_of, read_lines
 from train.rollout.step_batch import StepBatch, StepSampler, open_step_batch
 from train.world import World
@@ -42,7 +42,7 @@ class Guard:
     ) -> None:
         """Starts with the loss and norm of earlier steps, the oldest first."""
         self.rollouts = rollouts
-        self._figures: RolloutFigures | None = None
+        self._figures: Figures | None = None
         self._factor = config.spike_factor
         self._window = config.spike_window_steps
         self._history: dict[str, deque[float]] = {}
@@ -87,8 +87,8 @@ class Guard:
         """
         if self.rollouts is None or metrics is None:
             return None
-        self._figures = RolloutFigures.of_metrics(metrics)
-        return None if self._figures is None else self.rollouts.judge_rollout(self._figures, step)
+        self._figures = metrics
+        return self.rollouts.judge_rollout(self._figures, step)
 
     def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> BadWeights | None:
         """Returns the limit that the divergence from the reference breaks, or None.

@@ -21,7 +21,7 @@ from train.checkpoint.verify import Check
 from train.config.guards import GuardConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
 from train.guard.guard import Guard, read_loss_and_norm, to_json_values
-from train.guard.rollout_guard import RolloutFigures, RolloutGuard, read_figures
+from train.guard.rollout_guard import Figures, RolloutGuard, read_figures
 from train.learner import Learner
 from train.records.events import read_events, try_append_event
 from train.rollout.config import RolloutConfig
@@ -124,7 +124,7 @@ class Recovery:
         config = self._config
         self._num_in_a_row += 1
         self._last_refused = max(self._last_refused, refusal.step)
-        if config.kind == "stop":
+        if config.kind == "stop" or refusal.ends_run:
             self._note("stopped", refusal)
             raise StoppedError(f"{refusal.reason}; nothing was updated in this step")
         if self._num_in_a_row > config.max_consecutive:
@@ -195,7 +195,7 @@ class Recovery:
             self.guard.rollouts.replace_history(figures)
         self._steps_to_skip = set(steps)
 
-    def _read_figures(self, num_done: int) -> list[RolloutFigures]:
+    def _read_figures(self, num_done: int) -> list[Figures]:
         """Returns the numbers of this run's rollouts, and those of the run from which it was resumed."""
         if self.guard.rollouts is None:
             return []

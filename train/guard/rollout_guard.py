@@ -4,7 +4,7 @@ Unlike a loss that is not finite, a broken limit is a property of the weights, n
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ KL = "kl"
 _KL_STEPS = 3
 """Steps over which KL is averaged: an estimate from the samples of one step has rare values far above the mean."""
 _ALMOST_ALL = 0.5
+_NO_VERDICT_STEPS = 3
+
+Figures = Mapping[str, Any]
+"""Numbers of a step's rollout by name, as `metrics.jsonl` has them. A reward may lack some, such as correct_share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,33 +31,24 @@ class BadWeights:
         reason: one line for people, with the likely cause.
         values: what was compared.
         last_good: number of updates after which the weights were still good as far as known.
+        ends_run: whether other weights would not help either.
     """
 
     reason: str
     values: Mapping[str, float]
     last_good: int
+    ends_run: bool = False
 
     def refusal(self, step: int) -> StepRefusal:
         """Returns the refusal of a step, from 0."""
-        return StepRefusal(step=step, reason=self.reason, values=dict(self.values), ranks=(), last_good=self.last_good)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutFigures:
-    """The numbers of a step's rollout that have limits. They are named as in `metrics.jsonl`."""
-
-    reward: float
-    entropy: float
-    equal_share: float
-    cut_share: float
-    correct_share: float
-
-    @classmethod
-    def of_metrics(cls, metrics: Mapping[str, Any]) -> "RolloutFigures | None":
-        """Returns the numbers of a step's record about rollouts, or None if it lacks one."""
-        found = {name: number_of(metrics, name) for name in cls.__slots__}
-        known = {name: value for name, value in found.items() if value is not None}
-        return cls(**known) if len(known) == len(found) else None
+        return StepRefusal(
+            step=step,
+            reason=self.reason,
+            values=dict(self.values),
+            ranks=(),
+            last_good=self.last_good,
+            ends_run=self.ends_run,
+        )
 
 
 class RolloutGuard:
@@ -65,12 +60,12 @@ class RolloutGuard:
     def __init__(self, config: RolloutConfig) -> None:
         """Starts without earlier steps."""
         self._config, self._limits = config, config.limits
-        self._num_kept = max(self._limits.window_steps, self._limits.equal_steps or 0)
-        self._first: list[RolloutFigures] = []
-        self._last: deque[RolloutFigures] = deque(maxlen=self._num_kept)
+        self._num_kept = max(self._limits.window_steps, self._limits.equal_steps or 0, _NO_VERDICT_STEPS)
+        self._first: list[Figures] = []
+        self._last: deque[Figures] = deque(maxlen=self._num_kept)
         self._divergences: deque[float] = deque(maxlen=_KL_STEPS)
 
-    def replace_history(self, history: Iterable[RolloutFigures]) -> None:
+    def replace_history(self, history: Iterable[Figures]) -> None:
         """Replaces the earlier steps by all of a run, the oldest first. KL starts again."""
         self._first = []
         self._last.clear()
@@ -78,33 +73,23 @@ class RolloutGuard:
         for figures in history:
             self.accept(figures)
 
-    def accept(self, figures: RolloutFigures) -> None:
+    def accept(self, figures: Figures) -> None:
         """Adds a step that updated the weights."""
         if len(self._first) < self._limits.window_steps:
             self._first.append(figures)
         self._last.append(figures)
 
-    def judge_rollout(self, figures: RolloutFigures, step: int) -> BadWeights | None:
-        """Returns the limit that a step's rollout breaks, or None.
-
-        Args:
-            figures: of the rollout.
-            step: index of the step, from 0.
-        """
+    def judge_rollout(self, figures: Figures, step: int) -> BadWeights | None:
+        """Returns the limit that a rollout breaks, or None. `step` is the index of the step, from 0."""
         steps = [*self._last, figures]
-        for judge in (self._judge_cut, self._judge_equal, self._judge_entropy, self._judge_reward):
+        judges = (self._judge_verdicts, self._judge_cut, self._judge_equal, self._judge_entropy, self._judge_reward)
+        for judge in judges:
             if (found := judge(steps, step)) is not None:
                 return found
         return None
 
     def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> BadWeights | None:
-        """Returns the limit that the divergence from the reference breaks, or None.
-
-        Args:
-            means: of the step's losses, by name.
-            step: index of the step, from 0.
-            learning_rate: of the step.
-        """
+        """Returns the limit that the divergence among a step's losses breaks, or None. `step` counts from 0."""
         limit, kl = self._limits.kl, means.get(KL)
         if limit is None or kl is None:
             return None
@@ -121,10 +106,21 @@ class RolloutGuard:
             last_good=max(step - _KL_STEPS, 0),
         )
 
-    def _judge_cut(self, steps: Sequence[RolloutFigures], step: int) -> BadWeights | None:
+    def _judge_verdicts(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+        limit = self._limits.no_verdict_share
+        shares = _last_values(steps, _NO_VERDICT_STEPS, "no_verdict_share")
+        if limit is None or min(shares, default=0.0) < limit:
+            return None
+        reason = (
+            f"{_percent(shares[-1])} of answers have no verdict, at least rollout.limits.no_verdict_share={limit:g} in "
+            f"{_NO_VERDICT_STEPS} steps in a row; {_cause_of_no_verdict(steps)}"
+        )
+        return BadWeights(reason=reason, values={"no_verdict_share": shares[-1]}, last_good=step, ends_run=True)
+
+    def _judge_cut(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
         limit, window = self._limits.cut_share, self._limits.window_steps
-        shares = [each.cut_share for each in steps[-window:]]
-        if limit is None or len(shares) < window or min(shares) < limit:
+        shares = _last_values(steps, window, "cut_share")
+        if limit is None or min(shares, default=0.0) < limit:
             return None
         reason = (
             f"{_percent(shares[-1])} of answers were cut at {self._config.max_new_tokens} tokens, at least "
@@ -132,62 +128,66 @@ class RolloutGuard:
         )
         return BadWeights(reason=reason, values={"cut_share": shares[-1]}, last_good=max(step - window, 0))
 
-    def _judge_equal(self, steps: Sequence[RolloutFigures], step: int) -> BadWeights | None:
+    def _judge_equal(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
         window = self._limits.equal_steps
-        if window is None or len(steps) < window or any(each.equal_share < 1 for each in steps[-window:]):
+        shares = [] if window is None else _last_values(steps, window, "idle_share")
+        if window is None or min(shares, default=0.0) < 1:
             return None
+        last = steps[-window:]
+        what = "equal rewards or no verdict" if _mean(last, "no_verdict_groups") else "equal rewards"
         reason = (
-            f"each group had equal rewards in {window} steps in a row (rollout.limits.equal_steps), so nothing is "
-            f"learned; {self._cause_of_equal(steps[-window:])}"
+            f"each group had {what} in {window} steps in a row (rollout.limits.equal_steps), so nothing is "
+            f"learned; {self._cause_of_equal(last)}"
         )
-        return BadWeights(reason=reason, values={"equal_share": 1.0}, last_good=max(step - window, 0))
+        return BadWeights(reason=reason, values={"idle_share": shares[-1]}, last_good=max(step - window, 0))
 
-    def _cause_of_equal(self, steps: Sequence[RolloutFigures]) -> str:
+    def _cause_of_equal(self, steps: Sequence[Figures]) -> str:
         config = self._config
-        cut, correct = (_mean(steps, lambda each: each.cut_share), _mean(steps, lambda each: each.correct_share))
+        cut, skipped = _mean(steps, "cut_share"), _mean(steps, "skipped_share")
+        reward, correct = f"{_mean(steps, 'reward'):.3g}", _mean(steps, "correct_share")
+        if _mean(steps, "no_verdict_groups") >= _ALMOST_ALL:
+            return _cause_of_no_verdict(steps)
         if cut >= _ALMOST_ALL:
             return (
                 f"{_percent(cut)} of answers were cut at {config.max_new_tokens} tokens: raise rollout.max_new_tokens"
             )
+        if skipped >= _ALMOST_ALL:
+            return f"{_percent(skipped)} of answers are skipped, because no check of reward.parts fits their problems"
+        if all("correct_share" not in each for each in steps):
+            return f"the mean reward is {reward}, and all answers to a prompt have the same (see the run's rollouts/)"
         if correct >= 1:
             return "all answers are correct: the prompts are too easy by now"
         if correct <= 0:
             return (
-                f"no answer is judged correct, the mean reward is {_mean(steps, lambda each: each.reward):.3g}: the "
-                f"prompts are too hard, or the reward does not find the answers (see rollouts/ in the run's folder)"
+                f"no answer is judged correct, the mean reward is {reward}: the prompts are too hard, or the reward "
+                f"does not find the answers (see rollouts/ in the run's folder)"
             )
         return (
             f"{_percent(correct)} of answers are correct, always to the same prompts: raise rollout.samples="
             f"{config.samples} or rollout.temperature={config.temperature:g}"
         )
 
-    def _judge_entropy(self, steps: Sequence[RolloutFigures], step: int) -> BadWeights | None:
+    def _judge_entropy(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
         cause = "answers have become nearly the same: the learning rate is probably too high, or task.loss.clip_high "
         cause += "or task.loss.kl_weight too low"
-        return self._judge_mean("entropy", self._limits.entropy_share, lambda each: each.entropy, steps, step, cause)
+        return self._judge_mean("entropy", self._limits.entropy_share, steps, step, cause)
 
-    def _judge_reward(self, steps: Sequence[RolloutFigures], step: int) -> BadWeights | None:
-        cut = _mean(steps[-self._limits.window_steps :], lambda each: each.cut_share)
+    def _judge_reward(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+        cut = _mean(steps[-self._limits.window_steps :], "cut_share")
         cause = "the learning rate is probably too high, or its warm-up too short"
         if cut >= _ALMOST_ALL:
             cause = f"{_percent(cut)} of answers were cut at {self._config.max_new_tokens} tokens: raise "
             cause += "rollout.max_new_tokens, or set rollout.length_penalty_tokens"
-        return self._judge_mean("reward", self._limits.reward_share, lambda each: each.reward, steps, step, cause)
+        return self._judge_mean("reward", self._limits.reward_share, steps, step, cause)
 
     def _judge_mean(
-        self,
-        name: str,
-        limit: float | None,
-        value: Callable[[RolloutFigures], float],
-        steps: Sequence[RolloutFigures],
-        step: int,
-        cause: str,
+        self, name: str, limit: float | None, steps: Sequence[Figures], step: int, cause: str
     ) -> BadWeights | None:
         """Compares the mean of the last steps with that of the first ones."""
         window = self._limits.window_steps
-        if limit is None or len(self._first) < window:
+        if limit is None or not _last_values(self._first, window, name) or not _last_values(steps, window, name):
             return None
-        start, mean = _mean(self._first, value), _mean(steps[-window:], value)
+        start, mean = _mean(self._first, name), _mean(steps[-window:], name)
         if start <= 0 or mean >= limit * start:
             return None
         reason = (
@@ -199,19 +199,31 @@ class RolloutGuard:
         )
 
 
-def read_figures(metrics: Path, num_done: int) -> dict[int, RolloutFigures]:
+def read_figures(metrics: Path, num_done: int) -> dict[int, Figures]:
     """Reads the numbers of the rollouts of up to `num_done` steps from a `metrics.jsonl`, by step."""
-    found = {}
+    found: dict[int, Figures] = {}
     for values in read_lines(metrics):
         rollouts = values.get("rollouts")
-        figures = RolloutFigures.of_metrics(rollouts) if isinstance(rollouts, dict) else None
-        if figures is not None and values["step"] <= num_done:
-            found[values["step"]] = figures
+        if isinstance(rollouts, dict) and values["step"] <= num_done:
+            found[values["step"]] = {name: value for name, value in rollouts.items() if not isinstance(value, dict)}
     return found
 
 
-def _mean(steps: Sequence[RolloutFigures], value: Callable[[RolloutFigures], float]) -> float:
-    return sum(map(value, steps)) / len(steps)
+def _cause_of_no_verdict(steps: Sequence[Figures]) -> str:
+    reasons = [each["no_verdict_reason"] for each in steps if "no_verdict_reason" in each]
+    return f"the first of them: {reasons[-1]}" if reasons else "rollouts/ in the run's folder has the reasons"
+
+
+def _last_values(steps: Sequence[Figures], count: int, name: str) -> list[float]:
+    """Returns a figure of the last steps; nothing if there are fewer steps, or one of them lacks it."""
+    found = [known for each in steps[-count:] if (known := number_of(each, name)) is not None]
+    return found if len(found) == count else []
+
+
+def _mean(steps: Sequence[Figures], name: str) -> float:
+    """Returns the mean of a figure over the steps that have it; 0 if none has."""
+    found = [value for each in steps for value in _last_values([each], 1, name)]
+    return sum(found) / max(len(found), 1)
 
 
 def _percent(share: float) -> str:

@@ -47,8 +47,13 @@ class PhaseLines:
             say: prints a line; None on ranks that print nothing.
             clock: time in seconds.
         """
-        self._say = say
+        self._print = say or (lambda line: None)
         self._clock = clock
+
+    def say(self, line: str) -> None:
+        """Prints a line, and continues it on further lines if it is long."""
+        for part in folded(line):
+            self._print(part)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -60,8 +65,8 @@ class PhaseLines:
         began = self._clock()
         yield
         seconds = self._clock() - began
-        if self._say is not None and seconds >= _LEAST_SECONDS:
-            self._say(f"{name}: {seconds_text(seconds)}")
+        if seconds >= _LEAST_SECONDS:
+            self.say(f"{name}: {seconds_text(seconds)}")
 
 
 class Display:
@@ -165,7 +170,7 @@ def step_line(values: Mapping[str, Any]) -> str:
         values: its record in `metrics.jsonl`.
     """
     rollouts = values.get("rollouts", {})
-    if "reward" in rollouts:
+    if "equal_share" in rollouts:
         return _reward_line(values, rollouts)
     main, mtp, violation = values["main_loss"], values["mtp_loss"], values["max_violation"]
     parts = f"{main:#.4g}/{mtp:#.4g}" if mtp else f"{main:#.4g}"
@@ -202,11 +207,22 @@ def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
         values: its record in `metrics.jsonl`.
         rollouts: the part of it about rollouts.
     """
+    reward = f"{rollouts['reward']:7.4f}" if "reward" in rollouts else "   none"
     correct = f"correct {100 * rollouts['correct_share']:3.0f} %  " if "correct_share" in rollouts else ""
+    without = ""
+    if share := rollouts.get("no_verdict_share"):  # one below 1 % does not look like none
+        groups = rollouts["no_verdict_groups"]
+        without += f"no verdict {max(100 * share, 1):.0f} % in {max(100 * groups, 1):.0f} % of groups  "
+    if share := rollouts.get("skipped_share"):
+        without += f"skipped {max(100 * share, 1):.0f} %  "
+    policy = f"KL {values['kl']:.4f}  " if "kl" in values else ""
+    if "entropy" in values:
+        policy += f"entropy {values['entropy']:.3f}  clipped {100 * values['clip_fraction']:4.1f} %  "
+        policy += f"sampler off {values['sampler_difference']:.4f}  "
+    else:
+        policy = "nothing is trained  "
     return (
-        f"step {values['step']:>5}  reward {rollouts['reward']:7.4f}  {correct}"
-        f"equal groups {100 * rollouts['equal_share']:3.0f} %  tokens {rollouts['mean_tokens']:7.1f}  "
-        f"cut {100 * rollouts['cut_share']:3.0f} %  KL {values['kl']:.4f}  entropy {values['entropy']:.3f}  "
-        f"clipped {100 * values['clip_fraction']:4.1f} %  sampler off {values['sampler_difference']:.4f}  "
-        f"{_update(values)}  {values['step_seconds']:.3g} s"
+        f"step {values['step']:>5}  reward {reward}  {correct}"
+        f"equal groups {100 * rollouts['equal_share']:3.0f} %  {without}tokens {rollouts['mean_tokens']:7.1f}  "
+        f"cut {100 * rollouts['cut_share']:3.0f} %  {policy}{_update(values)}  {values['step_seconds']:.3g} s"
     )

@@ -148,7 +148,7 @@
     const format = FORMATS[chart.unit], isLog = state.log && chart.canBeLog, isNarrow = holder.clientWidth < 330;
     const axis = {stroke: color("--soft"), grid: {stroke: color("--line"), width: 1}, ticks: {show: false}, font: FONT,
       labelFont: FONT, labelSize: LABEL, labelGap: 0};
-    const linear = (_, min, max) => chart.unit === "percent" && !min && !max ? [0, 0.1] : uPlot.rangeNum(chart.fromZero ? Math.min(0, min) : min,
+    const linear = (_, min, max) => !min && !max ? [0, chart.unit === "percent" ? 0.1 : 1] : uPlot.rangeNum(chart.fromZero ? Math.min(0, min) : min,
       chart.fromZero ? Math.max(0, max) : max, 0.06, true);
     const logarithmic = (_, min, max) => min == null ? [0.1, 1] : max / min < 20 ? [min / 1.1, max * 1.1] :
       uPlot.rangeLog(min, max, 10, false);

@@ -22,13 +22,11 @@ def reward_charts(runs: Sequence[ChartedRun]) -> list[str]:
     return [
         chart(runs, "Mean reward of an answer", reward, y="reward", has_marks=True, is_wide=True),
         chart(runs, "Parts of the reward before weights", _lines(parts), y="mean value"),
-        _share(runs, "Held-out problems", passes, "share solved", dots=True),
-        _chart(runs, "KL from the reference", [("kl", "KL")], y="nats per token", is_rare=True),
+        chart(runs, "Held-out problems", _lines(passes, dots=True), y="share solved", unit="percent", from_zero=True),
+        _chart(runs, "KL from the reference", [("kl", "KL")], y="nats per token"),
         _chart(runs, "Entropy of the policy, estimated from its answers", [("entropy", "entropy")], y="nats per token"),
         _share(runs, "Clipped tokens", [("clip_fraction", "clipped")], "share of tokens"),
-        _share(
-            runs, "Answers too far off the policy", [("off_policy_share", "masked")], "share of answers", is_rare=True
-        ),
+        _share(runs, "Answers too far off the policy", [("off_policy_share", "masked")], "share of answers"),
         _chart(runs, "Sampler against trainer", [("sampler_difference", "|log-probability|")], y="nats per token"),
     ]
 
@@ -41,12 +39,15 @@ def answer_charts(runs: Sequence[ChartedRun]) -> list[str]:
         ("validation_mean_tokens", "mean, held out"),
     ]
     cut = [("rollouts.cut_share", "training"), ("validation_cut_share", "held out")]
-    groups = [("rollouts.equal_share", "equal rewards"), ("rollouts.no_verdict_share", "no verdict")]
+    groups = [("rollouts.equal_share", "equal rewards"), ("rollouts.no_verdict_groups", "no verdict")]
+    correct = [Line(key="rollouts.correct_share", name="correct", color=1)]
+    unjudged = [("rollouts.no_verdict_share", "no verdict"), ("rollouts.skipped_share", "skipped")]
     return [
         _chart(runs, "Length of an answer", lengths, y="tokens"),
         _share(runs, "Answers cut at the limit of tokens", cut, "share of answers"),
-        _share(runs, "Groups that are not trained", groups, "share of groups"),
-        _share(runs, "Correct answers in training", [("rollouts.correct_share", "correct")], "share of answers"),
+        _share(runs, "Groups from which nothing is learned", groups, "share of groups"),
+        _share(runs, "Answers that no check has judged", unjudged, "share of answers"),
+        chart(runs, "Correct answers in training", correct, y="share of answers", unit="percent", from_zero=True),
     ]
 
 
@@ -55,32 +56,17 @@ def _keys(runs: Sequence[ChartedRun]) -> list[str]:
 
 
 def _chart(
-    runs: Sequence[ChartedRun],
-    title: str,
-    named: Sequence[tuple[str, str]],
-    *,
-    y: str,
-    unit: Unit = "plain",
-    dots: bool = False,
-    is_rare: bool = False,
+    runs: Sequence[ChartedRun], title: str, named: Sequence[tuple[str, str]], y: str, unit: Unit = "plain"
 ) -> str:
-    """Returns a chart from zero of numbers by key and name. Rare ones are left out if they are always 0."""
+    """Returns a chart from zero of numbers by key and name, or nothing if all are 0 in all steps."""
     tallies = [tally for run in runs for key, _ in named for _, tally in run.history.tallies(key)]
-    if is_rare and not any(tally.most > 0 for tally in tallies):
+    if not any(tally.least or tally.most for tally in tallies):
         return ""
-    return chart(runs, title, _lines(named, dots=dots), y=y, unit=unit, from_zero=True)
+    return chart(runs, title, _lines(named), y=y, unit=unit, from_zero=True)
 
 
-def _share(
-    runs: Sequence[ChartedRun],
-    title: str,
-    named: Sequence[tuple[str, str]],
-    y: str,
-    *,
-    dots: bool = False,
-    is_rare: bool = False,
-) -> str:
-    return _chart(runs, title, named, y=y, unit="percent", dots=dots, is_rare=is_rare)
+def _share(runs: Sequence[ChartedRun], title: str, named: Sequence[tuple[str, str]], y: str) -> str:
+    return _chart(runs, title, named, y, "percent")
 
 
 def _lines(named: Sequence[tuple[str, str]], *, dots: bool = False) -> list[Line]:

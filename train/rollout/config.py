@@ -15,7 +15,8 @@ class RolloutLimits:
     Attributes:
         kl: divergence from the reference in nats per token, mean of three steps.
         cut_share: share of answers that reach `max_new_tokens`, in `window_steps` steps in a row.
-        equal_steps: number of steps in a row in which each group has equal rewards.
+        no_verdict_share: share of answers that the reward cannot judge, in three steps in a row.
+        equal_steps: number of steps in a row in which each group has equal rewards or cannot be judged.
         entropy_share: mean entropy of the last `window_steps` steps, divided by that of the run's first ones.
         reward_share: the same of the reward, if the mean reward of the first steps is above 0.
         window_steps: number of steps.
@@ -27,6 +28,7 @@ class RolloutLimits:
     entropy_share: ShareBelowOne | None
     reward_share: ShareBelowOne | None
     window_steps: PositiveInt
+    no_verdict_share: Share | None = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,8 @@ class RolloutConfig:
         thinking: whether the model thinks first; None: as the template does.
         updates: updates of the weights per rollout, each from an equal part of its prompts.
         steps_ahead: number of steps by which answers are sampled ahead of their training, 0 or 1.
-        drop_equal_groups: whether groups whose answers all have one reward are left out of training.
+        drop_equal_groups: whether groups whose answers all have one reward are left out of the passes, where that
+            cannot change the gradient or `task.loss.equal_groups` says so.
         max_draws: how often prompts are drawn until enough groups have different rewards; 1 draws once.
         cut_answers: whether answers that reached `max_new_tokens` are trained (keep), or take no part in the loss and
             its denominator (drop).

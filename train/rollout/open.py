@@ -16,7 +16,7 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.replica import Replica
-from train.rollout.config import RolloutConfig, RolloutLimits
+from train.rollout.config import RolloutConfig
 from train.rollout.engine import ReplicaEngine, TrainingEngine
 from train.rollout.gathered import GatheredEngine
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
@@ -29,16 +29,6 @@ from train.rollout.step_batch import StepSampler
 from train.rollout.student import open_student_sampler
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
 from train.tasks.registry import open_task
-
-_NO_LIMITS = RolloutLimits(
-    kl=None,
-    cut_share=None,
-    no_verdict_share=None,
-    equal_steps=None,
-    entropy_share=None,
-    reward_share=None,
-    window_steps=1,
-)
 
 
 def open_sampler(
@@ -72,22 +62,12 @@ def open_sampler(
     rollouts = replace(config.rollout, drop_equal_groups=leaves_out_equal_groups(config))
     scored, form = replace(config, reward=reward, rollout=rollouts), _form(config, prepared)
     engine: TrainingEngine = GatheredEngine(replica) if rollouts.engine == "local" else ReplicaEngine(replica)
-    train, held_out = split_problems(config.data)
-    room = config.batch.sequence_length_tokens - rollouts.max_new_tokens
-    fitting, fitting_held_out = _fitting(train, form, room), [each for each in held_out if _fits(each, form, room)]
-    if len(fitting) < len(train):
-        say(f"problems: {len(train) - len(fitting):,} of {len(train):,} have too long prompts and are not trained")
-    if len(fitting_held_out) < rollouts.held_out:
-        say(
-            f"held-out problems: {len(fitting_held_out)} instead of rollout.held_out={rollouts.held_out}, because "
-            f"data.validation_fraction={config.data.validation_fraction:g} holds out {len(held_out)}, of which "
-            f"{len(held_out) - len(fitting_held_out)} have too long prompts; nearest: a larger fraction"
-        )
+    train, held_out = _read_problems(config, rollouts, form, say)
     maker = RolloutMaker(
         rollouts,
         engine,
         RolloutRewards(reward, replica.world, open_model_parts(scored, replica, reference, engine, form)),
-        PromptOrder(fitting, form, config.data.seed),
+        PromptOrder(train, form, config.data.seed),
         form,
         advantage=config.task.loss.advantage,
         seed=config.seed,
@@ -96,7 +76,7 @@ def open_sampler(
         replica,
         open_task(config.task, config.model, config.batch),
         maker,
-        _open_held_out(rollouts, fitting_held_out, form),
+        _open_held_out(rollouts, held_out, form),
         JournalPlace(
             out_dir=Path(config.out_dir),
             resumed=None if config.resume is None else Path(config.resume).parents[1],
@@ -116,20 +96,30 @@ def _form(config: TrainConfig, prepared: Prepared) -> PromptForm:
     return PromptForm(template=template, tokenizer=prepared.tokenizer, thinking=thinking)
 
 
-def _fitting(problems: Sequence[ProblemRecord], form: PromptForm, room: int) -> list[ProblemRecord]:
-    """Returns the problems whose prompts leave room for an answer."""
-    fitting = [problem for problem in problems if _fits(problem, form, room)]
+def _read_problems(
+    config: TrainConfig, rollouts: RolloutConfig, form: PromptForm, say: Callable[[str], object]
+) -> tuple[list[ProblemRecord], list[ProblemRecord]]:
+    """Returns the problems to train on and the held-out ones whose prompts leave room for an answer."""
+    train, held_out = split_problems(config.data)
+    room = config.batch.sequence_length_tokens - rollouts.max_new_tokens
+    fitting, fitting_held_out = (
+        [problem for problem in problems if len(form.tokens(problem)) <= room] for problems in (train, held_out)
+    )
     if not fitting:
         raise ConfigError(
             f"rollout.max_new_tokens: must leave room for a prompt in batch.sequence_length_tokens, leaves {room} "
-            f"tokens, and none of {len(problems)} prompts has so few; nearest valid: a larger "
+            f"tokens, and none of {len(train)} prompts has so few; nearest valid: a larger "
             f"batch.sequence_length_tokens"
         )
-    return fitting
-
-
-def _fits(problem: ProblemRecord, form: PromptForm, room: int) -> bool:
-    return len(form.tokens(problem)) <= room
+    if len(fitting) < len(train):
+        say(f"problems: {len(train) - len(fitting):,} of {len(train):,} have too long prompts and are not trained")
+    if len(fitting_held_out) < rollouts.held_out:
+        say(
+            f"held-out problems: {len(fitting_held_out)}, below rollout.held_out={rollouts.held_out}, because "
+            f"data.validation_fraction={config.data.validation_fraction:g} holds out {len(held_out)} problems, "
+            f"{len(held_out) - len(fitting_held_out)} of them with too long prompts; nearest: a larger fraction"
+        )
+    return fitting, fitting_held_out
 
 
 def _open_held_out(config: RolloutConfig, fitting: Sequence[ProblemRecord], form: PromptForm) -> HeldOutProblems | None:
@@ -144,7 +134,8 @@ def _digest(config: TrainConfig, data_fingerprint: str) -> str:
     """Returns a digest of what decides the answers and rewards, besides weights and numbers."""
     assert config.rollout is not None
     assert config.reward is not None
-    # These change no answer and no reward.
-    rollouts = replace(config.rollout, held_out=0, held_out_samples=1, limits=_NO_LIMITS)
-    content = [encode(rollouts), encode(config.reward.parts), data_fingerprint, config.seed, config.data.seed]
+    # Validations and limits change no answer and no reward.
+    unused = ("held_out", "held_out_samples", "limits")
+    rollouts = {key: value for key, value in encode(config.rollout).items() if key not in unused}
+    content = [rollouts, encode(config.reward.parts), data_fingerprint, config.seed, config.data.seed]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ SCORERS.register(
         config=CodeConfig,
         build=CodeScorer,
         has_verdict=True,
+        needs="tests",
         has_deadline=True,
     ),
 )

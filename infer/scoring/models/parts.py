@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from infer.scoring.reward import AnswerGroup, GroupSheets, RewardConfig, join_parts
+from infer.scoring.reward import AnswerGroup, GroupSheets, RewardConfig, checked_score, join_parts
 from infer.scoring.score import SCORERS, Score, ScorerConfig, ScoringError
 
 ModelScores = Mapping[str, Sequence[Sequence[Score]]]
@@ -49,7 +49,7 @@ def combine(
     for index, group in enumerate(groups):
         sheets = []
         for number in range(len(group.answers)):
-            given = {kind: scores[index][number] for kind, scores in models.items()}
+            given = {kind: checked_score(kind, scores[index][number]) for kind, scores in models.items()}
             if host is not None:
                 given |= host[index].sheets[number].parts
             parts = {kind: given[kind] for kind in weights}

@@ -88,6 +88,7 @@ SCORERS.register(
         config=GymScorerConfig,
         build=GymScorer,
         has_verdict=True,
+        needs="origin",
         has_deadline=True,
     ),
 )

@@ -80,6 +80,7 @@ class WorkerPool:
         self._size = size
         self._lock = threading.Lock()
         self._num_failures = 0
+        self._last_failure = ""
         self.num_restarts = 0
 
     def start(self) -> None:
@@ -104,7 +105,7 @@ class WorkerPool:
         """
         place = self._free.get()
         try:
-            self._check_failures("")
+            self._check_failures()
             worker = place.start(self._program)
             reply = worker.request(message, self._seconds)
         except ScoringError:
@@ -127,13 +128,15 @@ class WorkerPool:
         with self._lock:
             self.num_restarts += 1
             self._num_failures += self._counts_timeouts or not isinstance(error, WorkerTimeoutError)
-        self._check_failures(f", the last time: {reason}")
+            self._last_failure = reason
+        self._check_failures()
 
-    def _check_failures(self, reason: str) -> None:
+    def _check_failures(self) -> None:
         limit = MAX_FAILURES * self._size
         if self._num_failures >= limit:
             raise ScoringError(
-                f"reward.parts, kind {self._name}: its workers failed {limit} times without an answer between{reason}"
+                f"reward.parts, kind {self._name}: its workers failed {limit} times without an answer between, "
+                f"the last time: {self._last_failure}"
             )
 
     def close(self) -> None:

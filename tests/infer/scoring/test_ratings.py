@@ -194,7 +194,8 @@ def test_reward_is_the_weighted_sum_of_its_parts_and_reports_each() -> None:
 @pytest.mark.parametrize(
     ("outcomes", "joint"),
     [
-        (["rated", "skipped"], "rated"),
+        (["rated", "skipped"], "skipped"),
+        (["skipped", "wrong"], "wrong"),
         ([], "rated"),
         (["correct", "rated"], "correct"),
         (["correct", "wrong"], "wrong"),

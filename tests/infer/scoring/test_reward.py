@@ -4,13 +4,24 @@ import math
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
+from data.problems.records import ProblemRecord, read_problem
 from infer.scoring.exact import ExactConfig
-from infer.scoring.reward import AnswerGroup, GroupSheets, Reward, RewardConfig, ScoreSheet
+from infer.scoring.reward import (
+    AnswerGroup,
+    GroupSheets,
+    Reward,
+    RewardConfig,
+    ScoreSheet,
+    check_problems,
+    join_parts,
+)
 from infer.scoring.score import (
     SCORERS,
+    SKIPPED,
     Answer,
     Problem,
     RatingScorer,
@@ -76,8 +87,9 @@ GROUPS = (["right", "right"], ["right", "odd"], ["right"])
     ("act", "outcome", "reason"),
     [
         (raise_error, "error", "fake: ValueError: no idea"),
-        (lambda text: Score(value=math.nan, outcome="correct"), "error", "fake: must return a finite value, .* nan"),
-        (lambda text: Score(value=-math.inf, outcome="rated"), "error", "fake: must return a finite value, .* -inf"),
+        (lambda text: Score(value=math.nan, outcome="correct"), "error", "fake: must return a finite value .* nan"),
+        (lambda text: Score(value=1e200, outcome="rated"), "error", "fake: must return a finite value .* 1e\\+200"),
+        (lambda text: Score(value=-math.inf, outcome="rated"), "error", "fake: must return a finite value .* -inf"),
         (lambda text: 1.0, "error", "fake: must return a score, returned a value of type float"),
         (lambda text: None, "error", "fake: must return a score, returned a value of type NoneType"),
     ],
@@ -88,7 +100,8 @@ def test_reward_of_a_faulty_scorer_drops_one_group_with_a_reason(
     before, dropped, after = score(FakeScorer(act), *GROUPS)
     assert (before.dropped, after.dropped, dropped.dropped) == (None, None, outcome)
     assert [sheet.total for sheet in (*before.sheets, *after.sheets)] == [2.0] * 3
-    assert re.search(reason, dropped.reason)
+    assert [bool(re.search(reason, sheet.fault)) for sheet in dropped.sheets] == [False, True]
+    assert [sheet.fault for sheet in (*before.sheets, dropped.sheets[0])] == [""] * 3
     assert math.isfinite(dropped.sheets[1].total)
 
 
@@ -99,7 +112,7 @@ def test_reward_of_a_scorer_that_hangs_drops_one_group_and_names_the_thread(
     try:
         before, dropped, after = score(FakeScorer(lambda text: event.wait()), *GROUPS)
         assert (before.dropped, dropped.dropped, after.dropped) == (None, "unknown", None)
-        assert dropped.reason.startswith("fake: thread ")
+        assert dropped.sheets[1].fault.startswith("fake: thread ")
         with pytest.raises(
             ScoringError, match=r"kind fake: must score an answer within 0\.3 s, does not for 4 answers"
         ):
@@ -132,6 +145,33 @@ def test_reward_scorer_may_end_the_run(score: Callable[..., list[GroupSheets]]) 
 
     with pytest.raises(ScoringError, match="all workers died"):
         score(FakeScorer(stop), *GROUPS)
+
+
+def test_reward_part_that_skips_all_problems_is_refused() -> None:
+    exact, maths, code = (ScorerConfig(kind=kind, weight=1.0) for kind in ("exact", "maths", "code"))
+    answered, tested = {"prompt": "1+1", "answer": "2"}, {"prompt": "f", "tests": "assert f()"}
+    problems = [read_problem(each, "key", "p.jsonl:1", needs_answer=True) for each in (answered, answered, tested)]
+
+    def check(problems: Sequence[ProblemRecord], *parts: ScorerConfig) -> None:
+        check_problems(RewardConfig(parts=parts, num_threads=1), lambda: problems)
+
+    check(problems, exact, maths, code)
+    check(problems[:1], ScorerConfig(kind="python", weight=1.0), replace(code, weight=0.0))
+    with pytest.raises(
+        ScoringError,
+        match=r"reward\.parts: kind code must apply to a problem, needs the field tests, which none of the problems "
+        "has; nearest valid: reward=exact, reward=maths",
+    ):
+        check(problems[:2], exact, code)
+    with pytest.raises(ScoringError, match=r"kind exact must .* nearest valid: reward=code"):
+        check(problems[2:], exact)
+
+
+def test_reward_with_checks_that_do_not_apply_is_skipped_and_trained_on_the_other_parts() -> None:
+    parts = {"code": SKIPPED, "format": Score(value=1.0, outcome="rated")}
+    sheet = join_parts(parts, {"code": 1.0, "format": 0.1})
+    assert (sheet.outcome, sheet.total, sheet.is_verdict) == ("skipped", 0.1, True)
+    assert join_parts(parts, {"code": 0.0, "format": 0.1}).outcome == "rated"
 
 
 def test_reward_total_must_be_finite() -> None:

@@ -24,6 +24,7 @@ def place_rewards(folder: Path, rollouts: dict[str, Any], **values: float) -> Pa
 
 def test_report_shows_rewards_their_parts_and_the_policy(tmp_path: Path) -> None:
     rollouts = {"reward": 0.5, "parts": {"exact": 0.25, "length": -0.5}, "equal_share": 0.125, "cut_share": 0.25}
+    rollouts |= {"no_verdict_groups": 0.5, "no_verdict_share": 0.25, "skipped_share": 0.0}
     policy = {"kl": 0.01, "entropy": 0.5, "clip_fraction": 0.02, "off_policy_share": 0.0, "sampler_difference": 1e-7}
     run = place_rewards(tmp_path, {**rollouts, "mean_tokens": 9.0, "most_tokens": 12}, **policy)
     assert redraw([f"run={run}"]) == 0
@@ -39,7 +40,8 @@ def test_report_shows_rewards_their_parts_and_the_policy(tmp_path: Path) -> None
     assert read["Sampler against trainer"] == {"|log-probability|": 1e-7}
     assert read["Length of an answer"] == {"mean": 9.0, "longest": 12}
     assert read["Answers cut at the limit of tokens"] == {"training": 0.25}
-    assert read["Groups that are not trained"] == {"equal rewards": 0.125}
+    assert read["Groups from which nothing is learned"] == {"equal rewards": 0.125, "no verdict": 0.5}
+    assert read["Answers that no check has judged"] == {"no verdict": 0.25, "skipped": 0.0}
     assert "Answers too far off the policy" not in read
     assert "<dt>last held-out pass@1</dt><dd>50 %</dd>" in text
     assert "last loss, main head" not in text
@@ -48,10 +50,15 @@ def test_report_shows_rewards_their_parts_and_the_policy(tmp_path: Path) -> None
     assert page.links == []  # there is no journal
 
 
-def test_report_without_a_reference_has_no_chart_of_its_divergence(tmp_path: Path) -> None:
-    run = place_rewards(tmp_path, {"reward": 0.5}, kl=0.0)
+def test_report_has_no_charts_of_what_is_0_in_all_steps_but_of_what_is_solved(tmp_path: Path) -> None:
+    shares = {"equal_share": 0.0, "no_verdict_groups": 0.0, "no_verdict_share": 0.0, "skipped_share": 0.0}
+    rollouts = {"reward": 0.0, "correct_share": 0.0, "cut_share": 0.0, "mean_tokens": 3.0, **shares}
+    run = place_rewards(tmp_path, rollouts, kl=0.0, entropy=0.0, clip_fraction=0.0, sampler_difference=0.0)
     redraw([f"run={run}"])
-    assert "KL from the reference" not in Page((run / "report.html").read_text()).charts
+    titles = list(Page((run / "report.html").read_text()).charts)
+    assert titles[:4] == [
+        *("Mean reward of an answer", "Held-out problems", "Length of an answer", "Correct answers in training"),
+    ]
 
 
 def test_redraw_writes_the_answers_and_links_them(tmp_path: Path) -> None:

@@ -32,21 +32,29 @@ class HeldOutProblems:
         """Answers and scores all problems. All ranks call it.
 
         Returns:
-            By name: share of answers that are correct (pass_at_1), share of problems with a correct answer (pass_at_n),
-            mean reward, mean number of tokens, and share of answers that were cut.
+            By name: share of judged answers that are correct (pass_at_1), share of problems with a correct answer
+            (pass_at_n), mean reward, mean number of tokens, and share of cut answers. What no answer has is missing.
         """
         rollouts = maker.sample(self._drawn, self._samples, VALIDATION_STEP)
         scored = maker.begin_scores(self._drawn, rollouts, VALIDATION_STEP).wait()
-        return _summary(rollouts, [group.sheets for group in scored])
+        return summarize(rollouts, [group.sheets for group in scored])
 
 
-def _summary(rollouts: Sequence[Sequence[Rollout]], sheets: Sequence[Sequence[ScoreSheet]]) -> dict[str, float]:
+def summarize(rollouts: Sequence[Sequence[Rollout]], sheets: Sequence[Sequence[ScoreSheet]]) -> dict[str, float]:
+    """Returns what `HeldOutProblems.measure` does, from the answers and scores of each problem."""
     answers, scored = [each for group in rollouts for each in group], [each for group in sheets for each in group]
-    is_correct = [[bool(is_right(sheet)) for sheet in group] for group in sheets]
-    return {
-        PASS_AT_1: sum(map(sum, is_correct)) / len(scored),
-        f"pass_at_{len(sheets[0])}": sum(map(any, is_correct)) / len(sheets),
-        "reward": sum(sheet.total for sheet in scored) / len(scored),
+    is_correct = [[right for sheet in group if (right := is_right(sheet)) is not None] for group in sheets]
+    is_correct = [group for group in is_correct if group]
+    rewards = [sheet.total for sheet in scored if sheet.is_verdict]
+    found: dict[str, float] = {}
+    if is_correct:
+        found[PASS_AT_1] = sum(map(sum, is_correct)) / sum(map(len, is_correct))
+        found[f"pass_at_{len(sheets[0])}"] = sum(map(any, is_correct)) / len(is_correct)
+    if rewards:
+        found["reward"] = sum(rewards) / len(rewards)
+    if len(rewards) < len(scored):
+        found["no_verdict_share"] = 1 - len(rewards) / len(scored)
+    return found | {
         "mean_tokens": sum(len(each.tokens) for each in answers) / len(answers),
         "cut_share": sum(each.finish == "length" for each in answers) / len(answers),
     }

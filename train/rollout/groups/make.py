@@ -1,7 +1,6 @@
 """Makes rollouts: draws prompts, samples answers, scores them and compares the answers of each group."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,12 +12,7 @@ from infer.scoring.reward import AnswerGroup, GroupSheets
 from infer.scoring.score import Answer, problem_of
 from train.rollout.config import RolloutConfig
 from train.rollout.engine import TrainingEngine
-from train.rollout.groups.advantages import (
-    EQUAL,
-    NO_VERDICT,
-    AdvantageKind,
-    with_advantages,
-)
+from train.rollout.groups.advantages import NO_VERDICT, AdvantageKind, with_advantages
 from train.rollout.groups.draw import DrawnPrompt, PromptForm, PromptOrder
 from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, RolloutRoutes, ScoredRollout
 from train.rollout.model_parts import SampledGroup
@@ -134,7 +128,7 @@ class RolloutMaker:
             settings=origin.settings,
             next_prompt=origin.first_prompt + len(groups),
             seconds=dict(seconds),
-            counts=_count(groups) | {"draws": len(draws)},
+            counts={"groups": len(groups), "draws": len(draws)},
         )
         return ScoredRollout(header=header, groups=tuple(groups), routes=_join_routes(draws))
 
@@ -272,12 +266,3 @@ def _join_routes(draws: Sequence[_Draw]) -> RolloutRoutes | None:
         sampled=SampledRoutes(ids={key: ids_TK for part in parts for key, ids_TK in part.ids.items()}),
         requests=tuple(tuple(each.prompt.number for each in draw.drawn) for draw in draws),
     )
-
-
-def _count(groups: Sequence[RolledGroup]) -> dict[str, float]:
-    dropped = Counter(group.dropped for group in groups)
-    return {
-        "groups": len(groups),
-        "equal_groups": dropped[EQUAL],
-        "groups_without_verdict": sum(count for reason, count in dropped.items() if reason.startswith(NO_VERDICT)),
-    }

@@ -4,37 +4,50 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.progress import printable
 from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import SCORERS
+from infer.scoring.score import SCORERS, VERDICTS
 from train.rollout.groups.advantages import NO_VERDICT
 from train.rollout.groups.records import RolledAnswer, RolledGroup, ScoredRollout
+
+_LONGEST_REASON = 200
 
 
 def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
     """Returns numbers of a rollout, over the whole job.
 
-    `entropy` is that of the sampler, in nats per token.
+    `entropy` is that of the sampler, in nats per token. Answers without a verdict have no part in rewards and in
+    `correct_share`; a rollout that has no other answers lacks both.
 
     Args:
         rollout: with at least one answer.
         step: index of the step that learns from it, from 0.
     """
-    answers, counts = rollout.answers, rollout.header.counts
-    rewards = [answer.reward for answer in answers]
-    mean = math.fsum(rewards) / len(rewards)
+    answers, groups = rollout.answers, rollout.groups
+    num_equal = sum(map(has_equal_rewards, groups))
+    num_unjudged = sum(group.dropped.startswith(NO_VERDICT) for group in groups)
+    rewards = [answer.reward for answer in answers if answer.sheet.is_verdict]
+    mean = math.fsum(rewards) / max(len(rewards), 1)
+    deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / max(len(rewards), 1))
+    unjudged = [answer.sheet for answer in answers if not answer.sheet.is_verdict]
+    # A hostile program may have chosen the text.
+    reason = " ".join(unjudged[0].fault.split()) if unjudged else ""
     tokens = [len(answer.tokens) for answer in answers]
     checked = [is_right(answer.sheet) for answer in answers]
     num_checked = len(checked) - checked.count(None)
     return {
         "answers": len(answers),
-        "reward": mean,
-        "reward_deviation": math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)),
+        **({"reward": mean, "reward_deviation": deviation} if rewards else {}),
         "parts": part_means(answers),
         **({"correct_share": checked.count(True) / num_checked} if num_checked else {}),
-        "groups": counts["groups"],
-        "equal_share": sum(map(has_equal_rewards, rollout.groups)) / counts["groups"],
-        "no_verdict_share": counts["groups_without_verdict"] / counts["groups"],
-        "draws": counts["draws"],
+        "groups": len(groups),
+        "equal_share": num_equal / len(groups),
+        "no_verdict_share": len(unjudged) / len(answers),
+        **({"no_verdict_reason": printable(reason[:_LONGEST_REASON])} if reason else {}),
+        "no_verdict_groups": num_unjudged / len(groups),
+        "idle_share": (num_equal + num_unjudged) / len(groups),
+        "skipped_share": sum(answer.sheet.outcome == "skipped" for answer in answers) / len(answers),
+        "draws": rollout.header.counts["draws"],
         "entropy": -math.fsum(value for answer in answers for value in answer.log_probs) / max(sum(tokens), 1),
         "mean_tokens": sum(tokens) / len(tokens),
         "most_tokens": max(tokens),
@@ -61,10 +74,15 @@ def part_means(answers: Sequence[RolledAnswer]) -> Mapping[str, float]:
 
 
 def is_right(sheet: ScoreSheet) -> bool | None:
-    """Returns whether the parts that check answers find no fault; None if none of them applies.
+    """Returns whether the parts that check answers find no fault; None if none applies or one fails.
 
     A vote or a judge without a result changes nothing.
     """
-    checks = [score.outcome for kind, score in sheet.parts.items() if SCORERS.get(kind).has_verdict]
+    checks = [
+        score.outcome
+        for kind, score in sheet.parts.items()
+        if SCORERS.get(kind).has_verdict or score.outcome in ("correct", "wrong")
+    ]
     applied = [outcome for outcome in checks if outcome != "skipped"]
-    return all(outcome == "correct" for outcome in applied) if applied else None
+    is_judged = bool(applied) and all(outcome in VERDICTS for outcome in applied)
+    return all(outcome == "correct" for outcome in applied) if is_judged else None

@@ -1,5 +1,7 @@
 """Tests of rewards with parts that models score: sums, joint outcomes, and commands without such models."""
 
+import math
+
 import pytest
 
 from infer.scoring.models.parts import combine, host_parts
@@ -41,6 +43,16 @@ def test_plurality_is_rewarded_and_the_truth_is_reported() -> None:
     ]
     outcomes = [[sheet.outcome for sheet in group.sheets] for group in found]
     assert outcomes == [["correct", "correct", "wrong"], ["wrong", "wrong", "correct"], ["rated"] * 3]
+
+
+def test_score_of_a_model_that_is_no_number_is_an_error_of_its_group() -> None:
+    config = reward_config(JUDGE)
+    found = combine(config, GROUPS[:2], None, {"judge": [rated(1.0, math.nan, math.inf), rated(1, 0, 0)]})
+    assert [[sheet.outcome for sheet in group.sheets] for group in found] == [
+        ["rated", "error", "error"],
+        ["rated"] * 3,
+    ]
+    assert found[0].sheets[1].fault == "judge: must return a finite value of at most 1e+30 in size, returned nan"
 
 
 def test_scores_of_models_join_those_of_rules() -> None:

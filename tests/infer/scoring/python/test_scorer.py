@@ -154,7 +154,7 @@ def test_reward_loses_the_groups_of_failed_workers_and_ends_if_all_fail(tmp_path
         found = reward.score_groups([group("1", "2"), group("1", "die"), group("3"), group("hang", "4"), group("5")])
         assert [each.dropped for each in found] == [None, "error", None, "unknown", None]
         assert [sheet.total for each in found if each.dropped is None for sheet in each.sheets] == [1, 2, 3, 5]
-        assert "ended with code 3" in found[1].reason
+        assert "ended with code 3" in found[1].sheets[1].fault
         began = time.monotonic()
         with pytest.raises(ScoringError, match=r"kind python \(.*my_reward.py: score\): its workers failed 10 times"):
             reward.score_groups([group(*["die"] * 100)])
