@@ -125,13 +125,18 @@ class CodeScorer:
         return verdict(is_correct=is_equal, detail="" if is_equal else f"printed {printed[:60]!r}")
 
     def _run_assertions(self, program: str, tests: str) -> Score:
-        """Runs a program in one sandbox and its tests in another, joined by two pipes."""
+        """Runs a program and its tests in two sandboxes, and in one if a failure may be due to that."""
         nonce = secrets.token_hex(16)
         with Descriptors() as opened:
             verdict_file = opened.memory_file(b"")
             finished = self._run_apart(program, tests, nonce, verdict_file)
             state = os.pread(verdict_file, _LONGEST_VERDICT, 0).decode("utf-8", "replace").strip()
-        return self._score_apart(finished, state, _read_verdict(state, nonce))
+        message = _read_verdict(state, nonce)
+        score = self._score_apart(finished, state, message)
+        doubt = message["doubt"] if message else state.partition(" ")[2]
+        if not doubt or score.outcome in ("correct", "error"):
+            return score
+        return self._run_together(program, tests, doubt, score)
 
     def _run_apart(self, program: str, tests: str, nonce: str, verdict_file: int) -> Finished:
         """Runs a program and its tests, joined by two pipes."""
@@ -160,7 +165,7 @@ class CodeScorer:
         ran, tested = finished.guests
         if ran.is_flooded or ran.is_out_of_cpu:
             return self._stopped(ran, finished) or failure("unknown", "")
-        if tested.is_out_of_cpu and not state:
+        if tested.is_out_of_cpu and (not state or state.startswith("started")):
             return failure("error", "the tests used too much processor time")
         if finished.is_late and finished.has_slept and not state.startswith("asking"):
             return failure("error", "the tests did not end")
@@ -172,6 +177,28 @@ class CodeScorer:
             case "error":
                 return failure("error", message["detail"])
         return failure("error", "the tests ended without a verdict")
+
+    def _run_together(self, program: str, tests: str, doubt: str, apart: Score) -> Score:
+        """Confirms a failure in one process with the tests, or returns an error.
+
+        A program can make itself pass there, so a pass is no verdict.
+        """
+        nonce = secrets.token_hex(16)
+        with Descriptors() as opened:
+            passed = opened.memory_file(b"")
+            guest = GuestProgram(
+                name="script",
+                limits=self._limits,
+                arguments=(str(passed),),
+                files={"program.py": program, "tests.py": tests},
+                stdin=nonce,
+                inherited=(passed,),
+            )
+            finished = self._wait(guest)
+            has_passed = os.pread(passed, len(nonce), 0) == nonce.encode()
+        if has_passed:
+            return failure("error", f"passes in one process with its tests only: {doubt}")
+        return self._stopped(finished.guests[0], finished) or apart
 
     def _wait(self, program: GuestProgram) -> Finished:
         return wait_for_guests([self._sandbox.start(program)], [self._config.cpu_seconds], self._config.wall_seconds)

@@ -21,6 +21,7 @@ from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.code.supervise import wait_for_guests
 from infer.scoring.score import Answer, Problem, Score, ScoringError
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
+from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
 from tests.infer.scoring.test_isolation import open_to_all
 
 pytestmark = pytest.mark.slow
@@ -171,6 +172,42 @@ def test_code_no_verdict_can_be_forged(scorer: CodeScorer, outside: dict[str, ob
     assert score.value == 0
     assert score.outcome in ("wrong", "timeout", "missing"), score
     assert time.monotonic() - begin < WALL_SECONDS + 1
+
+
+@pytest.mark.long
+def test_code_right_and_wrong_programs_of_many_kinds_get_their_verdict(scorer: CodeScorer) -> None:
+    assert len(TABLE) >= 60
+    with ThreadPoolExecutor(2) as threads:
+        right = list(threads.map(lambda case: run(scorer, case[0], case[2]), TABLE.values()))
+        wrong = list(threads.map(lambda case: run(scorer, case[1], case[2]), TABLE.values()))
+    assert not {name: score for name, score in zip(TABLE, right, strict=True) if score.outcome != "correct"}
+    assert not {name: score for name, score in zip(TABLE, wrong, strict=True) if score.outcome != "wrong"}
+
+
+@pytest.mark.parametrize("name", ["generator", "Counter", "own errors", "arithmetic operators", "sort in place"])
+def test_code_some_programs_of_the_table_get_their_verdict(scorer: CodeScorer, name: str) -> None:
+    right, wrong, tests = TABLE[name]
+    assert run(scorer, right, tests).outcome == "correct"
+    assert run(scorer, wrong, tests).outcome == "wrong"
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_code_no_operator_forges_a_verdict(scorer: CodeScorer, name: str) -> None:
+    assert run(scorer, *TRICKS[name]).outcome in ("wrong", "timeout")
+
+
+def test_code_an_operator_of_an_unexpected_class_is_no_verdict(scorer: CodeScorer) -> None:
+    program = "class N:\n    def __getattr__(s, name): return lambda *a: True\ndef f(x): return N()"
+    assert run(scorer, program, "assert f(2).startswith('ab')").outcome == "error"
+
+
+@pytest.mark.parametrize("name", OWN_PROCESS)
+def test_code_what_only_one_process_can_show_is_an_error_and_not_wrong(scorer: CodeScorer, name: str) -> None:
+    program, tests = OWN_PROCESS[name]
+    score = run(scorer, program, tests)
+    assert score.outcome == "error", score
+    assert score.detail.startswith("passes in one process with its tests only: "), score
+    assert run(scorer, program.replace("2", "3", 1), tests).outcome == "wrong"
 
 
 def test_code_sets_print_in_one_order(scorer: CodeScorer) -> None:

@@ -1,18 +1,24 @@
-"""Runs a program in the sandbox, and then calls its functions on request of the tests.
+"""Runs a program in the sandbox, and then performs what the tests ask for.
 
-The tests run in another sandbox. This process gets the arguments of each call and returns a value. It never sees an
-expected value or a verdict, so a program can pass only by computing the right values.
+The tests run in another sandbox. This process gets the arguments of each call and returns a value. It never gets a
+verdict, and an expected value only among others, where an operator of the program itself decides (`tests`).
 """
 
-import builtins
+import io
 import json
 import os
 import sys
-import types
-from typing import Any
+from collections.abc import ItemsView, KeysView, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, BinaryIO
 
 from infer.scoring.code.guest.limits import apply_limits, read_source
-from infer.scoring.code.guest.wire import WireError, decode, encode, receive, send
+from infer.scoring.code.guest.proxies import perform_special
+from infer.scoring.code.guest.wire import BrokenLinkError, Peer
+
+_LONGEST_PRINTED = 2**16
+_MUTABLE: tuple[Any, ...] = (list, dict, set, bytearray)
 
 
 def main(limits: str, request_fd: str, reply_fd: str) -> None:
@@ -26,52 +32,88 @@ def main(limits: str, request_fd: str, reply_fd: str) -> None:
     values = json.loads(limits)
     source = read_source(values, "program.py")
     apply_limits(values)
-    requests, replies = os.fdopen(int(request_fd), "rb"), os.fdopen(int(reply_fd), "wb")
-    objects = _Objects()
-    module = types.ModuleType("solution")
-    sys.modules["solution"] = module
+    module = sys.modules["solution"] = ModuleType("solution")
+    peer = _ProgramPeer(module, os.fdopen(int(request_fd), "rb"), os.fdopen(int(reply_fd), "wb"))
+    sys.stdout = io.StringIO()
     problem = ""
     try:
         exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"[:200]
-    while (message := receive(requests)) is not None:
-        send(replies, objects.error("RuntimeError", problem) if problem else objects.answer(module, message))
+    try:
+        peer.send({"problem": problem})
+        while True:
+            peer.serve(peer.receive())
+    except BrokenLinkError:
+        pass  # the tests have ended
 
 
-class _Objects:
-    """The program's objects that the tests may refer to, by number."""
+def take_items(iterator: Any, sent: Any, size: int) -> tuple[list[Any], bool, Any]:
+    """Returns some items of an iterator, whether it is over, and its result or its error."""
+    items: list[Any] = []
+    try:
+        for _ in range(size):
+            items.append(next(iterator) if sent is None else iterator.send(sent))
+    except StopIteration as end:
+        return items, True, end.value
+    except Exception as error:
+        return items, True, error
+    return items, False, None
 
-    def __init__(self) -> None:
-        self._objects: list[Any] = []
 
-    def answer(self, module: types.ModuleType, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns the reply to a request: a value, or the error that the program raised."""
-        try:
-            value = self._run(module, message)
-            return {"value": encode(value, self._refer)}
-        except Exception as error:
-            known = isinstance(getattr(builtins, type(error).__name__, None), type)
-            return self.error(type(error).__name__ if known else "RuntimeError", str(error)[:200])
+def await_coroutine(coroutine: Any) -> Any:
+    """Runs a coroutine to its end in another thread, because a loop may be running in this one."""
+    import asyncio
 
-    def error(self, kind: str, text: str) -> dict[str, Any]:
-        """Returns a reply with an error."""
-        return {"error": kind, "text": text}
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(asyncio.run, coroutine).result()
 
-    def _run(self, module: types.ModuleType, message: dict[str, Any]) -> Any:
-        target: Any = self._objects[message["object"]] if "object" in message else module
-        if message["do"] == "get":
-            return getattr(target, message["name"])
-        if message["do"] != "call":
-            raise WireError("an unknown request")
-        arguments, named = decode(message["arguments"], self._resolve), decode(message["named"], self._resolve)
-        return target(*arguments, **named)
 
-    def _refer(self, value: Any) -> list[Any]:
-        self._objects.append(value)
-        return ["object", len(self._objects) - 1, type(value).__name__]
+class _ProgramPeer(Peer):
+    """The program's end of the link. It allows the tests everything."""
 
-    def _resolve(self, data: list[Any]) -> Any:
-        if data[0] != "object":
-            raise WireError("data that is not a value")
-        return self._objects[data[1]]
+    def __init__(self, module: ModuleType, incoming: BinaryIO, outgoing: BinaryIO) -> None:
+        super().__init__(incoming, outgoing, parity=1)
+        self._module = module
+
+    def perform(self, name: str, target: Any, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        target = self._module if target is None else target
+        match name:
+            case "get":
+                return getattr(target, *arguments)
+            case "set":
+                return setattr(target, *arguments)
+            case "special":
+                return perform_special(target, arguments[0], arguments[1:], named)
+            case "next":
+                return take_items(target, *arguments)
+            case "await":
+                return await_coroutine(target)
+            case "content":
+                return _content_of(target)
+            case _:
+                return [_try(target, arguments[0], operand) for operand in arguments[1]]
+
+    def take_printed(self) -> str:
+        if not isinstance(sys.stdout, io.StringIO):
+            return ""
+        printed = sys.stdout.getvalue()
+        sys.stdout.seek(0)
+        sys.stdout.truncate()
+        return printed[:_LONGEST_PRINTED]
+
+
+def _content_of(value: Any) -> Any:
+    """Returns the items of a mutable value, also of a subclass; None of any other object."""
+    if isinstance(value, KeysView | ItemsView):
+        return set(value)
+    base: Any = next((kind for kind in type(value).__mro__ if kind in _MUTABLE), None)
+    return None if base is None else base(dict.items(value) if base is dict else base.__iter__(value))
+
+
+def _try(target: Any, name: str, operand: Any) -> Any:
+    """Returns the result of an operator, or the error that it raises."""
+    try:
+        return perform_special(target, name, [operand], {})
+    except Exception as error:
+        return error

@@ -1,5 +1,6 @@
 """Sets the limits of a process in the sandbox."""
 
+import io
 import resource
 from typing import Any
 
@@ -22,6 +23,14 @@ def apply_limits(limits: dict[str, Any]) -> None:
     _set(resource.RLIMIT_CORE, 0)
     _set(resource.RLIMIT_MEMLOCK, 0)
     _set(resource.RLIMIT_MSGQUEUE, 0)
+
+
+class Discarded(io.TextIOBase):
+    """Standard output of which nothing is kept. The sandbox has no /dev/null."""
+
+    def write(self, text: str) -> int:
+        """Does nothing."""
+        return len(text)
 
 
 def read_source(limits: dict[str, Any], name: str) -> str:

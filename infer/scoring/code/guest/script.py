@@ -1,22 +1,35 @@
-"""Runs a program in the sandbox as a script that reads standard input and prints."""
+"""Runs a program in the sandbox as a script that reads standard input and prints, or with its tests."""
 
 import json
+import os
 import sys
+from types import ModuleType
 
-from infer.scoring.code.guest.limits import apply_limits, read_source
+from infer.scoring.code.guest.limits import Discarded, apply_limits, read_source
 
 
-def main(limits: str) -> None:
+def main(limits: str, verdict_fd: str = "") -> None:
     """Runs `program.py` as `__main__`.
 
     Args:
         limits: JSON for `apply_limits`.
+        verdict_fd: number of a file descriptor. With it, `tests.py` runs afterwards with the program's names, and if it
+            passes, the first line of standard input is written there. The program can do so as well.
     """
     values = json.loads(limits)
     source = read_source(values, "program.py")
+    if verdict_fd:
+        tests, nonce, write = read_source(values, "tests.py"), sys.stdin.readline().strip(), os.write
+        sys.stdout = Discarded()
+        module = sys.modules["solution"] = ModuleType("solution")
+    else:
+        module = sys.modules["__main__"]
+        module.__dict__.clear()
+        module.__dict__.update({"__name__": "__main__", "__builtins__": __builtins__})
     apply_limits(values)
     sys.argv = ["program.py"]
-    module = sys.modules["__main__"]
-    module.__dict__.clear()
-    module.__dict__.update({"__name__": "__main__", "__builtins__": __builtins__})
     exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
+    if verdict_fd:
+        module.__dict__["__name__"] = "tests"
+        exec(compile(tests, "tests.py", "exec", dont_inherit=True), module.__dict__)
+        write(int(verdict_fd), nonce.encode())

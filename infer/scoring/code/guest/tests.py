@@ -1,24 +1,50 @@
 """Runs a problem's tests in a sandbox, with proxies for the program, which another process runs.
 
-Everything that decides, the assertions and the operators that they use, runs here, where the program cannot change it.
+Everything that decides, the assertions and the comparisons of values, runs here, where the program cannot change it.
 """
 
 import ast
 import builtins
 import json
+import math
 import os
+import secrets
 import sys
 import traceback
-from typing import Any, NoReturn
+import types
+from collections.abc import Sequence
+from typing import Any
 
-from infer.scoring.code.guest.limits import apply_limits, read_source
-from infer.scoring.code.guest.wire import WireError, decode, encode, receive, send
+from infer.scoring.code.guest.candidate import await_coroutine, take_items
+from infer.scoring.code.guest.limits import Discarded, apply_limits, read_source
+from infer.scoring.code.guest.proxies import (
+    ARITHMETIC,
+    COMPARISONS,
+    CONTENT,
+    SPECIAL,
+    Proxy,
+    ProxyClass,
+    perform_special,
+)
+from infer.scoring.code.guest.wire import BrokenLinkError, Peer
 
-_ASKING, _TESTING = b"asking ", b"testing"
+# Modules whose functions act on their arguments alone. Others may act on the process, which here is not the program's.
+_PURE = (
+    *("abc", "bisect", "cmath", "collections", "copy", "datetime", "decimal", "enum", "fractions", "functools"),
+    *("heapq", "itertools", "json", "math", "numbers", "operator", "re", "solution", "statistics", "string"),
+    *("textwrap", "typing"),
+)
+_OWN = ("callable", "eval", "exec", "globals", "input", "open", "__import__")
+_ORDERS = COMPARISONS[2:]
+_JUDGED = (*COMPARISONS, *ARITHMETIC, "__contains__")
+_PREDICATES = {name for kind in CONTENT for name in dir(kind) if name.startswith("is") or name.endswith("swith")}
+_DESCRIPTIONS = ("__name__", "__qualname__", "__doc__", "__module__")
+_STATE_BYTES = 256
+_STARTED, _ASKING, _TESTING = "started", "asking", "testing"
 
 
 def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
-    """Runs `tests.py` and writes the verdict, which begins with the nonce from standard input.
+    """Runs `tests.py` and writes the verdict with the nonce from standard input.
 
     Args:
         limits: JSON for `apply_limits`.
@@ -30,143 +56,207 @@ def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
     values = json.loads(limits)
     source = read_source(values, "tests.py")
     apply_limits(values)
-    link = _Link(int(request_fd), int(reply_fd), int(verdict_fd))
-    outcome, detail = _run(source, link)
-    if link.problem:
-        outcome, detail = "wrong", link.problem
-    verdict = json.dumps({"nonce": nonce, "outcome": outcome, "detail": detail[:200]})
-    os.pwrite(int(verdict_fd), verdict.encode().ljust(len(_ASKING)), 0)
+    sys.stdout = Discarded()
+    peer = _TestPeer(os.fdopen(int(reply_fd), "rb"), os.fdopen(int(request_fd), "wb"), int(verdict_fd))
+    outcome, detail = _run(source, peer)
+    if peer.problem:
+        outcome, detail = "wrong", peer.problem
+    if peer.is_tainted and outcome == "correct":
+        outcome, detail = "error", peer.doubt
+    message = {"nonce": nonce, "outcome": outcome, "detail": detail[:200], "doubt": peer.doubt[:200]}
+    os.ftruncate(int(verdict_fd), 0)
+    os.pwrite(int(verdict_fd), json.dumps(message).encode(), 0)
 
 
-def _run(source: str, link: "_Link") -> tuple[str, str]:
+def _run(source: str, peer: "_TestPeer") -> tuple[str, str]:
     """Runs the tests. Returns correct if all passed, wrong if one failed, or error if they are not Python."""
     try:
         tree = ast.parse(source, "tests.py")
         code = compile(tree, "tests.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError) as error:
         return "error", f"the tests are not Python: {error}"
+    peer.doubt = _impure(tree)
     try:
-        names = {name: link.get(None, name) for name in free_names(tree)}
-        exec(code, {"__name__": "tests", **names})
-    except _BrokenLinkError as error:
+        peer.meet_program()
+        exec(code, _Names(peer))
+    except BrokenLinkError as error:
         return "wrong", str(error)
-    except SystemExit:
-        return "error", "the tests end the process"
     except BaseException as error:
+        if isinstance(error, SystemExit | ImportError) and error is not peer.last_error:
+            return "error", f"the tests raise {type(error).__name__} {error}"
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"]
         place = f"line {lines[-1]} of the tests: " if lines else ""
         return "wrong", f"{place}{type(error).__name__} {error}".strip()
     return "correct", ""
 
 
-def free_names(tree: ast.AST) -> list[str]:
-    """Returns the names that tests use and do not define: those of the program.
-
-    Builtins are never the program's.
-    """
-    used: dict[str, None] = {}
-    defined: set[str] = set()
+def _impure(tree: ast.AST) -> str:
+    """Returns why tests may need the process of the program; empty if they only use pure modules."""
     for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()):
-                used[name] = None
-            case ast.Name(id=name):
-                defined.add(name)
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                defined.add(name)
-            case ast.arg(arg=name):
-                defined.add(name)
-            case ast.alias(name=name, asname=other):
-                defined.add(other or name.partition(".")[0])
-            case ast.ExceptHandler(name=str(name)):
-                defined.add(name)
-    return [name for name in used if name not in defined and not hasattr(builtins, name) and name != "__name__"]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            for name in names:
+                if name not in _PURE:
+                    return f"the tests import {name}"
+        elif isinstance(node, ast.Name) and node.id in _OWN:
+            return f"the tests use {node.id}"
+    return ""
 
 
-class _BrokenLinkError(BaseException):
-    """The program ended or sent something that is not a reply.
+class _Names(dict[str, Any]):
+    """The tests' global names. Those that they do not define are the program's; builtins never are."""
 
-    Tests that catch `Exception` do not catch it.
+    def __init__(self, peer: "_TestPeer") -> None:
+        super().__init__(__name__="tests", __builtins__=builtins)
+        self._peer = peer
+        module = sys.modules["solution"] = types.ModuleType("solution")
+        module.__getattr__ = self._get  # type: ignore[method-assign]
+
+    def __missing__(self, name: str) -> Any:
+        try:
+            return self._get(name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def _get(self, name: str) -> Any:
+        if hasattr(builtins, name) or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        value = self._peer.ask("get", None, name)
+        if isinstance(value, type):
+            self._peer.named_classes.add(value)
+        return value
+
+
+class _TestPeer(Peer):
+    """The tests' end of the link.
+
+    Attributes:
+        problem: why the program is wrong regardless of what the tests find; empty if it is not.
+        is_tainted: whether tests that pass prove nothing.
+        named_classes: classes of the program that the tests name, so that its operators are what is tested.
+        last_error: the last error that the program raised.
     """
 
-
-class _Link:
-    """The pipes to the process with the program."""
-
-    def __init__(self, request_fd: int, reply_fd: int, verdict_fd: int) -> None:
+    def __init__(self, incoming: Any, outgoing: Any, verdict_fd: int) -> None:
+        super().__init__(incoming, outgoing, parity=0)
         self._verdict_fd = verdict_fd
-        self._requests, self._replies = os.fdopen(request_fd, "wb"), os.fdopen(reply_fd, "rb")
         self.problem = ""
+        self.is_tainted = False
+        self.named_classes: set[type] = set()
+        self.last_error: BaseException | None = None
 
-    def get(self, number: int | None, name: str) -> Any:
-        """Returns the program's attribute of this name: a value, or a proxy."""
-        return self._ask({"do": "get", "name": name}, number)
+    def write_state(self, state: str) -> None:
+        """Replaces what the file of the verdict says."""
+        os.pwrite(self._verdict_fd, state.encode()[:_STATE_BYTES].ljust(_STATE_BYTES), 0)
 
-    def call(self, number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Calls an object of the program."""
-        message = {"do": "call", "arguments": encode(arguments, _refer), "named": encode(named, _refer)}
-        return self._ask(message, number)
+    def meet_program(self) -> None:
+        """Waits until the program has run."""
+        self.write_state(_ASKING)
+        if problem := self.receive().get("problem", "no beginning"):
+            raise BrokenLinkError(str(problem))
+        self.write_state(_STARTED)
 
-    def _ask(self, message: dict[str, Any], number: int | None) -> Any:
+    def ask(self, name: str, number: int | None, /, *arguments: Any, **named: Any) -> Any:
+        target = self._remote.get(-1 if number is None else number)
+        is_plain = type(target) is Proxy or not isinstance(target, Proxy) or isinstance(target, (*self.named_classes,))
+        if name == "get" and not is_plain and arguments[0] in _PREDICATES:
+            self._taint(target)
+        self.write_state(f"{_ASKING} {self.doubt}")
         try:
-            os.pwrite(self._verdict_fd, _ASKING, 0)
-            send(self._requests, message if number is None else {**message, "object": number})
-            reply = receive(self._replies)
-            os.pwrite(self._verdict_fd, _TESTING, 0)
-            if reply is None:
-                self._break("the program ended")
-            if "value" in reply:
-                return decode(reply["value"], self._resolve)
-        except (OSError, WireError) as error:
-            self._break(f"no reply from the program: {error}")
-        except RecursionError:
-            self._break("no reply from the program: nested too deep")
-        kind = getattr(builtins, str(reply.get("error")), None)
-        # SystemExit and the like would end the tests, not fail them.
-        is_error = isinstance(kind, type) and issubclass(kind, Exception)
-        raise _error(kind if is_error else RuntimeError, str(reply.get("text")))
+            return super().ask(name, number, *arguments, **named)
+        except BrokenLinkError as error:
+            self.problem = self.problem or str(error)
+            raise
+        except BaseException as error:
+            self.last_error = error
+            if isinstance(error, NameError):
+                self.doubt = self.doubt or f"the program raises {error}"  # it may use names of the tests
+            raise
+        finally:
+            self.write_state(f"{_TESTING} {self.doubt}")
 
-    def _break(self, problem: str) -> NoReturn:
-        self.problem = self.problem or problem
-        raise _BrokenLinkError(problem)
+    def perform(self, name: str, target: Any, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Performs what a program may do with what the tests pass to it.
 
-    def _resolve(self, data: list[Any]) -> "Proxy":
-        if data[0] != "object" or len(data) != 3 or type(data[1]) is not int:
-            raise WireError("data that is not a value")
-        return Proxy(self, data[1], str(data[2]))
+        It may call, iterate and await anything, and use public attributes and operators of objects whose class the
+        tests define. Everything else, such as a function's globals, would give it this process.
+        """
+        first = arguments[0] if arguments else ""
+        is_defined_here = type(target).__module__ == "tests"
+        is_public = isinstance(first, str) and (not first.startswith("_") or first in _DESCRIPTIONS)
+        match name:
+            case "special" if first == "__call__" or (is_defined_here and first in SPECIAL):
+                return perform_special(target, first, arguments[1:], named)
+            case "get" if is_public and (is_defined_here or getattr(target, "__module__", "") == "tests"):
+                if first in _DESCRIPTIONS or not isinstance(target, types.FunctionType | types.MethodType):
+                    return getattr(target, first)
+            case "set" if is_public and is_defined_here and not callable(getattr(type(target), first, None)):
+                return setattr(target, *arguments)
+            case "next":
+                return take_items(target, *arguments)
+            case "await":
+                return await_coroutine(target)
+        self.doubt = self.doubt or f"the program uses {first or name} of an object of the tests"
+        raise AttributeError(f"{first or name} of an object of the tests cannot be used")
+
+    def operate(self, target: Any, name: str, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """Performs an operator of the program, which does not learn which of several operands the tests have.
+
+        An object that is equal to any operand makes the program wrong. If the tests do not name the object's class,
+        they expect a plain value, and an operator of the program does not show that it is right.
+        """
+        if name not in _JUDGED or self.is_remote(arguments[0]):
+            return super().operate(target, name, arguments, named)
+        operand, is_named = arguments[0], isinstance(target, (ProxyClass, *self.named_classes))
+        if isinstance(target, CONTENT) and not is_named:
+            return getattr(next(kind for kind in type(target).__mro__ if kind in CONTENT), name)(target, operand)
+        if name in ("__eq__", "__ne__") and (content := self.ask("content", target._number)) is not None:
+            return (content == operand) is (name == "__eq__")
+        if is_named and name not in ("__eq__", "__ne__"):
+            return super().operate(target, name, arguments, named)
+        operands = [operand, *_decoys(operand, name)]
+        secrets.SystemRandom().shuffle(operands)
+        results = self.ask("try", target._number, name, operands)
+        result = next(each for number, each in enumerate(results) if operands[number] is operand)
+        others = [each for number, each in enumerate(results) if operands[number] is not operand]
+        if isinstance(result, Exception):
+            raise result
+        accepted = name != "__ne__"  # what an object says to a value that it accepts
+        numbers = [each for each in others if {type(each), type(result)} <= {int, float}]
+        has_no_value = name.endswith("sub__") and any(abs(each - result) < 0.5 for each in numbers)
+        if has_no_value or (name in (*COMPARISONS, "__contains__") and any(each is accepted for each in others)):
+            self.problem = self.problem or "an object of the program that is equal to everything"
+            raise BrokenLinkError(self.problem)
+        if not is_named and result is not (not accepted) and result is not NotImplemented:
+            self._taint(target)
+        return result
+
+    def _taint(self, target: Any) -> None:
+        self.doubt = f"an operator of the program's class {type(target).__name__} decides"
+        self.is_tainted = True
 
 
-class Proxy:
-    """An object of the program. Its operators are those of `object`, so it is equal only to itself."""
-
-    def __init__(self, link: _Link, number: int, kind: str) -> None:
-        """Refers to an object by its number in the program's process."""
-        self._link, self._number, self._kind = link, number, kind
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Calls the object."""
-        return self._link.call(self._number, arguments, named)
-
-    def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the object. Python's own protocols do not reach through a proxy."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._link.get(self._number, name)
-
-    def __repr__(self) -> str:
-        return f"<{self._kind} of the program>"
-
-
-def _refer(value: Any) -> list[Any]:
-    if type(value) is Proxy:
-        return ["object", value._number]
-    raise WireError(f"an argument of type {type(value).__name__}; tests may pass plain values only")
-
-
-def _error(kind: Any, text: str) -> Exception:
-    """Builds an error; some types need more arguments."""
-    try:
-        made = kind(text)
-    except TypeError:
-        made = RuntimeError(text)
-    return made if isinstance(made, Exception) else RuntimeError(text)
+def _decoys(value: Any, name: str) -> list[Any]:
+    """Returns operands for which a comparison that accepts a value must not hold."""
+    token = secrets.token_hex(8)
+    is_below = name in ("__lt__", "__le__")
+    match value:
+        case bool():
+            return [token]
+        case int() | float() if name in _ORDERS:
+            return [-math.inf if is_below else math.inf]
+        case str() if name in _ORDERS:
+            return ["" if is_below else "\U0010ffff" * 9]
+        case _ if name in _ORDERS:
+            return []
+        case int() | float():
+            return [value + 1 + secrets.randbelow(9), token]
+        case str():
+            return [value + token, token]
+        case list() | tuple():
+            return [type(value)([*value, token]), token]
+        case dict():
+            return [{**value, token: token}, token]
+        case set() | frozenset():
+            return [value | {token}, token]
+    return [token]
