@@ -26,8 +26,6 @@ def print_run_summary(
     """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's coordinates.
 
     Args:
-        config: of the run.
-        replica: of this rank.
         planned: the schedule, and why it was chosen.
         prepared: corpus and tokenizer.
         reporter: prints on rank 0.
@@ -106,13 +104,15 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
     made = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
     origin = made if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
-    found, wanted, size = len(prepared.validation_tokens_NL), config.validation.sequences, config.batch.global_sequences
-    if wanted and not found:
+    num_held_out = len(prepared.validation_tokens_NL)
+    wanted = config.validation.sequences
+    if wanted and not num_held_out:
         yield "validation: off, because data.validation_fraction is too small to hold out a document of this corpus"
-    elif found < wanted and config.rollout is None:
+    elif num_held_out < wanted and config.rollout is None:
         # Whole global batches are read, or all of less than one.
-        read = found // size * size or found
-        yield f"validation: reads {read} of validation.sequences={wanted}, because the held-out part has only {found}"
+        num_read = num_held_out // config.batch.global_sequences * config.batch.global_sequences or num_held_out
+        reason = f"because the held-out part has only {num_held_out}"
+        yield f"validation: reads {num_read} of validation.sequences={wanted}, {reason}"
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
