@@ -159,7 +159,6 @@ class GenerationBatch:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded.
 
         Args:
-            logits_BV: of the model.
             target_BV: the sampling distribution.
             tokens_B: the chosen tokens.
         """

@@ -68,7 +68,6 @@ class JudgedAnswer:
 
         Args:
             template: chat template of the judge.
-            tokenizer: of the judge.
         """
         conversations = [
             Conversation(

@@ -228,7 +228,6 @@ class PartDecoder:
         Args:
             block: the block.
             hidden_ND: its input.
-            view: of its cache.
             layer: number of the block if it is a layer of the main model, whose experts may be recorded.
         """
         residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)

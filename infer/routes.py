@@ -34,7 +34,6 @@ class RouteStore:
         """Adds the record of a sequence that is complete. A part of a prompt is ignored.
 
         Args:
-            place: of the sequence.
             layers: numbers of the layers.
             ids_LTK: experts of its tokens, which may include tokens that are no part of it after the last one read.
         """
@@ -79,12 +78,9 @@ class RouteRecorder:
         """Allocates the rows.
 
         Args:
-            config: of the model.
             layers: layers of the main model that the decoder runs, in order.
             max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
-            device: of the decoder.
-            store: of the direction.
         """
         self._layers = tuple(layer for layer in layers if layer >= config.num_dense_layers)
         self._store = store
@@ -100,7 +96,6 @@ class RouteRecorder:
 
         Args:
             layer: number of the layer; a layer that is not the main model's is ignored.
-            view: of the decoder's cache in this pass.
             ids_NK: experts of the new tokens, row by row.
         """
         if layer in self._layers:
@@ -116,7 +111,6 @@ class RouteRecorder:
         """Stores the sequence of a row and moves the last row into its place.
 
         Args:
-            row: of the sequence.
             lengths: number of tokens of each row.
         """
         self._keep(row, lengths[row])

@@ -50,7 +50,6 @@ def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling, kept_BV: 
     temperature 1.
 
     Args:
-        logits_BV: of the model.
         tokens_B: the token of each row.
         sampling: has the temperature.
         kept_BV: whether a token is in the set among which probabilities sum to 1; None: all are.
@@ -93,7 +92,6 @@ class SequenceRandom:
         """Creates the generator of a continuation.
 
         Args:
-            seed: of all random numbers.
             prompt: number of the prompt.
             sample: number of the continuation among those of the prompt.
             step: number of the request.

@@ -88,11 +88,7 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def with_advice(plan: JobPlan) -> JobPlan:
-    """Returns a plan whose reasons name the nearest change that fits.
-
-    Args:
-        plan: of a run.
-    """
+    """Returns a plan whose reasons name the nearest change that fits."""
     if plan.fits:
         return plan
     try:

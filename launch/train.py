@@ -120,7 +120,6 @@ def train_rank(config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
     """Runs training on one rank from start to end.
 
     Args:
-        config: the run's configuration.
         reports_on_stderr: whether the rank prints to stderr why it ended.
 
     Returns:

@@ -61,7 +61,6 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
     """Updates every router's bias by the load of the whole global batch. All ranks call it.
 
     Args:
-        replica: of this rank.
         rate: amount by which a bias changes; 0: no change.
 
     Returns:

@@ -34,7 +34,6 @@ def call_on_first_rank(world: "World", name: str, calls: Callable[[], object] | 
     """Calls a function on rank 0 while the other ranks wait. All ranks call it.
 
     Args:
-        world: of this process.
         name: of the callback, for the error.
         calls: the callback with its arguments, whose result is not used; None if there is nothing to call.
 

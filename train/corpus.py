@@ -48,7 +48,6 @@ def check_repeats(config: TrainConfig, num_sequences: float) -> None:
     Prompts of runs that sample their answers may be read any number of times.
 
     Args:
-        config: of the run.
         num_sequences: sequences of the training part; an estimate before the corpus is prepared.
 
     Raises:
@@ -75,7 +74,6 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
     that, and a lost rank is detected as in any other collective.
 
     Args:
-        config: of the run.
         exchange: joins the states; raises on every rank if the run must end.
         progress: shows how much this rank has built.
 

@@ -88,7 +88,6 @@ def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: st
 
     Args:
         out_dir: folder of the run. It must exist; a deleted one is not created again.
-        files: of the rank.
         reason: its text and exit code are the first two lines.
         details: the other lines.
     """

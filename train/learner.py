@@ -91,8 +91,6 @@ def open_learner(
 
     Args:
         replica: the network to train.
-        optim: of the optimizer.
-        ema: of the moving average.
         reference: frozen network with which the task compares; None if it does not.
         sampler: samples the answers of each step; None if the run trains on the data alone.
     """
@@ -127,7 +125,6 @@ class LearnersByBatchSize:
         """Compiles the programs of the ramp.
 
         Args:
-            learner: for the batch size at the end.
             sizes: sequences of every step.
             ramp: a schedule for each other size, by the size in sequences; empty without a ramp.
             is_proven: whether the job has validated these schedules; else this rank validates them.

@@ -76,10 +76,8 @@ class TrainingLoop:
         """Opens what the loop uses: the loader, the profiler, the saver and the guard.
 
         Args:
-            config: of the run.
             learners: one for every batch size.
             prepared: corpus and tokenizer.
-            reporter: of this rank.
             status: file with the status of the run.
             first_step: steps already done, whose updates are in the weights.
             callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.

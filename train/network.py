@@ -65,7 +65,6 @@ def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> Sequence
     """Returns which tokens of a sequence each rank of a context group holds, or each slice.
 
     Args:
-        config: of the network.
         context: ranks that share each sequence; 1 if there are several slices.
         slices: slices of each sequence.
     """
@@ -80,7 +79,6 @@ def link_shapes(config: ReplicaConfig, parts: SequenceParts, slices: int) -> tup
     """Returns the shapes of hidden states: of each slice, or of a rank's part of sequences.
 
     Args:
-        config: of the network.
         parts: tokens of each slice, or of each rank.
         slices: slices of each sequence.
     """
@@ -98,10 +96,7 @@ def build_model(
     """Builds a part of a model on a device, with the initial weights of the seed if there is one.
 
     Args:
-        config: of the network.
         dispatcher: sends rows to experts when the model is called as a plain module.
-        part: of the model.
-        device: of the weights.
         context: ranks that share each sequence.
     """
     dtype = weight_dtype(config.precision)

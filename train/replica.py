@@ -114,7 +114,6 @@ class Replica:
 
         Args:
             batches: micro-batches of this rank.
-            objective: of the step.
             sums: accumulates this rank's losses.
             store: accumulates gradients.
             follow: yields the program's steps one by one, for example to show progress.
@@ -246,7 +245,6 @@ def open_replica(
 
     Args:
         world: of this process; its groups are mirrored if the schedule is.
-        config: of the network.
         schedule: for all ranks of the pipeline; equal on all ranks.
         cut: layers of each stage of the schedule; equal on all ranks.
         is_proven: whether the job has validated the schedule, as `plan` does; else this rank validates it.

@@ -63,7 +63,6 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     SIGTERM, SIGUSR1 and SIGHUP preempt the run from here on: all ranks leave at the same point with exit code 75.
 
     Args:
-        config: of the run.
         reports_on_stderr: whether the crash report is also printed on stderr.
         callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.
 

@@ -17,8 +17,6 @@ def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
     """Returns the run with the architecture of a second network, without MTP modules.
 
     Args:
-        config: of the run.
-        path: of the network's weights.
         key: configuration key that holds the path, for errors.
 
     Raises:
@@ -33,8 +31,6 @@ def check_second_network(config: TrainConfig, path: str, key: str, role: str) ->
     """Rejects a network with another vocabulary, and one that the run's layout cannot hold.
 
     Args:
-        config: of the run.
-        path: of the network's weights.
         key: configuration key that holds the path.
         role: what the network is, with an article.
 
@@ -70,7 +66,6 @@ def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> No
     """Rejects weights that are no reward model or do not fit the run.
 
     Args:
-        config: of the run.
         part: names the weights.
 
     Raises:

@@ -127,8 +127,6 @@ def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int)
     """Returns the learning rate, the MTP loss weight and the router bias rate of a step.
 
     Args:
-        task: of the run.
-        optim: of the run.
         sizes: sequences of every step of the run.
         step: index of the step, from 0.
     """
@@ -151,9 +149,6 @@ def train_step(
     """Runs forward and backward of the global batch, then updates weights, router bias and average.
 
     Args:
-        learner: of this rank.
-        task: of the run.
-        loader: of the data.
         step: index of the step, from 0.
         guard: checks loss and gradient norm before the update; None: refuses only values that are not finite.
         progress: shows how many of this rank's phases are done; None: shows nothing.
@@ -242,10 +237,6 @@ def accumulate(
     """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
 
     Args:
-        learner: of this rank.
-        config: of the run's task.
-        batch: of the step.
-        rates: of the step.
         progress: shows how many of this rank's phases are done; None: shows nothing.
         reduce: starts to reduce the gradients of a stage in the last pass. By default all gradients stay those of this
             rank.

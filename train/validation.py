@@ -43,8 +43,6 @@ def validate(
 
     Args:
         replica: network to validate.
-        task: of the run.
-        loader: of the data.
         num_sequences: number of sequences to read, or fewer if the corpus has fewer.
         reference: model with which the task compares, if it does.
         by_position: measures the loss by position; None: it is not measured.
@@ -77,7 +75,6 @@ def validate_pass(
 
     Args:
         replica: the network.
-        config: of the run's task.
         read: as in `accumulate`.
         reference: model with which the task compares, if it does.
         by_position: as in `validate`.

@@ -98,7 +98,6 @@ class World:
         """Opens a dispatcher over this rank's expert group. All ranks call it at the same point.
 
         Args:
-            config: of the dispatcher.
             num_experts: number of routed experts of a layer.
             observers: counters and log of what it sends.
             tokens: sizes of what this rank dispatches in a micro-batch.
@@ -145,8 +144,6 @@ def open_world(
     Args:
         layout: coordinates of every rank.
         groups: process groups of this rank.
-        device: of this rank.
-        timeout_seconds: of each collective.
         log: collectives and transfers of this rank.
         preemption: whether this process received a request to leave; None: it cannot be preempted, as in a test.
     """

@@ -16,7 +16,6 @@ def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: fl
     `data.samples.pack`. Answers are found by position, because an end of sentence may also be part of a prompt.
 
     Args:
-        key: of the sample.
         chosen: the prompt with the preferred answer; its last token is the answer's.
         rejected: the prompt with the other answer.
         margin: how much better the preferred answer is.

@@ -61,7 +61,6 @@ def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answe
 
     Args:
         values: a decoded JSON object.
-        key: of the problem.
         place: file and line, for errors.
         needs_answer: whether the answer or the tests must not be null. A field must be there in any case, so that a
             misspelled one is found.

@@ -60,7 +60,6 @@ def piece_lines(piece: ShownPiece, tokenizer: Tokenizer) -> Iterator[str]:
 
     Args:
         piece: tokens and targets.
-        tokenizer: of the tokens.
     """
     start = 0
     for is_target, run in groupby(piece.is_target.tolist()):

@@ -67,7 +67,6 @@ class Answerer:
 
         Args:
             model: the model.
-            tokenizer: of the model.
             end_ids: ids of the tokens that end a generation.
             max_tokens: number of positions of the model.
         """

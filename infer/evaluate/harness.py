@@ -39,8 +39,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         Args:
             answerer: the model.
-            tokenizer: of the model.
-            seed: of the random numbers of generations.
             name: of the weights, for the package's results.
         """
         super().__init__()

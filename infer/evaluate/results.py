@@ -50,7 +50,6 @@ def as_json(
 
     Args:
         tasks: all tasks.
-        results: of each task.
         settings: plain configuration of each task.
         facts: about the evaluation: weights, seed, versions of software.
     """

@@ -33,7 +33,6 @@ def open_tasks(
     """Builds tasks, which check all of their files.
 
     Args:
-        names: of the tasks.
         settings: configuration of each registered task.
         context: what a task may know of the weights.
 

@@ -71,7 +71,6 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     Args:
         first: measures of one evaluation.
         second: those of the other one, of the same samples in the same order.
-        seed: of the bootstrap.
     """
     is_binary = all(each.weight == 1 and each.value in (0, 1) for each in (*first, *second))
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"

@@ -54,7 +54,6 @@ def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_toke
     Tokens at the start are dropped if the sequence without its last token exceeds the model's positions.
 
     Args:
-        tokenizer: of the weights.
         request: the request.
         max_tokens: number of positions.
 
@@ -77,7 +76,6 @@ def document_windows(tokenizer: Tokenizer, request: DocumentRequest, max_tokens:
     one and scores its last `stride` tokens, or those that are left.
 
     Args:
-        tokenizer: of the weights.
         request: the request.
         max_tokens: number of positions.
     """

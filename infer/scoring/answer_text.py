@@ -26,7 +26,6 @@ def shown_answer(text: str, *, boxed: bool) -> str | None:
     """Returns the text after the thoughts, or the last box in it, or None if there is none.
 
     Args:
-        text: of the whole answer.
         boxed: whether the last box counts instead of the whole text after the thoughts.
     """
     found = last_boxed(final_text(text)) if boxed else final_text(text)

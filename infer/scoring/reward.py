@@ -132,7 +132,6 @@ class Reward:
         """Builds the scorers.
 
         Args:
-            config: of the reward.
             seconds: time of a call of a scorer that sets no deadline itself.
 
         Raises:

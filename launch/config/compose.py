@@ -367,7 +367,6 @@ def dotted_keys(values: object, prefix: str = "", *, has_items: bool = False) ->
 
     Args:
         values: nested dicts.
-        prefix: of all keys.
         has_items: whether items of lists have keys too, which are their numbers.
     """
     items = enumerate(values) if has_items and isinstance(values, list) else ()

@@ -268,7 +268,6 @@ def check_text(config: TrainConfig, num_tokens: int) -> None:
     The size of a tokenizer that belongs to the weights or to the source is what it must be.
 
     Args:
-        config: the run's configuration.
         num_tokens: size of the tokenizer's vocabulary.
 
     Raises:

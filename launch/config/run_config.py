@@ -118,7 +118,6 @@ def check(config: TrainConfig, *, checks_weights: bool = True) -> None:
     """Rejects an invalid configuration before any process starts.
 
     Args:
-        config: of a run.
         checks_weights: whether a task that needs trained weights must have them. A plan and a sample do without.
 
     Raises:

@@ -43,7 +43,6 @@ def compare_with(
         folder: of the other evaluation, as `check_compared` accepts it.
         tasks: all tasks.
         records: of this evaluation, by task.
-        seed: of the bootstrap.
     """
     found = dict[str, dict[str, PairedComparison]]()
     for each in tasks:

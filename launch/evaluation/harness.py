@@ -29,7 +29,6 @@ def open_harness_model(
         dtype: type of the weights.
         device: where they are.
         batch_size: maximum number of sequences that are computed together. It changes no result.
-        seed: of the random numbers of generations.
 
     Raises:
         ConfigError: lm-evaluation-harness is not installed, or the weights have no tokenizer or no output head.

@@ -33,7 +33,6 @@ def write_outcome(
         tasks: all tasks.
         records: of all samples, by task.
         checkpoint: what identifies the weights.
-        folder: of the evaluation.
     """
     results = {each.name: task_result(each, records[each.name]) for each in tasks}
     compared = None if job.config.compare is None else compare_with(job.config.compare, tasks, records, job.config.seed)

@@ -92,7 +92,6 @@ def text_encoder(
     Args:
         chat: value of the key `chat`: a template's name, `auto`, or None.
         folder: folder of the weights, whose template `auto` takes.
-        tokenizer: of the weights.
         thinking: value of the key `thinking`.
 
     Raises:
@@ -113,7 +112,6 @@ def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bo
     Args:
         chat: value of the key `chat`: a template's name, or `auto`.
         folder: folder of the weights, whose template `auto` takes.
-        tokenizer: of the weights.
         thinking: value of the key `thinking`.
 
     Raises:

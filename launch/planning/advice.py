@@ -15,7 +15,6 @@ def advise_hardware(request: PlanRequest, base: JobPlan) -> HardwareAdvice:
     A changed run keeps the order and the cut of the run if they apply, so that the gain is that of the hardware alone.
 
     Args:
-        request: of the run.
         base: plan of the run.
 
     Raises:

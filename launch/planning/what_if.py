@@ -39,9 +39,6 @@ class ChangedRun:
 def read_what_ifs(request: PlanRequest) -> tuple[ChangedRun, ...]:
     """Returns the changed runs of a request's what-ifs.
 
-    Args:
-        request: of the run.
-
     Raises:
         ConfigError: a what-if is invalid. The message starts with `what_if` and holds the rule's own words.
     """
@@ -54,7 +51,6 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
     If the order and the cut of the run apply, they are planned too, and the better plan is returned.
 
     Args:
-        request: of the run.
         base: plan of the run.
         run: with the changes.
         keeps_order: whether the order and the cut of the run are the only ones if they apply.
@@ -102,7 +98,6 @@ def changed_run(request: PlanRequest, item: str) -> ChangedRun:
     """Returns a run with changes, which passes the rules.
 
     Args:
-        request: of the run.
         item: changes, as written.
 
     Raises:
@@ -161,7 +156,6 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
     Keys that were set for the replaced option of a group are left out if the new option does not have them.
 
     Args:
-        request: of the run.
         chosen: overrides that choose options.
     """
     overrides = [*chosen]

@@ -54,7 +54,6 @@ def select(
 
     Args:
         samples: of each problem, by its number.
-        config: of the selection.
         template: in which the samples were generated.
         thinking: whether the prompts opened thoughts.
     """

@@ -13,8 +13,6 @@ def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: SampleSele
     """Returns lines about problems, outcomes, parts of the reward, and the selection.
 
     Args:
-        samples: of each problem.
-        selection: of them.
         easy_rate: share of correct answers from which a problem is easy.
     """
     drawn = [sample for each in samples.values() for sample in each]

@@ -17,7 +17,6 @@ def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowComman
     """Returns pass rates and mean numbers of tokens after each part, and the seconds of all commands.
 
     Args:
-        config: of the workflow.
         lines: its commands, all done.
         progress: with their seconds.
     """

@@ -88,7 +88,6 @@ class Preference:
 
         Args:
             pairs: tokens of answers.
-            log_probs_BT: of the predicted tokens.
             reference_BT: the same under the reference.
         """
         is_pair_BK, beta, smoothing = pairs.is_pair_BK, self.beta, self.smoothing

@@ -16,8 +16,6 @@ def check_compatible(
     The layout, schedule and sharding under which it was written may differ.
 
     Args:
-        folder: of the checkpoint.
-        config: of the run that would resume.
         data_fingerprint: fingerprint of the samples that the run reads; None: not known yet.
         may_be_done: whether the checkpoint may be that of the run's last step.
 

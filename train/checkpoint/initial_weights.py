@@ -32,11 +32,6 @@ def check_initial(config: TrainConfig) -> None:
 def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) -> str:
     """Fills this rank's weights from `init_from`. All ranks call it before the first step.
 
-    Args:
-        config: of the run.
-        learner: of this rank.
-        tokenizer: of the run's samples.
-
     Returns:
         A line that names the weights and how the run differs from them.
 

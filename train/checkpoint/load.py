@@ -42,8 +42,6 @@ def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
     """Fills weights, router bias and optimizer state from a checkpoint of any layout. All ranks call it.
 
     Args:
-        learner: of this rank.
-        folder: of the checkpoint.
         extras: further state, which is filled if the checkpoint holds it; all ranks pass the same, or none.
 
     Raises:
@@ -102,7 +100,6 @@ def load_whole(
 
     Args:
         config: the checkpoint's architecture.
-        folder: of the checkpoint.
         dtype: type of the model's weights.
         key: configuration key that names the checkpoint, for errors.
         kind: the trained weights, or their moving average.

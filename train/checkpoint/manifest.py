@@ -98,7 +98,6 @@ def write_manifest(
     Args:
         folder: existing folder of the checkpoint.
         step: optimizer steps done.
-        config: of the run that wrote the checkpoint.
         data_fingerprint: fingerprint of the samples that the run read.
         files: every other file of the checkpoint; None: the files in the folder, which are then read.
         preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`.
@@ -146,7 +145,6 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
     """Reads a checkpoint's manifest.
 
     Args:
-        folder: of the checkpoint.
         key: configuration key that names it, for errors.
 
     Raises:

@@ -107,7 +107,6 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
 
     Args:
         config: of the run; `resume` is a checkpoint or None.
-        tokenizer: of the run's samples.
     """
     kept = _preserved_of_source(config, tokenizer)
     template = DATA_SOURCES.get(config.data.source.kind).chat_template
@@ -228,7 +227,6 @@ def server_files(tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, int],
     """Returns the keys of `config.json` and the files from which inference servers read special tokens.
 
     Args:
-        tokenizer: of the weights.
         max_tokens: length of the longest sequence.
     """
     names, special = tokenizer.token_names, tokenizer.special

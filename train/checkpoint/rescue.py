@@ -41,7 +41,6 @@ def save_to_rescue_folder(
     """Saves the state after `step` updates in the rescue folder, and ends the run. All ranks call it.
 
     Args:
-        config: of the run.
         learner: of this rank; its weights are those after `step` updates.
         prepared: corpus and tokenizer of the run.
         step: updates done.

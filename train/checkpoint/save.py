@@ -66,7 +66,6 @@ class CheckpointSaver:
 
         Args:
             config: of the run, for the manifest.
-            learner: of this rank.
             prepared: corpus and tokenizer; the manifest holds the fingerprint of the samples.
             extras: further state to save; None: that of the learner.
             folder: existing folder in which the folder of checkpoints is created; None: the run's own.

@@ -25,9 +25,6 @@ def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     Rank 0 searches for checkpoints, because machines may see different ones on a shared file system. All ranks verify
     them.
 
-    Args:
-        config: of the run.
-
     Returns:
         The configuration, and a line with name and reason for each newer checkpoint that is not whole.
 

@@ -33,7 +33,6 @@ def verify(folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRE
     """Compares a checkpoint's files with its manifest.
 
     Args:
-        folder: of the checkpoint.
         hashes: whether every file is read and hashed; otherwise only the presence and the sizes of files are checked.
         progress: shows how many bytes were read.
 
@@ -89,8 +88,6 @@ def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None
     """Checks one file that a manifest lists.
 
     Args:
-        folder: of the checkpoint.
-        name: of the file.
         listed: its entry in the manifest.
         hashes: whether its content is hashed; otherwise only its size is checked.
 

@@ -39,7 +39,6 @@ class CheckpointReader:
     Tensors are read on demand.
 
     Args:
-        folder: of the checkpoint.
         key: configuration key that names it, for errors.
         kind: the trained weights, or their moving average.
 

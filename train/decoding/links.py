@@ -78,7 +78,6 @@ def open_decode_links(world: World, observers: Observers, schedule: Schedule) ->
     """Opens this rank's links for programs that decode. All ranks of the job call it at the same point.
 
     Args:
-        world: of this process.
         observers: counters and log of messages.
         schedule: a schedule that decodes, with the placement of all programs.
     """

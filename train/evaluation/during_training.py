@@ -31,7 +31,6 @@ class RunEvaluator:
         """Opens the tasks.
 
         Args:
-            config: of the run.
             replica: the network that is trained.
             prepared: data with the tokenizer.
 

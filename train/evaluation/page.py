@@ -27,7 +27,6 @@ def page(
     Args:
         title: heading.
         facts: about weights and run, shown as a table.
-        results: of each task by name.
         compared: comparison of each metric of each task with another evaluation, if there is one.
     """
     rows = [(name, "" if value is None else str(value)) for name, value in facts.items()]

@@ -11,7 +11,6 @@ def share_done(world: World, done: Mapping[str, Collection[str | int]] | None) -
     """Returns on every rank the samples that rank 0 has records of. All ranks call it.
 
     Args:
-        world: of this process.
         done: ids by task; only those of rank 0 matter.
     """
     shared = [done if world.rank == 0 else None]

@@ -96,7 +96,6 @@ class Guard:
         Args:
             means: of the step's losses, by name.
             step: index of the step, from 0.
-            learning_rate: of the step.
         """
         return None if self.rollouts is None else self.rollouts.judge_kl(means, step, learning_rate)
 
@@ -116,7 +115,6 @@ def judged_batch(sampler: StepSampler | None, loader: Loader, step: int, guard: 
 
     Args:
         sampler: of the run; None: it trains on the data alone.
-        loader: of the data.
         step: index of the step, from 0.
         guard: judges the rollout.
     """
@@ -139,7 +137,6 @@ def describe_refusal(
     """Returns the reason and the ranks that caused a refused step. All ranks call it.
 
     Args:
-        world: of this process.
         guard: the guard that refused the step.
         step: index of the step, from 0.
         reason: why the guard refused it.

@@ -11,7 +11,6 @@ def exchange_bytes(config: TrainConfig, shape: MicroBatchShape) -> ExchangeBytes
     """Returns the bytes of one exchange.
 
     Args:
-        config: of the run.
         shape: of a micro-batch; `expert_rows` is the number of rows that arrive at a rank.
     """
     assert shape.expert_rows is not None

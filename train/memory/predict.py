@@ -97,7 +97,6 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
     """Returns the sizes of a micro-batch on a rank.
 
     Args:
-        config: of the run.
         load: rows that arrive at the rank's experts, relative to an even load.
         tokens: tokens of each sequence in the micro-batch; None: the most that any micro-batch has.
     """
@@ -158,9 +157,7 @@ def _with_teacher(memory: RankMemory, config: TrainConfig, schedule: Schedule) -
     """Adds the weights of a teacher, and the hidden states that it leaves on ranks that compute losses.
 
     Args:
-        memory: of a rank without the teacher.
         config: of the run, with the teacher's architecture.
-        schedule: of the pipeline.
     """
     sizes, rank = planning_sizes(config), memory.pipeline_rank
     last, directions = schedule.num_stages - 1, range(schedule.num_directions)
@@ -181,7 +178,6 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     """Returns the bytes that 10 % more rows at its experts add to the peak of the largest rank.
 
     Args:
-        config: of the run.
         job: its prediction.
     """
     if config.parallelism.expert == 1:
@@ -206,8 +202,6 @@ def run_sizes(config: TrainConfig, shapes: Sequence[StageShape], load: float = 1
     """Returns the sizes of all runs, by slice.
 
     Args:
-        config: of the run.
-        shapes: of all stages.
         load: rows that arrive at a rank's experts, relative to an even load.
     """
     by_slice = [planning_sizes(config, load, tokens) for tokens in config.part_lengths]
@@ -224,8 +218,6 @@ def pipeline_peaks(
     """Returns the bytes that the passes of one rank hold at their peak.
 
     Args:
-        config: of the run.
-        schedule: of the pipeline.
         rank: index within the pipeline.
         runs: sizes of the runs of every stage.
 

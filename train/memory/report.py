@@ -12,9 +12,6 @@ _COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "acti
 def memory_lines(config: TrainConfig) -> list[str]:
     """Returns a summary line and a table of every pipeline rank's predicted memory.
 
-    Args:
-        config: of the run.
-
     Raises:
         ScheduleError: the schedule cannot be built.
         CutError: the model has fewer layers than stages.
@@ -40,7 +37,6 @@ def summary_line(config: TrainConfig, job: JobMemory) -> str:
     """Returns one line about the rank that needs most memory, with its parts.
 
     Args:
-        config: of the run.
         job: its prediction.
     """
     worst = job.worst

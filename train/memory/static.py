@@ -34,8 +34,6 @@ def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) 
     """Counts the ranks that hold the same parameters as a pipeline rank.
 
     Args:
-        config: of the run.
-        schedule: of the pipeline.
         pipeline_rank: index within the pipeline.
     """
     layout, mirrored = Layout(config.parallelism, config.cluster.ranks_per_node), is_mirrored(schedule)
@@ -53,9 +51,7 @@ def static_bytes(
     """Returns the bytes of weights, of gradients and of optimizer state.
 
     Args:
-        config: of the run.
         held: numbers of parameters on the rank.
-        sizes: of a micro-batch.
         replicas: numbers of ranks that hold the same parameters.
     """
     shape, weights = sizes.shape, weight_bytes(held, sizes)
@@ -71,7 +67,6 @@ def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
 
     Args:
         held: numbers of parameters on the rank.
-        sizes: of a micro-batch.
     """
     model, shape = sizes.config, sizes.shape
     # Router bias in float32 and load in int64; cos and sin of each block's positions.
@@ -87,9 +82,7 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
     later the shard's gradients are flattened before they are applied. With `replicated` one flat copy is reduced.
 
     Args:
-        config: of the run.
         held: numbers of parameters on the rank.
-        sizes: of a micro-batch.
         replicas: numbers of ranks that hold the same parameters.
     """
     if config.optim.sharding == "replicated":
@@ -105,8 +98,6 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
     """Returns the bytes of tokens and document masks, alive from their first use to the end of a step.
 
     Args:
-        config: of the run.
-        sizes: of a micro-batch.
         num_micro_batches: micro-batches that the rank runs in a step.
         has_end: whether the rank holds the embedding or a head.
     """

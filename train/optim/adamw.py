@@ -66,7 +66,6 @@ def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.
 
     Args:
         groups: parameter groups with their weight decay, in the form of torch's optimizers.
-        config: of the optimizer.
     """
     if config.moments == "bf16":
         return Bf16MomentsAdamW(groups, config)

@@ -122,7 +122,6 @@ def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step
     in steps.
 
     Args:
-        config: of the optimizer.
         sizes: sequences of every step of the run.
         num_steps: number of steps of the run.
         step: index of the step, from 0.
@@ -147,7 +146,6 @@ def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) 
     """Returns a line for each part of the schedule that does not fit the run's length.
 
     Args:
-        config: of the optimizer.
         sizes: sequences of every step of the run.
         num_steps: number of steps of the run.
     """

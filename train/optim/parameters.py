@@ -62,7 +62,6 @@ class ParameterGroups:
         """Returns values for consecutive elements of a parameter as a slice of the whole job's parameter.
 
         Args:
-            name: of the parameter.
             first: index, in this rank's parameter, of the element of the first value.
             values: flat tensor with one value for each of the consecutive elements.
         """
@@ -140,7 +139,6 @@ def split_into_units(
         groups: all parameters of the rank.
         replicas: groups over which they are reduced.
         stages: parameters that each stage of the rank reads.
-        orders: of all stages.
         embedding: all ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy.
 
     Returns:

@@ -95,7 +95,6 @@ class OwnershipCheck:
         """Reads nothing yet.
 
         Args:
-            folder: of the run.
             lock_id: id of the lock that the run's command holds; None: it holds no lock, and nothing is checked.
             every_seconds: time for which a result is reused.
         """

@@ -37,7 +37,6 @@ class RunLock:
         """Starts to renew a lock that was just created.
 
         Args:
-            path: of the lock.
             owner: this process, as the lock describes it.
             taken_from: description of the owner whose stale lock it replaced, or an empty text.
         """

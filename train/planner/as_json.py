@@ -17,7 +17,6 @@ def plan_json(plan: JobPlan, planner: PlannerConfig) -> dict[str, Any]:
     """Returns a plan as plain values.
 
     Args:
-        plan: of a run.
         planner: what it was computed from; `rates=FILE` reads it back.
     """
     return {

@@ -30,11 +30,7 @@ _UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
 
 
 def plan_text(plan: JobPlan) -> str:
-    """Returns a plan as text. The first line says whether the run fits, and names the largest rank.
-
-    Args:
-        plan: of a run.
-    """
+    """Returns a plan as text. The first line says whether the run fits, and names the largest rank."""
     lines = [_first_line(plan), *_reason_lines(plan), "", *_layout_lines(plan), "", *_memory_lines(plan)]
     if plan.timed is None or plan.cost is None:
         lines += ["", *labeled("time", f"unknown: {plan.untimed}")]

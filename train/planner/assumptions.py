@@ -38,7 +38,6 @@ def assumptions(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig)
     """Returns what a plan rests on: times of layers, rates, devices, links, and the declared factor.
 
     Args:
-        config: of the run.
         rates: measured times.
         efficiency: with the declared factor.
     """

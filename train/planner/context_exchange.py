@@ -23,7 +23,6 @@ def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSec
     Links within a node and between nodes work at the same time. What the cluster does not say is as on the reference.
 
     Args:
-        config: of the run.
         reference: with the rates of its links.
     """
     size, cluster, model = config.parallelism.context, config.cluster, config.model

@@ -100,10 +100,8 @@ def job_cost(
     layout that DeepSeek-V3 used for them is unknown.
 
     Args:
-        config: of the run.
         rates: measured times.
         efficiency: with the declared factor.
-        time: of a step.
         schedule: order that longer sequences use; None: one is built for their costs.
 
     Raises:

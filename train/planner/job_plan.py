@@ -113,7 +113,6 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
     """Returns why the time of a run cannot be predicted from rates, or nothing if it can.
 
     Args:
-        config: of the run.
         rates: measured times.
     """
     if not isinstance(rates, KernelRates):

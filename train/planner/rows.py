@@ -27,11 +27,7 @@ class RowsPerToken:
 
 
 def rows_per_token(config: TrainConfig) -> RowsPerToken:
-    """Returns the rows of a run's dispatcher for random scores.
-
-    Args:
-        config: of the run.
-    """
+    """Returns the rows of a run's dispatcher for random scores."""
     model, parallelism = config.model, config.parallelism
     if parallelism.expert == 1 or model.num_dense_layers == model.num_layers:
         return RowsPerToken(across_nodes=0.0, within_node=0.0)

@@ -84,7 +84,6 @@ def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None 
 
     Args:
         rates: measured times.
-        config: of the run.
         attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
     """
     if isinstance(rates, KernelRates):
@@ -112,7 +111,6 @@ def planned_costs(rates: Rates, config: TrainConfig, attended_tokens: int | None
 
     Args:
         rates: measured times.
-        config: of the run.
         attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
     """
     times = part_seconds(rates, config, attended_tokens)
@@ -193,7 +191,6 @@ def optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> 
 
     Args:
         rates: measured times.
-        config: of the run.
         schedule: with the placement of its stages; its groups are ignored.
     """
     if isinstance(rates, MeasuredRates):

@@ -56,7 +56,6 @@ class LossByPosition:
         Args:
             length: tokens of a sequence.
             base: length up to which bits per byte are measured.
-            tokenizer: of the run.
             first_range: end of the first range, a power of two.
         """
         self._base, self._first_range = base, first_range

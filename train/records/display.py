@@ -79,7 +79,6 @@ class Display:
 
         Args:
             console: from `open_console`.
-            num_steps: of the whole run.
             first_step: steps that were done before.
             every: steps from one line to the next.
             clock: time in seconds.

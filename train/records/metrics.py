@@ -48,7 +48,6 @@ def mfu(
     Args:
         model: architecture.
         sequence_length_tokens: tokens of a sequence.
-        tokens_per_second: of the whole job.
         peak_flops: peak FLOP/s of the whole job.
     """
     if peak_flops is None:

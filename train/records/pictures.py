@@ -46,13 +46,7 @@ class PipelineTimeline:
     """The measured times of this rank, and the gathering of those of the whole pipeline with data index 0."""
 
     def __init__(self, world: World, name: str, folder: Path) -> None:
-        """Creates a group for the pipeline that is drawn. All ranks call it at the same point.
-
-        Args:
-            world: of this process.
-            name: of the run.
-            folder: of the run.
-        """
+        """Creates a group for the pipeline that is drawn. All ranks call it at the same point."""
         self._name = name
         self._folder = folder
         self._lanes: dict[int, tuple[SpanLane | None, ...]] = {}
@@ -135,7 +129,6 @@ def write_pictures(
 
     Args:
         folder: existing folder.
-        title: of the pictures.
         schedule: the schedule that was run; the spans refer to its groups.
         measured: measured spans of all ranks.
         alternatives: other schedules that the page compares with this one under the same costs.

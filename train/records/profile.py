@@ -22,8 +22,6 @@ class StepProfiler:
         Args:
             config: steps and ranks to profile.
             out_dir: folder of the run.
-            rank: of this process.
-            device: of this rank.
         """
         self._config = config
         self._folder = out_dir / FOLDER_NAME

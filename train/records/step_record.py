@@ -89,7 +89,6 @@ def _step_time(result: StepResult, used: float, exposed: float, pipelines: float
     Together they are `step_seconds`. Those of rollouts and of earlier batches are rank 0's.
 
     Args:
-        result: of the step.
         used: seconds in which ranks computed or served their own exchange, summed over all ranks.
         exposed: the part of `used` for exchanges.
         pipelines: seconds of the pipelines, summed over all ranks.
@@ -136,7 +135,6 @@ def exchange_metrics(
         clipped: tokens of this rank that exceeded the node limit, by layer.
         num_layers: number of layers of the model, including MTP modules.
         world: all ranks.
-        device: of this rank.
 
     Returns:
         Totals of dispatch, combine and transfers, and under `exchange` an object for each layer that sent anything.

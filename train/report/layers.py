@@ -25,7 +25,6 @@ def overview(history: History, name: str = "") -> str:
     """Returns a map of the latest known loads: layers below each other, experts to the right.
 
     Args:
-        history: of the run.
         name: added to the heading.
     """
     latest = next((bucket for bucket in reversed(history.buckets) if bucket.loads), None)

@@ -33,12 +33,7 @@ class KeptSets:
 
 
 def read_with_kept(batch: Batch, answers: Iterable[KeptSets]) -> Read:
-    """Returns a reader of a batch that adds the kept tokens, int64 BTC, with -1 in free places.
-
-    Args:
-        batch: of packed answers.
-        answers: of the batch.
-    """
+    """Returns a reader of a batch that adds the kept tokens, int64 BTC, with -1 in free places."""
     by_row: dict[int, list[KeptSets]] = defaultdict(list)
     for answer in answers:
         by_row[answer.row].append(answer)

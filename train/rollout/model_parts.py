@@ -60,7 +60,6 @@ class JudgePart:
         Args:
             judge: builds prompts and reads verdicts.
             engine: samples critiques; it stays open.
-            seed: of the run.
             stop: token ids that end a critique.
         """
         self._judge, self._engine, self._seed, self._stop = judge, engine, seed, stop
@@ -130,8 +129,6 @@ def open_model_parts(
         config: of the run; judges have the text of their constitutions.
         policy: the replica that the run trains.
         reference: the frozen network of the run's divergence; None: it has none.
-        engine: of the policy.
-        form: of the prompts.
 
     Raises:
         CheckpointError, HfError: a reward model has another tokenizer, or its weights cannot be read.

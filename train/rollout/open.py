@@ -43,7 +43,6 @@ def open_sampler(
     All ranks call it.
 
     Args:
-        config: of the run.
         replica: the network that the run trains.
         prepared: tokenizer and fingerprint of the data.
         reference: frozen network of the run's divergence; None: it has none.

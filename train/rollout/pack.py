@@ -71,7 +71,6 @@ def pack_answers(answers: Sequence[TrainedAnswer], shape: BatchShape) -> PackedA
 
     Args:
         answers: of the whole job, in order.
-        shape: of the batch.
     """
     length, size = shape.length, shape.num_sequences
     fitting = [each for each in answers if each.answer and len(each.prompt) < length]
@@ -127,7 +126,6 @@ def pack_all(
 
     Args:
         answers: of the whole job, in order. Each has tokens and fits into a sequence with its prompt.
-        shape: of each batch.
         types: type of each further value. Without any answer, one batch of padding has zeros of these types.
     """
     size, lengths = shape.num_sequences, [len(each.prompt) + len(each.answer) for each in answers]

@@ -144,10 +144,8 @@ def open_reward_model(
     """Opens a reward model and loads its weights. All ranks call it.
 
     Args:
-        config: of the run.
         part: names the weights, which `check_reward_model` has accepted.
         policy: the replica that the run trains.
-        tokenizer: of the run's samples.
 
     Raises:
         CheckpointError: the reward model has another tokenizer.

@@ -28,8 +28,6 @@ class RolloutRewards:
         """Starts the scorers. All ranks call it.
 
         Args:
-            config: of the reward.
-            world: of this process.
             models: parts that need models, by kind.
 
         Raises:

@@ -37,7 +37,6 @@ class StepSampler(Protocol):
         """Returns the batches of a step.
 
         Args:
-            loader: of the data.
             step: index of the step, from 0.
         """
         ...

@@ -71,9 +71,7 @@ class StudentSampler:
         """Stores the arguments.
 
         Args:
-            engine: of the student.
             task: says how answers are sampled, and which share of them is.
-            seed: of all draws.
         """
         self._engine, self._task, self._seed = engine, task, seed
         self._seconds = 0.0
@@ -82,7 +80,6 @@ class StudentSampler:
         """Returns a step's batch with the student's answers. All ranks call it.
 
         Args:
-            loader: of the data.
             step: index of the step, from 0.
 
         Raises:
@@ -154,7 +151,6 @@ def open_student_sampler(config: TrainConfig, student: Replica) -> StudentSample
     """Opens the sampler of a run that trains on the student's own answers. All ranks call it.
 
     Args:
-        config: of the run.
         student: the replica that the run trains.
     """
     task = config.task

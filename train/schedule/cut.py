@@ -62,7 +62,6 @@ def run_cut(config: TrainConfig, placement: Placement, times: LayerTimes | None 
     """Returns the layers of each stage. Every process computes the same from the same arguments.
 
     Args:
-        config: of the run.
         placement: for each direction, the pipeline rank of each stage.
         times: measured times of the model's parts; None: the configured costs, divided by estimated work.
 

@@ -62,9 +62,6 @@ def nominal_times(config: TrainConfig) -> LayerTimes:
 
     Exchange takes time only if experts are sharded, and only in MoE layers. All parts together take the configured
     costs of model/P times the number of pipeline ranks.
-
-    Args:
-        config: of the run.
     """
     model, costs = config.model, config.costs
     work = count_work(
@@ -106,8 +103,6 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
     not measured: they take the configured multiple of computation.
 
     Args:
-        times: of the model's parts.
-        config: of the run.
         cut: layers of each stage.
     """
     model = config.model
@@ -143,12 +138,7 @@ def _with_copies(stages: Sequence[StageCosts], config: TrainConfig) -> tuple[Sta
 
 
 def model_work(times: LayerTimes, config: TrainConfig) -> ModelWork:
-    """Returns the work of the model's parts, by which a cut is balanced.
-
-    Args:
-        times: of the model's parts.
-        config: of the run.
-    """
+    """Returns the work of the model's parts, by which a cut is balanced."""
     model = config.model
     return ModelWork(
         num_dense=model.num_dense_layers,

@@ -36,7 +36,6 @@ class PipelineLinks:
             nodes: node of each pipeline rank.
             traffic: counts what is sent.
             shapes: of hidden states; micro-batch m has the shape with the number m modulo their number.
-            dtype: of hidden states.
         """
         self._transport = transport
         self._nodes = nodes
@@ -86,11 +85,9 @@ def open_links(
     """Opens this rank's links of one replica. All ranks of the job call it at the same point.
 
     Args:
-        world: of this process.
         observers: counters and log of messages.
         schedule: determines which pipeline ranks exchange messages.
         shapes: of hidden states, as in `PipelineLinks`.
-        dtype: of hidden states.
     """
     layout, log = world.layout, observers.log
     transport = PipelineTransport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)

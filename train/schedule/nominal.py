@@ -31,7 +31,6 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
     Stages count as equal if they nearly are, as after a balanced cut, because an estimate is not more precise.
 
     Args:
-        config: of the run.
         kind: name of a schedule, which determines the stages.
 
     Raises:

@@ -26,7 +26,6 @@ def embedding_ranks(schedule: Schedule, mtp_depth: int) -> tuple[int, ...]:
     stage hold a copy.
 
     Args:
-        schedule: of the pipeline.
         mtp_depth: number of MTP modules.
     """
     ends = (0, schedule.num_stages - 1) if mtp_depth else (0,)

@@ -47,8 +47,6 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
 
     Args:
         config: of the run; equal on all ranks.
-        layout: of the world.
-        device: of this rank.
     """
     timeout = config.cluster.timeout_seconds
     experts = join_one(expert_partition(layout), timeout)
@@ -230,7 +228,6 @@ def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
     from the last rank to the first.
 
     Args:
-        index: of the rank.
         num_ranks: number of pipeline ranks.
 
     Yields:

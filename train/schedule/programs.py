@@ -24,9 +24,7 @@ def compile_programs(
     """Compiles a pipeline rank's programs for training and for a forward pass only.
 
     Args:
-        schedule: for all ranks of the pipeline.
         pairing: how the operations of a group run.
-        pipeline_rank: of this rank.
         stages: the stages that it holds.
         is_proven: whether the schedule has been validated; else it is validated now.
 

@@ -15,7 +15,6 @@ def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:
     If the configured schedule does not accept the size, another one with the same placement is configured.
 
     Args:
-        config: of the run.
         sequences: the size, in sequences.
 
     Raises:

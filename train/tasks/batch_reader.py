@@ -47,7 +47,6 @@ class BatchReader:
         """Keeps what this rank holds of sequences, as one micro-batch or a slice in each, and their counts.
 
         Args:
-            direction: of the micro-batches.
             first: number of the first one.
             sequences: whole sequences.
         """

@@ -38,8 +38,6 @@ class NextToken:
         """Builds the task.
 
         Args:
-            config: of the task.
-            mtp_depth: of the model.
             masks_documents: whether attention is masked between the documents of a sequence.
             weights: name of the extra with the weight of each main target; None: all weights are 1.
         """
@@ -105,8 +103,6 @@ def to_micro_batch(
 
     Args:
         batch: on the host.
-        mtp_depth: of the model.
-        device: of the tensors.
         masks_documents: whether the micro-batch has its documents. No input of an MTP depth is then a token of another
             document, so that a document has the same states in a batch alone.
         weights_BT: weight of each main target, on the host. A target of weight 0 is none, at any depth at which it is

@@ -83,7 +83,6 @@ def open_reference(task: TaskConfig, policy: Replica) -> Reference | None:
     """Opens the reference of a task that needs one, with the policy's weights. All ranks call it.
 
     Args:
-        task: of the run.
         policy: the replica that the run trains.
     """
     if not TASKS.get(task.kind).has_reference(task):

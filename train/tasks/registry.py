@@ -86,7 +86,6 @@ class Task(Protocol):
 
         Args:
             counts: sums of `count` over all micro-batches of the global batch.
-            rates: of the step.
         """
         ...
 

@@ -68,7 +68,6 @@ def open_teacher(config: TrainConfig, student: Replica) -> Teacher | None:
     """Opens the teacher of a run that has one in its pipeline, and loads its weights. All ranks call it.
 
     Args:
-        config: of the run.
         student: the replica that the run trains.
 
     Raises:

@@ -68,7 +68,6 @@ class AnswerTask:
 
         Args:
             config: of the task, checked by `check_settings`.
-            context: of the weights.
             problems: with different keys.
             judge: scores answers. The task owns it.
         """
@@ -195,8 +194,6 @@ def check_settings(name: str, config: AnswerTaskConfig, context: TaskContext) ->
 
     Args:
         name: of the task, for errors.
-        config: of the task.
-        context: of the weights.
 
     Raises:
         EvaluationError, DataError: names the key.
@@ -232,8 +229,6 @@ def chat_or_text(config: AnswerTaskConfig, context: TaskContext, messages: Seque
     """Returns a prompt in the form that the configuration wants.
 
     Args:
-        config: of the task.
-        context: of the weights.
         messages: the prompt as a conversation.
         text: the prompt as text to continue.
     """

@@ -121,8 +121,6 @@ def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> 
     Args:
         key: configuration key of the path.
         path: a text file, or None.
-        tokenizer: of the weights.
-        seed: of the order.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or has no sentence.
@@ -192,7 +190,6 @@ def hide(
     """Returns a prompt with facts in filler and a question at its end, or None if they do not fit.
 
     Args:
-        tokenizer: of the weights.
         filler: text around the facts.
         facts: in any order; those at one place stay in order.
         question: text at the end.

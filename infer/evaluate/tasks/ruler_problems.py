@@ -126,7 +126,6 @@ def build_prompt(
     With words, it may have a few tokens less than `size`, because the list has whole words.
 
     Args:
-        tokenizer: of the weights.
         filler: text around facts.
         problem: the problem.
         draws: decides the filler's beginning, or the other words of the list and its order.

@@ -127,9 +127,7 @@ class Judge:
         """Stores the arguments.
 
         Args:
-            config: of the judge.
             template: chat template of the judge.
-            tokenizer: of the judge.
             constitution: its principles, as `read_constitution` returns them.
             max_tokens: maximum number of tokens of a prompt. A longer one is not judged, which counts as abstentions.
         """
@@ -161,7 +159,6 @@ class Judge:
         """Returns how an engine continues the prompts.
 
         Args:
-            seed: of the run.
             step: number of the rollout.
             stop: token ids that end a critique.
         """

@@ -53,7 +53,6 @@ def load_function(path: Path, name: str, digest: str) -> Callable[..., object]:
 
     Args:
         path: the file.
-        name: of the function.
         digest: SHA-256 of the file when the run began.
 
     Raises:

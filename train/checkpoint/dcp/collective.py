@@ -53,8 +53,6 @@ def save_on_all(state: State, writer: StorageWriter, planner: SavePlanner, group
     """Saves the state of all ranks. All ranks call it.
 
     Args:
-        state: of this rank.
-        writer: of this rank.
         planner: of this rank. That of rank 0 decides which rank writes what several ranks hold.
         group: process group of all ranks.
 

@@ -77,7 +77,6 @@ def read_metadata(folder: Path, key: str) -> Metadata:
     """Reads the list of a checkpoint's tensors: names, chunks, and the location of each chunk.
 
     Args:
-        folder: of the checkpoint.
         key: configuration key that names it, for errors.
 
     Returns:

@@ -29,7 +29,6 @@ class TensorsReader(FileSystemReader):
         """Opens nothing yet.
 
         Args:
-            folder: of the checkpoint.
             metadata: list of its tensors, already checked.
         """
         super().__init__(folder)
@@ -98,7 +97,6 @@ class SyncedWriter(FileSystemWriter):
         """Opens nothing yet.
 
         Args:
-            folder: of the checkpoint.
             files: of this rank. In a large job its file is in the subfolder of its node.
         """
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)

@@ -54,7 +54,6 @@ def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
     """Returns the balance of a run's MoE layers.
 
     Args:
-        config: of the run.
         rates: measured times that apply to it.
     """
     moe, link = part_seconds(rates, config).moe.work, link_rate(config, rates)
@@ -89,7 +88,6 @@ def link_rate(config: TrainConfig, rates: Rates) -> float | None:
     """Returns the rate of the link between nodes that a plan uses; None if it is unknown.
 
     Args:
-        config: of the run.
         rates: measured times.
     """
     rate = config.cluster.inter_node_bytes_per_second

@@ -39,11 +39,7 @@ def what_if_section(what_ifs: Sequence[WhatIf]) -> PlanSection:
 
 
 def advice_section(advice: HardwareAdvice) -> PlanSection:
-    """Returns the part of a plan about hardware.
-
-    Args:
-        advice: for the run.
-    """
+    """Returns the part of a plan about hardware."""
     return PlanSection(key="advice", value=advice_json(advice), lines=tuple(advice_lines(advice)))
 
 
@@ -74,11 +70,7 @@ def what_if_json(what_if: WhatIf) -> dict[str, Any]:
 
 
 def advice_json(advice: HardwareAdvice) -> dict[str, Any]:
-    """Returns hardware advice as plain values.
-
-    Args:
-        advice: for a run.
-    """
+    """Returns hardware advice as plain values."""
     balance = advice.balance
     return {
         "rows": [
@@ -109,11 +101,7 @@ def what_if_lines(what_ifs: Sequence[WhatIf]) -> Iterator[str]:
 
 
 def advice_lines(advice: HardwareAdvice) -> Iterator[str]:
-    """Yields hardware advice: the balance, a table of computed wishes, and unknown wishes.
-
-    Args:
-        advice: for a run.
-    """
+    """Yields hardware advice: the balance, a table of computed wishes, and unknown wishes."""
     yield from _balance_lines(advice.balance)
     yield ""
     yield _line("hardware", "step s", "gain", "GPU-hours", "fits")

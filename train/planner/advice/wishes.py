@@ -58,7 +58,6 @@ def wishes(config: TrainConfig, rates: Rates) -> Wishes:
     """Yields what hardware could change for a run.
 
     Args:
-        config: of the run.
         rates: measured times that apply to it.
     """
     if isinstance(rates, KernelRates):

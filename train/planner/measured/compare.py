@@ -84,7 +84,6 @@ def followed_config(config: TrainConfig, run: MeasuredRun) -> tuple[TrainConfig,
     """Returns a run's configuration with the schedule and the cut that it follows.
 
     Args:
-        config: of the run.
         run: what it has recorded.
 
     Returns:
@@ -108,10 +107,8 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
     """Compares a plan with the recorded steps of its run.
 
     Args:
-        config: of the run.
         timed: predicted step.
         memory: predicted memory; None: not compared.
-        folder: of the run.
         device: cpu or cuda.
 
     Raises:
@@ -142,9 +139,7 @@ def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> 
     """Plans a run with the schedule and the cut that it follows, and compares.
 
     Args:
-        config: of the run.
         planner: rates and the declared factor.
-        folder: of the run.
 
     Raises:
         ConfigError: the run has measured nothing yet, a file is not what a run writes, or the rates do not apply.
@@ -158,10 +153,6 @@ def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> 
 
 def compared_run(config: TrainConfig, folder: Path) -> Comparison:
     """Predicts a run from its own measurements, and compares.
-
-    Args:
-        config: of the run.
-        folder: of the run.
 
     Raises:
         ConfigError: the run has measured nothing yet, or a file is not what a run writes.

@@ -19,9 +19,6 @@ def run_rates(folder: Path) -> MeasuredRates:
     The probe's times are preferred, because a plan made before the run would have used them. Without a probe, they are
     those of the last step that the run has drawn.
 
-    Args:
-        folder: of the run.
-
     Raises:
         ConfigError: the run has measured nothing yet, or a file is not what a run writes.
     """
@@ -51,9 +48,6 @@ def run_rates(folder: Path) -> MeasuredRates:
 
 def followed_run(folder: Path) -> MeasuredRun:
     """Returns what a run has recorded of the schedule and the cut that it follows, the newest first.
-
-    Args:
-        folder: of the run.
 
     Raises:
         ConfigError: as in `run_rates`.

@@ -129,7 +129,6 @@ def drawn(times: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
     """Returns the record of a step that was drawn.
 
     Args:
-        times: of the parts.
         facts: what they hold for.
         step: number of the step, from 1.
     """

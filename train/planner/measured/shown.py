@@ -18,11 +18,7 @@ HEADER = ("", "predicted", "measured", "measured / predicted")
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """Returns a comparison as plain values.
-
-    Args:
-        comparison: of a plan and its run.
-    """
+    """Returns a comparison as plain values."""
     memory, last = comparison.memory, comparison.last
     return {
         "run": comparison.folder,
@@ -40,11 +36,7 @@ def _json_of(compared: Compared) -> dict[str, float | None]:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Returns a comparison as lines of text.
-
-    Args:
-        comparison: of a plan and its run.
-    """
+    """Returns a comparison as lines of text."""
     lines = [
         f"compared with {comparison.num_steps:,} steps of the run, medians over steps and means over ranks:",
         f"{HEADER[0]:<22}{HEADER[1]:>12}{HEADER[2]:>12}{HEADER[3]:>22}",
@@ -58,11 +50,7 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the cells of a table with the columns `HEADER`.
-
-    Args:
-        comparison: of a plan and its run.
-    """
+    """Yields the cells of a table with the columns `HEADER`."""
     for each in comparison.times:
         yield _cells(each, "ms" if comparison.times[0].measured < 1 else "s")
     if comparison.memory is not None:
@@ -76,11 +64,7 @@ def _cells(compared: Compared, name: str) -> tuple[str, str, str, str]:
 
 
 def notes(comparison: Comparison) -> Iterator[str]:
-    """Yields lines about the factor, the last steps and the memory.
-
-    Args:
-        comparison: of a plan and its run.
-    """
+    """Yields lines about the factor, the last steps and the memory."""
     if comparison.memory_note:
         yield f"peak memory: {comparison.memory_note}"
     yield f"factor that closes the gap of the step: efficiency.unexplained={comparison.factor:.4g}"

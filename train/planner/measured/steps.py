@@ -46,9 +46,6 @@ def typical_steps(folder: Path) -> tuple[RecordedStep, ...]:
 
     The run's first step, which takes longer, is left out if there are others. Of a long run only the last steps are
     read.
-
-    Args:
-        folder: of a run.
     """
     steps = [step for line in _last_lines(folder / METRICS_NAME) if (step := _step_of(line)) is not None]
     largest = max((step.sequences for step in steps), default=0)
@@ -61,7 +58,6 @@ def median_of(steps: Sequence[RecordedStep], name: str) -> float:
 
     Args:
         steps: at least one.
-        name: of an attribute.
     """
     numbers: list[float] = [getattr(step, name) for step in steps]
     return median(numbers)

@@ -10,11 +10,7 @@ from train.planner.search.result import FoundLayout, SearchResult
 
 
 def search_json(result: SearchResult) -> dict[str, Any]:
-    """Returns a result as plain values.
-
-    Args:
-        result: of a search.
-    """
+    """Returns a result as plain values."""
     return {
         "candidates": [_found_json(found, result.run) for found in result.found],
         "rejected": [encode(group) for group in result.rejected],

@@ -11,11 +11,7 @@ _COLUMNS = 100
 
 
 def search_text(result: SearchResult) -> str:
-    """Returns a result as lines of at most 100 columns, except those of overrides.
-
-    Args:
-        result: of a search.
-    """
+    """Returns a result as lines of at most 100 columns, except those of overrides."""
     lines = [_first_line(result), *_notes(result), ""]
     if result.found:
         lines += [*_table(result.found), "", "* on the front: no layout is as fast with less memory", ""]

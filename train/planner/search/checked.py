@@ -41,8 +41,6 @@ class LayoutChecks:
         """Starts without known results.
 
         Args:
-            space: of the layouts.
-            rules: of a run's configuration.
             rejections: where rejected layouts are added.
         """
         self._space = space
@@ -88,12 +86,7 @@ _ANY_SCHEDULE: dict[str, Any] = {"schedule": None, "chunks": None}
 
 
 def broken_rule(rules: Rules, config: TrainConfig) -> str | None:
-    """Returns the message of a rule that a configuration breaks, or None.
-
-    Args:
-        rules: of a run's configuration.
-        config: of a layout.
-    """
+    """Returns the message of a rule that a configuration breaks, or None."""
     try:
         rules(config)
     except ValueError as error:
@@ -105,7 +98,6 @@ def layout_of(space: SearchSpace, choice: LayoutChoice) -> dict[str, Any]:
     """Returns a layout without a cut in its public form.
 
     Args:
-        space: of the layout.
         choice: the layout.
     """
     config = space.layout_config(choice.setting, choice.schedule)
@@ -118,7 +110,6 @@ def bounded_layouts(
     """Yields the layouts that rules accept and that may fit.
 
     Args:
-        space: of the layouts.
         checks: rules.
         estimates: bounds.
         rejections: where layouts that cannot fit are added.

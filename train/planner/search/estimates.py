@@ -96,7 +96,6 @@ class Estimates:
         """Starts without known parts.
 
         Args:
-            space: of the layouts.
             planner: rates and the declared factor.
         """
         self._space = space
@@ -131,11 +130,7 @@ class Estimates:
         return (most + self._once(key, update)) * self._planner.efficiency.unexplained
 
     def unit_times(self, setting: RankSetting) -> LayerTimes:
-        """Returns the times of the parts of a layout's model for a micro-batch of one sequence.
-
-        Args:
-            setting: of the ranks.
-        """
+        """Returns the times of the parts of a layout's model for a micro-batch of one sequence."""
         unit = replace(setting, micro_sequences=1)
         schedule = self._space.schedules[0]
         return self._once(

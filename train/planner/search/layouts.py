@@ -55,7 +55,6 @@ def search_layouts(
         space: the layouts.
         run: configuration that was given.
         planner: rates and the declared factor.
-        rules: of a run's configuration.
         most_seconds: estimated time for schedules and predictions after which layouts remain open.
 
     Raises:
@@ -135,7 +134,6 @@ class _Search:
         """Returns the fastest layouts that were not returned before.
 
         Args:
-            number: of layouts.
             limit: maximum of the peak memory; those of later calls must be smaller.
         """
         while True:

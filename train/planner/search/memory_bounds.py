@@ -51,11 +51,7 @@ class PartBytes:
 
     @classmethod
     def of_run(cls, sizes: Sizes) -> "PartBytes":
-        """Returns the bytes of the parts of a run's model.
-
-        Args:
-            sizes: of a micro-batch.
-        """
+        """Returns the bytes of the parts of a run's model."""
         first = sizes.config.num_dense_layers
 
         def kept(layers: range, *, is_first: bool = False, is_last: bool = False) -> KeptBytes:
@@ -86,7 +82,6 @@ def mean_memory(config: TrainConfig, copies: int) -> int:
     """Returns the bytes that the mean rank needs at least, for any cut and any schedule.
 
     Args:
-        config: of the layout.
         copies: pipeline ranks that hold each stage.
     """
     mesh, model, sizes = config.parallelism, config.model, planning_sizes(config)
@@ -107,10 +102,8 @@ def static_memory(config: TrainConfig, cut: Sequence[range], placement: Placemen
     """Returns the bytes of each rank outside its passes, with FP8 copies of weights and the reserve.
 
     Args:
-        config: of the layout.
         cut: layers of each stage.
         placement: for each direction, the rank of each stage.
-        sizes: of a micro-batch.
     """
     shapes, pipeline = stage_shapes(cut), config.parallelism.pipeline
     ends = (0, len(cut) - 1) if config.model.mtp_depth else (0,)

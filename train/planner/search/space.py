@@ -116,7 +116,6 @@ class SearchSpace:
         """Returns the configuration of a layout, with the cut of the run if that is a word.
 
         Args:
-            setting: of the ranks.
             schedule: kind, chunks and pairing.
         """
         config = self.config
@@ -206,9 +205,6 @@ def context_sizes(config: TrainConfig) -> tuple[int, ...]:
     """Returns the sizes of context groups that a layout may have, ascending.
 
     They are powers of two that leave a rank at least `LEAST_SHARED_TOKENS` of each sequence, and the run's own size.
-
-    Args:
-        config: of the run.
     """
     length = config.batch.sequence_length_tokens
     sizes = {1, config.parallelism.context}
@@ -231,7 +227,6 @@ def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
     below it, without a ramp, in as many steps as process the same tokens.
 
     Args:
-        config: of the run.
         ranks: number of ranks.
     """
     batch = config.batch

@@ -30,7 +30,6 @@ def alone_factor(config: TrainConfig, rates: Rates) -> float:
     """Returns the factor on the computation of an operation that runs alone; see `CostModel`.
 
     Args:
-        config: of the run.
         rates: measured times.
     """
     return DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else 1.0
@@ -59,7 +58,6 @@ def work_bound(times: LayerTimes, config: TrainConfig, alone: float, *, pairs: b
 
     Args:
         times: of the model's parts, for one micro-batch.
-        config: of the layout.
         alone: see `alone_factor`.
         pairs: whether operations may overlap.
     """
@@ -77,7 +75,6 @@ def path_bound(times: LayerTimes, config: TrainConfig, alone: float) -> float:
 
     Args:
         times: of the model's parts, for one micro-batch.
-        config: of the layout.
         alone: see `alone_factor`.
     """
     total = 2 * (config.parallelism.pipeline - 1) * times.latency
@@ -134,8 +131,6 @@ def rank_loads(kind: str, num_micro_batches: int, placement: Placement, costs: C
     Args:
         kind: name of the schedule.
         num_micro_batches: micro-batches of one pipeline.
-        placement: of its stages.
-        costs: of its stages.
     """
     shape, pairs = empty_schedule(kind, num_micro_batches, placement), has_pairs(kind)
     computed, exchanged, heads = ([start] * shape.num_ranks for start in (0.0, 0.0, float("inf")))
@@ -160,8 +155,6 @@ def makespan_bound(kind: str, num_micro_batches: int, placement: Placement, cost
     Args:
         kind: name of the schedule.
         num_micro_batches: micro-batches of one pipeline.
-        placement: of its stages.
-        costs: of its stages.
     """
     shape = empty_schedule(kind, num_micro_batches, placement)
     stages = tuple(_cheapest(stage, costs.alone, pairs=has_pairs(kind)) for stage in costs.stages)
@@ -180,7 +173,6 @@ def empty_schedule(kind: str, num_micro_batches: int, placement: Placement) -> S
     Args:
         kind: name of the schedule.
         num_micro_batches: micro-batches of one pipeline.
-        placement: of its stages.
     """
     num_ranks = max(map(max, placement)) + 1
     return Schedule(
@@ -214,7 +206,6 @@ def update_bound(config: TrainConfig, rates: Rates, *, copies: int) -> float:
     """Returns a time that the optimizer needs at least, for any cut: that of the mean of the weights.
 
     Args:
-        config: of the layout.
         rates: measured times.
         copies: pipeline ranks that hold each stage.
     """

@@ -80,7 +80,6 @@ def choose_groups(folder: Path, most_bytes: int) -> JournalChoice:
     """Returns groups of a run's journals that have together about `most_bytes` in a page.
 
     Args:
-        folder: of the run.
         most_bytes: size of the data in the page.
 
     Raises:

@@ -30,7 +30,6 @@ class RolloutViewer:
         """Reads nothing yet.
 
         Args:
-            folder: of the run.
             tokenizer: the one that the configuration names; used until there is a checkpoint.
         """
         self._folder, self._given = folder, tokenizer

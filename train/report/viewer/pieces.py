@@ -59,7 +59,6 @@ def find_tokenizer(folder: Path, given: str | None) -> Path | None:
     """Returns the tokenizer of a run's newest checkpoint, or else the given one, or None if there is none.
 
     Args:
-        folder: of the run.
         given: tokenizer that the configuration names, if it names a file.
     """
     saved = sorted((folder / CHECKPOINTS_NAME).glob(f"step-*/{TOKENIZER_NAME}"))

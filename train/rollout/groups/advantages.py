@@ -37,7 +37,6 @@ def with_advantages(group: RolledGroup, kind: AdvantageKind, *, drop_equal: bool
 
     Args:
         group: with rewards.
-        kind: of advantage.
         drop_equal: whether a group whose rewards are all equal is not trained.
     """
     if group.dropped:

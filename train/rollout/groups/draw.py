@@ -40,8 +40,6 @@ class PromptOrder:
 
         Args:
             problems: to draw from, at least one.
-            form: of the prompts.
-            seed: of the order.
         """
         self._problems, self._form = problems, form
         self._order = SampleOrder(len(problems), seed)

@@ -47,7 +47,6 @@ def write_journal(out_dir: Path, rollout: ScoredRollout, dtype: type[np.floating
     Args:
         out_dir: folder of the run.
         rollout: its groups are in the order of their prompts.
-        dtype: of the log-probabilities.
     """
     path = journal_path(out_dir, rollout.header.step)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,6 @@ def answer_log_probs(replica: Replica, task: Task, packed: PackedStep, temperatu
         replica: the policy.
         task: reads packed answers.
         packed: answers of one update.
-        temperature: of the sampler.
     """
     replays: Sequence[Routes | None] = packed.step.routes or [None] * len(packed.step.reads)
     objective, size = TokenLogProbs(temperature=temperature), packed.batch_size

@@ -84,13 +84,9 @@ class RolloutMaker:
         """Stores the arguments.
 
         Args:
-            config: of the rollouts.
             engine: samples.
             rewards: scores.
-            order: of the prompts.
-            form: of the prompts.
             advantage: kind of advantage.
-            seed: of all draws.
         """
         self._config, self._engine, self._rewards, self._order, self._form = config, engine, rewards, order, form
         self._advantage, self._seed = advantage, seed

@@ -48,7 +48,6 @@ def pack_step(
     Args:
         replica: the policy.
         answers: of one update, each with its group, in order.
-        shape: of a batch.
         old_log_probs: by the number of the answer, log-probability of each token before the update; None: the update
             uses its own.
         routes: this rank's records of experts; None: routers choose.

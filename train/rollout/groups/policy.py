@@ -81,8 +81,6 @@ class PolicySampler:
             task: reads packed answers.
             maker: makes rollouts.
             held_out: problems of a validation; None: there is none.
-            place: of the journals.
-            config: of the rollouts.
             loss: decides which answers its denominator counts.
         """
         self._replica, self._task, self._maker, self._held_out, self._place = replica, task, maker, held_out, place

@@ -55,7 +55,6 @@ class BatchRoutes:
         """Returns the experts of each token of a micro-batch, int64 NK; -1 where the router chooses.
 
         Args:
-            label: of the layer and the micro-batch.
             shape: B and T.
         """
         num_choices = self.config.num_experts_per_token
@@ -78,7 +77,6 @@ def checked_record(ids: Mapping[RouteKey, NDArray[np.generic]], key: RouteKey, n
 
     Args:
         ids: records, TK.
-        key: of the record.
         num_tokens: its length.
 
     Raises:
@@ -99,9 +97,7 @@ class TrainedRoutes:
         """Stores the arguments.
 
         Args:
-            plan: of the exchange.
             ids: experts of each record that this rank needs, TK.
-            config: of the model.
         """
         self._plan, self._ids, self._config = plan, ids, config
 

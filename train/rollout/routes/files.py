@@ -26,9 +26,7 @@ def write_routes(folder: Path, step: int, files: RankFiles, routes: SampledRoute
     """Writes the records of a rank. When this returns, the file is whole and on the disk.
 
     Args:
-        folder: of all rollouts of the run.
         step: first training step that learns from the rollout, from 1.
-        files: of the rank.
         routes: the rank's records.
         origin: identifies the weights and settings that sampled the tokens.
     """
@@ -53,9 +51,7 @@ def read_routes(folder: Path, step: int, files: RankFiles, held: Mapping[RouteKe
     ignored. A run that was rolled back may have left some.
 
     Args:
-        folder: of all rollouts of the run.
         step: first training step that learns from the rollout, from 1.
-        files: of the rank.
         held: number of tokens of each record that this rank needs.
         origin: as when the records were written.
 
