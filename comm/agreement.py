@@ -91,7 +91,6 @@ def compare_with_first_rank(own: str, group: ProcessGroup | None = None) -> tupl
     """Compares a text of all ranks with that of the group's first rank.
 
     Args:
-        own: string of this rank.
         group: process group; the world by default.
 
     Returns:
@@ -135,7 +134,6 @@ def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[Va
     Only the first rank needs memory for the others, which is as much as if all were as long as the longest.
 
     Args:
-        value: value of this rank.
         group: process group; the world by default.
     """
     content, device = pickle.dumps(value), _device(group)

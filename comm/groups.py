@@ -59,9 +59,7 @@ class Groups:
         """Creates all groups. Every rank calls it once, at the same point, after `start`.
 
         Args:
-            layout: layout of the world.
             mirrored: whether pipeline ranks p and P-1-p hold the same stages.
-            timeout_seconds: timeout of each collective.
             embedding: pipeline indices that hold the embedding.
 
         Raises:
@@ -117,9 +115,6 @@ def make_host_group(timeout: timedelta) -> ProcessGroup:
 
     gloo connects every pair of ranks when it creates a group. In jobs of more than `MOST_CONNECTED_RANKS` ranks, two
     ranks connect when they first communicate, so most ranks have a few connections instead of one to each other rank.
-
-    Args:
-        timeout: timeout of each collective.
     """
     if distributed.get_world_size() <= MOST_CONNECTED_RANKS:
         group = distributed.new_group(backend="gloo", timeout=timeout)
@@ -140,7 +135,6 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     """Initializes `torch.distributed` from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in the environment.
 
     Args:
-        cluster: the machines.
         store: store of the job if one is open already; by default the one at MASTER_*.
 
     Returns:

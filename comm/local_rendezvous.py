@@ -28,7 +28,6 @@ class PrivateRendezvous(RendezvousHandler):
         """Creates the rendezvous without opening a port.
 
         Args:
-            run_id: id of the attempt.
             check_ranks: called several times a second while all ranks are healthy; may raise.
         """
         self._run_id = run_id

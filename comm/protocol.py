@@ -140,7 +140,6 @@ class Dispatcher(Protocol):
                 sent, adds nothing to the sum, and its weight gets a gradient of 0.
             weights_TK: routing weights. They decide which experts a token over the node cap keeps; without them all
                 choices count equally.
-            label: owner of the exchange.
         """
         ...
 

@@ -175,7 +175,6 @@ def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None)
     """Yields the documents of one file. With a limit, reads only about that many bytes.
 
     Args:
-        file: the file.
         text_field: field of a `.jsonl` line that contains the text.
         limit_bytes: number of bytes after which reading stops; None reads the whole file.
 

@@ -46,7 +46,6 @@ def build_encoded(
         config: source of the text and settings for its preparation.
         given: the tokenizer; None trains one.
         folder: an empty folder.
-        progress: progress display.
 
     Returns:
         The values for `meta.json`: number of documents, bytes of text and tokens of each part.
@@ -113,7 +112,6 @@ def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = N
     Args:
         config: source of the text, validation split and vocabulary size.
         train_bytes: size of the training part's text. If it exceeds 64 MiB, chunks are sampled by hash.
-        progress: progress display.
     """
     share = TOKENIZER_TEXT_BYTES / max(train_bytes, 1)
 

@@ -25,7 +25,6 @@ def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | Non
     The cuts are between characters, not tokens, so that a model learns to continue from the middle of a word.
 
     Args:
-        text: the whole document.
         rate: share of rearranged documents, in [0, 1].
         seed: seed; together with `index` it determines the result.
         index: the document's number in the training part.

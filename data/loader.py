@@ -137,7 +137,6 @@ class Loader:
         """Creates a loader.
 
         Args:
-            prepared: the corpus.
             sizes: number of sequences per step, over all ranks.
             seed: seed of the order of sequences.
         """

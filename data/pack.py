@@ -40,7 +40,6 @@ def pack_documents(
     Args:
         tokens: concatenated tokens of all documents.
         lengths_tokens: number of tokens of each document; empty documents are skipped.
-        sequence_length_tokens: L.
         pad_id: token id that fills the rest of a sequence.
         is_chosen: which documents are packed; None: all.
 
@@ -86,7 +85,6 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int
 
     Args:
         lengths: length of each item, in 1..capacity.
-        capacity: capacity of every bin.
 
     Returns:
         The bin of each item, and the number of bins. Ties go to the earlier item and to the bin that was used last.

@@ -209,7 +209,6 @@ def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress 
     Args:
         config: the data configuration; `cache_dir` may start with `~`.
         sequence_length_tokens: L, at least 2.
-        progress: progress display.
 
     Raises:
         DataError: as in `check_config`; a part would be empty; or the cache cannot be written.

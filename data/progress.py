@@ -78,7 +78,6 @@ class Progress(Protocol):
         """Yields the items and shows the progress.
 
         Args:
-            what: description of the work.
             items: items that the caller processes.
             total: sum of all sizes, or an estimate.
             size: returns the size of an item in the unit.

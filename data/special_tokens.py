@@ -158,7 +158,6 @@ def find_special_ids(
 
     Args:
         backend: backend of the tokenizer.
-        names: names in the configuration.
         sidecars: contents of the files next to the tokenizer.
         place: description of the tokenizer for error messages.
 

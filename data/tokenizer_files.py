@@ -57,7 +57,6 @@ def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer
     """Returns the tokenizer of a `tiktoken.model`.
 
     Args:
-        path: the file.
         config: content of the `tokenizer_config.json` next to it.
 
     Raises:

@@ -26,8 +26,6 @@ def build(
     If the costs allow offload, activations may be in host memory while the cap has no room for them.
 
     Args:
-        kind: name of the schedule.
-        num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs: costs of each stage; None for equal stages with F = I = W and no exchange. Their number determines the
             chunks per rank. They change the order only if the kind takes costs.

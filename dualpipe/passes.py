@@ -38,7 +38,6 @@ def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
     """Replaces every B by I and a separate W after it, so that the input gradient is sent before W runs.
 
     Args:
-        schedule: a valid schedule.
         costs: costs under which the split is evaluated.
 
     Returns:

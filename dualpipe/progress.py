@@ -92,9 +92,6 @@ _Ends = dict[tuple[Op, int, int], _End]
 def check_progress(schedule: Schedule) -> None:
     """Compares both ends of every link, and runs all ranks without a clock until they end.
 
-    Args:
-        schedule: a complete schedule.
-
     Raises:
         ScheduleError: if a rank receives in another order than its peer sends, or if ranks wait for each other in a
             cycle. The message describes it.

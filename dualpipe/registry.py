@@ -142,8 +142,6 @@ def check_size(
     """Checks that a schedule is defined for these numbers, without making it.
 
     Args:
-        kind: name of the schedule.
-        num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         ranks_key: configuration key of the number of ranks; errors begin with it.
         micro_batches_key: configuration key of the number of micro-batches.
@@ -174,7 +172,6 @@ def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
     Args:
         kind: name of the schedule, or `auto`.
         num_micro_batches: micro-batches of one pipeline and step.
-        slices: slices of each sequence.
 
     Raises:
         ScheduleError: the kind runs whole sequences, or the slices do not divide the micro-batches.
@@ -201,8 +198,6 @@ def kind_for_size(
     Of several others, `FALLBACK` comes first, then the order of the registry.
 
     Args:
-        kind: name of the schedule.
-        num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         chunks: stages of a rank for one direction.
         micro_batches_key: configuration key of the number of micro-batches, for errors.

@@ -159,7 +159,6 @@ class GenerationBatch:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded.
 
         Args:
-            target_BV: the sampling distribution.
             tokens_B: the chosen tokens.
         """
         # A kept token whose probability is 0 in this type cannot be drawn, and adds nothing to a sum.

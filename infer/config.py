@@ -145,7 +145,6 @@ def sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
     """Returns the joint statistics of parts of a generation.
 
     Args:
-        parts: statistics of each.
         seconds: of the whole, because parts run at the same time.
     """
     names = [each.name for each in fields(Statistics) if each.name != "seconds"]
@@ -162,10 +161,8 @@ def check(
     """Rejects prompts and settings that the model cannot serve.
 
     Args:
-        config: the model's architecture.
         prompts: token ids of each prompt.
         max_new_tokens: maximum number of new tokens per prompt.
-        speculative: whether drafts are requested.
         batch_size: number of prompts that are continued together.
 
     Raises:

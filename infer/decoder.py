@@ -51,7 +51,6 @@ class PartDecoder:
         Args:
             model: a model or a part of it.
             layers: layers of the main model that this part runs, in order.
-            max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the part has an MTP module that is used.
             routes: stores the experts of the tokens that are read; None: they are not recorded.
@@ -149,7 +148,6 @@ class PartDecoder:
         """Runs the MTP module over prompts and fills empty rows of its cache.
 
         Args:
-            rows: row of each sequence.
             next_tokens: for each sequence, the token after each state; at least one.
             state_ND: states for the MTP module for the same positions, sequence by sequence.
         """
@@ -177,7 +175,6 @@ class PartDecoder:
         """Returns the views of the layers of this part in a pass.
 
         Args:
-            kind: kind of the pass.
             rows: rows with new tokens.
             counts: number of new tokens of each.
         """
@@ -226,8 +223,6 @@ class PartDecoder:
         """Runs one block over N tokens; returns its output, ND.
 
         Args:
-            block: the block.
-            hidden_ND: its input.
             layer: number of the block if it is a layer of the main model, whose experts may be recorded.
         """
         residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)
@@ -282,8 +277,6 @@ class Decoder(PartDecoder):
         """Allocates the caches in the model's type and on its device.
 
         Args:
-            model: the whole model.
-            max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the MTP module is used.
             layers: layers that run here; None: all.
@@ -296,7 +289,6 @@ class Decoder(PartDecoder):
         """Runs the main model over whole prompts and fills empty rows of the cache.
 
         Args:
-            rows: row of each prompt.
             prompts: token ids of each prompt.
 
         Returns:
@@ -350,7 +342,6 @@ class Decoder(PartDecoder):
         """Returns the input of the first layer that runs here, ND.
 
         Args:
-            kind: kind of the pass.
             tokens_N: the new tokens, row by row.
             rows: rows that they belong to.
             counts: number of new tokens of each of these rows.

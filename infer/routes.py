@@ -34,7 +34,6 @@ class RouteStore:
         """Adds the record of a sequence that is complete. A part of a prompt is ignored.
 
         Args:
-            layers: numbers of the layers.
             ids_LTK: experts of its tokens, which may include tokens that are no part of it after the last one read.
         """
         prompt, sample = self._prompts[place // self._samples], place % self._samples
@@ -79,7 +78,6 @@ class RouteRecorder:
 
         Args:
             layers: layers of the main model that the decoder runs, in order.
-            max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
         """
         self._layers = tuple(layer for layer in layers if layer >= config.num_dense_layers)

@@ -51,7 +51,6 @@ def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling, kept_BV: 
 
     Args:
         tokens_B: the token of each row.
-        sampling: has the temperature.
         kept_BV: whether a token is in the set among which probabilities sum to 1; None: all are.
     """
     scaled_BV = _scale(logits_BV, sampling.temperature or 1.0)
@@ -92,9 +91,7 @@ class SequenceRandom:
         """Creates the generator of a continuation.
 
         Args:
-            prompt: number of the prompt.
             sample: number of the continuation among those of the prompt.
-            step: number of the request.
         """
         # Each number has its own word of 64 bits, so no two sequences share random numbers. torch's generator on the
         # CPU would only use the low 32 bits of a seed.

@@ -48,6 +48,5 @@ def is_reference(implementation: Implementation | None, device: torch.device) ->
 
     Args:
         implementation: implementation that the caller requests; None for the default of the device.
-        device: device of the operands.
     """
     return (implementation or choose_implementation(device)) == "reference"

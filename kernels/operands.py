@@ -11,8 +11,6 @@ def check_operand(
 
     Args:
         subject: operation and name of the operand, for the message.
-        operand: tensor to check.
-        shape: required shape.
         device: device of the other operands.
         dtype: required type; None for any.
 

@@ -135,7 +135,6 @@ def list_modules(package: str, first: Sequence[str] = ()) -> list[str]:
     """Returns the full names of a package's modules without importing them.
 
     Args:
-        package: dotted name.
         first: modules that come first, in this order; the others follow by name.
     """
     spec = importlib.util.find_spec(package)

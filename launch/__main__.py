@@ -16,9 +16,6 @@ from launch.help.commands import listing, split_command, unknown_command
 def main(arguments: Sequence[str]) -> int:
     """Lists the commands, or starts the command that the first argument names.
 
-    Args:
-        arguments: the command-line arguments.
-
     Returns:
         The exit code: 0, or 2 if the name is not a command. If a command starts, it replaces this process.
     """

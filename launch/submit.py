@@ -100,9 +100,6 @@ def with_cluster(overrides: Sequence[str]) -> list[str]:
     A cluster on the command line takes precedence. An experiment for a laptop is submitted with `cluster=slurm`, like
     a run without an experiment.
 
-    Args:
-        overrides: overrides of this command.
-
     Raises:
         ConfigError: an override does not parse, or a key or an option is unknown.
     """
@@ -119,7 +116,6 @@ def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
     """Returns the overrides for `launch.train` inside the job.
 
     Args:
-        overrides: overrides of this command.
         out_dir: the run's folder, the same in every attempt of the job.
     """
     own = {*own_keys("submit"), "out_dir", "resume"}
@@ -214,7 +210,6 @@ def write_private(path: Path, text: str) -> None:
 
     Args:
         path: the file; its folder must exist.
-        text: its new content.
 
     Raises:
         OSError: the file cannot be written. An existing file is unchanged.

@@ -164,10 +164,6 @@ def export_exit_code(code: int, environment: Mapping[str, str]) -> int:
     torchrun exits with 1 if any rank fails. It restarts the ranks while restarts remain, even after a preemption.
     If LAUNCH_EXIT_FILE names a file, as in a Slurm job, rank 0 writes the run's code to that file, and every rank
     returns 0 to torchrun.
-
-    Args:
-        code: the run's exit code.
-        environment: the process' environment variables.
     """
     path = environment.get("LAUNCH_EXIT_FILE")
     if not path:

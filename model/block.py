@@ -154,9 +154,7 @@ class Block(nn.Module):
         """Returns the residual plus shared experts of its norm, BTD.
 
         Args:
-            residual_BTD: the residual.
             rows: the norm, which need not be kept.
-            sink: takes weight gradients.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         assert isinstance(self.mlp, Moe)

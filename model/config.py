@@ -202,7 +202,6 @@ def cut_layers(num_layers: int, num_stages: int, mtp_depth: int = 0, *, stages_p
     Args:
         num_layers: number of layers without MTP modules.
         num_stages: number of stages, at least 1.
-        mtp_depth: number of MTP modules.
         stages_per_rank: number of stages that the schedule assigns to a pipeline rank; errors use it to name the
             nearest pipeline size.
 

@@ -38,8 +38,6 @@ class RoutedExperts(nn.Module):
         Args:
             rows: received rows, as the exchange's `Wire` unpacked them.
             weights_A: routing weights, multiplied before `down`, as rows are narrower there.
-            counts: rows per expert.
-            sink: takes weight gradients.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         return self._linears.experts(rows, weights_A, self._weights, counts, sink, for_backward=for_backward)
@@ -52,8 +50,6 @@ class RoutedExperts(nn.Module):
         Args:
             rows: rows by token.
             source: norm and its input, from which a backward may recompute the rows.
-            weights_TK: routing weights.
-            counts: rows per expert.
             order: order in which copies of tokens go to experts.
         """
         return self._linears.apply_local_experts(rows, source, weights_TK, self._weights, counts, order)

@@ -219,8 +219,6 @@ def score_tokens(
     once.
 
     Args:
-        normal_BTD: the head's input.
-        head_VD: the head's matrix.
         targets_BT: int64, below V; -100 if nothing is predicted, for which the log-probability is 0.
         sink: takes weight gradients, as in `linear.linear`.
         value: function that computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or
@@ -259,9 +257,6 @@ def score_rows(
 
     Args:
         normal_BTD: as in `score_tokens`, like all others but `score`.
-        head_VD: the head's matrix.
-        targets_BT: the targets.
-        sink: takes weight gradients.
         score: computes log-probabilities and the loss's gradients of the rows that have a target.
         value: computes the loss, after `score`.
         rows: numbers of the rows that have a target; None: all are scored.

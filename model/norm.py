@@ -154,7 +154,6 @@ def normed_linear(
 
     Args:
         x: [..., D].
-        norm: applied first.
         weights_ND: weights of the maps, of one type.
         sink: takes the maps' weight gradients, as in `linear`; that of the norm goes through autograd.
         keeps_normal: whether to keep norm(x) for the backward.

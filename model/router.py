@@ -51,7 +51,6 @@ class Routing:
         sequence, as if it was in a batch alone; padding does not.
 
         Args:
-            documents: documents of whole sequences.
             context: ranks that share each sequence.
         """
         if isinstance(context, SliceContext):
@@ -142,7 +141,6 @@ class Router(nn.Module):
         """Routes every token by its logits; adds this rank's choices to `load` when gradients are recorded.
 
         Args:
-            logits_BTE: scores before the sigmoid.
             forced_ids_TK: int64, experts to choose independent of their scores, which still determine the weights. The
                 router chooses for a token whose ids are all -1, and for all tokens if this is None. The ids are
                 checked on the host.

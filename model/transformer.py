@@ -75,7 +75,6 @@ class Transformer(nn.Module):
     Weights are uninitialized until `initialize_weights`. Their names are those of the released checkpoint.
 
     Args:
-        config: the architecture.
         dispatcher: sends rows to experts when the model is called as a plain module.
         dtype: type of every weight; the router bias stays float32.
         part: part of the model; None means the whole.
@@ -214,10 +213,6 @@ class Transformer(nn.Module):
 
         Args:
             depth: 0 for the main head.
-            hidden_BTD: the last block's output.
-            batch: the micro-batch.
-            objective: the objective to minimize.
-            sums: takes the reported sums.
             sink: takes weight gradients, as in `linear.linear`.
             place: direction and number of the micro-batch.
 

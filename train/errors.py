@@ -89,7 +89,6 @@ def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: st
     Args:
         out_dir: folder of the run. It must exist; a deleted one is not created again.
         reason: its text and exit code are the first two lines.
-        details: the other lines.
     """
     path = files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.error.log"
     partial = path.with_suffix(".partial")

@@ -90,7 +90,6 @@ def open_learner(
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it.
 
     Args:
-        replica: the network to train.
         reference: frozen network with which the task compares; None if it does not.
         sampler: samples the answers of each step; None if the run trains on the data alone.
     """
@@ -125,7 +124,6 @@ class LearnersByBatchSize:
         """Compiles the programs of the ramp.
 
         Args:
-            sizes: sequences of every step.
             ramp: a schedule for each other size, by the size in sequences; empty without a ramp.
             is_proven: whether the job has validated these schedules; else this rank validates them.
 

@@ -66,7 +66,6 @@ def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> Sequence
 
     Args:
         context: ranks that share each sequence; 1 if there are several slices.
-        slices: slices of each sequence.
     """
     length = config.batch.sequence_length_tokens
     if slices == 1:
@@ -80,7 +79,6 @@ def link_shapes(config: ReplicaConfig, parts: SequenceParts, slices: int) -> tup
 
     Args:
         parts: tokens of each slice, or of each rank.
-        slices: slices of each sequence.
     """
     batch, hidden = config.batch.micro_sequences, config.model.hidden_size
     return tuple((batch, parts.tokens_of(index), hidden) for index in range(slices))
@@ -110,8 +108,6 @@ def build_stages(model: Transformer, held: set[int], cut: Sequence[range]) -> di
     """Returns the stages that this rank holds, by number.
 
     Args:
-        model: this rank's part.
-        held: numbers of the stages.
         cut: layers of each stage of the whole model.
     """
     last = len(cut) - 1
@@ -122,8 +118,6 @@ def stage_part(model: ModelConfig, held: set[int], cut: Sequence[range], experts
     """Returns the part of a model that given stages need.
 
     Args:
-        model: architecture.
-        held: numbers of the stages.
         cut: layers of each stage of the whole model.
         experts: routed experts of every layer that the rank holds.
     """

@@ -113,9 +113,6 @@ class Replica:
         """Runs forward and backward of a global batch.
 
         Args:
-            batches: micro-batches of this rank.
-            sums: accumulates this rank's losses.
-            store: accumulates gradients.
             follow: yields the program's steps one by one, for example to show progress.
             routes: records or replays the routers' choices on this rank; None: routers choose.
             reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.

@@ -65,9 +65,6 @@ def vocabulary_problem(config: TrainConfig, second: ModelConfig, path: str, key:
 def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> None:
     """Rejects weights that are no reward model or do not fit the run.
 
-    Args:
-        part: names the weights.
-
     Raises:
         ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
     """

@@ -42,7 +42,6 @@ def validate(
     """Returns the main loss and reported means over validation sequences. All ranks call it.
 
     Args:
-        replica: network to validate.
         num_sequences: number of sequences to read, or fewer if the corpus has fewer.
         reference: model with which the task compares, if it does.
         by_position: measures the loss by position; None: it is not measured.
@@ -74,7 +73,6 @@ def validate_pass(
     """Runs a forward pass of one global batch.
 
     Args:
-        replica: the network.
         read: as in `accumulate`.
         reference: model with which the task compares, if it does.
         by_position: as in `validate`.

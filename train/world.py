@@ -142,7 +142,6 @@ def open_world(
     """Opens this process's lanes and returns its world.
 
     Args:
-        layout: coordinates of every rank.
         groups: process groups of this rank.
         log: collectives and transfers of this rank.
         preemption: whether this process received a request to leave; None: it cannot be preempted, as in a test.

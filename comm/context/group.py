@@ -29,9 +29,6 @@ class LoggedWork:
         """Logs the start of a collective.
 
         Args:
-            link: the group.
-            name: what the collective does.
-            works: parts of the collective.
             buffers: tensors that must stay in memory until it is complete.
         """
         self._log = link.observers.log

@@ -38,8 +38,6 @@ class SequenceParts:
         """Returns what a member holds of whole sequences, in its order; a view if it has one segment.
 
         Args:
-            values: values of whole sequences.
-            index: index of the member.
             dim: dimension of the tokens.
         """
         parts = [values.narrow(dim, each.start, each.stop - each.start) for each in self.slices(index)]

@@ -99,7 +99,6 @@ def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[in
     Args:
         ids_by_rank: experts of each rank's tokens, TK, int64; distinct within a row except -1, which means no expert.
         num_experts: number of experts; a multiple of the number of ranks.
-        nodes: node of each rank.
 
     Raises:
         ValueError: if the ranks do not divide the experts, or the number of nodes is not that of the ranks.

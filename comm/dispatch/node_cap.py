@@ -27,9 +27,7 @@ class NodeCapError(ValueError):
 
         Args:
             rank: global rank of the tokens.
-            label: owner of the exchange.
             num_touched_T: number of nodes that each token touches; at least one is over the cap.
-            max_nodes: the cap.
         """
         touched = num_touched_T.tolist()  # host sync
         over = [(token, nodes) for token, nodes in enumerate(touched) if nodes > max_nodes]
@@ -52,10 +50,7 @@ def verify_cap(
 
     Args:
         num_over_R: number of tokens over the cap on each member; equal on all members.
-        group: group of the exchange.
         touched_TN: mask of the nodes that each token of this rank touches.
-        max_nodes: the cap.
-        label: owner of the exchange.
 
     Raises:
         NodeCapError: if any token is over the cap. It names this rank's tokens, or else the first rank with some.

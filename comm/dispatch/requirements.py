@@ -102,7 +102,6 @@ def most_nodes(
 
     Args:
         num_experts: experts of a layer; a multiple of `num_groups` and of the number of members.
-        num_groups: groups of consecutive experts.
         num_limited_groups: groups among which a token's experts are chosen.
         num_experts_per_token: distinct experts of a token.
         member_nodes: node of each rank that holds experts, ascending; all hold equally many consecutive experts.

@@ -88,7 +88,6 @@ class RowFormat:
         """Sums the rows of each token for each part, in the order of places. A negative place adds nothing.
 
         Args:
-            bytes_NB: packed rows.
             places_TP: rows of each token.
             dtype: dtype of the sum of the first part; by default the part's own.
         """

@@ -114,8 +114,6 @@ class Spread:
         """Sums numbers by distance.
 
         Args:
-            per_member: number of each member.
-            nodes: node of each member.
             place: index of the rank itself.
         """
         home, here = nodes[place], 0

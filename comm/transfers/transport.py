@@ -51,7 +51,6 @@ class PipelineTransport(ClosesOnSuccess):
         """Opens the links. Every rank of the job calls it at the same point.
 
         Args:
-            layout: layout of the world.
             pairs: pairs of pipeline indices that exchange messages.
             device: device of the tensors; gloo stages them through the host.
             timeout_seconds: timeout of one transfer, from its start on both sides.
@@ -70,8 +69,6 @@ class PipelineTransport(ClosesOnSuccess):
 
         Args:
             key: the expected message; its destination is this rank.
-            shape: shape of the tensor.
-            dtype: dtype of the tensor.
 
         Returns:
             Work whose `wait` returns the tensor on the transport's device, or raises `TransferError` if another message

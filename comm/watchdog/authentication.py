@@ -73,13 +73,7 @@ class DatagramCodec:
     """
 
     def __init__(self, key: bytes, rank: int, world_size: int) -> None:
-        """Starts with all counters at 0.
-
-        Args:
-            key: key of the attempt.
-            rank: rank of this process.
-            world_size: number of ranks.
-        """
+        """Starts with all counters at 0."""
         self._key = key
         self._rank = rank
         self._world_size = world_size

@@ -139,8 +139,6 @@ class CollectiveLog:
 
         Args:
             kind: kind of the group; with the group's ranks it makes a unique name.
-            group: the process group.
-            name: what the collective does.
         """
         key = kind, group.group_name
         if key not in self._names:

@@ -63,9 +63,6 @@ def take_key_from_environment() -> bytes | None:
 def write_key_file(folder: Path) -> KeyFile:
     """Writes a random key into a new file of the run folder and removes the files of earlier attempts.
 
-    Args:
-        folder: the run folder.
-
     Returns:
         The file. Its name ends with a hash of the key.
 
@@ -98,9 +95,6 @@ def write_key_file(folder: Path) -> KeyFile:
 
 def read_key_file(path: Path) -> bytes:
     """Reads the key from a file that `write_key_file` wrote. The path is not trusted.
-
-    Args:
-        path: path of the file.
 
     Returns:
         The key. Its hash matches the file's name.

@@ -138,7 +138,6 @@ def decode_message(message: WatchdogMessage, world_size: int, origin: int | None
     """Decodes the fields of an authentic message.
 
     Args:
-        message: the message.
         world_size: number of ranks of the job.
         origin: rank that wrote the message if another rank forwarded it.
 

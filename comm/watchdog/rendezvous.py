@@ -47,7 +47,6 @@ def join(
     process handles the signal. Without such a handler, the watchdog ends the process.
 
     Args:
-        member: membership of this rank.
         log: log of the rank's collectives.
         deadline_seconds: longest wait for other ranks.
         crash_report: see `Watchdog`.

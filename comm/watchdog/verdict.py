@@ -44,7 +44,6 @@ class Verdict:
         """Decodes the JSON of `as_json`.
 
         Args:
-            values: decoded but unchecked fields.
             world_size: number of ranks of the job.
 
         Raises:
@@ -115,7 +114,6 @@ def judge_wait(
     """Judges the ranks of one collective.
 
     Args:
-        reason: reason for the inquiry.
         result: result with the states of the ranks of the last collective in `followed`.
         followed: the longest wait of the judge, then that of a rank that has not reached it, and so on.
         deadline_seconds: longest wait of a rank.

@@ -74,7 +74,6 @@ class Watchdog:
         """Stores the arguments; `start` starts the thread.
 
         Args:
-            rank: rank of this process.
             watchdog_socket: open socket; `close` closes it.
             log: log of the rank's collectives.
             deadline_seconds: longest wait of the rank for a collective.

@@ -42,7 +42,6 @@ class WatchdogSocket:
         """Opens the socket.
 
         Args:
-            rank: rank of this process.
             route_host: host on the same network as the other ranks; it selects the local address.
 
         Raises:

@@ -58,8 +58,6 @@ def problem_stream(
     """Yields problems of one part without end; problems may repeat.
 
     Args:
-        seed: seed of the digits.
-        num_digits: digits of each problem.
         part: problems that are held out from training, or those that may occur in it.
         domains: of the problems, in turn.
     """
@@ -83,9 +81,6 @@ def problems(
     """Returns different problems, for evaluation, rejection sampling and reinforcement learning.
 
     Args:
-        seed: seed of the choice.
-        count: number of problems.
-        num_digits: digits of each problem.
         part: problems that are held out from training, or those that may occur in it.
         domains: of the problems, in turn.
 
@@ -109,7 +104,6 @@ def wrong_answer(answer: str, draw: int) -> str:
     """Returns an answer with one wrong digit.
 
     Args:
-        answer: the right answer.
         draw: a random number that chooses the place and the digit.
     """
     place, digit = draw % len(answer), draw // len(answer) % 9

@@ -147,7 +147,6 @@ def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer,
 
     Args:
         names: tokens that the template places.
-        template_name: name of the template.
         key: configuration key that names the template, for errors.
 
     Raises:

@@ -64,10 +64,8 @@ def object_of(value: object, place: str, allowed: Sequence[str], required: Seque
     """Returns an object whose names are allowed.
 
     Args:
-        value: a decoded JSON value.
         place: file, line and field, for errors.
         allowed: names that may occur; others may only be null.
-        required: names that must occur.
 
     Raises:
         DataError: the value is not an object, a name is unknown, or a required one is missing.

@@ -65,7 +65,6 @@ def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusF
     """Returns the `.jsonl` files that the paths name and that folders contain.
 
     Args:
-        paths: files and folders.
         what: plural of what a line holds, for errors.
         example: a line, for errors.
 

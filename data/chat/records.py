@@ -36,7 +36,6 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     """Returns the conversation of an object.
 
     Args:
-        values: decoded JSON object.
         place: file and line, for errors.
 
     Raises:

@@ -66,7 +66,6 @@ def pack_long_first(
         lengths: tokens of each document.
         length: tokens of a sequence.
         pad_id: token that fills sequences.
-        config: which documents are long.
 
     Returns:
         The sequences, and the counts from which `LongDocuments` is opened.

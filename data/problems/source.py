@@ -37,7 +37,6 @@ def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Toke
     """Returns a problem's prompt as a sample without targets.
 
     Args:
-        template: writes the prompt.
         tokenizer: has the tokens that the template places.
 
     Raises:

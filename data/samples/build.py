@@ -36,9 +36,7 @@ def build_samples(
     Args:
         config: source of the samples and settings for their preparation.
         known: the given tokenizer or the source's own one; None trains one on the samples' text.
-        sequence_length_tokens: L.
         folder: an empty folder.
-        progress: progress display.
 
     Returns:
         The values for `meta.json`.

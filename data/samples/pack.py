@@ -103,7 +103,6 @@ def pack_samples(
 
     Args:
         samples: in order; all have the same values.
-        sequence_length_tokens: L.
         pad_id: token id that fills the rest of a sequence.
         vocab_size: size of the vocabulary, which decides the type of the tokens.
         has_targets: whether samples without a target are dropped.

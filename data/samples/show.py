@@ -38,7 +38,6 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> I
     """Yields lines about the training data, and its first sample in a sequence, both answers of a pair.
 
     Args:
-        prepared: the prepared data.
         sequence: number of a training sequence.
         reads_weights: whether the samples' weights decide which tokens are targets; else all are.
     """

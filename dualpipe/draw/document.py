@@ -18,7 +18,6 @@ def document(title: str, body: str, style: str, script: str = "", *, has_images:
     """Returns a whole document.
 
     Args:
-        title: plain text.
         body: HTML in which every outside string is escaped; its script elements must hold data only.
         style: the style sheet, after what all documents share.
         script: runs after the body was read; empty for none.

@@ -80,7 +80,6 @@ def svg(
     of its micro-batch (with the stage if a rank holds several stages for one direction). Idle time is blank.
 
     Args:
-        schedule: a valid schedule.
         simulation: its simulation; in seconds if there was a run.
         measured: spans of a run, drawn below on the same time scale.
         title: title instead of kind and size.

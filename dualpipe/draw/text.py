@@ -43,8 +43,6 @@ def summary(
 
     Args:
         schedule: a valid schedule that trains.
-        simulation: its simulation.
-        costs: costs of the simulation.
         memory_cap: memory cap of the lower bound; see `bounds.lower_bound`.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs

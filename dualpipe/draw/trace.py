@@ -43,10 +43,6 @@ def trace(
     drawn in sequence from its start.
 
     Args:
-        schedule: a valid schedule.
-        simulation: its simulation.
-        costs: costs of the simulation.
-        measured: spans of a run.
         seconds_per_unit: seconds for one unit of the costs; 1 if they are in seconds.
     """
     scale = seconds_per_unit * 1e6

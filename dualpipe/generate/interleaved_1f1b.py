@@ -173,8 +173,6 @@ def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int)
     A W follows each I.
 
     Args:
-        pipeline: the pipeline.
-        rank: the rank.
         size: number of micro-batches in a round.
         ahead: 1 for one more forward in the warm-up, with which F and I form pairs; else 0.
     """

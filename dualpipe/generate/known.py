@@ -31,7 +31,6 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 
     Args:
         shape: schedule with two directions, stage s on rank s mod P and its mirror rank; its groups are ignored.
-        costs: costs of its stages.
         memory_cap: memory cap for the placement of W, in the unit of `StageCosts.activation`.
     """
     largest = max(stage.activation for stage in costs.stages) * shape.num_stages / shape.num_ranks
@@ -57,7 +56,6 @@ def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iter
 
     Args:
         shape: schedule with placement and counts.
-        costs: costs of its stages.
         memory_cap: memory cap for the placement of W.
     """
     ranks, count = shape.num_ranks, shape.num_micro_batches
@@ -82,7 +80,6 @@ def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Ite
 
     Args:
         shape: schedule with placement and counts.
-        costs: costs of its stages.
         largest: memory of the largest activation of a stage.
     """
     cap = (shape.num_ranks + 1) * largest

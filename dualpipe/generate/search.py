@@ -44,7 +44,6 @@ class BestSchedule:
 
         Args:
             shape: schedule with placement and counts; its groups are ignored.
-            costs: costs of its stages.
             cap: maximum of a rank's live activations.
         """
         self.shape = shape
@@ -104,7 +103,6 @@ def search(
 
     Args:
         shape: schedule with placement and counts; its groups are ignored.
-        costs: costs of its stages.
         cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
         known: schedules to compare with; invalid ones are ignored.
         builds_more: whether to build other orders even if a known one fits.

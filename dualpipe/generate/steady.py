@@ -32,9 +32,6 @@ def lengthen(schedule: Schedule, costs: CostModel, num_micro_batches: int, shift
     """Returns the schedule with more micro-batches, or None if it has no steady state that fits.
 
     Args:
-        schedule: a valid schedule.
-        costs: costs of its stages.
-        num_micro_batches: new number of micro-batches.
         shifts: periods to try, in micro-batches of each direction.
     """
     added, rest = divmod(num_micro_batches - schedule.num_micro_batches, schedule.num_directions)
@@ -54,8 +51,6 @@ def find_steady_state(schedule: Schedule, simulation: Simulation, shift: int) ->
     The periods of ranks may start at different micro-batches, so the extended schedule must be validated.
 
     Args:
-        schedule: a valid schedule.
-        simulation: its simulation.
         shift: micro-batches of each direction in one period.
     """
     found = [_last_period(schedule, simulation, rank, shift) for rank in range(schedule.num_ranks)]
@@ -91,8 +86,6 @@ def extend(schedule: Schedule, steady: SteadyState, num_micro_batches: int) -> S
     """Returns the schedule with the steady state repeated until it has this number of micro-batches.
 
     Args:
-        schedule: a valid schedule.
-        steady: its steady state.
         num_micro_batches: new number of micro-batches, larger by a multiple of `shift` per direction.
     """
     added = (num_micro_batches - schedule.num_micro_batches) // schedule.num_directions

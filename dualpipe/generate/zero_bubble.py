@@ -117,8 +117,6 @@ def _repeat_block(
     I differ modulo 6. Small steps and turns shorten the time from F to I, and so limit the live activations.
 
     Args:
-        num_ranks: number of ranks.
-        num_micro_batches: number of micro-batches.
         down_step: ticks from rank to rank on the ways down. On the ways up it is 1 tick.
         turns: ticks from the last start of a pass to the first start of the next pass, on the same rank.
     """

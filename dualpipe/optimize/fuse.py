@@ -23,7 +23,6 @@ def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
     nor (on a tie) the sum of the ranks' ends, nor the rank's peak memory grows.
 
     Args:
-        schedule: a valid schedule.
         costs: costs of its stages; without exchange nothing is fused.
     """
     return _HillClimb(schedule, costs).climb() if exchanges(costs) else schedule

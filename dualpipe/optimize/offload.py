@@ -26,7 +26,6 @@ def offload(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule
 
     Args:
         schedule: a valid training schedule without offload.
-        costs: costs of its stages.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
 
     Returns:

@@ -20,7 +20,6 @@ def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patie
 
     Args:
         schedule: a valid schedule without full backwards.
-        costs: costs of its stages.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
         patience: fraction of a W's time that a rank waits for an input instead of running the W, if the arrival time is
             known.

@@ -18,7 +18,6 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
 
     Args:
         schedule: a valid schedule; a forward-only one gives a forward-only program.
-        rank: rank within the pipeline.
         lanes: lane of each phase, for every stage that the rank holds.
         pairing: function that interleaves the operations of a group (`pairing.overlapped` or `pairing.sequential`).
     """

@@ -63,7 +63,6 @@ def execute(
     """Runs every step in order.
 
     Args:
-        program: program of this rank.
         stages: stages that the rank holds, by number.
         transport: links to the other pipeline ranks.
         clock: clock that times the steps; by default the host's.

@@ -130,7 +130,6 @@ def rank_spans(
 
     Args:
         groups: groups of this rank in the schedule from which the program was compiled.
-        program: program of this rank.
         spans: start and end of every step, in seconds from the program's start (`Execution.spans`), on the clock that
             `execute` used.
         origin_seconds: start of the program on the clock that all ranks share.

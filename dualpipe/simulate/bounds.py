@@ -75,7 +75,6 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
 
     Args:
         schedule: schedule with placement and number of micro-batches; its groups are ignored and may be missing.
-        costs: costs of every stage.
         memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
             `StageCosts.activation` (model/P if the costs come from `costs.uniform`), or None for no limit. If
             activations may be offloaded, it does not limit the micro-batches under way, so no bound uses it.

@@ -41,7 +41,6 @@ def survey(
     """Times every kind of schedule that may be chosen, or gives the reason why it is not available.
 
     Args:
-        num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs_of: costs of each stage, as a function of the kind and the number of stages.
         memory_cap: maximum of a rank's live activations and copies of its weights; None for each schedule's own.
@@ -91,8 +90,6 @@ def best_of_kind(
     """Times a kind of schedule with each possible number of chunks and returns the shortest.
 
     Args:
-        kind: name of the schedule.
-        num_ranks: ranks of one pipeline.
         num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs_of: costs of each stage, as a function of the kind and the number of stages. If they are those of slices
             and the kind does not take slices, it is timed with whole sequences.

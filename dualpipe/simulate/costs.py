@@ -208,7 +208,6 @@ def resampled(costs: CostModel, num_stages: int) -> CostModel:
 
     Args:
         costs: costs of the model's stages.
-        num_stages: new number of stages.
     """
     if num_stages == len(costs.stages):
         return costs

@@ -162,7 +162,6 @@ def lost_times(
     """Yields the times that the first operations of the last wave prove to be lost.
 
     Args:
-        words: why it is lost.
         arrivals: first operations of the wave on a rank, in any order.
         early: maximum work of earlier waves on the rank, as a function of the memory that the last wave has released.
         horizon: time from which further operations of the wave can start.

@@ -65,7 +65,6 @@ def pace_of(
 
     Args:
         schedule: a valid schedule that trains.
-        costs: costs of each stage.
         simulation: its simulation under these costs.
         memory_cap: cap on activations and copies of the weights that the schedule was made for, or None.
     """

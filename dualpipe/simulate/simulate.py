@@ -52,7 +52,6 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     ends when its copy has ended, and a backward starts after the copy of its reload.
 
     Args:
-        schedule: a valid schedule.
         costs: costs of each stage, or of model/P if all stages are equal.
 
     Raises:
@@ -85,10 +84,6 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
 
 def makespan_of(schedule: Schedule, costs: CostModel) -> float:
     """Returns the makespan of `simulate` in less time.
-
-    Args:
-        schedule: a valid schedule.
-        costs: costs of each stage.
 
     Raises:
         ScheduleError: as `simulate`.

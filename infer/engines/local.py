@@ -34,7 +34,6 @@ class LocalEngine:
         """Stores the arguments.
 
         Args:
-            model: the whole model.
             speculative: whether the first MTP module drafts one token per round.
             batch_size: number of continuations that are generated together. It changes no token.
             prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
@@ -85,7 +84,6 @@ def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_pos
 
     Args:
         prompts: in order.
-        request: how they are continued.
         max_positions: maximum number of tokens of a prompt and its continuation.
     """
     return [

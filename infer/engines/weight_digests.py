@@ -55,7 +55,6 @@ def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[
 
     Args:
         ours: names and tensors, one at a time.
-        workers: digests of each worker.
 
     Raises:
         GenerateError: names the first tensor that a worker lacks, or whose bytes, type or shape differ.

@@ -66,7 +66,6 @@ class Answerer:
         """Stores the arguments.
 
         Args:
-            model: the model.
             end_ids: ids of the tokens that end a generation.
             max_tokens: number of positions of the model.
         """

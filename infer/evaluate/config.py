@@ -17,7 +17,6 @@ def needed_path(key: str, path: str | None, example: str) -> str:
 
     Args:
         key: configuration key of the path.
-        path: its value.
         example: what the file has, for the error.
 
     Raises:

@@ -27,7 +27,6 @@ class EvaluationFolder:
         """Opens or creates the folder.
 
         Args:
-            path: the folder.
             identity: what decides the records, as plain values.
 
         Raises:

@@ -38,7 +38,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Stores the arguments.
 
         Args:
-            answerer: the model.
             name: of the weights, for the package's results.
         """
         super().__init__()
@@ -91,12 +90,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: FBT001, FBT002
-        """Returns the log-likelihood of each document, in windows of the model's length.
-
-        Args:
-            requests: the package's requests.
-            disable_tqdm: without effect.
-        """
+        """Returns the log-likelihood of each document, in windows of the model's length."""
         found: list[float] = []
         asked = [DocumentRequest(text=request.args[0]) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
@@ -107,10 +101,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001, FBT002
         """Returns a continuation of each prompt, up to a stop string, which may be inside a token.
-
-        Args:
-            requests: the package's requests.
-            disable_tqdm: without effect.
 
         Raises:
             EvaluationError: a setting that the engine does not have.

@@ -39,7 +39,6 @@ def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None
     """Returns sequences as tensors on the host.
 
     Args:
-        sequences: at least one.
         size: B and T; None: as small as they fit.
     """
     num_rows, length = size or (len(sequences), max(len(each.tokens) for each in sequences) - 1)
@@ -59,7 +58,6 @@ def by_length(
 
     Args:
         sequences: in any order.
-        batch_size: maximum number of sequences.
         most_tokens: maximum number of tokens with padding; a single sequence may have more.
     """
     order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
@@ -78,7 +76,6 @@ class LocalModel:
         """Stores the arguments.
 
         Args:
-            model: the whole model.
             batch_size: maximum number of sequences that are computed together. It does not change results.
         """
         self._model, self._batch_size = model, batch_size

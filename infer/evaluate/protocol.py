@@ -204,8 +204,6 @@ class EvaluatedModel(Protocol):
         """Continues every prompt, as `infer.engines.protocol.Engine`.
 
         Args:
-            prompts: all prompts.
-            request: how they are continued.
             stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
         """
         ...

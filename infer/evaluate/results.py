@@ -49,7 +49,6 @@ def as_json(
     """Returns the content of `results.json`.
 
     Args:
-        tasks: all tasks.
         settings: plain configuration of each task.
         facts: about the evaluation: weights, seed, versions of software.
     """

@@ -52,8 +52,6 @@ def run_tasks(
     """Evaluates the samples that have no record. On several ranks, all call it with equal arguments.
 
     Args:
-        tasks: all tasks.
-        answerer: the model.
         done: ids of the samples of each task that have a record.
         write: takes the records; None on a rank that keeps none.
     """

@@ -69,7 +69,6 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     """Compares two evaluations sample by sample.
 
     Args:
-        first: measures of one evaluation.
         second: those of the other one, of the same samples in the same order.
     """
     is_binary = all(each.weight == 1 and each.value in (0, 1) for each in (*first, *second))

@@ -53,10 +53,6 @@ def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_toke
 
     Tokens at the start are dropped if the sequence without its last token exceeds the model's positions.
 
-    Args:
-        request: the request.
-        max_tokens: number of positions.
-
     Raises:
         EvaluationError: the continuation is empty, or longer than the model has positions.
     """
@@ -74,10 +70,6 @@ def document_windows(tokenizer: Tokenizer, request: DocumentRequest, max_tokens:
 
     The first window begins with the begin-of-sentence token. Each further window has `window` tokens before its last
     one and scores its last `stride` tokens, or those that are left.
-
-    Args:
-        request: the request.
-        max_tokens: number of positions.
     """
     text = request.text
     tokens = tokenizer.encode(text) if isinstance(text, str) else list(text)

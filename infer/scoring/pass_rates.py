@@ -50,7 +50,6 @@ def compute_pass_rates(answers: Sequence[Sequence[Answer]], sheets: Sequence[Seq
 
     Args:
         answers: to each problem, equally many and at least one.
-        sheets: their scores.
     """
     drawn = [answer for group in answers for answer in group]
     correct = [[sheet.outcome == "correct" for sheet in group] for group in sheets]

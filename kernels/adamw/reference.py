@@ -33,7 +33,6 @@ def adamw_bf16_moments(
         gradients: float32, N, contiguous; not changed.
         means: bf16, N, contiguous; moving average of gradients.
         squares: bf16, N, contiguous; moving average of squared gradients.
-        coefficients: coefficients of this step.
 
     Raises:
         ValueError: a tensor has another type or shape, or is not contiguous.

@@ -102,9 +102,7 @@ def adamw_bf16_moments(
         gradients: float32, N, contiguous; not changed.
         means: bf16, N, contiguous; moving average of gradients.
         squares: bf16, N, contiguous; moving average of squared gradients.
-        coefficients: coefficients of this step.
         block: numbers per program, a power of two.
-        num_warps: warps per program.
 
     Raises:
         ValueError: a tensor has another type or shape, or is not contiguous.

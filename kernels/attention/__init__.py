@@ -31,10 +31,7 @@ class CausalAttention(Protocol):
         """Returns the mean of values weighted by the softmax of scaled scores over visible keys, BHTV.
 
         Args:
-            query_BHTQ: queries.
-            key_BHTQ: keys.
             value_BHTV: values; V equals Q if the kernel pads values (`AttentionKernel.pads_values`).
-            scale: factor of the scores.
             documents: documents of packed sequences; None if every token sees all tokens of its sequence up to itself.
         """
 
@@ -80,8 +77,6 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_
 
     Args:
         name: name of the kernel, or `auto`.
-        device: device of the tensors.
-        dtype: type of the tensors.
         is_packed: whether sequences hold several documents that must not see each other.
 
     Raises:

@@ -15,8 +15,6 @@ def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[
     """Computes log softmax(rows head^T)[target] of each row, chunk by chunk, on any device.
 
     Args:
-        rows_ND: the head's input.
-        head_VD: the head's matrix.
         targets_N: int64, below V; rows with -100 are ignored.
 
     Returns:

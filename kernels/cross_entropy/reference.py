@@ -60,8 +60,6 @@ def linear_cross_entropy(
     With kept tokens, the softmax of a row is over these, and the gradients of all other tokens' logits are 0.
 
     Args:
-        rows_ND: the head's input.
-        head_VD: the head's matrix.
         targets_N: int64, below V; rows with -100 are ignored.
         row_slopes: slopes [N], or a function of a chunk's log-probabilities that returns them, [C]; None means 1 for
             every row.

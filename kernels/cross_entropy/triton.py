@@ -94,9 +94,7 @@ def nats_and_slopes_(
         logits_CV: floating point, rows may be strided; overwritten if `has_slopes`.
         targets_C: int64, below V; rows with -100 are ignored.
         nats_C: float32 (float64 for float64 logits), contiguous; overwritten.
-        has_slopes: whether to compute slopes.
         block_columns: logits that a program processes at a time, a power of two.
-        num_warps: warps per program.
     """
     num_rows, num_columns = logits_CV.shape
     if num_rows == 0:
@@ -135,7 +133,6 @@ def linear_cross_entropy(
     Each chunk's logits are computed once, in the rows' type; the gradients overwrite them.
 
     Args:
-        rows_ND: the head's input.
         head_VD: the head's matrix, in the rows' type.
         targets_N: int64, below V; rows with -100 are ignored.
         row_slopes: as in `kernels.cross_entropy.reference`.
@@ -144,7 +141,6 @@ def linear_cross_entropy(
         kept_ids_NK: as in `kernels.cross_entropy.reference`; torch excludes the other logits.
         chunk_logits: approximate number of logits computed at a time.
         block_columns: logits that a program processes at a time, a power of two.
-        num_warps: warps per program.
 
     Raises:
         ValueError: the operands do not match.

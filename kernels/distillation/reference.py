@@ -74,11 +74,8 @@ def linear_distillation(
     gradient. Each chunk's logits are computed once, in float32 or wider after the product.
 
     Args:
-        rows_ND: the head's input.
-        head_VD: the head's matrix.
         targets_N: int64, below V; rows with -100 are ignored.
         teacher: its distribution of each row.
-        form: the divergence.
         mix: weights of the divergence and of the cross-entropy of the targets.
         row_weights_N: weight of each row, in float32 or wider; None: 1.
         wants_gradients: whether to compute the gradients of rows and head.

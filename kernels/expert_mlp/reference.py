@@ -41,7 +41,6 @@ def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
     """Returns blocks of whole experts, sized so that the values between their products stay in the cache.
 
     Args:
-        counts: rows per expert.
         width: numbers that a row has between the products.
     """
     most, first, blocks = max(1, BLOCK_NUMBERS // width), 0, list[ExpertBlock]()
@@ -111,12 +110,7 @@ def expert_mlp_backward(
 
     Args:
         grad_ND: gradient of the output, or of the sum per token if `tokens_A` is given.
-        weights_A: as in the forward.
         hidden_AH: hidden values that the forward returned.
-        gate_up_EHD: as in the forward.
-        down_EDM: as in the forward.
-        counts: as in the forward.
-        tokens_A: as in the forward.
         rows_ND: rows of the forward, to compute the experts' gradients now; None defers them.
 
     Returns:

@@ -65,7 +65,6 @@ def accumulation_errors(depth: int, promotion: int | None, size: int = 16) -> Ac
     Args:
         depth: number of products per sum.
         promotion: as in `accumulate`.
-        size: rows of both operands.
     """
     generator = torch.Generator().manual_seed(0)
     random = _error(torch.randn(2, size, depth, generator=generator), promotion)

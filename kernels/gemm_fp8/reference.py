@@ -32,7 +32,6 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
     Args:
         left: codes [M, K] with scales by 1 x 128, of activations or gradients.
         right: codes [N, K] with scales by 128 x 128, of a weight or its transpose.
-        dtype: type of the result.
 
     Returns:
         [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.

@@ -123,7 +123,6 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, til
     Args:
         left: codes [M, K] with scales by 1 x 128; copied unless rows begin at multiples of 16 bytes.
         right: codes [N, K] with scales by 128 x 128; copied under the same condition.
-        dtype: type of the result.
         tiling: tile sizes; None chooses them by the result.
 
     Returns:

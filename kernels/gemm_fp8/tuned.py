@@ -80,7 +80,6 @@ class Tuner:
 
         Args:
             name: name of the product, for messages.
-            milliseconds: measures a call.
         """
         self._name = name
         self._milliseconds = milliseconds

@@ -21,7 +21,6 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
         rows: codes [A, K] with scales by 1 x 128, sorted by group.
         weights: codes [E, N, K] with scales by 128 x 128.
         counts: rows per group; may be 0.
-        dtype: type of the result.
 
     Returns:
         [A, N], rounded once, to `dtype`.

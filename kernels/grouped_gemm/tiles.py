@@ -94,8 +94,6 @@ def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: 
     group's rows, and its group.
 
     Args:
-        counts: rows per group.
-        block_rows: rows per tile.
         height: largest number of tiles in a block; a block never spans two groups.
         device: to copy to, asynchronously.
     """

@@ -64,7 +64,6 @@ def choose_tiling(subject: str, dtype: torch.dtype, num_columns: int) -> Grouped
     Args:
         subject: name of the operation, for the message.
         dtype: type of operands and result.
-        num_columns: columns of the result.
 
     Raises:
         ValueError: no kernel supports the type.

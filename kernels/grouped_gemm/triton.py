@@ -148,7 +148,6 @@ def grouped_rows(
         rows_AK: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.
         weight_ENK: matrices of the same type; either dimension may be the contiguous one; copied under the same
             condition.
-        counts: rows per group.
         tiling: tile sizes; None chooses them by the type.
 
     Returns:
@@ -205,7 +204,6 @@ def grouped_weight(
     Args:
         grad_AN: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.
         rows_AK: of the same type; copied under the same condition.
-        counts: rows per group.
         tiling: tile sizes, with rows as outputs and columns as inputs; None chooses them by the type.
 
     Returns:

@@ -163,7 +163,6 @@ def grouped_rows_fp8(
         rows: codes [A, K] with scales by 1 x 128, sorted by group; copied unless rows begin at multiples of 16 bytes.
         weights: codes [E, N, K] with scales by 128 x 128; copied under the same condition.
         counts: rows per group; may be 0.
-        dtype: type of the result.
         tiling: tile sizes; None chooses them by the result.
 
     Returns:

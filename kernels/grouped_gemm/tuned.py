@@ -47,7 +47,6 @@ class TunedGroupedGemm:
 
         Args:
             candidates: tilings to choose from; the untuned default comes first.
-            weight_candidates: the same for gradients.
             milliseconds: measures a call. By default `stream_milliseconds`, and only on CUDA tensors; on other devices
                 the kernels' default tilings are used. The default tilings are also used for results whose columns are
                 not a multiple of 16: unaligned stores take registers that other tilings do not have.

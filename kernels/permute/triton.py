@@ -108,7 +108,6 @@ def permute(
             allocates it.
         block_rows: rows per tile, a power of two.
         block_bytes: bytes per tile row, a power of two; an eighth as many words if rows are not aligned to 16 bytes.
-        num_warps: warps per program.
 
     Returns:
         out_AD, or a new contiguous tensor.
@@ -165,7 +164,6 @@ def unpermute(
         dtype: type of the result; by default that of the rows.
         block_tokens: rows per tile, a power of two.
         block_columns: columns per tile, a power of two.
-        num_warps: warps per program.
 
     Returns:
         out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.

@@ -100,7 +100,6 @@ def check_counts(subject: str, counts: Sequence[int], num_rows: int) -> None:
 
     Args:
         subject: operation, for the message.
-        counts: rows per group.
         num_rows: rows of all groups together.
 
     Raises:
@@ -155,7 +154,6 @@ def check_numbers(subject: str, values: Tensor, num_dims: int | None = None) -> 
 
     Args:
         subject: operation and name of the numbers, for the message.
-        values: numbers to quantize.
         num_dims: required number of dimensions; None: 2 or more.
 
     Raises:
@@ -183,9 +181,7 @@ def check_scales(subject: str, scales: Tensor, shape: tuple[int, ...], device: t
 
     Args:
         subject: operation and name of the scales, for the message.
-        scales: scales to check.
         shape: shape that the codes require.
-        device: device of the codes.
 
     Raises:
         ValueError: the type, shape or device differs.

@@ -68,7 +68,6 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
 
     Args:
         quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)].
-        dtype: type of the result.
 
     Returns:
         rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.

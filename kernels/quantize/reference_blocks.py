@@ -76,7 +76,6 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor
 
     Args:
         quantized: codes float8_e4m3fn [..., N, D] and scales float32 [..., ceil(N / 128), ceil(D / 128)].
-        dtype: type of the result.
 
     Returns:
         values: [..., N, D], code times scale in float32, as the released code does, rounded to `dtype`.

@@ -55,8 +55,6 @@ def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Ten
 
     Args:
         packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)].
-        num_columns: D.
-        dtype: type of the result.
 
     Returns:
         rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.

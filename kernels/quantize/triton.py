@@ -101,7 +101,6 @@ def quantize_1x128(
         power_of_two: whether to round the scale up to a power of two, so that quantizing again is exact.
         min_amax: lower bound of a tile's amax, in [2**-117, 2**127], so that a scale is a normal number.
         block_rows: rows per program, a power of two.
-        num_warps: warps per program.
 
     Raises:
         ValueError: min_amax is out of range, rows have an unsupported type or shape, or columns are not contiguous.
@@ -137,9 +136,7 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
 
     Args:
         quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)], their columns contiguous.
-        dtype: type of the result.
         block_rows: rows per program, a power of two.
-        num_warps: warps per program.
 
     Returns:
         rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.

@@ -124,7 +124,6 @@ def quantize_128x128(
             ragged.
         power_of_two: whether to round the scale up to a power of two.
         min_amax: lower bound of a block's amax; in [2**-117, 2**127].
-        num_warps: warps per program.
 
     Raises:
         ValueError: min_amax is out of range, values have an unsupported type or shape, or columns are not contiguous.
@@ -161,8 +160,6 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_wa
     Args:
         quantized: codes float8_e4m3fn [..., N, D], contiguous along D, and scales float32 [..., ceil(N / 128),
             ceil(D / 128)].
-        dtype: type of the result.
-        num_warps: warps per program.
 
     Returns:
         values: [..., N, D], code times scale in float32, as the released code does, rounded to `dtype`.
@@ -198,7 +195,6 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
     Args:
         quantized: codes float8_e4m3fn [..., N, D], contiguous along D, and scales float32 [..., ceil(N / 128),
             ceil(D / 128)].
-        num_warps: warps per program.
 
     Returns:
         codes [..., D, N] and scales [..., ceil(D / 128), ceil(N / 128)], contiguous.

@@ -159,7 +159,6 @@ def quantize_columns(
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
         block_columns: columns per program, a power of two.
         vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
-        num_warps: warps per program.
 
     Returns:
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
@@ -222,7 +221,6 @@ def requantize_columns(
         min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
         block_columns: columns per program, a power of two, at most 128.
         vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
-        num_warps: warps per program.
 
     Returns:
         codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN in every tile that holds one.

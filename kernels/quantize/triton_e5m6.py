@@ -137,7 +137,6 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
     Args:
         rows_ND: floating point, read as float32; rows may be strided, columns must be contiguous.
         block_rows: rows per program, a power of two.
-        num_warps: warps per program.
 
     Raises:
         ValueError: rows have an unsupported type or shape, or columns are not contiguous.
@@ -174,10 +173,7 @@ def unpack_e5m6(
 
     Args:
         packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)], their columns contiguous.
-        num_columns: D.
-        dtype: type of the result.
         block_rows: rows per program, a power of two.
-        num_warps: warps per program.
 
     Returns:
         rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.

@@ -47,9 +47,7 @@ def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor)
 
     Args:
         grad: gradient of the output, [..., D].
-        x: as in the forward.
         scale: `inverse_rms` of x.
-        weight_D: as in the forward.
 
     Raises:
         ValueError: the operands do not match.

@@ -56,7 +56,6 @@ def rms_norm_backward_from_codes(
         grad_AD: gradient of the result, of any floating type; read as float32.
         normal: the result, codes float8_e4m3fn AD.
         inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
-        weight_D: as in the forward.
 
     Returns:
         grad_x_AD in the gradient's type, grad_weight_D in float32.

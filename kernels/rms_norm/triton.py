@@ -190,9 +190,7 @@ def normalize_backward(
 
     Args:
         grad: gradient of the output, [..., D]; rows may be strided.
-        x: as in the forward.
         scale: `inverse_rms` of x.
-        weight_D: as in the forward.
         block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
         num_warps: warps per program; None chooses by block.
         num_stages: blocks of rows that are loaded or processed at the same time.

@@ -198,7 +198,6 @@ def rms_norm_backward_from_codes(
         grad_AD: gradient of the result, of any floating type, at most 8192 columns; rows may be strided.
         normal: the result, codes float8_e4m3fn AD.
         inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
-        weight_D: as in the forward.
         block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
         num_warps: warps per program; None chooses by block.
         num_stages: blocks of rows that are loaded or processed at the same time.

@@ -25,7 +25,6 @@ def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
     """Computes the gradient of `swiglu` in gate and up, side by side, AH.
 
     Args:
-        grad_AM: gradient of the output.
         hidden_AH: gate, then up.
 
     Raises:

@@ -55,7 +55,6 @@ def swiglu_backward_from_codes(
     Args:
         grad_AM: gradient of the result, of any floating type.
         hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` returned them.
-        weights_A: as in the forward.
 
     Returns:
         grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,

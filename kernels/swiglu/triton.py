@@ -91,10 +91,8 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
 
     Args:
         gate: floating point [..., M], rows may be strided.
-        up: like the gate.
         block_rows: rows per tile, a power of two.
         block_columns: columns per tile, a power of two.
-        num_warps: warps per program.
 
     Raises:
         ValueError: gate and up differ in shape, type or device, or columns are not contiguous.
@@ -136,7 +134,6 @@ def swiglu_backward(
         hidden_AH: gate, then up; rows may be strided.
         block_rows: rows per tile, a power of two.
         block_columns: columns per tile, a power of two.
-        num_warps: warps per program.
 
     Raises:
         ValueError: H is not twice the gradient's columns, rows or devices differ, or columns are not contiguous.

@@ -161,7 +161,6 @@ def swiglu_quantize(
         weights_A: one weight per row, of any floating type; None means 1.
         power_of_two: whether to round the scales of both results up to a power of two.
         block_rows: rows per program, a power of two.
-        num_warps: warps per program.
 
     Returns:
         The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
@@ -212,9 +211,7 @@ def swiglu_backward_from_codes(
     Args:
         grad_AM: gradient of the result, of any floating type; rows may be strided.
         hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` returned them.
-        weights_A: as in the forward.
         block_rows: rows per program, a power of two.
-        num_warps: warps per program.
 
     Returns:
         grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,

@@ -366,7 +366,6 @@ def dotted_keys(values: object, prefix: str = "", *, has_items: bool = False) ->
     """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it.
 
     Args:
-        values: nested dicts.
         has_items: whether items of lists have keys too, which are their numbers.
     """
     items = enumerate(values) if has_items and isinstance(values, list) else ()

@@ -44,7 +44,6 @@ def check_experts(model: ModelConfig, expert: int) -> None:
     """Rejects a number of experts that does not fit the expert groups, the gate or the expert ranks.
 
     Args:
-        model: the architecture.
         expert: number of ranks that share the experts of a layer.
 
     Raises:

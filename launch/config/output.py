@@ -12,7 +12,6 @@ def write_output(text: str, out: str) -> None:
 
     Args:
         text: the output, without the last line break.
-        out: path of the file.
 
     Raises:
         ConfigError: the file cannot be written.

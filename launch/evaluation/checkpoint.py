@@ -18,9 +18,6 @@ def describe_checkpoint(source: GenerationSource) -> dict[str, Any]:
     The manifest of a checkpoint has the hash of every file, and so its hash is that of the weights. All files of a
     Hugging Face folder are read.
 
-    Args:
-        source: the weights.
-
     Raises:
         OSError: a file cannot be read.
     """

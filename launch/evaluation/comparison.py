@@ -41,7 +41,6 @@ def compare_with(
 
     Args:
         folder: of the other evaluation, as `check_compared` accepts it.
-        tasks: all tasks.
         records: of this evaluation, by task.
     """
     found = dict[str, dict[str, PairedComparison]]()

@@ -26,8 +26,6 @@ def open_harness_model(
     Args:
         ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
         weights: trained, or ema: the average of a run with `ema.decay`.
-        dtype: type of the weights.
-        device: where they are.
         batch_size: maximum number of sequences that are computed together. It changes no result.
 
     Raises:

@@ -29,10 +29,7 @@ def write_outcome(
     """Computes results, writes the page and then `results.json`, and returns the summary.
 
     Args:
-        job: the evaluation.
-        tasks: all tasks.
         records: of all samples, by task.
-        checkpoint: what identifies the weights.
     """
     results = {each.name: task_result(each, records[each.name]) for each in tasks}
     compared = None if job.config.compare is None else compare_with(job.config.compare, tasks, records, job.config.seed)

@@ -50,8 +50,6 @@ def evaluate_on_local_ranks(job: EvaluationJob, placement: EvaluationPlacement, 
     """Starts ranks on this machine, which evaluate. No rank outlives the call.
 
     Args:
-        job: what is evaluated.
-        placement: where.
         done: samples that are not evaluated again.
         write: takes the records, in this process.
 
@@ -72,8 +70,6 @@ def evaluate_as_rank(job: EvaluationJob, placement: EvaluationPlacement, done: D
     """Evaluates as one rank of the job.
 
     Args:
-        job: what is evaluated.
-        placement: where.
         done: samples that are not evaluated again; rank 0's are used.
         write: takes the records on rank 0.
 

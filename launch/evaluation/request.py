@@ -93,12 +93,7 @@ def read_job(overrides: Sequence[str]) -> EvaluationJob:
 
 
 def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns what decides the records, as plain values. Those of equal evaluations are equal.
-
-    Args:
-        job: the evaluation.
-        checkpoint: what identifies the weights.
-    """
+    """Returns what decides the records, as plain values. Those of equal evaluations are equal."""
     settings = {name: encode(job.tasks.settings[name]) for name in job.tasks.tasks}
     return {
         "format": FORMAT,

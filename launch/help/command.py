@@ -35,7 +35,6 @@ def command(
     If the reader of stdout closes the pipe, the command ends silently.
 
     Args:
-        main: runs the command.
         preview: runs instead of `main` with `config_only=true`, if the command has one.
         dry_run: runs instead of `main` with `dry_run=true`, if the command has one.
         quiet: print no error, because another rank prints the same one.

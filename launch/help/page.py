@@ -37,7 +37,6 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
     """Returns the help of a command in at most 60 lines, all its keys, or those that match words.
 
     Args:
-        command: the command's name.
         arguments: words (`all` for all keys), and overrides; required values may be missing.
         columns: maximum width of a line in characters.
 

@@ -14,9 +14,6 @@ def advise_hardware(request: PlanRequest, base: JobPlan) -> HardwareAdvice:
 
     A changed run keeps the order and the cut of the run if they apply, so that the gain is that of the hardware alone.
 
-    Args:
-        base: plan of the run.
-
     Raises:
         ConfigError: the time of the run is unknown.
     """

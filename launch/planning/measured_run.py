@@ -33,7 +33,6 @@ def measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequence
     """Returns the configuration of a run, with devices and prices from overrides.
 
     Args:
-        values: composed from the overrides.
         overrides: of the command. What the plan depends on may be given again, but not changed.
 
     Raises:

@@ -51,8 +51,6 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
     If the order and the cut of the run apply, they are planned too, and the better plan is returned.
 
     Args:
-        base: plan of the run.
-        run: with the changes.
         keeps_order: whether the order and the cut of the run are the only ones if they apply.
 
     Raises:
@@ -154,9 +152,6 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
     """Composes the run with other options of groups.
 
     Keys that were set for the replaced option of a group are left out if the new option does not have them.
-
-    Args:
-        chosen: overrides that choose options.
     """
     overrides = [*chosen]
     groups, output = {key_of(text) for text in overrides}, _output_keys()

@@ -18,7 +18,6 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
     The number of threads follows the configuration. Other variables keep the value that the user has set.
 
     Args:
-        cluster: configuration of the machines.
         inherited: variables that are already set.
     """
     wanted = {

@@ -51,7 +51,6 @@ def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
     Takes milliseconds.
 
     Args:
-        device: cpu or cuda.
         key: configuration key that sets the device.
         advice: end of the error message.
 

@@ -89,7 +89,6 @@ def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[Trai
     """Creates the run's folder, writes the resolved configuration into it, and holds its lock until exit.
 
     Args:
-        config: the checked configuration.
         now: time that names the folder if `out_dir` is empty.
 
     Yields:
@@ -117,7 +116,6 @@ def write_run_folder(config: TrainConfig, now: datetime) -> TrainConfig:
     """Creates the run's folder and writes the resolved configuration into it. The caller holds the lock.
 
     Args:
-        config: the checked configuration.
         now: time that names the folder if `out_dir` is empty.
 
     Returns:

@@ -189,7 +189,6 @@ def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
     """Reports vanished ranks, with the verdict of the other ranks if there is one.
 
     Args:
-        folder: the run's folder.
         reason: description of the failure, used if there is no verdict.
 
     Returns:
@@ -206,7 +205,6 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
     """Prints one short report of which rank failed first and why.
 
     Args:
-        folder: the run's folder.
         rank: first failed rank that the launcher detected.
         exit_code: exit code of its process; -n if signal n ended it.
         request: preemption request of the run.

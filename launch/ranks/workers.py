@@ -45,9 +45,6 @@ def run_on_local_ranks(
     """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call.
 
     Args:
-        function: runs on every rank.
-        cluster: the machine.
-        num_ranks: number of ranks.
         preloaded: modules that are imported once, before the ranks are forked.
         receive: takes the messages of rank 0 in order.
 

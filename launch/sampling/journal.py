@@ -52,7 +52,6 @@ class SampleJournal:
         """Opens or creates the file, and reads the samples that it has.
 
         Args:
-            path: the file.
             made_with: what decides the samples, as plain values.
 
         Raises:

@@ -28,8 +28,6 @@ def count_activations(
     """Counts the bytes that a micro-batch keeps for its backward, by part of the model.
 
     Args:
-        config: the architecture.
-        shape: shape of a micro-batch.
         recomputed: what the backward computes again; if products are in FP8, only `layer` makes a difference.
         products: type in which linear maps are computed. The size of scales does not depend on their values.
     """

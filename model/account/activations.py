@@ -74,8 +74,6 @@ def count_plain_activations(
     """Counts the bytes kept for the backward, by part of a model whose products are in the weights' type.
 
     Args:
-        config: the architecture.
-        shape: shape of a micro-batch.
         recomputed: what the backward computes again.
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes
@@ -188,8 +186,6 @@ def count_fp8_activations(
     """Counts the bytes kept for the backward, by part of a model whose products are in FP8.
 
     Args:
-        config: the architecture.
-        shape: shape of a micro-batch.
         recomputed: what the backward computes again; only `layer` makes a difference.
     """
     row = shape.num_tokens * config.hidden_size * shape.value_bytes

@@ -98,11 +98,7 @@ class StageShape:
 
 
 def stage_shapes(cut: Sequence[range]) -> tuple[StageShape, ...]:
-    """Returns the stages into which a model is cut.
-
-    Args:
-        cut: layers of each stage.
-    """
+    """Returns the stages into which a model is cut."""
     return tuple(
         StageShape(layers=layers, is_first=number == 0, is_last=number == len(cut) - 1)
         for number, layers in enumerate(cut)
@@ -139,7 +135,6 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     """Counts the weights of some stages.
 
     Args:
-        config: the architecture.
         stages: stages that the rank holds, each once.
         num_local_experts: routed experts of each layer that the rank holds.
     """

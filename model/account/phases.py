@@ -16,7 +16,6 @@ def stage_phases(sizes: Sizes, stage: StageShape, *, is_sliced: bool = False) ->
     """Returns the accounts of a stage's phases, in forward order.
 
     Args:
-        sizes: sizes of the micro-batch.
         stage: layers and ends of the stage.
         is_sliced: whether the micro-batch is a slice of sequences. Its heads are recomputed.
     """
@@ -126,7 +125,6 @@ def head_phase(sizes: Sizes, depth: int) -> PhaseBytes:
     The gradients of the head's input and of its matrix are computed in the forward; the second waits for W.
 
     Args:
-        sizes: sizes of the micro-batch.
         depth: depth of the head, 0 for the main one.
     """
     config, row = sizes.config, sizes.row

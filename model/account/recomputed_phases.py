@@ -13,7 +13,6 @@ def recomputed_dense(sizes: Sizes, whole: PhaseBytes, attention: int) -> PhaseBy
     """Returns the account of a dense block.
 
     Args:
-        sizes: sizes of the micro-batch.
         whole: account of a block that keeps everything.
         attention: bytes that attention keeps.
     """
@@ -27,7 +26,6 @@ def recomputed_moe(sizes: Sizes, phases: list[PhaseBytes], attention: int) -> li
     """Returns the accounts of a MoE block.
 
     Args:
-        sizes: sizes of the micro-batch.
         phases: accounts of a block that keeps everything.
         attention: bytes that attention keeps.
     """
@@ -74,7 +72,6 @@ def recomputed_head(sizes: Sizes, whole: PhaseBytes) -> PhaseBytes:
     """Returns the account of a head.
 
     Args:
-        sizes: sizes of the micro-batch.
         whole: account of a head that keeps everything.
     """
     # The head runs again inside the backward, on top of its input.

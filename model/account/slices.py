@@ -18,7 +18,6 @@ def slice_lengths(config: ModelConfig, sequence_length_tokens: int, slices: int,
     of attention does.
 
     Args:
-        config: architecture.
         sequence_length_tokens: tokens of a sequence.
         slices: number of slices, at least 1.
         is_fp8: whether products of linear maps in layers are in FP8.

@@ -45,7 +45,6 @@ def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool
     """Counts the relative time of each part of a model.
 
     Args:
-        config: architecture.
         sequence_length_tokens: tokens of a whole sequence. Attention is causal, so a token attends to half of it.
         is_fp8: whether products of linear maps in layers are in FP8. Those of heads never are.
         context: ranks that share each sequence; each expands the keys and values of all tokens.

@@ -42,11 +42,8 @@ def attend_absorbed(
     """Computes attention of S new tokens of each sequence over the cache, which already holds them, ND.
 
     Args:
-        attention: weights of the attention.
-        config: the architecture.
         x_ND: normalized hidden states, N = B S, sequence by sequence.
         rotation: rotation of the new tokens' positions.
-        cached_BTC: cache of the layer.
         future_BST: True if a token must not see a position; None if every token sees every position.
     """
     num_sequences, num_heads, rank = len(cached_BTC), config.num_heads, config.kv_lora_rank
@@ -77,10 +74,7 @@ def attend_expanded(
     """Computes causal attention within each of several consecutive prompts, ND.
 
     Args:
-        attention: weights of the attention.
-        config: the architecture.
         x_ND: normalized hidden states of all prompts.
-        rotation: rotation of their positions.
         cached_NC: result of `compute_latent_rows` for them.
         counts: tokens of each prompt; they sum to N.
     """

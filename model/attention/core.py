@@ -26,7 +26,6 @@ def mix(
     """Returns x + attention, from compressed queries, keys and values, BTD.
 
     Args:
-        x_BTD: the residual.
         compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
             values before their norm, then the shared key before rotation (C).
         weights: weights of norms and projections.

@@ -54,7 +54,6 @@ class Attention(nn.Module):
 
         Args:
             hidden_ND: the residual of the new tokens, sequence by sequence.
-            norm: norm of this layer.
             view: this layer's cache and the tokens' positions: whole prompts, or a step of every sequence.
         """
 

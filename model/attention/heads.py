@@ -21,7 +21,6 @@ class HeadLayout:
 
         Args:
             like_BTX: a tensor with the tokens, type and device of the compressed values.
-            shape: sizes.
             widths: width of queries and keys, and of values, in memory.
         """
         self._like, self._shape, self._widths = like_BTX, shape, widths

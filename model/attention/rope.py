@@ -71,7 +71,6 @@ def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Rotates each pair (x0, x1), (x2, x3), ... by its position's angle.
 
     Args:
-        x_BTHR: floating point.
         cos_TP: cosine of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64.
         sin_TP: sine, like `cos_TP`.
 

@@ -56,7 +56,6 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Reads `config.json`, the index if there is one, and the header of every file.
 
     Args:
-        folder: folder of the checkpoint.
         drop_mtp: whether to ignore MTP modules and all their tensors.
 
     Raises:

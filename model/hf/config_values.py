@@ -15,7 +15,6 @@ class ConfigValues:
 
     Args:
         path: path of the file, for errors.
-        values: the object.
         place: dotted keys that lead to the object; empty for the whole file.
     """
 

@@ -44,7 +44,6 @@ def load_hf(path: Path | str, dtype: torch.dtype, *, drop_mtp: bool = False) -> 
     """Loads a checkpoint's model from `config.json` and `model.safetensors`, or shards with an index.
 
     Args:
-        path: folder of the checkpoint.
         dtype: type of the weights; FP8 weights are dequantized. Correction biases stay float32.
         drop_mtp: whether to leave out MTP modules, which are then neither checked nor read.
 
@@ -70,7 +69,6 @@ def save_hf(
     """Writes a model as a checkpoint that `transformers` loads.
 
     Args:
-        model: a whole model.
         path: the new checkpoint's folder; absent or empty.
         dtype: type of the stored weights. "fp8" stores in FP8 what the released checkpoint has in FP8, the rest in
             bfloat16. None stores every weight in the type that `load_hf` found if that is exact, else in the model's

@@ -38,9 +38,6 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Reads which tensors a safetensors file holds, in the order of the header.
 
-    Args:
-        path: path of the file.
-
     Returns:
         The tensors by name.
 

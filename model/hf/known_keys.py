@@ -72,7 +72,6 @@ def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
 
     Args:
         values: keys of the file, for errors.
-        keys: the same keys.
 
     Raises:
         HfError: an unknown key with an architectural name and a value that is not neutral.

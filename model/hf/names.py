@@ -49,7 +49,6 @@ def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dic
     A model without shared experts has theirs without rows, as `transformers` writes them.
 
     Args:
-        config: the architecture.
         dtype: type of weights that are not in FP8. Correction biases and scales are always float32.
         fp8: whether the projections of attention and of all feed-forward networks are in FP8 (E4M3), each followed by
             its scales.

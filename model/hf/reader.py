@@ -49,7 +49,6 @@ class HfReader:
     rotary embedding.
 
     Args:
-        path: folder of the checkpoint.
         drop_mtp: whether to leave out MTP modules.
 
     Raises:

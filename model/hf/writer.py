@@ -73,13 +73,11 @@ def write_hf(
 
     Args:
         path: folder of the checkpoint; absent or empty. Its parents are created.
-        config: the architecture.
         plan: stored tensors, from `model.hf.names.stored_tensors`; types of single weights may be changed.
         tensor: returns a weight by its name in `model.transformer.named_tensors`, of any floating type; called once per
             weight (embedding and head once more per MTP module; never for weights without elements). The result is not
             kept.
         scales: scales of weights that the plan has in FP8.
-        extras: further keys and files.
         max_shard_bytes: largest size of a file's data, unless one tensor is larger.
 
     Raises:

@@ -35,12 +35,10 @@ def score_sampled(
 
     Args:
         rows_RD: the head's input, without temperature.
-        head_VD: the head's matrix.
         targets_R: the sampled tokens.
         slopes: as in `kernels.cross_entropy`.
         kept_ids_RK: as in `kernels.cross_entropy`.
         temperature: divisor of the logits. The rows are divided, which are much shorter.
-        records: whether to compute gradients.
     """
     scores = linear_cross_entropy(
         *(rows_RD if temperature == 1 else rows_RD / temperature, head_VD, targets_R, slopes),

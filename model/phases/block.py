@@ -65,12 +65,7 @@ def block_phases(
     """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`.
 
     Args:
-        block: the block.
-        dispatcher: sends rows to experts.
         store: takes gradients; without it, nothing is kept for a backward.
-        balance: takes the balance loss.
-        label: names the exchanges.
-        documents: documents of packed sequences.
         routes: choose experts in place of the router.
         context: ranks that share each sequence.
     """

@@ -60,10 +60,8 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         """Stores the arguments.
 
         Args:
-            mix: attention with its residual.
             rest: what follows it in the phase.
             rest_again: the same for a backward; its result may have no numbers.
-            store: takes weight gradients.
         """
         super().__init__(rest, store)
         self._mix = mix
@@ -122,11 +120,9 @@ class RecomputedAttend(RecomputedPhase[Routed]):
         """Stores the arguments.
 
         Args:
-            mix: attention with its residual.
             route: norm and router, which counts its choices and records its balance loss.
             route_again: norm and router for choices that are made, TK, without counting and recording.
             id_dtype: type that stores ids of experts.
-            store: takes weight gradients.
         """
 
         def first(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
@@ -169,9 +165,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         """Stores the arguments.
 
         Args:
-            function: experts.
             again: the same for a backward; its result may have no numbers.
-            store: takes weight gradients.
         """
         super().__init__(function, store)
         self._again = again
@@ -243,8 +237,6 @@ class RecomputedHead(ComputePhase[Hidden, Out]):
 
         Args:
             function: the head, which records its losses.
-            again: the head without records.
-            store: takes weight gradients.
         """
         super().__init__(function, store)
         self._again = again

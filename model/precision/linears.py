@@ -117,7 +117,6 @@ class Linears(Protocol):
         Args:
             base: [..., D].
             hidden: [..., H].
-            down_DM: down projection.
             sink: takes the gradient of the weight.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
@@ -139,8 +138,6 @@ class Linears(Protocol):
             rows: rows from `Wire.unpack`, in the experts' order.
             weights_A: routing weights, multiplied before `down`, as rows are narrower there.
             experts: weights of this rank's experts.
-            counts: rows per expert.
-            sink: takes the experts' gradients.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         ...
@@ -161,9 +158,6 @@ class Linears(Protocol):
         Args:
             rows: rows by token, ND.
             source: norm and its input, from which a backward may recompute the rows.
-            weights_TK: routing weights.
-            experts: weights of all experts.
-            counts: rows per expert.
             order: order in which copies of tokens go to experts.
         """
         ...

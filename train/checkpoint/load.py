@@ -99,7 +99,6 @@ def load_whole(
     """Loads the whole model of a checkpoint of any layout in this process alone.
 
     Args:
-        config: the checkpoint's architecture.
         dtype: type of the model's weights.
         key: configuration key that names the checkpoint, for errors.
         kind: the trained weights, or their moving average.

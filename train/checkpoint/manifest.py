@@ -97,7 +97,6 @@ def write_manifest(
 
     Args:
         folder: existing folder of the checkpoint.
-        step: optimizer steps done.
         data_fingerprint: fingerprint of the samples that the run read.
         files: every other file of the checkpoint; None: the files in the folder, which are then read.
         preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`.
@@ -121,7 +120,6 @@ def write_weights_manifest(folder: Path, model: ModelConfig, preserved: Mapping[
 
     Args:
         folder: existing folder of the checkpoint.
-        model: architecture.
         preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`, for a later export.
     """
     _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), **preserved}, None)

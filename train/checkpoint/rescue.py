@@ -43,7 +43,6 @@ def save_to_rescue_folder(
     Args:
         learner: of this rank; its weights are those after `step` updates.
         prepared: corpus and tokenizer of the run.
-        step: updates done.
         reason: why the run's own folder did not take the checkpoint.
 
     Raises:

@@ -58,7 +58,6 @@ def describe_key(hint: Any, values: object, key: str) -> str:
     Args:
         hint: as `cls` of `decode`.
         values: plain values; their `kind` selects the dataclass of a union.
-        key: dotted.
     """
     name, _, rest = key.partition(".")
     value = values.get(name) if isinstance(values, Mapping) else None

@@ -22,7 +22,6 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
     Args:
         name: the name that was written.
-        choices: all valid names.
     """
     valid = list(choices)
     close = closest(name, valid)

@@ -32,9 +32,6 @@ class EvaluationTasksConfig:
     def from_plain(cls, values: Mapping[str, Any]) -> "EvaluationTasksConfig":
         """Decodes the key `tasks` and a group of keys for each task.
 
-        Args:
-            values: plain values.
-
         Raises:
             ConfigError: an unknown task, a task that is named twice, or a key that is not valid.
         """

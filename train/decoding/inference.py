@@ -59,9 +59,6 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
 
     Every rank calls it, and calls the same collectives inside.
 
-    Args:
-        config: equal on all ranks.
-
     Raises:
         CheckpointError, HfError: the weights cannot be read.
         ClusterError: this process cannot join the job.

@@ -29,7 +29,6 @@ class DecodeLinks:
         Args:
             transport: between the ranks of the pipeline.
             nodes: node of each pipeline rank.
-            traffic: counts what is sent.
         """
         self._transport, self._nodes, self._traffic = transport, nodes, traffic
         self.form: RoundFormat | None = None

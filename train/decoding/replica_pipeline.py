@@ -145,13 +145,7 @@ class ReplicaPipeline:
 
 
 def compile_decode_program(replica: Replica, num_cohorts: int, num_rounds: int) -> Program:
-    """Compiles a replica's program that decodes with the placement of its schedule.
-
-    Args:
-        replica: the network.
-        num_cohorts: cohorts of each direction.
-        num_rounds: rounds of each cohort.
-    """
+    """Compiles a replica's program that decodes with the placement of its schedule."""
     schedule = decode(replica.schedule.placement, num_cohorts, num_rounds)
     validate(schedule, forward_only=True)
     lanes: dict[int, tuple[Lane, ...]] = dict.fromkeys(replica.stages, ("compute",))

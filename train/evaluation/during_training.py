@@ -54,9 +54,6 @@ class RunEvaluator:
     def evaluate(self, num_steps: int) -> dict[str, TaskResult]:
         """Evaluates all tasks, and writes results on rank 0.
 
-        Args:
-            num_steps: steps done.
-
         Returns:
             The results by task on rank 0; on others, nothing.
         """

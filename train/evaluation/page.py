@@ -25,7 +25,6 @@ def page(
     """Returns the page.
 
     Args:
-        title: heading.
         facts: about weights and run, shown as a table.
         compared: comparison of each metric of each task with another evaluation, if there is one.
     """

@@ -71,7 +71,6 @@ class PipelinedModel:
         """Stores the arguments.
 
         Args:
-            replica: the network.
             batch_size: maximum number of sequences of a micro-batch. It does not change results.
             pipeline: opens or returns the pipeline that generates.
             most_tokens: maximum number of tokens of a micro-batch with several sequences.

@@ -116,7 +116,6 @@ def judged_batch(sampler: StepSampler | None, loader: Loader, step: int, guard: 
     Args:
         sampler: of the run; None: it trains on the data alone.
         step: index of the step, from 0.
-        guard: judges the rollout.
     """
     try:
         batch = open_step_batch(sampler, loader, step)

@@ -77,9 +77,7 @@ class Recovery:
         Args:
             learner: of this rank; a rollback loads its state from a checkpoint.
             loader: lists the samples of a refused batch.
-            out_dir: folder of the run.
             resume: checkpoint from which the run was resumed, or None.
-            first_step: steps already done.
         """
         self._learner = learner
         self._world = learner.world

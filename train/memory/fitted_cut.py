@@ -36,7 +36,6 @@ def fitted_cut(config: TrainConfig, kind: str, times: LayerTimes | None = None) 
     cut fits, the most balanced one is returned.
 
     Args:
-        kind: name of a schedule.
         times: measured times of the model's parts; None: the configured costs, divided by estimated work.
 
     Raises:

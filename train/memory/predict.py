@@ -175,11 +175,7 @@ def _second_weights(memory: RankMemory, config: TrainConfig, schedule: Schedule)
 
 
 def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
-    """Returns the bytes that 10 % more rows at its experts add to the peak of the largest rank.
-
-    Args:
-        job: its prediction.
-    """
+    """Returns the bytes that 10 % more rows at its experts add to the peak of the largest rank."""
     if config.parallelism.expert == 1:
         return 0
     # The largest peak may be that of a smaller size of a ramp, which may have another schedule.
@@ -218,7 +214,6 @@ def pipeline_peaks(
     """Returns the bytes that the passes of one rank hold at their peak.
 
     Args:
-        rank: index within the pipeline.
         runs: sizes of the runs of every stage.
 
     Returns:

@@ -22,11 +22,7 @@ def memory_lines(config: TrainConfig) -> list[str]:
 
 
 def memory_table(job: JobMemory) -> list[str]:
-    """Returns a header and a line for each pipeline rank, with the parts of its memory in GB.
-
-    Args:
-        job: prediction of a run.
-    """
+    """Returns a header and a line for each pipeline rank, with the parts of its memory in GB."""
     header = [*_COLUMNS, "update", "reserve", "total"]
     rows = [header, *([str(rank.pipeline_rank), *(_gb(size) for size in _cells(rank))] for rank in job.ranks)]
     widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
@@ -34,11 +30,7 @@ def memory_table(job: JobMemory) -> list[str]:
 
 
 def summary_line(config: TrainConfig, job: JobMemory) -> str:
-    """Returns one line about the rank that needs most memory, with its parts.
-
-    Args:
-        job: its prediction.
-    """
+    """Returns one line about the rank that needs most memory, with its parts."""
     worst = job.worst
     of = "" if config.cluster.memory_bytes is None else f" of {config.cluster.memory_bytes / _GB:.1f}"
     return f"memory: rank {worst.pipeline_rank} needs {gigabytes(worst.total)}{of} ({parts(worst)})"

@@ -31,11 +31,7 @@ class ReplicaCounts:
 
 
 def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) -> ReplicaCounts:
-    """Counts the ranks that hold the same parameters as a pipeline rank.
-
-    Args:
-        pipeline_rank: index within the pipeline.
-    """
+    """Counts the ranks that hold the same parameters as a pipeline rank."""
     layout, mirrored = Layout(config.parallelism, config.cluster.ranks_per_node), is_mirrored(schedule)
     rank = layout.rank(pipeline_rank, 0)
     return ReplicaCounts(

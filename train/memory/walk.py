@@ -108,7 +108,6 @@ def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[
     """Returns the peak of a program, and the peak from its first reduction on.
 
     Args:
-        sizes: sizes of its runs.
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
     before, most, is_reducing, rank = PipelineBytes(), 0, False, _Rank()
@@ -125,7 +124,6 @@ def iterate_live_bytes(program: Program, sizes: RunSizes, *, keeps_sent: bool) -
     """Yields the bytes that are alive after and inside each step of a program.
 
     Args:
-        sizes: sizes of its runs.
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
     rank = _Rank()

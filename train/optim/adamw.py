@@ -92,7 +92,6 @@ def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], 
     """Sets the step count of all parameters, which have been updated equally often.
 
     Args:
-        optimizer: that holds the counts.
         parameters: all that the optimizer updates.
         num_steps: the count, a scalar; it may be one of the optimizer's own.
     """

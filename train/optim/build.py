@@ -20,8 +20,6 @@ def build_optimizer(
 
     Args:
         units: the rank's parameters, in the order of their reductions.
-        store: gradients of a step.
-        world: all ranks.
         config: of the optimizer; its `sharding` selects the optimizer of each unit.
         background: what reductions and updates run on.
     """

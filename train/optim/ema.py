@@ -23,7 +23,6 @@ class ParameterEma:
         """Starts with the present weights.
 
         Args:
-            model: this rank's part.
             decay: weight of the old average in an update, from 0 to below 1.
         """
         self._model = model

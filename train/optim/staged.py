@@ -101,8 +101,6 @@ class StagedAdamW:
 
         Args:
             units: the units and their optimizers, in the order of their reductions.
-            store: gradients of a step.
-            world: all ranks.
             background: what reductions and updates run on.
         """
         self._units = list(units)

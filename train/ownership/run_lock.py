@@ -68,7 +68,6 @@ def locked(folder: Path, say: Callable[[str], None], lease_seconds: float = LEAS
     """Holds the lock of a folder inside the `with` block.
 
     Args:
-        folder: an existing folder.
         say: prints a line for people if a stale lock is taken over, or if this waits for one to become stale.
         lease_seconds: age after which a lock of another machine is stale.
 

@@ -44,7 +44,6 @@ def labeled(label: str, text: str) -> list[str]:
     """Returns lines that start with a label, and continue below its text.
 
     Args:
-        label: a word.
         text: any text without line breaks.
     """
     head, room = f"{label:<{_INDENT}}", " " * _INDENT

@@ -35,12 +35,7 @@ class Assumption:
 
 
 def assumptions(config: TrainConfig, rates: Rates, efficiency: EfficiencyConfig) -> tuple[Assumption, ...]:
-    """Returns what a plan rests on: times of layers, rates, devices, links, and the declared factor.
-
-    Args:
-        rates: measured times.
-        efficiency: with the declared factor.
-    """
+    """Returns what a plan rests on: times of layers, rates, devices, links, and the declared factor."""
     return (
         *_layers(config, rates),
         *_rates(rates),
@@ -102,7 +97,6 @@ def source_of(rates: Rates, name: str) -> str:
     """Returns where a rate comes from: the source with the longest key that is a prefix of its name.
 
     Args:
-        rates: with their sources.
         name: dotted key below `rates`.
     """
     found = [

@@ -100,8 +100,6 @@ def job_cost(
     layout that DeepSeek-V3 used for them is unknown.
 
     Args:
-        rates: measured times.
-        efficiency: with the declared factor.
         schedule: order that longer sequences use; None: one is built for their costs.
 
     Raises:

@@ -26,11 +26,7 @@ class RankCounts:
     optimizer: int
 
     def differences(self, expected: "RankCounts") -> tuple[str, ...]:
-        """Returns what differs, each as text with both numbers.
-
-        Args:
-            expected: by arithmetic.
-        """
+        """Returns what differs, each as text with both numbers."""
         pairs = {
             "parameters": (self.parameters, expected.parameters, 0),
             "bytes of weights": (self.weights, expected.weights, 0),
@@ -74,11 +70,7 @@ def compare_built_ranks(config: TrainConfig) -> tuple[RankComparison, ...]:
 
 
 def built_lines(compared: Sequence[RankComparison]) -> list[str]:
-    """Returns a header and one line for each kind of rank.
-
-    Args:
-        compared: kinds of ranks.
-    """
+    """Returns a header and one line for each kind of rank."""
     rows = [["built ranks", "parameters", "weights (B)", "gradients (B)", "optimizer (B)", "arithmetic"]]
     for each in compared:
         built = each.built
@@ -90,11 +82,7 @@ def built_lines(compared: Sequence[RankComparison]) -> list[str]:
 
 
 def built_json(compared: Sequence[RankComparison]) -> list[dict[str, Any]]:
-    """Returns the kinds of ranks as plain values.
-
-    Args:
-        compared: kinds of ranks.
-    """
+    """Returns the kinds of ranks as plain values."""
     return [
         {
             "pipeline_ranks": list(each.pipeline_ranks),

@@ -110,11 +110,7 @@ def _without_speed(config: TrainConfig) -> TrainConfig:
 
 
 def untimed_reason(config: TrainConfig, rates: Rates) -> str:
-    """Returns why the time of a run cannot be predicted from rates, or nothing if it can.
-
-    Args:
-        rates: measured times.
-    """
+    """Returns why the time of a run cannot be predicted from rates, or nothing if it can."""
     if not isinstance(rates, KernelRates):
         own = layer_parameters(config.model)
         if rates.layer_parameters != own:

@@ -54,7 +54,6 @@ def _count_rows(
         num_chosen: experts of a token.
         groups: groups of experts, and how many of them a token may use.
         num_ranks: ranks that share the experts.
-        ranks_per_node: ranks of a node.
         sends_once: whether a token is sent to each node only once and forwarded there.
     """
     tokens = numpy.arange(_TOKENS)

@@ -82,7 +82,6 @@ def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens
     """Returns the times of the parts of a run's model.
 
     Args:
-        rates: measured on a reference.
         config: of the run, in FP8 or bf16.
         sequence_length_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has
             as many tokens on each rank as the run's.

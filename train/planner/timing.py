@@ -83,7 +83,6 @@ def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None 
     """Returns the seconds of the parts of a run's model for one micro-batch.
 
     Args:
-        rates: measured times.
         attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
     """
     if isinstance(rates, KernelRates):
@@ -110,7 +109,6 @@ def planned_costs(rates: Rates, config: TrainConfig, attended_tokens: int | None
     """Returns the costs in seconds of the stages of a run with a named schedule.
 
     Args:
-        rates: measured times.
         attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
     """
     times = part_seconds(rates, config, attended_tokens)
@@ -132,8 +130,6 @@ def time_plan(
     as such a run measures first.
 
     Args:
-        rates: measured times.
-        efficiency: with the declared factor.
         config: of the run; `schedule=auto` is planned as dualpipe_split.
         attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
         schedule: that a run follows; None: it is built.
@@ -190,7 +186,6 @@ def optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> 
     """Returns the time of the update of the rank with the most weights.
 
     Args:
-        rates: measured times.
         schedule: with the placement of its stages; its groups are ignored.
     """
     if isinstance(rates, MeasuredRates):

@@ -35,7 +35,6 @@ class CrashReporter:
         """Writes nothing yet.
 
         Args:
-            log: collectives of this process.
             reports_on_stderr: whether the report is also printed on stderr. The built-in launcher reads the files and
                 prints each report once itself, so its ranks set False.
         """

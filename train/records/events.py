@@ -21,7 +21,6 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
     """Appends an event to the file.
 
     Args:
-        out_dir: the run's folder.
         kind: kind of event: `skipped`, `rolled_back`, `skipped_after_rollback`, `stopped`, `preempted`, `restarted`,
             `checkpoint_rejected`, `lock_taken_over`, `folder_lost`, `output_broken`, `rescued`, `no_verdict`.
         step: number of the step, from 1, as in `metrics.jsonl`; the last one done if the event belongs to no step.

@@ -128,7 +128,6 @@ def write_pictures(
     The plan is a simulation of the schedule with the measured times of its operations.
 
     Args:
-        folder: existing folder.
         schedule: the schedule that was run; the spans refer to its groups.
         measured: measured spans of all ranks.
         alternatives: other schedules that the page compares with this one under the same costs.
@@ -153,7 +152,6 @@ def window_slots(use: RankBusyTime, pipeline: int, num_pipelines: int) -> list[f
     Args:
         use: busy time of this rank.
         pipeline: number of its pipeline among all pipelines.
-        num_pipelines: number of pipelines.
     """
     slots = [-float("inf")] * (2 * num_pipelines)
     slots[2 * pipeline : 2 * pipeline + 2] = [-use.start_seconds, use.end_seconds]

@@ -21,7 +21,6 @@ class StepProfiler:
 
         Args:
             config: steps and ranks to profile.
-            out_dir: folder of the run.
         """
         self._config = config
         self._folder = out_dir / FOLDER_NAME

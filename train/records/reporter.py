@@ -103,7 +103,6 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
 
     Args:
         config: of the run, whose folder exists.
-        first_step: steps already done.
 
     Raises:
         OSError: a file cannot be opened.

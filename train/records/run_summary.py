@@ -29,7 +29,6 @@ def print_run_summary(
         planned: the schedule, and why it was chosen.
         prepared: corpus and tokenizer.
         reporter: prints on rank 0.
-        first_step: steps already done.
     """
     _log_place(replica)
     layout = config.parallelism

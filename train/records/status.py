@@ -84,7 +84,6 @@ class StatusFile:
         """Opens nothing yet.
 
         Args:
-            out_dir: the run's folder.
             is_writer: whether this rank writes; rank 0 does.
             every_seconds: the shortest time between two writes if only the step has changed.
         """

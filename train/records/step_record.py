@@ -34,7 +34,6 @@ def record_of(
         replica: the replica that ran the step.
         watch: measured times of its pipeline.
         done: steps done, including this one.
-        result: measurements of the step.
         peak_flops: peak FLOP/s of each rank, for MFU; None: unknown.
     """
     world, model, mesh = replica.world, replica.config.model, replica.world.layout.parallelism
@@ -92,7 +91,6 @@ def _step_time(result: StepResult, used: float, exposed: float, pipelines: float
         used: seconds in which ranks computed or served their own exchange, summed over all ranks.
         exposed: the part of `used` for exchanges.
         pipelines: seconds of the pipelines, summed over all ranks.
-        world_size: number of ranks.
     """
     bubble = max(pipelines - used, 0.0)
     known = result.update_seconds + (used + bubble) / world_size + sum(result.part_seconds.values())
@@ -134,7 +132,6 @@ def exchange_metrics(
         traffic: traffic of this rank in the step; labels of layers are below `num_layers`.
         clipped: tokens of this rank that exceeded the node limit, by layer.
         num_layers: number of layers of the model, including MTP modules.
-        world: all ranks.
 
     Returns:
         Totals of dispatch, combine and transfers, and under `exchange` an object for each layer that sent anything.

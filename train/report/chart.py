@@ -79,10 +79,8 @@ def chart(
 
     Args:
         runs: in the order of the legend.
-        title: above the lines.
         lines: of each run, in the order of the legend.
         y: title of the vertical axis.
-        unit: how values are written.
         has_marks: whether events and checkpoints are drawn.
         from_zero: whether values begin at 0, or near the least.
         is_wide: whether the chart takes the page's whole width.

@@ -22,11 +22,7 @@ _OCTAVES = 2.0
 
 
 def overview(history: History, name: str = "") -> str:
-    """Returns a map of the latest known loads: layers below each other, experts to the right.
-
-    Args:
-        name: added to the heading.
-    """
+    """Returns a map of the latest known loads: layers below each other, experts to the right."""
     latest = next((bucket for bucket in reversed(history.buckets) if bucket.loads), None)
     if latest is None:
         return ""

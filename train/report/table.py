@@ -8,7 +8,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | None
     """Returns a table that scrolls.
 
     Args:
-        header: names of the columns.
         rows: cells of each row, plain text.
         text: the column that is wide and reads from the left; None: there is none.
     """

@@ -38,12 +38,7 @@ class ModelPart(Protocol):
     """Protocol of a part of a reward that all ranks compute."""
 
     def score(self, groups: Sequence[SampledGroup], step: int) -> list[list[Score]]:
-        """Returns the scores of every group's answers, equal on all ranks. All ranks call it.
-
-        Args:
-            groups: equal on all ranks.
-            step: decides random numbers.
-        """
+        """Returns the scores of every group's answers, equal on all ranks. All ranks call it."""
         ...
 
     def close(self) -> None:

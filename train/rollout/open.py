@@ -46,7 +46,6 @@ def open_sampler(
         replica: the network that the run trains.
         prepared: tokenizer and fingerprint of the data.
         reference: frozen network of the run's divergence; None: it has none.
-        say: prints a line.
 
     Raises:
         ConfigError: on every rank, if no problem has room for an answer.

@@ -191,7 +191,6 @@ def _pack(sequences: Sequence[Sequence[int]], length: int, multiple: int, pad_id
 
     Args:
         sequences: of 1 to `length` tokens.
-        length: T.
         multiple: the number of rows is a multiple of it; further rows are padding.
         pad_id: token id of padding.
     """

@@ -44,7 +44,6 @@ class RolloutRewards:
         All ranks call it. `PendingScores.wait` returns the scores.
 
         Args:
-            groups: equal on all ranks.
             step: decides the random numbers of judges.
         """
         # Rules do not depend on models, so both run at the same time.

@@ -41,7 +41,6 @@ def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str],
     Args:
         config: of the run, which is done.
         prepared: corpus and tokenizer.
-        say: prints a text.
     """
     samples = config.samples
     has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation_tokens_NL) > 0
@@ -84,7 +83,6 @@ def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer)
 
     Args:
         config: of the run; `samples` says how many prompts are answered, and how.
-        prepared: samples with weights.
         model: whole, in this process.
     """
     samples, tokenizer, limit = config.samples, prepared.tokenizer, config.model.max_position_tokens

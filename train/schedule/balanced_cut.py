@@ -171,7 +171,6 @@ def _dense_sizes(left: int, num_stages: int, even: float) -> Iterator[list[int]]
     """Yields the ways to place dense layers on the first stages, the most even ones first.
 
     Args:
-        left: number of dense layers.
         num_stages: number of stages that may hold them.
         even: number of layers of a stage in an even cut.
     """

@@ -20,9 +20,6 @@ def num_stages(model: ModelConfig, pipeline: int, kind: str, chunks: int | None)
     """Returns the number of stages into which a kind of schedule cuts a model.
 
     Args:
-        model: architecture.
-        pipeline: number of pipeline ranks.
-        kind: name of a schedule.
         chunks: stages of a rank for one direction; None for the smallest possible number (`chunks.with_chunks` chooses
             before a run starts).
 

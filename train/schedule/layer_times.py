@@ -101,9 +101,6 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
     Activations are in units of model/P: each of P equal stages keeps 1. MTP modules count as layers. If groups run
     sequentially, the time of an exchange is added to computation, because nothing hides it. Copies to host memory are
     not measured: they take the configured multiple of computation.
-
-    Args:
-        cut: layers of each stage.
     """
     model = config.model
     weight_of_all = model.num_layers + model.mtp_depth

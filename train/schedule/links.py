@@ -34,7 +34,6 @@ class PipelineLinks:
         Args:
             transport: between the ranks of the pipeline.
             nodes: node of each pipeline rank.
-            traffic: counts what is sent.
             shapes: of hidden states; micro-batch m has the shape with the number m modulo their number.
         """
         self._transport = transport

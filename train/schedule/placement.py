@@ -24,9 +24,6 @@ def embedding_ranks(schedule: Schedule, mtp_depth: int) -> tuple[int, ...]:
 
     These are the ranks with the first stage. MTP modules read the embedding too, so with them the ranks with the last
     stage hold a copy.
-
-    Args:
-        mtp_depth: number of MTP modules.
     """
     ends = (0, schedule.num_stages - 1) if mtp_depth else (0,)
     return tuple(sorted({row[stage] for row in schedule.placement for stage in ends}))

@@ -227,9 +227,6 @@ def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
     These are its neighbors. The first and the last rank are partners too: if a rank holds several chunks, messages go
     from the last rank to the first.
 
-    Args:
-        num_ranks: number of pipeline ranks.
-
     Yields:
         A partner, and whether this rank is the one that sends first.
     """

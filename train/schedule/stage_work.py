@@ -118,7 +118,6 @@ def pace(works: Sequence[LaneWork], placement: Placement) -> float:
     pair that is the heaviest in each of them.
 
     Args:
-        works: work of every stage.
         placement: for each direction, the rank of each stage.
     """
     heaviest = max(times_of_ranks(works, placement))

@@ -48,7 +48,6 @@ class BatchReader:
 
         Args:
             first: number of the first one.
-            sequences: whole sequences.
         """
         replica, parts = self._replica, self._replica.parts
         world, is_whole = replica.world, len(parts.held) == 1
@@ -101,7 +100,6 @@ def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch
     Args:
         whole: whole sequences, on the host. Its extras have a value for each token.
         parts: tokens of each part.
-        index: index of the part.
     """
     targets = tuple(parts.take(targets_BT, index) for targets_BT in whole.targets_BT)
     return MicroBatch(

@@ -102,7 +102,6 @@ def to_micro_batch(
     """Returns the inputs and targets of every depth on a device.
 
     Args:
-        batch: on the host.
         masks_documents: whether the micro-batch has its documents. No input of an MTP depth is then a token of another
             document, so that a document has the same states in a batch alone.
         weights_BT: weight of each main target, on the host. A target of weight 0 is none, at any depth at which it is

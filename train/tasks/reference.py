@@ -39,10 +39,6 @@ class Reference:
 
         All ranks call it.
 
-        Args:
-            batches: micro-batches of this rank.
-            temperature: divisor of the logits.
-
         Returns:
             Log-probabilities by (direction, micro-batch).
         """

@@ -36,9 +36,6 @@ class Teacher:
 
         All ranks call it.
 
-        Args:
-            batches: micro-batches of this rank.
-
         Returns:
             States by (direction, micro-batch).
         """

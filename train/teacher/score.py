@@ -25,10 +25,8 @@ def write_scores(
     """Writes the scores of both parts of the samples.
 
     Args:
-        model: the whole teacher.
         prepared: packed samples with weights, which do not see each other.
         meta: what the scores belong to.
-        writer: takes the arrays.
         batch_size: sequences of a forward pass.
         progress: shows the number of sequences.
 

@@ -81,7 +81,6 @@ class AllToAllPlanner:
         """Prepares the planner.
 
         Args:
-            group: the expert group.
             num_experts: experts of a layer over all ranks.
             max_nodes: maximum number of nodes of a token, or None for no limit.
             traffic: counters of planned tokens.

@@ -109,7 +109,6 @@ class DeepEPDispatcher(ClosesOnSuccess):
             lane: lane that runs all exchanges.
             observers: counters and log of the exchanges. DeepEP does not report what it sends, so rows and bytes are
                 only predicted, on the rank that owns the tokens.
-            shape: sizes of the buffer.
             max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first dispatch of the plan
                 raises NodeCapError on all ranks.
             library: replacement of the installed package.

@@ -45,7 +45,6 @@ class ChunkedExchange:
             across: splits between nodes of each chunk, in the direction to experts.
             within: splits within the node of each message, in the direction to experts.
             name: name of the exchange in the log.
-            label: owner of the exchange.
         """
         self._rail = rail
         self._node = node

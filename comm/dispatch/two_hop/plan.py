@@ -95,7 +95,6 @@ class TwoHopPlanner:
         """Prepares the planner.
 
         Args:
-            group: the expert group.
             relays: relays of the expert group.
             count_layout: layout of this rank's counts.
             num_experts: experts of a layer over all ranks.

@@ -51,7 +51,6 @@ class RowRouter:
 
         Args:
             num_experts: experts of a layer over all ranks.
-            num_local: experts of each rank.
             members: ranks of this rank's node, by their index in the expert group.
             place: index of this rank in the expert group.
         """
@@ -132,8 +131,6 @@ def select(marked_N: Tensor, values_N: Tensor, num_marked: int) -> Selection:
     """Packs the values of marked entries.
 
     Args:
-        marked_N: mask of the entries.
-        values_N: value of every entry.
         num_marked: number of marked entries, S.
     """
     ends_N = marked_N.cumsum(0)

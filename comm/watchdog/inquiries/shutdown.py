@@ -47,7 +47,6 @@ class Shutdown:
 
         Args:
             now: time of the monotonic clock.
-            rank: rank of this process.
             relay: sends to all other ranks.
             crash_report: writes why the process ends.
             is_terminated: whether the process received SIGTERM.

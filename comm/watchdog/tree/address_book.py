@@ -87,10 +87,6 @@ def encode_addresses(addresses: Sequence[SocketAddress]) -> dict[str, Any]:
 def decode_addresses(values: dict[str, Any], num_ranks: int) -> list[SocketAddress]:
     """Decodes the JSON of `encode_addresses`.
 
-    Args:
-        values: decoded but unchecked fields.
-        num_ranks: number of addresses.
-
     Raises:
         MessageError: if a field is missing or invalid, a host is no IP address, or the number differs.
     """

@@ -49,7 +49,6 @@ class AddressExchange:
 
         Args:
             start: start of the job, with its deadline.
-            store: store of the job.
             watchdog_socket: socket that `run` opens.
             folder: run folder in which rank 0 writes the file with the key, if it must.
         """

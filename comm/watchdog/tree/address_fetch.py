@@ -27,7 +27,6 @@ class AddressFetch:
         """Prepares the fetch.
 
         Args:
-            rank: rank of this process.
             book: addresses that are known; receives the others.
             send: sends a message to a rank.
         """

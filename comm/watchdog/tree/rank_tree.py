@@ -63,7 +63,6 @@ class RankTree:
         """Yields the ranks to which this rank forwards a broadcast.
 
         Args:
-            rank: rank that forwards.
             origin: rank that sends the broadcast, the root of its tree.
             turn: number of the broadcast. Each turn has other leaders, so a lost one costs one turn alone.
         """

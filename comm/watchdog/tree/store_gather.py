@@ -47,7 +47,6 @@ class Gathering(Protocol):
         """Returns the record of a group.
 
         Args:
-            level: level of the group.
             index: index of the group at its level.
             records: records of its members in order.
 
@@ -81,9 +80,7 @@ class StoreGather:
 
         Args:
             start: start of the job, with its deadline.
-            store: store of the job.
             key: key that authenticates the records.
-            gathering: what is gathered.
             check: called before each look into the store; ends the gather if it raises.
             published: records that this rank has published so far, which receives those of this gather.
         """

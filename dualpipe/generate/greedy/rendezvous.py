@@ -19,7 +19,6 @@ class Rendezvous:
         """Starts with no groups.
 
         Args:
-            num_ranks: number of ranks.
             most_pending: maximum number of a link's messages without a posted receive, if positive. Then two ranks also
                 never both have two such messages for each other, because they often deadlock later.
         """
@@ -38,7 +37,6 @@ class Rendezvous:
         """Appends a group to a rank unless the ranks would deadlock.
 
         Args:
-            rank: the rank.
             forwards: numbers of activations that the group receives and sends.
             backwards: numbers of gradients that the group receives and sends.
 

@@ -37,7 +37,6 @@ def build_order(pipeline: Pipeline, preset: Preset, makespan: float) -> Attempt:
     """Builds one order.
 
     Args:
-        pipeline: the pipeline.
         preset: values that decide between groups.
         makespan: time by which all ranks must end; the attempt stops when a rank cannot.
     """

@@ -43,7 +43,6 @@ class GroupChooser:
         """Computes the values of operations.
 
         Args:
-            pipeline: the pipeline.
             order: order so far, which the owner extends.
             preferences: values that decide between groups.
             wake: schedules a decision of a rank at a time.
@@ -143,15 +142,7 @@ class GroupChooser:
     def _better(
         self, best: GroupChoice | None, state: BuilderRank, now: float, members: tuple[Candidate, ...], forwards: int
     ) -> GroupChoice | None:
-        """Returns the group of these members, without or with a W, if it is possible and has a higher value.
-
-        Args:
-            best: best group so far.
-            state: the rank.
-            now: time of the decision.
-            members: the F and I.
-            forwards: number of F.
-        """
+        """Returns the group of these members, without or with a W, if it is possible and has a higher value."""
         wish, start, value, key = self._preferences, now, 0.0, 0
         for member in members:
             value += member.value

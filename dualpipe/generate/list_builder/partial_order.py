@@ -87,7 +87,6 @@ class PartialOrder:
         """Starts without a placed operation.
 
         Args:
-            pipeline: the pipeline.
             preferences: block sizes and the memory that a direction leaves to the other one.
         """
         shape = pipeline.shape

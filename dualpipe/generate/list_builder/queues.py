@@ -81,7 +81,6 @@ class Pipeline:
 
         Args:
             shape: schedule with placement and counts; its groups are ignored.
-            costs: costs of its stages.
             memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
         """
         self.shape = shape

@@ -38,12 +38,7 @@ class Cohort:
     """
 
     def __init__(self, program: Callable[[], None], name: str) -> None:
-        """Prepares to run a program, which calls `exchange` for every pass.
-
-        Args:
-            program: generates the cohort's sequences.
-            name: name of the thread.
-        """
+        """Prepares to run a program, which calls `exchange` for every pass."""
         self.error: GenerateError | None = None
         self._program = program
         self._inputs: SimpleQueue[Tensor | None] = SimpleQueue()
@@ -133,7 +128,6 @@ class CohortDecoder(Decoder):
         Args:
             model: this rank's part of the model.
             layers: layers of the last stage.
-            max_sequences: maximum number of sequences.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the MTP module is used.
             routes: stores the experts of the tokens that are read; None: they are not recorded.

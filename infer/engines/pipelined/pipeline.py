@@ -60,7 +60,6 @@ class DecodePipeline(Protocol):
         Args:
             form: format of values between stages.
             rounds: next round of each cohort, by direction, for the directions whose last stage is on this rank.
-            num_cohorts: cohorts of each direction.
 
         Returns:
             The next round by direction and cohort, for the directions whose first stage is on this rank.

@@ -101,9 +101,7 @@ class RoundFormat:
         """Returns a plan and its rows as bytes, a flat uint8 tensor.
 
         Args:
-            plan: the plan.
             rows: token ids [N] or hidden states [N, D]; None if the plan is empty.
-            device: device of the result.
         """
         numbers = plan.to_numbers()
         padding = [0] * (self.plan_bytes // _BYTES_PER_NUMBER - len(numbers))

@@ -38,7 +38,6 @@ class InnerStage:
         """Stores the arguments.
 
         Args:
-            decoders: decoder of each cohort.
             form: format of values between stages.
             is_first: whether the stage embeds token ids.
             shares_experts: whether other ranks hold experts of its layers. Then all exchange rows in every round.
@@ -79,8 +78,6 @@ class LastStage:
         """Starts the programs.
 
         Args:
-            cohorts: the programs.
-            decoders: decoder of each.
             form: format of values between stages.
             is_first: whether the stage embeds token ids, because it is the only one.
             with_mtp: whether the MTP module is used.
@@ -136,7 +133,6 @@ class DirectedStages:
 
         Args:
             stages: the stage of each direction.
-            num_cohorts: cohorts of each direction.
             first_rounds: returns the packed first round of a cohort of a direction; None if this is not stage 0.
             min_seconds: minimum time of an operation, which sleeps for the rest of it.
         """

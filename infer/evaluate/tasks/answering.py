@@ -68,7 +68,6 @@ class AnswerTask:
 
         Args:
             config: of the task, checked by `check_settings`.
-            problems: with different keys.
             judge: scores answers. The task owns it.
         """
         self._config, self._judge = config, judge
@@ -174,7 +173,6 @@ class AnswerJudge:
             close: ends the processes of `score`.
             stop: strings that end an answer to a prompt of plain text.
             num_threads: number of answers that are scored at the same time.
-            facts: about the judge.
         """
         self._score, self._close, self.stop, self.facts = score, close, stop, dict(facts or {})
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="judge")

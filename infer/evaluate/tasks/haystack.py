@@ -190,9 +190,7 @@ def hide(
     """Returns a prompt with facts in filler and a question at its end, or None if they do not fit.
 
     Args:
-        filler: text around the facts.
         facts: in any order; those at one place stay in order.
-        question: text at the end.
         size: number of tokens of the prompt, with the begin of sentence.
         start: random number that chooses the first sentence of the filler.
     """

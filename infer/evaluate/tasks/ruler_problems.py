@@ -108,13 +108,7 @@ _DRAW: Mapping[Subtask, Callable[[Draws, RulerSizes], RulerProblem]] = {
 
 
 def draw_problem(subtask: Subtask, draws: Draws, sizes: RulerSizes) -> RulerProblem:
-    """Returns a problem.
-
-    Args:
-        subtask: its kind.
-        draws: decides it.
-        sizes: how large it is.
-    """
+    """Returns a problem."""
     return _DRAW[subtask](draws, sizes)
 
 
@@ -126,8 +120,6 @@ def build_prompt(
     With words, it may have a few tokens less than `size`, because the list has whole words.
 
     Args:
-        filler: text around facts.
-        problem: the problem.
         draws: decides the filler's beginning, or the other words of the list and its order.
         size: number of tokens, with the begin of sentence.
     """
@@ -153,7 +145,6 @@ def _word_list(num_common: int, num_words: int, num_items: int) -> list[int] | N
 
     Args:
         num_common: number of the first words, which are common.
-        num_words: number of all words.
         num_items: length of the list, about.
 
     Returns:

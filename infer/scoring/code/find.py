@@ -42,9 +42,6 @@ def find_sandbox(choice: IsolationChoice = "bubblewrap") -> Sandbox:
 
     Limits alone are logged with the reason.
 
-    Args:
-        choice: what may be used.
-
     Raises:
         ScoringError: there is none, or it does not hold. The message says what is missing.
     """

@@ -112,7 +112,6 @@ class Sandbox:
         """Packs the guest's modules.
 
         Args:
-            isolation: its level.
             prefix: command that runs before bubblewrap, or before the interpreter.
             interpreter: where the command after the prefix finds it.
         """
@@ -222,7 +221,6 @@ def start_process(command: Sequence[str], stdin: int, inherited: Sequence[int]) 
     """Starts a command without an environment, in a new session.
 
     Args:
-        command: with its arguments.
         stdin: file descriptor of the standard input.
         inherited: file descriptors that the command gets, with the same numbers.
     """

@@ -89,7 +89,6 @@ class CodeScorer:
         """Returns 1 if a program passes every test.
 
         Args:
-            program: Python source.
             tests: assertions as Python source, or inputs with outputs.
         """
         if len(program) > LONGEST_PROGRAM:

@@ -124,7 +124,6 @@ def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float],
     Args:
         guests: started guests. The last one decides how long all run.
         cpu_limits: limit of processor time of each guest, all its processes together.
-        wall_seconds: time from now.
     """
     watched = [_Watched(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
     activity = _Activity(time.monotonic())

@@ -138,7 +138,6 @@ class Judge:
         """Returns the prompts of all groups, in order. Answers without text after their thoughts have none.
 
         Args:
-            groups: answers to judge.
             numbers: number of each group's prompt in the job, which decides the random numbers of its critiques.
         """
         found = []
@@ -159,7 +158,6 @@ class Judge:
         """Returns how an engine continues the prompts.
 
         Args:
-            step: number of the rollout.
             stop: token ids that end a critique.
         """
         sampling = Sampling(temperature=self._config.temperature, seed=(seed + JUDGE_SEED) % 2**63)

@@ -40,7 +40,6 @@ def combine(
     """Returns the sheets of all groups with every part, in the order of the configuration.
 
     Args:
-        groups: the answers.
         host: sheets of `host_parts`; None if it has no parts.
         models: scores of the other parts.
     """

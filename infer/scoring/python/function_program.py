@@ -52,7 +52,6 @@ def load_function(path: Path, name: str, digest: str) -> Callable[..., object]:
     """Returns a function of a file.
 
     Args:
-        path: the file.
         digest: SHA-256 of the file when the run began.
 
     Raises:

@@ -14,8 +14,6 @@ def score(prompt: str, answer: str, expected: str | None) -> dict[str, object]:
     """Returns the score of the library's own verifier, from 0 to 1.
 
     Args:
-        prompt: the question.
-        answer: text to verify.
         expected: origin of the problem as JSON: data set, seed, size and index.
 
     Raises:

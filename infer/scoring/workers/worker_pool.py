@@ -65,7 +65,6 @@ class WorkerPool:
         """Starts no process yet.
 
         Args:
-            program: what each worker runs.
             size: maximum number of workers; further requests wait for a free one.
             seconds: deadline of a request, which does not count the wait for a worker and its start.
             name: of the scorer, for errors.

@@ -48,7 +48,6 @@ class BlockBackward(Protocol):
             heads: queries, keys and values of the block.
             mixed_SHLV: values merged over all blocks.
             log_sums_SHL: logarithms of sums of exponentials over all blocks.
-            scale: factor of the scores.
             is_causal: whether query l sees keys up to l; there are as many keys as queries then.
         """
 
@@ -86,8 +85,6 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
 
     Args:
         name: name of the attention kernel, or `auto`.
-        device: device of the tensors.
-        dtype: type of the tensors.
 
     Raises:
         BlockKernelError: the attention kernel is not torch's.

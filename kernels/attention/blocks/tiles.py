@@ -67,7 +67,6 @@ def visible_tiles(cut: SegmentCut, queries: Sequence[int], keys: Sequence[int]) 
     """Returns the tiles in which queries see keys.
 
     Args:
-        cut: sequences and their segments.
         queries: segments whose queries are in memory one after the other, ascending.
         keys: segments whose keys are in memory one after the other, ascending. They are either the same as those of
             the queries, or all different from them.

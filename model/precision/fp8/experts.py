@@ -67,7 +67,6 @@ def gated_down(
     Args:
         base: [..., D].
         hidden: gate and up side by side, [..., H].
-        down_DM: down projection.
         sink: takes the gradient of the weight.
         maps: the model's FP8 products.
         for_backward: whether only the backward is needed; then the result has no numbers.
@@ -190,8 +189,6 @@ def received_experts(
         rows: rows from a wire, whose slot holds the output gradient.
         weights_A: routing weight of each row, multiplied before `down`, as rows are narrower there.
         experts: weights of this rank's experts.
-        counts: rows per expert.
-        sink: takes the experts' gradients.
         maps: the model's FP8 products.
         for_backward: whether only the backward is needed; then the result has no numbers.
     """
@@ -219,9 +216,7 @@ def apply_local_experts(
     Args:
         rows: rows by token, NB.
         source: norm and its input, from which the backward recomputes the rows.
-        weights_TK: routing weights.
         experts: weights of this rank's experts.
-        counts: rows per expert.
         order: order in which copies of tokens go to experts.
         maps: the model's FP8 products.
     """

@@ -95,7 +95,6 @@ class Fp8Maps:
         Until it is called, both operands wait in FP8.
 
         Args:
-            grad_AN: gradient of the outputs.
             rows: the input: kept in FP8, or as numbers, AK.
             power_of_two: whether the input's scales are powers of two; None: as for all others.
         """

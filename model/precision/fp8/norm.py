@@ -57,8 +57,6 @@ def normed_linear(
 
     Args:
         x: [..., D].
-        norm: applied first.
-        weights_ND: weights of the layers.
         sink: takes the gradients of the weights.
         maps: the model's FP8 products.
 
@@ -104,8 +102,6 @@ def linear_of_rows(
 
     Args:
         rows: rows from `pack_rows`; they take the gradient, [..., D].
-        source: gets no gradient here.
-        weights_ND: weights of the layers.
         sink: takes the gradients of the weights.
         maps: the model's FP8 products.
 

@@ -31,7 +31,6 @@ def run_on_all(act: Callable[[], ValueT], group: ProcessGroup | None = None) -> 
     """Calls a function on each rank, and returns its result if no rank failed. All ranks call it.
 
     Args:
-        act: must not communicate.
         group: process group of all ranks; the world by default.
 
     Raises:

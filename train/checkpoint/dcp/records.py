@@ -64,7 +64,6 @@ def read_records(content: bytes, allowed: Container[str]) -> Any:
     """Returns the value that a pickle holds, with records in place of objects.
 
     Args:
-        content: the whole pickle.
         allowed: dotted names that it may contain. The caller decides what a name means.
 
     Raises:

@@ -40,7 +40,6 @@ def read_tensor(file: BinaryIO, offset: int, length: int, shape: Sequence[int], 
     """Reads the tensor that torch saved in a part of a file.
 
     Args:
-        file: file open for reading.
         offset: of the part, in bytes.
         length: of the part, in bytes.
         shape: required shape of the tensor.

@@ -85,11 +85,7 @@ def _moe_exchange(config: TrainConfig, rates: Rates, link: float) -> float:
 
 
 def link_rate(config: TrainConfig, rates: Rates) -> float | None:
-    """Returns the rate of the link between nodes that a plan uses; None if it is unknown.
-
-    Args:
-        rates: measured times.
-    """
+    """Returns the rate of the link between nodes that a plan uses; None if it is unknown."""
     rate = config.cluster.inter_node_bytes_per_second
     if rate is None and isinstance(rates, KernelRates):
         rate = rates.reference.inter_node_bytes_per_second

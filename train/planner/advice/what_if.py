@@ -29,7 +29,6 @@ def compare(change: str, base: JobPlan, changed: JobPlan) -> WhatIf:
 
     Args:
         change: as the user writes it.
-        base: plan of the run.
         changed: plan of the changed run.
     """
     speedup = gain = None
@@ -48,10 +47,7 @@ def plan_kept(base: JobPlan, before: TrainConfig, after: TrainConfig, planner: P
     """Plans a changed run with the order and the cut of the run, or returns None if they do not apply.
 
     Args:
-        base: plan of the run.
         before: configuration of the run, before its cut was chosen.
-        after: the changed configuration.
-        planner: changed rates and factor.
 
     Raises:
         ScheduleError, CutError: as `plan_job`.

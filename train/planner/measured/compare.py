@@ -83,9 +83,6 @@ class Comparison:
 def followed_config(config: TrainConfig, run: MeasuredRun) -> tuple[TrainConfig, Schedule | None]:
     """Returns a run's configuration with the schedule and the cut that it follows.
 
-    Args:
-        run: what it has recorded.
-
     Returns:
         The configuration, and the schedule; None if the record is of another batch size of a ramp.
 
@@ -107,9 +104,7 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
     """Compares a plan with the recorded steps of its run.
 
     Args:
-        timed: predicted step.
         memory: predicted memory; None: not compared.
-        device: cpu or cuda.
 
     Raises:
         ConfigError: the run has recorded no step of its largest batch.

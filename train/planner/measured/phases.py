@@ -64,13 +64,7 @@ class StepTimes:
 
 
 def stage_phases(model: ModelConfig, cut: Sequence[range], stage: int) -> tuple[tuple[Part, PhaseName], ...]:
-    """Returns the part of the model and the name of every phase of a stage, in forward order.
-
-    Args:
-        model: architecture.
-        cut: layers of each stage.
-        stage: number of the stage.
-    """
+    """Returns the part of the model and the name of every phase of a stage, in forward order."""
     named: list[tuple[Part, PhaseName]] = [("embedding", "embedding")] if stage == 0 else []
     for layer in cut[stage]:
         is_dense = layer < model.num_dense_layers
@@ -86,9 +80,7 @@ def step_times(model: ModelConfig, schedule: Schedule, cut: Sequence[range], mea
     """Derives the times of a model's parts from the spans of a step, as medians over layers.
 
     Args:
-        model: architecture.
         schedule: the schedule that was run; the spans refer to its groups.
-        cut: layers of each stage.
         measured: measured spans of all ranks.
     """
     samples = _Samples(model, schedule, cut)

@@ -120,7 +120,6 @@ def probed(times: LayerTimes, facts: RunFacts) -> MeasuredTimes:
 
     Args:
         times: of the parts, measured one phase at a time.
-        facts: what they hold for.
     """
     return _record(StepTimes(times=times, alone=1.0, phases=()), facts, "probe", 0)
 
@@ -129,7 +128,6 @@ def drawn(times: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
     """Returns the record of a step that was drawn.
 
     Args:
-        facts: what they hold for.
         step: number of the step, from 1.
     """
     return _record(times, facts, "step", step)
@@ -159,11 +157,7 @@ def _record(found: StepTimes, facts: RunFacts, kind: Literal["probe", "step"], s
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Returns the weights that a token uses in a dense and a MoE layer, which identify a model's layers.
-
-    Args:
-        model: architecture.
-    """
+    """Returns the weights that a token uses in a dense and a MoE layer, which identify a model's layers."""
     experts = model.num_experts_per_token + model.num_shared_experts
     widths = model.dense_intermediate_size + experts * model.expert_intermediate_size
     return 2 * attention_parameters(model) + 3 * model.hidden_size * widths
@@ -174,7 +168,6 @@ def try_to_write(folder: Path, run: MeasuredRun) -> None:
 
     Args:
         folder: existing folder of the run.
-        run: times and schedule.
     """
     path = folder / (PROBE_NAME if run.measured.kind == "probe" else MEASURED_NAME)
     values = {**encode(run.measured), _SCHEDULE_KEY: json.loads(to_json(run.schedule))}

@@ -54,11 +54,7 @@ def typical_steps(folder: Path) -> tuple[RecordedStep, ...]:
 
 
 def median_of(steps: Sequence[RecordedStep], name: str) -> float:
-    """Returns the median of one of the numbers of steps.
-
-    Args:
-        steps: at least one.
-    """
+    """Returns the median of one of the numbers of steps."""
     numbers: list[float] = [getattr(step, name) for step in steps]
     return median(numbers)
 

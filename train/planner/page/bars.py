@@ -41,9 +41,6 @@ def stacked_bars(parts: Sequence[BarPart], bars: Sequence[Bar], show: Format, li
     """Returns a legend and the bars on a common scale, or nothing if no bar has a length.
 
     Args:
-        parts: from left to right.
-        bars: from top to bottom.
-        show: formats a size.
         limit: a line; None for none.
     """
     longest = max((bar.total for bar in bars), default=0.0)

@@ -24,11 +24,7 @@ _LONG = 24
 
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table of records; nested keys are joined, and columns without a value are left out.
-
-    Args:
-        records: from JSON.
-    """
+    """Returns a table of records; nested keys are joined, and columns without a value are left out."""
     flat = [dict(_leaves(_with_short_layout(record), "")) for record in records[:_MOST_ROWS]]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if _is_known(flat, key)]
     if not keys:
@@ -51,11 +47,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def any_value(value: object) -> str:
-    """Returns a value of unknown form: records as a table, other lists as a list, a mapping part by part.
-
-    Args:
-        value: from JSON.
-    """
+    """Returns a value of unknown form: records as a table, other lists as a list, a mapping part by part."""
     match value:
         case None:
             return ""
@@ -100,7 +92,6 @@ def shown(key: str, value: object) -> str:
 
     Args:
         key: dotted key of a record.
-        value: from JSON.
     """
     match value:
         case None:

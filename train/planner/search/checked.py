@@ -95,11 +95,7 @@ def broken_rule(rules: Rules, config: TrainConfig) -> str | None:
 
 
 def layout_of(space: SearchSpace, choice: LayoutChoice) -> dict[str, Any]:
-    """Returns a layout without a cut in its public form.
-
-    Args:
-        choice: the layout.
-    """
+    """Returns a layout without a cut in its public form."""
     config = space.layout_config(choice.setting, choice.schedule)
     return layout_json(config) | {"chunks": choice.schedule.chunks, "cut": None}
 
@@ -110,8 +106,6 @@ def bounded_layouts(
     """Yields the layouts that rules accept and that may fit.
 
     Args:
-        checks: rules.
-        estimates: bounds.
         rejections: where layouts that cannot fit are added.
     """
     room = space.config.cluster.memory_bytes

@@ -107,11 +107,7 @@ class Estimates:
         return self._space.layout_config(choice.setting, choice.schedule)
 
     def seconds(self, choice: LayoutChoice) -> float:
-        """Returns a time that a step takes at least, for any cut.
-
-        Args:
-            choice: the layout.
-        """
+        """Returns a time that a step takes at least, for any cut."""
         setting, schedule, rates = choice.setting, choice.schedule, self._planner.rates
         unit = self._unit(choice)
         pairs, copies = has_pairs(schedule.kind), choice.copies
@@ -138,19 +134,12 @@ class Estimates:
         )
 
     def mean_memory(self, choice: LayoutChoice) -> int:
-        """Returns the bytes that the mean rank needs at least, for any cut and schedule.
-
-        Args:
-            choice: the layout.
-        """
+        """Returns the bytes that the mean rank needs at least, for any cut and schedule."""
         key = ("mean", choice.setting, choice.copies)
         return self._once(key, lambda: mean_memory(self.config(choice), choice.copies))
 
     def balanced(self, choice: LayoutChoice) -> TrainConfig:
         """Returns the configuration of a layout with the balanced cut of its times, as a list.
-
-        Args:
-            choice: the layout.
 
         Raises:
             CutError: the model has fewer layers than stages.
@@ -164,7 +153,6 @@ class Estimates:
         """Returns a time that a step takes at least with a listed cut, by the work of each rank.
 
         Args:
-            choice: the layout.
             config: its configuration with the cut.
         """
         unit, schedule, rates = self._unit(choice), choice.schedule, self._planner.rates
@@ -187,7 +175,6 @@ class Estimates:
         """Returns a time that a step takes at least with a listed cut.
 
         Args:
-            choice: the layout.
             config: its configuration with the cut.
         """
         kind, count, rates = choice.schedule.kind, config.num_micro_batches, self._planner.rates
@@ -199,7 +186,6 @@ class Estimates:
         """Returns the bytes that ranks need at least with a listed cut.
 
         Args:
-            choice: the layout.
             config: its configuration with the cut.
             builds: whether to count the live micro-batches of the layout's schedule; otherwise a rank keeps one.
 
@@ -214,11 +200,7 @@ class Estimates:
         return MemoryBound.of_ranks(largest_memory(static, counts, kept))
 
     def build_seconds(self, choice: LayoutChoice) -> float:
-        """Returns about how long building the layout's schedule takes.
-
-        Args:
-            choice: the layout.
-        """
+        """Returns about how long building the layout's schedule takes."""
         schedule, pipeline = choice.schedule, choice.setting.pipeline
         if not SCHEDULES.get(schedule.kind).takes_costs:
             return 0.0
@@ -253,7 +235,6 @@ class Estimates:
         """Returns whether the live micro-batches of a layout's schedule are known already.
 
         Args:
-            choice: the layout.
             config: its configuration with the cut.
         """
         return self._counts_key(choice, config) in self._known

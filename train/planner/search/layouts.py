@@ -52,8 +52,6 @@ def search_layouts(
     """Searches all layouts of a space.
 
     Args:
-        space: the layouts.
-        run: configuration that was given.
         planner: rates and the declared factor.
         most_seconds: estimated time for schedules and predictions after which layouts remain open.
 

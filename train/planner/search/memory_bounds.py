@@ -102,7 +102,6 @@ def static_memory(config: TrainConfig, cut: Sequence[range], placement: Placemen
     """Returns the bytes of each rank outside its passes, with FP8 copies of weights and the reserve.
 
     Args:
-        cut: layers of each stage.
         placement: for each direction, the rank of each stage.
     """
     shapes, pipeline = stage_shapes(cut), config.parallelism.pipeline
@@ -144,11 +143,7 @@ def one_micro_batch(placement: Placement) -> list[LiveCounts]:
 
 
 def live_counts(schedule: Schedule) -> list[LiveCounts]:
-    """Returns how many micro-batches each rank keeps after its groups, where that may be the peak.
-
-    Args:
-        schedule: that trains.
-    """
+    """Returns how many micro-batches each rank keeps after its groups, where that may be the peak."""
     return [_counts_of_rank(schedule, rank) for rank in range(schedule.num_ranks)]
 
 

@@ -36,9 +36,6 @@ class Rejections:
         """Adds rejected layouts.
 
         Args:
-            layout: one of them.
-            reason: why they are rejected.
-            count: number of layouts.
             excess: by how much the layout misses the rule; the group shows the layout with the least.
         """
         self.count += count
@@ -55,11 +52,7 @@ class Rejections:
         self._groups[key] = (min(least, excess), merged)
 
     def largest(self, number: int) -> tuple[RejectedLayouts, ...]:
-        """Returns the groups with most layouts.
-
-        Args:
-            number: maximum number of groups.
-        """
+        """Returns the groups with most layouts."""
         groups = sorted((group for _, group in self._groups.values()), key=lambda group: -group.count)
         return tuple(groups[:number])
 

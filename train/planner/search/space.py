@@ -99,11 +99,7 @@ class SearchSpace:
                             )
 
     def schedules_of(self, pipeline: int) -> tuple[ScheduleConfig, ...]:
-        """Returns every kind of schedule with each number of chunks for which there are enough layers.
-
-        Args:
-            pipeline: number of pipeline ranks.
-        """
+        """Returns every kind of schedule with each number of chunks for which there are enough layers."""
         found = []
         for schedule in self.schedules:
             for place, chunks in enumerate(SCHEDULES.get(schedule.kind).chunk_choices(None)):
@@ -225,9 +221,6 @@ def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
 
     That is the run itself if possible. Otherwise its batch becomes the smallest multiple of the ranks that is not
     below it, without a ramp, in as many steps as process the same tokens.
-
-    Args:
-        ranks: number of ranks.
     """
     batch = config.batch
     lengths, contexts = range(1, min(config.model.num_layers, ranks) + 1), context_sizes(config)

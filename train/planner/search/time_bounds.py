@@ -27,11 +27,7 @@ _PROBED_SIZES = ((4, 8), (2, 5))
 
 
 def alone_factor(config: TrainConfig, rates: Rates) -> float:
-    """Returns the factor on the computation of an operation that runs alone; see `CostModel`.
-
-    Args:
-        rates: measured times.
-    """
+    """Returns the factor on the computation of an operation that runs alone; see `CostModel`."""
     return DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else 1.0
 
 
@@ -40,9 +36,6 @@ def has_pairs(kind: str) -> bool:
     """Returns whether a kind of schedule may overlap operations.
 
     A kind whose order does not depend on costs overlaps operations at every size or at none; two small sizes show it.
-
-    Args:
-        kind: name of the schedule.
     """
     spec = SCHEDULES.get(kind)
     if spec.takes_costs:
@@ -59,7 +52,6 @@ def work_bound(times: LayerTimes, config: TrainConfig, alone: float, *, pairs: b
     Args:
         times: of the model's parts, for one micro-batch.
         alone: see `alone_factor`.
-        pairs: whether operations may overlap.
     """
     computed = exchanged = 0.0
     for count, part in _parts(times, config):
@@ -126,12 +118,7 @@ class RankLoad:
 
 
 def rank_loads(kind: str, num_micro_batches: int, placement: Placement, costs: CostModel) -> list[RankLoad]:
-    """Returns what each rank needs at least.
-
-    Args:
-        kind: name of the schedule.
-        num_micro_batches: micro-batches of one pipeline.
-    """
+    """Returns what each rank needs at least."""
     shape, pairs = empty_schedule(kind, num_micro_batches, placement), has_pairs(kind)
     computed, exchanged, heads = ([start] * shape.num_ranks for start in (0.0, 0.0, float("inf")))
     for direction, row in enumerate(placement):
@@ -150,12 +137,7 @@ def rank_loads(kind: str, num_micro_batches: int, placement: Placement, costs: C
 
 
 def makespan_bound(kind: str, num_micro_batches: int, placement: Placement, costs: CostModel) -> float:
-    """Returns a time below which no schedule of a kind can end.
-
-    Args:
-        kind: name of the schedule.
-        num_micro_batches: micro-batches of one pipeline.
-    """
+    """Returns a time below which no schedule of a kind can end."""
     shape = empty_schedule(kind, num_micro_batches, placement)
     stages = tuple(_cheapest(stage, costs.alone, pairs=has_pairs(kind)) for stage in costs.stages)
     bound = lower_bound(shape, replace(costs, stages=stages, alone=1.0)).value
@@ -168,12 +150,7 @@ def makespan_bound(kind: str, num_micro_batches: int, placement: Placement, cost
 
 
 def empty_schedule(kind: str, num_micro_batches: int, placement: Placement) -> Schedule:
-    """Returns a schedule with placement and counts but without groups.
-
-    Args:
-        kind: name of the schedule.
-        num_micro_batches: micro-batches of one pipeline.
-    """
+    """Returns a schedule with placement and counts but without groups."""
     num_ranks = max(map(max, placement)) + 1
     return Schedule(
         kind=kind,
@@ -206,7 +183,6 @@ def update_bound(config: TrainConfig, rates: Rates, *, copies: int) -> float:
     """Returns a time that the optimizer needs at least, for any cut: that of the mean of the weights.
 
     Args:
-        rates: measured times.
         copies: pipeline ranks that hold each stage.
     """
     if not isinstance(rates, KernelRates):

@@ -36,7 +36,6 @@ def with_advantages(group: RolledGroup, kind: AdvantageKind, *, drop_equal: bool
     """Returns a group with the advantages of its answers, or marked as not trained.
 
     Args:
-        group: with rewards.
         drop_equal: whether a group whose rewards are all equal is not trained.
     """
     if group.dropped:

@@ -45,7 +45,6 @@ def write_journal(out_dir: Path, rollout: ScoredRollout, dtype: type[np.floating
     """Writes a rollout. When this returns, it is whole and on the disk.
 
     Args:
-        out_dir: folder of the run.
         rollout: its groups are in the order of their prompts.
     """
     path = journal_path(out_dir, rollout.header.step)
@@ -64,7 +63,6 @@ def read_journal(out_dir: Path, step: int) -> ScoredRollout:
     """Reads a whole rollout.
 
     Args:
-        out_dir: folder of the run.
         step: first training step that learns from it, from 1.
 
     Raises:

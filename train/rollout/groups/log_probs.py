@@ -21,11 +21,6 @@ def answer_log_probs(replica: Replica, task: Task, packed: PackedStep, temperatu
     """Returns the log-probability of each token of answers under the present weights.
 
     All ranks call it.
-
-    Args:
-        replica: the policy.
-        task: reads packed answers.
-        packed: answers of one update.
     """
     replays: Sequence[Routes | None] = packed.step.routes or [None] * len(packed.step.reads)
     objective, size = TokenLogProbs(temperature=temperature), packed.batch_size
@@ -53,11 +48,7 @@ def pass_log_probs(
     All ranks call it, and each gets them in float64 on the host.
 
     Args:
-        replica: the network.
-        task: reads the batch.
-        objective: records log-probabilities.
         read: reads sequences of the global batch.
-        size: B and T.
         routes: replays experts; None: the routers choose.
     """
     batches, sums = BatchReader(replica, task, read), LossSums((BALANCE,), {})

@@ -81,13 +81,7 @@ class RolloutMaker:
         advantage: AdvantageKind,
         seed: int,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            engine: samples.
-            rewards: scores.
-            advantage: kind of advantage.
-        """
+        """Stores the arguments."""
         self._config, self._engine, self._rewards, self._order, self._form = config, engine, rewards, order, form
         self._advantage, self._seed = advantage, seed
         self._spent: dict[str, float] = {}
@@ -142,9 +136,7 @@ class RolloutMaker:
         """Samples answers to prompts. All ranks call it and get all answers by prompt.
 
         Args:
-            drawn: the prompts.
             samples: number of answers to each.
-            step: decides the random numbers.
         """
         return _by_prompt(self._generate(drawn, samples, step, records=False), samples)
 
@@ -174,8 +166,6 @@ class RolloutMaker:
         """Starts to score answers. All ranks call it.
 
         Args:
-            drawn: the prompts.
-            rollouts: all answers by prompt.
             step: as in `sample`.
         """
         groups = [

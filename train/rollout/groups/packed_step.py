@@ -46,7 +46,6 @@ def pack_step(
     """Packs answers into batches. All ranks call it.
 
     Args:
-        replica: the policy.
         answers: of one update, each with its group, in order.
         old_log_probs: by the number of the answer, log-probability of each token before the update; None: the update
             uses its own.

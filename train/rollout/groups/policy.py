@@ -77,9 +77,6 @@ class PolicySampler:
         """Stores the arguments.
 
         Args:
-            replica: the policy.
-            task: reads packed answers.
-            maker: makes rollouts.
             held_out: problems of a validation; None: there is none.
             loss: decides which answers its denominator counts.
         """

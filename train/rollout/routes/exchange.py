@@ -52,11 +52,7 @@ class BatchRoutes:
         return ReplayedRoutes({label: ids_NK.to(logits_BTE.device)}).route(label, router, logits_BTE)
 
     def forced_ids(self, label: Label, shape: Sequence[int]) -> Tensor:
-        """Returns the experts of each token of a micro-batch, int64 NK; -1 where the router chooses.
-
-        Args:
-            shape: B and T.
-        """
+        """Returns the experts of each token of a micro-batch, int64 NK; -1 where the router chooses."""
         num_choices = self.config.num_experts_per_token
         forced_BTK = np.full((*shape, num_choices), FREE_CHOICE, dtype=np.int64)
         for row, answer in self.answers.get((label.direction, label.micro_batch), ()):
@@ -77,7 +73,6 @@ def checked_record(ids: Mapping[RouteKey, NDArray[np.generic]], key: RouteKey, n
 
     Args:
         ids: records, TK.
-        num_tokens: its length.
 
     Raises:
         RouteError: it is missing or has another length.
@@ -122,7 +117,6 @@ def exchange_routes(
 
     Args:
         replica: the network that sampled and is trained.
-        sampled: records of this rank.
         homes: data index and direction that sampled the answers to each prompt, by the prompt's number.
         answers: all answers of the job that are trained, in order; equal on all ranks.
 

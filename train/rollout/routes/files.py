@@ -27,7 +27,6 @@ def write_routes(folder: Path, step: int, files: RankFiles, routes: SampledRoute
 
     Args:
         step: first training step that learns from the rollout, from 1.
-        routes: the rank's records.
         origin: identifies the weights and settings that sampled the tokens.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,6 @@ def assign_homes(replica: Replica, requests: Iterable[Sequence[int]]) -> dict[in
     """Returns the data index and direction that sample the answers to each prompt.
 
     Args:
-        replica: the network that samples.
         requests: numbers of the prompts of each request to the pipelined engine, in order.
     """
     num_data, num_directions = replica.world.layout.parallelism.data, replica.schedule.num_directions
@@ -147,7 +146,6 @@ def held_records(
     """Returns the records that this rank has after sampling, with their numbers of tokens.
 
     Args:
-        replica: the network that samples.
         homes: data index and direction that sampled the answers to each prompt, by the prompt's number.
         lengths: number of each prompt, of its tokens, and of the tokens of each of its answers.
     """

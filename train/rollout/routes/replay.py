@@ -24,10 +24,7 @@ def replay_answers(
     """Returns the experts of the tokens that this rank trains. All ranks call it.
 
     Args:
-        replica: the policy.
-        routes: records of this rank.
         answers: that are trained, each with its group.
-        places: place of each.
     """
     placed = [
         PlacedAnswer(
@@ -68,8 +65,6 @@ def load_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
 
     Args:
         replica: the policy, whose layout may differ from that of the run that sampled.
-        out_dir: folder of that run.
-        rollout: read from its journal.
 
     Returns:
         None on every rank, if a record is missing on one of them.
