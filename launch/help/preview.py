@@ -35,7 +35,7 @@ def plain_text(command: str, values: Mapping[str, Any]) -> str:
 def experiment_text(
     command: str, overrides: Sequence[str], values: Mapping[str, Any], comments: Sequence[str] = ()
 ) -> str:
-    """Returns a configuration as a file for `conf/experiment/`, with comments at its top, options and all values."""
+    """Returns a file for `conf/experiment/`: comments, the chosen options and all values."""
     options = {group: option for group, option in chosen_options(command, overrides).items() if group != "experiment"}
     lines = [
         "# @package _global_",
