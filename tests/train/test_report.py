@@ -424,6 +424,17 @@ def test_report_of_two_runs_shows_them_side_by_side(tmp_path: Path, capsys: pyte
         redraw(["run=[]"])
 
 
+def test_comparison_has_the_last_evaluations_of_all_runs(tmp_path: Path) -> None:
+    configs = [place_run(tmp_path / name, range(1, 3)) for name in ("a", "b")]
+    for config, accuracy in zip(configs, (0.25, None), strict=True):
+        measured = {} if accuracy is None else {"evaluation_choice_accuracy": accuracy, "evaluation_<b>": 1.0}
+        with (Path(config.out_dir) / "metrics.jsonl").open("a") as metrics:
+            metrics.write(json.dumps({**next(records(range(3, 4))), **measured}) + "\n")
+    text = compare(configs).read_text()
+    assert "<td>last evaluation choice accuracy</td><td>0.25</td><td>none</td>" in text
+    assert "last evaluation <b>" not in text
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     config = place_timed_run(tmp_path / "a", "same", 2, 2.0)
     page = Page(compare([config, config]).read_text())

@@ -22,7 +22,7 @@ from train.report.predicted import predicted_tables
 from train.report.rewards import answer_charts, reward_charts
 from train.report.source import RunSource
 from train.report.step_time import step_time
-from train.report.summary import comparison, tiles
+from train.report.summary import comparison, evaluation_keys, tiles
 from train.report.table import table
 from train.report.viewer.journals import has_journals
 from train.report.viewer.page import VIEWER_NAME
@@ -37,7 +37,6 @@ _MOST_EVENTS = 1000
 _MOST_ERRORS = 3
 _NUM_COLORS = 9
 _BY_POSITION = "validation_loss_by_position."
-_EVALUATION = re.compile(r"evaluation_([a-z0-9_]+)")
 _MOST_EVALUATIONS = 24
 _RANGE = re.compile(re.escape(_BY_POSITION) + r"\d+-\d+")
 _LOSSES = (
@@ -187,10 +186,10 @@ def _by_position(runs: Sequence[ChartedRun]) -> list[str]:
 
 def _evaluations(runs: Sequence[ChartedRun]) -> list[str]:
     """Returns a chart of each metric of the evaluation tasks, if there are any."""
-    names = sorted({match[1] for run in runs for key in run.history.keys if (match := _EVALUATION.fullmatch(key))})
+    names = {key: key.removeprefix("evaluation_") for key in evaluation_keys(runs)[:_MOST_EVALUATIONS]}
     return [
-        chart(runs, f"Evaluation: {name}", [Line(key=f"evaluation_{name}", name=name, color=1, dots=True)], y="value")
-        for name in names[:_MOST_EVALUATIONS]
+        chart(runs, f"Evaluation: {name}", [Line(key=key, name=name, color=1, dots=True)], y="value")
+        for key, name in names.items()
     ]
 
 

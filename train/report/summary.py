@@ -1,7 +1,8 @@
 """Sums up a run in a few numbers, or several runs side by side."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from train.report.chart import ChartedRun
@@ -10,9 +11,16 @@ from train.report.history import History
 from train.report.rewards import HELD_OUT_REWARD, PASS_AT_1, REWARD
 from train.report.table import table
 
+_EVALUATION = re.compile(r"evaluation_[a-z0-9_]+")
 
-def _facts(history: History) -> list[tuple[str, float | None, Callable[[float], str]]]:
-    """Returns the numbers that sum up a run: name, value, how it is written."""
+
+def evaluation_keys(runs: Iterable[ChartedRun]) -> list[str]:
+    """Returns the keys of the metrics of evaluation tasks that any run has, sorted."""
+    return sorted({key for run in runs for key in run.history.keys if _EVALUATION.fullmatch(key)})
+
+
+def _facts(history: History, evaluations: Iterable[str] = ()) -> list[tuple[str, float | None, Callable[[float], str]]]:
+    """Returns the numbers that sum up a run, also of evaluations with these keys: name, value, how it is written."""
     return [
         ("steps", float(history.buckets[-1].last) if history.buckets else None, count),
         ("tokens", history.latest("tokens"), short),
@@ -22,6 +30,7 @@ def _facts(history: History) -> list[tuple[str, float | None, Callable[[float], 
         # The loss of a policy gradient is near 0 by construction.
         ("last loss, main head", None if history.tallies(REWARD) else history.latest("main_loss"), plain),
         ("last validation loss", history.latest("validation_loss"), plain),
+        *((f"last {key.replace('_', ' ')}", history.latest(key), plain) for key in evaluations),
         ("time of a step, median", history.median("step_seconds"), seconds),
         ("tokens/s, median", history.median("tokens_per_second"), plain),
         ("MFU, median", history.median("mfu"), percent),
@@ -41,7 +50,8 @@ def tiles(history: History) -> str:
 
 def comparison(runs: Sequence[ChartedRun]) -> str:
     """Returns a table of the runs' facts; with two runs, also the change from the first to the second."""
-    facts = [_facts(run.history) for run in runs]
+    evaluations = evaluation_keys(runs)
+    facts = [_facts(run.history, evaluations) for run in runs]
     rows = []
     for row in zip(*facts, strict=True):
         values = [value for _, value, _ in row]
