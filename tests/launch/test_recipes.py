@@ -28,6 +28,8 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.corpus import prepare_corpus
 from train.optim.learning_rate import schedule_warnings
+from train.schedule.cut import run_cut, run_placement
+from train.schedule.layer_times import nominal_times, stage_costs
 from train.step import rates_of
 from train.tasks.grpo import GrpoConfig
 
@@ -395,3 +397,15 @@ def test_recipe_v3_grpo_fits_with_its_reference(tmp_path: Path) -> None:
     assert config.task.reference_every_steps == 400
     assert config.rollout is not None
     assert config.rollout.samples == 16
+
+
+def test_recipe_quickstart_has_nearly_equal_ranks() -> None:
+    config = compose_run(["experiment=quickstart"])
+    placement = run_placement(config, config.schedule.kind)
+    costs = stage_costs(nominal_times(config), config, run_cut(config, placement))
+    ranks = [0.0] * config.parallelism.pipeline
+    for row in placement:
+        for rank, stage in zip(row, costs.stages, strict=True):
+            ranks[rank] += stage.forward + stage.backward_input + stage.backward_weight
+    assert max(ranks) <= 1.1 * sum(ranks) / len(ranks), ranks
+    assert config.num_micro_batches >= 16
