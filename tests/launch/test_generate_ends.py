@@ -75,7 +75,7 @@ def test_generate_interrupted_ends_with_130_and_keeps_what_is_complete(run: Path
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("half.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', ["line 2", "UTF-8", "character 1"]),
+        ("half.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', ["line 2", "lone surrogate"]),
         ("deep.jsonl", b'{"prompt":' * 100_000, ["line 1", "must be a JSON object"]),
         ("a" * 300 + ".txt", None, ["must be readable or writable", "name too long"]),
     ],

@@ -120,9 +120,9 @@ def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], 
 
 
 def test_a_nearest_change_passes_when_it_is_made() -> None:
-    config = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=250000000")
+    config = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=200000000")
     text = refusal(config).partition("nearest: ")[2]
-    again = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=250000000", text)
+    again = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=200000000", text)
     check_memory(again, check_rules)
 
 

@@ -18,7 +18,7 @@ from train.config.errors import ConfigError
 from train.memory import fitted_config, predict_memory
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGE = ("cluster=h100", "cluster.memory_bytes=250000000", "cluster.memory_reserve_bytes=0", "model=quickstart")
+LARGE = ("cluster=h100", "cluster.memory_bytes=200000000", "cluster.memory_reserve_bytes=0", "model=quickstart")
 LARGE += ("batch.micro_sequences=4",)
 MESSAGE = "error: memory: rank "
 

@@ -49,8 +49,10 @@ def test_account_other_presets_equal_released_counts(
 def test_account_of_the_tiny_hugging_face_configuration() -> None:
     config = replace(
         preset("quickstart"),
+        vocab_size=4096,
         hidden_size=256,
         num_layers=6,
+        num_dense_layers=1,
         expert_intermediate_size=128,
         dense_intermediate_size=512,
     )
