@@ -32,7 +32,7 @@ def choices(folder: Path) -> list[str]:
         *("model=tiny", "parallelism=two_ranks", "data=files", f"data.paths=[{folder / 'text'}]"),
         *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
         *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=1"),
-        *("validation.sequences=0", "samples.prompt=", "checkpointing.every_steps=3"),
+        *("validation.sequences=0", "samples.prompt=", "checkpointing.every_steps=3", "accept=[repeated_corpus]"),
     ]
 
 

@@ -131,7 +131,8 @@ def test_run_goes_on_from_the_rescue_folder(folder: Path, damaged: str) -> None:
     steps = event["step"] + 1
     done = run_command(train(folder, "after", f"resume={folder / 'deleted.rescue'}", f"task.steps={steps}"))
     assert done.returncode == 0, done.stderr
-    assert f"resumed after step {event['step']} from {folder / 'deleted.rescue'}" in done.stdout
+    resumed = f"resumed after step {event['step']} from {folder / 'deleted.rescue'}"
+    assert resumed in " ".join(done.stdout.split()), "long lines are folded"
     assert [json.loads(line)["step"] for line in (folder / "after/metrics.jsonl").read_text().splitlines()] == [steps]
 
 

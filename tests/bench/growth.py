@@ -74,7 +74,14 @@ def main(minutes: str = "30", *overrides: str) -> int:
     seconds = 60.0 * float(minutes)
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
         out_dir = Path(name) / "run"
-        command = [sys.executable, "-m", "launch.train", "experiment=two_nodes", "task.steps=1000000"]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.train",
+            "experiment=two_nodes",
+            "task.steps=1000000",
+            "accept=[repeated_corpus]",
+        ]
         command += [f"out_dir={out_dir}", "checkpointing.keep=2", "cluster.grace_seconds=300", *overrides]
         with (Path(name) / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -181,10 +181,10 @@ def step_line(values: Mapping[str, Any]) -> str:
 
 
 def folded(line: str) -> Iterator[str]:
-    """Yields a line in parts of at most 99 characters, divided between fields or between words."""
+    """Yields a line in parts of at most 99 characters, divided between fields or words. An error stays whole."""
     label = re.match(r"step +\d+  ", line)
     indent = " " * (label.end() if label else 4)
-    while len(line) > LOG_COLUMNS:
+    while len(line) > LOG_COLUMNS and not line.startswith("error: "):
         ends = [match.start() for match in _FIELD_ENDS.finditer(line[: LOG_COLUMNS + 2])]
         cut = ends[-1] if ends and ends[-1] > LOG_COLUMNS // 2 else line.rfind(" ", len(indent), LOG_COLUMNS + 1)
         if cut < 0 and (cut := line.find(" ", LOG_COLUMNS)) < 0:
