@@ -181,7 +181,7 @@ def step_line(values: Mapping[str, Any]) -> str:
 
 
 def folded(line: str) -> Iterator[str]:
-    """Yields a line in parts of at most 99 characters, divided between fields or words. An error stays whole."""
+    """Yields a line in parts of at most 99 characters, cut between fields or words; an error stays whole."""
     label = re.match(r"step +\d+  ", line)
     indent = " " * (label.end() if label else 4)
     while len(line) > LOG_COLUMNS and not line.startswith("error: "):
