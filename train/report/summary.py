@@ -19,8 +19,8 @@ def evaluation_keys(runs: Iterable[ChartedRun]) -> list[str]:
     return sorted({key for run in runs for key in run.history.keys if _EVALUATION.fullmatch(key)})
 
 
+def _facts(history: History, evaluations: Iterable[str] = ()) -> list[tuple[str, float | None, Callable[[float], str]]]:
     """Returns what sums up a run, with these evaluations: name, value, how it is written."""
-    """Returns the numbers that sum up a run, also of evaluations with these keys: name, value, how it is written."""
     return [
         ("steps", float(history.buckets[-1].last) if history.buckets else None, count),
         ("tokens", history.latest("tokens"), short),
