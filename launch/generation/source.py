@@ -56,7 +56,6 @@ def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_token
 
     Args:
         ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
-        weights: which weights of a checkpoint.
         drop_mtp: whether the MTP modules of a Hugging Face folder are left out; they are then not checked.
         needs_tokenizer: whether a tokenizer that cannot be read is an error.
 

@@ -136,9 +136,6 @@ def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
 def planner_config(values: Mapping[str, Any]) -> PlannerConfig:
     """Decodes the rates and the declared factor.
 
-    Args:
-        values: composed values of a plan.
-
     Raises:
         ConfigError: a key is unknown or missing, or a value has a wrong type or range.
     """

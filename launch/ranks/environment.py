@@ -16,9 +16,6 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
     """Returns the environment variables for a process that will import torch.
 
     The number of threads follows the configuration. Other variables keep the value that the user has set.
-
-    Args:
-        inherited: variables that are already set.
     """
     wanted = {
         # Spinning threads cost several times the work itself if ranks share cores.

@@ -126,8 +126,6 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
 
     Args:
         folder: the run's folder; ranks read `config.yaml` and write `log/rank_*.error.log` if they fail.
-        world_size: number of ranks to start.
-        entry: main function of each rank.
 
     Returns:
         The exit code: a rank's own code, 78 if a signal ended a rank, or 128 + n if signal n ended this process or

@@ -52,7 +52,6 @@ def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
 
     Args:
         key: configuration key that sets the device.
-        advice: end of the error message.
 
     Raises:
         MachineError: names the rule and the value.

@@ -46,7 +46,6 @@ class RankSupervisor:
 
         Args:
             folder: the run's folder, into which ranks write error reports.
-            scratch: temporary folder of this attempt.
             request: preemption request, which is forwarded to every rank.
             grace_seconds: time that ranks have to end after a preemption request.
         """
@@ -207,7 +206,6 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
     Args:
         rank: first failed rank that the launcher detected.
         exit_code: exit code of its process; -n if signal n ended it.
-        request: preemption request of the run.
 
     Returns:
         The run's exit code and the reason.

@@ -55,7 +55,6 @@ def select(
     Args:
         samples: of each problem, by its number.
         template: in which the samples were generated.
-        thinking: whether the prompts opened thoughts.
     """
     kept: list[KeptSample] = []
     left_out: Counter[str] = Counter()
@@ -80,7 +79,6 @@ def to_message(text: str, template: ChatTemplate, *, thinking: bool) -> ChatMess
 
     Args:
         text: with special tokens by name.
-        template: in which it was generated.
         thinking: whether the prompt opened thoughts, so that the text begins with them.
     """
     thoughts = None

@@ -20,7 +20,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
     Args:
         arguments: `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
-        environment: variables of the Slurm step.
 
     Returns:
         0 if nothing is wrong, else 1.

@@ -18,7 +18,6 @@ def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], fo
 
     Args:
         config: the run's configuration; `out_dir` is an absolute path that all attempts of the job share.
-        slurm: Slurm options of the job.
         overrides: overrides for `launch.train`.
         folder: working directory, to which paths in `overrides` are relative.
         rank_bytes: predicted memory of the largest rank, which the nodes must have.
