@@ -181,10 +181,15 @@ def test_isolation_limits_alone_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scorer.score_program("def f(x): return x", tests).outcome == "wrong"
     assert scorer.score_program("while True: pass", tests).outcome == "timeout"
     assert scorer.score_program("x = bytearray(2**30)\ndef f(x): return x * x", tests).outcome == "wrong"
-    orphan = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(7654)\ndef f(x): return x * x"
-    scorer.score_program(orphan, tests)
-    left = [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if b"candidate import main" in _read(entry)]
-    assert not left
+    # Other test processes have sandboxes of their own: this one's orphan is known by its argument.
+    argument = f"7654.{os.getpid()}"
+    orphan = (
+        "import os\nend, kept = os.pipe()\n"
+        f"if os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '{argument}'])\n"
+        "os.close(kept)\nos.read(end, 1)\ndef f(x): return x * x"
+    )
+    assert scorer.score_program(orphan, tests).outcome == "correct"  # the pipe ends when `sleep` has started
+    assert not [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if argument.encode() in _read(entry)]
 
 
 def _read(path: Path) -> bytes:
