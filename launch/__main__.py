@@ -14,11 +14,7 @@ from launch.help.commands import listing, split_command, unknown_command
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Lists the commands, or starts the command that the first argument names.
-
-    Returns:
-        The exit code: 0, or 2 if the name is not a command. If a command starts, it replaces this process.
-    """
+    """Lists the commands, or starts the command that the first argument names."""
     name, others = split_command(arguments)
     if name is not None:
         os.execv(sys.executable, [sys.executable, "-m", f"launch.{name}", *others])

@@ -30,18 +30,6 @@ def main(overrides: Sequence[str]) -> int:
     """Evaluates, and writes records and results into a folder.
 
     All user errors are reported before weights are read.
-
-    Args:
-        overrides: overrides for `conf/evaluate.yaml`.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be read or written.
-        CheckpointError, HfError: the weights cannot be read.
-        DataError, EvaluationError: a sample is not valid, or the folder has another evaluation.
-        ScoringError: this machine cannot run a task.
     """
     job = read_job(overrides)
     with system_errors():
@@ -57,14 +45,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML.
-
-    Args:
-        overrides: overrides for `conf/evaluate.yaml`.
-
-    Raises:
-        ConfigError, CheckpointError, HfError, DataError, EvaluationError, ScoringError: as `main`.
-    """
+    """Returns the command's configuration, checked, as YAML."""
     job = read_job(overrides)
     with system_errors():
         for each in job.open_tasks():

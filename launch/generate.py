@@ -44,17 +44,6 @@ def main(overrides: Sequence[str]) -> int:
 
     The text of a single prompt streams to standard output. The continuations of a prompt file are printed one after
     the other, each after a line with its prompt, or written to `out`. Statistics go to standard error.
-
-    Args:
-        overrides: overrides for `conf/generate.yaml`; everything after `prompt=` is used verbatim.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be read or written.
-        CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
-        GenerateError: a value is out of range, a prompt is too long, or drafts are requested without an MTP module.
     """
     config = read_config(overrides)
     with system_errors():
@@ -85,14 +74,7 @@ def _print_statistics(statistics: Statistics) -> None:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML.
-
-    Args:
-        overrides: overrides for `conf/generate.yaml`.
-
-    Raises:
-        ConfigError, CheckpointError, HfError, DataError: as `main`.
-    """
+    """Returns the command's configuration, checked, as YAML."""
     config = read_config(overrides)
     with system_errors():
         tokenize_prompts(config, find_source(config))

@@ -35,17 +35,7 @@ class RedrawConfig:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Draws the report of one run, or one page that compares several, and prints its path.
-
-    Args:
-        overrides: overrides for `conf/redraw.yaml`.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError: `run` is not a run's folder or a list of them, or a folder cannot be read or written.
-    """
+    """Draws the report of one run, or one page that compares several, and prints its path."""
     chosen = _decode(overrides)
     with system_errors():
         configs = [_read_run(run) for run in chosen.run]
@@ -74,14 +64,7 @@ def _read_run(run: str) -> TrainConfig:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML.
-
-    Args:
-        overrides: overrides for `conf/redraw.yaml`.
-
-    Raises:
-        ConfigError: as `main`.
-    """
+    """Returns the command's configuration as YAML."""
     values = encode(_decode(overrides))
     return plain_text("redraw", {**values, "run": values["run"][0] if len(values["run"]) == 1 else values["run"]})
 

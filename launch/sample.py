@@ -82,19 +82,6 @@ def main(overrides: Sequence[str]) -> int:
 
     Every sample is written to `out` with the suffix `.samples` at once, and a command that was interrupted continues
     there. The selected samples are written to `out` at the end. A summary goes to standard output.
-
-    Args:
-        overrides: overrides for `conf/sample.yaml`.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be read or written.
-        CheckpointError, HfError: the weights cannot be read.
-        DataError: a problem, the tokenizer or the template is not valid; names file, line and field.
-        GenerateError: a value is out of range, or a prompt is too long.
-        ScoringError: this machine cannot run a scorer.
     """
     config = _read(overrides)
     with system_errors():
@@ -118,14 +105,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML.
-
-    Args:
-        overrides: overrides for `conf/sample.yaml`.
-
-    Raises:
-        ConfigError, CheckpointError, HfError, DataError: as `main`.
-    """
+    """Returns the command's configuration, checked, as YAML."""
     config = _read(overrides)
     with system_errors():
         _prepare(config)

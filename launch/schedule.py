@@ -61,18 +61,7 @@ class ScheduleCommandConfig:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Builds, validates and shows a schedule.
-
-    Args:
-        overrides: overrides for `conf/schedule.yaml`.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError: an unknown or missing key, an invalid value, or a file that cannot be written.
-        ScheduleError: no schedule exists for these ranks, micro-batches, costs or memory cap.
-    """
+    """Builds, validates and shows a schedule."""
     config = decode(ScheduleCommandConfig, compose("schedule", overrides))
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
@@ -82,14 +71,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML.
-
-    Args:
-        overrides: overrides for `conf/schedule.yaml`.
-
-    Raises:
-        ConfigError: as `main`.
-    """
+    """Returns the command's configuration as YAML."""
     return plain_text("schedule", encode(decode(ScheduleCommandConfig, compose("schedule", overrides))))
 
 
@@ -152,11 +134,7 @@ def _shown_decode(config: ScheduleCommandConfig) -> str:
 
 
 def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
-    """Builds the schedule that decodes. By default, 2 cohorts for each rank are in flight.
-
-    Raises:
-        ScheduleError: a number is out of range, or the cohorts do not divide the micro-batches.
-    """
+    """Builds the schedule that decodes. By default, 2 cohorts for each rank are in flight."""
     num_ranks, num_micro_batches = config.num_ranks, config.num_micro_batches
     for name, value in (("num_ranks", num_ranks), ("num_micro_batches", num_micro_batches)):
         if value < 1:

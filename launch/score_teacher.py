@@ -45,18 +45,7 @@ class ScoreTeacherConfig:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Scores all targets of the samples. All user errors are reported before weights are read.
-
-    Args:
-        overrides: overrides for `conf/score_teacher.yaml`: the keys of `conf/train.yaml`, of which the data and the
-            length of a sequence matter, and those of the scores.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError, DataError, CheckpointError, HfError: an invalid configuration.
-    """
+    """Scores all targets of the samples. All user errors are reported before weights are read."""
     with system_errors():
         config, scores = _read(overrides)
         vocab_size = _check(config, scores)
@@ -68,14 +57,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the configuration of the data and of the scores, checked, as YAML. Writes nothing.
-
-    Args:
-        overrides: overrides for `conf/score_teacher.yaml`.
-
-    Raises:
-        ConfigError, DataError, CheckpointError, HfError: as `main`.
-    """
+    """Returns the configuration of the data and of the scores, checked, as YAML. Writes nothing."""
     with system_errors():
         config, scores = _read(overrides)
         _check(config, scores)
@@ -94,12 +76,7 @@ def _read(overrides: Sequence[str]) -> tuple[TrainConfig, ScoreTeacherConfig]:
 
 
 def _check(config: TrainConfig, scores: ScoreTeacherConfig) -> int:
-    """Checks the configuration, and returns the teacher's vocabulary.
-
-    Raises:
-        ConfigError: the data have no samples, the teacher has another vocabulary, or the folder exists.
-        DataError, CheckpointError, HfError: the data or the teacher cannot be read.
-    """
+    """Checks the configuration, and returns the teacher's vocabulary."""
     check_samples(config)
     check_data(config)
     folder = Path(scores.scores).expanduser()

@@ -37,18 +37,7 @@ _LOCAL_CLUSTERS = ("laptop", "one_gpu")
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Submits a run, or prints its batch script. All user errors are reported before the job is submitted.
-
-    Args:
-        overrides: overrides for `conf/submit.yaml`: the keys of `conf/train.yaml` and the Slurm options.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration, or Slurm rejects
-            the job.
-    """
+    """Submits a run, or prints its batch script. All user errors are reported before the job is submitted."""
     with system_errors():
         overrides = with_cluster(overrides)
         values, slurm, is_dry = _composed(overrides)
@@ -67,14 +56,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the configuration of the job and of its run, as YAML for `conf/experiment/`. Writes nothing.
-
-    Args:
-        overrides: overrides for `conf/submit.yaml`.
-
-    Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration of the run or job.
-    """
+    """Returns the configuration of the job and of its run, as YAML for `conf/experiment/`. Writes nothing."""
     with system_errors():
         overrides = with_cluster(overrides)
         values, slurm, is_dry = _composed(overrides)
@@ -99,9 +81,6 @@ def with_cluster(overrides: Sequence[str]) -> list[str]:
 
     A cluster on the command line takes precedence. An experiment for a laptop is submitted with `cluster=slurm`, like
     a run without an experiment.
-
-    Raises:
-        ConfigError: an override does not parse, or a key or an option is unknown.
     """
     keys = [key_of(text) for text in overrides]
     if "cluster" in keys or "experiment" not in keys:
@@ -113,11 +92,7 @@ def with_cluster(overrides: Sequence[str]) -> list[str]:
 
 
 def job_overrides(overrides: Sequence[str], out_dir: str) -> list[str]:
-    """Returns the overrides for `launch.train` inside the job.
-
-    Args:
-        out_dir: the run's folder, the same in every attempt of the job.
-    """
+    """Returns the overrides for `launch.train` inside the job."""
     own = {*own_keys("submit"), "out_dir", "resume"}
     keys = [key_of(text) for text in overrides]
     kept = [text for text, key in zip(overrides, keys, strict=True) if key.partition(".")[0] not in own]
@@ -181,11 +156,7 @@ def _check_path(out_dir: str) -> None:
 
 
 def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
-    """Writes the script into the run's folder and submits it. Returns a line that describes the job.
-
-    Raises:
-        ConfigError: Slurm is missing or rejects the job. A folder that was created for the job is removed.
-    """
+    """Writes the script into the run's folder and submits it. Returns a line that describes the job."""
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise ConfigError("slurm: sbatch must be on PATH, is not; dry_run=true prints the script")
@@ -206,14 +177,7 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a text file with mode 0600, atomically replacing an existing file.
-
-    Args:
-        path: the file; its folder must exist.
-
-    Raises:
-        OSError: the file cannot be written. An existing file is unchanged.
-    """
+    """Writes a text file with mode 0600, atomically replacing an existing file."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     # O_EXCL and O_NOFOLLOW: another user cannot place a link or a file with wider permissions here.

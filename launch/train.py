@@ -42,15 +42,9 @@ from train.tasks.registry import TASKS
 def main(overrides: Sequence[str]) -> int:
     """Trains a model. All user errors are reported before a process starts or a file is written.
 
-    Args:
-        overrides: overrides for `conf/train.yaml`.
-
     Returns:
         The exit code: 0 done, 75 preempted after saving, 76 a rank did not reach a collective within the timeout,
         77 stopped by the guard, 78 a rank was lost, 128 + n ended by signal n.
-
-    Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -70,12 +64,6 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`.
 
     Writes nothing.
-
-    Args:
-        overrides: overrides for `conf/train.yaml`.
-
-    Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -91,12 +79,6 @@ def dry_run(overrides: Sequence[str]) -> str:
     """Returns the first training sample that `main` would read, with its targets marked.
 
     Prepares the data in its cache, and starts no rank.
-
-    Args:
-        overrides: overrides for `conf/train.yaml`.
-
-    Raises:
-        ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
     with system_errors():
         # A sample shows data alone.
@@ -117,14 +99,7 @@ def dry_run(overrides: Sequence[str]) -> str:
 
 
 def train_rank(config: TrainConfig, *, reports_on_stderr: bool = False) -> int:
-    """Runs training on one rank from start to end.
-
-    Args:
-        reports_on_stderr: whether the rank prints to stderr why it ended.
-
-    Returns:
-        The rank's exit code.
-    """
+    """Runs training on one rank from start to end."""
     from train.run import main as run
 
     return run(config, reports_on_stderr=reports_on_stderr)

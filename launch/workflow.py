@@ -22,17 +22,7 @@ from launch.workflows.table import workflow_table
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Runs the commands of a workflow that are not done, and prints a table of all parts.
-
-    Args:
-        overrides: overrides for `conf/workflow.yaml`.
-
-    Returns:
-        The exit code: 0, or that of the first command that failed.
-
-    Raises:
-        ConfigError: an unknown or missing key, an invalid value, or a folder of another workflow.
-    """
+    """Runs the commands of a workflow that are not done, and prints a table of all parts."""
     config = read_workflow(overrides)
     with system_errors():
         lines = workflow_commands(config)
@@ -50,14 +40,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration as YAML.
-
-    Args:
-        overrides: overrides for `conf/workflow.yaml`.
-
-    Raises:
-        ConfigError: as `main`.
-    """
+    """Returns the command's configuration as YAML."""
     return plain_text("workflow", plain_values(read_workflow(overrides)))
 
 

@@ -65,13 +65,6 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
         command: name of a root YAML file.
         overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
         unread: values for dotted keys that the command does not read, used if they have none.
-
-    Returns:
-        Nested dicts and lists of plain values, every interpolation resolved.
-
-    Raises:
-        ConfigError: an override does not parse, a key or an option is unknown, a value is missing, or a plugin file
-            cannot be loaded.
     """
     config = _checked(command, overrides)
     for key, value in (unread or {}).items():
@@ -92,29 +85,13 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
 
 
 def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns a command's values before interpolation. A value without a default stays `???`.
-
-    Args:
-        command: name of a root YAML file.
-        overrides: as for `compose`.
-
-    Raises:
-        ConfigError: an override does not parse, or a key or an option is unknown.
-    """
+    """Returns a command's values before interpolation. A value without a default stays `???`."""
     values = OmegaConf.to_container(_checked(command, overrides), resolve=False)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
-    """Returns the option of each group, chosen by the command line, an experiment or the defaults.
-
-    Args:
-        command: name of a root YAML file.
-        overrides: as for `compose`.
-
-    Raises:
-        ConfigError: as `compose_defaults`.
-    """
+    """Returns the option of each group, chosen by the command line, an experiment or the defaults."""
     chosen = _checked(command, overrides, with_hydra=True).hydra.runtime.choices
     return {group: str(chosen[group]) for group in default_groups(command)}
 
@@ -138,11 +115,7 @@ def quoted_override(key: str, value: str) -> str:
 
 
 def key_of(override: str) -> str:
-    """Returns the dotted key or the group that an override sets.
-
-    Raises:
-        ConfigError: the override does not parse.
-    """
+    """Returns the dotted key or the group that an override sets."""
     return str(_parse(override).key_or_group)
 
 
@@ -320,12 +293,7 @@ def _broken_rule(override: Override, known: Mapping[str, Any]) -> str:
 
 
 def _unresolved(key: str, known: Mapping[str, Any]) -> str:
-    """Returns the error of a value that refers, perhaps over others, to a value that does not exist.
-
-    Args:
-        key: dotted key of the value, which has `${...}`.
-        known: values by dotted keys, as written.
-    """
+    """Returns the error of a value that refers, perhaps over others, to a value that does not exist."""
     text = known.get(key)
     for name in re.findall(r"\$\{([\w./]+)\}", str(text)):
         parent = name.partition(".")[0]
@@ -363,11 +331,7 @@ def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
 
 
 def dotted_keys(values: object, prefix: str = "", *, has_items: bool = False) -> Iterable[tuple[str, Any]]:
-    """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it.
-
-    Args:
-        has_items: whether items of lists have keys too, which are their numbers.
-    """
+    """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it."""
     items = enumerate(values) if has_items and isinstance(values, list) else ()
     for key, value in values.items() if isinstance(values, dict) else items:
         yield f"{prefix}{key}", value
@@ -375,12 +339,7 @@ def dotted_keys(values: object, prefix: str = "", *, has_items: bool = False) ->
 
 
 def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Returns every dotted key of a command with its value.
-
-    Args:
-        command: name of a root YAML file.
-        choices: overrides that choose the options of groups.
-    """
+    """Returns every dotted key of a command with its value."""
     return _known_keys(command, tuple(choices), config_dirs())
 
 

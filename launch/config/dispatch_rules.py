@@ -7,11 +7,7 @@ from train.config.errors import ConfigError
 
 
 def check_exchange(config: TrainConfig) -> None:
-    """Rejects a dispatcher that cannot serve the run.
-
-    Raises:
-        ConfigError: the dispatcher does not fit the run or this machine, or tokens may reach too many nodes.
-    """
+    """Rejects a dispatcher that cannot serve the run."""
     try:
         DISPATCHERS.get(config.dispatch.kind).check(config.dispatch, config.dispatch_site)
     except DispatchRequirementError as error:

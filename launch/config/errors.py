@@ -19,12 +19,7 @@ class SyntaxOverrideError(ConfigError):
 
 
 def check_all(config: TrainConfig, *rules: Callable[[TrainConfig], None]) -> None:
-    """Checks independent rules, and reports all that are broken in one message.
-
-    Raises:
-        ConfigError: several rules are broken.
-        ConfigError, CutError, ScheduleError: the error of the only broken rule.
-    """
+    """Checks independent rules, and reports all that are broken in one message."""
     errors: list[ValueError] = []
     for rule in rules:
         try:
@@ -42,9 +37,6 @@ def system_errors() -> Iterator[None]:
     """Turns an OSError, such as a missing permission or a full disk, into a user error.
 
     A broken pipe is not an error and is raised unchanged.
-
-    Raises:
-        ConfigError: instead of OSError.
     """
     try:
         yield

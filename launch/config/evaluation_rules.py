@@ -7,12 +7,7 @@ from train.config.errors import ConfigError
 
 
 def check_evaluation(config: TrainConfig) -> None:
-    """Rejects tasks that the model cannot do, and files that do not exist.
-
-    Raises:
-        ConfigError: a task needs another output head, or has no file.
-        DataError: a file cannot be read.
-    """
+    """Rejects tasks that the model cannot do, and files that do not exist."""
     tasks = config.evaluation.tasks
     for name in tasks.tasks:
         spec = EVALUATION_TASKS.get(name)

@@ -71,9 +71,6 @@ def load_plugin_files(paths: object) -> None:
     """Imports plugin files, so that their registered names can be chosen.
 
     Ignores values that are not lists of paths. The decoder reports such values later.
-
-    Raises:
-        ConfigError: a file is missing, fails during import, or registers nothing.
     """
     if isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths):
         try:

@@ -17,11 +17,7 @@ _DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16", "fp8"
 
 
 def check_model(model: ModelConfig) -> None:
-    """Rejects inconsistent sizes of a model.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects inconsistent sizes of a model."""
     if model.qk_rope_head_dim % 2:
         raise ConfigError(
             f"model.qk_rope_head_dim: must be even, because values rotate in pairs, is {model.qk_rope_head_dim}; "
@@ -41,14 +37,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_experts(model: ModelConfig, expert: int) -> None:
-    """Rejects a number of experts that does not fit the expert groups, the gate or the expert ranks.
-
-    Args:
-        expert: number of ranks that share the experts of a layer.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects a number of experts that does not fit the expert groups, the gate or the expert ranks."""
     experts, top_k = model.num_routed_experts, model.num_experts_per_token
     groups, limit = model.num_expert_groups, model.num_limited_groups
     if experts % expert:
@@ -75,11 +64,7 @@ def check_experts(model: ModelConfig, expert: int) -> None:
 
 
 def check_expert_ranks(mesh: ParallelismConfig) -> None:
-    """Rejects a number of expert ranks that does not divide the ranks of a stage.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects a number of expert ranks that does not divide the ranks of a stage."""
     if mesh.stage_ranks % mesh.expert:
         divided = f"parallelism.data={mesh.data}"
         if mesh.context > 1:
@@ -91,11 +76,7 @@ def check_expert_ranks(mesh: ParallelismConfig) -> None:
 
 
 def check_optim(config: TrainConfig) -> None:
-    """Rejects a learning rate schedule, a sharding or moments that do not fit the run.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects a learning rate schedule, a sharding or moments that do not fit the run."""
     optim, precision = config.optim, config.precision.kind
     try:
         check_schedule(optim, config.batch_sizes, config.task.steps)
@@ -128,11 +109,7 @@ def _check_bf16_moments(config: TrainConfig) -> None:
 
 
 def check_attention(config: TrainConfig) -> None:
-    """Rejects an attention kernel that does not support the device or the precision.
-
-    Raises:
-        ConfigError: the kernel is for another device or another precision, or for whole sequences.
-    """
+    """Rejects an attention kernel that does not support the device or the precision."""
     name, device, precision = config.attention, config.cluster.device, config.precision.kind
     if name == AUTO:
         return

@@ -8,14 +8,7 @@ from train.config.errors import ConfigError
 
 
 def write_output(text: str, out: str) -> None:
-    """Writes the text to a file atomically, or to standard output if `out` is empty.
-
-    Args:
-        text: the output, without the last line break.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Writes the text to a file atomically, or to standard output if `out` is empty."""
     if not out:
         print(text)
         return

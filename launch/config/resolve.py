@@ -36,16 +36,7 @@ _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fills in the composed values that depend on the initial weights or on the resumed run.
-
-    Args:
-        values: values that `compose` returned for `conf/train.yaml`. A value of a wrong type is kept; the decoder
-            reports it.
-
-    Raises:
-        ConfigError: an unknown model kind or key, or no tokenizer at the path.
-        CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
-    """
+    """Fills in the composed values that depend on the initial weights or on the resumed run."""
     resolved = _with_moments(values)
     model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
     weights = named_weights(values.get("init_from"))
@@ -65,15 +56,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_files(config: TrainConfig) -> None:
-    """Rejects a run whose text, checkpoint or initial weights are missing or do not fit.
-
-    Raises:
-        ConfigError: the tokenizer has more tokens than the model, or keys exclude each other.
-        DataError: text is missing or empty, or a data setting is invalid.
-        CheckpointError: `resume` names no checkpoint, an incomplete one, or one of another model.
-        CheckpointError, HfError: `init_from` names no weights, or weights of another model.
-        ScoringError: a part of the reward applies to no problem.
-    """
+    """Rejects a run whose text, checkpoint or initial weights are missing or do not fit."""
     check_text(config, check_data(config))
     check_evaluation(config)
     TASKS.get(config.task.kind).check_files(config)
@@ -86,17 +69,7 @@ def check_files(config: TrainConfig) -> None:
 
 
 def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
-    """Returns the keys of a `ModelConfig` from the composed keys of `model`.
-
-    Args:
-        model: either `kind` with its keys, or the keys of a `ModelConfig`.
-        init_from: weights that the key `init_from` names, if any.
-        init_mtp: value of the key `init_mtp`; with `drop`, `of_checkpoint` has no MTP modules.
-
-    Raises:
-        ConfigError: an unknown kind or key, an invalid size, or no weights that define the architecture.
-        CheckpointError, HfError: the weights that `init_from` names cannot be read.
-    """
+    """Returns the keys of a `ModelConfig` from the composed keys of `model`."""
     if "kind" not in model:
         return dict(model)
     kinds: dict[str, Callable[[], ModelConfig]] = {
@@ -164,10 +137,6 @@ def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> ob
     Returns:
         A file's path, or None if a tokenizer must be trained. A value that is not a string is returned unchanged; the
         decoder reports it.
-
-    Raises:
-        ConfigError: there is no tokenizer at the path.
-        CheckpointError: the weights or the run cannot be read.
     """
     if not isinstance(tokenizer, str):
         return tokenizer
@@ -238,10 +207,6 @@ def check_data(config: TrainConfig) -> int:
 
     Returns:
         The size of the tokenizer's vocabulary.
-
-    Raises:
-        ConfigError: the tokenizer has more tokens.
-        DataError: as in `data.prepare.check_config`.
     """
     tokens, model = check_config(config.data), config.model.vocab_size
     if tokens <= model:
@@ -266,13 +231,6 @@ def check_text(config: TrainConfig, num_tokens: int) -> None:
     """Rejects a tokenizer or a corpus that is far too small for the run, unless `accept` confirms it.
 
     The size of a tokenizer that belongs to the weights or to the source is what it must be.
-
-    Args:
-        num_tokens: size of the tokenizer's vocabulary.
-
-    Raises:
-        ConfigError: the tokenizer has ids for less than 90 % of the model's vocabulary.
-        DataError: as in `train.corpus.check_repeats`, estimated from the sizes of the files.
     """
     data, rows = config.data, config.model.vocab_size
     is_own = DATA_SOURCES.get(data.source.kind).tokenizer is not None or _is_tokenizer_of_weights(config)

@@ -10,11 +10,7 @@ from train.tasks.registry import TASKS
 
 
 def check_rollouts(config: TrainConfig) -> None:
-    """Rejects rollouts that a task does not use or lacks, and sizes that do not fit.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects rollouts that a task does not use or lacks, and sizes that do not fit."""
     kind, rollouts = config.task.kind, config.rollout
     if not TASKS.get(kind).has_rollouts:
         for key, value in (("rollout", rollouts), ("reward", config.reward)):

@@ -25,11 +25,7 @@ _RAMP = "batch.ramp"
 
 
 def check_name(config: TrainConfig) -> None:
-    """Rejects a name that is not valid as a folder name.
-
-    Raises:
-        ConfigError: states the rule and the name.
-    """
+    """Rejects a name that is not valid as a folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise ConfigError(
             "name: must contain only letters, digits, '.', '_' and '-', because it names a folder, is "
@@ -39,13 +35,7 @@ def check_name(config: TrainConfig) -> None:
 
 
 def check_rules(config: TrainConfig) -> None:
-    """Rejects an invalid configuration by its values, with all broken rules in one message.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-        CutError: there are fewer layers than pipeline stages.
-        ScheduleError: the schedule does not support the number of ranks or micro-batches.
-    """
+    """Rejects an invalid configuration by its values, with all broken rules in one message."""
     check_all(config, _check_sizes, _check_profile, check_rollouts, TASKS.get(config.task.kind).check)
 
 

@@ -23,16 +23,7 @@ _ENDLESS_STEPS = 2**40
 
 
 def compose_run(overrides: Sequence[str], *, checks_weights: bool = True) -> TrainConfig:
-    """Composes, resolves and decodes a run's configuration; `check` is the last step.
-
-    Args:
-        overrides: overrides for `conf/train.yaml`.
-        checks_weights: as in `check`.
-
-    Raises:
-        ConfigError: an override does not parse, or as in `read_run`.
-        CheckpointError, HfError, CutError, ScheduleError, DataError: as in `read_run`.
-    """
+    """Composes, resolves and decodes a run's configuration; `check` is the last step."""
     try:
         return read_run(compose("train", overrides), checks_weights=checks_weights)
     except MissingValueError as missing:
@@ -54,17 +45,7 @@ def _other_problem(overrides: Sequence[str], missing: Sequence[str], *, checks_w
 
 
 def read_run(values: Mapping[str, Any], *, checks_weights: bool = True) -> TrainConfig:
-    """Resolves and decodes a run's composed values. Every command that starts or plans a run calls it.
-
-    Args:
-        values: keys of `conf/train.yaml`. Keys of `conf/submit.yaml`, which an experiment may also set, are ignored.
-        checks_weights: as in `check`.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value has a wrong type or range.
-        CheckpointError, HfError: the weights that define the model or the tokenizer cannot be read.
-        CutError, ScheduleError, DataError: as in `check`, if `task.epochs` is the length of the run.
-    """
+    """Resolves and decodes a run's composed values. Every command that starts or plans a run calls it."""
     own = own_keys("submit")
     resolved = resolve({key: value for key, value in values.items() if key not in own})
     return with_chunks(_with_steps(resolved, checks_weights=checks_weights))
@@ -91,9 +72,6 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
     """Decodes a run's configuration from resolved values, as stored in a run's `config.yaml`.
 
     Reads no files.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value has a wrong type or range.
     """
     data = values.get("data")
     if isinstance(data, Mapping):
@@ -119,11 +97,6 @@ def check(config: TrainConfig, *, checks_weights: bool = True) -> None:
 
     Args:
         checks_weights: whether a task that needs trained weights must have them. A plan and a sample do without.
-
-    Raises:
-        ConfigError: a rule between keys is violated, or the run does not fit its devices.
-        CutError, ScheduleError: as in `check_rules`.
-        DataError, CheckpointError, HfError: as in `check_files`.
     """
     _check_values(config, checks_weights=checks_weights)
     check_memory(config, check_rules)

@@ -17,9 +17,6 @@ def describe_checkpoint(source: GenerationSource) -> dict[str, Any]:
 
     The manifest of a checkpoint has the hash of every file, and so its hash is that of the weights. All files of a
     Hugging Face folder are read.
-
-    Raises:
-        OSError: a file cannot be read.
     """
     if source.is_hf:
         paths = sorted(path for path in source.folder.iterdir() if path.suffix in _HASHED_SUFFIXES)

@@ -13,11 +13,7 @@ from train.config.errors import ConfigError
 
 
 def check_compared(folder: str, tasks: Sequence[OpenTask]) -> None:
-    """Rejects a folder without a complete evaluation of the tasks.
-
-    Raises:
-        ConfigError: names the rule and the nearest valid choice.
-    """
+    """Rejects a folder without a complete evaluation of the tasks."""
     path = Path(folder).expanduser()
     if not (path / RESULTS_NAME).is_file() or not (path / IDENTITY_NAME).is_file():
         raise ConfigError(
@@ -37,12 +33,7 @@ def check_compared(folder: str, tasks: Sequence[OpenTask]) -> None:
 def compare_with(
     folder: str, tasks: Sequence[OpenTask], records: Mapping[str, Sequence[Record]], seed: int
 ) -> dict[str, dict[str, PairedComparison]]:
-    """Returns the comparison of each metric of each task.
-
-    Args:
-        folder: of the other evaluation, as `check_compared` accepts it.
-        records: of this evaluation, by task.
-    """
+    """Returns the comparison of each metric of each task."""
     found = dict[str, dict[str, PairedComparison]]()
     for each in tasks:
         others = {str(record["id"]): record for record in read_records(Path(folder).expanduser(), each.name)}

@@ -27,10 +27,6 @@ def open_harness_model(
         ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
         weights: trained, or ema: the average of a run with `ema.decay`.
         batch_size: maximum number of sequences that are computed together. It changes no result.
-
-    Raises:
-        ConfigError: lm-evaluation-harness is not installed, or the weights have no tokenizer or no output head.
-        CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval: must be installed, is not; run pip install '.[lm-eval]'")

@@ -26,11 +26,7 @@ def write_outcome(
     checkpoint: Mapping[str, Any],
     folder: EvaluationFolder,
 ) -> str:
-    """Computes results, writes the page and then `results.json`, and returns the summary.
-
-    Args:
-        records: of all samples, by task.
-    """
+    """Computes results, writes the page and then `results.json`, and returns the summary."""
     results = {each.name: task_result(each, records[each.name]) for each in tasks}
     compared = None if job.config.compare is None else compare_with(job.config.compare, tasks, records, job.config.seed)
     dtype = job.source.resolve(job.config.dtype)

@@ -31,11 +31,7 @@ class EvaluationPlacement:
 
 
 def check_placement(job: EvaluationJob) -> EvaluationPlacement:
-    """Checks that the model can be spread over the ranks.
-
-    Raises:
-        ConfigError, ScheduleError, CutError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Checks that the model can be spread over the ranks."""
     mesh, started = job.config.parallelism, os.environ.get("WORLD_SIZE")
     if is_torchrun(os.environ) and started != str(mesh.world_size):
         raise ConfigError(
@@ -47,16 +43,7 @@ def check_placement(job: EvaluationJob) -> EvaluationPlacement:
 
 
 def evaluate_on_local_ranks(job: EvaluationJob, placement: EvaluationPlacement, done: Done, write: Write) -> None:
-    """Starts ranks on this machine, which evaluate. No rank outlives the call.
-
-    Args:
-        done: samples that are not evaluated again.
-        write: takes the records, in this process.
-
-    Raises:
-        RankError: a rank failed or died.
-        ValueError: an error of the user.
-    """
+    """Starts ranks on this machine, which evaluate. No rank outlives the call."""
     cluster = local_cluster(job.config.device, job.config.parallelism.world_size)
     function = partial(_evaluate, job, placement, done)
     run_on_local_ranks(function, cluster, job.config.parallelism.world_size, _PRELOADED, lambda sent: write(*sent))
@@ -67,15 +54,7 @@ def _evaluate(job: EvaluationJob, placement: EvaluationPlacement, done: Done, se
 
 
 def evaluate_as_rank(job: EvaluationJob, placement: EvaluationPlacement, done: Done | None, write: Write) -> None:
-    """Evaluates as one rank of the job.
-
-    Args:
-        done: samples that are not evaluated again; rank 0's are used.
-        write: takes the records on rank 0.
-
-    Raises:
-        CheckpointError, HfError, EvaluationError, ConfigError: as `launch.evaluate.main`.
-    """
+    """Evaluates as one rank of the job."""
     from comm.groups import ClusterError
     from train.decoding.inference import InferenceConfig, open_pipeline
     from train.evaluation.pipelined import PipelinedModel

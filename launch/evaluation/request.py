@@ -47,12 +47,7 @@ class EvaluationJob:
     source: GenerationSource
 
     def open_tasks(self) -> list[OpenTask]:
-        """Builds the tasks, which check all of their files.
-
-        Raises:
-            ConfigError: the weights have no tokenizer, or another head than a task needs.
-            EvaluationError, DataError, ScoringError: a task cannot run.
-        """
+        """Builds the tasks, which check all of their files."""
         source = self.source
         if source.tokenizer is None:
             raise ConfigError(f"ckpt: tasks need a tokenizer, {source.folder} holds none")
@@ -70,15 +65,7 @@ class EvaluationJob:
 
 
 def read_job(overrides: Sequence[str]) -> EvaluationJob:
-    """Composes and checks the configuration, and locates the weights without reading them.
-
-    Args:
-        overrides: overrides for `conf/evaluate.yaml`.
-
-    Raises:
-        ConfigError: an unknown or missing key, or an invalid value.
-        CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
-    """
+    """Composes and checks the configuration, and locates the weights without reading them."""
     values: dict[str, Any] = compose("evaluate", overrides)
     names = [name for name in ("tasks", *EVALUATION_TASKS.names()) if name in values]
     tasks = EvaluationTasksConfig.from_plain({name: values.pop(name) for name in names})

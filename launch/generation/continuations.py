@@ -105,13 +105,6 @@ def new_file(key: str, name: str) -> Iterator[TextIO]:
     """Opens a text file that is written as NAME.partial and renamed when it is complete.
 
     If an error interrupts the writing, NAME.partial stays, and a line on stderr says so. An empty file is removed.
-
-    Args:
-        key: configuration key that names the file, for error messages.
-        name: path of the file; missing folders are created.
-
-    Raises:
-        ConfigError: the file cannot be written.
     """
     path = Path(name).expanduser()
     partial = path.with_name(f"{path.name}.partial")

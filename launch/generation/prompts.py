@@ -32,11 +32,7 @@ class Prompt:
 
 
 def read_stop(value: object) -> Stop:
-    """Reads the key `stop`, a list of token ids and strings.
-
-    Raises:
-        ConfigError: the value is not a list of token ids and strings.
-    """
+    """Reads the key `stop`, a list of token ids and strings."""
     if not isinstance(value, list):
         raise ConfigError(f"stop: must be a list of strings and token ids, is {value!r}; write stop=[{value}]")
     for index, item in enumerate(value):
@@ -47,15 +43,7 @@ def read_stop(value: object) -> Stop:
 
 
 def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
-    """Reads prompts as text.
-
-    Args:
-        prompt: a single prompt; `-` reads standard input.
-        prompts: a .txt or .jsonl file of prompts; takes precedence.
-
-    Raises:
-        ConfigError: the file is missing, has another suffix or holds no prompts, or text is not UTF-8.
-    """
+    """Reads prompts as text."""
     if prompts is None:
         return [_standard_input() if prompt == "-" else _checked("prompt", prompt or "")]
     path = Path(prompts).expanduser()
@@ -75,11 +63,7 @@ def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """Loads the tokenizer next to weights, or returns None if there is no tokenizer file.
-
-    Raises:
-        DataError: the file is not a valid tokenizer.
-    """
+    """Loads the tokenizer next to weights, or returns None if there is no tokenizer file."""
     path = find_tokenizer_file(folder)
     return None if path is None else Tokenizer.load(path)
 
@@ -87,17 +71,7 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 def text_encoder(
     chat: str | None, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None
 ) -> Callable[[str], list[int]]:
-    """Returns a function that encodes a prompt: as text to continue, or as a user's message to answer.
-
-    Args:
-        chat: value of the key `chat`: a template's name, `auto`, or None.
-        folder: folder of the weights, whose template `auto` takes.
-        thinking: value of the key `thinking`.
-
-    Raises:
-        ConfigError: no such template, the weights have none that is known, or keys contradict each other.
-        DataError: the tokenizer lacks a token of the template.
-    """
+    """Returns a function that encodes a prompt: as text to continue, or as a user's message to answer."""
     if chat is None and thinking is not None:
         raise ConfigError(f"thinking: must be null without chat, is {thinking}; nearest valid: chat=auto")
     if chat is None:
@@ -107,17 +81,7 @@ def text_encoder(
 
 
 def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None) -> ChatTemplate:
-    """Returns the template of chats.
-
-    Args:
-        chat: value of the key `chat`: a template's name, or `auto`.
-        folder: folder of the weights, whose template `auto` takes.
-        thinking: value of the key `thinking`.
-
-    Raises:
-        ConfigError: no such template, the weights have none that is known, or keys contradict each other.
-        DataError: the tokenizer lacks a token of the template.
-    """
+    """Returns the template of chats."""
     name = _template_name(chat, folder)
     template = CHAT_TEMPLATES.get(name)
     if thinking and template.thoughts is None:

@@ -68,14 +68,7 @@ class RankJob:
 
 
 def check_ranks(model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleConfig) -> tuple[str, tuple[range, ...]]:
-    """Checks that a model can be spread over a mesh.
-
-    Returns:
-        The kind of schedule whose placement is used, and the layers of each stage.
-
-    Raises:
-        ConfigError, ScheduleError, CutError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Checks that a model can be spread over a mesh."""
     if mesh.context > 1:
         raise ConfigError(
             f"parallelism.context: must be 1, because ranks that generate hold whole sequences, is {mesh.context}; "
@@ -117,11 +110,7 @@ def local_cluster(device: str, num_ranks: int) -> ClusterConfig:
 
 
 def generate_as_rank(job: RankJob) -> Rollouts:
-    """Generates as one rank of the job, and returns all rollouts on every rank.
-
-    Raises:
-        CheckpointError, HfError, GenerateError, ConfigError: as `launch.generate.main`.
-    """
+    """Generates as one rank of the job, and returns all rollouts on every rank."""
     from comm.groups import ClusterError
     from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
     from train.decoding.inference import InferenceConfig, open_pipeline
@@ -145,12 +134,7 @@ def generate_as_rank(job: RankJob) -> Rollouts:
 
 
 def generate_on_local_ranks(job: RankJob) -> Rollouts:
-    """Starts the job's ranks on this machine and returns their rollouts. No rank outlives the call.
-
-    Raises:
-        RankError: a rank failed or died.
-        ValueError: an error of the user, as `generate_as_rank`.
-    """
+    """Starts the job's ranks on this machine and returns their rollouts. No rank outlives the call."""
     rollouts = run_on_local_ranks(partial(_generate, job), job.cluster, job.parallelism.world_size, _PRELOADED)
     assert isinstance(rollouts, Rollouts)
     return rollouts

@@ -59,11 +59,7 @@ class GenerateCommandConfig:
 
 
 def read_config(overrides: Sequence[str]) -> GenerateCommandConfig:
-    """Composes and checks the configuration.
-
-    Raises:
-        ConfigError: an unknown or missing key, or an invalid value.
-    """
+    """Composes and checks the configuration."""
     # A prompt is text, not Hydra's grammar, in which brackets, colons and commas mean something.
     prompts = [text for text in overrides if text.startswith("prompt=")]
     values: dict[str, Any] = compose("generate", [text for text in overrides if text not in prompts])
@@ -91,11 +87,7 @@ def find_source(config: GenerateCommandConfig) -> GenerationSource:
 
 
 def tokenize_prompts(config: GenerateCommandConfig, source: GenerationSource) -> list[Prompt]:
-    """Reads all prompts and converts them to token ids.
-
-    Raises:
-        ConfigError: a file cannot be read, or text is used without a tokenizer.
-    """
+    """Reads all prompts and converts them to token ids."""
     tokenizer = source.tokenizer
     if tokenizer is None and config.stop.strings:
         raise ConfigError(f"stop: text needs a tokenizer, {source.folder} holds none; write token ids")

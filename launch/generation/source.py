@@ -52,17 +52,7 @@ class GenerationSource:
 
 
 def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_tokenizer: bool) -> GenerationSource:
-    """Locates weights without reading them.
-
-    Args:
-        ckpt: a run's folder, one of its checkpoints, converted weights, or a Hugging Face folder.
-        drop_mtp: whether the MTP modules of a Hugging Face folder are left out; they are then not checked.
-        needs_tokenizer: whether a tokenizer that cannot be read is an error.
-
-    Raises:
-        ConfigError: a Hugging Face folder has no average of weights.
-        CheckpointError, HfError, DataError: the weights or the tokenizer cannot be read.
-    """
+    """Locates weights without reading them."""
     folder, is_hf, end_ids = source_folder(ckpt, "ckpt"), is_hf_folder(ckpt), list[int]()
     drop_mtp = drop_mtp and is_hf
     model = source_config(ckpt, "ckpt", drop_mtp=drop_mtp)
@@ -94,12 +84,7 @@ def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_token
 def load_model(
     source: GenerationSource, precision: InferencePrecision, device: Literal["cpu", "cuda"]
 ) -> "Transformer":
-    """Loads the whole model into this process, and says so on standard error.
-
-    Raises:
-        ConfigError: there is no GPU that torch can use.
-        CheckpointError, HfError: the weights cannot be read.
-    """
+    """Loads the whole model into this process, and says so on standard error."""
     # Printed first: importing torch takes a second or more.
     print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
     # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.

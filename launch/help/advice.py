@@ -46,11 +46,7 @@ class Advice:
     example: str
 
     def overrides(self, value: str) -> list[str]:
-        """Returns the recommended overrides.
-
-        Args:
-            value: the value that the user wrote; if empty, the example is used.
-        """
+        """Returns the recommended overrides."""
         return [_fill(text, value or self.example) for text in self.write]
 
     def text(self, value: str, error: str = "") -> str:
@@ -102,11 +98,7 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
 
 
 def refuse_flags(command: str, arguments: Sequence[str]) -> None:
-    """Rejects flags: `--key value`, `--key=value` and single letters.
-
-    Raises:
-        ConfigError: suggests the equivalent override.
-    """
+    """Rejects flags: `--key value`, `--key=value` and single letters."""
     for index, argument in enumerate(arguments):
         if not argument.startswith("-"):
             continue

@@ -33,11 +33,6 @@ def command(
 
     A user error prints one line to stderr and returns exit code 2. Ctrl-C prints `interrupted` and returns 130.
     If the reader of stdout closes the pipe, the command ends silently.
-
-    Args:
-        preview: runs instead of `main` with `config_only=true`, if the command has one.
-        dry_run: runs instead of `main` with `dry_run=true`, if the command has one.
-        quiet: print no error, because another rank prints the same one.
     """
     interrupts = Interrupts()
     escape_terminals()

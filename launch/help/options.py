@@ -51,13 +51,7 @@ class _Source:
 
 
 def read_options(command: str, values: Mapping[str, Any], chosen: Mapping[str, str]) -> list[Option]:
-    """Returns all keys of a command with their values; a key precedes those that it contains.
-
-    Args:
-        command: name of a root YAML file.
-        values: before interpolation, by key.
-        chosen: the chosen option of each group.
-    """
+    """Returns all keys of a command with their values; a key precedes those that it contains."""
     sources = {group: _Source.of_option(group, option) for group, option in chosen.items()}
     roots = [_Source(config_dir() / f"{root}.yaml", "") for root in (*included_roots(command), command)]
     comments = {key: text for source in (*sources.values(), *roots) for key, text in _comments(source) if text}
@@ -75,11 +69,7 @@ def read_options(command: str, values: Mapping[str, Any], chosen: Mapping[str, s
 
 
 def other_options(chosen: Mapping[str, str]) -> list[Option]:
-    """Returns the groups of a command, and the keys of all their options but experiments.
-
-    Args:
-        chosen: the chosen option of each group.
-    """
+    """Returns the groups of a command, and the keys of all their options but experiments."""
     found: dict[str, Option] = {}
     for group in _with_nested(chosen):
         for option in options(group):

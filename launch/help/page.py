@@ -39,9 +39,6 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
     Args:
         arguments: words (`all` for all keys), and overrides; required values may be missing.
         columns: maximum width of a line in characters.
-
-    Raises:
-        ConfigError: nothing matches the words.
     """
     overrides = [text for text in arguments if "=" in text or text[:1] in "-+~"]
     words = [text.lower().replace("-", "_") for text in arguments if text not in overrides]
@@ -144,11 +141,7 @@ def _type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:
 
 
 def _search(command: str, words: Sequence[str], kinds: Mapping[Option, str]) -> list[Option]:
-    """Returns the options that match all words, names first, or else those with the nearest names.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Returns the options that match all words, names first, or else those with the nearest names."""
     ranked = [(rank, option) for option, kind in kinds.items() if (rank := _rank(words, option, kind)) is not None]
     if ranked:
         return [option for _, option in sorted(ranked, key=lambda pair: pair[0])]

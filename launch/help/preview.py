@@ -10,11 +10,7 @@ from train.config.errors import ConfigError
 
 
 def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[list[str], bool]:
-    """Returns the arguments without a switch, and its value.
-
-    Raises:
-        ConfigError: the value is neither true nor false.
-    """
+    """Returns the arguments without a switch, and its value."""
     rest, is_on = [], False
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")

@@ -82,10 +82,6 @@ def start_fork_server(cluster: ClusterConfig, modules: Sequence[str]) -> None:
     """Starts the fork server, which imports `modules` in the background. Returns immediately.
 
     Call it before this process imports torch, so that both processes import at the same time.
-
-    Args:
-        cluster: configuration that defines the environment of the imports.
-        modules: modules to import; missing ones are skipped.
     """
     apply_rank_environment(cluster)
     multiprocessing.set_forkserver_preload(list(modules))
@@ -123,9 +119,6 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
 
     SIGTERM, SIGUSR1 and SIGHUP request preemption; the ranks have `cluster.grace_seconds` to save and end. If a rank is
     lost or does not respond, all ranks restart from the newest complete checkpoint, up to `cluster.max_restarts` times.
-
-    Args:
-        folder: the run's folder; ranks read `config.yaml` and write `log/rank_*.error.log` if they fail.
 
     Returns:
         The exit code: a rank's own code, 78 if a signal ended a rank, or 128 + n if signal n ended this process or

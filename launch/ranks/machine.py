@@ -27,11 +27,7 @@ class MachineError(ConfigError):
 
 
 def has_driver(libraries: Sequence[str] = _DRIVERS) -> bool:
-    """Returns whether NVIDIA's driver is installed.
-
-    Args:
-        libraries: possible names of the driver's library.
-    """
+    """Returns whether NVIDIA's driver is installed."""
     return any(_loads(library) for library in libraries)
 
 
@@ -49,12 +45,6 @@ def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
     """Rejects the device cuda on a machine without a driver, or with a torch without CUDA.
 
     Takes milliseconds.
-
-    Args:
-        key: configuration key that sets the device.
-
-    Raises:
-        MachineError: names the rule and the value.
     """
     if device != "cuda":
         return
@@ -67,15 +57,7 @@ def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
 
 
 def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
-    """Rejects a machine with too few visible GPUs for its ranks, or a torch without NCCL. Imports torch.
-
-    Args:
-        config: the run's configuration; its environment variables must be set.
-        num_local_ranks: number of ranks on this machine.
-
-    Raises:
-        MachineError: names the rule, the value and the nearest valid one.
-    """
+    """Rejects a machine with too few visible GPUs for its ranks, or a torch without NCCL. Imports torch."""
     cluster = config.cluster
     if cluster.device != "cuda":
         return
@@ -101,11 +83,7 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Rejects an attention kernel whose package is not installed.
-
-    Raises:
-        MachineError: names the package.
-    """
+    """Rejects an attention kernel whose package is not installed."""
     name = config.attention
     if name != AUTO and not ATTENTION.get(name).is_installed:
         raise MachineError(
@@ -126,9 +104,6 @@ def check_scorers(config: TrainConfig) -> None:
     """Rejects a reward that this machine cannot compute.
 
     Parts that need a model on the ranks are not built here.
-
-    Raises:
-        ScoringError: names the part and the reason.
     """
     parts = None if config.reward is None else host_parts(config.reward)
     if parts is not None:

@@ -47,13 +47,7 @@ _FOLDERS = frozenset(("log", "checkpoints", "profile", "rollouts", "wandb"))
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Rejects an `out_dir` in which the run would overwrite other files. Creates nothing.
-
-    Raises:
-        ConfigError: `out_dir` is a file, or a folder with content that is not the run that `resume` names (any run for
-            `resume=auto`), or a name that a run writes is a link or a pipe.
-        LockedError: another command on this machine uses the folder.
-    """
+    """Rejects an `out_dir` in which the run would overwrite other files. Creates nothing."""
     folder = Path(config.out_dir).expanduser()
     if not config.out_dir or not os.path.lexists(folder):
         return
@@ -88,15 +82,8 @@ def _check_holds(config: TrainConfig, folder: Path) -> None:
 def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
     """Creates the run's folder, writes the resolved configuration into it, and holds its lock until exit.
 
-    Args:
-        now: time that names the folder if `out_dir` is empty.
-
     Yields:
         The configuration with the folder as `out_dir`, and the lock.
-
-    Raises:
-        ConfigError: the folder cannot be created or written, or other content has appeared since the check.
-        LockedError: another command uses the folder.
     """
     with _system_refusals(config):
         folder = _make(config, now)
@@ -113,17 +100,7 @@ def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[Trai
 
 
 def write_run_folder(config: TrainConfig, now: datetime) -> TrainConfig:
-    """Creates the run's folder and writes the resolved configuration into it. The caller holds the lock.
-
-    Args:
-        now: time that names the folder if `out_dir` is empty.
-
-    Returns:
-        The configuration with the folder as `out_dir`.
-
-    Raises:
-        ConfigError: the folder cannot be created or written.
-    """
+    """Creates the run's folder and writes the resolved configuration into it. The caller holds the lock."""
     with _system_refusals(config):
         folder = _make(config, now)
         config = replace(config, out_dir=str(folder))
@@ -156,11 +133,7 @@ def _say(line: str) -> None:
 
 
 def read_folder(folder: Path) -> TrainConfig:
-    """Returns the configuration in a run's folder, with `out_dir` set to this folder.
-
-    Raises:
-        ConfigError: as in `read_config`, or the file is not YAML with plain values.
-    """
+    """Returns the configuration in a run's folder, with `out_dir` set to this folder."""
     path = folder / CONFIG_NAME
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
@@ -209,12 +182,6 @@ def check_content(folder: Path) -> None:
     """Rejects a folder in which a name that a run writes is a link, a pipe or a device.
 
     A link to a folder of this user is accepted, because checkpoints may be on another disk.
-
-    Args:
-        folder: a run's folder, which must exist.
-
-    Raises:
-        ConfigError: names the entry.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = entry.name

@@ -42,13 +42,7 @@ class RankSupervisor:
     """Thread that supervises ranks next to the launcher. Each rank writes a file `pid_*` into `scratch`."""
 
     def __init__(self, folder: Path, scratch: Path, request: Preemption, grace_seconds: float) -> None:
-        """Prepares the supervisor; `running` starts it.
-
-        Args:
-            folder: the run's folder, into which ranks write error reports.
-            request: preemption request, which is forwarded to every rank.
-            grace_seconds: time that ranks have to end after a preemption request.
-        """
+        """Prepares the supervisor; `running` starts it."""
         self._folder = folder
         self.scratch = scratch
         self._request = request
@@ -149,11 +143,7 @@ class RankCheck:
         self._num_missing = 0
 
     def __call__(self) -> None:
-        """Checks the ranks once.
-
-        Raises:
-            VanishedError: ranks were missing in the previous call and are still missing.
-        """
+        """Checks the ranks once."""
         alive = {child.pid for child in multiprocessing.active_children()}
         num_missing = self._world_size - len(alive)
         if num_missing > 0 and self._num_missing > 0:
@@ -185,14 +175,7 @@ def pid_of(path: Path) -> int:
 
 
 def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
-    """Reports vanished ranks, with the verdict of the other ranks if there is one.
-
-    Args:
-        reason: description of the failure, used if there is no verdict.
-
-    Returns:
-        The run's exit code and the reason.
-    """
+    """Reports vanished ranks, with the verdict of the other ranks if there is one."""
     if (verdict := find_verdict(folder)) is None:
         print_redacted(f"error: {reason}")
         return EXIT_LOST, reason
@@ -206,9 +189,6 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
     Args:
         rank: first failed rank that the launcher detected.
         exit_code: exit code of its process; -n if signal n ended it.
-
-    Returns:
-        The run's exit code and the reason.
     """
     signalled = _signal_of(exit_code)
     if signalled is signal.SIGINT:
@@ -263,9 +243,6 @@ def remove_leftovers(place: Path) -> None:
     """Removes leftover folders of this user whose owner was a process on this machine that has ended.
 
     Follows no links.
-
-    Args:
-        place: folder for temporary files, to which other users may write too.
     """
     with suppress(OSError):
         for entry in list(os.scandir(place)):

@@ -42,16 +42,7 @@ def run_on_local_ranks(
     preloaded: Sequence[str],
     receive: Callable[[Any], None] = lambda message: None,
 ) -> Any:
-    """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call.
-
-    Args:
-        preloaded: modules that are imported once, before the ranks are forked.
-        receive: takes the messages of rank 0 in order.
-
-    Raises:
-        RankError: a rank failed or died.
-        ValueError: an error of the user.
-    """
+    """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call."""
     apply_rank_environment(cluster)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", *preloaded])

@@ -49,15 +49,7 @@ class SampleJournal:
     """The file of samples, open for appending. Use it as a context manager."""
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
-        """Opens or creates the file, and reads the samples that it has.
-
-        Args:
-            made_with: what decides the samples, as plain values.
-
-        Raises:
-            ConfigError: the file has samples that were made with something else, another process writes it, or it
-                cannot be written.
-        """
+        """Opens or creates the file, and reads the samples that it has."""
         self._path = path
         self.samples: dict[int, tuple[ScoredSample, ...]] = {}
         try:
@@ -125,11 +117,7 @@ class SampleJournal:
 
 
 def read_samples(path: Path) -> dict[int, tuple[ScoredSample, ...]]:
-    """Reads the samples of a finished journal by the number of the problem.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Reads the samples of a finished journal by the number of the problem."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

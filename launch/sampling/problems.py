@@ -54,11 +54,7 @@ ProblemsConfig = FileProblemsConfig | ArithmeticProblemsConfig
 
 
 def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
-    """Returns the problems in order.
-
-    Raises:
-        DataError: a file is missing or empty, or a line is no problem; names the file, the line and the field.
-    """
+    """Returns the problems in order."""
     match config:
         case FileProblemsConfig(path=path):
             return _read_file(Path(path).expanduser())

@@ -51,10 +51,6 @@ def select(
     """Selects samples. It is a pure function, so that a new selection needs no new samples.
 
     Among the good answers of a problem, those with the highest reward are kept, and the first ones among equals.
-
-    Args:
-        samples: of each problem, by its number.
-        template: in which the samples were generated.
     """
     kept: list[KeptSample] = []
     left_out: Counter[str] = Counter()

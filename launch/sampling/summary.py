@@ -10,11 +10,7 @@ from launch.sampling.selection import SampleSelection, is_easy
 
 
 def summary(samples: Mapping[int, Sequence[ScoredSample]], selection: SampleSelection, easy_rate: float) -> str:
-    """Returns lines about problems, outcomes, parts of the reward, and the selection.
-
-    Args:
-        easy_rate: share of correct answers from which a problem is easy.
-    """
+    """Returns lines about problems, outcomes, parts of the reward, and the selection."""
     drawn = [sample for each in samples.values() for sample in each]
     outcomes = Counter(sample.sheet.outcome for sample in drawn)
     has_verdict = any(sample.sheet.is_verdict for sample in drawn)

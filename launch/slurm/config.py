@@ -92,11 +92,7 @@ def seconds_of(time: str) -> int | None:
 
 
 def check_slurm(config: SlurmConfig) -> None:
-    """Rejects values that sbatch would reject or misinterpret.
-
-    Raises:
-        ConfigError: names the key, the rule and the value.
-    """
+    """Rejects values that sbatch would reject or misinterpret."""
     for key in ("partition", "account", "qos"):
         _check_text(f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_.,@+-]+", "a name as sinfo or sacctmgr shows it")
     for key in ("python", "image"):

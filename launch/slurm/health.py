@@ -20,9 +20,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
     Args:
         arguments: `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
-
-    Returns:
-        0 if nothing is wrong, else 1.
     """
     given = dict(argument.split("=", 1) for argument in arguments)
     node, index = environment.get("SLURMD_NODENAME", socket.gethostname()), int(environment["SLURM_NODEID"])

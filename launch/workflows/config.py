@@ -75,14 +75,7 @@ class WorkflowCommand:
 
 
 def read_workflow(overrides: Sequence[str]) -> WorkflowCommandConfig:
-    """Composes and decodes the configuration of the command.
-
-    Args:
-        overrides: overrides for `conf/workflow.yaml`.
-
-    Raises:
-        ConfigError: an unknown or missing key, or an invalid value.
-    """
+    """Composes and decodes the configuration of the command."""
     values = compose("workflow", overrides)
     return decode(WorkflowCommandConfig, {**values, "workflow": _listed(values["workflow"])})
 

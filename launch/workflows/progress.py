@@ -14,11 +14,7 @@ class WorkflowProgress:
     """The commands of a workflow that are done, and the seconds of each, in a file."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the file of a folder, which is created.
-
-        Raises:
-            ConfigError: the file is not one of this command.
-        """
+        """Reads the file of a folder, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / STATE_NAME
         self._records: dict[str, dict[str, Any]] = {}
@@ -32,11 +28,7 @@ class WorkflowProgress:
                 ) from error
 
     def is_done(self, line: WorkflowCommand) -> bool:
-        """Returns whether a command is done.
-
-        Raises:
-            ConfigError: a command of this name was done with other overrides.
-        """
+        """Returns whether a command is done."""
         record = self._records.get(line.name)
         if record is None or not record["is_done"]:
             return False

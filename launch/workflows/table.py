@@ -14,12 +14,7 @@ _NUM_COLUMNS = 3
 
 
 def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowCommand], progress: WorkflowProgress) -> str:
-    """Returns pass rates and mean numbers of tokens after each part, and the seconds of all commands.
-
-    Args:
-        lines: its commands, all done.
-        progress: with their seconds.
-    """
+    """Returns pass rates and mean numbers of tokens after each part, and the seconds of all commands."""
     rates = {
         (line.part, line.evaluation): _read_rates(evaluation_file(config, line.part, line.evaluation))
         for line in lines

@@ -29,14 +29,6 @@ def decode(cls: type[T], values: object, place: str = "") -> T:
     `Annotated[str, REGISTRY]` is one of the registry's names. `Annotated[Base, REGISTRY]` is a union of dataclasses:
     the field `kind` is one of the names, and the `config` of that entry is the dataclass. A number with a `Range`
     (`kernels.ranges`) must lie in that range.
-
-    Args:
-        cls: a dataclass, or a union of dataclasses that their field `kind` distinguishes.
-        values: a mapping from field names to plain values.
-        place: dotted key of `values`, for errors.
-
-    Raises:
-        ConfigError: an unknown or missing key, a value of another type, a number that is not finite or out of range.
     """
     return _decode(cls, values, place)  # type: ignore[no-any-return]
 
@@ -53,12 +45,7 @@ def encode(instance: object) -> Any:
 
 
 def describe_key(hint: Any, values: object, key: str) -> str:
-    """Returns type and range of a dotted key, by its value if no dataclass has it.
-
-    Args:
-        hint: as `cls` of `decode`.
-        values: plain values; their `kind` selects the dataclass of a union.
-    """
+    """Returns type and range of a dotted key, by its value if no dataclass has it."""
     name, _, rest = key.partition(".")
     value = values.get(name) if isinstance(values, Mapping) else None
     members = _members(hint)

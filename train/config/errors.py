@@ -18,11 +18,7 @@ class UnknownKeyError(ConfigError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns the end of a message about an invalid name: the closest choices, or else all of them.
-
-    Args:
-        name: the name that was written.
-    """
+    """Returns the end of a message about an invalid name: the closest choices, or else all of them."""
     valid = list(choices)
     close = closest(name, valid)
     if close:
@@ -34,10 +30,6 @@ def nearest_key(key: str, choices: Sequence[str]) -> str:
     """Returns the closest dotted keys.
 
     Typos among siblings come first, then missing prefixes, then all keys.
-
-    Args:
-        key: the dotted key that was written.
-        choices: every dotted key that exists.
     """
     parent, _, last = key.rpartition(".")
     siblings = [choice for choice in choices if choice.rpartition(".")[0] == parent]

@@ -30,11 +30,7 @@ class EvaluationTasksConfig:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "EvaluationTasksConfig":
-        """Decodes the key `tasks` and a group of keys for each task.
-
-        Raises:
-            ConfigError: an unknown task, a task that is named twice, or a key that is not valid.
-        """
+        """Decodes the key `tasks` and a group of keys for each task."""
         names = decode(_Names, {"tasks": values.get("tasks")}).tasks
         for name in names:
             if names.count(name) > 1:
@@ -70,11 +66,7 @@ class RunEvaluationConfig:
 
     @classmethod
     def from_plain(cls, values: object) -> "RunEvaluationConfig":
-        """Decodes the keys `every_steps` and `tasks`, and a group of keys for each task.
-
-        Raises:
-            ConfigError: a key is unknown or missing, or a value is not valid.
-        """
+        """Decodes the keys `every_steps` and `tasks`, and a group of keys for each task."""
         if not isinstance(values, Mapping):
             raise ValueError(f"must hold keys and values, is {values!r}")
         known = ("tasks", *EVALUATION_TASKS.names())

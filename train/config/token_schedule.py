@@ -34,14 +34,7 @@ class TokenSchedule:
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
-        """Reads a schedule from a number or a list.
-
-        Args:
-            value: a number, or mappings with `from_tokens` and `value`, ascending.
-
-        Raises:
-            ValueError: the value is invalid. The message holds the rule and the value, without the key.
-        """
+        """Reads a schedule from a number or a list."""
         if not isinstance(value, list | tuple):
             return cls.constant(_value(value, value))
         points = tuple(_point(item) for item in value)
@@ -59,11 +52,7 @@ class TokenSchedule:
         return [{"from_tokens": point.from_tokens, "value": point.value} for point in self.points]
 
     def at(self, tokens: int) -> float:
-        """Returns the value of a step.
-
-        Args:
-            tokens: tokens of all steps before it.
-        """
+        """Returns the value of a step."""
         return next(point.value for point in reversed(self.points) if point.from_tokens <= tokens)
 
 
