@@ -1,6 +1,7 @@
 """The report of a run: whole, offline, of what the folder says, whatever its length and however it ended."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,9 +24,8 @@ from train.records.status import State, Status, write_status
 from train.report.figures import num_bytes, plain, seconds, short
 from train.report.history import History
 from train.report.layers import palette, png, relative_shades
-from train.report.lines import read_loads, read_numbers
 from train.report.page import REPORT_NAME
-from train.report.source import RunSource
+from train.report.source import RunSource, read_loads
 from train.report.write import COMPARISON_NAME, Report, compare, differing_settings
 
 VOID = {"meta", "img", "input"}
@@ -54,19 +54,24 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._is_data:
-            found = json.loads(data)
-            if isinstance(found, list):
-                self.runs = found
+            values = json.loads(data)
+            if isinstance(values, list):
+                self.runs = values
             else:
-                self.charts[found["title"]] = found
+                self.charts[values["title"]] = values
             self._is_data = False
+
+    def numbers(self, title: str, run: int = 0) -> dict[str, dict[str, list[float]]]:
+        """Numbers of a chart's lines in each bucket, by name."""
+        numbers = self.runs[run]["numbers"]
+        lines = self.charts[title]["lines"]
+        return {line["name"]: numbers[line["key"]] for line in lines if line["key"] in numbers}
 
     def reading(self, title: str, step: int) -> dict[str, float]:
         """Values of a chart's lines at a step, by name."""
-        chart = self.charts[title]
         spans = self.runs[0]["spans"]
-        place = next(place for place, (first, last) in enumerate(spans) if first <= step <= last)
-        return {line["name"]: line["values"][place] for line in chart["series"] if not line["edge"]}
+        bucket = next(bucket for bucket, (first, last) in enumerate(spans) if first <= step <= last)
+        return {name: values["mean"][bucket] for name, values in self.numbers(title).items()}
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -126,14 +131,12 @@ def test_report_is_whole_and_offline_at_every_length(tmp_path: Path, steps: int)
 def test_report_draws_what_was_recorded_in_its_place(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 101))
     page = Page(Report(config).write().read_text())
-    chart = page.charts[LOSS]
     assert page.runs[0]["steps"] == list(range(1, 101))
     assert page.runs[0]["extent"] == [0.5, 100.5]
     assert page.runs[0]["tokens"] == [64 * step for step in range(1, 101)]
     assert page.runs[0]["hours"] is None  # the records have no step_seconds
-    assert chart["series"][0]["values"] == [pytest.approx(9 - step / 100) for step in range(1, 101)]
-    assert [line["name"] for line in chart["series"]] == ["total", "main", "MTP"]
-    assert chart["bands"] == []
+    assert list(page.numbers(LOSS)) == ["total", "main", "MTP"]
+    assert page.numbers(LOSS)["total"] == {"mean": [pytest.approx(9 - step / 100) for step in range(1, 101)]}
 
 
 def test_report_draws_validation_by_position_and_evaluations_in_order(tmp_path: Path) -> None:
@@ -144,8 +147,9 @@ def test_report_draws_validation_by_position_and_evaluations_in_order(tmp_path: 
         measured = {"evaluation_choice_accuracy": 0.25, "evaluation_<b>": 1.0}
         metrics.write(json.dumps({**record, **measured, "long_document_share": 0.5}) + "\n")
     page = Page(Report(config).write().read_text())
-    names = [line["name"] for line in page.charts["Validation loss by position in the document"]["series"]]
-    assert names == [f"tokens {name}" for name in ("0-127", "128-255", "256-511", "512-1023", "1024-2047")]
+    assert list(page.numbers("Validation loss by position in the document")) == [
+        f"tokens {name}" for name in ("0-127", "128-255", "256-511", "512-1023", "1024-2047")
+    ]
     assert page.reading("Validation loss by position in the document", 3)["tokens 512-1023"] == 4.0
     assert page.reading("Validation bits per byte, up to the base length", 3) == {"bits per byte": 1.5}
     assert page.reading("Tokens in long documents", 3) == {"long documents": 0.5}
@@ -156,13 +160,11 @@ def test_report_draws_validation_by_position_and_evaluations_in_order(tmp_path: 
 def test_report_shows_least_and_most_of_many_steps_as_a_band(tmp_path: Path) -> None:
     config = place_run(tmp_path, range(1, 1001))
     page = Page(Report(config).write().read_text())
-    chart = page.charts[LOSS]
-    (most, least), *_ = chart["bands"]
-    assert [chart["series"][place]["edge"] for place in (most, least)] == [True, True]
+    total = page.numbers(LOSS)["total"]
     first, last = page.runs[0]["spans"][1]
-    assert chart["series"][most]["values"][1] == pytest.approx(9 - first / 100)
-    assert chart["series"][least]["values"][1] == pytest.approx(9 - last / 100)
-    assert chart["series"][0]["values"][1] == pytest.approx(9 - (first + last) / 200)
+    assert total["most"][1] == pytest.approx(9 - first / 100)
+    assert total["least"][1] == pytest.approx(9 - last / 100)
+    assert total["mean"][1] == pytest.approx(9 - (first + last) / 200)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -282,18 +284,22 @@ def test_redraw_makes_the_report_of_a_folder(tmp_path: Path, capsys: pytest.Capt
 def test_history_keeps_means_extremes_and_sums_when_buckets_are_joined() -> None:
     history, values = History(8), np.random.default_rng(3).normal(size=203)
     for step, value in enumerate(values.tolist(), 1):
-        history.add(step, {"a": value, **({"rare": value} if step % 50 == 0 else {})})
+        history.add(step, {"a": value, **({"rare": value} if step % 50 == 0 else {}), "never": math.nan})
         history.add_loads(step, {"layer_1": np.array([step, 1.0])})
     assert history.width == 32
-    assert len(history.buckets) == 7
-    for bucket, tally in history.tallies("a"):
-        part = values[bucket.first - 1 : bucket.last]
-        assert (tally.least, tally.most, tally.count) == (part.min(), part.max(), len(part))
-        assert tally.mean == pytest.approx(part.mean())
-        assert bucket.loads["layer_1"].tolist() == [sum(range(bucket.first, bucket.last + 1)), len(part)]
+    assert history.firsts == list(range(1, 204, 32))
+    numbers = history.statistics("a")
+    assert numbers is not None
+    for bucket, (first, last) in enumerate(zip(history.firsts, history.lasts, strict=True)):
+        part = values[first - 1 : last]
+        assert (numbers.least_N[bucket], numbers.most_N[bucket]) == (part.min(), part.max())
+        assert numbers.count_N[bucket] == len(part)
+        assert numbers.mean_N[bucket] == pytest.approx(part.mean())
+        assert history.loads[bucket]["layer_1"].tolist() == [sum(range(first, last + 1)), len(part)]
     assert history.latest("a") == values[-1]
     assert history.latest("rare") == values[199]
-    assert [bucket.first for bucket in history.buckets] == list(range(1, 204, 32))
+    assert history.keys == ["a", "rare"]
+    assert history.latest("never") is None
 
 
 def test_heat_map_is_a_png_of_its_shades() -> None:
@@ -313,37 +319,12 @@ def test_figures_are_round_and_short() -> None:
     assert [num_bytes(value) for value in (12.0, 698_359_808.0)] == ["12 B", "698 MB"]
 
 
-def test_lines_are_decoded_the_same_way_fast_and_slowly() -> None:
-    row = list(range(5))
-    fast = read_loads(json.dumps({"step": 3, "layer_1": row, "layer_2": row[::-1]}).encode() + b"\n")
-    slow = read_loads(json.dumps({"layer_1": row, "layer_2": row[::-1], "step": 3}).encode() + b"\n")
-    assert fast is not None
-    assert slow is not None
-    assert (fast[0], slow[0]) == (3, 3)
-    for found in (fast[1], slow[1]):
-        assert {layer: loads.tolist() for layer, loads in found.items()} == {"layer_1": row, "layer_2": row[::-1]}
-    record = next(records(range(7, 8)))
-    for line in (json.dumps(record), json.dumps(record, separators=(",", ":"))):
-        found_numbers = read_numbers(line.encode() + b"\n")
-        assert found_numbers is not None
-        assert found_numbers[0] == 7
-        assert found_numbers[1]["router.layer_2.bias_most"] == record["router"]["layer_2"]["bias_most"]
-        assert not [key for key in found_numbers[1] if key.startswith("exchange")]
-
-
 @pytest.mark.parametrize(
-    "line",
-    [b'{"step": 1, "layer_1": [1, , 2]}\n', b'{"step": 1, "layer_1": [1, 2\n', b'{"layer_1": [1]}\n', b"[1]\n", b"\n"],
+    "row", [["a"], [], [[1]], [1e30], [2**60], [2**80], [1, [2]], None, 3, {"a": 1}, [None], [float("nan")]]
 )
-def test_broken_line_of_loads_is_ignored(line: bytes) -> None:
-    assert read_loads(line) is None
-
-
-@pytest.mark.parametrize("row", ["[-1, 2]", '["a"]', "[]", "[[1]]", "[1e30]", str([2**60]), "[1, 2.5]"])
-def test_unusual_row_of_loads_is_decoded_as_json(row: str) -> None:
-    found = read_loads(b'{"step": 1, "layer_1": ' + row.encode() + b"}\n")
-    assert found is not None
-    assert found[1].keys() <= {"layer_1"}
+def test_row_of_loads_that_is_not_numbers_is_left_out(row: object) -> None:
+    loads = read_loads({"step": 1, "layer_1": row, "layer_2": [1, 2.5]})
+    assert {layer: numbers.tolist() for layer, numbers in loads.items()} == {"layer_2": [1.0, 2.5]}
 
 
 def test_loads_of_a_long_run_are_sampled_and_do_not_depend_on_when_they_are_read(tmp_path: Path) -> None:
@@ -361,10 +342,10 @@ def test_loads_of_a_long_run_are_sampled_and_do_not_depend_on_when_they_are_read
         with (parts.folder / name).open("ab") as file:
             file.write(b"".join(lines[1700:]))
     parts.follow()
-    for one, other in zip(whole.history.buckets, parts.history.buckets, strict=True):
-        assert (one.first, one.last) == (other.first, other.last)
-        assert one.loads["layer_1"].tolist() == other.loads["layer_1"].tolist()
-        assert one.loads["layer_1"][1] >= 4
+    assert (whole.history.firsts, whole.history.lasts) == (parts.history.firsts, parts.history.lasts)
+    for loads, loads_of_parts in zip(whole.history.loads, parts.history.loads, strict=True):
+        assert loads["layer_1"].tolist() == loads_of_parts["layer_1"].tolist()
+        assert loads["layer_1"][1] >= 4
 
 
 STEP_TIME = {"compute": 6.0, "exposed_exchange": 1.0, "bubble": 2.0, "optimizer": 0.5, "other": 0.25, "saving": 0.25}
@@ -390,8 +371,8 @@ def test_report_shows_hours_and_where_the_time_of_a_step_goes(tmp_path: Path) ->
     for part, value in STEP_TIME.items():
         assert f"</i>{part.replace('_', ' ')}<small>" in text
         assert f"<td>{seconds(value)}</td><td>{value * 10:.3g} %</td>" in text
-    chart = page.charts["Parts of a step's time"]
-    assert [line["values"][0] for line in chart["series"] if not line["edge"]] == list(STEP_TIME.values())
+    parts = page.numbers("Parts of a step's time")
+    assert [values["mean"][0] for values in parts.values()] == list(STEP_TIME.values())
 
 
 def test_report_says_what_its_axes_are(tmp_path: Path) -> None:
@@ -408,11 +389,7 @@ def test_report_of_two_runs_shows_them_side_by_side(tmp_path: Path, capsys: pyte
     page = Page(path.read_text())
     assert [run["name"] for run in page.runs] == ["first", "second"]
     assert [len(run["steps"]) for run in page.runs] == [4, 6]
-    series = page.charts[LOSS]["series"]
-    assert [(line["name"], line["run"], line["color"]) for line in series] == [
-        ("first: main", 0, 1),
-        ("second: main", 1, 2),
-    ]
+    assert [page.numbers(LOSS, run)["main"]["mean"] for run in (0, 1)] == [[2.0] * 4, [3.0] * 6]
     text = path.read_text()
     assert "<td>last loss, main head</td><td>2</td><td>3</td><td>+50.0 %</td>" in text
     assert "<td>seed</td><td>1</td><td>2</td>" in text

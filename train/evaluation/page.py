@@ -8,8 +8,8 @@ from dualpipe.draw.document import document
 from infer.evaluate.protocol import ResultGrid, ResultTable
 from infer.evaluate.results import TaskResult
 from infer.evaluate.statistics import PairedComparison
+from train.report.elements import table
 from train.report.figures import plain
-from train.report.table import table
 
 PAGE_NAME = "report.html"
 _WIDTH, _ROW, _LABEL, _VALUE = 720, 30, 190, 150

@@ -9,9 +9,9 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from train.report.chart import Line, band
+from train.report.charts import Chart, ChartWriter
 from train.report.figures import plain
-from train.report.history import Bucket, History
+from train.report.history import History
 
 _ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels
 _LEAST_ROW, _MOST_ROW, _OVERVIEW, _MOST_NAMES = 8.0, 22.0, 160.0, 12
@@ -23,37 +23,42 @@ _OCTAVES = 2.0
 
 def overview(history: History, name: str = "") -> str:
     """Returns a map of the latest known loads: layers below each other, experts to the right."""
-    latest = next((bucket for bucket in reversed(history.buckets) if bucket.loads), None)
+    latest = next((bucket for bucket in reversed(range(len(history.loads))) if history.loads[bucket]), None)
     if latest is None:
         return ""
-    layers = [layer for layer in history.layers() if layer in latest.loads]
-    share_RC = np.stack([_share(latest, layer) for layer in layers])
+    loads, first, last = history.loads[latest], history.firsts[latest], history.lasts[latest]
+    layers = [layer for layer in history.layers() if layer in loads]
+    share_RC = np.stack([_share(loads[layer]) for layer in layers])
     rows, experts = share_RC.shape
     height = rows * min(max(_LEAST_ROW, _OVERVIEW / rows), _MOST_ROW)
-    steps = f"step {latest.first:,}" + (f" to {latest.last:,}" if latest.last > latest.first else "")
+    steps = f"step {first:,}" + (f" to {last:,}" if last > first else "")
     every = -(-rows // _MOST_NAMES)
-    names = [_name(layer) if place % every == 0 else "" for place, layer in enumerate(layers)]
+    names = [_name(layer) if row % every == 0 else "" for row, layer in enumerate(layers)]
     heat = _heat(relative_shades(share_RC), height, names, is_fixed=True)
     ends = f'<div class="ends"><span>expert 0</span><span>expert {experts - 1}</span></div>'
     return f"<figure><h3>Load of each expert, {steps}{escape(name)}</h3>{heat}{ends}</figure>"
 
 
-def card(history: History, layer: str) -> str:
-    """One layer's `<figure>`; empty text where nothing is known of it."""
-    loaded = [bucket for bucket in history.buckets if layer in bucket.loads]
-    least, most = (
-        Line(key=f"router.{layer}.bias_{key}", name=f"{name} bias", color=1)
-        for key, name in (("least", "least"), ("most", "greatest"))
+def card(charts: ChartWriter, history: History, layer: str) -> str:
+    """Returns a layer's `<figure>`; empty text if nothing is known of it."""
+    bias = Chart(
+        title=f"{_name(layer)}: bias of the router",
+        lines={f"router.{layer}.bias_least": "least bias", f"router.{layer}.bias_most": "greatest bias"},
+        colors=[1, 1],
+        y="bias",
+        from_zero=True,
+        is_range=True,
     )
-    bias = band(history, f"{_name(layer)}: bias of the router", least, most, y="bias")
-    if not loaded and not bias:
+    plot = charts.plot(bias)
+    rows = [loads[layer] for loads in history.loads if layer in loads]
+    if not rows and not plot:
         return ""
     heat = ""
-    if loaded:
-        experts = len(loaded[0].loads[layer])
+    if rows:
+        experts = len(rows[0])
         height = min(max(experts * _ROW, _LEAST_MAP), _MOST_MAP)
         heat = _heat(relative_shades(_over_time(history, layer, experts)), height, ["expert 0", f"{experts - 1}"])
-    return f"<figure><h3>{escape(_name(layer).capitalize())}{_facts(history, layer)}</h3>{heat}{bias}</figure>"
+    return f"<figure><h3>{escape(_name(layer).capitalize())}{_facts(history, layer)}</h3>{heat}{plot}</figure>"
 
 
 def relative_shades(share_RC: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -113,18 +118,16 @@ def _facts(history: History, layer: str) -> str:
     return f" <small>{', '.join(facts)}</small>"
 
 
-def _share(bucket: Bucket, layer: str) -> NDArray[np.float64]:
-    loads = bucket.loads[layer]
-    share: NDArray[np.float64] = loads / max(float(loads.mean()), 1e-300)
-    return share
+def _share(loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    return loads / max(float(loads.mean()), 1e-300)
 
 
 def _over_time(history: History, layer: str, experts: int) -> NDArray[np.float64]:
-    """Experts by buckets; a bucket without loads shows those before it."""
+    """Returns experts by buckets; a bucket without loads shows those before it."""
     columns: list[NDArray[np.float64]] = []
-    for bucket in history.buckets:
+    for loads in history.loads:
         before = columns[-1] if columns else np.full(experts, np.nan)
-        columns.append(_share(bucket, layer) if layer in bucket.loads else before)
+        columns.append(_share(loads[layer]) if layer in loads else before)
     return np.stack(columns, axis=1)
 
 

@@ -93,6 +93,29 @@
     image.style.left = -100 * (low - first) / (high - low) + "%";
   }
 
+  // A chart's series, one for each run and number, and bands between two of them: from the least to the greatest value
+  // of several steps, or of two numbers. Several runs differ by color, and their lines by dashes.
+  function build(chart) {
+    chart.canBeLog = chart.unit !== "percent" && !chart.is_range;
+    chart.series = [];
+    chart.bands = [];
+    for (const [run, {name, numbers}] of RUNS.entries()) {
+      const made = chart.lines.map((line, place) => {
+        const values = numbers[line.key];
+        if (!values) return null;
+        const style = RUNS.length === 1 ? {name: line.name, color: line.color, dash: 0} :
+          {name: chart.lines.length > 1 ? name + ": " + line.name : name, color: run + 1, dash: place};
+        const add = (shown, edge) => chart.series.push({...style, dots: line.dots, run, values: shown, edge}) - 1;
+        const least = values.least || values.mean, most = values.most || values.mean;
+        const at = add(!chart.is_range ? values.mean : place ? most : least, false);
+        if (values.most && !chart.is_range) chart.bands.push([add(most, true), add(least, true)]);
+        return at;
+      });
+      if (chart.is_range && made.every(at => at != null)) chart.bands.push([made[1], made[0]]);
+    }
+    return chart;
+  }
+
   // Series of a chart with the values to draw; while lines are smoothed, their own values are faint behind them.
   function seriesOf(chart) {
     const isSmooth = line => state.smooth > 0 && !line.dots && !line.edge && line.values.length > 2;
@@ -148,8 +171,8 @@
     const format = FORMATS[chart.unit], isLog = state.log && chart.canBeLog, isNarrow = holder.clientWidth < 330;
     const axis = {stroke: color("--soft"), grid: {stroke: color("--line"), width: 1}, ticks: {show: false}, font: FONT,
       labelFont: FONT, labelSize: LABEL, labelGap: 0};
-    const linear = (_, min, max) => !min && !max ? [0, chart.unit === "percent" ? 0.1 : 1] : uPlot.rangeNum(chart.fromZero ? Math.min(0, min) : min,
-      chart.fromZero ? Math.max(0, max) : max, 0.06, true);
+    const linear = (_, min, max) => !min && !max ? [0, chart.unit === "percent" ? 0.1 : 1] : uPlot.rangeNum(chart.from_zero ? Math.min(0, min) : min,
+      chart.from_zero ? Math.max(0, max) : max, 0.06, true);
     const logarithmic = (_, min, max) => min == null ? [0.1, 1] : max / min < 20 ? [min / 1.1, max * 1.1] :
       uPlot.rangeLog(min, max, 10, false);
     const heat = holder.parentElement.querySelector(".heat:not(.fixed)");
@@ -176,7 +199,7 @@
       axes: [
         {...axis, size: 24, grid: {show: false}, label: X[state.x].title, space: isNarrow ? 64 : 56,
           ...(X[state.x].incrs ? {incrs: X[state.x].incrs} : {}), values: (_, ticks) => ticks.map(X[state.x].text)},
-        {...axis, size: LEFT - LABEL, label: chart.y || chart.title, values: (_, ticks) => ticks.map(narrowFormat),
+        {...axis, size: LEFT - LABEL, label: chart.y, values: (_, ticks) => ticks.map(narrowFormat),
           ...(isLog ? logTicks : {})},
       ],
       series: [{label: X[state.x].title, value: (plot, _, __, place) => placeText(plot, place)},
@@ -185,7 +208,7 @@
         series: [top + 1, bottom + 1], fill: color("--c" + chart.series[top].color) + "2e",
       })),
       hooks: {
-        draw: chart.marks ? [drawMarks] : [],
+        draw: chart.has_marks ? [drawMarks] : [],
         setScale: heat ? [(_, key) => { if (key === "x") followZoom(heat); }] : [],
         setSelect: [plot => {
           const {left, width} = plot.select;
@@ -260,7 +283,7 @@
 
   function draw() {
     plots.splice(0).forEach(plot => { plot.observer.disconnect(); plot.destroy(); });
-    const charts = all(".plot").map(holder => [holder, JSON.parse(holder.querySelector("script").textContent)]);
+    const charts = all(".plot").map(holder => [holder, build(JSON.parse(holder.querySelector("script").textContent))]);
     for (const [holder, chart] of charts) {
       const lines = seriesOf(chart), plot = new uPlot(options(chart, holder, lines), dataOf(lines), holder);
       plot.root.tabIndex = 0;

@@ -1,6 +1,5 @@
 """Draws a run on one offline page: curves, pipeline, experts, exchange, checkpoints and events."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,18 +13,16 @@ from dualpipe.draw.document import document
 from dualpipe.draw.style import STYLE
 from train.errors import LOG_FOLDER, find_errors
 from train.planner.measured.compare import Comparison
+from train.planner.measured.shown import HEADER, notes, rows
 from train.records.status import read_status
-from train.report.chart import ChartedRun, Line, chart, run_data
+from train.report.charts import ChartedRun, ChartWriter, block
+from train.report.elements import table
 from train.report.figures import num_bytes, plain, short
+from train.report.journals import has_journals
 from train.report.layers import card, legend_gradient, overview
-from train.report.predicted import predicted_tables
-from train.report.rewards import answer_charts, reward_charts
 from train.report.source import RunSource
-from train.report.step_time import step_time
-from train.report.summary import comparison, evaluation_keys, tiles
-from train.report.table import table
-from train.report.viewer.journals import has_journals
-from train.report.viewer.page import VIEWER_NAME
+from train.report.summary import step_time, summary
+from train.report.viewer import VIEWER_NAME
 from train.samples.answers import read_answers
 
 REPORT_NAME = "report.html"
@@ -35,16 +32,6 @@ _LIBRARY = Path(__file__).with_name("uplot")  # 1.6.32, MIT License, unchanged
 _STYLES = (_LIBRARY / "uplot.css", Path(__file__).with_name("page.css"))
 _MOST_EVENTS = 1000
 _MOST_ERRORS = 3
-_NUM_COLORS = 9
-_BY_POSITION = "validation_loss_by_position."
-_MOST_EVALUATIONS = 24
-_RANGE = re.compile(re.escape(_BY_POSITION) + r"\d+-\d+")
-_LOSSES = (
-    Line(key="loss", name="total", color=0),
-    Line(key="main_loss", name="main", color=1),
-    Line(key="mtp_loss", name="MTP", color=2),
-    Line(key="validation_loss", name="validation", color=3, dots=True),
-)
 _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("rows_within_nodes", "rows within nodes", short),
     ("rows_across_nodes", "rows across nodes", short),
@@ -86,31 +73,34 @@ def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[s
         title: of the page, plain text.
         differences: keys of the configuration that differ, each with the value of every run.
     """
-    runs = [run.charted() for run in drawn]
+    charts = ChartWriter([run.charted() for run in drawn])
     sections = [
-        _section("Different settings", _differences(runs, differences)),
-        _section("Rewards", _viewer_link(drawn) + _charts(reward_charts(runs))),
-        _section("Sampled answers", _charts(answer_charts(runs))),
-        _section("Learning", _charts(_learning(runs))),
-        _section("Where the time of a step goes", step_time(runs)),
+        _section(
+            "Different settings", table(["key", *(run.name for run in drawn)], differences) if differences else ""
+        ),
+        _section("Rewards", _viewer_link(drawn) + block(charts.figures("Rewards"))),
+        _section("Sampled answers", block(charts.figures("Sampled answers"))),
+        _section("Learning", block(charts.figures("Learning"))),
+        _section("Where the time of a step goes", step_time(charts)),
         _section("Predicted and measured", predicted_tables([(run.name, run.comparison) for run in drawn])),
-        _section("Speed and memory", _charts(_speed(runs))),
+        _section("Speed and memory", block(charts.figures("Speed and memory"))),
         _section("Pipeline", _pipeline(drawn)),
-        _section("Experts", _experts(runs)),
-        _section("Exchange", _exchange(runs, drawn[0].source.last if len(drawn) == 1 else {})),
+        _section("Experts", _experts(charts)),
+        _section("Exchange", _exchange(charts, drawn[0].source.last if len(drawn) == 1 else {})),
         _section("Answers to held-out prompts", _answers(drawn)),
-        _section("Checkpoints and events", _events(runs)),
+        _section("Checkpoints and events", _events(charts.runs)),
     ]
     body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         about="".join(_about(run, number if len(drawn) > 1 else 0) for number, run in enumerate(drawn, 1)),
-        summary=tiles(runs[0].history) if len(runs) == 1 else comparison(runs),
-        run_data=run_data(runs),
+        summary=summary(charts),
+        run_data=charts.run_data(),
         sections="\n".join(section for section in sections if section),
     )
     style = "".join(path.read_text(encoding="utf-8") for path in _STYLES) + STYLE
-    notice = _comment((_LIBRARY / "LICENSE").read_text(encoding="utf-8"))
-    library = _without_header((_LIBRARY / "uplot.js").read_text(encoding="utf-8"))
+    notice = f"/* uPlot 1.6.32\n{(_LIBRARY / 'LICENSE').read_text(encoding='utf-8').strip()}\n*/"
+    # The library's first line is a comment with a URL, and the page has none.
+    library = (_LIBRARY / "uplot.js").read_text(encoding="utf-8").partition("\n")[2].strip()
     script = "\n".join((notice, library, _SCRIPT.read_text(encoding="utf-8")))
     return document(title, body, style, script, has_images=True)
 
@@ -141,78 +131,16 @@ def _viewer_link(drawn: Sequence[DrawnRun]) -> str:
     return f'<p><a href="{VIEWER_NAME}">Read the answers</a>, with the log-probability of each token.</p>'
 
 
-def _comment(text: str) -> str:
-    """Returns the library's license as a comment of JavaScript."""
-    return f"/* uPlot 1.6.32\n{text.strip()}\n*/"
-
-
-def _without_header(script: str) -> str:
-    """Returns the chart library without its first line, a comment with a URL, so that the page has none."""
-    return script.partition("\n")[2].strip()
-
-
-def _differences(runs: Sequence[ChartedRun], differences: Sequence[Sequence[str]]) -> str:
-    return table(["key", *(run.name for run in runs)], differences) if differences else ""
-
-
-def _learning(runs: Sequence[ChartedRun]) -> list[str]:
-    losses = _LOSSES if len(runs) == 1 else (_LOSSES[1], _LOSSES[3])
-    rate, norm = [Line(key="lr", name="rate", color=1)], [Line(key="grad_norm", name="norm", color=1)]
-    return [
-        chart(runs, "Loss", losses, y="nats per token", has_marks=True, is_wide=True),
-        chart(runs, "Learning rate", rate, y="rate", from_zero=True),
-        chart(runs, "Gradient norm before clipping", norm, y="norm", has_marks=True),
-        *_by_position(runs),
-        *_evaluations(runs),
-    ]
-
-
-def _by_position(runs: Sequence[ChartedRun]) -> list[str]:
-    """Returns charts of validation by position, and of how much of a step is in long documents."""
-    keys = {key for run in runs for key in run.history.keys if key.startswith(_BY_POSITION)}
-    first = {key: int(key.removeprefix(_BY_POSITION).split("-")[0]) for key in keys if _RANGE.fullmatch(key)}
-    losses = [
-        Line(key=key, name=f"tokens {key.removeprefix(_BY_POSITION)}", color=number % _NUM_COLORS + 1, dots=True)
-        for number, key in enumerate(sorted(first, key=lambda key: first[key]))
-    ]
-    bits = [Line(key="validation_bits_per_byte", name="bits per byte", color=3, dots=True)]
-    share = [Line(key="long_document_share", name="long documents", color=1)]
-    return [
-        chart(runs, "Validation loss by position in the document", losses, y="nats per token"),
-        chart(runs, "Validation bits per byte, up to the base length", bits, y="bits per byte"),
-        chart(runs, "Tokens in long documents", share, y="share of tokens", unit="percent", from_zero=True),
-    ]
-
-
-def _evaluations(runs: Sequence[ChartedRun]) -> list[str]:
-    """Returns a chart of each metric of the evaluation tasks, if there are any."""
-    names = {key: key.removeprefix("evaluation_") for key in evaluation_keys(runs)[:_MOST_EVALUATIONS]}
-    return [
-        chart(runs, f"Evaluation: {name}", [Line(key=key, name=name, color=1, dots=True)], y="value")
-        for key, name in names.items()
-    ]
-
-
-def _speed(runs: Sequence[ChartedRun]) -> list[str]:
-    memory = [
-        Line(key="peak_memory_bytes", name="largest of all ranks", color=2),
-        Line(key="mean_peak_memory_bytes", name="mean over ranks", color=1),
-    ]
-    speed, batch = (
-        Line(key="tokens_per_second", name="tokens/s", color=1),
-        Line(key="global_batch_sequences", name="sequences", color=1),
-    )
-    bubble, mfu = Line(key="pipeline_bubble", name="bubble", color=1), Line(key="mfu", name="MFU", color=1)
-    time = Line(key="step_seconds", name="time", color=1)
-    of_peak, of_time = "share of peak FLOP/s", "share of the pipelines' time"
-    return [
-        chart(runs, "Tokens per second", [speed], y="tokens/s", unit="short", from_zero=True, has_marks=True),
-        chart(runs, "MFU", [mfu], y=of_peak, unit="percent", from_zero=True),
-        chart(runs, "Bubble: idle part of the pipelines' time", [bubble], y=of_time, unit="percent", from_zero=True),
-        chart(runs, "Time of a step", [time], y="seconds", from_zero=True),
-        chart(runs, "Peak memory", memory, y="bytes", unit="bytes", from_zero=True),
-        chart(runs, "Sequences per step", [batch], y="sequences", from_zero=True),
-    ]
+def predicted_tables(comparisons: Sequence[tuple[str, Comparison | None]]) -> str:
+    """Returns a table and notes for each run, by name, whose predicted time can be compared with the measured one."""
+    parts = []
+    for name, comparison in comparisons:
+        if comparison is not None:
+            heading = f"<h3>{escape(name)}</h3>" if len(comparisons) > 1 else ""
+            about = f"Medians over {comparison.num_steps:,} steps, means over ranks."
+            lines = "".join(f"<p>{escape(line)}</p>" for line in (about, *notes(comparison)))
+            parts.append(heading + table(HEADER, list(rows(comparison))) + lines)
+    return "".join(parts)
 
 
 def _pipeline(drawn: Sequence[DrawnRun]) -> str:
@@ -225,40 +153,31 @@ def _pipeline(drawn: Sequence[DrawnRun]) -> str:
     return size + "".join(figures) if figures else ""
 
 
-def _experts(runs: Sequence[ChartedRun]) -> str:
+def _experts(charts: ChartWriter) -> str:
     """Returns loads and router biases: of every layer for one run, of all layers together for several."""
-    worst = [Line(key="max_violation", name="MaxVio", color=2)]
-    keys = {key for run in runs for key in run.history.keys if key.startswith("router.")}
-    layers = {*(key.split(".")[1] for key in keys), *(layer for run in runs for layer in run.history.layers())}
-    names = [f", {run.name}" if len(runs) > 1 else "" for run in runs]
-    parts = [overview(run.history, name) for run, name in zip(runs, names, strict=True)]
-    parts += [chart(runs, "MaxVio of the worst layer", worst, y="MaxVio", from_zero=True, has_marks=True)]
-    if len(runs) == 1:
-        parts += [card(runs[0].history, layer) for layer in sorted(layers, key=lambda layer: (len(layer), layer))]
+    histories = [run.history for run in charts.runs]
+    layers = {key.split(".")[1] for history in histories for key in history.keys if key.startswith("router.")}
+    layers |= {layer for history in histories for layer in history.layers()}
+    if not layers:
+        return ""
+    names = [f", {run.name}" if len(charts.runs) > 1 else "" for run in charts.runs]
+    parts = [overview(history, name) for history, name in zip(histories, names, strict=True)]
+    parts += charts.figures("Experts")
+    if len(histories) == 1:
+        parts += [card(charts, histories[0], layer) for layer in sorted(layers, key=lambda layer: (len(layer), layer))]
     scale = (
         f'<div class="scale">load over the mean: a quarter or less <i style="background:{legend_gradient()}"></i> '
         "four times or more</div>"
     )
-    has_loads = any(run.history.layers() for run in runs)
-    return (scale if has_loads else "") + _charts(parts) if any(parts) and layers else ""
+    return (scale if any(history.layers() for history in histories) else "") + block(parts)
 
 
-def _exchange(runs: Sequence[ChartedRun], last: Mapping[str, Any]) -> str:
+def _exchange(charts: ChartWriter, last: Mapping[str, Any]) -> str:
     """Returns the traffic over the run, and by layer that of the last step.
 
     `last` is empty for several runs.
     """
-    sent = [
-        Line(key="inter_node_bytes", name="across nodes", color=2),
-        Line(key="intra_node_bytes", name="within nodes", color=1),
-    ]
-    nodes = [Line(key="nodes_per_token", name="nodes per token", color=1)]
-    curves = _charts(
-        [
-            chart(runs, "Bytes sent in a step", sent, y="bytes", unit="bytes", from_zero=True),
-            chart(runs, "Nodes that a token's rows go to", nodes, y="nodes", from_zero=True),
-        ]
-    )
+    curves = block(charts.figures("Exchange"))
     layers = last.get("exchange")
     if not isinstance(layers, dict) or not layers:
         return curves
@@ -292,11 +211,6 @@ def _events(runs: Sequence[ChartedRun]) -> str:
 
 def _cell(value: object, write: Callable[[float], str]) -> str:
     return write(float(value)) if isinstance(value, (int, float)) else "none"
-
-
-def _charts(parts: Sequence[str]) -> str:
-    shown = [part for part in parts if part]
-    return f'<div class="charts">{"".join(shown)}</div>' if shown else ""
 
 
 def _section(title: str, content: str) -> str:

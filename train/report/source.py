@@ -6,19 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.records.json_lines import LONGEST_LINE_BYTES, read_line
-from train.report.chart import Mark
-from train.report.history import MOST_BUCKETS, History
-from train.report.lines import read_loads, read_numbers
+from train.report.history import MOST_BUCKETS, History, Loads
 
 METRICS_NAME, LOADS_NAME, EVENTS_NAME, PICTURE_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl", "schedule.svg"
 _LARGEST_PICTURE_BYTES = 2**26
 _LOADS_PER_BUCKET = 4
+_LARGEST_NUMBER = 2**53
+_TABLE_KEY = "exchange"
+"""Table of a metrics line by layer, most of its bytes; a report shows only that of the last step."""
 _DRAWN_ELEMENTS = frozenset(
     ("svg", "g", "rect", "line", "path", "text", "tspan", "title", "style", "defs", "pattern", "circle", "polyline")
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """An event of a step. `kind` is a style: `checkpoint`, or any other kind for an event."""
+
+    step: int
+    kind: str
+    text: str
 
 
 class RunSource:
@@ -43,12 +55,12 @@ class RunSource:
             self._metrics.rewind()
             self._loads.rewind()
         for line in self._metrics.lines():
-            if (record := read_numbers(line)) is not None:
-                self.history.add(*record)
+            if (record := read_line(line)) is not None:
+                self.history.add(record["step"], dict(_numbers(record)))
                 self._last_line = line
         for line in self._loads.lines():
-            if _is_sampled(self._loads.num_lines) and (loads := read_loads(line)) is not None:
-                self.history.add_loads(*loads)
+            if _is_sampled(self._loads.num_lines) and (record := read_line(line)) is not None:
+                self.history.add_loads(record["step"], read_loads(record))
 
     def marks(self) -> list[Mark]:
         """Events and whole checkpoints, by step."""
@@ -113,6 +125,28 @@ class _Tail:
                 self.offset += len(line)
                 self.num_lines += 1
                 yield line
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the numbers of nested objects by dotted key, without the table of the exchange."""
+    for key, value in values.items():
+        if type(value) is float or (type(value) is int and abs(value) <= _LARGEST_NUMBER):
+            yield prefix + key, value
+        elif isinstance(value, dict) and key != _TABLE_KEY:
+            yield from _numbers(value, f"{prefix}{key}.")
+
+
+def read_loads(record: Mapping[str, Any]) -> Loads:
+    """Returns the loads of each layer's experts in a line of `loads.jsonl`. Rows that are not numbers are left out."""
+    loads = {}
+    for layer, row in record.items():
+        try:
+            numbers = np.array(row if isinstance(row, list) else [])
+        except ValueError:  # rows of unequal lengths
+            continue
+        if numbers.ndim == 1 and numbers.dtype.kind in "iuf" and len(numbers) and abs(numbers).max() < _LARGEST_NUMBER:
+            loads[layer] = numbers.astype(np.float64)
+    return loads
 
 
 def _is_sampled(number: int) -> bool:

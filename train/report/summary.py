@@ -1,67 +1,132 @@
-"""Sums up a run in a few numbers, or several runs side by side."""
+"""Sums up a run in a few numbers, or several runs side by side, and draws the parts of a step's time."""
 
-import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 
-from train.report.chart import ChartedRun
+import numpy as np
+
+from train.report.charts import Chart, ChartedRun, ChartWriter, block
+from train.report.elements import table
 from train.report.figures import count, num_bytes, percent, plain, seconds, short
 from train.report.history import History
-from train.report.rewards import HELD_OUT_REWARD, PASS_AT_1, REWARD
-from train.report.table import table
-
-_EVALUATION = re.compile(r"evaluation_[a-z0-9_]+")
 
 
-def evaluation_keys(runs: Iterable[ChartedRun]) -> list[str]:
-    """Returns the keys of the metrics of evaluation tasks that any run has, sorted."""
-    return sorted({key for run in runs for key in run.history.keys if _EVALUATION.fullmatch(key)})
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a step's time; `key` is that of `metrics.jsonl`, `color` the number of its style."""
+
+    key: str
+    name: str
+    meaning: str
+    color: int
 
 
-def _facts(history: History, evaluations: Iterable[str] = ()) -> list[tuple[str, float | None, Callable[[float], str]]]:
+_PARTS = (
+    _Part("sampling_seconds", "sampling", "answers of the model", 7),
+    _Part("scoring_seconds", "scoring", "waiting for the rewards of answers", 8),
+    _Part("earlier_batches_seconds", "earlier batches", "all batches of a step before its last", 9),
+    _Part("compute_seconds", "compute", "forward and backward", 1),
+    _Part("exposed_exchange_seconds", "exposed exchange", "waiting for dispatch and combine", 2),
+    _Part("bubble_seconds", "bubble", "idle: waiting for other pipeline ranks", 4),
+    _Part("optimizer_seconds", "optimizer", "gradient sums and the update of the weights", 3),
+    _Part("other_seconds", "other", "reading data, passes without gradients, agreement of the ranks", 5),
+    _Part("saving_seconds", "saving", "waiting for checkpoints, between steps", 6),
+)
+
+
+def step_time(charts: ChartWriter) -> str:
+    """Returns a bar and a table for each run, and a chart of one run's parts; empty text without such records."""
+    bars = "".join(_bar(run, is_named=len(charts.runs) > 1) for run in charts.runs)
+    if not bars or len(charts.runs) > 1:
+        return bars
+    chart = Chart(
+        title="Parts of a step's time",
+        lines={f"step_time.{part.key}": part.name for part in _PARTS},
+        colors=[part.color for part in _PARTS],
+        y="seconds",
+        is_wide=True,
+    )
+    return bars + block([charts.figure(chart)])
+
+
+def _bar(run: ChartedRun, *, is_named: bool) -> str:
+    known = []
+    for part in _PARTS:
+        numbers = run.history.statistics(f"step_time.{part.key}")
+        if numbers is not None and (mean := float(np.nansum(numbers.total_N) / np.nansum(numbers.count_N))) > 0:
+            known.append((part, mean))
+    if not known:
+        return ""
+    total = sum(mean for _, mean in known)
+    heading = f"<h3>{escape(run.name)}</h3>" if is_named else ""
+    stretches = "".join(f'<i class="p{part.color}" style="flex:{mean / total:.6f} 0 0"></i>' for part, mean in known)
+    rows = "".join(
+        f'<tr><th scope="row"><i class="swatch p{part.color}"></i>{part.name}<small>{part.meaning}</small></th>'
+        f"<td>{seconds(mean)}</td><td>{percent(mean / total)}</td></tr>"
+        for part, mean in known
+    )
+    return (
+        f'{heading}<div class="parts" aria-hidden="true">{stretches}</div><table class="parts-table">'
+        "<caption>Mean over the steps and all ranks</caption>"
+        f'<thead><tr><th scope="col">part</th><th scope="col">time</th><th scope="col">share</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _facts(history: History, evaluations: Sequence[str] = ()) -> list[tuple[str, float | None, Callable[[float], str]]]:
     """Returns what sums up a run, with these evaluations: name, value, how it is written."""
+
+    def median(key: str) -> float | None:
+        numbers = history.statistics(key)
+        return None if numbers is None else float(np.nanmedian(numbers.mean_N))
+
+    memory = history.statistics("peak_memory_bytes")
     return [
-        ("steps", float(history.buckets[-1].last) if history.buckets else None, count),
+        ("steps", float(history.lasts[-1]) if history.lasts else None, count),
         ("tokens", history.latest("tokens"), short),
-        ("last reward, mean", history.latest(REWARD), plain),
-        ("last held-out pass@1", history.latest(PASS_AT_1), percent),
-        ("last held-out reward", history.latest(HELD_OUT_REWARD), plain),
+        ("last reward, mean", history.latest("rollouts.reward"), plain),
+        ("last held-out pass@1", history.latest("validation_pass_at_1"), percent),
+        ("last held-out reward", history.latest("validation_reward"), plain),
         # The loss of a policy gradient is near 0 by construction.
-        ("last loss, main head", None if history.tallies(REWARD) else history.latest("main_loss"), plain),
+        ("last loss, main head", None if history.statistics("rollouts.reward") else history.latest("main_loss"), plain),
         ("last validation loss", history.latest("validation_loss"), plain),
-        *((f"last {key.replace('_', ' ')}", history.latest(key), plain) for key in evaluations),
-        ("time of a step, median", history.median("step_seconds"), seconds),
-        ("tokens/s, median", history.median("tokens_per_second"), plain),
-        ("MFU, median", history.median("mfu"), percent),
-        ("bubble, median", history.median("pipeline_bubble"), percent),
+        *(
+            (f"last evaluation {name.replace('_', ' ')}", history.latest(f"evaluation_{name}"), plain)
+            for name in evaluations
+        ),
+        ("time of a step, median", median("step_seconds"), seconds),
+        ("tokens/s, median", median("tokens_per_second"), plain),
+        ("MFU, median", median("mfu"), percent),
+        ("bubble, median", median("pipeline_bubble"), percent),
         ("last MaxVio, worst layer", history.latest("max_violation"), plain),
-        ("peak memory of a rank", _largest(history, "peak_memory_bytes"), num_bytes),
+        ("peak memory of a rank", None if memory is None else float(np.nanmax(memory.most_N)), num_bytes),
     ]
 
 
-def tiles(history: History) -> str:
-    """Returns the facts of a run as tiles."""
-    shown = [
-        (name, write(value)) for name, value, write in _facts(history) if value is not None and math.isfinite(value)
-    ]
-    return f"<dl>{''.join(f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>' for name, value in shown)}</dl>"
+def summary(charts: ChartWriter) -> str:
+    """Returns the facts of a run as tiles, or a table of several runs' facts.
 
-
-def comparison(runs: Sequence[ChartedRun]) -> str:
-    """Returns a table of the runs' facts; with two runs, also the change from the first to the second."""
-    evaluations = evaluation_keys(runs)
-    facts = [_facts(run.history, evaluations) for run in runs]
+    With two runs, the table also has the change from the first to the second.
+    """
+    if len(charts.runs) == 1:
+        facts = [(name, write(value)) for name, value, write in _facts(charts.runs[0].history) if value is not None]
+        return (
+            "<dl>"
+            + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts)
+            + "</dl>"
+        )
+    evaluations = sorted(charts.names_of("evaluation_*"))
     rows = []
-    for row in zip(*facts, strict=True):
+    for row in zip(*(_facts(run.history, evaluations) for run in charts.runs), strict=True):
         values = [value for _, value, _ in row]
         if all(value is None for value in values):
             continue
         name, _, write = row[0]
         rows.append([name, *("none" if value is None else write(value) for value in values)])
-        if len(runs) == 2:
+        if len(values) == 2:
             rows[-1].append(_change(*values))
-    return table(["", *(run.name for run in runs), *["change"] * (len(runs) == 2)], rows)
+    return table(["", *(run.name for run in charts.runs), *["change"] * (len(charts.runs) == 2)], rows)
 
 
 def _change(first: float | None, second: float | None) -> str:
@@ -69,7 +134,3 @@ def _change(first: float | None, second: float | None) -> str:
         return ""
     share = round(100 * (second / first - 1), 1) or 0.0
     return f"{share:+.0f} %" if abs(share) >= 100 else f"{share:+.1f} %"
-
-
-def _largest(history: History, key: str) -> float | None:
-    return max((tally.most for _, tally in history.tallies(key)), default=None)

@@ -8,11 +8,12 @@ from typing import Any
 
 from train.config import TrainConfig
 from train.config.decode import encode
+from train.planner.measured.compare import Comparison, compared_run
+from train.planner.measured.record import MEASURED_NAME, PROBE_NAME
 from train.records.secrets import redact, redact_values
 from train.report.page import REPORT_NAME, DrawnRun, html
-from train.report.predicted import comparison_of
 from train.report.source import RunSource
-from train.report.viewer.page import VIEWER_NAME, RolloutViewer
+from train.report.viewer import VIEWER_NAME, RolloutViewer
 
 COMPARISON_NAME = "comparison.html"
 LOGGER = logging.getLogger("train")
@@ -74,6 +75,22 @@ def compare(configs: Sequence[TrainConfig]) -> Path:
 
 def _drawn(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
     return DrawnRun(source=source, name=redact(name), about=redact(about(config)), comparison=comparison_of(config))
+
+
+def comparison_of(config: TrainConfig) -> Comparison | None:
+    """Returns the comparison of a run with its plan; None if the run has not measured enough yet.
+
+    Args:
+        config: of the run; its `out_dir` is the folder.
+    """
+    folder = Path(config.out_dir)
+    if not any((folder / name).is_file() for name in (PROBE_NAME, MEASURED_NAME)):
+        return None
+    try:
+        return compared_run(config, folder)
+    except (OSError, ValueError) as error:  # such as a step of a smaller batch, or a file that another run wrote
+        LOGGER.info("no comparison of plan and run: %s", error)
+        return None
 
 
 def differing_settings(configs: Sequence[TrainConfig]) -> list[list[str]]:

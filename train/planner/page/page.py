@@ -10,8 +10,8 @@ from train.planner.page.bars import Bar, BarPart, Limit, stacked_bars
 from train.planner.page.records import any_value, records_table, shown
 from train.planner.page.timeline import PAIR, UPDATE, style_sheet, timeline
 from train.planner.timing import TimedPlan
+from train.report.elements import table
 from train.report.figures import seconds, short
-from train.report.table import table
 
 _STYLE = Path(__file__).with_name("page.css")
 _MEMORY_PARTS = (

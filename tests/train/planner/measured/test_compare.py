@@ -20,7 +20,8 @@ from train.planner.measured.rates import run_rates
 from train.planner.measured.record import PROBE_NAME
 from train.planner.measured.shown import comparison_json, comparison_text
 from train.planner.measured.steps import typical_steps
-from train.report.predicted import comparison_of, predicted_tables
+from train.report.page import predicted_tables
+from train.report.write import comparison_of
 
 
 def config_of(folder: Path) -> TrainConfig:

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from data.arithmetic.source import arithmetic_tokenizer
-from train.report.embed import embedded_json, num_embedded_bytes
-from train.report.viewer.groups import answer_data, group_data, shorten
-from train.report.viewer.journals import JournalGroup
-from train.report.viewer.pieces import TokenPieces
+from train.report.elements import embedded_json
+from train.report.journals import JournalGroup
+from train.report.viewer import TokenPieces, answer_data, group_data, shorten
 
 PIECES = TokenPieces(arithmetic_tokenizer())
 SAMPLE = {
@@ -55,7 +54,7 @@ def test_long_answer_loses_its_middle(count: int) -> None:
     ids = [19 + place % 10 for place in range(count)]
     logs = [float(-place) for place in range(count)]
     found = answer_data({**SAMPLE, "tokens": ids}, logs, PIECES, 4_000)
-    assert num_embedded_bytes(found) < 4_500
+    assert len(embedded_json(found).encode()) < 4_500
     at, left_out = found["cut"]
     assert len(found["pieces"]) == len(found["logs"]) == count - left_out
     head, tail = found["pieces"][:at], found["pieces"][at:]
@@ -69,7 +68,7 @@ def test_long_answer_loses_its_middle(count: int) -> None:
 @pytest.mark.parametrize("text", ["a" * 10**6, "<" * 10**6, "\0" * 10**5, "\u6f22" * 10**5, "\ud800" * 10**5, "abc"])
 def test_shortened_text_fits(text: str) -> None:
     short = shorten(text, 500)
-    assert num_embedded_bytes(short) < 600
+    assert len(embedded_json(short).encode()) < 600
     assert short == text or (text.startswith(short[:20]) and text.endswith(short[-10:]))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.documents import browse, check_policy
 from tests.train.report.viewer.journal_run import place_rollouts
-from train.report.viewer.page import RolloutViewer
+from train.report.viewer import RolloutViewer
 from train.rollout.groups.journal import journal_path
 
 ATTACKS = (
@@ -85,7 +85,7 @@ def test_answers_are_text_if_the_tokenizer_cannot_be_read(tmp_path: Path, spoil:
 def test_page_of_a_large_run_is_limited_and_says_what_it_leaves_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.report.viewer.page._MOST_DATA_BYTES", 40_000)
+    monkeypatch.setattr("train.report.viewer._MOST_DATA_BYTES", 40_000)
     place_rollouts(tmp_path, range(1, 13), groups=4, answers=4, digits=200)
     page = RolloutViewer(tmp_path, None).html("run", "about")
     groups = data_of(page)
@@ -139,8 +139,8 @@ addEventListener("load", () => setTimeout(() => {
 @pytest.mark.slow
 def test_browser_filters_and_colors_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "viewer.js"
-    script.write_text(Path("train/report/viewer/viewer.js").read_text() + CHECKS)
-    monkeypatch.setattr("train.report.viewer.page._SCRIPT", script)
+    script.write_text(Path("train/report/viewer.js").read_text() + CHECKS)
+    monkeypatch.setattr("train.report.viewer._SCRIPT", script)
     place_rollouts(tmp_path, range(1, 4))
     text = browse(RolloutViewer(tmp_path, None).html("run", "about"), tmp_path, "--window-size=500,900")
     checked = re.search(r"<title>CHECKED (.*?)</title>", text)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.arithmetic.source import arithmetic_tokenizer
 from data.tokenizer import Tokenizer
-from train.report.viewer.pieces import TokenPieces, find_tokenizer
+from train.report.viewer import TokenPieces, find_tokenizer
 
 
 def test_pieces_are_the_text_of_the_answer_token_by_token() -> None:

@@ -1,0 +1,314 @@
+"""Draws a page with sampled answers: tokens by log-probability or advantage, rewards, and filters.
+
+Answers are hostile: they may hold HTML, scripts and control characters. They are checked, rounded and cut to a size,
+reach the page as JSON, and its script writes them as text. The page's policy allows this script and style alone, by
+their digests, and no network.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import TOKENIZER_NAME
+from dualpipe.draw.document import document
+from train.checkpoint.locate import CHECKPOINTS_NAME
+from train.report.elements import embedded_json
+from train.report.journals import JournalChoice, JournalGroup, choose_evenly, choose_groups, has_journals
+
+VIEWER_NAME = "rollouts.html"
+_TEMPLATE = Path(__file__).with_name("viewer.html")
+_SCRIPT = Path(__file__).with_name("viewer.js")
+_STYLE = Path(__file__).with_name("viewer.css")
+_MOST_DATA_BYTES = 4_500_000
+"""Size of the data of a page, which has at most 5 MB."""
+Values = Mapping[str, Any]
+_MOST_ANSWERS, _MOST_PARTS = 64, 16
+_LEAST_TOKEN_BYTES, _LOG_PROB_BYTES = 6, 8
+_LEFT_OUT = " [...] "
+_DIGITS = 4
+_NOT_UTF8 = "\ufffd"
+_MOST_BYTES_OF_CHARACTER = 4
+
+
+class TokenPieces:
+    """The text of each token of a tokenizer, decoded once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """`tokenizer`: decodes."""
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def of(self, ids: Sequence[int]) -> list[str]:
+        """Returns the text of each token; special tokens appear by name.
+
+        If several tokens form a character, the last of them has it and the others are empty.
+
+        Args:
+            ids: token ids, not negative.
+        """
+        pieces = [self._piece(number) for number in ids]
+        place = 0
+        while place < len(pieces):
+            place += 1 if _NOT_UTF8 not in pieces[place] else self._join(ids, pieces, place)
+        return pieces
+
+    def _join(self, ids: Sequence[int], pieces: list[str], place: int) -> int:
+        """Gives the character that begins at a token to the token that completes it.
+
+        Returns:
+            The number of tokens that form it, or 1 if their bytes are no character.
+        """
+        for count in range(2, _MOST_BYTES_OF_CHARACTER + 1):
+            text = self._tokenizer.decode(ids[place : place + count])
+            if _NOT_UTF8 not in text:
+                count = min(count, len(ids) - place)
+                pieces[place : place + count] = [*[""] * (count - 1), text]
+                return count
+        return 1
+
+    def _piece(self, number: int) -> str:
+        if number not in self._known:
+            # Many tokenizers drop the space before the first token, so the second of two shows the whole text.
+            one, two = (self._tokenizer.decode([number] * count) for count in (1, 2))
+            self._known[number] = two[len(one) :] if two.startswith(one) else one
+        return self._known[number]
+
+
+class RolloutViewer:
+    """Draws the rollouts of a run's folder. It keeps the decoded tokens between two pages."""
+
+    def __init__(self, folder: Path, tokenizer: str | None) -> None:
+        """Reads nothing yet.
+
+        Args:
+            tokenizer: the one that the configuration names; used until there is a checkpoint.
+        """
+        self._folder, self._given = folder, tokenizer
+        self._path: Path | None = None
+        self._pieces: TokenPieces | None = None
+
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether there is anything to draw."""
+        return has_journals(self._folder)
+
+    def html(self, name: str, about: str) -> str:
+        """Returns the page.
+
+        Args:
+            name: of the run, plain text.
+            about: a line on the run, plain text.
+
+        Raises:
+            OSError: a journal cannot be read.
+        """
+        choice, pieces = choose_groups(self._folder, _MOST_DATA_BYTES), self._open_pieces()
+        data, num_shown = _group_list(choice, pieces)
+        title = f"Rollouts of {name}"
+        body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+            title=escape(title),
+            about=escape(about),
+            shown=escape(_shown(choice, num_shown, has_pieces=pieces is not None)),
+            data=data,
+        )
+        return document(title, body, _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8"))
+
+    def _open_pieces(self) -> TokenPieces | None:
+        """Returns what decodes tokens; None if the run's tokenizer is not known or cannot be read."""
+        path = find_tokenizer(self._folder, self._given)
+        if self._pieces is None and path != self._path and path is not None:
+            self._path = path
+            try:
+                self._pieces = TokenPieces(Tokenizer.load(path))
+            except ValueError:
+                return None
+        return self._pieces
+
+
+def _group_list(choice: JournalChoice, pieces: TokenPieces | None) -> tuple[str, int]:
+    """Returns the groups as a JSON list of at most `_MOST_DATA_BYTES`, and their number."""
+    most_bytes = _MOST_DATA_BYTES // max(len(choice.groups), 1)
+    found, num_bytes = [], 2
+    for group in choice.groups:
+        text = embedded_json(group_data(group, pieces, most_bytes))
+        num_bytes += len(text.encode("utf-8")) + 1
+        if num_bytes > _MOST_DATA_BYTES:
+            break
+        found.append(text)
+    return f"[{','.join(found)}]", len(found)
+
+
+def _shown(choice: JournalChoice, num_groups: int, *, has_pieces: bool) -> str:
+    """Returns a line that says what the page shows and what it leaves out."""
+    rollouts = f"{choice.num_rollouts_of_run:,} rollouts"
+    if choice.num_rollouts < choice.num_rollouts_of_run:
+        rollouts = f"{choice.num_rollouts:,} of {rollouts}, evenly chosen"
+    groups = f"{num_groups:,} groups"
+    if num_groups < choice.num_groups:
+        groups = f"{num_groups:,} of {choice.num_groups:,} groups, evenly chosen,"
+    notes = "" if has_pieces else " Answers are shown as text, because the run has no tokenizer yet."
+    return f"{groups} of {rollouts}. The folder rollouts has all of them.{notes}"
+
+
+def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int) -> dict[str, Any]:
+    """Returns a group for the page's script.
+
+    Args:
+        group: as its journal has it.
+        pieces: decodes tokens; None: answers are shown without tokens.
+        most_bytes: about the largest size of the result in the page. Long answers lose their middle.
+    """
+    values = group.values
+    samples = values.get("samples")
+    answers = [sample for sample in (samples if isinstance(samples, list) else []) if isinstance(sample, dict)]
+    shown = choose_evenly(len(answers), _MOST_ANSWERS)
+    known = group.log_probs if group.log_probs is not None else [None] * len(answers)
+    share = most_bytes * 3 // 4 // max(len(shown), 1)
+    return {
+        "step": group.step,
+        "rollout": group.rollout,
+        "prompt": _whole(values.get("prompt")),
+        "problem": shorten(_string(values.get("problem")), most_bytes // 32),
+        "text": shorten(_string(values.get("text")), most_bytes // 8),
+        "expected": _optional(values.get("answer"), most_bytes // 16),
+        "dropped": shorten(_string(values.get("dropped")), most_bytes // 32),
+        "stats": _statistics(answers),
+        "answers": [answer_data(answers[place], known[place], pieces, share) for place in shown],
+    }
+
+
+def answer_data(
+    sample: Values, log_probs: Sequence[float] | None, pieces: TokenPieces | None, most_bytes: int
+) -> dict[str, Any]:
+    """Returns an answer for the page's script.
+
+    Args:
+        sample: as the journal has it.
+        log_probs: of each of its tokens; None: unknown.
+        pieces: decodes tokens; None: the answer is shown without tokens.
+        most_bytes: about the largest size of the result in the page.
+    """
+    ids = sample.get("tokens")
+    ids = ids if isinstance(ids, list) and all(type(each) is int and 0 <= each < 2**31 for each in ids) else []
+    of_tokens = most_bytes * 3 // 4
+    if pieces is None or not ids:
+        content: dict[str, Any] = {"text": shorten(_string(sample.get("text")), of_tokens)}
+    else:
+        content = _tokens(ids, log_probs, pieces, of_tokens)
+    return {
+        "sample": _whole(sample.get("sample")),
+        "outcome": _string(sample.get("outcome"))[:32],
+        "finish": _string(sample.get("finish"))[:32],
+        "reward": _number(sample.get("reward")),
+        "advantage": _number(sample.get("advantage")),
+        "version": _whole(sample.get("version")),
+        "count": len(ids),
+        **content,
+        "parts": list(_parts(sample.get("parts"), most_bytes // 4)),
+    }
+
+
+def shorten(text: str, most_bytes: int) -> str:
+    """Returns a string without its middle if it takes more than `most_bytes` in the page."""
+    most_bytes = max(most_bytes, 64)
+    if len(text) <= most_bytes and _num_bytes(text) <= most_bytes:
+        return text
+    head = _prefix(text[:most_bytes], most_bytes * 3 // 4)
+    tail = _prefix(text[: -most_bytes - 1 : -1], most_bytes // 4)[::-1]
+    return head + _LEFT_OUT + tail
+
+
+def _prefix(text: str, most_bytes: int) -> str:
+    """Returns the characters at the start that take at most so many bytes in the page."""
+    while _num_bytes(text) > most_bytes + 2:
+        text = text[: min(len(text) - 1, len(text) * most_bytes // _num_bytes(text))]
+    return text
+
+
+def _tokens(
+    ids: Sequence[int], log_probs: Sequence[float] | None, pieces: TokenPieces, most_bytes: int
+) -> dict[str, Any]:
+    """Returns the tokens of an answer, without its middle if they take more than `most_bytes`."""
+    most = max(most_bytes // _LEAST_TOKEN_BYTES, 8)
+    head, tail = (len(ids), 0) if len(ids) <= most else (most - most // 4, most // 4)
+    shown = [*pieces.of(ids[:head]), *pieces.of(ids[len(ids) - tail :])]
+    costs = [_num_bytes(piece) + _LOG_PROB_BYTES for piece in shown]
+    if sum(costs) > most_bytes:
+        head = min(head, _num_fitting(costs, most_bytes * 3 // 4))
+        tail = min(tail or len(ids) - head, _num_fitting(costs[::-1], most_bytes // 4))
+    places = [*range(head), *range(len(ids) - tail, len(ids))]
+    found: dict[str, Any] = {"pieces": [*shown[:head], *shown[len(shown) - tail :]]}
+    if log_probs is not None:
+        found["logs"] = [_number(log_probs[place]) for place in places]
+    return found if len(places) == len(ids) else {**found, "cut": [head, len(ids) - len(places)]}
+
+
+def _num_fitting(costs: Sequence[int], most: int) -> int:
+    total = 0
+    for place, cost in enumerate(costs):
+        total += cost
+        if total > most:
+            return place
+    return len(costs)
+
+
+def _statistics(answers: Sequence[Values]) -> dict[str, Any]:
+    """Returns numbers of all answers of a group, also of those that are not shown."""
+    rewards = [reward for answer in answers if (reward := _number(answer.get("reward"))) is not None]
+    counts = [len(answer["tokens"]) for answer in answers if isinstance(answer.get("tokens"), list)]
+    return {
+        "answers": len(answers),
+        "correct": sum(answer.get("outcome") == "correct" for answer in answers),
+        "mean": _number(math.fsum(rewards) / len(rewards)) if rewards else None,
+        "least": min(rewards, default=None),
+        "most": max(rewards, default=None),
+        "tokens": _number(sum(counts) / len(counts)) if counts else None,
+    }
+
+
+def _parts(parts: object, most_bytes: int) -> Iterator[list[Any]]:
+    """Yields kind, value, outcome and detail of each part of a reward."""
+    named = list(parts.items())[:_MOST_PARTS] if isinstance(parts, dict) else []
+    for kind, score in named:
+        if isinstance(score, dict):
+            detail = shorten(_string(score.get("detail")), most_bytes // len(named) - 64)
+            yield [str(kind)[:64], _number(score.get("value")), _string(score.get("outcome"))[:32], detail]
+
+
+def _string(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _optional(value: object, most_bytes: int) -> str | None:
+    return shorten(value, most_bytes) if isinstance(value, str) else None
+
+
+def _number(value: object) -> float | None:
+    """Returns a number with a few digits; None for anything that is not a finite number."""
+    if type(value) is int and abs(value) < 2**53:
+        return value
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int and abs(value) < 2**53 else None
+
+
+def find_tokenizer(folder: Path, given: str | None) -> Path | None:
+    """Returns the tokenizer of a run's newest checkpoint, or else the given one, or None if there is none.
+
+    Args:
+        given: tokenizer that the configuration names, if it names a file.
+    """
+    saved = sorted((folder / CHECKPOINTS_NAME).glob(f"step-*/{TOKENIZER_NAME}"))
+    named = [] if given is None else [Path(given).expanduser()]
+    return next((path for path in [*reversed(saved), *named] if path.is_file()), None)
+
+
+def _num_bytes(text: str) -> int:
+    """Returns the number of bytes that a string takes in a page."""
+    return len(embedded_json(text).encode("utf-8"))

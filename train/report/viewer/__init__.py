@@ -1,1 +1,0 @@
-"""A page that shows sampled answers, their tokens and their rewards."""
