@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.redraw import main as redraw
-from tests.train.report.viewer.journal_run import place_rollouts
-from tests.train.test_report import Page, place_run
+from tests.train.report.journal_run import place_rollouts
+from tests.train.report.test_page import Page, place_run
 from train.report.write import Report
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.report.viewer.journal_run import place_rollouts
+from tests.train.report.journal_run import place_rollouts
 from train.report.journals import choose_evenly, choose_groups
 from train.rollout.groups.journal import journal_path, read_journal
 
