@@ -108,7 +108,10 @@ class ChartWriter:
         return any(np.nan_to_num([numbers.least_N, numbers.most_N]).any() for numbers in found if numbers is not None)
 
     def _expanded(self, chart: Chart) -> Iterator[Chart]:
-        """Yields a chart with a line for each recorded key of its pattern; a chart for each if its title has a `*`."""
+        """Yields a chart with a line for each recorded key of its pattern.
+
+        If the title has a `*`, it yields a chart for each.
+        """
         pattern, pattern_name = next(iter(chart.lines.items()))
         if "*" not in pattern:
             yield chart
@@ -127,7 +130,7 @@ class ChartWriter:
         return [name for name in names if re.fullmatch(r"[\w-]+", name)]
 
     def run_data(self) -> str:
-        """Returns a script element with what all charts share: x axes, steps of each bucket, events, and numbers.
+        """Returns a script element with x axes, steps of each bucket, events, and numbers.
 
         Hours are those of the steps: the sum of `step_seconds`, without what happens between steps.
         """

@@ -17,7 +17,7 @@ Loads = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
+class BucketStatistics:
     """Statistics of one number in each bucket: [N] each, NaN in buckets that have no value of it."""
 
     count_N: NDArray[np.float64]
@@ -108,13 +108,13 @@ class History:
         counts_K = self._stats_NSK[: len(self.lasts), _COUNT].sum(axis=0)
         return [key for key, column in self._columns.items() if counts_K[column]]
 
-    def statistics(self, key: str) -> Statistics | None:
+    def statistics(self, key: str) -> BucketStatistics | None:
         """Returns a number's statistics in each bucket, or None if it was never recorded."""
         column = self._columns.get(key)
         if column is None or not self._stats_NSK[: len(self.lasts), _COUNT, column].any():
             return None
         stats_SN = self._stats_NSK[: len(self.lasts), :, column].T
-        return Statistics(*np.where(stats_SN[_COUNT] > 0, stats_SN, np.nan))
+        return BucketStatistics(*np.where(stats_SN[_COUNT] > 0, stats_SN, np.nan))
 
     def latest(self, key: str) -> float | None:
         """Returns the last value of a number."""

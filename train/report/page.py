@@ -132,7 +132,7 @@ def _viewer_link(drawn: Sequence[DrawnRun]) -> str:
 
 
 def predicted_tables(comparisons: Sequence[tuple[str, Comparison | None]]) -> str:
-    """Returns a table and notes for each run, by name, whose predicted time can be compared with the measured one."""
+    """Returns a table and notes for each run, by name, that has a comparison with its plan."""
     parts = []
     for name, comparison in comparisons:
         if comparison is not None:

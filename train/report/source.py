@@ -137,7 +137,10 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def read_loads(record: Mapping[str, Any]) -> Loads:
-    """Returns the loads of each layer's experts in a line of `loads.jsonl`. Rows that are not numbers are left out."""
+    """Returns the loads of each layer's experts in a line of `loads.jsonl`.
+
+    Rows that are not numbers are left out.
+    """
     loads = {}
     for layer, row in record.items():
         try:

@@ -36,7 +36,10 @@ _PARTS = (
 
 
 def step_time(charts: ChartWriter) -> str:
-    """Returns a bar and a table for each run, and a chart of one run's parts; empty text without such records."""
+    """Returns a bar and a table for each run, and a chart of one run's parts.
+
+    Empty text without such records.
+    """
     bars = "".join(_bar(run, is_named=len(charts.runs) > 1) for run in charts.runs)
     if not bars or len(charts.runs) > 1:
         return bars
