@@ -45,13 +45,7 @@ class BatchSizes:
     """
 
     def __init__(self, sequences: int, sequence_length_tokens: int = 1, ramp: BatchRamp | None = None) -> None:
-        """Computes the steps of each size.
-
-        Args:
-            sequences: sequences per step, after the ramp if there is one.
-            sequence_length_tokens: tokens per sequence.
-            ramp: the batch ramp; None for a constant size.
-        """
+        """Computes the steps of each size."""
         self._length = sequence_length_tokens
         self._spans = _spans(sequences, sequence_length_tokens, ramp)
 

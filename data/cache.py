@@ -39,7 +39,6 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
     others use its result.
 
     Args:
-        cache_dir: cache folder; created if it is missing.
         name: name of the entry; it must identify everything that the content depends on.
         build: fills an empty folder with files and returns the values to store.
 

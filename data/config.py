@@ -77,12 +77,7 @@ class DataConfig:
 
 
 def with_parts(config: DataConfig, read: Callable[[Any], Iterable[T]]) -> Iterator[tuple[Part, T]]:
-    """Yields the documents, samples or problems of both parts in order, each with its part.
-
-    Args:
-        config: decides which of them are held out.
-        read: returns those of a source.
-    """
+    """Yields the documents, samples or problems of both parts in order, each with its part."""
     for item in read(config.source):
         is_split = config.validation_paths is None
         is_held_out = is_split and is_validation(item.key, config.validation_fraction, config.seed)

@@ -43,9 +43,7 @@ def build_encoded(
     end of sentence.
 
     Args:
-        config: source of the text and settings for its preparation.
         given: the tokenizer; None trains one.
-        folder: an empty folder.
 
     Returns:
         The values for `meta.json`: number of documents, bytes of text and tokens of each part.
@@ -110,7 +108,6 @@ def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = N
     """Trains a tokenizer on the training part, or on a sample of its chunks if it is large.
 
     Args:
-        config: source of the text, validation split and vocabulary size.
         train_bytes: size of the training part's text. If it exceeds 64 MiB, chunks are sampled by hash.
     """
     share = TOKENIZER_TEXT_BYTES / max(train_bytes, 1)

@@ -134,12 +134,7 @@ class Loader:
     """Loads batches of a prepared corpus. A rank reads only its own slice of a step's global batch."""
 
     def __init__(self, prepared: Prepared, *, sizes: BatchSizes, seed: int) -> None:
-        """Creates a loader.
-
-        Args:
-            sizes: number of sequences per step, over all ranks.
-            seed: seed of the order of sequences.
-        """
+        """Creates a loader."""
         self.sizes = sizes
         self.num_validation_sequences = len(prepared.validation_tokens_NL)
         self._prepared = prepared

@@ -138,7 +138,6 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     Reads the sizes of the files, and at most the first 256 KiB of text.
 
     Args:
-        config: settings that pass `check_config`.
         enough: number of tokens that needs no estimate.
 
     Returns:

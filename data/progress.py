@@ -78,10 +78,7 @@ class Progress(Protocol):
         """Yields the items and shows the progress.
 
         Args:
-            items: items that the caller processes.
             total: sum of all sizes, or an estimate.
-            size: returns the size of an item in the unit.
-            unit: bytes, phases, batches or tokens.
         """
         ...
 

@@ -124,10 +124,6 @@ NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
 def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
     """Reads the files next to a tokenizer that name special tokens.
 
-    Args:
-        folder: folder of the tokenizer.
-        key: configuration key that names the tokenizer, for error messages.
-
     Raises:
         DataError: a file is not a JSON object, or is too large to be one of these.
     """
@@ -155,11 +151,6 @@ def find_special_ids(
     backend: tokenizers.Tokenizer, names: SpecialNames, sidecars: SidecarFiles, place: str
 ) -> SpecialIds:
     """Returns the ids of a tokenizer's special tokens.
-
-    Args:
-        backend: backend of the tokenizer.
-        sidecars: contents of the files next to the tokenizer.
-        place: description of the tokenizer for error messages.
 
     Raises:
         DataError: a named token is not in the vocabulary, or the token that ends a document is unknown.

@@ -74,9 +74,6 @@ class Tokenizer:
         Args:
             backend: tokenizer of the `tokenizers` library, owned by this object from now on.
             content: content of the file that it was read from; None for a new tokenizer.
-            place: description of the tokenizer for error messages.
-            names: special tokens that the configuration names.
-            sidecars: contents of the files next to the tokenizer.
 
         Raises:
             DataError: as in `data.special_tokens.find_special_ids`.
@@ -201,8 +198,6 @@ class Tokenizer:
 
         Args:
             path: a `tokenizer.json` or a `tiktoken.model`.
-            key: configuration key that names the tokenizer, for error messages.
-            names: special tokens that the configuration names.
 
         Raises:
             DataError: the file is missing or not a tokenizer, or the token that ends a document is unknown.

@@ -56,9 +56,6 @@ def other_tokenizer(folder: Path) -> str:
 def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a `tiktoken.model`.
 
-    Args:
-        config: content of the `tokenizer_config.json` next to it.
-
     Raises:
         ValueError: the file is invalid, or `config` names another kind of tokenizer, whose pattern is unknown.
         OSError: the file cannot be read.

@@ -37,8 +37,6 @@ class GenerationBatch:
         """Creates an empty batch.
 
         Args:
-            decoder: the model with its caches.
-            sampling: how tokens are chosen.
             stop: token ids that end a sequence and are not part of the result.
             stop_condition: called with every token of the result; true ends the sequence after it.
             speculative: whether the MTP module drafts tokens.
@@ -63,7 +61,6 @@ class GenerationBatch:
         """Generates until no sequence is left. Yields the results of each pass.
 
         Args:
-            waiting: sequences that are not active yet, in order.
             batch_size: number of active sequences at a time.
         """
         while waiting or self._active:
@@ -156,11 +153,7 @@ class GenerationBatch:
         return [[_checked(sequence, chosen)] for sequence, chosen in found]
 
     def _with_log_probs(self, logits_BV: Tensor, target_BV: Tensor, tokens_B: Tensor) -> list[ChosenToken]:
-        """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded.
-
-        Args:
-            tokens_B: the chosen tokens.
-        """
+        """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""
         # A kept token whose probability is 0 in this type cannot be drawn, and adds nothing to a sum.
         kept_BV = target_BV > 0 if self._keeps_sets else None
         log_probs_B = log_probs(logits_BV, tokens_B, self._sampling, kept_BV)

@@ -49,7 +49,6 @@ class PartDecoder:
         """Allocates the caches in the model's type and on its device.
 
         Args:
-            model: a model or a part of it.
             layers: layers of the main model that this part runs, in order.
             capacity: maximum number of tokens of each sequence.
             with_mtp: whether the part has an MTP module that is used.
@@ -77,11 +76,7 @@ class PartDecoder:
         return self._config.vocab_size
 
     def add(self, place: int = 0) -> int:
-        """Adds an empty sequence. Returns its row, which is the same in both caches.
-
-        Args:
-            place: of the sequence in the store of routes.
-        """
+        """Adds an empty sequence. Returns its row, which is the same in both caches."""
         self.mtp.add()
         if self.recorder is not None:
             self.recorder.add(place)
@@ -108,9 +103,7 @@ class PartDecoder:
 
         Args:
             sources: for each new row, the row that held its tokens before, or -1 for an empty sequence.
-            lengths: number of tokens of each new row that stay.
             counts: number of tokens of each new row that the pass reads.
-            places: place of the sequence of each new row in its store of routes.
         """
         self.main.arrange(sources, lengths)
         if self.recorder is not None:
@@ -172,12 +165,7 @@ class PartDecoder:
         return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
 
     def views(self, kind: PassKind, rows: Sequence[int], counts: Sequence[int]) -> Views:
-        """Returns the views of the layers of this part in a pass.
-
-        Args:
-            rows: rows with new tokens.
-            counts: number of new tokens of each.
-        """
+        """Returns the views of the layers of this part in a pass."""
         match kind:
             case "prompts":
                 return self.over_prompts(self.main, rows, counts)
@@ -288,9 +276,6 @@ class Decoder(PartDecoder):
     def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], Tensor]:
         """Runs the main model over whole prompts and fills empty rows of the cache.
 
-        Args:
-            prompts: token ids of each prompt.
-
         Returns:
             The states of each prompt's tokens for the MTP module, TD; and the logits after the last token of each
             prompt, BV.
@@ -306,7 +291,6 @@ class Decoder(PartDecoder):
 
         Args:
             row: of the sequence, whose cached tokens precede them.
-            tokens: the next tokens.
 
         Returns:
             Their states for the MTP module, ND, and the states for the head after the last of them, [1, D].

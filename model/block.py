@@ -154,7 +154,6 @@ class Block(nn.Module):
         """Returns the residual plus shared experts of its norm, BTD.
 
         Args:
-            rows: the norm, which need not be kept.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         assert isinstance(self.mlp, Moe)

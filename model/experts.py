@@ -48,7 +48,6 @@ class RoutedExperts(nn.Module):
         """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
 
         Args:
-            rows: rows by token.
             source: norm and its input, from which a backward may recompute the rows.
             order: order in which copies of tokens go to experts.
         """

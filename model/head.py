@@ -259,7 +259,6 @@ def score_rows(
         normal_BTD: as in `score_tokens`, like all others but `score`.
         score: computes log-probabilities and the loss's gradients of the rows that have a target.
         value: computes the loss, after `score`.
-        rows: numbers of the rows that have a target; None: all are scored.
 
     Returns:
         The loss, and the log-probabilities, BT, without gradient.

@@ -51,7 +51,6 @@ class Mlp(nn.Module):
         Args:
             x: [..., D].
             rows: norm(x), which takes the gradient; a backward may recompute it from x.
-            norm: norm that computed the rows.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         hidden = self._linears.linear_of_rows(rows, NormSource.of(x, norm), self._gate_up(), sink)

@@ -154,7 +154,6 @@ def normed_linear(
 
     Args:
         x: [..., D].
-        weights_ND: weights of the maps, of one type.
         sink: takes the maps' weight gradients, as in `linear`; that of the norm goes through autograd.
         keeps_normal: whether to keep norm(x) for the backward.
 
@@ -174,8 +173,6 @@ def linear_of_normal(
     Args:
         normal: the norm's output, [..., D].
         source: norm and its input, from which the backward recomputes it; gets no gradient here.
-        weights_ND: weights of the layers, of one type.
-        sink: takes their gradients, as in `linear`.
         keeps_normal: whether to keep the norm's output for the backward.
 
     Returns:

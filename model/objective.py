@@ -132,8 +132,6 @@ class Objective(Protocol):
 
         Args:
             hidden_BTD: the head's input, the state after the final norm.
-            head: output head that reads it.
-            batch: micro-batch with targets of every depth.
             sink: takes weight gradients, as in `linear.linear`.
         """
         ...

@@ -35,9 +35,6 @@ def graph_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
 
     A custom function may keep tensors outside `save_for_backward`, with a graph that autograd does not see. It names
     them in the attribute `inner_tensors` of its context.
-
-    Args:
-        nodes: last nodes of the graphs.
     """
     left, seen = list(nodes), set[Node]()
     while left:
@@ -78,7 +75,6 @@ class ActivationOffload:
         """Stores the arguments.
 
         Args:
-            link: between the device and its host memory.
             shared: returns the tensors that must stay.
         """
         self._link = link

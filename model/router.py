@@ -49,9 +49,6 @@ class Routing:
         f comes from plain top-k of unbiased scores, without gradient. It counts the tokens of all ranks that share a
         sequence, whose parts of P add up to that of the sequence. A document that is masked from others counts as a
         sequence, as if it was in a batch alone; padding does not.
-
-        Args:
-            context: ranks that share each sequence.
         """
         if isinstance(context, SliceContext):
             return self._balance_of_slice(documents, context)

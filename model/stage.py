@@ -41,7 +41,6 @@ class StageRun:
         """Stores the arguments.
 
         Args:
-            phases: in forward order.
             offload: moves the activation to host memory; None if it stays.
         """
         self._phases = phases

@@ -79,7 +79,6 @@ class Transformer(nn.Module):
         dtype: type of every weight; the router bias stays float32.
         part: part of the model; None means the whole.
         computing: what a backward recomputes, the attention kernel, and the precision of products.
-        attention: form of attention; None means that of the configuration.
         context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
             (`comm.context.zigzag`), documents are those of whole sequences. Decoding ignores it.
     """

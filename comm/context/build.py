@@ -22,8 +22,6 @@ def open_context(
 
     Args:
         group: ranks that share each sequence, by index; None or one rank: each rank holds whole sequences.
-        layout: says on which node each rank is.
-        observers: counters and log of what it sends.
         exchange: how rows travel; `auto` gathers them up to `MOST_GATHERED_RANKS` ranks.
     """
     if group is None or group.size() == 1:

@@ -12,12 +12,7 @@ from comm.context.parts import SequenceParts
 
 
 def segments_of(index: int, size: int) -> tuple[int, int]:
-    """Returns the two segments that a rank holds, in order.
-
-    Args:
-        index: index of the rank in the context group.
-        size: number of ranks of the group.
-    """
+    """Returns the two segments that a rank holds, in order."""
     return index, 2 * size - 1 - index
 
 
@@ -26,7 +21,6 @@ def segment_tokens(num_tokens: int, size: int) -> int:
 
     Args:
         num_tokens: tokens of a whole sequence.
-        size: number of ranks of the context group.
 
     Raises:
         ValueError: the segments would not be equal.
@@ -46,7 +40,6 @@ def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
 
     Args:
         num_tokens: tokens of a whole sequence.
-        size: number of ranks of the context group.
 
     Raises:
         ValueError: the segments would not be equal.

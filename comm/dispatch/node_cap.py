@@ -26,7 +26,6 @@ class NodeCapError(ValueError):
         """Builds the error that names the tokens of one rank that are over the cap. Waits for the device.
 
         Args:
-            rank: global rank of the tokens.
             num_touched_T: number of nodes that each token touches; at least one is over the cap.
         """
         touched = num_touched_T.tolist()  # host sync
@@ -50,7 +49,6 @@ def verify_cap(
 
     Args:
         num_over_R: number of tokens over the cap on each member; equal on all members.
-        touched_TN: mask of the nodes that each token of this rank touches.
 
     Raises:
         NodeCapError: if any token is over the cap. It names this rank's tokens, or else the first rank with some.
@@ -213,11 +211,9 @@ class ClippingDispatcher:
         """Wraps `inner`.
 
         Args:
-            inner: dispatcher that sends the kept choices.
             node_of_expert_E: node of each expert, int64, on any device.
             num_nodes: number of nodes of the expert group.
             max_nodes: number of nodes that a token may keep.
-            count: counter of clipped tokens.
         """
         self.num_local_experts = inner.num_local_experts
         self._inner = inner

@@ -86,8 +86,6 @@ class ExchangeGroup:
 
         Args:
             rows_NB: rows as uint8, contiguous. They must not change until the exchange is complete.
-            sent: number of rows for each member.
-            received: number of rows from each member.
             into_MB: contiguous tensor for the received rows; a new one by default.
         """
         assert rows_NB.dtype == torch.uint8

@@ -111,11 +111,7 @@ class Spread:
 
     @classmethod
     def of(cls, per_member: Sequence[int], nodes: Sequence[int], place: int) -> Self:
-        """Sums numbers by distance.
-
-        Args:
-            place: index of the rank itself.
-        """
+        """Sums numbers by distance."""
         home, here = nodes[place], 0
         for number, node in zip(per_member, nodes, strict=True):
             if node == home:

@@ -52,9 +52,7 @@ class PipelineTransport(ClosesOnSuccess):
 
         Args:
             pairs: pairs of pipeline indices that exchange messages.
-            device: device of the tensors; gloo stages them through the host.
             timeout_seconds: timeout of one transfer, from its start on both sides.
-            log: log to which each end writes every message.
             kinds: kinds of messages; each pair of ranks has a link for each.
         """
         self._index = layout.pipeline_index(distributed.get_rank())

@@ -59,7 +59,6 @@ def problem_stream(
 
     Args:
         part: problems that are held out from training, or those that may occur in it.
-        domains: of the problems, in turn.
     """
     generator = _generator(seed, 0)
     for domain in cycle(domains):
@@ -82,7 +81,6 @@ def problems(
 
     Args:
         part: problems that are held out from training, or those that may occur in it.
-        domains: of the problems, in turn.
 
     Raises:
         DataError: there are too few problems with so many digits.

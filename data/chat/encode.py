@@ -100,8 +100,6 @@ def encode_conversations(
 
     Args:
         conversations: each in the order that `order_problem` accepts.
-        template: the table of tokens.
-        tokenizer: has the tokens that the template places.
 
     Raises:
         DataError: the tokenizer lacks a token of the template, or the template cannot write thoughts.
@@ -121,10 +119,7 @@ def encode_prompt(
 
     Args:
         messages: the last one is a user's or a tool's output.
-        template: the table of tokens.
-        tokenizer: has the tokens that the template places.
         thinking: whether the assistant thinks first; None follows the template.
-        tools: tools that the assistant may call.
 
     Raises:
         DataError: the messages are out of order, the tokenizer lacks a token, or the template has no thoughts.
@@ -144,10 +139,6 @@ def encode_prompt(
 
 def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer, key: str = "data.template") -> None:
     """Rejects a tokenizer that lacks tokens of a template.
-
-    Args:
-        names: tokens that the template places.
-        key: configuration key that names the template, for errors.
 
     Raises:
         DataError: names the first missing token.

@@ -16,7 +16,6 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
 
     Args:
         line: UTF-8, perhaps with a byte order mark.
-        place: file and line, for errors.
 
     Raises:
         DataError: the line is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
@@ -64,7 +63,6 @@ def object_of(value: object, place: str, allowed: Sequence[str], required: Seque
     """Returns an object whose names are allowed.
 
     Args:
-        place: file, line and field, for errors.
         allowed: names that may occur; others may only be null.
 
     Raises:

@@ -35,9 +35,6 @@ PAIR_FORM = 'an object with "prompt", "chosen" and "rejected"'
 def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     """Returns the conversation of an object.
 
-    Args:
-        place: file and line, for errors.
-
     Raises:
         DataError: names the place, the field, the rule, the value and the nearest valid choice.
     """
@@ -69,7 +66,6 @@ def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
 
     Args:
         values: decoded JSON object; a number `margin` is optional.
-        place: file and line, for errors.
 
     Raises:
         DataError: as in `read_conversation`.

@@ -60,7 +60,6 @@ def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answe
     """Returns the problem of an object.
 
     Args:
-        place: file and line, for errors.
         needs_answer: whether the answer or the tests must not be null. A field must be there in any case, so that a
             misspelled one is found.
 

@@ -36,9 +36,6 @@ class ProblemsSource(DataSource):
 def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> Sample:
     """Returns a problem's prompt as a sample without targets.
 
-    Args:
-        tokenizer: has the tokens that the template places.
-
     Raises:
         DataError: the template cannot write the messages; names the problem's place.
     """

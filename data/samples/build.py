@@ -34,9 +34,7 @@ def build_samples(
     """Writes `tokenizer.json` and each part's packed samples into a folder.
 
     Args:
-        config: source of the samples and settings for their preparation.
         known: the given tokenizer or the source's own one; None trains one on the samples' text.
-        folder: an empty folder.
 
     Returns:
         The values for `meta.json`.

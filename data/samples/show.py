@@ -38,7 +38,6 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> I
     """Yields lines about the training data, and its first sample in a sequence, both answers of a pair.
 
     Args:
-        sequence: number of a training sequence.
         reads_weights: whether the samples' weights decide which tokens are targets; else all are.
     """
     yield from _count_lines(prepared)
@@ -56,9 +55,6 @@ def piece_lines(piece: ShownPiece, tokenizer: Tokenizer) -> Iterator[str]:
 
     Special tokens appear by name. Text that spells one has a backslash before it. Characters that do not print are
     escaped.
-
-    Args:
-        piece: tokens and targets.
     """
     start = 0
     for is_target, run in groupby(piece.is_target.tolist()):

@@ -42,10 +42,6 @@ class Alternatives:
 
         A kind has the best number of chunks under the costs of the first call. For another number of stages, the same
         model is split differently. Each new stage costs its share of the run's stages.
-
-        Args:
-            schedule: schedule of the run; its size must be the same in all calls.
-            costs: costs of each of its stages.
         """
         rows: list[TimedSchedule | UnavailableSchedule] = []
         for kind in candidates():

@@ -88,10 +88,8 @@ def time_schedule(
     """Simulates a valid schedule and computes its lower bound.
 
     Args:
-        schedule: a valid schedule that trains.
         costs: costs of each stage, or of model/P if all stages are equal; in seconds if there was a run.
         memory_cap: memory cap of all schedules that it is compared with; see `bounds.lower_bound`.
-        measured: spans of a run of the schedule.
 
     Raises:
         ScheduleError: if ranks deadlock, or no schedule fits the cap.

@@ -32,11 +32,8 @@ def mix_in_context(
     """Returns x + attention of this rank's tokens, BTD. All ranks of the context group call it.
 
     Args:
-        x_BTD: the residual of this rank's tokens.
         compressed_BTX: as in `model.attention.core.mix`, of this rank's tokens.
-        weights: weights of norms and projections.
         options: sizes, kernel, rotation and documents of whole sequences, sink, and context group.
-        linears: the precision of the projections.
     """
     out: Tensor = _MixInContext.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
@@ -166,7 +163,6 @@ class _Blocks:
         Args:
             ends: linear layers of this rank's tokens.
             kept: logarithms of sums of exponentials, and queries if they were kept.
-            grad_NV: gradient of the heads' output.
         """
         layout, log_sums_BTH = self.layout, kept[0]
         if len(kept) == 2:

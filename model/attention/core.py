@@ -28,9 +28,7 @@ def mix(
     Args:
         compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
             values before their norm, then the shared key before rotation (C).
-        weights: weights of norms and projections.
         options: sizes, kernel, rotation, documents and sink.
-        linears: the precision of the projections.
     """
     out: Tensor = _MixHeads.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
@@ -42,12 +40,7 @@ def recomputes_result(node: Node | None) -> bool:
 
 
 def recompute_result(node: Any, x_BTD: Tensor) -> Tensor:
-    """Computes the result of `mix` again before its backward, from x and what its node keeps.
-
-    Args:
-        node: the result's node in the graph, of `mix` or `mix_in_context`.
-        x_BTD: the residual that it got.
-    """
+    """Computes the result of `mix` again before its backward, from x and what its node keeps."""
     num_weights = len(LatentWeights._fields)
     with torch.no_grad():
         saved = node.saved_tensors

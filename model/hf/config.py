@@ -77,8 +77,6 @@ def write_config(
     """Returns the content of `config.json` for an architecture.
 
     Args:
-        dtype: type of weights that are not in FP8.
-        fp8: whether weights are in FP8 with scales per block.
         carried: keys that do not describe the architecture, such as `bos_token_id`, from
             `model.hf.known_keys.carried_keys`; a `quantization_config` among them replaces the usual one if weights are
             in FP8.

@@ -14,7 +14,6 @@ class ConfigValues:
     """An object of a JSON file whose keys are read one by one.
 
     Args:
-        path: path of the file, for errors.
         place: dotted keys that lead to the object; empty for the whole file.
     """
 

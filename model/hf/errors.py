@@ -13,7 +13,6 @@ class HfError(ValueError):
     The message is one line: `path: subject: rule, value; nearest`. The subject is a tensor, or a key of a JSON file.
 
     Args:
-        subject: tensor or key in it; empty if the error is about the whole.
         problem: the rule, the value that breaks it, and the nearest valid choice if there is one.
     """
 

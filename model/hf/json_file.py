@@ -31,7 +31,6 @@ def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
     """Returns the object that JSON in UTF-8 holds.
 
     Args:
-        path: path of its file, for errors.
         subject: part of the file, for errors; may be empty.
 
     Raises:

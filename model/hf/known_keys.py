@@ -70,9 +70,6 @@ _PRESENT = _words("norm norms layernorm rope rotary moe mla causal renormalize n
 def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
     """Raises an error for unknown keys that may change what the network computes.
 
-    Args:
-        values: keys of the file, for errors.
-
     Raises:
         HfError: an unknown key with an architectural name and a value that is not neutral.
     """

@@ -21,7 +21,6 @@ def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScali
     """Returns the base of the rotation and its scaling.
 
     Args:
-        values: keys of `config.json`.
         max_position: its `max_position_embeddings`, which is YaRN's original length if none is given.
 
     Raises:

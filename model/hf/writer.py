@@ -77,7 +77,6 @@ def write_hf(
         tensor: returns a weight by its name in `model.transformer.named_tensors`, of any floating type; called once per
             weight (embedding and head once more per MTP module; never for weights without elements). The result is not
             kept.
-        scales: scales of weights that the plan has in FP8.
         max_shard_bytes: largest size of a file's data, unless one tensor is larger.
 
     Raises:

@@ -95,8 +95,6 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
     """Computes the loss of tokens, its derivative in each -log p, and reported sums.
 
     Args:
-        form: the values of the loss.
-        tokens: what is known of the tokens.
         log_probs_R: log-probabilities under the policy, 0 for rows that are no sampled tokens.
     """
     log_probs_R = log_probs_R.double()
@@ -175,7 +173,6 @@ def _divergence(form: PolicyLossConfig, own_ratio_R: Tensor, log_q_R: Tensor, ex
     """Returns the divergence of each token from the reference.
 
     Args:
-        form: the values of the loss.
         own_ratio_R: ratio of each token.
         log_q_R: log(reference / policy).
         excess_R: q - log q - 1.

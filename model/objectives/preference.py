@@ -87,7 +87,6 @@ class Preference:
         """Computes the summed loss of pairs, its slopes, and reported sums, in float64.
 
         Args:
-            pairs: tokens of answers.
             reference_BT: the same under the reference.
         """
         is_pair_BK, beta, smoothing = pairs.is_pair_BK, self.beta, self.smoothing

@@ -114,7 +114,6 @@ def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, ce
     """Computes the summed loss of pairs and its derivative in every score.
 
     Args:
-        pairs: the last tokens of answers.
         scores_BT: scores of all tokens, of which those of last tokens are read.
         margin_BK: by how much the chosen answer must win; None: 0.
         centre: weight of (chosen + rejected)^2.

@@ -35,7 +35,6 @@ def score_sampled(
 
     Args:
         rows_RD: the head's input, without temperature.
-        targets_R: the sampled tokens.
         slopes: as in `kernels.cross_entropy`.
         kept_ids_RK: as in `kernels.cross_entropy`.
         temperature: divisor of the logits. The rows are divided, which are much shorter.

@@ -66,8 +66,6 @@ def block_phases(
 
     Args:
         store: takes gradients; without it, nothing is kept for a backward.
-        routes: choose experts in place of the router.
-        context: ranks that share each sequence.
     """
     choose = None if routes is None else partial(routes.route, label)
     parts = _BlockParts(block, documents, context, balance, choose)

@@ -86,9 +86,6 @@ class Linears(Protocol):
 
         Args:
             x: [..., D].
-            norm: applied first; its output need not be kept.
-            weights_ND: weights of the layers, of one type.
-            sink: takes the gradients of the weights.
         """
         ...
 
@@ -104,8 +101,6 @@ class Linears(Protocol):
         Args:
             rows: rows that take the gradient, [..., D].
             source: norm and its input, from which a backward recomputes the rows; gets no gradient here.
-            weights_ND: weights of the layers, of one type.
-            sink: takes the gradients of the weights.
         """
         ...
 
@@ -117,7 +112,6 @@ class Linears(Protocol):
         Args:
             base: [..., D].
             hidden: [..., H].
-            sink: takes the gradient of the weight.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         ...
@@ -135,9 +129,7 @@ class Linears(Protocol):
         """Returns the experts' results for received rows, times their routing weights, AD.
 
         Args:
-            rows: rows from `Wire.unpack`, in the experts' order.
             weights_A: routing weights, multiplied before `down`, as rows are narrower there.
-            experts: weights of this rank's experts.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
         ...
@@ -156,7 +148,6 @@ class Linears(Protocol):
         Each expert reads its rows from the tokens, so rows are neither copied nor kept.
 
         Args:
-            rows: rows by token, ND.
             source: norm and its input, from which a backward may recompute the rows.
             order: order in which copies of tokens go to experts.
         """

@@ -45,7 +45,6 @@ class PhaseLines:
 
         Args:
             say: prints a line; None on ranks that print nothing.
-            clock: time in seconds.
         """
         self._print = say or (lambda line: None)
         self._clock = clock
@@ -57,11 +56,7 @@ class PhaseLines:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Prints the name of a phase and how long it took, if it ends without an error.
-
-        Args:
-            name: of the phase, for people.
-        """
+        """Prints the name of a phase and how long it took, if it ends without an error."""
         began = self._clock()
         yield
         seconds = self._clock() - began
@@ -81,7 +76,6 @@ class Display:
             console: from `open_console`.
             first_step: steps that were done before.
             every: steps from one line to the next.
-            clock: time in seconds.
         """
         self._console = console
         self._num_steps = num_steps
@@ -163,11 +157,7 @@ class Display:
 
 
 def step_line(values: Mapping[str, Any]) -> str:
-    """Returns the line of a step.
-
-    Args:
-        values: its record in `metrics.jsonl`.
-    """
+    """Returns the line of a step."""
     rollouts = values.get("rollouts", {})
     if "equal_share" in rollouts:
         return _reward_line(values, rollouts)
@@ -200,12 +190,7 @@ def _update(values: Mapping[str, Any]) -> str:
 
 
 def _reward_line(values: Mapping[str, Any], rollouts: Mapping[str, Any]) -> str:
-    """Returns the line of a step that learns from rewards. Its columns keep their widths.
-
-    Args:
-        values: its record in `metrics.jsonl`.
-        rollouts: the part of it about rollouts.
-    """
+    """Returns the line of a step that learns from rewards. Its columns keep their widths."""
     reward = f"{rollouts['reward']:7.4f}" if "reward" in rollouts else "   none"
     correct = f"correct {100 * rollouts['correct_share']:3.0f} %  " if "correct_share" in rollouts else ""
     without = ""

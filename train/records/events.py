@@ -24,8 +24,6 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
         kind: kind of event: `skipped`, `rolled_back`, `skipped_after_rollback`, `stopped`, `preempted`, `restarted`,
             `checkpoint_rejected`, `lock_taken_over`, `folder_lost`, `output_broken`, `rescued`, `no_verdict`.
         step: number of the step, from 1, as in `metrics.jsonl`; the last one done if the event belongs to no step.
-        text: what happened, in one line for people.
-        values: further values of the event, which JSON can hold.
     """
     line = json.dumps(
         {"time": time.time(), "kind": kind, "step": step, "text": redact(text), **values}, allow_nan=False

@@ -30,7 +30,6 @@ class JsonLines:
         """Opens the file.
 
         Args:
-            path: of the file, in an existing folder.
             first_step: last step whose line is kept.
 
         Raises:

@@ -46,7 +46,6 @@ def mfu(
     It counts the main model's forward and backward with causal attention halved, and no recomputation.
 
     Args:
-        sequence_length_tokens: tokens of a sequence.
         peak_flops: peak FLOP/s of the whole job.
     """
     if peak_flops is None:

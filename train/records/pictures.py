@@ -63,11 +63,6 @@ class PipelineTimeline:
     def draw(self, replica: Replica, execution: Execution, step: int) -> bool:
         """Draws a step, and replaces the files in the run's folder. All ranks call it.
 
-        Args:
-            replica: the replica that ran the step.
-            execution: measured times of its training program.
-            step: number of the step, from 1.
-
         Returns:
             Whether this rank has written the files. Only rank 0 writes.
         """
@@ -129,7 +124,6 @@ def write_pictures(
 
     Args:
         schedule: the schedule that was run; the spans refer to its groups.
-        measured: measured spans of all ranks.
         alternatives: other schedules that the page compares with this one under the same costs.
 
     Returns:
@@ -148,10 +142,6 @@ def window_slots(use: RankBusyTime, pipeline: int, num_pipelines: int) -> list[f
     """Returns this rank's negated start and end time in its pipeline's slots, and -inf in all others.
 
     A maximum over all ranks then gives the start and end of every pipeline.
-
-    Args:
-        use: busy time of this rank.
-        pipeline: number of its pipeline among all pipelines.
     """
     slots = [-float("inf")] * (2 * num_pipelines)
     slots[2 * pipeline : 2 * pipeline + 2] = [-use.start_seconds, use.end_seconds]
@@ -166,7 +156,6 @@ def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: i
     Args:
         used_seconds: busy time, summed over all ranks.
         slots: maximum over all ranks of their `window_slots`.
-        ranks_per_pipeline: number of ranks of a pipeline.
     """
     total = ranks_per_pipeline * pipeline_seconds(slots)
     return max(0.0, 1.0 - used_seconds / total) if total > 0 else 0.0

@@ -101,9 +101,6 @@ class _RankLog(logging.FileHandler):
 def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     """Opens this rank's log and, on rank 0, all outputs of the run.
 
-    Args:
-        config: of the run, whose folder exists.
-
     Raises:
         OSError: a file cannot be opened.
     """

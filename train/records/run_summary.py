@@ -27,8 +27,6 @@ def print_run_summary(
 
     Args:
         planned: the schedule, and why it was chosen.
-        prepared: corpus and tokenizer.
-        reporter: prints on rank 0.
     """
     _log_place(replica)
     layout = config.parallelism

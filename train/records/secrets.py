@@ -48,7 +48,6 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     every occurrence of the value of an environment variable whose name looks secret.
 
     Args:
-        text: a message, a log line or a command line.
         environment: environment variables; None: those of this process.
     """
     for value in _values(os.environ if environment is None else environment):

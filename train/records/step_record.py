@@ -31,8 +31,6 @@ def record_of(
     """Returns the step's record. All ranks call it, because it sums traffic, time and memory.
 
     Args:
-        replica: the replica that ran the step.
-        watch: measured times of its pipeline.
         done: steps done, including this one.
         peak_flops: peak FLOP/s of each rank, for MFU; None: unknown.
     """

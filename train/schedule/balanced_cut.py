@@ -73,7 +73,6 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
     Args:
         model: work of its parts. It has at least as many layers as there are stages.
         placement: for each direction, the rank of each stage.
-        limits: of memory, if known.
 
     Returns:
         The sizes, or None if no cut keeps the limits.
@@ -147,7 +146,6 @@ def _score(sizes: Sequence[int], model: ModelWork, placement: Placement, most: f
 
     Args:
         sizes: number of layers of each stage.
-        model: work of the model's parts.
         placement: for each direction, the rank of each stage.
         most: pace from which on only the pace counts.
     """

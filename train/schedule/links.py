@@ -32,7 +32,6 @@ class PipelineLinks:
         """Wraps a transport.
 
         Args:
-            transport: between the ranks of the pipeline.
             nodes: node of each pipeline rank.
             shapes: of hidden states; micro-batch m has the shape with the number m modulo their number.
         """
@@ -84,8 +83,6 @@ def open_links(
     """Opens this rank's links of one replica. All ranks of the job call it at the same point.
 
     Args:
-        observers: counters and log of messages.
-        schedule: determines which pipeline ranks exchange messages.
         shapes: of hidden states, as in `PipelineLinks`.
     """
     layout, log = world.layout, observers.log

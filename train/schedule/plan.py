@@ -109,7 +109,6 @@ def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[
     """Returns the schedule of every size of the batch ramp except the last, by the size in sequences.
 
     Args:
-        config: of the run, with a named schedule.
         costs: costs of its stages; None: the configured ones.
 
     Raises:

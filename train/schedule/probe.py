@@ -44,9 +44,6 @@ def measure(config: TrainConfig, layout: Layout, device: torch.device) -> LayerT
     They have the run's shape. All ranks call it at the same point and receive the same times. Computation is the mean
     over ranks of each rank's median, exchange the mean of each rank's minimum. The layers, process groups and lane
     exist only during the call. The run's random state does not change.
-
-    Args:
-        config: of the run; equal on all ranks.
     """
     timeout = config.cluster.timeout_seconds
     experts = join_one(expert_partition(layout), timeout)

@@ -25,7 +25,6 @@ def compile_programs(
 
     Args:
         pairing: how the operations of a group run.
-        stages: the stages that it holds.
         is_proven: whether the schedule has been validated; else it is validated now.
 
     Raises:

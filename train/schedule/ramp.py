@@ -14,9 +14,6 @@ def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:
 
     If the configured schedule does not accept the size, another one with the same placement is configured.
 
-    Args:
-        sequences: the size, in sequences.
-
     Raises:
         ScheduleError: no schedule with this placement accepts the size.
     """

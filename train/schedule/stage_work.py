@@ -79,7 +79,6 @@ def lockstep_loads(works: Sequence[LaneWork], placement: Placement) -> list[list
     Slots are rounded to a quarter of P, as ranks may be a slot ahead or behind.
 
     Args:
-        works: work of the S stages.
         placement: a mirrored one, for each direction the rank of each of the S stages.
 
     Returns:
@@ -132,7 +131,6 @@ def stage_works(sizes: Sequence[int], model: ModelWork) -> list[LaneWork]:
 
     Args:
         sizes: number of layers of each stage.
-        model: work of the model's parts.
     """
     first, works = 0, []
     for stage, size in enumerate(sizes):

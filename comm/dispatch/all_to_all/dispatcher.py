@@ -61,9 +61,6 @@ class AllToAllDispatcher:
         Args:
             group: process group of the ranks that share a layer's experts; only this lane may use it.
             num_experts: experts of a layer over all ranks.
-            layout: layout of the world, for the members' nodes.
-            lane: lane that runs all exchanges.
-            observers: counters and log of the exchanges.
             max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first use of the plan
                 raises NodeCapError on all ranks.
 

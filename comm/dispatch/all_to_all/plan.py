@@ -80,11 +80,6 @@ class AllToAllPlanner:
     def __init__(self, group: ExchangeGroup, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
         """Prepares the planner.
 
-        Args:
-            num_experts: experts of a layer over all ranks.
-            max_nodes: maximum number of nodes of a token, or None for no limit.
-            traffic: counters of planned tokens.
-
         Raises:
             DispatchError: if the number of ranks does not divide the experts.
         """

@@ -106,7 +106,6 @@ class ExpertBuffer:
         Args:
             rows: bfloat16 rows with D columns, or uint8 rows with B columns: D codes of float8_e4m3fn, then float32
                 scales.
-            name: name of the exchange, for the message.
             may_be_codes: whether uint8 is allowed.
 
         Raises:
@@ -139,7 +138,6 @@ class ExpertBuffer:
         """Exchanges counts, waits for them on the host, and sends each row to its experts' ranks.
 
         Args:
-            rows: rows as `check_rows` allows them.
             ids_TK: global expert ids of dtype `ids_dtype`, contiguous, -1 for no expert.
             weights_TK: routing weights, float32.
         """

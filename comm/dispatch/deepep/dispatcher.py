@@ -104,9 +104,6 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
         Args:
             group: process group of the ranks that share a layer's experts; only this lane may use it.
-            num_experts: experts of a layer over all ranks.
-            layout: layout of the world, for the members' nodes.
-            lane: lane that runs all exchanges.
             observers: counters and log of the exchanges. DeepEP does not report what it sends, so rows and bytes are
                 only predicted, on the rank that owns the tokens.
             max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first dispatch of the plan

@@ -40,11 +40,8 @@ class ChunkedExchange:
         """Prepares an exchange.
 
         Args:
-            rail: group of the hop between nodes.
-            node: group of the hop within the node.
             across: splits between nodes of each chunk, in the direction to experts.
             within: splits within the node of each message, in the direction to experts.
-            name: name of the exchange in the log.
         """
         self._rail = rail
         self._node = node

@@ -87,9 +87,6 @@ class CountLayout:
         """Computes the layout for one member.
 
         Args:
-            relays: relays of the expert group.
-            place: index of the member in the group.
-            rail: indices of the members of its rail.
             num_local: experts of each rank, L.
             num_chunks: number of chunks, C.
         """

@@ -122,11 +122,6 @@ class TwoHopDispatcher:
         """Builds the dispatcher of one member. Every member of the group builds one.
 
         Args:
-            groups: process groups of this rank.
-            num_experts: experts of a layer over all ranks.
-            layout: layout of the world, for the members' nodes.
-            lane: lane that runs all exchanges.
-            observers: counters and log of the exchanges.
             config: configuration; wrappers implement `payload` and clipping.
 
         Raises:

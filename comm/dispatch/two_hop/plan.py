@@ -92,15 +92,7 @@ class TwoHopPlanner:
         max_nodes: int | None,
         traffic: Traffic,
     ) -> None:
-        """Prepares the planner.
-
-        Args:
-            relays: relays of the expert group.
-            count_layout: layout of this rank's counts.
-            num_experts: experts of a layer over all ranks.
-            max_nodes: maximum number of nodes of a token, or None for no limit.
-            traffic: counters of planned tokens.
-        """
+        """Prepares the planner."""
         self._group = group
         self._relays = relays
         self._count_layout = count_layout

@@ -51,7 +51,6 @@ class RowRouter:
 
         Args:
             num_experts: experts of a layer over all ranks.
-            members: ranks of this rank's node, by their index in the expert group.
             place: index of this rank in the expert group.
         """
         self._num_local = num_local

@@ -67,8 +67,6 @@ def gated_down(
     Args:
         base: [..., D].
         hidden: gate and up side by side, [..., H].
-        sink: takes the gradient of the weight.
-        maps: the model's FP8 products.
         for_backward: whether only the backward is needed; then the result has no numbers.
     """
     out: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
@@ -186,10 +184,7 @@ def received_experts(
     """Applies experts to received rows and keeps the received codes, AD.
 
     Args:
-        rows: rows from a wire, whose slot holds the output gradient.
         weights_A: routing weight of each row, multiplied before `down`, as rows are narrower there.
-        experts: weights of this rank's experts.
-        maps: the model's FP8 products.
         for_backward: whether only the backward is needed; then the result has no numbers.
     """
     assert rows.slot is not None
@@ -214,11 +209,8 @@ def apply_local_experts(
     """Applies experts to rows that stay on this rank, and keeps their source, ND.
 
     Args:
-        rows: rows by token, NB.
         source: norm and its input, from which the backward recomputes the rows.
-        experts: weights of this rank's experts.
         order: order in which copies of tokens go to experts.
-        maps: the model's FP8 products.
     """
     options = _Options(counts=counts, sink=None, maps=maps, slot=None, order=order, eps=source.eps)
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]

@@ -57,8 +57,6 @@ def normed_linear(
 
     Args:
         x: [..., D].
-        sink: takes the gradients of the weights.
-        maps: the model's FP8 products.
 
     Returns:
         The outputs of all layers side by side.
@@ -102,8 +100,6 @@ def linear_of_rows(
 
     Args:
         rows: rows from `pack_rows`; they take the gradient, [..., D].
-        sink: takes the gradients of the weights.
-        maps: the model's FP8 products.
 
     Returns:
         The outputs of all layers side by side.
