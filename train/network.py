@@ -13,8 +13,8 @@ from comm.context.protocol import ContextGroup
 from comm.context.zigzag import zigzag_parts
 from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
-from model.account.slices import slice_lengths, slice_starts
 from model.config import Computing, ModelConfig
+from model.size import slice_lengths, slice_starts
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import BatchConfig, Precision, TrainConfig

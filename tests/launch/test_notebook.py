@@ -22,7 +22,7 @@ COMMANDS = [path for path in sorted((ROOT / "launch").glob("*.py")) if '__name__
 IMPORTS = """
 import sys
 assert "comm" in sys.modules, "the kernel has imported its own before"
-import model.account, infer.config, launch.config.compose, dualpipe.ir, data.tokenizer, train.checkpoint.manifest
+import model.size, infer.config, launch.config.compose, dualpipe.ir, data.tokenizer, train.checkpoint.manifest
 import comm.protocol, comm.exit_codes
 from comm.layout import Layout
 print(comm.exit_codes.EXIT_LOST, launch.config.groups.options("model")[:1])

@@ -11,6 +11,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.activations import stage_phases
+from model.config import Computing, ModelConfig
+from model.gradients import GradientStore
+from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
+from model.phases.compute import ComputePhase
+from model.size import Sizes, StageShape
+from model.stage import Stage
+from model.transformer import Transformer
+
 
 class LiveMemory(TorchDispatchMode):
     """Storages that operators make while it is on. Those of their inputs are not counted."""
@@ -70,3 +79,46 @@ def saved_memory() -> Iterator[Saved]:
     saved = Saved()
     with saved_tensors_hooks(saved.save, lambda tensor: tensor):
         yield saved
+
+
+def kept_bytes(model: Transformer, batch: MicroBatch) -> int:
+    """Returns the bytes that the phases of a whole model keep after their forward, each storage once.
+
+    Weights, tokens, rotation tables and single numbers are left out.
+    """
+    depths = model.config.mtp_depth + 1
+    stage = Stage(model, range(model.config.num_layers), first=True, last=True)
+    objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
+    run = stage.start(batch, objective, sums, GradientStore(model.parameters()))
+    for phase, lane in enumerate(stage.lanes):
+        run.forward(phase)
+        if lane == "comm":
+            run.wait()
+    tables = [table for block in model.modules() for pair in getattr(block, "_tables", {}).values() for table in pair]
+    others = (*model.parameters(), *model.buffers(), *batch.inputs_BT, *batch.targets_BT, *tables)
+    ignored = {tensor.untyped_storage()._cdata for tensor in others}
+    kept = [tensor for phase in run._phases if isinstance(phase, ComputePhase) for tensor in phase.kept()]
+    sizes = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept if tensor.numel() > 1
+    }
+    return sum(size for storage, size in sizes.items() if storage not in ignored)
+
+
+def counted_bytes(config: ModelConfig, dtype: torch.dtype, computing: Computing, tokens: int, **changes: Any) -> int:
+    """Returns the same by arithmetic, for two sequences on a CPU, all of whose experts are on this rank."""
+    sizes = make_sizes(config, dtype, computing, sequences=2, tokens=tokens, pads_heads=True, **changes)
+    whole = StageShape(layers=range(config.num_layers), is_first=True, is_last=True)
+    return sum(phase.kept for phase in stage_phases(sizes, whole))
+
+
+def make_sizes(config: ModelConfig, dtype: torch.dtype, computing: Computing, **changes: Any) -> Sizes:
+    """Returns sizes of a micro-batch whose rows all arrive at this rank's experts."""
+    return Sizes(
+        config=config,
+        computing=computing,
+        device="cpu",
+        value_bytes=dtype.itemsize,
+        expert_rows=changes["sequences"] * changes["tokens"] * config.num_experts_per_token,
+        num_local_experts=config.num_routed_experts,
+        **changes,
+    )

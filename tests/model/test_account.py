@@ -7,8 +7,8 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
-from model.account import count_parameters, training_flops_per_token
 from model.config import ModelConfig
+from model.size import count_parameters, training_flops_per_token
 from model.transformer import BIAS, Transformer, named_tensors, whole
 from tests.tiny import MODEL
 

@@ -4,8 +4,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from model.account.slices import slice_lengths, slice_starts
-from model.account.work import count_work
+from model.size import count_work, slice_lengths, slice_starts
 from tests.model.test_account import preset
 
 

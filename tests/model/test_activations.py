@@ -1,47 +1,38 @@
-"""The account of activations against saved-tensor hooks, and what each kind of recomputation takes off."""
+"""What phases keep between forward and backward, counted by arithmetic, against the tensors that they hold."""
 
 from dataclasses import replace
 from itertools import chain, combinations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from comm.dispatch.local import LocalDispatcher
-from model.account import MicroBatchShape, count_activations
-from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
-from model.gradients import GradientStore
-from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.stage import Stage
+from model.config import LAYER, RECOMPUTED, Computing, ModelConfig, Recomputed
+from model.objective import MicroBatch
 from model.transformer import Transformer, initialize_weights
-from tests.model.test_stage import run_phases
+from tests.model.live_memory import counted_bytes, kept_bytes
 from tests.tiny import MODEL
 
+ALL = frozenset(RECOMPUTED)
+NONE = frozenset[Recomputed]()
+LAYERS = frozenset[Recomputed]([LAYER])
 SUBSETS = [frozenset(some) for some in chain.from_iterable(combinations(RECOMPUTED, size) for size in range(4))]
+WIDE = replace(
+    MODEL,
+    hidden_size=192,
+    dense_intermediate_size=512,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    num_routed_experts=16,
+    expert_intermediate_size=96,
+)
+"""Rows of more than one tile of 128 codes."""
 
 
-class Counter:
-    """Memory that is kept for a backward: each storage once, weights left out."""
-
-    def __init__(self, model: Transformer) -> None:
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._seen: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # their memory must not be used again while others are counted
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights and tensor.numel() > 1:
-            self._seen[storage.data_ptr()] = storage.nbytes()
-            self._kept.append(tensor)
-        return tensor
-
-    def total(self) -> int:
-        return sum(self._seen.values())
-
-
-def make_model(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> Transformer:
-    computing = Computing(recomputed=recomputed)
+def make_model(config: ModelConfig, dtype: torch.dtype, computing: Computing) -> Transformer:
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype, computing=computing)
     initialize_weights(model, 1)
     return model
@@ -56,53 +47,15 @@ def make_batch(config: ModelConfig, tokens: int) -> MicroBatch:
     )
 
 
-def saved_bytes(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[Recomputed], tokens: int) -> int:
-    """Returns the bytes that the loss of a whole model saves under plain autograd."""
-    model = make_model(config, dtype, recomputed)
-    counter, depths = Counter(model), config.mtp_depth + 1
-    objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
-    with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-        loss = model.loss(make_batch(config, tokens), objective, sums)
-    loss.backward()
-    return counter.total()
+def check(config: ModelConfig, dtype: torch.dtype, computing: Computing, tokens: int) -> None:
+    kept = kept_bytes(make_model(config, dtype, computing), make_batch(config, tokens))
+    assert kept == counted_bytes(config, dtype, computing, tokens)
 
 
-def saved_bytes_by_phases(config: ModelConfig, dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> int:
-    """Returns the bytes that one stage with the whole model saves, phase by phase, with a dispatch and combine."""
-    model = make_model(config, dtype, recomputed)
-    counter, depths = Counter(model), config.mtp_depth + 1
-    objective, sums = CrossEntropy(factors=(1.0,) * depths, balance=1.0), LossSums(loss_names(depths - 1))
-    stage = Stage(model, range(config.num_layers), first=True, last=True)
-    run = stage.start(make_batch(config, 24), objective, sums, GradientStore(model.parameters()))
-    with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-        run_phases(run, stage, backward=False)
-    run_phases(run, stage, backward=True)
-    return counter.total()
-
-
-def predicted_bytes(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    recomputed: frozenset[Recomputed],
-    tokens: int,
-    expert_rows: int | None = None,
-) -> int:
-    shape = MicroBatchShape(
-        sequences=2,
-        tokens=tokens,
-        value_bytes=dtype.itemsize,
-        wide_bytes=max(4, dtype.itemsize),
-        pads_heads=True,
-        expert_rows=expert_rows,
-    )
-    return count_activations(config, shape, recomputed).total(config)
-
-
-@pytest.mark.parametrize("recomputed", SUBSETS, ids=lambda some: "+".join(sorted(some)) or "none")
+@pytest.mark.parametrize("recomputed", [*SUBSETS, LAYERS], ids=lambda some: "+".join(sorted(some)) or "none")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_account_equals_what_hooks_count(recomputed: frozenset[Recomputed], dtype: torch.dtype) -> None:
-    predicted = predicted_bytes(MODEL, dtype, recomputed, 24)
-    assert saved_bytes(MODEL, dtype, recomputed, 24) == predicted
+def test_phases_keep_what_is_counted(recomputed: frozenset[Recomputed], dtype: torch.dtype) -> None:
+    check(MODEL, dtype, Computing(recomputed=recomputed), 24)
 
 
 @pytest.mark.parametrize(
@@ -115,24 +68,33 @@ def test_account_equals_what_hooks_count(recomputed: frozenset[Recomputed], dtyp
         replace(MODEL, num_dense_layers=4, mtp_depth=0),
     ],
 )
-@pytest.mark.parametrize("recomputed", [frozenset(RECOMPUTED), frozenset[Recomputed]()], ids=["all", "none"])
-def test_account_equals_what_hooks_count_for_other_shapes(
-    config: ModelConfig, recomputed: frozenset[Recomputed]
-) -> None:
-    predicted = predicted_bytes(config, torch.float32, recomputed, 17)
-    assert saved_bytes(config, torch.float32, recomputed, 17) == predicted
+@pytest.mark.parametrize("recomputed", [ALL, NONE], ids=["all", "none"])
+def test_phases_of_other_shapes_keep_what_is_counted(config: ModelConfig, recomputed: frozenset[Recomputed]) -> None:
+    check(config, torch.float32, Computing(recomputed=recomputed), 17)
 
 
-@pytest.mark.parametrize("recomputed", [frozenset(RECOMPUTED), frozenset[Recomputed]()], ids=["all", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_account_equals_what_hooks_count_in_phases(recomputed: frozenset[Recomputed], dtype: torch.dtype) -> None:
-    expert_rows = 2 * 24 * MODEL.num_experts_per_token
-    assert saved_bytes_by_phases(MODEL, dtype, recomputed) == predicted_bytes(MODEL, dtype, recomputed, 24, expert_rows)
+@pytest.mark.parametrize("recomputed", [ALL, LAYERS], ids=["all", "layer"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        WIDE,
+        replace(WIDE, q_lora_rank=None, num_shared_experts=2, mtp_depth=0),
+        replace(WIDE, num_shared_experts=0, num_dense_layers=0, v_head_dim=24, mtp_depth=2),
+        replace(MODEL, num_dense_layers=4, mtp_depth=0, v_head_dim=7, num_heads=3),
+    ],
+    ids=["all features", "no query rank, two shared", "no shared, no dense", "dense, odd"],
+)
+def test_phases_in_fp8_keep_what_is_counted(config: ModelConfig, recomputed: frozenset[Recomputed]) -> None:
+    for products in ("fp8", "fp8_power_of_two"):
+        check(config, torch.bfloat16, Computing(recomputed=recomputed, products=products), 24)
 
 
 def test_each_kind_of_recomputation_keeps_less() -> None:
-    everything = saved_bytes(MODEL, torch.float32, frozenset(), 24)
-    kinds: list[Recomputed] = list(RECOMPUTED)
-    saved = [everything - saved_bytes(MODEL, torch.float32, frozenset([kind]), 24) for kind in kinds]
-    assert min(saved) > 0.02 * everything
-    assert everything - saved_bytes(MODEL, torch.float32, frozenset(kinds), 24) == sum(saved)
+    """What kinds save adds up."""
+
+    def counted(recomputed: frozenset[Recomputed]) -> int:
+        return counted_bytes(MODEL, torch.float32, Computing(recomputed=recomputed), 24)
+
+    saved = [counted(NONE) - counted(frozenset([kind])) for kind in RECOMPUTED]
+    assert min(saved) > 0.02 * counted(NONE)
+    assert counted(NONE) - counted(ALL) == sum(saved)

@@ -18,8 +18,6 @@ from comm.dispatch.traffic import Traffic
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
-from model.account.activations import MicroBatchShape
-from model.account.context import message_bytes
 from model.attention.mla import LatentAttention, values_per_token
 from model.config import Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore, WeightQueue
@@ -28,6 +26,7 @@ from model.precision.linears import build_linears
 from tests.context_parts import join_held, take_held
 from tests.kernels.plain import randn
 from tests.model.against_plain import assert_near, randomize
+from tests.model.live_memory import make_sizes
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
 
@@ -169,21 +168,19 @@ def test_bytes_of_attention_are_the_values_of_every_token(exchange: ContextExcha
     results = run_ranks(size, _attend_all, cases, exchange)
     for place, case in enumerate(cases):
         value, num_values = case.dtype.itemsize, values_per_token(case.config)
-        shape = MicroBatchShape(
-            sequences=2, tokens=TOKENS // size, value_bytes=value, wide_bytes=max(4, value), pads_heads=True
-        )
-        message = message_bytes(case.config, shape, is_fp8=case.computing.products == "fp8")
+        sizes = make_sizes(case.config, case.dtype, case.computing, sequences=2, tokens=TOKENS // size, pads_heads=True)
+        num_tokens, message = sizes.own.count, sizes.message
         if case.computing.products == "own":
-            assert message == shape.num_tokens * num_values * value
+            assert message == num_tokens * num_values * value
         predicted = forecast_context_bytes(
             size=size,
             num_tokens=2 * TOKENS,
-            row_bytes=message // shape.num_tokens,
+            row_bytes=message // num_tokens,
             gradient_bytes=num_values * value,
-            wide_gradient_bytes=num_values * shape.wide_bytes,
+            wide_gradient_bytes=num_values * sizes.wide_bytes,
             is_ring=exchange == "ring",
         )
-        assert message % shape.num_tokens == 0
+        assert message % num_tokens == 0
         # `attend` runs the forward twice, once without a backward.
         sent = [result[place][1] for result in results]
         assert sent == [2 * predicted.forward + predicted.backward] * size, f"case {place}"

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.autograd.graph import saved_tensors_hooks
 
 from comm.config import ParallelismConfig
 from comm.context.alone import ALONE
@@ -20,14 +19,13 @@ from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
 from launch.config.run_config import compose_run
-from model.account import MicroBatchShape, count_activations
 from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recomputed
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, initialize_weights
 from tests.context_parts import take_held
-from tests.model.test_activations import Counter
-from tests.model.test_fp8_activations import SMALL as IN_FP8
+from tests.model.live_memory import counted_bytes, kept_bytes
+from tests.model.test_activations import WIDE as IN_FP8
 from tests.model.test_stage import make_objective, phased
 from tests.ranks import run_ranks
 from tests.tiny import MODEL
@@ -89,16 +87,6 @@ def evaluate(case: Case, context: ContextGroup) -> dict[str, Tensor]:
     return found | {name: store.gradient(weight) for name, weight in model.named_parameters()}
 
 
-def saved_bytes(case: Case, context: ContextGroup) -> int:
-    """Returns the bytes that a rank saves for the backward of the whole model's loss."""
-    model = case.model(context)
-    counter, sums = Counter(model), LossSums(loss_names(case.config.mtp_depth))
-    with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-        loss = model.loss(case.batch(context), make_objective(case.config), sums)
-    loss.backward()
-    return counter.total()
-
-
 def _open(world_size: int, exchange: ContextExchange) -> ContextGroup:
     layout = Layout(ParallelismConfig(pipeline=1, data=1, expert=1, context=world_size), ranks_per_node=2)
     return open_context(distributed.group.WORLD, layout, Observers(Traffic(), CollectiveLog()), exchange)
@@ -111,7 +99,7 @@ def _evaluate_all(rank: int, world_size: int, cases: list[Case], exchange: Conte
 
 def _saved_by_all(rank: int, world_size: int, cases: list[Case], exchange: ContextExchange) -> list[int]:
     group = _open(world_size, exchange)
-    return [saved_bytes(case, group) for case in cases]
+    return [kept_bytes(case.model(group), case.batch(group)) for case in cases]
 
 
 LAYER: frozenset[Recomputed] = frozenset({*RECOMPUTED, "layer"})
@@ -138,16 +126,10 @@ def test_loss_and_gradients_of_all_ranks_add_up_to_those_of_one(exchange: Contex
 
 
 def predicted_bytes(case: Case, size: int, *, is_ring: bool = False) -> int:
-    shape = MicroBatchShape(
-        sequences=2,
-        tokens=case.tokens // size,
-        value_bytes=case.dtype.itemsize,
-        wide_bytes=max(4, case.dtype.itemsize),
-        pads_heads=True,
-        context=size,
-        kept_ranks=0 if is_ring else num_kept_ranks(size),
-    )
-    return count_activations(case.config, shape, case.recomputed, case.products).total(case.config)
+    computing = Computing(recomputed=case.recomputed, products=case.products)
+    kept_ranks = 0 if is_ring else num_kept_ranks(size)
+    tokens = case.tokens // size
+    return counted_bytes(case.config, case.dtype, computing, tokens, context=size, kept_ranks=kept_ranks)
 
 
 SAVED_CASES = [
@@ -175,17 +157,7 @@ def test_ranks_keep_what_the_account_counts(exchange: ContextExchange, size: int
 def test_activations_of_32k_tokens_on_four_ranks_are_those_of_8k_on_one(products: Products) -> None:
     """DeepSeek-V3 keeps at most 2 % more on each rank: latents of three other ranks, and logarithms of 128 heads."""
     config = compose_run(["model=v3_671b"]).model
-    tokens = 8192
-    alone = MicroBatchShape(
-        sequences=1,
-        tokens=tokens,
-        value_bytes=2,
-        wide_bytes=4,
-        pads_heads=False,
-        expert_rows=tokens * config.num_experts_per_token,
-    )
-    shared = replace(alone, context=4, kept_ranks=3)
-    totals = [
-        count_activations(config, shape, frozenset(RECOMPUTED), products).total(config) for shape in (alone, shared)
-    ]
+    computing = Computing(recomputed=frozenset(RECOMPUTED), products=products)
+    changes: tuple[dict[str, int], ...] = ({}, {"context": 4, "kept_ranks": 3})
+    totals = [counted_bytes(config, torch.bfloat16, computing, 8192, **shared) for shared in changes]
     assert totals[0] < totals[1] <= 1.02 * totals[0]

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from comm.dispatch.local import LocalDispatcher
-from model.account import count_parameters
 from model.config import ModelConfig
 from model.hf.names import BIAS_SUFFIX, Stored, copied_from, is_quantized, scale_name, stored_tensors, weights
+from model.size import count_parameters
 from model.transformer import Transformer, named_tensors
 from tests.test_floors import ROOT
 from tests.tiny import MODEL

@@ -7,8 +7,8 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run, read_config, write_config
-from model.account import count_parameters
 from model.config import ModelConfig, ladder
+from model.size import count_parameters
 from model.transformer import BIAS, Transformer, named_tensors
 from train.config.errors import ConfigError
 

@@ -13,17 +13,15 @@ from torch import Tensor
 from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
-from model.account import MicroBatchShape, count_activations
 from model.attention.core import _Kernel
 from model.config import LAYER, RECOMPUTED, Computing, ModelConfig, Products, Recomputed
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases.compute import ComputePhase
 from model.router import RecordedRoutes, ReplayedRoutes, Routes
 from model.stage import Stage
 from model.transformer import Transformer, initialize_weights, routers
 from tests.model.fp8_models import Away
-from tests.model.live_memory import LiveMemory
+from tests.model.live_memory import LiveMemory, counted_bytes, kept_bytes
 from tests.tiny import MODEL
 
 CONFIG = replace(MODEL, num_layers=3)
@@ -154,32 +152,9 @@ def test_a_recomputed_layer_replays_the_same_choices(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["float64", "bf16", "fp8"])
 def test_account_counts_what_a_recomputed_layer_keeps(case: str) -> None:
-    """To the byte: storages of phases without weights and tokens, and sums of the kernel, which it leaves out."""
     model, batch, (dtype, products) = make_model(LAYERS, case), make_batch(), CASES[case]
-    stage = Stage(model, range(CONFIG.num_layers), first=True, last=True)
-    one = stage.start(batch, OBJECTIVE, LossSums(loss_names(1)), GradientStore(model.parameters()))
-    for phase, lane in enumerate(stage.lanes):
-        one.forward(phase)
-        if lane == "comm":
-            one.wait()
-    tables = [table for block in model.modules() for table in getattr(block, "_tables", {}).values()]
-    others = (*model.parameters(), *model.buffers(), *batch.inputs_BT, *(each for table in tables for each in table))
-    shared = {each.untyped_storage()._cdata for each in others}
-    kept = [each for phase in one._phases if isinstance(phase, ComputePhase) for each in phase.kept()]
-    sizes = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in kept if each.numel() > 1}
-    found = sum(size for storage, size in sizes.items() if storage not in shared)
-    wide, tokens = max(4, dtype.itemsize), batch.targets_BT[0].numel()
-    shape = MicroBatchShape(
-        sequences=2,
-        tokens=tokens // 2,
-        value_bytes=dtype.itemsize,
-        wide_bytes=wide,
-        pads_heads=True,
-        expert_rows=tokens * CONFIG.num_experts_per_token,
-    )
-    logsumexp = (CONFIG.num_layers + CONFIG.mtp_depth) * tokens * CONFIG.num_heads * wide
-    account = count_activations(CONFIG, shape, frozenset(LAYERS), products)
-    assert found == account.total(CONFIG) - (1 + CONFIG.mtp_depth) * account.embedding + logsumexp
+    computing = Computing(recomputed=frozenset(LAYERS), products=products)
+    assert kept_bytes(model, batch) == counted_bytes(CONFIG, dtype, computing, 16)
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from comm.config import Cut, ParallelismConfig
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
 from launch.config.run_config import compose_run
-from model.account.parameters import count_parameters, training_flops_per_token
-from model.account.work import count_work
 from model.config import CutError, cut_layers
+from model.size import count_parameters, count_work, training_flops_per_token
 from tests.tiny import MODEL, tiny_config
 from train.config import TrainConfig
 from train.config.decode import decode, encode

@@ -6,8 +6,8 @@ from stat import S_ISREG
 from typing import Any
 
 from data.progress import NoProgress, Progress
-from model.account import count_parameters
 from model.config import ModelConfig
+from model.size import count_parameters
 from train.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,

@@ -16,8 +16,8 @@ from dualpipe.simulate.costs import Costs
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne
-from model.account.slices import slice_lengths
 from model.config import Computing, ModelConfig, Products, Recomputed
+from model.size import slice_lengths
 from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
 from train.config.guards import GuardConfig
 from train.config.planning import DEFAULT_COST, DEFAULT_PLAN_CHECK, CostConfig, PlanCheckConfig

@@ -3,9 +3,8 @@
 No torch here; docs/memory.md has the formulas.
 """
 
-from train.memory.account import JobMemory, RankMemory
 from train.memory.fitted_cut import fitted_config
-from train.memory.predict import predict_memory
+from train.memory.predict import JobMemory, RankMemory, predict_memory
 from train.memory.report import memory_lines, memory_table, parts, summary_line
 
 __all__ = [

@@ -1,26 +1,23 @@
 """Predicts each pipeline rank's static memory, and the peak that the passes of a step add."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from comm.context.forecast import num_kept_ranks
+from comm.dispatch.registry import DISPATCHERS, RowBytes
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.reductions import with_reductions
 from kernels.attention import pads_values
-from model.account.activations import MicroBatchShape
-from model.account.parameters import HeldParameters, StageShape, held_parameters, stage_shapes
-from model.account.phases import sliced_phases
-from model.account.sizes import Sizes
-from model.config import ModelConfig
+from kernels.quantize import num_tiles
+from model.activations import sliced_phases
+from model.size import HeldParameters, Sizes, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
-from train.memory.account import JobMemory, PipelineBytes, RankMemory
-from train.memory.exchange import exchange_bytes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
-from train.memory.walk import RunSizes, find_peaks
+from train.memory.walk import PipelineBytes, RunSizes, find_peaks
 from train.schedule.cut import run_cut
 from train.schedule.nominal import few_micro_batches, planning_schedule
 from train.schedule.ramp import sized_run
@@ -32,6 +29,68 @@ _RAMP_SHARE = 0.95
 """Share of a device's memory that a smaller size of a ramp takes if possible, because a cap costs it little time."""
 _IMBALANCE = 1.1
 """Load of a rank's experts, relative to an even load, for which the effect of imbalance is reported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMemory:
+    """The predicted memory peak of one pipeline rank in bytes, equal for all data replicas.
+
+    Attributes:
+        pipeline_rank: index within the pipeline.
+        parameters: number of parameters.
+        weights: alive all the time, as are gradients and optimizer state.
+        weight_codes: FP8 copies of the weights, during the passes.
+        batch: tokens and document masks of a step.
+        pipeline: activations and other tensors of the passes.
+        cool_down: like `pipeline`, while stages that have finished are reduced.
+        update: further tensors of reductions and of the optimizer step.
+        reserve: for what is not predicted.
+    """
+
+    pipeline_rank: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    weight_codes: int
+    batch: int
+    pipeline: PipelineBytes
+    cool_down: PipelineBytes
+    update: int
+    reserve: int
+
+    @property
+    def static(self) -> int:
+        """The bytes that are alive between two steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def passes(self) -> int:
+        """The bytes that the passes take in addition."""
+        return self.weight_codes + self.batch + self.pipeline.total
+
+    @property
+    def reducing(self) -> int:
+        """The bytes that the last passes and the reductions next to them take in addition."""
+        return self.weight_codes + self.batch + self.cool_down.total + self.update
+
+    @property
+    def total(self) -> int:
+        """The peak, including the reserve."""
+        return self.static + max(self.passes, self.reducing) + self.reserve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobMemory:
+    """The predicted memory of all ranks of a pipeline, and the micro-batches of the largest batch."""
+
+    ranks: tuple[RankMemory, ...]
+    num_micro_batches: int
+
+    @property
+    def worst(self) -> RankMemory:
+        """The rank that needs most memory, or the first of several."""
+        return max(self.ranks, key=lambda rank: rank.total)
 
 
 @lru_cache(maxsize=16)
@@ -51,9 +110,8 @@ def predict_memory(config: TrainConfig) -> JobMemory:
     *smaller, last = config.batch_sizes.sizes
     for sequences in (last, *reversed(smaller)):
         sized = sized_run(config, sequences)
-        shown.setdefault(
-            few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches, config.schedule.slices), sized
-        )
+        length = few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches, config.schedule.slices)
+        shown.setdefault(length, sized)
     whole, *others = shown.values()
     jobs, room = [_predict(whole)], config.cluster.memory_bytes
     if room is None or jobs[0].worst.total <= room:
@@ -74,23 +132,17 @@ def ramp_memory_cap(config: TrainConfig) -> float | None:
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     if room is None or config.memory_cap is not None or not SCHEDULES.get(kind).takes_costs:
         return config.memory_cap
-    caps = (None, *(float(round(share * most)) for share in _SMALLER_CAPS))
     fitting: list[float | None] = []
-    for cap in caps:
-        total = _peak_total(config, cap)
-        if total is not None and total <= _RAMP_SHARE * room:
+    for cap in (None, *(float(round(share * most)) for share in _SMALLER_CAPS)):
+        try:
+            total = _predict(replace(config, memory_cap=cap)).worst.total
+        except ScheduleError:  # no schedule keeps the cap
+            continue
+        if total <= _RAMP_SHARE * room:
             return cap
-        if total is not None and total <= room:
+        if total <= room:
             fitting.append(cap)
     return fitting[0] if fitting else None
-
-
-def _peak_total(config: TrainConfig, cap: float | None) -> int | None:
-    """Returns the memory of the rank that needs most under a cap, or None if no schedule keeps the cap."""
-    try:
-        return _predict(replace(config, memory_cap=cap)).worst.total
-    except ScheduleError:
-        return None
 
 
 def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = None) -> Sizes:
@@ -100,78 +152,106 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
         load: rows that arrive at the rank's experts, relative to an even load.
         tokens: tokens of each sequence in the micro-batch; None: the most that any micro-batch has.
     """
-    model, batch = config.model, config.batch
-    value = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
+    model, sequences = config.model, config.batch.micro_sequences
+    value_bytes = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
     tokens = config.rank_sequence_tokens if tokens is None else tokens
-    rows = batch.micro_sequences * tokens * model.num_experts_per_token
-    shape = MicroBatchShape(
-        sequences=batch.micro_sequences,
+    expert_rows = round(sequences * tokens * model.num_experts_per_token * load)
+    numbers = model.hidden_size * value_bytes
+    sends_codes = config.precision.kind == "fp8" or config.dispatch.payload == "fp8"
+    rows = RowBytes(
+        num_tokens=sequences * tokens,
+        num_arrived=expert_rows,
+        to_experts=model.hidden_size + 4 * num_tiles(model.hidden_size) if sends_codes else numbers,
+        from_experts=numbers,
+    )
+    exchange = DISPATCHERS.get(config.dispatch.kind).memory(config.dispatch, config.dispatch_site, rows)
+    return Sizes(
+        config=model,
+        computing=config.computing,
+        device=config.cluster.device,
+        sequences=sequences,
         tokens=tokens,
-        value_bytes=value,
-        wide_bytes=max(4, value),
+        value_bytes=value_bytes,
         pads_heads=pads_values(config.attention, config.cluster.device),
-        expert_rows=round(rows * load),
+        expert_rows=expert_rows,
+        num_local_experts=model.num_routed_experts // config.parallelism.expert,
+        routing=exchange.routing,
+        to_experts=exchange.to_experts,
+        from_experts=exchange.from_experts,
         # Slices attend as ranks do that keep no rows of others: those of earlier slices are kept by these.
         context=max(config.parallelism.context, config.schedule.slices),
         kept_ranks=num_kept_ranks(config.parallelism.context),
-    )
-    return Sizes(
-        config=model,
-        shape=shape,
-        computing=config.computing,
-        device=config.cluster.device,
-        num_local_experts=model.num_routed_experts // config.parallelism.expert,
-        exchange=exchange_bytes(config, shape),
     )
 
 
 @lru_cache(maxsize=64)
 def _predict(config: TrainConfig) -> JobMemory:
     schedule = planning_schedule(config, config.num_micro_batches)
-    shapes, sizes = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config)
+    shapes = stage_shapes(run_cut(config, schedule.placement))
     runs = run_sizes(config, shapes)
     # Both ranks of a mirror pair run the same operations, each in its own direction.
     peaks: dict[tuple[object, ...], tuple[PipelineBytes, PipelineBytes]] = {}
     ranks = []
     for rank in range(schedule.num_ranks):
-        order = _order(schedule, rank)
+        groups = schedule.ranks[rank]
+        order = tuple(tuple((op.kind, op.stage, op.micro_batch) for op in group) for group in groups)
         if order not in peaks:
             peaks[order] = pipeline_peaks(config, schedule, rank, runs)
-        held = _held(config.model, schedule, rank, shapes, sizes)
-        memory = _rank_memory(config, rank, held, *peaks[order], schedule, sizes)
-        if TASKS.get(config.task.kind).has_reference(config.task):
-            frozen = _held(replace(config.model, mtp_depth=0), schedule, rank, shapes, sizes)
-            memory = replace(memory, weights=memory.weights + weight_bytes(frozen, sizes))
-        ranks.append(memory)
-    if (teacher := TASKS.get(config.task.kind).teacher_run(config)) is not None:
-        ranks = [_with_teacher(memory, teacher, schedule) for memory in ranks]
-    if config.rollout is not None and config.rollout.engine == "local":
-        copied = weight_bytes(held_parameters(config.model, shapes, config.model.num_routed_experts), sizes)
-        ranks = [replace(each, weights=each.weights + copied) for each in ranks]
-    for scorer in reward_model_runs(config):
-        ranks = [replace(each, weights=each.weights + _second_weights(each, scorer, schedule)) for each in ranks]
+        memory = _rank_memory(config, schedule, rank, shapes, peaks[order])
+        ranks.append(_with_frozen_networks(memory, config, schedule, shapes))
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
 
 
-def _with_teacher(memory: RankMemory, config: TrainConfig, schedule: Schedule) -> RankMemory:
-    """Adds the weights of a teacher, and the hidden states that it leaves on ranks that compute losses.
+def _rank_memory(
+    config: TrainConfig,
+    schedule: Schedule,
+    rank: int,
+    shapes: tuple[StageShape, ...],
+    peaks: tuple[PipelineBytes, PipelineBytes],
+) -> RankMemory:
+    sizes, replicas = planning_sizes(config), count_replicas(config, schedule, rank)
+    held = _held(config, schedule, rank, shapes)
+    weights, gradients, optimizer = static_bytes(config, held, sizes, replicas)
+    ends = {0, schedule.num_stages - 1}
+    has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
+    return RankMemory(
+        pipeline_rank=rank,
+        parameters=held.total,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        weight_codes=held.code_bytes if sizes.is_fp8 else 0,
+        batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
+        pipeline=peaks[0],
+        cool_down=peaks[1],
+        update=update_bytes(config, held, sizes, replicas),
+        reserve=config.cluster.memory_reserve_bytes,
+    )
 
-    Args:
-        config: of the run, with the teacher's architecture.
+
+def _with_frozen_networks(
+    memory: RankMemory, config: TrainConfig, schedule: Schedule, shapes: tuple[StageShape, ...]
+) -> RankMemory:
+    """Adds the weights of a reference, a teacher, reward models and a copy for sampling.
+
+    A teacher also leaves its last hidden states on ranks that compute losses.
     """
-    sizes, rank = planning_sizes(config), memory.pipeline_rank
-    last, directions = schedule.num_stages - 1, range(schedule.num_directions)
-    scored = sum(schedule.rank_of(direction, last) == rank for direction in directions)
-    states = config.num_micro_batches * scored // len(directions) * sizes.row
-    weights = memory.weights + _second_weights(memory, config, schedule)
-    return replace(memory, weights=weights, batch=memory.batch + states)
-
-
-def _second_weights(memory: RankMemory, config: TrainConfig, schedule: Schedule) -> int:
-    """Returns the bytes of a second network's weights on a rank. `config` has the network's architecture."""
-    sizes = planning_sizes(config)
-    shapes = stage_shapes(run_cut(config, schedule.placement))
-    return weight_bytes(_held(config.model, schedule, memory.pipeline_rank, shapes, sizes), sizes)
+    task, rank, batch = TASKS.get(config.task.kind), memory.pipeline_rank, memory.batch
+    networks = [(run, stage_shapes(run_cut(run, schedule.placement))) for run in reward_model_runs(config)]
+    if task.has_reference(config.task):
+        networks.append((replace(config, model=replace(config.model, mtp_depth=0)), shapes))
+    if (teacher := task.teacher_run(config)) is not None:
+        networks.append((teacher, stage_shapes(run_cut(teacher, schedule.placement))))
+        last, directions = schedule.num_stages - 1, range(schedule.num_directions)
+        scored = sum(schedule.rank_of(direction, last) == rank for direction in directions)
+        batch += teacher.num_micro_batches * scored // len(directions) * planning_sizes(teacher).row
+    weights = memory.weights
+    for run, stages in networks:
+        weights += weight_bytes(_held(run, schedule, rank, stages), planning_sizes(run))
+    if config.rollout is not None and config.rollout.engine == "local":
+        whole = held_parameters(config.model, shapes, config.model.num_routed_experts)
+        weights += weight_bytes(whole, planning_sizes(config))
+    return replace(memory, weights=weights, batch=batch)
 
 
 def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
@@ -187,11 +267,6 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     runs, worst = run_sizes(config, stage_shapes(run_cut(config, schedule.placement)), _IMBALANCE), job.worst
     peak, _ = pipeline_peaks(config, schedule, worst.pipeline_rank, runs)
     return peak.total - worst.pipeline.total
-
-
-def _order(schedule: Schedule, rank: int) -> tuple[object, ...]:
-    groups = schedule.ranks[rank]
-    return tuple(tuple((op.kind, op.stage, op.micro_batch) for op in group) for group in groups)
 
 
 def run_sizes(config: TrainConfig, shapes: Sequence[StageShape], load: float = 1.0) -> RunSizes:
@@ -225,36 +300,7 @@ def pipeline_peaks(
     return find_peaks(program, runs, keeps_sent=config.cluster.backend == "nccl")
 
 
-def _held(
-    model: ModelConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape], sizes: Sizes
-) -> HeldParameters:
-    stages = {stage for _, stage in schedule.stages_of(rank)}
-    return held_parameters(model, [shapes[stage] for stage in sorted(stages)], sizes.num_local_experts)
-
-
-def _rank_memory(
-    config: TrainConfig,
-    rank: int,
-    held: HeldParameters,
-    pipeline: PipelineBytes,
-    cool_down: PipelineBytes,
-    schedule: Schedule,
-    sizes: Sizes,
-) -> RankMemory:
-    replicas = count_replicas(config, schedule, rank)
-    weights, gradients, optimizer = static_bytes(config, held, sizes, replicas)
-    ends = {0, schedule.num_stages - 1}
-    has_end = any(stage in ends for _, stage in schedule.stages_of(rank))
-    return RankMemory(
-        pipeline_rank=rank,
-        parameters=held.total,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        weight_codes=held.code_bytes if sizes.is_fp8 else 0,
-        batch=batch_bytes(config, sizes, config.num_micro_batches, has_end=has_end),
-        pipeline=pipeline,
-        cool_down=cool_down,
-        update=update_bytes(config, held, sizes, replicas),
-        reserve=config.cluster.memory_reserve_bytes,
-    )
+def _held(config: TrainConfig, schedule: Schedule, rank: int, shapes: Sequence[StageShape]) -> HeldParameters:
+    stages = sorted({stage for _, stage in schedule.stages_of(rank)})
+    experts = config.model.num_routed_experts // config.parallelism.expert
+    return held_parameters(config.model, [shapes[stage] for stage in stages], experts)

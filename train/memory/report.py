@@ -1,9 +1,8 @@
 """Formats the prediction as lines of text. Sizes are in GB (10^9 bytes)."""
 
 from train.config import TrainConfig
-from train.memory.account import JobMemory, RankMemory
 from train.memory.fitted_cut import fitted_config
-from train.memory.predict import imbalance_bytes, predict_memory
+from train.memory.predict import JobMemory, RankMemory, imbalance_bytes, predict_memory
 
 _GB = 1e9
 _COLUMNS = ("rank", "weights", "gradients", "optimizer", "codes", "batch", "activations", "pending W", "transient")

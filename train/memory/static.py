@@ -6,8 +6,7 @@ from math import ceil
 from comm.layout import Layout
 from dualpipe.ir import Schedule
 from kernels.attention import makes_dense_masks
-from model.account.parameters import HeldParameters
-from model.account.sizes import Sizes
+from model.size import HeldParameters, Sizes
 from train.config import TrainConfig
 from train.schedule.placement import embedding_ranks, is_mirrored
 
@@ -50,12 +49,12 @@ def static_bytes(
         held: numbers of parameters on the rank.
         replicas: numbers of ranks that hold the same parameters.
     """
-    shape, weights = sizes.shape, weight_bytes(held, sizes)
-    moment = 2 if config.optim.moments == "bf16" else shape.wide_bytes
+    weights = weight_bytes(held, sizes)
+    moment = 2 if config.optim.moments == "bf16" else sizes.wide_bytes
     if config.optim.sharding == "replicated":
-        return weights, held.total * shape.wide_bytes, held.total * 2 * moment
+        return weights, held.total * sizes.wide_bytes, held.total * 2 * moment
     shard = _shard_elements(held, replicas)
-    return weights, held.total * shape.wide_bytes, shard * (_MASTER_BYTES + 2 * moment)
+    return weights, held.total * sizes.wide_bytes, shard * (_MASTER_BYTES + 2 * moment)
 
 
 def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
@@ -64,11 +63,11 @@ def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
     Args:
         held: numbers of parameters on the rank.
     """
-    model, shape = sizes.config, sizes.shape
+    model = sizes.config
     # Router bias in float32 and load in int64; cos and sin of each block's positions.
     routers = held.num_routers * model.num_routed_experts * (4 + _ID_BYTES)
-    tables = held.num_blocks * shape.tokens * shape.context * model.qk_rope_head_dim * shape.wide_bytes
-    return held.total * shape.value_bytes + routers + tables
+    tables = held.num_blocks * sizes.tokens * sizes.context * model.qk_rope_head_dim * sizes.wide_bytes
+    return held.total * sizes.value_bytes + routers + tables
 
 
 def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replicas: ReplicaCounts) -> int:
@@ -83,7 +82,7 @@ def update_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes, replic
     """
     if config.optim.sharding == "replicated":
         summed = [count for count, group in _parts(held, replicas) if group > 1]
-        return max(summed, default=0) * sizes.shape.wide_bytes
+        return max(summed, default=0) * sizes.wide_bytes
     bucket = min(config.optim.bucket_elements, held.total)
     flattened = min(bucket, max(count for count, _ in _parts(held, replicas)))
     shard = _shard_elements(held, replicas)
@@ -97,16 +96,16 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
         num_micro_batches: micro-batches that the rank runs in a step.
         has_end: whether the rank holds the embedding or a head.
     """
-    shape, masks = sizes.shape, config.batch.document_mask
+    masks = config.batch.document_mask
     each = 0
     if has_end or masks:
-        each = 2 * (config.model.mtp_depth + 1) * shape.num_tokens * _ID_BYTES
+        each = 2 * (config.model.mtp_depth + 1) * sizes.own.count * _ID_BYTES
     if masks:
         # Documents are those of whole sequences, also if ranks share them.
-        each += shape.num_tokens * shape.context * _ID_BYTES
-        if shape.context == 1 and makes_dense_masks(config.attention, config.cluster.device):
+        each += sizes.own.count * sizes.context * _ID_BYTES
+        if sizes.context == 1 and makes_dense_masks(config.attention, config.cluster.device):
             # A Boolean mask and the bias that is added to the scores, for every pair of tokens.
-            each += shape.sequences * shape.tokens**2 * (1 + shape.value_bytes)
+            each += sizes.sequences * sizes.tokens**2 * (1 + sizes.value_bytes)
     return each * num_micro_batches
 
 

@@ -1,13 +1,36 @@
 """Follows a rank's program and counts the bytes that are alive after and inside each of its steps."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import assert_never
 
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.transfers import Link
-from model.account.sizes import PhaseBytes
-from train.memory.account import PipelineBytes
+from model.activations import PhaseBytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineBytes:
+    """The bytes that a step's passes hold on a rank at their peak.
+
+    Attributes:
+        activations: tensors kept from F to I.
+        pending: tensors kept from I to W.
+        exchange: index tensors of dispatch and combine.
+        transfers: hidden states and gradients between stages and between phases.
+        inside: temporary tensors of the running operation.
+    """
+
+    activations: int = 0
+    pending: int = 0
+    exchange: int = 0
+    transfers: int = 0
+    inside: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.activations + self.pending + self.exchange + self.transfers + self.inside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,71 +39,6 @@ class LiveBytes:
 
     after: PipelineBytes
     peak: PipelineBytes
-
-
-@dataclass(slots=True)
-class _Run:
-    """One micro-batch in one stage.
-
-    Attributes:
-        phases: sizes of the stage's phases.
-        held: bytes of values or gradients between its phases.
-        routing: bytes of index tensors.
-        pending: step of the exchange that is running, if any.
-        inside: bytes that this exchange takes while it runs.
-    """
-
-    phases: Sequence[PhaseBytes]
-    held: int = 0
-    routing: int = 0
-    pending: Step | None = None
-    inside: int = 0
-
-    @property
-    def kept(self) -> int:
-        """The bytes that are kept from F to I."""
-        return sum(phase.kept for phase in self.phases)
-
-
-@dataclass(slots=True)
-class _Rank:
-    """The bytes of all micro-batches on a rank, and of its messages, with the peak of what was observed.
-
-    `sent` holds the last message of each link, which is sent while the rank continues; `sending` is their sum.
-    """
-
-    activations: int = 0
-    waiting: int = 0
-    routing: int = 0
-    held: int = 0
-    exchanging: int = 0
-    receiving: int = 0
-    sending: int = 0
-    sent: dict[Link, int] = field(default_factory=dict)
-    peak: PipelineBytes = field(default_factory=PipelineBytes)
-    most: int = -1
-
-    def alive(self, inside: int) -> PipelineBytes:
-        return PipelineBytes(
-            activations=self.activations,
-            pending=self.waiting,
-            exchange=self.routing,
-            transfers=self.held + self.receiving + self.sending,
-            inside=inside + self.exchanging,
-        )
-
-    def observe(self, inside: int = 0) -> None:
-        """Counts the bytes that are alive, with those inside a step, towards the peak."""
-        kept = self.activations + self.waiting + self.routing + self.held
-        total = kept + self.receiving + self.sending + self.exchanging + inside
-        # Most steps are no peak, and an object for each of them would take most of a prediction's time.
-        if total > self.most:
-            self.most, self.peak = total, self.alive(inside)
-
-    def forget_peak(self) -> None:
-        """Starts a peak with what is alive now."""
-        self.most = -1
-        self.observe()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +53,6 @@ class RunSizes:
     stages: Sequence[Mapping[int, Sequence[PhaseBytes]]]
     messages: Sequence[int]
 
-    def phases(self, run: RunKey) -> Sequence[PhaseBytes]:
-        """Returns the sizes of a run's phases."""
-        return self.stages[run.micro_batch % len(self.stages)][run.stage]
-
-    def message(self, step: Step) -> int:
-        """Returns the bytes of a step's message."""
-        return self.messages[step.run.micro_batch % len(self.messages)]
-
 
 def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[PipelineBytes, PipelineBytes]:
     """Returns the peak of a program, and the peak from its first reduction on.
@@ -110,14 +60,16 @@ def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[
     Args:
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
-    before, most, is_reducing, rank = PipelineBytes(), 0, False, _Rank()
-    for step in _follow(program, sizes, rank, keeps_sent=keeps_sent):
+    before, largest, is_reducing, rank = PipelineBytes(), 0, False, _Rank(sizes, keeps_sent=keeps_sent)
+    for step in program.steps:
+        rank.perform(step)
         if step.action is Action.REDUCE and not is_reducing:
-            is_reducing, before, most = True, rank.peak, rank.most
-            rank.forget_peak()
+            is_reducing, before, largest = True, rank.peak, rank.peak_total
+            rank.peak_total = -1
+            rank.observe()
     if not is_reducing:
         return rank.peak, PipelineBytes()
-    return before if most >= rank.most else rank.peak, rank.peak
+    return before if largest >= rank.peak_total else rank.peak, rank.peak
 
 
 def iterate_live_bytes(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> Iterator[LiveBytes]:
@@ -126,101 +78,138 @@ def iterate_live_bytes(program: Program, sizes: RunSizes, *, keeps_sent: bool) -
     Args:
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
-    rank = _Rank()
-    for _ in _follow(program, sizes, rank, keeps_sent=keeps_sent):
-        yield LiveBytes(after=rank.alive(0), peak=rank.peak)
-        rank.most = -1
-
-
-def _follow(program: Program, sizes: RunSizes, rank: _Rank, *, keeps_sent: bool) -> Iterator[Step]:
-    """Applies the steps of a program to a rank, and yields each of them when it is done."""
-    runs = dict[RunKey, _Run]()
+    rank = _Rank(sizes, keeps_sent=keeps_sent)
     for step in program.steps:
-        if step.run not in runs and step.action not in (Action.RECEIVE, Action.REDUCE):
-            runs[step.run] = _Run(sizes.phases(step.run))
-        _perform(step, rank, runs, sizes.message(step), keeps_sent=keeps_sent)
-        # The peak inside a step is counted on top of what was alive before it. It may be below what is alive after it.
-        rank.observe()
-        yield step
+        rank.perform(step)
+        yield LiveBytes(after=rank.alive(0), peak=rank.peak)
+        rank.peak_total = -1
 
 
-def _perform(step: Step, rank: _Rank, runs: dict[RunKey, _Run], message_bytes: int, *, keeps_sent: bool) -> None:
-    """Applies a step, and observes the bytes that are alive inside it, if it is a phase."""
-    match step.action:
-        case Action.RECEIVE:
-            rank.receiving += message_bytes
-        case Action.ACCEPT:
-            _accept(step, rank, runs[step.run], message_bytes)
-        case Action.SEND:
-            _send(step, rank, runs[step.run], message_bytes, keeps_sent=keeps_sent)
-        case Action.FORWARD | Action.BACKWARD:
-            _pass(step, rank, runs[step.run])
-        case Action.WAIT:
-            run = runs[step.run]
-            assert run.pending is not None
-            rank.exchanging -= run.inside
-            _settle(run.pending, rank, run)
-            run.pending = None
-        case Action.WEIGHT:
-            phase = runs[step.run].phases[step.phase]
-            rank.observe(phase.weight_peak)
-            rank.waiting -= phase.waiting
-        case Action.RELEASE:
-            rank.activations -= runs[step.run].kept
-        case Action.RELOAD:
-            rank.activations += runs[step.run].kept
-        case Action.OFFLOAD | Action.RESTORE | Action.REDUCE:
-            pass
-        case Action.FINISH:
-            run = runs.pop(step.run)
-            rank.routing -= run.routing
-            rank.held -= run.held
-        case _ as other:
-            assert_never(other)
+@dataclass(slots=True)
+class _Run:
+    """One micro-batch in one stage.
+
+    Attributes:
+        phases: sizes of the stage's phases.
+        between: bytes of values or gradients between its phases.
+        routing: bytes of index tensors.
+        exchange: step of the exchange that is running, if any.
+    """
+
+    phases: Sequence[PhaseBytes]
+    kept: int
+    between: int = 0
+    routing: int = 0
+    exchange: Step | None = None
 
 
-def _pass(step: Step, rank: _Rank, run: _Run) -> None:
-    phase = run.phases[step.phase]
-    inside = phase.forward_peak if step.action is Action.FORWARD else phase.backward_peak
-    rank.observe(inside)
-    if phase.lane == "comm":
-        run.pending, run.inside = step, inside
-        rank.exchanging += inside
-    else:
-        _settle(step, rank, run)
+class _Rank:
+    """The bytes of all micro-batches on a rank, and of its messages, with the peak of what was observed."""
 
+    def __init__(self, sizes: RunSizes, *, keeps_sent: bool) -> None:
+        self._sizes = sizes
+        self._keeps_sent = keeps_sent
+        self._runs: dict[RunKey, _Run] = {}
+        self._sent: dict[Link, int] = {}  # the last message of each link, which is sent while the rank continues
+        self._activations = self._pending = self._routing = self._transfers = self._exchanging = 0
+        self.peak = PipelineBytes()
+        self.peak_total = -1
 
-def _settle(step: Step, rank: _Rank, run: _Run) -> None:
-    """Applies the change of live bytes at the end of a phase."""
-    phase = run.phases[step.phase]
-    if step.action is Action.FORWARD:
-        made = phase.values
-        rank.activations += phase.kept
-        rank.routing += phase.routing
-        run.routing += phase.routing
-    else:
-        made = phase.gradients
-        rank.activations += phase.restored - phase.recomputed - phase.kept
-        rank.waiting += phase.waiting + phase.carried
-    rank.held += made - run.held
-    run.held = made
+    def alive(self, inside: int) -> PipelineBytes:
+        """Returns what is alive now, with the bytes inside a step."""
+        return PipelineBytes(
+            activations=self._activations,
+            pending=self._pending,
+            exchange=self._routing,
+            transfers=self._transfers,
+            inside=inside + self._exchanging,
+        )
 
+    def observe(self, inside: int = 0) -> None:
+        """Counts the bytes that are alive, with those inside a step, towards the peak."""
+        total = self._activations + self._pending + self._routing + self._transfers + self._exchanging + inside
+        # Most steps are no peak, and an object for each of them would take most of a prediction's time.
+        if total > self.peak_total:
+            self.peak_total, self.peak = total, self.alive(inside)
 
-def _accept(step: Step, rank: _Rank, run: _Run, message_bytes: int) -> None:
-    assert step.message is not None
-    # A message from the rank to itself is counted like one that has arrived.
-    rank.receiving -= message_bytes
-    rank.held += message_bytes - run.held
-    run.held = message_bytes
+    def perform(self, step: Step) -> None:
+        """Applies a step, and observes what is alive inside it and after it.
 
+        The peak inside a step is counted on top of what was alive before it. It may be below what is alive after it.
+        """
+        part = step.run.micro_batch % len(self._sizes.messages)
+        message = self._sizes.messages[part]
+        if step.action is Action.RECEIVE:
+            self._transfers += message
+        elif step.action is not Action.REDUCE:
+            if step.run not in self._runs:
+                phases = self._sizes.stages[part][step.run.stage]
+                self._runs[step.run] = _Run(phases, sum(phase.kept for phase in phases))
+            self._perform(step, self._runs[step.run], message)
+        self.observe()
 
-def _send(step: Step, rank: _Rank, run: _Run, message_bytes: int, *, keeps_sent: bool) -> None:
-    message = step.message
-    assert message is not None
-    rank.held -= run.held
-    run.held = 0
-    if message.source == message.destination:
-        rank.receiving += message_bytes
-    elif keeps_sent:
-        rank.sending += message_bytes - rank.sent.get(message.link, 0)
-        rank.sent[message.link] = message_bytes
+    def _perform(self, step: Step, run: _Run, message: int) -> None:
+        match step.action:
+            case Action.ACCEPT:
+                # The message is now the run's. One from the rank to itself is counted like one that has arrived.
+                self._transfers -= run.between
+                run.between = message
+            case Action.SEND:
+                self._send(step, run, message)
+            case Action.FORWARD | Action.BACKWARD:
+                phase = run.phases[step.phase]
+                inside = phase.forward_peak if step.action is Action.FORWARD else phase.backward_peak
+                self.observe(inside)
+                if phase.lane == "comm":
+                    run.exchange = step
+                    self._exchanging += inside
+                else:
+                    self._finish_phase(step, run)
+            case Action.WAIT:
+                exchange = run.exchange
+                assert exchange is not None
+                run.exchange = None
+                phase = run.phases[exchange.phase]
+                self._exchanging -= phase.forward_peak if exchange.action is Action.FORWARD else phase.backward_peak
+                self._finish_phase(exchange, run)
+            case Action.WEIGHT:
+                self.observe(run.phases[step.phase].weight_peak)
+                self._pending -= run.phases[step.phase].waiting
+            case Action.RELEASE:
+                self._activations -= run.kept
+            case Action.RELOAD:
+                self._activations += run.kept
+            case Action.FINISH:
+                del self._runs[step.run]
+                self._routing -= run.routing
+                self._transfers -= run.between
+            case Action.OFFLOAD | Action.RESTORE | Action.REDUCE | Action.RECEIVE:
+                pass
+            case _ as other:
+                assert_never(other)
+
+    def _finish_phase(self, step: Step, run: _Run) -> None:
+        """Applies the change of live bytes at the end of a phase."""
+        phase = run.phases[step.phase]
+        if step.action is Action.FORWARD:
+            made = phase.values
+            self._activations += phase.kept
+            self._routing += phase.routing
+            run.routing += phase.routing
+        else:
+            made = phase.gradients
+            self._activations += phase.restored - phase.recomputed - phase.kept
+            self._pending += phase.waiting + phase.carried
+        self._transfers += made - run.between
+        run.between = made
+
+    def _send(self, step: Step, run: _Run, message_bytes: int) -> None:
+        message = step.message
+        assert message is not None
+        self._transfers -= run.between
+        run.between = 0
+        if message.source == message.destination:
+            self._transfers += message_bytes
+        elif self._keeps_sent:
+            self._transfers += message_bytes - self._sent.get(message.link, 0)
+            self._sent[message.link] = message_bytes

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.account.parameters import held_parameters, stage_shapes
+from model.size import held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.memory.predict import planning_sizes
 from train.memory.static import count_replicas, static_bytes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from dualpipe.ir import Schedule
-from model.account import count_parameters, training_flops_per_token
+from model.size import count_parameters, training_flops_per_token
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.config.planning import DEFAULT_COST

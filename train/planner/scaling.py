@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass, replace
 from functools import cached_property, reduce
 from operator import add
 
-from model.account.parameters import attention_parameters
 from model.config import LAYER
+from model.size import attention_parameters
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference

@@ -9,8 +9,7 @@ from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import FALLBACK
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation, simulate
-from model.account import training_flops_per_token
-from model.account.parameters import held_parameters, stage_shapes
+from model.size import held_parameters, stage_shapes, training_flops_per_token
 from train.config import TrainConfig, sized_config
 from train.planner.config import EfficiencyConfig, KernelRates, MeasuredRates, Rates
 from train.planner.scaling import DeviceScale, scaled_times

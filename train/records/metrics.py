@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from model.account import training_flops_per_token
 from model.config import ModelConfig
+from model.size import training_flops_per_token
 from train.config import TrackConfig
 from train.records.secrets import redact, redact_values
 

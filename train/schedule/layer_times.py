@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass, fields, replace
 
 from dualpipe.simulate.costs import CostModel, StageCosts
 from kernels.ranges import NonNegativeFloat
-from model.account.work import count_work
+from model.size import count_work
 from train.config import TrainConfig
 from train.schedule.stage_work import LaneWork, ModelWork
 

@@ -17,8 +17,8 @@ from dualpipe.ir import Schedule
 from dualpipe.runtime.clock import HostClock
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.program import Action
-from model.account.parameters import held_parameters, stage_shapes
 from model.objective import LossSums
+from model.size import held_parameters, stage_shapes
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner

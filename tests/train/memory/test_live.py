@@ -130,7 +130,7 @@ def test_activations_of_one_micro_batch_are_exact(folder: Path, subsets: tuple[f
         first_backward = compared.actions.index(Action.BACKWARD)
         alive, predicted = compared.after[first_backward - 1], compared.predicted_after[first_backward - 1]
         # The account takes every token to have a target.
-        predicted -= compared.num_skipped * job.model.hidden_size * planning_sizes(job).shape.value_bytes
+        predicted -= compared.num_skipped * job.model.hidden_size * planning_sizes(job).value_bytes
         assert alive == predicted, f"{case}: after F {alive} bytes, predicted {predicted}"
         first_weight = compared.actions.index(Action.WEIGHT)
         alive, predicted = compared.after[first_weight - 1], compared.predicted_after[first_weight - 1]

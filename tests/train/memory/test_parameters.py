@@ -5,8 +5,8 @@ import torch
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
-from model.account.parameters import held_parameters, stage_shapes
 from model.config import cut_layers
+from model.size import held_parameters, stage_shapes
 from model.transformer import Part, Transformer
 
 

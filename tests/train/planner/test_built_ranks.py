@@ -18,8 +18,8 @@ from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates
 from launch.config.groups import options
 from launch.config.run_config import compose_run
-from model.account.parameters import held_parameters, stage_shapes
 from model.config import CutError
+from model.size import held_parameters, stage_shapes
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.memory import fitted_config, predict_memory
 from train.memory.predict import planning_sizes

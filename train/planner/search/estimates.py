@@ -11,8 +11,8 @@ from typing import TypeVar
 from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Placement
 from dualpipe.registry import FALLBACK, SCHEDULES
-from model.account.parameters import stage_shapes
 from model.config import cut_at
+from model.size import stage_shapes
 from train.config import TrainConfig
 from train.memory.predict import planning_sizes
 from train.planner.job_plan import PlannerConfig

@@ -15,7 +15,7 @@ from dualpipe.ir import Placement, Schedule
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, StageCosts
-from model.account.parameters import held_parameters, stage_shapes
+from model.size import held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.planner.config import KernelRates, Rates
 from train.planner.scaling import DeviceScale

@@ -1,0 +1,491 @@
+"""Counts the weights of a model and of a rank, the cost of a token, and the tensors of a micro-batch.
+
+Imports no torch. Source: arXiv:2412.19437, section 4.2, and the released checkpoint.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import sqrt
+from typing import Literal
+
+from kernels.quantize import TILE, num_tiles
+from model.config import Computing, ModelConfig, Recomputed
+
+SCALE_BYTES = 4
+_ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageShape:
+    """Layers of a stage, and whether it holds the embedding or the heads."""
+
+    layers: range
+    is_first: bool
+    is_last: bool
+
+
+def stage_shapes(cut: Sequence[range]) -> tuple[StageShape, ...]:
+    """Returns the stages into which a model is cut."""
+    return tuple(
+        StageShape(layers=layers, is_first=number == 0, is_last=number == len(cut) - 1)
+        for number, layers in enumerate(cut)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldParameters:
+    """Weights on a rank.
+
+    Attributes:
+        ordinary: number of weights, without routed experts.
+        embedding: number of those that are the embedding's.
+        routed: number of weights of routed experts.
+        num_blocks: number of layers and MTP modules.
+        num_routers: number of those that have a router.
+        code_bytes: bytes of all linear maps in FP8, each in the two orders that products read.
+    """
+
+    ordinary: int
+    embedding: int
+    routed: int
+    num_blocks: int
+    num_routers: int
+    code_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Number of all weights."""
+        return self.ordinary + self.routed
+
+
+def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local_experts: int) -> HeldParameters:
+    """Counts the weights of some stages.
+
+    Args:
+        stages: stages that the rank holds, each once.
+        num_local_experts: routed experts of each layer that the rank holds.
+    """
+    held = list(stages)
+    hidden = config.hidden_size
+    heads = sum(stage.is_last for stage in held)
+    modules = config.mtp_depth * heads
+    layers = [layer for stage in held for layer in stage.layers]
+    dense = sum(layer < config.num_dense_layers for layer in layers)
+    sparse = len(layers) - dense + modules
+    attention, mlp, expert = _attention_maps(config), _dense_maps(config), _expert_maps(config)
+    shared = _mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
+
+    ordinary = (dense + sparse) * (attention_parameters(config) + 2 * hidden) + dense * _num_weights(mlp)
+    ordinary += sparse * (_num_weights(shared) + hidden * config.num_routed_experts)
+    # A projection of two inputs, and three norms.
+    ordinary += modules * (2 * hidden * hidden + 3 * hidden)
+    has_embedding = any(stage.is_first or (stage.is_last and config.mtp_depth) for stage in held)
+    embedding = config.vocab_size * hidden * has_embedding
+    ordinary += embedding + (config.num_head_rows * hidden + hidden) * heads
+
+    codes = (dense + sparse) * _code_bytes(attention) + dense * _code_bytes(mlp)
+    codes += sparse * (_code_bytes(shared) + num_local_experts * _code_bytes(expert))
+    return HeldParameters(
+        ordinary=ordinary,
+        embedding=embedding,
+        routed=sparse * num_local_experts * _num_weights(expert),
+        num_blocks=dense + sparse,
+        num_routers=sparse,
+        code_bytes=codes,
+    )
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """Counts the weights of one layer's attention, including its latent norms."""
+    return _num_weights(_attention_maps(config)) + (config.q_lora_rank or 0) + config.kv_lora_rank
+
+
+def _attention_maps(config: ModelConfig) -> list[tuple[int, int]]:
+    """Returns outputs and inputs of the linear maps of attention."""
+    hidden, heads, rank = config.hidden_size, config.num_heads, config.q_lora_rank
+    queries = heads * config.qk_head_dim
+    maps = [
+        (queries if rank is None else rank, hidden),
+        (config.kv_lora_rank + config.qk_rope_head_dim, hidden),
+        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        (hidden, heads * config.v_head_dim),
+    ]
+    return maps if rank is None else [*maps, (queries, rank)]
+
+
+def _dense_maps(config: ModelConfig) -> list[tuple[int, int]]:
+    return _mlp_maps(config.hidden_size, config.dense_intermediate_size)
+
+
+def _expert_maps(config: ModelConfig) -> list[tuple[int, int]]:
+    return _mlp_maps(config.hidden_size, config.expert_intermediate_size)
+
+
+def _mlp_maps(hidden: int, width: int) -> list[tuple[int, int]]:
+    """Returns outputs and inputs of the linear maps of a SwiGLU network, none if it has no width."""
+    return [(width, hidden), (width, hidden), (hidden, width)] if width else []
+
+
+def _num_weights(maps: Iterable[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in maps)
+
+
+def _code_bytes(maps: Iterable[tuple[int, int]]) -> int:
+    """Returns the bytes of maps in FP8, with a scale for every 128 x 128 block, in both orders."""
+    return sum(2 * (rows * columns + SCALE_BYTES * num_tiles(rows) * num_tiles(columns)) for rows, columns in maps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterAccount:
+    """Weights of a model. MTP modules are counted apart: embedding and head belong to the main model.
+
+    Attributes:
+        total: weights of the main model.
+        active: weights of the main model that one token uses, including both embeddings.
+        active_without_embedding: `active` without the input embedding, of which a token uses one row.
+        attention: weights of one layer's attention.
+        expert: weights of one routed expert.
+        mtp: weights of all MTP modules.
+    """
+
+    total: int
+    active: int
+    active_without_embedding: int
+    attention: int
+    expert: int
+    mtp: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterAccount:
+    """Counts the weights of an architecture."""
+    whole = [StageShape(layers=range(config.num_layers), is_first=True, is_last=True)]
+    with_mtp = held_parameters(config, whole, config.num_routed_experts)
+    main = held_parameters(replace(config, mtp_depth=0), whole, config.num_routed_experts)
+    active = held_parameters(replace(config, mtp_depth=0), whole, config.num_experts_per_token).total
+    return ParameterAccount(
+        total=main.total,
+        active=active,
+        active_without_embedding=active - main.embedding,
+        attention=attention_parameters(config),
+        expert=_num_weights(_expert_maps(config)),
+        mtp=with_mtp.total - main.total,
+    )
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length_tokens: int) -> float:
+    """Counts floating-point operations of forward and backward for one token of the main model.
+
+    Six per active weight, and six per multiplication of scores and mixing over half the sequence, as attention is
+    causal.
+    """
+    attended = sequence_length_tokens / 2
+    per_layer = config.num_heads * (config.qk_head_dim + config.v_head_dim) * attended
+    return 6 * count_parameters(config).active_without_embedding + 6 * config.num_layers * per_layer
+
+
+_OWN_PRODUCTS = 1.6
+_FP8_PRODUCTS = 1.15
+_SCORES = 1.75
+"""Time of a multiplication in linear maps of layers (in the weights' type and in FP8) and in attention's scores and
+mixing, relative to one in an output head, whose large product runs fastest.
+
+From the public trace of DeepSeek-V3's training (github.com/deepseek-ai/profile-data): 31.1 ms for a MoE layer, of which
+5.5 ms are scores and mixing, and 8.3 ms are norms, casts and recomputation. A head takes about 35 ms. In FP8, products
+of layers are about twice as fast as in bf16, but casts are added.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartWork:
+    """Relative time of forward and backward of one token, with a multiplication in a head as the unit.
+
+    Attributes:
+        embedding: of one look-up.
+        dense: of a dense layer.
+        moe: of a MoE layer, without exchange.
+        head: of the main output head.
+        mtp: of all MTP modules with their heads.
+    """
+
+    embedding: float
+    dense: float
+    moe: float
+    head: float
+    mtp: float
+
+    def total(self, config: ModelConfig) -> float:
+        """Returns the work of the whole model."""
+        layers = config.num_dense_layers * self.dense + (config.num_layers - config.num_dense_layers) * self.moe
+        return self.embedding + layers + self.head + self.mtp
+
+
+def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool, context: int = 1) -> PartWork:
+    """Counts the relative time of each part of a model.
+
+    Args:
+        sequence_length_tokens: tokens of a whole sequence. Attention is causal, so a token attends to half of it.
+        is_fp8: whether products of linear maps in layers are in FP8. Those of heads never are.
+        context: ranks that share each sequence; each expands the keys and values of all tokens.
+    """
+    hidden, expert = config.hidden_size, _num_weights(_expert_maps(config))
+    products = _FP8_PRODUCTS if is_fp8 else _OWN_PRODUCTS
+    scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length_tokens / 2
+    expanded = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    attention = attention_parameters(config) + (context - 1) * expanded
+    active = (config.num_experts_per_token + config.num_shared_experts) * expert + hidden * config.num_routed_experts
+    moe = products * (attention + active) + _SCORES * scores
+    head = config.num_head_rows * hidden
+    return PartWork(
+        embedding=hidden,
+        dense=products * (attention + _num_weights(_dense_maps(config))) + _SCORES * scores,
+        moe=moe,
+        head=head,
+        mtp=config.mtp_depth * (moe + 2 * hidden * hidden + head),
+    )
+
+
+_TILES_PER_SLICE = 8
+"""Slices of at least so many tiles end at a tile's border, so that products in FP8 have whole tiles."""
+
+
+def slice_lengths(config: ModelConfig, sequence_length_tokens: int, slices: int, *, is_fp8: bool) -> tuple[int, ...]:
+    """Returns the tokens of each slice of a sequence, so that all slices have about equal work.
+
+    A later token attends to more tokens, so later slices are shorter. The lengths depend on the model because the share
+    of attention does.
+
+    Args:
+        slices: number of slices, at least 1.
+        is_fp8: whether products of linear maps in layers are in FP8.
+
+    Raises:
+        ValueError: a slice would have no token.
+    """
+    length = sequence_length_tokens
+    if not 1 <= slices <= length:
+        raise ValueError(f"must be in 1 to {length}, the tokens of a sequence, is {slices}; nearest valid: {length}")
+    fixed = count_work(config, 0, is_fp8=is_fp8).total(config)
+    # The first x tokens cost fixed * x + growth * x^2 / 2.
+    growth = 2 * (count_work(config, length, is_fp8=is_fp8).total(config) - fixed) / length
+    whole = fixed * length + growth * length**2 / 2
+    unit = TILE if length >= slices * _TILES_PER_SLICE * TILE else 1
+    ends = [0]
+    for index in range(1, slices):
+        work = whole * index / slices
+        end = (sqrt(fixed**2 + 2 * growth * work) - fixed) / growth if growth else work / fixed
+        # Every slice keeps at least one unit.
+        ends.append(min(max(round(end / unit) * unit, ends[-1] + unit), length - (slices - index) * unit))
+    return tuple(after - before for before, after in pairwise([*ends, length]))
+
+
+def slice_starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the first token of each slice, then the number of all tokens."""
+    return (0, *accumulate(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Bytes of some rows of a width.
+
+    Attributes:
+        count: number of rows.
+        tiles: tiles of 128 rows that cover them, for each expert's rows separately.
+        value_bytes: bytes of a number in the model's type.
+    """
+
+    count: int
+    tiles: int
+    value_bytes: int
+
+    def numbers(self, width: int) -> int:
+        """Returns the bytes in the model's type."""
+        return self.count * width * self.value_bytes
+
+    def wide(self, width: int) -> int:
+        """Returns the bytes in float32 or wider."""
+        return self.count * width * max(4, self.value_bytes)
+
+    def codes(self, width: int) -> int:
+        """Returns the bytes in FP8, with a scale for every 128."""
+        return self.count * (width + SCALE_BYTES * num_tiles(width))
+
+    def columns(self, width: int) -> int:
+        """Returns the bytes in transposed FP8, padded to whole tiles of rows."""
+        return width * self.tiles * (TILE + SCALE_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes for one rank and one micro-batch.
+
+    Attributes:
+        device: determines how many logits the head computes at a time.
+        sequences: number of sequences.
+        tokens: tokens of each sequence that this rank holds.
+        value_bytes: bytes of a number in the model's type.
+        pads_heads: whether queries, keys and values have one width, as torch's fused attention requires on CPU.
+        expert_rows: rows that arrive at this rank's experts.
+        num_local_experts: routed experts of a layer on this rank.
+        routing: bytes of a dispatcher's index tensors, from dispatch to the end of the micro-batch.
+        to_experts: bytes inside an exchange to the experts, in addition to its input and output.
+        from_experts: bytes inside an exchange from the experts, in addition to its input and output.
+        context: ranks that share each sequence.
+        kept_ranks: other ranks of these whose latents are kept, from `comm.context.forecast.num_kept_ranks`.
+    """
+
+    config: ModelConfig
+    computing: Computing
+    device: Literal["cpu", "cuda"]
+    sequences: int
+    tokens: int
+    value_bytes: int
+    pads_heads: bool
+    expert_rows: int
+    num_local_experts: int
+    routing: int = 0
+    to_experts: int = 0
+    from_experts: int = 0
+    context: int = 1
+    kept_ranks: int = 0
+
+    @cached_property
+    def own(self) -> Rows:
+        """Rows of the rank's tokens."""
+        count = self.sequences * self.tokens
+        return Rows(count, num_tiles(count), self.value_bytes)
+
+    @cached_property
+    def arrived(self) -> Rows:
+        """Rows at the rank's experts, which receive equally many."""
+        per_expert, rest = divmod(self.expert_rows, self.num_local_experts)
+        tiles = rest * num_tiles(per_expert + 1) + (self.num_local_experts - rest) * num_tiles(per_expert)
+        return Rows(self.expert_rows, tiles, self.value_bytes)
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of a number that needs at least float32."""
+        return max(4, self.value_bytes)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether products are in FP8."""
+        return self.computing.products != "own"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks, or several slices, share each sequence."""
+        return self.context > 1
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether a MoE layer has shared experts."""
+        return bool(self.config.num_shared_experts)
+
+    def keeps(self, kind: Recomputed) -> bool:
+        """Whether a kind of output is kept for the backward; FP8 models recompute all."""
+        return not self.is_fp8 and kind not in self.computing.recomputed
+
+    def matrix(self, *shape: int) -> int:
+        """Returns the bytes of a weight gradient: float32 if products are in FP8, else the weight's type."""
+        size = self.wide_bytes if self.is_fp8 else self.value_bytes
+        for dimension in shape:
+            size *= dimension
+        return size
+
+    @cached_property
+    def row(self) -> int:
+        """Bytes of a hidden state."""
+        return self.own.numbers(self.config.hidden_size)
+
+    @property
+    def scale(self) -> int:
+        """Bytes of a norm's inverse root mean squares."""
+        return self.own.wide(1)
+
+    @property
+    def query_rank(self) -> int:
+        """Width of the compressed queries that have a norm, 0 if queries are not compressed."""
+        return self.config.q_lora_rank or 0
+
+    @property
+    def query_width(self) -> int:
+        """Width of all heads' queries."""
+        return self.config.num_heads * self.config.qk_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Width of all heads' values."""
+        return self.config.num_heads * self.config.v_head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """Width of all heads' keys without position, and values."""
+        return self.config.num_heads * (self.config.qk_nope_head_dim + self.config.v_head_dim)
+
+    @property
+    def latent_width(self) -> int:
+        """Values of a token that other ranks need: compressed keys and values, and the shared key."""
+        return self.config.kv_lora_rank + self.config.qk_rope_head_dim
+
+    @property
+    def compressed_width(self) -> int:
+        """Width of compressed queries, compressed keys and values, and the shared key."""
+        return (self.config.q_lora_rank or self.query_width) + self.latent_width
+
+    @property
+    def kernel_widths(self) -> tuple[int, int]:
+        """Widths of all heads' queries (or keys) and values as the attention kernel reads them."""
+        query, value = self.query_width, self.value_width
+        return (max(query, value),) * 2 if self.pads_heads else (query, value)
+
+    @property
+    def heads(self) -> int:
+        """Bytes of queries, keys and values as the attention kernel reads them."""
+        query, value = self.kernel_widths
+        return self.own.numbers(2 * query + value)
+
+    @property
+    def mixed(self) -> int:
+        """Bytes that the attention kernel returns."""
+        return self.own.numbers(self.kernel_widths[1])
+
+    @property
+    def logsumexp(self) -> int:
+        """Bytes that the attention kernel keeps for its backward in addition to its result."""
+        return self.own.wide(self.config.num_heads)
+
+    @property
+    def message(self) -> int:
+        """Bytes of the rows that a rank of a context group sends for one layer, once.
+
+        In FP8 these are latents as they are kept, with scales and the norm's inverse root mean squares, and the shared
+        key, each aligned.
+        """
+        if not self.is_fp8:
+            return self.own.numbers(self.latent_width)
+        rank = self.config.kv_lora_rank
+        parts = (self.config.qk_rope_head_dim * self.value_bytes, rank, SCALE_BYTES * num_tiles(rank), self.wide_bytes)
+        return sum(-(-self.own.count * part // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for part in parts)
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together."""
+        return self.config.num_shared_experts * self.config.expert_intermediate_size
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the rows that dispatch sends, one for each token: codes if products are in FP8."""
+        return self.own.codes(self.config.hidden_size) if self.is_fp8 else self.row
+
+    @property
+    def received(self) -> int:
+        """Bytes of the rows that dispatch delivers to this rank's experts, in the form in which they are sent."""
+        hidden = self.config.hidden_size
+        return self.arrived.codes(hidden) if self.is_fp8 else self.arrived.numbers(hidden)
+
+    @property
+    def scores(self) -> int:
+        """Bytes of a router's scores."""
+        return self.own.wide(self.config.num_routed_experts)
