@@ -106,7 +106,8 @@ def kept_bytes(model: Transformer, batch: MicroBatch) -> int:
 
 def counted_bytes(config: ModelConfig, dtype: torch.dtype, computing: Computing, tokens: int, **changes: Any) -> int:
     """Returns the same by arithmetic, for two sequences on a CPU, all of whose experts are on this rank."""
-    sizes = make_sizes(config, dtype, computing, sequences=2, tokens=tokens, pads_heads=True, **changes)
+    shape = {"sequences": 2, "tokens": tokens, "pads_heads": True} | changes
+    sizes = make_sizes(config, dtype, computing, **shape)
     whole = StageShape(layers=range(config.num_layers), is_first=True, is_last=True)
     return sum(phase.kept for phase in stage_phases(sizes, whole))
 
