@@ -12,8 +12,7 @@ from pathlib import Path
 
 from comm.config import ClusterConfig
 from comm.preemption import SIGNALS
-from comm.watchdog.job_key import KEY_VARIABLE
-from comm.watchdog.membership import STORE_FILE_VARIABLE
+from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun

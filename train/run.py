@@ -15,9 +15,8 @@ from comm.groups import Groups, start, stop
 from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.watchdog.collective_log import CollectiveLog, cuda_mark
-from comm.watchdog.job_key import JobKeyError
 from comm.watchdog.job_start import AbsentError
-from comm.watchdog.membership import Membership
+from comm.watchdog.membership import JobKeyError, Membership
 from comm.watchdog.rendezvous import Job, join
 from data.prepare import Prepared
 from data.progress import printable_on

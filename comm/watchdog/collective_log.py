@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from comm.watchdog.tree.rank_set import MAX_LISTED, RankSet
+from comm.watchdog.ranks import MAX_LISTED, RankSet
 
 StreamMark = Callable[[], Callable[[], bool]]
 """Marks the current end of the current stream. The returned function says whether the stream has passed the mark."""
@@ -82,19 +82,13 @@ class CollectiveLog:
         self._num_failed = 0
 
     def follow_streams(self, mark: StreamMark) -> None:
-        """Counts a collective as finished when its stream has passed it, from now on.
-
-        On CUDA the host's wait returns earlier.
-        """
+        """Counts a collective as finished when its stream has passed it: on CUDA the host's wait returns earlier."""
         self._mark = mark
 
     def start(
         self, group: str, ranks: Iterable[int], name: str, label: Hashable | None = None, *, is_phase: bool = False
     ) -> Collective:
-        """Logs the start of the group's next collective.
-
-        All ranks of the group must start them in the same order.
-        """
+        """Logs the start of the group's next collective. All ranks of the group must start them in the same order."""
         line = f"{name} {label}\n".encode()
         with self._lock:
             number = self._started.get(group, 0)
@@ -110,10 +104,7 @@ class CollectiveLog:
 
     @contextmanager
     def awaiting(self, collective: Collective) -> Iterator[None]:
-        """Logs that this rank waits for the others while inside.
-
-        An error that leaves the context is logged as a failure.
-        """
+        """Logs that this rank waits for the others while inside. An error that leaves the context is a failure."""
         since = time.monotonic()
         with self._lock:
             self._awaited[collective] = since, threading.get_ident()
@@ -135,11 +126,7 @@ class CollectiveLog:
                 self._finish_enqueued()
 
     def collective(self, kind: str, group: ProcessGroup, name: str) -> AbstractContextManager[None]:
-        """Logs the start of a collective of a process group, and the wait for it while inside.
-
-        Args:
-            kind: kind of the group; with the group's ranks it makes a unique name.
-        """
+        """Logs a collective of a process group, named by `kind` and its ranks, and the wait for it inside."""
         key = kind, group.group_name
         if key not in self._names:
             ranks = RankSet.of(distributed.get_process_group_ranks(group))
@@ -164,10 +151,7 @@ class CollectiveLog:
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_waiting(self, thread: int) -> bool:
-        """Returns whether a thread waits for a collective.
-
-        Also returns True if a stream has waited so long that the host may be waiting for it.
-        """
+        """Returns whether a thread waits for a collective, or a stream so long that the host may wait for it."""
         now = time.monotonic()
         with self._lock:
             self._finish_enqueued()
@@ -200,18 +184,12 @@ class CollectiveLog:
             return list(self._recent)
 
     def order_hashes(self) -> dict[str, str]:
-        """Returns a hash of each group's ordered collectives.
-
-        It is equal on all ranks that agree on the order.
-        """
+        """Returns a hash of each group's ordered collectives, equal on all ranks that agree on the order."""
         with self._lock:
             return {group: digest.hexdigest() for group, digest in self._hashes.items()}
 
     def _finish_enqueued(self) -> None:
-        """Marks collectives as finished whose streams have passed them.
-
-        One stream may delay the check of another.
-        """
+        """Marks collectives as finished whose streams have passed them. One stream may delay another's check."""
         while self._enqueued and self._enqueued[0].is_over():
             self._finish(self._enqueued.popleft().collective)
 

@@ -4,7 +4,7 @@ import json
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -13,11 +13,9 @@ from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[att
 from torch.distributed.distributed_c10d import Store
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from comm.watchdog.authentication import open_object, seal_object
-from comm.watchdog.decode import MessageError, parse_object, printable
+from comm.watchdog import wire
 from comm.watchdog.membership import Membership
-from comm.watchdog.tree.rank_set import RankSet, name_ranks
-from comm.watchdog.tree.rank_tree import RankTree
+from comm.watchdog.ranks import RankSet, RankTree, name_ranks
 from comm.watchdog.verdict import MAX_CULPRITS, Verdict
 
 START = "start of the job"
@@ -27,6 +25,8 @@ _UNSIGNED = "watchdog/verdict_without_key"
 _LINGER_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.5
+_LONGEST_CONFIRM_PAUSE_SECONDS = 0.2
+_MAX_RECORD_BYTES = 65_536
 _MAX_LOOKS_PER_SECOND = 20_000
 _STAGGER_SECONDS = 0.5
 WAITS_PER_LOOK = 4
@@ -53,9 +53,7 @@ class Termination:
     def install(self, wakeup_file: int) -> Callable[[], None]:
         """Installs the handler of SIGTERM and returns a function that restores the earlier handler.
 
-        Args:
-            wakeup_file: file descriptor that receives the signal's number as a byte, even while the main thread is
-                inside a collective.
+        The file receives the signal's number as a byte, even while the main thread is inside a collective.
         """
         signal.signal(signal.SIGTERM, self)
         plain_file = signal.set_wakeup_fd(wakeup_file, warn_on_full_buffer=False)
@@ -110,11 +108,7 @@ class JobStart:
         self._longest_pause = max(_LONGEST_PAUSE_SECONDS, looks)
 
     def open_store(self) -> Store:
-        """Opens the job's store, or waits for the rank that opens it.
-
-        Raises:
-            AbsentError: if the store is not open before the deadline.
-        """
+        """Opens the job's store, or waits for the rank that opens it; raises `AbsentError` at the deadline."""
         member = self.member
         if member.store_file is not None:
             store = FileStore(str(member.store_file), -1)
@@ -139,11 +133,6 @@ class JobStart:
                 raise
             raise self.store_error(error) from error
 
-    @property
-    def is_terminated(self) -> bool:
-        """Whether SIGTERM arrived so long ago that ranks will not join."""
-        return self._termination.is_overdue
-
     def begin_wait(self) -> None:
         """Makes the next pauses short again, because something new is awaited."""
         self._pause = _FIRST_PAUSE_SECONDS
@@ -159,8 +148,7 @@ class JobStart:
             AbsentError: if the deadline has passed on this or another rank.
         """
         self._num_waits += 1
-        is_look_due = self.tree.is_flat or self._num_waits % WAITS_PER_LOOK == 0
-        if store is not None and is_look_due and store.check([_VERDICT]):
+        if store is not None and (self.tree.is_flat or self._num_waits % WAITS_PER_LOOK == 0):
             self._raise_received(store)
         if not self._termination.is_overdue and time.monotonic() < self._until:
             time.sleep(self._pause)
@@ -172,11 +160,10 @@ class JobStart:
             error = self._absent(EXIT_LOST, absent(), "lost: not joined when the launcher ended the job")
         else:
             error = self._absent(EXIT_HANG, absent(), f"absent: not joined within {self._deadline_seconds:g} s")
-        if store is None:
-            raise error
-        if self.key is None:
+        if store is not None and self.key is None:
             raise AbsentError(self._first_verdict(store, error.verdict))
-        self._agree(store, self.key, error.verdict)
+        if store is not None and self.key is not None:
+            self._agree(store, self.key, error.verdict)
         raise error
 
     def _await_verdict(self, store: Store) -> None:
@@ -184,63 +171,84 @@ class JobStart:
         num_levels_below = self.tree.num_levels - len(self.tree.led_levels(self.member.rank))
         until = time.monotonic() + num_levels_below * _STAGGER_SECONDS
         while not self.tree.is_flat and time.monotonic() < until:
-            if store.check([_VERDICT]):
-                self._raise_received(store)
+            self._raise_received(store)
             time.sleep(_STAGGER_SECONDS / 2)
 
     def store_error(self, error: DistError) -> AbsentError:
         """Returns an error with the verdict on a store that has ended or no longer responds."""
         code = EXIT_HANG if time.monotonic() >= self._until else EXIT_LOST
-        store_rank = 0 if self.member.store_rank is None else self.member.store_rank
-        return self._absent(code, [store_rank], f"lost with the job's store: {str(error).splitlines()[0]}")
+        return self._absent(
+            code, [self.member.store_rank or 0], f"lost with the job's store: {str(error).splitlines()[0]}"
+        )
 
     def _raise_received(self, store: Store) -> None:
         """Raises the verdict in the store if a rank of this attempt wrote it."""
-        if self.key is None:
+        if self.key is None or not store.check([_VERDICT]):
             return
         try:
-            values = open_object(self.key, _VERDICT, store.get(_VERDICT))
-            verdict = Verdict.from_json(values, self.member.world_size)
-        except MessageError:
+            values = wire.open_object(self.key, _VERDICT, store.get(_VERDICT))
+            verdict = wire.decode_fields(Verdict, values, self.member.world_size)
+        except wire.MessageError:
             return
-        self._confirm(store, self.key, verdict)
+        self._confirm_verdict(store, self.key, verdict)
         raise AbsentError(verdict)
 
-    def _first_verdict(self, store: Store, own: Verdict) -> Verdict:
+    def _first_verdict(self, store: Store, verdict: Verdict) -> Verdict:
         """Returns the first verdict of the ranks that end without a key because rank 0 has announced none.
 
         It is not authenticated. Only a rank that ends anyway reads it, so another process could only change its text.
         """
-        first = store.compare_set(_UNSIGNED, "", json.dumps(own.as_json()))
+        first = store.compare_set(_UNSIGNED, "", json.dumps(wire.encode_fields(verdict)))
         try:
-            verdict = Verdict.from_json(parse_object(first), self.member.world_size)
-        except MessageError:
-            return own
-        return verdict if verdict.code in (EXIT_HANG, EXIT_LOST) else own
+            received = wire.decode_fields(Verdict, wire.parse_object(first), self.member.world_size)
+        except wire.MessageError:
+            return verdict
+        return received if received.code in (EXIT_HANG, EXIT_LOST) else verdict
 
-    def _agree(self, store: Store, key: bytes, own: Verdict) -> None:
+    def _agree(self, store: Store, key: bytes, verdict: Verdict) -> None:
         """Raises the first authentic verdict in the store, or writes this rank's verdict there."""
-        sealed = seal_object(key, _VERDICT, own.as_json())
+        sealed = wire.seal_object(key, _VERDICT, wire.encode_fields(verdict))
         if store.compare_set(_VERDICT, "", sealed).decode(errors="replace") != sealed:
             self._raise_received(store)
             store.set(_VERDICT, sealed)
-        self._confirm(store, key, own)
+        self._confirm_verdict(store, key, verdict)
 
-    def _confirm(self, store: Store, key: bytes, verdict: Verdict) -> None:
-        """Confirms that this rank has the verdict. If a rank holds the store, those below do so first.
+    def _confirm_verdict(self, store: Store, key: bytes, verdict: Verdict) -> None:
+        """Confirms that this rank has the verdict. So a rank with the store ends after all others."""
+        if self.member.store_rank is not None:
+            self.await_confirmations(store, key, _RECEIVED, _LINGER_SECONDS, absent=verdict.culprits)
+        name = f"{_RECEIVED}/{self.member.rank}"
+        store.set(name, wire.seal_object(key, name, {}))
 
-        So the rank with the store, at the root, ends after all others, or after some seconds for each level.
+    def await_confirmations(
+        self,
+        store: Store,
+        key: bytes,
+        name: str,
+        seconds: float,
+        *,
+        absent: Collection[int] = (),
+        rewrite: Callable[[], None] | None = None,
+    ) -> None:
+        """Waits for the ranks below this one to confirm, which write a record under `name`; at most some seconds.
+
+        Args:
+            seconds: longest wait for each level of the tree that this rank leads.
+            absent: ranks that will not confirm.
+            rewrite: writes records again, at each look, which ends with SIGTERM; None to wait in any case.
         """
-        member = self.member
-        own = f"{_RECEIVED}/{member.rank}"
-        levels = len(self.tree.led_levels(member.rank))
-        awaits = levels > 0 and member.store_rank is not None
-        names = [f"{_RECEIVED}/{rank}" for rank in self.tree.children(member.rank) if rank not in verdict.culprits]
-        until = time.monotonic() + levels * _LINGER_SECONDS
-        while awaits and names and time.monotonic() < until:
-            names = [name for name in names if not (store.check([name]) and _is_authentic(key, name, store.get(name)))]
-            time.sleep(0.05 if names else 0.0)
-        store.set(own, seal_object(key, own, {}))
+        keys = [f"{name}/{rank}" for rank in self.tree.children(self.member.rank) if rank not in absent]
+        until = time.monotonic() + len(self.tree.led_levels(self.member.rank)) * seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while keys and time.monotonic() < until and (rewrite is None or not self._termination.is_overdue):
+            if store.check(keys):
+                records = open_records(store, key, keys)
+                keys = [name for name, record in zip(keys, records, strict=True) if record is None]
+            if keys:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_CONFIRM_PAUSE_SECONDS)
+                if rewrite is not None:
+                    rewrite()
 
     def _is_open(self) -> bool:
         try:
@@ -254,19 +262,23 @@ class JobStart:
 
     def _absent(self, code: int, absent: list[int], why: str) -> AbsentError:
         present = set(range(self.member.world_size)) - set(absent)
-        is_one = len(absent) == 1
-        subject = f"{name_ranks(absent)} {'is' if is_one else 'are'}"
-        text = printable(f"{subject} {why}{self.note}; {name_ranks(present)} waited for {START}")
+        subject = f"{name_ranks(absent)} {'is' if len(absent) == 1 else 'are'}"
+        text = wire.printable(f"{subject} {why}{self.note}; {name_ranks(present)} waited for {START}")
         culprits = RankSet.of(absent).first(MAX_CULPRITS)
         return AbsentError(Verdict(code=code, text=text, judge=self.member.rank, culprits=culprits))
 
 
-def _is_authentic(key: bytes, purpose: str, sealed: bytes) -> bool:
-    try:
-        open_object(key, purpose, sealed)
-    except MessageError:
-        return False
-    return True
+def open_records(store: Store, key: bytes, names: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Reads records that exist, and returns those that are authentic, None for others."""
+    records: list[dict[str, Any] | None] = []
+    for name, sealed in zip(names, store.multi_get(list(names)), strict=True):
+        try:
+            if len(sealed) > _MAX_RECORD_BYTES:
+                raise wire.MessageError("too long")
+            records.append(wire.open_object(key, name, sealed))
+        except wire.MessageError:
+            records.append(None)
+    return records
 
 
 def _listen(host: str, port: int) -> int:

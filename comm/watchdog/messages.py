@@ -1,45 +1,28 @@
-"""Defines the messages between watchdogs, in addition to states and verdicts, and decodes all of them."""
+"""Defines the messages between watchdogs, and sends one to all ranks along the tree of ranks."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from comm.exit_codes import EXIT_OTHER
-from comm.watchdog.decode import MAX_NAME_CHARACTERS, MessageError, flag_of, integer_of, text_of
-from comm.watchdog.inquiries.rank_state import RankState
-from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.rank_state import RankState
+from comm.watchdog.ranks import FANOUT, MAX_TURNS, RankSet, RankTree
 from comm.watchdog.verdict import Verdict
-from comm.watchdog.watchdog_socket import WatchdogMessage
+from comm.watchdog.wire import Kind, MessageError, Name, Rank, Text, decode_fields, encode_fields
 
+MAX_BLOCKS = 16
+_MAX_HOST_CHARACTERS = 64
 End = Literal["done", "error", "signal"]
+Send = Callable[[int, Kind, Mapping[str, Any]], None]
+_RELAY = "relay"
 
 
 @dataclass(frozen=True, slots=True)
 class StateRequest:
-    """Request for a rank's state, or for whether it has reached a collective.
+    """Request for a rank's state, or only for whether it has reached the collective `number` of a group."""
 
-    Attributes:
-        group: group of the collective; None to request the whole state in any case.
-        number: number of the collective within the group.
-    """
-
-    group: str | None = None
+    group: Name | None = None
     number: int = 0
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Decodes the JSON of `as_json`.
-
-        Raises:
-            MessageError: if a field is invalid.
-        """
-        if "group" not in values:
-            return cls()
-        return cls(text_of(values, "group", MAX_NAME_CHARACTERS), integer_of(values, "number"))
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the fields as a dictionary."""
-        return {} if self.group is None else asdict(self)
 
     def short_reply(self, state: RankState) -> "Reached | None":
         """Returns the short reply of a rank in this state, or None if it must reply its whole state."""
@@ -51,31 +34,11 @@ class StateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Short reply of a rank that has started the collective of a request and does not compute.
+    """Short reply of a rank that has started the collective of a request and does not compute."""
 
-    Attributes:
-        group: group of the collective.
-        number: number of the collective within the group.
-        is_waiting: whether the rank still waits for the collective.
-    """
-
-    group: str
+    group: Name
     number: int
     is_waiting: bool
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Decodes the JSON of `as_json`.
-
-        Raises:
-            MessageError: if a field is missing or invalid.
-        """
-        group = text_of(values, "group", MAX_NAME_CHARACTERS)
-        return cls(group, integer_of(values, "number"), flag_of(values, "is_waiting"))
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the fields as a dictionary."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,83 +48,115 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class AddressRequest:
-    """Request for addresses; its fields are unchecked."""
+    """Request for the addresses of a block and those after it."""
 
-    values: Mapping[str, Any]
+    block: int
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Reply to a request for addresses; its fields are unchecked."""
+    """Addresses of consecutive ranks or leaders, which names each host once."""
 
-    values: Mapping[str, Any]
+    hosts: Annotated[tuple[Annotated[str, _MAX_HOST_CHARACTERS], ...], FANOUT]
+    host_of: Annotated[tuple[int, ...], FANOUT]
+    ports: Annotated[tuple[int, ...], FANOUT]
+
+
+@dataclass(frozen=True, slots=True)
+class AddressReply:
+    """Addresses of consecutive blocks from `block` on, None for one that the sender does not know."""
+
+    block: int
+    blocks: Annotated[tuple[Addresses | None, ...], MAX_BLOCKS]
 
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Announcement that the sender leaves the job.
-
-    Attributes:
-        end: how it leaves: finished, with an error, or after a signal.
-        text: the reason in one line.
-    """
+    """Announcement that the sender leaves the job: it finished, failed with an error, or got a signal."""
 
     end: End
-    text: str
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Decodes the JSON of `as_json`.
-
-        Raises:
-            MessageError: if a field is missing or invalid.
-        """
-        end = text_of(values, "end")
-        for known in get_args(End):
-            if end == known:
-                return cls(known, text_of(values, "text"))
-        raise MessageError(f"end: must be one of {get_args(End)}, is {end}")
-
-    def as_json(self) -> dict[str, str]:
-        """Returns the fields as a dictionary."""
-        return asdict(self)
+    text: Text
 
     def verdict_on(self, rank: int) -> Verdict:
         """Returns the verdict with which all other ranks end if `rank` failed with an error."""
         return Verdict(code=EXIT_OTHER, text=f"rank {rank}: {self.text}", judge=rank, culprits=RankSet.of((rank,)))
 
 
-Message = StateRequest | RankState | Verdict | Departure | Reached | Notice | AddressRequest | Addresses
+Message = StateRequest | RankState | Verdict | Departure | Reached | Notice | AddressRequest | AddressReply
+
+_TYPES: dict[Kind, type[Message]] = {
+    "state_request": StateRequest,
+    "state": RankState,
+    "verdict": Verdict,
+    "departure": Departure,
+    "reached": Reached,
+    "notice": Notice,
+    "address_request": AddressRequest,
+    "addresses": AddressReply,
+}
 
 
-def decode_message(message: WatchdogMessage, world_size: int, origin: int | None = None) -> Message:
-    """Decodes the fields of an authentic message.
+def decode_message(kind: Kind, values: Mapping[str, Any], world_size: int, author: int) -> Message:
+    """Decodes an authentic message of rank `author`, or raises `MessageError`; it must be the judge of a verdict."""
+    message = decode_fields(_TYPES[kind], values, world_size)
+    if isinstance(message, Verdict) and message.judge != author:
+        raise MessageError(f"judge: must be the sender, rank {author}, is {message.judge}")
+    return message
 
-    Args:
-        world_size: number of ranks of the job.
-        origin: rank that wrote the message if another rank forwarded it.
 
-    Raises:
-        MessageError: if a field is missing or invalid, or the author of a verdict is not its judge.
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Way of a message through the tree: its author, and the broadcast's number, which selects the tree."""
+
+    origin: Rank
+    turn: Annotated[int, MAX_TURNS] | None
+
+
+class Relay:
+    """Broadcasts of one rank, and those that it forwards.
+
+    In a job of one block a rank sends to all others itself. In a larger one, a message names its origin and its turn,
+    and is valid only if it arrives from the rank above in the tree that these two select. No rank sends more than some
+    200 datagrams.
     """
-    values = message.values
-    match message.kind:
-        case "state_request":
-            return StateRequest.from_json(values)
-        case "state":
-            return RankState.from_json(values, world_size)
-        case "departure":
-            return Departure.from_json(values)
-        case "reached":
-            return Reached.from_json(values)
-        case "notice":
-            return Notice()
-        case "address_request":
-            return AddressRequest(values)
-        case "addresses":
-            return Addresses(values)
-        case "verdict":
-            verdict, author = Verdict.from_json(values, world_size), message.rank if origin is None else origin
-            if verdict.judge != author:
-                raise MessageError(f"judge: must be the sender, rank {author}, is {verdict.judge}")
-            return verdict
+
+    def __init__(self, rank: int, tree: RankTree, send: Send) -> None:
+        """Broadcasts with `send`."""
+        self._rank = rank
+        self._tree = tree
+        self._send = send
+        self._turn = 0
+
+    def broadcast(self, kind: Kind, message: Message) -> None:
+        """Sends to all other ranks. Repeated messages reach all, as each call has others forward them."""
+        route = Route(self._rank, self._turn)
+        self._turn = (self._turn + 1) % MAX_TURNS
+        values = encode_fields(message)
+        if not self._tree.is_flat:
+            values[_RELAY] = encode_fields(route)
+        self.forward(route, kind, values)
+
+    def send_to_block(self, kind: Kind, message: Message) -> None:
+        """Sends to the other ranks of this rank's block only."""
+        for rank in self._tree.block(self._rank):
+            if rank != self._rank:
+                self._send(rank, kind, encode_fields(message))
+
+    def route(self, sender: int, values: Mapping[str, Any]) -> Route:
+        """Returns the way of a message; its turn is None if it came directly.
+
+        Raises `MessageError` if the sender is not the one that forwards this message to this rank.
+        """
+        if _RELAY not in values:
+            return Route(sender, None)
+        route = decode_fields(Route, values[_RELAY], self._tree.world_size)
+        is_flat = route.turn is None or self._tree.is_flat
+        if is_flat or self._tree.parent(self._rank, route.origin, route.turn or 0) != sender:
+            raise MessageError(f"{_RELAY}: rank {sender} does not forward messages of rank {route.origin} to this rank")
+        return route
+
+    def forward(self, route: Route, kind: Kind, values: Mapping[str, Any]) -> None:
+        """Sends a message that came through the tree to the ranks below this one."""
+        if route.turn is not None:
+            for child in self._tree.children(self._rank, route.origin, route.turn):
+                self._send(child, kind, values)

@@ -18,36 +18,38 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from comm.exit_codes import EXIT_OTHER
+from comm.watchdog.addresses import AddressFetch
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.decode import MessageError, printable
-from comm.watchdog.inquiries.inquiry import PATIENT_INQUIRY_SECONDS, Inquiry
-from comm.watchdog.inquiries.peer_check import PeerCheck
-from comm.watchdog.inquiries.rank_state import RankState, Wait
-from comm.watchdog.inquiries.shutdown import SIGNALLED, Shutdown
-from comm.watchdog.inquiries.turn import InquiryTurn
-from comm.watchdog.main_thread import MainThread
+from comm.watchdog.inquiry import PATIENT_INQUIRY_SECONDS, Inquiry, InquiryTurn
 from comm.watchdog.messages import (
-    Addresses,
+    AddressReply,
     AddressRequest,
     Departure,
     End,
     Notice,
     Reached,
+    Relay,
     StateRequest,
     decode_message,
 )
-from comm.watchdog.tree.address_book import SocketAddress
-from comm.watchdog.tree.address_fetch import AddressFetch
-from comm.watchdog.tree.relay import Relay
+from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.verdict import Reason, Verdict
 from comm.watchdog.watchdog_socket import WatchdogMessage, WatchdogSocket
+from comm.watchdog.wire import Kind, MessageError, encode_fields, printable
 
+SIGNALLED = 128 + signal.SIGTERM
 _TICK_SECONDS = 0.2
 _BRISK_SECONDS = 0.05
 _JUDGE_SECONDS = 5.0
 _JUDGE_SECONDS_OF_MANY = 20.0
 _FLOOD_PAUSE_SECONDS = 0.01
 _REPORT_EVERY_SECONDS = 60.0
+_REACHABILITY_SECONDS = 10.0
+_SEND_EVERY_SECONDS = 0.2
+_AGREE_SECONDS = 0.4
+_LINGER_SECONDS = 0.6
+_FOLLOW_SECONDS = 3.0
 LOGGER = logging.getLogger("comm")
 
 
@@ -75,8 +77,7 @@ class Watchdog:
 
         Args:
             watchdog_socket: open socket; `close` closes it.
-            log: log of the rank's collectives.
-            deadline_seconds: longest wait of the rank for a collective.
+            deadline_seconds: longest wait of the rank for a collective of its log.
             crash_report: writes why the process ends; called on the watchdog's thread right before the end.
             ends_by_signal: whether SIGTERM ends the process if no rank is lost.
         """
@@ -88,7 +89,7 @@ class Watchdog:
         self._ends_by_signal = ends_by_signal
         self._main_thread = MainThread()
         self._inquiry: Inquiry | None = None
-        self._shutdown: Shutdown | None = None
+        self._shutdown: _Shutdown | None = None
         self._num_failed = 0
         self._tree = watchdog_socket.tree
         self._relay = Relay(rank, self._tree, watchdog_socket.send)
@@ -96,7 +97,9 @@ class Watchdog:
         self._fetch = AddressFetch(rank, watchdog_socket.book, watchdog_socket.send)
         self._departed: dict[int, Departure] = {}  # ranks that have left the job
         self._departure: Departure | None = None
-        self._peer_check = PeerCheck(rank, self._tree, time.monotonic())
+        # Next rank of the block, until it has responded once: so blocked datagrams are reported early.
+        self._peer = rank + 1 if rank + 1 in self._tree.block(rank) else None
+        self._peer_due_at = time.monotonic() + _REACHABILITY_SECONDS
         self._is_terminated = False
         self._is_inquiry_requested = False
         self._inquiry_done = threading.Event()
@@ -132,7 +135,8 @@ class Watchdog:
         self._socket.close()
 
     def _run(self) -> None:
-        self._peer_check.send(self._socket)
+        if self._peer is not None:
+            self._socket.send(self._peer, "state_request", {})
         while not self._is_closed:
             try:
                 self._tick()
@@ -146,8 +150,7 @@ class Watchdog:
         if now - self._reported_at >= _REPORT_EVERY_SECONDS:
             self._reported_at = now
             LOGGER.exception("watchdog: internal error number %d; the watchdog continues", self._num_errors)
-        self._inquiry = None
-        self._socket.close_probes()
+        self._close_inquiry()
         time.sleep(_BRISK_SECONDS)
 
     def _tick(self) -> None:
@@ -166,8 +169,7 @@ class Watchdog:
             if self._is_terminated and self._ends_by_signal:
                 os._exit(SIGNALLED)
         elif self._shutdown is not None:
-            is_terminated = self._is_terminated
-            self._shutdown.advance(now, self._rank, self._relay, self._crash_report, is_terminated=is_terminated)
+            self._advance_shutdown(self._shutdown, now)
         elif self._inquiry is not None:
             self._inquire(self._inquiry, now)
         else:
@@ -178,13 +180,11 @@ class Watchdog:
 
     def _handle(self, message: WatchdogMessage) -> None:
         route = self._relay.route(message.rank, message.values)
-        match decode_message(message, self._tree.world_size, route.origin):
+        match decode_message(message.kind, message.values, self._tree.world_size, route.origin):
             case StateRequest() as request:
-                self._reply(message.rank, message.sender, request)
-            case RankState() | Reached() as reply:
-                self._peer_check.take_reply(message.rank)
-                if self._inquiry is not None:
-                    self._inquiry.take(message.rank, reply)
+                self._reply(message, *self._state_reply(request))
+            case RankState() | Reached() as state:
+                self._take_state(message.rank, state)
             case Verdict() as verdict:
                 self._adopt(verdict)
                 if self._shutdown is not None and self._shutdown.verdict == verdict:
@@ -197,32 +197,55 @@ class Watchdog:
             case Notice():
                 self._take_notice(route.origin)
                 self._relay.forward(route, "notice", message.values)
-            case AddressRequest() | Addresses() as other:
-                if (found := self._fetch.handle(other)) is not None:
-                    self._socket.reply(message.rank, message.sender, "addresses", found)
+            case AddressRequest() | AddressReply() as addresses:
+                if (reply := self._fetch.handle(addresses)) is not None:
+                    self._reply(message, "addresses", reply)
 
-    def _reply(self, rank: int, sender: SocketAddress, request: StateRequest) -> None:
+    def _take_state(self, rank: int, state: RankState | Reached) -> None:
+        if rank == self._peer:
+            self._peer = None
+        if self._inquiry is not None:
+            self._inquiry.take(rank, state)
+
+    def _state_reply(self, request: StateRequest) -> tuple[Kind, Departure | Verdict | RankState | Reached]:
         shutdown = self._shutdown
         if self._departure is not None:
-            self._socket.reply(rank, sender, "departure", self._departure.as_json())
-            return
+            return "departure", self._departure
         if shutdown is not None and shutdown.verdict.judge == self._rank:  # only the judge sends a verdict
-            self._socket.reply(rank, sender, "verdict", shutdown.verdict.as_json())
-            return
+            return "verdict", shutdown.verdict
         state = RankState.of(self._log, self._main_thread)
-        if (reached := request.short_reply(state)) is not None:
-            self._socket.reply(rank, sender, "reached", reached.as_json())
-        else:
-            self._socket.reply(rank, sender, "state", state.as_json())
+        reached = request.short_reply(state)
+        return ("state", state) if reached is None else ("reached", reached)
+
+    def _reply(self, message: WatchdogMessage, kind: Kind, reply: object) -> None:
+        self._socket.reply(message.rank, message.sender, kind, encode_fields(reply))
 
     def _adopt(self, verdict: Verdict) -> None:
         """Adopts a verdict, unless this rank leaves or has a better one."""
         if self._departure is None and (self._shutdown is None or self._shutdown.yields_to(verdict)):
-            self._shutdown = Shutdown(verdict, time.monotonic())
+            self._shutdown = _Shutdown(verdict, time.monotonic())
+
+    def _advance_shutdown(self, shutdown: "_Shutdown", now: float) -> None:
+        """Sends the verdict several times if this rank is its judge, then reports it, then ends the process."""
+        verdict = shutdown.verdict
+        if self._is_terminated and verdict.code == EXIT_OTHER:
+            os._exit(SIGNALLED)
+        if verdict.judge == self._rank and now >= shutdown.send_at:
+            shutdown.send_at = now + _SEND_EVERY_SECONDS
+            self._relay.broadcast("verdict", verdict)
+        if shutdown.exit_at is None and now >= shutdown.report_at:
+            shutdown.exit_at = now + _LINGER_SECONDS
+            self._crash_report(verdict)
+        if shutdown.exit_at is not None and now >= shutdown.exit_at:
+            os._exit(verdict.code)
 
     def _check(self, now: float) -> None:
         """Starts an inquiry if there is a reason."""
-        self._peer_check.warn(now)
+        if self._peer is not None and now > self._peer_due_at:
+            LOGGER.warning(
+                "watchdog: datagrams to rank %d and back are blocked: lost ranks cannot be named", self._peer
+            )
+            self._peer = None
         num_failed = self._log.num_failed
         if self._is_terminated:
             reason = Reason.SIGNAL
@@ -257,8 +280,8 @@ class Watchdog:
         if inquiry.reason is Reason.DEADLINE and not self._has_waited_too_long():
             self._end_inquiry(inquiry, None)  # the wait ended in the meantime
             return
-        own = RankState.of(self._log, self._main_thread)
-        result = inquiry.result(self._rank, own, lost, inquiry.silent(gone))
+        state = RankState.of(self._log, self._main_thread)
+        result = inquiry.result(self._rank, state, lost, inquiry.silent(gone))
         if lost and now - inquiry.begun < PATIENT_INQUIRY_SECONDS and result.awaited_with(lost) is None:
             # Another rank will soon wait for it in a collective, which the verdict can then name.
             inquiry.ask_again(gone, self._socket, now)
@@ -273,12 +296,14 @@ class Watchdog:
         """Leaves an inquiry to a lower rank that holds one. After SIGTERM each rank checks its own block."""
         yields = self._turn.take_notice(origin, time.monotonic())
         if yields and self._inquiry is not None and self._inquiry.reason is not Reason.SIGNAL:
-            self._inquiry = None
-            self._socket.close_probes()
+            self._close_inquiry()
 
-    def _end_inquiry(self, inquiry: Inquiry, verdict: Verdict | None) -> None:
+    def _close_inquiry(self) -> None:
         self._inquiry = None
         self._socket.close_probes()
+
+    def _end_inquiry(self, inquiry: Inquiry, verdict: Verdict | None) -> None:
+        self._close_inquiry()
         if verdict is not None:
             self._adopt(verdict)
         elif inquiry.reason is Reason.SIGNAL and self._ends_by_signal:
@@ -294,4 +319,24 @@ class Watchdog:
         self._departure = Departure(end, text)
         send = self._relay.broadcast if end == "error" else self._relay.send_to_block
         for _ in range(2):
-            send("departure", self._departure.as_json())
+            send("departure", self._departure)
+
+
+class _Shutdown:
+    """Shutdown with a verdict, and the times of its steps on the monotonic clock."""
+
+    def __init__(self, verdict: Verdict, now: float) -> None:
+        """Starts the time in which a better verdict may replace this one."""
+        self.verdict = verdict
+        # The rank with the error ends first, so that the launcher reports it.
+        self.report_at = now + (_FOLLOW_SECONDS if verdict.code == EXIT_OTHER else _AGREE_SECONDS)
+        self.send_at = now
+        self.exit_at: float | None = None
+
+    def yields_to(self, verdict: Verdict) -> bool:
+        """Returns whether another verdict replaces this one.
+
+        All ranks choose the same of several: first a rank's own error, then the lowest judge.
+        """
+        current = self.verdict
+        return (verdict.code != EXIT_OTHER, verdict.judge) < (current.code != EXIT_OTHER, current.judge)

@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from comm.watchdog.authentication import MAX_DATAGRAM_BYTES, DatagramCodec, Kind
-from comm.watchdog.decode import MessageError
-from comm.watchdog.tree.address_book import AddressBook, SocketAddress
-from comm.watchdog.tree.rank_tree import RankTree
+from comm.watchdog.addresses import AddressBook, SocketAddress
+from comm.watchdog.ranks import RankTree
+from comm.watchdog.wire import MAX_DATAGRAM_BYTES, DatagramCodec, Kind, MessageError
 
 # Limits for one read of one socket, so that a flood does not block the watchdog.
 _MAX_DATAGRAMS_PER_READ = 256
@@ -32,21 +31,18 @@ class WatchdogSocket:
     """UDP socket of a rank's watchdog, plus connected probe sockets that detect a closed port.
 
     The kernel queues a datagram to an open port of a stopped process, loses one to a disconnected machine, and refuses
-    one to a port that no process has open. Only a socket that is connected to the port gets the refusal. The length of
-    a message does not depend on the number of ranks.
+    one to a port that no process has open. Only a socket that is connected to the port gets the refusal.
 
     The socket is bound only to the address with which this rank connects to the others, never to all addresses.
+
+    Attributes:
+        refused: probed ranks whose ports are closed.
+        num_dropped: datagrams that were not authentic or not new.
+        is_flooded: whether the last `receive` reached a limit and dropped some datagrams.
     """
 
     def __init__(self, rank: int, route_host: str) -> None:
-        """Opens the socket.
-
-        Args:
-            route_host: host on the same network as the other ranks; it selects the local address.
-
-        Raises:
-            OSError: if there is no such host.
-        """
+        """Opens the socket; `route_host`, on the same network as the other ranks, selects the local address."""
         self._rank = rank
         self._wakeups, self._wake = socket.socketpair()
         self._wakeups.settimeout(0.0)  # non-blocking
@@ -94,12 +90,7 @@ class WatchdogSocket:
         self._socket = self._open_socket(route_host)
 
     def open(self, book: AddressBook, key: bytes) -> None:
-        """Starts to accept messages.
-
-        Args:
-            book: addresses of the ranks; those that are not known yet may be added later.
-            key: key of this attempt; datagrams that are not authenticated with it are dropped.
-        """
+        """Starts to accept messages that are authenticated with the attempt's key; `book` may be completed later."""
         self._codec = DatagramCodec(key, self._rank, book.tree.world_size)
         self._book = book
 
@@ -111,7 +102,7 @@ class WatchdogSocket:
     def reply(self, rank: int, address: SocketAddress, kind: Kind, values: Mapping[str, Any]) -> None:
         """Sends to a rank at the address from which its message arrived."""
         with suppress(OSError):
-            self._socket.sendto(self._encode(rank, kind, values), address)
+            self._socket.sendto(self._require_codec().encode(rank, kind, values), address)
 
     def probe(self, rank: int, values: Mapping[str, Any]) -> None:
         """Sends a state request from a socket that detects a closed port. `receive` returns the reply."""
@@ -120,7 +111,7 @@ class WatchdogSocket:
         try:
             if rank not in self._probes:
                 self._probes[rank] = self._open_probe(address)
-            self._probes[rank].send(self._encode(rank, "state_request", values))
+            self._probes[rank].send(self._require_codec().encode(rank, "state_request", values))
         except ConnectionRefusedError:
             self.refused.add(rank)
         except OSError:  # too many open files for this many silent ranks, or the network is down
@@ -137,8 +128,7 @@ class WatchdogSocket:
     def receive(self, seconds: float) -> tuple[list[WatchdogMessage], bytes]:
         """Waits at most `seconds` for messages or bytes written to `wakeup_file`, and returns both.
 
-        It reads a limited number of datagrams, so that it returns in time during a flood. `is_flooded` is then True if
-        the limit was reached and some datagrams were not sent by this job's ranks.
+        It reads a limited number of datagrams, so that it returns in time during a flood.
         """
         messages: list[WatchdogMessage] = []
         self.is_flooded = False
@@ -160,36 +150,40 @@ class WatchdogSocket:
         """Closes all sockets."""
         self.close_probes()
         self._selector.close()
-        for each in (self._socket, self._wakeups, self._wake):
-            each.close()
+        for opened in (self._socket, self._wakeups, self._wake):
+            opened.close()
 
     def _open_socket(self, route_host: str) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(route_host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as route:
             route.connect(address)  # sends nothing
             host, _, *scope = route.getsockname()
-        opened = socket.socket(family, socket.SOCK_DGRAM)
-        opened.bind((host, 0, *scope))
-        opened.settimeout(0.0)  # non-blocking
-        self._selector.register(opened, selectors.EVENT_READ)
-        return opened
+        return self._register(socket.socket(family, socket.SOCK_DGRAM), (host, 0, *scope))
 
     def _open_probe(self, address: SocketAddress) -> socket.socket:
         probe = socket.socket(self._socket.family, socket.SOCK_DGRAM)
+        return self._register(probe, (self.host, 0, *self._socket.getsockname()[2:]), address)
+
+    def _register(
+        self, opened: socket.socket, local: tuple[Any, ...], remote: SocketAddress | None = None
+    ) -> socket.socket:
+        """Binds a socket, connects it to `remote`, and lets `receive` read it."""
         try:
-            probe.bind((self.host, 0, *self._socket.getsockname()[2:]))
-            probe.settimeout(0.0)  # non-blocking
-            probe.connect(address)
+            opened.bind(local)
+            opened.settimeout(0.0)  # non-blocking
+            if remote is not None:
+                opened.connect(remote)
         except OSError:
-            probe.close()
+            opened.close()
             raise
-        self._selector.register(probe, selectors.EVENT_READ)
-        return probe
+        self._selector.register(opened, selectors.EVENT_READ)
+        return opened
 
     def _read(self, source: socket.socket) -> list[WatchdogMessage]:
         """Reads and authenticates datagrams of one socket, up to the limits."""
         messages: list[WatchdogMessage] = []
-        num_bytes, num_dropped = 0, self.num_dropped
+        num_bytes = 0
+        num_dropped = self.num_dropped
         for _ in range(_MAX_DATAGRAMS_PER_READ):
             if num_bytes >= _MAX_BYTES_PER_READ:
                 break
@@ -209,9 +203,6 @@ class WatchdogSocket:
             messages.append(WatchdogMessage(datagram.kind, datagram.sender, datagram.values, sender[:2]))
         self.is_flooded |= self.num_dropped > num_dropped
         return messages
-
-    def _encode(self, rank: int, kind: Kind, values: Mapping[str, Any]) -> bytes:
-        return self._require_codec().encode(rank, kind, values)
 
     def _require_codec(self) -> DatagramCodec:
         assert self._codec is not None, "open comes first"

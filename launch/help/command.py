@@ -123,7 +123,7 @@ def discard_output() -> None:
 
 def user_errors() -> tuple[type[ValueError], ...]:
     """Returns the error types that a user can fix; they are printed as one line without a traceback."""
-    from comm.watchdog.job_key import JobKeyError
+    from comm.watchdog.membership import JobKeyError
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
     from infer.config import GenerateError

@@ -24,8 +24,7 @@ from pathlib import Path
 from comm.config import ClusterConfig
 from comm.exit_codes import EXIT_CONFIGURATION
 from comm.preemption import SIGNALS, Preemption, handled_signals
-from comm.watchdog.job_key import KEY_VARIABLE
-from comm.watchdog.membership import STORE_FILE_VARIABLE
+from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from kernels.registry import loaded_plugins
 from launch.config.groups import load_plugin_files
 from launch.help.command import user_errors

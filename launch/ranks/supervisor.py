@@ -148,7 +148,7 @@ class RankCheck:
         num_missing = self._world_size - len(alive)
         if num_missing > 0 and self._num_missing > 0:
             self._supervisor.end_ranks_after_delay()
-            from comm.watchdog.tree.rank_set import name_ranks
+            from comm.watchdog.ranks import name_ranks
 
             ranks = name_ranks(self._ranks_without(alive))
             raise VanishedError(f"{ranks} ended with exit code 0 before the run was done")

@@ -14,8 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from comm.watchdog.job_key import KEY_VARIABLE
-from comm.watchdog.membership import STORE_FILE_VARIABLE
+from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from launch.config.run_config import compose_run
 from launch.help.command import command
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
@@ -63,8 +62,8 @@ def _train(config: TrainConfig) -> int:
 
 
 def _record(folder: Path, rank: str) -> None:
-    from comm.watchdog.authentication import DatagramCodec
     from comm.watchdog.watchdog_socket import WatchdogSocket
+    from comm.watchdog.wire import DatagramCodec
 
     encode, receive = DatagramCodec.encode, WatchdogSocket.receive
     # Each look appends a byte, so that a reader never finds less than before.

@@ -22,8 +22,8 @@ import pytest
 import torch
 from torch import distributed
 
-from comm.watchdog.authentication import DatagramCodec
 from comm.watchdog.collective_log import CollectiveLog
+from comm.watchdog.wire import DatagramCodec
 from tests.comm.watched_ranks import WatchedRanks
 from tests.finished_run import losses
 from tests.tiny import write_text

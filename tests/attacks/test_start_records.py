@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,17 +15,20 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from comm.watchdog.authentication import seal_object
-from comm.watchdog.decode import MessageError
-from comm.watchdog.job_start import AbsentError
-from comm.watchdog.tree.address_book import AddressBook, decode_addresses, encode_addresses
-from comm.watchdog.tree.gatherings import AddressGathering, NonceGathering
-from comm.watchdog.tree.rank_tree import RankTree
+from comm.watchdog.addresses import decode_addresses, encode_addresses
+from comm.watchdog.job_start import AbsentError, JobStart, Termination
+from comm.watchdog.membership import Membership
+from comm.watchdog.messages import Addresses
+from comm.watchdog.ranks import RankTree
+from comm.watchdog.store_gather import Record, StoreGather
+from comm.watchdog.wire import MessageError, decode_fields, encode_fields, seal_object
 from tests.comm.test_watchdog_addresses import KEY, Rank, close, run
 
 WORLD_SIZE, FANOUT = 9, 2
-ELSEWHERE = {"host": "192.0.2.1", "port": 9}
-TABLE = encode_addresses([("192.0.2.1", 9)] * FANOUT)
+
+
+ELSEWHERE = encode_fields(Record("0" * 32, encode_addresses([("192.0.2.1", 9)])))
+TABLE = encode_fields(Record("0" * 64, encode_addresses([("192.0.2.1", 9)] * FANOUT)))
 
 
 def _ranks(store: Store, seconds: float = 20.0) -> list[Rank]:
@@ -148,8 +152,8 @@ def test_start_during_an_attack_without_end_has_the_true_addresses_or_ends_at_th
 
 def test_start_records_with_wrong_counts_or_hosts_are_rejected() -> None:
     """Also records of ranks that have the key: another version of this program may write them."""
-    good = encode_addresses([("10.0.0.1", 1), ("10.0.0.2", 2)])
-    assert decode_addresses(good, 2) == [("10.0.0.1", 1), ("10.0.0.2", 2)]
+    good = encode_fields(encode_addresses([("10.0.0.1", 1), ("10.0.0.2", 2)]))
+    assert decode_addresses(decode_fields(Addresses, good), 2) == [("10.0.0.1", 1), ("10.0.0.2", 2)]
     bad: list[dict[str, Any]] = [
         {"ports": [1]}, {"ports": [1, 2, 3]}, {"ports": [0, 1]}, {"ports": [1, 65536]}, {"ports": ["1", 2]},
         {"ports": None}, {"host_of": [0]}, {"host_of": [0, 2]}, {"host_of": [-1, 0]}, {"host_of": [0, 1, 1]},
@@ -159,56 +163,55 @@ def test_start_records_with_wrong_counts_or_hosts_are_rejected() -> None:
     ]  # fmt: skip
     for change in bad:
         with pytest.raises(MessageError):
-            decode_addresses(good | change, 2)
+            decode_addresses(decode_fields(Addresses, good | change), 2)
 
 
-def test_digests_without_ones_own_nonce_or_of_another_size_are_rejected() -> None:
+def _gathers(num_ranks: int, nonce: str = "") -> list[StoreGather]:
+    gathers = []
+    for rank in range(num_ranks):
+        start = JobStart(Membership(rank, num_ranks, "127.0.0.1", 1, 0, fanout=FANOUT), 1.0, Termination())
+        record = Record(f"{nonce}{rank}", encode_addresses([(f"10.0.0.{rank + 1}", 10 + rank)]))
+        gathers.append(StoreGather(start, HashStore(), KEY, "nonce", record, lambda: None, {}))
+    return gathers
+
+
+def test_records_without_ones_own_nonce_and_address_or_of_another_size_are_rejected() -> None:
     """So a rank does not take part in an attempt that it is not in, whoever replays its records."""
-    tree = RankTree(5, FANOUT)
-    gatherings = [NonceGathering(tree, rank, KEY, f"10.0.0.{rank}", bytes([rank]) * 16) for rank in range(5)]
-    leaves = [each.own for each in gatherings]
-    level_1 = [gatherings[0].combine(1, index, leaves[2 * index : 2 * index + 2]) for index in range(3)]
-    level_2 = [gatherings[0].combine(2, index, level_1[2 * index : 2 * index + 2]) for index in range(2)]
-    root = gatherings[0].combine(3, 0, level_2)
-    for rank, gathering in enumerate(gatherings):
-        gathering.accept([level_1[rank // 2], level_2[rank // 4], root])
-    assert len({gathering.digest for gathering in gatherings}) == 1
+    gathers = _gathers(5)
+    gathers[0]._add_all = lambda: None  # type: ignore[method-assign]
+    leaves = [gather._record for gather in gathers]
+    level_1 = [gathers[0].combine(1, index, leaves[2 * index : 2 * index + 2]) for index in range(3)]
+    level_2 = [gathers[0].combine(2, index, level_1[2 * index : 2 * index + 2]) for index in range(2)]
+    root = gathers[0].combine(3, 0, level_2)
+    for rank, gather in enumerate(gathers):
+        gather.accept([level_1[rank // 2], level_2[rank // 4], root])
+    assert len({gather.digest for gather in gathers}) == 1
+    truth = [(f"10.0.0.{rank + 1}", 10 + rank) for rank in range(5)]
+    assert [gathers[3].book.address(rank) for rank in range(5)] == [truth[0], None, *truth[2:]]
+    swapped = encode_addresses(truth[1::-1])
     wrong = [
         [level_1[1], level_2[0], root],
         [level_1[0], level_2[1], root],
-        [level_1[0], level_2[0], root | {"digests": level_2[0]["digests"]}],
-        [level_1[0] | {"digests": level_1[0]["digests"] + "0" * 64}, level_2[0], root],
-        [level_1[0] | {"digests": level_1[0]["digests"][:64]}, level_2[0], root],
-        [{}, level_2[0], root],
-        [level_1[0], level_2[0], root | {"host": "a name"}],
-        [level_1[0], level_2[0], root | {"digests": ["x"]}],
+        [level_1[0], level_2[0], replace(root, content=level_2[0].content)],
+        [replace(level_1[0], content=level_1[0].content + "0" * 32), level_2[0], root],
+        [replace(level_1[0], content=level_1[0].content[:32]), level_2[0], root],
+        [replace(level_1[0], addresses=swapped), level_2[0], root],
+        [level_1[0], replace(level_2[0], addresses=encode_addresses(truth[:1])), root],
     ]
     for path in wrong:
         with pytest.raises(MessageError):
-            gatherings[0].accept(path)
-    again = NonceGathering(tree, 0, KEY, "10.0.0.0", b"a new nonce".ljust(16))
+            gathers[0].accept(path)
     with pytest.raises(MessageError, match="nonce"):
-        again.accept([level_1[0], level_2[0], root])
+        _gathers(5, "a new nonce")[0].accept([level_1[0], level_2[0], root])
 
 
-def test_addresses_without_ones_own_or_that_of_the_leader_are_rejected() -> None:
-    tree = RankTree(4, FANOUT)
-    own = [("10.0.0.1", 10 + rank) for rank in range(4)]
-    blocks = [encode_addresses(own[:2]), encode_addresses(own[2:])]
-    root = encode_addresses([own[0], own[2]])
-
-    def accepted(rank: int, *path: dict[str, Any]) -> AddressBook:
-        book = AddressBook(tree)
-        AddressGathering(book, rank, own[rank]).accept(path)
-        return book
-
-    assert [accepted(3, blocks[1], root).address(rank) for rank in range(4)] == [own[0], None, own[2], own[3]]
-    for path in (
-        (blocks[0], root),
-        (encode_addresses(own[2:][::-1]), root),
-        (blocks[1], encode_addresses([own[0], own[1]])),
-        (blocks[1], blocks[1] | {"ports": [1]}),
-        (blocks[1], encode_addresses(own[:3])),
-    ):
-        with pytest.raises(MessageError):
-            accepted(3, *path)
+@pytest.mark.parametrize(
+    "change", [{"content": ["x"]}, {"content": "0" * 5000}, {"addresses": {}}, {"addresses": None}]
+)
+def test_malformed_record_counts_as_absent(change: dict[str, Any]) -> None:
+    (gather,) = _gathers(1)
+    gather.publish()
+    assert gather._states(["watchdog/nonce/0", "watchdog/nonce/1"]) == ["authentic", "absent"]
+    key = "watchdog/nonce/0"
+    gather._store.set(key, seal_object(KEY, key, encode_fields(gather._record) | change))
+    assert gather._states([key]) == ["forged"]

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.watchdog.collective_log import group_name
-from comm.watchdog.decode import MessageError
-from comm.watchdog.tree.rank_set import MAX_RUNS, RankSet, name_ranks
-from comm.watchdog.tree.rank_tree import RankTree
+from comm.watchdog.ranks import MAX_RUNS, RankSet, RankTree, name_ranks
+from comm.watchdog.wire import MessageError
 
 RANKS = st.frozensets(st.integers(0, 300), max_size=60)
 
@@ -64,7 +63,7 @@ def test_rank_set_holds_exactly_its_ranks(ranks: frozenset[int]) -> None:
     assert all((rank in found) == (rank in ranks) for rank in range(310))
     assert 2 * len(found.runs) <= len(ranks) + 1
     assert RankSet.of(tuple(ranks)) == found
-    decoded = RankSet.from_json({"x": found.as_json()}, "x", 301)
+    decoded = RankSet.from_json(found.as_json(), "x", 301)
     assert set(decoded) == ranks
     assert set(found.first(7)) <= ranks
     assert len(found.first(7)) == min(7, len(ranks))
@@ -78,7 +77,7 @@ def test_rank_set_is_rejected_exactly_if_a_rank_is_listed_twice_or_does_not_exis
     listed = [rank for first, count, step in rows for rank in range(first, first + count * step, step)]
     is_valid = len(set(listed)) == len(listed) and all(rank < 41 for rank in listed)
     try:
-        found = RankSet.from_json({"x": [list(row) for row in rows]}, "x", 41)
+        found = RankSet.from_json([list(row) for row in rows], "x", 41)
     except MessageError:
         assert not is_valid
         return

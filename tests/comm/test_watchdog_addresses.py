@@ -12,14 +12,12 @@ import pytest
 from torch.distributed import FileStore, HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from comm.watchdog.job_key import JobKeyError, write_key_file
 from comm.watchdog.job_start import AbsentError, JobStart, Termination
-from comm.watchdog.membership import Membership
-from comm.watchdog.tree.address_exchange import AddressExchange
-from comm.watchdog.tree.rank_tree import FANOUT
+from comm.watchdog.membership import JobKeyError, Membership, write_key_file
+from comm.watchdog.ranks import FANOUT
+from comm.watchdog.rendezvous import AddressExchange
 from comm.watchdog.watchdog_socket import WatchdogSocket
-
-KEY = b"the key of a test's job".ljust(32)
+from tests.comm.watched_ranks import KEY
 
 
 class Rank:
@@ -188,7 +186,7 @@ def test_record_that_is_not_authentic_is_named_at_the_deadline() -> None:
 
 
 def test_key_on_some_ranks_only_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comm.watchdog.tree.address_exchange._FILE_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.rendezvous._FILE_SECONDS", 0.3)
     for keys, place, other in (((KEY, None), "rank 0", "rank 1"), ((None, KEY), "rank 1", "rank 0")):
         ranks = [Rank(rank, store, keys[rank], tmp_path, 2, 1.0) for store in [HashStore()] for rank in (0, 1)]
         _, error = run(ranks)
@@ -202,7 +200,7 @@ def test_key_on_some_ranks_only_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
 def test_rank_without_access_to_the_key_file_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its out_dir differs from that of rank 0, as without a shared file system."""
-    monkeypatch.setattr("comm.watchdog.tree.address_exchange._FILE_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.rendezvous._FILE_SECONDS", 0.3)
     store, file = HashStore(), write_key_file(tmp_path)
     file.remove()
     store.set("watchdog/key", f'{{"source": "file", "path": "{file.path}"}}')
@@ -215,7 +213,7 @@ def test_rank_without_access_to_the_key_file_reports_it(tmp_path: Path, monkeypa
 
 def test_file_of_another_user_is_not_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that can write to the store may name any file. Only this user's files are read."""
-    monkeypatch.setattr("comm.watchdog.tree.address_exchange._FILE_SECONDS", 0.3)
+    monkeypatch.setattr("comm.watchdog.rendezvous._FILE_SECONDS", 0.3)
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")
     store, file = HashStore(), write_key_file(tmp_path)

@@ -2,26 +2,48 @@
 
 import json
 import zlib
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comm.watchdog.authentication import REPLAY_WINDOW, DatagramCodec, ReplayWindow, derive, open_object, seal_object
+from comm.watchdog import wire
+from comm.watchdog.addresses import encode_addresses
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.decode import MAX_DECODED_BYTES, MessageError, compress_object, decompress_object, printable
-from comm.watchdog.inquiries.rank_state import RankState
-from comm.watchdog.main_thread import MainThread
-from comm.watchdog.messages import Departure, StateRequest, decode_message
-from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.messages import (
+    AddressReply,
+    AddressRequest,
+    Departure,
+    Message,
+    Notice,
+    Reached,
+    StateRequest,
+    decode_message,
+)
+from comm.watchdog.rank_state import MainThread, RankState, Wait
+from comm.watchdog.ranks import RankSet
 from comm.watchdog.verdict import Verdict
-from comm.watchdog.watchdog_socket import WatchdogMessage
+from comm.watchdog.wire import (
+    REPLAY_WINDOW,
+    DatagramCodec,
+    Kind,
+    MessageError,
+    ReplayWindow,
+    compress_object,
+    decompress_object,
+    derive,
+    encode_fields,
+    open_object,
+    printable,
+    seal_object,
+)
 
 KEY = b"the key of a test's job".ljust(32)
 WORLD_SIZE = 4
 VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [[2, 1, 1]]}
-STATE = json.loads(json.dumps(RankState.of(CollectiveLog(), MainThread()).as_json()))
+STATE = json.loads(json.dumps(encode_fields(RankState.of(CollectiveLog(), MainThread()))))
 WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [[0, 2, 1]], "seconds": 1.5}
 
 JSON = st.recursive(
@@ -106,7 +128,7 @@ def test_replay_window_accepts_each_counter_at_most_once_and_every_new_highest(c
         b"no zlib",
         zlib.compress(b"{}")[:-1],
         zlib.compress(b"{}") + b"x",
-        zlib.compress(b" " * (MAX_DECODED_BYTES + 1)),
+        zlib.compress(b" " * (wire.MAX_DECODED_BYTES + 1)),
         zlib.compress(bytes(64 << 20), 9),
         zlib.compress(b"[" * 500_000),
         zlib.compress(b'{"a":' * 100_000),
@@ -126,13 +148,13 @@ def test_content_other_than_a_small_json_object_is_rejected(body: bytes) -> None
 
 
 @settings(max_examples=200, deadline=None)
-@given(values=st.dictionaries(st.sampled_from([*VERDICT, *STATE, "end", "other"]), JSON), kind=st.integers(0, 3))
+@given(values=st.dictionaries(st.sampled_from([*VERDICT, *STATE, "end", "group", "block", "other"]), JSON))
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_message_with_any_fields_is_decoded_or_rejected_without_another_error(
-    values: dict[str, Any], kind: int
+    values: dict[str, Any], kind: Kind
 ) -> None:
-    message = WatchdogMessage(("state_request", "state", "verdict", "departure")[kind], 1, values, ("127.0.0.1", 9))
     try:
-        decoded = decode_message(message, WORLD_SIZE)
+        decoded = decode_message(kind, values, WORLD_SIZE, 1)
     except MessageError:
         return
     if isinstance(decoded, Verdict):
@@ -176,53 +198,61 @@ def test_malformed_verdict_is_rejected(change: dict[str, Any]) -> None:
     key = next(iter(change))
     values = changed(VERDICT, **change)
     with pytest.raises(MessageError, match=key):
-        decode_message(WatchdogMessage("verdict", 1, values, ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message("verdict", values, WORLD_SIZE, 1)
 
 
-BAD_STANDINGS = [
-    *({key: None} for key in STATE),
-    {"waits": [WAIT] * 9},
-    {"waits": [changed(WAIT, ranks=[[0, 2, 4]])]},
-    {"waits": [changed(WAIT, seconds=-1.0)]},
-    {"waits": [changed(WAIT, seconds=1e400)]},
-    {"waits": [changed(WAIT, number=2**63)]},
-    {"waits": [7]},
-    {"started": {"a": -1}},
-    {"started": {str(number): 1 for number in range(5000)}},
-    {"is_busy": 1},
-    {"place": "a\tb"},
-    {"idle_seconds": float("nan")},
+BAD_OTHERS: list[tuple[Kind, dict[str, Any]]] = [
+    *(("state", {key: None}) for key in STATE),
+    ("state", {"waits": [WAIT] * 9}),
+    ("state", {"waits": [changed(WAIT, ranks=[[0, 2, 4]])]}),
+    ("state", {"waits": [changed(WAIT, seconds=-1.0)]}),
+    ("state", {"waits": [changed(WAIT, seconds=1e400)]}),
+    ("state", {"waits": [changed(WAIT, number=2**63)]}),
+    ("state", {"waits": [7]}),
+    ("state", {"started": {"a": -1}}),
+    ("state", {"started": {str(number): 1 for number in range(5000)}}),
+    ("state", {"is_busy": 1}),
+    ("state", {"place": "a\tb"}),
+    ("state", {"idle_seconds": float("nan")}),
+    ("departure", {"end": "gone", "text": "x"}),
+    ("departure", {"end": ["done"], "text": "x"}),
+    ("reached", {"group": "a", "number": 1, "is_waiting": 0}),
+    ("address_request", {"block": -1}),
+    ("addresses", {"block": 0, "blocks": [None] * 17}),
 ]
 
 
-@pytest.mark.parametrize("change", BAD_STANDINGS, ids=range(len(BAD_STANDINGS)))
-def test_malformed_state_is_rejected(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "change"), BAD_OTHERS, ids=range(len(BAD_OTHERS)))
+def test_other_malformed_message_is_rejected(kind: Kind, change: dict[str, Any]) -> None:
     with pytest.raises(MessageError):
-        decode_message(WatchdogMessage("state", 1, changed(STATE, **change), ("127.0.0.1", 9)), WORLD_SIZE)
+        decode_message(kind, changed(STATE, **change) if kind == "state" else change, WORLD_SIZE, 1)
 
 
 def test_messages_survive_their_encoding() -> None:
-    state = STATE | {"waits": [WAIT], "started": {"world [0, 1]": 4}}
-    received = {
-        "state_request": ({}, StateRequest()),
-        "state": (state, RankState.from_json(state, WORLD_SIZE)),
-        "verdict": (VERDICT, Verdict(code=78, text="rank 2 is lost", judge=1, culprits=RankSet.of((2,)))),
-        "departure": (Departure("done", "it finished").as_json(), Departure("done", "it finished")),
+    wait = Wait(text="dispatch", group="world [0, 1]", number=3, ranks=RankSet.of((0, 1)), seconds=1.5)
+    state = replace(RankState.of(CollectiveLog(), MainThread()), waits=(wait,), started={"world [0, 1]": 4})
+    addresses = encode_addresses([("127.0.0.1", 9), ("::1", 10), ("127.0.0.1", 11)])
+    messages: dict[Kind, Message] = {
+        "state_request": StateRequest("world [0, 1]", 3),
+        "state": state,
+        "reached": Reached("world [0, 1]", 3, is_waiting=True),
+        "verdict": Verdict(code=78, text="rank 2 is lost", judge=1, culprits=RankSet.of((2,))),
+        "departure": Departure("done", "it finished"),
+        "notice": Notice(),
+        "address_request": AddressRequest(3),
+        "addresses": AddressReply(1, (addresses, None)),
     }
-    for kind, (values, expected) in received.items():
-        arrived = decompress_object(compress_object(values))
-        assert decode_message(WatchdogMessage(kind, 1, arrived, ("127.0.0.1", 9)), WORLD_SIZE) == expected  # type: ignore[arg-type]
-
-
-def test_departure_of_an_unknown_kind_is_rejected() -> None:
-    with pytest.raises(MessageError, match="end"):
-        decode_message(WatchdogMessage("departure", 1, {"end": "gone", "text": "x"}, ("127.0.0.1", 9)), WORLD_SIZE)
+    assert messages.keys() == set(get_args(Kind))
+    for kind, message in messages.items():
+        arrived = decompress_object(compress_object(encode_fields(message)))
+        assert decode_message(kind, arrived, WORLD_SIZE, 1) == message
+    assert decode_message("state_request", {}, WORLD_SIZE, 1) == StateRequest()
 
 
 def test_printable_text_is_always_accepted_and_short() -> None:
     text = printable("a\n\x1b[0m\u202e\ud800" + "x" * 100_000)
     assert text.startswith("a\ufffd\ufffd[0m\ufffd\ufffdxx")
-    assert decode_message(WatchdogMessage("verdict", 1, VERDICT | {"text": text}, ("127.0.0.1", 9)), WORLD_SIZE)
+    assert decode_message("verdict", VERDICT | {"text": text}, WORLD_SIZE, 1)
 
 
 def test_record_in_the_store_is_valid_for_its_purpose_alone() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from comm.watchdog.job_key import KEY_VARIABLE, JobKeyError, read_key_file, take_key_from_environment, write_key_file
+from comm.watchdog.membership import KEY_VARIABLE, JobKeyError, read_key_file, take_key_from_environment, write_key_file
 
 
 def test_key_file_is_private_and_returns_the_key(tmp_path: Path) -> None:

@@ -18,12 +18,11 @@ from typing import Any
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.job_start import WAITS_PER_LOOK, JobStart, Termination
 from comm.watchdog.membership import Membership
-from comm.watchdog.tree.address_book import AddressBook
-from comm.watchdog.tree.gatherings import AddressGathering, NonceGathering
-from comm.watchdog.tree.rank_tree import FANOUT, RankTree
-from comm.watchdog.tree.store_gather import Gathering, StoreGather
+from comm.watchdog.ranks import FANOUT, RankTree
+from comm.watchdog.store_gather import Record, StoreGather
 
 LIMITED_RANKS, LIMIT_SECONDS = 16_384, 60.0
 """The store may use so much CPU time for a rendezvous of so many ranks."""
@@ -90,19 +89,17 @@ class Simulation:
         self._store.set(_ANNOUNCEMENT, "x" * 200)
         ranks = range(tree.world_size)
         self._measure(self._read_announcement, ranks[::stride], len(ranks))
-        book = AddressBook(tree)  # the ranks of this process share one
-        nonces = {rank: NonceGathering(tree, rank, self._key, _host(rank), secrets.token_bytes(16)) for rank in ranks}
-        self._gather(nonces, stride)
-        addresses = {rank: AddressGathering(book, rank, (_host(rank), 1024 + rank % 50_000)) for rank in ranks}
-        gathers = self._gather(addresses, stride)
+        self._gather("nonce", stride)
+        gathers = self._gather("address", stride)
         self._measure(lambda rank: gathers[rank].confirm(), ranks[::-1], len(ranks))
-        assert book.is_complete
+        assert not gathers[0].book.missing_blocks()
         self._measure(self._look, range(_NUM_LOOKS), 0)
         self._work.longest_bytes = self._store.longest_bytes
         return self._work
 
-    def _gather(self, gatherings: Any, stride: int) -> dict[int, StoreGather]:
-        gathers = {rank: self._open(rank, gathering) for rank, gathering in gatherings.items()}
+    def _gather(self, name: str, stride: int) -> dict[int, StoreGather]:
+        book = AddressBook(self._tree)  # the ranks of this process share one
+        gathers = {rank: self._open(rank, name, book) for rank in range(self._tree.world_size)}
         leaders = [rank for rank in gathers if rank % self._tree.fanout == 0]
         others = [rank for rank in gathers if rank % self._tree.fanout]
         self._measure(lambda rank: gathers[rank].publish(), gathers, len(gathers))
@@ -111,13 +108,13 @@ class Simulation:
         self._measure(lambda rank: gathers[rank].read_path(), others[::stride], len(others))
         return gathers
 
-    def _open(self, rank: int, gathering: Gathering) -> StoreGather:
+    def _open(self, rank: int, name: str, book: AddressBook) -> StoreGather:
         member = Membership(rank, self._tree.world_size, "127.0.0.1", 1, 0, fanout=self._tree.fanout)
         start = JobStart(member, 600.0, self._termination)
         store: Any = self._store
-        gather = StoreGather(start, store, self._key, gathering, lambda: self._read_announcement(rank), {})
-        if rank == 0 and isinstance(gathering, AddressGathering):
-            gathering.read_blocks = gather.blocks
+        record = Record(secrets.token_hex(16), encode_addresses([(_host(rank), 1024 + rank % 50_000)]))
+        gather = StoreGather(start, store, self._key, name, record, lambda: self._read_announcement(rank), {})
+        gather.book = book
         return gather
 
     def _measure(self, act: Callable[[int], object], ranks: Iterable[int], num_ranks: int) -> None:

@@ -15,19 +15,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from comm.watchdog.authentication import MAX_DATAGRAM_BYTES, DatagramCodec, Kind
+from comm.watchdog.addresses import AddressBook, SocketAddress, encode_addresses
 from comm.watchdog.collective_log import CollectiveLog, group_name
-from comm.watchdog.decode import MAX_TEXT_CHARACTERS, printable
-from comm.watchdog.inquiries.rank_state import RankState, Wait
-from comm.watchdog.main_thread import MainThread
-from comm.watchdog.messages import Reached, StateRequest
-from comm.watchdog.tree.address_book import AddressBook, SocketAddress, encode_addresses
-from comm.watchdog.tree.address_fetch import MAX_BLOCKS
-from comm.watchdog.tree.rank_set import RankSet, name_ranks
-from comm.watchdog.tree.rank_tree import FANOUT, RankTree
+from comm.watchdog.messages import MAX_BLOCKS, AddressReply, Reached, StateRequest
+from comm.watchdog.rank_state import MainThread, RankState, Wait
+from comm.watchdog.ranks import FANOUT, RankSet, RankTree, name_ranks
 from comm.watchdog.verdict import MAX_CULPRITS, Verdict
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
+from comm.watchdog.wire import (
+    MAX_DATAGRAM_BYTES,
+    MAX_TEXT_CHARACTERS,
+    DatagramCodec,
+    Kind,
+    decode_fields,
+    encode_fields,
+    printable,
+)
+from tests.comm.watched_ranks import full_book
 from tests.scale.groups import published_layout
 
 LIMIT_BYTES = 65_507
@@ -65,14 +70,14 @@ def longest_messages(num_ranks: int) -> dict[Kind, int]:
     culprits = RankSet.of(squares).first(MAX_CULPRITS)
     verdict = Verdict(code=78, text=_random_text(noise, MAX_TEXT_CHARACTERS), judge=num_ranks - 1, culprits=culprits)
     addresses = [(f"fd00::{noise.randrange(2**64):x}", noise.randrange(1, 65536)) for _ in range(FANOUT)]
-    blocks = [encode_addresses(addresses) for _ in range(MAX_BLOCKS)]
+    blocks = (encode_addresses(addresses),) * MAX_BLOCKS
     relay = {"relay": {"origin": num_ranks - 1, "turn": 63}}
     contents: dict[Kind, dict[str, Any]] = {
-        "state": state.as_json(),
-        "verdict": verdict.as_json() | relay,
-        "addresses": {"block": 0, "blocks": blocks},
+        "state": encode_fields(state),
+        "verdict": encode_fields(verdict) | relay,
+        "addresses": encode_fields(AddressReply(0, blocks)),
         "departure": {"end": "error", "text": _random_text(noise, MAX_TEXT_CHARACTERS)} | relay,
-        "state_request": StateRequest(groups[-1], 2**40).as_json(),
+        "state_request": encode_fields(StateRequest(groups[-1], 2**40)),
     }
     return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
 
@@ -111,9 +116,9 @@ def training_messages(num_ranks: int) -> dict[Kind, int]:
         for block in range(MAX_BLOCKS)
     ]
     contents: dict[Kind, dict[str, Any]] = {
-        "state": state.as_json(),
-        "verdict": verdict.as_json(),
-        "addresses": {"block": 0, "blocks": [encode_addresses(each) for each in addresses]},
+        "state": encode_fields(state),
+        "verdict": encode_fields(verdict),
+        "addresses": encode_fields(AddressReply(0, tuple(map(encode_addresses, addresses)))),
     }
     return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
 
@@ -172,9 +177,9 @@ class PlayedRanks:
             datagram = codec.decode(data)
             self.num_datagrams[datagram.kind] += 1
             if datagram.kind == "state_request" and rank != self._silent:
-                request = StateRequest.from_json(datagram.values)
+                request = decode_fields(StateRequest, datagram.values)
                 reply = Reached(str(request.group), request.number, is_waiting=True)
-                self._socket.sendto(codec.encode(datagram.sender, "reached", reply.as_json()), sender)
+                self._socket.sendto(codec.encode(datagram.sender, "reached", encode_fields(reply)), sender)
                 self.num_datagrams["reached"] += 1
 
 
@@ -193,7 +198,7 @@ def inquire(num_ranks: int, fanout: int = FANOUT) -> InquiryFigures:
     played = PlayedRanks(num_ranks, silent=num_ranks - 2)
     watchdog_socket = WatchdogSocket(0, "127.0.0.1")
     addresses = [(watchdog_socket.host, watchdog_socket.port), *[played.address] * (num_ranks - 1)]
-    watchdog_socket.open(AddressBook.of(addresses, RankTree(num_ranks, fanout)), _KEY)
+    watchdog_socket.open(full_book(addresses, RankTree(num_ranks, fanout)), _KEY)
     verdicts: list[Verdict] = []
     has_ended = threading.Event()
 

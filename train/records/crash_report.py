@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comm.exit_codes import EXIT_OTHER
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.ranks import RankSet
 from comm.watchdog.verdict import Verdict
 from data.progress import printable_on
 from train.errors import LOG_FOLDER, ExitReason, write_error

@@ -1,16 +1,18 @@
-"""Runs the inquiry that finds a missing rank: requests, replies, and the waits that are followed."""
+"""Runs the inquiry that finds a missing rank: whose turn it is, requests, replies, and the waits that are followed."""
 
+import random
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
+from comm.watchdog.addresses import AddressBook
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.inquiries.rank_state import RankState, Wait
-from comm.watchdog.main_thread import MainThread
-from comm.watchdog.messages import Departure, Reached, StateRequest
-from comm.watchdog.tree.address_book import AddressBook
-from comm.watchdog.tree.rank_set import RankSet
+from comm.watchdog.messages import Departure, Notice, Reached, Relay, StateRequest
+from comm.watchdog.rank_state import MainThread, RankState, Wait
+from comm.watchdog.ranks import RankSet, RankTree
 from comm.watchdog.verdict import InquiryResult, Reason, Verdict, judge, judge_wait
 from comm.watchdog.watchdog_socket import WatchdogSocket
+from comm.watchdog.wire import encode_fields
 
 INQUIRY_SECONDS = 1.5
 PATIENT_INQUIRY_SECONDS = 2.0
@@ -22,6 +24,9 @@ _BATCH_SECONDS = 0.05
 _MAX_PASSES = 4
 _MAX_STATES = 1024
 _MAX_FOLLOWED = 64
+_TURN_SECONDS = 0.1
+_ANNOUNCE_EVERY_SECONDS = 1.0
+_QUIET_SECONDS = 3.0
 
 
 class Inquiry:
@@ -49,14 +54,9 @@ class Inquiry:
         *,
         short: bool,
     ) -> None:
-        """Prepares requests to `ranks`.
+        """Prepares requests of `rank` to other `ranks` with known addresses.
 
         Args:
-            reason: why the inquiry is started.
-            begun: time of the monotonic clock.
-            rank: rank that holds the inquiry.
-            book: known addresses. Ranks without one are not asked.
-            ranks: ranks to ask; `rank` is left out.
             followed: the longest wait of this rank, or nothing.
             short: whether ranks that have reached the followed collective may reply only that.
         """
@@ -70,6 +70,7 @@ class Inquiry:
         self._unsent: deque[int] = deque()
         self._batch: set[int] = set()
         self._batch_at = self._sent_at = begun
+        self._request: dict[str, Any] = {}
         self._ask(ranks, begun)
 
     @classmethod
@@ -77,14 +78,15 @@ class Inquiry:
         cls, reason: Reason, now: float, rank: int, book: AddressBook, log: CollectiveLog, main_thread: MainThread
     ) -> "Inquiry":
         """Returns an inquiry of `rank` to all ranks or, in a large job, to those that it waits for."""
-        tree, followed = book.tree, list(RankState.of(log, main_thread).waits[:1])
+        tree = book.tree
+        followed = list(RankState.of(log, main_thread).waits[:1])
         ranks: Iterable[int] = range(tree.world_size)
         if not tree.is_flat and reason is Reason.DEADLINE:
             ranks = followed[0].ranks if followed else ()
         elif not tree.is_flat:
             # A launcher ends the ranks of a machine whose rank died, and their block includes that machine.
-            is_error = reason is Reason.ERROR
-            followed = [Wait.of(*failed) for failed in log.failed()[:1] if is_error]
+            failed = log.failed()[:1] if reason is Reason.ERROR else []
+            followed = [Wait.of(*collective) for collective in failed]
             ranks = RankSet.of([*tree.block(rank), *(other for wait in followed for other in wait.ranks)])
         return cls(reason, now, rank, book, ranks, followed, short=not tree.is_flat)
 
@@ -95,9 +97,7 @@ class Inquiry:
 
     def is_complete(self, gone: Collection[int], now: float) -> bool:
         """Returns whether all ranks except the `gone` ones have replied, or had enough time to do so."""
-        if self._unsent:
-            return False
-        return not self.silent(gone) or now - self._sent_at >= INQUIRY_SECONDS
+        return not self._unsent and (not self.silent(gone) or now - self._sent_at >= INQUIRY_SECONDS)
 
     def silent(self, gone: Collection[int]) -> set[int]:
         """Returns the ranks that have not replied and are not among the `gone` ones."""
@@ -122,67 +122,61 @@ class Inquiry:
 
     def send(self, gone: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
         """Sends requests that are due: a batch of first ones, or all that had no reply, through probe sockets."""
-        request = self._request()
         if self._unsent:
             if self._batch and now - self._batch_at < _BATCH_SECONDS:
                 return
             self._batch = {self._unsent.popleft() for _ in range(min(_MAX_REQUESTS, len(self._unsent)))}
             self._batch_at = self._sent_at = now
             for rank in sorted(self._batch.difference(gone)):
-                watchdog_socket.send(rank, "state_request", request)
+                watchdog_socket.send(rank, "state_request", self._request)
         elif len(silent := self.silent(gone)) > _MAX_PROBES and self._num_passes < _MAX_PASSES:
             # So many replies are missing only if datagrams were lost.
             self._num_passes += 1
             self._unsent = deque(sorted(silent))
-        elif now - self._batch_at >= _SEND_EVERY_SECONDS:
-            self._batch_at = now
-            for rank in sorted(silent)[:_MAX_PROBES]:
-                watchdog_socket.probe(rank, request)
+        else:
+            self._probe(silent, watchdog_socket, now)
 
     def ask_again(self, gone: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
         """Requests new states of ranks that had replied, if enough time has passed."""
-        if now - self._batch_at < _SEND_EVERY_SECONDS:
-            return
-        self._batch_at = now
-        for rank in sorted(self._asked.difference(gone))[:_MAX_PROBES]:
-            watchdog_socket.probe(rank, self._request())
+        self._probe(self._asked.difference(gone), watchdog_socket, now)
+
+    def _probe(self, ranks: Collection[int], watchdog_socket: WatchdogSocket, now: float) -> None:
+        if now - self._batch_at >= _SEND_EVERY_SECONDS:
+            self._batch_at = now
+            for rank in sorted(ranks)[:_MAX_PROBES]:
+                watchdog_socket.probe(rank, self._request)
 
     def lost(self, refused: Collection[int], departed: Mapping[int, Departure], log: CollectiveLog) -> dict[int, str]:
-        """Returns the lost ranks, each with the reason.
+        """Returns the lost ranks, each with the reason: those with closed ports, and some that announced to leave.
 
-        A rank that finished and left counts as lost only if this rank waits for it in a collective. After SIGTERM only
-        ended processes count.
-
-        Args:
-            refused: ranks whose ports are closed.
-            departed: ranks that announced their departure.
-            log: log of this rank's collectives.
+        A rank that finished and left counts as lost only if this rank waits for it in a collective of its log. After
+        SIGTERM only ended processes count.
         """
-        found = dict.fromkeys(refused, "its process has ended")
+        lost = dict.fromkeys(refused, "its process has ended")
         if self.reason is Reason.SIGNAL:
-            return found
+            return lost
         missed = [collective.ranks for collective, _ in (*log.awaited(), *log.failed())]
-        return found | {
-            rank: how.text
-            for rank, how in departed.items()
-            if how.end != "done" or any(rank in ranks for ranks in missed)
+        return lost | {
+            rank: departure.text
+            for rank, departure in departed.items()
+            if departure.end != "done" or any(rank in ranks for ranks in missed)
         }
 
-    def result(self, rank: int, own: RankState, lost: Mapping[int, str], silent: Collection[int]) -> InquiryResult:
+    def result(self, rank: int, state: RankState, lost: Mapping[int, str], silent: Collection[int]) -> InquiryResult:
         """Returns the result for `rank`, which includes its own state."""
-        states = {other: answer for other, answer in self.replies.items() if other not in lost}
-        return InquiryResult(judge=rank, states=states | {rank: own}, lost=lost, silent=silent)
+        states = {other: reply for other, reply in self.replies.items() if other not in lost}
+        return InquiryResult(judge=rank, states=states | {rank: state}, lost=lost, silent=silent)
 
     def outcome(self, result: InquiryResult, deadline_seconds: float) -> Verdict | Wait | None:
         """Returns a verdict, the wait to follow next, or None if no rank is missing."""
         if not self._short:
             return judge(self.reason, result, deadline_seconds)
-        found = judge_wait(self.reason, result, self.followed, deadline_seconds)
-        if isinstance(found, Wait):
-            return found if len(self.followed) < _MAX_FOLLOWED else None
+        outcome = judge_wait(self.reason, result, self.followed, deadline_seconds)
+        if isinstance(outcome, Wait):
+            return outcome if len(self.followed) < _MAX_FOLLOWED else None
         # The missing rank may be one that could not be asked.
-        is_sure = found is not None and (len(found.culprits) > 0 or not self._has_unknown)
-        return found if is_sure else None
+        is_sure = outcome is not None and (len(outcome.culprits) > 0 or not self._has_unknown)
+        return outcome if is_sure else None
 
     def _ask(self, ranks: Iterable[int], now: float) -> None:
         self.replies.clear()
@@ -195,13 +189,56 @@ class Inquiry:
         self._unanswered = set(self._unsent)
         self._batch = set()
         self._batch_at = self._sent_at = now
+        request = StateRequest()
         if self.followed:
             wait = self.followed[-1]
             self._reached = [RankState.of_reached(wait, is_waiting=is_waiting) for is_waiting in (False, True)]
             elsewhere = Wait(text="another collective", group="", number=0, ranks=wait.ranks, seconds=0.0)
             self._waiting = RankState.of_reached(elsewhere, is_waiting=True)
+            if self._short:
+                request = StateRequest(wait.group, wait.number)
+        self._request = encode_fields(request)
 
-    def _request(self) -> dict[str, object]:
-        if not self._short or not self.followed:
-            return StateRequest().as_json()
-        return StateRequest(self.followed[-1].group, self.followed[-1].number).as_json()
+
+class InquiryTurn:
+    """Turn of one rank of a large job to hold an inquiry, so that not all ranks do at a common deadline.
+
+    In a job of one block each rank holds its own at once. In a larger one, rank r starts later by as many tenths of a
+    second as r has binary digits, plus some jitter, and only if no other rank has announced an inquiry in the last
+    three seconds. So the lowest rank that waits starts first, and higher ranks replace it if it is lost. Among 100,352
+    ranks the last ones start after 1.7 s.
+    """
+
+    def __init__(self, rank: int, tree: RankTree, relay: Relay) -> None:
+        """Stores the arguments; `relay` sends to all other ranks."""
+        self._rank = rank
+        self._tree = tree
+        self._relay = relay
+        self._due_at: float | None = None
+        self._quiet_until = 0.0
+        self._announce_at = 0.0
+
+    def has_come(self, now: float) -> bool:
+        """Returns whether this rank, which has a reason for an inquiry, may start it."""
+        if self._tree.is_flat:
+            return True
+        if self._due_at is None:
+            self._due_at = now + _TURN_SECONDS * (self._rank.bit_length() + random.random())
+        return now >= max(self._due_at, self._quiet_until)
+
+    def cancel(self) -> None:
+        """Forgets the turn, because this rank no longer has a reason for an inquiry."""
+        self._due_at = None
+
+    def take_notice(self, origin: int, now: float) -> bool:
+        """Notes that another rank holds an inquiry, and returns whether an inquiry of this rank yields to it."""
+        if origin > self._rank and self._announce_at > now:
+            return False  # the other one yields
+        self._quiet_until = now + _QUIET_SECONDS
+        return origin < self._rank
+
+    def announce(self, now: float) -> None:
+        """Announces the inquiry of this rank, again after each second."""
+        if not self._tree.is_flat and now >= self._announce_at:
+            self._announce_at = now + _ANNOUNCE_EVERY_SECONDS
+            self._relay.broadcast("notice", Notice())
