@@ -12,9 +12,7 @@ from itertools import cycle
 
 from comm.watchdog.messages import MAX_BLOCKS, Addresses, AddressReply, AddressRequest, Send
 from comm.watchdog.ranks import RankTree
-from comm.watchdog.wire import MessageError, encode_fields
-
-SocketAddress = tuple[str, int]
+from comm.watchdog.wire import MessageError, SocketAddress, encode_fields
 
 _UNKNOWN = -1
 _RETRY_SECONDS = 0.3

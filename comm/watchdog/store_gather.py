@@ -17,11 +17,11 @@ from typing import Annotated
 
 from torch.distributed.distributed_c10d import Store
 
-from comm.watchdog.addresses import AddressBook, SocketAddress, decode_addresses, encode_addresses
+from comm.watchdog.addresses import AddressBook, decode_addresses, encode_addresses
 from comm.watchdog.job_start import WAITS_PER_LOOK, JobStart, open_records
 from comm.watchdog.messages import Addresses
 from comm.watchdog.ranks import FANOUT
-from comm.watchdog.wire import MessageError, decode_fields, derive, encode_fields, seal_object
+from comm.watchdog.wire import MessageError, SocketAddress, decode_fields, derive, encode_fields, seal_object
 
 _DIGEST_CHARACTERS = 32
 _BLOCKS_PER_READ = 64

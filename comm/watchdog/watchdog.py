@@ -35,8 +35,8 @@ from comm.watchdog.messages import (
 )
 from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.verdict import Reason, Verdict
-from comm.watchdog.watchdog_socket import WatchdogMessage, WatchdogSocket
-from comm.watchdog.wire import Kind, MessageError, encode_fields, printable
+from comm.watchdog.watchdog_socket import WatchdogSocket
+from comm.watchdog.wire import Datagram, Kind, MessageError, encode_fields, printable
 
 SIGNALLED = 128 + signal.SIGTERM
 _TICK_SECONDS = 0.2
@@ -178,13 +178,13 @@ class Watchdog:
             # Leave the processor to the rank's other threads during a flood.
             time.sleep(_FLOOD_PAUSE_SECONDS)
 
-    def _handle(self, message: WatchdogMessage) -> None:
-        route = self._relay.route(message.rank, message.values)
+    def _handle(self, message: Datagram) -> None:
+        route = self._relay.route(message.sender, message.values)
         match decode_message(message.kind, message.values, self._tree.world_size, route.origin):
             case StateRequest() as request:
                 self._reply(message, *self._state_reply(request))
             case RankState() | Reached() as state:
-                self._take_state(message.rank, state)
+                self._take_state(message.sender, state)
             case Verdict() as verdict:
                 self._adopt(verdict)
                 if self._shutdown is not None and self._shutdown.verdict == verdict:
@@ -217,8 +217,8 @@ class Watchdog:
         reached = request.short_reply(state)
         return ("state", state) if reached is None else ("reached", reached)
 
-    def _reply(self, message: WatchdogMessage, kind: Kind, reply: object) -> None:
-        self._socket.reply(message.rank, message.sender, kind, encode_fields(reply))
+    def _reply(self, message: Datagram, kind: Kind, reply: object) -> None:
+        self._socket.reply(message.sender, message.address, kind, encode_fields(reply))
 
     def _adopt(self, verdict: Verdict) -> None:
         """Adopts a verdict, unless this rank leaves or has a better one."""

@@ -5,26 +5,15 @@ import selectors
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
-from comm.watchdog.addresses import AddressBook, SocketAddress
+from comm.watchdog.addresses import AddressBook
 from comm.watchdog.ranks import RankTree
-from comm.watchdog.wire import MAX_DATAGRAM_BYTES, DatagramCodec, Kind, MessageError
+from comm.watchdog.wire import MAX_DATAGRAM_BYTES, Datagram, DatagramCodec, Kind, MessageError, SocketAddress
 
 # Limits for one read of one socket, so that a flood does not block the watchdog.
 _MAX_DATAGRAMS_PER_READ = 256
 _MAX_BYTES_PER_READ = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class WatchdogMessage:
-    """Authentic message from another rank, and the address of its sender. Its fields are unchecked."""
-
-    kind: Kind
-    rank: int
-    values: dict[str, Any]
-    sender: SocketAddress
 
 
 class WatchdogSocket:
@@ -125,12 +114,12 @@ class WatchdogSocket:
         self._probes.clear()
         self.refused.clear()
 
-    def receive(self, seconds: float) -> tuple[list[WatchdogMessage], bytes]:
+    def receive(self, seconds: float) -> tuple[list[Datagram], bytes]:
         """Waits at most `seconds` for messages or bytes written to `wakeup_file`, and returns both.
 
         It reads a limited number of datagrams, so that it returns in time during a flood.
         """
-        messages: list[WatchdogMessage] = []
+        messages: list[Datagram] = []
         self.is_flooded = False
         woken = b""
         for key, _ in self._selector.select(seconds):
@@ -179,9 +168,9 @@ class WatchdogSocket:
         self._selector.register(opened, selectors.EVENT_READ)
         return opened
 
-    def _read(self, source: socket.socket) -> list[WatchdogMessage]:
+    def _read(self, source: socket.socket) -> list[Datagram]:
         """Reads and authenticates datagrams of one socket, up to the limits."""
-        messages: list[WatchdogMessage] = []
+        messages: list[Datagram] = []
         num_bytes = 0
         num_dropped = self.num_dropped
         for _ in range(_MAX_DATAGRAMS_PER_READ):
@@ -196,11 +185,9 @@ class WatchdogSocket:
                 return messages
             num_bytes += len(data)
             try:
-                datagram = self._require_codec().decode(data)
+                messages.append(self._require_codec().decode(data, sender[:2]))
             except MessageError:
                 self.num_dropped += 1
-                continue
-            messages.append(WatchdogMessage(datagram.kind, datagram.sender, datagram.values, sender[:2]))
         self.is_flooded |= self.num_dropped > num_dropped
         return messages
 

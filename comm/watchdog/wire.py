@@ -30,6 +30,7 @@ from typing import (
 Kind = Literal["state_request", "state", "verdict", "departure", "reached", "notice", "address_request", "addresses"]
 _RANK = "rank of the job"
 Rank = Annotated[int, _RANK]
+SocketAddress = tuple[str, int]
 MAX_TEXT_CHARACTERS = 2048
 MAX_NAME_CHARACTERS = 256
 Text = Annotated[str, MAX_TEXT_CHARACTERS]
@@ -208,11 +209,12 @@ def open_object(key: bytes, purpose: str, sealed: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Datagram:
-    """Authentic datagram that was sent to this rank and arrived for the first time. Its fields are unchecked."""
+    """Authentic datagram of another rank that arrived for the first time. Its fields are unchecked."""
 
     kind: Kind
     sender: int
     values: dict[str, Any]
+    address: SocketAddress
 
 
 class DatagramCodec:
@@ -234,8 +236,8 @@ class DatagramCodec:
         covered = _HEADER.pack(_KINDS.index(kind), self._rank, recipient, counter) + compress_object(values)
         return derive(self._key, "datagram", covered) + covered
 
-    def decode(self, data: bytes) -> Datagram:
-        """Decodes a datagram, or raises `MessageError`.
+    def decode(self, data: bytes, address: SocketAddress = ("", 0)) -> Datagram:
+        """Decodes a datagram that came from an address, or raises `MessageError`.
 
         It must come from another rank of this attempt, for this rank, and neither have arrived before nor be too old.
         """
@@ -253,7 +255,7 @@ class DatagramCodec:
             raise MessageError("not authenticated")
         window.add(counter)
         self._windows[sender] = window
-        return Datagram(_KINDS[kind], sender, decompress_object(covered[_HEADER.size :]))
+        return Datagram(_KINDS[kind], sender, decompress_object(covered[_HEADER.size :]), address)
 
 
 class ReplayWindow:

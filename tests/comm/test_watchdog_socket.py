@@ -37,7 +37,7 @@ def test_socket_distinguishes_closed_from_silent_peers_and_ignores_other_senders
     second.send(0, "state_request", {"who": "peer", "padding": "x" * 200_000})  # more than a datagram holds, compressed
     messages, _ = first.receive(5.0)
     messages += first.receive(0.1)[0]
-    assert [(message.rank, message.values["who"]) for message in messages] == [(1, "peer")]
+    assert [(message.sender, message.values["who"]) for message in messages] == [(1, "peer")]
     first.probe(1, {})
     assert first.receive(0.1)[0] == []
     assert first.refused == set()

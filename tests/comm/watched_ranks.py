@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from comm.protocol import Label
-from comm.watchdog.addresses import AddressBook, SocketAddress
+from comm.watchdog.addresses import AddressBook
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
@@ -23,7 +23,7 @@ from comm.watchdog.ranks import FANOUT, RankTree
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog_socket import WatchdogSocket
-from comm.watchdog.wire import decode_fields, encode_fields
+from comm.watchdog.wire import SocketAddress, decode_fields, encode_fields
 from tests.ports import reserved_port
 
 KEY = b"the key of a test's job".ljust(32)

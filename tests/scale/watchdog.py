@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from comm.watchdog.addresses import AddressBook, SocketAddress, encode_addresses
+from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.messages import MAX_BLOCKS, AddressReply, Reached, StateRequest
 from comm.watchdog.rank_state import MainThread, RankState, Wait
@@ -28,6 +28,7 @@ from comm.watchdog.wire import (
     MAX_TEXT_CHARACTERS,
     DatagramCodec,
     Kind,
+    SocketAddress,
     decode_fields,
     encode_fields,
     printable,
