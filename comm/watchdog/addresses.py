@@ -1,4 +1,4 @@
-"""Holds the addresses of all ranks in arrays, and fetches those that a rank does not have after the start.
+"""Holds the addresses of all ranks in arrays, and fetches after the start those that a rank misses.
 
 They take 6 bytes for each rank, and one text for each machine. The addresses come down the tree from rank 0 as
 datagrams: a request names a block, and the reply holds up to 16 consecutive blocks. A job of one block sends nothing,
@@ -67,7 +67,7 @@ def encode_addresses(addresses: Sequence[SocketAddress]) -> Addresses:
 
 
 def decode_addresses(addresses: Addresses, num_ranks: int) -> list[SocketAddress]:
-    """Returns the addresses of exactly `num_ranks` ranks from a message or record, or raises `MessageError`."""
+    """Returns the addresses of `num_ranks` ranks from a message or record, or raises `MessageError`."""
     if {len(addresses.ports), len(addresses.host_of)} != {num_ranks} or len(addresses.hosts) > num_ranks:
         raise MessageError(f"ports: must be those of {num_ranks} ranks, are {len(addresses.ports)}")
     if max(addresses.host_of) >= len(addresses.hosts) or not all(0 < port < 65536 for port in addresses.ports):
@@ -115,7 +115,7 @@ class AddressFetch:
         self._send(self._source, "address_request", encode_fields(AddressRequest(self._missing[0])))
 
     def handle(self, message: AddressRequest | AddressReply) -> AddressReply | None:
-        """Handles a message of another rank. Returns the reply if it requests addresses of which some are known."""
+        """Handles a message of another rank, and returns the reply to a request if addresses are known."""
         if isinstance(message, AddressReply):
             self._take(message)
             return None

@@ -82,13 +82,13 @@ class CollectiveLog:
         self._num_failed = 0
 
     def follow_streams(self, mark: StreamMark) -> None:
-        """Counts a collective as finished when its stream has passed it: on CUDA the host's wait returns earlier."""
+        """Counts a collective as finished when its stream has passed it, as a CUDA host returns earlier."""
         self._mark = mark
 
     def start(
         self, group: str, ranks: Iterable[int], name: str, label: Hashable | None = None, *, is_phase: bool = False
     ) -> Collective:
-        """Logs the start of the group's next collective. All ranks of the group must start them in the same order."""
+        """Logs the start of the group's next collective, in the same order on all ranks of the group."""
         line = f"{name} {label}\n".encode()
         with self._lock:
             number = self._started.get(group, 0)
@@ -104,7 +104,7 @@ class CollectiveLog:
 
     @contextmanager
     def awaiting(self, collective: Collective) -> Iterator[None]:
-        """Logs that this rank waits for the others while inside. An error that leaves the context is a failure."""
+        """Logs that this rank waits for the others while inside, and a failure if an error leaves it."""
         since = time.monotonic()
         with self._lock:
             self._awaited[collective] = since, threading.get_ident()

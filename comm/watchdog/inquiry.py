@@ -1,4 +1,4 @@
-"""Runs the inquiry that finds a missing rank: whose turn it is, requests, replies, and the waits that are followed."""
+"""Runs the inquiry that finds a missing rank: turns of ranks, requests, replies, followed waits."""
 
 import random
 from collections import deque
@@ -147,7 +147,7 @@ class Inquiry:
                 watchdog_socket.probe(rank, self._request)
 
     def lost(self, refused: Collection[int], departed: Mapping[int, Departure], log: CollectiveLog) -> dict[int, str]:
-        """Returns the lost ranks, each with the reason: those with closed ports, and some that announced to leave.
+        """Returns the lost ranks with reasons: those with closed ports, and some that announced to leave.
 
         A rank that finished and left counts as lost only if this rank waits for it in a collective of its log. After
         SIGTERM only ended processes count.

@@ -230,7 +230,7 @@ class JobStart:
         absent: Collection[int] = (),
         rewrite: Callable[[], None] | None = None,
     ) -> None:
-        """Waits for the ranks below this one to confirm, which write a record under `name`; at most some seconds.
+        """Waits until the ranks below this one have written records under `name`, at most some seconds.
 
         Args:
             seconds: longest wait for each level of the tree that this rank leads.

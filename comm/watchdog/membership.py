@@ -1,4 +1,4 @@
-"""Reads a rank's membership in its job from the launcher's environment, and the secret key of an attempt.
+"""Reads a rank's membership in its job from the environment, and the secret key of an attempt.
 
 The built-in launcher sends a random key through the fork server's pipe. Under torchrun or Slurm the user can set
 `DUALPIPE_JOB_KEY`. Without it, rank 0 writes a random key into a file in `out_dir` that only its owner can read. It

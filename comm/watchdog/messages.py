@@ -97,7 +97,7 @@ _TYPES: dict[Kind, type[Message]] = {
 
 
 def decode_message(kind: Kind, values: Mapping[str, Any], world_size: int, author: int) -> Message:
-    """Decodes an authentic message of rank `author`, or raises `MessageError`; it must be the judge of a verdict."""
+    """Decodes an authentic message of rank `author`, its judge if a verdict, or raises `MessageError`."""
     message = decode_fields(_TYPES[kind], values, world_size)
     if isinstance(message, Verdict) and message.judge != author:
         raise MessageError(f"judge: must be the sender, rank {author}, is {message.judge}")

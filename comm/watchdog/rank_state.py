@@ -1,4 +1,4 @@
-"""Describes the state of a rank for other ranks: what it waits for, and whether its main thread computes or waits."""
+"""Describes the state of a rank: what it waits for, and whether its main thread computes."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""Describes sets of ranks, and arranges the ranks of a job as a tree, so that no message and no rank's work grows.
+"""Describes sets of ranks, and arranges ranks as a tree, so that no message or rank's work grows.
 
 A set is a few arithmetic progressions for a group of any size. In the tree, a block is 64 consecutive ranks with its
 first rank as leader, 64 blocks form a group of the next level, and so on. Every rank computes the same tree.
@@ -38,7 +38,7 @@ class RankSet:
 
     @classmethod
     def from_json(cls, rows: Any, key: str, world_size: int) -> Self:
-        """Decodes at most `MAX_RUNS` disjoint progressions of ranks, or raises `MessageError`, which names `key`."""
+        """Decodes at most `MAX_RUNS` disjoint progressions, or raises `MessageError` that names `key`."""
         if not isinstance(rows, list) or len(rows) > MAX_RUNS:
             raise MessageError(f"{key}: not a list of at most {MAX_RUNS} progressions")
         runs: list[range] = []
@@ -145,7 +145,7 @@ def _overlap(run: range, other: range) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RankTree:
-    """Tree of all ranks, with `fanout` ranks in a block, and as many blocks or groups in a group of the next level."""
+    """Tree of all ranks, with `fanout` ranks in a block, and as many members in each larger group."""
 
     world_size: int
     fanout: int = FANOUT
@@ -186,7 +186,7 @@ class RankTree:
         return [level for level in range(1, self.num_levels + 1) if rank % self.fanout**level == 0]
 
     def children(self, rank: int, origin: int = 0, turn: int = 0) -> Iterator[int]:
-        """Yields the ranks to which this rank forwards a broadcast of rank `origin`; each `turn` has other leaders."""
+        """Yields the ranks to which this rank forwards a broadcast; each `turn` has other leaders."""
         label = self._label(rank, origin, turn)
         for level in range(self.num_levels):
             size = self.fanout**level

@@ -32,13 +32,13 @@ _MAX_NAMED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Record of a rank, its nonce and address, or of a group: digests of its members' records, an address of each."""
+    """Nonce and address of a rank, or digests of the records of a group's members, an address of each."""
 
     content: Annotated[str, FANOUT * _DIGEST_CHARACTERS]
     addresses: Addresses
 
     def digest(self, key: bytes, level: int) -> str:
-        """Returns the digest that the record of the group above contains, and from whose last one keys are derived."""
+        """Returns the digest that the record of the group above contains; keys derive from the root's."""
         text = json.dumps(encode_fields(self), sort_keys=True)
         return derive(key, f"record of level {level}", text.encode()).hex()[:_DIGEST_CHARACTERS]
 
@@ -83,7 +83,7 @@ class StoreGather:
         self._published = published
 
     def run(self) -> None:
-        """Publishes this rank's records, and reads those of its groups, or raises `AbsentError` at the deadline."""
+        """Publishes this rank's records, and reads its groups', or raises `AbsentError` at the deadline."""
         self.publish()
         self.lead()
         self.read_path()

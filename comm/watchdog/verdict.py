@@ -68,7 +68,7 @@ class InquiryResult:
 
 
 def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Verdict | None:
-    """Returns a verdict from the states of all ranks, or None if no rank is missing and no deadline has passed."""
+    """Returns a verdict from all ranks' states; None if none is missing and no deadline has passed."""
     followed = [*result.states[result.judge].waits[:1]]
     while True:
         outcome = judge_wait(reason, result, followed, deadline_seconds)

@@ -79,7 +79,7 @@ class WatchdogSocket:
         self._socket = self._open_socket(route_host)
 
     def open(self, book: AddressBook, key: bytes) -> None:
-        """Starts to accept messages that are authenticated with the attempt's key; `book` may be completed later."""
+        """Starts to accept messages authenticated with the attempt's key; `book` may be completed later."""
         self._codec = DatagramCodec(key, self._rank, book.tree.world_size)
         self._book = book
 

@@ -1,4 +1,4 @@
-"""Encodes what ranks send to each other: objects with exact types as JSON, authenticated by a key of the attempt.
+"""Encodes what ranks send: objects with exact types as JSON, authenticated by a key of the attempt.
 
 The tag of a record or datagram is HMAC-SHA256 with a key that only this attempt's ranks have. A datagram is `tag (32) |
 kind (1) | sender (4) | recipient (4) | counter (8) | compressed JSON`, sizes in bytes, and its tag covers everything
@@ -79,7 +79,7 @@ def decompress_object(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """Decodes a JSON object of at most `MAX_DECODED_BYTES`, without NaN and huge integers, or raises `MessageError`."""
+    """Decodes a JSON object of limited size without NaN and huge integers, or raises `MessageError`."""
     if len(text) > MAX_DECODED_BYTES:
         raise MessageError(f"more than {MAX_DECODED_BYTES} bytes")
     try:
@@ -92,7 +92,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 def decode_fields(kind: type[Fields], values: object, world_size: int = 0) -> Fields:
-    """Builds a dataclass from a JSON object whose fields have exactly the annotated types. Others are ignored.
+    """Builds a dataclass from a JSON object whose fields have exactly the annotated types.
 
     `Annotated` bounds a type: a text by its length, a tuple or mapping by its number of items, an integer by its end
     or choices, `Rank` by `world_size`. Text must be printable, on one line. A type with `from_json` decodes itself. If
@@ -148,7 +148,7 @@ def _decoder(hint: Any, bound: Any = None) -> _Decode:
 
 
 def _container_decoder(origin: Any, decode_item: _Decode, bound: Any) -> _Decode:
-    """Returns a decoder of an optional value, a tuple or a mapping of texts."""
+    """Returns a decoder of an optional value, a tuple or a mapping of strings."""
 
     def decode(value: Any, name: str, world_size: int) -> Any:
         if origin is tuple and isinstance(value, list) and len(value) <= bound:
@@ -218,7 +218,7 @@ class Datagram:
 
 
 class DatagramCodec:
-    """Encoder and decoder of one rank's datagrams. Only one thread may call `decode`; any thread may call `encode`."""
+    """Encoder of one rank's datagrams, for any thread, and decoder, for one thread alone."""
 
     def __init__(self, key: bytes, rank: int, world_size: int) -> None:
         """Starts with all counters at 0."""
