@@ -64,7 +64,7 @@ class SamplePiece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Sample:
+class TrainingSample:
     """Pieces that are packed into one sequence and do not see each other, such as answers of a pair.
 
     Attributes:
@@ -120,7 +120,7 @@ class DataSourceEntry:
     read: Callable[[Any, CorpusFile, int | None], Iterator[Document]]
     place: Callable[[Any], str]
     settings: Callable[[Any], object] = _no_settings
-    samples: Callable[[Any, Tokenizer], Iterator[Sample]] | None = None
+    samples: Callable[[Any, Tokenizer], Iterator[TrainingSample]] | None = None
     tokenizer: Callable[[Any], Tokenizer] | None = None
     special_tokens: tuple[str, ...] = ()
     check: Callable[[Any, Tokenizer | None], None] | None = None

@@ -41,12 +41,6 @@ class ActiveSequence:
     """A prompt and its continuation so far.
 
     Attributes:
-        index: the prompt's number.
-        sample: number of the continuation among those of the prompt.
-        place: number of the sequence among those of its store of routes.
-        prompt: token ids of the prompt.
-        random: random numbers of this sequence.
-        chosen: tokens of the continuation, including a stop token that ended it.
         finish: why it ended; None if it has not.
         states_TD: states of the last 1 or 2 tokens, which the MTP module has not read.
     """

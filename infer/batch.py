@@ -37,11 +37,7 @@ class GenerationBatch:
         """Creates an empty batch.
 
         Args:
-            stop: token ids that end a sequence and are not part of the result.
             stop_condition: called with every token of the result; true ends the sequence after it.
-            speculative: whether the MTP module drafts tokens.
-            prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
-            keeps_sets: whether tokens have the set that the sampling kept (see `Request.record_kept`).
         """
         self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
         self._speculative, self._prefill_tokens, self._keeps_sets = speculative, prefill_tokens, keeps_sets
@@ -58,11 +54,7 @@ class GenerationBatch:
         return Statistics(**self._counts, seconds=seconds)
 
     def run(self, waiting: deque[ActiveSequence], batch_size: int) -> Iterator[list[tuple[ActiveSequence, list[int]]]]:
-        """Generates until no sequence is left. Yields the results of each pass.
-
-        Args:
-            batch_size: number of active sequences at a time.
-        """
+        """Generates until no sequence is left. Yields the results of each pass."""
         while waiting or self._active:
             admitted = _take_waiting(waiting, batch_size - len(self._active), self._prefill_tokens)
             yield self.admit(admitted) if admitted else self.advance()

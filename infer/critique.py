@@ -17,14 +17,7 @@ from infer.reward import VerdictTokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CritiqueForm:
-    """Strings around a question, an answer and a critique.
-
-    Attributes:
-        question: the user's message, with the fields `prompt` and `answer` in braces.
-        before_verdict: text between the critique and the verdict.
-        yes: verdict that approves.
-        no: verdict that rejects.
-    """
+    """Strings around a question, an answer and a critique."""
 
     question: str = (
         "Question:\n{prompt}\n\nAnswer:\n{answer}\n\nIs the answer right? Explain, and end with Verdict: yes or "
@@ -43,11 +36,7 @@ class JudgedAnswer:
     """An answer with a critique of it.
 
     Attributes:
-        prompt: the question.
-        answer: the answer to it.
-        critique: the judge's text before its verdict.
         approves: the verdict; for training.
-        form: strings around them.
     """
 
     prompt: str
@@ -65,9 +54,6 @@ class JudgedAnswer:
 
         The verdicts begin where the tokens of both answers first differ, because a token may hold the end of the text
         before the verdict, too.
-
-        Args:
-            template: chat template of the judge.
         """
         conversations = [
             Conversation(

@@ -46,14 +46,7 @@ class PartDecoder:
         with_mtp: bool,
         routes: RouteStore | None = None,
     ) -> None:
-        """Allocates the caches in the model's type and on its device.
-
-        Args:
-            layers: layers of the main model that this part runs, in order.
-            capacity: maximum number of tokens of each sequence.
-            with_mtp: whether the part has an MTP module that is used.
-            routes: stores the experts of the tokens that are read; None: they are not recorded.
-        """
+        """Allocates the caches in the model's type and on its device."""
         config, weight = model.config, next(model.parameters())
         self._model, self._config, self._layers, self._dtype = model, config, tuple(layers), weight.dtype
         width = model.attention.values_per_token(config)
@@ -103,7 +96,6 @@ class PartDecoder:
 
         Args:
             sources: for each new row, the row that held its tokens before, or -1 for an empty sequence.
-            counts: number of tokens of each new row that the pass reads.
         """
         self.main.arrange(sources, lengths)
         if self.recorder is not None:
@@ -142,7 +134,6 @@ class PartDecoder:
 
         Args:
             next_tokens: for each sequence, the token after each state; at least one.
-            state_ND: states for the MTP module for the same positions, sequence by sequence.
         """
         counts = [len(tokens) for tokens in next_tokens]
         tokens_N = self._tensor([token for tokens in next_tokens for token in tokens])
@@ -152,8 +143,6 @@ class PartDecoder:
         """Runs the MTP module over S new pairs of every cached sequence.
 
         Args:
-            next_tokens_BS: the token after each state.
-            state_BSD: states for the MTP module.
             chosen_B: for each sequence, the pair in 0..S-1 whose logits are computed.
 
         Returns:
@@ -265,10 +254,7 @@ class Decoder(PartDecoder):
         """Allocates the caches in the model's type and on its device.
 
         Args:
-            capacity: maximum number of tokens of each sequence.
-            with_mtp: whether the MTP module is used.
             layers: layers that run here; None: all.
-            routes: stores the experts of the tokens that are read; None: they are not recorded.
         """
         layers = range(model.config.num_layers) if layers is None else layers
         super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp, routes=routes)
@@ -289,9 +275,6 @@ class Decoder(PartDecoder):
     def read_chunk(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Runs the main model over the next tokens of one sequence's prompt.
 
-        Args:
-            row: of the sequence, whose cached tokens precede them.
-
         Returns:
             Their states for the MTP module, ND, and the states for the head after the last of them, [1, D].
         """
@@ -304,9 +287,6 @@ class Decoder(PartDecoder):
 
     def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the main model over S new tokens of every cached sequence.
-
-        Args:
-            tokens_BS: the new tokens, placed after each sequence's current length.
 
         Returns:
             Their states for the MTP module, BSD, and their logits, BSV.
@@ -323,11 +303,5 @@ class Decoder(PartDecoder):
         return self.final_norm(self.run_layers(hidden_ND, self.views(kind, rows, counts)))
 
     def _enter(self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Returns the input of the first layer that runs here, ND.
-
-        Args:
-            tokens_N: the new tokens, row by row.
-            rows: rows that they belong to.
-            counts: number of new tokens of each of these rows.
-        """
+        """Returns the input of the first layer that runs here, ND."""
         return self.embed(tokens_N)

@@ -23,11 +23,6 @@ _IGNORE = -100
 def score_answers(model: Transformer, sequences: Sequence[Sequence[int]], batch_size: int = 16) -> list[float]:
     """Returns the reward model's score of each answer.
 
-    Args:
-        model: a whole model with a score head.
-        sequences: token ids of each prompt with its answer, up to the answer's last token, usually an end of sentence.
-        batch_size: sequences that are computed together. It does not change scores.
-
     Raises:
         GenerateError: the model has no score head, a sequence is empty or too long, or holds no such token.
     """
@@ -74,11 +69,6 @@ class VerdictTokens:
 def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_size: int = 16) -> list[JudgeVerdict]:
     """Returns the verdicts of a generative reward model, whose critiques are given (`infer.critique`).
 
-    Args:
-        model: a whole model with an output head.
-        judged: tokens of each judged answer.
-        batch_size: sequences that are computed together.
-
     Raises:
         GenerateError: the model has no output head, a sequence is too long or holds no such token, or a prompt or a
             verdict is empty.
@@ -107,14 +97,7 @@ def _in_batches(
     batch_size: int,
     score: Callable[[Tensor, Sequence[int]], Tensor],
 ) -> list[float]:
-    """Computes a number for each sequence. Those of similar length are padded together.
-
-    Args:
-        model: on the device that computes.
-        sequences: token ids of each.
-        batch_size: sequences that are computed together.
-        score: computes the numbers of a padded batch, given the numbers of its sequences.
-    """
+    """Computes a number for each sequence. Those of similar length are padded together."""
     device = model.head_weight.device
     # The last sequence of each batch is its longest one.
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))

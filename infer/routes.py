@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Rollout, RouteKey, SampledRoutes
+from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
 from model.attention.kv_cache import CacheView, KvCache
 from model.config import ModelConfig
 from model.router import expert_id_dtype
@@ -21,21 +21,12 @@ class RouteStore:
     """Records of the sequences of one direction on this rank."""
 
     def __init__(self, prompts: Sequence[NumberedPrompt], samples: int) -> None:
-        """Starts without records.
-
-        Args:
-            prompts: of the direction, in order.
-            samples: number of continuations of each. Continuation s of prompt p has the place p * samples + s.
-        """
+        """Starts without records."""
         self._prompts, self._samples = prompts, samples
         self._ids: dict[RouteKey, NDArray[np.generic]] = {}
 
     def add(self, place: int, layers: Sequence[int], ids_LTK: Tensor) -> None:
-        """Adds the record of a sequence that is complete. A part of a prompt is ignored.
-
-        Args:
-            ids_LTK: experts of its tokens, which may include tokens that are no part of it after the last one read.
-        """
+        """Adds the record of a sequence that is complete. A part of a prompt is ignored."""
         prompt, sample = self._prompts[place // self._samples], place % self._samples
         length = len(prompt.tokens)
         if ids_LTK.shape[1] < length:
@@ -47,7 +38,7 @@ class RouteStore:
                 self._ids[whole] = ids_TK[:length].copy()
             self._ids[RouteKey(prompt.number, sample, layer)] = ids_TK[length:].copy()
 
-    def cut(self, rollouts: Mapping[tuple[int, int], Rollout]) -> dict[RouteKey, NDArray[np.generic]]:
+    def cut(self, rollouts: Mapping[tuple[int, int], Sample]) -> dict[RouteKey, NDArray[np.generic]]:
         """Returns the records without tokens that are no part of the rollouts, by prompt and sample."""
         cut = {}
         for key, ids_TK in self._ids.items():
@@ -74,12 +65,7 @@ class RouteRecorder:
         device: torch.device,
         store: RouteStore,
     ) -> None:
-        """Allocates the rows.
-
-        Args:
-            layers: layers of the main model that the decoder runs, in order.
-            capacity: maximum number of tokens of each sequence.
-        """
+        """Allocates the rows."""
         self._layers = tuple(layer for layer in layers if layer >= config.num_dense_layers)
         self._store = store
         self._dtype = expert_id_dtype(config.num_routed_experts)
@@ -94,7 +80,6 @@ class RouteRecorder:
 
         Args:
             layer: number of the layer; a layer that is not the main model's is ignored.
-            ids_NK: experts of the new tokens, row by row.
         """
         if layer in self._layers:
             at = self._layers.index(layer)
@@ -106,11 +91,7 @@ class RouteRecorder:
         self._places.append(place)
 
     def remove(self, row: int, lengths: Sequence[int]) -> None:
-        """Stores the sequence of a row and moves the last row into its place.
-
-        Args:
-            lengths: number of tokens of each row.
-        """
+        """Stores the sequence of a row and moves the last row into its place."""
         self._keep(row, lengths[row])
         self._rows.resize(len(lengths) - 1, lengths[-1])
         self._rows.remove(row)
@@ -144,7 +125,7 @@ class RouteRecorder:
             self._store.add(self._places[row], self._layers, torch.stack(ids))
 
 
-def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Rollout]) -> SampledRoutes:
+def join_routes(stores: Iterable[RouteStore], rollouts: Iterable[Sample]) -> SampledRoutes:
     """Returns the records of several stores, given the rollouts of all of their sequences."""
     found = {(each.prompt, each.sample): each for each in rollouts}
     return SampledRoutes(ids={key: ids_TK for store in stores for key, ids_TK in store.cut(found).items()})

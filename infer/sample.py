@@ -50,7 +50,6 @@ def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling, kept_BV: 
     temperature 1.
 
     Args:
-        tokens_B: the token of each row.
         kept_BV: whether a token is in the set among which probabilities sum to 1; None: all are.
     """
     scaled_BV = _scale(logits_BV, sampling.temperature or 1.0)
@@ -88,11 +87,7 @@ class SequenceRandom:
     """Random numbers of one sequence, independent of the other sequences in its batch."""
 
     def __init__(self, seed: int, prompt: int, sample: int = 0, step: int = 0) -> None:
-        """Creates the generator of a continuation.
-
-        Args:
-            sample: number of the continuation among those of the prompt.
-        """
+        """Creates the generator of a continuation."""
         # Each number has its own word of 64 bits, so no two sequences share random numbers. torch's generator on the
         # CPU would only use the low 32 bits of a seed.
         philox = np.random.Philox(key=seed % 2**128, counter=[0, prompt, sample, step])

@@ -8,7 +8,7 @@ import numpy as np
 
 from comm.config import ParallelismConfig
 from data.corpus import CorpusFile
-from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Document, Sample, SamplePiece
+from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
 from data.samples.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
@@ -34,7 +34,7 @@ class MarkedSource(DataSource):
     has_fractions: bool = False
 
 
-def marked_samples(source: MarkedSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+def marked_samples(source: MarkedSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     """Yields the samples, the same for the same configuration."""
     generator = np.random.Generator(np.random.Philox(5))
     for number in range(source.num_samples):
@@ -50,7 +50,7 @@ def marked_samples(source: MarkedSource, tokenizer: Tokenizer) -> Iterator[Sampl
             weights[:] = 0.0
             weights[-1] = 1.0
         piece = SamplePiece(tokens=tokens, values={WEIGHTS: weights})
-        yield Sample(key=str(number), pieces=(piece,), may_be_cut=True)
+        yield TrainingSample(key=str(number), pieces=(piece,), may_be_cut=True)
 
 
 def _read(source: MarkedSource, file: CorpusFile, limit: int | None) -> Iterator[Document]:

@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from comm.config import ParallelismConfig
 from data.arithmetic.source import ArithmeticSource
 from dualpipe.config import ScheduleConfig
-from infer.scoring.reward import RewardConfig
+from infer.engines.protocol import Group, Sample
+from infer.scoring.reward import RewardConfig, ScoreSheet
 from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
 from model.objectives.policy_loss import PolicyLossConfig
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.config import TrainConfig
+from train.config.rollout import RolloutConfig, RolloutLimits
 from train.config.token_schedule import TokenSchedule
-from train.rollout.config import RolloutConfig, RolloutLimits
+from train.post.sample import RolloutHeader
 from train.tasks.grpo import GrpoConfig
 
 
@@ -100,6 +103,26 @@ GRPO = GrpoConfig(
 )
 
 REWARD = RewardConfig(parts=(EvenConfig(kind="even", weight=1.0),), num_threads=1)
+
+
+def answer_of(sample: int = 0, tokens: tuple[int, ...] = (1,), **values: Any) -> Sample:
+    """Returns an answer that the model ended, with the reward that its sheet has."""
+    reward = values.get("reward", 0.0)
+    sheet = ScoreSheet(total=reward, outcome="rated", parts={})
+    known = {"prompt": 7, "log_probs": (-1.0,) * len(tokens), "finish": "stop", "sheet": sheet}
+    return Sample(sample=sample, tokens=tokens, **{**known, **values})
+
+
+def group_of(*answers: Sample, number: int = 7, tokens: tuple[int, ...] = (1,), **values: Any) -> Group:
+    """Returns the group of answers to a problem."""
+    known = {"key": "key", "problem": Problem(prompt="")}
+    return Group(number=number, tokens=tokens, answers=answers, **{**known, **values})
+
+
+def header_of(step: int = 1, **values: Any) -> RolloutHeader:
+    """Returns the header of a rollout."""
+    known = {"rollout": step - 1, "weights": "w", "settings": "s", "next_prompt": 2}
+    return RolloutHeader(step=step, **{**known, **values})
 
 
 def rollout_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int = 1, **changes: object) -> TrainConfig:

@@ -17,11 +17,13 @@ from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
 from train.optim.staged import Background, StagedAdamW
+from train.post.frozen import Comparison, Reference
 from train.replica import Replica
-from train.rollout.step_batch import StepSampler
-from train.tasks.reference import Reference
-from train.teacher.replica import Teacher
+from train.tasks.hook import TaskHook
 from train.world import World
+
+_NO_NETWORK = Comparison()
+_DATA_ALONE = TaskHook()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +31,8 @@ class Learner:
     """A replica that is trained.
 
     Attributes:
-        replica: the network.
-        config: of the optimizer.
-        store: gradients of one step.
-        optimizer: applies the gradients.
         ema: moving average of the weights; None if the run keeps none.
-        reference: frozen network with which the task compares; None if it does not.
-        sampler: samples the answers of each step; None if the run trains on the data alone.
-        ramp: schedules of the smaller sizes of a batch ramp, by the size in sequences.
+        comparison: the frozen network with which the task compares, if it does.
     """
 
     replica: Replica
@@ -44,8 +40,8 @@ class Learner:
     store: GradientStore
     optimizer: StagedAdamW
     ema: ParameterEma | None
-    reference: Reference | Teacher | None = None
-    sampler: StepSampler | None = None
+    comparison: Comparison
+    hook: TaskHook
     ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
     @property
@@ -56,10 +52,8 @@ class Learner:
     @property
     def extras(self) -> dict[str, ParameterEma | Reference]:
         """Further state of a checkpoint besides weights and optimizer state, by the prefix of its names."""
-        # A teacher is loaded again from where the configuration says.
-        reference = self.reference if isinstance(self.reference, Reference) else None
-        found = {"ema": self.ema, "reference": reference}
-        return {prefix: extra for prefix, extra in found.items() if extra is not None}
+        average = {} if self.ema is None else {"ema": self.ema}
+        return {**average, **self.comparison.extras}
 
     def update_average(self) -> None:
         """Starts to update the moving average, if the run keeps one, after all updates of the weights."""
@@ -72,11 +66,8 @@ class Learner:
         self.optimizer.close()
         if self.ema is not None:
             self.ema.close()
-        # A sampler may use the reference.
-        if self.sampler is not None:
-            self.sampler.close()
-        if self.reference is not None:
-            self.reference.close()
+        self.hook.close()  # it may use the frozen network
+        self.comparison.close()
         self.replica.close()
 
 
@@ -84,15 +75,10 @@ def open_learner(
     replica: Replica,
     optim: OptimConfig,
     ema: EmaConfig,
-    reference: Reference | Teacher | None = None,
-    sampler: StepSampler | None = None,
+    comparison: Comparison = _NO_NETWORK,
+    hook: TaskHook = _DATA_ALONE,
 ) -> Learner:
-    """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it.
-
-    Args:
-        reference: frozen network with which the task compares; None if it does not.
-        sampler: samples the answers of each step; None if the run trains on the data alone.
-    """
+    """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
     model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
     lane = open_lane(world.device, "reduction")
     background = Background(lane=lane, updates=replica.weight_updates, log=world.log)
@@ -102,8 +88,8 @@ def open_learner(
         store=store,
         optimizer=build_optimizer(_units(replica), store, world.groups.world, optim, background),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
-        reference=reference,
-        sampler=sampler,
+        comparison=comparison,
+        hook=hook,
     )
 
 
@@ -111,9 +97,6 @@ class LearnersByBatchSize:
     """One learner for each batch size; its programs run the number of micro-batches of that size.
 
     The learners share everything except schedules and programs. Programs are compiled once, at the start.
-
-    Attributes:
-        last: the learner of the batch size at the end of the ramp.
     """
 
     last: Learner
@@ -144,10 +127,8 @@ class LearnersByBatchSize:
 
 
 def _with_schedule(learner: Learner, schedule: Schedule, *, is_proven: bool) -> Learner:
-    reference = learner.reference
-    if reference is not None:
-        reference = reference.with_schedule(schedule)
-    return replace(learner, replica=learner.replica.with_schedule(schedule, is_proven=is_proven), reference=reference)
+    replica = learner.replica.with_schedule(schedule, is_proven=is_proven)
+    return replace(learner, replica=replica, comparison=learner.comparison.with_schedule(schedule))
 
 
 def _units(replica: Replica) -> list[Unit]:

@@ -1,8 +1,11 @@
 """Runs a network on this rank as stages, programs and links. `model` and `dualpipe` meet only here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
+from torch import Tensor
 
 from comm.context.parts import SequenceParts
 from comm.dispatch.process_group import Observers
@@ -14,7 +17,7 @@ from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.transfers import linked_pairs
 from model.gradients import GradientStore
-from model.objective import LossSums, MicroBatch, Objective
+from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.offload import HostMemoryLink
 from model.router import Routes
 from model.slices import SlicedRuns
@@ -44,18 +47,7 @@ class Replica:
     """A network that can run training steps and forward-only passes.
 
     Attributes:
-        world: the process that holds the replica.
-        config: configuration that it was built from.
         network: this rank's part of the network. Its weights may still be changing; `model` waits for them.
-        weight_updates: updates of its weights that may still be running.
-        schedule: the schedule of both programs.
-        cut: layers of each stage.
-        stages: the stages on this rank, by number.
-        train_program: forward and backward.
-        forward_program: forward only.
-        links: connections to the other ranks of the pipeline, for this replica only.
-        dispatcher: dispatcher of its MoE layers.
-        observers: counters of what its dispatcher and links send.
     """
 
     world: World
@@ -113,8 +105,6 @@ class Replica:
         """Runs forward and backward of a global batch.
 
         Args:
-            follow: yields the program's steps one by one, for example to show progress.
-            routes: records or replays the routers' choices on this rank; None: routers choose.
             reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.
         """
         stages = self.bind_stages(batches, objective, sums, store, routes)
@@ -128,6 +118,48 @@ class Replica:
         stages = self.bind_stages(batches, objective, sums, None, routes)
         with self.network.weights_unchanged():
             return execute(self.forward_program, stages, self.links)
+
+    def record(
+        self, batches: Batches, objective: Objective, routes: Routes | None = None
+    ) -> dict[tuple[int, int], Tensor]:
+        """Runs forward of a global batch, and returns what an objective records of the tokens. All ranks call it.
+
+        Returns:
+            Values of each token, [B, T, ...], of the micro-batches whose losses are on this rank, by direction and
+            number.
+        """
+        sums = LossSums((BALANCE,), {})
+        self.forward(batches, objective, sums, routes)
+        self.discard_counts()
+        return sums.log_probs or {}
+
+    def gather(self, values: Mapping[tuple[int, int], Tensor], width: Sequence[int] = ()) -> Tensor:
+        """Returns what `record` did on all ranks, in the order of the global batch. All ranks call it.
+
+        Returns:
+            Values [B, T, ...], float64, on the host of every rank; 0 where nothing was recorded.
+        """
+        batch = self.config.batch
+        shape = (self.global_sequences, batch.sequence_length_tokens, *width)
+        found_BT = torch.zeros(shape, dtype=torch.float64)
+        for (direction, micro_batch), values_BT in values.items():
+            first = self.first_sequence(direction, micro_batch)
+            rows_BT = found_BT[first : first + batch.micro_sequences]
+            self.parts.put(values_BT.cpu(), self.part_of(micro_batch), rows_BT)  # host sync
+        # One rank holds the value of a token; all others add zeros.
+        return self.world.reduce(found_BT, "values of tokens")
+
+    def first_sequence(self, direction: int, micro_batch: int) -> int:
+        """Returns the index in the global batch of the first sequence of one of this rank's micro-batches."""
+        schedule = self.schedule
+        before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
+        index = self.world.data_index * schedule.num_micro_batches + before + micro_batch
+        return index // schedule.slices * self.config.batch.micro_sequences
+
+    def discard_counts(self) -> None:
+        """Forgets the traffic since the last record of a step, which must count the training pass alone."""
+        self.observers.traffic.take()
+        self.observers.clips.take()
 
     def bind_stages(
         self,
@@ -158,7 +190,6 @@ class Replica:
         """Returns the same network under another schedule, with the same stages and links.
 
         Args:
-            schedule: the other schedule; equal on all ranks.
             is_proven: whether the job has validated it, as `plan` does; else this rank validates it.
 
         Raises:
@@ -242,8 +273,6 @@ def open_replica(
 
     Args:
         world: of this process; its groups are mirrored if the schedule is.
-        schedule: for all ranks of the pipeline; equal on all ranks.
-        cut: layers of each stage of the schedule; equal on all ranks.
         is_proven: whether the job has validated the schedule, as `plan` does; else this rank validates it.
 
     Raises:

@@ -29,6 +29,7 @@ from train.loop import TrainingLoop
 from train.network import ReplicaConfig
 from train.ownership.rank_files import RankFiles
 from train.planner.measured.record import MeasuredRun, RunFacts, probed, try_to_write
+from train.post.frozen import open_comparison
 from train.records.crash_report import CrashReporter
 from train.records.display import PhaseLines
 from train.records.events import try_append_event
@@ -38,7 +39,6 @@ from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
 from train.replica import open_replica
 from train.report.write import Report
-from train.rollout.open import open_sampler
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import Plan, plan
 from train.startup import (
@@ -49,8 +49,7 @@ from train.startup import (
     prepare_corpus_together,
     raise_if_preempted,
 )
-from train.tasks.reference import open_reference
-from train.teacher.replica import open_teacher
+from train.tasks.registry import TASKS
 from train.world import World, open_world
 
 
@@ -60,10 +59,6 @@ def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Cal
     Rank 0's `out_dir` is the folder of the run. The configurations of other ranks may leave it empty. If a rank is lost
     or does not respond in time, this function ends the process with exit code 78 or 76 and a crash report in the log.
     SIGTERM, SIGUSR1 and SIGHUP preempt the run from here on: all ranks leave at the same point with exit code 75.
-
-    Args:
-        reports_on_stderr: whether the crash report is also printed on stderr.
-        callbacks: functions that rank 0 calls during the run; all ranks pass them, or none.
 
     Returns:
         The exit code: 0 if the run is done, 1 if its folder took no checkpoint or its answers cannot be scored, 2 if
@@ -218,15 +213,9 @@ class _TrainingRank:
                 replica = open_replica(
                     self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
                 )
-                reference = open_reference(config.task, replica)
-                frozen = None if reference is None else reference.replica
-                self._learner = open_learner(
-                    replica,
-                    config.optim,
-                    config.ema,
-                    reference or open_teacher(config, replica),
-                    open_sampler(config, replica, prepared, frozen, self._lines.say),
-                )
+                comparison = open_comparison(config, replica)
+                hook = TASKS.get(config.task.kind).open_hook(config, replica, prepared, comparison, self._lines.say)
+                self._learner = open_learner(replica, config.optim, config.ema, comparison, hook)
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:
             end = _RunOutcome.of_error(error)

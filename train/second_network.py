@@ -16,9 +16,6 @@ REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
 def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
     """Returns the run with the architecture of a second network, without MTP modules.
 
-    Args:
-        key: configuration key that holds the path, for errors.
-
     Raises:
         CheckpointError, HfError: the architecture cannot be read.
     """
@@ -29,10 +26,6 @@ def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
 
 def check_second_network(config: TrainConfig, path: str, key: str, role: str) -> None:
     """Rejects a network with another vocabulary, and one that the run's layout cannot hold.
-
-    Args:
-        key: configuration key that holds the path.
-        role: what the network is, with an article.
 
     Raises:
         ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.

@@ -34,7 +34,6 @@ from train.errors import PreemptedError
 from train.learner import Learner
 from train.records.secrets import HIDDEN, is_secret_name, redact
 from train.records.status import read_status
-from train.tasks.reference import Reference
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
@@ -203,6 +202,5 @@ def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepar
         line = load_initial(config, learner, prepared.tokenizer)
     if learner.ema is not None:
         learner.ema.follow_weights()
-    if isinstance(learner.reference, Reference):
-        learner.reference.follow(learner.replica)
+    learner.comparison.follow(learner.replica)
     return line

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,27 +15,20 @@ from data.loader import Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.program import Action, Step
-from model.objective import BALANCE, MAIN, LossSums, Objective
-from model.objectives.distillation import TEACHER_STATES
-from model.objectives.policy import PolicyGradient
-from model.objectives.preference import REFERENCE
-from model.router import Routes
+from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
 from train.config import TaskConfig
 from train.config.guards import StopGuardConfig
 from train.errors import RefusedStepError
-from train.guard.guard import LOSS, NORM, Guard, describe_refusal, judged_batch
-from train.guard.rollout_guard import BadWeights
+from train.guard.guard import LOSS, NORM, Guard, describe_refusal
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
-from train.rollout.step_batch import StepBatch
 from train.tasks.batch_reader import BatchReader
-from train.tasks.reference import Reference, refresh_reference
+from train.tasks.hook import StepBatch
 from train.tasks.registry import StepRates, Task, open_task
-from train.teacher.replica import Teacher
 
 _MTP = "mtp_"
 _NO_SPIKES = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=1)
@@ -49,8 +42,6 @@ class Losses:
     Attributes:
         by_name: means in nats per predicted token; for the balance loss, per sequence. What a task reports in addition
             is missing if nothing has it.
-        total: the loss that was minimized.
-        is_finite_here: whether this rank's own part of the losses is finite.
     """
 
     by_name: Mapping[str, float]
@@ -79,14 +70,6 @@ class StepResult:
     """The measurements of a step, equal on all ranks except for seconds and the execution of the passes.
 
     Attributes:
-        losses: of all batches.
-        grad_norm: before clipping.
-        rates: of the step.
-        seconds: time of the step.
-        update_seconds: the part of it after the passes.
-        tokens: number of trained positions over the whole job.
-        balance: loads of experts.
-        execution: of the last batch's passes.
         rollouts: values of the record about rollouts; None if the step trained on the data alone.
         part_seconds: further parts of the step's time; empty if it trained on the data alone.
     """
@@ -105,13 +88,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassResult:
-    """What the passes of a step measured on this rank.
-
-    Attributes:
-        losses: of all batches.
-        execution: of the last batch.
-        earlier_seconds: time of all batches before the last.
-    """
+    """What the passes of a step measured on this rank."""
 
     losses: Losses
     execution: Execution
@@ -124,12 +101,7 @@ def is_reported(name: str) -> bool:
 
 
 def rates_of(task: TaskConfig, optim: OptimConfig, sizes: BatchSizes, step: int) -> StepRates:
-    """Returns the learning rate, the MTP loss weight and the router bias rate of a step.
-
-    Args:
-        sizes: sequences of every step of the run.
-        step: index of the step, from 0.
-    """
+    """Returns the learning rate, the MTP loss weight and the router bias rate of a step."""
     tokens = sizes.tokens_before(step)
     return StepRates(
         learning_rate=learning_rate(optim, sizes, task.steps, step),
@@ -149,28 +121,29 @@ def train_step(
     """Runs forward and backward of the global batch, then updates weights, router bias and average.
 
     Args:
-        step: index of the step, from 0.
         guard: checks loss and gradient norm before the update; None: refuses only values that are not finite.
-        progress: shows how many of this rank's phases are done; None: shows nothing.
 
     Raises:
         PreemptedError: on every rank, before any pass has started.
         RefusedStepError: on every rank, before anything was updated.
     """
-    started, replica = time.perf_counter(), learner.replica
+    started = time.perf_counter()
+    replica = learner.replica
     rates = rates_of(task, learner.config, loader.sizes, step)
-    reduce = learner.optimizer.reduce
     guard = guard or Guard(_NO_SPIKES)
-    batch = _open_batch(learner, loader, step, guard)
-    passes = accumulate(learner, task, batch, rates, progress, reduce)
-    part_seconds: dict[str, float] = {}
-    if learner.sampler is not None:
-        part_seconds = {**learner.sampler.finish_step(step), "earlier_batches": passes.earlier_seconds}
-    passed = time.perf_counter()
-    norm = _update(learner, guard, passes.losses, step, rates.learning_rate)
+    try:
+        # The task prepares the step's batches: it reads data, or samples answers and scores them.
+        batch = guard.judged_batch(learner.hook, loader, step)
+        passes = accumulate(learner, task, batch, rates, progress, learner.optimizer.reduce)
+        part_seconds = learner.hook.finish(passes.earlier_seconds)
+        passed = time.perf_counter()
+        norm = _update(learner, guard, passes.losses, step, rates.learning_rate)
+    except RefusedStepError:
+        _discard(learner)
+        raise
     balance = update_router_bias(replica, rates.bias_update)
     learner.update_average()
-    refresh_reference(learner.reference, task, replica, step + 1)
+    learner.comparison.refresh(replica, step + 1)
     ended = time.perf_counter()
     return StepResult(
         losses=passes.losses,
@@ -186,44 +159,39 @@ def train_step(
     )
 
 
-def _open_batch(learner: Learner, loader: Loader, step: int, guard: Guard) -> StepBatch:
-    """Returns a step's batches, or raises `RefusedStepError` on all ranks if the guard refuses them."""
-    batch = judged_batch(learner.sampler, loader, step, guard)
-    if isinstance(batch, BadWeights):
-        discard(learner)
-        raise RefusedStepError(batch.refusal(step))
-    return batch
-
-
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:
-    """Completes the sums of gradients, starts the update if the guard accepts them, returns their norm."""
-    norm, world = math.nan, learner.world
+    """Completes the sums of gradients, starts the update if the guard accepts them, returns their norm.
+
+    Raises:
+        RefusedStepError: on every rank.
+    """
+    world = learner.world
     bad = guard.judge_kl(losses.by_name, step, rate)
-    reason = guard.judge(LOSS, losses.total) or ("" if bad is None else bad.reason)
+    reason = guard.judge(LOSS, losses.total)
+    norm = math.nan
     with world.phase("update of the weights"):
-        if not reason:
+        if not reason and bad is None:
             norm = learner.optimizer.norm()
             reason = guard.judge(NORM, norm)
-        if not reason:
+        if not reason and bad is None:
             learner.optimizer.update(rate)
     if reason:
-        own = learner.optimizer.local_norm()
-        refusal = describe_refusal(world, guard, step, reason, own, is_finite_here=losses.is_finite_here)
-        if bad is not None and reason == bad.reason:
-            refusal = bad.refusal(step)
-        discard(learner)
-        raise RefusedStepError(refusal)
+        norm_here = learner.optimizer.local_norm()
+        raise RefusedStepError(
+            describe_refusal(world, guard, step, reason, norm_here, is_finite_here=losses.is_finite_here)
+        )
+    if bad is not None:
+        raise RefusedStepError(bad.refusal(step))
     guard.accept(losses.total, norm)
     return norm
 
 
-def discard(learner: Learner) -> None:
+def _discard(learner: Learner) -> None:
     """Discards what the passes of a refused step accumulated: gradients, router loads and traffic counts."""
     learner.optimizer.discard()
     for gate in routers(learner.replica.network).values():
         gate.load.zero_()
-    learner.replica.observers.traffic.take()
-    learner.replica.observers.clips.take()
+    learner.replica.discard_counts()
 
 
 def accumulate(
@@ -237,7 +205,6 @@ def accumulate(
     """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
 
     Args:
-        progress: shows how many of this rank's phases are done; None: shows nothing.
         reduce: starts to reduce the gradients of a stage in the last pass. By default all gradients stay those of this
             rank.
 
@@ -251,36 +218,16 @@ def accumulate(
     counts = torch.stack([batches.count() for batches in passes]).sum(0)
     for name, count in batch.more_counts.items():
         counts[task.names.index(name)] += count
-    sums, objective, follow = LossSums(task.names), task.objective(counts, rates), partial(_count_phases, progress)
-    replays: Sequence[Routes | None] = batch.routes or [None] * len(passes)
-    for batches, replayed in zip(passes[:-1], replays[:-1], strict=True):
-        compared = compare(learner.reference, batches, objective)
-        replica.train(batches, compared, sums, learner.store, follow, replayed)
+    sums = LossSums(task.names)
+    objective = task.objective(counts, rates)
+    follow = partial(_count_phases, progress)
+    for batches, routes in zip(passes[:-1], batch.routes[:-1], strict=True):
+        replica.train(batches, learner.comparison.add(batches, objective), sums, learner.store, follow, routes)
     earlier_seconds = time.perf_counter() - began if len(passes) > 1 else 0.0
-    compared = compare(learner.reference, passes[-1], objective)
-    execution = replica.train(passes[-1], compared, sums, learner.store, follow, replays[-1], reduce)
+    compared = learner.comparison.add(passes[-1], objective)
+    execution = replica.train(passes[-1], compared, sums, learner.store, follow, batch.routes[-1], reduce)
     losses = reduce_losses(replica, task, sums, counts, rates)
     return PassResult(losses=losses, execution=execution, earlier_seconds=earlier_seconds)
-
-
-def compare(reference: Reference | Teacher | None, batches: BatchReader, objective: Objective) -> Objective:
-    """Adds what a frozen network finds to the micro-batches. All ranks call it.
-
-    Returns:
-        The objective, with what it needs of the network.
-    """
-    match reference:
-        case None:
-            return objective
-        case Reference():
-            temperature = objective.temperature if isinstance(objective, PolicyGradient) else 1.0
-            batches.add_extras(REFERENCE, reference.log_probs(batches, temperature))
-            return objective
-        case Teacher():
-            batches.add_extras(TEACHER_STATES, reference.states(batches))
-            return reference.bind(objective)
-        case _ as other:
-            assert_never(other)
 
 
 def _count_phases(progress: Progress | None, steps: tuple[Step, ...]) -> Iterable[Step]:

@@ -21,7 +21,7 @@ from data.chat.messages import Conversation, assistant, user
 from data.chat.pairs import pair_sample
 from data.chat.templates import CHAT_TEMPLATES
 from data.problems.records import ProblemRecord
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
 from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -82,7 +82,7 @@ def _chosen_problems(source: ArithmeticSource) -> Iterator[tuple[ArithmeticProbl
         yield problem, wrong if is_wrong else problem.answer, wrong
 
 
-def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     template, chosen = CHAT_TEMPLATES.get(source.template), _chosen_problems(source)
     while batch := list(islice(chosen, ENCODE_BATCH)):
         first = encode_conversations(
@@ -90,7 +90,7 @@ def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[Sample]
         )
         if source.form == "demonstrations":
             for (problem, _, _), chat in zip(batch, first, strict=True):
-                yield Sample(key=problem.prompt, pieces=(chat.piece(),), may_be_cut=False)
+                yield TrainingSample(key=problem.prompt, pieces=(chat.piece(),), may_be_cut=False)
             continue
         others = encode_conversations(
             [_conversation(problem, wrong) for problem, _, wrong in batch], template, tokenizer

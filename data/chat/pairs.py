@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 
 from data.chat.encode import EncodedChat
-from data.registry import Sample, SamplePiece
+from data.registry import SamplePiece, TrainingSample
 from data.samples.pack import MARGIN, PAIR, SCORE, WEIGHTS
 
 
-def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: float = 0.0) -> Sample:
+def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: float = 0.0) -> TrainingSample:
     """Returns a sample of two pieces: the prompt with the preferred answer, and with the other one.
 
     Values of each token, [T]: `weights` (float32), `pair` and `score` (int16), `margin` (float32); see
@@ -21,7 +21,7 @@ def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: fl
         margin: how much better the preferred answer is.
     """
     pieces = (_piece(chosen, 1, margin), _piece(rejected, -1, 0.0))
-    return Sample(key=key, pieces=pieces, may_be_cut=False)
+    return TrainingSample(key=key, pieces=pieces, may_be_cut=False)
 
 
 def _piece(chat: EncodedChat, number: int, margin: float) -> SamplePiece:

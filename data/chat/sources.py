@@ -12,7 +12,7 @@ from data.chat.pairs import pair_sample
 from data.chat.records import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import CHECKED_BYTES, DataError, check_source
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
 from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
@@ -101,14 +101,14 @@ def _chat_documents(source: ChatSource, file: CorpusFile, limit_bytes: int | Non
         yield Document(key=record.key, text=_text([record.content]))
 
 
-def _chat_samples(source: ChatSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+def _chat_samples(source: ChatSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     template = CHAT_TEMPLATES.get(source.template)
     records = (record for file in _list_chats(source) for record in _chat_records(source, file, None))
     for batch in _batches(records):
         keyed = [(record.key, view) for record in batch for view in split_views(record.content)]
         chats = encode_conversations([view for _, view in keyed], template, tokenizer)
         for (key, _), chat in zip(keyed, chats, strict=True):
-            yield Sample(key=key, pieces=(chat.piece(),), may_be_cut=source.too_long == "cut")
+            yield TrainingSample(key=key, pieces=(chat.piece(),), may_be_cut=source.too_long == "cut")
 
 
 def _check_chat(source: ChatSource, tokenizer: Tokenizer | None) -> None:
@@ -142,7 +142,7 @@ def _pair_documents(source: PreferencesSource, file: CorpusFile, limit_bytes: in
         yield Document(key=record.key, text=_text([record.content.chosen, record.content.rejected]))
 
 
-def _pair_samples(source: PreferencesSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+def _pair_samples(source: PreferencesSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     template = CHAT_TEMPLATES.get(source.template)
     records = (record for file in _list_chats(source) for record in _pair_records(source, file, None))
     for batch in _batches(records):

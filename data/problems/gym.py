@@ -18,7 +18,7 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.problems.records import ProblemRecord
 from data.problems.source import prompt_sample
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
 from data.samples.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt
@@ -83,7 +83,7 @@ def _problems(source: GymSource) -> Iterator[ProblemRecord]:
         )
 
 
-def _samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+def _samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     template = CHAT_TEMPLATES.get(source.template)
     return (prompt_sample(record, template, tokenizer) for record in _problems(source))
 

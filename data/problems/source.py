@@ -12,7 +12,7 @@ from data.chat.lines import JsonRecord, list_jsonl, read_json_lines
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import DataError, check_source
 from data.problems.records import ProblemRecord, read_problem
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, Sample, SamplePiece
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
 from data.samples.pack import WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class ProblemsSource(DataSource):
     template: Annotated[str, CHAT_TEMPLATES]
 
 
-def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> Sample:
+def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> TrainingSample:
     """Returns a problem's prompt as a sample without targets.
 
     Raises:
@@ -45,7 +45,7 @@ def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Toke
         raise DataError(f"{record.place}: {error}") from error
     tokens = np.asarray(ids, dtype=np.int32)
     piece = SamplePiece(tokens=tokens, values={WEIGHTS: np.zeros(len(tokens), dtype=np.float32)})
-    return Sample(key=record.key, pieces=(piece,), may_be_cut=False)
+    return TrainingSample(key=record.key, pieces=(piece,), may_be_cut=False)
 
 
 def problem_text(record: ProblemRecord) -> str:
@@ -76,7 +76,7 @@ def _documents(source: ProblemsSource, file: CorpusFile, limit_bytes: int | None
         yield Document(key=record.key, text=problem_text(record))
 
 
-def _samples(source: ProblemsSource, tokenizer: Tokenizer) -> Iterator[Sample]:
+def _samples(source: ProblemsSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     return map(
         partial(prompt_sample, template=CHAT_TEMPLATES.get(source.template), tokenizer=tokenizer), _problems(source)
     )

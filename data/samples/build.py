@@ -16,7 +16,7 @@ from data.corpus import DataError
 from data.encode import train_tokenizer
 from data.pack import entropy_nats
 from data.progress import Progress
-from data.registry import DATA_SOURCES, Part, Sample
+from data.registry import DATA_SOURCES, Part, TrainingSample
 from data.samples.pack import WEIGHTS, PackedSamples, SampleCounts, pack_samples
 from data.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def counts_of(values: Mapping[str, int | float | str]) -> dict[Part, SampleCount
     return {part: SampleCounts(**{name: int(values[f"{part}_samples_{name}"]) for name in names}) for part in PARTS}
 
 
-def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list[Sample]]:
+def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list[TrainingSample]]:
     """Returns the samples of each part, encoded.
 
     Raises:
@@ -100,7 +100,7 @@ def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list
     """
     encode = DATA_SOURCES.get(config.source.kind).samples
     assert encode is not None
-    parts: dict[Part, list[Sample]] = {"train": [], "validation": []}
+    parts: dict[Part, list[TrainingSample]] = {"train": [], "validation": []}
     for part, sample in with_parts(config, lambda source: encode(source, tokenizer)):
         parts[part].append(sample)
     if not parts["train"]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data.corpus import DataError
 from data.pack import PADDING_POSITION, best_fit_decreasing
-from data.registry import Sample, SamplePiece
+from data.registry import SamplePiece, TrainingSample
 
 WEIGHTS = "weights"
 """Value of the weight with which position i trains the prediction of token i + 1."""
@@ -52,11 +52,11 @@ class _PartSamples:
     """Samples of a part that fit into a sequence, and have targets if the source has them."""
 
     has_targets: bool
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[TrainingSample] = field(default_factory=list)
     num_cut: int = 0
     num_dropped: int = 0
 
-    def add(self, sample: Sample, length: int) -> None:
+    def add(self, sample: TrainingSample, length: int) -> None:
         """Adds a sample. Cuts or drops it if it is longer than a sequence."""
         fitting = _cut(sample, length)
         if fitting is None or (self.has_targets and not _has_targets(fitting)):
@@ -95,7 +95,12 @@ class PackedSamples:
 
 
 def pack_samples(
-    samples: Iterable[Sample], sequence_length_tokens: int, pad_id: int, vocab_size: int, *, has_targets: bool = True
+    samples: Iterable[TrainingSample],
+    sequence_length_tokens: int,
+    pad_id: int,
+    vocab_size: int,
+    *,
+    has_targets: bool = True,
 ) -> PackedSamples:
     """Packs samples by best fit, longest first. All pieces of a sample are in one sequence.
 
@@ -133,7 +138,7 @@ def _count_targets(piece: SamplePiece) -> int:
     return len(piece.tokens) - 1 if weights is None else int(np.count_nonzero(weights[:-1]))
 
 
-def _count_numbers(sample: Sample) -> int:
+def _count_numbers(sample: TrainingSample) -> int:
     """Returns the largest number of a pair or an answer in a sample; 0 if it has none."""
     numbered = (piece.values[name] for piece in sample.pieces for name in NUMBERED if name in piece.values)
     return max((int(np.abs(value).max(initial=0)) for value in numbered), default=0)
@@ -155,7 +160,7 @@ def _renumber(value: NDArray[np.generic], offset: int) -> NDArray[np.generic]:
     return renumbered
 
 
-def _cut(sample: Sample, length: int) -> Sample | None:
+def _cut(sample: TrainingSample, length: int) -> TrainingSample | None:
     """Returns a sample that fits into a sequence, or None if it may not be cut."""
     if sample.num_tokens <= length:
         return sample
@@ -169,5 +174,5 @@ def _cut(sample: Sample, length: int) -> Sample | None:
     return replace(sample, pieces=(SamplePiece(tokens=piece.tokens[:length], values=values),))
 
 
-def _has_targets(sample: Sample) -> bool:
+def _has_targets(sample: TrainingSample) -> bool:
     return any(WEIGHTS not in piece.values or bool(np.any(piece.values[WEIGHTS])) for piece in sample.pieces)

@@ -24,7 +24,6 @@ class ShownPiece:
     """A piece of a sequence.
 
     Attributes:
-        title: what it is, such as the preferred answer of a pair.
         tokens: token ids, [T].
         is_target: whether the token is predicted in training, [T].
     """

@@ -10,7 +10,7 @@ from infer.active import ActiveSequence, StopCondition
 from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts, SampledRoutes
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from infer.routes import RouteStore, join_routes
 from infer.sample import SequenceRandom
 from model.transformer import Transformer
@@ -34,9 +34,6 @@ class LocalEngine:
         """Stores the arguments.
 
         Args:
-            speculative: whether the first MTP module drafts one token per round.
-            batch_size: number of continuations that are generated together. It changes no token.
-            prefill_tokens: maximum number of tokens in one pass over a prompt; a longer one is read in chunks.
             stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
         """
         self._stop_condition = stop_condition
@@ -75,7 +72,7 @@ class LocalEngine:
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=_collect(store, rollouts))
 
 
-def _collect(store: RouteStore | None, rollouts: Sequence[Rollout]) -> SampledRoutes | None:
+def _collect(store: RouteStore | None, rollouts: Sequence[Sample]) -> SampledRoutes | None:
     return None if store is None else join_routes([store], rollouts)
 
 
@@ -83,7 +80,6 @@ def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_pos
     """Returns the empty continuations of all prompts: all samples of a prompt, then those of the next.
 
     Args:
-        prompts: in order.
         max_positions: maximum number of tokens of a prompt and its continuation.
     """
     return [
@@ -100,15 +96,10 @@ def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_pos
     ]
 
 
-def to_rollouts(sequences: Sequence[ActiveSequence], *, keeps_sets: bool) -> tuple[Rollout, ...]:
-    """Returns the rollouts of finished sequences, in order. Those without room for a token are empty.
-
-    Args:
-        sequences: in order.
-        keeps_sets: whether the sets of kept tokens are recorded.
-    """
+def to_rollouts(sequences: Sequence[ActiveSequence], *, keeps_sets: bool) -> tuple[Sample, ...]:
+    """Returns the rollouts of finished sequences, in order. Those without room for a token are empty."""
     return tuple(
-        Rollout(
+        Sample(
             prompt=sequence.index,
             sample=sequence.sample,
             tokens=tuple(sequence.tokens),

@@ -11,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer.config import Finish, GenerateError, Sampling, Statistics
+from infer.scoring.reward import ScoreSheet
+from infer.scoring.score import Problem
 
 PROMPT_SAMPLE = -1
 """Sample number of the record of a prompt, which all of its continuations share."""
+
+UNSCORED = ScoreSheet(total=0.0, outcome="skipped", parts={})
+"""Scores of an answer that no scorer has seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,17 +73,25 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """A sampled continuation.
+class Sample:
+    """A sampled answer, from the engine to the loss.
+
+    An engine fills the first fields, up to `kept`. A run that learns from the answer fills the others.
 
     Attributes:
         prompt: number of its prompt.
-        sample: its number among the prompt's continuations, from 0.
+        sample: its number among the prompt's answers, from 0.
         tokens: chosen token ids, including the stop token that ended it.
         log_probs: log-probability of each token under the model at the sampling temperature (1 if it is 0), before
             top-k, top-p, min-p and penalties; among the kept tokens if these are recorded.
         finish: why it ended.
         kept: for each token, the tokens that top-k, top-p and min-p kept, ascending. Empty if they are not recorded.
+        text: decoded tokens without the one that ended it, with thoughts that the prompt opened.
+        sheet: scores, each part by its kind.
+        reward: total of the sheet, and the penalty of its length.
+        advantage: reward compared with the group; 0 if the group is not trained.
+        version: number of updates in the weights that sampled it.
+        old_log_probs: log-probability of each token under the policy before the first update, if that was computed.
     """
 
     prompt: int
@@ -87,6 +100,42 @@ class Rollout:
     log_probs: tuple[float, ...]
     finish: Finish
     kept: tuple[tuple[int, ...], ...] = ()
+    text: str = ""
+    sheet: ScoreSheet = UNSCORED
+    reward: float = 0.0
+    advantage: float = 0.0
+    version: int = 0
+    old_log_probs: tuple[float, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.tokens)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model ended the answer, rather than the limit of tokens."""
+        return self.finish == "stop"
+
+
+Rollout = Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group(NumberedPrompt):
+    """A prompt and the answers that were sampled to it.
+
+    Attributes:
+        key: identifies the problem in the data.
+        problem: what the prompt asks, and what scorers compare answers with.
+        answers: by sample; empty before they are sampled.
+        dropped: why the group is not trained; empty if it is.
+    """
+
+    key: str
+    problem: Problem
+    answers: tuple[Sample, ...] = ()
+    dropped: str = ""
 
 
 class RouteKey(NamedTuple):
@@ -116,12 +165,12 @@ class SampledRoutes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """Continuations by prompt and then by sample, and joint statistics.
+    """Answers by prompt and then by sample, and joint statistics.
 
     `routes` are the experts of the tokens that this rank read, if requested.
     """
 
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[Sample, ...]
     statistics: Statistics
     routes: SampledRoutes | None = None
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from infer.config import Finish, GenerateError, Sampling, Statistics, check
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.engines.weight_digests import ServedDigests, check_digests
 from model.hf.config import read_config
 
@@ -27,11 +27,6 @@ class VllmEngine:
 
     def __init__(self, folder: Path, dtype: str = "bfloat16", options: Mapping[str, Any] | None = None) -> None:
         """Loads the weights into vLLM.
-
-        Args:
-            folder: a Hugging Face folder, as `launch.convert` or `save_hf` writes it.
-            dtype: type of the weights in vLLM.
-            options: further arguments of `vllm.LLM`.
 
         Raises:
             GenerateError: vLLM is not installed.
@@ -49,9 +44,6 @@ class VllmEngine:
 
     def check_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Compares the weights of vLLM with others, except for MTP modules, which vLLM leaves out.
-
-        Args:
-            tensors: names as in a Hugging Face folder, and tensors in vLLM's type.
 
         Raises:
             GenerateError: names the first tensor that differs or is missing, or vLLM shards tensors over several GPUs.
@@ -138,10 +130,10 @@ def _check_sampling(sampling: Sampling) -> None:
         )
 
 
-def _rollout(prompt: NumberedPrompt, sample: int, output: Any) -> Rollout:
+def _rollout(prompt: NumberedPrompt, sample: int, output: Any) -> Sample:
     finish: Finish = "stop" if output.finish_reason == "stop" else "length"
     tokens = tuple(output.token_ids)
-    return Rollout(
+    return Sample(
         prompt=prompt.number,
         sample=sample,
         tokens=tokens,

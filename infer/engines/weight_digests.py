@@ -35,11 +35,7 @@ class TensorDigest:
 
 @dataclass(frozen=True, slots=True)
 class ServedDigests:
-    """Function that hashes a served model's weights under the names of a Hugging Face folder.
-
-    Attributes:
-        shapes: shapes of the tensors by name. A parameter with more rows is padded, and its first rows count.
-    """
+    """Function that hashes a served model's weights under the names of a Hugging Face folder."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -52,9 +48,6 @@ class ServedDigests:
 
 def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[str, TensorDigest]]) -> None:
     """Checks that workers hold the same weights.
-
-    Args:
-        ours: names and tensors, one at a time.
 
     Raises:
         GenerateError: names the first tensor that a worker lacks, or whose bytes, type or shape differ.

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from data.registry import Sample, SamplePiece
+from data.registry import SamplePiece, TrainingSample
 from data.samples.pack import WEIGHTS, pack_samples
 
 
-def sample(key: str, *sizes: int, may_be_cut: bool = False, first_target: int = 0) -> Sample:
+def sample(key: str, *sizes: int, may_be_cut: bool = False, first_target: int = 0) -> TrainingSample:
     """Returns a sample whose tokens count from 1 and whose weights are 1 from `first_target` on."""
     pieces = []
     for size in sizes:
@@ -14,7 +14,7 @@ def sample(key: str, *sizes: int, may_be_cut: bool = False, first_target: int = 
         weights[-1] = 0
         tops = np.arange(size * 2, dtype=np.int32).reshape(size, 2)
         pieces.append(SamplePiece(tokens=np.arange(1, size + 1), values={WEIGHTS: weights, "tops": tops}))
-    return Sample(key=key, pieces=tuple(pieces), may_be_cut=may_be_cut)
+    return TrainingSample(key=key, pieces=tuple(pieces), may_be_cut=may_be_cut)
 
 
 def test_pieces_of_a_sample_stay_together_and_keep_their_values() -> None:

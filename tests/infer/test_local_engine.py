@@ -11,7 +11,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, Rollout, RouteKey
+from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, RouteKey, Sample
 from infer.sample import distribution
 from kernels.quantize import quantize_128x128
 from model.attention.mla import EXPANDED_TOKENS
@@ -25,7 +25,7 @@ PROMPTS = [NumberedPrompt(number=number, tokens=tuple(range(number + 3, 2 * numb
 REQUEST = Request(samples=6, max_new_tokens=16, sampling=Sampling(temperature=1.0, seed=3), stop=frozenset((50, 111)))
 
 
-def trained_log_probs(model: Transformer, rollout: Rollout, temperature: float) -> torch.Tensor:
+def trained_log_probs(model: Transformer, rollout: Sample, temperature: float) -> torch.Tensor:
     """Returns the log-probabilities that a training pass computes for a rollout's tokens."""
     prompt = PROMPTS[rollout.prompt].tokens
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_log_probs_among_kept_tokens_are_those_of_a_training_pass(speculative: b
 def test_rollouts_depend_on_numbers_not_on_batch_or_other_prompts(speculative: bool) -> None:
     model = make_foresighted()
 
-    def tokens(prompts: Sequence[NumberedPrompt], batch_size: int, step: int = 0) -> dict[tuple[int, int], Rollout]:
+    def tokens(prompts: Sequence[NumberedPrompt], batch_size: int, step: int = 0) -> dict[tuple[int, int], Sample]:
         engine = LocalEngine(model, speculative=speculative, batch_size=batch_size)
         made = engine.generate(prompts, replace(REQUEST, step=step)).rollouts
         assert [(rollout.prompt, rollout.sample) for rollout in made] == [

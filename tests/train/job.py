@@ -31,18 +31,17 @@ from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
+from train.post.frozen import open_comparison
+from train.post.student import StudentSampler
 from train.replica import open_replica
-from train.rollout.open import open_sampler
-from train.rollout.step_batch import StepBatch, open_step_batch
-from train.rollout.student import StudentSampler
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.schedule.plan import ramp_schedules
-from train.step import accumulate, rates_of
+from train.step import Losses, accumulate, rates_of, reduce_losses
+from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig
-from train.tasks.reference import Reference, open_reference, refresh_reference
-from train.tasks.registry import TASKS, Task, open_task
-from train.teacher.replica import open_teacher
+from train.tasks.hook import StepBatch, TaskHook
+from train.tasks.registry import TASKS, StepRates, Task, open_task
 from train.teacher.scores import is_scores_folder
 from train.world import World, open_world
 
@@ -85,13 +84,10 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
     replica = open_replica(
         make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
     )
-    return open_learner(
-        replica,
-        config.optim,
-        config.ema,
-        open_reference(config.task, replica) or open_teacher(config, replica),
-        open_sampler(config, replica, prepare_corpus(config)),
-    )
+    comparison = open_comparison(config, replica)
+    open_hook = TASKS.get(config.task.kind).open_hook
+    hook = open_hook(config, replica, prepare_corpus(config), comparison, lambda line: None)
+    return open_learner(replica, config.optim, config.ema, comparison, hook)
 
 
 def make_world(config: TrainConfig, schedule: Schedule) -> World:
@@ -137,28 +133,42 @@ def _run_one(job: Job, num_steps: int) -> list[Seen]:
     whole, loader = open_job(config, job.schedule), open_loader(config)
     learners = LearnersByBatchSize(whole, config.batch_sizes, ramp_schedules(config))
     start_biases(whole.replica.model, job.starved)
-    if isinstance(whole.reference, Reference):
-        whole.reference.follow(whole.replica)
+    whole.comparison.follow(whole.replica)
     seen = []
     for step in range(num_steps):
         learner = learners.for_step(step)
         model = learner.replica.model
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        batch = open_step_batch(learner.sampler, loader, step)
+        batch = learner.hook.prepare(loader, step)
         losses = accumulate(learner, config.task, batch, rates).losses
-        if learner.sampler is not None:
-            learner.sampler.finish_step(step)
+        learner.hook.finish()
         gradients = by_released_name(model, learner.store.gradient)
         norm = learner.optimizer.norm()
         learner.optimizer.update(rates.learning_rate)
         update_router_bias(learner.replica, rates.bias_update)
         flat = [*losses.by_name.values(), losses.total]
         weights = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
-        refresh_reference(learner.reference, config.task, learner.replica, step + 1)
+        learner.comparison.refresh(learner.replica, step + 1)
         seen.append(Seen(flat, norm, gradients, weights))
     dist.barrier()
     close_job(whole)
     return seen
+
+
+def score_pass(learner: Learner, config: TrainConfig, loader: Loader) -> tuple[Losses, Tensor]:
+    """Runs a forward pass of the first batch. All ranks call it.
+
+    Returns:
+        The losses, and every main target's log-probability or every token's score, [B, T], in the order of the batch.
+    """
+    replica = learner.replica
+    task = task_of(config)
+    batches = BatchReader(replica, task, partial(loader.batch, 0))
+    sums = LossSums(task.names, {})
+    counts = batches.count()
+    rates = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
+    replica.forward(batches, task.objective(counts, rates), sums)
+    return reduce_losses(replica, task, sums, counts, rates), replica.gather(sums.log_probs or {})
 
 
 def sequential_step(learner: Learner, config: TrainConfig, loader: Loader, step: int) -> float:
@@ -221,10 +231,10 @@ def run_plain(config: TrainConfig, starved: int, num_steps: int) -> list[Seen]:
         eps=config.optim.eps,
     )
     loader, seen = open_loader(config), []
-    sampler = plain_sampler(config, model)
+    hook = plain_hook(config, model)
     reference = deepcopy(model) if TASKS.get(config.task.kind).has_reference(config.task) else load_teacher(config)
     for step in range(num_steps):
-        seen.append(_plain_step(config, model, optimizer, loader, step, reference, sampler))
+        seen.append(_plain_step(config, model, optimizer, loader, step, reference, hook))
     return seen
 
 
@@ -235,10 +245,10 @@ class PlainEngine(LocalEngine):
         """Does nothing, because nothing is open."""
 
 
-def plain_sampler(config: TrainConfig, model: Transformer) -> StudentSampler | None:
-    """Returns the sampler of a run that trains on the plain model's answers."""
+def plain_hook(config: TrainConfig, model: Transformer) -> TaskHook:
+    """Returns the hook of a run, which may train on the plain model's answers."""
     if not isinstance(config.task, DistillConfig) or config.task.answers == "data":
-        return None
+        return TaskHook()
     return StudentSampler(PlainEngine(model, batch_size=5), config.task, config.seed)
 
 
@@ -274,13 +284,13 @@ def _plain_step(
     loader: Loader,
     step: int,
     reference: Transformer | None,
-    sampler: StudentSampler | None,
+    hook: TaskHook,
 ) -> Seen:
     rates = rates_of(config.task, config.optim, loader.sizes, step)
     config = sized_config(config, loader.sizes.sequences(step))
     task, size, device = task_of(config), config.batch.micro_sequences, torch.device("cpu")
     reads = range(0, config.batch.global_sequences, size)
-    (read,) = open_step_batch(sampler, loader, step).reads
+    (read,) = hook.prepare(loader, step).reads
     batches = [task.read(read(first, size), device) for first in reads]
     if reference is not None:
         scored = with_reference if TASKS.get(config.task.kind).has_reference(config.task) else with_states

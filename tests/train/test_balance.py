@@ -15,8 +15,8 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.balance import Balance, LoadLines, update_router_bias
 from train.config import TrainConfig
-from train.rollout.step_batch import StepBatch
 from train.step import accumulate, rates_of
+from train.tasks.hook import StepBatch
 
 
 def balances(rank: int, world_size: int, config: TrainConfig) -> tuple[list[Balance], dict[int, torch.Tensor]]:

@@ -16,8 +16,8 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import close_job, open_job
 from train.config import TrainConfig
 from train.corpus import prepare_corpus
+from train.listeners.validation import Validation, validate
 from train.records.by_position import LossByPosition
-from train.validation import Validation, validate
 
 FIRST_RANGE, BASE = 4, 10
 RANGES = ("0-3", "4-7", "8-15", "16-31")

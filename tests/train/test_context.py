@@ -12,10 +12,9 @@ from comm.config import Cut, ParallelismConfig
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
-from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain
+from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, score_pass
 from tests.train.test_equality import assert_equal, assert_zero1_equal, zero1
 from train.config import TrainConfig
-from train.validation import score_pass
 
 STEPS = 2
 
@@ -48,7 +47,7 @@ def shared_config(
 def train_and_score(rank: int, world_size: int, config: TrainConfig) -> tuple[list[list[Seen]], float, Tensor]:
     """Returns the results of each step, and loss and log-probabilities of the initial weights."""
     learner, loader = open_job(config), open_loader(config)
-    losses, log_probs = score_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))
+    losses, log_probs = score_pass(learner, config, loader)
     close_job(learner)
     return run_jobs(rank, world_size, [Job(config=config, starved=1)], STEPS), losses.main, log_probs
 

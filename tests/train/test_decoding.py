@@ -18,7 +18,7 @@ from dualpipe.config import ScheduleConfig
 from infer.config import GenerateError, Sampling, Statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts, RouteKey, SampledRoutes
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts, RouteKey, Sample, SampledRoutes
 from model.config import ModelConfig
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
@@ -27,8 +27,8 @@ from tests.train.job import configured_schedule, make_world
 from train.config import TrainConfig
 from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import ReplicaConfig
+from train.post.routes import assign_homes, held_records
 from train.replica import Replica, open_replica
-from train.rollout.routes.plan import assign_homes, held_records
 from train.schedule.cut import run_cut
 
 PROMPTS = tuple(
@@ -69,7 +69,7 @@ class Seen:
     the rank should have, with their numbers of tokens.
     """
 
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[Sample, ...]
     statistics: Statistics
     traffic: TrafficSnapshot
     num_rounds: int
@@ -174,7 +174,7 @@ def _run_one(config: TrainConfig, layout: Layout, requests: Sequence[tuple[Reque
     return seen
 
 
-def held_keys(replica: Replica, rollouts: Sequence[Rollout]) -> dict[RouteKey, int]:
+def held_keys(replica: Replica, rollouts: Sequence[Sample]) -> dict[RouteKey, int]:
     """Returns the records that this rank should have, with their numbers of tokens."""
     answers: dict[int, list[int]] = {prompt.number: [] for prompt in PROMPTS}
     for rollout in rollouts:
@@ -236,7 +236,7 @@ def test_rollouts_are_those_of_one_process(world_size: int, layouts: list[Layout
             assert each.routes.num_bytes == 4 * sum(each.held.values()), (rank, layout)
 
 
-def assert_equal(ours: Sequence[Rollout], theirs: Sequence[Rollout], where: object) -> None:
+def assert_equal(ours: Sequence[Sample], theirs: Sequence[Sample], where: object) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert replace(mine, log_probs=()) == replace(other, log_probs=()), where
         assert mine.log_probs == pytest.approx(other.log_probs, rel=0, abs=1e-12), where

@@ -17,9 +17,9 @@ from tests.tiny import tiny_config, write_text
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, task_of
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
+from train.listeners.validation import validate_pass
 from train.tasks.batch_reader import BatchReader
 from train.tasks.next_token import to_micro_batch
-from train.validation import validate_pass
 
 STEPS = 2
 

@@ -17,8 +17,8 @@ from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run
 from tests.train.test_equality import assert_equal, assert_same, in_sequence
 from train.config import TrainConfig
 from train.records.step_record import exchange_metrics
-from train.rollout.step_batch import StepBatch
 from train.step import accumulate, rates_of
+from train.tasks.hook import StepBatch
 
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"

@@ -12,8 +12,8 @@ from tests.ranks import run_ranks
 from tests.tiny import VALIDATION, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from train.config import TrainConfig
+from train.listeners.validation import validate
 from train.step import train_step
-from train.validation import validate
 
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import ParallelismConfig
-from data.loader import SampleOrder
+from data.loader import Loader, SampleOrder
 from data.prepare import Prepared, prepare
 from dualpipe.config import ScheduleConfig
 from model.gradients import GradientStore
@@ -29,7 +29,7 @@ from train.config import (
     TrainConfig,
 )
 from train.config.guards import GuardConfig, RollBackGuardConfig, SkipGuardConfig, StopGuardConfig
-from train.errors import StoppedError
+from train.errors import RefusedStepError, StoppedError
 from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.guard.rollout_guard import BadWeights
 from train.learner import LearnersByBatchSize
@@ -39,6 +39,7 @@ from train.records.events import read_events
 from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
 from train.records.status import StatusFile
+from train.tasks.hook import StepBatch, TaskHook
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
 SKIP = SkipGuardConfig(kind="skip", spike_factor=0.0, spike_window_steps=3, max_consecutive=2)
@@ -172,11 +173,12 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
     training._recovery._steps_to_skip = set(job.left_out)  # as a run that never saw those batches
     _spoil(job, training)
 
-    def judge_rollout(metrics: object, step: int) -> BadWeights | None:
-        return BadWeights(reason="bad", values={}, last_good=step - 1) if step in job.bad_weights else None
+    def judged_batch(hook: TaskHook, loader: Loader, step: int) -> StepBatch:
+        if step in job.bad_weights:
+            raise RefusedStepError(BadWeights(reason="bad", values={}, last_good=step - 1).refusal(step))
+        return hook.prepare(loader, step)
 
-    if job.bad_weights:
-        training._recovery.guard.judge_rollout = judge_rollout  # type: ignore[method-assign]
+    training._recovery.guard.judged_batch = judged_batch  # type: ignore[method-assign]
     end = ""
     try:
         training.run()

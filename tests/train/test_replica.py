@@ -18,11 +18,11 @@ from tests.tiny import BATCH, MODEL, tiny_config, write_text
 from tests.train.job import configured_schedule, make_world, open_loader
 from train.config import TrainConfig
 from train.learner import open_learner
+from train.listeners.validation import validate_pass
 from train.network import ReplicaConfig
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
 from train.step import train_step
-from train.validation import validate_pass
 
 STEPS = 3
 LAYOUTS = {

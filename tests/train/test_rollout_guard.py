@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from infer.config import GenerateError
+from infer.engines.protocol import Sample
 from infer.scoring.reward import GroupSheets, join_parts
 from infer.scoring.score import SCORERS, Outcome, Score, ScoringError
-from tests.rollouts import ROLLOUT
+from tests.rollouts import ROLLOUT, answer_of, group_of, header_of
 from tests.train.test_guard import STOP
+from train.config.rollout import RolloutLimits
 from train.errors import StoppedError, UnscoredError
 from train.guard.guard import Guard
 from train.guard.recovery import ends_of_sampling
 from train.guard.rollout_guard import Figures, RolloutGuard, read_figures
-from train.rollout.config import RolloutLimits
-from train.rollout.groups.advantages import NO_VERDICT, with_advantages
-from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, ScoredRollout
-from train.rollout.groups.statistics import rollout_metrics
+from train.post.sample import ScoredRollout
+from train.post.statistics import NO_VERDICT, rollout_metrics, with_advantages
 
 NONE = RolloutLimits(
     kl=None,
@@ -192,44 +192,20 @@ LIMITS: dict[str, float] = {
 }
 
 
-def answer_of(
-    kind: str, number: int, *, value: float = 1.0, outcome: Outcome | None = None, **changes: Any
-) -> RolledAnswer:
+def judged(kind: str, number: int, *, value: float = 1.0, outcome: Outcome | None = None, **changes: Any) -> Sample:
     """Returns an answer as a reward of one kind scores it: with a verdict if the kind has verdicts."""
     verdict: Outcome = ("correct" if value else "wrong") if SCORERS.get(kind).has_verdict else "rated"
     sheet = join_parts({kind: Score(value=value, outcome=outcome or verdict, detail="why")}, {kind: 1.0})
-    answer = RolledAnswer(
-        sample=number,
-        tokens=(1, 2),
-        log_probs=(-1.0, -0.5),
-        text="",
-        finish="stop",
-        sheet=sheet,
-        reward=sheet.total,
-        advantage=0.0,
-        version=0,
-    )
-    return replace(answer, **changes)
+    values = {"log_probs": (-1.0, -0.5), "sheet": sheet, "reward": sheet.total, **changes}
+    return answer_of(number, (1, 2), **values)
 
 
-def metrics_of(*answers: RolledAnswer) -> dict[str, Any]:
+def metrics_of(*answers: Sample) -> dict[str, Any]:
     """Returns the metrics of a rollout of one group."""
     sheets = GroupSheets(sheets=tuple(answer.sheet for answer in answers))
-    group = RolledGroup(
-        prompt=0,
-        problem="",
-        text="",
-        expected=None,
-        tokens=(1,),
-        answers=answers,
-        dropped="" if sheets.dropped is None else f"{NO_VERDICT}: {sheets.dropped}",
-    )
-    header = RolloutHeader(
-        rollout=0, step=1, weights="", settings="", next_prompt=1, seconds={}, counts={"groups": 1, "draws": 1}
-    )
-    return rollout_metrics(
-        ScoredRollout(header=header, groups=(with_advantages(group, "centered", drop_equal=True),)), 0
-    )
+    group = group_of(*answers, dropped="" if sheets.dropped is None else f"{NO_VERDICT}: {sheets.dropped}")
+    groups = (with_advantages(group, "centered", drop_equal=True),)
+    return rollout_metrics(ScoredRollout(header=header_of(counts={"groups": 1, "draws": 1}), groups=groups), 0)
 
 
 @pytest.mark.parametrize("limit", [*LIMITS, "kl"])
@@ -237,13 +213,13 @@ def metrics_of(*answers: RolledAnswer) -> dict[str, Any]:
 def test_each_limit_holds_for_each_reward(kind: str, limit: str) -> None:
     config = replace(ROLLOUT, limits=replace(NONE, **({"kl": 0.1} if limit == "kl" else {limit: LIMITS[limit]})))
     guard = Guard(STOP, rollouts=RolloutGuard(config))
-    good = metrics_of(answer_of(kind, 0), answer_of(kind, 1, value=0.5))
+    good = metrics_of(judged(kind, 0), judged(kind, 1, value=0.5))
     broken = {
-        "cut_share": metrics_of(*(answer_of(kind, each, value=each, finish="length") for each in range(2))),
-        "no_verdict_share": metrics_of(answer_of(kind, 0), answer_of(kind, 1, outcome="error")),
-        "equal_steps": metrics_of(answer_of(kind, 0), answer_of(kind, 1)),
-        "entropy_share": metrics_of(*(answer_of(kind, each, value=each, log_probs=(0.0, -0.1)) for each in range(2))),
-        "reward_share": metrics_of(answer_of(kind, 0, value=0.2), answer_of(kind, 1, value=0.0)),
+        "cut_share": metrics_of(*(judged(kind, each, value=each, finish="length") for each in range(2))),
+        "no_verdict_share": metrics_of(judged(kind, 0), judged(kind, 1, outcome="error")),
+        "equal_steps": metrics_of(judged(kind, 0), judged(kind, 1)),
+        "entropy_share": metrics_of(*(judged(kind, each, value=each, log_probs=(0.0, -0.1)) for each in range(2))),
+        "reward_share": metrics_of(judged(kind, 0, value=0.2), judged(kind, 1, value=0.0)),
         "kl": good,
     }
     reasons = []

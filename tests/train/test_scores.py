@@ -12,15 +12,14 @@ from dualpipe.config import ScheduleConfig
 from model.transformer import Transformer, initialize_weights
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, write_text
-from tests.train.job import close_job, open_job, open_loader
+from tests.train.job import close_job, open_job, open_loader, score_pass
 from train.config import TrainConfig
-from train.validation import score_pass
 
 
 def score(rank: int, world_size: int, config: TrainConfig) -> tuple[float, Tensor]:
     """The main loss and the log-probabilities of the first step's batch."""
     learner, loader = open_job(config), open_loader(config)
-    losses, log_probs_BT = score_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))
+    losses, log_probs_BT = score_pass(learner, config, loader)
     close_job(learner)
     return losses.main, log_probs_BT
 

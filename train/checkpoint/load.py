@@ -51,7 +51,7 @@ def load(learner: Learner, folder: Path, extras: Extras | None = None) -> None:
     names = metadata.state_dict_metadata
     extras = learner.extras if extras is None else extras
     found = {prefix: each for prefix, each in extras.items() if any(name.startswith(f"{prefix}.") for name in names)}
-    if learner.reference is not None and "reference" in extras and "reference" not in found:
+    if "reference" in extras and "reference" not in found:
         raise CheckpointError(
             f"resume: {folder} must hold the reference of the run's task, is a checkpoint of a task without one; "
             f"nearest valid: init_from={folder}, which starts a run from its weights"

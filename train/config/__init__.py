@@ -21,9 +21,9 @@ from model.size import slice_lengths
 from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
 from train.config.guards import GuardConfig
 from train.config.planning import DEFAULT_COST, DEFAULT_PLAN_CHECK, CostConfig, PlanCheckConfig
+from train.config.rollout import RolloutConfig
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
-from train.rollout.config import RolloutConfig
 from train.tasks.registry import TASKS
 
 

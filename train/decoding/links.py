@@ -24,12 +24,7 @@ class DecodeLinks:
     """
 
     def __init__(self, transport: PipelineTransport, nodes: Sequence[int], traffic: Traffic) -> None:
-        """Wraps a transport.
-
-        Args:
-            transport: between the ranks of the pipeline.
-            nodes: node of each pipeline rank.
-        """
+        """Wraps a transport."""
         self._transport, self._nodes, self._traffic = transport, nodes, traffic
         self.form: RoundFormat | None = None
 
@@ -74,12 +69,7 @@ class _LateReceive:
 
 
 def open_decode_links(world: World, observers: Observers, schedule: Schedule) -> DecodeLinks:
-    """Opens this rank's links for programs that decode. All ranks of the job call it at the same point.
-
-    Args:
-        observers: counters and log of messages.
-        schedule: a schedule that decodes, with the placement of all programs.
-    """
+    """Opens this rank's links for programs that decode. All ranks of the job call it at the same point."""
     layout, log = world.layout, observers.log
     pairs, seconds = linked_pairs(schedule), world.timeout_seconds
     transport = PipelineTransport(layout, pairs, world.device, seconds, log, DECODING_KINDS)

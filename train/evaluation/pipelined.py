@@ -15,21 +15,17 @@ from infer.evaluate.local import MOST_TOKENS, PADDING, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.greedy import greedy_scores
 from model.head import score_states
-from model.objective import BALANCE, LossSums, MicroBatch, OutputHead, TaskLoss
+from model.objective import MicroBatch, OutputHead, TaskLoss
 from model.precision.linear import WeightSink
 from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import link_shapes, sequence_parts
 from train.replica import Replica
-from train.tasks.batch_reader import first_sequence, held_part
+from train.tasks.batch_reader import held_part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GreedyTargets:
-    """Objective of a forward-only pass that records the scores of the main targets.
-
-    Attributes:
-        balance: factor of the balance loss, which no such pass needs.
-    """
+    """Objective of a forward-only pass that records the scores of the main targets."""
 
     balance: float = 0.0
 
@@ -45,11 +41,7 @@ class GreedyTargets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RatedTokens:
-    """Objective of a forward-only pass of a reward model, which records the score of each token.
-
-    Attributes:
-        balance: factor of the balance loss, which no such pass needs.
-    """
+    """Objective of a forward-only pass of a reward model, which records the score of each token."""
 
     balance: float = 0.0
 
@@ -72,7 +64,6 @@ class PipelinedModel:
 
         Args:
             batch_size: maximum number of sequences of a micro-batch. It does not change results.
-            pipeline: opens or returns the pipeline that generates.
             most_tokens: maximum number of tokens of a micro-batch with several sequences.
         """
         self._most_tokens = most_tokens
@@ -139,24 +130,7 @@ class PipelinedModel:
     ) -> Tensor:
         """Runs one pass, and returns what the objective records on every rank, [S, T, width], on the host."""
         replica = self._sized(len(sequences[0].tokens) - 1, num_rows)
-        sums = LossSums((BALANCE,), {})
-        replica.forward(_Batches(replica, sequences), objective, sums)
-        # Records of steps count the traffic of the training pass.
-        replica.observers.traffic.take()
-        replica.observers.clips.take()
-        return self._gather(replica, sums, width)
-
-    def _gather(self, replica: Replica, sums: LossSums, width: int) -> Tensor:
-        """Returns the records of all tokens of a pass on every rank, [S, T, width], on the host."""
-        batch, world = replica.config.batch, replica.world
-        found_STC = torch.zeros(replica.global_sequences, batch.sequence_length_tokens, width, dtype=torch.float64)
-        parts = replica.parts
-        for (direction, micro_batch), own_BTC in (sums.log_probs or {}).items():
-            first = first_sequence(replica, direction, micro_batch)
-            rows_BTC = found_STC[first : first + batch.micro_sequences]
-            parts.put(own_BTC.cpu(), replica.part_of(micro_batch), rows_BTC)  # host sync
-        # One rank holds the scores of a token; all others add zeros.
-        return world.reduce(found_STC, "scores of an evaluation")
+        return replica.gather(replica.record(_Batches(replica, sequences), objective), (width,))
 
     def _sized(self, length: int, num_rows: int) -> Replica:
         """Returns the replica for micro-batches of another size, with the same weights and links."""
@@ -186,7 +160,7 @@ class _Batches:
 
     def _make(self, direction: int, micro_batch: int) -> MicroBatch:
         replica, batch = self._replica, self._replica.config.batch
-        first = first_sequence(replica, direction, micro_batch)
+        first = replica.first_sequence(direction, micro_batch)
         own = self._sequences[first : first + batch.micro_sequences]
         padded = pad(own, (batch.micro_sequences, batch.sequence_length_tokens))
         # MTP modules run in a network that trains; what they read does not matter.

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -13,10 +12,10 @@ from torch import distributed as dist
 from data.loader import Loader
 from infer.config import GenerateError
 from train.config.guards import GuardConfig
-from train.errors import StepRefusal
+from train.errors import RefusedStepError, StepRefusal
 from train.guard.rollout_guard import BadWeights, Figures, RolloutGuard
 from train.records.json_lines import number_of, read_lines
-from train.rollout.step_batch import StepBatch, StepSampler, open_step_batch
+from train.tasks.hook import StepBatch, TaskHook
 from train.world import World
 
 LOSS, NORM = "loss", "gradient norm"
@@ -28,10 +27,6 @@ class Guard:
     """The rules by which a run refuses steps.
 
     Loss and norm are sums over all ranks, so all ranks decide the same without another collective.
-
-    Attributes:
-        values: loss and norm of the step that was checked last, and the medians that they were compared with.
-        rollouts: limits of a run that learns from rewards; None: there are none.
     """
 
     values: dict[str, float]
@@ -58,12 +53,7 @@ class Guard:
         self._history = {LOSS: losses, NORM: norms}
 
     def judge(self, name: str, value: float) -> str:
-        """Returns why a step with this value is refused, or an empty text if it is accepted.
-
-        Args:
-            name: `LOSS`, which is checked first in a step, or `NORM`.
-            value: the loss or norm over all ranks.
-        """
+        """Returns why a step with this value is refused, or an empty text if it is accepted."""
         if name == LOSS:
             self.values = {}
         self.values[name] = value
@@ -78,25 +68,38 @@ class Guard:
             return ""
         return f"{name} is {value:.6g}, above {self._factor:g} x its median of {self._window} steps, {middle:.6g}"
 
-    def judge_rollout(self, metrics: Mapping[str, Any] | None, step: int) -> BadWeights | None:
-        """Returns the limit that a step's rollout breaks, or None. It is called before the passes of the step.
+    def judged_batch(self, hook: TaskHook, loader: Loader, step: int) -> StepBatch:
+        """Returns a step's batches. All ranks call it.
+
+        Raises:
+            RefusedStepError: on every rank, if answers cannot be sampled, or their numbers break a limit.
+        """
+        try:
+            batch = hook.prepare(loader, step)
+        except GenerateError as error:
+            # All ranks raise it: logits that are not finite are a property of the weights.
+            reason = f"answers cannot be sampled: {error}"
+            bad = BadWeights(reason=reason, values={}, last_good=max(step - 1, 0))
+            raise RefusedStepError(bad.refusal(step)) from error
+        broken = self.judge_rollout(batch.metrics, step)
+        if broken is not None:
+            hook.finish()
+            raise RefusedStepError(broken.refusal(step))
+        return batch
+
+    def judge_rollout(self, metrics: Figures | None, step: int) -> BadWeights | None:
+        """Returns the limit that a step's rollout breaks, or None.
 
         Args:
             metrics: of the rollout; None: the step has none.
-            step: index of the step, from 0.
         """
         if self.rollouts is None or metrics is None:
             return None
         self._figures = metrics
-        return self.rollouts.judge_rollout(self._figures, step)
+        return self.rollouts.judge_rollout(metrics, step)
 
     def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> BadWeights | None:
-        """Returns the limit that the divergence from the reference breaks, or None.
-
-        Args:
-            means: of the step's losses, by name.
-            step: index of the step, from 0.
-        """
+        """Returns the limit that the divergence from the reference breaks, or None."""
         return None if self.rollouts is None else self.rollouts.judge_kl(means, step, learning_rate)
 
     def accept(self, loss: float, norm: float) -> None:
@@ -108,40 +111,10 @@ class Guard:
         self._history[NORM].append(norm)
 
 
-def judged_batch(sampler: StepSampler | None, loader: Loader, step: int, guard: Guard) -> StepBatch | BadWeights:
-    """Returns a step's batches, or why their answers cannot be sampled or trained.
-
-    All ranks call it.
-
-    Args:
-        sampler: of the run; None: it trains on the data alone.
-        step: index of the step, from 0.
-    """
-    try:
-        batch = open_step_batch(sampler, loader, step)
-    except GenerateError as error:
-        # All ranks raise it: logits that are not finite are a property of the weights.
-        return BadWeights(reason=f"answers cannot be sampled: {error}", values={}, last_good=max(step - 1, 0))
-    bad = guard.judge_rollout(batch.metrics, step)
-    if bad is None:
-        return batch
-    if sampler is not None:
-        sampler.finish_step(step)
-    return bad
-
-
 def describe_refusal(
     world: World, guard: Guard, step: int, reason: str, own: float, *, is_finite_here: bool
 ) -> StepRefusal:
-    """Returns the reason and the ranks that caused a refused step. All ranks call it.
-
-    Args:
-        guard: the guard that refused the step.
-        step: index of the step, from 0.
-        reason: why the guard refused it.
-        own: norm of this rank's own gradients, before they were summed.
-        is_finite_here: whether this rank's own losses are finite.
-    """
+    """Returns the reason and the ranks that caused a refused step. All ranks call it."""
     group = world.groups.world
     mine = torch.tensor([own if is_finite_here else math.nan], dtype=torch.float64, device=world.device)
     norms = [torch.empty_like(mine) for _ in world.ranks]

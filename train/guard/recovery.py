@@ -19,12 +19,12 @@ from train.checkpoint.manifest import read_step
 from train.checkpoint.together import find_together
 from train.checkpoint.verify import Check
 from train.config.guards import GuardConfig
+from train.config.rollout import RolloutConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
 from train.guard.guard import Guard, read_loss_and_norm, to_json_values
 from train.guard.rollout_guard import Figures, RolloutGuard, read_figures
 from train.learner import Learner
 from train.records.events import read_events, try_append_event
-from train.rollout.config import RolloutConfig
 
 METRICS_NAME = "metrics.jsonl"
 _ROLLED_BACK = "rolled_back"
@@ -75,8 +75,6 @@ class Recovery:
         """Opens the guard. Rank 0 reads the run's earlier records. All ranks call it.
 
         Args:
-            learner: of this rank; a rollback loads its state from a checkpoint.
-            loader: lists the samples of a refused batch.
             resume: checkpoint from which the run was resumed, or None.
         """
         self._learner = learner

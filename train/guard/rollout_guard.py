@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.config.rollout import RolloutConfig
 from train.errors import StepRefusal
 from train.records.json_lines import number_of, read_lines
-from train.rollout.config import RolloutConfig
 
 KL = "kl"
 _KL_STEPS = 3
@@ -25,14 +25,7 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadWeights:
-    """A broken limit.
-
-    Attributes:
-        reason: one line for people, with the likely cause.
-        values: what was compared.
-        last_good: number of updates after which the weights were still good as far as known.
-        ends_run: whether other weights would not help either.
-    """
+    """A broken limit."""
 
     reason: str
     values: Mapping[str, float]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from train.rollout.groups.journal import FOLDER_NAME, LENGTHS, LOG_PROBS, read_header
+from train.post.journal import FOLDER_NAME, LENGTHS, LOG_PROBS, read_header
 
 _MOST_STEPS, _MOST_GROUPS, _LEAST_GROUPS = 100, 1000, 8
 _MOST_READ_BYTES = 2**28

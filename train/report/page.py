@@ -23,7 +23,7 @@ from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
 from train.report.summary import step_time, summary
 from train.report.viewer import VIEWER_NAME
-from train.samples.answers import read_answers
+from train.listeners.answers import read_answers
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")

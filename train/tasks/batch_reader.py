@@ -39,16 +39,12 @@ class BatchReader:
             return None
         key = (direction, micro_batch)
         if key not in self._known:
-            sequences = self._read(first_sequence(replica, direction, micro_batch), batch.micro_sequences)
+            sequences = self._read(replica.first_sequence(direction, micro_batch), batch.micro_sequences)
             self._take_parts(direction, micro_batch - micro_batch % replica.schedule.slices, sequences)
         return self._known[key]
 
     def _take_parts(self, direction: int, first: int, sequences: Batch) -> None:
-        """Keeps what this rank holds of sequences, as one micro-batch or a slice in each, and their counts.
-
-        Args:
-            first: number of the first one.
-        """
+        """Keeps what this rank holds of sequences, as one micro-batch or a slice in each, and their counts."""
         replica, parts = self._replica, self._replica.parts
         world, is_whole = replica.world, len(parts.held) == 1
         # Sequences are split on the host, where target rows can be found without waiting for the device.
@@ -96,10 +92,6 @@ def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch
     """Returns the part of a micro-batch that one of several ranks holds, or one of several slices.
 
     Inputs and targets were shifted over whole sequences, so MTP depths read and predict tokens of other parts.
-
-    Args:
-        whole: whole sequences, on the host. Its extras have a value for each token.
-        parts: tokens of each part.
     """
     targets = tuple(parts.take(targets_BT, index) for targets_BT in whole.targets_BT)
     return MicroBatch(
@@ -109,11 +101,3 @@ def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch
         extras={name: parts.take(extra, index) for name, extra in whole.extras.items()},
         target_rows=tuple(find_target_rows(targets_BT) for targets_BT in targets) if whole.target_rows else (),
     )
-
-
-def first_sequence(replica: Replica, direction: int, micro_batch: int) -> int:
-    """Returns the index in the global batch of the first sequence of a rank's micro-batch."""
-    schedule = replica.schedule
-    before = sum(len(schedule.micro_batches_of(earlier)) for earlier in range(direction))
-    index = replica.world.data_index * schedule.num_micro_batches + before + micro_batch
-    return index // schedule.slices * replica.config.batch.micro_sequences

@@ -16,7 +16,9 @@ from train.teacher.scores import check_scores, is_scores_folder, with_scores
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from train.config import TrainConfig
-    from train.teacher.distillation import DistillationTask
+    from train.replica import Replica
+    from train.tasks.distillation import DistillationTask
+    from train.tasks.hook import TaskHook
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,7 @@ class DistillConfig(SampleTaskConfig):
 
 def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig) -> "DistillationTask":
     """Builds the task of distillation."""
-    from train.teacher.distillation import DistillationTask
+    from train.tasks.distillation import DistillationTask
 
     return DistillationTask(config, model.mtp_depth, masks_documents=batch.document_mask)
 
@@ -125,6 +127,18 @@ def add_scores(config: "TrainConfig", prepared: "Prepared") -> "Prepared":
     return with_scores(config.task.teacher, prepared) if is_scores_folder(config.task.teacher) else prepared
 
 
+def open_distill_hook(config: "TrainConfig", student: "Replica", *_: object) -> "TaskHook":
+    """Opens what samples the student's answers, if it learns from those."""
+    from train.post.engine import ReplicaEngine
+    from train.post.student import StudentSampler
+    from train.tasks.hook import TaskHook
+
+    assert isinstance(config.task, DistillConfig)
+    if config.task.answers == "data":
+        return TaskHook()
+    return StudentSampler(ReplicaEngine(student), config.task, config.seed)
+
+
 TASKS.register(
     "distill",
     TaskSpec(
@@ -148,6 +162,7 @@ TASKS.register(
         check_files=check_teacher,
         teacher_run=teacher_run,
         extend=add_scores,
+        open_hook=open_distill_hook,
         values=(WEIGHTS,),
     ),
 )

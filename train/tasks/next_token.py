@@ -26,11 +26,7 @@ from train.tasks.registry import StepRates
 
 
 class NextToken:
-    """The task of next-token prediction. A subclass may add extras or change targets in `read`.
-
-    Attributes:
-        names: names of its losses: main, each MTP depth, balance.
-    """
+    """The task of next-token prediction. A subclass may add extras or change targets in `read`."""
 
     def __init__(
         self, config: TaskConfig, mtp_depth: int, *, masks_documents: bool = False, weights: str | None = None
@@ -38,7 +34,6 @@ class NextToken:
         """Builds the task.
 
         Args:
-            masks_documents: whether attention is masked between the documents of a sequence.
             weights: name of the extra with the weight of each main target; None: all weights are 1.
         """
         self.names = loss_names(mtp_depth)
@@ -102,8 +97,6 @@ def to_micro_batch(
     """Returns the inputs and targets of every depth on a device.
 
     Args:
-        masks_documents: whether the micro-batch has its documents. No input of an MTP depth is then a token of another
-            document, so that a document has the same states in a batch alone.
         weights_BT: weight of each main target, on the host. A target of weight 0 is none, at any depth at which it is
             predicted; None: all tokens are targets.
     """

@@ -17,11 +17,7 @@ from train.tasks.reward_model import RewardModelConfig
 
 
 class Ranking:
-    """The task of ranking the answers of pairs by a score of their last tokens.
-
-    Attributes:
-        names: names of its losses and reported means.
-    """
+    """The task of ranking the answers of pairs by a score of their last tokens."""
 
     names = RANKING_LOSSES
 
@@ -53,11 +49,7 @@ class Ranking:
 
 
 class DirectPreference:
-    """The task of preferring the chosen answer of each pair more than the reference does.
-
-    Attributes:
-        names: names of its losses and reported means.
-    """
+    """The task of preferring the chosen answer of each pair more than the reference does."""
 
     def __init__(self, config: DpoConfig, mtp_depth: int) -> None:
         """Builds the task for a model with `mtp_depth` MTP modules, which predict chosen answers."""

@@ -17,11 +17,7 @@ from train.tasks.registry import StepRates
 
 
 class PolicyGradientTask:
-    """The task of policy gradients. Its batches have the values of sampled tokens as extras.
-
-    Attributes:
-        names: names of its losses and reported means.
-    """
+    """The task of policy gradients. Its batches have the values of sampled tokens as extras."""
 
     def __init__(self, config: GrpoConfig, mtp_depth: int) -> None:
         """Builds the task for a model with `mtp_depth` MTP modules, which learn the sampled tokens."""

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from model.config import HeadKind, ModelConfig
     from model.objective import MicroBatch, Objective
     from train.config import BatchConfig, TaskConfig, TrainConfig
+    from train.post.frozen import Comparison
+    from train.replica import Replica
+    from train.tasks.hook import TaskHook
+
+    OpenHook = Callable[[TrainConfig, Replica, Prepared, Comparison, Callable[[str], object]], TaskHook]
 
 
 def _accept(config: TrainConfig) -> None:
@@ -45,6 +50,12 @@ def _unchanged(config: TrainConfig, prepared: Prepared) -> Prepared:
 
 def _no_keys(task: Mapping[str, Any]) -> dict[str, Any]:
     return {}
+
+
+def _data_alone(*_: object) -> TaskHook:
+    from train.tasks.hook import TaskHook
+
+    return TaskHook()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +130,8 @@ class TaskSpec:
         splits_sequences: whether several ranks may share a sequence (`parallelism.context`): the loss of a token reads
             no other token's output.
         model_keys: returns the keys of the model that the composed keys of the task set.
+        open_hook: opens what prepares the batches of each step, given the run, the network that it trains, its data,
+            the frozen network, and a function that prints a line. All ranks call it.
     """
 
     summary: str
@@ -138,6 +151,7 @@ class TaskSpec:
     values: tuple[str, ...] = ()
     splits_sequences: bool = False
     model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
+    open_hook: OpenHook = _data_alone
 
 
 TASKS = Registry[TaskSpec](

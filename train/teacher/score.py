@@ -24,12 +24,6 @@ def write_scores(
 ) -> int:
     """Writes the scores of both parts of the samples.
 
-    Args:
-        prepared: packed samples with weights, which do not see each other.
-        meta: what the scores belong to.
-        batch_size: sequences of a forward pass.
-        progress: shows the number of sequences.
-
     Returns:
         The number of targets that were scored.
     """

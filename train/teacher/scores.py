@@ -29,16 +29,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoresMeta:
-    """What stored scores belong to.
-
-    Attributes:
-        format_version: of the folder.
-        teacher: the teacher's weights, for people.
-        fingerprint: of the prepared samples.
-        vocab_size: of the teacher.
-        kept: K.
-        temperature: divisor of the teacher's logits.
-    """
+    """What stored scores belong to."""
 
     format_version: int
     teacher: str

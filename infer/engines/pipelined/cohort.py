@@ -107,11 +107,7 @@ class Cohort:
 
 
 class CohortDecoder(Decoder):
-    """Decoder of one cohort on the rank of the last stage. Earlier stages run on other ranks.
-
-    Attributes:
-        mtp_calls: number of runs of the MTP module.
-    """
+    """Decoder of one cohort on the rank of the last stage. Earlier stages run on other ranks."""
 
     def __init__(
         self,
@@ -123,15 +119,7 @@ class CohortDecoder(Decoder):
         with_mtp: bool,
         routes: RouteStore | None = None,
     ) -> None:
-        """Allocates the caches of the last stage.
-
-        Args:
-            model: this rank's part of the model.
-            layers: layers of the last stage.
-            capacity: maximum number of tokens of each sequence.
-            with_mtp: whether the MTP module is used.
-            routes: stores the experts of the tokens that are read; None: they are not recorded.
-        """
+        """Allocates the caches of the last stage."""
         super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers, routes=routes)
         self.mtp_calls = 0
         self._sources: list[int] = []

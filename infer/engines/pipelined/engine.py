@@ -19,7 +19,7 @@ from infer.engines.pipelined.cohort import Cohort, CohortDecoder
 from infer.engines.pipelined.pipeline import DecodePipeline
 from infer.engines.pipelined.plan import RoundFormat, assign_prompt
 from infer.engines.pipelined.stage import CohortStage, DirectedStages, InnerStage, LastStage
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts, SampledRoutes
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from infer.routes import RouteStore, join_routes
 
 MAX_ROUNDS = 32
@@ -62,12 +62,6 @@ class PipelinedEngine:
 
     Prompts are spread over pipelines and directions, and in each over cohorts, which are in different stages at a time.
     A cohort is continued by the same program as the batch of `LocalEngine`, on the rank of its last stage.
-
-    Attributes:
-        num_cohorts: cohorts of each direction.
-        num_rounds: rounds of each cohort in the last call.
-        plan_bytes: bytes of a plan in the last call.
-        executions: measurements of the programs of the last call.
     """
 
     def __init__(
@@ -82,12 +76,9 @@ class PipelinedEngine:
         """Stores the arguments, which are equal on all ranks.
 
         Args:
-            pipeline: this rank's part of the pipeline.
-            speculative: whether the first MTP module drafts one token per round.
             sizes: sizes of cohorts. They change no token.
             stop_condition: called with each new token that is no stop token (prompt's number, token), on the rank that
                 chooses it; true ends the continuation after it.
-            min_seconds: minimum time of an operation of a stage, to measure schedules without devices.
         """
         self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
         self._stop_condition, self._min_seconds = stop_condition, min_seconds
@@ -240,14 +231,6 @@ class _RankWork:
     """What one rank does in one call.
 
     Attributes:
-        form: format of values between stages.
-        stages: stages of this rank by number.
-        sequences: continuations whose last stage is on this rank, by direction.
-        last_stages: last stages on this rank, by direction.
-        first_rounds: packed rounds that the first stage starts a program with, by direction and cohort.
-        cohorts: programs on this rank.
-        batches: their batches.
-        inner_decoders: decoders of all stages that choose no tokens.
         stores: records of routes by direction. Empty if they are not recorded.
     """
 
@@ -279,7 +262,7 @@ class _RankWork:
         """Returns the message of a program that failed, or an empty text."""
         return next((str(cohort.error) for cohort in self.cohorts if cohort.error is not None), "")
 
-    def collect_routes(self, rollouts: Sequence[Rollout]) -> SampledRoutes | None:
+    def collect_routes(self, rollouts: Sequence[Sample]) -> SampledRoutes | None:
         """Returns this rank's records of routes, or None if they are not recorded, given all rollouts."""
         for decoder in self.inner_decoders:
             if decoder.recorder is not None:

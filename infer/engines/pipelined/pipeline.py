@@ -57,10 +57,6 @@ class DecodePipeline(Protocol):
     ) -> dict[tuple[int, int], Tensor]:
         """Sends packed rounds from the last stages to the first ones.
 
-        Args:
-            form: format of values between stages.
-            rounds: next round of each cohort, by direction, for the directions whose last stage is on this rank.
-
         Returns:
             The next round by direction and cohort, for the directions whose first stage is on this rank.
         """

@@ -24,11 +24,8 @@ class RoundPlan:
     """What every stage computes for a cohort in its next round. Empty if the cohort has nothing to do.
 
     Attributes:
-        kind: kind of the pass.
         sources: for each row of the caches, the row that held its tokens in the previous round, or -1 if it is new.
         lengths: number of cached tokens of each row that stay. Fewer than before if a draft was rejected.
-        counts: number of new tokens of each row.
-        places: place of the sequence of each row, which names it in records of routes.
     """
 
     kind: PassKind = "step"
@@ -76,8 +73,6 @@ class RoundFormat:
 
     Attributes:
         max_rows: maximum number of sequences of a cohort.
-        hidden_size: D.
-        dtype: type of hidden states.
     """
 
     max_rows: int

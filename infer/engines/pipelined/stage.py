@@ -35,13 +35,7 @@ class InnerStage:
     def __init__(
         self, decoders: Sequence[PartDecoder], form: RoundFormat, *, is_first: bool, shares_experts: bool
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            form: format of values between stages.
-            is_first: whether the stage embeds token ids.
-            shares_experts: whether other ranks hold experts of its layers. Then all exchange rows in every round.
-        """
+        """Stores the arguments."""
         self._decoders, self._form, self._is_first, self._shares_experts = decoders, form, is_first, shares_experts
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
@@ -59,11 +53,7 @@ class InnerStage:
 
 
 class LastStage:
-    """The last stage: runs the cohorts' programs, which choose tokens and so decide their next rounds.
-
-    Attributes:
-        next_rounds: the packed next round of each cohort.
-    """
+    """The last stage: runs the cohorts' programs, which choose tokens and so decide their next rounds."""
 
     def __init__(
         self,
@@ -75,14 +65,7 @@ class LastStage:
         with_mtp: bool,
         shares_experts: bool,
     ) -> None:
-        """Starts the programs.
-
-        Args:
-            form: format of values between stages.
-            is_first: whether the stage embeds token ids, because it is the only one.
-            with_mtp: whether the MTP module is used.
-            shares_experts: whether other ranks hold experts of its layers. Then all exchange rows in every round.
-        """
+        """Starts the programs."""
         self._cohorts, self._decoders, self._form = cohorts, decoders, form
         self._is_first, self._with_mtp, self._shares_experts = is_first, with_mtp, shares_experts
         starts = zip(cohorts, decoders, strict=True)
@@ -132,9 +115,7 @@ class DirectedStages:
         """Stores the arguments.
 
         Args:
-            stages: the stage of each direction.
             first_rounds: returns the packed first round of a cohort of a direction; None if this is not stage 0.
-            min_seconds: minimum time of an operation, which sleeps for the rest of it.
         """
         self._stages, self._num_cohorts, self._first_rounds = stages, num_cohorts, first_rounds
         self._min_seconds = min_seconds

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 from infer.config import Statistics
-from infer.engines.protocol import NumberedPrompt, Request, Rollout, Rollouts
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.evaluate.answers import Answerer
 from infer.evaluate.protocol import EvaluationTask, StopToken, TargetScores, TargetSequence, TaskDetails
 from infer.evaluate.registry import EVALUATION_TASKS
@@ -121,7 +121,7 @@ def rollouts_of(
             if stop_condition(prompt.number, token):
                 break
         log_probs = (0.0,) * len(own)
-        rollouts.append(Rollout(prompt=prompt.number, sample=0, tokens=tuple(own), log_probs=log_probs, finish=finish))
+        rollouts.append(Sample(prompt=prompt.number, sample=0, tokens=tuple(own), log_probs=log_probs, finish=finish))
     return Rollouts(rollouts=tuple(rollouts), statistics=Statistics())
 
 

@@ -15,9 +15,9 @@ from model.transformer import routers
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.memory.live import LiveStorages
 from train.config import TrainConfig
-from train.rollout.step_batch import StepBatch
 from train.schedule.nominal import planning_schedule
 from train.step import accumulate, rates_of
+from train.tasks.hook import StepBatch
 
 
 def measure_peaks(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[int]:

@@ -5,19 +5,21 @@ from pathlib import Path
 import numpy as np
 
 from data.arithmetic.source import arithmetic_tokenizer
+from infer.engines.protocol import Group, Sample
 from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Score
-from train.rollout.groups.journal import write_journal
-from train.rollout.groups.records import RolledAnswer, RolledGroup, RolloutHeader, ScoredRollout
+from infer.scoring.score import Problem, Score
+from train.post.journal import write_journal
+from train.post.sample import RolloutHeader, ScoredRollout
 
 END = arithmetic_tokenizer().end_of_sentence_id
 
 
-def answer_of(sample: int, text: str, log_probs: tuple[float, ...] | None = None) -> RolledAnswer:
+def answer_of(sample: int, text: str, log_probs: tuple[float, ...] | None = None) -> Sample:
     """An answer of digits; every other one is right."""
     tokens = (*arithmetic_tokenizer().encode(text), END)
     score = Score(value=float(sample % 2), outcome="correct" if sample % 2 else "wrong", detail=text)
-    return RolledAnswer(
+    return Sample(
+        prompt=0,
         sample=sample,
         tokens=tokens,
         log_probs=log_probs or tuple(-(sample + place / 8) for place in range(len(tokens))),
@@ -26,7 +28,6 @@ def answer_of(sample: int, text: str, log_probs: tuple[float, ...] | None = None
         sheet=ScoreSheet(total=score.value, outcome=score.outcome, parts={"exact": score}),
         reward=score.value,
         advantage=1.0 if sample % 2 else -1.0,
-        version=0,
     )
 
 
@@ -34,11 +35,10 @@ def place_rollouts(folder: Path, steps: range, groups: int = 2, answers: int = 2
     """Writes journals and the tokenizer of a checkpoint."""
     for number, step in enumerate(steps):
         made = tuple(
-            RolledGroup(
-                prompt=number * groups + group,
-                problem=f"{step}{group}=",
-                text=f"{step}{group}=",
-                expected="1",
+            Group(
+                number=number * groups + group,
+                key=f"{step}{group}=",
+                problem=Problem(prompt=f"{step}{group}=", answer="1"),
                 tokens=(0,),
                 answers=tuple(answer_of(sample, str(step % 10) * digits) for sample in range(answers)),
             )

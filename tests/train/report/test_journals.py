@@ -8,7 +8,7 @@ import pytest
 
 from tests.train.report.journal_run import place_rollouts
 from train.report.journals import choose_evenly, choose_groups
-from train.rollout.groups.journal import journal_path, read_journal
+from train.post.journal import journal_path, read_journal
 
 
 def test_choice_is_even_and_has_the_first_and_the_last() -> None:

@@ -12,7 +12,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.corpus import DataError
 from data.prepare import prepare
 from data.progress import NoProgress
-from model.objectives.distillation import DIVERGENCE
+from model.objectives.distillation import DIVERGENCE, KeepStates
 from model.transformer import Transformer, initialize_weights
 from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import sft_config
@@ -25,10 +25,10 @@ from train.config.errors import ConfigError
 from train.config.token_schedule import TokenSchedule
 from train.corpus import prepare_corpus
 from train.memory import predict_memory
+from train.post.frozen import Teacher
 from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
-from train.teacher.replica import Teacher
 from train.teacher.score import write_scores
 from train.teacher.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
 
@@ -150,9 +150,9 @@ def measure_teacher(rank: int, world_size: int, config: TrainConfig) -> tuple[in
     """Returns the bytes that this rank holds of the teacher: weights with their tables, and states of a batch."""
     learner, loader = open_job(config), open_loader(config)
     batches = BatchReader(learner.replica, task_of(config), partial(loader.batch, 0))
-    assert isinstance(learner.reference, Teacher)
-    states = learner.reference.states(batches)
-    network = learner.reference.replica.network
+    assert isinstance(learner.comparison, Teacher)
+    states = learner.comparison.replica.record(batches, KeepStates())
+    network = learner.comparison.replica.network
     held = [*network.parameters(), *network.buffers()]
     for module in network.modules():
         for table in getattr(module, "_tables", {}).values():

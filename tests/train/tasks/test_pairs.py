@@ -18,7 +18,7 @@ from model.transformer import SCORE, Transformer, initialize_weights, named_tens
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, OPTIM, tiny_config
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, score_pass
 from tests.train.memory.live import Compared, compare_rank
 from tests.train.memory.test_live import check
 from tests.train.test_equality import assert_equal
@@ -29,10 +29,10 @@ from train.checkpoint.manifest import CheckpointError
 from train.config import PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.config.token_schedule import TokenSchedule
+from train.listeners.validation import validate
 from train.step import train_step
 from train.tasks.dpo import DpoConfig
 from train.tasks.reward_model import RewardModelConfig
-from train.validation import score_pass, validate
 
 SHARED = {
     "steps": 2,
@@ -100,7 +100,7 @@ def first_steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[
     for config in configs:
         learner, loader = open_job(config), open_loader(config)
         first, second = (train_step(learner, config.task, loader, step).losses.by_name for step in range(2))
-        held_out = validate(learner.replica, config.task, loader, 8, learner.reference)
+        held_out = validate(learner.replica, config.task, loader, 8, learner.comparison)
         found.append((dict(first), second["margin"]))
         assert held_out.reported["margin"] != 0
         assert "main" not in held_out.reported
@@ -134,7 +134,7 @@ def layout_scores(rank: int, world_size: int, configs: list[TrainConfig]) -> lis
     for config in configs:
         learner, loader = open_job(config), open_loader(config)
         fill_score_head(learner.replica.model)
-        _, scores_BT = score_pass(learner.replica, config.task, lambda first, count: loader.batch(0, first, count))  # noqa: B023
+        _, scores_BT = score_pass(learner, config, loader)
         found.append(scores_BT)
         dist.barrier()
         close_job(learner)

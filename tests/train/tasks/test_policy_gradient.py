@@ -26,10 +26,10 @@ from train.config.token_schedule import TokenSchedule
 from train.learner import open_learner
 from train.network import ReplicaConfig
 from train.replica import open_replica
-from train.rollout.step_batch import StepBatch
 from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
+from train.tasks.hook import StepBatch
 from train.tasks.registry import StepRates, open_task
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)

@@ -13,7 +13,7 @@ from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from infer.config import Finish
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Rollout
+from infer.engines.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
 from infer.scoring.models.judge import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
 from infer.scoring.reward import AnswerGroup
@@ -72,7 +72,7 @@ def judged(
     judge = open_judge(tokenizer, config, longest=longest)
     prompts = judge.prompts(groups, range(7, 7 + len(groups)))
     critiques = [
-        Rollout(
+        Sample(
             prompt=each.prompt.number,
             sample=sample,
             tokens=(*tokenizer.encode(says(tokenizer.decode(each.prompt.tokens), sample)), 1),

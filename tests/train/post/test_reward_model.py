@@ -1,0 +1,164 @@
+"""Scores of a reward model on many ranks: those of separate answers under every layout; weights that do not fit."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from numpy.random import Generator, Philox
+from torch import distributed as dist
+
+from comm.config import ParallelismConfig
+from comm.dispatch.local import LocalDispatcher
+from data.arithmetic.source import arithmetic_tokenizer
+from dualpipe.config import ScheduleConfig
+from infer.reward import score_answers
+from infer.scoring.models.reward_model import RewardModelScorerConfig
+from model.config import ModelConfig
+from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
+from tests.launch.checkpoints import write_checkpoint
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, tiny_config
+from tests.train.job import configured_schedule, make_world
+from train.checkpoint.load import load_whole
+from train.checkpoint.locate import locate
+from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError
+from train.config import TrainConfig
+from train.config.errors import ConfigError
+from train.network import ReplicaConfig
+from train.post.reward_model import open_reward_model
+from train.replica import open_replica
+from train.schedule.cut import run_cut
+from train.second_network import check_reward_model
+
+REWARD_MODEL = replace(MODEL, hidden_size=24, num_heads=3, mtp_depth=0, head="score", initializer_range=0.4)
+LENGTH = 24
+LAYOUTS_OF_TWO = [(2, 1, 1, "dualpipe_split"), (2, 1, 1, "zb_v"), (1, 2, 2, "1f1b")]
+LAYOUTS_OF_FOUR = [(2, 2, 2, "dualpipe"), (4, 1, 1, "dualpipe_split"), (2, 2, 1, "1f1b")]
+
+
+def write_model(folder: Path, model: ModelConfig, *, tokenizer: bool = True) -> str:
+    """Writes a model with random weights and the tokenizer of arithmetic problems."""
+    made = Transformer(model, LocalDispatcher(model.num_routed_experts), torch.float64)
+    initialize_weights(made, 11)
+    named = named_tensors(made)
+    if SCORE in named:
+        named[SCORE].copy_(torch.linspace(-0.4, 0.4, model.hidden_size))
+    written = write_checkpoint(folder, made, tokenizer=False)
+    if tokenizer:
+        arithmetic_tokenizer().save(written / TOKENIZER_NAME)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("reward_model"), REWARD_MODEL)
+
+
+def part(ckpt: str, place: str = "pipeline") -> RewardModelScorerConfig:
+    return RewardModelScorerConfig(kind="reward_model", weight=1.0, ckpt=ckpt, place=place, batch_size=7)  # type: ignore[arg-type]
+
+
+def run_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int = 1, kind: str = "1f1b") -> TrainConfig:
+    config = tiny_config(
+        folder,
+        parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
+        schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
+    )
+    return replace(
+        config,
+        batch=replace(config.batch, document_mask=True, global_sequences=8, sequence_length_tokens=LENGTH),
+    )
+
+
+def draw_answers(count: int) -> list[tuple[int, ...]]:
+    """Returns prompts with answers of all lengths, of which some are equal, and some have an end token inside."""
+    generator = Generator(Philox(4))
+    made = [tuple(generator.integers(1, 300, 1 + number % LENGTH).tolist()) for number in range(count)]
+    return [*made, made[5], made[30]]
+
+
+def layout_scores(
+    rank: int, world_size: int, jobs: list[tuple[TrainConfig, RewardModelScorerConfig]], answers: list[tuple[int, ...]]
+) -> list[list[float]]:
+    """Returns the scores of all jobs, and checks that an empty rollout has none."""
+    found = []
+    for config, scorer in jobs:
+        schedule = configured_schedule(config)
+        world, cut = make_world(config, schedule), run_cut(config, schedule.placement)
+        policy = open_replica(world, ReplicaConfig.of_run(config), schedule, cut)
+        model = open_reward_model(config, scorer, policy, arithmetic_tokenizer()).network
+        assert model.longest == {"pipeline": LENGTH, "first_rank": REWARD_MODEL.max_position_tokens}[scorer.place]
+        found.append(model.rate(answers))
+        assert model.rate([]) == []
+        dist.barrier()
+        model.close()
+        policy.close()
+        world.close()
+    return found
+
+
+def assert_scores_equal(folder: Path, ckpt: str, layouts: Sequence[tuple[int, int, int, str]]) -> None:
+    answers = draw_answers(70)
+    model = load_whole(REWARD_MODEL, locate(ckpt).folder, torch.float64)
+    expected = score_answers(model, answers, 1)
+    assert max(expected) - min(expected) > 1
+    jobs = [(run_config(folder, *layout), part(ckpt)) for layout in layouts]
+    jobs.append((run_config(folder, *layouts[0]), part(ckpt, "first_rank")))
+    for rank, scores in enumerate(run_ranks(layouts[0][0] * layouts[0][1], layout_scores, jobs, answers)):
+        for (config, _), found in zip(jobs, scores, strict=True):
+            assert found == pytest.approx(expected, abs=1e-12), f"rank {rank}, {config.schedule.kind}"
+
+
+@pytest.mark.slow
+def test_scores_on_two_ranks_are_those_of_separate_answers(tmp_path: Path, ckpt: str) -> None:
+    """70 answers of 1 to 24 tokens need several passes of 8 rows."""
+    assert_scores_equal(tmp_path, ckpt, LAYOUTS_OF_TWO)
+
+
+@pytest.mark.slow
+def test_scores_on_four_ranks_are_those_of_separate_answers(tmp_path: Path, ckpt: str) -> None:
+    assert_scores_equal(tmp_path, ckpt, LAYOUTS_OF_FOUR)
+
+
+def test_weights_that_cannot_score_are_refused_before_the_run(tmp_path: Path, ckpt: str) -> None:
+    config = run_config(tmp_path)
+    check_reward_model(config, part(ckpt))
+    policy, narrow = write_model(tmp_path / "policy", MODEL), replace(REWARD_MODEL, vocab_size=30)
+    other = write_model(tmp_path / "narrow", narrow)
+    rule = "reward.parts, kind reward_model: ckpt: must be a reward model, which has a head for scores, .* tokens"
+    with pytest.raises(ConfigError, match=rule):
+        check_reward_model(config, part(policy))
+    for place in ("pipeline", "first_rank"):
+        with pytest.raises(ConfigError, match=r"must have the vocabulary of the model, 320 tokens, .* has 30"):
+            check_reward_model(config, part(other, place))
+    with pytest.raises(CheckpointError, match=r"reward\.parts, kind reward_model: ckpt"):
+        check_reward_model(config, part(str(tmp_path / "none")))
+    deep = run_config(tmp_path, 8)
+    with pytest.raises(ConfigError, match="must have at least 8 layers"):
+        check_reward_model(deep, part(ckpt))
+    check_reward_model(deep, part(ckpt, "first_rank"))
+
+
+def open_with_other_tokenizer(rank: int, world_size: int, config: TrainConfig, ckpt: str) -> str:
+    schedule = configured_schedule(config)
+    world, cut = make_world(config, schedule), run_cut(config, schedule.placement)
+    policy = open_replica(world, ReplicaConfig.of_run(config), schedule, cut)
+    try:
+        open_reward_model(config, part(ckpt), policy, arithmetic_tokenizer())
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        policy.close()
+        world.close()
+    return ""
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    made = Transformer(REWARD_MODEL, LocalDispatcher(8), torch.float64)
+    initialize_weights(made, 1)
+    write_checkpoint(folder, made)
+    (said,) = run_ranks(1, open_with_other_tokenizer, run_config(tmp_path), str(folder))
+    assert said.startswith("reward.parts, kind reward_model: ckpt: must have the tokenizer of this run's data")

@@ -1,0 +1,164 @@
+"""Measures losses of held-out sequences, or answers to held-out problems."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from data.loader import Batch, Loader
+from model.objective import MAIN, LossSums
+from train.callbacks import call_on_first_rank
+from train.config import TaskConfig
+from train.listeners.listener import Moment, RunParts
+from train.post.frozen import Comparison
+from train.post.statistics import PASS_AT_1
+from train.records.by_position import LossByPosition, PositionMeans, open_by_position
+from train.replica import Replica
+from train.step import Losses, is_reported, reduce_losses
+from train.tasks.batch_reader import BatchReader, Read
+from train.tasks.registry import TASKS, StepRates, open_task
+
+VALIDATION_LOSS = "validation_loss"
+_NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
+_NO_NETWORK = Comparison()
+
+
+class Validator:
+    """Validates a run."""
+
+    def __init__(self, parts: RunParts) -> None:
+        """Stores the arguments."""
+        self._parts = parts
+
+    def is_due(self, num_done: int) -> bool:
+        """Implements `Listener.is_due`."""
+        config = self._parts.config
+        wanted = config.validation.sequences if config.rollout is None else config.rollout.held_out
+        has_held_out = self._parts.loader.num_validation_sequences > 0
+        return wanted > 0 and has_held_out and self._parts.is_due(num_done, config.validation.every_steps)
+
+    def run(self, moment: Moment) -> Mapping[str, Any]:
+        """Implements `Listener.run`."""
+        return self.measure(moment.num_done)
+
+    def close(self) -> None:
+        """Implements `Listener.close`."""
+
+    def measure(self, num_done: int) -> Mapping[str, Any]:
+        """Measures and reports held-out problems or sequences, and returns the means for the step's record."""
+        answers = self._parts.learner.hook.validate()
+        values = self._measure_losses(num_done) if answers is None else self._report_answers(num_done, answers)
+        return {f"validation_{name}": value for name, value in values.items()}
+
+    def _measure_losses(self, num_done: int) -> Mapping[str, Any]:
+        parts = self._parts
+        task = parts.config.task
+        learner = parts.learner
+        num_sequences = parts.config.validation.sequences
+        by_position = open_by_position(parts.config, parts.prepared.tokenizer)
+        means = validate(learner.replica, task, parts.loader, num_sequences, learner.comparison, by_position)
+        unit = TASKS.get(task.kind).unit
+        line = f"step {num_done:>5}  validation loss {means.loss:.4f} nats per {unit}"
+        if unit == "token":
+            bits_per_byte = means.loss / math.log(2) / parts.prepared.bytes_per_token
+            entropy = parts.prepared.unigram_entropy_nats
+            line += f", {bits_per_byte:.3f} bits per byte  (unigram entropy {entropy:.4f})"
+        parts.reporter.say(line + "".join(f"  {name} {mean:.4f}" for name, mean in means.reported.items()))
+        self._call(num_done, means.loss)
+        positions = {} if means.by_position is None else means.by_position.record()
+        return {"loss": means.loss, **means.reported, **positions}
+
+    def _report_answers(self, num_done: int, measured: Mapping[str, float]) -> Mapping[str, float]:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        self._parts.reporter.say(f"step {num_done:>5}  held-out problems: {text}")
+        self._call(num_done, measured.get(PASS_AT_1, measured.get("reward", math.nan)))
+        return measured
+
+    def _call(self, num_done: int, value: float) -> None:
+        if on_validation := self._parts.callbacks.on_validation:
+            world = self._parts.learner.world
+            call_on_first_rank(world, "on_validation", partial(on_validation, num_done, value))
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Means over held-out sequences: the main loss, the task's others by name, and losses by position."""
+
+    loss: float
+    reported: Mapping[str, float]
+    by_position: PositionMeans | None = None
+
+
+def validate(
+    replica: Replica,
+    task: TaskConfig,
+    loader: Loader,
+    num_sequences: int,
+    comparison: Comparison = _NO_NETWORK,
+    by_position: LossByPosition | None = None,
+) -> Validation:
+    """Returns the main loss and reported means over validation sequences. All ranks call it.
+
+    Args:
+        num_sequences: number of sequences to read, or fewer if the corpus has fewer.
+        comparison: model with which the task compares, if it does.
+    """
+    size = replica.global_sequences
+    # A part that is smaller than a global batch is one pass, filled with empty sequences.
+    passes = max(min(num_sequences, loader.num_validation_sequences) // size, 1)
+    totals, counts = defaultdict[str, float](float), defaultdict[str, float](float)
+    for index in range(passes):
+        read = partial(_read_validation, loader, index * size)
+        losses, found = validate_pass(replica, task, read, comparison, by_position)
+        for name, mean in losses.by_name.items():
+            totals[name] += mean * found[name]
+            counts[name] += found[name]
+    replica.discard_counts()
+    means = {name: total / (counts[name] or 1) for name, total in totals.items()}
+    reported = {name: mean for name, mean in means.items() if is_reported(name)}
+    return Validation(means.get(MAIN, 0.0), reported, None if by_position is None else by_position.means(replica.world))
+
+
+def validate_pass(
+    replica: Replica,
+    config: TaskConfig,
+    read: Read,
+    comparison: Comparison = _NO_NETWORK,
+    by_position: LossByPosition | None = None,
+) -> tuple[Losses, dict[str, float]]:
+    """Runs a forward pass of one global batch.
+
+    Args:
+        comparison: model with which the task compares, if it does.
+
+    Returns:
+        The losses, with MTP losses left out of the total, and the denominator of each mean by name.
+    """
+    task = open_task(config, replica.config.model, replica.config.batch)
+    log_probs: dict[tuple[int, int], Tensor] | None = None
+    if by_position is not None:
+        log_probs = {}
+        read = partial(_read_marked, by_position, read)
+    batches = BatchReader(replica, task, read)
+    sums = LossSums(task.names, log_probs)
+    counts = batches.count()
+    replica.forward(batches, comparison.add(batches, task.objective(counts, _NO_RATES)), sums)
+    if by_position is not None:
+        for place, log_probs_BT in (sums.log_probs or {}).items():
+            batch = batches(*place)
+            assert batch is not None
+            by_position.add(batch, log_probs_BT)
+    losses = reduce_losses(replica, task, sums, counts, _NO_RATES)
+    return losses, dict(zip(sums.names, counts.tolist(), strict=True))
+
+
+def _read_marked(by_position: LossByPosition, read: Read, first: int, count: int) -> Batch:
+    return by_position.mark(read(first, count))
+
+
+def _read_validation(loader: Loader, offset: int, first: int, count: int) -> Batch:
+    return loader.validation_batch(offset + first, count)

@@ -1,0 +1,1 @@
+"""Learns from sampled answers and frozen networks: samplers, engines, rewards, journals, references, teachers."""

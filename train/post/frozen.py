@@ -1,0 +1,163 @@
+"""Frozen networks with which a run compares its own: the reference of a policy, the teacher of a student.
+
+Each is a second replica under the same schedule. So what it computes for a micro-batch is on the rank that needs it,
+and does not travel. Logits of a teacher are never stored: the kernel computes them again from its states, chunk by
+chunk.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import Tensor
+
+from dualpipe.ir import Schedule
+from model.objective import Objective
+from model.objectives.distillation import TEACHER_STATES, Distillation, KeepStates
+from model.objectives.preference import REFERENCE, TokenLogProbs
+from model.transformer import named_tensors
+from train.checkpoint.sources import open_source
+from train.config import TrainConfig
+from train.network import ReplicaConfig
+from train.replica import Replica, open_replica
+from train.schedule.cut import run_cut
+from train.tasks.batch_reader import BatchReader
+from train.tasks.distill import DistillConfig
+from train.tasks.registry import TASKS
+
+
+class Comparison:
+    """What a run compares its network with. This base class is nothing, for a run that compares with no other."""
+
+    @property
+    def extras(self) -> "dict[str, Reference]":
+        """Its part of a checkpoint, by the prefix of its names."""
+        return {}
+
+    @property
+    def network(self) -> Replica | None:
+        """The frozen network of the run's divergence, which may judge answers, too; None if there is none."""
+        return None
+
+    def add(self, batches: BatchReader, objective: Objective) -> Objective:
+        """Adds what a frozen network finds to the micro-batches. All ranks call it.
+
+        Returns:
+            The objective, with what it needs of the network.
+        """
+        return objective
+
+    def follow(self, policy: Replica) -> None:
+        """Copies the present weights of the policy, if the network is to have those at the start of a run."""
+
+    def refresh(self, policy: Replica, num_done: int) -> None:
+        """Copies the present weights of the policy, if that is due after this many steps. All ranks call it."""
+
+    def with_schedule(self, schedule: Schedule) -> Self:
+        """Returns the same weights under another schedule, which the policy's replica has validated."""
+        return self
+
+    def close(self) -> None:
+        """Closes what was opened. All ranks call it at the same point."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrozenNetwork(Comparison):
+    """A frozen replica without MTP modules."""
+
+    replica: Replica
+
+    def with_schedule(self, schedule: Schedule) -> Self:
+        """Implements `Comparison.with_schedule`."""
+        return replace(self, replica=self.replica.with_schedule(schedule, is_proven=True))
+
+    def close(self) -> None:
+        """Implements `Comparison.close`."""
+        self.replica.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference(FrozenNetwork):
+    """The model that a run started from. Its weights are part of a checkpoint.
+
+    Attributes:
+        every_steps: the present weights become the reference after this many steps; None: never.
+    """
+
+    temperature: float = 1.0
+    every_steps: int | None = None
+
+    @property
+    def extras(self) -> "dict[str, Reference]":
+        """Implements `Comparison.extras`."""
+        return {"reference": self}
+
+    @property
+    def network(self) -> Replica | None:
+        """Implements `Comparison.network`."""
+        return self.replica
+
+    def add(self, batches: BatchReader, objective: Objective) -> Objective:
+        """Adds the targets' log-probabilities, [B, T]."""
+        batches.add_extras(REFERENCE, self.replica.record(batches, TokenLogProbs(temperature=self.temperature)))
+        return objective
+
+    def follow(self, policy: Replica) -> None:
+        """Implements `Comparison.follow`."""
+        weights = named_tensors(policy.model)
+        for name, tensor in self.state().items():
+            tensor.copy_(weights[name])
+
+    def refresh(self, policy: Replica, num_done: int) -> None:
+        """Implements `Comparison.refresh`."""
+        if self.every_steps is not None and num_done % self.every_steps == 0:
+            self.follow(policy)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Returns this rank's weights, to save or to fill in place."""
+        return named_tensors(self.replica.network)
+
+    def loaded(self) -> None:
+        """Does nothing, because nothing is derived from the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher(FrozenNetwork):
+    """A network that a student imitates. It is loaded again from where the configuration says."""
+
+    def add(self, batches: BatchReader, objective: Objective) -> Objective:
+        """Adds the states of the main head, [B, T, S] with the teacher's hidden size S, and the head to the objective.
+
+        Only ranks that compute losses hold the head.
+        """
+        batches.add_extras(TEACHER_STATES, self.replica.record(batches, KeepStates()))
+        assert isinstance(objective, Distillation)
+        head = self.replica.network.lm_head
+        return objective if head is None else replace(objective, teacher_head_VS=head.weight.detach())
+
+
+def open_comparison(config: TrainConfig, policy: Replica) -> Comparison:
+    """Opens the frozen network of a run that has one, with the policy's weights or a teacher's. All ranks call it.
+
+    Raises:
+        CheckpointError, HfError: a tensor of a teacher cannot be read.
+    """
+    task = config.task
+    spec = TASKS.get(task.kind)
+    if spec.has_reference(task):
+        shape = replace(policy.config, model=replace(policy.config.model, mtp_depth=0))
+        reference = Reference(
+            replica=open_replica(policy.world, shape, policy.schedule, policy.cut, is_proven=True),
+            temperature=1.0 if config.rollout is None else config.rollout.temperature,
+            every_steps=spec.reference_interval(task),
+        )
+        reference.follow(policy)
+        return reference
+    run = spec.teacher_run(config)
+    if run is None or not isinstance(task, DistillConfig):
+        return Comparison()
+    source = open_source(task.teacher, "task.teacher", drop_mtp=True)
+    cut = run_cut(run, policy.schedule.placement)
+    replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)
+    source.fill(named_tensors(replica.network))
+    return Teacher(replica=replica)

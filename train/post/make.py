@@ -1,0 +1,178 @@
+"""Makes rollouts: draws prompts, samples answers, scores them and compares the answers of each group."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from infer.config import Sampling
+from infer.engines.protocol import Group, Request, SampledRoutes
+from infer.scoring.length import length_penalty
+from train.config.rollout import RolloutConfig
+from train.post.engine import TrainingEngine
+from train.post.sample import PromptForm, PromptOrder, RolloutHeader, RolloutRoutes, ScoredRollout
+from train.post.score import PendingScores, RolloutRewards
+from train.post.statistics import AdvantageKind, with_advantages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draw:
+    """Prompts that were drawn together, the scores that are computed of their answers, and the experts."""
+
+    numbers: tuple[int, ...]
+    scores: PendingScores
+    routes: SampledRoutes | None
+
+
+@dataclass(slots=True)
+class PendingRollout:
+    """A rollout whose answers are sampled, while their scores may still be computed."""
+
+    header: RolloutHeader
+    version: int
+    draws: list[_Draw] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "scoring": 0.0})
+
+
+class RolloutMaker:
+    """Makes the rollouts of a run. All ranks have one and call it with the same arguments.
+
+    Everything is a function of the weights, the seed and the numbers of step, prompt and sample.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        engine: TrainingEngine,
+        rewards: RolloutRewards,
+        order: PromptOrder,
+        form: PromptForm,
+        *,
+        advantage: AdvantageKind,
+        seed: int,
+    ) -> None:
+        """Stores the arguments."""
+        self._config = config
+        self._engine = engine
+        self._rewards = rewards
+        self._order = order
+        self._form = form
+        self._advantage: AdvantageKind = advantage
+        self._seed = seed
+        self._spent: dict[str, float] = {}
+
+    def begin(self, header: RolloutHeader, version: int) -> PendingRollout:
+        """Samples answers to the first prompts of a rollout, and starts to score them. All ranks call it."""
+        pending = PendingRollout(header, version)
+        self._draw(pending, header.next_prompt, self._config.prompts)
+        return pending
+
+    def finish(self, pending: PendingRollout) -> ScoredRollout:
+        """Returns the rollout with scores and advantages. All ranks call it.
+
+        As long as too few groups have different rewards, it draws further prompts, if configured.
+
+        Raises:
+            ScoringError: on every rank, if the scorers failed or a reward is not finite.
+        """
+        config = self._config
+        header = pending.header
+        groups: list[Group] = []
+        while True:
+            began = time.perf_counter()
+            groups += [self._rewarded(group, pending.version) for group in pending.draws[-1].scores.wait()]
+            self._add_seconds(pending, "scoring", time.perf_counter() - began)
+            missing = config.prompts - sum(not group.dropped for group in groups)
+            if missing <= 0 or len(pending.draws) >= config.max_draws:
+                break
+            self._draw(pending, header.next_prompt + len(groups), missing)
+        header = replace(
+            header,
+            next_prompt=header.next_prompt + len(groups),
+            seconds=dict(pending.seconds),
+            counts={"groups": len(groups), "draws": len(pending.draws)},
+        )
+        return ScoredRollout(header=header, groups=tuple(groups), routes=_join_routes(pending.draws))
+
+    def take_seconds(self) -> dict[str, float]:
+        """Returns the time that this rank spent on each part of rollouts since the last call."""
+        taken = self._spent
+        self._spent = {}
+        return {part: taken.get(part, 0.0) for part in ("sampling", "scoring")}
+
+    def close(self) -> None:
+        """Ends the scorers and closes the engine. All ranks call it at the same point."""
+        self._rewards.close()
+        self._engine.close()
+
+    def answer(self, groups: Sequence[Group], samples: int, step: int) -> list[Group]:
+        """Returns groups with scored answers, from which no run learns. All ranks call it."""
+        answered, _ = self._sample(groups, samples, step, records=False)
+        return self._rewards.begin(answered, step).wait()
+
+    def _draw(self, pending: PendingRollout, first: int, count: int) -> None:
+        """Samples answers to prompts from a position on, and starts to score them."""
+        began = time.perf_counter()
+        step = pending.header.step - 1
+        drawn = self._order.take(first, count)
+        answered, routes = self._sample(drawn, self._config.samples, step, records=True)
+        scores = self._rewards.begin(answered, step)
+        self._add_seconds(pending, "sampling", time.perf_counter() - began)
+        pending.draws.append(_Draw(numbers=tuple(each.number for each in drawn), scores=scores, routes=routes))
+
+    def _sample(
+        self, groups: Sequence[Group], samples: int, step: int, *, records: bool
+    ) -> tuple[list[Group], SampledRoutes | None]:
+        """Returns groups with answers and their text, and this rank's records of experts."""
+        config = self._config
+        sampling = Sampling(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            seed=self._seed,
+        )
+        request = Request(
+            samples=samples,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            step=step,
+            stop=frozenset([self._form.tokenizer.end_of_sentence_id]),
+            record_routes=records and config.keep_routing,
+            record_kept=records and config.keep_sampling_mask,
+        )
+        made = self._engine.generate(groups, request)
+        answers = [replace(each, text=self._form.text(each)) for each in made.rollouts]
+        parts = [tuple(answers[first : first + samples]) for first in range(0, len(answers), samples)]
+        answered = [replace(group, answers=part) for group, part in zip(groups, parts, strict=True)]
+        return answered, made.routes
+
+    def _add_seconds(self, pending: PendingRollout, part: str, spent: float) -> None:
+        """Adds time to a rollout's and to that since `take_seconds`."""
+        pending.seconds[part] += spent
+        self._spent[part] = self._spent.get(part, 0.0) + spent
+
+    def _rewarded(self, group: Group, version: int) -> Group:
+        """Returns a scored group with rewards and advantages."""
+        limit = self._config.max_new_tokens
+        interval = self._config.length_penalty_tokens
+        answers = tuple(
+            replace(
+                answer,
+                reward=answer.sheet.total + (length_penalty(answer.num_tokens, limit, interval) if interval else 0.0),
+                version=version,
+            )
+            for answer in group.answers
+        )
+        rewarded = replace(group, answers=answers)
+        return with_advantages(rewarded, self._advantage, drop_equal=self._config.drop_equal_groups)
+
+
+def _join_routes(draws: Sequence[_Draw]) -> RolloutRoutes | None:
+    """Returns this rank's records of experts of all draws; None if they are not recorded."""
+    parts = [draw.routes for draw in draws if draw.routes is not None]
+    if not parts:
+        return None
+    return RolloutRoutes(
+        sampled=SampledRoutes(ids={key: ids_TK for part in parts for key, ids_TK in part.ids.items()}),
+        requests=tuple(draw.numbers for draw in draws),
+    )

@@ -1,0 +1,230 @@
+"""Packs answers into batches of fixed shape, as a pure function of all answers of the job.
+
+Shape legend: B sequences, T tokens per sequence, C kept tokens of the largest set.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.loader import Batch
+from data.pack import PADDING_POSITION, best_fit_decreasing
+from data.samples.pack import ANSWER, WEIGHTS
+from infer.engines.protocol import NumberedPrompt, Sample
+from model.objectives.policy import ADVANTAGE, OLD, SAMPLER
+from model.objectives.preference import TokenLogProbs
+from model.objectives.sampled import KEPT
+from model.router import Routes
+from train.post.routes import replay_answers
+from train.post.sample import PlacedSample, RolloutRoutes
+from train.replica import Replica
+from train.tasks.batch_reader import BatchReader, Read
+from train.tasks.hook import StepBatch
+from train.tasks.registry import Task
+
+PromptAndAnswer = tuple[NumberedPrompt, Sample]
+Columns = Mapping[str, Sequence[Sequence[float]]]
+"""Further values of the tokens of each answer, by name."""
+
+_NO_TOKEN = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchShape:
+    """The shape of a batch: B sequences of T tokens, and the id that pads them."""
+
+    num_sequences: int
+    length: int
+    pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedStep:
+    """The packed answers of one update, in order, and the batches, which also replay their experts."""
+
+    placed: Sequence[PlacedSample]
+    batch: StepBatch
+
+
+def pack_fitting(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> tuple[Batch, int]:
+    """Packs answers into one batch, and returns it with the number of answers that were left out.
+
+    An answer is cut where its sequence ends. If not all answers fit into the batch, the last ones in order are left
+    out, so that the length of an answer does not decide whether it is trained.
+    """
+    fitting = [each for each in answers if each[1].tokens and len(each[0].tokens) < shape.length]
+    lengths = _lengths(fitting, shape)
+
+    def is_over(count: int) -> bool:
+        return best_fit_decreasing(lengths[:count], shape.length)[1] > shape.num_sequences
+
+    # Any `num_sequences` answers fit, because none is longer than a sequence. So the first number that does not is
+    # above it.
+    least = min(shape.num_sequences, len(fitting))
+    count = bisect_left(range(len(fitting) + 1), x=True, lo=least, key=is_over) - 1
+    (batch,) = fill(place(fitting[:count], shape), shape, {})
+    return batch, len(answers) - count
+
+
+def place(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[PlacedSample]:
+    """Returns the places of answers in as many batches as they need, by best fit, longest first."""
+    lengths = _lengths(answers, shape)
+    rows, _ = best_fit_decreasing(lengths, shape.length)
+    filled: dict[int, int] = defaultdict(int)
+    placed = []
+    for (prompt, answer), row, length in zip(answers, rows, lengths, strict=True):
+        batch, row_in_batch = divmod(row, shape.num_sequences)
+        placed.append(PlacedSample(prompt=prompt, answer=answer, batch=batch, row=row_in_batch, start=filled[row]))
+        filled[row] += length
+    return placed
+
+
+def fill(placed: Sequence[PlacedSample], shape: BatchShape, columns: Columns) -> list[Batch]:
+    """Returns the batches of placed answers, at least one.
+
+    Where a token of an answer is predicted, the weight is 1, `ANSWER` is its number within the sequence, from 1, and
+    columns have their values; elsewhere all are 0.
+
+    Args:
+        columns: float64 values; those of tokens beyond the sequence's end are left out.
+    """
+    num_batches = 1 + max((each.batch for each in placed), default=0)
+    size = (num_batches, shape.num_sequences, shape.length)
+    tokens = np.full(size, shape.pad_id, dtype=np.int64)
+    positions = np.full(size, PADDING_POSITION, dtype=np.int64)
+    weights = np.zeros(size, dtype=np.float32)
+    numbers = np.zeros(size, dtype=np.int32)
+    values = {name: np.zeros(size, dtype=np.float64) for name in columns}
+    num_answers: dict[tuple[int, int], int] = defaultdict(int)
+    for number, each in enumerate(placed):
+        row = (each.batch, each.row)
+        sequence = (*each.prompt.tokens, *each.answer.tokens)[: shape.length - each.start]
+        tokens[row][each.start : each.start + len(sequence)] = sequence
+        positions[row][each.start : each.start + len(sequence)] = np.arange(len(sequence))
+        # The token before a token has its values, because it predicts it.
+        predicting = slice(each.first, each.start + len(sequence) - 1)
+        num_answers[row] += 1
+        weights[row][predicting] = 1
+        numbers[row][predicting] = num_answers[row]
+        for name, column in columns.items():
+            values[name][row][predicting] = column[number][: predicting.stop - predicting.start]
+    extras: dict[str, NDArray[np.generic]] = {WEIGHTS: weights, ANSWER: numbers, **values}
+    return [
+        Batch(
+            tokens_BT=torch.from_numpy(tokens[batch]),
+            positions_BT=torch.from_numpy(positions[batch]),
+            pad_id=shape.pad_id,
+            extras={name: torch.from_numpy(extra[batch]) for name, extra in extras.items()},
+        )
+        for batch in range(num_batches)
+    ]
+
+
+def pack_step(
+    replica: Replica,
+    answers: Sequence[PromptAndAnswer],
+    pad_id: int,
+    old_log_probs: Sequence[Sequence[float]] | None,
+    routes: RolloutRoutes | None,
+) -> PackedStep:
+    """Packs the answers of one update into as many batches as they need. All ranks call it.
+
+    Args:
+        answers: of the whole job, in order. Each has tokens and fits into a sequence with its prompt.
+        old_log_probs: log-probability of each answer's tokens before the update; None: the update uses its own.
+    """
+    length = replica.config.batch.sequence_length_tokens
+    shape = BatchShape(num_sequences=replica.global_sequences, length=length, pad_id=pad_id)
+    longest = max((len(prompt.tokens) + answer.num_tokens for prompt, answer in answers), default=0)
+    assert longest <= length, f"an answer has {longest} tokens with its prompt, above {length}"
+    columns: dict[str, Sequence[Sequence[float]]] = {
+        ADVANTAGE: [(answer.advantage,) * answer.num_tokens for _, answer in answers],
+        SAMPLER: [answer.log_probs for _, answer in answers],
+    }
+    if old_log_probs is not None:
+        columns[OLD] = old_log_probs
+    placed = place(answers, shape)
+    batches = fill(placed, shape, columns)
+    has_kept = any(answer.kept for _, answer in answers)
+    reads = tuple(
+        _read_with_kept(batch, placed, at) if has_kept else batch.sequences for at, batch in enumerate(batches)
+    )
+    replays: tuple[Routes | None, ...] = (None,) * len(reads)
+    if routes is not None:
+        trained = replay_answers(replica, routes, placed)
+        replays = tuple(map(trained.of_batch, range(len(reads))))
+    return PackedStep(placed=placed, batch=StepBatch(reads, routes=replays))
+
+
+def answer_log_probs(replica: Replica, task: Task, packed: PackedStep, temperature: float) -> list[tuple[float, ...]]:
+    """Returns the log-probability of each token of answers under the present weights. All ranks call it.
+
+    The pass packs the answers as the update does. So the first update's ratios are exactly 1.
+    """
+    objective = TokenLogProbs(temperature=temperature)
+    found_BT = [
+        replica.gather(replica.record(BatchReader(replica, task, read), objective, routes))
+        for read, routes in zip(packed.batch.reads, packed.batch.routes, strict=True)
+    ]
+    return [
+        tuple(found_BT[each.batch][each.row, each.first : each.first + each.answer.num_tokens].tolist())
+        for each in packed.placed
+    ]
+
+
+def find_prompts(batch: Batch) -> list[PromptAndAnswer]:
+    """Returns the prompts of a batch of packed samples and the data's answers to them, in order.
+
+    The answer is the last run of targets, and everything before it is the prompt, earlier answers included. Samples
+    without a target have no prompt. Prompts are numbered within the batch.
+    """
+    arrays = (batch.tokens_BT.numpy(), batch.positions_BT.numpy(), batch.extras[WEIGHTS].numpy())
+    found: list[PromptAndAnswer] = []
+    for tokens_T, positions_T, weights_T in zip(*arrays, strict=True):
+        starts = np.flatnonzero(positions_T == 0).tolist()
+        for start, end in pairwise([*starts, int((positions_T >= 0).sum())]):
+            # The last token of a piece predicts nothing.
+            targets = np.flatnonzero(weights_T[start : end - 1])
+            if not len(targets):
+                continue
+            run = np.flatnonzero(np.diff(targets, prepend=-2) > 1)[-1]
+            first = start + int(targets[run]) + 1
+            last = start + int(targets[-1]) + 1
+            prompt = NumberedPrompt(number=len(found), tokens=tuple(tokens_T[start:first].tolist()))
+            tokens = tuple(tokens_T[first : last + 1].tolist())
+            answer = Sample(prompt=prompt.number, sample=0, tokens=tokens, log_probs=(), finish="stop")
+            found.append((prompt, answer))
+    return found
+
+
+def _lengths(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[int]:
+    return [min(len(prompt.tokens) + answer.num_tokens, shape.length) for prompt, answer in answers]
+
+
+def _read_with_kept(batch: Batch, placed: Sequence[PlacedSample], number: int) -> Read:
+    """Returns a reader of a batch that adds the kept tokens of each predicted one, int64 BTC; -1 in free places.
+
+    Sets differ in size. So they are padded only within the sequences that are read together.
+    """
+    by_row: dict[int, list[PlacedSample]] = defaultdict(list)
+    for each in placed:
+        if each.batch == number:
+            by_row[each.row].append(each)
+
+    def read(first: int, count: int) -> Batch:
+        rows = [(row - first, each) for row in range(first, first + count) for each in by_row[row]]
+        widest = max((len(kept) for _, each in rows for kept in each.answer.kept), default=1)
+        sequences = batch.sequences(first, count)
+        kept_BTC = torch.full((*sequences.tokens_BT.shape, widest), _NO_TOKEN, dtype=torch.int64)
+        for row, each in rows:
+            for position, kept in enumerate(each.answer.kept, each.first):
+                kept_BTC[row, position, : len(kept)] = torch.tensor(kept)
+        return replace(sequences, extras={**sequences.extras, KEPT: kept_BTC})
+
+    return read

@@ -1,0 +1,164 @@
+"""Scores answers by a reward model: a second network on the policy's ranks, or a whole one on rank 0."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from torch import distributed as dist
+
+from comm.dispatch.local import LocalDispatcher
+from data.loader import Batch
+from data.tokenizer import Tokenizer
+from infer.engines.protocol import Group, NumberedPrompt, Sample
+from infer.reward import score_answers
+from infer.scoring.models.reward_model import RewardModelScorerConfig
+from infer.scoring.score import Score, failure
+from model.objective import MicroBatch
+from model.objectives.ranking import KeepScores
+from model.transformer import Transformer, named_tensors
+from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.preserved import is_same_tokenizer
+from train.checkpoint.sources import open_source, source_folder
+from train.config import TrainConfig
+from train.network import ReplicaConfig, weight_dtype
+from train.post.pack import BatchShape, fill, place
+from train.replica import Replica, open_replica
+from train.schedule.cut import run_cut
+from train.second_network import REWARD_MODEL_KEY, second_network_run
+from train.tasks.next_token import to_micro_batch
+from train.world import World
+
+
+class SequenceRater(Protocol):
+    """Protocol of a network that rates sequences. All ranks call its methods."""
+
+    @property
+    def longest(self) -> int:
+        """The maximum number of tokens of a prompt with its answer."""
+        ...
+
+    def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """Returns the score of each sequence, equal on all ranks and, up to rounding, under every layout."""
+        ...
+
+    def close(self) -> None:
+        """Closes the network. All ranks call it at the same point."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelPart:
+    """Scores of a reward model at the last token of each answer (see `ModelPart`)."""
+
+    network: SequenceRater
+
+    def score(self, groups: Sequence[Group], step: int) -> list[list[Score]]:
+        """Implements `ModelPart.score`. An answer that is longer than the model can read is unknown."""
+        longest = self.network.longest
+        sequences = [[(*group.tokens, *answer.tokens) for answer in group.answers] for group in groups]
+        fitting = [each for group in sequences for each in group if len(each) <= longest]
+        scores = iter(self.network.rate(fitting))
+        too_long = failure("unknown", f"has more than the {longest} tokens that the reward model reads")
+        return [
+            [Score(value=next(scores), outcome="rated") if len(each) <= longest else too_long for each in group]
+            for group in sequences
+        ]
+
+    def close(self) -> None:
+        """Implements `ModelPart.close`."""
+        self.network.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinedRater:
+    """A frozen network with a score head on all ranks of the job."""
+
+    replica: Replica
+    pad_id: int
+
+    @property
+    def longest(self) -> int:
+        """The length of a sequence of the job's batches, or the model's range of positions."""
+        config = self.replica.config
+        return min(config.batch.sequence_length_tokens, config.model.max_position_tokens)
+
+    def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """Implements `SequenceRater.rate`. The answers are packed into as many passes as they need."""
+        # Equal answers are computed once.
+        unique = list(dict.fromkeys(sequences))
+        shape = BatchShape(
+            num_sequences=self.replica.global_sequences,
+            length=self.replica.config.batch.sequence_length_tokens,
+            pad_id=self.pad_id,
+        )
+        nothing = Sample(prompt=0, sample=0, tokens=(), log_probs=(), finish="stop")
+        placed = place([(NumberedPrompt(number=0, tokens=each), nothing) for each in unique], shape)
+        scores: dict[tuple[int, ...], float] = {}
+        for number, batch in enumerate(fill(placed, shape, {}) if placed else ()):
+            scores_BT = self.replica.gather(self.replica.record(partial(self._read, batch), KeepScores()))
+            here = [each for each in placed if each.batch == number]
+            scores |= {each.prompt.tokens: float(scores_BT[each.row, each.first]) for each in here}
+        return [scores[each] for each in sequences]
+
+    def _read(self, batch: Batch, direction: int, micro_batch: int) -> MicroBatch:
+        first = self.replica.first_sequence(direction, micro_batch)
+        part = batch.sequences(first, self.replica.config.batch.micro_sequences)
+        return to_micro_batch(part, 0, self.replica.world.device, masks_documents=True)
+
+    def close(self) -> None:
+        """Closes the replica. All ranks call it at the same point."""
+        self.replica.close()
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRater:
+    """A whole model on rank 0, which broadcasts its scores.
+
+    Attributes:
+        model: the model; None on the other ranks.
+    """
+
+    world: World
+    longest: int
+    batch_size: int
+    model: Transformer | None
+
+    def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """Implements `SequenceRater.rate`."""
+        found = [score_answers(self.model, sequences, self.batch_size) if self.model is not None else []]
+        with self.world.log.collective("world", self.world.groups.world, "scores of answers"):
+            dist.broadcast_object_list(found, src=0, group=self.world.groups.world)
+        return found[0]
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def open_reward_model(
+    config: TrainConfig, part: RewardModelScorerConfig, policy: Replica, tokenizer: Tokenizer
+) -> RewardModelPart:
+    """Opens a reward model and loads its weights. All ranks call it.
+
+    Raises:
+        CheckpointError: the reward model has another tokenizer.
+        CheckpointError, HfError: a tensor's content cannot be read.
+    """
+    if not is_same_tokenizer(source_folder(part.ckpt, REWARD_MODEL_KEY), tokenizer):
+        raise CheckpointError(
+            f"{REWARD_MODEL_KEY}: must have the tokenizer of this run's data, {part.ckpt} has another one; nearest "
+            f"valid: a reward model that was trained from the policy's weights"
+        )
+    run = second_network_run(config, part.ckpt, REWARD_MODEL_KEY)
+    source = open_source(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
+    if part.place == "first_rank":
+        model = None
+        if policy.world.rank == 0:
+            dispatcher = LocalDispatcher(run.model.num_routed_experts)
+            model = Transformer(run.model, dispatcher, weight_dtype(config.precision)).to(policy.world.device)
+            source.fill(named_tensors(model))
+        return RewardModelPart(WholeRater(policy.world, run.model.max_position_tokens, part.batch_size, model))
+    cut = run_cut(run, policy.schedule.placement)
+    replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)
+    source.fill(named_tensors(replica.network))
+    return RewardModelPart(PipelinedRater(replica, tokenizer.pad_id))

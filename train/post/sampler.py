@@ -1,0 +1,372 @@
+"""Samples and scores the answers that a policy learns from, step by step.
+
+A rollout is whole in the journal before the first update that learns from it. So a resumed run samples and scores
+nothing twice.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from data.loader import Loader
+from data.prepare import Prepared
+from infer.engines.protocol import Group, Sample
+from model.hf.names import weights
+from model.objective import MAIN
+from model.objectives.policy_loss import PolicyLossConfig
+from model.transformer import named_tensors
+from train.config import TrainConfig
+from train.config.decode import encode
+from train.config.rollout import RolloutConfig
+from train.errors import UnsavedError
+from train.network import weight_dtype
+from train.post.engine import GatheredEngine, ReplicaEngine, TrainingEngine
+from train.post.journal import (
+    JournalError,
+    journal_path,
+    read_header,
+    read_journal,
+    remove_after,
+    write_journal,
+)
+from train.post.make import PendingRollout, RolloutMaker
+from train.post.pack import answer_log_probs, pack_step
+from train.post.routes import load_rollout_routes, save_rollout_routes
+from train.post.sample import PromptOrder, RolloutHeader, ScoredRollout, prompt_form, read_problems
+from train.post.score import RolloutRewards, open_model_parts, with_constitutions
+from train.post.statistics import EQUAL, held_out_metrics, rollout_metrics
+from train.replica import Replica
+from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
+from train.tasks.hook import StepBatch, TaskHook
+from train.tasks.registry import Task, open_task
+
+VALIDATION_STEP = 2**40
+"""Number of the request of every validation: equal draws make validations comparable, and no step has them."""
+
+_ELEMENTS = 1024
+_ABSENT = torch.iinfo(torch.int64).min
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalPlace:
+    """Folders of the journals of a run, and the settings that they must have.
+
+    Attributes:
+        out_dir: folder of the run, which rank 0 writes.
+        resumed: folder of the run that this one continues, if it is another; its journals are only read.
+    """
+
+    out_dir: Path
+    resumed: Path | None
+    settings: str
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders with journals, the first of which counts."""
+        return [self.out_dir, *([] if self.resumed is None else [self.resumed])]
+
+
+class PolicySampler(TaskHook):
+    """The hook of a run that learns from rewards."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        task: Task,
+        maker: RolloutMaker,
+        held_out: Sequence[Group],
+        place: JournalPlace,
+        *,
+        config: RolloutConfig,
+        loss: PolicyLossConfig,
+    ) -> None:
+        """Stores the arguments."""
+        self._replica = replica
+        self._task = task
+        self._maker = maker
+        self._held_out = held_out
+        self._place = place
+        self._config = config
+        self._loss = loss
+        self._current: ScoredRollout | None = None
+        self._next: ScoredRollout | PendingRollout | None = None
+
+    def prepare(self, loader: Loader, step: int) -> StepBatch:
+        """Implements `TaskHook.prepare`."""
+        began = time.perf_counter()
+        self._maker.take_seconds()  # of a step that was not finished
+        number, part = divmod(step, self._config.updates)
+        rollout = self._rollout(number, step, loader)
+        if self._config.steps_ahead and part == 0:
+            self._next = self._begin_next(rollout, step)
+        groups = [rollout.groups[number] for number in self._numbers(rollout, part)]
+        answers = [(group, answer) for group in groups if not group.dropped for answer in self._trained(group)]
+        left_out = [answer for group in groups if group.dropped for answer in self._trained(group)]
+        old_log_probs = self._old_log_probs([answer for _, answer in answers])
+        packed = pack_step(self._replica, answers, loader.pad_id, old_log_probs, rollout.routes)
+        metrics = rollout_metrics(rollout, step) | {"seconds": time.perf_counter() - began}
+        num_tokens = sum(answer.num_tokens for answer in left_out)
+        count = num_tokens if self._loss.normalizer == "tokens" else len(left_out)
+        return replace(packed.batch, metrics=metrics, more_counts={MAIN: count})
+
+    def finish(self, earlier_seconds: float = 0.0) -> Mapping[str, float]:
+        """Implements `TaskHook.finish`. Completes the next rollout, if it was begun before the passes."""
+        if isinstance(self._next, PendingRollout):
+            self._next = self._write(self._maker.finish(self._next))
+        return {**self._maker.take_seconds(), "earlier_batches": earlier_seconds}
+
+    def validate(self) -> Mapping[str, float] | None:
+        """Implements `TaskHook.validate`. Every validation answers the problems with the same random numbers."""
+        if not self._held_out:
+            return None
+        return held_out_metrics(self._maker.answer(self._held_out, self._config.held_out_samples, VALIDATION_STEP))
+
+    def roll_back(self, num_done: int) -> None:
+        """Removes journals of rollouts whose first training step is after `num_done`."""
+        self._current = self._next = None
+        if self._replica.world.rank == 0:
+            remove_after(self._place.out_dir, num_done)
+
+    def close(self) -> None:
+        """Implements `TaskHook.close`."""
+        self._maker.close()
+
+    def _rollout(self, number: int, step: int, loader: Loader) -> ScoredRollout:
+        """Returns the rollout of a step: the present one, the one that was begun before, or a new one."""
+        for rollout in (self._current, self._next):
+            if isinstance(rollout, ScoredRollout) and rollout.header.rollout == number:
+                self._current = rollout
+                self._next = None
+                return rollout
+        # A run that starts or resumes here: its weights are those of the rollout only if this is its first update.
+        is_first = step % self._config.updates == 0
+        header = self._header(number, self._first_prompt(number))
+        is_fresh = is_first and not (self._config.steps_ahead and number)
+        found = self._read(header, weights=header.weights if is_fresh else None)
+        if found is None:
+            found = self._maker.finish(self._maker.begin(header, step))
+            if self._config.updates > 1 and not self._config.steps_ahead:
+                found = self._with_old(found, loader)
+            self._write(found)
+        self._current = found
+        return found
+
+    def _numbers(self, rollout: ScoredRollout, part: int) -> list[int]:
+        """Returns the groups of an update that count in the denominator of its loss, by number.
+
+        Groups of equal rewards that are left out of the passes count, unless other groups replace them.
+        """
+        groups = rollout.groups
+        found = [number for number, group in enumerate(groups) if not group.dropped]
+        if self._loss.equal_groups == "count":
+            equal = [number for number, group in enumerate(groups) if group.dropped == EQUAL]
+            found = sorted([*found, *equal[: max(self._config.prompts - len(found), 0)]])
+        return found[part :: self._config.updates]
+
+    def _begin_next(self, rollout: ScoredRollout, step: int) -> ScoredRollout | PendingRollout:
+        """Returns the next rollout from the journal, or starts to sample it with the present weights."""
+        header = self._header(rollout.header.rollout + 1, rollout.header.next_prompt)
+        return self._read(header, weights=header.weights) or self._maker.begin(header, step)
+
+    def _header(self, number: int, first_prompt: int) -> RolloutHeader:
+        """Returns what a rollout is made with now."""
+        return RolloutHeader(
+            rollout=number,
+            step=number * self._config.updates + 1,
+            weights=fingerprint(self._replica),
+            settings=self._place.settings,
+            next_prompt=first_prompt,
+        )
+
+    def _first_prompt(self, number: int) -> int:
+        """Returns the position of the first prompt of a rollout, after those of the rollout before it."""
+        found = [number * self._config.prompts]
+        if number and self._replica.world.rank == 0:
+            step = (number - 1) * self._config.updates + 1
+            headers = [read_header(journal_path(folder, step)) for folder in self._place.folders]
+            found = [int(header["next_prompt"]) for header in headers if header is not None][:1] or found
+        return self._broadcast(found)
+
+    def _read(self, header: RolloutHeader, weights: str | None) -> ScoredRollout | None:
+        """Returns a rollout from the journal, or None if it is not whole or was made otherwise."""
+        found: list[tuple[Path, ScoredRollout] | None] = [None]
+        if self._replica.world.rank == 0:
+            found = [self._find(header, weights)]
+        if (journal := self._broadcast(found)) is None:
+            return None
+        folder, rollout = journal
+        if not self._config.keep_routing:
+            return rollout
+        routes = load_rollout_routes(self._replica, folder, rollout)
+        return None if routes is None else replace(rollout, routes=routes)
+
+    def _find(self, expected: RolloutHeader, weights: str | None) -> tuple[Path, ScoredRollout] | None:
+        for folder in self._place.folders:
+            try:
+                rollout = read_journal(folder, expected.step)
+            except JournalError:
+                continue
+            header = rollout.header
+            is_same = header.rollout == expected.rollout and header.settings == expected.settings
+            if is_same and weights in (None, header.weights):
+                return folder, rollout
+        return None
+
+    def _write(self, rollout: ScoredRollout) -> ScoredRollout:
+        """Writes a rollout's journal on rank 0. All ranks call it.
+
+        Raises:
+            UnsavedError: on every rank, if the folder does not take it.
+        """
+        out_dir = self._place.out_dir
+        if rollout.routes is not None:
+            save_rollout_routes(self._replica, out_dir, rollout)
+        problem = [""]
+        if self._replica.world.rank == 0:
+            dtype = np.float64 if weight_dtype(self._replica.config.precision) is torch.float64 else np.float32
+            try:
+                write_journal(out_dir, rollout, dtype)
+            except OSError as error:
+                problem = [f"{out_dir}: takes no journal of rollouts: {error}"]
+        if text := self._broadcast(problem):
+            raise UnsavedError(text)
+        return rollout
+
+    def _broadcast(self, found: list[ValueT]) -> ValueT:
+        """Returns on all ranks what rank 0 found."""
+        world = self._replica.world
+        with world.phase("journal of the rollout"):
+            dist.broadcast_object_list(found, src=0, group=world.groups.world)
+        return found[0]
+
+    def _with_old(self, rollout: ScoredRollout, loader: Loader) -> ScoredRollout:
+        """Returns a rollout with log-probabilities before the first update, packed as each update does."""
+        groups = list(rollout.groups)
+        for part in range(self._config.updates):
+            numbers = [number for number in self._numbers(rollout, part) if not groups[number].dropped]
+            answers = [(groups[number], answer) for number in numbers for answer in self._trained(groups[number])]
+            packed = pack_step(self._replica, answers, loader.pad_id, None, rollout.routes)
+            old = answer_log_probs(self._replica, self._task, packed, self._config.temperature)
+            found = {
+                (answer.prompt, answer.sample): replace(answer, old_log_probs=values)
+                for (_, answer), values in zip(answers, old, strict=True)
+            }
+            for number in numbers:
+                with_old = tuple(found.get((each.prompt, each.sample), each) for each in groups[number].answers)
+                groups[number] = replace(groups[number], answers=with_old)
+        return replace(rollout, groups=tuple(groups))
+
+    def _trained(self, group: Group) -> list[Sample]:
+        """Returns the answers of a group that are trained."""
+        drops_cut = self._config.cut_answers == "drop"
+        return [answer for answer in group.answers if answer.tokens and not (drops_cut and not answer.is_finished)]
+
+    def _old_log_probs(self, answers: Sequence[Sample]) -> list[tuple[float, ...]] | None:
+        """Returns the log-probabilities of answers before an update.
+
+        One step ahead they are the sampler's, and with several updates those before the first one. None if the update
+        uses its own.
+        """
+        if self._config.steps_ahead:
+            return [answer.log_probs for answer in answers]
+        if self._config.updates == 1:
+            return None
+        return [answer.old_log_probs or () for answer in answers]
+
+
+def open_policy_sampler(
+    config: TrainConfig,
+    replica: Replica,
+    prepared: Prepared,
+    reference: Replica | None,
+    say: Callable[[str], object],
+) -> PolicySampler:
+    """Opens the sampler of a run that learns from rewards. All ranks call it.
+
+    Raises:
+        ConfigError: on every rank, if no problem has room for an answer.
+        ScoringError: this machine cannot run a scorer.
+        CheckpointError, HfError: a reward model cannot be read, or has another tokenizer.
+    """
+    assert isinstance(config.task, GrpoConfig)
+    assert config.rollout is not None
+    assert config.reward is not None
+    reward = with_constitutions(config.reward, replica.world)
+    rollouts = replace(config.rollout, drop_equal_groups=leaves_out_equal_groups(config))
+    scored = replace(config, reward=reward, rollout=rollouts)
+    form = prompt_form(config, prepared)
+    engine: TrainingEngine = GatheredEngine(replica) if rollouts.engine == "local" else ReplicaEngine(replica)
+    train, held_out = read_problems(config, rollouts, form, say)
+    maker = RolloutMaker(
+        rollouts,
+        engine,
+        RolloutRewards(reward, replica.world, open_model_parts(scored, replica, reference, engine, form)),
+        PromptOrder(train, form, config.data.seed),
+        form,
+        advantage=config.task.loss.advantage,
+        seed=config.seed,
+    )
+    return PolicySampler(
+        replica,
+        open_task(config.task, config.model, config.batch),
+        maker,
+        [form.group(problem, number) for number, problem in enumerate(held_out[: rollouts.held_out])],
+        JournalPlace(
+            out_dir=Path(config.out_dir),
+            resumed=None if config.resume is None else Path(config.resume).parents[1],
+            settings=_digest(scored, prepared.fingerprint),
+        ),
+        config=rollouts,
+        loss=config.task.loss,
+    )
+
+
+def _digest(config: TrainConfig, data_fingerprint: str) -> str:
+    """Returns a digest of what decides the answers and rewards, besides weights and numbers."""
+    assert config.rollout is not None
+    assert config.reward is not None
+    # Validations and limits change no answer and no reward.
+    unused = ("held_out", "held_out_samples", "limits")
+    rollouts = {key: value for key, value in encode(config.rollout).items() if key not in unused}
+    content = [rollouts, encode(config.reward.parts), data_fingerprint, config.seed, config.data.seed]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(replica: Replica) -> str:
+    """Returns a fingerprint of the weights of the whole network, after all updates. All ranks call it.
+
+    It reads some elements of each tensor and depends on their bits, not on the layout. So rollouts of other weights
+    are noticed.
+    """
+    world = replica.world
+    names = [name for name, _ in weights(replica.config.model)]
+    numbers = {name: number for number, name in enumerate(names)}
+    # Replicas hold equal tensors, so the largest value is that of any rank that holds the tensor.
+    sums = torch.full((len(names),), _ABSENT)
+    for name, tensor in named_tensors(replica.model).items():
+        sums[numbers[name]] = _sum_of_bits(tensor)
+    sums = world.reduce(sums, "fingerprint of the weights", dist.ReduceOp.MAX)
+    present = {name: value for name, value in zip(names, sums.tolist(), strict=True) if value != _ABSENT}
+    return hashlib.sha256(repr(sorted(present.items())).encode()).hexdigest()[:16]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Returns a sum of the bits of evenly spaced elements, each times its odd position, modulo 2^64."""
+    flat = tensor.detach().flatten()
+    chosen = flat[:: max(1, len(flat) // _ELEMENTS)].contiguous()
+    if chosen.element_size() > 1:
+        chosen = chosen.view(_INTEGERS[chosen.element_size()])
+    factors = torch.arange(len(chosen), device=chosen.device) * 2 + 1
+    return int((chosen.to(torch.int64) * factors).sum())  # host sync

@@ -1,1 +1,0 @@
-"""Samples answers with the weights that are trained, and packs them into a step's batch."""

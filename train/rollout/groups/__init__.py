@@ -1,1 +1,0 @@
-"""Draws prompts, compares the answers of each group by their rewards, and keeps them in a journal."""

@@ -1,1 +1,0 @@
-"""Replays the sampler's choice of experts in training."""

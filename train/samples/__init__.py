@@ -1,1 +1,0 @@
-"""Generates the samples that a finished run shows, and keeps its answers."""

@@ -1,0 +1,57 @@
+"""Prepares the batches of a step. Tasks that train on more than the data have a hook of their own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from data.loader import Loader
+from model.router import Routes
+from train.tasks.batch_reader import Read
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The batches of a step, whose gradients add up to one update.
+
+    Attributes:
+        metrics: values of the step's record about rollouts; None if the step trains on the data alone.
+    """
+
+    reads: tuple[Read, ...]
+    metrics: Mapping[str, Any] | None = None
+    routes: tuple[Routes | None, ...] = (None,)
+    more_counts: Mapping[str, float] = field(default_factory=dict)
+
+
+class TaskHook:
+    """What a task does in a step besides its passes. This base class trains on the data alone.
+
+    All ranks have one and call its methods at the same points.
+    """
+
+    def prepare(self, loader: Loader, step: int) -> StepBatch:
+        """Returns the batches of a step, whose index counts from 0.
+
+        Raises:
+            GenerateError, ScoringError: on every rank, if answers cannot be sampled or scored.
+        """
+        return StepBatch((partial(loader.batch, step),))
+
+    def finish(self, earlier_seconds: float = 0.0) -> Mapping[str, float]:
+        """Completes what must be on the disk before the step updates the weights.
+
+        Returns:
+            Seconds that this rank spent on further parts of the step, such as `sampling` and `scoring`.
+        """
+        return {}
+
+    def validate(self) -> Mapping[str, float] | None:
+        """Returns measurements of answers to held-out problems by name; None if held-out data are validated."""
+        return None
+
+    def roll_back(self, num_done: int) -> None:
+        """Forgets what was prepared after `num_done` steps."""
+
+    def close(self) -> None:
+        """Closes what the hook opened. All ranks call it at the same point."""
