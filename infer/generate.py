@@ -1,17 +1,12 @@
 """Generates continuations of prompts token by token with a latent KV cache."""
 
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from infer.active import ActiveSequence, StopCondition
-from infer.batch import GenerationBatch
-from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids, check
-from infer.decoder import Decoder
-from infer.sample import SequenceRandom
+from infer.active import StopCondition
+from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids
+from infer.engines.local import LocalEngine
+from infer.engines.protocol import NumberedPrompt, Request
 from model.transformer import Transformer
 
 GREEDY = Sampling()
@@ -65,38 +60,27 @@ class Stream:
         stop_condition: StopCondition | None = None,
     ) -> None:
         """Checks the arguments, which are those of `generate`. Generation starts with the iteration."""
-        self._model, self._prompts, self._max_new_tokens = model, as_token_ids(prompts), max_new_tokens
-        check(model.config, self._prompts, max_new_tokens, speculative, batch_size)
-        self._sampling, self._stop, self._batch_size = sampling, frozenset(stop), batch_size
-        self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
-        self._stop_condition = stop_condition or _never_stop
-        self.statistics = Statistics()
+        numbered = [
+            NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(as_token_ids(prompts))
+        ]
+        self._request = Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(stop))
+        self._engine = LocalEngine(
+            model, speculative=speculative, batch_size=batch_size, stop_condition=stop_condition or _never_stop
+        )
+        self._sequences = self._engine.start(numbered, self._request)
 
-    @torch.no_grad()
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the tokens so far."""
+        return self._engine.statistics
+
     def __iter__(self) -> Iterator[Piece]:
         """Yields each prompt's pieces in order; pieces of prompts in one batch are interleaved."""
-        limit = self._model.config.max_position_tokens
-        limits = [min(self._max_new_tokens, limit - len(prompt)) for prompt in self._prompts]
-        waiting: deque[ActiveSequence] = deque()
-        for index, (prompt, max_tokens) in enumerate(zip(self._prompts, limits, strict=True)):
-            if max_tokens > 0:
-                waiting.append(ActiveSequence(index, prompt, max_tokens, SequenceRandom(self._sampling.seed, index)))
-            else:
-                yield Piece(index, (), "length")
-        if not waiting:
-            return
-        # This includes a draft: the model reads it together with the last token, which is not in the cache yet.
-        capacity = max(len(sequence.prompt) + sequence.num_left for sequence in waiting)
-        decoder = Decoder(self._model, min(self._batch_size, len(waiting)), capacity, with_mtp=self._speculative)
-        batch = GenerationBatch(
-            decoder, self._sampling, self._stop, self._stop_condition, speculative=self._speculative
-        )
-        begin = time.perf_counter()
-        with self._model.weights_unchanged():
-            for made in batch.run(waiting, self._batch_size):
-                self.statistics = batch.statistics(time.perf_counter() - begin)
-                for sequence, tokens in made:
-                    yield Piece(sequence.index, tuple(tokens), sequence.finish)
+        for sequence in self._sequences:
+            if sequence.num_left == 0:
+                yield Piece(sequence.index, (), "length")
+        for sequence, tokens in self._engine.run(self._sequences, self._request):
+            yield Piece(sequence.index, tuple(tokens), sequence.finish)
 
 
 def generate(

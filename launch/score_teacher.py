@@ -26,7 +26,7 @@ from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 from train.tasks.samples import check_samples
-from train.teacher.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
+from train.tasks.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
 
 NAME = "score_teacher"
 
@@ -100,7 +100,7 @@ def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> i
     from comm.dispatch.local import LocalDispatcher
     from model.transformer import Transformer, named_tensors
     from train.checkpoint.sources import open_source
-    from train.teacher.score import write_scores
+    from train.tasks.scores import write_scores
 
     if scores.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")

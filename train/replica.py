@@ -274,9 +274,6 @@ def open_replica(
     Args:
         world: of this process; its groups are mirrored if the schedule is.
         is_proven: whether the job has validated the schedule, as `plan` does; else this rank validates it.
-
-    Raises:
-        ScheduleError: the schedule is not valid.
     """
     assert schedule.num_ranks == world.layout.parallelism.pipeline
     assert schedule.num_stages == len(cut)

@@ -25,11 +25,7 @@ def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
 
 
 def check_second_network(config: TrainConfig, path: str, key: str, role: str) -> None:
-    """Rejects a network with another vocabulary, and one that the run's layout cannot hold.
-
-    Raises:
-        ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects a network with another vocabulary, and one that the run's layout cannot hold."""
     second = source_config(path, key, drop_mtp=True)
     if second.vocab_size != config.model.vocab_size:
         raise ConfigError(vocabulary_problem(config, second, path, key, role))
@@ -56,11 +52,7 @@ def vocabulary_problem(config: TrainConfig, second: ModelConfig, path: str, key:
 
 
 def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> None:
-    """Rejects weights that are no reward model or do not fit the run.
-
-    Raises:
-        ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects weights that are no reward model or do not fit the run."""
     found = source_config(part.ckpt, REWARD_MODEL_KEY, drop_mtp=True)
     if found.head != "score":
         raise ConfigError(
@@ -88,12 +80,7 @@ def reward_model_runs(config: TrainConfig) -> list[TrainConfig]:
 
 
 def check_model_parts(config: TrainConfig) -> None:
-    """Rejects weights of a reward model, and a constitution of a judge, that cannot be used.
-
-    Raises:
-        ConfigError, ScoringError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid
-            one.
-    """
+    """Rejects weights of a reward model, and a constitution of a judge, that cannot be used."""
     for part in () if config.reward is None else config.reward.parts:
         match part:
             case RewardModelScorerConfig():

@@ -160,11 +160,7 @@ def train_step(
 
 
 def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: float) -> float:
-    """Completes the sums of gradients, starts the update if the guard accepts them, returns their norm.
-
-    Raises:
-        RefusedStepError: on every rank.
-    """
+    """Completes the sums of gradients, starts the update if the guard accepts them, returns their norm."""
     world = learner.world
     bad = guard.judge_kl(losses.by_name, step, rate)
     reason = guard.judge(LOSS, losses.total)

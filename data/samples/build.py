@@ -93,11 +93,7 @@ def counts_of(values: Mapping[str, int | float | str]) -> dict[Part, SampleCount
 
 
 def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list[TrainingSample]]:
-    """Returns the samples of each part, encoded.
-
-    Raises:
-        DataError: the source cannot be read, or the training part would be empty.
-    """
+    """Returns the samples of each part, encoded."""
     encode = DATA_SOURCES.get(config.source.kind).samples
     assert encode is not None
     parts: dict[Part, list[TrainingSample]] = {"train": [], "validation": []}

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ from infer.active import ActiveSequence, StopCondition
 from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
+from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.routes import RouteStore, join_routes
 from infer.sample import SequenceRandom
 from model.transformer import Transformer
@@ -20,6 +20,9 @@ class LocalEngine:
     """An engine with the whole model in one process.
 
     Continuations of a prompt share the pass over it. When one ends, the next one takes its place in the batch.
+
+    Attributes:
+        statistics: of the last call.
     """
 
     def __init__(
@@ -37,22 +40,41 @@ class LocalEngine:
             stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
         """
         self._stop_condition = stop_condition
-        self._model, self._wanted, self._batch_size = model, speculative, batch_size
+        self._model = model
+        self._wanted: Speculative = speculative
+        self._batch_size = batch_size
         self._prefill_tokens = prefill_tokens
         self._speculative = model.config.mtp_depth > 0 if speculative == "auto" else speculative
+        self.statistics = Statistics()
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
         """Implements `Engine.generate`."""
+        sequences = self.start(prompts, request)
+        store = RouteStore(prompts, request.samples) if request.record_routes else None
+        for _ in self.run(sequences, request, store):
+            pass
+        rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
+        routes = None if store is None else join_routes([store], rollouts)
+        return Rollouts(rollouts=rollouts, statistics=self.statistics, routes=routes)
+
+    def start(self, prompts: Sequence[NumberedPrompt], request: Request) -> list[ActiveSequence]:
+        """Returns the empty continuations of all prompts."""
         config = self._model.config
         check(config, [prompt.tokens for prompt in prompts], request.max_new_tokens, self._wanted, self._batch_size)
-        sequences = start_sequences(prompts, request, config.max_position_tokens)
-        store = RouteStore(prompts, request.samples) if request.record_routes else None
+        return start_sequences(prompts, request, config.max_position_tokens)
+
+    @torch.no_grad()
+    def run(
+        self, sequences: Sequence[ActiveSequence], request: Request, store: RouteStore | None = None
+    ) -> Iterator[tuple[ActiveSequence, list[int]]]:
+        """Continues sequences, and yields the new tokens of each pass that are text. `statistics` count them."""
+        self.statistics = Statistics()
         waiting = deque(sequence for sequence in sequences if sequence.num_left > 0)
         if not waiting:
-            rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
-            return Rollouts(rollouts=rollouts, statistics=Statistics(), routes=_collect(store, rollouts))
-        capacity, size = max(sequence.max_length for sequence in waiting), min(self._batch_size, len(waiting))
+            return
+        # The capacity includes a draft: the model reads it together with the last token, which is not in the cache yet.
+        capacity = max(sequence.max_length for sequence in waiting)
+        size = min(self._batch_size, len(waiting))
         decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative, routes=store)
         batch = GenerationBatch(
             decoder,
@@ -65,15 +87,9 @@ class LocalEngine:
         )
         began = time.perf_counter()
         with self._model.weights_unchanged():
-            for _ in batch.run(waiting, size):
-                pass
-        statistics = batch.statistics(time.perf_counter() - began)
-        rollouts = to_rollouts(sequences, keeps_sets=request.keeps_sets)
-        return Rollouts(rollouts=rollouts, statistics=statistics, routes=_collect(store, rollouts))
-
-
-def _collect(store: RouteStore | None, rollouts: Sequence[Sample]) -> SampledRoutes | None:
-    return None if store is None else join_routes([store], rollouts)
+            for made in batch.run(waiting, size):
+                self.statistics = batch.statistics(time.perf_counter() - began)
+                yield from made
 
 
 def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_positions: int) -> list[ActiveSequence]:

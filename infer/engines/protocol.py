@@ -63,11 +63,7 @@ class Request:
         return self.record_kept and not self.sampling.keeps_all
 
     def __post_init__(self) -> None:
-        """Rejects a request without samples.
-
-        Raises:
-            GenerateError: names the field.
-        """
+        """Rejects a request without samples."""
         if self.samples < 1:
             raise GenerateError(f"samples: must be at least 1, is {self.samples}; nearest valid: 1")
 

@@ -58,12 +58,7 @@ class VllmEngine:
         check_digests(ours.items(), workers)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
-        """Implements `Engine.generate`.
-
-        Raises:
-            GenerateError: as described there, or vLLM cannot report the log-probabilities of this sampling, or experts
-                are to be recorded.
-        """
+        """Implements `Engine.generate`."""
         if request.record_routes:
             raise GenerateError(
                 "record_routes: must be false with vllm, which does not report experts, is true; nearest valid: false"
@@ -116,11 +111,7 @@ def _import() -> ModuleType:
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    """Rejects a sampling whose log-probabilities vLLM reports only after filters.
-
-    Raises:
-        GenerateError: names the key.
-    """
+    """Rejects a sampling whose log-probabilities vLLM reports only after filters."""
     plain = Sampling(temperature=sampling.temperature, seed=sampling.seed)
     changed = next((name for name in Sampling.__slots__ if getattr(sampling, name) != getattr(plain, name)), None)
     if changed is not None:

@@ -16,7 +16,7 @@ from launch.ranks.environment import is_torchrun
 from launch.ranks.workers import Send, run_on_local_ranks
 from train.config.errors import ConfigError
 
-_PRELOADED = ["train.decoding.inference", "train.evaluation.pipelined", "launch.evaluation.ranks"]
+_PRELOADED = ["train.post.inference", "train.evaluation.pipelined", "launch.evaluation.ranks"]
 
 Done = Mapping[str, Collection[str | int]]
 """The ids of the samples of each task that have a record."""
@@ -56,9 +56,8 @@ def _evaluate(job: EvaluationJob, placement: EvaluationPlacement, done: Done, se
 def evaluate_as_rank(job: EvaluationJob, placement: EvaluationPlacement, done: Done | None, write: Write) -> None:
     """Evaluates as one rank of the job."""
     from comm.groups import ClusterError
-    from train.decoding.inference import InferenceConfig, open_pipeline
-    from train.evaluation.pipelined import PipelinedModel
-    from train.evaluation.together import share_done
+    from train.evaluation.pipelined import PipelinedModel, share_done
+    from train.post.inference import InferenceConfig, open_pipeline
 
     config, source = job.config, job.source
     network = InferenceConfig(

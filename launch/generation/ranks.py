@@ -22,7 +22,7 @@ from launch.ranks.workers import Send, run_on_local_ranks
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers
 from train.config.errors import ConfigError
 
-_PRELOADED = ["train.decoding.inference", "infer.engines.pipelined.engine", "launch.generation.ranks"]
+_PRELOADED = ["train.post.inference", "infer.engines.pipelined.engine", "launch.generation.ranks"]
 _TIMEOUT_SECONDS = 1800.0
 
 
@@ -113,7 +113,7 @@ def generate_as_rank(job: RankJob) -> Rollouts:
     """Generates as one rank of the job, and returns all rollouts on every rank."""
     from comm.groups import ClusterError
     from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
-    from train.decoding.inference import InferenceConfig, open_pipeline
+    from train.post.inference import InferenceConfig, open_pipeline
 
     network = InferenceConfig(**{field.name: getattr(job, field.name) for field in fields(InferenceConfig)})
     stop_condition: Callable[[int, int], bool] = lambda index, token: False  # noqa: E731

@@ -42,7 +42,7 @@ from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig
 from train.tasks.hook import StepBatch, TaskHook
 from train.tasks.registry import TASKS, StepRates, Task, open_task
-from train.teacher.scores import is_scores_folder
+from train.tasks.scores import is_scores_folder
 from train.world import World, open_world
 
 

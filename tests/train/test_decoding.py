@@ -25,8 +25,8 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
 from tests.train.job import configured_schedule, make_world
 from train.config import TrainConfig
-from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import ReplicaConfig
+from train.post.pipeline import ReplicaPipeline
 from train.post.routes import assign_homes, held_records
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut

@@ -10,7 +10,7 @@ from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.engines.protocol import NumberedPrompt, Request
 from tests.ranks import run_ranks
 from tests.train.test_decoding import Layout, config_of, opened
-from train.decoding.replica_pipeline import compile_decode_program
+from train.post.pipeline import compile_decode_program
 
 # Much more than the computation of the tiny model, so that ranks that share a core do not delay each other.
 STAGE_SECONDS = 0.06

@@ -3,24 +3,26 @@
 Shape legend: B sequences of a micro-batch, T tokens, C recorded values, D hidden size, S sequences of a pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from infer.evaluate.local import MOST_TOKENS, PADDING, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from kernels.cross_entropy.greedy import greedy_scores
-from model.head import score_states
-from model.objective import MicroBatch, OutputHead, TaskLoss
+from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
+from model.objectives.ranking import KeepScores
 from model.precision.linear import WeightSink
-from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import link_shapes, sequence_parts
+from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica
 from train.tasks.batch_reader import held_part
+from train.world import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,17 +39,6 @@ class GreedyTargets:
         found = greedy_scores(hidden_BTD.flatten(0, 1), head.weight_VD, targets_BT.flatten())
         both_BT2 = torch.stack([each.double() for each in found], -1).view(*targets_BT.shape, 2)
         return TaskLoss(hidden_BTD.new_zeros(()), {}, both_BT2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RatedTokens:
-    """Objective of a forward-only pass of a reward model, which records the score of each token."""
-
-    balance: float = 0.0
-
-    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
-        """Computes the scores, [B, T, 1]."""
-        return TaskLoss(hidden_BTD.new_zeros(()), {}, score_states(hidden_BTD, head.weight_VD).double()[..., None])
 
 
 class PipelinedModel:
@@ -85,9 +76,9 @@ class PipelinedModel:
         targets = [TargetSequence(tokens=(*sequence, PADDING), num_targets=1) for sequence in sequences]
         found = [0.0] * len(sequences)
         for numbers, num_rows in self._passes(targets):
-            scores_ST1 = self._run([targets[number] for number in numbers], num_rows, RatedTokens(), 1)
+            scores_ST = self._run([targets[number] for number in numbers], num_rows, KeepScores(), ())
             for row, number in enumerate(numbers):
-                found[number] = float(scores_ST1[row, len(sequences[number]) - 1, 0])
+                found[number] = float(scores_ST[row, len(sequences[number]) - 1])
         return found
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
@@ -115,7 +106,7 @@ class PipelinedModel:
 
     def _score(self, sequences: Sequence[TargetSequence], num_rows: int) -> list[TargetScores]:
         """Scores the sequences of one pass."""
-        found_ST2 = self._run(sequences, num_rows, GreedyTargets(), 2)
+        found_ST2 = self._run(sequences, num_rows, GreedyTargets(), (2,))
         scores = []
         for row, each in enumerate(sequences):
             end = len(each.tokens) - 1
@@ -126,11 +117,11 @@ class PipelinedModel:
 
     @torch.no_grad()
     def _run(
-        self, sequences: Sequence[TargetSequence], num_rows: int, objective: "GreedyTargets | RatedTokens", width: int
+        self, sequences: Sequence[TargetSequence], num_rows: int, objective: Objective, width: tuple[int, ...]
     ) -> Tensor:
-        """Runs one pass, and returns what the objective records on every rank, [S, T, width], on the host."""
+        """Runs one pass, and returns what the objective records on every rank, [S, T, *width], on the host."""
         replica = self._sized(len(sequences[0].tokens) - 1, num_rows)
-        return replica.gather(replica.record(_Batches(replica, sequences), objective), (width,))
+        return replica.gather(replica.record(_Batches(replica, sequences), objective), width)
 
     def _sized(self, length: int, num_rows: int) -> Replica:
         """Returns the replica for micro-batches of another size, with the same weights and links."""
@@ -169,3 +160,15 @@ class _Batches:
         parts = replica.parts
         part = whole if len(parts.held) == 1 else held_part(whole, parts, replica.part_of(micro_batch))
         return part.to(replica.world.device)
+
+
+def share_done(world: World, done: Mapping[str, Collection[str | int]] | None) -> Mapping[str, Collection[str | int]]:
+    """Returns on every rank the samples that rank 0 has records of. All ranks call it.
+
+    Args:
+        done: ids by task; only those of rank 0 matter.
+    """
+    shared = [done if world.rank == 0 else None]
+    with world.phase("samples that have a record"):
+        dist.broadcast_object_list(shared, src=0, group=world.groups.world)
+    return shared[0] or {}

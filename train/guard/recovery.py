@@ -47,9 +47,6 @@ def ends_of_sampling() -> Iterator[None]:
     """Ends a run whose answers cannot be sampled or scored.
 
     All ranks raise these errors at the same point. Within a step, the guard refuses what cannot be sampled.
-
-    Raises:
-        StoppedError: on every rank.
     """
     try:
         yield
@@ -111,9 +108,6 @@ class Recovery:
 
         Returns:
             The outcome, and its reason for people.
-
-        Raises:
-            StoppedError: the run ends.
         """
         config = self._config
         self._num_in_a_row += 1

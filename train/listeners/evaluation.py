@@ -14,10 +14,10 @@ from infer.evaluate.protocol import TaskContext
 from infer.evaluate.results import TaskResult, as_json, task_result
 from infer.evaluate.run import OpenTask, Record, open_tasks, run_tasks
 from train.config.decode import encode
-from train.decoding.replica_pipeline import ReplicaPipeline
 from train.evaluation.page import PAGE_NAME, page
 from train.evaluation.pipelined import PipelinedModel
 from train.listeners.listener import Moment, RunParts
+from train.post.pipeline import ReplicaPipeline
 
 FOLDER_NAME = "evaluations"
 _BATCH_SIZE = 32

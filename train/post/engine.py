@@ -23,8 +23,8 @@ from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollouts, Sample
 from infer.engines.weight_digests import TensorDigest
 from model.transformer import named_tensors, whole
-from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import build_model
+from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica
 
 _HASH_BYTES = 32
@@ -115,11 +115,7 @@ class WholeCopy:
         self._compare(list(copies), sent_NH, arrived_NH)
 
     def _compare(self, names: Sequence[str], sent_NH: Tensor, arrived_NH: Tensor) -> None:
-        """Compares the hashes of this rank's copy with those of the senders. Rows of other senders are zero.
-
-        Raises:
-            GenerateError: on every rank, about the first tensor that differs on any rank.
-        """
+        """Compares the hashes of this rank's copy with those of the senders. Rows of other senders are zero."""
         world = self._replica.world
         num_ranks = len(world.ranks)
         expected_NH = world.reduce(sent_NH, "hashes of weights")
@@ -172,11 +168,7 @@ class GatheredEngine:
         """Does nothing, because the engine opened no links."""
 
     def _gather(self, sampled: Rollouts, problem: str) -> list[tuple[tuple[Sample, ...], Statistics]]:
-        """Returns the rollouts and statistics of the ranks that continued a prompt.
-
-        Raises:
-            GenerateError: on every rank, if one of them has a problem.
-        """
+        """Returns the rollouts and statistics of the ranks that continued a prompt."""
         group = self._world.groups.world
         with self._world.log.collective("world", group, "rollouts of all ranks"):
             if text := exchange_reports(problem or None, group).first_text:

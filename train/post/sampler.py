@@ -225,11 +225,7 @@ class PolicySampler(TaskHook):
         return None
 
     def _write(self, rollout: ScoredRollout) -> ScoredRollout:
-        """Writes a rollout's journal on rank 0. All ranks call it.
-
-        Raises:
-            UnsavedError: on every rank, if the folder does not take it.
-        """
+        """Writes a rollout's journal on rank 0. All ranks call it."""
         out_dir = self._place.out_dir
         if rollout.routes is not None:
             save_rollout_routes(self._replica, out_dir, rollout)

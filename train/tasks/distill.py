@@ -11,14 +11,14 @@ from train.config.errors import ConfigError
 from train.second_network import check_second_network, second_network_run
 from train.tasks.registry import TASKS, TaskSpec
 from train.tasks.samples import SampleTaskConfig, check_samples
-from train.teacher.scores import check_scores, is_scores_folder, with_scores
+from train.tasks.scores import check_scores, is_scores_folder, with_scores
 
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from train.config import TrainConfig
     from train.replica import Replica
-    from train.tasks.distillation import DistillationTask
     from train.tasks.hook import TaskHook
+    from train.tasks.next_token import DistillationTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,17 +50,13 @@ class DistillConfig(SampleTaskConfig):
 
 def build_distill(config: DistillConfig, model: ModelConfig, batch: BatchConfig) -> "DistillationTask":
     """Builds the task of distillation."""
-    from train.tasks.distillation import DistillationTask
+    from train.tasks.next_token import DistillationTask
 
     return DistillationTask(config, model.mtp_depth, masks_documents=batch.document_mask)
 
 
 def check_distill(config: "TrainConfig") -> None:
-    """Rejects data without samples, a mixture of one distribution, and sampling that cannot be trained on.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects data without samples, a mixture of one distribution, and sampling that cannot be trained on."""
     check_samples(config)
     assert isinstance(config.task, DistillConfig)
     beta = config.task.beta
@@ -91,11 +87,7 @@ def _check_sampling(task: DistillConfig, length: int) -> None:
 
 
 def check_teacher(config: "TrainConfig") -> None:
-    """Rejects a teacher that is neither stored scores nor weights, or has another vocabulary.
-
-    Raises:
-        ConfigError, CheckpointError, HfError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects a teacher that is neither stored scores nor weights, or has another vocabulary."""
     task = config.task
     assert isinstance(task, DistillConfig)
     if is_scores_folder(task.teacher):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from train.post.frozen import Comparison
     from train.replica import Replica
     from train.tasks.hook import TaskHook
-    from train.tasks.policy_gradient import PolicyGradientTask
+    from train.tasks.next_token import PolicyGradientTask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def leaves_out_equal_groups(config: "TrainConfig") -> bool:
 
 def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "PolicyGradientTask":
     """Builds the task of policy gradients."""
-    from train.tasks.policy_gradient import PolicyGradientTask
+    from train.tasks.next_token import PolicyGradientTask
 
     return PolicyGradientTask(config, model.mtp_depth)
 
@@ -89,11 +89,7 @@ def open_grpo_hook(
 
 
 def check_policy_loss(config: "TrainConfig") -> None:
-    """Rejects values of the loss that have no effect next to others.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects values of the loss that have no effect next to others."""
     assert isinstance(config.task, GrpoConfig)
     loss, key = config.task.loss, "task.loss"
     if loss.kl == "none" and loss.kl_weight:

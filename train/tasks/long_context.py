@@ -61,11 +61,7 @@ def extended_model(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_long_context(config: "TrainConfig") -> None:
-    """Rejects a model with another rotary embedding, and a length beyond YaRN's factor.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects a model with another rotary embedding, and a length beyond YaRN's factor."""
     task, model, length = config.task, config.model, config.batch.sequence_length_tokens
     assert isinstance(task, LongContextConfig)
     if model.rope_scaling != task.rope:

@@ -1,4 +1,4 @@
-"""Predicts the next token at every MTP depth, for tasks that differ in targets and their weights.
+"""Predicts the next token at every MTP depth, alone or as a part of distillation and policy gradients.
 
 Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens.
 """
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORE, Batch
+from data.samples.pack import WEIGHTS
 from kernels.attention.documents import Documents
+from kernels.distillation.divergence import Divergence
 from model.objective import (
     BALANCE,
     MAIN,
@@ -21,7 +23,13 @@ from model.objective import (
     loss_names,
     weights_of_depths,
 )
+from model.objectives.distillation import DIVERGENCE, Distillation, distillation_names
+from model.objectives.policy import PolicyGradient, policy_names
+from model.objectives.policy_terms import OFF_POLICY
+from model.objectives.sampled import AnswerIndex
 from train.config import TaskConfig
+from train.tasks.distill import DistillConfig
+from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import StepRates
 
 
@@ -84,6 +92,73 @@ class NextToken:
         if self._weights is None:
             return is_target_BT.sum()
         return (batch.extras[self._weights][..., depth].double() * is_target_BT).sum()
+
+
+class DistillationTask:
+    """The task of distillation. Its batches have the teacher's scores or states as extras."""
+
+    def __init__(self, config: DistillConfig, mtp_depth: int, *, masks_documents: bool) -> None:
+        """Builds the task; the arguments are those of `NextToken`."""
+        self.names = distillation_names(mtp_depth)
+        self._targets = NextToken(config, mtp_depth, masks_documents=masks_documents, weights=WEIGHTS)
+        self._mix = config.cross_entropy_weight
+        self._form = Divergence(kind=config.divergence, beta=config.beta, temperature=config.temperature)
+
+    def read(self, batch: Batch, device: torch.device) -> MicroBatch:
+        """Returns the inputs and targets of every depth, and the batch's extras."""
+        return self._targets.read(batch, device)
+
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Counts as next-token prediction does; the divergence is a mean over the main targets."""
+        counts = self._targets.count(batch)
+        return torch.cat([counts, counts[:1]])
+
+    def objective(self, counts: Tensor, rates: StepRates) -> Distillation:
+        """Builds the step's objective."""
+        targets = self._targets.objective(counts[:-1], rates)
+        return Distillation(targets=targets, cross_entropy_weight=self._mix, form=self._form)
+
+    def total(self, means: Mapping[str, float], rates: StepRates) -> float:
+        """Returns the loss that the step minimized."""
+        mixed = (1 - self._mix) * means[DIVERGENCE] + self._mix * means[MAIN]
+        return self._targets.total(means, rates) - means[MAIN] + mixed
+
+
+class PolicyGradientTask:
+    """The task of policy gradients. Its batches have the values of sampled tokens as extras."""
+
+    def __init__(self, config: GrpoConfig, mtp_depth: int) -> None:
+        """Builds the task for a model with `mtp_depth` MTP modules, which learn the sampled tokens."""
+        self.names = policy_names(mtp_depth, has_reference=config.has_reference)
+        self._targets = NextToken(config, mtp_depth, masks_documents=True, weights=WEIGHTS)
+        self._config = config
+
+    def read(self, batch: Batch, device: torch.device) -> MicroBatch:
+        """Returns the inputs and targets of every depth, the mask between answers, and the batch's extras."""
+        return self._targets.read(batch, device)
+
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Counts tokens or answers for the main loss and for means, targets of MTP depths, and sequences."""
+        counts = self._targets.count(batch)
+        tokens, answers = counts[:1], AnswerIndex(batch, None).count().to("cpu", torch.float64)[None]  # host sync
+        main = tokens if self._config.loss.normalizer == "tokens" else answers
+        num_token_means = self.names.index(OFF_POLICY) - len(counts)
+        return torch.cat([main, counts[1:], *[tokens] * num_token_means, answers])
+
+    def objective(self, counts: Tensor, rates: StepRates) -> PolicyGradient:
+        """Builds the step's objective."""
+        targets = self._targets.objective(counts[: len(self._targets.names)], rates)
+        return PolicyGradient(
+            targets=targets,
+            form=self._config.loss,
+            factor=targets.factors[0],
+            max_new_tokens=self._config.max_new_tokens,
+            temperature=self._config.temperature,
+        )
+
+    def total(self, means: Mapping[str, float], rates: StepRates) -> float:
+        """Returns the loss that the step minimized."""
+        return self._targets.total(means, rates)
 
 
 def to_micro_batch(

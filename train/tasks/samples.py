@@ -25,11 +25,7 @@ class SampleTaskConfig(TaskConfig):
 
 
 def check_samples(config: "TrainConfig") -> None:
-    """Rejects data without the samples and values that the task reads, and samples without a mask.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects data without the samples and values that the task reads, and samples without a mask."""
     kind, task = config.data.source.kind, config.task.kind
     entry = DATA_SOURCES.get(kind)
     if entry.samples is None:

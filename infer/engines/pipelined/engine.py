@@ -16,8 +16,7 @@ from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder
 from infer.engines.local import start_sequences, to_rollouts
 from infer.engines.pipelined.cohort import Cohort, CohortDecoder
-from infer.engines.pipelined.pipeline import DecodePipeline
-from infer.engines.pipelined.plan import RoundFormat, assign_prompt
+from infer.engines.pipelined.plan import DecodePipeline, RoundFormat, assign_prompt
 from infer.engines.pipelined.stage import CohortStage, DirectedStages, InnerStage, LastStage
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from infer.routes import RouteStore, join_routes
@@ -43,11 +42,7 @@ class CohortSizes:
     prefill_tokens: int = PROMPT_TOKENS
 
     def __post_init__(self) -> None:
-        """Rejects numbers below 1.
-
-        Raises:
-            GenerateError: names the field.
-        """
+        """Rejects numbers below 1."""
         for name, value in (
             ("cohorts", self.cohorts),
             ("max_rows", self.max_rows),
@@ -83,8 +78,8 @@ class PipelinedEngine:
         self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
         self._stop_condition, self._min_seconds = stop_condition, min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
-        directions = len(pipeline.placement)
-        ranks = 1 + max(pipeline.placement[0])
+        directions = len(pipeline.place.placement)
+        ranks = 1 + max(pipeline.place.placement[0])
         # A rank alone waits for no other, so that its cohort can be as large as possible.
         self.num_cohorts = sizes.cohorts or (1 if ranks == 1 else -(-2 * ranks // directions))
         self.num_rounds = self.plan_bytes = 0
@@ -108,7 +103,7 @@ class PipelinedEngine:
     def _start(self, prompts: Sequence[NumberedPrompt], request: Request) -> "_RankWork":
         """Builds this rank's stages and starts the programs of its cohorts."""
         pipeline = self._pipeline
-        num_shares = pipeline.num_data * len(pipeline.placement)
+        num_shares = pipeline.place.num_data * len(pipeline.place.placement)
         most = -(-len(prompts) // num_shares) * request.samples
         config = pipeline.model.config
         form = RoundFormat(
@@ -122,12 +117,12 @@ class PipelinedEngine:
         )
         work = _RankWork(form, {}, {}, {}, {})
         if request.record_routes:
-            directions = range(len(pipeline.placement))
+            directions = range(len(pipeline.place.placement))
             work.stores = {each: RouteStore(self._share(prompts, each), request.samples) for each in directions}
         held: dict[int, dict[int, CohortStage]] = {}
-        for direction, row in enumerate(pipeline.placement):
+        for direction, row in enumerate(pipeline.place.placement):
             for stage, rank in enumerate(row):
-                if rank != pipeline.rank:
+                if rank != pipeline.place.rank:
                     continue
                 if stage == len(row) - 1:
                     own = self._share(prompts, direction)
@@ -144,17 +139,23 @@ class PipelinedEngine:
     def _share(self, prompts: Sequence[NumberedPrompt], direction: int) -> list[NumberedPrompt]:
         """Returns the prompts that this pipeline continues in a direction."""
         pipeline = self._pipeline
-        num_data, num_directions, own = pipeline.num_data, len(pipeline.placement), (pipeline.data_index, direction)
+        num_data, num_directions, own = (
+            pipeline.place.num_data,
+            len(pipeline.place.placement),
+            (pipeline.place.data_index, direction),
+        )
         return [each for at, each in enumerate(prompts) if assign_prompt(at, num_data, num_directions) == own]
 
     def _inner_stage(self, stage: int, work: "_RankWork", capacity: int, routes: RouteStore | None) -> InnerStage:
         pipeline, form = self._pipeline, work.form
         decoders = [
-            PartDecoder(pipeline.model, pipeline.cut[stage], form.max_rows, capacity, with_mtp=False, routes=routes)
+            PartDecoder(
+                pipeline.model, pipeline.place.cut[stage], form.max_rows, capacity, with_mtp=False, routes=routes
+            )
             for _ in range(self.num_cohorts)
         ]
         work.inner_decoders += decoders
-        return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.shares_experts)
+        return InnerStage(decoders, form, is_first=stage == 0, shares_experts=pipeline.place.shares_experts)
 
     def _last_stage(self, direction: int, request: Request, work: "_RankWork", capacity: int) -> LastStage:
         """Builds the last stage of a direction, whose cohorts share one queue of sequences."""
@@ -164,7 +165,7 @@ class PipelinedEngine:
         for number in range(self.num_cohorts):
             decoder = CohortDecoder(
                 pipeline.model,
-                pipeline.cut[-1],
+                pipeline.place.cut[-1],
                 form.max_rows,
                 capacity,
                 with_mtp=self._speculative,
@@ -189,19 +190,15 @@ class PipelinedEngine:
             cohorts,
             decoders,
             form,
-            is_first=len(pipeline.cut) == 1,
+            is_first=len(pipeline.place.cut) == 1,
             with_mtp=self._speculative,
-            shares_experts=pipeline.shares_experts,
+            shares_experts=pipeline.place.shares_experts,
         )
         work.last_stages[direction] = last
         return last
 
     def _run_rounds(self, work: "_RankWork") -> None:
-        """Runs rounds until no rank has a cohort that needs one.
-
-        Raises:
-            GenerateError: on every rank, if a cohort of one rank failed.
-        """
+        """Runs rounds until no rank has a cohort that needs one."""
         pipeline = self._pipeline
         while num_rounds := pipeline.largest(work.num_rounds()):
             if num_rounds >= _FAILED:

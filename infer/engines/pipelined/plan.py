@@ -1,17 +1,23 @@
-"""Describes what the stages compute for a cohort in one round, and how it travels between ranks.
+"""Describes what the stages compute for a cohort in one round, how it travels, and what the ranks do together.
 
 Shape legend: N new tokens of a cohort, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Protocol, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from dualpipe.ir import Placement
+from dualpipe.runtime.execute import Execution
+from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.transfers import ValueKind
 from infer.decoder import PassKind
+from model.transformer import Transformer
+
+ValueT = TypeVar("ValueT")
 
 _KINDS: tuple[PassKind, ...] = get_args(PassKind)
 _BYTES_PER_NUMBER = 8
@@ -117,3 +123,65 @@ class RoundFormat:
 
     def _plan(self, plan_bytes: Tensor) -> RoundPlan:
         return RoundPlan.from_numbers(plan_bytes.view(torch.int64).tolist())  # host sync
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelinePlace:
+    """The place of this rank among those that hold a model together.
+
+    Attributes:
+        placement: the pipeline rank of each stage, for each direction.
+        rank: this rank within its pipeline.
+        data_index: index of this pipeline along the data axis, among `num_data`.
+        shares_experts: whether several pipelines hold the experts of a layer together.
+        cut: layers of each stage.
+    """
+
+    placement: Placement
+    rank: int
+    data_index: int
+    num_data: int
+    shares_experts: bool
+    cut: tuple[range, ...]
+
+
+class DecodePipeline(Protocol):
+    """The ranks of a pipeline and of its copies along the data axis, as the engine uses them."""
+
+    place: PipelinePlace
+
+    @property
+    def model(self) -> Transformer:
+        """This rank's part of the model."""
+        ...
+
+    def hand_over(
+        self, form: RoundFormat, rounds: Mapping[int, Sequence[Tensor]], num_cohorts: int
+    ) -> dict[tuple[int, int], Tensor]:
+        """Sends packed rounds from the last stages to the first ones.
+
+        Args:
+            rounds: next round of each cohort, by direction, for the directions whose last stage is on this rank.
+
+        Returns:
+            The next round by direction and cohort, for the directions whose first stage is on this rank.
+        """
+        ...
+
+    def run(
+        self, form: RoundFormat, stages: Mapping[int, PipelineStage], num_cohorts: int, num_rounds: int
+    ) -> Execution:
+        """Runs a number of rounds of every cohort. All ranks call it with the same numbers."""
+        ...
+
+    def largest(self, number: int) -> int:
+        """Returns the largest of the numbers of all ranks. All ranks call it."""
+        ...
+
+    def gather(self, value: ValueT | None) -> list[ValueT]:
+        """Returns the values of the ranks that have one, in the order of ranks. All ranks call it."""
+        ...
+
+    def first_report(self, text: str) -> str:
+        """Returns the text of the lowest rank whose text is not empty, or an empty one. All ranks call it."""
+        ...

@@ -73,10 +73,10 @@ def _arm(out_dir: Path) -> None:
     from infer.scoring.reward import Reward
     from model.stage import StageRun
     from train.checkpoint import save
-    from train.decoding.replica_pipeline import ReplicaPipeline
     from train.optim.staged import StagedAdamW
     from train.post import journal
     from train.post.frozen import Reference
+    from train.post.pipeline import ReplicaPipeline
     from train.post.sample import PromptOrder
     from train.post.sampler import PolicySampler
 

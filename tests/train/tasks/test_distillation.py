@@ -29,8 +29,7 @@ from train.post.frozen import Teacher
 from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
-from train.teacher.score import write_scores
-from train.teacher.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter
+from train.tasks.scores import FORMAT_VERSION, ScoresMeta, ScoresWriter, write_scores
 
 TEMPERATURE = 2.0
 TASK = DistillConfig(

@@ -21,8 +21,8 @@ from model.transformer import named_tensors
 from train.checkpoint.sources import WeightSource, is_hf_folder, open_source, source_folder
 from train.checkpoint.weights import CheckpointReader, WeightsKind
 from train.config import BatchConfig, PrecisionConfig
-from train.decoding.replica_pipeline import ReplicaPipeline
 from train.network import ReplicaConfig
+from train.post.pipeline import ReplicaPipeline
 from train.replica import open_replica
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.world import open_world

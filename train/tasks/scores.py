@@ -1,7 +1,7 @@
-"""Reads and writes a teacher's most probable tokens at every target. Imports no torch.
+"""Computes, writes and reads a teacher's most probable tokens at every target. No torch before they are computed.
 
 A folder holds `scores.json` and, for each part of the samples, token ids and log-probabilities. Shape legend: N
-sequences, L tokens per sequence, K kept tokens.
+sequences, L tokens per sequence, B sequences of a batch, T tokens, R rows with a target, K kept tokens.
 """
 
 import json
@@ -10,16 +10,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import DataError
 from data.prepare import Prepared
+from data.progress import Progress
 from data.registry import Part
+from data.samples.pack import WEIGHTS
 from train.config.decode import decode
 from train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.transformer import Transformer
 
 SCORES_NAME = "scores.json"
 IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"
@@ -152,3 +159,69 @@ def _open(folder: Path, part: Part, name: str, shape: tuple[int, ...]) -> NDArra
     if array.shape != shape:
         raise DataError(f"task.teacher: {path} must have the shape {list(shape)}, has {list(array.shape)}")
     return array
+
+
+def write_scores(
+    model: "Transformer",
+    prepared: Prepared,
+    meta: ScoresMeta,
+    writer: ScoresWriter,
+    batch_size: int,
+    progress: Progress,
+) -> int:
+    """Writes the scores of both parts of the samples.
+
+    Returns:
+        The number of targets that were scored.
+    """
+    import torch
+
+    from data.loader import IGNORE, Batch
+    from kernels.attention.documents import Documents
+
+    device = model.head_weight.device
+    num_targets = 0
+    for part in PARTS:
+        tokens_NL, positions_NL, weights_NL = _arrays(prepared, part == "train")
+        ids_NLK, log_probs_NLK = writer.arrays(part, *tokens_NL.shape)
+        starts = range(0, len(tokens_NL), batch_size)
+        for first in progress.over(f"scores of {part}", starts, len(starts), lambda first: 1, "batches"):
+            rows = slice(first, first + batch_size)
+            batch = Batch(
+                tokens_BT=torch.from_numpy(tokens_NL[rows].astype(np.int64)),
+                positions_BT=torch.from_numpy(positions_NL[rows].astype(np.int64)),
+                pad_id=prepared.tokenizer.pad_id,
+            )
+            is_target_BT = (batch.targets(1) != IGNORE) & torch.from_numpy(weights_NL[rows] != 0)
+            documents = Documents.from_positions(batch.positions_BT).to(device)
+            with torch.no_grad():
+                states_BTD = model.final_states(batch.tokens_BT.to(device), documents)
+            ids_RK, log_probs_RK = _top(states_BTD[is_target_BT.to(device)], model.head_weight.detach(), meta)
+            ids_NLK[rows][is_target_BT.numpy()] = ids_RK.int().cpu().numpy()
+            log_probs_NLK[rows][is_target_BT.numpy()] = log_probs_RK.float().cpu().numpy()
+            num_targets += len(ids_RK)
+    return num_targets
+
+
+def _arrays(prepared: Prepared, is_train: bool) -> tuple[NDArray[np.generic], ...]:  # noqa: FBT001
+    if is_train:
+        return prepared.train_tokens_NL, prepared.train_positions_NL, prepared.train_values[WEIGHTS]
+    return prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values[WEIGHTS]
+
+
+def _top(states_RD: "Tensor", head_VD: "Tensor", meta: ScoresMeta) -> "tuple[Tensor, Tensor]":
+    """Returns the most probable tokens of each row and their log-probabilities, chunk by chunk."""
+    import torch
+
+    from kernels.cross_entropy.reference import chunk_rows
+
+    wide = torch.promote_types(states_RD.dtype, torch.float32)
+    ids_RK = torch.empty(len(states_RD), meta.kept, dtype=torch.int64, device=states_RD.device)
+    log_probs_RK = torch.empty(len(states_RD), meta.kept, dtype=wide, device=states_RD.device)
+    size = max(1, chunk_rows(len(states_RD), len(head_VD), states_RD.dtype))
+    for first in range(0, len(states_RD), size):
+        chunk = slice(first, first + size)
+        logits_CV = (states_RD[chunk] @ head_VD.t()).to(wide) / meta.temperature
+        top = logits_CV.log_softmax(-1).topk(meta.kept, -1)
+        ids_RK[chunk], log_probs_RK[chunk] = top.indices, top.values
+    return ids_RK, log_probs_RK

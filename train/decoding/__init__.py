@@ -1,1 +1,0 @@
-"""Decodes with the weights where training left them."""

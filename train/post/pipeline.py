@@ -1,0 +1,192 @@
+"""Decodes with a replica where its weights are: programs, links of varying sizes, and agreements between ranks."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comm.agreement import exchange_reports, gather_present
+from comm.dispatch.process_group import Observers
+from comm.dispatch.traffic import Traffic
+from comm.transfers.message import DECODING_KINDS
+from comm.transfers.transport import PipelineTransport
+from dualpipe.decode import decode
+from dualpipe.ir import Schedule
+from dualpipe.runtime.clock import open_clock
+from dualpipe.runtime.compile import compile_rank
+from dualpipe.runtime.execute import Execution, execute
+from dualpipe.runtime.pairing import sequential
+from dualpipe.runtime.program import Program
+from dualpipe.runtime.protocols import Lane, PipelineStage
+from dualpipe.transfers import Message, linked_pairs
+from dualpipe.validate import validate
+from infer.engines.pipelined.plan import PipelinePlace, RoundFormat
+from model.transformer import Transformer
+from train.replica import Replica
+from train.schedule.links import message_key
+from train.world import World
+
+ValueT = TypeVar("ValueT")
+
+
+class ReplicaPipeline:
+    """A replica as a pipeline that decodes (see `infer.engines.pipelined.pipeline.DecodePipeline`).
+
+    No weight moves: the links carry plans, hidden states and token ids, and the replica's dispatcher exchanges rows.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        """Opens the links. All ranks of the job call it at the same point.
+
+        Args:
+            replica: the network; its weights may change between calls of an engine.
+        """
+        self.replica = replica
+        world = replica.world
+        self.place = PipelinePlace(
+            placement=replica.schedule.placement,
+            rank=world.pipeline_index,
+            data_index=world.data_index,
+            num_data=world.layout.parallelism.data,
+            shares_experts=world.layout.parallelism.expert > 1,
+            cut=replica.cut,
+        )
+        self._programs: dict[tuple[int, int], Program] = {}
+        smallest = decode(self.place.placement, 1, 2)
+        self._links = open_decode_links(replica.world, replica.observers, smallest)
+
+    @property
+    def model(self) -> Transformer:
+        """This rank's part of the model, after all updates of its weights are complete."""
+        return self.replica.model
+
+    def hand_over(
+        self, form: RoundFormat, rounds: Mapping[int, Sequence[Tensor]], num_cohorts: int
+    ) -> dict[tuple[int, int], Tensor]:
+        """Implements `DecodePipeline.hand_over`."""
+        self._links.form = form
+        found: dict[tuple[int, int], Tensor] = {}
+        arriving: list[tuple[int, int]] = []
+        for direction, row in enumerate(self.place.placement):
+            for cohort in range(num_cohorts):
+                if row[-1] == row[0] == self.place.rank:
+                    found[direction, cohort] = rounds[direction][cohort]
+                elif row[-1] == self.place.rank:
+                    self._links.send(self._token_message(direction, cohort, num_cohorts), rounds[direction][cohort])
+                elif row[0] == self.place.rank:
+                    arriving.append((direction, cohort))
+        for direction, cohort in arriving:
+            message = self._token_message(direction, cohort, num_cohorts)
+            found[direction, cohort] = self._links.post_receive(message).wait()
+        self._links.flush()
+        return found
+
+    def run(
+        self, form: RoundFormat, stages: Mapping[int, PipelineStage], num_cohorts: int, num_rounds: int
+    ) -> Execution:
+        """Implements `DecodePipeline.run`."""
+        self._links.form = form
+        program = self._programs.get((num_cohorts, num_rounds))
+        if program is None:
+            program = self._programs[num_cohorts, num_rounds] = compile_decode_program(
+                self.replica, num_cohorts, num_rounds
+            )
+        with self.replica.network.weights_unchanged():
+            return execute(program, stages, self._links, open_clock(self.replica.world.device))
+
+    def largest(self, number: int) -> int:
+        """Returns the largest of the numbers of all ranks. All ranks call it."""
+        world = self.replica.world
+        return int(world.reduce(torch.tensor(number), "rounds of decoding", dist.ReduceOp.MAX))
+
+    def gather(self, value: ValueT | None) -> list[ValueT]:
+        """Implements `DecodePipeline.gather`."""
+        world = self.replica.world
+        with world.log.collective("world", world.groups.world, "results of decoding"):
+            return gather_present(value, world.groups.world)
+
+    def first_report(self, text: str) -> str:
+        """Implements `DecodePipeline.first_report`."""
+        world = self.replica.world
+        with world.log.collective("world", world.groups.world, "failure of decoding"):
+            return exchange_reports(text or None, world.groups.world).first_text
+
+    def close(self) -> None:
+        """Closes the links. All ranks call it at the same point."""
+        self._links.close()
+
+    def _token_message(self, direction: int, cohort: int, num_cohorts: int) -> Message:
+        """Returns the message with a cohort's tokens for the first round of a program."""
+        row = self.place.placement[direction]
+        return Message("tokens", direction, len(row) - 1, cohort - num_cohorts, row[-1], row[0])
+
+
+def compile_decode_program(replica: Replica, num_cohorts: int, num_rounds: int) -> Program:
+    """Compiles a replica's program that decodes with the placement of its schedule."""
+    schedule = decode(replica.schedule.placement, num_cohorts, num_rounds)
+    validate(schedule, forward_only=True)
+    lanes: dict[int, tuple[Lane, ...]] = dict.fromkeys(replica.stages, ("compute",))
+    return compile_rank(schedule, replica.world.pipeline_index, lanes, sequential)
+
+
+class DecodeLinks:
+    """The pipeline transport for the interpreter of a program that decodes.
+
+    A message is a plan of fixed size, and then the rows that the plan announces. A receive starts when the rank waits
+    for it, because the size of the rows is known only then. A sender never waits.
+    """
+
+    def __init__(self, transport: PipelineTransport, nodes: Sequence[int], traffic: Traffic) -> None:
+        """Wraps a transport."""
+        self._transport, self._nodes, self._traffic = transport, nodes, traffic
+        self.form: RoundFormat | None = None
+
+    def post_receive(self, message: Message, /) -> "_LateReceive":
+        """Returns a receive that starts when it is waited for."""
+        assert self.form is not None
+        return _LateReceive(self._transport, message, self.form)
+
+    def send(self, message: Message, tensor: Tensor, /) -> None:
+        """Sends a packed value without waiting, and counts its bytes."""
+        assert self.form is not None
+        across = self._nodes[message.source] != self._nodes[message.destination]
+        self._traffic.add_message(tensor.nbytes, across_nodes=across)
+        head, rows = tensor[: self.form.plan_bytes], tensor[self.form.plan_bytes :]
+        self._transport.send(message_key(message), head)
+        if len(rows):
+            self._transport.send(message_key(message), rows)
+
+    def flush(self) -> None:
+        """Waits until all messages have been sent."""
+        self._transport.flush()
+
+    def close(self) -> None:
+        """Closes the links."""
+        self._transport.close()
+
+
+class _LateReceive:
+    """Receive that starts when it is waited for."""
+
+    def __init__(self, transport: PipelineTransport, message: Message, form: RoundFormat) -> None:
+        self._transport, self._message, self._form = transport, message, form
+
+    def wait(self) -> Tensor:
+        """Receives the plan, then the rows, and returns both as one packed value."""
+        key, form = message_key(self._message), self._form
+        head = self._transport.post_receive(key, [form.plan_bytes], torch.uint8).wait()
+        size = form.num_payload_bytes(self._message.kind, head)
+        if not size:
+            return head
+        return torch.cat((head, self._transport.post_receive(key, [size], torch.uint8).wait()))
+
+
+def open_decode_links(world: World, observers: Observers, schedule: Schedule) -> DecodeLinks:
+    """Opens this rank's links for programs that decode. All ranks of the job call it at the same point."""
+    layout, log = world.layout, observers.log
+    pairs, seconds = linked_pairs(schedule), world.timeout_seconds
+    transport = PipelineTransport(layout, pairs, world.device, seconds, log, DECODING_KINDS)
+    nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
+    return DecodeLinks(transport, nodes, observers.traffic)

@@ -1,1 +1,0 @@
-"""Teachers of distillation: stored scores, or a second network in the pipeline."""
