@@ -1,14 +1,11 @@
 """Trains arithmetic_sft, distils it, and compares both: `python -m tests.post.distill`."""
 
-import argparse
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.post.pass_rates import RecipeRates, measure_pass_rates
-from tests.post.sft import train_recipe
+from tests.post.recipes import check_seeds, train_recipe, train_start
 
 MOST_PASS_DIFFERENCE = 0.08
 """Largest difference of pass@1 between student and teacher. A standard error of a difference is about 0.03."""
@@ -26,36 +23,21 @@ def problems_of_distillation(teacher: RecipeRates, student: RecipeRates) -> list
     return []
 
 
-def main(seeds: Sequence[int], answers: str) -> int:
-    """Trains teacher and student for each seed, prints their rates, and returns 1 if a bound is broken.
+def check(folder: Path, seed: int, answers: Sequence[str] = ()) -> list[str]:
+    """Trains teacher and student, prints their rates, and returns what the student lacks."""
+    run = train_start(folder, seed)
+    values = (f"seed={seed}", f"data.generator_seed={seed}", f"task.teacher={run}", *answers)
+    teacher = measure_pass_rates(run)
+    student = measure_pass_rates(train_recipe("arithmetic_distill", folder, *values))
+    print(f"seed {seed}: teacher {teacher}\n        student {student}", flush=True)
+    return problems_of_distillation(teacher, student)
 
-    Args:
-        seeds: of the runs.
-        answers: `data` or `student`.
-    """
-    failures, further = 0, STUDENT_OVERRIDES if answers == "student" else ()
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            given = (f"seed={seed}", f"data.generator_seed={seed}")
-            run = train_recipe("arithmetic_sft", Path(folder), *given)
-            began = time.perf_counter()
-            teacher = measure_pass_rates(run)
-            student = measure_pass_rates(
-                train_recipe("arithmetic_distill", Path(folder), *given, f"task.teacher={run}", *further)
-            )
-        found = problems_of_distillation(teacher, student)
-        failures += bool(found)
-        seconds = time.perf_counter() - began
-        print(
-            f"seed {seed}: teacher {teacher}\n        student {student}  {seconds:.0f} s  {'; '.join(found)}",
-            flush=True,
-        )
-    return int(failures > 0)
+
+def check_both(folder: Path, seed: int) -> list[str]:
+    """Checks a student of the data's answers, and one of its own."""
+    parts = (folder / name for name in ("data", "student"))
+    return [*check(next(parts), seed), *check(next(parts), seed, STUDENT_OVERRIDES)]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m tests.post.distill", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--answers", choices=["data", "student"], default="data")
-    arguments = parser.parse_args()
-    sys.exit(main(arguments.seeds, arguments.answers))
+    sys.exit(check_seeds("tests.post.distill", __doc__, check_both))

@@ -3,25 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from data.arithmetic.problems import problems
-from data.chat.encode import encode_prompt
-from data.chat.messages import user
-from data.chat.templates import CHAT_TEMPLATES
-from data.tokenizer import Tokenizer
-from infer.config import Sampling
-from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request
 from infer.scoring.pass_rates import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Answer
-from train.checkpoint.load import load_whole
-from train.checkpoint.locate import locate
-from train.checkpoint.manifest import TOKENIZER_NAME, read_model
+from tests.post.recipes import LoadedRun
 
 NUM_PROBLEMS, NUM_SAMPLES = 100, 8
-LONGEST_ANSWER_TOKENS = 12
 EVALUATION_SEED = 1_000
 
 
@@ -42,37 +30,16 @@ class RecipeRates:
         )
 
 
-def measure_pass_rates(run: Path, num_digits: int = 8) -> RecipeRates:
-    """Lets the newest checkpoint of a run answer held-out problems, 8 times each at temperature 1 and once greedily.
-
-    Args:
-        run: folder of the run.
-        num_digits: digits of a problem.
-    """
-    folder = locate(str(run)).folder
-    model = load_whole(read_model(folder), folder, torch.float32)
-    tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
+def measure_pass_rates(folder: Path, num_digits: int = 8) -> RecipeRates:
+    """Lets the newest checkpoint of a run answer held-out problems, 8 times each at temperature 1 and once greedily."""
+    run = LoadedRun.of(folder)
     chosen = problems(EVALUATION_SEED, NUM_PROBLEMS, num_digits)
-    template = CHAT_TEMPLATES.get("v3")
-    prompts = [
-        NumberedPrompt(number=number, tokens=tuple(encode_prompt([user(problem.prompt)], template, tokenizer)))
-        for number, problem in enumerate(chosen)
-    ]
-    engine = LocalEngine(model, batch_size=200)
-    end = tokenizer.end_of_sentence_id
 
     def rates(samples: int, temperature: float) -> PassRates:
-        request = Request(
-            samples=samples,
-            max_new_tokens=LONGEST_ANSWER_TOKENS,
-            sampling=Sampling(temperature=temperature, seed=EVALUATION_SEED),
-            stop=frozenset([end]),
-        )
-        made = [
-            Answer(text=tokenizer.decode(each.tokens[:-1]), num_tokens=len(each.tokens))
-            for each in engine.generate(prompts, request).rollouts
+        groups = [
+            [Answer(text=run.tokenizer.decode(each.tokens[:-1]), num_tokens=len(each.tokens)) for each in group]
+            for group in run.sample(chosen, samples, EVALUATION_SEED, temperature)
         ]
-        groups = [made[first : first + samples] for first in range(0, len(made), samples)]
         sheets = [
             [_sheet(answer, problem.answer) for answer in group] for group, problem in zip(groups, chosen, strict=True)
         ]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.post.pass_rates import RecipeRates, measure_pass_rates
-from tests.post.sft import problems_of_sft, train_recipe
+from tests.post.recipes import train_recipe
+from tests.post.sft import problems_of_sft
 
 
 @pytest.mark.long
