@@ -12,6 +12,7 @@ from comm.exit_codes import EXIT_PREEMPTED
 from dualpipe.draw.document import document
 from dualpipe.draw.style import STYLE
 from train.errors import LOG_FOLDER, find_errors
+from train.listeners.answers import read_answers
 from train.planner.measured.compare import Comparison
 from train.planner.measured.shown import HEADER, notes, rows
 from train.records.status import read_status
@@ -23,7 +24,6 @@ from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
 from train.report.summary import step_time, summary
 from train.report.viewer import VIEWER_NAME
-from train.listeners.answers import read_answers
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")

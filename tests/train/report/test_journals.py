@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.report.journal_run import place_rollouts
-from train.report.journals import choose_evenly, choose_groups
 from train.post.journal import journal_path, read_journal
+from train.report.journals import choose_evenly, choose_groups
 
 
 def test_choice_is_even_and_has_the_first_and_the_last() -> None:
