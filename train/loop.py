@@ -120,8 +120,9 @@ class TrainingLoop:
                 self._status.running(self.num_done)
         for listener in self._measuring + self._listeners:
             listener.close()
-        if self._samples.is_due(self.num_done):
-            self._samples.run()
+        if self._samples.is_due(self.num_done):  # they come from the last checkpoint, which is complete now
+            replica = self._learners.last.replica
+            self._samples.run(Moment(num_done=self.num_done, outcome=Skipped(), replica=replica))
 
     def _train(self, step: int) -> Done | Skipped | RolledBack:
         """Trains on one batch, unless it is skipped after a rollback or the guard refuses the step."""

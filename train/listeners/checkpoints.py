@@ -12,11 +12,11 @@ from train.callbacks import call_on_first_rank
 from train.checkpoint.rescue import save_to_rescue_folder
 from train.checkpoint.save import CheckpointSaver
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
-from train.listeners.listener import Moment, RunParts
+from train.listeners.listener import Listener, Moment, RunParts
 from train.ownership.lock_file import OwnershipCheck
 
 
-class Checkpoints:
+class Checkpoints(Listener):
     """The checkpoints of a run."""
 
     def __init__(self, parts: RunParts, num_done: Callable[[], int]) -> None:
@@ -24,7 +24,7 @@ class Checkpoints:
         self._num_done = num_done
         self._num_saved = num_done()
         self._saving_seconds = 0.0
-        self._parts = parts
+        super().__init__(parts)
         self._world = parts.learner.world
         self._ownership = OwnershipCheck.of_process(Path(parts.config.out_dir))
         self._saver = CheckpointSaver(parts.config, parts.learner, parts.prepared, ownership=self._ownership)
@@ -39,9 +39,6 @@ class Checkpoints:
             self._save()
         self._report()
         return {}
-
-    def close(self) -> None:
-        """Implements `Listener.close`. `saved_at_exit` closes the saver."""
 
     def roll_back(self) -> None:
         """Continues after an earlier step, whose checkpoint the learner has already loaded."""

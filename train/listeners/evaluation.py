@@ -16,14 +16,14 @@ from infer.evaluate.run import OpenTask, Record, open_tasks, run_tasks
 from train.config.decode import encode
 from train.evaluation.page import PAGE_NAME, page
 from train.evaluation.pipelined import PipelinedModel
-from train.listeners.listener import Moment, RunParts
+from train.listeners.listener import Listener, Moment, RunParts
 from train.post.pipeline import ReplicaPipeline
 
 FOLDER_NAME = "evaluations"
 _BATCH_SIZE = 32
 
 
-class Evaluator:
+class Evaluator(Listener):
     """Evaluates the tasks of a run. Every rank has one, and all call the same methods at the same points."""
 
     def __init__(self, parts: RunParts) -> None:
@@ -34,7 +34,7 @@ class Evaluator:
         """
         config = parts.config
         replica = parts.learner.replica
-        self._parts = parts
+        super().__init__(parts)
         self._config = config
         self._replica = replica
         self._pipeline: ReplicaPipeline | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from data.loader import Loader
 from data.prepare import Prepared
@@ -53,17 +53,20 @@ class Moment:
     replica: Replica
 
 
-class Listener(Protocol):
-    """Protocol of what a training loop calls after steps. All ranks have the same ones, and call them together."""
+class Listener:
+    """What a training loop calls after steps. All ranks have the same ones, and call them together."""
+
+    def __init__(self, parts: RunParts) -> None:
+        """Stores the arguments."""
+        self._parts = parts
 
     def is_due(self, num_done: int) -> bool:
         """Returns whether it runs after this number of steps."""
-        ...
+        raise NotImplementedError
 
     def run(self, moment: Moment) -> Mapping[str, Any]:
         """Does its work, and returns what it adds to the record of the step."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Closes what it opened, after the last step."""
-        ...

@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.listeners.listener import Done, Moment, RunParts
+from train.listeners.listener import Done, Listener, Moment, RunParts
 from train.records.events import try_append_event
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 
 
-class Pictures:
+class Pictures(Listener):
     """The pictures of steps that updated the weights."""
 
     def __init__(self, parts: RunParts, timeline: PipelineTimeline) -> None:
         """Stores the arguments."""
-        self._parts = parts
+        super().__init__(parts)
         self._timeline = timeline
 
     def is_due(self, num_done: int) -> bool:
@@ -30,16 +30,13 @@ class Pictures:
             )
         return {}
 
-    def close(self) -> None:
-        """Implements `Listener.close`."""
 
-
-class MissingVerdicts:
+class MissingVerdicts(Listener):
     """Reports, once in a run, why the first answer without a verdict has none."""
 
     def __init__(self, parts: RunParts) -> None:
         """Stores the arguments."""
-        self._parts = parts
+        super().__init__(parts)
         self._has_reported = False
 
     def is_due(self, num_done: int) -> bool:
@@ -56,6 +53,3 @@ class MissingVerdicts:
             if self._parts.learner.world.rank == 0:
                 try_append_event(Path(self._parts.config.out_dir), "no_verdict", moment.num_done, reason)
         return {}
-
-    def close(self) -> None:
-        """Implements `Listener.close`."""

@@ -3,9 +3,10 @@
 Shape legend: N sequences, L tokens per sequence.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TrainConfig
 from train.listeners.answers import HeldOutAnswer, write_answers
-from train.listeners.listener import RunParts
+from train.listeners.listener import Listener, Moment
 from train.network import weight_dtype
 from train.records.secrets import redact
 from train.tasks.registry import TASKS
@@ -34,21 +35,18 @@ class _Exchange:
     reference: list[int]
 
 
-class Samples:
+class Samples(Listener):
     """The samples of a finished run, which come from its last checkpoint. Rank 0 alone loads the whole model."""
-
-    def __init__(self, parts: RunParts) -> None:
-        """Stores the arguments."""
-        self._parts = parts
 
     def is_due(self, num_done: int) -> bool:
         """Implements `Listener.is_due`."""
         is_over = num_done >= self._parts.config.task.steps
         return is_over and self._parts.learner.world.rank == 0 and self._parts.config.model.head == "tokens"
 
-    def run(self) -> None:
-        """Generates and reports the samples."""
+    def run(self, moment: Moment) -> Mapping[str, Any]:
+        """Implements `Listener.run`."""
         report_samples(self._parts.config, self._parts.prepared, self._parts.reporter.show)
+        return {}
 
 
 def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str], None]) -> None:

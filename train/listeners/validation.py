@@ -13,7 +13,7 @@ from data.loader import Batch, Loader
 from model.objective import MAIN, LossSums
 from train.callbacks import call_on_first_rank
 from train.config import TaskConfig
-from train.listeners.listener import Moment, RunParts
+from train.listeners.listener import Listener, Moment
 from train.post.frozen import Comparison
 from train.post.statistics import PASS_AT_1
 from train.records.by_position import LossByPosition, PositionMeans, open_by_position
@@ -27,12 +27,8 @@ _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
 _NO_NETWORK = Comparison()
 
 
-class Validator:
+class Validator(Listener):
     """Validates a run."""
-
-    def __init__(self, parts: RunParts) -> None:
-        """Stores the arguments."""
-        self._parts = parts
 
     def is_due(self, num_done: int) -> bool:
         """Implements `Listener.is_due`."""
@@ -44,9 +40,6 @@ class Validator:
     def run(self, moment: Moment) -> Mapping[str, Any]:
         """Implements `Listener.run`."""
         return self.measure(moment.num_done)
-
-    def close(self) -> None:
-        """Implements `Listener.close`."""
 
     def measure(self, num_done: int) -> Mapping[str, Any]:
         """Measures and reports held-out problems or sequences, and returns the means for the step's record."""

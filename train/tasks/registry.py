@@ -28,30 +28,6 @@ if TYPE_CHECKING:
     OpenHook = Callable[[TrainConfig, Replica, Prepared, Comparison, Callable[[str], object]], TaskHook]
 
 
-def _accept(config: TrainConfig) -> None:
-    pass
-
-
-def _no_teacher(config: TrainConfig) -> TrainConfig | None:
-    return None
-
-
-def _never(task: Any) -> bool:
-    return False
-
-
-def _no_interval(task: Any) -> int | None:
-    return None
-
-
-def _unchanged(config: TrainConfig, prepared: Prepared) -> Prepared:
-    return prepared
-
-
-def _no_keys(task: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
 def _data_alone(*_: object) -> TaskHook:
     from train.tasks.hook import TaskHook
 
@@ -139,18 +115,18 @@ class TaskSpec:
     build: Callable[[Any, ModelConfig, BatchConfig], Task]
     head: HeadKind = "tokens"
     unit: Literal["token", "pair"] = "token"
-    has_reference: Callable[[Any], bool] = _never
-    reference_interval: Callable[[Any], int | None] = _no_interval
+    has_reference: Callable[[Any], bool] = lambda task: False
+    reference_interval: Callable[[Any], int | None] = lambda task: None
     has_rollouts: bool = False
     needs_weights: bool = False
-    teacher_run: Callable[[TrainConfig], TrainConfig | None] = _no_teacher
+    teacher_run: Callable[[TrainConfig], TrainConfig | None] = lambda config: None
     example: Mapping[str, object] = field(default_factory=dict)
-    check: Callable[[TrainConfig], None] = _accept
-    check_files: Callable[[TrainConfig], None] = _accept
-    extend: Callable[[TrainConfig, Prepared], Prepared] = _unchanged
+    check: Callable[[TrainConfig], None] = lambda config: None
+    check_files: Callable[[TrainConfig], None] = lambda config: None
+    extend: Callable[[TrainConfig, Prepared], Prepared] = lambda config, prepared: prepared
     values: tuple[str, ...] = ()
     splits_sequences: bool = False
-    model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
+    model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda task: {}
     open_hook: OpenHook = _data_alone
 
 
