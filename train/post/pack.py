@@ -22,7 +22,7 @@ from model.objectives.preference import TokenLogProbs
 from model.objectives.sampled import KEPT
 from model.router import Routes
 from train.post.routes import replay_answers
-from train.post.sample import PlacedSample, RolloutRoutes
+from train.post.sample import AnswerPlace, RolloutRoutes
 from train.replica import Replica
 from train.tasks.batch_reader import BatchReader, Read
 from train.tasks.hook import StepBatch
@@ -46,9 +46,9 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedStep:
-    """The packed answers of one update, in order, and the batches, which also replay their experts."""
+    """The places of the answers of one update, in order, and the batches, which also replay their experts."""
 
-    placed: Sequence[PlacedSample]
+    places: Sequence[AnswerPlace]
     batch: StepBatch
 
 
@@ -68,24 +68,35 @@ def pack_fitting(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> tuple
     # above it.
     least = min(shape.num_sequences, len(fitting))
     count = bisect_left(range(len(fitting) + 1), x=True, lo=least, key=is_over) - 1
-    (batch,) = fill(place(fitting[:count], shape), shape, {})
+    (batch,) = fill(fitting[:count], place(fitting[:count], shape), shape, {})
     return batch, len(answers) - count
 
 
-def place(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[PlacedSample]:
+def place(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[AnswerPlace]:
     """Returns the places of answers in as many batches as they need, by best fit, longest first."""
     lengths = _lengths(answers, shape)
     rows, _ = best_fit_decreasing(lengths, shape.length)
     filled: dict[int, int] = defaultdict(int)
-    placed = []
+    places = []
     for (prompt, answer), row, length in zip(answers, rows, lengths, strict=True):
         batch, row_in_batch = divmod(row, shape.num_sequences)
-        placed.append(PlacedSample(prompt=prompt, answer=answer, batch=batch, row=row_in_batch, start=filled[row]))
+        answer_place = AnswerPlace(
+            prompt=prompt.number,
+            sample=answer.sample,
+            prompt_tokens=len(prompt.tokens),
+            answer_tokens=answer.num_tokens,
+            batch=batch,
+            row=row_in_batch,
+            start=filled[row],
+        )
+        places.append(answer_place)
         filled[row] += length
-    return placed
+    return places
 
 
-def fill(placed: Sequence[PlacedSample], shape: BatchShape, columns: Columns) -> list[Batch]:
+def fill(
+    answers: Sequence[PromptAndAnswer], places: Sequence[AnswerPlace], shape: BatchShape, columns: Columns
+) -> list[Batch]:
     """Returns the batches of placed answers, at least one.
 
     Where a token of an answer is predicted, the weight is 1, `ANSWER` is its number within the sequence, from 1, and
@@ -94,7 +105,7 @@ def fill(placed: Sequence[PlacedSample], shape: BatchShape, columns: Columns) ->
     Args:
         columns: float64 values; those of tokens beyond the sequence's end are left out.
     """
-    num_batches = 1 + max((each.batch for each in placed), default=0)
+    num_batches = 1 + max((each.batch for each in places), default=0)
     size = (num_batches, shape.num_sequences, shape.length)
     tokens = np.full(size, shape.pad_id, dtype=np.int64)
     positions = np.full(size, PADDING_POSITION, dtype=np.int64)
@@ -102,9 +113,9 @@ def fill(placed: Sequence[PlacedSample], shape: BatchShape, columns: Columns) ->
     numbers = np.zeros(size, dtype=np.int32)
     values = {name: np.zeros(size, dtype=np.float64) for name in columns}
     num_answers: dict[tuple[int, int], int] = defaultdict(int)
-    for number, each in enumerate(placed):
+    for number, ((prompt, answer), each) in enumerate(zip(answers, places, strict=True)):
         row = (each.batch, each.row)
-        sequence = (*each.prompt.tokens, *each.answer.tokens)[: shape.length - each.start]
+        sequence = (*prompt.tokens, *answer.tokens)[: shape.length - each.start]
         tokens[row][each.start : each.start + len(sequence)] = sequence
         positions[row][each.start : each.start + len(sequence)] = np.arange(len(sequence))
         # The token before a token has its values, because it predicts it.
@@ -149,17 +160,17 @@ def pack_step(
     }
     if old_log_probs is not None:
         columns[OLD] = old_log_probs
-    placed = place(answers, shape)
-    batches = fill(placed, shape, columns)
+    places = place(answers, shape)
+    batches = fill(answers, places, shape, columns)
     has_kept = any(answer.kept for _, answer in answers)
-    reads = tuple(
-        _read_with_kept(batch, placed, at) if has_kept else batch.sequences for at, batch in enumerate(batches)
-    )
+    reads: tuple[Read, ...] = tuple(batch.sequences for batch in batches)
+    if has_kept:
+        reads = tuple(_read_with_kept(batch, answers, places, number) for number, batch in enumerate(batches))
     replays: tuple[Routes | None, ...] = (None,) * len(reads)
     if routes is not None:
-        trained = replay_answers(replica, routes, placed)
+        trained = replay_answers(replica, routes, places)
         replays = tuple(map(trained.of_batch, range(len(reads))))
-    return PackedStep(placed=placed, batch=StepBatch(reads, routes=replays))
+    return PackedStep(places=places, batch=StepBatch(reads, routes=replays))
 
 
 def answer_log_probs(replica: Replica, task: Task, packed: PackedStep, temperature: float) -> list[tuple[float, ...]]:
@@ -173,8 +184,8 @@ def answer_log_probs(replica: Replica, task: Task, packed: PackedStep, temperatu
         for read, routes in zip(packed.batch.reads, packed.batch.routes, strict=True)
     ]
     return [
-        tuple(found_BT[each.batch][each.row, each.first : each.first + each.answer.num_tokens].tolist())
-        for each in packed.placed
+        tuple(found_BT[each.batch][each.row, each.first : each.first + each.answer_tokens].tolist())
+        for each in packed.places
     ]
 
 
@@ -207,23 +218,25 @@ def _lengths(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[int]
     return [min(len(prompt.tokens) + answer.num_tokens, shape.length) for prompt, answer in answers]
 
 
-def _read_with_kept(batch: Batch, placed: Sequence[PlacedSample], number: int) -> Read:
+def _read_with_kept(
+    batch: Batch, answers: Sequence[PromptAndAnswer], places: Sequence[AnswerPlace], number: int
+) -> Read:
     """Returns a reader of a batch that adds the kept tokens of each predicted one, int64 BTC; -1 in free places.
 
     Sets differ in size. So they are padded only within the sequences that are read together.
     """
-    by_row: dict[int, list[PlacedSample]] = defaultdict(list)
-    for each in placed:
+    by_row: dict[int, list[tuple[AnswerPlace, Sample]]] = defaultdict(list)
+    for (_, answer), each in zip(answers, places, strict=True):
         if each.batch == number:
-            by_row[each.row].append(each)
+            by_row[each.row].append((each, answer))
 
     def read(first: int, count: int) -> Batch:
-        rows = [(row - first, each) for row in range(first, first + count) for each in by_row[row]]
-        widest = max((len(kept) for _, each in rows for kept in each.answer.kept), default=1)
+        rows = [(row - first, *each) for row in range(first, first + count) for each in by_row[row]]
+        widest = max((len(kept) for _, _, answer in rows for kept in answer.kept), default=1)
         sequences = batch.sequences(first, count)
         kept_BTC = torch.full((*sequences.tokens_BT.shape, widest), _NO_TOKEN, dtype=torch.int64)
-        for row, each in rows:
-            for position, kept in enumerate(each.answer.kept, each.first):
+        for row, each, answer in rows:
+            for position, kept in enumerate(answer.kept, each.first):
                 kept_BTC[row, position, : len(kept)] = torch.tensor(kept)
         return replace(sequences, extras={**sequences.extras, KEPT: kept_BTC})
 

@@ -93,12 +93,13 @@ class PipelinedRater:
             pad_id=self.pad_id,
         )
         nothing = Sample(prompt=0, sample=0, tokens=(), log_probs=(), finish="stop")
-        placed = place([(NumberedPrompt(number=0, tokens=each), nothing) for each in unique], shape)
+        answers = [(NumberedPrompt(number=0, tokens=each), nothing) for each in unique]
+        places = place(answers, shape)
         scores: dict[tuple[int, ...], float] = {}
-        for number, batch in enumerate(fill(placed, shape, {}) if placed else ()):
+        for number, batch in enumerate(fill(answers, places, shape, {}) if places else ()):
             scores_BT = self.replica.gather(self.replica.record(partial(self._read, batch), KeepScores()))
-            here = [each for each in placed if each.batch == number]
-            scores |= {each.prompt.tokens: float(scores_BT[each.row, each.first]) for each in here}
+            here = [both for both in zip(unique, places, strict=True) if both[1].batch == number]
+            scores |= {tokens: float(scores_BT[each.row, each.first]) for tokens, each in here}
         return [scores[each] for each in sequences]
 
     def _read(self, batch: Batch, direction: int, micro_batch: int) -> MicroBatch:

@@ -33,7 +33,7 @@ from model.router import FREE_CHOICE, ReplayedRoutes, RouteError, Router, Routin
 from train.errors import UnsavedError
 from train.ownership.rank_files import RankFiles, find_rank_files
 from train.post.journal import FOLDER_NAME
-from train.post.sample import PlacedSample, RolloutRoutes, ScoredRollout
+from train.post.sample import AnswerPlace, RolloutRoutes, ScoredRollout
 from train.replica import Replica
 
 Records = Mapping[RouteKey, NDArray[np.generic]]
@@ -44,7 +44,7 @@ Share = tuple[int, int]
 _PROMPT, _ORIGIN = "prompt", "origin"
 
 
-def replay_answers(replica: Replica, routes: RolloutRoutes, answers: Sequence[PlacedSample]) -> "TrainedRoutes":
+def replay_answers(replica: Replica, routes: RolloutRoutes, answers: Sequence[AnswerPlace]) -> "TrainedRoutes":
     """Returns the experts of the tokens that this rank trains. All ranks call it."""
     return exchange_routes(replica, routes.sampled, assign_homes(replica, routes.requests), answers)
 
@@ -57,7 +57,7 @@ class BatchRoutes:
     """
 
     ids: Records
-    answers: Mapping[tuple[int, int], Sequence[tuple[int, PlacedSample]]]
+    answers: Mapping[tuple[int, int], Sequence[tuple[int, AnswerPlace]]]
     config: ModelConfig
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
@@ -77,7 +77,7 @@ class BatchRoutes:
         forced_BTK = np.full((*shape, num_choices), FREE_CHOICE, dtype=np.int64)
         for row, answer in self.answers.get((label.direction, label.micro_batch), ()):
             for sample, first, num_tokens in answer.records():
-                key = RouteKey(answer.prompt.number, sample, label.layer)
+                key = RouteKey(answer.prompt, sample, label.layer)
                 ids_TK = checked_record(self.ids, key, num_tokens)
                 if first + num_tokens > shape[1] or ids_TK.shape[1] != num_choices:
                     raise RouteError(
@@ -105,7 +105,7 @@ def checked_record(ids: Records, key: RouteKey, num_tokens: int) -> NDArray[np.g
 class RoutePlan:
     """Which records each rank holds and needs, as a pure function of the layout and of all answers."""
 
-    def __init__(self, replica: Replica, homes: Mapping[int, Share], answers: Sequence[PlacedSample]) -> None:
+    def __init__(self, replica: Replica, homes: Mapping[int, Share], answers: Sequence[AnswerPlace]) -> None:
         """Plans an exchange."""
         self._replica = replica
         self._homes = homes
@@ -115,7 +115,7 @@ class RoutePlan:
         for answer in answers:
             (share, _, _) = self._destination(answer.row)
             for sample, _, num_tokens in answer.records():
-                self._needed[share][answer.prompt.number, sample] = num_tokens
+                self._needed[share][answer.prompt, sample] = num_tokens
 
     def pieces(self, source: int, destination: int) -> dict[RouteKey, int]:
         """Returns the records that a rank has and another one needs, in the order in which they are sent.
@@ -136,9 +136,9 @@ class RoutePlan:
                         found |= {RouteKey(prompt, sample, layer): num_tokens for layer in self._layers[stage]}
         return found
 
-    def rows_of(self, batch: int) -> dict[tuple[int, int], list[tuple[int, PlacedSample]]]:
+    def rows_of(self, batch: int) -> dict[tuple[int, int], list[tuple[int, AnswerPlace]]]:
         """Returns the answers that this rank's pipeline trains in a batch, by direction and micro-batch."""
-        rows: dict[tuple[int, int], list[tuple[int, PlacedSample]]] = defaultdict(list)
+        rows: dict[tuple[int, int], list[tuple[int, AnswerPlace]]] = defaultdict(list)
         for answer in self._answers:
             (data_index, direction), micro_batch, row = self._destination(answer.row)
             if answer.batch == batch and data_index == self._replica.world.data_index:
@@ -177,7 +177,7 @@ class TrainedRoutes:
 
 
 def exchange_routes(
-    replica: Replica, sampled: SampledRoutes, homes: Mapping[int, Share], answers: Sequence[PlacedSample]
+    replica: Replica, sampled: SampledRoutes, homes: Mapping[int, Share], answers: Sequence[AnswerPlace]
 ) -> TrainedRoutes:
     """Exchanges records within the group of ranks that hold the same stages. All ranks call it.
 

@@ -11,7 +11,7 @@ from data.problems.records import ProblemRecord
 from data.problems.split import split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
-from infer.engines.protocol import PROMPT_SAMPLE, Group, NumberedPrompt, Sample, SampledRoutes
+from infer.engines.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
 from infer.scoring.answer_text import THINK
 from infer.scoring.score import problem_of
 from train.config import TrainConfig
@@ -107,11 +107,21 @@ class ScoredRollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlacedSample:
-    """An answer, and where it is trained."""
+class AnswerPlace:
+    """Where an answer is trained.
 
-    prompt: NumberedPrompt
-    answer: Sample
+    Attributes:
+        prompt: number of its prompt.
+        sample: its number among the prompt's answers.
+        batch: number of the batch.
+        row: sequence within the batch.
+        start: position of the prompt's first token.
+    """
+
+    prompt: int
+    sample: int
+    prompt_tokens: int
+    answer_tokens: int
     batch: int
     row: int
     start: int
@@ -119,14 +129,14 @@ class PlacedSample:
     @property
     def first(self) -> int:
         """The position that predicts the answer's first token."""
-        return self.start + len(self.prompt.tokens) - 1
+        return self.start + self.prompt_tokens - 1
 
     def records(self) -> Iterator[tuple[int, int, int]]:
         """Yields the sample and the first position of each of its records of experts, and its number of tokens."""
-        yield PROMPT_SAMPLE, self.start, len(self.prompt.tokens)
+        yield PROMPT_SAMPLE, self.start, self.prompt_tokens
         # The sampler does not read the last token.
-        if self.answer.num_tokens > 1:
-            yield self.answer.sample, self.first + 1, self.answer.num_tokens - 1
+        if self.answer_tokens > 1:
+            yield self.sample, self.first + 1, self.answer_tokens - 1
 
 
 def prompt_form(config: TrainConfig, prepared: Prepared) -> PromptForm:

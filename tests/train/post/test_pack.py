@@ -74,7 +74,7 @@ def test_values_are_where_tokens_are_predicted_in_as_many_batches_as_answers_nee
     shape = BatchShape(num_sequences=2, length=LENGTH, pad_id=PAD)
     answers = [each for each in make_answers(generator, 40, 12) if each[1].tokens]
     column = [tuple(generator.random(answer.num_tokens).tolist()) for _, answer in answers]
-    batches = fill(place(answers, shape), shape, {"advantages": column})
+    batches = fill(answers, place(answers, shape), shape, {"advantages": column})
     assert len(batches) > 3
     found = [piece for batch in batches for piece in unpack(batch, "advantages")]
     expected = [(prompt.tokens, answer.tokens, each) for (prompt, answer), each in zip(answers, column, strict=True)]
@@ -86,7 +86,7 @@ def test_a_batch_without_answers_is_padding() -> None:
     batch, _ = pack_fitting([(NumberedPrompt(number=0, tokens=(5, 6)), answer_of(0, (7, 8, 9)))], shape)
     assert batch.tokens_BT.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [0] * 8]
     assert batch.targets(1)[0].tolist() == [6, 7, 8, 9, -100, -100, -100, -100]
-    (empty,) = fill([], shape, {"advantages": []})
+    (empty,) = fill([], [], shape, {"advantages": []})
     assert not empty.extras[WEIGHTS].any()
     assert empty.extras["advantages"].tolist() == [[0.0] * 8] * 2
     assert (empty.positions_BT == -1).all()

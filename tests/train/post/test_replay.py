@@ -75,8 +75,8 @@ def run(rank: int, world_size: int, config: TrainConfig, folder: Path) -> dict[s
 
         def difference(packed: PackedStep, temperature: float) -> float:
             found = answer_log_probs(replica, task_of(config), packed, temperature)
-            pairs = zip(found, packed.placed, strict=True)
-            return max(float(np.abs(np.subtract(ours, each.answer.log_probs)).max(initial=0)) for ours, each in pairs)
+            pairs = zip(found, answers, strict=True)
+            return max(float(np.abs(np.subtract(ours, answer.log_probs)).max(initial=0)) for ours, (_, answer) in pairs)
 
         differences = {
             "replayed": difference(with_routes, TEMPERATURE),

@@ -14,12 +14,11 @@ from comm.protocol import Label
 from data.loader import Batch
 from infer.config import Sampling
 from infer.engines.pipelined.engine import PipelinedEngine
-from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, RouteKey, Sample, SampledRoutes
+from infer.engines.protocol import PROMPT_SAMPLE, Request, RouteKey, Sample, SampledRoutes
 from model.objective import LossSums
 from model.router import ReplayedRoutes, RouteError, Router, Routes, Routing
 from model.transformer import routers
 from tests.ranks import run_ranks
-from tests.rollouts import answer_of
 from tests.tiny import MODEL
 from tests.train.job import task_of
 from tests.train.test_decoding import PROMPTS, Layout, config_of, held_keys, local, opened, sorted_ids
@@ -27,7 +26,7 @@ from train.config import TrainConfig
 from train.ownership.rank_files import RankFiles
 from train.post.pack import BatchShape, fill, place
 from train.post.routes import BatchRoutes, TrainedRoutes, assign_homes, exchange_routes, read_routes, write_routes
-from train.post.sample import PlacedSample
+from train.post.sample import AnswerPlace
 from train.replica import Replica
 from train.step import rates_of
 from train.tasks.batch_reader import BatchReader
@@ -86,15 +85,15 @@ def training_config(layout: Layout, folder: Path) -> TrainConfig:
     return replace(config, model=MANY_EXPERTS, batch=batch)
 
 
-def pack(rollouts: Sequence[Sample]) -> tuple[list[Batch], list[PlacedSample]]:
+def pack(rollouts: Sequence[Sample]) -> tuple[list[Batch], list[AnswerPlace]]:
     """Packs all answers, the last ones first, so that they leave the ranks that sampled them."""
     answers = [(PROMPTS[each.prompt], each) for each in reversed(rollouts) if each.tokens]
     shape = BatchShape(num_sequences=NUM_SEQUENCES, length=LENGTH, pad_id=0)
-    placed = place(answers, shape)
-    return fill(placed, shape, {}), placed
+    places = place(answers, shape)
+    return fill(answers, places, shape, {}), places
 
 
-def places_of(replica: Replica, answers: Sequence[PlacedSample], batch: int) -> list[tuple[Label, PlacedSample]]:
+def places_of(replica: Replica, answers: Sequence[AnswerPlace], batch: int) -> list[tuple[Label, AnswerPlace]]:
     """Returns this rank's layers and answers of a batch, found from the first sequence of each micro-batch."""
     schedule, found = replica.schedule, []
     for direction in range(schedule.num_directions):
@@ -112,13 +111,13 @@ def places_of(replica: Replica, answers: Sequence[PlacedSample], batch: int) -> 
     return found
 
 
-def count_flips(ids: Mapping[Label, Tensor], known: Known, places: Sequence[tuple[Label, PlacedSample]]) -> list[int]:
+def count_flips(ids: Mapping[Label, Tensor], known: Known, places: Sequence[tuple[Label, AnswerPlace]]) -> list[int]:
     """Returns how many choices of tokens were compared with the sampler's, and how many differ."""
     checked = flips = 0
     for label, answer in places:
         used_TK = ids[label].sort(-1).values.tolist()
         for sample, first, count in answer.records():
-            expected = known[RouteKey(answer.prompt.number, sample, label.layer)]
+            expected = known[RouteKey(answer.prompt, sample, label.layer)]
             pairs = zip(used_TK[first : first + count], expected, strict=True)
             flips += sum(used != chosen for used, chosen in pairs)
             checked += count
@@ -156,10 +155,10 @@ def replay(config: TrainConfig, folder: Path, known: Known, number: int, reads: 
     return found
 
 
-def needed_bytes(replica: Replica, answers: Sequence[PlacedSample], num_batches: int) -> int:
+def needed_bytes(replica: Replica, answers: Sequence[AnswerPlace], num_batches: int) -> int:
     """Returns the bytes of the records of this rank's training, in which a prompt is once for each direction."""
     needed = {
-        (label.layer, label.direction, answer.prompt.number, sample): count
+        (label.layer, label.direction, answer.prompt, sample): count
         for batch in range(num_batches)
         for label, answer in places_of(replica, answers, batch)
         for sample, _, count in answer.records()
@@ -173,7 +172,7 @@ def passes(
     replica: Replica,
     config: TrainConfig,
     batches: list[Batch],
-    answers: Sequence[PlacedSample],
+    answers: Sequence[AnswerPlace],
     trained: TrainedRoutes,
     known: Known,
     found: Replayed,
@@ -216,9 +215,8 @@ def test_training_uses_the_experts_of_the_sampler(tmp_path: Path) -> None:
         assert flipped > 0.01, (layout, flipped)
 
 
-def answer_at(start: int) -> PlacedSample:
-    prompt = NumberedPrompt(number=4, tokens=(1, 2))
-    return PlacedSample(prompt=prompt, answer=answer_of(1, (3, 4, 5)), batch=0, row=0, start=start)
+def answer_at(start: int) -> AnswerPlace:
+    return AnswerPlace(prompt=4, sample=1, prompt_tokens=2, answer_tokens=3, batch=0, row=0, start=start)
 
 
 def some_ids(num_tokens: int, experts: Sequence[int] = (3, 1, 0, 7)) -> NDArray[np.generic]:
