@@ -17,12 +17,12 @@ from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
 from train.optim.staged import Background, StagedAdamW
-from train.post.frozen import Comparison, Reference
+from train.post.frozen import NetworkComparison, Reference
 from train.replica import Replica
 from train.tasks.hook import TaskHook
 from train.world import World
 
-_NO_NETWORK = Comparison()
+_NO_NETWORK = NetworkComparison()
 _DATA_ALONE = TaskHook()
 
 
@@ -40,7 +40,7 @@ class Learner:
     store: GradientStore
     optimizer: StagedAdamW
     ema: ParameterEma | None
-    comparison: Comparison
+    comparison: NetworkComparison
     hook: TaskHook
     ramp: Mapping[int, Schedule] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ def open_learner(
     replica: Replica,
     optim: OptimConfig,
     ema: EmaConfig,
-    comparison: Comparison = _NO_NETWORK,
+    comparison: NetworkComparison = _NO_NETWORK,
     hook: TaskHook = _DATA_ALONE,
 ) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""

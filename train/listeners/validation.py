@@ -14,7 +14,7 @@ from model.objective import MAIN, LossSums
 from train.callbacks import call_on_first_rank
 from train.config import TaskConfig
 from train.listeners.listener import Listener, Moment
-from train.post.frozen import Comparison
+from train.post.frozen import NetworkComparison
 from train.post.statistics import PASS_AT_1
 from train.records.by_position import LossByPosition, PositionMeans, open_by_position
 from train.replica import Replica
@@ -24,7 +24,7 @@ from train.tasks.registry import TASKS, StepRates, open_task
 
 VALIDATION_LOSS = "validation_loss"
 _NO_RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.0, bias_update=0.0)
-_NO_NETWORK = Comparison()
+_NO_NETWORK = NetworkComparison()
 
 
 class Validator(Listener):
@@ -91,7 +91,7 @@ def validate(
     task: TaskConfig,
     loader: Loader,
     num_sequences: int,
-    comparison: Comparison = _NO_NETWORK,
+    comparison: NetworkComparison = _NO_NETWORK,
     by_position: LossByPosition | None = None,
 ) -> Validation:
     """Returns the main loss and reported means over validation sequences. All ranks call it.
@@ -120,7 +120,7 @@ def validate_pass(
     replica: Replica,
     config: TaskConfig,
     read: Read,
-    comparison: Comparison = _NO_NETWORK,
+    comparison: NetworkComparison = _NO_NETWORK,
     by_position: LossByPosition | None = None,
 ) -> tuple[Losses, dict[str, float]]:
     """Runs a forward pass of one global batch.

@@ -26,7 +26,7 @@ from train.tasks.distill import DistillConfig
 from train.tasks.registry import TASKS
 
 
-class Comparison:
+class NetworkComparison:
     """What a run compares its network with. This base class is nothing, for a run that compares with no other."""
 
     @property
@@ -62,17 +62,17 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FrozenNetwork(Comparison):
+class FrozenNetwork(NetworkComparison):
     """A frozen replica without MTP modules."""
 
     replica: Replica
 
     def with_schedule(self, schedule: Schedule) -> Self:
-        """Implements `Comparison.with_schedule`."""
+        """Implements `NetworkComparison.with_schedule`."""
         return replace(self, replica=self.replica.with_schedule(schedule, is_proven=True))
 
     def close(self) -> None:
-        """Implements `Comparison.close`."""
+        """Implements `NetworkComparison.close`."""
         self.replica.close()
 
 
@@ -89,12 +89,12 @@ class Reference(FrozenNetwork):
 
     @property
     def extras(self) -> "dict[str, Reference]":
-        """Implements `Comparison.extras`."""
+        """Implements `NetworkComparison.extras`."""
         return {"reference": self}
 
     @property
     def network(self) -> Replica | None:
-        """Implements `Comparison.network`."""
+        """Implements `NetworkComparison.network`."""
         return self.replica
 
     def add(self, batches: BatchReader, objective: Objective) -> Objective:
@@ -103,13 +103,13 @@ class Reference(FrozenNetwork):
         return objective
 
     def follow(self, policy: Replica) -> None:
-        """Implements `Comparison.follow`."""
+        """Implements `NetworkComparison.follow`."""
         weights = named_tensors(policy.model)
         for name, tensor in self.state().items():
             tensor.copy_(weights[name])
 
     def refresh(self, policy: Replica, num_done: int) -> None:
-        """Implements `Comparison.refresh`."""
+        """Implements `NetworkComparison.refresh`."""
         if self.every_steps is not None and num_done % self.every_steps == 0:
             self.follow(policy)
 
@@ -136,7 +136,7 @@ class Teacher(FrozenNetwork):
         return objective if head is None else replace(objective, teacher_head_VS=head.weight.detach())
 
 
-def open_comparison(config: TrainConfig, policy: Replica) -> Comparison:
+def open_comparison(config: TrainConfig, policy: Replica) -> NetworkComparison:
     """Opens the frozen network of a run that has one, with the policy's weights or a teacher's. All ranks call it.
 
     Raises:
@@ -155,7 +155,7 @@ def open_comparison(config: TrainConfig, policy: Replica) -> Comparison:
         return reference
     run = spec.teacher_run(config)
     if run is None or not isinstance(task, DistillConfig):
-        return Comparison()
+        return NetworkComparison()
     source = open_source(task.teacher, "task.teacher", drop_mtp=True)
     cut = run_cut(run, policy.schedule.placement)
     replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)

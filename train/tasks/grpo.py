@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from data.prepare import Prepared
     from train.config import TrainConfig
-    from train.post.frozen import Comparison
+    from train.post.frozen import NetworkComparison
     from train.replica import Replica
     from train.tasks.hook import TaskHook
     from train.tasks.next_token import PolicyGradientTask
@@ -76,7 +76,7 @@ def open_grpo_hook(
     config: "TrainConfig",
     policy: "Replica",
     prepared: "Prepared",
-    comparison: "Comparison",
+    comparison: "NetworkComparison",
     say: "Callable[[str], object]",
 ) -> "TaskHook":
     """Opens the sampler of a run's rollouts. A run without them has the answers in its data."""

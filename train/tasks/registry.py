@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from model.config import HeadKind, ModelConfig
     from model.objective import MicroBatch, Objective
     from train.config import BatchConfig, TaskConfig, TrainConfig
-    from train.post.frozen import Comparison
+    from train.post.frozen import NetworkComparison
     from train.replica import Replica
     from train.tasks.hook import TaskHook
 
-    OpenHook = Callable[[TrainConfig, Replica, Prepared, Comparison, Callable[[str], object]], TaskHook]
+    OpenHook = Callable[[TrainConfig, Replica, Prepared, NetworkComparison, Callable[[str], object]], TaskHook]
 
 
 def _data_alone(*_: object) -> TaskHook:

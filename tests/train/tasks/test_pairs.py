@@ -30,6 +30,7 @@ from train.config import PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.config.token_schedule import TokenSchedule
 from train.listeners.validation import validate
+from train.post.frozen import NetworkComparison
 from train.step import train_step
 from train.tasks.dpo import DpoConfig
 from train.tasks.reward_model import RewardModelConfig
@@ -185,7 +186,7 @@ def resume(rank: int, world_size: int, config: TrainConfig) -> Resumed:
         train_step(learner, config.task, loader, step)
     saved = checkpoint.save(config, learner, 2, prepared)
     elsewhere = replace(config, out_dir=f"{config.out_dir}_bare")
-    bare = checkpoint.save(elsewhere, replace(learner, reference=None), 2, prepared)
+    bare = checkpoint.save(elsewhere, replace(learner, comparison=NetworkComparison()), 2, prepared)
     whole = train_step(learner, config.task, loader, 2).losses.by_name
     dist.barrier()
     close_job(learner)
