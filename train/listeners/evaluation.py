@@ -121,7 +121,9 @@ class Evaluator(Listener):
         for name, found in records.items():
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
             (folder / samples_name(name)).write_bytes(lines.encode("utf-8", "replace"))
-        shown = {"run": self._config.name, "step": num_steps, "dtype": self._config.precision.kind}
-        (folder / PAGE_NAME).write_text(page(f"Evaluation of step {num_steps}", shown, results), encoding="utf-8")
+        facts_of_page = {"run": self._config.name, "step": num_steps, "dtype": self._config.precision.kind}
+        (folder / PAGE_NAME).write_text(
+            page(f"Evaluation of step {num_steps}", facts_of_page, results), encoding="utf-8"
+        )
         text = json.dumps(as_json(self._tasks, results, settings, facts), indent=2) + "\n"
         (folder / RESULTS_NAME).write_text(text, encoding="utf-8")

@@ -77,7 +77,7 @@ def sample_text(config: TrainConfig, prepared: Prepared, model: Transformer) -> 
     tokenizer = prepared.tokenizer
     prompt = tokenizer.prompt(config.samples.prompt)
     limit = config.model.max_position_tokens
-    made = generate(
+    generation = generate(
         model,
         [prompt[:limit]],
         max_new_tokens=config.samples.tokens,
@@ -85,9 +85,9 @@ def sample_text(config: TrainConfig, prepared: Prepared, model: Transformer) -> 
         stop=[tokenizer.end_of_sentence_id],
     )
     text = config.samples.prompt + decode_after(
-        tokenizer.decode, tokenizer.text_context(prompt), made.continuations[0].tokens
+        tokenizer.decode, tokenizer.text_context(prompt), generation.continuations[0].tokens
     )
-    return f"{text}\n{made.statistics.summary()}"
+    return f"{text}\n{generation.statistics.summary()}"
 
 
 def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer) -> list[HeldOutAnswer]:
@@ -97,10 +97,10 @@ def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer)
         config: of the run; `samples` says how many prompts are answered, and how.
     """
     samples, tokenizer, limit = config.samples, prepared.tokenizer, config.model.max_position_tokens
-    found = [each for each in _held_out(prepared, samples.held_out) if len(each.prompt) < limit]
-    made = generate(
+    exchanges = [each for each in _held_out(prepared, samples.held_out) if len(each.prompt) < limit]
+    generation = generate(
         model,
-        [each.prompt for each in found],
+        [each.prompt for each in exchanges],
         max_new_tokens=samples.tokens,
         sampling=Sampling(temperature=samples.temperature, seed=config.seed),
         stop=[tokenizer.end_of_sentence_id],
@@ -111,7 +111,7 @@ def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer)
             reference=redact(tokenizer.decode(each.reference)),
             answer=redact(tokenizer.decode(_with_end(continued, tokenizer.end_of_sentence_id))),
         )
-        for each, continued in zip(found, made.continuations, strict=True)
+        for each, continued in zip(exchanges, generation.continuations, strict=True)
     ]
 
 

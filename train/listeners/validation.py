@@ -106,10 +106,10 @@ def validate(
     totals, counts = defaultdict[str, float](float), defaultdict[str, float](float)
     for index in range(passes):
         read = partial(_read_validation, loader, index * size)
-        losses, found = validate_pass(replica, task, read, comparison, by_position)
+        losses, denominators = validate_pass(replica, task, read, comparison, by_position)
         for name, mean in losses.by_name.items():
-            totals[name] += mean * found[name]
-            counts[name] += found[name]
+            totals[name] += mean * denominators[name]
+            counts[name] += denominators[name]
     replica.discard_counts()
     means = {name: total / (counts[name] or 1) for name, total in totals.items()}
     reported = {name: mean for name, mean in means.items() if is_reported(name)}

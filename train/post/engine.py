@@ -84,9 +84,9 @@ class WholeCopy:
             requires_grad=False
         )
         # The first rank that holds a tensor sends it.
-        held = named_tensors(replica.network)
+        tensors = named_tensors(replica.network)
         names = list(named_tensors(self.model))
-        holders_N = torch.tensor([world.rank if name in held else len(world.ranks) for name in names])
+        holders_N = torch.tensor([world.rank if name in tensors else len(world.ranks) for name in names])
         senders_N = world.reduce(holders_N, "holders of weights", dist.ReduceOp.MIN)
         self._senders: dict[str, int] = dict(zip(names, senders_N.tolist(), strict=True))
 

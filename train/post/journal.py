@@ -106,15 +106,15 @@ def remove_after(out_dir: Path, step: int) -> list[Path]:
 
 def _tensors(answers: Sequence[Sample], dtype: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
     lengths = np.asarray([len(answer.tokens) for answer in answers], dtype=np.int64)
-    found: dict[str, NDArray[Any]] = {LENGTHS: lengths}
-    found[LOG_PROBS] = np.asarray([value for answer in answers for value in answer.log_probs], dtype=dtype)
+    tensors: dict[str, NDArray[Any]] = {LENGTHS: lengths}
+    tensors[LOG_PROBS] = np.asarray([value for answer in answers for value in answer.log_probs], dtype=dtype)
     if any(answer.old_log_probs is not None for answer in answers):
         old = [value for answer in answers for value in answer.old_log_probs or (math.nan,) * len(answer.tokens)]
-        found[_OLD] = np.asarray(old, dtype=dtype)
+        tensors[_OLD] = np.asarray(old, dtype=dtype)
     if sets := [kept for answer in answers for kept in answer.kept]:
-        found[_NUM_KEPT] = np.asarray([len(kept) for kept in sets], dtype=np.int64)
-        found[_KEPT] = np.asarray([token for kept in sets for token in kept], dtype=np.int32)
-    return found
+        tensors[_NUM_KEPT] = np.asarray([len(kept) for kept in sets], dtype=np.int64)
+        tensors[_KEPT] = np.asarray([token for kept in sets for token in kept], dtype=np.int32)
+    return tensors
 
 
 def _answer_values(tensors: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, tuple[Any, ...]]]:

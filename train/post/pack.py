@@ -68,11 +68,11 @@ def pack_fitting(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> tuple
     # above it.
     least = min(shape.num_sequences, len(fitting))
     count = bisect_left(range(len(fitting) + 1), x=True, lo=least, key=is_over) - 1
-    (batch,) = fill(fitting[:count], place(fitting[:count], shape), shape, {})
+    (batch,) = fill(fitting[:count], place_answers(fitting[:count], shape), shape, {})
     return batch, len(answers) - count
 
 
-def place(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[AnswerPlace]:
+def place_answers(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[AnswerPlace]:
     """Returns the places of answers in as many batches as they need, by best fit, longest first."""
     lengths = _lengths(answers, shape)
     rows, _ = best_fit_decreasing(lengths, shape.length)
@@ -160,7 +160,7 @@ def pack_step(
     }
     if old_log_probs is not None:
         columns[OLD] = old_log_probs
-    places = place(answers, shape)
+    places = place_answers(answers, shape)
     batches = fill(answers, places, shape, columns)
     has_kept = any(answer.kept for _, answer in answers)
     reads: tuple[Read, ...] = tuple(batch.sequences for batch in batches)
@@ -196,7 +196,7 @@ def find_prompts(batch: Batch) -> list[PromptAndAnswer]:
     without a target have no prompt. Prompts are numbered within the batch.
     """
     arrays = (batch.tokens_BT.numpy(), batch.positions_BT.numpy(), batch.extras[WEIGHTS].numpy())
-    found: list[PromptAndAnswer] = []
+    answers: list[PromptAndAnswer] = []
     for tokens_T, positions_T, weights_T in zip(*arrays, strict=True):
         starts = np.flatnonzero(positions_T == 0).tolist()
         for start, end in pairwise([*starts, int((positions_T >= 0).sum())]):
@@ -207,11 +207,11 @@ def find_prompts(batch: Batch) -> list[PromptAndAnswer]:
             run = np.flatnonzero(np.diff(targets, prepend=-2) > 1)[-1]
             first = start + int(targets[run]) + 1
             last = start + int(targets[-1]) + 1
-            prompt = NumberedPrompt(number=len(found), tokens=tuple(tokens_T[start:first].tolist()))
+            prompt = NumberedPrompt(number=len(answers), tokens=tuple(tokens_T[start:first].tolist()))
             tokens = tuple(tokens_T[first : last + 1].tolist())
             answer = Sample(prompt=prompt.number, sample=0, tokens=tokens, log_probs=(), finish="stop")
-            found.append((prompt, answer))
-    return found
+            answers.append((prompt, answer))
+    return answers
 
 
 def _lengths(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[int]:

@@ -67,21 +67,21 @@ class ReplicaPipeline:
     ) -> dict[tuple[int, int], Tensor]:
         """Implements `DecodePipeline.hand_over`."""
         self._links.form = form
-        found: dict[tuple[int, int], Tensor] = {}
+        first_rounds: dict[tuple[int, int], Tensor] = {}
         arriving: list[tuple[int, int]] = []
         for direction, row in enumerate(self.place.placement):
             for cohort in range(num_cohorts):
                 if row[-1] == row[0] == self.place.rank:
-                    found[direction, cohort] = rounds[direction][cohort]
+                    first_rounds[direction, cohort] = rounds[direction][cohort]
                 elif row[-1] == self.place.rank:
                     self._links.send(self._token_message(direction, cohort, num_cohorts), rounds[direction][cohort])
                 elif row[0] == self.place.rank:
                     arriving.append((direction, cohort))
         for direction, cohort in arriving:
             message = self._token_message(direction, cohort, num_cohorts)
-            found[direction, cohort] = self._links.post_receive(message).wait()
+            first_rounds[direction, cohort] = self._links.post_receive(message).wait()
         self._links.flush()
-        return found
+        return first_rounds
 
     def run(
         self, form: RoundFormat, stages: Mapping[int, PipelineStage], num_cohorts: int, num_rounds: int

@@ -22,7 +22,7 @@ from train.checkpoint.preserved import is_same_tokenizer
 from train.checkpoint.sources import open_source, source_folder
 from train.config import TrainConfig
 from train.network import ReplicaConfig, weight_dtype
-from train.post.pack import BatchShape, fill, place
+from train.post.pack import BatchShape, fill, place_answers
 from train.replica import Replica, open_replica
 from train.schedule.cut import run_cut
 from train.second_network import REWARD_MODEL_KEY, second_network_run
@@ -94,7 +94,7 @@ class PipelinedRater:
         )
         nothing = Sample(prompt=0, sample=0, tokens=(), log_probs=(), finish="stop")
         answers = [(NumberedPrompt(number=0, tokens=each), nothing) for each in unique]
-        places = place(answers, shape)
+        places = place_answers(answers, shape)
         scores: dict[tuple[int, ...], float] = {}
         for number, batch in enumerate(fill(answers, places, shape, {}) if places else ()):
             scores_BT = self.replica.gather(self.replica.record(partial(self._read, batch), KeepScores()))
@@ -127,10 +127,10 @@ class WholeRater:
 
     def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Implements `SequenceRater.rate`."""
-        found = [score_answers(self.model, sequences, self.batch_size) if self.model is not None else []]
+        shared = [score_answers(self.model, sequences, self.batch_size) if self.model is not None else []]
         with self.world.log.collective("world", self.world.groups.world, "scores of answers"):
-            dist.broadcast_object_list(found, src=0, group=self.world.groups.world)
-        return found[0]
+            dist.broadcast_object_list(shared, src=0, group=self.world.groups.world)
+        return shared[0]
 
     def close(self) -> None:
         """Does nothing."""

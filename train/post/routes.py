@@ -125,7 +125,7 @@ class RoutePlan:
         """
         layout = self._replica.world.layout
         # A dict, because both directions may need a prompt in a stage that they share.
-        found: dict[RouteKey, int] = {}
+        pieces: dict[RouteKey, int] = {}
         for direction, row in enumerate(self._replica.schedule.placement):
             for stage, pipeline_index in enumerate(row):
                 if pipeline_index != layout.pipeline_index(destination):
@@ -133,8 +133,8 @@ class RoutePlan:
                 for (prompt, sample), num_tokens in self._needed[layout.data_index(destination), direction].items():
                     data_index, home = self._homes[prompt]
                     if layout.rank(self._replica.schedule.placement[home][stage], data_index) == source:
-                        found |= {RouteKey(prompt, sample, layer): num_tokens for layer in self._layers[stage]}
-        return found
+                        pieces |= {RouteKey(prompt, sample, layer): num_tokens for layer in self._layers[stage]}
+        return pieces
 
     def rows_of(self, batch: int) -> dict[tuple[int, int], list[tuple[int, AnswerPlace]]]:
         """Returns the answers that this rank's pipeline trains in a batch, by direction and micro-batch."""
@@ -242,7 +242,7 @@ def held_records(
     """Returns the records that this rank has after sampling, with their numbers of tokens."""
     world = replica.world
     layers = moe_layers(replica)
-    held: dict[RouteKey, int] = {}
+    records: dict[RouteKey, int] = {}
     for prompt, prompt_tokens, answers in lengths:
         data_index, direction = homes[prompt]
         if data_index != world.data_index:
@@ -250,13 +250,13 @@ def held_records(
         read = {PROMPT_SAMPLE: prompt_tokens} | {sample: tokens - 1 for sample, tokens in enumerate(answers)}
         for stage, pipeline_index in enumerate(replica.schedule.placement[direction]):
             if pipeline_index == world.pipeline_index:
-                held |= {
+                records |= {
                     RouteKey(prompt, sample, layer): num_tokens
                     for sample, num_tokens in read.items()
                     for layer in layers[stage]
                     if num_tokens > 0
                 }
-    return held
+    return records
 
 
 def moe_layers(replica: Replica) -> tuple[tuple[int, ...], ...]:
@@ -295,15 +295,15 @@ def load_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
     header = rollout.header
     requests = (tuple(group.number for group in rollout.groups),)
     lengths = [(each.number, len(each.tokens), [a.num_tokens for a in each.answers]) for each in rollout.groups]
-    held = held_records(replica, assign_homes(replica, requests), lengths)
-    found = None
+    needed = held_records(replica, assign_homes(replica, requests), lengths)
+    routes = None
     try:
-        sampled = read_routes(out_dir / FOLDER_NAME, header.step, world.files, held, header.origin)
-        found = RolloutRoutes(sampled=sampled, requests=requests)
+        sampled = read_routes(out_dir / FOLDER_NAME, header.step, world.files, needed, header.origin)
+        routes = RolloutRoutes(sampled=sampled, requests=requests)
     except RouteError:
-        found = None
-    missing = int(world.reduce(torch.tensor(int(found is None)), "records of experts that are missing"))
-    return None if missing else found
+        routes = None
+    missing = int(world.reduce(torch.tensor(int(routes is None)), "records of experts that are missing"))
+    return None if missing else routes
 
 
 def write_routes(folder: Path, step: int, files: RankFiles, routes: SampledRoutes, origin: str) -> Path:
@@ -335,9 +335,9 @@ def read_routes(folder: Path, step: int, files: RankFiles, held: Mapping[RouteKe
     Raises:
         RouteError: a file cannot be read, or a record is missing or has another length.
     """
-    found: dict[RouteKey, NDArray[np.generic]] = {}
+    records: dict[RouteKey, NDArray[np.generic]] = {}
     for path in _paths(folder, step, files):
-        missing = [key for key in held if key not in found]
+        missing = [key for key in held if key not in records]
         if not missing:
             break
         try:
@@ -351,8 +351,8 @@ def read_routes(folder: Path, step: int, files: RankFiles, held: Mapping[RouteKe
         for key, ids_TK in read.items():
             if _checksum(ids_TK) != checksums[_to_name(key)]:
                 raise RouteError(f"{path}: {_to_name(key)} was changed after it was written")
-        found |= read
-    return SampledRoutes(ids={key: checked_record(found, key, num_tokens) for key, num_tokens in held.items()})
+        records |= read
+    return SampledRoutes(ids={key: checked_record(records, key, num_tokens) for key, num_tokens in held.items()})
 
 
 def _paths(folder: Path, step: int, files: RankFiles) -> Iterator[Path]:

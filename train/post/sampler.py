@@ -154,14 +154,14 @@ class PolicySampler(TaskHook):
         is_first = step % self._config.updates == 0
         header = self._header(number, self._first_prompt(number))
         is_fresh = is_first and not (self._config.steps_ahead and number)
-        found = self._read(header, weights=header.weights if is_fresh else None)
-        if found is None:
-            found = self._maker.finish(self._maker.begin(header, step))
+        result = self._read(header, weights=header.weights if is_fresh else None)
+        if result is None:
+            result = self._maker.finish(self._maker.begin(header, step))
             if self._config.updates > 1 and not self._config.steps_ahead:
-                found = self._with_old(found, loader)
-            self._write(found)
-        self._current = found
-        return found
+                result = self._with_old(result, loader)
+            self._write(result)
+        self._current = result
+        return result
 
     def _numbers(self, rollout: ScoredRollout, part: int) -> list[int]:
         """Returns the groups of an update that count in the denominator of its loss, by number.
@@ -169,11 +169,11 @@ class PolicySampler(TaskHook):
         Groups of equal rewards that are left out of the passes count, unless other groups replace them.
         """
         groups = rollout.groups
-        found = [number for number, group in enumerate(groups) if not group.dropped]
+        numbers = [number for number, group in enumerate(groups) if not group.dropped]
         if self._loss.equal_groups == "count":
             equal = [number for number, group in enumerate(groups) if group.dropped == EQUAL]
-            found = sorted([*found, *equal[: max(self._config.prompts - len(found), 0)]])
-        return found[part :: self._config.updates]
+            numbers = sorted([*numbers, *equal[: max(self._config.prompts - len(numbers), 0)]])
+        return numbers[part :: self._config.updates]
 
     def _begin_next(self, rollout: ScoredRollout, step: int) -> ScoredRollout | PendingRollout:
         """Returns the next rollout from the journal, or starts to sample it with the present weights."""
@@ -192,19 +192,19 @@ class PolicySampler(TaskHook):
 
     def _first_prompt(self, number: int) -> int:
         """Returns the position of the first prompt of a rollout, after those of the rollout before it."""
-        found = [number * self._config.prompts]
+        shared = [number * self._config.prompts]
         if number and self._replica.world.rank == 0:
             step = (number - 1) * self._config.updates + 1
             headers = [read_header(journal_path(folder, step)) for folder in self._place.folders]
-            found = [int(header["next_prompt"]) for header in headers if header is not None][:1] or found
-        return self._broadcast(found)
+            shared = [int(header["next_prompt"]) for header in headers if header is not None][:1] or shared
+        return self._broadcast(shared)
 
     def _read(self, header: RolloutHeader, weights: str | None) -> ScoredRollout | None:
         """Returns a rollout from the journal, or None if it is not whole or was made otherwise."""
-        found: list[tuple[Path, ScoredRollout] | None] = [None]
+        shared: list[tuple[Path, ScoredRollout] | None] = [None]
         if self._replica.world.rank == 0:
-            found = [self._find(header, weights)]
-        if (journal := self._broadcast(found)) is None:
+            shared = [self._find(header, weights)]
+        if (journal := self._broadcast(shared)) is None:
             return None
         folder, rollout = journal
         if not self._config.keep_routing:
@@ -240,12 +240,12 @@ class PolicySampler(TaskHook):
             raise UnsavedError(text)
         return rollout
 
-    def _broadcast(self, found: list[ValueT]) -> ValueT:
-        """Returns on all ranks what rank 0 found."""
+    def _broadcast(self, shared: list[ValueT]) -> ValueT:
+        """Returns on all ranks what rank 0 shared."""
         world = self._replica.world
         with world.phase("journal of the rollout"):
-            dist.broadcast_object_list(found, src=0, group=world.groups.world)
-        return found[0]
+            dist.broadcast_object_list(shared, src=0, group=world.groups.world)
+        return shared[0]
 
     def _with_old(self, rollout: ScoredRollout, loader: Loader) -> ScoredRollout:
         """Returns a rollout with log-probabilities before the first update, packed as each update does."""
@@ -255,12 +255,12 @@ class PolicySampler(TaskHook):
             answers = [(groups[number], answer) for number in numbers for answer in self._trained(groups[number])]
             packed = pack_step(self._replica, answers, loader.pad_id, None, rollout.routes)
             old = answer_log_probs(self._replica, self._task, packed, self._config.temperature)
-            found = {
+            updated = {
                 (answer.prompt, answer.sample): replace(answer, old_log_probs=values)
                 for (_, answer), values in zip(answers, old, strict=True)
             }
             for number in numbers:
-                with_old = tuple(found.get((each.prompt, each.sample), each) for each in groups[number].answers)
+                with_old = tuple(updated.get((each.prompt, each.sample), each) for each in groups[number].answers)
                 groups[number] = replace(groups[number], answers=with_old)
         return replace(rollout, groups=tuple(groups))
 

@@ -76,16 +76,16 @@ def open_model_parts(
         CheckpointError, HfError: a reward model has another tokenizer, or its weights cannot be read.
     """
     assert config.reward is not None
-    found: dict[str, ModelPart] = {}
+    parts: dict[str, ModelPart] = {}
     for part in config.reward.parts:
         match part:
             case JudgeConfig():
-                found[part.kind] = _open_judge(config, part, reference, engine, form)
+                parts[part.kind] = _open_judge(config, part, reference, engine, form)
             case RewardModelScorerConfig():
-                found[part.kind] = open_reward_model(config, part, policy, form.tokenizer)
+                parts[part.kind] = open_reward_model(config, part, policy, form.tokenizer)
             case ScorerConfig():
                 pass
-    return found
+    return parts
 
 
 def _open_judge(
@@ -107,17 +107,17 @@ def with_constitutions(config: RewardConfig, world: World) -> RewardConfig:
     Raises:
         ScoringError: on every rank, if a file cannot be read.
     """
-    found: list[RewardConfig | ScoringError] = [config]
+    shared: list[RewardConfig | ScoringError] = [config]
     if world.rank == 0:
         try:
-            found = [replace(config, parts=tuple(_with_text(part) for part in config.parts))]
+            shared = [replace(config, parts=tuple(_with_text(part) for part in config.parts))]
         except ScoringError as error:
-            found = [error]
+            shared = [error]
     with world.phase("constitution of the judge"):
-        dist.broadcast_object_list(found, src=0, group=world.groups.world)
-    if isinstance(found[0], ScoringError):
-        raise found[0]
-    return found[0]
+        dist.broadcast_object_list(shared, src=0, group=world.groups.world)
+    if isinstance(shared[0], ScoringError):
+        raise shared[0]
+    return shared[0]
 
 
 def _with_text(part: ScorerConfig) -> ScorerConfig:
@@ -194,10 +194,10 @@ class PendingScores:
         Raises:
             ScoringError: on every rank, if the scorers failed.
         """
-        found = [None if self.host is None else self.host.result()]
+        shared = [None if self.host is None else self.host.result()]
         with self.world.phase("scores of the answers"):
-            dist.broadcast_object_list(found, src=0, group=self.world.groups.world)
-        outcome = found[0]
+            dist.broadcast_object_list(shared, src=0, group=self.world.groups.world)
+        outcome = shared[0]
         assert outcome is not None
         if outcome.error:
             raise ScoringError(outcome.error)

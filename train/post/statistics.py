@@ -105,15 +105,15 @@ def held_out_metrics(groups: Sequence[Group]) -> dict[str, float]:
     ]
     is_correct = [group for group in is_correct if group]
     rewards = [answer.sheet.total for answer in answers if answer.sheet.is_verdict]
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if is_correct:
-        found[PASS_AT_1] = sum(map(sum, is_correct)) / sum(map(len, is_correct))
-        found[f"pass_at_{len(groups[0].answers)}"] = sum(map(any, is_correct)) / len(is_correct)
+        metrics[PASS_AT_1] = sum(map(sum, is_correct)) / sum(map(len, is_correct))
+        metrics[f"pass_at_{len(groups[0].answers)}"] = sum(map(any, is_correct)) / len(is_correct)
     if rewards:
-        found["reward"] = sum(rewards) / len(rewards)
+        metrics["reward"] = sum(rewards) / len(rewards)
     if len(rewards) < len(answers):
-        found["no_verdict_share"] = 1 - len(rewards) / len(answers)
-    return found | {
+        metrics["no_verdict_share"] = 1 - len(rewards) / len(answers)
+    return metrics | {
         "mean_tokens": sum(answer.num_tokens for answer in answers) / len(answers),
         "cut_share": sum(not answer.is_finished for answer in answers) / len(answers),
     }

@@ -10,7 +10,7 @@ from data.loader import Batch
 from data.samples.pack import ANSWER, WEIGHTS
 from infer.engines.protocol import NumberedPrompt
 from tests.rollouts import answer_of
-from train.post.pack import BatchShape, PromptAndAnswer, fill, pack_fitting, place
+from train.post.pack import BatchShape, PromptAndAnswer, fill, pack_fitting, place_answers
 
 LENGTH, PAD = 24, 0
 
@@ -74,7 +74,7 @@ def test_values_are_where_tokens_are_predicted_in_as_many_batches_as_answers_nee
     shape = BatchShape(num_sequences=2, length=LENGTH, pad_id=PAD)
     answers = [each for each in make_answers(generator, 40, 12) if each[1].tokens]
     column = [tuple(generator.random(answer.num_tokens).tolist()) for _, answer in answers]
-    batches = fill(answers, place(answers, shape), shape, {"advantages": column})
+    batches = fill(answers, place_answers(answers, shape), shape, {"advantages": column})
     assert len(batches) > 3
     found = [piece for batch in batches for piece in unpack(batch, "advantages")]
     expected = [(prompt.tokens, answer.tokens, each) for (prompt, answer), each in zip(answers, column, strict=True)]

@@ -24,7 +24,7 @@ from tests.train.job import task_of
 from tests.train.test_decoding import PROMPTS, Layout, config_of, held_keys, local, opened, sorted_ids
 from train.config import TrainConfig
 from train.ownership.rank_files import RankFiles
-from train.post.pack import BatchShape, fill, place
+from train.post.pack import BatchShape, fill, place_answers
 from train.post.routes import BatchRoutes, TrainedRoutes, assign_homes, exchange_routes, read_routes, write_routes
 from train.post.sample import AnswerPlace
 from train.replica import Replica
@@ -89,7 +89,7 @@ def pack(rollouts: Sequence[Sample]) -> tuple[list[Batch], list[AnswerPlace]]:
     """Packs all answers, the last ones first, so that they leave the ranks that sampled them."""
     answers = [(PROMPTS[each.prompt], each) for each in reversed(rollouts) if each.tokens]
     shape = BatchShape(num_sequences=NUM_SEQUENCES, length=LENGTH, pad_id=0)
-    places = place(answers, shape)
+    places = place_answers(answers, shape)
     return fill(answers, places, shape, {}), places
 
 
