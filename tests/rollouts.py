@@ -109,19 +109,19 @@ def answer_of(sample: int = 0, tokens: tuple[int, ...] = (1,), **values: Any) ->
     """Returns an answer that the model ended, with the reward that its sheet has."""
     reward = values.get("reward", 0.0)
     sheet = ScoreSheet(total=reward, outcome="rated", parts={})
-    known = {"prompt": 7, "log_probs": (-1.0,) * len(tokens), "finish": "stop", "sheet": sheet}
+    known: dict[str, Any] = {"prompt": 7, "log_probs": (-1.0,) * len(tokens), "finish": "stop", "sheet": sheet}
     return Sample(sample=sample, tokens=tokens, **{**known, **values})
 
 
 def group_of(*answers: Sample, number: int = 7, tokens: tuple[int, ...] = (1,), **values: Any) -> Group:
     """Returns the group of answers to a problem."""
-    known = {"key": "key", "problem": Problem(prompt="")}
+    known: dict[str, Any] = {"key": "key", "problem": Problem(prompt="")}
     return Group(number=number, tokens=tokens, answers=answers, **{**known, **values})
 
 
 def header_of(step: int = 1, **values: Any) -> RolloutHeader:
     """Returns the header of a rollout."""
-    known = {"rollout": step - 1, "weights": "w", "settings": "s", "next_prompt": 2}
+    known: dict[str, Any] = {"rollout": step - 1, "weights": "w", "settings": "s", "next_prompt": 2}
     return RolloutHeader(step=step, **{**known, **values})
 
 
