@@ -122,7 +122,7 @@ class Replica:
     def record(
         self, batches: Batches, objective: Objective, routes: Routes | None = None
     ) -> dict[tuple[int, int], Tensor]:
-        """Runs forward of a global batch, and returns what an objective records of the tokens. All ranks call it.
+        """Runs forward of a global batch, and returns what an objective records of the tokens.
 
         Returns:
             Values of each token, [B, T, ...], of the micro-batches whose losses are on this rank, by direction and

@@ -1,4 +1,4 @@
-"""Saves checkpoints during a run, and at its end, even if it is preempted or its folder is not writable."""
+"""Saves checkpoints during a run, and at its end, however it ends."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping

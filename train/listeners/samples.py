@@ -36,7 +36,7 @@ class _Exchange:
 
 
 class Samples(Listener):
-    """The samples of a finished run, which come from its last checkpoint. Rank 0 alone loads the whole model."""
+    """The samples of a finished run. Rank 0 alone loads the whole model from the last checkpoint."""
 
     def is_due(self, num_done: int) -> bool:
         """Implements `Listener.is_due`."""

@@ -1,1 +1,1 @@
-"""Learns from sampled answers and frozen networks: samplers, engines, rewards, journals, references, teachers."""
+"""Learns from sampled answers and frozen networks: samplers, rewards, journals, teachers."""

@@ -1,4 +1,4 @@
-"""Samples with the network that is trained: where its weights are, or with a copy of the whole model on every rank.
+"""Samples with the network that is trained, in its place or with a whole copy on every rank.
 
 Shape legend: N tensors of the model, H bytes of a hash.
 """
@@ -138,7 +138,7 @@ class GatheredEngine:
     """
 
     def __init__(self, replica: Replica) -> None:
-        """Allocates the copy of a network whose weights may change between calls. All ranks of the job call it."""
+        """Allocates the copy. All ranks of the job call it; weights may change between calls."""
         self._world = replica.world
         self.copy = WholeCopy(replica)
         self._engine = LocalEngine(self.copy.model)

@@ -1,4 +1,4 @@
-"""Frozen networks with which a run compares its own: the reference of a policy, the teacher of a student.
+"""Frozen networks with which a run compares its own: references and teachers.
 
 Each is a second replica under the same schedule. So what it computes for a micro-batch is on the rank that needs it,
 and does not travel. Logits of a teacher are never stored: the kernel computes them again from its states, chunk by
@@ -27,7 +27,7 @@ from train.tasks.registry import TASKS
 
 
 class NetworkComparison:
-    """What a run compares its network with. This base class is nothing, for a run that compares with no other."""
+    """What a run compares its network with. This base class is for a run that compares with none."""
 
     @property
     def extras(self) -> "dict[str, Reference]":
@@ -126,9 +126,9 @@ class Teacher(FrozenNetwork):
     """A network that a student imitates. It is loaded again from where the configuration says."""
 
     def add(self, batches: BatchReader, objective: Objective) -> Objective:
-        """Adds the states of the main head, [B, T, S] with the teacher's hidden size S, and the head to the objective.
+        """Adds the states of the main head to micro-batches, and the head to the objective.
 
-        Only ranks that compute losses hold the head.
+        States are [B, T, S] with the teacher's hidden size S. Only ranks that compute losses hold the head.
         """
         batches.add_extras(TEACHER_STATES, self.replica.record(batches, KeepStates()))
         assert isinstance(objective, Distillation)
@@ -137,7 +137,7 @@ class Teacher(FrozenNetwork):
 
 
 def open_comparison(config: TrainConfig, policy: Replica) -> NetworkComparison:
-    """Opens the frozen network of a run that has one, with the policy's weights or a teacher's. All ranks call it.
+    """Opens a run's frozen network, with the policy's weights or a teacher's. All ranks call it.
 
     Raises:
         CheckpointError, HfError: a tensor of a teacher cannot be read.

@@ -221,7 +221,7 @@ def _lengths(answers: Sequence[PromptAndAnswer], shape: BatchShape) -> list[int]
 def _read_with_kept(
     batch: Batch, answers: Sequence[PromptAndAnswer], places: Sequence[AnswerPlace], number: int
 ) -> Read:
-    """Returns a reader of a batch that adds the kept tokens of each predicted one, int64 BTC; -1 in free places.
+    """Returns a reader of a batch that adds the kept tokens, int64 BTC, with -1 in free places.
 
     Sets differ in size. So they are padded only within the sequences that are read together.
     """

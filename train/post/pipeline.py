@@ -1,4 +1,4 @@
-"""Decodes with a replica where its weights are: programs, links of varying sizes, and agreements between ranks."""
+"""Decodes with a replica where its weights are: programs, links, and agreements of ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar

@@ -146,7 +146,7 @@ class RoutePlan:
         return rows
 
     def _destination(self, row: int) -> tuple[Share, int, int]:
-        """Returns which ranks train a sequence of the global batch, its micro-batch, and its number within that."""
+        """Returns which ranks train a sequence, in which micro-batch, and its number within that."""
         schedule = self._replica.schedule
         size = self._replica.config.batch.micro_sequences
         data_index, micro_batch = divmod(row // size, schedule.num_micro_batches)

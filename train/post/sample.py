@@ -1,4 +1,4 @@
-"""Draws prompts, in an order that is a function of the seed alone, and defines a rollout. No torch here."""
+"""Draws prompts in an order that the seed alone decides, and defines a rollout. No torch here."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class RolloutHeader:
     Attributes:
         rollout: its number, from 0.
         step: first training step that learns from it, from 1.
-        next_prompt: position of the first prompt after it; of its own first prompt, before it is sampled.
+        next_prompt: position of the first prompt after it; before it is sampled, that of its first prompt.
     """
 
     rollout: int
@@ -108,7 +108,7 @@ class ScoredRollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerPlace:
-    """Where an answer is trained.
+    """The place where an answer is trained.
 
     Attributes:
         prompt: number of its prompt.
@@ -132,7 +132,7 @@ class AnswerPlace:
         return self.start + self.prompt_tokens - 1
 
     def records(self) -> Iterator[tuple[int, int, int]]:
-        """Yields the sample and the first position of each of its records of experts, and its number of tokens."""
+        """Yields sample, first position and number of tokens of each of its records of experts."""
         yield PROMPT_SAMPLE, self.start, self.prompt_tokens
         # The sampler does not read the last token.
         if self.answer_tokens > 1:

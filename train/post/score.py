@@ -1,4 +1,4 @@
-"""Scores the answers of a rollout on all ranks: rules on rank 0, and parts that need a model on every rank."""
+"""Scores the answers of a rollout: by rules on rank 0, and by models on all ranks."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

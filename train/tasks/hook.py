@@ -1,4 +1,4 @@
-"""Prepares the batches of a step. Tasks that train on more than the data have a hook of their own."""
+"""Prepares the batches of a step. Tasks that train on more than the data extend the hook."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

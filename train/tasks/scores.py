@@ -1,4 +1,4 @@
-"""Computes, writes and reads a teacher's most probable tokens at every target. No torch before they are computed.
+"""Computes, writes and reads a teacher's most probable tokens. Torch is imported to compute.
 
 A folder holds `scores.json` and, for each part of the samples, token ids and log-probabilities. Shape legend: N
 sequences, L tokens per sequence, B sequences of a batch, T tokens, R rows with a target, K kept tokens.

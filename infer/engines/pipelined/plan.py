@@ -1,4 +1,4 @@
-"""Describes what the stages compute for a cohort in one round, how it travels, and what the ranks do together.
+"""Describes what stages compute for a cohort in one round, and what the ranks do together.
 
 Shape legend: N new tokens of a cohort, D hidden size.
 """
