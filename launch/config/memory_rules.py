@@ -6,7 +6,7 @@ Imports no torch.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
+from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.memory import JobMemory, fitted_config, parts, predict_memory
@@ -68,17 +68,21 @@ def _nearest(config: TrainConfig, rules: Rules, room: int) -> str:
 
 
 def _changes(config: TrainConfig) -> Iterator[Change]:
-    """Yields single changes, the cheapest first, then the cheap changes combined with more ranks."""
+    """Yields single changes, the cheapest first, then the cheap changes combined with other layouts."""
     yield from _micro_batches(config)
     yield from _recomputation(config)
     yield from _moments(config)
     yield from _ramp(config)
-    yield from _shared_sequences(config)
-    yield from _ranks(config)
+    yield from _layouts(config)
     yield from _precision(config)
-    for text, cheap in _cheapest(config):
-        combined = (*_shared_sequences(cheap), *_ranks(cheap), *_precision(cheap))
-        yield from ((f"{text} {more}", changed) for more, changed in combined)
+    overrides, cheap = list[str](), config
+    for changes in (_micro_batches, _recomputation):
+        for text, changed in list(changes(cheap))[-1:]:
+            overrides.append(text)
+            cheap = changed
+    if overrides:
+        combined = (*_layouts(cheap), *_precision(cheap))
+        yield from ((" ".join([*overrides, text]), changed) for text, changed in combined)
 
 
 def _micro_batches(config: TrainConfig) -> Iterator[Change]:
@@ -116,31 +120,23 @@ def _ramp(config: TrainConfig) -> Iterator[Change]:
         yield f"batch.ramp.start_sequences={start}", changed
 
 
-def _shared_sequences(config: TrainConfig) -> Iterator[Change]:
-    """Yields layouts of the same ranks in which more of them share each sequence."""
+def _layouts(config: TrainConfig) -> Iterator[Change]:
+    """Yields layouts in which more ranks share each sequence, then those with more ranks."""
     mesh = config.parallelism
-    for context in context_sizes(config):
-        if context > mesh.context and mesh.stage_ranks % context == 0:
-            shared = replace(mesh, data=mesh.stage_ranks // context, context=context)
-            yield f"parallelism.data={shared.data} parallelism.context={context}", replace(config, parallelism=shared)
-
-
-def _ranks(config: TrainConfig) -> Iterator[Change]:
-    """Yields layouts with two and four times the ranks along one axis."""
-    mesh = config.parallelism
-    for times in (2, 4):
-        if mesh.stage_ranks % (mesh.expert * times) == 0:
-            changed = replace(config, parallelism=replace(mesh, expert=mesh.expert * times))
-            yield f"parallelism.expert={mesh.expert * times}", changed
-    for times in (2, 4):
-        changed = replace(config, parallelism=replace(mesh, pipeline=mesh.pipeline * times))
-        yield f"parallelism.pipeline={mesh.pipeline * times}", changed
-    for times in (2, 4):
-        larger = replace(mesh, data=mesh.data * times, expert=mesh.expert * times)
-        yield (
-            f"parallelism.data={larger.data} parallelism.expert={larger.expert}",
-            replace(config, parallelism=larger),
-        )
+    meshes = [
+        replace(mesh, data=mesh.stage_ranks // context, context=context)
+        for context in context_sizes(config)
+        if context > mesh.context and mesh.stage_ranks % context == 0
+    ]
+    meshes += [
+        replace(mesh, expert=mesh.expert * times) for times in (2, 4) if mesh.stage_ranks % (mesh.expert * times) == 0
+    ]
+    meshes += [replace(mesh, pipeline=mesh.pipeline * times) for times in (2, 4)]
+    meshes += [replace(mesh, data=mesh.data * times, expert=mesh.expert * times) for times in (2, 4)]
+    for changed in meshes:
+        sizes = {name: getattr(changed, name) for name in ("pipeline", "data", "expert", "context")}
+        text = [f"parallelism.{name}={size}" for name, size in sizes.items() if size != getattr(mesh, name)]
+        yield " ".join(text), replace(config, parallelism=changed)
 
 
 def _precision(config: TrainConfig) -> Iterator[Change]:
@@ -149,22 +145,9 @@ def _precision(config: TrainConfig) -> Iterator[Change]:
         yield "precision=bf16", replace(config, precision=PrecisionConfig(kind="bf16"), optim=optim)
     if config.precision.kind != "fp8":
         fp8 = Fp8PrecisionConfig(kind="fp8", scales="float32")
-        yield "precision=fp8", replace(config, precision=fp8, recompute=_recompute_of_fp8(config), optim=optim)
-
-
-def _recompute_of_fp8(config: TrainConfig) -> tuple[Recomputed, ...]:
-    """Returns what a run recomputes in FP8, which recomputes all but `layer` in any case."""
-    return config.recompute if LAYER in config.recompute else RECOMPUTED
-
-
-def _cheapest(config: TrainConfig) -> list[Change]:
-    """Returns the change that needs least memory with the same number of ranks."""
-    overrides, changed = list[str](), config
-    for changes in (_micro_batches, _recomputation):
-        for text, tried in list(changes(changed))[-1:]:
-            overrides.append(text)
-            changed = tried
-    return [(" ".join(overrides), changed)] if overrides else []
+        # FP8 recomputes all but `layer` in any case.
+        recompute = config.recompute if LAYER in config.recompute else RECOMPUTED
+        yield "precision=fp8", replace(config, precision=fp8, recompute=recompute, optim=optim)
 
 
 def _batch(config: TrainConfig, job: JobMemory) -> str:

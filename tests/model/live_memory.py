@@ -11,42 +11,52 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.activations import stage_phases
 from model.config import Computing, ModelConfig
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases.compute import ComputePhase
-from model.size import Sizes, StageShape
+from model.size import Sizes, StageShape, stage_phases
 from model.stage import Stage
 from model.transformer import Transformer
 
 
 class LiveMemory(TorchDispatchMode):
-    """Storages that operators make while it is on. Those of their inputs are not counted."""
+    """Storages that operators make while it is on. Those of their inputs are not counted.
 
-    def __init__(self) -> None:
+    Args:
+        measures_inside: whether `peak_bytes` is measured after every operator.
+        ignored_bytes: largest size that is not counted.
+    """
+
+    def __init__(self, *, measures_inside: bool = True, ignored_bytes: int = 0) -> None:
         super().__init__()
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._measures_inside = measures_inside
+        self._ignored_bytes = ignored_bytes
         self.num_made = 0
         self.peak_bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = function(*args, **(kwargs or {}))
+        given: set[int] | None = None
         for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+            if isinstance(leaf, Tensor):
+                if given is None:
+                    inputs = tree_leaves((args, kwargs))
+                    given = {each.untyped_storage()._cdata for each in inputs if isinstance(each, Tensor)}
                 storage = leaf.untyped_storage()
-                self._made[storage._cdata] = weakref.ref(storage)
-                self.num_made += 1
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
+                if storage._cdata not in given:
+                    self._made[storage._cdata] = weakref.ref(storage)
+                    self.num_made += 1
+        if self._measures_inside:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return made
 
     def live(self) -> list[torch.UntypedStorage]:
-        """Returns live storages, largest first, without those that were freed by hand."""
+        """Returns live storages, without those that were freed by hand."""
         found = {key: reference() for key, reference in self._made.items()}
         self._made = {key: self._made[key] for key, storage in found.items() if storage is not None}
-        alive = [storage for storage in found.values() if storage is not None and storage.nbytes()]
-        return sorted(alive, key=lambda storage: -storage.nbytes())
+        return [each for each in found.values() if each is not None and each.nbytes() > self._ignored_bytes]
 
     def live_bytes(self) -> int:
         """Bytes of `live`."""

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
-from model.activations import stage_phases
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, loss_names
 from model.phases.compute import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
-from model.size import StageShape
+from model.size import StageShape, stage_phases
 from model.transformer import Transformer, initialize_weights
 from model.values import Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory, make_sizes

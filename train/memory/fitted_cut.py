@@ -88,16 +88,11 @@ def _ranks_over(config: TrainConfig, cut: tuple[range, ...]) -> frozenset[int] |
     config, room = with_cut(config, cut), config.cluster.memory_bytes
     try:
         if config.memory_cap is not None:
-            _check_cap(config)
+            kind, cache = config.schedule.kind, schedules_folder(config.data.cache_dir)
+            costs = nominal_costs(config, kind)
+            build(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
         if room is None:
             return frozenset()
         return frozenset(rank.pipeline_rank for rank in predict_memory(config).ranks if rank.total > room)
     except ScheduleError:
         return None
-
-
-def _check_cap(config: TrainConfig) -> None:
-    """Raises MemoryCapError if the run's schedule does not fit its memory cap."""
-    kind, cache = config.schedule.kind, schedules_folder(config.data.cache_dir)
-    costs = nominal_costs(config, kind)
-    build(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)

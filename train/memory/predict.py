@@ -13,8 +13,7 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.reductions import with_reductions
 from kernels.attention import pads_values
 from kernels.quantize import num_tiles
-from model.activations import sliced_phases
-from model.size import HeldParameters, Sizes, StageShape, held_parameters, stage_shapes
+from model.size import HeldParameters, Sizes, StageShape, held_parameters, sliced_phases, stage_shapes
 from train.config import TrainConfig
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
 from train.memory.walk import PipelineBytes, RunSizes, find_peaks
@@ -197,18 +196,24 @@ def _predict(config: TrainConfig) -> JobMemory:
         order = tuple(tuple((op.kind, op.stage, op.micro_batch) for op in group) for group in groups)
         if order not in peaks:
             peaks[order] = pipeline_peaks(config, schedule, rank, runs)
-        memory = _rank_memory(config, schedule, rank, shapes, peaks[order])
+        memory = rank_memory(config, schedule, rank, shapes, peaks[order])
         ranks.append(_with_frozen_networks(memory, config, schedule, shapes))
     return JobMemory(ranks=tuple(ranks), num_micro_batches=config.num_micro_batches)
 
 
-def _rank_memory(
+def rank_memory(
     config: TrainConfig,
     schedule: Schedule,
     rank: int,
-    shapes: tuple[StageShape, ...],
-    peaks: tuple[PipelineBytes, PipelineBytes],
+    shapes: Sequence[StageShape],
+    peaks: tuple[PipelineBytes, PipelineBytes] = (PipelineBytes(), PipelineBytes()),
 ) -> RankMemory:
+    """Returns the memory of a rank for the network that is trained.
+
+    Args:
+        shapes: all stages of the model.
+        peaks: peak of all passes, and of those next to reductions.
+    """
     sizes, replicas = planning_sizes(config), count_replicas(config, schedule, rank)
     held = _held(config, schedule, rank, shapes)
     weights, gradients, optimizer = static_bytes(config, held, sizes, replicas)

@@ -1,12 +1,12 @@
 """Follows a rank's program and counts the bytes that are alive after and inside each of its steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.transfers import Link
-from model.activations import PhaseBytes
+from model.size import PhaseBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +34,6 @@ class PipelineBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LiveBytes:
-    """The bytes that are alive after a step, and at the peak inside it."""
-
-    after: PipelineBytes
-    peak: PipelineBytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSizes:
     """Sizes of the runs of one rank for each slice of a sequence; micro-batch m is slice m % slices.
 
@@ -60,29 +52,16 @@ def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[
     Args:
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
-    before, largest, is_reducing, rank = PipelineBytes(), 0, False, _Rank(sizes, keeps_sent=keeps_sent)
+    before, largest, is_reducing, rank = PipelineBytes(), 0, False, RankBytes(sizes, keeps_sent=keeps_sent)
     for step in program.steps:
         rank.perform(step)
         if step.action is Action.REDUCE and not is_reducing:
             is_reducing, before, largest = True, rank.peak, rank.peak_total
-            rank.peak_total = -1
+            rank.forget_peak()
             rank.observe()
     if not is_reducing:
         return rank.peak, PipelineBytes()
     return before if largest >= rank.peak_total else rank.peak, rank.peak
-
-
-def iterate_live_bytes(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> Iterator[LiveBytes]:
-    """Yields the bytes that are alive after and inside each step of a program.
-
-    Args:
-        keeps_sent: whether a message stays on the device until the next one is sent over the same link.
-    """
-    rank = _Rank(sizes, keeps_sent=keeps_sent)
-    for step in program.steps:
-        rank.perform(step)
-        yield LiveBytes(after=rank.alive(0), peak=rank.peak)
-        rank.peak_total = -1
 
 
 @dataclass(slots=True)
@@ -103,7 +82,7 @@ class _Run:
     exchange: Step | None = None
 
 
-class _Rank:
+class RankBytes:
     """The bytes of all micro-batches on a rank, and of its messages, with the peak of what was observed."""
 
     def __init__(self, sizes: RunSizes, *, keeps_sent: bool) -> None:
@@ -115,7 +94,7 @@ class _Rank:
         self.peak = PipelineBytes()
         self.peak_total = -1
 
-    def alive(self, inside: int) -> PipelineBytes:
+    def alive(self, inside: int = 0) -> PipelineBytes:
         """Returns what is alive now, with the bytes inside a step."""
         return PipelineBytes(
             activations=self._activations,
@@ -131,6 +110,10 @@ class _Rank:
         # Most steps are no peak, and an object for each of them would take most of a prediction's time.
         if total > self.peak_total:
             self.peak_total, self.peak = total, self.alive(inside)
+
+    def forget_peak(self) -> None:
+        """Starts a new peak with the next observation."""
+        self.peak_total = -1
 
     def perform(self, step: Step) -> None:
         """Applies a step, and observes what is alive inside it and after it.

@@ -1,16 +1,12 @@
 """Measures the bytes that one rank of a test keeps alive during a step, and predicts them."""
 
 import gc
-import weakref
-from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from comm.lane import InlineLane
 from dualpipe.ir import Schedule
@@ -18,17 +14,18 @@ from dualpipe.runtime.clock import HostClock
 from dualpipe.runtime.execute import execute
 from dualpipe.runtime.program import Action
 from model.objective import LossSums
-from model.size import held_parameters, stage_shapes
+from model.size import stage_shapes
+from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader, task_of
 from train.config import TrainConfig
 from train.learner import Learner
-from train.memory.predict import planning_sizes, run_sizes
-from train.memory.static import count_replicas, static_bytes
-from train.memory.walk import LiveBytes, iterate_live_bytes
+from train.memory.predict import rank_memory, run_sizes
+from train.memory.walk import PipelineBytes, RankBytes
 from train.step import rates_of
 from train.tasks.batch_reader import BatchReader
 
-_NUMBER_BYTES = 8
+NUMBER_BYTES = 8
+"""Size of a single number, such as a loss. Tensors of this size are not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,60 +49,19 @@ class Compared:
     num_skipped: int
 
 
-class LiveStorages(TorchDispatchMode):
-    """Storages that operators make while it is on, those of their inputs apart."""
-
-    def __init__(self, *, measures_inside: bool) -> None:
-        super().__init__()
-        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._measures_inside = measures_inside
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        given: set[int] | None = None
-        for leaf in _tensors(made):
-            storage = leaf.untyped_storage()
-            if given is None:
-                given = {each.untyped_storage()._cdata for each in _tensors((args, (kwargs or {}).values()))}
-            if storage._cdata not in given:
-                self._made[storage._cdata] = weakref.ref(storage)
-        if self._measures_inside:
-            self.peak = max(self.peak, self.num_bytes())
-        return made
-
-    def num_bytes(self) -> int:
-        """Returns the bytes of all tensors that are alive, without single numbers such as losses.
-
-        A tensor that was emptied has none.
-        """
-        alive = {key: reference() for key, reference in self._made.items()}
-        self._made = {key: self._made[key] for key, storage in alive.items() if storage is not None}
-        sizes = [storage.nbytes() for storage in alive.values() if storage is not None]
-        return sum(size for size in sizes if size > _NUMBER_BYTES)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Iterable) and not isinstance(values, str | torch.UntypedStorage):
-        for value in values:
-            yield from _tensors(value)
-
-
 class MemoryClock(HostClock):
     """Notes what is alive whenever the interpreter looks at the time: after every step."""
 
-    def __init__(self, storages: LiveStorages) -> None:
+    def __init__(self, storages: LiveMemory) -> None:
         self._storages = storages
         self.after: list[int] = []
         self.peaks: list[int] = []
 
     def mark(self) -> float:
-        alive = self._storages.num_bytes()
+        alive = self._storages.live_bytes()
         self.after.append(alive)
-        self.peaks.append(max(alive, self._storages.peak))
-        self._storages.peak = 0
+        self.peaks.append(max(alive, self._storages.peak_bytes))
+        self._storages.peak_bytes = 0
         return super().mark()
 
 
@@ -126,7 +82,7 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
     with learner.replica.model.weights_unchanged():
         _run(learner, batches, objective, task.names, None, trains=False)
         # What is made once and stays, rotations and FP8 weights, is there by now.
-        storages = LiveStorages(measures_inside=measures_inside)
+        storages = LiveMemory(measures_inside=measures_inside, ignored_bytes=NUMBER_BYTES)
         clock = _run(learner, batches, objective, task.names, storages, trains=True)
         assert isinstance(clock, MemoryClock)
     learner.optimizer.norm()
@@ -138,11 +94,11 @@ def _compare(config: TrainConfig, schedule: Schedule | None, measures_inside: bo
         static=static,
         predicted_static=_predicted_static(config, learner),
         after=clock.after[1:],
-        predicted_after=[each.after.total for each in alive],
+        predicted_after=[after.total for after, _ in alive],
         peaks=clock.peaks[1:],
-        predicted_peaks=[each.peak.total for each in alive],
-        pending=[each.after.pending for each in alive],
-        is_settled=[not each.after.inside for each in alive],
+        predicted_peaks=[peak for _, peak in alive],
+        pending=[after.pending for after, _ in alive],
+        is_settled=[not after.inside for after, _ in alive],
         actions=[step.action for step in learner.replica.train_program.steps],
         num_skipped=_num_skipped(batches),
     )
@@ -160,7 +116,7 @@ def _run(
     batches: BatchReader,
     objective: Any,
     names: tuple[str, ...],
-    storages: LiveStorages | None,
+    storages: LiveMemory | None,
     *,
     trains: bool,
 ) -> HostClock:
@@ -174,17 +130,19 @@ def _run(
     return clock
 
 
-def _predicted(config: TrainConfig, learner: Learner) -> list[LiveBytes]:
-    runs = run_sizes(config, stage_shapes(learner.replica.cut))
-    return list(iterate_live_bytes(learner.replica.train_program, runs, keeps_sent=False))
+def _predicted(config: TrainConfig, learner: Learner) -> list[tuple[PipelineBytes, int]]:
+    """Returns what is alive after each step of the program, and the largest sum inside it."""
+    rank, predicted = RankBytes(run_sizes(config, stage_shapes(learner.replica.cut)), keeps_sent=False), []
+    for step in learner.replica.train_program.steps:
+        rank.forget_peak()
+        rank.perform(step)
+        predicted.append((rank.alive(), rank.peak_total))
+    return predicted
 
 
 def _predicted_static(config: TrainConfig, learner: Learner) -> int:
-    schedule = learner.replica.schedule
-    sizes, shapes = planning_sizes(config), stage_shapes(learner.replica.cut)
-    held = held_parameters(config.model, [shapes[number] for number in learner.replica.stages], sizes.num_local_experts)
-    replicas = count_replicas(config, schedule, learner.world.pipeline_index)
-    return sum(static_bytes(config, held, sizes, replicas))
+    shapes, rank = stage_shapes(learner.replica.cut), learner.world.pipeline_index
+    return rank_memory(config, learner.replica.schedule, rank, shapes).static
 
 
 def _static_bytes(learner: Learner) -> int:

@@ -12,8 +12,9 @@ from torch import distributed as dist
 
 from comm.lane import InlineLane
 from model.transformer import routers
+from tests.model.live_memory import LiveMemory
 from tests.train.job import close_job, open_job, open_loader
-from tests.train.memory.live import LiveStorages
+from tests.train.memory.live import NUMBER_BYTES
 from train.config import TrainConfig
 from train.schedule.nominal import planning_schedule
 from train.step import accumulate, rates_of
@@ -42,11 +43,11 @@ def _measure(config: TrainConfig) -> int:
         ignored = {storage._cdata for each in others if (storage := each()) is not None}.union(loaded)
         alive = {key: size for key, size in _storages(gc.get_objects()).items() if key not in ignored}
         rates = rates_of(config.task, config.optim, loader.sizes, step)
-        with LiveStorages(measures_inside=True) as storages:
+        with LiveMemory(ignored_bytes=NUMBER_BYTES) as storages:
             accumulate(learner, config.task, StepBatch((partial(loader.batch, step),)), rates)
             learner.optimizer.norm()
             learner.optimizer.update(rates.learning_rate)
-        peak = sum(alive.values()) + storages.peak
+        peak = sum(alive.values()) + storages.peak_bytes
         dist.barrier()
     close_job(learner)
     return peak

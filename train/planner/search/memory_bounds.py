@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dualpipe.ir import Op, Placement, Schedule
-from model.activations import stage_phases
-from model.size import HeldParameters, Sizes, StageShape, held_parameters, stage_shapes
+from model.size import HeldParameters, Sizes, StageShape, held_parameters, stage_phases, stage_shapes
 from train.config import TrainConfig
 from train.memory.predict import planning_sizes
 from train.memory.static import ReplicaCounts, static_bytes

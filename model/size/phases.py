@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from model.attention.size import (
+from model.config import LAYER
+from model.size.attention import (
     attention_backward_peak,
     attention_forward_peak,
     attention_kept,
     attention_waiting,
     attention_weight_peak,
 )
-from model.config import LAYER
-from model.size import Sizes, StageShape
+from model.size.micro_batch import Sizes
+from model.size.weights import StageShape
 
 _ID_BYTES = 8
 _CHUNK_LOGITS_CUDA = 2**27

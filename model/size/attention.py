@@ -4,7 +4,7 @@ Peaks are the largest of a few points inside the computation.
 """
 
 from kernels.quantize import num_pairs, num_tiles
-from model.size import SCALE_BYTES, Sizes
+from model.size.micro_batch import SCALE_BYTES, Sizes
 
 _RING_MESSAGES = 2
 """Messages of other ranks that a ring holds at a time."""
