@@ -1,4 +1,4 @@
-"""Sizes of a micro-batch's tensors on one rank, from which those of attention and of phases are added up.
+"""Sizes of a micro-batch's tensors on one rank, of which attention and phases consist.
 
 Imports no torch.
 """
