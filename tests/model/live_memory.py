@@ -124,12 +124,9 @@ def counted_bytes(config: ModelConfig, dtype: torch.dtype, computing: Computing,
 
 def make_sizes(config: ModelConfig, dtype: torch.dtype, computing: Computing, **changes: Any) -> Sizes:
     """Returns sizes of a micro-batch whose rows all arrive at this rank's experts."""
-    return Sizes(
-        config=config,
-        computing=computing,
-        device="cpu",
-        value_bytes=dtype.itemsize,
-        expert_rows=changes["sequences"] * changes["tokens"] * config.num_experts_per_token,
-        num_local_experts=config.num_routed_experts,
-        **changes,
-    )
+    shape = {
+        "device": "cpu",
+        "expert_rows": changes["sequences"] * changes["tokens"] * config.num_experts_per_token,
+        "num_local_experts": config.num_routed_experts,
+    }
+    return Sizes(config=config, computing=computing, value_bytes=dtype.itemsize, **(shape | changes))

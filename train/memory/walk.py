@@ -76,7 +76,6 @@ class _Run:
     """
 
     phases: Sequence[PhaseBytes]
-    kept: int
     between: int = 0
     routing: int = 0
     exchange: Step | None = None
@@ -126,8 +125,7 @@ class RankBytes:
             self._transfers += message
         elif step.action is not Action.REDUCE:
             if step.run not in self._runs:
-                phases = self._sizes.stages[part][step.run.stage]
-                self._runs[step.run] = _Run(phases, sum(phase.kept for phase in phases))
+                self._runs[step.run] = _Run(self._sizes.stages[part][step.run.stage])
             self._perform(step, self._runs[step.run], message)
         self.observe()
 
@@ -159,9 +157,9 @@ class RankBytes:
                 self.observe(run.phases[step.phase].weight_peak)
                 self._pending -= run.phases[step.phase].waiting
             case Action.RELEASE:
-                self._activations -= run.kept
+                self._activations -= sum(phase.kept for phase in run.phases)
             case Action.RELOAD:
-                self._activations += run.kept
+                self._activations += sum(phase.kept for phase in run.phases)
             case Action.FINISH:
                 del self._runs[step.run]
                 self._routing -= run.routing
