@@ -72,11 +72,15 @@ def stage_phases(sizes: Sizes, stage: StageShape, *, is_sliced: bool = False) ->
     """
     config = sizes.config
     phases = [_embedding(sizes)] if stage.is_first else []
-    for layer in stage.layers:
-        phases += [_dense(sizes)] if layer < config.num_dense_layers else _moe(sizes)
+    num_modules = config.mtp_depth if stage.is_last else 0
+    num_dense = sum(layer < config.num_dense_layers for layer in stage.layers)
+    # Blocks of a kind are equal.
+    dense = [_dense(sizes)] if num_dense else []
+    moe = _moe(sizes) if len(stage.layers) - num_dense + num_modules else []
+    phases += dense * num_dense + moe * (len(stage.layers) - num_dense)
     if stage.is_last:
-        for depth in range(config.mtp_depth + 1):
-            phases += _moe(sizes) if depth else []
+        for depth in range(num_modules + 1):
+            phases += moe if depth else []
             phases.append(_head(sizes, depth, is_sliced=is_sliced))
     return phases
 
@@ -95,7 +99,7 @@ def sliced_phases(by_slice: Sequence[Sizes], stage: StageShape) -> list[list[Pha
     carried = [*(-size for size in earlier), sum(earlier)]
     return [
         [
-            replace(phase, carried=size) if phase.name in ("dense", "attend") else phase
+            replace(phase, carried=size) if size and phase.name in ("dense", "attend") else phase
             for phase in stage_phases(sizes, stage, is_sliced=len(by_slice) > 1)
         ]
         for sizes, size in zip(by_slice, carried, strict=True)

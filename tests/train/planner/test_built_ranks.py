@@ -19,11 +19,10 @@ from dualpipe.registry import candidates
 from launch.config.groups import options
 from launch.config.run_config import compose_run
 from model.config import CutError
-from model.size import held_parameters, stage_shapes
+from model.size import stage_shapes
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.memory import fitted_config, predict_memory
-from train.memory.predict import planning_sizes
-from train.memory.static import count_replicas, static_bytes
+from train.memory.predict import rank_memory
 from train.planner.built_ranks import BuiltRank, build_ranks
 from train.planner.fake_world import build_distinct_ranks
 from train.schedule.cut import run_cut
@@ -63,13 +62,9 @@ def make_config(base: TrainConfig, pipeline: int, kind: str, number: int) -> Tra
 def arithmetic(config: TrainConfig) -> dict[int, tuple[int, int, int, int]]:
     """Returns parameters and bytes of weights, gradients and optimizer of every pipeline rank."""
     schedule = planning_schedule(config, config.num_micro_batches)
-    shapes, sizes, found = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config), {}
-    for rank in range(schedule.num_ranks):
-        stages = {stage for _, stage in schedule.stages_of(rank)}
-        held = held_parameters(config.model, [shapes[stage] for stage in stages], sizes.num_local_experts)
-        static = static_bytes(config, held, sizes, count_replicas(config, schedule, rank))
-        found[rank] = (held.total, *static)
-    return found
+    shapes = stage_shapes(run_cut(config, schedule.placement))
+    memories = [rank_memory(config, schedule, rank, shapes) for rank in range(schedule.num_ranks)]
+    return {each.pipeline_rank: (each.parameters, each.weights, each.gradients, each.optimizer) for each in memories}
 
 
 def counts(built: BuiltRank) -> tuple[int, int, int, int]:
