@@ -18,8 +18,7 @@ from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
 from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
-from infer.scoring.models.parts import model_part_problem
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet, check_reward
+from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet, check_reward, model_part_problem
 from infer.scoring.score import SCORERS, Answer, problem_of
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from comm.config import Cut
-from infer.scoring.models.judge import JudgeConfig, read_constitution
-from infer.scoring.models.reward_model import RewardModelScorerConfig
+from infer.scoring.judge import JudgeConfig, RewardModelScorerConfig, read_constitution
 from model.config import ModelConfig
 from train.checkpoint.sources import source_config
 from train.config import TrainConfig

@@ -23,13 +23,9 @@ def final_text(text: str) -> str:
 
 
 def shown_answer(text: str, *, boxed: bool) -> str | None:
-    """Returns the text after the thoughts, or the last box in it, or None if there is none.
-
-    Args:
-        boxed: whether the last box counts instead of the whole text after the thoughts.
-    """
-    found = last_boxed(final_text(text)) if boxed else final_text(text)
-    return found if found is not None and found.strip() else None
+    """Returns the text after the thoughts, or the last box in it if `boxed`, or None if there is none."""
+    shown = last_boxed(final_text(text)) if boxed else final_text(text)
+    return shown if shown is not None and shown.strip() else None
 
 
 def normalize_text(text: str, *, ignore_case: bool) -> str:

@@ -9,19 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infer.scoring.answer_text import final_text, last_boxed
-from infer.scoring.score import (
-    SCORERS,
-    SKIPPED,
-    Answer,
-    Problem,
-    Score,
-    ScorerConfig,
-    ScorerSpec,
-    ScoringError,
-    failure,
-    verdict,
-)
-from infer.scoring.workers.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
+from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
+from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, failure, verdict
 from kernels.ranges import PositiveFloat, PositiveInt
 
 LONGEST_ANSWER = 2000
@@ -30,13 +19,7 @@ LONGEST_ANSWER = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MathsConfig(ScorerConfig):
-    """The configuration of the comparison of mathematical answers.
-
-    Attributes:
-        seconds: deadline of one comparison.
-        num_workers: number of processes that compare.
-        memory_gib: address space of each of them.
-    """
+    """The deadline of one comparison, the number of processes that compare, and the address space of each."""
 
     seconds: PositiveFloat
     num_workers: PositiveInt
@@ -47,11 +30,7 @@ class MathsScorer:
     """Compares the last box after the thoughts with the problem's answer."""
 
     def __init__(self, config: MathsConfig) -> None:
-        """Prepares the workers.
-
-        Raises:
-            ScoringError: math-verify is not installed.
-        """
+        """Prepares the workers, or raises `ScoringError` if math-verify is not installed."""
         if importlib.util.find_spec("math_verify") is None:
             raise ScoringError("reward.parts: kind maths needs math-verify, it is missing; run pip install '.[score]'")
         program = WorkerProgram(Path(__file__).with_name("maths_program.py"), (str(int(config.memory_gib * 2**30)),))
@@ -60,8 +39,7 @@ class MathsScorer:
     def score(self, answer: Answer, problem: Problem) -> Score:
         """Returns 1 if both are equal.
 
-        An answer without a box is missing. A comparison that takes too long is a timeout, and one that fails is an
-        error.
+        An answer without a box is missing. A comparison that takes too long is a timeout, one that fails an error.
         """
         if problem.answer is None:
             return SKIPPED
@@ -84,16 +62,3 @@ class MathsScorer:
     def close(self) -> None:
         """Kills the workers."""
         self._pool.close()
-
-
-SCORERS.register(
-    "maths",
-    ScorerSpec(
-        summary="the last box is proven equal to the answer",
-        config=MathsConfig,
-        build=MathsScorer,
-        has_verdict=True,
-        needs="answer",
-        has_deadline=True,
-    ),
-)

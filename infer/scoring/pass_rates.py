@@ -6,9 +6,9 @@ from math import comb
 from statistics import mean
 
 from infer.scoring.answer_text import normalize_text, shown_answer
+from infer.scoring.ratings import Plurality, find_plurality
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Answer
-from infer.scoring.votes import Plurality, find_plurality
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,24 +33,15 @@ class PassRates:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Returns an unbiased estimate of the probability that one of k answers is correct.
+    """Returns an unbiased estimate of the probability that one of k answers is correct, k at most `num_samples`.
 
     Source: arXiv:2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k).
-
-    Args:
-        num_samples: number n of answers that were drawn.
-        num_correct: number c of correct ones.
-        k: from 1 to n.
     """
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def compute_pass_rates(answers: Sequence[Sequence[Answer]], sheets: Sequence[Sequence[ScoreSheet]]) -> PassRates:
-    """Returns the pass rates of a model.
-
-    Args:
-        answers: to each problem, equally many and at least one.
-    """
+    """Returns the pass rates of a model, given equally many answers to each problem, at least one."""
     drawn = [answer for group in answers for answer in group]
     correct = [[sheet.outcome == "correct" for sheet in group] for group in sheets]
     return PassRates(

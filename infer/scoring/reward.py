@@ -1,13 +1,17 @@
-"""Sums the scores of an answer, and reports each part by its name."""
+"""Sums the scores of an answer, and reports each part by its name.
+
+Models score on all ranks of a run, and the other parts in one process; `combine` joins them.
+"""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from data.problems.records import ProblemRecord
+from infer.scoring.pool import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
 from infer.scoring.score import (
     SCORERS,
     Answer,
@@ -20,7 +24,6 @@ from infer.scoring.score import (
     ScoringError,
     failure,
 )
-from infer.scoring.workers.threads import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
 from kernels.ranges import PositiveInt
 
 ANSWER_SECONDS = 60.0
@@ -32,26 +35,19 @@ _LARGEST_VALUE = 1e30
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
 _PRECEDENCE: tuple[Outcome, ...] = ("error", "unknown", "timeout", "missing", "wrong", "correct", "skipped")
 _FAULTS: tuple[Outcome, ...] = ("error", "unknown")
+ModelScores = Mapping[str, Sequence[Sequence[Score]]]
+"""Scores by the kind of the part, then by group and answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """The configuration of a reward.
-
-    Attributes:
-        parts: scorers, each of another kind.
-        num_threads: number of answers that are scored at the same time.
-    """
+    """The configuration of a reward: scorers, each of another kind, and how many answers are scored at a time."""
 
     parts: tuple[Annotated[ScorerConfig, SCORERS], ...]
     num_threads: PositiveInt
 
     def __post_init__(self) -> None:
-        """Rejects an empty reward and repeated parts.
-
-        Raises:
-            ScoringError: names the key.
-        """
+        """Rejects an empty reward and repeated parts."""
         kinds = [part.kind for part in self.parts]
         if not kinds:
             raise ScoringError(
@@ -80,11 +76,7 @@ class ScoreSheet:
     parts: dict[str, Score]
 
     def __post_init__(self) -> None:
-        """Refuses a total that is not finite.
-
-        Raises:
-            ScoringError: names the parts.
-        """
+        """Refuses a total that is not finite."""
         if not math.isfinite(self.total):
             values = ", ".join(f"{kind} {score.value:g}" for kind, score in self.parts.items())
             raise ScoringError(f"reward.parts: the weighted sum must be finite, is {self.total} of {values}")
@@ -111,11 +103,7 @@ class AnswerGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSheets:
-    """The scores of a group.
-
-    Attributes:
-        sheets: one of each answer, in order.
-    """
+    """The scores of a group: a sheet of each answer, in order."""
 
     sheets: tuple[ScoreSheet, ...]
 
@@ -129,16 +117,14 @@ class Reward:
     """Scorers with weights. Use it as a context manager, which ends the scorers' processes."""
 
     def __init__(self, config: RewardConfig, seconds: float = ANSWER_SECONDS) -> None:
-        """Builds the scorers.
+        """Builds the scorers, or raises `ScoringError` if this machine cannot run one of them.
 
         Args:
             seconds: time of a call of a scorer that sets no deadline itself.
-
-        Raises:
-            ScoringError: this machine cannot run one of them.
         """
         self._weights = {part.kind: part.weight for part in config.parts}
-        self._num_threads, self._seconds = config.num_threads, seconds
+        self._num_threads = config.num_threads
+        self._seconds = seconds
         self._scorers: dict[str, Scorer | GroupScorer] = {}
         try:
             for part in config.parts:
@@ -161,23 +147,10 @@ class Reward:
     def score_groups(self, groups: Sequence[AnswerGroup]) -> list[GroupSheets]:
         """Scores groups of answers in several threads, each answer with every part.
 
-        A scorer that fails or takes too long costs the group of the answer, not the run.
-
-        Returns:
-            The sheets in the groups' order. A group with a sheet that is no verdict is dropped.
-
-        Raises:
-            ScoringError: a scorer keeps failing; names it and the reason.
+        A scorer that fails or takes too long costs the group of the answer, not the run. One that keeps failing raises
+        `ScoringError`.
         """
-        scores = {kind: self._score_part(kind, groups) for kind in self._scorers}
-        found = []
-        for number, group in enumerate(groups):
-            sheets = [
-                join_parts({kind: column[number][at] for kind, column in scores.items()}, self._weights)
-                for at in range(len(group.answers))
-            ]
-            found.append(GroupSheets(sheets=tuple(sheets)))
-        return found
+        return _join_scores(groups, {kind: self._score_part(kind, groups) for kind in self._scorers}, self._weights)
 
     def _score_part(self, kind: str, groups: Sequence[AnswerGroup]) -> list[list[Score]]:
         """Returns a part's scores of all answers, by group."""
@@ -199,28 +172,33 @@ class Reward:
                 f"reward.parts, kind {kind}: must score an answer within {seconds:g} s, does not for "
                 f"{2 * self._num_threads} answers in a row"
             ) from error
-        found: list[object] = []
+        values: list[object] = []
         for result in results:
             match result:
                 case Returned(value):
-                    found.append(value)
+                    values.append(value)
                 case Raised(raised):
-                    found.append(failure("error", f"{kind}: {type(raised).__name__}: {raised}"[:LONGEST_DETAIL]))
+                    values.append(failure("error", f"{kind}: {type(raised).__name__}: {raised}"[:LONGEST_DETAIL]))
                 case Abandoned(thread):
-                    found.append(failure("unknown", f"{kind}: thread {thread} gave no score within {seconds:g} s"))
-        return found
+                    values.append(failure("unknown", f"{kind}: thread {thread} gave no score within {seconds:g} s"))
+        return values
+
+
+def _join_scores(groups: Sequence[AnswerGroup], scores: ModelScores, weights: Mapping[str, float]) -> list[GroupSheets]:
+    """Returns the sheets of all groups, with the parts in the order of the weights."""
+    return [
+        GroupSheets(
+            sheets=tuple(
+                join_parts({kind: scores[kind][index][number] for kind in weights}, weights)
+                for number in range(len(group.answers))
+            )
+        )
+        for index, group in enumerate(groups)
+    ]
 
 
 def join_parts(parts: Mapping[str, Score], weights: Mapping[str, float]) -> ScoreSheet:
-    """Returns the sheet of an answer.
-
-    Args:
-        parts: score of each part by its kind.
-        weights: weight of each part. A part with weight 0 is only reported, so its failure drops no group.
-
-    Raises:
-        ScoringError: the total is not finite.
-    """
+    """Returns the sheet of an answer. A part with weight 0 is only reported, so its failure drops no group."""
     total = sum(weights[kind] * score.value for kind, score in parts.items())
     outcomes = [
         score.outcome for kind, score in parts.items() if weights[kind] or score.outcome not in (*_FAULTS, "skipped")
@@ -229,21 +207,51 @@ def join_parts(parts: Mapping[str, Score], weights: Mapping[str, float]) -> Scor
 
 
 def check_reward(config: RewardConfig) -> None:
-    """Rejects a reward that this machine cannot compute, before a run.
-
-    Raises:
-        ScoringError: names the part and the reason.
-    """
+    """Raises `ScoringError` if this machine cannot compute a reward."""
     with Reward(config):
         pass
 
 
-def check_problems(config: RewardConfig, problems: Callable[[], Iterable[ProblemRecord]]) -> None:
-    """Rejects a part of the reward that would skip all problems, which are read as far as needed.
+def refuse_without_run(config: ScorerConfig) -> NoReturn:
+    """Refuses to build a part that needs a model on the ranks of a training run."""
+    raise ScoringError(model_part_problem(config.kind))
 
-    Raises:
-        ScoringError: names the part, the field that all problems lack, and parts that apply to them.
+
+def model_part_problem(kind: str) -> str:
+    """Returns the message of an error about a part that a command without training cannot score."""
+    return (
+        f"reward.parts: kind {kind} needs a model on the ranks of a training run, which this command does not have; "
+        f"nearest valid: kind plurality, or launch.train task=grpo"
+    )
+
+
+def host_parts(config: RewardConfig) -> RewardConfig | None:
+    """Returns the reward without the parts that need a model; None if no part is left."""
+    parts = tuple(part for part in config.parts if not SCORERS.get(part.kind).needs_model)
+    return replace(config, parts=parts) if parts else None
+
+
+def combine(
+    config: RewardConfig, groups: Sequence[AnswerGroup], host: Sequence[GroupSheets] | None, models: ModelScores
+) -> list[GroupSheets]:
+    """Returns the sheets of all groups with every part, in the order of the configuration.
+
+    Args:
+        host: sheets of `host_parts`; None if it has no parts.
+        models: scores of the other parts.
     """
+    scores: dict[str, Sequence[Sequence[Score]]] = {
+        kind: [[checked_score(kind, score) for score in group] for group in groups_of_scores]
+        for kind, groups_of_scores in models.items()
+    }
+    for part in config.parts:
+        if part.kind not in scores and host is not None:
+            scores[part.kind] = [[sheet.parts[part.kind] for sheet in group.sheets] for group in host]
+    return _join_scores(groups, scores, {part.kind: part.weight for part in config.parts})
+
+
+def check_problems(config: RewardConfig, problems: Callable[[], Iterable[ProblemRecord]]) -> None:
+    """Rejects a part of the reward that would skip all problems, which are read as far as needed."""
 
     def applies(field: str) -> bool:
         return any(getattr(each, field) is not None for each in problems())

@@ -52,8 +52,6 @@ class Problem:
     """A prompt, and what a correct answer must satisfy.
 
     Attributes:
-        prompt: the question.
-        answer: the expected answer, if there is one.
         tests: assertions as Python source, or inputs with outputs, if the answer is a program.
         origin: from what a generator made the problem, as JSON text, if its own verifier must find it.
     """
@@ -71,13 +69,7 @@ def problem_of(record: ProblemRecord) -> Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """The result of one scorer.
-
-    Attributes:
-        value: 1 for a correct answer and 0 otherwise, or the rating of a scorer without verdict.
-        outcome: what the scorer found out.
-        detail: the reason in a few words, for people.
-    """
+    """The result of one scorer: 1, 0 or a rating, what it found out, and the reason in a few words."""
 
     value: float
     outcome: Outcome
@@ -85,6 +77,16 @@ class Score:
 
 
 SKIPPED = Score(value=0.0, outcome="skipped")
+
+
+def verdict(*, is_correct: bool, detail: str = "") -> Score:
+    """Returns the score of a correct or of a wrong answer."""
+    return Score(value=float(is_correct), outcome="correct" if is_correct else "wrong", detail=detail)
+
+
+def failure(outcome: Outcome, detail: str) -> Score:
+    """Returns a score of 0 with another outcome than correct or wrong."""
+    return Score(value=0.0, outcome=outcome, detail=detail)
 
 
 class Scorer(Protocol):
@@ -117,6 +119,18 @@ class RatingScorer:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionScorer(RatingScorer):
+    """A scorer that is a function of its configuration, an answer and a problem."""
+
+    function: Callable[[Any, Answer, Problem], Score]
+    config: "ScorerConfig"
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Implements `Scorer.score`."""
+        return self.function(self.config, answer, problem)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,23 +170,4 @@ class ScorerSpec:
     has_deadline: bool = False
 
 
-SCORERS: Registry[ScorerSpec] = Registry(
-    "reward.parts[].kind",
-    [
-        f"infer.scoring.{name}"
-        for name in (
-            *("exact", "maths", "code", "format", "language", "length", "repetition", "python", "python.gym"),
-            *("votes", "models.judge", "models.reward_model"),
-        )
-    ],
-)
-
-
-def verdict(*, is_correct: bool, detail: str = "") -> Score:
-    """Returns the score of a correct or of a wrong answer."""
-    return Score(value=float(is_correct), outcome="correct" if is_correct else "wrong", detail=detail)
-
-
-def failure(outcome: Outcome, detail: str) -> Score:
-    """Returns a score of 0 with another outcome than correct or wrong."""
-    return Score(value=0.0, outcome=outcome, detail=detail)
+SCORERS: Registry[ScorerSpec] = Registry("reward.parts[].kind", ["infer.scoring.scorers"])

@@ -2,7 +2,7 @@
 
 from data.chat.templates import CHAT_TEMPLATES
 from data.registry import DATA_SOURCES
-from infer.scoring.models.judge import JudgeConfig
+from infer.scoring.judge import JudgeConfig
 from launch.config.errors import check_all
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors

@@ -12,8 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from infer.scoring.models.parts import host_parts
-from infer.scoring.reward import check_reward
+from infer.scoring.reward import check_reward, host_parts
 from kernels.attention import ATTENTION, AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError

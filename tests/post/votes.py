@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.arithmetic.problems import problems
-from infer.scoring.votes import Plurality, find_plurality
+from infer.scoring.ratings import Plurality, find_plurality
 from tests.post.recipes import LoadedRun, check_seeds, train_start
 
 LEAST_VOTE_GAIN = 0.20

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from infer.config import Sampling
 from infer.engines.protocol import Group, Request, SampledRoutes
-from infer.scoring.length import length_penalty
+from infer.scoring.ratings import length_penalty
 from train.config.rollout import RolloutConfig
 from train.post.engine import TrainingEngine
 from train.post.sample import PromptForm, PromptOrder, RolloutHeader, RolloutRoutes, ScoredRollout

@@ -12,7 +12,7 @@ from data.loader import Batch
 from data.tokenizer import Tokenizer
 from infer.engines.protocol import Group, NumberedPrompt, Sample
 from infer.reward import score_answers
-from infer.scoring.models.reward_model import RewardModelScorerConfig
+from infer.scoring.judge import RewardModelScorerConfig
 from infer.scoring.score import Score, failure
 from model.objective import MicroBatch
 from model.objectives.ranking import KeepScores

@@ -8,10 +8,8 @@ from typing import Protocol
 from torch import distributed as dist
 
 from infer.engines.protocol import Engine, Group, Sample
-from infer.scoring.models.judge import Judge, JudgeConfig, read_constitution
-from infer.scoring.models.parts import ModelScores, combine, host_parts
-from infer.scoring.models.reward_model import RewardModelScorerConfig
-from infer.scoring.reward import AnswerGroup, GroupSheets, Reward, RewardConfig
+from infer.scoring.judge import Judge, JudgeConfig, RewardModelScorerConfig, read_constitution
+from infer.scoring.reward import AnswerGroup, GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
 from infer.scoring.score import Answer, Score, ScorerConfig, ScoringError
 from train.config import TrainConfig
 from train.post.engine import ReplicaEngine, TrainingEngine

@@ -28,9 +28,9 @@ from infer.evaluate.tasks.answering import (
     check_settings,
 )
 from infer.scoring.answer_text import final_text, last_boxed
-from infer.scoring.exact import ExactConfig, ExactScorer
 from infer.scoring.maths import MathsConfig, MathsScorer
-from infer.scoring.score import Answer, Problem, Score, Scorer
+from infer.scoring.ratings import ExactConfig, score_exact
+from infer.scoring.score import Answer, FunctionScorer, Problem, Score, Scorer
 from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 NAME = "maths"
@@ -127,7 +127,7 @@ def _form(config: MathsTaskConfig) -> str:
 def _judge(config: MathsTaskConfig) -> AnswerJudge:
     scorer: Scorer
     if config.path is None and config.generator != "sums":
-        scorer = ExactScorer(ExactConfig(kind="exact", weight=1.0, boxed=True, ignore_case=False))
+        scorer = FunctionScorer(score_exact, ExactConfig(kind="exact", weight=1.0, boxed=True, ignore_case=False))
     else:
         scorer = MathsScorer(
             MathsConfig(

@@ -20,7 +20,7 @@ from infer.evaluate.tasks.answering import (
     chat_or_text,
     check_settings,
 )
-from infer.scoring.python.gym import GymScorer, GymScorerConfig
+from infer.scoring.python import GymScorer, GymScorerConfig
 from infer.scoring.score import problem_of
 from kernels.ranges import PositiveFloat, PositiveInt
 

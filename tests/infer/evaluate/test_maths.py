@@ -17,7 +17,7 @@ from infer.evaluate.tasks.maths import MathsTask, MathsTaskConfig
 from infer.evaluate.tasks.reasoning import ReasoningTaskConfig, build_reasoning_task
 from tests.data.chat.conversations import chat_tokenizer
 from tests.infer.evaluate.stand_ins import SayingModel, evaluate
-from tests.infer.scoring.python.test_gym import library
+from tests.infer.scoring.test_gym import library
 
 __all__ = ["library"]
 CONFIG = MathsTaskConfig(

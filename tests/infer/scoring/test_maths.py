@@ -1,7 +1,6 @@
-r"""Tests of the scorer of mathematical answers against a table of pairs, and of the workers that compare them."""
+r"""Tests of the scorer of mathematical answers against a table of pairs."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ import pytest
 from infer.scoring.maths import MathsConfig, MathsScorer
 from infer.scoring.maths_program import compare
 from infer.scoring.score import Answer, Problem
-from infer.scoring.workers.worker_pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError
 
 pytestmark = pytest.mark.slow
 
@@ -121,47 +119,3 @@ def test_maths_bombs_end_as_timeout_and_later_answers_are_judged() -> None:
 def test_maths_problem_without_an_answer_is_skipped_and_a_faulty_one_is_an_error(scorer: MathsScorer) -> None:
     assert scorer.score(box("7"), Problem(prompt="")).outcome == "skipped"
     assert scorer.score(box("7"), Problem(prompt="", answer="")).outcome == "error"
-
-
-PROGRAM = """
-import json, os, sys, time
-print("{}", flush=True)
-for line in sys.stdin:
-    message = json.loads(line)
-    if message["do"] == "hang":
-        if os.fork() == 0:
-            time.sleep(600)
-        time.sleep(600)
-    if message["do"] == "die":
-        os._exit(3)
-    print(json.dumps({"pid": os.getpid(), "size": len(message.get("data", ""))}), flush=True)
-"""
-
-
-def test_worker_pool_replaces_workers_that_hang_or_die(tmp_path: Path) -> None:
-    path = tmp_path / "program.py"
-    path.write_text(PROGRAM)
-    pool = WorkerPool(WorkerProgram(path), size=2, seconds=1.0, name="test")
-    results: list[object] = []
-
-    def ask(message: dict[str, object]) -> None:
-        try:
-            results.append(pool.request(message)["size"])
-        except (WorkerTimeoutError, WorkerDiedError) as error:
-            results.append(type(error))
-
-    messages = [{"do": "echo", "data": "x" * 300000}, {"do": "hang"}, {"do": "die"}] * 3
-    threads = [threading.Thread(target=ask, args=(message,)) for message in messages]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(map(str, results)) == sorted(map(str, [300000, WorkerTimeoutError, WorkerDiedError] * 3))
-    assert pool.num_restarts == 6
-    pid = pool.request({"do": "echo"})["pid"]
-    pool.close()
-    assert not Path(f"/proc/{pid}").exists()
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise SystemExit(4)")
-    with pytest.raises(WorkerDiedError, match="worker 1 ended with code 4"):
-        WorkerPool(WorkerProgram(broken), size=1, seconds=1.0, name="test").request({})

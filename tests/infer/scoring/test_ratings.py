@@ -1,12 +1,22 @@
-"""Tests of scorers without processes, each against a table, and of the reward that sums them."""
+"""Tests of scorers of text, each against a table, and of the reward that sums them."""
 
 import pytest
 
-from infer.scoring.exact import ExactConfig, ExactScorer
-from infer.scoring.format import FormatConfig, format_problem
-from infer.scoring.language import language_share
-from infer.scoring.length import LengthConfig, length_penalty
-from infer.scoring.repetition import repeated_share
+from infer.scoring.ratings import (
+    ExactConfig,
+    FormatConfig,
+    NoPlurality,
+    Plurality,
+    PluralityConfig,
+    PluralityScorer,
+    Ties,
+    find_plurality,
+    format_problem,
+    language_share,
+    length_penalty,
+    repeated_share,
+    score_exact,
+)
 from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, joint_outcome
 from infer.scoring.score import SCORERS, Answer, Problem, ScoringError
 from train.config.decode import decode
@@ -157,19 +167,17 @@ def test_repeated_share_is_as_in_the_table(text: str, ngram_words: int, share: f
 )
 def test_exact_answers_are_judged_as_in_the_table(text: str, changes: dict, outcome: str) -> None:
     config = ExactConfig(kind="exact", weight=1.0, **{"boxed": False, "ignore_case": False, **changes})
-    score = ExactScorer(config).score(answer(text), Problem(prompt="", answer="1 2 3"))
+    score = score_exact(config, answer(text), Problem(prompt="", answer="1 2 3"))
     assert (score.outcome, score.value) == (outcome, float(outcome == "correct"))
-    assert ExactScorer(config).score(answer(text, is_finished=False), Problem(prompt="", answer="1 2 3")).value == 0
-    assert ExactScorer(config).score(answer(text), Problem(prompt="")).outcome == "skipped"
+    assert score_exact(config, answer(text, is_finished=False), Problem(prompt="", answer="1 2 3")).value == 0
+    assert score_exact(config, answer(text), Problem(prompt="")).outcome == "skipped"
 
 
 def test_exact_case_is_ignored_if_configured() -> None:
-    found = {
-        ignored: ExactScorer(ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=ignored))
-        .score(answer("Paris"), Problem(prompt="", answer="PARIS"))
-        .outcome
-        for ignored in (True, False)
-    }
+    found = {}
+    for ignored in (True, False):
+        config = ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=ignored)
+        found[ignored] = score_exact(config, answer("Paris"), Problem(prompt="", answer="PARIS")).outcome
     assert found == {True: "correct", False: "wrong"}
 
 
@@ -230,4 +238,67 @@ def test_scorers_are_registered_with_a_summary() -> None:
     # Other tests of this process may have registered more.
     assert SCORERS.names()[: len(own)] == own
     assert all(spec.summary and issubclass(spec.config, object) for _, spec in SCORERS.items())
-    assert LengthConfig(kind="length", weight=1.0, limit_tokens=5, buffer_tokens=5).buffer_tokens == 5
+
+
+def plurality_config(**changes) -> PluralityConfig:
+    values = {"boxed": False, "ignore_case": False, "quorum": 0.5, "ties": "drop", **changes}
+    return PluralityConfig(kind="plurality", weight=1.0, **values)
+
+
+def answers(*texts: str) -> list[Answer]:
+    """Returns one answer per text. An answer that ends with an ellipsis is cut."""
+    return [Answer(text=text, num_tokens=3, is_finished=not text.endswith("...")) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("ballots", "quorum", "ties", "ballot", "num_votes"),
+    [
+        (["a", "b", "a"], 0.5, "drop", "a", 2),
+        (["b", "a", "a", "b"], 0.5, "drop", None, 2),
+        (["b", "a", "a", "b"], 0.5, "first", "b", 2),
+        (["a", "b", "c"], 0.0, "drop", None, 1),
+        (["a", None, None, "a"], 0.5, "drop", "a", 2),
+        (["a", None, None, "a"], 0.51, "drop", None, 0),
+        (["a", None, None, None], 0.25, "drop", "a", 1),
+        ([None, None], 0.0, "first", None, 0),
+        (["a"], 1.0, "drop", "a", 1),
+    ],
+)
+def test_plurality_is_as_in_the_table(
+    ballots: list[str | None], quorum: float, ties: Ties, ballot: str | None, num_votes: int
+) -> None:
+    found = find_plurality(ballots, quorum, ties)
+    if ballot is None:
+        assert isinstance(found, NoPlurality)
+    else:
+        assert found == Plurality(ballot=ballot, num_votes=num_votes)
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "values"),
+    [
+        (["123", " 123\n", "132", "312"], {}, [1, 1, 0, 0]),
+        (["<think>9</think>123", "<think>8</think>123", "9"], {}, [1, 1, 0]),
+        (["Yes", "yes", "no"], {"ignore_case": True}, [1, 1, 0]),
+        ([r"It is \boxed{3}.", r"So \boxed{3}", r"\boxed{4}", "3"], {"boxed": True}, [1, 1, 0, None]),
+        (["123", "123", "12...", "", "<think>1"], {"quorum": 0.4}, [1, 1, None, None, None]),
+    ],
+)
+def test_votes_compare_normalized_text_after_the_thoughts(
+    texts: list[str], changes: dict, values: list[int | None]
+) -> None:
+    scores = PluralityScorer(plurality_config(**changes)).score_group(answers(*texts), Problem(prompt="213"))
+    assert [None if score.outcome == "missing" else score.value for score in scores] == values
+    assert {score.outcome for score in scores} <= {"rated", "missing"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (["1", "2"], "several answers have 1 of 2 votes"),
+        (["1", "1", "", "", ""], "2 of 5 answers vote, which is below the quorum"),
+    ],
+)
+def test_a_group_without_plurality_has_no_reward(texts: list[str], reason: str) -> None:
+    scores = PluralityScorer(plurality_config()).score_group(answers(*texts), Problem(prompt="213"))
+    assert [(score.value, score.outcome, score.detail) for score in scores] == [(0.0, "unknown", reason)] * len(texts)

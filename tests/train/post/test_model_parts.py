@@ -12,7 +12,7 @@ from data.chat.templates import CHAT_TEMPLATES
 from infer.config import Statistics
 from infer.engines.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
-from infer.scoring.models.judge import JUDGE_SEED, JudgeConfig
+from infer.scoring.judge import JUDGE_SEED, JudgeConfig
 from infer.scoring.reward import RewardConfig
 from infer.scoring.score import Problem, ScoringError
 from tests.ranks import run_ranks

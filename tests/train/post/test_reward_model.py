@@ -14,7 +14,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.arithmetic.source import arithmetic_tokenizer
 from dualpipe.config import ScheduleConfig
 from infer.reward import score_answers
-from infer.scoring.models.reward_model import RewardModelScorerConfig
+from infer.scoring.judge import RewardModelScorerConfig
 from model.config import ModelConfig
 from model.transformer import SCORE, Transformer, initialize_weights, named_tensors
 from tests.launch.checkpoints import write_checkpoint

@@ -15,7 +15,7 @@ from infer.config import Finish
 from infer.engines.local import LocalEngine
 from infer.engines.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
-from infer.scoring.models.judge import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
+from infer.scoring.judge import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
 from infer.scoring.reward import AnswerGroup
 from infer.scoring.score import Answer, Problem, Score, ScoringError
 from tests.infer.models import SMALL, make_model

@@ -15,9 +15,6 @@ def score(prompt: str, answer: str, expected: str | None) -> dict[str, object]:
 
     Args:
         expected: origin of the problem as JSON: data set, seed, size and index.
-
-    Raises:
-        ValueError: the origin has another question, because the library has another version.
     """
     origin = json.loads(expected or "{}")
     dataset = _open(origin["dataset"], origin["seed"], origin["size"])

@@ -19,9 +19,8 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.protocol import NumberedPrompt, Request, Rollout
 from infer.scoring.answer_text import final_text
-from infer.scoring.models.parts import refuse_without_run
 from infer.scoring.reward import AnswerGroup
-from infer.scoring.score import SCORERS, Score, ScorerConfig, ScorerSpec, ScoringError, failure
+from infer.scoring.score import Score, ScorerConfig, ScoringError, failure
 from kernels.ranges import NonNegativeFloat, PositiveInt
 
 JUDGE_SEED = 0x5851F42D4C957F2D
@@ -62,11 +61,7 @@ class JudgeConfig(ScorerConfig):
     temperature: NonNegativeFloat
 
     def __post_init__(self) -> None:
-        """Rejects a question that does not show what is judged, and verdicts that cannot be distinguished.
-
-        Raises:
-            ScoringError: names the key.
-        """
+        """Rejects a question that does not show what is judged, and verdicts that cannot be distinguished."""
         others = ("{other}",) if self.form == "pairs" else ()
         for name in ("{prompt}", "{answer}", *others):
             if name not in self.question:
@@ -84,12 +79,24 @@ class JudgeConfig(ScorerConfig):
             )
 
 
-def read_constitution(config: JudgeConfig) -> str:
-    """Returns the judge's principles, from the file if there is one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardModelScorerConfig(ScorerConfig):
+    """The configuration of the score of a reward model.
 
-    Raises:
-        ScoringError: the file cannot be read.
+    Attributes:
+        ckpt: a checkpoint of task=reward_model, or a Hugging Face folder with a score head.
+        place: pipeline: a second, frozen network on all ranks, under the schedule of the policy; first_rank: whole on
+            rank 0, while the other ranks wait.
+        batch_size: sequences that rank 0 computes together. It changes no score.
     """
+
+    ckpt: str
+    place: Literal["pipeline", "first_rank"]
+    batch_size: PositiveInt
+
+
+def read_constitution(config: JudgeConfig) -> str:
+    """Returns the judge's principles, from the file if there is one."""
     if config.constitution_path is None:
         return config.constitution
     try:
@@ -103,10 +110,9 @@ def read_constitution(config: JudgeConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePrompt:
-    """A prompt of the judge.
+    """A prompt of the judge, whose number decides the random numbers of the critiques.
 
     Attributes:
-        prompt: its number decides the random numbers of the critiques.
         group: index of the group.
         answer: index of the judged answer in the group.
         other: index of the answer with which it is compared; equal to `answer` if there is none.
@@ -127,12 +133,13 @@ class Judge:
         """Stores the arguments.
 
         Args:
-            template: chat template of the judge.
-            constitution: its principles, as `read_constitution` returns them.
             max_tokens: maximum number of tokens of a prompt. A longer one is not judged, which counts as abstentions.
         """
-        self._config, self._template, self._tokenizer = config, template, tokenizer
-        self._constitution, self._max_tokens = constitution, max_tokens
+        self._config = config
+        self._template = template
+        self._tokenizer = tokenizer
+        self._constitution = constitution
+        self._max_tokens = max_tokens
 
     def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
         """Returns the prompts of all groups, in order. Answers without text after their thoughts have none.
@@ -140,26 +147,23 @@ class Judge:
         Args:
             numbers: number of each group's prompt in the job, which decides the random numbers of its critiques.
         """
-        found = []
+        prompts = []
         for index, (group, group_number) in enumerate(zip(groups, numbers, strict=True)):
-            size, shown = len(group.answers), [final_text(each.text).strip() for each in group.answers]
-            for first, second in self._pairs(shown):
-                text = self._question(group.problem.prompt, shown[first], shown[second])
+            size = len(group.answers)
+            texts = [final_text(answer.text).strip() for answer in group.answers]
+            for first, second in self._pairs(texts):
+                text = self._question(group.problem.prompt, texts[first], texts[second])
                 tokens = tuple(
                     encode_prompt([user(text)], self._template, self._tokenizer, thinking=self._config.thinking)
                 )
                 if len(tokens) <= self._max_tokens:
                     number = (group_number * size + first) * size + second
                     prompt = NumberedPrompt(number=number, tokens=tokens)
-                    found.append(JudgePrompt(prompt=prompt, group=index, answer=first, other=second))
-        return found
+                    prompts.append(JudgePrompt(prompt=prompt, group=index, answer=first, other=second))
+        return prompts
 
     def request(self, seed: int, step: int, stop: frozenset[int]) -> Request:
-        """Returns how an engine continues the prompts.
-
-        Args:
-            stop: token ids that end a critique.
-        """
+        """Returns how an engine continues the prompts."""
         sampling = Sampling(temperature=self._config.temperature, seed=(seed + JUDGE_SEED) % 2**63)
         return Request(
             samples=self._config.samples,
@@ -172,13 +176,7 @@ class Judge:
     def scores(
         self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Rollout]
     ) -> list[list[Score]]:
-        """Returns the scores of every group's answers.
-
-        Args:
-            groups: as `prompts` received them.
-            prompts: as `prompts` returned them.
-            critiques: all samples of a prompt, then those of the next one.
-        """
+        """Returns the scores of every group's answers, given all critiques of a prompt, then those of the next one."""
         votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
         for number, critique in enumerate(critiques):
             prompt = prompts[number // self._config.samples]
@@ -191,19 +189,20 @@ class Judge:
     def _group_scores(
         self, index: int, group: AnswerGroup, votes: dict[tuple[int, int], list[bool | None]]
     ) -> list[Score]:
-        shown = [final_text(each.text).strip() for each in group.answers]
-        pairs, found = list(self._pairs(shown)), []
-        for number, text in enumerate(shown):
+        texts = [final_text(answer.text).strip() for answer in group.answers]
+        pairs = list(self._pairs(texts))
+        scores = []
+        for number, text in enumerate(texts):
             wanted = sum(number in pair for pair in pairs) * self._config.samples
             cast = votes[index, number]
             # Prompts that are too long were not judged.
             abstentions: list[bool | None] = [None] * (wanted - len(cast))
-            found.append(score_votes([*cast, *abstentions]) if text else failure("missing", "no text to judge"))
-        return found
+            scores.append(score_votes([*cast, *abstentions]) if text else failure("missing", "no text to judge"))
+        return scores
 
-    def _pairs(self, shown: Sequence[str]) -> Iterator[tuple[int, int]]:
+    def _pairs(self, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         """Yields which answer of a group is judged against which, itself if it is judged alone."""
-        judged = [number for number, text in enumerate(shown) if text]
+        judged = [number for number, text in enumerate(texts) if text]
         if self._config.form == "single":
             yield from ((number, number) for number in judged)
             return
@@ -226,12 +225,7 @@ class Judge:
 
 
 def parse_verdict(text: str, config: JudgeConfig) -> bool | None:
-    """Returns whether a critique ends with a verdict for the answer; None if there is no clear verdict.
-
-    Args:
-        text: of the critique, with its thoughts.
-        config: says how a verdict is written.
-    """
+    """Returns whether a critique ends with a verdict for the answer; None if there is no clear verdict."""
     _, mark, after = final_text(text).rpartition(config.mark) if config.mark else ("", "mark", final_text(text))
     said = after.strip().strip("*.!\"' ").casefold()
     votes = {config.accept.strip().casefold(): True, config.reject.strip().casefold(): False}
@@ -239,24 +233,8 @@ def parse_verdict(text: str, config: JudgeConfig) -> bool | None:
 
 
 def score_votes(votes: Sequence[bool | None]) -> Score:
-    """Returns the share of votes for an answer; unknown if fewer than half of the votes are valid.
-
-    Args:
-        votes: None abstains.
-    """
+    """Returns the share of votes for an answer; unknown if fewer than half are valid. None abstains."""
     valid = [vote for vote in votes if vote is not None]
     if not valid or 2 * len(valid) < len(votes):
         return failure("unknown", f"{len(valid)} of {len(votes)} votes of the judge are valid, at least half must be")
     return Score(value=sum(valid) / len(valid), outcome="rated", detail=f"{sum(valid)} of {len(valid)} votes")
-
-
-SCORERS.register(
-    "judge",
-    ScorerSpec(
-        summary="share of a judge's votes for the answer",
-        config=JudgeConfig,
-        build=refuse_without_run,
-        has_verdict=False,
-        needs_model=True,
-    ),
-)

@@ -10,8 +10,8 @@ from data.corpus import DataError
 from data.prepare import check_config, prepare
 from data.problems.gym import GymSource
 from data.problems.split import split_problems
-from infer.scoring.python import gym
-from infer.scoring.python.gym import GymScorer, GymScorerConfig
+from infer.scoring import python
+from infer.scoring.python import GymScorer, GymScorerConfig
 from infer.scoring.score import Answer, Problem, ScoringError, problem_of
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of
@@ -44,9 +44,9 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "reasoning_gym").mkdir(parents=True)
     (folder / "reasoning_gym" / "factory.py").write_text(LIBRARY)
     (folder / "reasoning_gym" / "__init__.py").write_text("from .factory import create_dataset\n")
-    (folder / "gym_verifier.py").write_text(gym.VERIFIER.read_text())
+    (folder / "gym_verifier.py").write_text(python.VERIFIER.read_text())
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(gym, "VERIFIER", folder / "gym_verifier.py")
+    monkeypatch.setattr(python, "VERIFIER", folder / "gym_verifier.py")
     for name in ("reasoning_gym", "reasoning_gym.factory"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield folder

@@ -49,14 +49,7 @@ def main() -> None:
 
 
 def load_function(path: Path, name: str, digest: str) -> Callable[..., object]:
-    """Returns a function of a file.
-
-    Args:
-        digest: SHA-256 of the file when the run began.
-
-    Raises:
-        FunctionError: the file has changed or cannot be imported, or the function is missing.
-    """
+    """Returns a function of a file, or raises `FunctionError` if its SHA-256 changed or it has no such function."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -78,11 +71,7 @@ def load_function(path: Path, name: str, digest: str) -> Callable[..., object]:
 
 
 def to_reply(result: object) -> dict[str, Any]:
-    """Returns the reply of a function's result: a number, or a dict with `score`.
-
-    Raises:
-        FunctionError: the result is no score.
-    """
+    """Returns the reply of a function's result: a number, or a dict with `score`."""
     if not isinstance(result, dict):
         return {"value": _number(result), "outcome": "rated", "detail": ""}
     unknown = [name for name in result if name not in _FIELDS]
@@ -98,15 +87,12 @@ def to_reply(result: object) -> dict[str, Any]:
 
 def _number(value: object) -> float:
     if not isinstance(value, numbers.Real):
-        raise FunctionError(f"must return a number, returned {_shown(value)}")
+        kind = "None" if value is None else f"a value of type {type(value).__name__}"
+        raise FunctionError(f"must return a number, returned {kind}")
     number = float(value)
     if not math.isfinite(number):
         raise FunctionError(f"must return a finite number, returned {number}")
     return number
-
-
-def _shown(value: object) -> str:
-    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _find(module: ModuleType, name: str) -> Callable[..., object]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.scoring.python.scorer import PythonConfig, PythonScorer
+from infer.scoring.python import PythonConfig, PythonScorer
 from infer.scoring.reward import AnswerGroup, Reward, RewardConfig
 from infer.scoring.score import Answer, Problem, Score, ScoringError
 

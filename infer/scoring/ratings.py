@@ -1,0 +1,283 @@
+"""Scores answers by their text alone: expected text, format, language, length, repetition, and votes of a group."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from infer.scoring.answer_text import END_THINK, THINK, last_boxed, last_code, normalize_text, shown_answer
+from infer.scoring.score import (
+    SKIPPED,
+    Answer,
+    Problem,
+    RatingScorer,
+    Score,
+    ScorerConfig,
+    ScoringError,
+    failure,
+    verdict,
+)
+from kernels.ranges import NonNegativeInt, PositiveInt, Share
+
+Language = Literal[
+    "latin", "chinese", "japanese", "korean", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai"
+]
+Ties = Literal["drop", "first"]
+
+# First words of the Unicode names of a language's letters, if they are others than the language's name.
+_SCRIPTS = {
+    "chinese": frozenset({"CJK", "BOPOMOFO"}),
+    "japanese": frozenset({"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}),
+    "korean": frozenset({"HANGUL"}),
+}
+# Code, formulas and addresses are the same in every language.
+_NEUTRAL = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|https?://\S+|</?think>", re.DOTALL
+)
+# Chinese and Japanese characters are words, as these languages have no spaces. Numbers and signs are words, too.
+_WORDS = re.compile(r"[぀-ヿ㐀-鿿]|[^\W぀-ヿ㐀-鿿]+|[^\w\s]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactConfig(ScorerConfig):
+    """Comparison of the text after the thoughts, or of the last box in it if `boxed`, with the expected text."""
+
+    boxed: bool
+    ignore_case: bool
+
+
+def score_exact(config: ExactConfig, answer: Answer, problem: Problem) -> Score:
+    """Returns 1 if both texts are equal; an unfinished answer, or one without a box, is missing."""
+    if problem.answer is None:
+        return SKIPPED
+    shown = finished_answer(answer, boxed=config.boxed)
+    if isinstance(shown, Score):
+        return shown
+    texts = {normalize_text(text, ignore_case=config.ignore_case) for text in (shown, problem.answer)}
+    return verdict(is_correct=len(texts) == 1, detail=shown[:80])
+
+
+def finished_answer(answer: Answer, *, boxed: bool) -> str | Score:
+    """Returns the text or the box that counts, or the score of an answer that has none."""
+    if not answer.is_finished:
+        return failure("missing", "the answer was cut at the limit of tokens")
+    shown = shown_answer(answer.text, boxed=boxed)
+    if shown is None:
+        return failure("missing", "no boxed answer" if boxed else "no text after the thoughts")
+    return shown
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormatConfig(ScorerConfig):
+    """The format: thoughts first, then text, with a box or a block of code.
+
+    Attributes:
+        thoughts: required: the answer begins with thoughts, `<think>...</think>`; opened: it begins within thoughts
+            that the prompt opened; forbidden: it has none; any: it has none, or begins with complete ones.
+        boxed: whether the text after the thoughts must have exactly one box.
+        code: whether the text after the thoughts must have a block of code.
+        ended: whether the model must end the answer before the limit of tokens.
+    """
+
+    thoughts: Literal["required", "opened", "forbidden", "any"]
+    boxed: bool
+    code: bool
+    ended: bool
+
+
+def score_format(config: FormatConfig, answer: Answer, problem: Problem) -> Score:
+    """Returns 1 if the format is as configured, or 0 with the first rule that the answer breaks."""
+    broken = format_problem(answer, config)
+    return Score(value=float(broken is None), outcome="rated", detail=broken or "")
+
+
+def format_problem(answer: Answer, config: FormatConfig) -> str | None:
+    """Returns the first rule that an answer breaks, or None."""
+    if config.ended and not answer.is_finished:
+        return "cut at the limit of tokens"
+    text = THINK + answer.text if config.thoughts == "opened" else answer.text
+    begins = text.count(THINK)
+    ends = text.count(END_THINK)
+    if config.thoughts == "forbidden" and begins + ends:
+        return "has thoughts"
+    if config.thoughts in ("required", "opened") and not begins:
+        return "no thoughts"
+    if (begins, ends) not in ((0, 0), (1, 1)) or text.find(THINK) > text.find(END_THINK):
+        return "thoughts are not opened and closed once"
+    if begins and text[: text.find(THINK)].strip():
+        return "text before the thoughts"
+    if begins and not text[text.find(THINK) + len(THINK) : text.find(END_THINK)].strip():
+        return "empty thoughts"
+    return _problem_after(text.rpartition(END_THINK)[2], config)
+
+
+def _problem_after(rest: str, config: FormatConfig) -> str | None:
+    """Returns the first rule that the text after the thoughts breaks, or None."""
+    if not rest.strip():
+        return "no text after the thoughts"
+    if config.boxed and rest.count("\\boxed") != 1:
+        return f"{rest.count(chr(92) + 'boxed')} boxes, not 1"
+    if config.boxed and not (last_boxed(rest) or "").strip():
+        return "an empty or open box"
+    if config.code and last_code(rest) is None:
+        return "no block of code"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageConfig(ScorerConfig):
+    """The expected language, or `latin` for those in Latin letters."""
+
+    language: Language
+
+
+def score_language(config: LanguageConfig, answer: Answer, problem: Problem) -> Score:
+    """Returns the share of letters of an answer, with its thoughts, in the language's scripts.
+
+    DeepSeek-R1 rates the share of words in the target language (arXiv:2501.12948, section 2.3.2). Letters need no
+    dictionary, and distinguish the languages that models mix: those of different scripts.
+    """
+    return Score(value=language_share(answer.text, config.language), outcome="rated")
+
+
+def language_share(text: str, language: Language) -> float:
+    """Returns the share of a text's letters in a language, or 1 if it has none outside code, formulas and addresses."""
+    expected = _SCRIPTS.get(language, {language.upper()})
+    scripts = [_script(letter) for letter in _NEUTRAL.sub(" ", text) if letter.isalpha()]
+    return sum(script in expected for script in scripts) / len(scripts) if scripts else 1.0
+
+
+@lru_cache(maxsize=65536)
+def _script(letter: str) -> str:
+    """Returns the first word of a letter's Unicode name, without a width."""
+    words = unicodedata.name(letter, "").split()
+    return next((word for word in words if word not in ("FULLWIDTH", "HALFWIDTH")), "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthConfig(ScorerConfig):
+    """The length from which the penalty is whole, and the tokens before it over which the penalty grows."""
+
+    limit_tokens: PositiveInt
+    buffer_tokens: NonNegativeInt
+
+    def __post_init__(self) -> None:
+        """Rejects a buffer that is longer than the limit."""
+        if self.buffer_tokens > self.limit_tokens:
+            raise ScoringError(
+                f"reward.parts, kind length: buffer_tokens must be at most limit_tokens "
+                f"({self.limit_tokens}), is {self.buffer_tokens}; "
+                f"nearest valid: {self.limit_tokens}"
+            )
+
+
+def score_length(config: LengthConfig, answer: Answer, problem: Problem) -> Score:
+    """Returns the penalty for a long answer."""
+    penalty = length_penalty(answer.num_tokens, config.limit_tokens, config.buffer_tokens)
+    return Score(value=penalty, outcome="rated", detail=f"{answer.num_tokens} tokens")
+
+
+def length_penalty(num_tokens: int, limit: int, buffer: int) -> float:
+    """Returns 0 up to `limit - buffer` tokens, then a line down to -1 at `limit` tokens and above.
+
+    Source: DAPO, arXiv:2503.14476, section 3.4 (soft overlong punishment).
+    """
+    if num_tokens <= limit - buffer:
+        return 0.0
+    return -1.0 if num_tokens >= limit else (limit - buffer - num_tokens) / buffer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepetitionConfig(ScorerConfig):
+    """The length of the n-grams in words."""
+
+    ngram_words: PositiveInt
+
+
+def score_repetition(config: RepetitionConfig, answer: Answer, problem: Problem) -> Score:
+    """Returns minus the share of n-grams that occurred before."""
+    return Score(value=-repeated_share(answer.text, config.ngram_words) + 0.0, outcome="rated")
+
+
+def repeated_share(text: str, ngram_words: int) -> float:
+    """Returns the share of a text's n-grams that occurred before in it, or 0 if it is shorter than one."""
+    words = _WORDS.findall(text)
+    ngrams = [tuple(words[at : at + ngram_words]) for at in range(len(words) - ngram_words + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluralityConfig(ScorerConfig):
+    """A vote of a group about what `ExactConfig` compares.
+
+    Attributes:
+        quorum: least share of a group's answers that must vote.
+        ties: what happens if several answers have the most votes. drop: there is no plurality; first: the one that
+            occurs first counts.
+    """
+
+    boxed: bool
+    ignore_case: bool
+    quorum: Share
+    ties: Ties
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plurality:
+    """The ballot of a group with the most votes, and their number."""
+
+    ballot: str
+    num_votes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoPlurality:
+    """A group without a plurality, and the reason in a few words."""
+
+    reason: str
+
+
+def find_plurality(ballots: Sequence[str | None], quorum: float, ties: Ties) -> Plurality | NoPlurality:
+    """Returns the most frequent ballot of a group. None abstains."""
+    valid = Counter(ballot for ballot in ballots if ballot is not None)
+    if not valid or valid.total() < quorum * len(ballots):
+        return NoPlurality(reason=f"{valid.total()} of {len(ballots)} answers vote, which is below the quorum")
+    # Ballots with equally many votes are in the order of their first occurrence.
+    (ballot, num_votes), *others = valid.most_common(2)
+    if ties == "drop" and others and others[0][1] == num_votes:
+        return NoPlurality(reason=f"several answers have {num_votes} of {len(ballots)} votes")
+    return Plurality(ballot=ballot, num_votes=num_votes)
+
+
+class PluralityScorer(RatingScorer):
+    """Compares each answer with the plurality of its group, which is often right where no rule can check it.
+
+    The mean value over a group is the share of answers that agree. Source: TTRL, arXiv:2504.16084.
+    """
+
+    def __init__(self, config: PluralityConfig) -> None:
+        self._config = config
+
+    def score_group(self, answers: Sequence[Answer], problem: Problem) -> list[Score]:
+        """Returns 1 for each answer that equals the plurality, and 0 for the others.
+
+        An answer that abstains is missing. Without a plurality, all are unknown, so that the group is not trained.
+        """
+        ballots = [self._ballot(answer) for answer in answers]
+        plurality = find_plurality(ballots, self._config.quorum, self._config.ties)
+        if isinstance(plurality, NoPlurality):
+            return [failure("unknown", plurality.reason)] * len(answers)
+        detail = f"{plurality.num_votes} of {len(answers)} votes for {plurality.ballot[:80]}"
+        return [
+            failure("missing", "abstains: no answer was found")
+            if ballot is None
+            else Score(value=float(ballot == plurality.ballot), outcome="rated", detail=detail)
+            for ballot in ballots
+        ]
+
+    def _ballot(self, answer: Answer) -> str | None:
+        shown = shown_answer(answer.text, boxed=self._config.boxed) if answer.is_finished else None
+        return None if shown is None else normalize_text(shown, ignore_case=self._config.ignore_case)

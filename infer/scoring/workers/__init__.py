@@ -1,1 +1,0 @@
-"""Runs scorers in processes and threads that cannot stop a run."""

@@ -1,0 +1,110 @@
+"""Tests that calls in threads and requests to workers return, and that those which hang or fail stop no others."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infer.scoring.pool import (
+    Abandoned,
+    Raised,
+    Returned,
+    TooManyAbandonedError,
+    WorkerDiedError,
+    WorkerPool,
+    WorkerProgram,
+    WorkerTimeoutError,
+    run_in_threads,
+)
+
+
+@pytest.fixture
+def hang() -> Iterator[threading.Event]:
+    """Yields an event that hanging calls wait for, so that their threads end after the test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_threads_return_results_in_the_order_of_the_calls() -> None:
+    calls = [lambda n=n: time.sleep(0.001 * (5 - n % 5)) or n for n in range(20)]
+    assert run_in_threads(calls, 4, 10.0, KeyError) == [Returned(n) for n in range(20)]
+    assert run_in_threads([], 4, None, KeyError) == []
+
+
+def test_threads_abandon_calls_that_hang_and_keep_the_others(hang: threading.Event) -> None:
+    def fail() -> int:
+        raise ValueError("broken")
+
+    calls = [hang.wait, lambda: 1, fail, hang.wait, lambda: 2]
+    results = run_in_threads(calls, 2, 0.2, KeyError)
+    first, one, broken, second, two = results
+    assert (one, two) == (Returned(1), Returned(2))
+    assert isinstance(broken, Raised)
+    assert str(broken.error) == "broken"
+    assert {type(first), type(second)} == {Abandoned}
+
+
+def test_threads_give_up_if_only_abandoned_calls_follow_each_other(hang: threading.Event) -> None:
+    began = time.monotonic()
+    with pytest.raises(TooManyAbandonedError):
+        run_in_threads([hang.wait] * 100, 2, 0.05, KeyError)
+    assert time.monotonic() - began < 5
+
+
+def test_threads_end_with_the_first_fatal_error() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise KeyError("fatal")
+
+    with pytest.raises(KeyError, match="fatal"):
+        run_in_threads([fail, *(lambda: time.sleep(0.01) or done.append(1) for _ in range(500))], 1, None, KeyError)
+    assert len(done) < 500
+
+
+PROGRAM = """
+import json, os, sys, time
+print("{}", flush=True)
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["do"] == "hang":
+        if os.fork() == 0:
+            time.sleep(600)
+        time.sleep(600)
+    if message["do"] == "die":
+        os._exit(3)
+    print(json.dumps({"pid": os.getpid(), "size": len(message.get("data", ""))}), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_worker_pool_replaces_workers_that_hang_or_die(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    pool = WorkerPool(WorkerProgram(path), size=2, seconds=1.0, name="test")
+    results: list[object] = []
+
+    def ask(message: dict[str, object]) -> None:
+        try:
+            results.append(pool.request(message)["size"])
+        except (WorkerTimeoutError, WorkerDiedError) as error:
+            results.append(type(error))
+
+    messages = [{"do": "echo", "data": "x" * 300000}, {"do": "hang"}, {"do": "die"}] * 3
+    threads = [threading.Thread(target=ask, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, results)) == sorted(map(str, [300000, WorkerTimeoutError, WorkerDiedError] * 3))
+    assert pool.num_restarts == 6
+    pid = pool.request({"do": "echo"})["pid"]
+    pool.close()
+    assert not Path(f"/proc/{pid}").exists()
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(4)")
+    with pytest.raises(WorkerDiedError, match="worker 1 ended with code 4"):
+        WorkerPool(WorkerProgram(broken), size=1, seconds=1.0, name="test").request({})
