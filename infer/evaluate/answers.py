@@ -1,62 +1,36 @@
-"""Answers the requests of evaluation tasks with a model. Imports no torch."""
+"""Answers the requests of evaluation tasks with a model. Imports no torch.
+
+The rules for token ids are those of lm-evaluation-harness (EleutherAI, `TemplateLM._encode_pair` and
+`get_rolling_token_windows`), so that numbers agree.
+"""
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.protocol import NumberedPrompt, Request, Rollout
-from infer.evaluate.config import EvaluationError
-from infer.evaluate.protocol import EvaluatedModel, TargetScores, TargetSequence
-from infer.evaluate.requests import (
-    ContinuationAnswer,
+from infer.evaluate.protocol import (
     ContinuationRequest,
-    DocumentAnswer,
     DocumentRequest,
+    EvaluatedModel,
     EvaluationAnswer,
+    EvaluationError,
     EvaluationRequest,
     GenerationAnswer,
     GenerationRequest,
-    RatingAnswer,
+    LikelihoodAnswer,
     RatingRequest,
+    TargetScores,
+    TargetSequence,
+    Text,
 )
-from infer.evaluate.tokens import context_tokens, document_windows, target_sequence
 from infer.text import TextStream
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NumberedRequest:
-    """A request, and its number among all requests of a task, which decides its random numbers."""
-
-    number: int
-    request: EvaluationRequest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Scored:
-    """Sequences of one request among those of all requests."""
-
-    first: int
-    count: int
-    num_dropped: int = 0
-
-
-@dataclass(slots=True)
-class _Continuation:
-    """A continuation that is generated: its prompt, and its text so far."""
-
-    prompt: NumberedPrompt
-    stream: TextStream
-    num_dropped: int
-    pieces: list[str] = field(default_factory=list)
-
-    def push(self, token: int) -> bool:
-        """Adds a token, and returns whether a stop string has appeared."""
-        self.pieces.append(self.stream.push(token))
-        return self.stream.is_stopped
+NumberedRequest = tuple[int, EvaluationRequest]
+"""A request after its number among all requests of a task, which decides its random numbers."""
 
 
 class Answerer:
@@ -69,8 +43,10 @@ class Answerer:
             end_ids: ids of the tokens that end a generation.
             max_tokens: number of positions of the model.
         """
-        self._model, self._tokenizer = model, tokenizer
-        self._end_ids, self._max_tokens = frozenset(end_ids), max_tokens
+        self._model = model
+        self._tokenizer = tokenizer
+        self._end_ids = frozenset(end_ids)
+        self._max_tokens = max_tokens
 
     def answer(self, requests: Sequence[NumberedRequest]) -> list[EvaluationAnswer]:
         """Returns the answer to each request. On several ranks, all call it with the same requests.
@@ -78,118 +54,189 @@ class Answerer:
         Raises:
             EvaluationError: a continuation is longer than the model has positions, or a log-likelihood is not finite.
         """
-        found: list[EvaluationAnswer | None] = [None] * len(requests)
-        for at, scored in [*self._score(requests), *self._rate(requests)]:
-            found[at] = scored
-        by_settings = defaultdict[tuple[int, Sampling], list[int]](list)
-        for at, each in enumerate(requests):
-            if isinstance(each.request, GenerationRequest):
-                by_settings[each.request.max_new_tokens, each.request.sampling].append(at)
-        for (max_new_tokens, sampling), places in by_settings.items():
-            for at, generated in self._generate(requests, places, max_new_tokens, sampling):
-                found[at] = generated
-        return [answer for answer in found if answer is not None]
+        answers: dict[int, EvaluationAnswer] = {**self._score(requests), **self._rate(requests)}
+        by_settings = defaultdict[tuple[int, Sampling], dict[int, tuple[int, GenerationRequest]]](dict)
+        for position, (number, request) in enumerate(requests):
+            if isinstance(request, GenerationRequest):
+                by_settings[request.max_new_tokens, request.sampling][position] = number, request
+        for (max_new_tokens, sampling), generations in by_settings.items():
+            answers |= self._generate(generations, max_new_tokens, sampling)
+        return [answers[position] for position in range(len(requests))]
 
-    def _score(self, requests: Sequence[NumberedRequest]) -> list[tuple[int, EvaluationAnswer]]:
+    def _score(self, requests: Sequence[NumberedRequest]) -> dict[int, LikelihoodAnswer]:
         """Answers the requests for log-likelihoods in one call of the model."""
-        sequences, places = list[TargetSequence](), dict[int, _Scored]()
-        for at, each in enumerate(requests):
-            first, num_dropped = len(sequences), 0
-            if isinstance(each.request, ContinuationRequest):
-                sequence, num_dropped = target_sequence(self._tokenizer, each.request, self._max_tokens)
-                sequences.append(sequence)
-            elif isinstance(each.request, DocumentRequest):
-                sequences.extend(document_windows(self._tokenizer, each.request, self._max_tokens))
-            else:
-                continue
-            places[at] = _Scored(first=first, count=len(sequences) - first, num_dropped=num_dropped)
-        scores = self._model.score(sequences) if sequences else []
-        return [(at, _likelihood(requests[at].request, place, scores)) for at, place in places.items()]
+        sequences: dict[int, list[TargetSequence]] = {}
+        num_dropped: dict[int, int] = {}
+        for position, (_, request) in enumerate(requests):
+            if isinstance(request, ContinuationRequest):
+                sequence, num_dropped[position] = target_sequence(self._tokenizer, request, self._max_tokens)
+                sequences[position] = [sequence]
+            elif isinstance(request, DocumentRequest):
+                sequences[position] = list(document_windows(self._tokenizer, request, self._max_tokens))
+        together = [sequence for group in sequences.values() for sequence in group]
+        scores = iter(self._model.score(together) if together else [])
+        return {
+            position: _likelihood(requests[position][1], [next(scores) for _ in group], num_dropped.get(position, 0))
+            for position, group in sequences.items()
+        }
 
-    def _rate(self, requests: Sequence[NumberedRequest]) -> list[tuple[int, EvaluationAnswer]]:
+    def _rate(self, requests: Sequence[NumberedRequest]) -> dict[int, float]:
         """Answers the requests for scores of a reward model in one call of the model."""
-        rated = {at: each.request.tokens for at, each in enumerate(requests) if isinstance(each.request, RatingRequest)}
+        rated = {n: request.tokens for n, (_, request) in enumerate(requests) if isinstance(request, RatingRequest)}
         scores = self._model.rate(list(rated.values())) if rated else []
         for score in scores:
             if not math.isfinite(score):
                 raise EvaluationError(f"ckpt: scores of answers must be finite, one is {score}")
-        return [(at, RatingAnswer(score=score)) for at, score in zip(rated, scores, strict=True)]
+        return dict(zip(rated, scores, strict=True))
 
     def _generate(
-        self, requests: Sequence[NumberedRequest], places: Sequence[int], max_new_tokens: int, sampling: Sampling
-    ) -> list[tuple[int, EvaluationAnswer]]:
+        self, requests: Mapping[int, tuple[int, GenerationRequest]], max_new_tokens: int, sampling: Sampling
+    ) -> dict[int, GenerationAnswer]:
         """Answers requests for continuations with the same settings."""
-        continuations = {at: self._start(requests[at]) for at in places}
-        by_number = {each.prompt.number: each for group in continuations.values() for each in group}
+        prompts = {position: self._prompts(number, request) for position, (number, request) in requests.items()}
+        streams = {
+            prompt.number: self._stream(requests[position][1], prompt.tokens)
+            for position, group in prompts.items()
+            for prompt in group
+        }
+
+        def is_stopped(number: int, token: int) -> bool:
+            streams[number].push(token)
+            return streams[number].is_stopped
+
         rollouts = self._model.generate(
-            [each.prompt for each in by_number.values()],
+            [prompt for group in prompts.values() for prompt in group],
             Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=self._end_ids),
-            lambda number, token: by_number[number].push(token),
+            is_stopped,
         )
         by_prompt = {rollout.prompt: rollout for rollout in rollouts.rollouts}
-        return [(at, self._generated(requests[at], group, by_prompt)) for at, group in continuations.items()]
+        return {
+            position: self._generated(requests[position][1], group, [by_prompt[prompt.number] for prompt in group])
+            for position, group in prompts.items()
+        }
 
-    def _start(self, numbered: NumberedRequest) -> list[_Continuation]:
-        """Returns the continuations of a request, each with its own number, and so its own random numbers."""
-        request = numbered.request
-        assert isinstance(request, GenerationRequest)
-        given = request.prompt
-        tokens = context_tokens(self._tokenizer, given) if isinstance(given, str) else list(given)
+    def _prompts(self, number: int, request: GenerationRequest) -> list[NumberedPrompt]:
+        """Returns the prompt of each continuation, each with its own number, and so its own random numbers."""
+        tokens = self._prompt_tokens(request)
         room = self._max_tokens - request.max_new_tokens
         if room < 1:
             raise EvaluationError(
                 f"max_new_tokens: must be below model.max_position_tokens={self._max_tokens}, is "
                 f"{request.max_new_tokens}; nearest valid: {self._max_tokens - 1}"
             )
-        num_dropped = max(0, len(tokens) - room)
-        prompt = tuple(tokens[num_dropped:])
-        return [
-            _Continuation(
-                NumberedPrompt(number=numbered.number * request.samples + sample, tokens=prompt),
-                self._stream(request, prompt),
-                num_dropped,
-            )
-            for sample in range(request.samples)
-        ]
+        prompt = tuple(tokens[max(0, len(tokens) - room) :])
+        first = number * request.samples
+        return [NumberedPrompt(number=first + sample, tokens=prompt) for sample in range(request.samples)]
+
+    def _prompt_tokens(self, request: GenerationRequest) -> Sequence[int]:
+        return context_tokens(self._tokenizer, request.prompt) if isinstance(request.prompt, str) else request.prompt
 
     def _stream(self, request: GenerationRequest, prompt: Sequence[int]) -> TextStream:
         decode = partial(self._tokenizer.decode, skip_special_tokens=not request.shows_special)
         return TextStream(decode, request.stop, self._tokenizer.text_context(prompt))
 
     def _generated(
-        self, numbered: NumberedRequest, group: Sequence[_Continuation], by_prompt: dict[int, Rollout]
+        self, request: GenerationRequest, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Rollout]
     ) -> GenerationAnswer:
         """Returns the text of continuations. Every rank computes it from the tokens, which all of them have."""
-        request = numbered.request
-        assert isinstance(request, GenerationRequest)
-        rollouts = [by_prompt[each.prompt.number] for each in group]
-        found = []
-        for each, rollout in zip(group, rollouts, strict=True):
-            stream = self._stream(request, each.prompt.tokens)
+        texts = []
+        for prompt, rollout in zip(prompts, rollouts, strict=True):
+            stream = self._stream(request, prompt.tokens)
             ids = rollout.tokens[:-1] if rollout.tokens and rollout.tokens[-1] in self._end_ids else rollout.tokens
             text = "".join([stream.push(token) for token in ids])
-            found.append(text + stream.close())
+            texts.append(text + stream.close())
         return GenerationAnswer(
-            continuations=tuple(found),
+            continuations=tuple(texts),
             num_tokens=tuple(len(rollout.tokens) for rollout in rollouts),
             finishes=tuple(rollout.finish for rollout in rollouts),
-            num_dropped=group[0].num_dropped if group else 0,
+            num_dropped=len(self._prompt_tokens(request)) - len(prompts[0].tokens) if prompts else 0,
         )
 
 
-def _likelihood(request: EvaluationRequest, place: _Scored, scores: Sequence[TargetScores]) -> EvaluationAnswer:
-    """Returns the answer to a request, given the scores of all sequences."""
-    own = scores[place.first : place.first + place.count]
-    log_likelihood = math.fsum(value for each in own for value in each.log_probs)
+def _likelihood(request: EvaluationRequest, scores: Sequence[TargetScores], num_dropped: int) -> LikelihoodAnswer:
+    """Returns the answer to a request, given the scores of its sequences."""
+    log_likelihood = math.fsum(value for score in scores for value in score.log_probs)
     if not math.isfinite(log_likelihood):
-        where = request.place if isinstance(request, ContinuationRequest) else "a document"
-        raise EvaluationError(f"ckpt: log-likelihoods must be finite, that of {where} is {log_likelihood}")
-    num_tokens = sum(len(each.log_probs) for each in own)
-    if isinstance(request, DocumentRequest):
-        return DocumentAnswer(log_likelihood=log_likelihood, num_tokens=num_tokens)
-    return ContinuationAnswer(
+        subject = request.place if isinstance(request, ContinuationRequest) else "a document"
+        raise EvaluationError(f"ckpt: log-likelihoods must be finite, that of {subject} is {log_likelihood}")
+    return LikelihoodAnswer(
         log_likelihood=log_likelihood,
-        is_greedy=all(all(each.are_greedy) for each in own),
-        num_tokens=num_tokens,
-        num_dropped=place.num_dropped,
+        is_greedy=all(all(score.are_greedy) for score in scores),
+        num_tokens=sum(len(score.log_probs) for score in scores),
+        num_dropped=num_dropped,
     )
+
+
+def context_tokens(tokenizer: Tokenizer, context: Text) -> list[int]:
+    """Returns the begin-of-sentence token and the context.
+
+    A tokenizer without that token puts nothing before a context, and the end of sentence before an empty one.
+    """
+    if isinstance(context, str):
+        return tokenizer.prompt(context)
+    begin = tokenizer.begin_of_sentence_id
+    return [*([] if begin is None else [begin]), *context] or [tokenizer.end_of_sentence_id]
+
+
+def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> tuple[list[int], list[int]]:
+    """Returns the token ids of a context and of its continuation.
+
+    White space at the end of the context moves to the continuation, because tokens of most vocabularies begin with it.
+    The context is tokenized alone and with the continuation; the continuation has the tokens of the whole after the
+    number of tokens of the context. If the whole has no more tokens than the context, the continuation has the last.
+
+    Raises:
+        EvaluationError: the continuation is empty.
+    """
+    context = request.context
+    continuation = request.continuation
+    before: Sequence[int]
+    if isinstance(context, str) and isinstance(continuation, str):
+        stripped = tokenizer.encode(context.rstrip())
+        whole = tokenizer.encode(context + continuation)
+        size = min(len(stripped), max(len(whole) - 1, 0))
+        before = stripped if size == len(stripped) else whole[:size]
+        after = whole[size:]
+    else:
+        assert not isinstance(context, str)
+        assert not isinstance(continuation, str)
+        before = context
+        after = list(continuation)
+    if not continuation or not after:
+        raise EvaluationError(f"{request.place}: must have at least one token, has none")
+    return context_tokens(tokenizer, tuple(before)), after
+
+
+def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_tokens: int) -> tuple[TargetSequence, int]:
+    """Returns the sequence that scores a continuation, and how many tokens of the context it drops.
+
+    Tokens at the start are dropped if the sequence without its last token exceeds the model's positions.
+
+    Raises:
+        EvaluationError: the continuation is empty, or longer than the model has positions.
+    """
+    before, after = encode_continuation(tokenizer, request)
+    if len(after) > max_tokens:
+        raise EvaluationError(
+            f"{request.place}: must have at most model.max_position_tokens={max_tokens} tokens, has {len(after)}"
+        )
+    num_dropped = max(0, len(before) + len(after) - 1 - max_tokens)
+    return TargetSequence(tokens=(*before[num_dropped:], *after), num_targets=len(after)), num_dropped
+
+
+def document_windows(tokenizer: Tokenizer, request: DocumentRequest, max_tokens: int) -> Iterator[TargetSequence]:
+    """Yields the windows of a document, so that each token is scored once.
+
+    The first window begins with the begin-of-sentence token. Each further window has `window` tokens before its last
+    one and scores its last `stride` tokens, or those that are left.
+    """
+    tokens = tokenizer.encode(request.text) if isinstance(request.text, str) else list(request.text)
+    window = min(request.window or max_tokens, max_tokens)
+    stride = min(request.stride or window, window)
+    whole = [*context_tokens(tokenizer, ()), *tokens]
+    first = len(whole) - len(tokens)
+    end = min(len(whole), window + 1)  # the last token of a window is only a target
+    while first < len(whole):
+        yield TargetSequence(tokens=tuple(whole[max(0, end - window - 1) : end]), num_targets=end - first)
+        first = end
+        end = min(len(whole), end + stride)

@@ -9,12 +9,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from data.corpus import decode_json
-from infer.evaluate.config import EvaluationError
-from infer.evaluate.run import Record
+from infer.evaluate.protocol import EvaluationError, Record
 
 IDENTITY_NAME = "evaluation.json"
 RESULTS_NAME = "results.json"
@@ -31,7 +29,6 @@ class EvaluationFolder:
 
         Raises:
             EvaluationError: the folder has records of another evaluation, or another process writes it.
-            OSError: it cannot be written.
         """
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
@@ -46,9 +43,7 @@ class EvaluationFolder:
     def __enter__(self) -> "EvaluationFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
     @property
@@ -57,12 +52,8 @@ class EvaluationFolder:
         return (self.path / RESULTS_NAME).is_file()
 
     def read(self, task: str) -> list[Record]:
-        """Returns the records of a task, and removes a line that an interruption cut.
-
-        Raises:
-            EvaluationError: a line is not a record.
-        """
-        path = self._samples(task)
+        """Returns the records of a task as `read_records`, and removes a line that an interruption cut."""
+        path = self.path / samples_name(task)
         if not path.exists():
             return []
         records = read_records(self.path, task)
@@ -73,9 +64,9 @@ class EvaluationFolder:
 
     def append(self, task: str, records: Sequence[Record]) -> None:
         """Adds records; they are on the disk when this returns."""
-        content = b"".join(_line(record) for record in records)
-        with self._samples(task).open("ab", buffering=0) as file:
-            file.write(content)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with (self.path / samples_name(task)).open("ab", buffering=0) as file:
+            file.write(lines.encode("utf-8", "replace"))
             os.fsync(file.fileno())
 
     def write(self, name: str, text: str) -> None:
@@ -83,9 +74,6 @@ class EvaluationFolder:
         partial = self.path / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
-
-    def _samples(self, task: str) -> Path:
-        return self.path / samples_name(task)
 
     def _take_lock(self) -> None:
         try:
@@ -98,7 +86,7 @@ class EvaluationFolder:
     def _compare(self, identity: dict[str, Any]) -> None:
         path = self.path / IDENTITY_NAME
         if not path.exists():
-            others = sorted(each.name for each in self.path.glob("samples_*.jsonl"))
+            others = sorted(file.name for file in self.path.glob("samples_*.jsonl"))
             if others:
                 raise EvaluationError(
                     f"out: {str(self.path)!r} must have {IDENTITY_NAME}, has {others[0]} without it; "
@@ -107,8 +95,8 @@ class EvaluationFolder:
             self.write(IDENTITY_NAME, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+            written = json.loads(path.read_text(encoding="utf-8"))
+            different = [key for key in {**written, **identity} if written.get(key) != identity.get(key)]
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(
                 f"out: {str(path)!r} must be one of launch.evaluate, cannot be read: {error}"
@@ -116,7 +104,7 @@ class EvaluationFolder:
         if different:
             key = different[0]
             raise EvaluationError(
-                f"{key}: must be as in {str(path)!r}, which has {found.get(key)!r}, is {identity.get(key)!r}; "
+                f"{key}: must be as in {str(path)!r}, which has {written.get(key)!r}, is {identity.get(key)!r}; "
                 "nearest valid: another out, or remove this folder"
             )
 
@@ -139,10 +127,6 @@ def read_records(folder: Path, task: str) -> list[Record]:
         return [
             _record(line, f"out: {path}, line {number}") for number, line in enumerate(file, 1) if line.endswith(b"\n")
         ]
-
-
-def _line(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _record(line: bytes, place: str) -> Record:

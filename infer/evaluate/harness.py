@@ -11,17 +11,16 @@ from lm_eval.api.model import TemplateLM
 
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
-from infer.evaluate.answers import Answerer, NumberedRequest
-from infer.evaluate.config import EvaluationError
-from infer.evaluate.requests import (
-    ContinuationAnswer,
+from infer.evaluate.answers import Answerer
+from infer.evaluate.protocol import (
     ContinuationRequest,
-    DocumentAnswer,
     DocumentRequest,
     EvaluationAnswer,
+    EvaluationError,
     EvaluationRequest,
     GenerationAnswer,
     GenerationRequest,
+    LikelihoodAnswer,
 )
 from infer.evaluate.run import REQUESTS_TOGETHER
 
@@ -35,13 +34,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A model with its tokenizer, as the package's tasks use it."""
 
     def __init__(self, answerer: Answerer, tokenizer: Tokenizer, *, seed: int = 0, name: str = "") -> None:
-        """Stores the arguments.
-
-        Args:
-            name: of the weights, for the package's results.
-        """
+        """Stores the arguments, with the name of the weights for the package's results."""
         super().__init__()
-        self._answerer, self._tokenizer, self._seed, self._name = answerer, tokenizer, seed, name
+        self._answerer = answerer
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._name = name
 
     @property
     def eot_token_id(self) -> int:
@@ -83,7 +81,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         ]
         found: list[tuple[float, bool]] = []
         for request, answer in zip(requests, self._answers(asked), strict=True):
-            assert isinstance(answer, ContinuationAnswer)
+            assert isinstance(answer, LikelihoodAnswer)
             found.append((answer.log_likelihood, answer.is_greedy))
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], found[-1])
@@ -94,17 +92,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         found: list[float] = []
         asked = [DocumentRequest(text=request.args[0]) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
-            assert isinstance(answer, DocumentAnswer)
+            assert isinstance(answer, LikelihoodAnswer)
             found.append(answer.log_likelihood)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer.log_likelihood)
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001, FBT002
-        """Returns a continuation of each prompt, up to a stop string, which may be inside a token.
-
-        Raises:
-            EvaluationError: a setting that the engine does not have.
-        """
+        """Returns a continuation of each prompt, up to a stop string, which may be inside a token."""
         found: list[str] = []
         asked = [self._generation(*request.args) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
@@ -114,11 +108,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
-        """Refuses, because text never contains special tokens here.
-
-        Raises:
-            EvaluationError: always.
-        """
+        """Refuses, because text never contains special tokens here."""
         raise EvaluationError(
             "apply_chat_template: must be false, as special tokens are placed by id and not by text, is true; nearest "
             "valid: the tasks maths and code of launch.evaluate with chat_template"
@@ -149,6 +139,4 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Yields the answer to each request, in order."""
         for first in range(0, len(requests), REQUESTS_TOGETHER):
             part = requests[first : first + REQUESTS_TOGETHER]
-            yield from self._answerer.answer(
-                [NumberedRequest(number=first + at, request=request) for at, request in enumerate(part)]
-            )
+            yield from self._answerer.answer(list(enumerate(part, first)))

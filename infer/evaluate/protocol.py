@@ -1,4 +1,4 @@
-"""Defines evaluation tasks, their results, and the models that answer them. Imports no torch.
+"""Defines evaluation tasks, their requests and results, and the models that answer them. Imports no torch.
 
 A task makes samples. A sample has requests. Answers to these become the sample's record, one line of a file, and
 results are computed from records alone. So an interrupted evaluation continues after the last record.
@@ -9,11 +9,115 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data.tokenizer import Tokenizer
+from infer.config import Finish, Sampling
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
-from infer.evaluate.requests import EvaluationAnswer, EvaluationRequest
 
+Text = str | tuple[int, ...]
+"""A text, or its token ids."""
 StopToken = Callable[[int, int], bool]
 """Called with each new token (prompt's number, token); returns whether the continuation ends after it."""
+Record = dict[str, Any]
+
+
+class EvaluationError(ValueError):
+    """Invalid evaluation. The message states the key, the rule, the value and the nearest valid choice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContinuationRequest:
+    """Asks for the log-likelihood of a continuation.
+
+    Attributes:
+        context: what precedes it, perhaps empty. The begin-of-sentence token is put before it.
+        continuation: not empty. Both are text, or both are token ids.
+        place: names the continuation in errors.
+    """
+
+    context: Text
+    continuation: Text
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRequest:
+    """Asks for the log-likelihood of a whole document, read in windows.
+
+    Attributes:
+        window: tokens that the model sees at a time; None: as many as the model has positions.
+        stride: tokens that a window scores; the others are context. None: all of the window.
+    """
+
+    text: Text
+    window: int | None = None
+    stride: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """Asks for continuations of a prompt.
+
+    Attributes:
+        prompt: with the begin-of-sentence token put before it if it is a text. Token ids are read unchanged.
+        stop: strings that end a continuation, and are not part of it.
+        samples: number of continuations.
+        sampling: how tokens are chosen; greedy by default.
+        shows_special: whether special tokens are in the text, by name; thoughts are found by them.
+    """
+
+    prompt: Text
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    samples: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    shows_special: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatingRequest:
+    """Asks a reward model for its score of a prompt with its answer, which is read at the last token."""
+
+    tokens: tuple[int, ...]
+
+
+EvaluationRequest = ContinuationRequest | DocumentRequest | GenerationRequest | RatingRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LikelihoodAnswer:
+    """Log-likelihood of a continuation or a document.
+
+    Attributes:
+        log_likelihood: sum of the log-probabilities of its tokens, in nats.
+        is_greedy: whether each of its tokens is the most probable one.
+        num_tokens: number of its tokens.
+        num_dropped: tokens at the start of the context that exceed the model's positions.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+    num_tokens: int
+    num_dropped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationAnswer:
+    """Continuations of a prompt, in order.
+
+    Attributes:
+        continuations: text of each, without the stop string and special tokens that ended it.
+        num_tokens: number of generated tokens of each.
+        finishes: why each ended.
+        num_dropped: tokens at the start of the prompt that exceed the model's positions.
+    """
+
+    continuations: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+    finishes: tuple[Finish, ...]
+    num_dropped: int = 0
+
+
+EvaluationAnswer = LikelihoodAnswer | GenerationAnswer | float
+"""The answer to a `RatingRequest` is a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +162,7 @@ class ResultTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultGrid:
-    """A heat map of a task's results.
-
-    Attributes:
-        title: of the heat map.
-        x_name: name of the horizontal axis.
-        y_name: name of the vertical axis.
-        x: labels of the columns.
-        y: labels of the rows.
-        values: by row and column, from 0 to 1; None if there is no sample.
-    """
+    """A heat map: names of the axes, labels of columns and rows, and values from 0 to 1, None without a sample."""
 
     title: str
     x_name: str
@@ -79,14 +174,7 @@ class ResultGrid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskDetails:
-    """Further results of a task.
-
-    Attributes:
-        values: plain values, added to the task's entry in `results.json`.
-        tables: tables of the page.
-        grids: heat maps of the page.
-        notes: sentences for the user, for example about truncated contexts.
-    """
+    """Further results of a task: plain values for `results.json`, tables and heat maps, and sentences for the user."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     tables: tuple[ResultTable, ...] = ()
@@ -94,56 +182,27 @@ class TaskDetails:
     notes: tuple[str, ...] = ()
 
 
-class EvaluationTask(Protocol):
-    """Protocol of an evaluation task."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTask:
+    """A task that is ready to be evaluated.
 
-    @property
-    def metrics(self) -> tuple[EvaluationMetric, ...]:
-        """What the task measures, the most important one first."""
-        ...
+    Attributes:
+        metrics: what it measures, the most important one first.
+        samples: returns all samples, in an order that depends only on the configuration. Ranks agree on them.
+        record: returns the record of a sample, as plain values, given the answers to its requests.
+        measures: returns a record's part of each metric, by name. A metric without one leaves the sample out.
+        details: returns further results of all records.
+        num_shots: number of solved examples before each question.
+        close: ends the task's processes. No call follows.
+    """
 
-    @property
-    def num_shots(self) -> int:
-        """Number of solved examples before each question."""
-        ...
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Returns all samples, in an order that depends only on the configuration. Ranks agree on them."""
-        ...
-
-    def record(self, sample: EvaluationSample, answers: Sequence[EvaluationAnswer]) -> dict[str, Any]:
-        """Returns the record of a sample, as plain values. The field `id` is added before it."""
-        ...
-
-    def measures(self, record: Mapping[str, Any]) -> Mapping[str, Measure]:
-        """Returns a sample's part of each metric, by name. A metric without one leaves the sample out."""
-        ...
-
-    def details(self, records: Sequence[Mapping[str, Any]]) -> TaskDetails:
-        """Returns further results of all records."""
-        ...
-
-    def close(self) -> None:
-        """Ends the task's processes. No call follows."""
-        ...
-
-
-class SimpleTask:
-    """Base class of tasks that hold their samples, without examples, further results or processes."""
-
-    num_shots = 0
-    _samples: Sequence[EvaluationSample]
-
-    def samples(self) -> Sequence[EvaluationSample]:
-        """Implements `EvaluationTask.samples`."""
-        return self._samples
-
-    def details(self, records: Sequence[Mapping[str, Any]]) -> TaskDetails:
-        """Implements `EvaluationTask.details`: no further results."""
-        return TaskDetails()
-
-    def close(self) -> None:
-        """Implements `EvaluationTask.close`: there is no process to end."""
+    metrics: tuple[EvaluationMetric, ...]
+    samples: Callable[[], Sequence[EvaluationSample]]
+    record: Callable[[EvaluationSample, Sequence[Any]], Record]
+    measures: Callable[[Mapping[str, Any]], Mapping[str, Measure]]
+    details: Callable[[Sequence[Mapping[str, Any]]], TaskDetails]
+    num_shots: int = 0
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,27 +242,16 @@ class TargetScores:
 
 
 class EvaluatedModel(Protocol):
-    """Protocol of a model that is evaluated, in one process or on several ranks.
-
-    All ranks call the same methods with equal arguments.
-    """
+    """Protocol of a model that is evaluated, in one process or on several ranks, which all call it alike."""
 
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Returns the scores of each sequence. They depend on no other sequence."""
         ...
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Returns the score of each answer, if the model has a score head.
-
-        Args:
-            sequences: token ids of each prompt with its answer, at most as many as the model has positions.
-        """
+        """Returns the score of each prompt with its answer, if the model has a score head."""
         ...
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
-        """Continues every prompt, as `infer.engines.protocol.Engine`.
-
-        Args:
-            stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
-        """
+        """Continues every prompt, as `infer.engines.protocol.Engine`."""
         ...

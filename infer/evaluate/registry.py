@@ -7,10 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from infer.evaluate.config import EvaluationTaskConfig
 from infer.evaluate.protocol import EvaluationTask, TaskContext
 from kernels.registry import Registry
 from model.config import HeadKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTaskConfig:
+    """Base class of the configurations of evaluation tasks."""
+
+
+def path_of(config: Any) -> tuple[str, ...]:
+    """Returns the file that the key `path` names, if there is one."""
+    return (config.path,) if config.path else ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,15 +40,9 @@ class EvaluationTaskSpec:
     version: int
     config: type[EvaluationTaskConfig]
     build: Callable[[Any, TaskContext], EvaluationTask]
-    files: Callable[[Any], tuple[str, ...]]
+    files: Callable[[Any], tuple[str, ...]] = path_of
     heads: tuple[HeadKind, ...] = ("tokens",)
     required: tuple[str, ...] = ()
 
 
-EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry(
-    "tasks",
-    [
-        f"infer.evaluate.tasks.{name}"
-        for name in ("choice", "bits_per_byte", "needle", "ruler", "maths", "code", "reasoning", "reward")
-    ],
-)
+EVALUATION_TASKS: Registry[EvaluationTaskSpec] = Registry("tasks", ["infer.evaluate.tasks.table"])

@@ -1,9 +1,10 @@
 """Estimates metrics with their standard errors, and compares two evaluations. Imports no torch."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,12 +13,18 @@ from infer.evaluate.protocol import Measure
 NUM_RESAMPLES = 4000
 
 
+def group_by(records: Sequence[Mapping[str, Any]], *names: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Returns records by the value of a field, or by a tuple of the values of several."""
+    groups = defaultdict[Any, list[Mapping[str, Any]]](list)
+    for record in records:
+        values = tuple(record[name] for name in names)
+        groups[values if len(names) > 1 else values[0]].append(record)
+    return dict(groups)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A metric, its standard error and the number of samples.
-
-    The value is None without a sample, and the standard error without two.
-    """
+    """A metric, None without a sample, its standard error, None without two, and the number of samples."""
 
     value: float | None
     standard_error: float | None
@@ -29,11 +36,9 @@ def estimate(measures: Sequence[Measure]) -> Estimate:
 
     With equal weights, these are the mean and the standard error of a mean.
     """
-    total, weight, number = (
-        math.fsum(each.value for each in measures),
-        math.fsum(each.weight for each in measures),
-        len(measures),
-    )
+    total = math.fsum(each.value for each in measures)
+    weight = math.fsum(each.weight for each in measures)
+    number = len(measures)
     if not weight:
         return Estimate(value=None, standard_error=None, num_samples=number)
     ratio = total / weight
@@ -66,11 +71,7 @@ class PairedComparison:
 
 
 def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) -> PairedComparison:
-    """Compares two evaluations sample by sample.
-
-    Args:
-        second: those of the other one, of the same samples in the same order.
-    """
+    """Compares two evaluations of the same samples in the same order."""
     is_binary = all(each.weight == 1 and each.value in (0, 1) for each in (*first, *second))
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
     number, both = len(first), (estimate(first).value, estimate(second).value)
@@ -100,9 +101,7 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
 def mcnemar(gained: int, lost: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test: a fair coin decides each sample that differs.
 
-    Args:
-        gained: samples that only the first evaluation has right.
-        lost: samples that only the second one has right.
+    Samples that only the first evaluation has right are gained, those that only the second has right are lost.
     """
     number = gained + lost
     tail = sum(math.comb(number, k) for k in range(min(gained, lost) + 1))

@@ -29,23 +29,7 @@ JUDGE_SEED = 0x5851F42D4C957F2D
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeConfig(ScorerConfig):
-    """The configuration of a judge.
-
-    Attributes:
-        weights: the model that judges: the policy as it is, or the reference of the run, which is frozen.
-        form: single: each answer is judged by itself; pairs: it is compared with the next answer of its group and with
-            the one before it, in both orders.
-        samples: number of critiques of each prompt.
-        constitution: principles that the judge applies, which replace `{constitution}` in the question.
-        constitution_path: a text file with them; null: `constitution` counts.
-        question: the user's message to the judge, with `{prompt}` and `{answer}` in it; of pairs also `{other}`.
-        mark: text before the verdict. The last one in the critique counts.
-        accept: verdict for the answer.
-        reject: verdict against it; of pairs for the other answer.
-        thinking: whether the judge thinks first.
-        max_new_tokens: maximum number of tokens of a critique; a longer one abstains.
-        temperature: of the critiques.
-    """
+    """The configuration of a judge. Keys are explained in conf/reward/judge.yaml and judge_pairs.yaml."""
 
     weights: Literal["policy", "reference"]
     form: Literal["single", "pairs"]
@@ -81,14 +65,7 @@ class JudgeConfig(ScorerConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModelScorerConfig(ScorerConfig):
-    """The configuration of the score of a reward model.
-
-    Attributes:
-        ckpt: a checkpoint of task=reward_model, or a Hugging Face folder with a score head.
-        place: pipeline: a second, frozen network on all ranks, under the schedule of the policy; first_rank: whole on
-            rank 0, while the other ranks wait.
-        batch_size: sequences that rank 0 computes together. It changes no score.
-    """
+    """The configuration of the score of a reward model, explained in conf/reward/reward_model.yaml."""
 
     ckpt: str
     place: Literal["pipeline", "first_rank"]

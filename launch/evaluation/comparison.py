@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from infer.evaluate.folder import IDENTITY_NAME, RESULTS_NAME, read_records
-from infer.evaluate.run import OpenTask, Record
+from infer.evaluate.protocol import Record
+from infer.evaluate.run import OpenTask
 from infer.evaluate.statistics import PairedComparison, compare
 from train.config.errors import ConfigError
 

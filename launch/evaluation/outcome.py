@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from infer.evaluate.folder import RESULTS_NAME, EvaluationFolder
-from infer.evaluate.results import TaskResult, as_json, task_result
-from infer.evaluate.run import OpenTask, Record
+from infer.evaluate.protocol import Record
+from infer.evaluate.run import OpenTask, TaskResult, as_json, task_result
 from infer.evaluate.statistics import PairedComparison
 from launch.evaluation.comparison import as_plain, compare_with
 from launch.evaluation.request import EvaluationJob

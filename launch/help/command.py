@@ -127,7 +127,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from data.corpus import DataError
     from dualpipe.ir import ScheduleError
     from infer.config import GenerateError
-    from infer.evaluate.config import EvaluationError
+    from infer.evaluate.protocol import EvaluationError
     from infer.scoring.score import ScoringError
     from model.config import CutError
     from model.hf.errors import HfError

@@ -11,7 +11,7 @@ import yaml
 
 from data.corpus import DataError
 from infer.evaluate import run as evaluation_run
-from infer.evaluate.config import EvaluationError
+from infer.evaluate.protocol import EvaluationError
 from infer.evaluate.registry import EVALUATION_TASKS
 from launch.evaluate import main
 from tests.documents import check_policy

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from infer.evaluate.config import EvaluationTaskConfig
-from infer.evaluate.registry import EVALUATION_TASKS
+from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskConfig
 from kernels.ranges import NonNegativeInt
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

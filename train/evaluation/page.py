@@ -6,7 +6,7 @@ from typing import Any
 
 from dualpipe.draw.document import document
 from infer.evaluate.protocol import ResultGrid, ResultTable
-from infer.evaluate.results import TaskResult
+from infer.evaluate.run import TaskResult
 from infer.evaluate.statistics import PairedComparison
 from train.report.elements import table
 from train.report.figures import plain

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from infer.evaluate.answers import Answerer
-from infer.evaluate.config import EvaluationError
 from infer.evaluate.folder import RESULTS_NAME, samples_name
-from infer.evaluate.protocol import TaskContext
-from infer.evaluate.results import TaskResult, as_json, task_result
-from infer.evaluate.run import OpenTask, Record, open_tasks, run_tasks
+from infer.evaluate.protocol import EvaluationError, Record, TaskContext
+from infer.evaluate.run import OpenTask, TaskResult, as_json, open_tasks, run_tasks, task_result
 from train.config.decode import encode
 from train.evaluation.page import PAGE_NAME, page
 from train.evaluation.pipelined import PipelinedModel

@@ -5,6 +5,8 @@ has the same tokens wherever it is.
 """
 
 import hashlib
+import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,34 +14,21 @@ import numpy as np
 
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
-from infer.evaluate.config import EvaluationError
-from infer.evaluate.lines import checked_file
+from infer.evaluate.lines import checked_file, read_text
+from infer.evaluate.protocol import EvaluationError
 
-_SENTENCES = (
-    "The river carries small stones down to the lake.",
-    "A baker opens the shop before the sun is up.",
-    "Most of the houses on this street have green doors.",
-    "The train to the coast leaves from the second platform.",
-    "Rain fell for three days and then the sky was clear.",
-    "She kept her letters in a box under the stairs.",
-    "The museum is closed on Mondays in winter.",
-    "Two dogs ran along the fence and back again.",
-    "He learned to repair clocks from his grandfather.",
-    "The market sells apples, bread and cheese.",
-    "Nothing grows on the northern side of the hill.",
-    "The children built a bridge from old planks.",
-    "In the evening the boats return to the harbor.",
-    "Her answer was short, but it was friendly.",
-    "The road turns left behind the old mill.",
-    "They painted the kitchen in a pale yellow.",
-    "Snow covered the roofs of the village.",
-    "The teacher wrote the date on the board.",
-    "A cold wind came from the mountains.",
-    "The library has a room for maps and globes.",
-    "He drinks his coffee without sugar.",
-    "The garden needs water twice a week.",
-    "An old song played on the radio.",
-    "The tower can be seen from far away.",
+_SENTENCES = re.findall(
+    r"[A-Z][^.]+\.",
+    "The river carries small stones down to the lake. A baker opens the shop before the sun is up. Most of the houses "
+    "on this street have green doors. The train to the coast leaves from the second platform. Rain fell for three "
+    "days and then the sky was clear. She kept her letters in a box under the stairs. The museum is closed on Mondays "
+    "in winter. Two dogs ran along the fence and back again. He learned to repair clocks from his grandfather. The "
+    "market sells apples, bread and cheese. Nothing grows on the northern side of the hill. The children built a "
+    "bridge from old planks. In the evening the boats return to the harbor. Her answer was short, but it was "
+    "friendly. The road turns left behind the old mill. They painted the kitchen in a pale yellow. Snow covered the "
+    "roofs of the village. The teacher wrote the date on the board. A cold wind came from the mountains. The library "
+    "has a room for maps and globes. He drinks his coffee without sugar. The garden needs water twice a week. An old "
+    "song played on the radio. The tower can be seen from far away.",
 )
 _ADJECTIVES = (
     "amber brisk crimson dusty eager faint gentle golden hollow humble idle jolly keen lively mellow narrow noble "
@@ -50,7 +39,8 @@ _NOUNS = (
     "harbor island kettle ladder lantern meadow mirror orchard pebble pillow planet ribbon river saddle shadow spruce "
     "temple thunder tiger tunnel valley violin walnut window"
 )
-ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
+ADJECTIVES = tuple(_ADJECTIVES.split())
+NOUNS = tuple(_NOUNS.split())
 
 
 class Draws:
@@ -98,13 +88,9 @@ class Filler:
     ends: tuple[int, ...]
 
     def take(self, count: int, start: int) -> tuple[list[int], list[int]]:
-        """Returns tokens from a sentence's beginning on, and where sentences end in them.
+        """Returns `count` tokens from a sentence's beginning on, repeated if needed, and where sentences end in them.
 
-        They are repeated as often as needed.
-
-        Args:
-            count: number of tokens.
-            start: random number that chooses the first sentence.
+        The random number `start` chooses the first sentence.
         """
         first = (0, *self.ends[:-1])[start % len(self.ends)]
         turned = [*self.ids[first:], *self.ids[:first]]
@@ -118,23 +104,16 @@ class Filler:
 def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> Filler:
     """Returns filler: a text file, or plain sentences in a random order.
 
-    Args:
-        key: configuration key of the path.
-        path: a text file, or None.
-
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or has no sentence.
+        DataError: the file cannot be read, is not UTF-8, or has no sentence; names the key of its path.
     """
     if path is None:
         draws = Draws(seed, "sentences")
         order = [at for _ in range(20) for at in draws.shuffled(range(len(_SENTENCES)))]
         sentences = [f" {_SENTENCES[at]}" for at in order]
     else:
-        try:
-            text = checked_file(key, path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{key}: {path} must be UTF-8, is not at byte {error.start + 1}; nearest: UTF-8") from error
-        sentences = list(_split(text))
+        # With one kind of line ends.
+        sentences = list(_split(io.StringIO(read_text(key, checked_file(key, path)), newline=None).read()))
     ids: list[int] = []
     ends: list[int] = []
     for tokens in tokenizer.encode_batch(sentences):
@@ -160,11 +139,9 @@ def _split(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """Text that is hidden in filler.
+    """Text that is hidden in filler, at a depth from 0 to 1.
 
-    Attributes:
-        depth: where it belongs, from 0 (first) to 1 (last).
-        parts: its text in parts that are tokenized separately, so that each has the same tokens everywhere.
+    Its parts are tokenized separately, so that each has the same tokens everywhere.
     """
 
     depth: float
@@ -196,27 +173,23 @@ def hide(
     """
     encoded = iter(tokenizer.encode_batch([*(part for fact in facts for part in fact.parts), question]))
     hidden = [[token for _ in fact.parts for token in next(encoded)] for fact in facts]
-    asked = next(encoded)
-    count = size - num_begin(tokenizer) - sum(map(len, hidden)) - len(asked)
+    end = next(encoded)
+    count = size - num_begin(tokenizer) - sum(map(len, hidden)) - len(end)
     if count < 0:
         return None
     around, ends = filler.take(count, start)
-    places = [min(ends, key=lambda end: abs(end - fact.depth * count)) for fact in facts]
-    ids, last = list[int](), 0
+    places = [min(ends, key=lambda cut: abs(cut - fact.depth * count)) for fact in facts]
+    ids: list[int] = []
+    last = 0
     for at in sorted(range(len(facts)), key=lambda at: places[at]):
         ids += [*around[last : places[at]], *hidden[at]]
         last = places[at]
     depths = tuple(place / max(1, count) for place in places)
-    return HaystackPrompt(ids=(*ids, *around[last:], *asked), depths=depths)
+    return HaystackPrompt(ids=(*ids, *around[last:], *end), depths=depths)
 
 
 def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
-    """Returns the lengths of prompts with their answers.
-
-    Args:
-        key: configuration key of the lengths.
-        lengths: as configured; None: an eighth, a quarter, half and all of `max_tokens`.
-        max_tokens: number of positions of the model.
+    """Returns the lengths of prompts with their answers: by default 1/8, 1/4, 1/2 and all of the model's positions.
 
     Raises:
         EvaluationError: a length exceeds the model's, or occurs twice.

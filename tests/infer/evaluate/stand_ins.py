@@ -1,19 +1,24 @@
 """Models for tests of evaluation tasks: one that solves problems from their prompts, and one that guesses."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from data.tokenizer import Tokenizer
 from infer.config import Statistics
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.evaluate.answers import Answerer
-from infer.evaluate.protocol import EvaluationTask, StopToken, TargetScores, TargetSequence, TaskDetails
+from infer.evaluate.protocol import Record, StopToken, TargetScores, TargetSequence, TaskContext
 from infer.evaluate.registry import EVALUATION_TASKS
-from infer.evaluate.results import TaskResult, task_result
-from infer.evaluate.run import OpenTask, run_tasks
+from infer.evaluate.run import OpenTask, TaskResult, run_tasks, task_result
+from train.config.decode import decode
+
+DEFAULTS = yaml.safe_load(Path(__file__).parents[3].joinpath("conf", "evaluate.yaml").read_text())
 
 
 class CopyModel:
@@ -125,12 +130,23 @@ def rollouts_of(
     return Rollouts(rollouts=tuple(rollouts), statistics=Statistics())
 
 
-def evaluate(name: str, config: object, task: EvaluationTask, model: object, tokenizer: Tokenizer, max_tokens: int):
-    """Returns a task's records and its results."""
-    records = []
-    opened = OpenTask(name=name, spec=EVALUATION_TASKS.get(name), config=config, task=task)
-    answerer = Answerer(model, tokenizer, [tokenizer.end_of_sentence_id], max_tokens)
+def open_task(name: str, tokenizer: Tokenizer, max_tokens: int = 512, seed: int = 0, **keys: object) -> OpenTask:
+    """Builds a task with the keys of `conf/evaluate.yaml`, some of them changed."""
+    spec = EVALUATION_TASKS.get(name)
+    config = decode(spec.config, {**DEFAULTS[name], **keys}, name)
+    context = TaskContext(tokenizer=tokenizer, max_tokens=max_tokens, seed=seed)
+    return OpenTask(name=name, spec=spec, config=config, task=spec.build(config, context))
+
+
+def evaluate(
+    opened: OpenTask, model: object, tokenizer: Tokenizer, max_tokens: int = 512
+) -> tuple[list[Record], TaskResult]:
+    """Returns a task's records and its results, and closes the task."""
+    records: list[Record] = []
+    answerer = Answerer(model, tokenizer, [tokenizer.end_of_sentence_id], max_tokens)  # type: ignore[arg-type]
     run_tasks([opened], answerer, {}, lambda _, fresh: records.extend(fresh))
-    result: TaskResult = task_result(opened, records)
-    assert isinstance(result.details, TaskDetails)
+    opened.task.close()
+    result = task_result(opened, records)
+    json.dumps(result.values())
+    assert result.num_samples == len(records)
     return records, result

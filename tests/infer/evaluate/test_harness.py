@@ -10,7 +10,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import TOKENIZER_NAME
-from infer.evaluate.config import EvaluationError
+from infer.evaluate.protocol import EvaluationError
 from launch.evaluation.harness import open_harness_model
 from model.hf.convert import save_hf
 from model.transformer import Transformer, initialize_weights

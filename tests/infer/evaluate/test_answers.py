@@ -3,9 +3,8 @@
 import pytest
 
 from data.tokenizer import Tokenizer
-from infer.evaluate.config import EvaluationError
-from infer.evaluate.requests import ContinuationRequest, DocumentRequest
-from infer.evaluate.tokens import document_windows, encode_continuation, target_sequence
+from infer.evaluate.answers import document_windows, encode_continuation, target_sequence
+from infer.evaluate.protocol import ContinuationRequest, DocumentRequest, EvaluationError
 
 DOCUMENTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
 

@@ -11,17 +11,13 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from data.arithmetic.source import arithmetic_tokenizer
 from data.corpus import DataError
-from data.tokenizer import Tokenizer
-from infer.evaluate.config import EvaluationError
 from infer.evaluate.local import LocalModel
-from infer.evaluate.protocol import TaskContext
-from infer.evaluate.tasks.reward import RewardTask, RewardTaskConfig
+from infer.evaluate.protocol import EvaluationError
 from infer.reward import score_answers
 from model.transformer import Transformer, initialize_weights, named_tensors
-from tests.infer.evaluate.stand_ins import evaluate
+from tests.infer.evaluate.stand_ins import evaluate, open_task
 from tests.tiny import MODEL
 
-CONFIG = RewardTaskConfig(path=None, chat_template="v3", limit=None)
 PAIRS = [
     {"id": 1, "subset": "sort", "prompt": "21=", "chosen": "12", "rejected": "21"},
     {"id": 2, "subset": "sort", "prompt": "31=", "chosen": "13", "rejected": "3"},
@@ -48,14 +44,10 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def context_of(tokenizer: Tokenizer, max_tokens: int = 64) -> TaskContext:
-    return TaskContext(tokenizer=tokenizer, max_tokens=max_tokens, seed=0)
-
-
 def test_reward_accuracy_is_by_subset_and_ties_count_half(path: Path) -> None:
-    tokenizer, config = arithmetic_tokenizer(), replace(CONFIG, path=str(path))
-    task = RewardTask(config, context_of(tokenizer))
-    _, result = evaluate("reward", config, task, Rated([1, 0, 0, 2, 3, 3, 5, 4]), tokenizer, 64)
+    tokenizer = arithmetic_tokenizer()
+    opened = open_task("reward", tokenizer, 64, path=str(path))
+    _, result = evaluate(opened, Rated([1, 0, 0, 2, 3, 3, 5, 4]), tokenizer, 64)
     assert result.estimates["accuracy"].value == (1 + 0 + 0.5 + 1) / 4
     assert result.estimates["margin"].value == (1 - 2 + 0 + 1) / 4
     subsets = result.details.values["subsets"]
@@ -65,15 +57,15 @@ def test_reward_accuracy_is_by_subset_and_ties_count_half(path: Path) -> None:
 
 
 def test_reward_scores_are_those_of_the_last_token(path: Path) -> None:
-    tokenizer, config = arithmetic_tokenizer(), replace(CONFIG, path=str(path))
+    tokenizer = arithmetic_tokenizer()
     model = Transformer(
         replace(MODEL, head="score", mtp_depth=0), LocalDispatcher(MODEL.num_routed_experts), torch.float32
     )
     initialize_weights(model, 3)
     named_tensors(model)["score.weight"].normal_(0.0, 0.2, generator=torch.Generator().manual_seed(4))
-    task = RewardTask(config, context_of(tokenizer))
-    records, _ = evaluate("reward", config, task, LocalModel(model, 3), tokenizer, 64)
-    for sample, record in zip(task.samples(), records, strict=True):
+    opened = open_task("reward", tokenizer, 64, path=str(path))
+    records, _ = evaluate(opened, LocalModel(model, 3), tokenizer, 64)
+    for sample, record in zip(opened.task.samples(), records, strict=True):
         for name, request in zip(("chosen", "rejected"), sample.requests, strict=True):
             assert request.tokens[-1] == tokenizer.end_of_sentence_id
             assert record[name] == pytest.approx(score_answers(model, [request.tokens])[0], abs=1e-6)
@@ -93,4 +85,4 @@ def test_reward_rejects_what_is_not_valid(tmp_path: Path, line: dict, rule: str)
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises((EvaluationError, DataError), match=rule):
-        RewardTask(replace(CONFIG, path=str(path)), context_of(arithmetic_tokenizer()))
+        open_task("reward", arithmetic_tokenizer(), 64, path=str(path))

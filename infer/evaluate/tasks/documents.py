@@ -1,0 +1,233 @@
+"""Evaluates documents by bits per byte, and a reward model by pairs of answers. Imports no torch.
+
+bits_per_byte: a document is read in windows, and every token is scored once. The number of bytes is that of the text in
+UTF-8, so the tokenizer does not matter.
+reward: how often the chosen answer has the higher score. A line of the file is `{"id": ..., "subset": ..., "prompt":
+..., "chosen": ..., "rejected": ...}`. `messages` may replace `prompt`. Prompts and answers are strings, or lists of
+messages as in `data=preferences`. The form and the accuracy by subset are those of RewardBench (arXiv:2403.13787).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Annotated, Any
+
+from data.chat.encode import check_tokens, encode_conversations
+from data.chat.messages import AnswerPair
+from data.chat.records import read_pair
+from data.chat.templates import CHAT_TEMPLATES
+from data.corpus import DataError
+from infer.evaluate.lines import SampleLine, checked_file, needed_path, read_samples, read_text, text_field
+from infer.evaluate.protocol import (
+    DocumentRequest,
+    EvaluationError,
+    EvaluationMetric,
+    EvaluationSample,
+    EvaluationTask,
+    LikelihoodAnswer,
+    Measure,
+    RatingRequest,
+    Record,
+    ResultTable,
+    TaskContext,
+    TaskDetails,
+)
+from infer.evaluate.registry import EvaluationTaskConfig
+from infer.evaluate.statistics import estimate, group_by
+from kernels.ranges import PositiveInt
+
+TEXT_SUFFIXES = (".txt", ".md")
+_DOCUMENT_EXAMPLE = 'lines {"id": "1", "text": "..."}'
+_PAIR_EXAMPLE = 'lines {"id": "1", "subset": "chat", "prompt": "1+1?", "chosen": "2", "rejected": "3"}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BitsPerByteConfig(EvaluationTaskConfig):
+    """Bits per byte of documents. Keys are explained in conf/evaluate.yaml."""
+
+    path: str | None
+    window_tokens: PositiveInt | None
+    stride_tokens: PositiveInt | None
+    limit: PositiveInt | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedDocument:
+    """A document, and the source that it is counted for."""
+
+    source: str
+    text: str
+
+
+def build_bits_per_byte(config: BitsPerByteConfig, context: TaskContext) -> EvaluationTask:
+    """Builds the task `bits_per_byte`.
+
+    Raises:
+        EvaluationError, DataError: no file, a line that is not valid, or a window that does not fit the model.
+    """
+    documents = read_documents("bits_per_byte.path", needed_path("bits_per_byte.path", config.path, _DOCUMENT_EXAMPLE))
+    window = min(config.window_tokens or context.max_tokens, context.max_tokens)
+    if (config.stride_tokens or window) > window:
+        raise EvaluationError(
+            f"bits_per_byte.stride_tokens: must be at most the window's {window} tokens, is "
+            f"{config.stride_tokens}; nearest valid: {window}"
+        )
+    samples = [
+        EvaluationSample(
+            key=document.key,
+            requests=(DocumentRequest(text=document.value.text, window=window, stride=config.stride_tokens),),
+            source=document.value,
+        )
+        for document in documents[: config.limit]
+    ]
+    windows = {"window_tokens": window, "stride_tokens": config.stride_tokens or window}
+    return EvaluationTask(
+        metrics=(EvaluationMetric(name="bits_per_byte", higher_is_better=False),),
+        samples=lambda: samples,
+        record=_document_record,
+        measures=lambda record: {
+            "bits_per_byte": Measure(value=-record["loglikelihood"] / math.log(2), weight=float(record["num_bytes"]))
+        },
+        details=lambda records: _document_details(records, windows),
+    )
+
+
+def _document_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswer]) -> Record:
+    document: EvaluatedDocument = sample.source
+    (answer,) = answers
+    return {
+        "source": document.source,
+        "loglikelihood": answer.log_likelihood,
+        "num_tokens": answer.num_tokens,
+        "num_bytes": len(document.text.encode()),
+    }
+
+
+def _document_details(records: Sequence[Mapping[str, Any]], windows: Mapping[str, int]) -> TaskDetails:
+    """Returns sizes, and bits per byte of each source."""
+    sources = {source: _sums(group) for source, group in sorted(group_by(records, "source").items())}
+    columns = ("documents", "num_bytes", "num_tokens", "bits_per_byte", "nats_per_token")
+    rows = tuple((source, *(values[name] for name in columns)) for source, values in sources.items())
+    table = ResultTable(title="Bits per byte of each source", columns=("source", *columns), rows=rows)
+    totals = {name: value for name, value in _sums(records).items() if name not in ("documents", "bits_per_byte")}
+    return TaskDetails(values={**totals, **windows, "sources": sources}, tables=(table,))
+
+
+def _sums(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    nats = -math.fsum(record["loglikelihood"] for record in records)
+    num_bytes = sum(record["num_bytes"] for record in records)
+    num_tokens = sum(record["num_tokens"] for record in records)
+    return {
+        "documents": len(records),
+        "num_bytes": num_bytes,
+        "num_tokens": num_tokens,
+        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else None,
+        "nats_per_token": nats / num_tokens if num_tokens else None,
+    }
+
+
+def read_documents(key: str, path: str) -> list[SampleLine[EvaluatedDocument]]:
+    """Reads a file of documents. The source is the field `source` of a line, or else the file's name.
+
+    Args:
+        key: configuration key of the path.
+        path: a `.jsonl` file, or a `.txt` or `.md` file.
+
+    Raises:
+        DataError: names the file, the line, the field and the rule.
+    """
+    file = checked_file(key, path)
+    if file.suffix in TEXT_SUFFIXES:
+        text = read_text(key, file)
+        if not text:
+            raise DataError(f"{key}: {file} must have text, is empty; nearest: another file")
+        return [SampleLine(file.name, EvaluatedDocument(source=file.name, text=text), f"{key}: {file}")]
+    if file.suffix != ".jsonl":
+        raise DataError(f"{key}: must be a .jsonl, .txt or .md file, is {path!r}; nearest: {file.stem}.jsonl")
+
+    def read(values: Mapping[str, Any], place: str) -> EvaluatedDocument:
+        source = text_field(values, "source", place) if values.get("source") is not None else file.name
+        return EvaluatedDocument(source=source, text=text_field(values, "text", place))
+
+    documents = read_samples(key, path, read)
+    if not any(document.value.text for document in documents):
+        raise DataError(f"{key}: {path} must have text, all documents are empty; nearest: another file")
+    return documents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardTaskConfig(EvaluationTaskConfig):
+    """Pairs of answers. Keys are explained in conf/evaluate.yaml."""
+
+    path: str | None
+    chat_template: Annotated[str, CHAT_TEMPLATES]
+    limit: PositiveInt | None
+
+
+def build_reward(config: RewardTaskConfig, context: TaskContext) -> EvaluationTask:
+    """Builds the task `reward`.
+
+    Raises:
+        EvaluationError, DataError: no file, a line that is not valid, or an answer that is too long.
+    """
+    template = CHAT_TEMPLATES.get(config.chat_template)
+    check_tokens(template.required_tokens, config.chat_template, context.tokenizer, "reward.chat_template")
+    lines = read_samples("reward.path", needed_path("reward.path", config.path, _PAIR_EXAMPLE), _read_rated_pair)
+    lines = lines[: config.limit]
+    pairs = [line.value[1] for line in lines]
+    both = [conversation for pair in pairs for conversation in (pair.chosen, pair.rejected)]
+    encoded = [tuple(chat.ids) for chat in encode_conversations(both, template, context.tokenizer)]
+    for number, ids in enumerate(encoded):
+        if len(ids) > context.max_tokens:
+            raise EvaluationError(
+                f"{lines[number // 2].place}: must have at most model.max_position_tokens={context.max_tokens} "
+                f"tokens with {('chosen', 'rejected')[number % 2]}, has {len(ids)}; nearest valid: leave the line "
+                f"out"
+            )
+    samples = [
+        EvaluationSample(
+            key=line.key,
+            requests=(RatingRequest(tokens=chosen), RatingRequest(tokens=rejected)),
+            source=line.value[0],
+        )
+        for line, chosen, rejected in zip(lines, encoded[::2], encoded[1::2], strict=True)
+    ]
+    return EvaluationTask(
+        metrics=(EvaluationMetric(name="accuracy"), EvaluationMetric(name="margin")),
+        samples=lambda: samples,
+        record=lambda sample, scores: {"subset": sample.source, "chosen": scores[0], "rejected": scores[1]},
+        measures=_pair_measures,
+        details=_pair_details,
+    )
+
+
+def _pair_measures(record: Mapping[str, Any]) -> Mapping[str, Measure]:
+    """Returns accuracy and margin. Equal scores count half."""
+    margin = record["chosen"] - record["rejected"]
+    return {"accuracy": Measure(value=0.5 if margin == 0 else float(margin > 0)), "margin": Measure(value=margin)}
+
+
+def _pair_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
+    """Returns the accuracy by subset, and its mean over subsets."""
+    rows = []
+    for subset, group in sorted(group_by(records, "subset").items()):
+        measures = [_pair_measures(record) for record in group]
+        accuracy = estimate([each["accuracy"] for each in measures])
+        margin = mean(each["margin"].value for each in measures)
+        rows.append((subset, accuracy.value, accuracy.standard_error, margin, accuracy.num_samples))
+    columns = ("subset", "accuracy", "standard_error", "margin", "samples")
+    values = {
+        "subsets": {str(row[0]): dict(zip(columns[1:], row[1:], strict=True)) for row in rows},
+        "mean_accuracy_of_subsets": mean(row[1] or 0.0 for row in rows) if rows else None,
+        "accuracy_of_guessing": 0.5,
+    }
+    table = ResultTable(title="Accuracy by subset", columns=columns, rows=tuple(rows))
+    return TaskDetails(values=values, tables=(table,))
+
+
+def _read_rated_pair(values: Mapping[str, Any], place: str) -> tuple[str, AnswerPair]:
+    """Returns the subset of a pair, and the pair."""
+    has_messages = "messages" in values and "prompt" not in values
+    subset = text_field(values, "subset", place) if values.get("subset") is not None else "all"
+    return subset, read_pair({**values, "prompt": values["messages"]} if has_messages else values, place)
