@@ -37,12 +37,7 @@ class Answerer:
     """A model with its tokenizer, which answers requests."""
 
     def __init__(self, model: EvaluatedModel, tokenizer: Tokenizer, end_ids: Sequence[int], max_tokens: int) -> None:
-        """Stores the arguments.
-
-        Args:
-            end_ids: ids of the tokens that end a generation.
-            max_tokens: number of positions of the model.
-        """
+        """Stores the arguments: `end_ids` end a generation, and the model has `max_tokens` positions."""
         self._model = model
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
@@ -51,8 +46,8 @@ class Answerer:
     def answer(self, requests: Sequence[NumberedRequest]) -> list[EvaluationAnswer]:
         """Returns the answer to each request. On several ranks, all call it with the same requests.
 
-        Raises:
-            EvaluationError: a continuation is longer than the model has positions, or a log-likelihood is not finite.
+        A continuation that is longer than the model has positions is an error, and so is a log-likelihood that is not
+        finite.
         """
         answers: dict[int, EvaluationAnswer] = {**self._score(requests), **self._rate(requests)}
         by_settings = defaultdict[tuple[int, Sampling], dict[int, tuple[int, GenerationRequest]]](dict)
@@ -139,14 +134,14 @@ class Answerer:
         self, request: GenerationRequest, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Rollout]
     ) -> GenerationAnswer:
         """Returns the text of continuations. Every rank computes it from the tokens, which all of them have."""
-        texts = []
+        continuations = []
         for prompt, rollout in zip(prompts, rollouts, strict=True):
             stream = self._stream(request, prompt.tokens)
             ids = rollout.tokens[:-1] if rollout.tokens and rollout.tokens[-1] in self._end_ids else rollout.tokens
             text = "".join([stream.push(token) for token in ids])
-            texts.append(text + stream.close())
+            continuations.append(text + stream.close())
         return GenerationAnswer(
-            continuations=tuple(texts),
+            continuations=tuple(continuations),
             num_tokens=tuple(len(rollout.tokens) for rollout in rollouts),
             finishes=tuple(rollout.finish for rollout in rollouts),
             num_dropped=len(self._prompt_tokens(request)) - len(prompts[0].tokens) if prompts else 0,
@@ -184,9 +179,6 @@ def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> t
     White space at the end of the context moves to the continuation, because tokens of most vocabularies begin with it.
     The context is tokenized alone and with the continuation; the continuation has the tokens of the whole after the
     number of tokens of the context. If the whole has no more tokens than the context, the continuation has the last.
-
-    Raises:
-        EvaluationError: the continuation is empty.
     """
     context = request.context
     continuation = request.continuation
@@ -211,9 +203,6 @@ def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_toke
     """Returns the sequence that scores a continuation, and how many tokens of the context it drops.
 
     Tokens at the start are dropped if the sequence without its last token exceeds the model's positions.
-
-    Raises:
-        EvaluationError: the continuation is empty, or longer than the model has positions.
     """
     before, after = encode_continuation(tokenizer, request)
     if len(after) > max_tokens:

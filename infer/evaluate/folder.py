@@ -22,13 +22,9 @@ class EvaluationFolder:
     """The folder of an evaluation, locked. Use it as a context manager."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Opens or creates the folder.
+        """Opens or creates the folder, given as plain values what decides the records.
 
-        Args:
-            identity: what decides the records, as plain values.
-
-        Raises:
-            EvaluationError: the folder has records of another evaluation, or another process writes it.
+        It is refused if it has records of another evaluation, or another process writes it.
         """
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
@@ -115,11 +111,7 @@ def samples_name(task: str) -> str:
 
 
 def read_records(folder: Path, task: str) -> list[Record]:
-    """Returns the records of a task in a folder, without a line that an interruption cut.
-
-    Raises:
-        EvaluationError: a line is not a record.
-    """
+    """Returns the records of a task in a folder, without a line that an interruption cut."""
     path = folder / samples_name(task)
     if not path.exists():
         return []

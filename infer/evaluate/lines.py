@@ -69,7 +69,7 @@ def read_lines(key: str, path: str, read: Callable[[Mapping[str, Any], str], T])
 
 
 def needed_path(key: str, path: str | None, example: str) -> str:
-    """Returns the path of a task's file, or raises `EvaluationError` with what the file has if there is no path."""
+    """Returns the path of a task's file, or raises `EvaluationError` if there is none."""
     if not path:
         raise EvaluationError(f"{key}: a value is needed, is {path!r}; write {key}=FILE, with {example}")
     return path

@@ -24,23 +24,14 @@ MOST_TOKENS = 2**13
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """Sequences, padded at the end, which no token before sees.
-
-    Attributes:
-        inputs_BT: all tokens except the last one of each sequence.
-        targets_BT: the token after each input, -100 if it is not scored.
-    """
+    """Inputs and the token after each, -100 if it is not scored. Padding at the end is never seen."""
 
     inputs_BT: Tensor
     targets_BT: Tensor
 
 
 def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None) -> PaddedBatch:
-    """Returns sequences as tensors on the host.
-
-    Args:
-        size: B and T; None: as small as they fit.
-    """
+    """Returns sequences as tensors on the host, of a size B and T or as small as they fit."""
     num_rows, length = size or (len(sequences), max(len(each.tokens) for each in sequences) - 1)
     inputs_BT = torch.full((num_rows, length), PADDING)
     targets_BT = torch.full((num_rows, length), IGNORE)
@@ -54,12 +45,7 @@ def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None
 def by_length(
     sequences: Sequence[TargetSequence], batch_size: int, most_tokens: int = MOST_TOKENS
 ) -> Iterator[list[int]]:
-    """Yields the numbers of sequences that are computed together, the longest first.
-
-    Args:
-        sequences: in any order.
-        most_tokens: maximum number of tokens with padding; a single sequence may have more.
-    """
+    """Yields numbers of sequences to compute together, the longest first. One alone may be longer."""
     order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number].tokens))
     first = 0
     while first < len(order):
@@ -73,11 +59,7 @@ class LocalModel:
     """A whole model that is evaluated."""
 
     def __init__(self, model: Transformer, batch_size: int) -> None:
-        """Stores the arguments.
-
-        Args:
-            batch_size: maximum number of sequences that are computed together. It does not change results.
-        """
+        """Stores the arguments. At most `batch_size` sequences are computed together, which changes no result."""
         self._model, self._batch_size = model, batch_size
 
     @torch.no_grad()

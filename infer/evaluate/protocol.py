@@ -1,4 +1,4 @@
-"""Defines evaluation tasks, their requests and results, and the models that answer them. Imports no torch.
+"""Defines evaluation tasks, their requests and results, and evaluated models. Imports no torch.
 
 A task makes samples. A sample has requests. Answers to these become the sample's record, one line of a file, and
 results are computed from records alone. So an interrupted evaluation continues after the last record.
@@ -42,9 +42,8 @@ class ContinuationRequest:
 class DocumentRequest:
     """Asks for the log-likelihood of a whole document, read in windows.
 
-    Attributes:
-        window: tokens that the model sees at a time; None: as many as the model has positions.
-        stride: tokens that a window scores; the others are context. None: all of the window.
+    A window has as many tokens as the model has positions by default. It scores its last `stride` tokens, by default
+    all.
     """
 
     text: Text
@@ -84,13 +83,10 @@ EvaluationRequest = ContinuationRequest | DocumentRequest | GenerationRequest | 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LikelihoodAnswer:
-    """Log-likelihood of a continuation or a document.
+    """Log-likelihood of a continuation or a document in nats, the sum over its tokens.
 
-    Attributes:
-        log_likelihood: sum of the log-probabilities of its tokens, in nats.
-        is_greedy: whether each of its tokens is the most probable one.
-        num_tokens: number of its tokens.
-        num_dropped: tokens at the start of the context that exceed the model's positions.
+    `is_greedy`: each token is the most probable one. `num_dropped`: tokens at the start of the context that exceed the
+    model's positions.
     """
 
     log_likelihood: float
@@ -101,13 +97,9 @@ class LikelihoodAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationAnswer:
-    """Continuations of a prompt, in order.
+    """Continuations of a prompt, without the strings and tokens that ended them, and why they ended.
 
-    Attributes:
-        continuations: text of each, without the stop string and special tokens that ended it.
-        num_tokens: number of generated tokens of each.
-        finishes: why each ended.
-        num_dropped: tokens at the start of the prompt that exceed the model's positions.
+    `num_dropped`: tokens at the start of the prompt that exceed the model's positions.
     """
 
     continuations: tuple[str, ...]
@@ -122,13 +114,7 @@ EvaluationAnswer = LikelihoodAnswer | GenerationAnswer | float
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSample:
-    """A sample of a task.
-
-    Attributes:
-        key: unique among the task's samples; the field `id` of its record.
-        requests: what the model is asked.
-        source: what the task needs to make the record.
-    """
+    """A sample: the `id` of its record, what the model is asked, and the source of the record."""
 
     key: str | int
     requests: tuple[EvaluationRequest, ...]
@@ -162,7 +148,7 @@ class ResultTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultGrid:
-    """A heat map: names of the axes, labels of columns and rows, and values from 0 to 1, None without a sample."""
+    """A heat map: axes, labels of columns and rows, and values from 0 to 1, None without a sample."""
 
     title: str
     x_name: str
@@ -174,7 +160,7 @@ class ResultGrid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskDetails:
-    """Further results of a task: plain values for `results.json`, tables and heat maps, and sentences for the user."""
+    """Further results of a task: values for `results.json`, tables, heat maps, and notes."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
     tables: tuple[ResultTable, ...] = ()
@@ -207,12 +193,9 @@ class EvaluationTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskContext:
-    """What a task may know of the weights before they are read.
+    """What a task may know of the weights before they are read, and the seed of everything that it draws.
 
-    Attributes:
-        tokenizer: of the weights.
-        max_tokens: number of positions of the model: of a context and its continuation, without its last token.
-        seed: of everything that a task draws.
+    `max_tokens` is the model's number of positions: of a context and its continuation, without its last token.
     """
 
     tokenizer: Tokenizer
@@ -222,12 +205,7 @@ class TaskContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetSequence:
-    """Token ids whose last ones are scored.
-
-    Attributes:
-        tokens: at least two, at most one more than the model has positions.
-        num_targets: number of tokens at the end that are scored, fewer than all.
-    """
+    """Token ids, at most one more than the model has positions; some at the end are scored, not all."""
 
     tokens: tuple[int, ...]
     num_targets: int

@@ -1,4 +1,4 @@
-"""Runs evaluation tasks: a model answers all requests, which gives records, and these give results. Imports no torch.
+"""Runs evaluation tasks: a model's answers give records, and these give results. No torch here.
 
 Results also have the schema of lm-evaluation-harness.
 """
@@ -32,14 +32,7 @@ class OpenTask:
 def open_tasks(
     names: Sequence[str], settings: Mapping[str, EvaluationTaskConfig], context: TaskContext
 ) -> list[OpenTask]:
-    """Builds tasks, which check all of their files.
-
-    Args:
-        settings: configuration of each registered task.
-
-    Raises:
-        EvaluationError, DataError, ScoringError: a task cannot run.
-    """
+    """Builds tasks, which check all of their files, given the configuration of each registered task."""
     specs = {name: EVALUATION_TASKS.get(name) for name in names}
     return [
         OpenTask(name=name, spec=spec, config=settings[name], task=spec.build(settings[name], context))
@@ -52,9 +45,8 @@ def run_tasks(
 ) -> None:
     """Evaluates the samples that have no record. On several ranks, all call it with equal arguments.
 
-    Args:
-        done: ids of the samples of each task that have a record.
-        write: takes the records; None on a rank that keeps none.
+    `done` has the ids of each task's samples with a record. `write` takes records; it is None on a rank that keeps
+    none.
     """
     for opened in tasks:
         for samples in _together(opened.task.samples(), done.get(opened.name, ())):
@@ -127,12 +119,7 @@ def task_result(opened: OpenTask, records: Sequence[Record]) -> TaskResult:
 def as_json(
     tasks: Sequence[OpenTask], results: Mapping[str, TaskResult], settings: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the content of `results.json`.
-
-    Args:
-        settings: plain configuration of each task.
-        facts: about the evaluation: weights, seed, versions of software.
-    """
+    """Returns the content of `results.json`, given plain configurations, and facts about the evaluation."""
     names = [opened.name for opened in tasks]
     sizes = {name: results[name].num_samples for name in names}
     return {

@@ -53,13 +53,9 @@ def estimate(measures: Sequence[Measure]) -> Estimate:
 class PairedComparison:
     """Difference of a metric between two evaluations of the same samples: the first minus the second.
 
-    Attributes:
-        difference: of the metrics.
-        standard_error: of the difference, from the differences of samples; None without two samples.
-        p_value: probability of a difference at least as large if neither was better; None without samples.
-        test: `mcnemar_exact` if all values are 0 or 1, else `paired_bootstrap`.
-        interval: 95 % interval of the difference, from the bootstrap or the standard error; None without two samples.
-        num_samples: samples that are compared.
+    The p-value is the probability of a difference at least as large if neither was better. McNemar's exact test gives
+    it if all values are 0 or 1, and a bootstrap otherwise. The interval of 95 % is that of the bootstrap, or follows
+    from the standard error of the differences. Without two samples, there is neither error nor interval.
     """
 
     difference: float | None

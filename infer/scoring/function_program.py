@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def load_function(path: Path, name: str, digest: str) -> Callable[..., object]:
-    """Returns a function of a file, or raises `FunctionError` if its SHA-256 changed or it has no such function."""
+    """Returns a function of a file, or raises `FunctionError` if it has none or its SHA-256 changed."""
     try:
         content = path.read_bytes()
     except OSError as error:

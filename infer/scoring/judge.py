@@ -89,10 +89,7 @@ def read_constitution(config: JudgeConfig) -> str:
 class JudgePrompt:
     """A prompt of the judge, whose number decides the random numbers of the critiques.
 
-    Attributes:
-        group: index of the group.
-        answer: index of the judged answer in the group.
-        other: index of the answer with which it is compared; equal to `answer` if there is none.
+    It judges `answer` of a group, compared with `other`, which is the same if there is none.
     """
 
     prompt: NumberedPrompt
@@ -107,11 +104,7 @@ class Judge:
     def __init__(
         self, config: JudgeConfig, template: ChatTemplate, tokenizer: Tokenizer, constitution: str, max_tokens: int
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            max_tokens: maximum number of tokens of a prompt. A longer one is not judged, which counts as abstentions.
-        """
+        """Stores the arguments. A prompt of more than `max_tokens` is not judged, which counts as abstentions."""
         self._config = config
         self._template = template
         self._tokenizer = tokenizer
@@ -121,15 +114,14 @@ class Judge:
     def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
         """Returns the prompts of all groups, in order. Answers without text after their thoughts have none.
 
-        Args:
-            numbers: number of each group's prompt in the job, which decides the random numbers of its critiques.
+        The numbers of the groups' prompts in the job decide the random numbers of their critiques.
         """
         prompts = []
         for index, (group, group_number) in enumerate(zip(groups, numbers, strict=True)):
             size = len(group.answers)
-            texts = [final_text(answer.text).strip() for answer in group.answers]
-            for first, second in self._pairs(texts):
-                text = self._question(group.problem.prompt, texts[first], texts[second])
+            finals = [final_text(answer.text).strip() for answer in group.answers]
+            for first, second in self._pairs(finals):
+                text = self._question(group.problem.prompt, finals[first], finals[second])
                 tokens = tuple(
                     encode_prompt([user(text)], self._template, self._tokenizer, thinking=self._config.thinking)
                 )
@@ -153,7 +145,7 @@ class Judge:
     def scores(
         self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Rollout]
     ) -> list[list[Score]]:
-        """Returns the scores of every group's answers, given all critiques of a prompt, then those of the next one."""
+        """Returns the scores of every group's answers, given the critiques prompt by prompt."""
         votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
         for number, critique in enumerate(critiques):
             prompt = prompts[number // self._config.samples]
@@ -166,10 +158,10 @@ class Judge:
     def _group_scores(
         self, index: int, group: AnswerGroup, votes: dict[tuple[int, int], list[bool | None]]
     ) -> list[Score]:
-        texts = [final_text(answer.text).strip() for answer in group.answers]
-        pairs = list(self._pairs(texts))
+        finals = [final_text(answer.text).strip() for answer in group.answers]
+        pairs = list(self._pairs(finals))
         scores = []
-        for number, text in enumerate(texts):
+        for number, text in enumerate(finals):
             wanted = sum(number in pair for pair in pairs) * self._config.samples
             cast = votes[index, number]
             # Prompts that are too long were not judged.
@@ -177,9 +169,9 @@ class Judge:
             scores.append(score_votes([*cast, *abstentions]) if text else failure("missing", "no text to judge"))
         return scores
 
-    def _pairs(self, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    def _pairs(self, finals: Sequence[str]) -> Iterator[tuple[int, int]]:
         """Yields which answer of a group is judged against which, itself if it is judged alone."""
-        judged = [number for number, text in enumerate(texts) if text]
+        judged = [number for number, text in enumerate(finals) if text]
         if self._config.form == "single":
             yield from ((number, number) for number in judged)
             return

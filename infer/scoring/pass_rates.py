@@ -16,11 +16,9 @@ class PassRates:
     """Shares of problems that are solved, and sizes of the answers.
 
     Attributes:
-        num_samples: number n of answers to each problem.
         pass_at_1: share of answers with a verdict that are correct; 0 if none has one.
         pass_at_n: share of problems with a correct answer.
         maj_at_n: share of problems whose most frequent answer is correct; of several, the one that occurs first.
-        mean_tokens: mean number of tokens of an answer.
         cut_share: share of answers that reached the limit of tokens.
     """
 
@@ -33,7 +31,7 @@ class PassRates:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Returns an unbiased estimate of the probability that one of k answers is correct, k at most `num_samples`.
+    """Returns an unbiased estimate of the probability that one of k answers is correct.
 
     Source: arXiv:2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k).
     """

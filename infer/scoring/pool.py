@@ -1,4 +1,4 @@
-"""Runs scorers with deadlines: calls in threads that are abandoned, and requests in processes that are killed.
+"""Runs scorers with deadlines: calls in threads, which are abandoned, or in killable processes.
 
 Signals and timers interrupt only a main thread, and no library that computes in C. A killed process always ends.
 A thread cannot be killed. One that hangs is replaced by another one, and its result is ignored.
@@ -7,8 +7,8 @@ A thread cannot be killed. One that hangs is replaced by another one, and its re
 import json
 import os
 import queue
-import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,56 +67,53 @@ class WorkerPool:
         Args:
             size: maximum number of workers; further requests wait for a free one.
             seconds: deadline of a request, which does not count the wait for a worker and its start.
-            name: of the scorer, for errors.
             counts_timeouts: whether a missed deadline is a fault of the program, as a death is, rather than of an
                 answer, so that too many in a row end the pool.
         """
-        self._program = program
+        self._size = size
         self._seconds = seconds
         self._name = name
         self._counts_timeouts = counts_timeouts
-        self._free: queue.LifoQueue[_Place] = queue.LifoQueue()
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for number in range(size, 0, -1):
-            self._free.put(_Place(number))
-        self._size = size
+            self._free.put(_Worker(number, program))
         self._lock = threading.Lock()
         self._num_failures = 0
         self._last_failure = ""
         self.num_restarts = 0
 
     def start(self) -> None:
-        """Starts one worker, if none runs. Raises `WorkerStartError` if it cannot start."""
-        place = self._free.get()
+        """Starts one worker, if none runs, or raises `WorkerStartError`."""
+        worker = self._free.get()
         try:
-            place.start(self._program)
+            worker.start()
         finally:
-            self._free.put(place)
+            self._free.put(worker)
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns the reply of a worker. A worker that fails is killed, and the next request replaces it.
+        """Returns the reply of a worker. A worker that fails is killed, and its next request starts another.
 
         Raises:
-            WorkerTimeoutError: there was no reply before the deadline.
-            WorkerDiedError: the worker ended, or could not start.
+            WorkerTimeoutError, WorkerDiedError: there was no reply before the deadline, or the worker ended.
             ScoringError: the workers died so often in a row that another one would die as well.
         """
-        place = self._free.get()
+        worker = self._free.get()
         try:
             self._check_failures()
-            worker = place.start(self._program)
+            worker.start()
             reply = worker.request(message, self._seconds)
         except ScoringError:
             raise
         except BaseException as error:
-            place.kill()
+            worker.kill()
             text = f"did not reply within {self._seconds:g} s" if isinstance(error, WorkerTimeoutError) else str(error)
-            reason = f"worker {place.number} {text}"
+            reason = f"worker {worker.number} {text}"
             self._count_failure(error, reason)
             if isinstance(error, WorkerTimeoutError | WorkerDiedError):
                 raise type(error)(reason) from error
             raise
         finally:
-            self._free.put(place)
+            self._free.put(worker)
         with self._lock:
             self._num_failures = 0
         return reply
@@ -142,44 +139,36 @@ class WorkerPool:
             self._free.get().kill()
 
 
-class _Place:
-    """A numbered place for a worker, used by one thread at a time."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._worker: _Worker | None = None
-
-    def start(self, program: WorkerProgram) -> "_Worker":
-        """Returns the worker that runs here, or starts one."""
-        if self._worker is None or not self._worker.is_alive():
-            self.kill()
-            self._worker = _Worker(program)
-        return self._worker
-
-    def kill(self) -> None:
-        """Kills the worker, if there is one."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
-
-
 class _Worker:
-    """A process, used by one thread at a time."""
+    """A numbered worker, used by one thread at a time. Its process starts when it is needed."""
 
-    def __init__(self, program: WorkerProgram) -> None:
-        """Starts the process and waits until it is ready."""
+    def __init__(self, number: int, program: WorkerProgram) -> None:
+        self.number = number
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
         self._buffer = b""
-        # A separate session, so that Ctrl-C reaches this process alone and the kill reaches the worker's children.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(program.path), *program.arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={"PATH": os.defpath, **program.environment, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-        )
+
+    def start(self) -> None:
+        """Starts the process, if none runs, and waits until it is ready."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.kill()
+        self._socket, other = socket.socketpair()
+        with other:
+            # A separate session, so that Ctrl-C reaches this process alone and the kill reaches the worker's children.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(self._program.path), *self._program.arguments],
+                stdin=other,
+                stdout=other,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env={"PATH": os.defpath, **self._program.environment, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+            )
         try:
             ready = self._read_reply(time.monotonic() + START_SECONDS)
+            if "error" in ready:
+                raise WorkerDiedError(ready["error"])
         except BaseException as error:
             self.kill()
             if isinstance(error, WorkerTimeoutError):
@@ -187,43 +176,39 @@ class _Worker:
             if isinstance(error, WorkerDiedError):
                 raise WorkerStartError(str(error)) from error
             raise
-        if "error" in ready:
-            self.kill()
-            raise WorkerStartError(ready["error"])
-
-    def is_alive(self) -> bool:
-        """Whether the process still runs."""
-        return self._process.poll() is None
 
     def request(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Sends a message and returns the reply."""
+        assert self._socket is not None
         deadline = time.monotonic() + seconds
-        assert self._process.stdin is not None
-        data = json.dumps(message).encode() + b"\n"
-        descriptor = self._process.stdin.fileno()
-        os.set_blocking(descriptor, False)
-        while data:
-            self._wait(lambda left: select.select([], [descriptor], [], left)[1], deadline)
-            try:
-                data = data[os.write(descriptor, data) :]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise WorkerDiedError(f"ended: {error.strerror}") from error
+        self._socket.settimeout(seconds)  # of all data together
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except TimeoutError:
+            raise WorkerTimeoutError from None
+        except OSError as error:
+            raise WorkerDiedError(f"ended: {error.strerror}") from error
         return self._read_reply(deadline)
 
     def kill(self) -> None:
-        """Kills the process and its children."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, 9)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(OSError):
-                pipe.close()
+        """Kills the process, if there is one, and its children."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if self._socket is not None:
+            self._socket.close()
+        self._process = None
+        self._socket = None
+        self._buffer = b""
 
     def _read_reply(self, deadline: float) -> dict[str, Any]:
-        line = self._read_line(deadline)
+        while b"\n" not in self._buffer:
+            data = self._receive(deadline)
+            if not data or len(self._buffer) > _LARGEST_REPLY:
+                raise WorkerDiedError(self._end())
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             reply = json.loads(line)
         except ValueError:
@@ -232,30 +217,28 @@ class _Worker:
             raise WorkerDiedError(f"printed no object of JSON: {line[:60]!r}")
         return reply
 
-    def _read_line(self, deadline: float) -> bytes:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        while b"\n" not in self._buffer:
-            self._wait(lambda left: select.select([descriptor], [], [], left)[0], deadline)
-            data = os.read(descriptor, 65536)
-            if not data or len(self._buffer) > _LARGEST_REPLY:
-                raise WorkerDiedError(self._end())
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
+    def _receive(self, deadline: float) -> bytes:
+        """Returns some data, or none if the worker closed its output."""
+        assert self._socket is not None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise WorkerTimeoutError
+        self._socket.settimeout(left)
+        try:
+            return self._socket.recv(65536)
+        except TimeoutError:
+            raise WorkerTimeoutError from None
+        except ConnectionResetError:  # it ended before it had read a message
+            return b""
 
     def _end(self) -> str:
         """Returns how a process ended whose output is closed."""
+        assert self._process is not None
         try:
             code = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return "closed its output, or printed too much"
         return f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-
-    def _wait(self, is_ready: Callable[[float], list[int]], deadline: float) -> None:
-        left = deadline - time.monotonic()
-        if left <= 0 or not is_ready(left):
-            raise WorkerTimeoutError
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,9 +274,7 @@ def run_in_threads(
 ) -> list[CallResult[T]]:
     """Runs calls on any thread, several at a time, and returns their results in order.
 
-    Args:
-        seconds: time of a call after its start, after which it is abandoned; None: no limit.
-        fatal: type of errors that end all calls. The first one is raised.
+    A call is abandoned so many `seconds` after its start. The first error of the type `fatal` ends all calls.
     """
     run = _Run(calls, fatal)
     try:

@@ -20,7 +20,7 @@ VERIFIER = Path(__file__).with_name("gym_verifier.py")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PythonConfig(ScorerConfig):
-    """A user's function `score(prompt, answer, expected)`, the deadline of a call, and the number of processes."""
+    """A user's function `score(prompt, answer, expected)`, a call's deadline, and its processes."""
 
     path: str
     function: str
@@ -86,13 +86,7 @@ def _nearest_file(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GymScorerConfig(ScorerConfig):
-    """The configuration of the verifiers of reasoning-gym.
-
-    Attributes:
-        boxed: whether the last box is verified instead of the whole text after the thoughts.
-        seconds: deadline of an answer.
-        num_workers: number of processes that verify.
-    """
+    """The configuration of the verifiers of reasoning-gym, as `ExactConfig` and `PythonConfig`."""
 
     boxed: bool
     seconds: PositiveFloat

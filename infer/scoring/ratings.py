@@ -1,4 +1,4 @@
-"""Scores answers by their text alone: expected text, format, language, length, repetition, and votes of a group."""
+"""Scores answers by their text: exact, format, language, length, repetition, and a group's vote."""
 
 import re
 import unicodedata
@@ -43,21 +43,21 @@ _WORDS = re.compile(r"[぀-ヿ㐀-鿿]|[^\W぀-ヿ㐀-鿿]+|[^\w\s]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExactConfig(ScorerConfig):
-    """Comparison of the text after the thoughts, or of the last box in it if `boxed`, with the expected text."""
+    """Comparison of the text after the thoughts, or of its last box, with the expected text."""
 
     boxed: bool
     ignore_case: bool
 
 
 def score_exact(config: ExactConfig, answer: Answer, problem: Problem) -> Score:
-    """Returns 1 if both texts are equal; an unfinished answer, or one without a box, is missing."""
+    """Returns 1 if both are equal; an unfinished answer, or one without a box, is missing."""
     if problem.answer is None:
         return SKIPPED
     shown = finished_answer(answer, boxed=config.boxed)
     if isinstance(shown, Score):
         return shown
-    texts = {normalize_text(text, ignore_case=config.ignore_case) for text in (shown, problem.answer)}
-    return verdict(is_correct=len(texts) == 1, detail=shown[:80])
+    found, expected = (normalize_text(text, ignore_case=config.ignore_case) for text in (shown, problem.answer))
+    return verdict(is_correct=found == expected, detail=shown[:80])
 
 
 def finished_answer(answer: Answer, *, boxed: bool) -> str | Score:
@@ -137,14 +137,14 @@ class LanguageConfig(ScorerConfig):
 def score_language(config: LanguageConfig, answer: Answer, problem: Problem) -> Score:
     """Returns the share of letters of an answer, with its thoughts, in the language's scripts.
 
-    DeepSeek-R1 rates the share of words in the target language (arXiv:2501.12948, section 2.3.2). Letters need no
-    dictionary, and distinguish the languages that models mix: those of different scripts.
+    Words, which DeepSeek-R1 counts (arXiv:2501.12948, section 2.3.2), need a dictionary. Letters do not, and they
+    distinguish the languages that models mix: those of different scripts.
     """
     return Score(value=language_share(answer.text, config.language), outcome="rated")
 
 
 def language_share(text: str, language: Language) -> float:
-    """Returns the share of a text's letters in a language, or 1 if it has none outside code, formulas and addresses."""
+    """Returns the share of letters in a language, or 1 if only code, formulas or addresses have some."""
     expected = _SCRIPTS.get(language, {language.upper()})
     scripts = [_script(letter) for letter in _NEUTRAL.sub(" ", text) if letter.isalpha()]
     return sum(script in expected for script in scripts) / len(scripts) if scripts else 1.0
@@ -211,12 +211,9 @@ def repeated_share(text: str, ngram_words: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PluralityConfig(ScorerConfig):
-    """A vote of a group about what `ExactConfig` compares.
+    """A vote about what `ExactConfig` compares; a share of the group (`quorum`) must vote.
 
-    Attributes:
-        quorum: least share of a group's answers that must vote.
-        ties: what happens if several answers have the most votes. drop: there is no plurality; first: the one that
-            occurs first counts.
+    If several answers have the most votes, `drop` gives no plurality; with `first`, the one that occurs first counts.
     """
 
     boxed: bool
@@ -253,7 +250,7 @@ def find_plurality(ballots: Sequence[str | None], quorum: float, ties: Ties) -> 
 
 
 class PluralityScorer(RatingScorer):
-    """Compares each answer with the plurality of its group, which is often right where no rule can check it.
+    """Compares each answer with its group's plurality, often right where no rule can check it.
 
     The mean value over a group is the share of answers that agree. Source: TTRL, arXiv:2504.16084.
     """

@@ -41,7 +41,7 @@ ModelScores = Mapping[str, Sequence[Sequence[Score]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """The configuration of a reward: scorers, each of another kind, and how many answers are scored at a time."""
+    """The configuration of a reward: scorers of different kinds, and answers scored at a time."""
 
     parts: tuple[Annotated[ScorerConfig, SCORERS], ...]
     num_threads: PositiveInt
@@ -62,13 +62,10 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSheet:
-    """The scores of one answer.
+    """The scores of one answer by kind, and their weighted sum.
 
-    Attributes:
-        total: sum of all parts' values by their weights.
-        outcome: joint outcome of the parts that have a verdict; `skipped` if none of them applies, `rated` if there is
-            none.
-        parts: score of each part by its kind.
+    `outcome` joins those of the parts that have a verdict; it is `skipped` if none of them applies, and `rated` if
+    there is none.
     """
 
     total: float
@@ -117,11 +114,7 @@ class Reward:
     """Scorers with weights. Use it as a context manager, which ends the scorers' processes."""
 
     def __init__(self, config: RewardConfig, seconds: float = ANSWER_SECONDS) -> None:
-        """Builds the scorers, or raises `ScoringError` if this machine cannot run one of them.
-
-        Args:
-            seconds: time of a call of a scorer that sets no deadline itself.
-        """
+        """Builds the scorers. `seconds` is the time of a call of a scorer that sets no deadline itself."""
         self._weights = {part.kind: part.weight for part in config.parts}
         self._num_threads = config.num_threads
         self._seconds = seconds
@@ -198,7 +191,7 @@ def _join_scores(groups: Sequence[AnswerGroup], scores: ModelScores, weights: Ma
 
 
 def join_parts(parts: Mapping[str, Score], weights: Mapping[str, float]) -> ScoreSheet:
-    """Returns the sheet of an answer. A part with weight 0 is only reported, so its failure drops no group."""
+    """Returns the sheet of an answer. A failure of a part with weight 0 drops no group."""
     total = sum(weights[kind] * score.value for kind, score in parts.items())
     outcomes = [
         score.outcome for kind, score in parts.items() if weights[kind] or score.outcome not in (*_FAULTS, "skipped")
@@ -234,12 +227,7 @@ def host_parts(config: RewardConfig) -> RewardConfig | None:
 def combine(
     config: RewardConfig, groups: Sequence[AnswerGroup], host: Sequence[GroupSheets] | None, models: ModelScores
 ) -> list[GroupSheets]:
-    """Returns the sheets of all groups with every part, in the order of the configuration.
-
-    Args:
-        host: sheets of `host_parts`; None if it has no parts.
-        models: scores of the other parts.
-    """
+    """Returns the sheets of all groups with every part: those of `host_parts`, if any, and of models."""
     scores: dict[str, Sequence[Sequence[Score]]] = {
         kind: [[checked_score(kind, score) for score in group] for group in groups_of_scores]
         for kind, groups_of_scores in models.items()

@@ -26,21 +26,12 @@ VERDICTS: tuple[Outcome, ...] = ("correct", "wrong", "missing", "timeout")
 
 
 class ScoringError(ValueError):
-    """Invalid configuration of a scorer, or a machine that cannot run it.
-
-    The message states the key, the rule, the value and the nearest valid choice.
-    """
+    """A scorer's configuration that is not valid, or a machine that cannot run it, with advice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A model's answer.
-
-    Attributes:
-        text: without the tokens that end it.
-        num_tokens: number of generated tokens.
-        is_finished: whether the model ended the answer, rather than the limit of tokens.
-    """
+    """A model's answer without the tokens that end it, and whether the model ended it by itself."""
 
     text: str
     num_tokens: int
@@ -51,9 +42,8 @@ class Answer:
 class Problem:
     """A prompt, and what a correct answer must satisfy.
 
-    Attributes:
-        tests: assertions as Python source, or inputs with outputs, if the answer is a program.
-        origin: from what a generator made the problem, as JSON text, if its own verifier must find it.
+    `tests` are assertions as Python source, or inputs with outputs. `origin` says in JSON from what a generator made
+    the problem, if its own verifier must find it.
     """
 
     prompt: str
@@ -135,12 +125,7 @@ class FunctionScorer(RatingScorer):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerConfig:
-    """The configuration that all scorers share.
-
-    Attributes:
-        kind: name of the scorer.
-        weight: factor of the scorer's value in the reward; 0 only reports it.
-    """
+    """The configuration that all scorers share: name and weight; weight 0 only reports the value."""
 
     kind: str
     weight: float

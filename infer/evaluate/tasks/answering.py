@@ -55,13 +55,10 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verifier:
-    """Scores answers to problems.
+    """Scores answers to problems, several at a time.
 
-    Attributes:
-        close: ends the processes of `score`.
-        num_threads: number of answers that are scored at the same time.
-        stop: strings that end an answer to a prompt of plain text.
-        facts: about the verifier, for the results.
+    `close` ends its processes. `stop` has strings that end an answer to a prompt of plain text, `facts` are for
+    results.
     """
 
     score: Callable[[Answer, Problem], Score]
@@ -72,7 +69,7 @@ class Verifier:
 
 
 def open_scorer(kind: str, config: AnswerTaskConfig, **changes: object) -> Any:
-    """Builds a scorer of rewards from the keys of a task that have the names of its own."""
+    """Builds a scorer of rewards from a task's keys of the same names."""
     spec = SCORERS.get(kind)
     names = [key.name for key in fields(spec.config) if key.name not in ("kind", "weight", *changes)]
     values = {name: getattr(config, name) for name in names}
@@ -86,16 +83,7 @@ def build_answers(
     config: AnswerTaskConfig,
     context: TaskContext,
 ) -> EvaluationTask:
-    """Builds a task of generated answers.
-
-    Args:
-        name: of the task, for errors.
-        read: returns the problems.
-        open_verifier: opens what scores the answers. The task owns it.
-
-    Raises:
-        EvaluationError, DataError, ScoringError: settings or a line that is not valid, or no verifier.
-    """
+    """Builds a task from functions that read its problems and open their verifier, which it owns."""
     _check_settings(name, config, context)
     questions = read(config, context)[: config.limit]
     verifier = open_verifier(config)

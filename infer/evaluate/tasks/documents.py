@@ -61,11 +61,7 @@ class EvaluatedDocument:
 
 
 def build_bits_per_byte(config: BitsPerByteConfig, context: TaskContext) -> EvaluationTask:
-    """Builds the task `bits_per_byte`.
-
-    Raises:
-        EvaluationError, DataError: no file, a line that is not valid, or a window that does not fit the model.
-    """
+    """Builds the task `bits_per_byte`."""
     documents = read_documents("bits_per_byte.path", needed_path("bits_per_byte.path", config.path, _DOCUMENT_EXAMPLE))
     window = min(config.window_tokens or context.max_tokens, context.max_tokens)
     if (config.stride_tokens or window) > window:
@@ -128,15 +124,7 @@ def _sums(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_documents(key: str, path: str) -> list[SampleLine[EvaluatedDocument]]:
-    """Reads a file of documents. The source is the field `source` of a line, or else the file's name.
-
-    Args:
-        key: configuration key of the path.
-        path: a `.jsonl` file, or a `.txt` or `.md` file.
-
-    Raises:
-        DataError: names the file, the line, the field and the rule.
-    """
+    """Reads documents, each counted for its `source` or else the file: of `.jsonl`, or one of text."""
     file = checked_file(key, path)
     if file.suffix in TEXT_SUFFIXES:
         text = read_text(key, file)
@@ -166,11 +154,7 @@ class RewardTaskConfig(EvaluationTaskConfig):
 
 
 def build_reward(config: RewardTaskConfig, context: TaskContext) -> EvaluationTask:
-    """Builds the task `reward`.
-
-    Raises:
-        EvaluationError, DataError: no file, a line that is not valid, or an answer that is too long.
-    """
+    """Builds the task `reward`."""
     template = CHAT_TEMPLATES.get(config.chat_template)
     check_tokens(template.required_tokens, config.chat_template, context.tokenizer, "reward.chat_template")
     lines = read_samples("reward.path", needed_path("reward.path", config.path, _PAIR_EXAMPLE), _read_rated_pair)

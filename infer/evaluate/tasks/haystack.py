@@ -88,7 +88,7 @@ class Filler:
     ends: tuple[int, ...]
 
     def take(self, count: int, start: int) -> tuple[list[int], list[int]]:
-        """Returns `count` tokens from a sentence's beginning on, repeated if needed, and where sentences end in them.
+        """Returns tokens from a sentence's beginning on, repeated if needed, and where sentences end.
 
         The random number `start` chooses the first sentence.
         """
@@ -102,11 +102,7 @@ class Filler:
 
 
 def read_filler(key: str, path: str | None, tokenizer: Tokenizer, seed: int) -> Filler:
-    """Returns filler: a text file, or plain sentences in a random order.
-
-    Raises:
-        DataError: the file cannot be read, is not UTF-8, or has no sentence; names the key of its path.
-    """
+    """Returns filler: a text file, or plain sentences in a random order."""
     if path is None:
         draws = Draws(seed, "sentences")
         order = [at for _ in range(20) for at in draws.shuffled(range(len(_SENTENCES)))]
@@ -166,10 +162,8 @@ def hide(
 ) -> HaystackPrompt | None:
     """Returns a prompt with facts in filler and a question at its end, or None if they do not fit.
 
-    Args:
-        facts: in any order; those at one place stay in order.
-        size: number of tokens of the prompt, with the begin of sentence.
-        start: random number that chooses the first sentence of the filler.
+    Facts at one place stay in order. The prompt has `size` tokens with the begin of sentence, and the random number
+    `start` chooses the first sentence of the filler.
     """
     encoded = iter(tokenizer.encode_batch([*(part for fact in facts for part in fact.parts), question]))
     hidden = [[token for _ in fact.parts for token in next(encoded)] for fact in facts]
@@ -189,11 +183,7 @@ def hide(
 
 
 def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
-    """Returns the lengths of prompts with their answers: by default 1/8, 1/4, 1/2 and all of the model's positions.
-
-    Raises:
-        EvaluationError: a length exceeds the model's, or occurs twice.
-    """
+    """Returns the lengths of prompts with answers: by default 1/8, 1/4, 1/2 and all of the positions."""
     if lengths is None:
         return tuple(sorted({max(1, max_tokens // part) for part in (8, 4, 2, 1)}))
     for length in lengths:

@@ -1,4 +1,4 @@
-r"""Reads questions with choices, questions of mathematics, beginnings of programs, and problems of reasoning-gym.
+r"""Reads questions: multiple choice, mathematics, beginnings of programs, and reasoning-gym's.
 
 Each kind has a format of its lines, a prompt, and a verifier. Imports no torch. Lines of the files:
 
@@ -78,12 +78,7 @@ def choice_files(config: ChoiceConfig) -> tuple[str, ...]:
 
 
 def build_choice(config: ChoiceConfig, context: TaskContext) -> EvaluationTask:
-    """Builds the task `choice`: the most likely choice is the answer.
-
-    Raises:
-        EvaluationError, DataError: no file, a line that is not valid, too few examples, or a choice that is longer
-            than the model has positions.
-    """
+    """Builds the task `choice`: the most likely choice is the answer."""
     questions = read_samples("choice.path", needed_path("choice.path", config.path, _CHOICE_EXAMPLE), _read_choices)
     shots = questions[: config.num_shots]
     if config.num_shots and config.shots_path is not None:
@@ -205,12 +200,12 @@ def _read_maths(config: MathsTaskConfig, context: TaskContext) -> list[Question]
         raise EvaluationError(
             f"maths.prompt: must have {PLACE} in it, is {form!r}; nearest valid: 'Question: {PLACE} Answer:'"
         )
-    texts = [form.replace(PLACE, problem.prompt) for _, problem in problems]
-    shots = zip(texts, problems[: config.num_shots], strict=False)
+    prompts = [form.replace(PLACE, problem.prompt) for _, problem in problems]
+    shots = zip(prompts, problems[: config.num_shots], strict=False)
     prefix = "".join(f"{text} {problem.answer}\n\n" for text, (_, problem) in shots)
     questions = [
         Question(key=key, messages=[user(text)], text=prefix + text, problem=problem)
-        for text, (key, problem) in zip(texts, problems, strict=True)
+        for text, (key, problem) in zip(prompts, problems, strict=True)
     ]
     return questions[config.num_shots :]
 
@@ -249,11 +244,11 @@ def _read_problem(values: Mapping[str, Any], place: str) -> Problem:
     # Files of benchmarks have numbers as answers, too.
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         values = {**values, "answer": str(answer)}
-    texts = {name: text_field(values, name, place) for name in ("question", "answer")}
-    for name, text in texts.items():
+    fields = {name: text_field(values, name, place) for name in ("question", "answer")}
+    for name, text in fields.items():
         if not text.strip():
             raise DataError(f'{place}: {name}: must have text, is {text!r}; nearest: "2"')
-    return Problem(prompt=texts["question"], answer=texts["answer"])
+    return Problem(prompt=fields["question"], answer=fields["answer"])
 
 
 def _verify_maths(config: MathsTaskConfig) -> Verifier:

@@ -1,4 +1,4 @@
-"""Evaluates facts that are spread over long prompts, by length and by depth or subtask. Imports no torch.
+"""Evaluates facts spread over long prompts, by length and by depth or subtask. Imports no torch.
 
 needle: a hidden number is right if the greedy continuation of the question is this number. All of it is read in one
 pass, because each token is the most probable one exactly if greedy decoding would choose it. Guessing finds it with a
@@ -76,11 +76,7 @@ class RulerConfig(EvaluationTaskConfig):
 
 
 def build_needle(config: NeedleConfig, context: TaskContext) -> EvaluationTask:
-    """Builds the task `needle`, with all prompts.
-
-    Raises:
-        EvaluationError, DataError: a length that does not fit, or a file that cannot be read.
-    """
+    """Builds the task `needle`, with all prompts."""
     if not config.depths or len(set(config.depths)) < len(config.depths):
         raise EvaluationError(
             f"needle.depths: must have at least one depth, each once, is {list(config.depths)}; nearest valid: [50]"
@@ -180,11 +176,7 @@ def _grid(
 
 
 def build_ruler(config: RulerConfig, context: TaskContext) -> EvaluationTask:
-    """Builds the task `ruler`, with all prompts.
-
-    Raises:
-        EvaluationError, DataError: a length that does not fit, or a file that cannot be read.
-    """
+    """Builds the task `ruler`, with all prompts."""
     if not config.subtasks or len(set(config.subtasks)) < len(config.subtasks):
         raise EvaluationError(
             f"ruler.subtasks: must have at least one subtask, each once, is {list(config.subtasks)}; nearest "
@@ -257,13 +249,9 @@ def _subtask(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Problem:
-    """A problem of `ruler`.
+    """A problem of `ruler`: facts in filler text, a question at the end, and names to answer with.
 
-    Attributes:
-        facts: what is hidden in filler text.
-        question: text at the end.
-        expected: what an answer must name, in any order.
-        words: if not empty, the most frequent words of a list that replaces the filler.
+    If there are words, these are the most frequent ones of a list that replaces the filler.
     """
 
     facts: tuple[Fact, ...]
@@ -342,13 +330,9 @@ def _secret(name: str, value: str, depth: float) -> Fact:
 def _build_prompt(
     tokenizer: Tokenizer, filler: Filler, problem: _Problem, draws: Draws, size: int
 ) -> HaystackPrompt | None:
-    """Returns a prompt of a problem, or None if it does not fit.
+    """Returns a prompt of `size` tokens with the begin of sentence, or None if the problem does not fit.
 
-    With words, it may have a few tokens less than `size`, because the list has whole words.
-
-    Args:
-        draws: decides the filler's beginning, or the other words of the list and its order.
-        size: number of tokens, with the begin of sentence.
+    With words, it may have a few tokens less, because the list has whole words.
     """
     if not problem.words:
         return hide(tokenizer, filler, problem.facts, problem.question, size, draws.below(2**32))

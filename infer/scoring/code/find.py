@@ -40,10 +40,7 @@ class _MissingError(Exception):
 def find_sandbox(choice: IsolationChoice = "bubblewrap") -> Sandbox:
     """Finds a way to run guests on this machine, and checks that a guest cannot leave it.
 
-    Limits alone are logged with the reason.
-
-    Raises:
-        ScoringError: there is none, or it does not hold. The message says what is missing.
+    Limits alone are logged with the reason. `ScoringError` says what is missing, or what does not hold.
     """
     try:
         sandbox = _build_bubblewrap()

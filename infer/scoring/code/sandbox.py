@@ -37,12 +37,7 @@ user can.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interpreter:
-    """The parts of this interpreter that guests need. In bubblewrap they are in `/python`.
-
-    Attributes:
-        program: executable file.
-        library: folder with shared libraries and the folder of the standard library.
-    """
+    """The executable and the folder of libraries that guests need. In bubblewrap they are in `/python`."""
 
     program: str
     library: str
@@ -50,15 +45,9 @@ class Interpreter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuestLimits:
-    """The limits of one guest program.
+    """The limits of one guest: of each process, and of all its files and processes together.
 
-    Attributes:
-        cpu_seconds: whole seconds of processor time of each process. `wait_for_guests` limits all processes together.
-        memory_bytes: address space of each process.
-        processes: number of processes and threads together.
-        file_bytes: size of a file.
-        disk_bytes: size of all files together.
-        open_files: number of open files of each process.
+    `cpu_seconds` are whole seconds of each process. `wait_for_guests` limits all processes together.
     """
 
     cpu_seconds: int
@@ -71,14 +60,9 @@ class GuestLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuestProgram:
-    """What runs in a sandbox.
+    """What runs in a sandbox: `main` of a module in `guest/`, with arguments and files in `/guest`.
 
-    Attributes:
-        name: module in `guest/` whose `main` runs.
-        arguments: of `main`, after the limits.
-        files: contents of further files in `/guest`, by name.
-        stdin: standard input.
-        inherited: file descriptors that the guest gets, with the same numbers.
+    It inherits file descriptors with the same numbers.
     """
 
     name: str
@@ -91,12 +75,7 @@ class GuestProgram:
 
 @dataclass(frozen=True, slots=True)
 class StartedGuest:
-    """A started guest.
-
-    Attributes:
-        process: the outermost process.
-        info: pipe on which bubblewrap reports its process in the namespace.
-    """
+    """The outermost process of a guest, and the pipe on which bubblewrap reports its inner process."""
 
     process: "subprocess.Popen[bytes]"
     info: int
@@ -109,12 +88,7 @@ class Sandbox:
     """
 
     def __init__(self, isolation: Isolation, prefix: Sequence[str], interpreter: Interpreter) -> None:
-        """Packs the guest's modules.
-
-        Args:
-            prefix: command that runs before bubblewrap, or before the interpreter.
-            interpreter: where the command after the prefix finds it.
-        """
+        """Packs the guest's modules. `prefix` is a command that runs before bubblewrap or the interpreter."""
         self.isolation = isolation
         self._prefix, self._interpreter = tuple(prefix), interpreter
         self._modules, self._filter = _pack_modules(), seccomp_filter()
@@ -218,12 +192,7 @@ def encode(text: str) -> bytes:
 
 
 def start_process(command: Sequence[str], stdin: int, inherited: Sequence[int]) -> "subprocess.Popen[bytes]":
-    """Starts a command without an environment, in a new session.
-
-    Args:
-        stdin: file descriptor of the standard input.
-        inherited: file descriptors that the command gets, with the same numbers.
-    """
+    """Starts a command in a new session, without an environment but with some file descriptors."""
     return subprocess.Popen(
         command,
         stdin=stdin,

@@ -43,11 +43,7 @@ class CodeConfig(ScorerConfig):
     isolation: IsolationChoice = "bubblewrap"
 
     def __post_init__(self) -> None:
-        """Rejects a wall time below the processor time.
-
-        Raises:
-            ScoringError: names the key.
-        """
+        """Rejects a wall time below the processor time."""
         if self.wall_seconds < self.cpu_seconds:
             raise ScoringError(
                 f"wall_seconds: of kind code must be at least cpu_seconds "
@@ -60,11 +56,7 @@ class CodeScorer:
     """Runs programs with tests."""
 
     def __init__(self, config: CodeConfig) -> None:
-        """Finds the sandbox.
-
-        Raises:
-            ScoringError: this machine has none that holds.
-        """
+        """Finds the sandbox, or raises `ScoringError` if this machine has none that holds."""
         self._config = config
         self._sandbox = find_sandbox(config.isolation)
         # More programs than cores would only wait for each other, and reach the limit of wall time.
@@ -86,11 +78,7 @@ class CodeScorer:
         return self.score_program(program, problem.tests)
 
     def score_program(self, program: str, tests: str | tuple[StdinTest, ...]) -> Score:
-        """Returns 1 if a program passes every test.
-
-        Args:
-            tests: assertions as Python source, or inputs with outputs.
-        """
+        """Returns 1 if a program passes every test: assertions as Python source, or inputs with outputs."""
         if len(program) > LONGEST_PROGRAM:
             return verdict(is_correct=False, detail=f"the program has more than {LONGEST_PROGRAM} characters")
         score = self._run(program, tests)
@@ -178,10 +166,7 @@ class CodeScorer:
         return failure("error", "the tests ended without a verdict")
 
     def _run_together(self, program: str, tests: str, doubt: str, apart: Score) -> Score:
-        """Confirms a failure in one process with the tests, or returns an error.
-
-        A program can make itself pass there, so a pass is no verdict.
-        """
+        """Confirms a failure in one process with the tests. A program can pass by itself there: no verdict."""
         nonce = secrets.token_hex(16)
         with Descriptors() as opened:
             passed = opened.memory_file(b"")

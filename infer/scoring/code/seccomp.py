@@ -49,11 +49,7 @@ _MACHINES = {"x86_64": (0xC000003E, 56, _X86_64), "aarch64": (0xC00000B7, 220, _
 
 
 def seccomp_filter(machine: str | None = None) -> bytes | None:
-    """Returns the filter as the kernel reads it, or None on an architecture without a table.
-
-    Args:
-        machine: the architecture as `platform.machine` names it; None: of this machine.
-    """
+    """Returns the filter as the kernel reads it, or None on an architecture without a table."""
     if (machine or platform.machine()) not in _MACHINES:
         return None
     architecture, clone, refused = _MACHINES[machine or platform.machine()]

@@ -25,15 +25,9 @@ _COUNTS_DELAYS = os.path.exists("/proc/self/schedstat")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuestResult:
-    """How a guest ended.
+    """How a guest ended: output, exit code (None if killed from outside), and why it was killed.
 
-    Attributes:
-        code: its exit code, or None if it was killed from outside.
-        stdout: standard output, at most `OUTPUT_BYTES`.
-        stderr: standard error, at most `OUTPUT_BYTES`.
-        cpu_seconds: processor time of its processes.
-        is_flooded: whether it was killed because it printed more.
-        is_out_of_cpu: whether it was killed by its limit of processor time.
+    `is_flooded`: it printed more than `OUTPUT_BYTES`. `is_out_of_cpu`: by its limit of processor time.
     """
 
     code: int | None
@@ -48,10 +42,8 @@ class GuestResult:
 class Finished:
     """How guests that ran together ended.
 
-    Attributes:
-        guests: results in the guests' order.
-        is_late: whether the time was over before the last one ended.
-        has_slept: whether all of them slept longer than they waited for a processor.
+    `is_late`: the time was over before the last one ended. `has_slept`: all slept longer than they waited for a
+    processor.
     """
 
     guests: tuple[GuestResult, ...]
@@ -119,11 +111,7 @@ class _Activity:
 def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float], wall_seconds: float) -> Finished:
     """Waits until the last guest ends, one exceeds a limit, or time is over. Then kills the others.
 
-    When it returns, no process of the guests exists.
-
-    Args:
-        guests: started guests. The last one decides how long all run.
-        cpu_limits: limit of processor time of each guest, all its processes together.
+    When it returns, no process of the guests exists. A limit of processor time holds for all processes of a guest.
     """
     watched = [_Watched(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
     activity = _Activity(time.monotonic())

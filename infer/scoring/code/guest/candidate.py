@@ -22,13 +22,7 @@ _MUTABLE: tuple[Any, ...] = (list, dict, set, bytearray)
 
 
 def main(limits: str, request_fd: str, reply_fd: str) -> None:
-    """Runs `program.py` as a module and serves requests until the tests end.
-
-    Args:
-        limits: JSON for `apply_limits`.
-        request_fd: number of the file descriptor with the tests' requests.
-        reply_fd: number of the file descriptor for the replies.
-    """
+    """Runs `program.py` as a module and serves requests over two file descriptors until the tests end."""
     values = json.loads(limits)
     source = read_source(values, "program.py")
     apply_limits(values)

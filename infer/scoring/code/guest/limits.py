@@ -9,9 +9,6 @@ def apply_limits(limits: dict[str, Any]) -> None:
     """Sets limits that no process in the sandbox can raise.
 
     They are set inside the sandbox, because the number of processes is counted for each user namespace from there on.
-
-    Args:
-        limits: cpu_seconds, memory_bytes, processes, file_bytes and open_files.
     """
     # A hard limit sends SIGKILL. The signal of a soft limit can be caught, and the first process of a namespace does
     # not get it at all.

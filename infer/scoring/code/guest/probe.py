@@ -10,12 +10,7 @@ from infer.scoring.code.guest.limits import apply_limits
 
 
 def main(limits: str, canary: str) -> None:
-    """Prints the limits that do not hold, as a list in JSON.
-
-    Args:
-        limits: JSON for `apply_limits`.
-        canary: file of this machine that it must not find.
-    """
+    """Prints the limits that do not hold, as a list in JSON. It must not find the file `canary`."""
     values = json.loads(limits)
     apply_limits(values)
     allowed = values["processes"]

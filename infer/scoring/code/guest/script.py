@@ -11,10 +11,8 @@ from infer.scoring.code.guest.limits import Discarded, apply_limits, read_source
 def main(limits: str, verdict_fd: str = "") -> None:
     """Runs `program.py` as `__main__`.
 
-    Args:
-        limits: JSON for `apply_limits`.
-        verdict_fd: number of a file descriptor. With it, `tests.py` runs afterwards with the program's names, and if it
-            passes, the first line of standard input is written there. The program can do so as well.
+    With the number of a file descriptor, `tests.py` runs afterwards with the program's names, and if it passes, the
+    first line of standard input is written there. The program can do so as well.
     """
     values = json.loads(limits)
     source = read_source(values, "program.py")

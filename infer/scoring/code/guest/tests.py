@@ -46,11 +46,8 @@ _STARTED, _ASKING, _TESTING = "started", "asking", "testing"
 def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
     """Runs `tests.py` and writes the verdict with the nonce from standard input.
 
-    Args:
-        limits: JSON for `apply_limits`.
-        request_fd: number of the file descriptor for requests to the program.
-        reply_fd: number of the file descriptor with the program's replies.
-        verdict_fd: number of the file descriptor of a file: what is being done, and at the end the verdict.
+    The arguments are the limits as JSON and numbers of file descriptors: for requests to the program, with its
+    replies, and of a file that says what is being done, and at the end the verdict.
     """
     nonce = sys.stdin.readline().strip()
     values = json.loads(limits)
