@@ -10,11 +10,11 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from tests.needle.experiment import Recipe, failures, lines, run_seed
-from tests.needle.measure import LENGTHS
+from tests.needle.experiment import DEPTHS, LENGTHS, NAMES, VARIANTS, Recipe, Results, failures, lines, run_seed
 
 
 def main() -> int:
@@ -33,15 +33,41 @@ def main() -> int:
     print("\n".join(broken) if broken else f"all rules hold for {len(found)} seeds")
     print(f"{time.monotonic() - began:.0f} s")
     if arguments.results is not None:
-        values = {seed: {name: each.as_json() for name, each in results.items()} for seed, results in found.items()}
+        values = {seed: {name: asdict(each) for name, each in results.items()} for seed, results in found.items()}
         arguments.results.write_text(json.dumps(values), encoding="utf-8")
     if arguments.picture is not None:
-        from tests.needle.picture import draw
-
         seed = arguments.seeds[0]
         title = f"Share of right answers, seed {seed}: base of 128 tokens, {recipe.base_steps:,} steps"
         draw(found[seed], recipe.long_steps, title, arguments.picture)
     return int(bool(broken))
+
+
+def draw(found: Results, long_steps: int, title: str, path: Path) -> None:
+    """Draws accuracy by depth and length, one panel per network. The suffix of the path selects the format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "dualpipe"  # makes the file reproducible
+    figure, panels = pyplot.subplots(1, 4, sharey=True, figsize=(11, 3.4), layout="constrained")
+    for panel, name in zip(panels, VARIANTS, strict=True):
+        accuracy = [[row[depth] for row in found[name].accuracy] for depth in range(len(DEPTHS))]
+        image = panel.imshow(accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        panel.set_title(NAMES[name].format(steps=long_steps), fontsize="medium")
+        panel.set_xticks(range(len(LENGTHS)), [f"{length:,}" for length in LENGTHS])
+        panel.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
+        for row, values in enumerate(accuracy):
+            for column, value in enumerate(values):
+                color = "black" if value > 0.6 else "white"
+                panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="x-small")
+    panels[0].set_ylabel("depth of the needle")
+    figure.supxlabel("length in tokens", fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
+    figure.colorbar(image, ax=panels, label="share of right answers")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def _arguments() -> argparse.Namespace:

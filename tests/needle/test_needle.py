@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.needle.experiment import Recipe, failures, run_seed
-from tests.needle.measure import LENGTHS, Measured
-from tests.needle.network import BASE_LENGTH, LONG_LENGTH
+from tests.needle.experiment import BASE_LENGTH, LENGTHS, LONG_LENGTH, Measured, Recipe, failures, run_seed
 from tests.needle.rows import VOCAB_SIZE, Rows, is_key
 
 SHORT = Recipe(base_steps=300, long_steps=20, samples=6, lengths=(BASE_LENGTH, LONG_LENGTH))
