@@ -1,6 +1,8 @@
 """Registers the project's scorers."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from infer.scoring import ratings
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
@@ -8,7 +10,13 @@ from infer.scoring.judge import JudgeConfig, RewardModelScorerConfig
 from infer.scoring.maths import MathsConfig, MathsScorer
 from infer.scoring.python import GymScorer, GymScorerConfig, PythonConfig, PythonScorer
 from infer.scoring.reward import refuse_without_run
-from infer.scoring.score import SCORERS, FunctionScorer, ScorerSpec
+from infer.scoring.score import SCORERS, Answer, FunctionScorer, Problem, Score, ScorerConfig, ScorerSpec
+
+
+def _rating(summary: str, config: type[ScorerConfig], score: Callable[[Any, Answer, Problem], Score]) -> ScorerSpec:
+    """Returns a scorer of the text alone, without a verdict."""
+    return ScorerSpec(summary=summary, config=config, build=partial(FunctionScorer, score), has_verdict=False)
+
 
 _SPECS = {
     "exact": ScorerSpec(
@@ -34,30 +42,10 @@ _SPECS = {
         needs="tests",
         has_deadline=True,
     ),
-    "format": ScorerSpec(
-        summary="thoughts, box and code are in place",
-        config=ratings.FormatConfig,
-        build=partial(FunctionScorer, ratings.score_format),
-        has_verdict=False,
-    ),
-    "language": ScorerSpec(
-        summary="share of letters in one language",
-        config=ratings.LanguageConfig,
-        build=partial(FunctionScorer, ratings.score_language),
-        has_verdict=False,
-    ),
-    "length": ScorerSpec(
-        summary="0, or down to -1 near a limit of tokens",
-        config=ratings.LengthConfig,
-        build=partial(FunctionScorer, ratings.score_length),
-        has_verdict=False,
-    ),
-    "repetition": ScorerSpec(
-        summary="minus the share of repeated n-grams",
-        config=ratings.RepetitionConfig,
-        build=partial(FunctionScorer, ratings.score_repetition),
-        has_verdict=False,
-    ),
+    "format": _rating("thoughts, box and code are in place", ratings.FormatConfig, ratings.score_format),
+    "language": _rating("share of letters in one language", ratings.LanguageConfig, ratings.score_language),
+    "length": _rating("0, or down to -1 near a limit of tokens", ratings.LengthConfig, ratings.score_length),
+    "repetition": _rating("minus the share of repeated n-grams", ratings.RepetitionConfig, ratings.score_repetition),
     "python": ScorerSpec(
         summary="a function of a Python file",
         config=PythonConfig,

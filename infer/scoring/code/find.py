@@ -69,19 +69,8 @@ def _build_bubblewrap() -> Sandbox:
     if not _is_open_to_all(interpreter):
         # Root binds it to another place, in a mount namespace that only guests see.
         staged = Interpreter(program=f"{_STAGED}/{PYTHON_NAME}", library=f"{_STAGED}/lib")
-        outer = [
-            "bwrap",
-            "--die-with-parent",
-            "--bind",
-            "/",
-            "/",
-            "--tmpfs",
-            "/mnt",
-            "--perms",
-            "0755",
-            "--dir",
-            _STAGED,
-        ]
+        outer = ["bwrap", "--die-with-parent", *("--bind", "/", "/"), *("--tmpfs", "/mnt")]
+        outer += ["--perms", "0755", "--dir", _STAGED]
         outer += ["--ro-bind", interpreter.program, staged.program, "--ro-bind", interpreter.library, staged.library]
         interpreter, prefix = staged, [*outer, "--", *prefix]
     return Sandbox("bubblewrap", prefix, interpreter)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -96,14 +96,14 @@ class Sandbox:
     def start(self, program: GuestProgram) -> StartedGuest:
         """Starts a guest. Its standard output and error are pipes of the returned process."""
         is_confined = self.isolation == "bubblewrap"
-        with Descriptors() as opened:
+        with ExitStack() as opened:
             contents = {"lib.zip": self._modules, **{name: encode(text) for name, text in program.files.items()}}
-            files = {name: opened.memory_file(content) for name, content in contents.items()}
+            files = {name: memory_file(opened, content) for name, content in contents.items()}
             paths = {name: f"/guest/{name}" if is_confined else f"/proc/self/fd/{file}" for name, file in files.items()}
-            stdin = opened.memory_file(encode(program.stdin))
-            filter_fds = [opened.memory_file(self._filter)] if is_confined and self._filter else []
+            stdin = memory_file(opened, encode(program.stdin))
+            filter_fds = [memory_file(opened, self._filter)] if is_confined and self._filter else []
             info, info_writer = os.pipe()
-            opened.add(info_writer)
+            opened.callback(os.close, info_writer)
             limits = {**asdict(program.limits), "files": paths}
             command = [*_FIRST_VICTIM, *self._prefix]
             if is_confined:
@@ -205,35 +205,20 @@ def start_process(command: Sequence[str], stdin: int, inherited: Sequence[int]) 
     )
 
 
-class Descriptors:
-    """File descriptors that a context manager closes."""
+def open_pipe(opened: ExitStack) -> tuple[int, int]:
+    """Returns the reading and the writing end of a new pipe, which a context closes."""
+    reader, writer = os.pipe()
+    opened.callback(os.close, reader)
+    opened.callback(os.close, writer)
+    return reader, writer
 
-    def __init__(self) -> None:
-        self._opened: list[int] = []
 
-    def __enter__(self) -> "Descriptors":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._opened:
-            os.close(descriptor)
-
-    def add(self, descriptor: int) -> None:
-        """Adds an open descriptor."""
-        self._opened.append(descriptor)
-
-    def pipe(self) -> tuple[int, int]:
-        """Returns the reading and the writing end of a new pipe."""
-        ends = os.pipe()
-        self._opened += ends
-        return ends
-
-    def memory_file(self, content: bytes) -> int:
-        """Returns a file descriptor of a file without a name, at its beginning."""
-        descriptor = os.memfd_create("guest")
-        self.add(descriptor)
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        return descriptor
+def memory_file(opened: ExitStack, content: bytes) -> int:
+    """Returns a file descriptor of a file without a name, at its beginning. A context closes it."""
+    descriptor = os.memfd_create("guest")
+    opened.callback(os.close, descriptor)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor

@@ -9,13 +9,14 @@ import math
 import os
 import secrets
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from data.problems.records import StdinTest
 from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import IsolationChoice, find_sandbox
-from infer.scoring.code.sandbox import Descriptors, GuestLimits, GuestProgram, Isolation
-from infer.scoring.code.supervise import Finished, GuestResult, wait_for_guests
+from infer.scoring.code.sandbox import GuestLimits, GuestProgram, Isolation, memory_file, open_pipe
+from infer.scoring.code.supervise import Finished, Guest, wait_for_guests
 from infer.scoring.score import SKIPPED, Answer, Problem, Score, ScorerConfig, ScoringError, failure, verdict
 from kernels.ranges import PositiveFloat, PositiveInt
 
@@ -114,8 +115,8 @@ class CodeScorer:
     def _run_assertions(self, program: str, tests: str) -> Score:
         """Runs a program and its tests in two sandboxes, and in one if a failure may be due to that."""
         nonce = secrets.token_hex(16)
-        with Descriptors() as opened:
-            verdict_file = opened.memory_file(b"")
+        with ExitStack() as opened:
+            verdict_file = memory_file(opened, b"")
             finished = self._run_apart(program, tests, nonce, verdict_file)
             state = os.pread(verdict_file, _LONGEST_VERDICT, 0).decode("utf-8", "replace").strip()
         message = _read_verdict(state, nonce)
@@ -127,8 +128,9 @@ class CodeScorer:
 
     def _run_apart(self, program: str, tests: str, nonce: str, verdict_file: int) -> Finished:
         """Runs a program and its tests, joined by two pipes."""
-        with Descriptors() as opened:
-            request_reader, request_writer, reply_reader, reply_writer = opened.pipe() + opened.pipe()
+        with ExitStack() as opened:
+            request_reader, request_writer = open_pipe(opened)
+            reply_reader, reply_writer = open_pipe(opened)
             candidate = GuestProgram(
                 name="candidate",
                 limits=self._limits,
@@ -168,8 +170,8 @@ class CodeScorer:
     def _run_together(self, program: str, tests: str, doubt: str, apart: Score) -> Score:
         """Confirms a failure in one process with the tests. A program can pass by itself there: no verdict."""
         nonce = secrets.token_hex(16)
-        with Descriptors() as opened:
-            passed = opened.memory_file(b"")
+        with ExitStack() as opened:
+            passed = memory_file(opened, b"")
             guest = GuestProgram(
                 name="script",
                 limits=self._limits,
@@ -187,7 +189,7 @@ class CodeScorer:
     def _wait(self, program: GuestProgram) -> Finished:
         return wait_for_guests([self._sandbox.start(program)], [self._config.cpu_seconds], self._config.wall_seconds)
 
-    def _stopped(self, result: GuestResult, finished: Finished) -> Score | None:
+    def _stopped(self, result: Guest, finished: Finished) -> Score | None:
         """Returns the score of a program that was stopped, or None if it ended by itself."""
         if result.is_out_of_cpu:
             return failure("timeout", f"more than {self._config.cpu_seconds:g} s of processor time")

@@ -23,34 +23,6 @@ _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _COUNTS_DELAYS = os.path.exists("/proc/self/schedstat")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuestResult:
-    """How a guest ended: output, exit code (None if killed from outside), and why it was killed.
-
-    `is_flooded`: it printed more than `OUTPUT_BYTES`. `is_out_of_cpu`: by its limit of processor time.
-    """
-
-    code: int | None
-    stdout: bytes
-    stderr: bytes
-    cpu_seconds: float
-    is_flooded: bool
-    is_out_of_cpu: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
-    """How guests that ran together ended.
-
-    `is_late`: the time was over before the last one ended. `has_slept`: all slept longer than they waited for a
-    processor.
-    """
-
-    guests: tuple[GuestResult, ...]
-    is_late: bool
-    has_slept: bool
-
-
 @dataclass(frozen=True, slots=True)
 class _Times:
     """Seconds of a process on a processor, of children that it waited for, and waiting for one."""
@@ -61,8 +33,11 @@ class _Times:
 
 
 @dataclass(slots=True)
-class _Watched:
-    """A guest while it runs."""
+class Guest:
+    """A guest while it runs, and then how it ended.
+
+    Its outputs are by file descriptor, each at most `OUTPUT_BYTES`. One that prints more `is_flooded` and killed.
+    """
 
     process: "subprocess.Popen[bytes]"
     info: int
@@ -78,6 +53,30 @@ class _Watched:
     times: dict[int, _Times] = field(default_factory=dict)
     lost_seconds: float = 0.0  # processor time of processes that ended without being waited for
 
+    @property
+    def code(self) -> int | None:
+        """The exit code, as bubblewrap reports a signal, or None if the guest was killed from outside."""
+        code = self.process.returncode
+        return None if self.is_running else 128 - code if code < 0 else code
+
+    @property
+    def stdout(self) -> bytes:
+        """The standard output."""
+        output, _ = self.outputs.values()
+        return bytes(output)
+
+    @property
+    def stderr(self) -> bytes:
+        """The standard error."""
+        _, output = self.outputs.values()
+        return bytes(output)
+
+    @property
+    def is_out_of_cpu(self) -> bool:
+        """Whether the guest was killed by its limit of processor time."""
+        has_used_all = self.cpu_seconds >= self.cpu_limit - _ROUNDING_SECONDS
+        return self.has_overrun or (has_used_all and self.code in (None, _KILLED))
+
     def measure(self) -> float:
         """Updates the processor time. Returns how long threads waited for a processor since then."""
         old, self.times = self.times, _read_times(self.process.pid)
@@ -89,6 +88,19 @@ class _Watched:
         return sum(max(0.0, new.delay - old[pid].delay if pid in old else new.delay) for pid, new in self.times.items())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """How guests that ran together ended.
+
+    `is_late`: the time was over before the last one ended. `has_slept`: all slept longer than they waited for a
+    processor.
+    """
+
+    guests: tuple[Guest, ...]
+    is_late: bool
+    has_slept: bool
+
+
 @dataclass(slots=True)
 class _Activity:
     """How long guests together slept, and how long they waited for a processor while none of them had one."""
@@ -98,7 +110,7 @@ class _Activity:
     slept: float = 0.0
     delayed: float = 0.0
 
-    def measure(self, guests: Sequence[_Watched]) -> None:
+    def measure(self, guests: Sequence[Guest]) -> None:
         """Adds the time since the last call."""
         delay = sum(guest.measure() for guest in guests if guest.is_running)
         cpu_seconds, now = sum(guest.cpu_seconds for guest in guests), time.monotonic()
@@ -113,7 +125,7 @@ def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float],
 
     When it returns, no process of the guests exists. A limit of processor time holds for all processes of a guest.
     """
-    watched = [_Watched(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
+    watched = [Guest(guest.process, guest.info, limit) for guest, limit in zip(guests, cpu_limits, strict=True)]
     activity = _Activity(time.monotonic())
     selector = selectors.DefaultSelector()
     try:
@@ -126,10 +138,10 @@ def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float],
             _end(guest)
         selector.close()
     has_slept = _COUNTS_DELAYS and activity.slept > activity.delayed
-    return Finished(guests=tuple(map(_result, watched)), is_late=is_late, has_slept=has_slept)
+    return Finished(guests=tuple(watched), is_late=is_late, has_slept=has_slept)
 
 
-def _register(selector: selectors.BaseSelector, guest: _Watched) -> None:
+def _register(selector: selectors.BaseSelector, guest: Guest) -> None:
     for pipe in (guest.process.stdout, guest.process.stderr):
         assert pipe is not None
         os.set_blocking(pipe.fileno(), False)
@@ -141,7 +153,7 @@ def _register(selector: selectors.BaseSelector, guest: _Watched) -> None:
     selector.register(exited, selectors.EVENT_READ, (guest, "exit"))
 
 
-def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], activity: _Activity, deadline: float) -> bool:
+def _watch(selector: selectors.BaseSelector, watched: Sequence[Guest], activity: _Activity, deadline: float) -> bool:
     """Handles events until it is time to kill. Returns whether the deadline has passed."""
     try:
         while watched[-1].is_running and not any(guest.is_flooded or guest.has_overrun for guest in watched):
@@ -167,7 +179,7 @@ def _watch(selector: selectors.BaseSelector, watched: Sequence[_Watched], activi
                 os.close(key.fd)
 
 
-def _read_output(guest: _Watched, descriptor: int) -> bool:
+def _read_output(guest: Guest, descriptor: int) -> bool:
     """Reads what there is, up to the limit. Returns whether more may follow."""
     try:
         data = os.read(descriptor, 65536)
@@ -179,7 +191,7 @@ def _read_output(guest: _Watched, descriptor: int) -> bool:
     return bool(data)
 
 
-def _read_info(guest: _Watched) -> bool:
+def _read_info(guest: Guest) -> bool:
     """Reads which process is the first in the namespace. Returns whether more may follow."""
     try:
         data = os.read(guest.info, 4096)
@@ -194,7 +206,7 @@ def _read_info(guest: _Watched) -> bool:
     return bool(data)
 
 
-def _end(guest: _Watched) -> None:
+def _end(guest: Guest) -> None:
     """Kills a guest and waits until all its processes are gone."""
     while guest.inner is None and guest.is_running and _read_info(guest):
         # bubblewrap has not announced the process yet: it is still starting.
@@ -211,22 +223,19 @@ def _end(guest: _Watched) -> None:
         # The kernel ends every process of a namespace with its first one, which is gone only after all others.
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(guest.inner, signal.SIGKILL)
-        selector = selectors.DefaultSelector()
-        selector.register(guest.inner, selectors.EVENT_READ)
-        selector.select(10)
-        selector.close()
+        _is_readable(guest.inner, 10)
         os.close(guest.inner)
     _reap(guest)
     os.close(guest.info)
     for descriptor in guest.outputs:
-        while _read_output(guest, descriptor) and not guest.is_flooded and not _is_drained(descriptor):
+        while _read_output(guest, descriptor) and not guest.is_flooded and _is_readable(descriptor, 0):
             pass
     for pipe in (guest.process.stdout, guest.process.stderr):
         assert pipe is not None
         pipe.close()
 
 
-def _reap(guest: _Watched) -> None:
+def _reap(guest: Guest) -> None:
     """Waits for the outermost process, and kills it if it does not follow its child."""
     deadline = time.monotonic() + 1
     while True:
@@ -240,12 +249,11 @@ def _reap(guest: _Watched) -> None:
         time.sleep(0.001)
 
 
-def _is_drained(descriptor: int) -> bool:
-    selector = selectors.DefaultSelector()
-    selector.register(descriptor, selectors.EVENT_READ)
-    ready = selector.select(0)
-    selector.close()
-    return not ready
+def _is_readable(descriptor: int, seconds: float) -> bool:
+    """Waits until there is data or the end of it, and returns whether there is."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def _read(path: str) -> bytes:
@@ -270,18 +278,3 @@ def _read_times(pid: int) -> dict[int, _Times]:
                     waiting += map(int, _read(f"/proc/{one}/task/{thread}/children").split())
             found[one] = _Times(sum(ticks[:2]) / _CLOCK_TICKS, sum(ticks[2:]) / _CLOCK_TICKS, delay / 1e9)
     return found
-
-
-def _result(guest: _Watched) -> GuestResult:
-    code = guest.process.returncode
-    code = 128 - code if code < 0 else code  # as bubblewrap reports a signal
-    is_out_of_cpu = guest.cpu_seconds >= guest.cpu_limit - _ROUNDING_SECONDS
-    stdout, stderr = guest.outputs.values()
-    return GuestResult(
-        code=None if guest.is_running else code,
-        stdout=bytes(stdout),
-        stderr=bytes(stderr),
-        cpu_seconds=guest.cpu_seconds,
-        is_flooded=guest.is_flooded,
-        is_out_of_cpu=guest.has_overrun or (is_out_of_cpu and (guest.is_running or code == _KILLED)),
-    )
