@@ -18,17 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from infer.scoring.score import ScoringError
-
-T = TypeVar("T")
+from infer.scoring.score import ScoringError, failure
 
 START_SECONDS = 120.0
 MAX_FAILURES = 5
 """Number of failures for each worker of a pool, without a reply between them, after which the pool is given up."""
 _LARGEST_REPLY = 2**20
 _EXIT_SECONDS = 1.0
+LONGEST_DETAIL = 300
 
 
 class WorkerTimeoutError(Exception):
@@ -241,42 +240,17 @@ class _Worker:
         return f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Returned(Generic[T]):
-    """The value that a call returned."""
+def score_in_threads(
+    kind: str, calls: Sequence[Callable[[], object]], num_threads: int, seconds: float | None
+) -> list[object]:
+    """Returns what a scorer's calls return, in order, or the score of a failure for those that do not.
 
-    value: T
+    A call is abandoned so many `seconds` after its start.
 
-
-@dataclass(frozen=True, slots=True)
-class Raised:
-    """The error that a call raised."""
-
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """A call that did not return within its time, and the number of its thread, from 1."""
-
-    thread: int
-
-
-CallResult = Returned[T] | Raised | Abandoned
-
-
-class TooManyAbandonedError(Exception):
-    """Twice as many calls as there are threads were abandoned, and none returned in between."""
-
-
-def run_in_threads(
-    calls: Sequence[Callable[[], T]], num_threads: int, seconds: float | None, fatal: type[Exception]
-) -> list[CallResult[T]]:
-    """Runs calls on any thread, several at a time, and returns their results in order.
-
-    A call is abandoned so many `seconds` after its start. The first error of the type `fatal` ends all calls.
+    Raises:
+        ScoringError: a call raised it, or twice as many calls as threads were abandoned and none returned in between.
     """
-    run = _Run(calls, fatal)
+    run = _Run(kind, calls)
     try:
         for _ in range(min(num_threads, len(calls))):
             run.start_thread()
@@ -285,25 +259,26 @@ def run_in_threads(
         run.stop()
 
 
-class _Run(Generic[T]):
-    """Calls that are waiting, running or done. One lock guards all fields."""
+class _Run:
+    """Calls of a scorer that are waiting, running or done. One lock guards all fields."""
 
-    def __init__(self, calls: Sequence[Callable[[], T]], fatal: type[Exception]) -> None:
-        self._calls, self._fatal = calls, fatal
+    def __init__(self, kind: str, calls: Sequence[Callable[[], object]]) -> None:
+        self._kind = kind
+        self._calls = calls
         self._changed = threading.Condition()
         self._waiting = deque(range(len(calls)))
         self._running: dict[int, tuple[int, float]] = {}
-        self._results: dict[int, CallResult[T]] = {}
+        self._results: dict[int, object] = {}
         self._num_threads = 0
         self._num_abandoned = 0
-        self._fatal_error: Exception | None = None
+        self._fatal_error: ScoringError | None = None
 
     def start_thread(self) -> None:
         """Starts a thread. It is a daemon, so that one that hangs does not keep the process from ending."""
         self._num_threads += 1
         threading.Thread(target=self._work, args=(self._num_threads,), name="scoring", daemon=True).start()
 
-    def wait(self, seconds: float | None, max_abandoned: int) -> list[CallResult[T]]:
+    def wait(self, seconds: float | None, max_abandoned: int) -> list[object]:
         """Returns all results, and abandons calls that take too long."""
         with self._changed:
             while True:
@@ -312,7 +287,10 @@ class _Run(Generic[T]):
                 if len(self._results) == len(self._calls):
                     return [self._results[number] for number in range(len(self._calls))]
                 if self._num_abandoned >= max_abandoned:
-                    raise TooManyAbandonedError
+                    raise ScoringError(
+                        f"reward.parts, kind {self._kind}: must score an answer within {seconds:g} s, does not for "
+                        f"{max_abandoned} answers in a row"
+                    )
                 left = None if seconds is None else self._abandon_late(seconds)
                 if left is None or left > 0:
                     self._changed.wait(left)
@@ -328,7 +306,8 @@ class _Run(Generic[T]):
         for number, (thread, began) in list(self._running.items()):
             if now - began >= seconds:
                 del self._running[number]
-                self._results[number] = Abandoned(thread)
+                detail = f"{self._kind}: thread {thread} gave no score within {seconds:g} s"
+                self._results[number] = failure("unknown", detail)
                 self._num_abandoned += 1
                 self.start_thread()
         if len(self._results) == len(self._calls):
@@ -343,16 +322,17 @@ class _Run(Generic[T]):
                 number = self._waiting.popleft()
                 self._running[number] = thread, time.monotonic()
                 self._changed.notify()
+            fatal_error = None
             try:
-                result: CallResult[T] = Returned(self._calls[number]())
+                result = self._calls[number]()
             except Exception as error:
-                result = Raised(error)
+                fatal_error = error if isinstance(error, ScoringError) else None
+                result = failure("error", f"{self._kind}: {type(error).__name__}: {error}"[:LONGEST_DETAIL])
             with self._changed:
                 if number not in self._running:
                     return  # abandoned; another thread took its place
                 del self._running[number]
                 self._results[number] = result
                 self._num_abandoned = 0
-                if isinstance(result, Raised) and isinstance(result.error, self._fatal):
-                    self._fatal_error = result.error
+                self._fatal_error = fatal_error or self._fatal_error
                 self._changed.notify()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, NoReturn
 
 from data.problems.records import ProblemRecord
-from infer.scoring.pool import Abandoned, Raised, Returned, TooManyAbandonedError, run_in_threads
+from infer.scoring.pool import score_in_threads
 from infer.scoring.score import (
     SCORERS,
     Answer,
@@ -28,7 +28,6 @@ from kernels.ranges import PositiveInt
 
 ANSWER_SECONDS = 60.0
 """Time of a scorer that sets no deadline itself, for one answer or group."""
-LONGEST_DETAIL = 300
 _LARGEST_VALUE = 1e30
 """Bound of a score, from which sums, squares and weights are far from overflow."""
 
@@ -158,23 +157,7 @@ class Reward:
     def _run(self, kind: str, calls: Sequence[Callable[[], object]]) -> list[object]:
         """Returns what a scorer's calls returned, or the score of a failure for those that did not return."""
         seconds = None if SCORERS.get(kind).has_deadline else self._seconds
-        try:
-            results = run_in_threads(calls, self._num_threads, seconds, ScoringError)
-        except TooManyAbandonedError as error:
-            raise ScoringError(
-                f"reward.parts, kind {kind}: must score an answer within {seconds:g} s, does not for "
-                f"{2 * self._num_threads} answers in a row"
-            ) from error
-        values: list[object] = []
-        for result in results:
-            match result:
-                case Returned(value):
-                    values.append(value)
-                case Raised(raised):
-                    values.append(failure("error", f"{kind}: {type(raised).__name__}: {raised}"[:LONGEST_DETAIL]))
-                case Abandoned(thread):
-                    values.append(failure("unknown", f"{kind}: thread {thread} gave no score within {seconds:g} s"))
-        return values
+        return score_in_threads(kind, calls, self._num_threads, seconds)
 
 
 def _join_scores(groups: Sequence[AnswerGroup], scores: ModelScores, weights: Mapping[str, float]) -> list[GroupSheets]:

@@ -22,7 +22,7 @@ from infer.scoring.code.supervise import wait_for_guests
 from infer.scoring.score import Answer, Problem, Score, ScoringError
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
-from tests.infer.scoring.test_isolation import open_to_all
+from tests.infer.scoring.test_isolation import open_to_all, processes_of
 
 pytestmark = pytest.mark.slow
 WALL_SECONDS = 20.0
@@ -53,18 +53,6 @@ def run(scorer: CodeScorer, program: str, tests: str | tuple[StdinTest, ...]) ->
     return scorer.score(Answer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=tests))
 
 
-def guests() -> list[str]:
-    """Returns the processes of the sandbox's user, except those that only wait to be reaped by the machine."""
-    found = []
-    for entry in os.scandir("/proc"):
-        try:
-            if entry.name.isdigit() and entry.stat().st_uid == UID:
-                found.append(Path(entry.path, "stat").read_text())
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """Provides what attacks aim at, and checks afterwards that nothing has changed."""
@@ -82,7 +70,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     assert canary.read_text() == "intact"
     assert os.listdir(tmp_path) == ["canary"]
     assert not {"big", "link", "env", "p"} & (set(os.listdir("/tmp")) - temporary)
-    assert not guests()
+    assert not processes_of(UID)
 
 
 def aimed(attack: str, outside: dict[str, object]) -> str:

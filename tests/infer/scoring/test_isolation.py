@@ -71,6 +71,7 @@ def run_attacks(user: str, canary: Path) -> dict:
 
 
 def processes_of(uid: int) -> list[str]:
+    """Returns the processes of a user, except those that only wait to be reaped by the machine."""
     found = []
     for entry in os.scandir("/proc"):
         try:

@@ -7,17 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infer.scoring.pool import (
-    Abandoned,
-    Raised,
-    Returned,
-    TooManyAbandonedError,
-    WorkerDiedError,
-    WorkerPool,
-    WorkerProgram,
-    WorkerTimeoutError,
-    run_in_threads,
-)
+from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError, score_in_threads
+from infer.scoring.score import ScoringError, failure
 
 
 @pytest.fixture
@@ -30,27 +21,26 @@ def hang() -> Iterator[threading.Event]:
 
 def test_threads_return_results_in_the_order_of_the_calls() -> None:
     calls = [lambda n=n: time.sleep(0.001 * (5 - n % 5)) or n for n in range(20)]
-    assert run_in_threads(calls, 4, 10.0, KeyError) == [Returned(n) for n in range(20)]
-    assert run_in_threads([], 4, None, KeyError) == []
+    assert score_in_threads("test", calls, 4, 10.0) == list(range(20))
+    assert score_in_threads("test", [], 4, None) == []
 
 
 def test_threads_abandon_calls_that_hang_and_keep_the_others(hang: threading.Event) -> None:
     def fail() -> int:
         raise ValueError("broken")
 
-    calls = [hang.wait, lambda: 1, fail, hang.wait, lambda: 2]
-    results = run_in_threads(calls, 2, 0.2, KeyError)
-    first, one, broken, second, two = results
-    assert (one, two) == (Returned(1), Returned(2))
-    assert isinstance(broken, Raised)
-    assert str(broken.error) == "broken"
-    assert {type(first), type(second)} == {Abandoned}
+    first, one, broken, second, two = score_in_threads(
+        "test", [hang.wait, lambda: 1, fail, hang.wait, lambda: 2], 2, 0.2
+    )
+    assert (one, two) == (1, 2)
+    assert broken == failure("error", "test: ValueError: broken")
+    assert {score.outcome for score in (first, second)} == {"unknown"}
 
 
 def test_threads_give_up_if_only_abandoned_calls_follow_each_other(hang: threading.Event) -> None:
     began = time.monotonic()
-    with pytest.raises(TooManyAbandonedError):
-        run_in_threads([hang.wait] * 100, 2, 0.05, KeyError)
+    with pytest.raises(ScoringError, match=r"kind test: must score an answer within 0\.05 s, does not for 4 answers"):
+        score_in_threads("test", [hang.wait] * 100, 2, 0.05)
     assert time.monotonic() - began < 5
 
 
@@ -58,10 +48,10 @@ def test_threads_end_with_the_first_fatal_error() -> None:
     done: list[int] = []
 
     def fail() -> None:
-        raise KeyError("fatal")
+        raise ScoringError("fatal")
 
-    with pytest.raises(KeyError, match="fatal"):
-        run_in_threads([fail, *(lambda: time.sleep(0.01) or done.append(1) for _ in range(500))], 1, None, KeyError)
+    with pytest.raises(ScoringError, match="fatal"):
+        score_in_threads("test", [fail, *(lambda: time.sleep(0.01) or done.append(1) for _ in range(500))], 1, None)
     assert len(done) < 500
 
 

@@ -73,16 +73,12 @@ def test_format_of_thoughts_is_judged_as_in_the_table(text: str, expected: tuple
         ("```python\nx", {"code": True}, "no block of code"),
         ("```sh\nx\n```", {"code": True}, "no block of code"),
         ("x", {"code": True}, "no block of code"),
+        ("cut", {}, None),
+        ("cut", {"ended": True}, "cut at the limit of tokens"),
     ],
 )
-def test_format_of_boxes_and_code_is_judged_as_in_the_table(text: str, changes: dict, problem: str | None) -> None:
-    assert format_problem(answer(text), format_config(**changes)) == problem
-
-
-def test_format_of_a_cut_answer_is_wrong_only_if_it_must_end() -> None:
-    cut = answer("b", is_finished=False)
-    assert format_problem(cut, format_config()) is None
-    assert format_problem(cut, format_config(ended=True)) == "cut at the limit of tokens"
+def test_format_of_boxes_code_and_ends_is_judged_as_in_the_table(text: str, changes: dict, problem: str | None) -> None:
+    assert format_problem(answer(text, is_finished=text != "cut"), format_config(**changes)) == problem
 
 
 @pytest.mark.parametrize(
@@ -173,12 +169,10 @@ def test_exact_answers_are_judged_as_in_the_table(text: str, changes: dict, outc
     assert score_exact(config, answer(text), Problem(prompt="")).outcome == "skipped"
 
 
-def test_exact_case_is_ignored_if_configured() -> None:
-    found = {}
-    for ignored in (True, False):
-        config = ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=ignored)
-        found[ignored] = score_exact(config, answer("Paris"), Problem(prompt="", answer="PARIS")).outcome
-    assert found == {True: "correct", False: "wrong"}
+@pytest.mark.parametrize(("ignore_case", "outcome"), [(True, "correct"), (False, "wrong")])
+def test_exact_case_is_ignored_if_configured(ignore_case: bool, outcome: str) -> None:
+    config = ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=ignore_case)
+    assert score_exact(config, answer("Paris"), Problem(prompt="", answer="PARIS")).outcome == outcome
 
 
 PARTS = [
