@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from dualpipe.draw.document import document
-from infer.evaluate.protocol import ResultGrid, ResultTable
+from infer.evaluate.protocol import ResultGrid
 from infer.evaluate.run import TaskResult
 from infer.evaluate.statistics import PairedComparison
 from train.report.elements import table
@@ -22,12 +22,7 @@ def page(
     results: Mapping[str, TaskResult],
     compared: Mapping[str, Mapping[str, PairedComparison]] | None = None,
 ) -> str:
-    """Returns the page.
-
-    Args:
-        facts: about weights and run, shown as a table.
-        compared: comparison of each metric of each task with another evaluation, if there is one.
-    """
+    """Returns the page, with the comparison of each metric of each task if there is another evaluation."""
     rows = [(name, "" if value is None else str(value)) for name, value in facts.items()]
     parts = [f"<h1>{escape(title)}</h1>", table(("fact", "value"), rows, 1)]
     parts += [_task(name, result, (compared or {}).get(name)) for name, result in results.items()]
@@ -52,7 +47,9 @@ def _task(name: str, result: TaskResult, compared: Mapping[str, PairedComparison
         parts.append(_bars("Difference to the other evaluation, with standard errors", differences))
         parts.append(_comparison(compared))
     parts += [_grid(grid) for grid in result.details.grids]
-    parts += [_table(each) for each in result.details.tables]
+    for found in result.details.tables:
+        rows = [[_cell(value) for value in row] for row in found.rows]
+        parts.append(f"<h3>{escape(found.title)}</h3>{table(found.columns, rows)}")
     return "".join(parts)
 
 
@@ -115,11 +112,6 @@ def _figure(title: str, width: int, height: int, shapes: Sequence[str]) -> str:
         f'<figure><figcaption>{escape(title)}</figcaption><svg width="{width}" height="{height}" role="img" '
         f'viewBox="0 0 {width} {height}" aria-label="{escape(title)}">{"".join(shapes)}</svg></figure>'
     )
-
-
-def _table(found: ResultTable) -> str:
-    rows = [[_cell(value) for value in row] for row in found.rows]
-    return f"<h3>{escape(found.title)}</h3>{table(found.columns, rows)}"
 
 
 def _comparison(compared: Mapping[str, PairedComparison]) -> str:

@@ -10,6 +10,7 @@ Source: RULER (arXiv:2404.06654), section 3, in short forms that a base model ca
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import Annotated, Any, Literal, get_args
 
@@ -260,26 +261,22 @@ class _Problem:
     words: tuple[str, ...] = ()
 
 
-def _multi_key(draws: Draws, config: RulerConfig) -> _Problem:
-    names = draws.names(config.num_facts)
-    values = _values(draws, config, config.num_facts)
-    asked = draws.below(len(names))
-    question = f"\n{_FACT.format(names[asked])}"
-    return _Problem(facts=_secrets(draws, names, values), question=question, expected=(values[asked],))
-
-
-def _multi_value(draws: Draws, config: RulerConfig) -> _Problem:
-    names = draws.names(1) * config.num_facts
-    values = _values(draws, config, config.num_facts)
-    question = f"\nAll secret numbers of the {names[0]} are"
-    return _Problem(facts=_secrets(draws, names, values), question=question, expected=tuple(values))
-
-
-def _multi_query(draws: Draws, config: RulerConfig) -> _Problem:
-    names = draws.names(config.num_facts)
-    values = _values(draws, config, config.num_facts)
-    question = f"\nThe secret numbers of {', '.join(f'the {name}' for name in names)} are"
-    return _Problem(facts=_secrets(draws, names, values), question=question, expected=tuple(values))
+def _hidden_numbers(subtask: Subtask, draws: Draws, config: RulerConfig) -> _Problem:
+    """Draws numbers of one name or of several, and asks for one of them or for all."""
+    count = config.num_facts
+    names = draws.names(1) * count if subtask == "multi_value" else draws.names(count)
+    values = _values(draws, config, count)
+    expected = tuple(values)
+    if subtask == "multi_key":
+        asked = draws.below(count)
+        expected = (values[asked],)
+        question = _FACT.format(names[asked])
+    elif subtask == "multi_value":
+        question = f"All secret numbers of the {names[0]} are"
+    else:
+        question = f"The secret numbers of {', '.join(f'the {name}' for name in names)} are"
+    facts = [_secret(name, value, draws.below(1001) / 1000) for name, value in zip(names, values, strict=True)]
+    return _Problem(facts=tuple(facts), question=f"\n{question}", expected=expected)
 
 
 def _variable_tracking(draws: Draws, config: RulerConfig) -> _Problem:
@@ -305,9 +302,9 @@ def _common_words(draws: Draws, config: RulerConfig) -> _Problem:
 
 
 _PROBLEMS: Mapping[Subtask, Callable[[Draws, RulerConfig], _Problem]] = {
-    "multi_key": _multi_key,
-    "multi_value": _multi_value,
-    "multi_query": _multi_query,
+    "multi_key": partial(_hidden_numbers, "multi_key"),
+    "multi_value": partial(_hidden_numbers, "multi_value"),
+    "multi_query": partial(_hidden_numbers, "multi_query"),
     "variable_tracking": _variable_tracking,
     "common_words": _common_words,
 }
@@ -316,11 +313,6 @@ _PROBLEMS: Mapping[Subtask, Callable[[Draws, RulerConfig], _Problem]] = {
 def _values(draws: Draws, config: RulerConfig, count: int) -> list[str]:
     least = 10 ** (config.num_digits - 1)
     return [str(least + value) for value in draws.different(9 * least, count)]
-
-
-def _secrets(draws: Draws, names: Sequence[str], values: Sequence[str]) -> tuple[Fact, ...]:
-    """Returns facts about numbers at random depths."""
-    return tuple(_secret(name, value, draws.below(1001) / 1000) for name, value in zip(names, values, strict=True))
 
 
 def _secret(name: str, value: str, depth: float) -> Fact:
