@@ -79,33 +79,33 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
             for number, (_, context, continuation) in enumerate(requests)
         ]
-        found: list[tuple[float, bool]] = []
+        results: list[tuple[float, bool]] = []
         for request, answer in zip(requests, self._answers(asked), strict=True):
             assert isinstance(answer, LikelihoodAnswer)
-            found.append((answer.log_likelihood, answer.is_greedy))
+            results.append((answer.log_likelihood, answer.is_greedy))
             if request[0] is not None:
-                self.cache_hook.add_partial("loglikelihood", request[0], found[-1])
-        return found
+                self.cache_hook.add_partial("loglikelihood", request[0], results[-1])
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: FBT001, FBT002
         """Returns the log-likelihood of each document, in windows of the model's length."""
-        found: list[float] = []
+        results: list[float] = []
         asked = [DocumentRequest(text=request.args[0]) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
             assert isinstance(answer, LikelihoodAnswer)
-            found.append(answer.log_likelihood)
+            results.append(answer.log_likelihood)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer.log_likelihood)
-        return found
+        return results
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001, FBT002
         """Returns a continuation of each prompt, up to a stop string, which may be inside a token."""
-        found: list[str] = []
+        results: list[str] = []
         asked = [self._generation(*request.args) for request in requests]
         for request, answer in zip(requests, self._answers(asked), strict=True):
             assert isinstance(answer, GenerationAnswer)
-            found.append(answer.continuations[0])
-            self.cache_hook.add_partial("generate_until", request.args, found[-1])
-        return found
+            results.append(answer.continuations[0])
+            self.cache_hook.add_partial("generate_until", request.args, results[-1])
+        return results
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
         """Refuses, because text never contains special tokens here."""

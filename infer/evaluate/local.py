@@ -32,13 +32,14 @@ class PaddedBatch:
 
 def pad(sequences: Sequence[TargetSequence], size: tuple[int, int] | None = None) -> PaddedBatch:
     """Returns sequences as tensors on the host, of a size B and T or as small as they fit."""
-    num_rows, length = size or (len(sequences), max(len(each.tokens) for each in sequences) - 1)
+    num_rows, length = size or (len(sequences), max(len(sequence.tokens) for sequence in sequences) - 1)
     inputs_BT = torch.full((num_rows, length), PADDING)
     targets_BT = torch.full((num_rows, length), IGNORE)
-    for row, each in enumerate(sequences):
-        tokens, end = torch.tensor(each.tokens), len(each.tokens) - 1
+    for row, sequence in enumerate(sequences):
+        tokens = torch.tensor(sequence.tokens)
+        end = len(sequence.tokens) - 1
         inputs_BT[row, :end] = tokens[:-1]
-        targets_BT[row, end - each.num_targets : end] = tokens[-each.num_targets :]
+        targets_BT[row, end - sequence.num_targets : end] = tokens[-sequence.num_targets :]
     return PaddedBatch(inputs_BT, targets_BT)
 
 
@@ -65,12 +66,12 @@ class LocalModel:
     @torch.no_grad()
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Implements `EvaluatedModel.score`."""
-        found: list[TargetScores | None] = [None] * len(sequences)
+        scores: dict[int, TargetScores] = {}
         with self._model.weights_unchanged():
             for numbers in by_length(sequences, self._batch_size):
-                for number, scores in zip(numbers, self._score([sequences[at] for at in numbers]), strict=True):
-                    found[number] = scores
-        return [scores for scores in found if scores is not None]
+                together = self._score([sequences[number] for number in numbers])
+                scores |= dict(zip(numbers, together, strict=True))
+        return [scores[number] for number in range(len(sequences))]
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Implements `EvaluatedModel.rate`."""
@@ -91,8 +92,9 @@ class LocalModel:
         states_RD = states_BTD.flatten(0, 1)[rows_R.to(device)]
         targets_R = batch.targets_BT.flatten()[rows_R].to(device)
         log_probs_R, are_greedy_R = greedy_scores(states_RD, model.head_weight, targets_R)
-        counts = [each.num_targets for each in sequences]
-        log_probs, are_greedy = log_probs_R.double().cpu().split(counts), are_greedy_R.cpu().split(counts)  # host sync
+        counts = [sequence.num_targets for sequence in sequences]
+        log_probs = log_probs_R.double().cpu().split(counts)  # host sync
+        are_greedy = are_greedy_R.cpu().split(counts)
         return [
             TargetScores(log_probs=tuple(values.tolist()), are_greedy=tuple(flags.tolist()))
             for values, flags in zip(log_probs, are_greedy, strict=True)

@@ -139,7 +139,7 @@ def as_json(
 def _as_harness(name: str, result: TaskResult) -> dict[str, Any]:
     """Returns the results of a task with the names of lm-evaluation-harness."""
     values: dict[str, Any] = {"alias": name, "sample_len": result.num_samples}
-    for metric, found in result.estimates.items():
-        values[f"{metric},none"] = found.value
-        values[f"{metric}_stderr,none"] = "N/A" if found.standard_error is None else found.standard_error
+    for metric, measured in result.estimates.items():
+        values[f"{metric},none"] = measured.value
+        values[f"{metric}_stderr,none"] = "N/A" if measured.standard_error is None else measured.standard_error
     return values

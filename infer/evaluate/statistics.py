@@ -36,15 +36,15 @@ def estimate(measures: Sequence[Measure]) -> Estimate:
 
     With equal weights, these are the mean and the standard error of a mean.
     """
-    total = math.fsum(each.value for each in measures)
-    weight = math.fsum(each.weight for each in measures)
+    total = math.fsum(measure.value for measure in measures)
+    weight = math.fsum(measure.weight for measure in measures)
     number = len(measures)
     if not weight:
         return Estimate(value=None, standard_error=None, num_samples=number)
     ratio = total / weight
     error = None
     if number > 1:
-        squares = math.fsum((each.value - ratio * each.weight) ** 2 for each in measures)
+        squares = math.fsum((measure.value - ratio * measure.weight) ** 2 for measure in measures)
         error = math.sqrt(squares * number / (number - 1)) / weight
     return Estimate(value=ratio, standard_error=error, num_samples=number)
 
@@ -68,9 +68,10 @@ class PairedComparison:
 
 def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) -> PairedComparison:
     """Compares two evaluations of the same samples in the same order."""
-    is_binary = all(each.weight == 1 and each.value in (0, 1) for each in (*first, *second))
+    is_binary = all(measure.weight == 1 and measure.value in (0, 1) for measure in (*first, *second))
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
-    number, both = len(first), (estimate(first).value, estimate(second).value)
+    number = len(first)
+    both = (estimate(first).value, estimate(second).value)
     if both[0] is None or both[1] is None:
         return PairedComparison(
             difference=None, standard_error=None, p_value=None, test=test, interval=None, num_samples=number
@@ -111,7 +112,8 @@ def _paired_error(
     number = len(first)
     if number < 2:
         return None
-    weight, other_weight = math.fsum(each.weight for each in first), math.fsum(each.weight for each in second)
+    weight = math.fsum(measure.weight for measure in first)
+    other_weight = math.fsum(measure.weight for measure in second)
     squares = math.fsum(
         ((mine.value - ratio * mine.weight) / weight - (other.value - other_ratio * other.weight) / other_weight) ** 2
         for mine, other in zip(first, second, strict=True)
@@ -125,12 +127,12 @@ def _bootstrap(first: Sequence[Measure], second: Sequence[Measure], seed: int) -
     values = np.array(
         [(mine.value, mine.weight, other.value, other.weight) for mine, other in zip(first, second, strict=True)]
     )
-    found = []
+    sampled = []
     for _ in range(NUM_RESAMPLES):
         sums = values[random.integers(len(values), size=len(values))].sum(0)
         if sums[1] and sums[3]:
-            found.append(sums[0] / sums[1] - sums[2] / sums[3])
-    differences = np.array(found)
+            sampled.append(sums[0] / sums[1] - sums[2] / sums[3])
+    differences = np.array(sampled)
     # One more than counted, so that a finite number of resamples never gives a probability of 0.
     at_most = (1 + (differences <= 0).sum()) / (1 + len(differences))
     at_least = (1 + (differences >= 0).sum()) / (1 + len(differences))

@@ -24,8 +24,8 @@ def final_text(text: str) -> str:
 
 def shown_answer(text: str, *, boxed: bool) -> str | None:
     """Returns the text after the thoughts, or the last box in it if `boxed`, or None if there is none."""
-    shown = last_boxed(final_text(text)) if boxed else final_text(text)
-    return shown if shown is not None and shown.strip() else None
+    part = last_boxed(final_text(text)) if boxed else final_text(text)
+    return part if part is not None and part.strip() else None
 
 
 def normalize_text(text: str, *, ignore_case: bool) -> str:

@@ -43,21 +43,21 @@ class MathsScorer:
         """
         if problem.answer is None:
             return SKIPPED
-        found = last_boxed(final_text(answer.text))
-        if not found:
+        box = last_boxed(final_text(answer.text))
+        if not box:
             return failure("missing", "no boxed answer after the thoughts")
-        if len(found) > LONGEST_ANSWER:
+        if len(box) > LONGEST_ANSWER:
             return verdict(is_correct=False, detail=f"the box has more than {LONGEST_ANSWER} characters")
         expected = last_boxed(problem.answer) or problem.answer
         try:
-            reply = self._pool.request({"expected": expected, "found": found})
+            reply = self._pool.request({"expected": expected, "found": box})
         except WorkerTimeoutError:
-            return failure("timeout", f"comparing {found[:60]!r} took too long")
+            return failure("timeout", f"comparing {box[:60]!r} took too long")
         except WorkerDiedError as error:
             return failure("error", str(error))
         if reply["outcome"] in ("error", "timeout"):
             return failure(reply["outcome"], reply["detail"])
-        return verdict(is_correct=reply["outcome"] == "correct", detail=reply["detail"] or found[:80])
+        return verdict(is_correct=reply["outcome"] == "correct", detail=reply["detail"] or box[:80])
 
     def close(self) -> None:
         """Kills the workers."""

@@ -55,11 +55,11 @@ def compute_pass_rates(answers: Sequence[Sequence[Answer]], sheets: Sequence[Seq
 def _is_vote_correct(answers: Sequence[Answer], correct: Sequence[bool]) -> bool:
     """Returns whether the most frequent answer of a group is correct; answers that were cut abstain."""
     ballots = [_ballot(answer) if answer.is_finished else None for answer in answers]
-    found = find_plurality(ballots, quorum=0.0, ties="first")
-    return isinstance(found, Plurality) and correct[ballots.index(found.ballot)]
+    plurality = find_plurality(ballots, quorum=0.0, ties="first")
+    return isinstance(plurality, Plurality) and correct[ballots.index(plurality.ballot)]
 
 
 def _ballot(answer: Answer) -> str | None:
     """Returns the last box of an answer, or the text after its thoughts if there is no box."""
-    shown = shown_answer(answer.text, boxed=True) or shown_answer(answer.text, boxed=False)
-    return None if shown is None else normalize_text(shown, ignore_case=False)
+    text = shown_answer(answer.text, boxed=True) or shown_answer(answer.text, boxed=False)
+    return None if text is None else normalize_text(text, ignore_case=False)

@@ -153,13 +153,13 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return
         self.kill()
-        self._socket, other = socket.socketpair()
-        with other:
+        self._socket, child = socket.socketpair()
+        with child:
             # A separate session, so that Ctrl-C reaches this process alone and the kill reaches the worker's children.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(self._program.path), *self._program.arguments],
-                stdin=other,
-                stdout=other,
+                stdin=child,
+                stdout=child,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 env={"PATH": os.defpath, **self._program.environment, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},

@@ -117,8 +117,8 @@ class GymScorer:
         """Returns the verifier's score. Problems of other sources are skipped."""
         if problem.origin is None:
             return SKIPPED
-        shown = finished_answer(answer, boxed=self._boxed)
-        return shown if isinstance(shown, Score) else self._verifier.call(problem.prompt, shown.strip(), problem.origin)
+        text = finished_answer(answer, boxed=self._boxed)
+        return text if isinstance(text, Score) else self._verifier.call(problem.prompt, text.strip(), problem.origin)
 
     def close(self) -> None:
         """Kills the workers."""

@@ -53,21 +53,21 @@ def score_exact(config: ExactConfig, answer: Answer, problem: Problem) -> Score:
     """Returns 1 if both are equal; an unfinished answer, or one without a box, is missing."""
     if problem.answer is None:
         return SKIPPED
-    shown = finished_answer(answer, boxed=config.boxed)
-    if isinstance(shown, Score):
-        return shown
-    found, expected = (normalize_text(text, ignore_case=config.ignore_case) for text in (shown, problem.answer))
-    return verdict(is_correct=found == expected, detail=shown[:80])
+    text = finished_answer(answer, boxed=config.boxed)
+    if isinstance(text, Score):
+        return text
+    normalized, expected = (normalize_text(part, ignore_case=config.ignore_case) for part in (text, problem.answer))
+    return verdict(is_correct=normalized == expected, detail=text[:80])
 
 
 def finished_answer(answer: Answer, *, boxed: bool) -> str | Score:
     """Returns the text or the box that counts, or the score of an answer that has none."""
     if not answer.is_finished:
         return failure("missing", "the answer was cut at the limit of tokens")
-    shown = shown_answer(answer.text, boxed=boxed)
-    if shown is None:
+    text = shown_answer(answer.text, boxed=boxed)
+    if text is None:
         return failure("missing", "no boxed answer" if boxed else "no text after the thoughts")
-    return shown
+    return text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,5 +276,5 @@ class PluralityScorer(RatingScorer):
         ]
 
     def _ballot(self, answer: Answer) -> str | None:
-        shown = shown_answer(answer.text, boxed=self._config.boxed) if answer.is_finished else None
-        return None if shown is None else normalize_text(shown, ignore_case=self._config.ignore_case)
+        text = shown_answer(answer.text, boxed=self._config.boxed) if answer.is_finished else None
+        return None if text is None else normalize_text(text, ignore_case=self._config.ignore_case)

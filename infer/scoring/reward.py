@@ -149,7 +149,9 @@ class Reward:
         scorer = self._scorers[kind]
         if isinstance(scorer, GroupScorer):
             votes = self._run(kind, [partial(scorer.score_group, group.answers, group.problem) for group in groups])
-            return [_checked_group(kind, each, len(group.answers)) for each, group in zip(votes, groups, strict=True)]
+            return [
+                _checked_group(kind, scores, len(group.answers)) for scores, group in zip(votes, groups, strict=True)
+            ]
         calls = [partial(scorer.score, answer, group.problem) for group in groups for answer in group.answers]
         scores = iter(self._run(kind, calls))
         return [[checked_score(kind, next(scores)) for _ in group.answers] for group in groups]
@@ -225,7 +227,7 @@ def check_problems(config: RewardConfig, problems: Callable[[], Iterable[Problem
     """Rejects a part of the reward that would skip all problems, which are read as far as needed."""
 
     def applies(field: str) -> bool:
-        return any(getattr(each, field) is not None for each in problems())
+        return any(getattr(problem, field) is not None for problem in problems())
 
     for part in config.parts:
         field = SCORERS.get(part.kind).needs

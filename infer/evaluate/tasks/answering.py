@@ -88,8 +88,9 @@ def build_answers(
     questions = read(config, context)[: config.limit]
     verifier = open_verifier(config)
     samples = [_sample(question, verifier, config, context) for question in questions]
+    metrics = ("accuracy", *(f"pass_at_{k}" for k in config.pass_at))
     return EvaluationTask(
-        metrics=tuple(EvaluationMetric(name=each) for each in ("accuracy", *(f"pass_at_{k}" for k in config.pass_at))),
+        metrics=tuple(EvaluationMetric(name=metric) for metric in metrics),
         samples=lambda: samples,
         record=lambda sample, answers: _record(verifier, sample.source.problem, *answers),
         measures=lambda record: _measures(record, config.pass_at),

@@ -197,8 +197,8 @@ def _pair_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
     rows = []
     for subset, group in sorted(group_by(records, "subset").items()):
         measures = [_pair_measures(record) for record in group]
-        accuracy = estimate([each["accuracy"] for each in measures])
-        margin = mean(each["margin"].value for each in measures)
+        accuracy = estimate([measure["accuracy"] for measure in measures])
+        margin = mean(measure["margin"].value for measure in measures)
         rows.append((subset, accuracy.value, accuracy.standard_error, margin, accuracy.num_samples))
     columns = ("subset", "accuracy", "standard_error", "margin", "samples")
     values = {

@@ -57,17 +57,17 @@ class Draws:
 
     def different(self, limit: int, count: int) -> list[int]:
         """Returns different numbers from 0 to below a limit, in random order."""
-        found: dict[int, None] = {}
-        while len(found) < count:
-            found[self.below(limit)] = None
-        return list(found)
+        numbers: dict[int, None] = {}
+        while len(numbers) < count:
+            numbers[self.below(limit)] = None
+        return list(numbers)
 
     def shuffled(self, items: Sequence[int]) -> list[int]:
         """Returns the items in random order."""
         order = list(items)
         for last in range(len(order) - 1, 0, -1):
-            other = self.below(last + 1)
-            order[last], order[other] = order[other], order[last]
+            position = self.below(last + 1)
+            order[last], order[position] = order[position], order[last]
         return order
 
     def digits(self, count: int) -> str:

@@ -185,7 +185,7 @@ def build_ruler(config: RulerConfig, context: TaskContext) -> EvaluationTask:
         )
     lengths = check_lengths("ruler.lengths", config.lengths, context.max_tokens)
     filler = read_filler("ruler.path", config.path, context.tokenizer, context.seed)
-    samples = [sample for each in config.subtasks for sample in _subtask(config, context, filler, lengths, each)]
+    samples = [sample for name in config.subtasks for sample in _subtask(config, context, filler, lengths, name)]
     return EvaluationTask(
         metrics=(EvaluationMetric(name="accuracy"),),
         samples=lambda: samples,

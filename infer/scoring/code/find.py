@@ -121,12 +121,12 @@ def _check(sandbox: Sandbox) -> None:
     if result.is_late:
         raise _MissingError(f"the sandbox did not start within {_PROBE_SECONDS:g} s")
     try:
-        found = json.loads(guest.stdout)
+        leaks = json.loads(guest.stdout)
     except ValueError:
         reason = guest.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {guest.code}"]
         raise _MissingError(f"bubblewrap cannot start a sandbox: {reason[-1][:200]}; {_NAMESPACE_ADVICE}") from None
-    if found:
-        raise _MissingError(f"the sandbox does not hold: {', '.join(found)}")
+    if leaks:
+        raise _MissingError(f"the sandbox does not hold: {', '.join(leaks)}")
 
 
 def _unused_uid() -> int:

@@ -263,18 +263,18 @@ def _read(path: str) -> bytes:
 
 def _read_times(pid: int) -> dict[int, _Times]:
     """Returns the times of a process and of all below it, by process id."""
-    found: dict[int, _Times] = {}
+    times: dict[int, _Times] = {}
     waiting = [pid]
     while waiting:
-        one = waiting.pop()
+        process = waiting.pop()
         with suppress(OSError, ValueError):
-            ticks = list(map(int, _read(f"/proc/{one}/stat").rpartition(b")")[2].split()[11:15]))
+            ticks = list(map(int, _read(f"/proc/{process}/stat").rpartition(b")")[2].split()[11:15]))
             delay = 0
-            for thread in os.listdir(f"/proc/{one}/task"):
+            for thread in os.listdir(f"/proc/{process}/task"):
                 with suppress(OSError):
-                    delay += int(_read(f"/proc/{one}/task/{thread}/schedstat").split()[1])
+                    delay += int(_read(f"/proc/{process}/task/{thread}/schedstat").split()[1])
                 with suppress(OSError):
                     # Each thread has its children.
-                    waiting += map(int, _read(f"/proc/{one}/task/{thread}/children").split())
-            found[one] = _Times(sum(ticks[:2]) / _CLOCK_TICKS, sum(ticks[2:]) / _CLOCK_TICKS, delay / 1e9)
-    return found
+                    waiting += map(int, _read(f"/proc/{process}/task/{thread}/children").split())
+            times[process] = _Times(sum(ticks[:2]) / _CLOCK_TICKS, sum(ticks[2:]) / _CLOCK_TICKS, delay / 1e9)
+    return times
