@@ -8,6 +8,9 @@ from pathlib import Path
 
 from infer.scoring.code.guest.limits import apply_limits
 
+_WRITTEN = ("/x", "/usr/x", "/dev/x", "/guest/x", "/python/x")
+_ENVIRONMENT = {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED", "LD_LIBRARY_PATH"}
+
 
 def main(limits: str, canary: str) -> None:
     """Prints the limits that do not hold, as a list in JSON. It must not find the file `canary`."""
@@ -16,17 +19,9 @@ def main(limits: str, canary: str) -> None:
     allowed = values["processes"]
     found = [
         *(f"{path} can be read" for path in ("/etc/passwd", "/proc/1", "/sys", canary) if _is_read(path)),
-        *(
-            f"{path} can be written"
-            for path in ("/x", "/usr/x", "/dev/x", "/guest/x", "/python/x")
-            if _is_written(path)
-        ),
+        *(f"{path} can be written" for path in _WRITTEN if _is_written(path)),
         *(["a network"] if _interfaces() - {"lo"} else []),
-        *(
-            ["an environment"]
-            if set(os.environ) - {"PATH", "PWD", "LC_CTYPE", "LANG", "PYTHONHASHSEED", "LD_LIBRARY_PATH"}
-            else []
-        ),
+        *(["an environment"] if set(os.environ) - _ENVIRONMENT else []),
         *(["root"] if os.getuid() == 0 else []),
         *([f"more than {allowed} processes"] if _has_forked(allowed + 1) else []),
     ]

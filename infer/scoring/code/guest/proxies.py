@@ -9,22 +9,10 @@ from typing import Any
 CONTENT: tuple[Any, ...] = (int, float, str, bytes, tuple, frozenset, complex)
 """Immutable types: a value of a subclass is sent with its content."""
 COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
-_NAMES = [
-    "add",
-    "sub",
-    "mul",
-    "matmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "divmod",
-    "pow",
-    "lshift",
-    "rshift",
-    "and",
-    "xor",
-    "or",
-]
+_NAMES = (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow"),
+    *("lshift", "rshift", "and", "xor", "or"),
+)
 ARITHMETIC = tuple(f"__{prefix}{name}__" for prefix in ("", "r", "i") for name in _NAMES)
 # Operations that Python performs in more ways than by the method of the name.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
