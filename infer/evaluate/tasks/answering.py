@@ -24,6 +24,7 @@ from infer.evaluate.protocol import (
     Record,
     TaskContext,
     TaskDetails,
+    Text,
 )
 from infer.evaluate.registry import EvaluationTaskConfig
 from infer.scoring.pass_rates import pass_at_k
@@ -86,8 +87,12 @@ def build_answers(
     """Builds a task from functions that read its problems and open their verifier, which it owns."""
     _check_settings(name, config, context)
     questions = read(config, context)[: config.limit]
+    prompts = [_prompt(question, config, context) for question in questions]
     verifier = open_verifier(config)
-    samples = [_sample(question, verifier, config, context) for question in questions]
+    samples = [
+        EvaluationSample(key=question.key, requests=(_request(prompt, verifier, config, context),), source=question)
+        for question, prompt in zip(questions, prompts, strict=True)
+    ]
     metrics = ("accuracy", *(f"pass_at_{k}" for k in config.pass_at))
     return EvaluationTask(
         metrics=tuple(EvaluationMetric(name=metric) for metric in metrics),
@@ -100,19 +105,21 @@ def build_answers(
     )
 
 
-def _sample(question: Question, verifier: Verifier, config: AnswerTaskConfig, context: TaskContext) -> EvaluationSample:
+def _prompt(question: Question, config: AnswerTaskConfig, context: TaskContext) -> Text:
+    if config.chat_template is None:
+        return question.text
+    return tuple(encode_prompt(question.messages, CHAT_TEMPLATES.get(config.chat_template), context.tokenizer))
+
+
+def _request(prompt: Text, verifier: Verifier, config: AnswerTaskConfig, context: TaskContext) -> GenerationRequest:
     """Returns a request for all answers to a problem."""
-    template = None if config.chat_template is None else CHAT_TEMPLATES.get(config.chat_template)
-    request = GenerationRequest(
-        prompt=question.text
-        if template is None
-        else tuple(encode_prompt(question.messages, template, context.tokenizer)),
+    return GenerationRequest(
+        prompt=prompt,
         max_new_tokens=config.max_new_tokens,
-        stop=verifier.stop if template is None else (),
+        stop=verifier.stop if config.chat_template is None else (),
         samples=config.samples,
         sampling=Sampling(temperature=config.temperature, seed=context.seed),
     )
-    return EvaluationSample(key=question.key, requests=(request,), source=question)
 
 
 def _record(verifier: Verifier, problem: Problem, generated: GenerationAnswer) -> Record:
