@@ -158,8 +158,8 @@ class _Worker:
             # A separate session, so that Ctrl-C reaches this process alone and the kill reaches the worker's children.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(self._program.path), *self._program.arguments],
-                stdin=child,
-                stdout=child,
+                stdin=child.fileno(),
+                stdout=child.fileno(),
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 env={"PATH": os.defpath, **self._program.environment, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
