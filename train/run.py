@@ -30,6 +30,7 @@ from train.network import ReplicaConfig
 from train.ownership.rank_files import RankFiles
 from train.planner.measured.record import MeasuredRun, RunFacts, probed, try_to_write
 from train.post.frozen import open_comparison
+from train.post.sampler import open_hook
 from train.records.crash_report import CrashReporter
 from train.records.display import PhaseLines
 from train.records.events import try_append_event
@@ -49,7 +50,6 @@ from train.startup import (
     prepare_corpus_together,
     raise_if_preempted,
 )
-from train.tasks.registry import TASKS
 from train.world import World, open_world
 
 
@@ -214,7 +214,7 @@ class _TrainingRank:
                     self._world, ReplicaConfig.of_run(config), planned.schedule, planned.cut, is_proven=True
                 )
                 comparison = open_comparison(config, replica)
-                hook = TASKS.get(config.task.kind).open_hook(config, replica, prepared, comparison, self._lines.say)
+                hook = open_hook(config, replica, prepared, comparison, self._lines.say)
                 self._learner = open_learner(replica, config.optim, config.ema, comparison, hook)
             self._train(config, self._learner, prepared, planned, status)
         except (PreemptedError, StoppedError, RescuedError, CallbackError) as error:

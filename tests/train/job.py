@@ -32,6 +32,7 @@ from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.post.frozen import open_comparison
+from train.post.sampler import open_hook
 from train.post.student import StudentSampler
 from train.replica import open_replica
 from train.schedule.cut import run_cut
@@ -85,7 +86,6 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
         make_world(config, schedule), ReplicaConfig.of_run(config), schedule, run_cut(config, schedule.placement)
     )
     comparison = open_comparison(config, replica)
-    open_hook = TASKS.get(config.task.kind).open_hook
     hook = open_hook(config, replica, prepare_corpus(config), comparison, lambda line: None)
     return open_learner(replica, config.optim, config.ema, comparison, hook)
 

@@ -30,6 +30,7 @@ from train.config.rollout import RolloutConfig
 from train.errors import UnsavedError
 from train.network import weight_dtype
 from train.post.engine import GatheredEngine, ReplicaEngine, TrainingEngine
+from train.post.frozen import NetworkComparison
 from train.post.journal import (
     JournalError,
     journal_path,
@@ -44,7 +45,9 @@ from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import PromptOrder, RolloutHeader, ScoredRollout, prompt_form, read_problems
 from train.post.score import RolloutRewards, open_model_parts, with_constitutions
 from train.post.statistics import EQUAL, held_out_metrics, rollout_metrics
+from train.post.student import StudentSampler
 from train.replica import Replica
+from train.tasks.distill import DistillConfig
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
 from train.tasks.hook import StepBatch, TaskHook
 from train.tasks.registry import Task, open_task
@@ -282,20 +285,40 @@ class PolicySampler(TaskHook):
         return [answer.old_log_probs or () for answer in answers]
 
 
-def open_policy_sampler(
+def open_hook(
     config: TrainConfig,
     replica: Replica,
     prepared: Prepared,
-    reference: Replica | None,
+    comparison: NetworkComparison,
     say: Callable[[str], object],
-) -> PolicySampler:
-    """Opens the sampler of a run that learns from rewards. All ranks call it.
+) -> TaskHook:
+    """Opens what prepares the batches of each step of a run. All ranks call it.
+
+    Args:
+        replica: the network that the run trains.
+        comparison: the frozen network of the run, which may judge answers.
+        say: prints a line.
 
     Raises:
         ConfigError: on every rank, if no problem has room for an answer.
         ScoringError: this machine cannot run a scorer.
         CheckpointError, HfError: a reward model cannot be read, or has another tokenizer.
     """
+    task = config.task
+    if config.rollout is not None:
+        return _open_policy_sampler(config, replica, prepared, comparison.network, say)
+    if isinstance(task, DistillConfig) and task.answers == "student":
+        return StudentSampler(ReplicaEngine(replica), task, config.seed)
+    return TaskHook()
+
+
+def _open_policy_sampler(
+    config: TrainConfig,
+    replica: Replica,
+    prepared: Prepared,
+    reference: Replica | None,
+    say: Callable[[str], object],
+) -> PolicySampler:
     assert isinstance(config.task, GrpoConfig)
     assert config.rollout is not None
     assert config.reward is not None

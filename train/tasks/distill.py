@@ -16,8 +16,6 @@ from train.tasks.scores import check_scores, is_scores_folder, with_scores
 if TYPE_CHECKING:
     from data.prepare import Prepared
     from train.config import TrainConfig
-    from train.replica import Replica
-    from train.tasks.hook import TaskHook
     from train.tasks.next_token import DistillationTask
 
 
@@ -119,18 +117,6 @@ def add_scores(config: "TrainConfig", prepared: "Prepared") -> "Prepared":
     return with_scores(config.task.teacher, prepared) if is_scores_folder(config.task.teacher) else prepared
 
 
-def open_distill_hook(config: "TrainConfig", student: "Replica", *_: object) -> "TaskHook":
-    """Opens what samples the student's answers, if it learns from those."""
-    from train.post.engine import ReplicaEngine
-    from train.post.student import StudentSampler
-    from train.tasks.hook import TaskHook
-
-    assert isinstance(config.task, DistillConfig)
-    if config.task.answers == "data":
-        return TaskHook()
-    return StudentSampler(ReplicaEngine(student), config.task, config.seed)
-
-
 TASKS.register(
     "distill",
     TaskSpec(
@@ -154,7 +140,6 @@ TASKS.register(
         check_files=check_teacher,
         teacher_run=teacher_run,
         extend=add_scores,
-        open_hook=open_distill_hook,
         values=(WEIGHTS,),
     ),
 )

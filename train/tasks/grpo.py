@@ -11,13 +11,7 @@ from train.config.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from data.prepare import Prepared
     from train.config import TrainConfig
-    from train.post.frozen import NetworkComparison
-    from train.replica import Replica
-    from train.tasks.hook import TaskHook
     from train.tasks.next_token import PolicyGradientTask
 
 
@@ -72,22 +66,6 @@ def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "P
     return PolicyGradientTask(config, model.mtp_depth)
 
 
-def open_grpo_hook(
-    config: "TrainConfig",
-    policy: "Replica",
-    prepared: "Prepared",
-    comparison: "NetworkComparison",
-    say: "Callable[[str], object]",
-) -> "TaskHook":
-    """Opens the sampler of a run's rollouts. A run without them has the answers in its data."""
-    from train.post.sampler import open_policy_sampler
-    from train.tasks.hook import TaskHook
-
-    if config.rollout is None:
-        return TaskHook()
-    return open_policy_sampler(config, policy, prepared, comparison.network, say)
-
-
 def check_policy_loss(config: "TrainConfig") -> None:
     """Rejects values of the loss that have no effect next to others."""
     assert isinstance(config.task, GrpoConfig)
@@ -119,6 +97,5 @@ TASKS.register(
         has_rollouts=True,
         needs_weights=True,
         check=check_policy_loss,
-        open_hook=open_grpo_hook,
     ),
 )

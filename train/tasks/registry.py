@@ -21,17 +21,6 @@ if TYPE_CHECKING:
     from model.config import HeadKind, ModelConfig
     from model.objective import MicroBatch, Objective
     from train.config import BatchConfig, TaskConfig, TrainConfig
-    from train.post.frozen import NetworkComparison
-    from train.replica import Replica
-    from train.tasks.hook import TaskHook
-
-    OpenHook = Callable[[TrainConfig, Replica, Prepared, NetworkComparison, Callable[[str], object]], TaskHook]
-
-
-def _data_alone(*_: object) -> TaskHook:
-    from train.tasks.hook import TaskHook
-
-    return TaskHook()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +95,6 @@ class TaskSpec:
         splits_sequences: whether several ranks may share a sequence (`parallelism.context`): the loss of a token reads
             no other token's output.
         model_keys: returns the keys of the model that the composed keys of the task set.
-        open_hook: opens what prepares the batches of each step, given the run, the network that it trains, its data,
-            the frozen network, and a function that prints a line. All ranks call it.
     """
 
     summary: str
@@ -127,7 +114,6 @@ class TaskSpec:
     values: tuple[str, ...] = ()
     splits_sequences: bool = False
     model_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda task: {}
-    open_hook: OpenHook = _data_alone
 
 
 TASKS = Registry[TaskSpec](
