@@ -17,23 +17,23 @@ def attention_kept(sizes: Sizes) -> int:
     projections are in codes, each with its norm's scale, and the heads' output is in 12 bits. Ranks that share
     sequences keep neither keys and values nor their norm, but the rows of other ranks, unless they form a ring.
     """
-    config, own = sizes.config, sizes.own
-    kept = sizes.logsumexp + sizes.kept_ranks * sizes.message
+    config, rows = sizes.config, sizes.token_rows
+    kept_bytes = sizes.logsumexp + sizes.kept_ranks * sizes.message
     if sizes.is_fp8:
         width = sizes.value_width
-        kept += own.codes(config.hidden_size) + own.codes(config.kv_lora_rank) + 2 * sizes.scale
-        kept += own.count * (3 * num_pairs(width) + SCALE_BYTES * num_tiles(width))
-        kept += own.numbers(config.qk_rope_head_dim)
+        kept_bytes += rows.codes(config.hidden_size) + rows.codes(config.kv_lora_rank) + 2 * sizes.scale
+        kept_bytes += rows.count * (3 * num_pairs(width) + SCALE_BYTES * num_tiles(width))
+        kept_bytes += rows.numbers(config.qk_rope_head_dim)
         if sizes.query_rank:
-            return kept + own.codes(sizes.query_rank) + sizes.scale
-        return kept + own.numbers(sizes.query_width)
-    kept += sizes.row + sizes.scale + own.numbers(sizes.compressed_width)
-    kept += own.numbers(sizes.value_width) if sizes.is_shared else sizes.mixed
+            return kept_bytes + rows.codes(sizes.query_rank) + sizes.scale
+        return kept_bytes + rows.numbers(sizes.query_width)
+    kept_bytes += sizes.row + sizes.scale + rows.numbers(sizes.compressed_width)
+    kept_bytes += rows.numbers(sizes.value_width) if sizes.is_shared else sizes.mixed
     if sizes.keeps("norm"):
-        kept += sizes.row + own.numbers(sizes.query_rank + (0 if sizes.is_shared else config.kv_lora_rank))
+        kept_bytes += sizes.row + rows.numbers(sizes.query_rank + (0 if sizes.is_shared else config.kv_lora_rank))
     if sizes.keeps("mla_up"):
-        kept += own.numbers(sizes.kernel_widths[0]) if sizes.is_shared else sizes.heads
-    return kept
+        kept_bytes += rows.numbers(sizes.kernel_widths[0]) if sizes.is_shared else sizes.heads
+    return kept_bytes
 
 
 def attention_waiting(sizes: Sizes) -> int:
@@ -41,21 +41,21 @@ def attention_waiting(sizes: Sizes) -> int:
 
     With slices or a context group, the gradient of keys' and values' up-projection waits as a sum.
     """
-    config, own = sizes.config, sizes.own
+    config, rows = sizes.config, sizes.token_rows
     if sizes.is_fp8:
-        waiting = own.codes(config.hidden_size)
-        waiting += own.columns(sizes.compressed_width + config.hidden_size + sizes.value_width)
+        waiting = rows.codes(config.hidden_size)
+        waiting += rows.columns(sizes.compressed_width + config.hidden_size + sizes.value_width)
         if sizes.query_rank:
-            waiting += own.codes(sizes.query_rank) + own.columns(sizes.query_width)
-        keys = own.codes(config.kv_lora_rank) + own.columns(sizes.expanded_width)
+            waiting += rows.codes(sizes.query_rank) + rows.columns(sizes.query_width)
+        keys = rows.codes(config.kv_lora_rank) + rows.columns(sizes.expanded_width)
     else:
         waiting = (2 + sizes.keeps("norm")) * sizes.row + sizes.scale
-        waiting += own.numbers(2 * sizes.compressed_width + sizes.value_width)
-        waiting += own.numbers(sizes.query_width) if sizes.query_rank else 0
+        waiting += rows.numbers(2 * sizes.compressed_width + sizes.value_width)
+        waiting += rows.numbers(sizes.query_width) if sizes.query_rank else 0
         # Norms of compressed values were recomputed for the heads, or kept.
         if sizes.keeps("norm") or not sizes.keeps("mla_up"):
-            waiting += own.numbers(sizes.query_rank + (0 if sizes.is_shared else config.kv_lora_rank))
-        keys = own.numbers(sizes.expanded_width)
+            waiting += rows.numbers(sizes.query_rank + (0 if sizes.is_shared else config.kv_lora_rank))
+        keys = rows.numbers(sizes.expanded_width)
     return waiting + (_up_gradient(sizes) if sizes.is_shared else keys)
 
 
@@ -66,21 +66,21 @@ def _up_gradient(sizes: Sizes) -> int:
 
 def attention_forward_peak(sizes: Sizes) -> int:
     """Returns the largest allocation inside attention's forward."""
-    config, own = sizes.config, sizes.own
+    config, rows = sizes.config, sizes.token_rows
     latents = config.kv_lora_rank + sizes.query_rank
-    compressed = own.numbers(sizes.compressed_width)
+    compressed = rows.numbers(sizes.compressed_width)
     if sizes.is_fp8:
         first = 0
-        before = own.codes(config.hidden_size) + own.codes(latents) + compressed + sizes.heads
+        before = rows.codes(config.hidden_size) + rows.codes(latents) + compressed + sizes.heads
     else:
         first = sizes.row + compressed + sizes.scale + sizes.matrix(sizes.compressed_width, config.hidden_size)
-        before = compressed + sizes.scale + own.numbers(latents) + sizes.heads
-    rotated = own.wide(2 * config.num_heads * config.qk_rope_head_dim)
-    expanded = own.numbers(sizes.expanded_width)
+        before = compressed + sizes.scale + rows.numbers(latents) + sizes.heads
+    rotated = rows.wide(2 * config.num_heads * config.qk_rope_head_dim)
+    expanded = rows.numbers(sizes.expanded_width)
     if not sizes.is_shared:
         return max(first, before + max(rotated, expanded, sizes.mixed + sizes.logsumexp))
     # Values mixed so far, and those of a block before they are merged, in the model's type and wide.
-    wide_mixed = own.wide(sizes.kernel_widths[1])
+    wide_mixed = rows.wide(sizes.kernel_widths[1])
     before += (sizes.kept_ranks or _RING_MESSAGES) * sizes.message + wide_mixed + sizes.logsumexp
     block = sizes.mixed + wide_mixed + 3 * sizes.logsumexp
     return max(first, before + max(rotated, expanded, block))
@@ -88,15 +88,15 @@ def attention_forward_peak(sizes: Sizes) -> int:
 
 def attention_backward_peak(sizes: Sizes) -> int:
     """Returns the largest allocation inside attention's backward."""
-    config, own = sizes.config, sizes.own
-    compressed, values = own.numbers(sizes.compressed_width), own.numbers(sizes.value_width)
-    up = own.numbers(sizes.query_width + sizes.expanded_width)
+    config, rows = sizes.config, sizes.token_rows
+    compressed, values = rows.numbers(sizes.compressed_width), rows.numbers(sizes.value_width)
+    up = rows.numbers(sizes.query_width + sizes.expanded_width)
     if sizes.is_fp8:
-        before = compressed + sizes.row + own.columns(config.hidden_size + sizes.value_width)
+        before = compressed + sizes.row + rows.columns(config.hidden_size + sizes.value_width)
         inside = values + 2 * sizes.mixed + 2 * sizes.heads
-        maps = 0 if sizes.is_shared else 2 * up + own.columns(sizes.query_width + sizes.expanded_width)
+        maps = 0 if sizes.is_shared else 2 * up + rows.columns(sizes.query_width + sizes.expanded_width)
     else:
-        before = compressed + sizes.row + own.numbers(config.kv_lora_rank + sizes.query_rank)
+        before = compressed + sizes.row + rows.numbers(config.kv_lora_rank + sizes.query_rank)
         inside = values + sizes.mixed + (1 if sizes.keeps("mla_up") else 2) * sizes.heads
         maps = up + sizes.matrix(sizes.compressed_width, config.hidden_size) + 2 * sizes.row
     return before + max(_block_backward_peak(sizes) if sizes.is_shared else inside, maps)
@@ -104,16 +104,16 @@ def attention_backward_peak(sizes: Sizes) -> int:
 
 def _block_backward_peak(sizes: Sizes) -> int:
     """Returns the largest allocation inside the backward of a block of shared sequences."""
-    own, query = sizes.own, sizes.kernel_widths[0]
+    rows, query = sizes.token_rows, sizes.kernel_widths[0]
     # Gradients of the heads' output, the output itself, keys and values, and queries unless they were kept.
-    keys_and_values = sizes.heads - own.numbers(query)
-    operands = own.numbers(sizes.value_width) + 2 * sizes.mixed + keys_and_values
-    operands += 0 if sizes.keeps("mla_up") else own.numbers(query)
+    keys_and_values = sizes.heads - rows.numbers(query)
+    operands = rows.numbers(sizes.value_width) + 2 * sizes.mixed + keys_and_values
+    operands += 0 if sizes.keeps("mla_up") else rows.numbers(query)
     # Sums of the gradients of queries, keys and values, and those of a block.
-    gradients = own.wide(query) + keys_and_values + sizes.heads
-    rows = sizes.context * own.numbers(sizes.latent_width)
+    gradients = rows.wide(query) + keys_and_values + sizes.heads
+    all_rows = sizes.context * rows.numbers(sizes.latent_width)
     again = 0 if sizes.kept_ranks else _RING_MESSAGES * sizes.message
-    return operands + gradients + rows + again + _up_gradient(sizes)
+    return operands + gradients + all_rows + again + _up_gradient(sizes)
 
 
 def attention_weight_peak(sizes: Sizes) -> int:

@@ -80,13 +80,13 @@ class Sizes:
     kept_ranks: int = 0
 
     @cached_property
-    def own(self) -> RowSizes:
+    def token_rows(self) -> RowSizes:
         """Rows of the rank's tokens."""
         count = self.sequences * self.tokens
         return RowSizes(count, num_tiles(count), self.value_bytes)
 
     @cached_property
-    def arrived(self) -> RowSizes:
+    def arrived_rows(self) -> RowSizes:
         """Rows at the rank's experts, which receive equally many."""
         per_expert, rest = divmod(self.expert_rows, self.num_local_experts)
         tiles = rest * num_tiles(per_expert + 1) + (self.num_local_experts - rest) * num_tiles(per_expert)
@@ -126,12 +126,12 @@ class Sizes:
     @cached_property
     def row(self) -> int:
         """Bytes of a hidden state."""
-        return self.own.numbers(self.config.hidden_size)
+        return self.token_rows.numbers(self.config.hidden_size)
 
     @property
     def scale(self) -> int:
         """Bytes of a norm's inverse root mean squares."""
-        return self.own.wide(1)
+        return self.token_rows.wide(1)
 
     @property
     def query_rank(self) -> int:
@@ -173,17 +173,17 @@ class Sizes:
     def heads(self) -> int:
         """Bytes of queries, keys and values as the attention kernel reads them."""
         query, value = self.kernel_widths
-        return self.own.numbers(2 * query + value)
+        return self.token_rows.numbers(2 * query + value)
 
     @property
     def mixed(self) -> int:
         """Bytes that the attention kernel returns."""
-        return self.own.numbers(self.kernel_widths[1])
+        return self.token_rows.numbers(self.kernel_widths[1])
 
     @property
     def logsumexp(self) -> int:
         """Bytes that the attention kernel keeps for its backward in addition to its result."""
-        return self.own.wide(self.config.num_heads)
+        return self.token_rows.wide(self.config.num_heads)
 
     @property
     def message(self) -> int:
@@ -193,10 +193,10 @@ class Sizes:
         key, each aligned.
         """
         if not self.is_fp8:
-            return self.own.numbers(self.latent_width)
+            return self.token_rows.numbers(self.latent_width)
         rank = self.config.kv_lora_rank
         parts = (self.config.qk_rope_head_dim * self.value_bytes, rank, SCALE_BYTES * num_tiles(rank), self.wide_bytes)
-        return sum(-(-self.own.count * part // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for part in parts)
+        return sum(-(-self.token_rows.count * part // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for part in parts)
 
     @property
     def shared_width(self) -> int:
@@ -206,15 +206,15 @@ class Sizes:
     @property
     def sent(self) -> int:
         """Bytes of the rows that dispatch sends, one for each token: codes if products are in FP8."""
-        return self.own.codes(self.config.hidden_size) if self.is_fp8 else self.row
+        return self.token_rows.codes(self.config.hidden_size) if self.is_fp8 else self.row
 
     @property
     def received(self) -> int:
         """Bytes of the rows that dispatch delivers to this rank's experts, in the form in which they are sent."""
         hidden = self.config.hidden_size
-        return self.arrived.codes(hidden) if self.is_fp8 else self.arrived.numbers(hidden)
+        return self.arrived_rows.codes(hidden) if self.is_fp8 else self.arrived_rows.numbers(hidden)
 
     @property
     def scores(self) -> int:
         """Bytes of a router's scores."""
-        return self.own.wide(self.config.num_routed_experts)
+        return self.token_rows.wide(self.config.num_routed_experts)

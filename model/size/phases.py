@@ -95,7 +95,7 @@ def sliced_phases(by_slice: Sequence[Sizes], stage: StageShape) -> list[list[Pha
         by_slice: sizes of the micro-batch that holds each slice.
         stage: layers and ends of the stage.
     """
-    *earlier, _ = [sizes.own.wide(sizes.latent_width) for sizes in by_slice]
+    *earlier, _ = [sizes.token_rows.wide(sizes.latent_width) for sizes in by_slice]
     carried = [*(-size for size in earlier), sum(earlier)]
     return [
         [
@@ -119,16 +119,16 @@ def _embedding(sizes: Sizes) -> PhaseBytes:
 
 def _dense(sizes: Sizes) -> PhaseBytes:
     """Returns the bytes of a dense block."""
-    own, row, scale, hidden = sizes.own, sizes.row, sizes.scale, sizes.config.hidden_size
+    rows, row, scale, hidden = sizes.token_rows, sizes.row, sizes.scale, sizes.config.hidden_size
     width = sizes.config.dense_intermediate_size
-    gate_up, gated = own.numbers(2 * width), own.numbers(width)
+    gate_up, gated = rows.numbers(2 * width), rows.numbers(width)
     attention, waiting = attention_kept(sizes), attention_waiting(sizes)
     if sizes.is_fp8:
-        mlp = scale + own.codes(hidden) + own.codes(2 * width)
+        mlp = scale + rows.codes(hidden) + rows.codes(2 * width)
         mlp_waiting = _mlp_waiting(sizes, width)
-        waiting += mlp_waiting + own.codes(hidden)
-        forward = attention + row + own.codes(hidden) + gate_up + own.codes(2 * width) + own.codes(width) + row
-        backward = 2 * gate_up + own.codes(2 * width) + mlp_waiting + row
+        waiting += mlp_waiting + rows.codes(hidden)
+        forward = attention + row + rows.codes(hidden) + gate_up + rows.codes(2 * width) + rows.codes(width) + row
+        backward = 2 * gate_up + rows.codes(2 * width) + mlp_waiting + row
         before_attention = mlp_waiting + row
         weight = sizes.matrix(2 * width, hidden)
     else:
@@ -162,10 +162,10 @@ def _dense(sizes: Sizes) -> PhaseBytes:
     )
     if LAYER not in sizes.computing.recomputed:
         return dense
-    kept = attention + _residual_source(sizes)
+    kept_bytes = attention + _residual_source(sizes)
     # The network runs inside the backward, on top of the residual.
-    again = max(dense.forward_peak - attention + row, dense.backward_peak + dense.kept - kept)
-    return replace(dense, kept=kept, backward_peak=again)
+    again = max(dense.forward_peak - attention + row, dense.backward_peak + dense.kept - kept_bytes)
+    return replace(dense, kept=kept_bytes, backward_peak=again)
 
 
 def _moe(sizes: Sizes) -> list[PhaseBytes]:
@@ -177,17 +177,17 @@ def _moe(sizes: Sizes) -> list[PhaseBytes]:
 
 def _attend(sizes: Sizes) -> PhaseBytes:
     """Returns the bytes of a MoE block's attention and router."""
-    config, own, row = sizes.config, sizes.own, sizes.row
+    config, rows, row = sizes.config, sizes.token_rows, sizes.row
     attention, router, scores = attention_kept(sizes), _router(sizes), sizes.scores
     gate = config.num_routed_experts * config.hidden_size * sizes.wide_bytes
-    widened = own.wide(config.hidden_size) + gate + scores
+    widened = rows.wide(config.hidden_size) + gate + scores
     # In the model's own type, the shared experts' gradient reads the norm of the residual again.
     normal = row if not sizes.is_fp8 and sizes.shares_experts and not sizes.keeps("norm") else 0
     before = attention + sizes.scale + row
     forward = before + row + widened if sizes.is_fp8 else before + max(widened, 4 * scores + router)
     return PhaseBytes(
         name="attend",
-        values=sizes.sent + own.wide(config.num_experts_per_token),
+        values=sizes.sent + rows.wide(config.num_experts_per_token),
         kept=attention + row + sizes.scale + router,
         gradients=row,
         waiting=attention_waiting(sizes) + normal,
@@ -200,8 +200,8 @@ def _attend(sizes: Sizes) -> PhaseBytes:
 def _router(sizes: Sizes) -> int:
     """Returns what a router keeps: scores, chosen ones, ids, and sums of the balance loss."""
     choices, experts = sizes.config.num_experts_per_token, sizes.config.num_routed_experts
-    ids = sizes.own.count * choices * _ID_BYTES
-    return sizes.own.wide(experts + choices + 2) + ids + sizes.sequences * experts * sizes.wide_bytes
+    ids = sizes.token_rows.count * choices * _ID_BYTES
+    return sizes.token_rows.wide(experts + choices + 2) + ids + sizes.sequences * experts * sizes.wide_bytes
 
 
 def _dispatch(sizes: Sizes) -> PhaseBytes:
@@ -209,7 +209,8 @@ def _dispatch(sizes: Sizes) -> PhaseBytes:
 
     Rows are sent in the form in which experts read them, gradients in the model's type.
     """
-    row, weights, delivered = sizes.row, sizes.own.wide(sizes.config.num_experts_per_token), sizes.arrived.wide(1)
+    row, delivered = sizes.row, sizes.arrived_rows.wide(1)
+    weights = sizes.token_rows.wide(sizes.config.num_experts_per_token)
     # In the model's own type, the gradient of the residual is already held for the W of shared experts.
     holds_residual = sizes.is_fp8 or not sizes.shares_experts
     return PhaseBytes(
@@ -228,7 +229,7 @@ def _unpermuted(sizes: Sizes) -> int:
     if sizes.device == "cuda":
         return 0
     hidden, choices = sizes.config.hidden_size, sizes.config.num_experts_per_token
-    tokens = min(sizes.own.count, max(1, _CHUNK_NUMBERS_CPU // (hidden * choices)))
+    tokens = min(sizes.token_rows.count, max(1, _CHUNK_NUMBERS_CPU // (hidden * choices)))
     widened = sizes.value_bytes if sizes.value_bytes != sizes.wide_bytes else 0
     gathered = choices * (hidden * (sizes.wide_bytes + widened) + 3 * _ID_BYTES)
     return tokens * (gathered + hidden * sizes.wide_bytes)
@@ -236,10 +237,11 @@ def _unpermuted(sizes: Sizes) -> int:
 
 def _plain_experts(sizes: Sizes) -> PhaseBytes:
     """Returns the bytes of routed and shared experts whose products are in the weights' own type."""
-    own, there, row, width = sizes.own, sizes.arrived, sizes.row, sizes.config.expert_intermediate_size
-    arrived, gate_up, gated = sizes.received, there.numbers(2 * width), there.numbers(width)
+    rows, expert_rows, row = sizes.token_rows, sizes.arrived_rows, sizes.row
+    width = sizes.config.expert_intermediate_size
+    arrived, gate_up, gated = sizes.received, expert_rows.numbers(2 * width), expert_rows.numbers(width)
     kept_gated = sizes.keeps("swiglu") * gated
-    shared, shared_gated, shared_kept = own.numbers(2 * sizes.shared_width), own.numbers(sizes.shared_width), 0
+    shared, shared_gated, shared_kept = rows.numbers(2 * sizes.shared_width), rows.numbers(sizes.shared_width), 0
     if sizes.shares_experts:
         shared_kept = shared + sizes.keeps("swiglu") * shared_gated + sizes.keeps("norm") * row
     # Gate and up of the shared experts and their gradient; the gradient of the block's result.
@@ -249,10 +251,10 @@ def _plain_experts(sizes: Sizes) -> PhaseBytes:
     return PhaseBytes(
         name="experts",
         values=arrived + sizes.shares_experts * row,
-        kept=arrived + there.numbers(1) + gate_up + kept_gated + shared_kept,
+        kept=arrived + expert_rows.numbers(1) + gate_up + kept_gated + shared_kept,
         # With shared experts, the gradient of the block's result waits for their W, and this row is their input's.
-        gradients=row + arrived + there.wide(1),
-        waiting=2 * arrived + there.numbers(1) + 2 * gate_up + kept_gated + shared_waiting,
+        gradients=row + arrived + expert_rows.wide(1),
+        waiting=2 * arrived + expert_rows.numbers(1) + 2 * gate_up + kept_gated + shared_waiting,
         forward_peak=gate_up
         + max(3 * gated, gated + arrived, arrived + shared + shared_join, arrived + shared + shared_gated + row),
         backward_peak=shared + row + max(shared_join, arrived + gate_up + 4 * gated),
@@ -262,33 +264,35 @@ def _plain_experts(sizes: Sizes) -> PhaseBytes:
 
 def _fp8_experts(sizes: Sizes) -> PhaseBytes:
     """Returns the bytes of routed and shared experts whose products are in FP8."""
-    own, there, row, width = sizes.own, sizes.arrived, sizes.row, sizes.config.expert_intermediate_size
+    rows, expert_rows, row = sizes.token_rows, sizes.arrived_rows, sizes.row
+    width = sizes.config.expert_intermediate_size
     hidden, shared = sizes.config.hidden_size, sizes.shared_width
-    arrived, gate_up, columns = there.numbers(hidden), there.numbers(2 * width), there.columns(3 * width)
+    arrived, gate_up = expert_rows.numbers(hidden), expert_rows.numbers(2 * width)
+    columns = expert_rows.columns(3 * width)
     shared_kept, shared_waiting = 0, 0
     if sizes.shares_experts:
-        shared_kept = own.codes(2 * shared)
-        shared_waiting = _mlp_waiting(sizes, shared) + own.columns(hidden)
+        shared_kept = rows.codes(2 * shared)
+        shared_waiting = _mlp_waiting(sizes, shared) + rows.columns(hidden)
     gradient = sizes.matrix(sizes.num_local_experts, 2 * width, hidden)
     return PhaseBytes(
         name="experts",
         values=arrived + sizes.shares_experts * row,
-        kept=sizes.received + there.wide(1) + there.codes(2 * width) + shared_kept,
+        kept=sizes.received + expert_rows.wide(1) + expert_rows.codes(2 * width) + shared_kept,
         # The gradient of the block's result passes through the residual, and no weight's gradient holds it.
-        gradients=(1 + sizes.shares_experts) * row + arrived + there.wide(1),
+        gradients=(1 + sizes.shares_experts) * row + arrived + expert_rows.wide(1),
         waiting=2 * sizes.received + columns + shared_waiting,
         forward_peak=max(
-            gate_up + there.codes(2 * width) + there.codes(width),
-            there.codes(3 * width) + arrived,
-            there.codes(2 * width) + arrived + own.numbers(3 * shared) + 2 * row,
+            gate_up + expert_rows.codes(2 * width) + expert_rows.codes(width),
+            expert_rows.codes(3 * width) + arrived,
+            expert_rows.codes(2 * width) + arrived + rows.numbers(3 * shared) + 2 * row,
         ),
         backward_peak=shared_waiting
         + row
         + gate_up
-        + there.codes(2 * width)
+        + expert_rows.codes(2 * width)
         + columns
-        + max(gate_up, there.numbers(width) + arrived),
-        weight_peak=max(gradient + there.columns(hidden) - shared_waiting, sizes.matrix(2 * shared, hidden)),
+        + max(gate_up, expert_rows.numbers(width) + arrived),
+        weight_peak=max(gradient + expert_rows.columns(hidden) - shared_waiting, sizes.matrix(2 * shared, hidden)),
     )
 
 
@@ -316,11 +320,11 @@ def _recomputed_moe(
     Args:
         attend: as in a block that keeps everything, as are the other phases.
     """
-    config, own = sizes.config, sizes.own
+    config, rows = sizes.config, sizes.token_rows
     attention, source = attention_kept(sizes), _residual_source(sizes)
     # Nothing but the run holds the residual if it is not kept.
     residual = 0 if source else sizes.row
-    num_choices = own.count * config.num_experts_per_token
+    num_choices = rows.count * config.num_experts_per_token
     chosen = num_choices * (1 if config.num_routed_experts <= 2**8 else 2)
     routed, arrived = attend.kept - attention - source, sizes.sent + sizes.received
     experts_kept = experts.kept - sizes.received
@@ -336,7 +340,7 @@ def _recomputed_moe(
         replace(
             experts,
             values=experts.values + (0 if sizes.shares_experts else residual),
-            kept=sizes.arrived.wide(1),
+            kept=sizes.arrived_rows.wide(1),
             recomputed=arrived,
             backward_peak=max(experts.forward_peak, experts.backward_peak + experts_kept),
         ),
@@ -377,13 +381,13 @@ def _token_head(sizes: Sizes, depth: int) -> PhaseBytes:
     gradient = matrix * sizes.wide_bytes
     # If the types differ, the head's product needs its own tensor before it is added to the gradient.
     product = 0 if sizes.value_bytes == sizes.wide_bytes else matrix * sizes.value_bytes
-    kept = 2 * row + sizes.scale + gradient
+    kept_bytes = 2 * row + sizes.scale + gradient
     head = PhaseBytes(
         name="head",
-        kept=kept,
+        kept=kept_bytes,
         gradients=row,
         waiting=gradient,
-        forward_peak=kept + _logits(sizes) + product,
+        forward_peak=kept_bytes + _logits(sizes) + product,
         backward_peak=2 * row,
     )
     if depth == config.mtp_depth:
@@ -394,9 +398,9 @@ def _token_head(sizes: Sizes, depth: int) -> PhaseBytes:
     return replace(
         head,
         values=row,
-        kept=kept + joined,
+        kept=kept_bytes + joined,
         waiting=gradient + 4 * row,
-        forward_peak=max(head.forward_peak, kept + joined + 4 * row),
+        forward_peak=max(head.forward_peak, kept_bytes + joined + 4 * row),
         backward_peak=7 * row,
         weight_peak=max(projection + 3 * row, matrix * sizes.value_bytes - gradient),
     )
@@ -406,9 +410,9 @@ def _logits(sizes: Sizes) -> int:
     """Returns the bytes of the logits that the head computes at a time, and of their softmax."""
     vocab = sizes.config.vocab_size
     if sizes.device == "cuda":
-        return max(1, min(sizes.own.count, _CHUNK_LOGITS_CUDA // vocab)) * vocab * sizes.value_bytes
+        return max(1, min(sizes.token_rows.count, _CHUNK_LOGITS_CUDA // vocab)) * vocab * sizes.value_bytes
     most = max(_SMALLEST_CHUNK_ROWS_CPU, _CHUNK_LOGITS_CPU.get(sizes.value_bytes, 2**19) // vocab)
-    return 2 * min(sizes.own.count, most) * vocab * sizes.wide_bytes
+    return 2 * min(sizes.token_rows.count, most) * vocab * sizes.wide_bytes
 
 
 def _score_head(sizes: Sizes) -> PhaseBytes:
@@ -416,16 +420,16 @@ def _score_head(sizes: Sizes) -> PhaseBytes:
 
     It keeps the derivatives of the scores in float64. Its weight gradient is computed from its input at W.
     """
-    row, slopes = sizes.row, 8 * sizes.own.count
+    row, slopes = sizes.row, 8 * sizes.token_rows.count
     # Products are in float32 or wider.
-    widened = 0 if sizes.value_bytes == sizes.wide_bytes else sizes.own.wide(sizes.config.hidden_size)
-    kept = 2 * row + sizes.scale + slopes
+    widened = 0 if sizes.value_bytes == sizes.wide_bytes else sizes.token_rows.wide(sizes.config.hidden_size)
+    kept_bytes = 2 * row + sizes.scale + slopes
     return PhaseBytes(
         name="head",
-        kept=kept,
+        kept=kept_bytes,
         gradients=row,
         waiting=row + sizes.scale,
-        forward_peak=kept + widened,
+        forward_peak=kept_bytes + widened,
         backward_peak=2 * row + (widened or row),
         weight_peak=widened,
     )
@@ -436,4 +440,4 @@ def _mlp_waiting(sizes: Sizes, width: int) -> int:
 
     These are the output gradients of gate and up, the input of down and its output gradient.
     """
-    return sizes.own.columns(3 * width) + sizes.own.columns(sizes.config.hidden_size)
+    return sizes.token_rows.columns(3 * width) + sizes.token_rows.columns(sizes.config.hidden_size)

@@ -64,11 +64,11 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
         stages: stages that the rank holds, each once.
         num_local_experts: routed experts of each layer that the rank holds.
     """
-    held = list(stages)
+    stages = list(stages)
     hidden = config.hidden_size
-    heads = sum(stage.is_last for stage in held)
+    heads = sum(stage.is_last for stage in stages)
     modules = config.mtp_depth * heads
-    layers = [layer for stage in held for layer in stage.layers]
+    layers = [layer for stage in stages for layer in stage.layers]
     dense = sum(layer < config.num_dense_layers for layer in layers)
     sparse = len(layers) - dense + modules
     attention, mlp, expert = _attention_maps(config), _dense_maps(config), _expert_maps(config)
@@ -78,7 +78,7 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     ordinary += sparse * (_num_weights(shared) + hidden * config.num_routed_experts)
     # A projection of two inputs, and three norms.
     ordinary += modules * (2 * hidden * hidden + 3 * hidden)
-    has_embedding = any(stage.is_first or (stage.is_last and config.mtp_depth) for stage in held)
+    has_embedding = any(stage.is_first or (stage.is_last and config.mtp_depth) for stage in stages)
     embedding = config.vocab_size * hidden * has_embedding
     ordinary += embedding + (config.num_head_rows * hidden + hidden) * heads
 

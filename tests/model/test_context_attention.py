@@ -169,7 +169,7 @@ def test_bytes_of_attention_are_the_values_of_every_token(exchange: ContextExcha
     for place, case in enumerate(cases):
         value, num_values = case.dtype.itemsize, values_per_token(case.config)
         sizes = make_sizes(case.config, case.dtype, case.computing, sequences=2, tokens=TOKENS // size, pads_heads=True)
-        num_tokens, message = sizes.own.count, sizes.message
+        num_tokens, message = sizes.token_rows.count, sizes.message
         if case.computing.products == "own":
             assert message == num_tokens * num_values * value
         predicted = forecast_context_bytes(

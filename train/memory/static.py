@@ -99,10 +99,10 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
     masks = config.batch.document_mask
     each = 0
     if has_end or masks:
-        each = 2 * (config.model.mtp_depth + 1) * sizes.own.count * _ID_BYTES
+        each = 2 * (config.model.mtp_depth + 1) * sizes.token_rows.count * _ID_BYTES
     if masks:
         # Documents are those of whole sequences, also if ranks share them.
-        each += sizes.own.count * sizes.context * _ID_BYTES
+        each += sizes.token_rows.count * sizes.context * _ID_BYTES
         if sizes.context == 1 and makes_dense_masks(config.attention, config.cluster.device):
             # A Boolean mask and the bias that is added to the scores, for every pair of tokens.
             each += sizes.sequences * sizes.tokens**2 * (1 + sizes.value_bytes)
