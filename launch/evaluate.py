@@ -5,7 +5,8 @@ if not __package__:
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ from infer.evaluate.answers import Answerer
 from infer.evaluate.folder import EvaluationFolder
 from infer.evaluate.run import OpenTask, Write, run_tasks
 from launch.config.errors import system_errors
-from launch.evaluation.checkpoint import describe_checkpoint
-from launch.evaluation.comparison import check_compared
-from launch.evaluation.outcome import write_outcome
-from launch.evaluation.ranks import Done, check_placement, evaluate_as_rank, evaluate_on_local_ranks
-from launch.evaluation.request import EvaluationJob, identity, read_job
-from launch.generation.ranks import local_cluster
-from launch.generation.source import load_model
+from launch.evaluation.outcome import check_compared, write_outcome
+from launch.evaluation.request import EvaluationJob, describe_checkpoint, identity, read_job
 from launch.help.command import command
 from launch.help.preview import plain_text
+from launch.job import PRELOADED, load_model, local_cluster, open_ranks
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
+from launch.ranks.workers import Send, run_on_local_ranks
+from train.config import InferenceConfig
 from train.config.decode import encode
+
+Done = Mapping[str, Collection[str | int]]
+"""The ids of the samples of each task that have a record, and are not evaluated again."""
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -39,8 +41,7 @@ def main(overrides: Sequence[str]) -> int:
                 check_compared(job.config.compare, tasks)
             _evaluate(job, tasks)
         finally:
-            for each in tasks:
-                each.task.close()
+            _close(tasks)
     return 0
 
 
@@ -48,18 +49,22 @@ def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration, checked, as YAML."""
     job = read_job(overrides)
     with system_errors():
-        for each in job.open_tasks():
-            each.task.close()
+        _close(job.open_tasks())
     return plain_text("evaluate", {**encode(job.config), **encode(job.tasks)})
 
 
+def _close(tasks: Sequence[OpenTask]) -> None:
+    for opened in tasks:
+        opened.task.close()
+
+
 def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
-    """Evaluates in a folder, or says that it is complete. Only rank 0 of torchrun writes there."""
-    placement = check_placement(job) if job.config.parallelism.world_size > 1 else None
-    if placement is not None and is_torchrun(os.environ):
-        apply_rank_environment(local_cluster(job.config.device, job.config.parallelism.world_size))
+    """Evaluates in a folder, or reports that it is complete. Only rank 0 of torchrun writes there."""
+    network = job.spread()
+    if network is not None and is_torchrun(os.environ):
+        apply_rank_environment(network.cluster)
         if is_other_rank(os.environ):
-            evaluate_as_rank(job, placement, None, lambda name, records: None)
+            _evaluate_as_rank(job, network, None, lambda name, records: None)
             return
     checkpoint = describe_checkpoint(job.source)
     path = Path(job.config.out).expanduser()
@@ -67,19 +72,22 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
         if folder.is_complete and not is_torchrun(os.environ):
             print(f"{path} is complete; nothing is evaluated", file=sys.stderr, flush=True)
             return
-        records = {each.name: folder.read(each.name) for each in tasks}
-        done = {name: {record["id"] for record in found} for name, found in records.items()}
+        records = {opened.name: folder.read(opened.name) for opened in tasks}
+        done = {name: {record["id"] for record in known} for name, known in records.items()}
 
         def write(name: str, fresh: list[dict[str, Any]]) -> None:
             folder.append(name, fresh)
             records[name].extend(fresh)
 
-        if placement is None:
+        if network is None:
             _evaluate_here(job, tasks, done, write)
         elif is_torchrun(os.environ):
-            evaluate_as_rank(job, placement, done, write)
+            _evaluate_as_rank(job, network, done, write)
         else:
-            evaluate_on_local_ranks(job, placement, done, write)
+            preloaded = [*PRELOADED, "train.evaluation.pipelined", "launch.evaluation.request"]
+            function = partial(_evaluate_as_local_rank, job, network, done)
+            num_ranks = network.parallelism.world_size
+            run_on_local_ranks(function, network.cluster, num_ranks, preloaded, lambda sent: write(*sent))
         print(write_outcome(job, tasks, records, checkpoint, folder), flush=True)
 
 
@@ -89,13 +97,34 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
     apply_rank_environment(local_cluster(job.config.device, 1))
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = threads
-    model = load_model(job.source, job.source.resolve(job.config.dtype), job.config.device)
+    source = job.source
+    model = load_model(source, job.config.dtype, job.config.device)
     from infer.evaluate.local import LocalModel
 
-    assert job.source.tokenizer is not None
-    local = LocalModel(model, job.config.batch_size)
-    answerer = Answerer(local, job.source.tokenizer, job.source.end_ids, job.source.model.max_position_tokens)
+    local, tokenizer = LocalModel(model, job.config.batch_size), source.needed_tokenizer("tasks")
+    answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)
     run_tasks(tasks, answerer, done, write)
+
+
+def _evaluate_as_local_rank(job: EvaluationJob, network: InferenceConfig, done: Done, send: Send) -> None:
+    _evaluate_as_rank(job, network, done, lambda *record: send(record))
+
+
+def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done | None, write: Write) -> None:
+    """Evaluates as one rank of the job. `done` and `write` of rank 0 are used."""
+    from train.evaluation.pipelined import PipelinedModel
+    from train.evaluation.together import share_done
+
+    source, tasks = job.source, job.open_tasks()
+    try:
+        with open_ranks(network) as pipeline:
+            world = pipeline.replica.world
+            model = PipelinedModel(pipeline.replica, job.config.batch_size, lambda: pipeline)
+            limit, tokenizer = source.model.max_position_tokens, source.needed_tokenizer("tasks")
+            answerer = Answerer(model, tokenizer, source.end_ids, limit)
+            run_tasks(tasks, answerer, share_done(world, done), write if world.rank == 0 else None)
+    finally:
+        _close(tasks)
 
 
 if __name__ == "__main__":

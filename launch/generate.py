@@ -5,38 +5,103 @@ if not __package__:
 
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, TextIO
 
+from comm.config import ParallelismConfig
 from data.progress import NoProgress, progress_on
-from infer.config import Statistics, check
+from dualpipe.config import ScheduleConfig
+from infer.config import Sampling, Speculative, Statistics, check
 from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from kernels.ranges import PositiveInt
+from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.generation.continuations import new_file
-from launch.generation.prompts import Prompt
-from launch.generation.ranks import (
-    RankJob,
-    as_text_tokens,
-    check_ranks,
-    generate_as_rank,
-    generate_on_local_ranks,
-    local_cluster,
-    with_drafts,
+from launch.config.output import open_output
+from launch.continuations import (
+    ContinuationWriter,
+    Form,
+    Prompt,
+    Stop,
+    Transcript,
+    read_prompts,
+    read_stop,
+    text_encoder,
 )
-from launch.generation.request import (
-    GenerateCommandConfig,
-    find_source,
-    open_writer,
-    read_config,
-    tokenize_prompts,
-)
-from launch.generation.source import GenerationSource, load_model
 from launch.help.command import command
 from launch.help.preview import plain_text
+from launch.job import (
+    PRELOADED,
+    Device,
+    WeightsKind,
+    WeightsSource,
+    find_weights,
+    load_model,
+    open_ranks,
+    spread_over_ranks,
+)
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
-from train.config.decode import encode
+from launch.ranks.workers import Send, run_on_local_ranks
+from train.config import InferenceConfig
+from train.config.decode import decode, encode
 from train.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateCommandConfig:
+    """Configuration of text generation. `conf/generate.yaml` explains the keys."""
+
+    ckpt: str
+    weights: WeightsKind
+    prompt: str | None
+    prompt_ids: tuple[int, ...] | None
+    prompts: str | None
+    chat: str | None
+    thinking: bool | None
+    out: str
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: Stop
+    seed: int
+    speculative: Speculative
+    batch_size: int
+    parallelism: ParallelismConfig
+    schedule: ScheduleConfig
+    cohorts: PositiveInt | None
+    dtype: Literal["auto", "float32", "bf16"]
+    device: Device
+    plugins: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateJob:
+    """What is generated: a checked configuration, weights that are not read yet, and prompts as token ids."""
+
+    config: GenerateCommandConfig
+    source: WeightsSource
+    prompts: list[Prompt]
+
+    @property
+    def request(self) -> Request:
+        """How prompts are continued."""
+        config = self.config
+        return Request(
+            samples=1,
+            max_new_tokens=config.max_new_tokens,
+            sampling=Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)}),
+            stop=frozenset((*config.stop.ids, *self.source.end_ids)),
+        )
+
+    def transcripts(self) -> list[Transcript]:
+        """Returns an empty transcript of each prompt."""
+        return [Transcript(prompt, self.source.tokenizer, self.config.stop.strings) for prompt in self.prompts]
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -45,138 +110,159 @@ def main(overrides: Sequence[str]) -> int:
     The text of a single prompt streams to standard output. The continuations of a prompt file are printed one after
     the other, each after a line with its prompt, or written to `out`. Statistics go to standard error.
     """
-    config = read_config(overrides)
+    config = _read_config(overrides)
     with system_errors():
-        source = find_source(config)
-        prompts = tokenize_prompts(config, source)
-        check(
-            source.model,
-            [prompt.tokens for prompt in prompts],
-            config.max_new_tokens,
-            config.speculative,
-            config.batch_size,
-        )
-        job = _job(config, source, prompts) if config.parallelism.world_size > 1 else None
-        if job is not None and is_torchrun(os.environ):
-            return _run_as_rank(config, source, prompts, job)
-        with new_file("out", config.out) if config.out else nullcontext(sys.stdout) as file:
-            statistics = (
-                _run(config, source, prompts, file) if job is None else _run_ranks(config, source, prompts, job, file)
-            )
-    _print_statistics(statistics)
-    return 0
-
-
-def _print_statistics(statistics: Statistics) -> None:
+        job = _read_job(config)
+        tokens = [prompt.tokens for prompt in job.prompts]
+        check(job.source.model, tokens, config.max_new_tokens, config.speculative, config.batch_size)
+        # Without drafts, ranks do not read the MTP modules.
+        source = job.source.without_mtp() if config.speculative is False else job.source
+        network = spread_over_ranks(source, config.dtype, config.device, config.parallelism, config.schedule)
+        request, rollouts = job.request, None
+        if network is not None and is_torchrun(os.environ):
+            apply_rank_environment(network.cluster)
+            rollouts = _generate_as_rank(job, network)
+            if is_other_rank(os.environ):
+                return 0
+        with open_output(config.out) as file:
+            if network is None:
+                statistics = _stream(job, request, file)
+            else:
+                rollouts = rollouts or _generate_on_local_ranks(job, network)
+                statistics = _write_rollouts(job, request, rollouts, file)
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
     line = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
     print(line, file=sys.stderr, flush=True)
+    return 0
 
 
 def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration, checked, as YAML."""
-    config = read_config(overrides)
+    config = _read_config(overrides)
     with system_errors():
-        tokenize_prompts(config, find_source(config))
-    stop = [*config.stop.ids, *config.stop.strings]
-    return plain_text("generate", {**encode(config), "stop": stop})
+        _read_job(config)
+    return plain_text("generate", {**encode(config), "stop": [*config.stop.ids, *config.stop.strings]})
 
 
-def _job(config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt]) -> RankJob:
-    """Returns what every rank runs, after all checks."""
-    world_size, started = config.parallelism.world_size, os.environ.get("WORLD_SIZE")
-    if is_torchrun(os.environ) and started != str(world_size):
-        raise ConfigError(
-            f"parallelism: {config.parallelism.axes('=')} makes {world_size} ranks, but torchrun started "
-            f"WORLD_SIZE={started}; start {world_size} ranks, or change parallelism"
-        )
-    model = with_drafts(source.model, config.speculative)
-    kind, cut = check_ranks(model, config.parallelism, config.schedule)
-    return RankJob(
-        ckpt=config.ckpt,
-        weights=config.weights,
-        model=model,
-        dtype=source.resolve(config.dtype),
-        cluster=local_cluster(config.device, world_size),
-        parallelism=config.parallelism,
-        kind=kind,
-        cut=cut,
-        prompts=tuple(
-            NumberedPrompt(number=number, tokens=tuple(prompt.tokens)) for number, prompt in enumerate(prompts)
-        ),
-        request=Request(
-            samples=1,
-            max_new_tokens=config.max_new_tokens,
-            sampling=config.sampling,
-            stop=config.stop_ids(source.end_ids),
-        ),
-        given=tuple(prompts),
-        tokenizer=source.tokenizer,
-        stop_strings=config.stop.strings,
+def _read_config(overrides: Sequence[str]) -> GenerateCommandConfig:
+    """Composes and checks the configuration. Everything after `prompt=` is used verbatim."""
+    # A prompt is text, not Hydra's grammar, in which brackets, colons and commas mean something.
+    prompts = [text for text in overrides if text.startswith("prompt=")]
+    values: dict[str, Any] = compose("generate", [text for text in overrides if text not in prompts])
+    if prompts:
+        values["prompt"] = prompts[-1].removeprefix("prompt=")
+    config = decode(GenerateCommandConfig, {**values, "stop": read_stop(values["stop"])})
+    chosen = [key for key in ("prompt", "prompt_ids", "prompts") if getattr(config, key) is not None]
+    if not chosen:
+        raise ConfigError("prompt: a value is needed; write prompt=TEXT, prompts=FILE or prompt_ids=[0,5,9]")
+    if len(chosen) > 1:
+        raise ConfigError(f"{chosen[1]}: must be left out if {chosen[0]} is set; choose one of them")
+    if config.chat is not None and config.prompt_ids is not None:
+        raise ConfigError(f"chat: must be null with prompt_ids, is {config.chat!r}; nearest valid: chat=null")
+    if config.out and config.prompts and os.path.realpath(config.out) == os.path.realpath(config.prompts):
+        raise ConfigError(f"out: must not be the file of prompts, which it would replace, is {config.out!r}")
+    return config
+
+
+def _read_job(config: GenerateCommandConfig) -> GenerateJob:
+    """Locates the weights, and reads all prompts and converts them to token ids.
+
+    An unreadable tokenizer does not matter if prompts and output are token ids.
+    """
+    needs_tokenizer = config.prompt_ids is None or bool(config.stop.strings)
+    # Without drafts, the MTP modules of a Hugging Face folder are not checked.
+    drop_mtp = config.speculative is False
+    source = find_weights(config.ckpt, config.weights, drop_mtp=drop_mtp, needs_tokenizer=needs_tokenizer)
+    tokenizer = source.tokenizer
+    if tokenizer is None and config.stop.strings:
+        raise ConfigError(f"stop: text needs a tokenizer, {source.folder} holds none; write token ids")
+    if config.prompt_ids is not None:
+        prompts = [Prompt(list(config.prompt_ids), list(config.prompt_ids))]
+        return GenerateJob(config=config, source=source, prompts=prompts)
+    if tokenizer is None:
+        key = "prompt" if config.prompts is None else "prompts"
+        raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
+    texts = read_prompts(config.prompt, config.prompts)
+    encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
+    return GenerateJob(config=config, source=source, prompts=[Prompt(text, encode_text(text)) for text in texts])
+
+
+def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: TextIO) -> ContinuationWriter:
+    form: Form = "live" if job.config.prompts is None else "blocks"
+    return ContinuationWriter(transcripts, file, "json" if job.config.out else form)
+
+
+def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
+    """Generates with the whole model in this process."""
+    config, transcripts = job.config, job.transcripts()
+    writer = _open_writer(job, transcripts, file)
+    model = load_model(job.source, config.dtype, config.device)
+    from infer.generate import Stream
+
+    stream = Stream(
+        model,
+        [prompt.tokens for prompt in job.prompts],
+        max_new_tokens=config.max_new_tokens,
+        sampling=request.sampling,
+        stop=request.stop,
         speculative=config.speculative,
-        cohorts=config.cohorts,
-        max_rows=config.batch_size,
+        batch_size=config.batch_size,
+        stop_condition=lambda index, token: transcripts[index].push(token),
     )
+    # Standard output shows text as it is generated; a file shows nothing.
+    progress, most = progress_on() if config.out else NoProgress(), len(job.prompts) * config.max_new_tokens
+    for piece in progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens"):
+        if piece.finish is not None:
+            transcripts[piece.index].end(piece.finish)
+        writer.update()
+    return stream.statistics
 
 
-def _run_ranks(
-    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], job: RankJob, file: TextIO
-) -> Statistics:
-    """Generates on local ranks, and writes the continuations."""
-    print(f"{config.parallelism.world_size} ranks read the weights of {source.folder}", file=sys.stderr, flush=True)
-    return _write_rollouts(config, source, prompts, generate_on_local_ranks(job), file)
-
-
-def _run_as_rank(
-    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], job: RankJob
-) -> int:
-    """Generates as a rank of torchrun. Rank 0 writes the continuations."""
-    apply_rank_environment(job.cluster)
-    rollouts = generate_as_rank(job)
-    if not is_other_rank(os.environ):
-        with new_file("out", config.out) if config.out else nullcontext(sys.stdout) as file:
-            _print_statistics(_write_rollouts(config, source, prompts, rollouts, file))
-    return 0
-
-
-def _write_rollouts(
-    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], rollouts: Rollouts, file: TextIO
-) -> Statistics:
-    transcripts, writer = open_writer(config, source, prompts, file)
-    stop = config.stop_ids(source.end_ids)
+def _write_rollouts(job: GenerateJob, request: Request, rollouts: Rollouts, file: TextIO) -> Statistics:
+    transcripts = job.transcripts()
+    writer = _open_writer(job, transcripts, file)
     for transcript, rollout in zip(transcripts, rollouts.rollouts, strict=True):
-        for token in as_text_tokens(rollout.tokens, stop):
+        # The stop token that ended a rollout is no text.
+        has_stop = rollout.tokens and rollout.tokens[-1] in request.stop
+        for token in rollout.tokens[:-1] if has_stop else rollout.tokens:
             transcript.push(token)
         transcript.end(rollout.finish)
         writer.update()
     return rollouts.statistics
 
 
-def _run(
-    config: GenerateCommandConfig, source: GenerationSource, prompts: Sequence[Prompt], file: TextIO
-) -> Statistics:
-    # Values of sampling are checked before the weights are read.
-    sampling, (transcripts, writer) = config.sampling, open_writer(config, source, prompts, file)
-    model = load_model(source, source.resolve(config.dtype), config.device)
-    from infer.generate import Stream
+def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Rollouts:
+    """Starts ranks on this machine and returns their rollouts. No rank outlives the call."""
+    num_ranks = network.parallelism.world_size
+    print(f"{num_ranks} ranks read the weights of {job.source.folder}", file=sys.stderr, flush=True)
+    preloaded = [*PRELOADED, "infer.engines.pipelined.engine"]
+    rollouts = run_on_local_ranks(partial(_generate, job, network), network.cluster, num_ranks, preloaded)
+    assert isinstance(rollouts, Rollouts)
+    return rollouts
 
-    stream = Stream(
-        model,
-        [prompt.tokens for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
-        stop=config.stop_ids(source.end_ids),
-        speculative=config.speculative,
-        batch_size=config.batch_size,
-        stop_condition=lambda index, token: transcripts[index].push(token),
-    )
-    # Standard output shows text as it is made; a file shows nothing.
-    progress, most = progress_on() if config.out else NoProgress(), len(prompts) * config.max_new_tokens
-    for piece in progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens"):
-        if piece.finish is not None:
-            transcripts[piece.index].end(piece.finish)
-        writer.update()
-    return stream.statistics
+
+def _generate(job: GenerateJob, network: InferenceConfig, send: Send) -> Rollouts:
+    return _generate_as_rank(job, network)
+
+
+def _generate_as_rank(job: GenerateJob, network: InferenceConfig) -> Rollouts:
+    """Generates as one rank, and returns all rollouts on every rank."""
+    from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
+
+    config = job.config
+    stop_condition: Callable[[int, int], bool] = lambda index, token: False  # noqa: E731
+    if config.stop.strings:
+        transcripts = job.transcripts()
+        stop_condition = lambda index, token: transcripts[index].push(token)  # noqa: E731
+    prompts = [NumberedPrompt(number=at, tokens=tuple(prompt.tokens)) for at, prompt in enumerate(job.prompts)]
+    with open_ranks(network) as pipeline:
+        engine = PipelinedEngine(
+            pipeline,
+            speculative=config.speculative,
+            sizes=CohortSizes(cohorts=config.cohorts, max_rows=config.batch_size),
+            stop_condition=stop_condition,
+        )
+        return engine.generate(prompts, job.request)
 
 
 if __name__ == "__main__":

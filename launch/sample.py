@@ -3,6 +3,7 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,39 +11,73 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from data.arithmetic.problems import Domain, check_domains
+from data.arithmetic.problems import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
-from data.chat.messages import ChatMessage
+from data.chat.fields import decode_line
+from data.chat.messages import ChatMessage, user
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.problems.records import ProblemRecord
+from data.corpus import DataError
+from data.problems.records import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
 from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet, check_reward, model_part_problem
+from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, check_reward, model_part_problem
 from infer.scoring.score import SCORERS, Answer, problem_of
-from kernels.ranges import PositiveInt
+from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.generation.continuations import new_file
-from launch.generation.prompts import find_template
-from launch.generation.source import GenerationSource, find_weights, load_model
+from launch.config.output import open_output
 from launch.help.command import command
 from launch.help.preview import plain_text
-from launch.sampling.journal import JOURNAL_SUFFIX, SampleJournal, ScoredSample
-from launch.sampling.problems import ProblemsConfig, digest_problems, load_problems
-from launch.sampling.selection import KeepConfig, SampleSelection, select
-from launch.sampling.summary import faults, summary
+from launch.job import Device, WeightsKind, WeightsSource, find_template, find_weights, load_model
+from launch.scored_samples import (
+    JOURNAL_SUFFIX,
+    KeepConfig,
+    SampleJournal,
+    SampleSelection,
+    ScoredSample,
+    faults,
+    select,
+    summary,
+)
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 
+LARGEST_LINE_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileProblemsConfig:
+    """Problems of a file of JSON lines with `prompt` and `answer`, or `prompt` and `tests`."""
+
+    kind: Literal["file"]
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArithmeticProblemsConfig:
+    """Generated problems: sort or reverse the digits of a number. `conf/problems/` explains the keys."""
+
+    kind: Literal["arithmetic"]
+    count: PositiveInt
+    domains: tuple[Domain, ...]
+    num_digits: PositiveInt
+    part: Literal["train", "held_out"]
+    generator_seed: NonNegativeInt
+
+
+ProblemsConfig = FileProblemsConfig | ArithmeticProblemsConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleCommandConfig:
-    """Configuration of rejection sampling; see `conf/sample.yaml`."""
+    """Configuration of rejection sampling. `conf/sample.yaml` explains the keys."""
 
     ckpt: str
-    weights: Literal["trained", "ema"]
+    weights: WeightsKind
     problems: ProblemsConfig
     out: str
     chat: str
@@ -59,7 +94,7 @@ class SampleCommandConfig:
     speculative: Speculative
     batch_size: PositiveInt
     dtype: Literal["auto", "float32", "bf16"]
-    device: Literal["cpu", "cuda"]
+    device: Device
     plugins: tuple[str, ...]
 
 
@@ -67,7 +102,7 @@ class SampleCommandConfig:
 class SamplingJob:
     """What is sampled: weights that are not read yet, problems, and prompts as token ids."""
 
-    source: GenerationSource
+    source: WeightsSource
     tokenizer: Tokenizer
     template: ChatTemplate
     thinking: bool
@@ -93,7 +128,7 @@ def main(overrides: Sequence[str]) -> int:
                 with Reward(config.reward) as reward:
                     _sample(config, job, left, journal, reward)
             selection = select(journal.samples, config.keep, job.template, thinking=job.thinking)
-            with new_file("out", config.out) as file:
+            with open_output(config.out) as file:
                 for record in _records(job, journal.samples, selection, made_with):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
         print(summary(journal.samples, selection, config.keep.easy_rate), flush=True)
@@ -128,37 +163,23 @@ def _read(overrides: Sequence[str]) -> SampleCommandConfig:
 def _prepare(config: SampleCommandConfig) -> SamplingJob:
     """Reads problems and encodes prompts, and checks everything that needs no weights."""
     source = find_weights(config.ckpt, config.weights, drop_mtp=config.speculative is False, needs_tokenizer=True)
-    if source.tokenizer is None:
-        raise ConfigError(f"ckpt: problems need a tokenizer, {source.folder} holds none")
-    template = find_template(config.chat, source.folder, source.tokenizer, thinking=config.thinking)
+    tokenizer = source.needed_tokenizer("problems")
+    template = find_template(config.chat, source.folder, tokenizer, thinking=config.thinking)
     thinking = template.thinks if config.thinking is None else config.thinking
     check_reward(config.reward)
     problems = load_problems(config.problems)
     _check_fields(config.reward, problems)
-    prompts = [
-        NumberedPrompt(
-            number=number,
-            tokens=tuple(encode_prompt(each.messages, template, source.tokenizer, thinking=thinking)),
-        )
-        for number, each in enumerate(problems)
-    ]
-    sampling = Sampling(
-        **{each.name: getattr(config, each.name) for each in fields(Sampling) if hasattr(config, each.name)}
-    )
-    check(
-        source.model,
-        [prompt.tokens for prompt in prompts],
-        config.max_new_tokens,
-        config.speculative,
-        config.batch_size,
-    )
+    tokens = [tuple(encode_prompt(problem.messages, template, tokenizer, thinking=thinking)) for problem in problems]
+    names = [field.name for field in fields(Sampling) if hasattr(config, field.name)]
+    sampling = Sampling(**{name: getattr(config, name) for name in names})
+    check(source.model, tokens, config.max_new_tokens, config.speculative, config.batch_size)
     return SamplingJob(
         source=source,
-        tokenizer=source.tokenizer,
+        tokenizer=tokenizer,
         template=template,
         thinking=thinking,
         problems=problems,
-        prompts=prompts,
+        prompts=[NumberedPrompt(number=at, tokens=prompt) for at, prompt in enumerate(tokens)],
         request=Request(
             samples=config.num_samples,
             max_new_tokens=config.max_new_tokens,
@@ -172,11 +193,11 @@ def _check_fields(reward: RewardConfig, problems: Sequence[ProblemRecord]) -> No
     """Rejects a problem to which no part of the reward with a verdict applies."""
     kinds = [part.kind for part in reward.parts if part.weight]
     wanted = {field: kind for kind in kinds if (field := SCORERS.get(kind).needs) is not None}
-    for each in problems:
-        if wanted and not any(getattr(each, field) is not None for field in wanted):
+    for problem in problems:
+        if wanted and not any(getattr(problem, field) is not None for field in wanted):
             field, kind = next(iter(wanted.items()))
             raise ConfigError(
-                f"{each.place}: {field}: must be given, because the reward has the part {kind}, is missing; "
+                f"{problem.place}: {field}: must be given, because the reward has the part {kind}, is missing; "
                 f"nearest: reward={'code' if field == 'answer' else 'maths'}"
             )
 
@@ -189,7 +210,7 @@ def _made_with(config: SampleCommandConfig, job: SamplingJob) -> dict[str, Any]:
         "weights": config.weights,
         "dtype": job.source.resolve(config.dtype),
         "speculative": config.speculative,
-        "problems": digest_problems(job.problems),
+        "problems": _digest_problems(job.problems),
         "chat": next(name for name, each in CHAT_TEMPLATES.items() if each is job.template),
         "thinking": job.thinking,
         "num_samples": config.num_samples,
@@ -207,7 +228,7 @@ def _sample(
     reward: Reward,
 ) -> None:
     """Samples and scores the problems that are left, a few at a time."""
-    model = load_model(job.source, job.source.resolve(config.dtype), config.device)
+    model = load_model(job.source, config.dtype, config.device)
     from infer.engines.local import LocalEngine
 
     engine: Engine = LocalEngine(model, speculative=config.speculative, batch_size=config.batch_size)
@@ -226,7 +247,9 @@ def _sample(
             for at, prompt in enumerate(block)
         ]
         for prompt, group, scored in zip(block, groups, reward.score_groups(groups), strict=True):
-            journal.append(prompt.number, tuple(map(_to_sample, group.answers, scored.sheets)))
+            pairs = zip(group.answers, scored.sheets, strict=True)
+            samples = tuple(ScoredSample(**asdict(answer), sheet=sheet) for answer, sheet in pairs)
+            journal.append(prompt.number, samples)
         print(f"{len(journal.samples)} of {len(job.prompts)} problems", file=sys.stderr, flush=True)
 
 
@@ -236,10 +259,6 @@ def _to_answer(rollout: Rollout, job: SamplingJob) -> Answer:
     tokens = rollout.tokens[:-1] if is_finished else rollout.tokens
     text = job.tokenizer.decode(tokens)
     return Answer(text=THINK + text if job.thinking else text, num_tokens=len(rollout.tokens), is_finished=is_finished)
-
-
-def _to_sample(answer: Answer, sheet: ScoreSheet) -> ScoredSample:
-    return ScoredSample(text=answer.text, num_tokens=answer.num_tokens, is_finished=answer.is_finished, sheet=sheet)
 
 
 def _records(
@@ -271,6 +290,52 @@ def _to_plain(message: ChatMessage) -> dict[str, Any]:
     """Returns a message as the reader of conversations accepts it, without absent fields."""
     values = asdict(message)
     return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
+    """Returns the problems in order."""
+    match config:
+        case FileProblemsConfig(path=path):
+            return _read_file(Path(path).expanduser())
+        case ArithmeticProblemsConfig():
+            check_domains(config.domains, "problems.domains")
+            seed, count = config.generator_seed, config.count
+            problems = arithmetic_problems(seed, count, config.num_digits, config.part, config.domains)
+            return [
+                ProblemRecord(
+                    key=problem.prompt,
+                    messages=(user(problem.prompt),),
+                    answer=problem.answer,
+                    tests=None,
+                    place=f"problems: number {number}",
+                )
+                for number, problem in enumerate(problems)
+            ]
+
+
+def _digest_problems(problems: Sequence[ProblemRecord]) -> str:
+    """Returns a hash of the problems, which identifies them when sampling is resumed."""
+    content = [[repr(each.messages), each.answer, repr(each.tests)] for each in problems]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _read_file(path: Path) -> list[ProblemRecord]:
+    found = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if len(line) > LARGEST_LINE_BYTES:
+                    raise DataError(f"{path}:{number}: must have at most {LARGEST_LINE_BYTES} bytes, has {len(line)}")
+                if line.strip():
+                    place = f"{path}:{number}"
+                    found.append(read_problem(decode_line(line, place), str(number), place, needs_answer=True))
+    except OSError as error:
+        raise DataError(
+            f"problems.path: must be a file of JSON lines, {str(path)!r} cannot be read: {error}"
+        ) from error
+    if not found:
+        raise DataError(f"problems.path: must have at least one problem, {str(path)!r} has none")
+    return found
 
 
 if __name__ == "__main__":

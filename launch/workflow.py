@@ -1,24 +1,131 @@
-"""Runs commands in order and compares what they learned: `python -m launch.workflow`."""
+"""Runs commands in order and compares their results: `python -m launch.workflow`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
+import json
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, Literal
 
+from infer.scoring.pass_rates import PassRates
+from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.help.command import command
 from launch.help.preview import plain_text
-from launch.workflows.config import WorkflowCommand, plain_values, read_workflow, workflow_commands
-from launch.workflows.progress import WorkflowProgress
-from launch.workflows.table import workflow_table
+from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
+
+STATE_NAME = "workflow.json"
+_NUM_COLUMNS = 3
+"""Of each evaluation in the table: pass@1, maj@n and tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkflowPart:
+    """A part of a workflow: a command, and whether the weights in the part's folder are evaluated."""
+
+    command: Literal["convert", "generate", "redraw", "sample", "score_teacher", "train"]
+    overrides: tuple[str, ...]
+    evaluate: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workflow:
+    """The parts of a workflow by name, in order, and the evaluations that follow those with `evaluate`.
+
+    Evaluations are overrides of `launch.sample` by name.
+    """
+
+    name: str
+    evaluations: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, WorkflowPart]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkflowCommandConfig:
+    """Configuration of the command. `conf/workflow.yaml` explains the keys."""
+
+    workflow: Workflow
+    out_dir: str
+    train: tuple[str, ...]
+    sample: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkflowCommand:
+    """A command that a workflow runs.
+
+    Attributes:
+        name: of the command line, unique within the workflow.
+        part: name of the part.
+        evaluation: name of the evaluation of that part; None: the part itself.
+        arguments: after `python -m`.
+    """
+
+    name: str
+    part: str
+    evaluation: str | None
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns the line for a shell."""
+        return f"python -m {shlex.join(self.arguments)}"
+
+
+class WorkflowProgress:
+    """The commands of a workflow that are done, and the seconds of each, in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the file of a folder, which is created."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / STATE_NAME
+        self._records: dict[str, dict[str, Any]] = {}
+        if self._path.is_file():
+            try:
+                self._records = {str(key): dict(record) for key, record in json.loads(self._path.read_text()).items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ConfigError(
+                    f"out_dir: {str(self._path)!r} must be the state of a workflow, cannot be read: {error}; "
+                    "nearest valid: another folder"
+                ) from error
+
+    def is_done(self, line: WorkflowCommand) -> bool:
+        """Returns whether a command is done."""
+        record = self._records.get(line.name)
+        if record is None or not record["is_done"]:
+            return False
+        if record["command"] != str(line):
+            raise ConfigError(
+                f"out_dir: {line.name} must be as in {str(self._path)!r}, was {record['command']!r}, is {str(line)!r}; "
+                "nearest valid: another out_dir, or the same overrides"
+            )
+        return True
+
+    def add(self, line: WorkflowCommand, seconds: float, *, is_done: bool) -> None:
+        """Adds the seconds of a command that ended, and writes the file."""
+        self._records[line.name] = {
+            "command": str(line),
+            "seconds": self.seconds(line) + seconds,
+            "is_done": is_done,
+        }
+        partial = self._path.with_name(f"{STATE_NAME}.partial")
+        partial.write_text(json.dumps(self._records, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self._path)
+
+    def seconds(self, line: WorkflowCommand) -> float:
+        """Returns the seconds of a command, those of interrupted attempts included."""
+        return float(self._records.get(line.name, {"seconds": 0.0})["seconds"])
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -41,7 +148,7 @@ def main(overrides: Sequence[str]) -> int:
 
 def preview(overrides: Sequence[str]) -> str:
     """Returns the command's configuration as YAML."""
-    return plain_text("workflow", plain_values(read_workflow(overrides)))
+    return plain_text("workflow", encode(read_workflow(overrides)))
 
 
 def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
@@ -75,6 +182,63 @@ def _terminated_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def read_workflow(overrides: Sequence[str]) -> WorkflowCommandConfig:
+    """Composes and decodes the configuration of the command."""
+    return decode(WorkflowCommandConfig, compose("workflow", overrides))
+
+
+def workflow_commands(config: WorkflowCommandConfig) -> list[WorkflowCommand]:
+    """Returns the commands of all parts and evaluations, in order."""
+    commands = []
+    further = {"train": config.train, "sample": config.sample}
+    for name, part in config.workflow.parts.items():
+        arguments = (f"launch.{part.command}", *part.overrides, *further.get(part.command, ()))
+        commands.append(WorkflowCommand(name=name, part=name, evaluation=None, arguments=arguments))
+        for evaluation, overrides in config.workflow.evaluations.items() if part.evaluate else ():
+            files = (f"ckpt={config.out_dir}/{name}", f"out={evaluation_file(config, name, evaluation)}")
+            arguments = ("launch.sample", *files, *overrides, *config.sample)
+            command_name = f"{name}/{evaluation}"
+            commands.append(WorkflowCommand(name=command_name, part=name, evaluation=evaluation, arguments=arguments))
+    return commands
+
+
+def evaluation_file(config: WorkflowCommandConfig, part: str, evaluation: str) -> str:
+    """Returns the file of the right answers of an evaluation; all answers are in its journal."""
+    return f"{config.out_dir}/evaluations/{part}_{evaluation}.jsonl"
+
+
+def workflow_table(config: WorkflowCommandConfig, lines: Sequence[WorkflowCommand], progress: WorkflowProgress) -> str:
+    """Returns pass rates and numbers of tokens after each part, and the seconds of all commands."""
+    rates = dict[tuple[str, str], PassRates]()
+    for line in lines:
+        if line.evaluation is not None:
+            journal = Path(evaluation_file(config, line.part, line.evaluation) + JOURNAL_SUFFIX).expanduser()
+            rates[line.part, line.evaluation] = measured_rates(read_samples(journal))
+    names = list(config.workflow.evaluations)
+    num_samples = next((str(rate.num_samples) for rate in rates.values()), "n")
+    columns = ("pass@1", f"maj@{num_samples}", "tokens")
+    rows = [["part", *(f"{name} {column}" for name in names for column in columns), "seconds"]]
+    for line in lines:
+        if line.evaluation is None:
+            cells = [cell for name in names for cell in _cells(rates.get((line.part, name)))]
+            rows.append([line.part, *cells, f"{progress.seconds(line):.0f}"])
+    empty = [""] * (_NUM_COLUMNS * len(names))
+    evaluating = sum(progress.seconds(line) for line in lines if line.evaluation is not None)
+    rows.append(["evaluations", *empty, f"{evaluating:.0f}"])
+    rows.append(["total", *empty, f"{sum(map(progress.seconds, lines)):.0f}"])
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _cells(rates: PassRates | None) -> list[str]:
+    if rates is None:
+        return [""] * _NUM_COLUMNS
+    return [f"{rates.pass_at_1:.3f}", f"{rates.maj_at_n:.2f}", f"{rates.mean_tokens:.1f}"]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Writes the output of a command to a file or to standard output."""
 
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from train.config.errors import ConfigError
 
@@ -23,3 +26,34 @@ def write_output(text: str, out: str) -> None:
             partial.unlink()
         raise ConfigError(f"out: {out!r} must be a file that can be written: {error.strerror}") from error
     print(f"wrote {path}")
+
+
+@contextmanager
+def open_output(out: str) -> Iterator[TextIO]:
+    """Opens standard output if `out` is empty, or a text file.
+
+    The file is written as NAME.partial, and renamed when it is complete. If an error interrupts the writing,
+    NAME.partial stays, and a line on stderr says so. An empty file is removed.
+    """
+    if not out:
+        yield sys.stdout
+        return
+    path = Path(out).expanduser()
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("w", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"out: {out!r} must be a file that can be written: {error}") from error
+    try:
+        with file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        if partial.stat().st_size:
+            print(f"out: not complete; the output so far is in {partial}", file=sys.stderr, flush=True)
+        else:
+            partial.unlink()
+        raise

@@ -1,11 +1,11 @@
 """Opens weights as a model of lm-evaluation-harness."""
 
 import importlib.util
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from infer.evaluate.answers import Answerer
 from launch.config.errors import system_errors
-from launch.generation.source import find_weights, load_model
+from launch.job import Device, Dtype, WeightsKind, find_weights, load_model
 from train.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def open_harness_model(
     ckpt: str,
     *,
-    weights: Literal["trained", "ema"] = "trained",
-    dtype: Literal["auto", "float64", "float32", "bf16"] = "auto",
-    device: Literal["cpu", "cuda"] = "cpu",
+    weights: WeightsKind = "trained",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
     batch_size: int = 32,
     seed: int = 0,
 ) -> "HarnessModel":
@@ -32,14 +32,13 @@ def open_harness_model(
         raise ConfigError("lm_eval: must be installed, is not; run pip install '.[lm-eval]'")
     with system_errors():
         source = find_weights(ckpt, weights, drop_mtp=True, needs_tokenizer=True)
-    if source.tokenizer is None:
-        raise ConfigError(f"ckpt: tasks need a tokenizer, {source.folder} holds none")
+    tokenizer = source.needed_tokenizer("tasks")
     if source.model.head != "tokens":
         raise ConfigError(f"ckpt: model.head must be tokens, {source.folder} has {source.model.head}")
-    model = load_model(source, source.resolve(dtype), device)
+    model = load_model(source, dtype, device)
     from infer.evaluate.harness import HarnessModel
     from infer.evaluate.local import LocalModel
 
     local = LocalModel(model, batch_size)
-    answerer = Answerer(local, source.tokenizer, source.end_ids, source.model.max_position_tokens)
-    return HarnessModel(answerer, source.tokenizer, seed=seed, name=str(source.folder))
+    answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)
+    return HarnessModel(answerer, tokenizer, seed=seed, name=str(source.folder))

@@ -1,9 +1,12 @@
 """Reads the request of `launch.evaluate`: configuration, weights and tasks. Imports no torch."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
@@ -12,29 +15,31 @@ from infer.evaluate.registry import EVALUATION_TASKS
 from infer.evaluate.run import OpenTask, open_tasks
 from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose
-from launch.generation.source import GenerationSource, find_weights
-from train.checkpoint.manifest import digest
+from launch.job import Device, Dtype, WeightsKind, WeightsSource, find_weights, spread_over_ranks
+from train.checkpoint.manifest import MANIFEST_NAME, digest
+from train.config import InferenceConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 from train.config.evaluation import EvaluationTasksConfig
 
 FORMAT = 1
+_HASHED_SUFFIXES = (".safetensors", ".json", ".model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateCommandConfig:
-    """Configuration of an evaluation: weights, output and ranks (`conf/evaluate.yaml`)."""
+    """Configuration of an evaluation. `conf/evaluate.yaml` explains the keys."""
 
     ckpt: str
-    weights: Literal["trained", "ema"]
+    weights: WeightsKind
     out: str
     compare: str | None
     seed: NonNegativeInt
     batch_size: PositiveInt
     parallelism: ParallelismConfig
     schedule: ScheduleConfig
-    dtype: Literal["auto", "float64", "float32", "bf16"]
-    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+    device: Device
     plugins: tuple[str, ...]
 
 
@@ -44,13 +49,11 @@ class EvaluationJob:
 
     config: EvaluateCommandConfig
     tasks: EvaluationTasksConfig
-    source: GenerationSource
+    source: WeightsSource
 
     def open_tasks(self) -> list[OpenTask]:
         """Builds the tasks, which check all of their files."""
-        source = self.source
-        if source.tokenizer is None:
-            raise ConfigError(f"ckpt: tasks need a tokenizer, {source.folder} holds none")
+        source, tokenizer = self.source, self.source.needed_tokenizer("tasks")
         for name in self.tasks.tasks:
             heads = EVALUATION_TASKS.get(name).heads
             if source.model.head not in heads:
@@ -58,10 +61,14 @@ class EvaluationJob:
                     f"tasks: {name} needs weights with model.head={' or '.join(heads)}, {source.folder} has "
                     f"{source.model.head}; nearest valid: other tasks or weights"
                 )
-        context = TaskContext(
-            tokenizer=source.tokenizer, max_tokens=source.model.max_position_tokens, seed=self.config.seed
-        )
+        limit, seed = source.model.max_position_tokens, self.config.seed
+        context = TaskContext(tokenizer=tokenizer, max_tokens=limit, seed=seed)
         return open_tasks(self.tasks.tasks, self.tasks.settings, context)
+
+    def spread(self) -> InferenceConfig | None:
+        """Returns how ranks hold the model together, or None if one process holds the whole model."""
+        config = self.config
+        return spread_over_ranks(self.source, config.dtype, config.device, config.parallelism, config.schedule)
 
 
 def read_job(overrides: Sequence[str]) -> EvaluationJob:
@@ -74,9 +81,9 @@ def read_job(overrides: Sequence[str]) -> EvaluationJob:
         raise ConfigError(f"tasks: must name at least one task, is []; valid: {', '.join(EVALUATION_TASKS.names())}")
     if not config.out:
         raise ConfigError("out: a value is needed, is empty; write out=FOLDER")
-    found = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True)
-    source = replace(found, model=replace(found.model, mtp_depth=0))  # no task uses MTP modules
-    return EvaluationJob(config=config, tasks=tasks, source=source)
+    source = find_weights(config.ckpt, config.weights, drop_mtp=True, needs_tokenizer=True)
+    # No task uses MTP modules.
+    return EvaluationJob(config=config, tasks=tasks, source=source.without_mtp())
 
 
 def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -96,3 +103,25 @@ def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
             for path in EVALUATION_TASKS.get(name).files(job.tasks.settings[name])
         },
     }
+
+
+def describe_checkpoint(source: WeightsSource) -> dict[str, Any]:
+    """Returns folder, kind, step and hash of weights.
+
+    The manifest of a checkpoint has the hash of every file, and so its hash is that of the weights. All files of a
+    Hugging Face folder are read.
+    """
+    if source.is_hf:
+        paths = sorted(path for path in source.folder.iterdir() if path.suffix in _HASHED_SUFFIXES)
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(digest, paths)
+            hashes = {path.name: file.sha256 for path, file in zip(paths, digests, strict=True)}
+        return {"folder": str(source.folder), "kind": "huggingface", "step": None, "weights": "trained", **_sum(hashes)}
+    manifest = json.loads((source.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    hashes = {name: str(file["sha256"]) for name, file in manifest["files"].items()}
+    folder, step = str(source.folder.resolve()), manifest["step"]
+    return {"folder": folder, "kind": "checkpoint", "step": step, "weights": source.weights, **_sum(hashes)}
+
+
+def _sum(hashes: dict[str, str]) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}

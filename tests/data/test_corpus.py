@@ -13,9 +13,9 @@ from data.chat.lines import read_json_lines
 from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
 from infer.evaluate.folder import read_records
 from infer.evaluate.lines import read_lines
-from launch.generation.prompts import read_prompts
-from launch.sampling.journal import read_samples
-from launch.sampling.problems import FileProblemsConfig, load_problems
+from launch.continuations import read_prompts
+from launch.sample import FileProblemsConfig, load_problems
+from launch.scored_samples import read_samples
 
 EMBEDDED = EmbeddedSource(kind="embedded")
 

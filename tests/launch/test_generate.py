@@ -19,7 +19,7 @@ from infer.config import GenerateError, Sampling
 from infer.generate import generate
 from kernels.quantize import quantize_128x128
 from launch.generate import main
-from launch.generation.source import find_weights, load_model
+from launch.job import find_weights, load_model
 from model.config import InferencePrecision
 from model.hf.convert import save_hf
 from model.hf.errors import HfError
@@ -157,13 +157,13 @@ def test_weights_of_a_run_in_fp8_have_its_products(
     write_checkpoint(tmp_path, make_model(dtype=torch.bfloat16), tokenizer=False, precision=trained)
     source = find_weights(str(tmp_path), "trained", drop_mtp=False, needs_tokenizer=False)
     assert (source.resolve("auto"), source.resolve("bf16")) == (precision, "bf16")
-    for chosen in (source.resolve("auto"), source.resolve("bf16")):
-        model = load_model(source, chosen, "cpu")
+    for dtype in ("auto", "bf16"):
+        model = load_model(source, dtype, "cpu")
         assert next(model.parameters()).dtype is torch.bfloat16
         with mock.patch("model.precision.fp8.maps.quantize_128x128", wraps=quantize_128x128) as quantize:
             generate(model, [[0, 5, 9]], max_new_tokens=2)
         rounded = {call.kwargs["power_of_two"] for call in quantize.call_args_list}
-        assert rounded == (set() if chosen == "bf16" else {scales == "power_of_two"})
+        assert rounded == (set() if dtype == "bf16" else {scales == "power_of_two"})
 
 
 def test_bfloat16_weights_are_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

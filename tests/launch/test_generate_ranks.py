@@ -11,8 +11,8 @@ import torch
 
 from dualpipe.ir import ScheduleError
 from infer.config import GenerateError
+from launch import generate
 from launch.generate import main
-from launch.generation import ranks
 from launch.ranks import workers
 from launch.ranks.workers import RankError
 from model.config import CutError
@@ -107,7 +107,7 @@ def test_torchrun_ranks_write_once(run: Path) -> None:
 def test_layout_that_does_not_fit_is_refused_before_ranks_start(
     overrides: str, error: type[ValueError], parts: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "generate_as_rank", lambda job: pytest.fail("a rank started"))
+    monkeypatch.setattr(generate, "run_on_local_ranks", lambda *job: pytest.fail("a rank started"))
     with pytest.raises(error) as caught:
         main([f"ckpt={run}", "prompt=a", *overrides.split()])
     for part in parts:

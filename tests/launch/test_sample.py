@@ -20,8 +20,7 @@ from infer.engines.protocol import NumberedPrompt, Request
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score
 from launch.sample import main
-from launch.sampling.journal import ScoredSample
-from launch.sampling.selection import KeepConfig, select, to_message
+from launch.scored_samples import KeepConfig, ScoredSample, select, to_message
 from tests.launch.checkpoints import write_run
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate

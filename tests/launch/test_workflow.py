@@ -11,11 +11,10 @@ import launch.workflow
 from infer.scoring.reward import ScoreSheet
 from launch.config.compose import compose
 from launch.config.groups import options
-from launch.sampling.journal import JOURNAL_SUFFIX, SampleJournal, ScoredSample
-from launch.workflow import main
-from launch.workflows.config import plain_values, read_workflow, workflow_commands
-from launch.workflows.progress import STATE_NAME
+from launch.scored_samples import JOURNAL_SUFFIX, SampleJournal, ScoredSample
+from launch.workflow import STATE_NAME, main, read_workflow, workflow_commands
 from tests.commands import run_command
+from train.config.decode import encode
 from train.config.errors import ConfigError
 
 RIGHT, WRONG = (ScoreSheet(total=0.0, outcome=outcome, parts={}) for outcome in ("correct", "wrong"))  # type: ignore[arg-type]
@@ -150,7 +149,7 @@ def test_workflow_rejects_invalid_values(override: str, message: str) -> None:
 
 
 def test_workflow_configuration_is_printed_as_its_files_have_it() -> None:
-    assert plain_values(read_workflow(["workflow=post"])) == compose("workflow", ["workflow=post"])
+    assert encode(read_workflow(["workflow=post"])) == compose("workflow", ["workflow=post"])
 
 
 class ForkedCommand:

@@ -16,7 +16,7 @@ from dualpipe.simulate.costs import Costs
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne
-from model.config import Computing, ModelConfig, Products, Recomputed
+from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
 from train.config.guards import GuardConfig
@@ -55,6 +55,27 @@ class Fp8PrecisionConfig:
 
 
 Precision = PrecisionConfig | Fp8PrecisionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceConfig:
+    """A network that ranks hold together to generate, and where its weights are.
+
+    Attributes:
+        ckpt: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
+        model: the architecture. Without MTP modules, those of the weights are not read.
+        kind: schedule whose placement is used.
+        cut: layers of each stage.
+    """
+
+    ckpt: str
+    weights: Literal["trained", "ema"]
+    model: ModelConfig
+    dtype: InferencePrecision
+    cluster: ClusterConfig
+    parallelism: ParallelismConfig
+    kind: str
+    cut: tuple[range, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,6 +41,8 @@ def encode(instance: object) -> Any:
         return {field.name: encode(getattr(instance, field.name)) for field in fields(instance)}
     if isinstance(instance, tuple):
         return [encode(item) for item in instance]
+    if isinstance(instance, Mapping):
+        return {key: encode(item) for key, item in instance.items()}
     return instance
 
 
@@ -81,6 +83,9 @@ def _decode(hint: Any, value: object, place: str) -> Any:
         return _decode_choice(get_args(hint), value, place)
     if origin is tuple:
         return _decode_tuple(hint, value, place)
+    if origin is Mapping:
+        item = get_args(hint)[1]
+        return {str(key): _decode(item, inner, _join(place, key)) for key, inner in _mapping(value, place).items()}
     if is_dataclass(hint):
         return _decode_dataclass(hint, value, place)
     return _decode_scalar(hint, value, place)

@@ -3,12 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import distributed as dist
 
-from comm.config import AllToAllDispatchConfig, ClusterConfig, DispatchConfig, LocalDispatchConfig, ParallelismConfig
+from comm.config import AllToAllDispatchConfig, DispatchConfig, LocalDispatchConfig
 from comm.dispatch.requirements import TokenSizes
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
@@ -16,41 +15,16 @@ from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from dualpipe.build import build
 from infer.batch import PROMPT_TOKENS
-from model.config import Computing, InferencePrecision, ModelConfig, products_of
+from model.config import Computing, products_of
 from model.transformer import named_tensors
 from train.checkpoint.sources import WeightSource, is_hf_folder, open_source, source_folder
-from train.checkpoint.weights import CheckpointReader, WeightsKind
-from train.config import BatchConfig, PrecisionConfig
+from train.checkpoint.weights import CheckpointReader
+from train.config import BatchConfig, InferenceConfig, PrecisionConfig
 from train.network import ReplicaConfig
 from train.post.pipeline import ReplicaPipeline
 from train.replica import open_replica
 from train.schedule.placement import embedding_ranks, is_mirrored
 from train.world import open_world
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InferenceConfig:
-    """A network for generation, and where its weights are.
-
-    Attributes:
-        ckpt: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
-        weights: the trained weights, or their moving average.
-        model: the architecture. Without MTP modules, those of the weights are not read.
-        dtype: type of the weights.
-        cluster: the machines.
-        parallelism: the mesh.
-        kind: schedule whose placement is used.
-        cut: layers of each stage.
-    """
-
-    ckpt: str
-    weights: WeightsKind
-    model: ModelConfig
-    dtype: InferencePrecision
-    cluster: ClusterConfig
-    parallelism: ParallelismConfig
-    kind: str
-    cut: tuple[range, ...]
 
 
 @contextmanager

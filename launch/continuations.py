@@ -1,17 +1,19 @@
-"""Reads prompts, stop conditions and the tokenizer for text generation. Imports no torch."""
+"""Reads prompts and stop conditions of generated text, and writes continuations. Imports no torch."""
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TextIO
 
-from data.chat.encode import check_tokens, encode_prompt
-from data.chat.jinja import template_of
+from data.chat.encode import encode_prompt
 from data.chat.messages import user
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import decode_json
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import find_tokenizer_file
+from infer.config import Finish
+from infer.text import TextStream
+from launch.job import find_template
 from train.config.errors import ConfigError, nearest
 
 
@@ -62,12 +64,6 @@ def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
     return [_field(f"prompts: {prompts!r}, line {number}", line) for number, line in numbered]
 
 
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """Loads the tokenizer next to weights, or returns None if there is no tokenizer file."""
-    path = find_tokenizer_file(folder)
-    return None if path is None else Tokenizer.load(path)
-
-
 def text_encoder(
     chat: str | None, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None
 ) -> Callable[[str], list[int]]:
@@ -78,31 +74,6 @@ def text_encoder(
         return tokenizer.prompt
     template = find_template(chat, folder, tokenizer, thinking=thinking)
     return lambda text: encode_prompt([user(text)], template, tokenizer, thinking=thinking)
-
-
-def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None) -> ChatTemplate:
-    """Returns the template of chats."""
-    name = _template_name(chat, folder)
-    template = CHAT_TEMPLATES.get(name)
-    if thinking and template.thoughts is None:
-        valid = " or ".join(name for name, each in CHAT_TEMPLATES.items() if each.thoughts is not None)
-        raise ConfigError(f"thinking: must be false with chat={name}, is true; nearest valid: chat={valid}")
-    check_tokens(template.required_tokens, name, tokenizer, "chat")
-    return template
-
-
-def _template_name(chat: str, folder: Path) -> str:
-    names = CHAT_TEMPLATES.names()
-    name = template_of(folder) if chat == "auto" else chat
-    if name is None:
-        raise ConfigError(
-            f"chat: auto needs weights of a run on chats, {folder} has no template that is known; nearest valid: "
-            f"one of {', '.join(names)}"
-        )
-    if name not in names:
-        choices = [*names, "auto"]
-        raise ConfigError(f"chat: must be one of {', '.join(choices)}, is {chat!r}; {nearest(chat, choices)}")
-    return name
 
 
 def _field(place: str, line: str) -> str:
@@ -137,3 +108,79 @@ def _near(path: Path) -> str:
         return ""
     names = [other.name for other in path.parent.iterdir() if other.suffix in (".txt", ".jsonl")]
     return f"; {nearest(path.name, names)}" if names else ""
+
+
+class Transcript:
+    """A prompt and its continuation so far."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer | None, stop_strings: Sequence[str]) -> None:
+        """Starts with an empty continuation. Without a tokenizer it has only token ids, no text."""
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish: Finish | None = None
+        self._stream = (
+            None
+            if tokenizer is None
+            else TextStream(tokenizer.decode, stop_strings, tokenizer.text_context(prompt.tokens))
+        )
+
+    @property
+    def in_form_of_prompt(self) -> str:
+        """The continuation in the form of the prompt: text or token ids."""
+        return self.text if isinstance(self.prompt.given, str) else " ".join(map(str, self.tokens))
+
+    def push(self, token: int) -> bool:
+        """Appends a token and returns whether a stop string has appeared."""
+        self.tokens.append(token)
+        if self._stream is None:
+            return False
+        self.text += self._stream.push(token)
+        return self._stream.is_stopped
+
+    def end(self, finish: Finish) -> None:
+        """Ends the continuation; no token follows."""
+        self.finish = finish
+        if self._stream is not None:
+            self.text += self._stream.close()
+
+    def json_line(self) -> str:
+        """Returns a JSON line with prompt, text (null without a tokenizer), tokens and finish reason."""
+        text = self.text if self._stream is not None else None
+        record = {"prompt": self.prompt.given, "text": text, "tokens": self.tokens, "finish": self.finish}
+        return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+Form = Literal["live", "blocks", "json"]
+
+
+class ContinuationWriter:
+    """Writes a single continuation as it grows, or complete ones in the order of their prompts."""
+
+    def __init__(
+        self, transcripts: Sequence[Transcript], file: TextIO, form: Literal["live", "blocks", "json"]
+    ) -> None:
+        """Prepares to write; writes nothing yet."""
+        self._transcripts = transcripts
+        self._file = file
+        self._form = form
+        self._position = 0
+
+    def update(self) -> None:
+        """Writes what is new: text, or the complete continuations whose predecessors are written."""
+        if self._form == "live":
+            (transcript,) = self._transcripts
+            text = transcript.in_form_of_prompt
+            self._write(text[self._position :] + ("\n" if transcript.finish else ""))
+            self._position = len(text)
+            return
+        while self._position < len(self._transcripts) and self._transcripts[self._position].finish is not None:
+            transcript = self._transcripts[self._position]
+            self._position += 1
+            heading = f"== {self._position} of {len(self._transcripts)}: {transcript.prompt.given!r}\n"
+            block = f"{heading}{transcript.in_form_of_prompt}\n"
+            self._write(transcript.json_line() if self._form == "json" else block)
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()

@@ -1,0 +1,246 @@
+"""Finds weights, loads them, and spreads them over ranks, for commands that generate or evaluate.
+
+Imports torch only to load weights, and on ranks, so that all checks run before.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from comm.config import ClusterConfig, ParallelismConfig
+from data.chat.encode import check_tokens
+from data.chat.jinja import template_of
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.corpus import DataError
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import find_tokenizer_file
+from dualpipe.config import ScheduleConfig
+from dualpipe.registry import FALLBACK, SCHEDULES, check_size
+from launch.config.model_rules import check_expert_ranks, check_experts
+from launch.ranks.environment import is_torchrun
+from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
+from model.hf.config import CONFIG_NAME
+from model.hf.json_file import read_json
+from train.checkpoint.manifest import read_precision
+from train.checkpoint.sources import is_hf_folder, source_config, source_folder
+from train.config import InferenceConfig
+from train.config.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
+    from train.post.pipeline import ReplicaPipeline
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "float64", "float32", "bf16"]
+WeightsKind = Literal["trained", "ema"]
+PRELOADED = ("train.post.inference", "launch.job")
+"""Modules that ranks import once, before they are forked."""
+_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsSource:
+    """Weights that are not read yet.
+
+    Attributes:
+        ckpt: as the user named them.
+        folder: the checkpoint, or the Hugging Face folder.
+        tokenizer: of the folder, if it has one.
+        end_ids: ids of the tokens that end a text.
+        drop_mtp: whether the MTP modules of a Hugging Face folder are left out.
+        precision: of the run that trained the weights; float32 for others.
+    """
+
+    ckpt: str
+    folder: Path
+    is_hf: bool
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    end_ids: tuple[int, ...]
+    weights: WeightsKind
+    drop_mtp: bool
+    precision: InferencePrecision
+
+    def resolve(self, dtype: Dtype) -> InferencePrecision:
+        """Returns what a command's `dtype` means: auto is the precision of the run."""
+        return self.precision if dtype == "auto" else dtype
+
+    def needed_tokenizer(self, users: str) -> Tokenizer:
+        """Returns the tokenizer, or rejects weights without one.
+
+        Args:
+            users: what needs it, in the plural.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(f"ckpt: {users} need a tokenizer, {self.folder} holds none")
+        return self.tokenizer
+
+    def without_mtp(self) -> "WeightsSource":
+        """Returns the weights without MTP modules."""
+        return replace(self, model=replace(self.model, mtp_depth=0))
+
+
+def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_tokenizer: bool) -> WeightsSource:
+    """Locates weights without reading them.
+
+    MTP modules of a Hugging Face folder that are dropped are not checked. A tokenizer that cannot be read is an error
+    only if it is needed.
+    """
+    folder, is_hf, end_ids = source_folder(ckpt, "ckpt"), is_hf_folder(ckpt), list[int]()
+    drop_mtp = drop_mtp and is_hf
+    model = source_config(ckpt, "ckpt", drop_mtp=drop_mtp)
+    if is_hf and weights == "ema":
+        raise ConfigError(f"weights: must be trained, as ckpt={ckpt} is a Hugging Face folder, is ema")
+    if is_hf:
+        ends = read_json(folder / CONFIG_NAME).get("eos_token_id")
+        end_ids = [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
+    try:
+        path = find_tokenizer_file(folder)
+        tokenizer = None if path is None else Tokenizer.load(path)
+    except DataError:
+        if needs_tokenizer:
+            raise
+        tokenizer = None
+    if tokenizer is not None:
+        end_ids.append(tokenizer.end_of_sentence_id)
+    return WeightsSource(
+        ckpt=ckpt,
+        folder=folder,
+        is_hf=is_hf,
+        model=model,
+        tokenizer=tokenizer,
+        end_ids=tuple(end_ids),
+        weights=weights,
+        drop_mtp=drop_mtp,
+        precision="float32" if is_hf else read_precision(folder, "ckpt"),
+    )
+
+
+def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bool | None) -> ChatTemplate:
+    """Returns the template that `chat` names, or that of the weights in a folder for `auto`."""
+    names = CHAT_TEMPLATES.names()
+    name = template_of(folder) if chat == "auto" else chat
+    if name is None:
+        raise ConfigError(
+            f"chat: auto needs weights of a run on chats, {folder} has no template that is known; nearest valid: "
+            f"one of {', '.join(names)}"
+        )
+    if name not in names:
+        choices = [*names, "auto"]
+        raise ConfigError(f"chat: must be one of {', '.join(choices)}, is {chat!r}; {nearest(chat, choices)}")
+    template = CHAT_TEMPLATES.get(name)
+    if thinking and template.thoughts is None:
+        valid = " or ".join(name for name, spec in CHAT_TEMPLATES.items() if spec.thoughts is not None)
+        raise ConfigError(f"thinking: must be false with chat={name}, is true; nearest valid: chat={valid}")
+    check_tokens(template.required_tokens, name, tokenizer, "chat")
+    return template
+
+
+def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transformer":
+    """Loads the whole model into this process, and reports it on standard error."""
+    # Printed first: importing torch takes a second or more.
+    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
+    # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
+    precision = source.resolve(dtype)
+    torch_dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
+    if source.is_hf:
+        from model.hf.convert import load_hf
+
+        model = load_hf(source.folder, torch_dtype, drop_mtp=source.drop_mtp)
+    else:
+        from train.checkpoint.load import load_whole
+
+        products = products_of(precision)
+        model = load_whole(source.model, source.folder, torch_dtype, "ckpt", source.weights, products=products)
+    return model.to(torch.device(device))
+
+
+def spread_over_ranks(
+    source: WeightsSource, dtype: Dtype, device: Device, mesh: ParallelismConfig, schedule: ScheduleConfig
+) -> InferenceConfig | None:
+    """Returns how ranks hold the model together, checked, or None if one process holds the whole model."""
+    started = os.environ.get("WORLD_SIZE")
+    if mesh.world_size == 1:
+        return None
+    if is_torchrun(os.environ) and started != str(mesh.world_size):
+        raise ConfigError(
+            f"parallelism: {mesh.axes('=')} makes {mesh.world_size} ranks, but torchrun started "
+            f"WORLD_SIZE={started}; start {mesh.world_size} ranks, or change parallelism"
+        )
+    kind, cut = _check_ranks(source.model, mesh, schedule)
+    return InferenceConfig(
+        ckpt=source.ckpt,
+        weights=source.weights,
+        model=source.model,
+        dtype=source.resolve(dtype),
+        cluster=local_cluster(device, mesh.world_size),
+        parallelism=mesh,
+        kind=kind,
+        cut=cut,
+    )
+
+
+def _check_ranks(
+    model: ModelConfig, mesh: ParallelismConfig, schedule: ScheduleConfig
+) -> tuple[str, tuple[range, ...]]:
+    """Returns the kind of schedule whose placement is used, and the layers of each stage."""
+    if mesh.context > 1:
+        raise ConfigError(
+            f"parallelism.context: must be 1, because ranks that generate hold whole sequences, is {mesh.context}; "
+            f"nearest valid: parallelism.context=1 parallelism.data={mesh.stage_ranks}"
+        )
+    check_expert_ranks(mesh)
+    check_experts(model, mesh.expert)
+    kind = FALLBACK if schedule.kind == "auto" else schedule.kind
+    check_size(kind, mesh.pipeline, 2 * mesh.pipeline, ranks_key="parallelism.pipeline")
+    chunks = SCHEDULES.get(kind).chunk_choices(schedule.chunks)[0]
+    num_stages = mesh.pipeline * chunks
+    if mesh.cut.kind != "listed":
+        return kind, cut_layers(model.num_layers, num_stages, model.mtp_depth, stages_per_rank=chunks)
+    sizes = mesh.cut.layers
+    if len(sizes) != num_stages or sum(sizes) != model.num_layers or 0 in sizes[1:-1]:
+        even = cut_layers(model.num_layers, num_stages, model.mtp_depth, stages_per_rank=chunks)
+        raise CutError(
+            f"parallelism.cut: must list the layers of {num_stages} stages that add up to {model.num_layers}, is "
+            f"{list(sizes)}; nearest valid: {[len(layers) for layers in even]}, or auto"
+        )
+    return kind, cut_at(sizes)
+
+
+def local_cluster(device: Device, num_ranks: int) -> ClusterConfig:
+    """Returns the configuration of ranks that share this machine, or of those of torchrun."""
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    return ClusterConfig(
+        device=device,
+        backend="nccl" if device == "cuda" else "gloo",
+        ranks_per_node=ranks_per_node,
+        threads_per_rank=max(1, (os.cpu_count() or 1) // ranks_per_node),
+        timeout_seconds=_TIMEOUT_SECONDS,
+        peak_flops=None,
+        memory_bytes=None,
+        memory_reserve_bytes=0,
+        grace_seconds=10.0,
+        max_restarts=0,
+    )
+
+
+@contextmanager
+def open_ranks(network: InferenceConfig) -> "Iterator[ReplicaPipeline]":
+    """Loads this rank's part of a model. All ranks call it."""
+    from comm.groups import ClusterError
+    from train.post.inference import open_pipeline
+
+    try:
+        with open_pipeline(network) as pipeline:
+            yield pipeline
+    except ClusterError as error:
+        raise ConfigError(f"device: {error}") from error

@@ -1,1 +1,0 @@
-"""Workflows of several commands: their parts, progress and results."""
