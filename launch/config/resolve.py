@@ -1,11 +1,10 @@
-"""Resolves values that depend on files, such as the model of given weights, and checks the files.
+"""Replaces values that depend on files, such as the model of given weights, and checks the files of a run.
 
-This is the only step of reading a configuration that accesses files. `resolve` replaces values such as `auto` with
-final values, which `read_config` decodes. `check_files` checks a decoded configuration against the files that it names.
+Only `resolve` and the checks of this module access files: `resolve` before values are decoded, the checks after.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,9 @@ from typing import Any, Literal
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
 from data.tokenizer_files import find_tokenizer_file, other_tokenizer
+from infer.evaluate.lines import checked_file
+from infer.evaluate.registry import EVALUATION_TASKS
 from infer.scoring.reward import check_problems
-from launch.config.evaluation_rules import check_evaluation
 from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig, ladder
 from train.checkpoint.compatible import check_compatible
@@ -24,7 +24,7 @@ from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.checkpoint.verify import verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
-from train.config.decode import decode, encode
+from train.config.decode import decode
 from train.config.errors import ConfigError, nearest, nearest_key
 from train.corpus import MOST_REPEATS, check_repeats
 from train.second_network import check_model_parts
@@ -36,58 +36,66 @@ _MOMENTS = Literal["auto", "float32", "bf16"]
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fills in the composed values that depend on the initial weights or on the resumed run."""
-    resolved = _with_moments(values)
-    model, data, plugins = values.get("model"), values.get("data"), values.get("plugins")
+    """Fills in the composed values of a run that depend on its weights or on the resumed run.
+
+    A value of a wrong type is kept; the decoder reports it.
+    """
+    resolved = dict(values)
+    plugins, model, data = values.get("plugins"), values.get("model"), values.get("data")
     weights = named_weights(values.get("init_from"))
-    if isinstance(model, Mapping):
-        expanded = expand_model(model, weights, values.get("init_mtp"))
-        resolved["model"] = _with_task(expanded, model.get("head"), values.get("task"))
     if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
         # Absolute paths, because ranks and later runs may have another working directory.
         resolved["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
+    if isinstance(model, Mapping):
+        expanded = expand_model(model, weights, values.get("init_mtp"))
+        resolved["model"] = _with_task(expanded, model.get("head"), values.get("task"))
     if isinstance(data, Mapping) and "tokenizer" in data:
-        tokenizer = expand_tokenizer(data["tokenizer"], weights, _resumed(values))
-        resolved["data"] = {**data, "tokenizer": tokenizer}
-        size, shape = data.get("tokenizer_vocab_size"), resolved.get("model")
-        if size is None and isinstance(shape, Mapping) and "vocab_size" in shape:
+        resolved["data"] = {**data, "tokenizer": expand_tokenizer(data["tokenizer"], weights, values)}
+        shape = resolved.get("model")
+        if data.get("tokenizer_vocab_size") is None and isinstance(shape, Mapping) and "vocab_size" in shape:
             resolved["data"]["tokenizer_vocab_size"] = shape["vocab_size"]
+    optim, precision = values.get("optim"), values.get("precision")
+    # Decoded here, because an error must still list `auto` as a choice.
+    if (
+        isinstance(optim, Mapping)
+        and "moments" in optim
+        and decode(_MOMENTS, optim["moments"], "optim.moments") == "auto"  # type: ignore[arg-type, comparison-overlap]
+    ):
+        is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
+        resolved["optim"] = {**optim, "moments": "bf16" if is_fp8 else "float32"}
     return resolved
 
 
-def check_files(config: TrainConfig) -> None:
-    """Rejects a run whose text, checkpoint or initial weights are missing or do not fit."""
-    check_text(config, check_data(config))
-    check_evaluation(config)
-    TASKS.get(config.task.kind).check_files(config)
-    check_model_parts(config)
-    problems = DATA_SOURCES.get(config.data.source.kind).problems
-    if config.reward is not None and problems is not None:
-        check_problems(config.reward, partial(problems, config.data.source))
-    if not _check_resume(config):
-        _check_start(config)
-
-
 def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
-    """Returns the keys of a `ModelConfig` from the composed keys of `model`."""
+    """Returns the keys of a `ModelConfig` from the composed keys of `model`, which may have a `kind` instead.
+
+    Args:
+        init_from: weights that the key `init_from` names, if any.
+        init_mtp: value of the key `init_mtp`; with `drop`, `of_checkpoint` has no MTP modules.
+    """
     if "kind" not in model:
         return dict(model)
-    kinds: dict[str, Callable[[], ModelConfig]] = {
-        "ladder": lambda: _ladder_step(model.get("size")),
-        "of_checkpoint": lambda: _model_of_checkpoint(init_from, drop_mtp=init_mtp == "drop"),
-    }
-    kind = model["kind"]
+    kind, kinds = model["kind"], {"ladder": ("kind", "size"), "of_checkpoint": ("kind",)}
     if kind not in kinds:
         raise ConfigError(
             f"model.kind: must be one of {', '.join(kinds)}, is {kind!r}; {nearest(str(kind), list(kinds))}"
         )
-    own = ("kind", "size") if kind == "ladder" else ("kind",)
-    changes = {key: value for key, value in model.items() if key not in own}
+    changes = {key: value for key, value in model.items() if key not in kinds[kind]}
     for key in changes:
         if key not in _MODEL_KEYS:
-            choices = [f"model.{name}" for name in (*own, *_MODEL_KEYS)]
+            choices = [f"model.{name}" for name in (*kinds[kind], *_MODEL_KEYS)]
             raise ConfigError(f"model.{key}: unknown key; {nearest_key(f'model.{key}', choices)}")
-    return {**encode(kinds[kind]()), **changes}
+    size = model.get("size")
+    if kind == "ladder" and (type(size) is not int or size < 1):
+        raise ConfigError(f"model.size: must be a whole number of at least 1, is {size!r}; nearest valid: 1")
+    if kind == "ladder":
+        return {**asdict(ladder(size)), **changes}
+    if not isinstance(init_from, str):
+        raise ConfigError(
+            "model: of_checkpoint reads the architecture from init_from, which names no weights; "
+            "write init_from=FOLDER, or choose another model"
+        )
+    return {**asdict(source_config(init_from, "init_from", drop_mtp=init_mtp == "drop")), **changes}
 
 
 def _with_task(model: dict[str, Any], given: object, task: object) -> dict[str, Any]:
@@ -110,96 +118,64 @@ def _with_task(model: dict[str, Any], given: object, task: object) -> dict[str, 
     return {**model, "head": head if given is None else given}
 
 
-def _ladder_step(size: object) -> ModelConfig:
-    if type(size) is not int or size < 1:
-        raise ConfigError(f"model.size: must be a whole number of at least 1, is {size!r}; nearest valid: 1")
-    return ladder(size)
+def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str, Any]) -> object:
+    """Returns the file that `data.tokenizer` refers to, or None if a tokenizer must be trained.
 
-
-def _model_of_checkpoint(init_from: object, *, drop_mtp: bool) -> ModelConfig:
-    if not isinstance(init_from, str):
-        raise ConfigError(
-            "model: of_checkpoint reads the architecture from init_from, which names no weights; "
-            "write init_from=FOLDER, or choose another model"
-        )
-    return source_config(init_from, "init_from", drop_mtp=drop_mtp)
-
-
-def expand_tokenizer(tokenizer: object, init_from: object, resume: object) -> object:
-    """Returns the file that `data.tokenizer` refers to.
-
-    Args:
-        tokenizer: `auto`, a file, or a folder with a `tokenizer.json`: a Hugging Face folder, a checkpoint or a run's
-            folder.
-        init_from: weights that the key `init_from` names, if any; `auto` uses their tokenizer, if they have one.
-        resume: value of the key `resume`; `auto` uses the tokenizer of that run, if its tokenizer was not trained.
-
-    Returns:
-        A file's path, or None if a tokenizer must be trained. A value that is not a string is returned unchanged; the
-        decoder reports it.
+    `auto` is the tokenizer of the resumed run, unless it was trained, or else that of the weights, if they have one. A
+    folder with a `tokenizer.json` is that of weights, a checkpoint or a run. A value that is no string is returned
+    unchanged; the decoder reports it.
     """
     if not isinstance(tokenizer, str):
         return tokenizer
+    path, rule = Path(tokenizer).expanduser(), f"must be auto, null, a {TOKENIZER_NAME} or a folder that holds one"
     if tokenizer == "auto":
-        found = _tokenizer_of_run(resume) if isinstance(resume, str) else _tokenizer_of_weights(init_from)
-        return None if found is None else str(found)
-    path = Path(tokenizer).expanduser()
+        file = _own_tokenizer(weights, values)
+        return None if file is None else str(file)
     if tokenizer and path.is_dir():
-        return str(_tokenizer_in(path))
+        folder = locate(str(path), "data.tokenizer").folder if (path / CHECKPOINTS_NAME).is_dir() else path
+        file = find_tokenizer_file(folder)
+        if file is None:
+            problem = other_tokenizer(folder) or "holds none"
+            raise ConfigError(f"data.tokenizer: {str(folder)!r} must hold a {TOKENIZER_NAME}, {problem}")
+        return str(file)
     if not tokenizer or not path.is_file():
         near = nearest(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
         hint = near if near.startswith("did you mean") else "nearest valid: auto, or null, which trains one"
-        rule = f"must be auto, null, a {TOKENIZER_NAME} or a folder that holds one"
         raise ConfigError(f"data.tokenizer: {rule}, is {tokenizer!r}; {hint}")
     return tokenizer
 
 
-def _tokenizer_of_weights(init_from: object) -> Path | None:
-    if not isinstance(init_from, str):
+def _own_tokenizer(weights: str | None, values: Mapping[str, Any]) -> Path | None:
+    """Returns the tokenizer file of the resumed run or of the weights, if there is one."""
+    resume, out_dir = values.get("resume"), values.get("out_dir")
+    if resume == AUTO:
+        has_folder = isinstance(out_dir, str) and bool(out_dir)
+        newest = newest_whole(Path(str(out_dir)).expanduser(), check=verify_sizes) if has_folder else None
+        resume = None if newest is None else str(newest)
+    if isinstance(resume, str):
+        folder = locate(resume, check=verify_sizes).folder
+        data = read_manifest(folder).get("data")
+        return folder / TOKENIZER_NAME if isinstance(data, dict) and data.get("tokenizer") == "given" else None
+    if weights is None:
         return None
-    folder = source_folder(init_from, "init_from")
-    path = find_tokenizer_file(folder)
-    if path is None and (found := other_tokenizer(folder)):
-        raise ConfigError(f"data.tokenizer: auto uses the tokenizer of init_from={init_from}, which {found}")
-    return path
+    folder = source_folder(weights, "init_from")
+    file = find_tokenizer_file(folder)
+    if file is None and (problem := other_tokenizer(folder)):
+        raise ConfigError(f"data.tokenizer: auto uses the tokenizer of init_from={weights}, which {problem}")
+    return file
 
 
-def _tokenizer_of_run(resume: str) -> Path | None:
-    folder = locate(resume, check=verify_sizes).folder
-    data = read_manifest(folder).get("data")
-    is_given = isinstance(data, dict) and data.get("tokenizer") == "given"
-    return folder / TOKENIZER_NAME if is_given else None
-
-
-def _tokenizer_in(folder: Path) -> Path:
-    if (folder / CHECKPOINTS_NAME).is_dir():
-        folder = locate(str(folder), "data.tokenizer").folder
-    path = find_tokenizer_file(folder)
-    if path is None:
-        found = other_tokenizer(folder) or "holds none"
-        raise ConfigError(f"data.tokenizer: {str(folder)!r} must hold a {TOKENIZER_NAME}, {found}")
-    return path
-
-
-def _resumed(values: Mapping[str, Any]) -> object:
-    """Returns the value of `resume`. For `auto`, returns the newest checkpoint in `out_dir`, or None."""
-    out_dir = values.get("out_dir")
-    if values.get("resume") != AUTO or not isinstance(out_dir, str) or not out_dir:
-        return values.get("resume") if values.get("resume") != AUTO else None
-    folder = newest_whole(Path(out_dir).expanduser(), check=verify_sizes)
-    return None if folder is None else str(folder)
-
-
-def _with_moments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces `optim.moments=auto` with the type that fits the precision."""
-    optim, precision = values.get("optim"), values.get("precision")
-    if not isinstance(optim, Mapping) or "moments" not in optim:
-        return dict(values)
-    # Decoded here, because an error must still list `auto` as a choice.
-    if decode(_MOMENTS, optim["moments"], "optim.moments") != "auto":  # type: ignore[arg-type]
-        return dict(values)
-    is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
-    return {**values, "optim": {**optim, "moments": "bf16" if is_fp8 else "float32"}}
+def check_files(config: TrainConfig) -> None:
+    """Rejects a run whose text, checkpoint or initial weights are missing or do not fit."""
+    check_text(config, check_data(config))
+    _check_evaluation(config)
+    TASKS.get(config.task.kind).check_files(config)
+    check_model_parts(config)
+    problems = DATA_SOURCES.get(config.data.source.kind).problems
+    if config.reward is not None and problems is not None:
+        check_problems(config.reward, partial(problems, config.data.source))
+    if not _check_resume(config):
+        _check_start(config)
 
 
 def check_data(config: TrainConfig) -> int:
@@ -300,3 +276,24 @@ def _check_start(config: TrainConfig) -> None:
         # Listing a checkpoint's tensors imports torch, which reads settings from the environment at import.
         apply_rank_environment(config.cluster)
     check_initial(config)
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    """Rejects tasks that the model cannot do, and files that do not exist."""
+    tasks = config.evaluation.tasks
+    for name in tasks.tasks:
+        spec = EVALUATION_TASKS.get(name)
+        if config.model.head not in spec.heads:
+            raise ConfigError(
+                f"evaluation.tasks: {name} needs a model with model.head={' or '.join(spec.heads)}, task.kind="
+                f"{config.task.kind} has {config.model.head}; nearest valid: evaluation.tasks=[]"
+            )
+        settings = tasks.settings[name]
+        for key in spec.required:
+            if not getattr(settings, key):
+                raise ConfigError(
+                    f"evaluation.{name}.{key}: a value is needed if evaluation.tasks has {name}, is "
+                    f"{getattr(settings, key)}; write evaluation.{name}.{key}=FILE"
+                )
+        for path in spec.files(settings):
+            checked_file(f"evaluation.{name}", path)

@@ -1,12 +1,8 @@
-"""Advice for common mistakes: suggests the override that a user most likely meant.
-
-The table of advice is `advice.yaml`. It is read only after a command line was rejected.
-"""
+"""Suggests the override that a user most likely meant, after a command line was rejected."""
 
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,71 +12,42 @@ import yaml
 from launch.config.compose import known_keys, switches
 from launch.config.errors import SyntaxOverrideError
 from launch.config.groups import default_groups, options
-from train.config.decode import decode
 from train.config.errors import ConfigError, UnknownKeyError, nearest_key
 
-BARE_PATH = "<path>"
-"""Key in the table for a path that was written without a key."""
-_UNKNOWN = "unknown key"
-_OPTIONAL = {"commands": ["train", "submit"], "values": None, "why": _UNKNOWN, "write": []}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Advice:
-    """An entry of the table.
-
-    Attributes:
-        keys: key names that match, in lower case with underscores.
-        commands: commands for which the entry applies.
-        values: regular expression for the whole value; None matches any value of a key that the command does not have.
-        why: explanation of the rule.
-        write: recommended overrides; if empty, the advice is to leave the key out.
-        example: a value that matches.
-    """
-
-    keys: tuple[str, ...]
-    commands: tuple[str, ...]
-    values: str | None
-    why: str
-    write: tuple[str, ...]
-    example: str
-
-    def overrides(self, value: str) -> list[str]:
-        """Returns the recommended overrides."""
-        return [_fill(text, value or self.example) for text in self.write]
-
-    def text(self, value: str, error: str = "") -> str:
-        """Returns the rule and the recommendation, to be printed after the key in an error.
-
-        Args:
-            value: the value that the user wrote; if empty, the example is used.
-            error: the error message without advice, after the key.
-        """
-        written = " ".join(_shell_word(text) for text in self.overrides(value))
-        why = _fill(self.why, value or self.example).replace("{error}", error)
-        return f"{why}; nearest valid: {written}" if written else f"{why}; leave it out"
+_HUB_KEYS = ("model", "init_from", "ckpt", "path", "teacher", "data.tokenizer")
+_HUB_NAME = re.compile(r"(?!(outputs?|runs?|models?|checkpoints?|weights|data)/)[\w-][\w.-]*/[\w.-]+")
+"""A name on the Hugging Face Hub, rather than a path."""
+_PATHS = {
+    "train": "if it is text to train on; data=files data.paths=[{value}]",
+    "submit": "if it is text to train on; data=files data.paths=[{value}]",
+    "generate": "if it is a folder with weights; ckpt={value}",
+    "sample": "if it is a folder with weights; ckpt={value}",
+    "evaluate": "if it is a folder with weights; ckpt={value}",
+    "convert": "if it is the folder with weights; path={value}",
+    "redraw": "if it is the run's folder; run={value}",
+}
+"""For each command, the advice for a path without a key, written as in `advice.yaml`."""
 
 
 @cache
-def advice_table() -> tuple[Advice, ...]:
-    """Returns the table in its order; the first matching entry applies."""
-    lines = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
-    return tuple(decode(Advice, {**_OPTIONAL, **line}, f"advice[{place}]") for place, line in enumerate(lines))
+def aliases() -> Mapping[str, str]:
+    """Returns the advice for each key of other trainers."""
+    table: dict[str, str] = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
+    return table
 
 
-def find_advice(command: str, key: str, value: str, *, is_unknown: bool) -> Advice | None:
-    """Returns the first entry of the table that matches what the user wrote, or None.
+def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
+    """Returns why a key of another trainer does not exist, and the overrides that replace it.
 
-    If the command has no such key (`is_unknown`), the key's last part is looked up after the whole key.
+    Returns None if there is no such alias, or if the command has no such keys. The key's last part is looked up too.
     """
     name = key.lower().replace("-", "_")
-    for written in dict.fromkeys((name, name.rpartition(".")[2]) if is_unknown else (name,)):
-        for line in advice_table():
-            if command not in line.commands or written not in line.keys:
-                continue
-            if is_unknown if line.values is None else re.fullmatch(line.values, value, re.IGNORECASE):
-                return line
-    return None
+    advice = aliases().get(name) or aliases().get(name.rpartition(".")[2])
+    if advice is None:
+        return None
+    why, overrides = _filled(advice, value)
+    known = _known_keys(command)
+    return (why, overrides) if all(text.partition("=")[0] in known for text in overrides[:1]) else None
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
@@ -91,14 +58,18 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
     key = re.sub(r"\[\d+\]$", "", text.partition(":")[0])
     for argument in reversed(arguments):
         written, _, value = argument.lstrip("+").partition("=")
-        if written == key:
-            line = find_advice(command, key, value, is_unknown=isinstance(error, UnknownKeyError))
-            return text if line is None else f"{key}: {line.text(value, text.removeprefix(f'{key}: '))}"
+        if written != key:
+            continue
+        if isinstance(error, UnknownKeyError) and (advice := alias_overrides(command, key, value)) is not None:
+            return f"{key}: {_sentence(*advice)}"
+        if key in _HUB_KEYS and _HUB_NAME.fullmatch(value) and not Path(value).exists():
+            return f"{key}: {_hub_advice(key, value)}"
+        return text
     return text
 
 
 def refuse_flags(command: str, arguments: Sequence[str]) -> None:
-    """Rejects flags: `--key value`, `--key=value` and single letters."""
+    """Rejects flags (`--key value`, `--key=value` and single letters), and suggests the equivalent override."""
     for index, argument in enumerate(arguments):
         if not argument.startswith("-"):
             continue
@@ -113,14 +84,14 @@ def refuse_flags(command: str, arguments: Sequence[str]) -> None:
 
 def repeated_notes(arguments: Sequence[str]) -> list[str]:
     """Returns a note for every key with several different values, of which the last one is used."""
-    given: dict[str, list[str]] = {}
+    values_by_key: dict[str, list[str]] = {}
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
         if has_value:
-            given.setdefault(key, []).append(value)
+            values_by_key.setdefault(key, []).append(value)
     return [
         f"note: {key} is given as {' and '.join(dict.fromkeys(values))}; the last one, {values[-1]}, is used"
-        for key, values in given.items()
+        for key, values in values_by_key.items()
         if len(set(values)) > 1
     ]
 
@@ -130,12 +101,9 @@ def _meant(command: str, key: str, value: str) -> str:
     known = _known_keys(command)
     if key in known:
         return f"nearest valid: {_shell_word(f'{key}={value or _default(known[key])}')}"
-    line = find_advice(command, key, value, is_unknown=True)
-    return (
-        line.text(value).removeprefix(f"{_UNKNOWN}; ")
-        if line is not None
-        else f"{nearest_key(key, list(known))}; --help WORD searches"
-    )
+    if (advice := alias_overrides(command, key, value or "...")) is not None:
+        return _sentence(*advice).removeprefix("unknown key; ")
+    return f"{nearest_key(key, list(known))}; --help WORD searches"
 
 
 def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
@@ -156,22 +124,28 @@ def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | No
     if colon and rest and key in known:
         return f"{text}: a value follows =; {_meant(command, key, rest.strip())}"
     value = "" if "=" in after[0] or after[0].startswith("-") else after[0]
-    if text in known or (find_advice(command, text, value, is_unknown=True) and "=" not in before):
+    if text in known or (alias_overrides(command, text) and "=" not in before):
         return f"{text}: a value follows =; {_meant(command, text, value)}"
     groups = [group for group in default_groups(command) if text in options(group)]
     if groups:
         return f"{text}: is an option of {' and '.join(groups)}; nearest valid: {groups[-1]}={text}"
     if "=" in before:
-        words = [before, *_bare_words(arguments[index:])]
-        return f"{text}: is not name=value; if it belongs to the value before it: {shlex.quote(' '.join(words))}"
-    line = find_advice(command, BARE_PATH, text, is_unknown=False)
-    return None if line is None else f"{text}: {line.text(text)}"
+        end = next((place for place, word in enumerate(arguments) if place > index and "=" in word), len(arguments))
+        joined = " ".join([before, *arguments[index:end]])
+        return f"{text}: is not name=value; if it belongs to the value before it: {shlex.quote(joined)}"
+    is_path = re.search(r"[./\\]", text) or command in ("convert", "redraw")
+    if is_path and command in _PATHS:
+        return f"{text}: has no key; {_sentence(*_filled(_PATHS[command], text))}"
+    return None
 
 
-def _bare_words(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments up to the next one that is key=value."""
-    end = next((place for place, text in enumerate(arguments) if "=" in text), len(arguments))
-    return list(arguments[:end])
+def _hub_advice(key: str, value: str) -> str:
+    name = value.rpartition("/")[2]
+    overrides = f"model=of_checkpoint init_from={name}" if key in ("model", "init_from") else f"{key}={name}"
+    return (
+        f"must be on this machine, {value} is a name on the Hugging Face Hub; `hf download {value} --local-dir {name}` "
+        f"gets it; nearest valid: {overrides}"
+    )
 
 
 def _known_keys(command: str) -> Mapping[str, Any]:
@@ -186,25 +160,18 @@ def _default(value: Any) -> str:
     return "..." if value in ("", "???") else str(value).replace(" ", "")
 
 
-def _fill(text: str, value: str) -> str:
-    """Fills the placeholders in an entry's text. A list in `[{value}]` is not nested."""
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    places = {
-        "[{value}]": f"[{inner}]",
-        "{value}": value,
-        "{inner}": inner,
-        "{folder}": _folder_of_glob(value),
-        "{name}": value.rpartition("/")[2],
-    }
-    pattern = "|".join(re.escape(place) for place in places)
-    return re.sub(pattern, lambda match: places[match[0]], text)
+def _filled(advice: str, value: str) -> tuple[str, list[str]]:
+    """Returns the reason and the overrides of advice. A list in `[{value}]` is not nested."""
+    why, _, overrides = advice.rpartition("; ")
+    items = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    text = overrides.replace("[{value}]", f"[{items}]").replace("{value}", value)
+    return why or "unknown key", re.split(r" (?=[\w./]+=)", text)
+
+
+def _sentence(why: str, overrides: Sequence[str]) -> str:
+    return f"{why}; nearest valid: {' '.join(map(_shell_word, overrides))}"
 
 
 def _shell_word(text: str) -> str:
     """Returns a word quoted for a shell, with the most readable quotes."""
     return f'"{text}"' if "'" in text and not re.search(r'["$`\\!]', text) else shlex.quote(text)
-
-
-def _folder_of_glob(path: str) -> str:
-    """Returns the part of a path before its first wildcard, `.` if there is none."""
-    return re.sub(r"(^|/)[^/]*[*?].*", "", path.strip("[]")) or "."

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.config.compose import chosen_options, compose_defaults, switches
 from launch.config.groups import options, own_keys, read_option
-from launch.help.advice import find_advice
+from launch.help.advice import alias_overrides
 from launch.help.commands import find_command
 from launch.help.options import Option, other_options, read_options
 from train.config.decode import GROUP_OF_KEYS, describe_key
@@ -146,8 +146,8 @@ def _search(command: str, words: Sequence[str], kinds: Mapping[Option, str]) -> 
     if ranked:
         return [option for _, option in sorted(ranked, key=lambda pair: pair[0])]
     word = "_".join(words)
-    advice = find_advice(command, word, "", is_unknown=True)
-    meant = {text.partition("=")[0] for text in advice.overrides("")} if advice else set()
+    _, overrides = alias_overrides(command, word) or ("", [])
+    meant = {text.partition("=")[0] for text in overrides}
     by_last = {option.key.rpartition(".")[2]: option.key for option in kinds}
     meant |= {by_last[last] for last in get_close_matches(word, by_last, cutoff=0.75)}
     if near := [option for option in kinds if option.key in meant]:
