@@ -1,4 +1,4 @@
-"""Replaces values that depend on files, such as the model of given weights, and checks the files of a run.
+"""Replaces values that depend on files, such as the model of given weights, and checks files.
 
 Only `resolve` and the checks of this module access files: `resolve` before values are decoded, the checks after.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
@@ -24,7 +24,6 @@ from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.checkpoint.verify import verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
-from train.config.decode import decode
 from train.config.errors import ConfigError, nearest, nearest_key
 from train.corpus import MOST_REPEATS, check_repeats
 from train.second_network import check_model_parts
@@ -32,7 +31,6 @@ from train.tasks.registry import TASKS
 
 _MODEL_KEYS = tuple(field.name for field in fields(ModelConfig))
 _LEAST_TOKENIZER_SHARE = 0.9
-_MOMENTS = Literal["auto", "float32", "bf16"]
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,20 +52,11 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
         shape = resolved.get("model")
         if data.get("tokenizer_vocab_size") is None and isinstance(shape, Mapping) and "vocab_size" in shape:
             resolved["data"]["tokenizer_vocab_size"] = shape["vocab_size"]
-    optim, precision = values.get("optim"), values.get("precision")
-    # Decoded here, because an error must still list `auto` as a choice.
-    if (
-        isinstance(optim, Mapping)
-        and "moments" in optim
-        and decode(_MOMENTS, optim["moments"], "optim.moments") == "auto"  # type: ignore[arg-type, comparison-overlap]
-    ):
-        is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
-        resolved["optim"] = {**optim, "moments": "bf16" if is_fp8 else "float32"}
     return resolved
 
 
 def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
-    """Returns the keys of a `ModelConfig` from the composed keys of `model`, which may have a `kind` instead.
+    """Returns the keys of a `ModelConfig`, from those of `model` or from its `kind`.
 
     Args:
         init_from: weights that the key `init_from` names, if any.

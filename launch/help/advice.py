@@ -51,7 +51,7 @@ def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, li
 
 
 def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
-    """Returns the message for a command line that an error rejected: matching advice, or the error's text."""
+    """Returns the message for a rejected command line: matching advice, or the error's text."""
     text = str(error)
     if isinstance(error, SyntaxOverrideError):
         return _advise_bare(command, arguments, arguments.index(error.argument)) or text
@@ -69,7 +69,7 @@ def advise(command: str, arguments: Sequence[str], error: ValueError) -> str:
 
 
 def refuse_flags(command: str, arguments: Sequence[str]) -> None:
-    """Rejects flags (`--key value`, `--key=value` and single letters), and suggests the equivalent override."""
+    """Rejects flags such as `--key value` and `--key=value`, and suggests the equivalent override."""
     for index, argument in enumerate(arguments):
         if not argument.startswith("-"):
             continue
