@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from comm.exit_codes import EXIT_CONFIGURATION
 from data.progress import escape_terminals
 from launch.help.command import EXIT_BROKEN_PIPE, discard_output
-from launch.help.commands import listing, split_command, unknown_command
+from launch.help.page import listing, split_command, unknown_command
 
 
 def main(arguments: Sequence[str]) -> int:

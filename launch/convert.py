@@ -15,8 +15,7 @@ from typing import Literal
 
 from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from train.checkpoint.sources import is_hf_folder, source_config
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

@@ -16,8 +16,7 @@ from infer.evaluate.run import OpenTask, Write, run_tasks
 from launch.config.errors import system_errors
 from launch.evaluation.outcome import check_compared, write_outcome
 from launch.evaluation.request import EvaluationJob, describe_checkpoint, identity, read_job
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from launch.job import PRELOADED, load_model, local_cluster, open_ranks
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.workers import Send, run_on_local_ranks

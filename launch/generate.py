@@ -29,8 +29,7 @@ from launch.continuations import (
     read_stop,
     text_encoder,
 )
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from launch.job import (
     PRELOADED,
     Device,

@@ -15,8 +15,7 @@ from launch.config.memory_rules import check_memory
 from launch.config.output import write_output
 from launch.config.rules import check_rules
 from launch.config.run_config import write_config
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request
 from launch.planning.search import search_request

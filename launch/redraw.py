@@ -14,8 +14,7 @@ from pathlib import Path
 
 from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import TrainConfig
 from train.config.decode import decode, encode

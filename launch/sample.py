@@ -29,8 +29,7 @@ from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.config.output import open_output
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from launch.job import Device, WeightsKind, WeightsSource, find_template, find_weights, load_model
 from launch.scored_samples import (
     JOURNAL_SUFFIX,

@@ -19,8 +19,7 @@ from launch.config.errors import system_errors
 from launch.config.groups import own_keys
 from launch.config.resolve import check_data, resolve
 from launch.config.run_config import read_config, write_config
-from launch.help.command import command
-from launch.help.preview import experiment_text
+from launch.help.command import command, experiment_text
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 from train.config.decode import decode, encode

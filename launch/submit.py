@@ -18,12 +18,10 @@ from launch.config.compose import chosen_options, compose, compose_defaults, key
 from launch.config.errors import system_errors
 from launch.config.groups import default_groups, own_keys
 from launch.config.run_config import check, read_run, write_config
-from launch.help.command import command
-from launch.help.preview import experiment_text
+from launch.help.command import command, experiment_text
 from launch.planning.request import planner_config
 from launch.ranks.run_folder import check_folder, locked_run_folder
-from launch.slurm.config import SlurmConfig, check_slurm
-from launch.slurm.script import render
+from launch.slurm.script import SlurmConfig, check_slurm, render
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

@@ -17,8 +17,7 @@ from comm.preemption import Preemption, handled_signals
 from data.progress import progress_on
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run, write_config
-from launch.help.command import command
-from launch.help.preview import experiment_text
+from launch.help.command import command, experiment_text
 from launch.ranks.device_memory import check_device_memory
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server

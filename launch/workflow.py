@@ -20,8 +20,7 @@ from typing import Any, Literal
 from infer.scoring.pass_rates import PassRates
 from launch.config.compose import compose
 from launch.config.errors import system_errors
-from launch.help.command import command
-from launch.help.preview import plain_text
+from launch.help.command import command, plain_text
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

@@ -16,8 +16,7 @@ from launch.config.compose import compose, compose_defaults, dotted_keys, switch
 from launch.config.groups import default_groups, options
 from launch.config.run_config import compose_run
 from launch.help.command import command
-from launch.help.commands import find_command, find_commands, listing, unknown_command
-from launch.help.page import help_text
+from launch.help.page import find_command, find_commands, help_text, listing, unknown_command
 from launch.planning.request import UNREAD
 from train.config.errors import ConfigError
 

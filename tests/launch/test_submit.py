@@ -14,7 +14,7 @@ import pytest
 from launch.config.compose import compose
 from launch.config.groups import own_keys
 from launch.help.command import user_errors
-from launch.slurm.config import seconds_of
+from launch.slurm.script import seconds_of
 from launch.submit import job_overrides, main, with_cluster
 from launch.train import export_exit_code
 from train.config.errors import ConfigError

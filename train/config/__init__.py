@@ -1,4 +1,4 @@
-"""Defines the configuration of a training run.
+"""Defines the configuration of a training run. The comments in `conf/` explain its keys.
 
 No torch here: an invalid run is refused before any process starts.
 """
@@ -15,12 +15,11 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ShareBelowOne
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
 from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
 from train.config.guards import GuardConfig
-from train.config.planning import DEFAULT_COST, DEFAULT_PLAN_CHECK, CostConfig, PlanCheckConfig
 from train.config.rollout import RolloutConfig
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
@@ -43,11 +42,6 @@ class Fp8PrecisionConfig:
 
     Weights and activations are bf16. Matrix products of linear layers and what is kept for the backward are FP8. Rows
     are dispatched to experts in FP8, independently of `dispatch.payload`.
-
-    Attributes:
-        kind: selects this class.
-        scales: scales of any float32 value, or rounded to powers of two. Some tensors of the recipe have power-of-two
-            scales in both cases.
     """
 
     kind: Literal["fp8"]
@@ -80,15 +74,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
-    """The fields of every task.
-
-    Attributes:
-        kind: name of the task.
-        steps: number of optimizer steps.
-        mtp_loss_weight: weight of all MTP depths together.
-        balance_loss_weight: weight of the sequence-wise balance loss.
-        bias_update_rate: change of a router bias in a step.
-    """
+    """The fields of every task."""
 
     kind: str
     steps: PositiveInt
@@ -99,15 +85,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """The sizes of a step's batch over the whole job, so that a change of layout changes no sample.
-
-    Attributes:
-        sequence_length_tokens: tokens of a sequence.
-        global_sequences: sequences of a global batch.
-        ramp: smaller global batches at the start of the run; None: all batches have `global_sequences`.
-        micro_sequences: sequences of a micro-batch.
-        document_mask: whether attention is masked between documents that are packed into one sequence.
-    """
+    """The sizes of a step's batch over the whole job, so that a change of layout changes no sample."""
 
     sequence_length_tokens: PositiveInt
     global_sequences: PositiveInt
@@ -134,14 +112,7 @@ class CheckpointingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplesConfig:
-    """What a finished run generates.
-
-    Attributes:
-        prompt: text that is continued; empty: none.
-        held_out: number of held-out prompts that a run on samples answers.
-        tokens: largest number of tokens of each; 0: nothing is generated.
-        temperature: of the sampling.
-    """
+    """What a finished run generates."""
 
     prompt: str
     held_out: NonNegativeInt
@@ -161,15 +132,7 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
-    """The outputs of a run in addition to `metrics.jsonl`.
-
-    Attributes:
-        wandb: whether metrics are logged to wandb.
-        project: project of wandb.
-        log_every_steps: interval of the lines on the terminal.
-        picture_every_steps: interval of the pictures of planned and measured time; 0: only after the last step.
-        loads_every_steps: interval of the lines with every expert's load in `loads.jsonl`; 0: never.
-    """
+    """The outputs of a run in addition to `metrics.jsonl`."""
 
     wandb: Literal["disabled", "offline", "online"]
     project: str
@@ -186,6 +149,44 @@ class ProfileConfig:
     ranks: tuple[int, ...]
     trace: bool
     memory_snapshot: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongerStage:
+    """A later training stage with longer sequences and another global batch."""
+
+    sequence_length_tokens: PositiveInt
+    sequences: PositiveInt
+    steps: PositiveInt
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the whole stage."""
+        return self.sequence_length_tokens * self.sequences * self.steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostConfig:
+    """What the planner counts in addition to a run's own steps."""
+
+    context_extension: tuple[LongerStage, ...] = ()
+    post_training_gpu_hours: NonNegativeFloat = 0.0
+    watts_per_gpu: PositiveFloat | None = None
+    gpu_mtbf_hours: PositiveFloat | None = None
+    checkpoint_seconds: NonNegativeFloat = 0.0
+    restart_seconds: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanCheckConfig:
+    """Whether a run that needs more memory than its devices have is rejected before it starts."""
+
+    check: bool = True
+
+
+# Configurations of runs from before these keys existed use the defaults.
+DEFAULT_COST = CostConfig()
+DEFAULT_PLAN_CHECK = PlanCheckConfig()
 
 
 RANDOM = "random"
@@ -207,34 +208,7 @@ times.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The configuration of a training run, equal on all ranks.
-
-    The groups without a description here have one in their own class.
-
-    Attributes:
-        name: of the run.
-        out_dir: folder of the run.
-        rescue_dir: folder for the last state if `out_dir` takes no checkpoint; empty: `<out_dir>.rescue`.
-        seed: of the initial weights.
-        resume: a run's folder or one of its checkpoints; `auto`: the newest checkpoint in `out_dir`, if any.
-        init_from: source of the initial weights: a run's folder or one of its checkpoints, converted weights, or a
-            Hugging Face folder; None: weights are drawn from the seed; `random`: they are, also under a task that
-            needs trained ones.
-        init_mtp: whether MTP modules also start from `init_from` (`checkpoint`), are drawn from the seed (`fresh`), or
-            are left out of the model (`drop`).
-        rollout: answers that the run samples and learns from; None: it learns from its data alone.
-        reward: how sampled answers are scored; None: they are not.
-        costs: times of operations that the schedule is planned for, in any one unit.
-        memory_cap: live activations that the schedule may keep, in units of model/P; None: as many as it needs.
-        recompute: parts of the model that the backward recomputes.
-        attention: implementation of attention.
-        cost: what the planner counts in addition to the run's own steps.
-        plan: what is checked before the run starts.
-        accept: what is confirmed, so that the run is not refused for it.
-        evaluation: tasks that are evaluated during training.
-        plugins: Python files that register further kinds of what a `kind` selects. The command and every rank load
-            them.
-    """
+    """The configuration of a training run, equal on all ranks."""
 
     name: str
     out_dir: str

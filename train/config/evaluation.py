@@ -53,12 +53,7 @@ class _Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEvaluationConfig:
-    """Evaluations during training.
-
-    Attributes:
-        every_steps: interval of evaluations; 0: only after the last step.
-        tasks: what is evaluated; without tasks, nothing is.
-    """
+    """Evaluations during training."""
 
     every_steps: int
     tasks: EvaluationTasksConfig

@@ -4,9 +4,8 @@ from dataclasses import dataclass, replace
 
 from dualpipe.ir import Schedule
 from model.size import count_parameters, training_flops_per_token
-from train.config import TrainConfig
+from train.config import DEFAULT_COST, TrainConfig
 from train.config.errors import ConfigError
-from train.config.planning import DEFAULT_COST
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
 from train.planner.assumptions import Assumption, assumptions
