@@ -6,7 +6,7 @@ from comm.config import ParallelismConfig
 from kernels.attention import ATTENTION, AUTO, AttentionKernel
 from model.config import ModelConfig, YarnRope
 from train.config import TrainConfig
-from train.config.errors import ConfigError, divisors, multiples
+from train.config.errors import ConfigError, broken, divisors, multiples
 from train.optim.learning_rate import RateError, check_schedule
 
 # 1 - 2^-6. bf16 rounds by at most 2^-8 of a number. With this beta, a value that differs from the moment by a quarter
@@ -19,15 +19,12 @@ _DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16", "fp8"
 def check_model(model: ModelConfig) -> None:
     """Rejects inconsistent sizes of a model."""
     if model.qk_rope_head_dim % 2:
-        raise ConfigError(
-            f"model.qk_rope_head_dim: must be even, because values rotate in pairs, is {model.qk_rope_head_dim}; "
-            f"nearest valid: {multiples(model.qk_rope_head_dim, 2)}"
-        )
+        near = multiples(model.qk_rope_head_dim, 2)
+        rule = "must be even, because values rotate in pairs"
+        raise broken("model.qk_rope_head_dim", rule, model.qk_rope_head_dim, near)
     if model.num_dense_layers > model.num_layers:
-        raise ConfigError(
-            f"model.num_dense_layers: must be at most model.num_layers={model.num_layers}, "
-            f"is {model.num_dense_layers}; nearest valid: {model.num_layers}"
-        )
+        rule = f"must be at most model.num_layers={model.num_layers}"
+        raise broken("model.num_dense_layers", rule, model.num_dense_layers, model.num_layers)
     rope = model.rope_scaling
     if isinstance(rope, YarnRope) and (rope.factor < 1 or rope.beta_fast < rope.beta_slow):
         raise ConfigError(
@@ -41,26 +38,18 @@ def check_experts(model: ModelConfig, expert: int) -> None:
     experts, top_k = model.num_routed_experts, model.num_experts_per_token
     groups, limit = model.num_expert_groups, model.num_limited_groups
     if experts % expert:
-        raise ConfigError(
-            f"model.num_routed_experts: must be divisible by parallelism.expert={expert}, is {experts}; nearest valid: "
-            f"{multiples(experts, expert)}, or parallelism.expert={divisors(experts, expert)}"
-        )
+        near = f"{multiples(experts, expert)}, or parallelism.expert={divisors(experts, expert)}"
+        rule = f"must be divisible by parallelism.expert={expert}"
+        raise broken("model.num_routed_experts", rule, experts, near)
     if experts % groups:
-        raise ConfigError(
-            f"model.num_expert_groups: must divide model.num_routed_experts={experts}, is {groups}; "
-            f"nearest valid: {divisors(experts, groups)}"
-        )
+        rule = f"must divide model.num_routed_experts={experts}"
+        raise broken("model.num_expert_groups", rule, groups, divisors(experts, groups))
     if limit > groups:
-        raise ConfigError(
-            f"model.num_limited_groups: must be at most model.num_expert_groups={groups}, is {limit}; "
-            f"nearest valid: {groups}"
-        )
-    within = limit * (experts // groups)
-    if top_k > within:
-        raise ConfigError(
-            f"model.num_experts_per_token: must be at most {within}, the experts in {limit} of {groups} groups "
-            f"(model.num_limited_groups, model.num_expert_groups), is {top_k}; nearest valid: {within}"
-        )
+        raise broken("model.num_limited_groups", f"must be at most model.num_expert_groups={groups}", limit, groups)
+    most = limit * (experts // groups)
+    if top_k > most:
+        within = f"{limit} of {groups} groups (model.num_limited_groups, model.num_expert_groups)"
+        raise broken("model.num_experts_per_token", f"must be at most {most}, the experts in {within}", top_k, most)
 
 
 def check_expert_ranks(mesh: ParallelismConfig) -> None:
@@ -69,10 +58,8 @@ def check_expert_ranks(mesh: ParallelismConfig) -> None:
         divided = f"parallelism.data={mesh.data}"
         if mesh.context > 1:
             divided = f"parallelism.data x parallelism.context = {mesh.stage_ranks}"
-        raise ConfigError(
-            f"parallelism.expert: must divide {divided}, is {mesh.expert}; "
-            f"nearest valid: {divisors(mesh.stage_ranks, mesh.expert)}"
-        )
+        near = divisors(mesh.stage_ranks, mesh.expert)
+        raise broken("parallelism.expert", f"must divide {divided}", mesh.expert, near)
 
 
 def check_optim(config: TrainConfig) -> None:
@@ -84,28 +71,22 @@ def check_optim(config: TrainConfig) -> None:
         raise ConfigError(str(error)) from error
     needed = {"float64": "replicated", "bf16": "zero1", "fp8": "zero1"}.get(precision, optim.sharding)
     if optim.sharding != needed:
-        raise ConfigError(
-            f"optim.sharding: precision={precision} needs {needed}, is {optim.sharding}; nearest valid: {needed}"
-        )
+        raise broken("optim.sharding", f"precision={precision} needs {needed}", optim.sharding, needed)
     if optim.sharding == "zero1" and find_spec("deepspeed") is None:
         nearest = "optim.sharding=replicated, or " if precision == "float32" else ""
         raise ConfigError(
             "optim.sharding: zero1 needs the package deepspeed, which is not installed; nearest valid: "
             f"{nearest}pip install ."
         )
-    if optim.moments == "bf16":
-        _check_bf16_moments(config)
-
-
-def _check_bf16_moments(config: TrainConfig) -> None:
-    if config.precision.kind == "float64":
-        raise ConfigError("optim.moments: precision=float64 needs float32, is bf16; nearest valid: float32")
-    for name, beta in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
+    if optim.moments == "float32":
+        return
+    if precision == "float64":
+        raise broken("optim.moments", "precision=float64 needs float32", "bf16", "float32")
+    for name, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if beta > _MOST_BETA_OF_BF16:
-            raise ConfigError(
-                f"optim.{name}: must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16, because smaller changes "
-                f"are lost in rounding, is {beta}; nearest valid: {_MOST_BETA_OF_BF16}, or optim.moments=float32"
-            )
+            limit = f"must be at most {_MOST_BETA_OF_BF16} with optim.moments=bf16"
+            rule = f"{limit}, because smaller changes are lost in rounding"
+            raise broken(f"optim.{name}", rule, beta, f"{_MOST_BETA_OF_BF16}, or optim.moments=float32")
 
 
 def check_attention(config: TrainConfig) -> None:
@@ -114,24 +95,20 @@ def check_attention(config: TrainConfig) -> None:
     if name == AUTO:
         return
     kernel = ATTENTION.get(name)
-    suiting = [AUTO, *(other for other, each in ATTENTION.items() if _suits(each, device, precision))]
+    suiting = [AUTO, *(other for other, spec in ATTENTION.items() if _suits(spec, device, precision))]
     if device not in kernel.devices:
-        raise ConfigError(
-            f"attention: {name} needs cluster.device={' or '.join(kernel.devices)}, is {name} with "
-            f"cluster.device={device}; nearest valid: {' or '.join(suiting)}"
-        )
+        rule = f"{name} needs cluster.device={' or '.join(kernel.devices)}"
+        raise broken("attention", rule, f"{name} with cluster.device={device}", " or ".join(suiting))
     if not _takes(kernel, precision):
-        valid = [kind for kind in _DTYPES if _takes(kernel, kind)]
-        raise ConfigError(
-            f"attention: {name} needs precision={' or '.join(valid)}, is {name} with precision={precision}; "
-            f"nearest valid: {' or '.join(suiting)}"
-        )
+        rule = f"{name} needs precision={' or '.join(kind for kind in _DTYPES if _takes(kernel, kind))}"
+        raise broken("attention", rule, f"{name} with precision={precision}", " or ".join(suiting))
     if config.parallelism.context > 1 and not kernel.has_blocks:
-        valid = [each for each in suiting if each == AUTO or ATTENTION.get(each).has_blocks]
-        raise ConfigError(
-            f"attention: must return logarithms of sums of exponentials with parallelism.context above 1, by which "
-            f"blocks of keys are merged, is {name}; nearest valid: {' or '.join(valid)}"
+        valid = [other for other in suiting if other == AUTO or ATTENTION.get(other).has_blocks]
+        rule = (
+            "must return logarithms of sums of exponentials with parallelism.context above 1, by which blocks of keys "
+            "are merged"
         )
+        raise broken("attention", rule, name, " or ".join(valid))
 
 
 def _suits(kernel: AttentionKernel, device: str, precision: str) -> bool:

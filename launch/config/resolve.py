@@ -24,7 +24,7 @@ from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.checkpoint.verify import verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
-from train.config.errors import ConfigError, nearest, nearest_key
+from train.config.errors import ConfigError, broken, nearest, nearest_key
 from train.corpus import MOST_REPEATS, check_repeats
 from train.second_network import check_model_parts
 from train.tasks.registry import TASKS
@@ -178,14 +178,9 @@ def check_data(config: TrainConfig) -> int:
         return tokens
     kind = config.data.source.kind
     if config.data.tokenizer is None and DATA_SOURCES.get(kind).tokenizer is not None:
-        raise ConfigError(
-            f"model.vocab_size: must be at least the {tokens} tokens of data.kind={kind}, is {model}; "
-            f"nearest valid: {tokens}"
-        )
+        raise broken("model.vocab_size", f"must be at least the {tokens} tokens of data.kind={kind}", model, tokens)
     if config.data.tokenizer is None:
-        raise ConfigError(
-            f"data.tokenizer_vocab_size: must be at most model.vocab_size={model}, is {tokens}; nearest valid: {model}"
-        )
+        raise broken("data.tokenizer_vocab_size", f"must be at most model.vocab_size={model}", tokens, model)
     raise ConfigError(
         f"data.tokenizer: must have at most model.vocab_size={model} tokens, {config.data.tokenizer} has {tokens}; "
         f"nearest valid: model.vocab_size={tokens}, or data.tokenizer=null, which trains one"
@@ -247,20 +242,17 @@ def check_weights(config: TrainConfig) -> None:
         return
     if config.resume == AUTO and out_dir and newest_whole(Path(out_dir).expanduser(), check=verify_sizes) is not None:
         return
-    raise ConfigError(
-        f"init_from: must name trained weights with task={kind}, is null; nearest valid: init_from=FOLDER of a run or "
-        f"of Hugging Face weights, or init_from={RANDOM}, which confirms a start from random weights"
-    )
+    random = f"init_from={RANDOM}, which confirms a start from random weights"
+    near = f"init_from=FOLDER of a run or of Hugging Face weights, or {random}"
+    raise broken("init_from", f"must name trained weights with task={kind}", "null", near)
 
 
 def _check_start(config: TrainConfig) -> None:
     if config.initial_weights is None:
         return
     if config.resume not in (None, AUTO):
-        raise ConfigError(
-            f"init_from: must be null with resume={config.resume}, which has its own weights, "
-            f"is {config.init_from!r}; nearest valid: init_from=null"
-        )
+        rule = f"must be null with resume={config.resume}, which has its own weights"
+        raise broken("init_from", rule, repr(config.init_from), "init_from=null")
     if not is_hf_folder(config.initial_weights):
         # Listing a checkpoint's tensors imports torch, which reads settings from the environment at import.
         apply_rank_environment(config.cluster)

@@ -1,19 +1,21 @@
 """Rules between the keys of a run's configuration, except model and optimizer rules. Reads no files."""
 
 import re
+from collections.abc import Callable, Iterable
 
-from data.batch_sizes import BatchRamp, ramp_sizes
+from comm.dispatch.registry import DISPATCHERS
+from comm.dispatch.requirements import DispatchRequirementError
+from data.batch_sizes import ramp_sizes
 from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
-from launch.config.dispatch_rules import check_exchange
 from launch.config.errors import check_all
 from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from launch.config.rollout_rules import check_rollouts
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
-from train.config.errors import ConfigError, divisors, multiples
+from train.config.errors import ConfigError, broken, divisors, multiples
 from train.memory.fitted_cut import fitted_cut
 from train.planner.scaling import communication_share
 from train.schedule.cut import run_cut, run_placement, with_cut
@@ -21,17 +23,18 @@ from train.schedule.nominal import nominal_costs
 from train.schedule.ramp import sized_run
 from train.tasks.registry import TASKS
 
+_BATCH = "batch.global_sequences"
+_LENGTH = "batch.sequence_length_tokens"
 _RAMP = "batch.ramp"
+_SLICES = "schedule.slices"
 
 
 def check_name(config: TrainConfig) -> None:
     """Rejects a name that is not valid as a folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        raise ConfigError(
-            "name: must contain only letters, digits, '.', '_' and '-', because it names a folder, is "
-            f"{config.name!r}; "
-            f"nearest valid: {re.sub(r'[^A-Za-z0-9._-]+', '-', config.name).lstrip('._-') or 'run'}"
-        )
+        rule = "must contain only letters, digits, '.', '_' and '-', because it names a folder"
+        valid = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name).lstrip("._-") or "run"
+        raise broken("name", rule, repr(config.name), valid)
 
 
 def check_rules(config: TrainConfig) -> None:
@@ -41,79 +44,58 @@ def check_rules(config: TrainConfig) -> None:
 
 def _check_sizes(config: TrainConfig) -> None:
     """Rejects sizes of model, batch and layout; the first error, as the rules build upon each other."""
-    _check_batch(config)
-    check_model(config.model)
-    _check_task(config)
-    _check_schedule(config)
-    _check_ramp(config)
-    _check_ranks(config)
-    check_experts(config.model, config.parallelism.expert)
-    check_exchange(config)
-    check_optim(config)
+    for rule in _SIZE_RULES:
+        rule(config)
 
 
 def _check_batch(config: TrainConfig) -> None:
-    batch, validation, model = config.batch, config.validation, config.model
-    share = config.parallelism.data * batch.micro_sequences
+    batch, model, sequences = config.batch, config.model, config.validation.sequences
+    length, context = batch.sequence_length_tokens, config.parallelism.context
+    share = _micro_batch_sequences(config)
     if batch.global_sequences % share:
-        raise ConfigError(
-            f"batch.global_sequences: must be divisible by parallelism.data x batch.micro_sequences "
-            f"= {share}, is {batch.global_sequences}; "
-            f"nearest valid: {multiples(batch.global_sequences, share)}"
+        rule = f"must be divisible by parallelism.data x batch.micro_sequences = {share}"
+        raise broken(_BATCH, rule, batch.global_sequences, multiples(batch.global_sequences, share))
+    if length > model.max_position_tokens:
+        rule = f"must be at most model.max_position_tokens={model.max_position_tokens}"
+        raise broken(_LENGTH, rule, length, model.max_position_tokens)
+    if context > 1 and length % (2 * context):
+        rule = (
+            f"must be divisible by 2 x parallelism.context = {2 * context}, because each of the ranks that share a "
+            "sequence holds two equal parts of it"
         )
-    if batch.sequence_length_tokens > model.max_position_tokens:
-        raise ConfigError(
-            f"batch.sequence_length_tokens: must be at most model.max_position_tokens={model.max_position_tokens}, "
-            f"is {batch.sequence_length_tokens}; nearest valid: {model.max_position_tokens}"
-        )
-    parts = 2 * config.parallelism.context
-    if config.parallelism.context > 1 and batch.sequence_length_tokens % parts:
-        raise ConfigError(
-            f"batch.sequence_length_tokens: must be divisible by 2 x parallelism.context = {parts}, because each of "
-            f"the ranks that share a sequence holds two equal parts of it, is {batch.sequence_length_tokens}; "
-            f"nearest valid: {multiples(batch.sequence_length_tokens, parts)}"
-        )
-    if batch.sequence_length_tokens <= model.mtp_depth:
-        raise ConfigError(
-            f"batch.sequence_length_tokens: must be above model.mtp_depth={model.mtp_depth}, "
-            f"is {batch.sequence_length_tokens}; nearest valid: {model.mtp_depth + 1}"
-        )
-    if validation.sequences % batch.global_sequences:
-        raise ConfigError(
-            f"validation.sequences: must be 0 or a multiple of "
-            f"batch.global_sequences={batch.global_sequences}, because validation runs whole batches, "
-            f"is {validation.sequences}; "
-            f"nearest valid: {multiples(validation.sequences, batch.global_sequences)}"
-        )
+        raise broken(_LENGTH, rule, length, multiples(length, 2 * context))
+    if length <= model.mtp_depth:
+        raise broken(_LENGTH, f"must be above model.mtp_depth={model.mtp_depth}", length, model.mtp_depth + 1)
+    if sequences % batch.global_sequences:
+        rule = f"must be 0 or a multiple of {_BATCH}={batch.global_sequences}, because validation runs whole batches"
+        raise broken("validation.sequences", rule, sequences, multiples(sequences, batch.global_sequences))
+
+
+def _micro_batch_sequences(config: TrainConfig) -> int:
+    """Returns the sequences of one micro-batch over all data ranks."""
+    return config.parallelism.data * config.batch.micro_sequences
 
 
 def _check_task(config: TrainConfig) -> None:
     """Rejects an output head that does not fit the task."""
-    kind, model, spec = config.task.kind, config.model, TASKS.get(config.task.kind)
+    kind, model, context = config.task.kind, config.model, config.parallelism.context
+    spec = TASKS.get(kind)
     if model.head != spec.head:
-        raise ConfigError(
-            f"model.head: must be {spec.head} with task={kind}, is {model.head}; nearest valid: {spec.head}"
-        )
-    context = config.parallelism.context
+        raise broken("model.head", f"must be {spec.head} with task={kind}", model.head, spec.head)
     if context > 1 and not spec.splits_sequences:
-        raise ConfigError(
-            f"parallelism.context: must be 1 with task={kind}, because its loss reads whole sequences on one rank, "
-            f"is {context}; nearest valid: 1, or a task whose loss is of single tokens: {_splitting_tasks()}"
-        )
+        rule = f"must be 1 with task={kind}, because its loss reads whole sequences on one rank"
+        raise broken("parallelism.context", rule, context, f"1, or {_splitting_tasks()}")
     if model.head == "score" and model.mtp_depth:
-        raise ConfigError(
-            f"model.mtp_depth: must be 0 with model.head=score, as MTP modules predict tokens, is {model.mtp_depth}; "
-            f"nearest valid: 0"
-        )
+        rule = "must be 0 with model.head=score, as MTP modules predict tokens"
+        raise broken("model.mtp_depth", rule, model.mtp_depth, 0)
 
 
 def _check_schedule(config: TrainConfig) -> None:
     """Rejects a schedule that does not fit the run. With `auto`, rejects a run that no schedule fits."""
-    if config.costs.offload is not None and config.memory_cap is None:
-        raise ConfigError(
-            f"costs.offload: must be null without memory_cap, because activations are offloaded only to keep a cap, "
-            f"is {config.costs.offload:g}; nearest valid: null, or memory_cap={config.parallelism.pipeline}"
-        )
+    offload = config.costs.offload
+    if offload is not None and config.memory_cap is None:
+        rule = "must be null without memory_cap, because activations are offloaded only to keep a cap"
+        raise broken("costs.offload", rule, f"{offload:g}", f"null, or memory_cap={config.parallelism.pipeline}")
     _check_slices(config)
     kinds = tuple(candidates()) if config.schedule.kind == "auto" else (config.schedule.kind,)
     problems: list[ValueError] = []
@@ -128,51 +110,37 @@ def _check_schedule(config: TrainConfig) -> None:
 
 def _check_slices(config: TrainConfig) -> None:
     """Rejects slices of sequences under a schedule, a task or a layout that needs whole sequences."""
-    slices, length, kind = config.schedule.slices, config.batch.sequence_length_tokens, config.task.kind
+    slices, length, context = config.schedule.slices, config.batch.sequence_length_tokens, config.parallelism.context
     check_slices(config.schedule.kind, config.num_micro_batches, slices)
     if slices == 1:
         return
-    if not TASKS.get(kind).splits_sequences:
-        raise ConfigError(
-            f"schedule.slices: must be 1 with task={kind}, because its loss reads whole sequences, is {slices}; "
-            f"nearest valid: 1, or a task whose loss is of single tokens: {_splitting_tasks()}"
-        )
-    if config.parallelism.context > 1:
-        raise ConfigError(
-            f"schedule.slices: must be 1 with parallelism.context={config.parallelism.context}, because sequences are "
-            f"cut over ranks or over time, is {slices}; nearest valid: 1, or parallelism.context=1"
-        )
+    if not TASKS.get(config.task.kind).splits_sequences:
+        rule = f"must be 1 with task={config.task.kind}, because its loss reads whole sequences"
+        raise broken(_SLICES, rule, slices, f"1, or {_splitting_tasks()}")
+    if context > 1:
+        rule = f"must be 1 with parallelism.context={context}, because sequences are cut over ranks or over time"
+        raise broken(_SLICES, rule, slices, "1, or parallelism.context=1")
     if slices > length:
-        raise ConfigError(
-            f"schedule.slices: must be at most batch.sequence_length_tokens={length}, is {slices}; "
-            f"nearest valid: {length}"
-        )
+        raise broken(_SLICES, f"must be at most {_LENGTH}={length}", slices, length)
 
 
 def _splitting_tasks() -> str:
-    return ", ".join(name for name, spec in TASKS.items() if spec.splits_sequences)
+    names = ", ".join(name for name, spec in TASKS.items() if spec.splits_sequences)
+    return f"a task whose loss is of single tokens: {names}"
 
 
 def _check_kind(config: TrainConfig, kind: str) -> None:
-    pipeline = config.parallelism.pipeline
-    key, share = "batch.global_sequences", config.parallelism.data * config.batch.micro_sequences
+    pipeline, count = config.parallelism.pipeline, config.num_micro_batches
     try:
-        check_size(
-            kind,
-            pipeline,
-            config.num_micro_batches,
-            ranks_key="parallelism.pipeline",
-            micro_batches_key=key,
-        )
+        check_size(kind, pipeline, count, ranks_key="parallelism.pipeline", micro_batches_key=_BATCH)
     except ScheduleError as error:
+        share = _micro_batch_sequences(config)
         unit = f"; one micro-batch over all data ranks is parallelism.data x batch.micro_sequences = {share} sequences"
-        raise ScheduleError(f"{error}{unit if str(error).startswith(key) else ''}") from error
+        raise ScheduleError(f"{error}{unit if str(error).startswith(_BATCH) else ''}") from error
     run_cut(config, run_placement(config, kind))
     if config.memory_cap is not None:
         costs = nominal_costs(with_cut(config, fitted_cut(config, kind)), kind)
-        build(
-            kind, pipeline, config.num_micro_batches, costs, config.memory_cap, schedules_folder(config.data.cache_dir)
-        )
+        build(kind, pipeline, count, costs, config.memory_cap, schedules_folder(config.data.cache_dir))
 
 
 def _check_ramp(config: TrainConfig) -> None:
@@ -181,22 +149,14 @@ def _check_ramp(config: TrainConfig) -> None:
     if ramp is None:
         return
     if not 2 <= ramp.num_sizes <= last:
-        raise ConfigError(
-            f"{_RAMP}.num_sizes: must be at least 2 and at most batch.global_sequences={last}, which is the last size, "
-            f"is {ramp.num_sizes}; nearest valid: {2 if ramp.num_sizes < 2 else last}, or {_RAMP}=null"
-        )
+        rule = f"must be at least 2 and at most {_BATCH}={last}, which is the last size"
+        near = f"{2 if ramp.num_sizes < 2 else last}, or {_RAMP}=null"
+        raise broken(f"{_RAMP}.num_sizes", rule, ramp.num_sizes, near)
     if ramp.start_sequences >= last:
-        raise ConfigError(
-            f"{_RAMP}.start_sequences: must be below batch.global_sequences={last}, is {ramp.start_sequences}; "
-            f"nearest valid: {last - 1}, or {_RAMP}=null"
-        )
-    _check_ramp_sizes(config, ramp)
-
-
-def _check_ramp_sizes(config: TrainConfig, ramp: BatchRamp) -> None:
-    batch = config.batch
-    share = config.parallelism.data * batch.micro_sequences
-    for size in ramp_sizes(batch.global_sequences, ramp):
+        near = f"{last - 1}, or {_RAMP}=null"
+        raise broken(f"{_RAMP}.start_sequences", f"must be below {_BATCH}={last}", ramp.start_sequences, near)
+    share = _micro_batch_sequences(config)
+    for size in ramp_sizes(last, ramp):
         if size % share:
             raise ConfigError(
                 f"{_RAMP}: every size must be divisible by parallelism.data x batch.micro_sequences = {share}, "
@@ -213,45 +173,59 @@ def _check_ranks(config: TrainConfig) -> None:
     cluster, parallelism, world = config.cluster, config.parallelism, config.parallelism.world_size
     check_expert_ranks(parallelism)
     if world > cluster.ranks_per_node and world % cluster.ranks_per_node:
-        raise ConfigError(
-            f"cluster.ranks_per_node: must divide the {world} ranks (parallelism.{parallelism.axes('=')}), "
-            f"is {cluster.ranks_per_node}; nearest valid: {divisors(world, cluster.ranks_per_node)}"
-        )
+        rule = f"must divide the {world} ranks (parallelism.{parallelism.axes('=')})"
+        near = divisors(world, cluster.ranks_per_node)
+        raise broken("cluster.ranks_per_node", rule, cluster.ranks_per_node, near)
     check_attention(config)
     if cluster.communication_sms is not None and cluster.num_sms is not None:
         communication_share("cluster", cluster.communication_sms, cluster.num_sms)
-    if len(set(config.recompute)) < len(config.recompute):
-        raise ConfigError(
-            f"recompute: must name each at most once, is [{','.join(config.recompute)}]; "
-            f"nearest valid: [{','.join(dict.fromkeys(config.recompute))}]"
-        )
-    if config.precision.kind == "fp8" and not all_recomputed(config.recompute).issuperset(RECOMPUTED):
-        raise ConfigError(
-            f"recompute: must name all parts with precision=fp8, which stores only the inputs of linear layers, "
-            f"is [{','.join(config.recompute)}]; nearest valid: [{','.join(RECOMPUTED)}]"
-        )
+    parts = config.recompute
+    if len(set(parts)) < len(parts):
+        raise broken("recompute", "must name each at most once", _listed(parts), _listed(dict.fromkeys(parts)))
+    if config.precision.kind == "fp8" and not all_recomputed(parts).issuperset(RECOMPUTED):
+        rule = "must name all parts with precision=fp8, which stores only the inputs of linear layers"
+        raise broken("recompute", rule, _listed(parts), _listed(RECOMPUTED))
     if cluster.backend == "nccl" and cluster.device != "cuda":
-        raise ConfigError(
-            f"cluster.backend: nccl needs cluster.device=cuda, is nccl with cluster.device={cluster.device}; "
-            f"nearest valid: gloo"
-        )
+        value = f"nccl with cluster.device={cluster.device}"
+        raise broken("cluster.backend", "nccl needs cluster.device=cuda", value, "gloo")
 
 
 def _check_profile(config: TrainConfig) -> None:
     """Rejects steps and ranks of the profile that the run does not have."""
-    steps, world = config.task.steps, config.parallelism.world_size
+    steps, last_rank, profile = config.task.steps, config.parallelism.world_size - 1, config.profile
     for key, least, most, chosen in (
-        ("profile.steps", 1, steps, config.profile.steps),
-        ("profile.ranks", 0, world - 1, config.profile.ranks),
+        ("profile.steps", 1, steps, profile.steps),
+        ("profile.ranks", 0, last_rank, profile.ranks),
     ):
         for number in chosen:
             if not least <= number <= most:
-                nearest = min(max(number, least), most)
-                raise ConfigError(
-                    f"{key}: each must be from {least} to {most}, one is {number}; nearest valid: {nearest}"
-                )
+                near = min(max(number, least), most)
+                raise ConfigError(f"{key}: each must be from {least} to {most}, one is {number}; nearest valid: {near}")
         if len(set(chosen)) < len(chosen):
-            once = ",".join(map(str, dict.fromkeys(chosen)))
-            raise ConfigError(
-                f"{key}: must name each at most once, is [{','.join(map(str, chosen))}]; nearest valid: [{once}]"
-            )
+            raise broken(key, "must name each at most once", _listed(chosen), _listed(dict.fromkeys(chosen)))
+
+
+def _check_exchange(config: TrainConfig) -> None:
+    """Rejects a dispatcher that cannot serve the run."""
+    try:
+        DISPATCHERS.get(config.dispatch.kind).check(config.dispatch, config.dispatch_site)
+    except DispatchRequirementError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _listed(values: Iterable[object]) -> str:
+    return f"[{','.join(map(str, values))}]"
+
+
+_SIZE_RULES: tuple[Callable[[TrainConfig], None], ...] = (
+    _check_batch,
+    lambda config: check_model(config.model),
+    _check_task,
+    _check_schedule,
+    _check_ramp,
+    _check_ranks,
+    lambda config: check_experts(config.model, config.parallelism.expert),
+    _check_exchange,
+    check_optim,
+)
+"""Rules about sizes, each of which relies on those before it."""

@@ -1,4 +1,4 @@
-"""Slurm options of a job, the rules for them, and the batch script that `job.sbatch` is the template of."""
+"""Slurm options of a job, the rules for them, and the batch script from `job.sbatch`."""
 
 import re
 import shlex
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.ranges import NonNegativeInt
+from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.groups import config_dir
 from train.config import TrainConfig
-from train.config.errors import ConfigError, nearest
+from train.config.errors import ConfigError, broken, nearest
 
 _TEMPLATE = Path(__file__).with_name("job.sbatch")
 
@@ -50,12 +50,12 @@ class SlurmConfig:
     account: str | None
     qos: str | None
     time: str
-    signal_seconds: int
+    signal_seconds: PositiveInt
     requeue: bool
     max_requeues: NonNegativeInt
     exclusive: bool
-    gpus_per_node: int | None
-    cpus_per_node: int | None
+    gpus_per_node: NonNegativeInt | None
+    cpus_per_node: PositiveInt | None
     python: str | None
     image: str | None
     setup: tuple[str, ...]
@@ -87,14 +87,8 @@ def check_slurm(config: SlurmConfig) -> None:
     for key in ("partition", "account", "qos"):
         _check_text(f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_.,@+-]+", "a name as sinfo or sacctmgr shows it")
     for key in ("python", "image"):
-        _check_text(
-            f"slurm.{key}", getattr(config, key), r"[A-Za-z0-9_./:@+#~-]+", "one word without shell metacharacters"
-        )
-    least = {"signal_seconds": 1, "gpus_per_node": 0, "cpus_per_node": 1}
-    for key, bound in least.items():
-        value = getattr(config, key)
-        if value is not None and value < bound:
-            raise ConfigError(f"slurm.{key}: must be at least {bound}, is {value}; nearest valid: {bound}")
+        pattern = r"[A-Za-z0-9_./:@+#~-]+"
+        _check_text(f"slurm.{key}", getattr(config, key), pattern, "one word without shell metacharacters")
     _check_time(config)
     for index, line in enumerate(config.setup):
         if "\n" in line:
@@ -106,31 +100,26 @@ def check_slurm(config: SlurmConfig) -> None:
 def _check_time(config: SlurmConfig) -> None:
     limit = config.limit_seconds
     if limit <= 0:
-        raise ConfigError(
-            f"slurm.time: must be a time above 0 as sbatch reads it, minutes or [days-]hours:minutes:seconds, "
-            f"is {config.time!r}; nearest valid: 60 or 1-00:00:00"
-        )
+        rule = "must be a time above 0 as sbatch reads it, minutes or [days-]hours:minutes:seconds"
+        raise broken("slurm.time", rule, repr(config.time), "60 or 1-00:00:00")
     most = min(limit - 1, _MOST_SIGNAL_SECONDS)
     if config.signal_seconds > most:
-        raise ConfigError(
-            f"slurm.signal_seconds: must be at most {most}, so that the signal is sent after the start of a job of "
-            f"slurm.time={config.time} ({limit} s), is {config.signal_seconds}; nearest valid: {most}"
-        )
+        start = f"slurm.time={config.time} ({limit} s)"
+        rule = f"must be at most {most}, so that the signal is sent after the start of a job of {start}"
+        raise broken("slurm.signal_seconds", rule, config.signal_seconds, most)
 
 
 def _check_text(key: str, value: str | None, pattern: str, rule: str) -> None:
     if value is not None and not re.fullmatch(pattern, value):
-        raise ConfigError(f"{key}: must be {rule}, is {value!r}; nearest valid: null")
+        raise broken(key, f"must be {rule}", repr(value), "null")
 
 
 def _check_extra(key: str, option: str) -> None:
     match = re.fullmatch(r"--([a-z][a-z-]*)(=[^\n]*)?", option)
     if match is None:
         word = re.sub(r"[^a-z-].*", "", option.lstrip("-").lower()) or "constraint"
-        raise ConfigError(
-            f"{key}: must be a long option of sbatch as --name or --name=value, is {option!r}; "
-            f"nearest valid: {f'--{word}' if word not in _OWN_OPTIONS else '--constraint=NAME'}"
-        )
+        near = f"--{word}" if word not in _OWN_OPTIONS else "--constraint=NAME"
+        raise broken(key, "must be a long option of sbatch as --name or --name=value", repr(option), near)
     name = match.group(1)
     if name == "array":
         raise ConfigError(f"{key}: must not be an array, whose jobs would share out_dir, is {option!r}; leave it out")

@@ -17,6 +17,16 @@ class UnknownKeyError(ConfigError):
     """A configuration key that does not exist."""
 
 
+def broken(key: str, rule: str, value: object, near: object) -> ConfigError:
+    """Returns the error about a key whose value breaks a rule.
+
+    Args:
+        rule: what holds for valid values, as in `must be at most 3`.
+        near: the nearest valid value, or values.
+    """
+    return ConfigError(f"{key}: {rule}, is {value}; nearest valid: {near}")
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns the end of a message about an invalid name: the closest choices, or else all of them."""
     valid = list(choices)
