@@ -15,7 +15,6 @@ from infer.evaluate.protocol import EvaluationError
 from infer.evaluate.registry import EVALUATION_TASKS
 from launch.evaluate import main
 from tests.documents import check_policy
-from tests.launch.checkpoints import write_run
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,11 +29,6 @@ QUESTIONS = [
         ]
     )
 ]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"))
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> Path:

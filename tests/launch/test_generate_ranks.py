@@ -18,16 +18,11 @@ from launch.ranks.workers import RankError
 from model.config import CutError
 from model.hf.convert import save_hf
 from tests.infer.models import make_foresighted
-from tests.launch.checkpoints import write_checkpoint, write_run
+from tests.launch.checkpoints import write_checkpoint
 from train.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["def f(x):", "a", "naïve café", "return x + 1\n", "日本", "x"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from launch.ranks.run_folder import write_run_folder
 from launch.train import preview
 from model.config import YarnRope
 from tests.data.released_tokenizer import write_released
+from tests.launch.test_submit import place_sbatch
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -258,11 +259,7 @@ def overrides_of_run(folder: Path, name: str, tmp_path: Path) -> list[str]:
 
 def written_by_submit(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     """Returns the values of the `config.yaml` that launch.submit writes, without its checks and without Slurm."""
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text("#!/bin/sh\necho 17\n", "utf-8")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    place_sbatch(tmp_path, monkeypatch)
     monkeypatch.setattr(submit, "check", lambda config: None)
     assert submit.main(overrides) == 0
     return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8"))

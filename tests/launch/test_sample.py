@@ -21,7 +21,6 @@ from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score
 from launch.sample import main
 from launch.scored_samples import KeepConfig, ScoredSample, select, to_message
-from tests.launch.checkpoints import write_run
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import read_model
@@ -31,11 +30,6 @@ NUM_PROBLEMS, NUM_SAMPLES, TOKENS = 7, 3, 6
 END_IDS = tuple(range(40, 100))  # the tiny model hardly ever chooses the end of sentence
 V3, R1 = CHAT_TEMPLATES.get("v3"), CHAT_TEMPLATES.get("r1")
 RATED = "reward.parts=[{kind: exact, weight: 2, boxed: false, ignore_case: false}]"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(autouse=True)

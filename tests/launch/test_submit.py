@@ -28,6 +28,15 @@ def rendered(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     return capsys.readouterr().out
 
 
+def place_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str = "echo 17") -> None:
+    """Puts a command `sbatch` in front of all others."""
+    sbatch = folder / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+
+
 def options_of(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
@@ -168,11 +177,11 @@ def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
         ("slurm.time=0", ["slurm.time", "above 0", "'0'"]),
         ("slurm.time=infinite", ["slurm.time", "'infinite'"]),
         ("slurm.time=5", ["slurm.signal_seconds", "at most 299", "is 300"]),
-        ("slurm.signal_seconds=0", ["slurm.signal_seconds", "at least 1", "is 0"]),
+        ("slurm.signal_seconds=0", ["slurm.signal_seconds", "above 0", "is 0"]),
         ("slurm.partiton=gpu", ["slurm.partiton: unknown key", "slurm.partition"]),
         ("slurm.partition='a b'", ["slurm.partition", "'a b'"]),
-        ("slurm.gpus_per_node=-1", ["slurm.gpus_per_node", "at least 0", "is -1"]),
-        ("slurm.cpus_per_node=0", ["slurm.cpus_per_node", "at least 1", "is 0"]),
+        ("slurm.gpus_per_node=-1", ["slurm.gpus_per_node", "0 or above", "is -1"]),
+        ("slurm.cpus_per_node=0", ["slurm.cpus_per_node", "above 0", "is 0"]),
         ('slurm.extra=["--array=0-3"]', ["slurm.extra[0]", "must not be an array", "--array=0-3"]),
         ('slurm.extra=[--exclusive,"--nodes=3"]', ["slurm.extra[1]", "--nodes=3", "set by the script"]),
         ("slurm.extra=[exclusive]", ["slurm.extra[0]", "'exclusive'", "--exclusive"]),
@@ -205,11 +214,7 @@ def test_submit_without_slurm_is_rejected_and_leaves_nothing(tmp_path: Path, mon
 def test_submit_hands_the_script_in_the_folder_to_sbatch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/seen; echo "17;here"\n')
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    place_sbatch(tmp_path, monkeypatch, f'cp "$2" {tmp_path}/seen; echo "17;here"')
     run = tmp_path / "run"
     assert main([f"out_dir={run}", "experiment=quickstart"]) == 0
     said = capsys.readouterr().out
@@ -227,11 +232,8 @@ def test_script_is_readable_by_its_user_alone_from_its_creation_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shell lines of `slurm.setup` export keys: no other file has them, and no file is readable for a moment."""
-    sbatch, run = tmp_path / "bin" / "sbatch", tmp_path / "run"
-    sbatch.parent.mkdir()
-    sbatch.write_text("#!/bin/sh\necho 17\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    place_sbatch(tmp_path, monkeypatch)
+    run = tmp_path / "run"
     modes: list[int] = []
     plain = os.open
 
