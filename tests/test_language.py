@@ -60,8 +60,6 @@ WORDS = {
 
 # Uses that are not the private word, by word: the context is removed before the search.
 CONTEXTS: dict[str, tuple[str, ...]] = {
-    # Keys that users of other trainers write (launch/help/advice.yaml).
-    "texts, optimiser": (r"keys: \[[^]]*\]",),
     # The name of a workflow (conf/workflow/life.yaml).
     "life": (r"(?:make |workflow=|name: |outputs/|\.PHONY: train post )life\b", r"\nlife: \.venv"),
 }
