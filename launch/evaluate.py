@@ -111,8 +111,7 @@ def _evaluate_as_local_rank(job: EvaluationJob, network: InferenceConfig, done: 
 
 def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done | None, write: Write) -> None:
     """Evaluates as one rank of the job. `done` and `write` of rank 0 are used."""
-    from train.evaluation.pipelined import PipelinedModel
-    from train.evaluation.together import share_done
+    from train.evaluation.pipelined import PipelinedModel, share_done
 
     source, tasks = job.source, job.open_tasks()
     try:

@@ -21,7 +21,7 @@ from data.tokenizer_files import find_tokenizer_file
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size
 from launch.config.model_rules import check_expert_ranks, check_experts
-from launch.ranks.environment import is_torchrun
+from launch.ranks.environment import check_world_size, is_torchrun
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
@@ -140,16 +140,23 @@ def find_template(chat: str, folder: Path, tokenizer: Tokenizer, *, thinking: bo
     return template
 
 
-def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transformer":
-    """Loads the whole model into this process, and reports it on standard error."""
-    # Printed first: importing torch takes a second or more.
-    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
+def check_device(device: Device) -> None:
+    """Imports torch for a computation in this process, and rejects a device that it cannot use."""
     # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
+
+
+def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transformer":
+    """Loads the whole model into this process, and reports it on standard error."""
+    # Printed first: importing torch takes a second or more.
+    print(f"reading the weights of {source.folder}", file=sys.stderr, flush=True)
+    check_device(device)
+    import torch
+
     precision = source.resolve(dtype)
     torch_dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
     if source.is_hf:
@@ -168,14 +175,10 @@ def spread_over_ranks(
     source: WeightsSource, dtype: Dtype, device: Device, mesh: ParallelismConfig, schedule: ScheduleConfig
 ) -> InferenceConfig | None:
     """Returns how ranks hold the model together, checked, or None if one process holds the whole model."""
-    started = os.environ.get("WORLD_SIZE")
     if mesh.world_size == 1:
         return None
-    if is_torchrun(os.environ) and started != str(mesh.world_size):
-        raise ConfigError(
-            f"parallelism: {mesh.axes('=')} makes {mesh.world_size} ranks, but torchrun started "
-            f"WORLD_SIZE={started}; start {mesh.world_size} ranks, or change parallelism"
-        )
+    if is_torchrun(os.environ):
+        check_world_size(mesh, os.environ)
     kind, cut = _check_ranks(source.model, mesh, schedule)
     return InferenceConfig(
         ckpt=source.ckpt,

@@ -3,7 +3,6 @@
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401
 
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from launch.config.groups import own_keys
 from launch.config.resolve import check_data, resolve
 from launch.config.run_config import read_config, write_config
 from launch.help.command import command, experiment_text
+from launch.job import Device, check_device
 from train.checkpoint.sources import check_source
 from train.config import TrainConfig
 from train.config.decode import decode, encode
@@ -32,14 +32,14 @@ NAME = "score_teacher"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreTeacherConfig:
-    """The configuration of stored scores; see `conf/score_teacher.yaml`."""
+    """The configuration of stored scores. `conf/score_teacher.yaml` explains the keys."""
 
     teacher: str
     scores: str
     kept: PositiveInt
     temperature: PositiveFloat
     dtype: Literal["float32", "bf16"]
-    device: Literal["cpu", "cuda"]
+    device: Device
     sequences: PositiveInt
 
 
@@ -92,8 +92,7 @@ def _check(config: TrainConfig, scores: ScoreTeacherConfig) -> int:
 
 def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> int:
     """Loads the teacher, scores all samples, and returns the number of targets."""
-    # OpenMP threads spin by default, which costs several times the work itself if other processes use the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    check_device(scores.device)
     import torch
 
     from comm.dispatch.local import LocalDispatcher
@@ -101,8 +100,6 @@ def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> i
     from train.checkpoint.sources import open_source
     from train.tasks.scores import write_scores
 
-    if scores.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda needs a GPU that torch can use, there is none; nearest valid: cpu")
     source = open_source(scores.teacher, "teacher", drop_mtp=True)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[scores.dtype]
     model = Transformer(source.config, LocalDispatcher(source.config.num_routed_experts), dtype)

@@ -19,7 +19,7 @@ from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run, write_config
 from launch.help.command import command, experiment_text
 from launch.ranks.device_memory import check_device_memory
-from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
+from launch.ranks.environment import apply_rank_environment, check_world_size, is_other_rank, is_torchrun
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server, stop_fork_server
 from launch.ranks.machine import check_driver, check_gpus, check_packages, check_scorers
 from launch.ranks.run_folder import check_folder, locked_run_folder
@@ -179,12 +179,7 @@ def _report_breaks(out_dir: Path) -> None:
 
 def _run_as_rank(config: TrainConfig) -> int:
     guard_terminal()
-    world, started = config.parallelism.world_size, int(os.environ["WORLD_SIZE"])
-    if world != started:
-        raise ConfigError(
-            f"parallelism: {config.parallelism.axes('=')} makes {world} ranks, but torchrun started "
-            f"WORLD_SIZE={started}; start {world} ranks, or change parallelism"
-        )
+    check_world_size(config.parallelism, os.environ)
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and config.resume != AUTO:
         raise ConfigError(

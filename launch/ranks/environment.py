@@ -2,9 +2,13 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
-from comm.config import ClusterConfig
+from comm.config import ClusterConfig, ParallelismConfig
+from comm.watchdog.membership import STORE_FILE_VARIABLE
+from train.config.errors import ConfigError
 
 HEAPS = "MALLOC_ARENA_MAX"
 # Bytes from which an allocation gets its own pages, and free bytes at the heap's end from which pages are returned.
@@ -41,6 +45,19 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
     return {**kept, "OMP_NUM_THREADS": str(cluster.threads_per_rank)}
 
 
+def local_rank_environment(store_file: Path) -> dict[str, str]:
+    """Returns the variables of a rank whose job runs on this machine alone.
+
+    Such ranks use the loopback interface, regardless of the machine's host name and of a cluster's profile.
+    """
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    return {
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
+        STORE_FILE_VARIABLE: str(store_file),
+    }
+
+
 def apply_rank_environment(cluster: ClusterConfig) -> None:
     """Sets the variables of `rank_environment` in this process and its future child processes."""
     os.environ.update(rank_environment(cluster, os.environ))
@@ -53,6 +70,16 @@ def apply_rank_environment(cluster: ClusterConfig) -> None:
 def is_torchrun(environment: Mapping[str, str]) -> bool:
     """Returns whether torchrun or another elastic launcher started this process as a rank."""
     return "RANK" in environment and "TORCHELASTIC_RUN_ID" in environment
+
+
+def check_world_size(parallelism: ParallelismConfig, environment: Mapping[str, str]) -> None:
+    """Rejects a number of ranks other than the one that torchrun started."""
+    world, started = parallelism.world_size, int(environment["WORLD_SIZE"])
+    if world != started:
+        raise ConfigError(
+            f"parallelism: {parallelism.axes('=')} makes {world} ranks, but torchrun started "
+            f"WORLD_SIZE={started}; start {world} ranks, or change parallelism"
+        )
 
 
 def is_other_rank(environment: Mapping[str, str]) -> bool:

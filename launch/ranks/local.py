@@ -24,11 +24,11 @@ from pathlib import Path
 from comm.config import ClusterConfig
 from comm.exit_codes import EXIT_CONFIGURATION
 from comm.preemption import SIGNALS, Preemption, handled_signals
-from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
+from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
 from launch.config.groups import load_plugin_files
 from launch.help.command import user_errors
-from launch.ranks.environment import apply_rank_environment
+from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (
     RankCheck,
@@ -248,10 +248,8 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
     Preemption.of_process()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITING)
     threading.Thread(target=die_with_parent, daemon=True).start()
-    # Local ranks use the loopback interface, regardless of the machine's host name and of a cluster's profile.
-    interface = "lo0" if sys.platform == "darwin" else "lo"  # the key leaves the environment before the run begins
-    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    os.environ |= {KEY_VARIABLE: key, STORE_FILE_VARIABLE: str(Path(scratch) / "store")}
+    # The key leaves the environment before the run begins.
+    os.environ |= {KEY_VARIABLE: key, **local_rank_environment(Path(scratch) / "store")}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         load_plugin_files([str(path) for path in plugins])

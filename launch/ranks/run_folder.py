@@ -4,10 +4,10 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import yaml
@@ -162,20 +162,13 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def _make_unique(folder: Path) -> Path:
+    """Creates a folder whose name ends in a number if others have the name already."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for candidate in _candidates(folder):
-        try:
+    for candidate in chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2))):
+        with suppress(FileExistsError):
             candidate.mkdir()
-        except FileExistsError:
-            continue
-        return candidate
+            return candidate
     raise AssertionError("unreachable: candidates never end")
-
-
-def _candidates(folder: Path) -> Iterator[Path]:
-    yield folder
-    for number in count(2):
-        yield folder.with_name(f"{folder.name}-{number}")
 
 
 def check_content(folder: Path) -> None:

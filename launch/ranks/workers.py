@@ -6,7 +6,6 @@ Imports torch only on the ranks, so that all checks run before.
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 import traceback
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from comm.config import ClusterConfig
-from comm.watchdog.membership import STORE_FILE_VARIABLE
 from data.progress import escape_terminals
 from kernels.registry import loaded_plugins
 from launch.config.groups import load_plugin_files
 from launch.help.command import user_errors
-from launch.ranks.environment import apply_rank_environment
+from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.local import die_with_parent
 
 Send = Callable[[Any], None]
@@ -96,9 +94,8 @@ def _run_rank(
     escape_terminals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
     threading.Thread(target=die_with_parent, daemon=True).start()
-    interface = "lo0" if sys.platform == "darwin" else "lo"
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, STORE_FILE_VARIABLE: store_file}
+    os.environ |= local_rank_environment(Path(store_file))
 
     def send(message: Any) -> None:
         if rank == 0:

@@ -46,7 +46,6 @@ def invalid_configurations(seed: int) -> Iterator[Invalid]:
         _of_another_type,
         _negative,
         _of_no_option,
-        _at_odds,
         _not_finite,
     )
     while True:
@@ -160,43 +159,6 @@ def _of_no_option(random: Random, leaves: dict[str, Any]) -> Invalid:
     group = random.choice(sorted(default_groups("train")))
     value = random.choice(("nonesuch", "17", "[a,b]", "a,b", "''"))
     return Invalid((f"{group}={value}",), (group,))
-
-
-def _at_odds(random: Random, leaves: dict[str, Any]) -> Invalid:
-    """Returns values that are valid alone but not together."""
-    odd = random.choice((3, 5, 7))
-    large = random.randrange(10**4, 10**6)
-    return random.choice(
-        (
-            Invalid((f"parallelism.pipeline={odd}", "schedule=dualpipe"), ("parallelism.pipeline",)),
-            Invalid(("parallelism.data=4", f"parallelism.expert={odd}"), ("parallelism.expert",)),
-            Invalid((f"batch.global_sequences={8 * odd + 1}",), ("batch.global_sequences",)),
-            Invalid((f"batch.sequence_length_tokens={large}",), ("batch.sequence_length_tokens",)),
-            Invalid(
-                (f"model.num_routed_experts={16 * odd + 1}",), ("model.num_routed_experts", "model.num_expert_groups")
-            ),
-            Invalid((f"model.num_experts_per_token={large}",), ("model.num_experts_per_token",)),
-            Invalid((f"model.num_limited_groups={large}",), ("model.num_limited_groups",)),
-            Invalid((f"model.num_dense_layers={large}",), ("model.num_dense_layers",)),
-            Invalid((f"model.qk_rope_head_dim={2 * odd + 1}",), ("model.qk_rope_head_dim",)),
-            Invalid((f"optim.schedule.warmup={large}",), ("optim.schedule.warmup",)),
-            Invalid((f"optim.schedule.decay_start={large} steps",), ("optim.schedule.decay_start",)),
-            Invalid(("optim=adamw_v3", f"optim.schedule.last_learning_rate={large}"), ("last_learning_rate",)),
-            Invalid((f"task.mtp_loss_weight=[{large}]",), ("task.mtp_loss_weight",)),
-            Invalid((f"task.bias_update_rate=[{{from_tokens:{odd},value:1}}]",), ("task.bias_update_rate",)),
-            Invalid(("precision=float64",), ("optim.sharding",)),
-            Invalid(("precision=fp8", "recompute=[norm]"), ("recompute",)),
-            Invalid(("optim.moments=bf16", "optim.beta2=0.99"), ("optim.beta2",)),
-            Invalid(("attention=flex",), ("attention",)),
-            Invalid(("cluster.backend=nccl",), ("cluster.backend",)),
-            Invalid((f"data.tokenizer_vocab_size={large}",), ("data.tokenizer_vocab_size",)),
-            Invalid((f"resume=absent_{odd}",), ("resume",)),
-            Invalid((f"init_from=absent_{odd}",), ("init_from",)),
-            Invalid((f"data.tokenizer=absent_{odd}.json",), ("data.tokenizer",)),
-            Invalid(("data=files", f"data.paths=[absent_{odd}]"), ("data.paths",)),
-            Invalid((f"name=a/{odd}",), ("name",)),
-        )
-    )
 
 
 def refusal_of(invalid: Invalid, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:

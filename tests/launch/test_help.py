@@ -12,10 +12,11 @@ import yaml
 
 import launch.config.compose
 from launch import submit, train
-from launch.config.compose import compose, compose_defaults, dotted_keys, switches
+from launch.config.compose import chosen_options, compose, compose_defaults, dotted_keys, switches
 from launch.config.groups import default_groups, options
 from launch.config.run_config import compose_run
 from launch.help.command import command
+from launch.help.options import other_options, read_options
 from launch.help.page import find_command, find_commands, help_text, listing, unknown_command
 from launch.planning.request import UNREAD
 from train.config.errors import ConfigError
@@ -102,6 +103,13 @@ def test_help_has_at_most_60_lines_with_groups_most_used_keys_and_examples(name:
 def test_help_fits_a_narrow_terminal(words: list[str]) -> None:
     for line in help_text("evaluate", words, 40).splitlines():
         assert len(line) <= 40 or " " not in line.strip(" \\"), line
+
+
+def test_help_explains_every_key_of_a_run() -> None:
+    """The comments in `conf/` are the only explanation of a key."""
+    chosen = chosen_options("train", [])
+    keys = [*read_options("train", compose_defaults("train"), chosen), *other_options(chosen)]
+    assert [key.key for key in keys if key.is_leaf and not key.comment] == []
 
 
 def test_help_all_shows_the_keys_of_chosen_options() -> None:

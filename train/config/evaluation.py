@@ -9,10 +9,7 @@ from kernels.ranges import NonNegativeInt
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Names:
-    tasks: tuple[Annotated[str, EVALUATION_TASKS], ...]
+_Names = tuple[Annotated[str, EVALUATION_TASKS], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +27,7 @@ class EvaluationTasksConfig:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "EvaluationTasksConfig":
         """Decodes the key `tasks` and a group of keys for each task."""
-        names = decode(_Names, {"tasks": values.get("tasks")}).tasks
+        names: tuple[str, ...] = decode(_Names, values.get("tasks"), "tasks")
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"tasks: must name a task once, is {list(names)}; nearest valid: one {name}")
