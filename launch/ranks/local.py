@@ -22,7 +22,7 @@ from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
 
 from comm.config import ClusterConfig
-from comm.exit_codes import EXIT_CONFIGURATION
+from comm.exit_codes import EXIT_CONFIGURATION, EXIT_LOST
 from comm.preemption import SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
@@ -36,7 +36,7 @@ from launch.ranks.supervisor import (
     VanishedError,
     print_redacted,
     report_failure,
-    report_vanished,
+    report_lost,
     scratch_folder,
     write_pid_file,
 )
@@ -230,9 +230,9 @@ def _run_elastic(
     except (VanishedError, ChildFailedError, EOFError, ConnectionError) as failed:
         if _has_lost_fork_server():
             supervisor.kill_ranks()  # multiprocessing takes them for ended, but they run
-            return report_vanished(folder, "the fork server of the ranks is lost: its process has ended")
+            return report_lost(folder, EXIT_LOST, "the fork server of the ranks is lost: its process has ended")
         if isinstance(failed, VanishedError):
-            return report_vanished(folder, str(failed))
+            return report_lost(folder, EXIT_LOST, str(failed))
         if not isinstance(failed, ChildFailedError):
             raise
         rank, failure = failed.get_first_failure()

@@ -174,13 +174,17 @@ def pid_of(path: Path) -> int:
     return int(path.name.removeprefix(PID_PREFIX))
 
 
-def report_vanished(folder: Path, reason: str) -> tuple[int, str]:
-    """Reports vanished ranks, with the verdict of the other ranks if there is one."""
+def report_lost(folder: Path, code: int, reason: str, effect: str = "") -> tuple[int, str]:
+    """Prints the verdict of the other ranks with its effect, or a reason if there is no verdict.
+
+    Returns the exit code and the reason.
+    """
     if (verdict := find_verdict(folder)) is None:
         print_redacted(f"error: {reason}")
-        return EXIT_LOST, reason
-    print_redacted(f"error: {verdict[1].text}", f"the log of each rank is in {verdict[0].parent}")
-    return verdict[1].code, verdict[1].text
+        return code, reason
+    path, report = verdict
+    print_redacted(f"error: {report.text}{effect}", f"the log of each rank is in {path.parent}")
+    return report.code, f"{report.text}{effect}"
 
 
 def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption) -> tuple[int, str]:
@@ -197,19 +201,12 @@ def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption)
         return 128 + signalled, f"ended by {signalled.name} before the ranks could handle it"
     # A failed rank causes failures of other ranks, so the first report names the cause.
     reports = [(path, read_error(path)) for path in find_errors(folder)]
-    if (verdict := find_verdict(folder)) is not None:
-        path, report = verdict
-        ended = f" (rank {rank} was ended by {signalled.name})" if signalled else ""
-        print_redacted(f"error: {report.text}{ended}", f"the log of each rank is in {path.parent}")
-        return report.code, f"{report.text}{ended}"
     if signalled is not None:
-        reason = f"rank {rank} is lost: it was ended by {signalled.name}"
-        print_redacted(f"error: {reason}")
-        return EXIT_LOST, reason
-    if not reports:
-        reason = f"rank {rank} ended with exit code {exit_code}"
-        print_redacted(f"error: {reason}")
-        return exit_code, reason
+        ended = f"ended by {signalled.name}"
+        reason = f"rank {rank} is lost: it was {ended}"
+        return report_lost(folder, EXIT_LOST, reason, f" (rank {rank} was {ended})")
+    if not reports or find_verdict(folder) is not None:
+        return report_lost(folder, exit_code, f"rank {rank} ended with exit code {exit_code}")
     path, report = reports[0]
     first = int(path.name.removeprefix("rank_").removesuffix(".error.log"))
     place = "" if report.code == EXIT_CONFIGURATION else f"rank {first}: "

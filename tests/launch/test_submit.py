@@ -190,8 +190,6 @@ def test_job_trains_what_was_checked(chosen: list[str], tmp_path: Path) -> None:
         ("dry_run=1", ["dry_run", "true or false"]),
         ("resume=outputs/other", ["resume", "auto", "out_dir=outputs/other", "init_from=outputs/other"]),
         ("out_dir='a b'", ["out_dir", "a b'"]),
-        ("cluster=slrum", ["cluster: no option slrum", "slurm"]),
-        ("optim.learing_rate=1", ["optim.learing_rate", "optim.learning_rate"]),
         ("parallelism.pipeline=3 schedule=dualpipe", ["parallelism.pipeline", "even"]),
     ],
 )

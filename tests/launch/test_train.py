@@ -41,12 +41,7 @@ def place_inputs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["optim.learing_rate=1"], ["optim.learing_rate", "optim.learning_rate"]),
-        (["parallelism.pipeline=3", "schedule=dualpipe"], ["parallelism.pipeline", "dualpipe", "even", "3"]),
         (["experiment=quickstart", "model.num_routed_experts=15"], ["model.num_routed_experts", "15", "14 or 16"]),
-        (["parallelism.pipeline=6", "batch.global_sequences=24", "validation.sequences=24"],
-         ["model.num_layers", "4", "6"]),
-        (["data=files", "data.paths=[absent.txt]"], ["data.paths", "absent.txt"]),
         (["data=files", "data.paths=[empty.txt]"], ["data.paths", "empty.txt"]),
         (["experiment=quickstart", "resume=old"], ["resume", "old", "model.hidden_size is 64 there and 192 here"]),
         (["init_from=" + "a" * 300], ["a" * 300, "must be readable or writable", "File name too long"]),
