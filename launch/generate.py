@@ -127,7 +127,8 @@ def main(overrides: Sequence[str]) -> int:
             if network is None:
                 statistics = _stream(job, request, file)
             else:
-                rollouts = rollouts or _generate_on_local_ranks(job, network)
+                if rollouts is None:
+                    rollouts = _generate_on_local_ranks(job, network)
                 statistics = _write_rollouts(job, request, rollouts, file)
     speed = statistics.tokens / max(statistics.seconds, 1e-9)
     line = f"{statistics.tokens} tokens in {statistics.seconds:.2f} s, {speed:,.1f} tokens/s; {statistics.summary()}"
