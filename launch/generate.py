@@ -182,9 +182,10 @@ def _read_job(config: GenerateCommandConfig) -> GenerateJob:
     if tokenizer is None:
         key = "prompt" if config.prompts is None else "prompts"
         raise ConfigError(f"{key}: text needs a tokenizer, {source.folder} holds none; write prompt_ids=[0,5,9]")
-    texts = read_prompts(config.prompt, config.prompts)
+    lines = read_prompts(config.prompt, config.prompts)
     encode_text = text_encoder(config.chat, source.folder, tokenizer, thinking=config.thinking)
-    return GenerateJob(config=config, source=source, prompts=[Prompt(text, encode_text(text)) for text in texts])
+    prompts = [Prompt(text, encode_text(text)) for text in lines]
+    return GenerateJob(config=config, source=source, prompts=prompts)
 
 
 def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: TextIO) -> ContinuationWriter:
