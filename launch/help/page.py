@@ -25,11 +25,11 @@ _MOST_MATCHES = 20
 _CONFIGS = {
     "convert": "launch.convert ConvertConfig",
     "evaluate": "launch.evaluation.request EvaluateCommandConfig",
-    "generate": "launch.generation.request GenerateCommandConfig",
+    "generate": "launch.generate GenerateCommandConfig",
     "redraw": "launch.redraw RedrawConfig",
     "sample": "launch.sample SampleCommandConfig",
     "schedule": "launch.schedule ScheduleCommandConfig",
-    "workflow": "launch.workflows.config WorkflowCommandConfig",
+    "workflow": "launch.workflow WorkflowCommandConfig",
 }
 """Modules and dataclasses of the commands whose keys are not those of a run."""
 _EXAMPLE = "# Example: "
