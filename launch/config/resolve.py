@@ -74,10 +74,10 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
         if key not in _MODEL_KEYS:
             choices = [f"model.{name}" for name in (*kinds[kind], *_MODEL_KEYS)]
             raise ConfigError(f"model.{key}: unknown key; {nearest_key(f'model.{key}', choices)}")
-    size = model.get("size")
-    if kind == "ladder" and (type(size) is not int or size < 1):
-        raise ConfigError(f"model.size: must be a whole number of at least 1, is {size!r}; nearest valid: 1")
     if kind == "ladder":
+        size = model.get("size")
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"model.size: must be a whole number of at least 1, is {size!r}; nearest valid: 1")
         return {**asdict(ladder(size)), **changes}
     if not isinstance(init_from, str):
         raise ConfigError(

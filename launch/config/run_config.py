@@ -78,7 +78,7 @@ def read_config(values: Mapping[str, Any]) -> TrainConfig:
     data, optim, precision = values.get("data"), values.get("optim"), values.get("precision")
     if isinstance(optim, Mapping) and "moments" in optim:
         # Decoded by itself, because an error must list `auto` as a choice, which the run's configuration is not.
-        moments: str = decode(_MOMENTS, optim["moments"], "optim.moments")  # type: ignore[arg-type, assignment]
+        moments: str = decode(_MOMENTS, optim["moments"], "optim.moments")  # type: ignore[arg-type]
         is_fp8 = isinstance(precision, Mapping) and precision.get("kind") == "fp8"
         chosen = {"auto": "bf16" if is_fp8 else "float32"}.get(moments, moments)
         values = {**values, "optim": {**optim, "moments": chosen}}
