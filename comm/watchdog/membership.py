@@ -131,14 +131,13 @@ def write_key_file(folder: Path) -> KeyFile:
             out.write(key)
             out.flush()
             os.fsync(out.fileno())
-    except OSError as error:
+    except (OSError, JobKeyError) as error:
         file.remove()
+        if isinstance(error, JobKeyError):
+            raise
         raise JobKeyError(
             f"out_dir: must accept a file with the job's key, {folder} does not: {error}; {ADVICE}"
         ) from error
-    except JobKeyError:
-        file.remove()
-        raise
     return file
 
 

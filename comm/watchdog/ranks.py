@@ -80,14 +80,12 @@ class RankSet:
 
     def __str__(self) -> str:
         """Names the ranks, as in `0, 1, 2` or, for more than 16, `0 to 6271, 94080 to 100288 by 64`."""
-        if len(self) <= MAX_LISTED:
-            return ", ".join(map(str, sorted(self)))
-        text = ", ".join(map(_name_run, self.runs[:_MAX_NAMED_RUNS]))
-        if len(self.runs) <= _MAX_NAMED_RUNS:
-            return text
+        names = _names(self)
+        if len(self) <= MAX_LISTED or len(self.runs) <= _MAX_NAMED_RUNS:
+            return ", ".join(names)
         # The hash keeps the names of different groups different.
         digest = hashlib.sha256(repr(self.runs).encode()).hexdigest()[:12]
-        return f"{text} and {sum(len(run) for run in self.runs[_MAX_NAMED_RUNS:])} more, {digest}"
+        return f"{', '.join(names[:-1])} and {names[-1]}, {digest}"
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
@@ -96,18 +94,19 @@ def name_ranks(ranks: Iterable[int]) -> str:
     runs = rank_set.runs
     if not runs:
         return "no rank"
-    if len(rank_set) == 1:
-        return f"rank {runs[0].start}"
-    if len(runs) == 1 and runs[0].step == 1 and len(rank_set) > 2:
-        return f"ranks {_name_run(runs[0])}"
-    if len(rank_set) <= MAX_LISTED:
-        *others, last = map(str, sorted(rank_set))
-    elif len(runs) <= _MAX_NAMED_RUNS:
-        *others, last = map(_name_run, runs)
-    else:
-        others = list(map(_name_run, runs[:_MAX_NAMED_RUNS]))
-        last = f"{sum(len(run) for run in runs[_MAX_NAMED_RUNS:])} more"
-    return f"ranks {', '.join(others)} and {last}" if others else f"ranks {last}"
+    is_run = len(runs) == 1 and runs[0].step == 1 and len(rank_set) > 2
+    *others, last = [_name_run(runs[0])] if is_run else _names(rank_set)
+    plural = "" if len(rank_set) == 1 else "s"
+    return f"rank{plural} {', '.join(others)} and {last}" if others else f"rank{plural} {last}"
+
+
+def _names(ranks: RankSet) -> list[str]:
+    """Returns the names of a few ranks, or of the first progressions and how many ranks follow."""
+    if len(ranks) <= MAX_LISTED:
+        return [str(rank) for rank in sorted(ranks)]
+    num_others = sum(len(run) for run in ranks.runs[_MAX_NAMED_RUNS:])
+    names = [_name_run(run) for run in ranks.runs[:_MAX_NAMED_RUNS]]
+    return [*names, f"{num_others} more"] if num_others else names
 
 
 def _runs(ordered: list[int]) -> Iterator[range]:

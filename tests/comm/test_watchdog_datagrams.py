@@ -9,41 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comm.watchdog import wire
+from comm.watchdog import messages, wire
 from comm.watchdog.addresses import encode_addresses
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.messages import (
-    AddressReply,
-    AddressRequest,
-    Departure,
-    Message,
-    Notice,
-    Reached,
-    StateRequest,
-    decode_message,
-)
+from comm.watchdog.messages import Departure, Message, Reached, StateRequest, decode_message
 from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.ranks import RankSet
 from comm.watchdog.verdict import Verdict
-from comm.watchdog.wire import (
-    REPLAY_WINDOW,
-    DatagramCodec,
-    Kind,
-    MessageError,
-    ReplayWindow,
-    compress_object,
-    decompress_object,
-    derive,
-    encode_fields,
-    open_object,
-    printable,
-    seal_object,
-)
+from comm.watchdog.wire import DatagramCodec, Kind, MessageError, open_object, seal_object
+from tests.comm.watched_ranks import KEY
 
-KEY = b"the key of a test's job".ljust(32)
 WORLD_SIZE = 4
 VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [[2, 1, 1]]}
-STATE = json.loads(json.dumps(encode_fields(RankState.of(CollectiveLog(), MainThread()))))
+STATE = json.loads(json.dumps(wire.encode_fields(RankState.of(CollectiveLog(), MainThread()))))
 WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [[0, 2, 1]], "seconds": 1.5}
 
 JSON = st.recursive(
@@ -109,12 +87,12 @@ def test_datagrams_may_arrive_out_of_order_and_none_counts_twice(order: list[int
 
 
 @settings(max_examples=100, deadline=None)
-@given(counters=st.lists(st.integers(0, 3 * REPLAY_WINDOW) | st.integers(2**63, 2**64 - 1), max_size=60))
+@given(counters=st.lists(st.integers(0, 3 * wire.REPLAY_WINDOW) | st.integers(2**63, 2**64 - 1), max_size=60))
 def test_replay_window_accepts_each_counter_at_most_once_and_every_new_highest(counters: list[int]) -> None:
-    window, accepted, highest = ReplayWindow(), set(), -1
+    window, accepted, highest = wire.ReplayWindow(), set(), -1
     for counter in counters:
         is_new = window.is_new(counter)
-        assert is_new == (counter not in accepted and counter > highest - REPLAY_WINDOW)
+        assert is_new == (counter not in accepted and counter > highest - wire.REPLAY_WINDOW)
         if is_new:
             window.add(counter)
             accepted.add(counter)
@@ -144,7 +122,7 @@ def test_replay_window_accepts_each_counter_at_most_once_and_every_new_highest(c
 )
 def test_content_other_than_a_small_json_object_is_rejected(body: bytes) -> None:
     with pytest.raises(MessageError):
-        decompress_object(body)
+        wire.decompress_object(body)
 
 
 @settings(max_examples=200, deadline=None)
@@ -167,28 +145,13 @@ def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (values | changes).items() if value is not None}
 
 
-BAD_VERDICTS = [
+BAD_VERDICTS: list[dict[str, Any]] = [
     *({"code": code} for code in (0, 2, 75, 77, 130, 143, -1, "78", 78.0, True, None, 2**70)),
     *({"judge": judge} for judge in (-1, 4, "1", True, 1.0, None, [1], 2)),  # 2 is a rank, but not the sender
-    *(
-        {"culprits": culprits}
-        for culprits in (
-            *([[rank, 1, 1]] for rank in (4, -1, "2", True, 2.0, None)),
-            *([[0, count, step]] for count, step in ((5, 1), (2, 4), (0, 1), (1, 0), (-1, 1), (1, 2**63))),
-            *(
-                2,
-                None,
-                {"2": 2},
-                [2],
-                [[2]],
-                [[2, 1]],
-                [[2, 1, 1, 1]],
-                [[[2], 1, 1]],
-                [[0, 1, 1]] * 2,
-                [[0, 2, 2], [2, 1, 1]],
-            ),
-        )
-    ),
+    *({"culprits": [[rank, 1, 1]]} for rank in (4, -1, "2", True, 2.0, None)),
+    *({"culprits": [[0, count, step]]} for count, step in ((5, 1), (2, 4), (0, 1), (1, 0), (-1, 1), (1, 2**63))),
+    *({"culprits": culprits} for culprits in (2, None, {"2": 2}, [2], [[2]], [[2, 1]], [[2, 1, 1, 1]], [[[2], 1, 1]])),
+    *({"culprits": culprits} for culprits in ([[0, 1, 1]] * 2, [[0, 2, 2], [2, 1, 1]])),
     *({"text": text} for text in (None, 7, "a\nb", "a\x1b[2J", "a\u202eb", "\ud800", "x" * 70_000, ["x"])),
 ]
 
@@ -232,25 +195,25 @@ def test_messages_survive_their_encoding() -> None:
     wait = Wait(text="dispatch", group="world [0, 1]", number=3, ranks=RankSet.of((0, 1)), seconds=1.5)
     state = replace(RankState.of(CollectiveLog(), MainThread()), waits=(wait,), started={"world [0, 1]": 4})
     addresses = encode_addresses([("127.0.0.1", 9), ("::1", 10), ("127.0.0.1", 11)])
-    messages: dict[Kind, Message] = {
+    samples: dict[Kind, Message] = {
         "state_request": StateRequest("world [0, 1]", 3),
         "state": state,
         "reached": Reached("world [0, 1]", 3, is_waiting=True),
         "verdict": Verdict(code=78, text="rank 2 is lost", judge=1, culprits=RankSet.of((2,))),
         "departure": Departure("done", "it finished"),
-        "notice": Notice(),
-        "address_request": AddressRequest(3),
-        "addresses": AddressReply(1, (addresses, None)),
+        "notice": messages.Notice(),
+        "address_request": messages.AddressRequest(3),
+        "addresses": messages.AddressReply(1, (addresses, None)),
     }
-    assert messages.keys() == set(get_args(Kind))
-    for kind, message in messages.items():
-        arrived = decompress_object(compress_object(encode_fields(message)))
+    assert samples.keys() == set(get_args(Kind))
+    for kind, message in samples.items():
+        arrived = wire.decompress_object(wire.compress_object(wire.encode_fields(message)))
         assert decode_message(kind, arrived, WORLD_SIZE, 1) == message
     assert decode_message("state_request", {}, WORLD_SIZE, 1) == StateRequest()
 
 
 def test_printable_text_is_always_accepted_and_short() -> None:
-    text = printable("a\n\x1b[0m\u202e\ud800" + "x" * 100_000)
+    text = wire.printable("a\n\x1b[0m\u202e\ud800" + "x" * 100_000)
     assert text.startswith("a\ufffd\ufffd[0m\ufffd\ufffdxx")
     assert decode_message("verdict", VERDICT | {"text": text}, WORLD_SIZE, 1)
 
@@ -269,4 +232,6 @@ def test_record_in_the_store_is_valid_for_its_purpose_alone() -> None:
         with pytest.raises(MessageError):
             open_object(key, purpose, record)
     # Parts are separated.
-    assert derive(KEY, "a", b"bc", b"d") != derive(KEY, "a", b"b", b"cd") != derive(KEY, "ab", b"c", b"d")
+    assert (
+        wire.derive(KEY, "a", b"bc", b"d") != wire.derive(KEY, "a", b"b", b"cd") != wire.derive(KEY, "ab", b"c", b"d")
+    )

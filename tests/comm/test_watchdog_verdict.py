@@ -88,6 +88,15 @@ def test_verdict_names_the_collective_of_the_missing_rank() -> None:
     assert lost.text == "rank 3 is lost: it was ended by SIGTERM; no other rank waited for it"
 
 
+def test_verdict_names_the_longest_wait_for_the_missing_rank_unless_the_judge_waits_for_it() -> None:
+    waits = [wait("late", WORLD, seconds=5.0), wait("long", WORLD, seconds=7.0), wait("short", WORLD, seconds=6.0)]
+    states = {rank: state(each) for rank, each in enumerate(waits)}
+    for judged_by, own, text in ((0, waits[0], "late"), (0, wait("own", (0, 1)), "long")):
+        verdict = conclude(Reason.DEADLINE, states | {judged_by: state(own)}, silent=(3,), judged_by=judged_by)
+        assert verdict is not None
+        assert f" waited for {text} (number 0" in verdict.text
+
+
 def test_verdict_follows_waits_to_the_rank_that_computes() -> None:
     send, hop = wait("send", (0, 1)), wait("hop", (1, 2), seconds=7.0)
     states = {0: state(send), 1: state(hop), 2: state(is_busy=True), 3: state(REDUCE)}

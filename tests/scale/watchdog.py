@@ -15,24 +15,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from comm.watchdog import wire
 from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.collective_log import CollectiveLog, group_name
-from comm.watchdog.messages import MAX_BLOCKS, AddressReply, Reached, StateRequest
+from comm.watchdog.messages import MAX_BLOCKS, AddressReply, Departure, Message, Reached, StateRequest
 from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.ranks import FANOUT, RankSet, RankTree, name_ranks
 from comm.watchdog.verdict import MAX_CULPRITS, Verdict
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
-from comm.watchdog.wire import (
-    MAX_DATAGRAM_BYTES,
-    MAX_TEXT_CHARACTERS,
-    DatagramCodec,
-    Kind,
-    SocketAddress,
-    decode_fields,
-    encode_fields,
-    printable,
-)
+from comm.watchdog.wire import Kind, SocketAddress
 from tests.comm.watched_ranks import full_book
 from tests.scale.groups import published_layout
 
@@ -52,7 +44,6 @@ def longest_messages(num_ranks: int) -> dict[Kind, int]:
     random characters, which do not compress.
     """
     noise = random.Random(num_ranks)
-    codec = DatagramCodec(_KEY, num_ranks - 1, num_ranks)
     squares = [number * number for number in range(num_ranks) if number * number < num_ranks]
     groups = [group_name(f"group {number}", [*squares, number + 2]) for number in range(_NUM_GROUPS)]
     ranks = RankSet.of(squares).first(num_ranks)
@@ -68,19 +59,17 @@ def longest_messages(num_ranks: int) -> dict[Kind, int]:
         last=_random_text(noise, 512),
         idle_seconds=noise.random() * 1e6,
     )
-    culprits = RankSet.of(squares).first(MAX_CULPRITS)
-    verdict = Verdict(code=78, text=_random_text(noise, MAX_TEXT_CHARACTERS), judge=num_ranks - 1, culprits=culprits)
+    text = _random_text(noise, wire.MAX_TEXT_CHARACTERS)
+    verdict = Verdict(code=78, text=text, judge=num_ranks - 1, culprits=RankSet.of(squares).first(MAX_CULPRITS))
     addresses = [(f"fd00::{noise.randrange(2**64):x}", noise.randrange(1, 65536)) for _ in range(FANOUT)]
-    blocks = (encode_addresses(addresses),) * MAX_BLOCKS
-    relay = {"relay": {"origin": num_ranks - 1, "turn": 63}}
-    contents: dict[Kind, dict[str, Any]] = {
-        "state": encode_fields(state),
-        "verdict": encode_fields(verdict) | relay,
-        "addresses": encode_fields(AddressReply(0, blocks)),
-        "departure": {"end": "error", "text": _random_text(noise, MAX_TEXT_CHARACTERS)} | relay,
-        "state_request": encode_fields(StateRequest(groups[-1], 2**40)),
+    messages: dict[Kind, Message] = {
+        "state": state,
+        "verdict": verdict,
+        "addresses": AddressReply(0, (encode_addresses(addresses),) * MAX_BLOCKS),
+        "departure": Departure("error", _random_text(noise, wire.MAX_TEXT_CHARACTERS)),
+        "state_request": StateRequest(groups[-1], 2**40),
     }
-    return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
+    return _sizes(messages, num_ranks)
 
 
 def training_messages(num_ranks: int) -> dict[Kind, int]:
@@ -102,31 +91,36 @@ def training_messages(num_ranks: int) -> dict[Kind, int]:
     for peer in (rank - 1, rank + 1):
         for kind in ("activation", "gradient"):
             log.start(f"{kind} {rank}->{peer}", (rank, peer), "transfer", "micro-batch 119")
-    codec = DatagramCodec(_KEY, rank, num_ranks)
     with ExitStack() as inside:
-        for each in awaited[-8:]:
-            inside.enter_context(each)
+        for wait in awaited[-8:]:
+            inside.enter_context(wait)
         state = RankState.of(log, MainThread())
     assert len(state.waits) == 8
     missing = RankSet.of(range(0, num_ranks, 97)).first(MAX_CULPRITS)
     waiters = f"{name_ranks(range(num_ranks))} waited for {state.waits[0].text}"
     text = f"{name_ranks(missing)} did not reach a collective; {waiters}"
-    verdict = Verdict(code=76, text=text, judge=rank, culprits=missing)
     addresses = [
         [(f"10.{block >> 5}.{block & 31}.{place >> 3}", 30_000 + 7 * place) for place in range(FANOUT)]
         for block in range(MAX_BLOCKS)
     ]
-    contents: dict[Kind, dict[str, Any]] = {
-        "state": encode_fields(state),
-        "verdict": encode_fields(verdict),
-        "addresses": encode_fields(AddressReply(0, tuple(map(encode_addresses, addresses)))),
+    messages: dict[Kind, Message] = {
+        "state": state,
+        "verdict": Verdict(code=76, text=text, judge=rank, culprits=missing),
+        "addresses": AddressReply(0, tuple(map(encode_addresses, addresses))),
     }
-    return {kind: len(codec.encode(0, kind, values)) for kind, values in contents.items()}
+    return _sizes(messages, num_ranks)
+
+
+def _sizes(messages: dict[Kind, Message], num_ranks: int) -> dict[Kind, int]:
+    """Returns the bytes of messages that a rank forwards."""
+    codec = wire.DatagramCodec(_KEY, num_ranks - 1, num_ranks)
+    relay = {"relay": {"origin": num_ranks - 1, "turn": 63}}
+    return {kind: len(codec.encode(0, kind, wire.encode_fields(each) | relay)) for kind, each in messages.items()}
 
 
 def _random_text(noise: random.Random, num_characters: int) -> str:
     letters = [chr(code) for code in range(0x21, 0x3000) if chr(code).isprintable()]
-    return printable("".join(noise.choices(letters, k=num_characters)), num_characters)
+    return wire.printable("".join(noise.choices(letters, k=num_characters)), num_characters)
 
 
 class PlayedRanks:
@@ -141,7 +135,7 @@ class PlayedRanks:
         self.num_datagrams: Counter[str] = Counter()
         self._num_ranks = num_ranks
         self._silent = silent
-        self._codecs: dict[int, DatagramCodec] = {}
+        self._codecs: dict[int, wire.DatagramCodec] = {}
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
         self._socket.settimeout(0.2)
@@ -167,20 +161,20 @@ class PlayedRanks:
     def _run(self, counts: Any) -> None:
         while True:
             try:
-                data, sender = self._socket.recvfrom(MAX_DATAGRAM_BYTES)
+                data, sender = self._socket.recvfrom(wire.MAX_DATAGRAM_BYTES)
             except TimeoutError:
                 if self._is_over.is_set():
                     counts.send(self.num_datagrams)
                     return
                 continue
             rank = int.from_bytes(data[_RECIPIENT], "big")
-            codec = self._codecs.setdefault(rank, DatagramCodec(_KEY, rank, self._num_ranks))
+            codec = self._codecs.setdefault(rank, wire.DatagramCodec(_KEY, rank, self._num_ranks))
             datagram = codec.decode(data)
             self.num_datagrams[datagram.kind] += 1
             if datagram.kind == "state_request" and rank != self._silent:
-                request = decode_fields(StateRequest, datagram.values)
+                request = wire.decode_fields(StateRequest, datagram.values)
                 reply = Reached(str(request.group), request.number, is_waiting=True)
-                self._socket.sendto(codec.encode(datagram.sender, "reached", encode_fields(reply)), sender)
+                self._socket.sendto(codec.encode(datagram.sender, "reached", wire.encode_fields(reply)), sender)
                 self.num_datagrams["reached"] += 1
 
 
