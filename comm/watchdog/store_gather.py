@@ -139,10 +139,10 @@ class StoreGather:
             if not is_whole or record.content[first : first + _DIGEST_CHARACTERS] != digest:
                 raise MessageError("content: without this rank's nonce")
             digest = record.digest(self._key, level)
-        if self._rank == 0:
-            self._add_all()
         for level, addresses in enumerate(groups, 1):
             self.book.add(self._tree.group(level, self._rank // self._tree.fanout**level), addresses)
+        if self._rank == 0:
+            self._add_all()
         self.digest = digest
         self.remote_host = next((host for host, _ in groups[-1] if not is_loopback(host)), None)
 
