@@ -134,7 +134,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from model.config import CutError
     from model.hf.errors import HfError
     from train.checkpoint.manifest import CheckpointError
-    from train.ownership.lock_file import LockedError
+    from train.ownership.run_lock import LockedError
 
     known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
     return (*known, ScoringError, EvaluationError, LockedError, JobKeyError)

@@ -16,9 +16,8 @@ from launch.config.run_config import read_config, write_config
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.ownership.lock_file import LOCK_NAME, refuse_if_in_use
 from train.ownership.rank_files import is_node_folder
-from train.ownership.run_lock import RunLock, acquire
+from train.ownership.run_lock import LOCK_NAME, RunLock, refuse_if_in_use
 from train.records.events import append_event
 
 CONFIG_NAME = "config.yaml"
@@ -87,7 +86,7 @@ def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[Trai
     """
     with _system_refusals(config):
         folder = _make(config, now)
-        lock = acquire(folder, _say)
+        lock = RunLock(folder, _say)
     try:
         config = replace(config, out_dir=str(folder))
         with _system_refusals(config):

@@ -25,8 +25,7 @@ from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole, step_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.ownership.lock_file import LOCK_NAME
-from train.ownership.owner import Owner
+from train.ownership.run_lock import LOCK_NAME, Owner
 from train.records.events import read_events
 from train.records.status import read_status
 

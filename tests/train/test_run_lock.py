@@ -11,21 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from train.ownership.lock_file import LOCK_NAME, LockedError, OwnershipCheck, read_lock, refuse_if_in_use, renew
-from train.ownership.owner import Owner
-from train.ownership.run_lock import acquire, locked
+from train.ownership.run_lock import (
+    LOCK_NAME,
+    LockedError,
+    Owner,
+    OwnershipCheck,
+    RunLock,
+    read_lock,
+    refuse_if_in_use,
+    renew,
+)
 
 ROOT = Path(__file__).parents[2]
 RACER = """
 import sys, time
 from pathlib import Path
-from train.ownership.lock_file import LockedError
-from train.ownership.run_lock import acquire
+from train.ownership.run_lock import LockedError, RunLock
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    lock = acquire(folder, lambda line: None)
+    lock = RunLock(folder, lambda line: None)
 except LockedError as error:
     print("refused", flush=True)
 else:
@@ -62,13 +68,13 @@ def dead_owner() -> Owner:
 
 
 def test_lock_names_its_owner_and_is_removed_on_release(tmp_path: Path) -> None:
-    with locked(tmp_path, print):
+    with RunLock(tmp_path, print):
         values = json.loads((tmp_path / LOCK_NAME).read_text())
         assert (values["pid"], values["host"]) == (os.getpid(), os.uname().nodename)
         with pytest.raises(
             LockedError, match=rf"^out_dir: '.*' is in use by host .*, pid {os.getpid()} since .*command"
         ):
-            acquire(tmp_path, print)
+            RunLock(tmp_path, print)
         with pytest.raises(LockedError, match="nearest valid: another out_dir, or wait for that process to end"):
             refuse_if_in_use(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -78,7 +84,7 @@ def test_lock_of_a_dead_process_is_taken_over_at_once_with_a_message(tmp_path: P
     owner, lines = dead_owner(), said()
     plant(tmp_path, owner)
     refuse_if_in_use(tmp_path)
-    lock = acquire(tmp_path, lines.append)
+    lock = RunLock(tmp_path, lines.append)
     assert lines == [f"out_dir: the lock of {owner} is stale and is taken over"]
     assert lock.taken_from == str(owner)
     lock.release()
@@ -87,25 +93,25 @@ def test_lock_of_a_dead_process_is_taken_over_at_once_with_a_message(tmp_path: P
 
 def test_lock_whose_pid_was_reused_is_stale(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     plant(tmp_path, replace(Owner.of_this_process(), pid=sleeper.pid))  # with this process' start
-    acquire(tmp_path, print).release()
+    RunLock(tmp_path, print).release()
 
 
 def test_lock_of_another_machine_is_stale_only_when_it_is_not_renewed(tmp_path: Path) -> None:
     there = replace(Owner.of_this_process(), host="node7", machine="another boot")
     path = plant(tmp_path, there, age=100)
-    acquire(tmp_path, print).release()
+    RunLock(tmp_path, print).release()
     plant(tmp_path, there, age=0)
     # Somebody renews it: as soon as that is seen, the folder is in use.
     code = f"import os, time; time.sleep(0.5); os.utime({str(path)!r})"
     renewing = subprocess.Popen([sys.executable, "-c", code])
     lines, begun = said(), time.monotonic()
     with pytest.raises(LockedError, match="in use by host node7"):
-        acquire(tmp_path, lines.append, lease_seconds=20)
+        RunLock(tmp_path, lines.append, lease_seconds=20)
     assert time.monotonic() - begun < 10
     assert lines[0].startswith("out_dir: waits up to 20 s to see if host node7")
     renewing.wait()
     assert renew(path, there.id)
-    acquire(tmp_path, print, lease_seconds=1.0).release()
+    RunLock(tmp_path, print, lease_seconds=1.0).release()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +121,7 @@ def test_lock_of_another_machine_is_stale_only_when_it_is_not_renewed(tmp_path: 
 )
 def test_lock_without_an_owner_is_stale_by_its_age(tmp_path: Path, content: str) -> None:
     plant(tmp_path, content, age=100)
-    acquire(tmp_path, print).release()
+    RunLock(tmp_path, print).release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +135,7 @@ def test_lock_without_an_owner_is_stale_by_its_age(tmp_path: Path, content: str)
 )  # fmt: skip
 def test_lock_with_a_wrong_value_is_stale_by_its_age(tmp_path: Path, changes: dict[str, object]) -> None:
     plant(tmp_path, json.dumps({**asdict(dead_owner()), **changes}), age=100)
-    acquire(tmp_path, print).release()
+    RunLock(tmp_path, print).release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,7 +143,7 @@ def test_lock_from_the_future_is_taken_over_if_it_is_not_renewed(tmp_path: Path)
     there = replace(Owner.of_this_process(), machine="another boot", command="a\x1b[31m\nb")
     plant(tmp_path, there, age=-1e6)
     lines = said()
-    acquire(tmp_path, lines.append, lease_seconds=0.5).release()
+    RunLock(tmp_path, lines.append, lease_seconds=0.5).release()
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)
 
@@ -146,7 +152,7 @@ def test_lock_that_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None
     for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(tmp_path / "elsewhere", path)):
         make(tmp_path / LOCK_NAME)
         with pytest.raises(LockedError, match=r"lock\.json must be a file"):
-            acquire(tmp_path, print)
+            RunLock(tmp_path, print)
         path = tmp_path / LOCK_NAME
         path.rmdir() if path.is_dir() else path.unlink()
     assert list(tmp_path.iterdir()) == []
@@ -187,7 +193,7 @@ def test_takeover_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> Non
     stale = dead_owner()
     plant(tmp_path, stale)
     (tmp_path / f"{LOCK_NAME}.{stale.id}.takeover").write_text(dead_owner().to_text())
-    acquire(tmp_path, print).release()
+    RunLock(tmp_path, print).release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,17 +203,17 @@ def test_lock_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "link", refuse)
     plant(tmp_path, dead_owner())
-    with locked(tmp_path, print), pytest.raises(LockedError):
-        acquire(tmp_path, print)
+    with RunLock(tmp_path, print), pytest.raises(LockedError):
+        RunLock(tmp_path, print)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_owner_detects_that_it_lost_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    assert OwnershipCheck.of_process(folder).problem() == ""  # no process holds a lock
-    lock = acquire(folder, print)
-    check = OwnershipCheck.of_process(folder)
+    assert OwnershipCheck(folder).problem() == ""  # no process holds a lock
+    lock = RunLock(folder, print)
+    check = OwnershipCheck(folder)
     assert check.problem() == ""
     other = replace(dead_owner(), host="node9")
     plant(folder, other)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
 from train.config import TrainConfig
 from train.errors import RescuedError, UnsavedError
-from train.ownership.run_lock import locked
+from train.ownership.run_lock import RunLock
 from train.records.events import try_append_event
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _open(folder: Path, stack: ExitStack) -> str:
     """Creates and locks the folder; returns an error message, or an empty text."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder, lambda line: None))
+        stack.enter_context(RunLock(folder, lambda line: None))
     except (OSError, ValueError) as error:
         return str(error)
     return ""

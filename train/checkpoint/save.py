@@ -38,7 +38,7 @@ from train.checkpoint.verify import is_whole
 from train.config import TrainConfig
 from train.errors import UnsavedError
 from train.learner import Learner
-from train.ownership.lock_file import OwnershipCheck
+from train.ownership.run_lock import OwnershipCheck
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -13,7 +13,7 @@ from train.checkpoint.rescue import save_to_rescue_folder
 from train.checkpoint.save import CheckpointSaver
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
 from train.listeners.listener import Listener, Moment, RunParts
-from train.ownership.lock_file import OwnershipCheck
+from train.ownership.run_lock import OwnershipCheck
 
 
 class Checkpoints(Listener):
@@ -26,7 +26,7 @@ class Checkpoints(Listener):
         self._saving_seconds = 0.0
         super().__init__(parts)
         self._world = parts.learner.world
-        self._ownership = OwnershipCheck.of_process(Path(parts.config.out_dir))
+        self._ownership = OwnershipCheck(Path(parts.config.out_dir))
         self._saver = CheckpointSaver(parts.config, parts.learner, parts.prepared, ownership=self._ownership)
 
     def is_due(self, num_done: int) -> bool:

@@ -19,13 +19,7 @@ _NODE_FOLDER = re.compile(r"node_[0-9]{6}")
 
 @dataclass(frozen=True, slots=True)
 class RankFiles:
-    """Places and names of one rank's files.
-
-    Attributes:
-        rank: of the job.
-        num_ranks: number of ranks of the job.
-        ranks_per_node: consecutive ranks whose files share a subfolder in a large job.
-    """
+    """Places and names of the files of one rank of a job; a node has `ranks_per_node` consecutive ranks."""
 
     rank: int
     num_ranks: int
@@ -51,10 +45,7 @@ class RankFiles:
         return parent / self.subfolder
 
     def make_folder(self, parent: Path) -> Path:
-        """Creates the folder of the rank's files, and returns it.
-
-        The run's folder, which contains `parent`, must exist; a deleted one is not created again.
-        """
+        """Creates the folder of the rank's files, but not the run's folder, which contains `parent`."""
         parent.mkdir(exist_ok=True)
         self.folder(parent).mkdir(exist_ok=True)
         return self.folder(parent)
