@@ -8,50 +8,19 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.help.command import command, plain_text
-from train.checkpoint.sources import is_hf_folder, source_config
+from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 
-Form = Literal["hf", "checkpoint"]
-LARGEST_FILE_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConvertConfig:
-    """Configuration of a conversion; see `conf/convert.yaml`. `source` is the key `from`."""
-
-    source: Form
-    path: str
-    to: str
-    format: Form | None
-    dtype: Literal["bf16", "float32", "fp8"] | None
-    max_shard_bytes: int | None
-    weights: Literal["trained", "ema"]
-    mtp: Literal["keep", "drop"]
-    accept_template: bool
-
-    @property
-    def target(self) -> Form:
-        """The format that is written."""
-        return self.format or ("checkpoint" if self.source == "hf" else "hf")
-
 
 def main(overrides: Sequence[str]) -> int:
-    """Converts weights tensor by tensor and prints progress to stderr.
-
-    Args:
-        overrides: overrides for `conf/convert.yaml`.
-
-    Returns:
-        The exit code, 0.
+    """Converts weights tensor by tensor, prints progress to stderr, and returns the exit code, 0.
 
     Raises:
         ConfigError: an unknown or missing key, or an invalid value.
@@ -62,19 +31,9 @@ def main(overrides: Sequence[str]) -> int:
         _check(config)
         # Printed first: importing torch takes a second or more.
         print(f"reading {config.path}", file=sys.stderr, flush=True)
-        from train.checkpoint.convert import Conversion, convert
+        from train.checkpoint.convert import convert
 
-        conversion = Conversion(
-            path=config.path,
-            folder=Path(config.to).expanduser(),
-            form=config.target,
-            dtype=config.dtype,
-            max_shard_bytes=_file_bytes(config),
-            weights=config.weights,
-            drop_mtp=config.mtp == "drop",
-            accept_template=config.accept_template,
-        )
-        print(convert(conversion, lambda line: print(line, file=sys.stderr, flush=True)))
+        print(convert(config, lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
 
 
@@ -98,16 +57,16 @@ def _signals_unwind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _read(overrides: Sequence[str]) -> ConvertConfig:
+def _read(overrides: Sequence[str]) -> Conversion:
     values = compose("convert", overrides)
     # `from` is a Python keyword and cannot name a field.
-    source = decode(Form, values.pop("from", None), "from")  # type: ignore[arg-type, var-annotated]
+    source = decode(WeightsForm, values.pop("from", None), "from")  # type: ignore[arg-type, var-annotated]
     if "source" in values:
         raise ConfigError("source: unknown key; did you mean from?")
-    return decode(ConvertConfig, {**values, "source": source})
+    return decode(Conversion, {**values, "source": source})
 
 
-def _check(config: ConvertConfig) -> None:
+def _check(config: Conversion) -> None:
     """Checks what needs no torch: a Hugging Face folder except its values, or a checkpoint's manifest."""
     _check_path(config)
     if config.source == config.target == "checkpoint":
@@ -119,20 +78,7 @@ def _check(config: ConvertConfig) -> None:
     if config.max_shard_bytes is not None and config.max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be above 0, is {config.max_shard_bytes}; the least is 1")
     _check_target(config.to)
-    source_config(config.path, "path", drop_mtp=config.mtp == "drop")
-
-
-def _file_bytes(config: ConvertConfig) -> int:
-    """Returns the maximum size in bytes of a written file.
-
-    One file of a checkpoint is held in memory, so the limit for a checkpoint follows the largest file that is read.
-    """
-    if config.max_shard_bytes is not None:
-        return config.max_shard_bytes
-    if config.target == "hf":
-        return LARGEST_FILE_BYTES
-    sizes = [file.stat().st_size for file in Path(config.path).expanduser().glob("*.safetensors")]
-    return min(LARGEST_FILE_BYTES, max(sizes, default=LARGEST_FILE_BYTES))
+    source_config(config.path, "path", drop_mtp=config.drop_mtp)
 
 
 def _check_target(to: str) -> None:
@@ -145,7 +91,7 @@ def _check_target(to: str) -> None:
         raise ConfigError(f"to: must be a new or empty folder, {to!r} lies below the file {file}")
 
 
-def _check_path(config: ConvertConfig) -> None:
+def _check_path(config: Conversion) -> None:
     if not Path(config.path).expanduser().is_dir():
         raise ConfigError(f"path: must be a folder with weights, {config.path!r} is no folder")
     if config.source == "checkpoint" and is_hf_folder(config.path):
@@ -160,14 +106,7 @@ def _check_path(config: ConvertConfig) -> None:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the command's configuration, checked, as YAML.
-
-    Args:
-        overrides: overrides for `conf/convert.yaml`.
-
-    Raises:
-        ConfigError, CheckpointError, HfError: as `main`.
-    """
+    """Returns the command's configuration as YAML, and raises the errors of `main`."""
     config = _read(overrides)
     with system_errors():
         _check(config)

@@ -15,13 +15,12 @@ from data.tokenizer_files import find_tokenizer_file, other_tokenizer
 from infer.evaluate.lines import checked_file
 from infer.evaluate.registry import EVALUATION_TASKS
 from infer.scoring.reward import check_problems
-from launch.ranks.environment import apply_rank_environment
 from model.config import ModelConfig, ladder
 from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, locate, newest_whole
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
-from train.checkpoint.sources import is_hf_folder, source_config, source_folder
+from train.checkpoint.sources import source_config, source_folder
 from train.checkpoint.verify import verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.errors import ConfigError, broken, nearest, nearest_key
@@ -253,9 +252,6 @@ def _check_start(config: TrainConfig) -> None:
     if config.resume not in (None, AUTO):
         rule = f"must be null with resume={config.resume}, which has its own weights"
         raise broken("init_from", rule, repr(config.init_from), "init_from=null")
-    if not is_hf_folder(config.initial_weights):
-        # Listing a checkpoint's tensors imports torch, which reads settings from the environment at import.
-        apply_rank_environment(config.cluster)
     check_initial(config)
 
 

@@ -23,7 +23,7 @@ _FEWEST_COLUMNS = 40
 _COMMENT_COLUMN = 42
 _MOST_MATCHES = 20
 _CONFIGS = {
-    "convert": "launch.convert ConvertConfig",
+    "convert": "train.checkpoint.sources Conversion",
     "evaluate": "launch.evaluation.request EvaluateCommandConfig",
     "generate": "launch.generate GenerateCommandConfig",
     "redraw": "launch.redraw RedrawConfig",

@@ -11,6 +11,7 @@ TORCH_DTYPES: dict[StoredDtype, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
 }
 
 

@@ -33,9 +33,9 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _sync_folder(partial)
+        sync(partial)
         partial.rename(target)
-        _sync_folder(target.parent)
+        sync(target.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
@@ -58,8 +58,17 @@ def check_kind(path: Path) -> None:
         raise HfError(path, "", "must be a file, is a pipe or a device")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a new file, and waits until its content is on disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,10 +1,12 @@
-"""Reads the header of a safetensors file: which tensors it holds, and where. Imports no torch.
+"""Reads and writes the header of a safetensors file: which tensors it holds, and where. Imports no torch.
 
 The library `safetensors` checks a header. It maps the whole file, so `model.hf.reader` reads the data instead: pages of
 a mapped shard count as memory of the process, and truncating a mapped file kills the process by a signal.
 """
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from model.hf.errors import HfError, shown
 from model.hf.folder import check_kind
 from model.hf.json_file import parse_json
-from model.hf.names import StoredDtype
+from model.hf.names import Stored, StoredDtype
 
 LARGEST_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
-ITEM_BYTES: dict[StoredDtype, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1}
+ITEM_BYTES: dict[StoredDtype, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I64": 8}
 
 _PREFIX = "Error while deserializing header: "
 _NOT_COVERED = "not fully covered"
@@ -66,6 +68,26 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise HfError(path, "", f"must have {end} bytes by its header, has {size}: it {state}") from error
         raise HfError(path, "header", f"must be one that safetensors reads, is not ({reason})") from error
     return {name: _entry(path, name, value, start) for name, value in values.items()}
+
+
+def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
+    """Returns where the data of each tensor begins in a file, in the order of the data, and the file's first bytes.
+
+    The widest types come first, so that all data is aligned.
+    """
+    ordered = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin, begins = 0, {}
+    for name in ordered:
+        stored = tensors[name]
+        end = begin + stored.num_elements * ITEM_BYTES[stored.dtype]
+        entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
+        begins[name] = begin
+        begin = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH_BYTES)
+    content = len(header).to_bytes(LENGTH_BYTES, "little") + header
+    return {name: len(content) + offset for name, offset in begins.items()}, content
 
 
 def _read(path: Path) -> tuple[int, bytes]:

@@ -10,17 +10,17 @@ from model.hf.folder import check_kind
 LARGEST_BYTES = 2**28
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
+def read_json(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]:
+    """Returns the object that a JSON file of at most `largest` bytes holds.
 
     Raises:
-        HfError: as `parse_json`; or the file is missing, unreadable or larger than `LARGEST_BYTES`.
+        HfError: as `parse_json`; or the file is missing, unreadable or larger.
     """
     try:
         check_kind(path)
         size = path.stat().st_size
-        if size > LARGEST_BYTES:
-            raise HfError(path, "", f"must be at most {LARGEST_BYTES} bytes, has {size}")
+        if size > largest:
+            raise HfError(path, "", f"must be at most {largest} bytes, has {size}")
         text = path.read_bytes()
     except OSError as error:
         raise HfError(path, "", f"must be a readable file, is not ({error.strerror})") from error

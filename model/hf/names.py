@@ -12,7 +12,7 @@ from typing import Literal
 
 from model.config import ModelConfig
 
-StoredDtype = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0"]
+StoredDtype = Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I64"]
 
 BLOCK = 128
 EMBEDDING = "model.embed_tokens.weight"

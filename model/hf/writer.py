@@ -21,8 +21,8 @@ from model.hf.checkpoint import INDEX_NAME, SINGLE_NAME
 from model.hf.config import CONFIG_NAME, write_config
 from model.hf.dtypes import TORCH_DTYPES
 from model.hf.errors import HfError
-from model.hf.folder import create_folder_atomically
-from model.hf.header import ITEM_BYTES, LENGTH_BYTES
+from model.hf.folder import create_folder_atomically, write_synced
+from model.hf.header import ITEM_BYTES, lay_out
 from model.hf.names import EMBEDDING, SCALE_SUFFIX, Stored, StoredDtype, copied_from, scale_name, scale_shape
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -83,7 +83,7 @@ def write_hf(
         HfError: the folder is not empty, a weight has another shape or a value that is not finite (or becomes so in the
             stored type), or writing fails. Nothing is left behind.
     """
-    shards = _split_into_shards(plan, max_shard_bytes)
+    shards = split_into_shards(plan, max_shard_bytes)
     if len(shards) == 1:
         names = [SINGLE_NAME]
     else:
@@ -96,12 +96,12 @@ def write_hf(
             located = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             size = sum(_num_bytes(stored) for stored in plan.values())
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(located.items()))}
-            _write_file(folder / INDEX_NAME, _json(index))
+            write_synced(folder / INDEX_NAME, _json(index))
         fp8 = any(stored.dtype == "F8_E4M3" for stored in plan.values())
         keys = write_config(config, dtype=_plain_dtype(plan), fp8=fp8, carried=extras.config)
-        _write_file(folder / CONFIG_NAME, _json(keys))
+        write_synced(folder / CONFIG_NAME, _json(keys))
         for name, content in extras.files.items():
-            _write_file(folder / name, content)
+            write_synced(folder / name, content)
 
 
 def _plain_dtype(plan: Mapping[str, Stored]) -> StoredDtype:
@@ -110,7 +110,7 @@ def _plain_dtype(plan: Mapping[str, Stored]) -> StoredDtype:
     return rare[0] if rare else plan[EMBEDDING].dtype
 
 
-def _split_into_shards(plan: Mapping[str, Stored], max_shard_bytes: int) -> list[dict[str, Stored]]:
+def split_into_shards(plan: Mapping[str, Stored], max_shard_bytes: int) -> list[dict[str, Stored]]:
     """Returns the shards in the order of the plan; a weight and its scales share a shard."""
     shards: list[dict[str, Stored]] = [{}]
     filled = 0
@@ -137,8 +137,8 @@ def _write_shard(
     file: BinaryIO, place: Path, shard: Mapping[str, Stored], tensor: Callable[[str], Tensor], scales: Fp8Scales
 ) -> None:
     """Writes a file; `place` is its final path, for errors."""
-    offsets, header = _layout(shard)
-    file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+    offsets, header = lay_out(shard)
+    file.write(header)
     for name, stored in shard.items():
         if name.endswith(SCALE_SUFFIX) or not stored.num_elements:
             continue
@@ -157,25 +157,8 @@ def _write_shard(
                 if not shard[part].dtype.startswith("F8"):
                     _check_finite(rows, place, part, shard[part].dtype)
                 file.write(rows.view(torch.uint8).numpy().data)
-    _sync(file)
-
-
-def _layout(shard: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
-    """Returns the start of each tensor's data, and the header.
-
-    The widest types come first, so that all data is aligned.
-    """
-    ordered = sorted(shard, key=lambda name: (-ITEM_BYTES[shard[name].dtype], name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin, begins = 0, {}
-    for name in ordered:
-        stored, end = shard[name], begin + _num_bytes(shard[name])
-        entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
-        begins[name], begin = begin, end
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % LENGTH_BYTES)
-    start = LENGTH_BYTES + len(header)
-    return {name: start + offset for name, offset in begins.items()}, header
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _quantize(values: Tensor, known: Tensor | None, *, power_of_two: bool) -> QuantizedBlocks:
@@ -199,14 +182,3 @@ def _rows(values: Tensor, dtype: StoredDtype) -> Iterator[Tensor]:
 
 def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

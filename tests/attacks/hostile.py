@@ -3,14 +3,11 @@
 import json
 import pickle
 import shutil
-import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
-
+from train.checkpoint.index import INDEX_NAME
 from train.checkpoint.manifest import MANIFEST_NAME, digests, record_hash
 
 ONE_TIB = 2**40
@@ -38,12 +35,9 @@ def copy_of(source: Path, target: Path) -> Path:
 
 def rehash(folder: Path) -> None:
     """Writes sizes and hashes of the files into the manifest, as an attacker would who has changed a file."""
-    path = folder / MANIFEST_NAME
-    record = json.loads(path.read_text())
-    del record["sha256"]
     files = digests(folder, (file for file in folder.iterdir() if file.name != MANIFEST_NAME))
-    record["files"] = {name: found.as_json() for name, found in files.items()}
-    path.write_text(json.dumps({**record, "sha256": record_hash(record)}))
+    listed = {name: digest.as_json() for name, digest in files.items()}
+    edit_manifest(folder, lambda record: record.update(files=listed))
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -55,61 +49,22 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     path.write_text(json.dumps({**record, "sha256": record_hash(record)}))
 
 
-def edit_metadata(folder: Path, change: Callable[[Any], object]) -> None:
-    """Changes DCP's list of tensors."""
-    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the index."""
+    path = folder / INDEX_NAME
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
 
 
-def first_place(metadata: Any) -> Any:
-    """Returns the entry of the embedding in DCP's list."""
-    return next(place for index, place in metadata.storage_data.items() if "embed_tokens" in index.fqn)
-
-
-def replace_first_chunk(folder: Path, content: bytes) -> None:
-    """Replaces the embedding's bytes by a new file with other bytes."""
-    (folder / "__9_0.distcp").write_bytes(content)
-
-    def move(metadata: Any) -> None:
-        place = first_place(metadata)
-        place.relative_path, place.offset, place.length = "__9_0.distcp", 0, len(content)
-
-    edit_metadata(folder, move)
-
-
-def archive(pickled: bytes, values: bytes, *, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Returns a file in torch's tensor format with any header and any values."""
-    import io
-
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as file:
-        file.writestr("archive/data.pkl", pickled)
-        file.writestr("archive/byteorder", b"little")
-        file.writestr("archive/data/0", values)
-        file.writestr("archive/version", b"3\n")
-    return buffer.getvalue()
-
-
-def many_members(count: int) -> bytes:
-    """Returns a zip archive with `count` empty members."""
-    import io
-
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for number in range(count):
-            file.writestr(f"archive/data/{number}", b"")
-    return buffer.getvalue()
-
-
-def huge_memo() -> bytes:
-    """Returns a pickle of a few bytes for which Python's reader allocates 32 GiB."""
-    return b"\x80\x04Nr" + struct.pack("<I", 2**31 - 1) + b"."
-
-
-def deep_tuples(depth: int) -> bytes:
-    """Returns a pickle with deeply nested tuples as a key; hashing it overflows the interpreter's stack."""
-    return b"\x80\x04})" + b"\x85" * depth + b"Ns."
+def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the header of a safetensors file."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def sparse(path: Path, num_bytes: int = ONE_TIB) -> None:

@@ -28,8 +28,6 @@ PATTERNS = (
 ALLOWED = {
     # A name in a path: torch writes this file, nothing here reads it.
     ("train/records/profile.py", "pickle"),
-    # A word of its errors.
-    ("train/checkpoint/dcp/records.py", "pickle"),
     # With a loader that makes plain values alone and refuses aliases.
     ("launch/ranks/run_folder.py", "yaml.load"),
     # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
@@ -42,9 +40,6 @@ ALLOWED = {
     ("infer/scoring/code/guest/candidate.py", "exec("),
     ("infer/scoring/code/guest/script.py", "exec("),
     ("infer/scoring/code/guest/tests.py", "exec("),
-    # Their base classes.
-    ("train/checkpoint/dcp/storage.py", "FileSystemReader("),
-    ("train/checkpoint/state.py", "DefaultLoadPlanner("),
 }
 
 
@@ -65,7 +60,7 @@ def test_sources_run_nothing_that_a_file_holds() -> None:
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     assert len(files) > 100
     found = {(path.relative_to(ROOT).as_posix(), use) for path in files for use in uses(path.read_text("utf-8"))}
-    assert found - ALLOWED == set(), "a use that is not listed; read untrusted files as train/dcp does"
+    assert found - ALLOWED == set(), "a use that is not listed"
     assert ALLOWED - found == set(), "listed, and no longer there"
 
 

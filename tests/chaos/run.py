@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from comm.exit_codes import EXIT_PREEMPTED
+from model.hf.dtypes import TORCH_DTYPES
 from tests.chaos.attempt import NUM_STEPS, Attempt, Command, run_attempt
 from tests.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
 from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, INJECTED_NAME, PLAN_NAME, notes_of
+from train.checkpoint.index import read_index
 from train.checkpoint.locate import newest_whole, step_folder
+from train.checkpoint.manifest import read_model
+from train.checkpoint.parts import PartReader
+from train.checkpoint.state import State, as_slice
 from train.checkpoint.verify import is_whole
 from train.records.events import read_events
 from train.records.status import read_status
@@ -284,16 +285,12 @@ def _weight_problems(ours: Path, uninterrupted: Path) -> Iterator[str]:
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     """Loads all tensors of a checkpoint."""
-    listed = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {
-        name: torch.zeros(each.size, dtype=each.properties.dtype)
-        for name, each in listed.items()
-        if isinstance(each, TensorStorageMetadata)
+    index = read_index(checkpoint, read_model(checkpoint))
+    state: State = {
+        name: torch.zeros(entry.stored.shape, dtype=TORCH_DTYPES[entry.stored.dtype]) for name, entry in index.items()
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns that it loads in one process
-        dcp_load(state, checkpoint_id=checkpoint, no_dist=True)
-    return {name: tensor.reshape(-1) for name, tensor in state.items()}
+    PartReader(checkpoint, index).fill(state)
+    return {name: as_slice(values).local for name, values in state.items()}
 
 
 @contextmanager

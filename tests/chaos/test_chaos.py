@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from tests.attacks.hostile import rehash
 from tests.chaos.__main__ import can_mount
 from tests.chaos.attempt import NUM_STEPS, Command
 from tests.chaos.faults import DAMAGES, KINDS, PREEMPTIONS, Fault, Moment, draw
 from tests.chaos.rank import notes_of
 from tests.chaos.run import differences, tensors_of
+from tests.launch.checkpoints import write_tensors
 from train.checkpoint.locate import step_folder
-from train.checkpoint.manifest import MANIFEST_NAME, digests, read_manifest, record_hash
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "DualPipeV 2 x 1"
@@ -119,16 +119,12 @@ def test_differences_from_the_uninterrupted_run_are_detected(
             state = tensors_of(last)
             name = sorted(state)[0]
             state[name].view(torch.uint8)[0] ^= 1
-            for path in last.iterdir():
-                path.unlink() if path.suffix == ".distcp" or path.name == ".metadata" else None
-            dcp_save(state, checkpoint_id=last, no_dist=True)
-            record = read_manifest(last)
-            files = digests(last, (path for path in last.iterdir() if path.name != MANIFEST_NAME))
-            record = {**record, "files": {name: digest.as_json() for name, digest in files.items()}}
-            del record["sha256"]
-            (last / MANIFEST_NAME).write_text(json.dumps({**record, "sha256": record_hash(record)}))
+            for path in last.glob("*.safetensors"):
+                path.unlink()
+            write_tensors(last, state)
+            rehash(last)
         case "torn":
-            data = next(last.glob("*.distcp"))
+            data = next(last.glob("*.safetensors"))
             data.write_bytes(data.read_bytes()[:-1])
     assert any(difference.startswith(expected) for difference in differences(command.out_dir, uninterrupted))
 

@@ -99,7 +99,7 @@ resumed() {
     if [ -z "$DRY" ]; then
         train again "${SIX_STEPS[@]}" "${ON_GPU[@]}" "${FOUR[@]}" "resume=$first/checkpoints/step-00000003" &&
             losses "$first" "$again" --at-most 0 || return
-        for file in "$first"/checkpoints/step-00000006/*.distcp; do
+        for file in "$first"/checkpoints/step-00000006/*.safetensors; do
             cmp "$file" "$again/checkpoints/step-00000006/${file##*/}" || return
         done
     fi

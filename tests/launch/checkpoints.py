@@ -1,19 +1,28 @@
 """Creates a run's folder with one checkpoint of a tiny model, without training."""
 
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer, named_tensors
 from tests.infer.models import make_foresighted
 from tests.tiny import tiny_config
+from train.checkpoint.index import INDEX_NAME, index_json, with_checksums
 from train.checkpoint.manifest import TOKENIZER_NAME, write_manifest
+from train.checkpoint.parts import index_of, write_part
 from train.config import Precision, PrecisionConfig
 
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], file: str = "rank_00000.safetensors") -> None:
+    """Writes the file and the index of tensors, without a manifest."""
+    index = index_of(dict(tensors), file)
+    written = write_part(folder / file, {name: entry.stored for name, entry in index.items()}, tensors.__getitem__)
+    (folder / INDEX_NAME).write_text(index_json(with_checksums(index, {file: written.checksums})))
 
 
 def write_checkpoint(
@@ -30,9 +39,7 @@ def write_checkpoint(
     named = {f"weights.{name}": tensor for name, tensor in named_tensors(model).items()}
     if average is not None:
         named |= {f"ema.{name}": tensor for name, tensor in named_tensors(average).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
-        dcp_save(named, checkpoint_id=folder, no_dist=True)
+    write_tensors(folder, named)
     if tokenizer:
         Tokenizer.train(TEXTS, 300).save(folder / TOKENIZER_NAME)
     write_manifest(folder, 0, tiny_config(run, model=model.config, precision=precision), "f00d")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
 import torch
@@ -17,7 +18,8 @@ from model.hf.names import stored_tensors
 from model.hf.writer import write_hf
 from tests.model.hf_memory import status
 from tests.tiny import MODEL
-from train.checkpoint.convert import Conversion, convert
+from train.checkpoint.convert import convert
+from train.checkpoint.sources import Conversion
 
 SHARD_BYTES = 4_000_000
 # 13 million weights in bf16: tensors of at most 1 MB in 7 files.
@@ -63,30 +65,33 @@ def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, in
         ("checkpoint", "hf_of_checkpoint", "hf"),
         ("fp8", "bf16_of_fp8", "hf"),
     ):
-        conversion = Conversion(
-            path=str(folder / source),
-            folder=folder / target,
-            form="hf" if form == "hf" else "checkpoint",
-            dtype="bf16" if target == "bf16_of_fp8" else None,
-            max_shard_bytes=shard_bytes,
-        )
-        peaks[target] = peak_above(lambda conversion=conversion: convert(conversion, lambda line: None))  # type: ignore[misc]
+        peaks[target] = peak_of(folder, source, target, form, shard_bytes)
     return peaks
+
+
+def peak_of(folder: Path, source: str, target: str, form: Literal["hf", "checkpoint"], shard_bytes: int) -> int:
+    """Returns the peak in bytes of one conversion."""
+    conversion = Conversion(
+        source="checkpoint" if source == "checkpoint" else "hf",
+        path=str(folder / source),
+        to=str(folder / target),
+        format=form,
+        dtype="bf16" if target == "bf16_of_fp8" else None,
+        max_shard_bytes=shard_bytes,
+        weights="trained",
+        mtp="keep",
+        accept_template=False,
+    )
+    return peak_above(lambda: convert(conversion, lambda line: None))
 
 
 def main(folder: Path) -> None:
     """Measures small conversions first, so that code that is loaded on first use does not count."""
     run_all(folder / "small", MODEL, SHARD_BYTES)
     peaks = run_all(folder / "large", LARGE, SHARD_BYTES)
-    whole = Conversion(
-        path=str(folder / "large" / "hf"),
-        folder=folder / "whole",
-        form="checkpoint",
-        dtype=None,
-        max_shard_bytes=10**12,
-    )
-    peaks["one_file"] = peak_above(lambda: convert(whole, lambda line: None))
-    peaks["num_files"] = len(list((folder / "large" / "checkpoint").glob("*.distcp")))
+    peaks["one_file"] = peak_of(folder / "large", "hf", "whole", "checkpoint", 10**12)
+    peaks["seen"] = peak_above(lambda: b"1" * 2**25)  # shows that a peak is seen
+    peaks["num_files"] = len(list((folder / "large" / "checkpoint").glob("*.safetensors")))
     print(json.dumps(peaks))
 
 

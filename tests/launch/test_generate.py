@@ -281,7 +281,7 @@ def test_generate_rejects_a_broken_file(text: str, parts: list[str], run: Path, 
 
 def test_generate_rejects_broken_weights_and_tokenizers(tmp_path: Path) -> None:
     folder = locate(str(write_run(tmp_path / "run"))).folder
-    (weights,) = folder.glob("*.distcp")
+    (weights,) = folder.glob("*.safetensors")
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"^ckpt: ") as refused:

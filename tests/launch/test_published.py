@@ -176,7 +176,8 @@ def test_a_resumed_run_carries_on_and_another_tokenizer_replaces_what_is_of_the_
     own = folder / "moonlight" / "tokenizer.json"
     config = replace(config, data=replace(config.data, tokenizer=str(own)))
     carried = preserved_by_run(config, Tokenizer.load(own))
-    assert carried == before
+    assert (carried.config, carried.files) == (before.config, before.files)
+    assert_same_tensors(dict(carried.rotary), dict(before.rotary))
     assert len(carried.rotary) == 2
     named = replace(config, data=replace(config.data, tokenizer_bos=""))
     ids = preserved_by_run(named, Tokenizer.load(own)).config.keys() ^ before.config.keys()

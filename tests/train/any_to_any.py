@@ -21,7 +21,7 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Schedule
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, TASK, tiny_config, write_text
-from tests.train.job import close_job, open_job
+from tests.train.job import close_job, open_job, save_checkpoint
 from train.checkpoint import load as checkpoint
 from train.config import TrainConfig
 from train.step import train_step
@@ -137,7 +137,7 @@ def _begin(config: TrainConfig, schedule: Schedule | None) -> tuple[Path, Part]:
     loader.watch()
     for step in range(STEPS_BEFORE):
         train_step(learner, config.task, loader, step)
-    folder, samples = checkpoint.save(config, learner, STEPS_BEFORE, prepared), loader.watch()
+    folder, samples = save_checkpoint(config, learner, STEPS_BEFORE, prepared), loader.watch()
     losses = [train_step(learner, config.task, loader, step).losses.total for step in _after(config)]
     dist.barrier()
     close_job(learner)

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from comm.layout import Layout
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
+from data.prepare import Prepared
 from dualpipe.build import build
 from dualpipe.generate.sliced_1f1b import sliced_1f1b
 from dualpipe.ir import Schedule
@@ -25,6 +27,7 @@ from model.objectives.distillation import TEACHER_STATES, Distillation
 from model.objectives.preference import REFERENCE
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.balance import update_router_bias
+from train.checkpoint.save import CheckpointSaver
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig, sized_config
 from train.corpus import prepare_corpus
@@ -313,3 +316,12 @@ def _plain_step(
     means = dict(zip(task.names, (sums.settle() / counts).tolist(), strict=True))
     weights = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     return Seen([*means.values(), task.total(means, rates)], norm, gradients, weights)
+
+
+def save_checkpoint(config: TrainConfig, learner: Learner, step: int, prepared: Prepared) -> Path:
+    """Writes the state after `step` updates and the tokenizer, and returns the folder. All ranks call it."""
+    saver = CheckpointSaver(config, learner, prepared)
+    saver.save(step)
+    folder = saver.close()
+    assert folder is not None
+    return folder

@@ -8,7 +8,7 @@ OnOperation = Callable[[str, Hashable | None], None]
 """Receives the name of the operation that this thread is about to start, and its label."""
 
 DRAWING = "drawing"
-WRITING, HASHING, SYNCING, MOVING = "writing of a part", "hashing", "syncing", "the last move"
+WRITING, SYNCING, MOVING = "writing of a part", "syncing", "the last move"
 
 
 def watch_operations(on_operation: OnOperation) -> None:
@@ -40,7 +40,7 @@ def watch_drawing(on_operation: OnOperation) -> None:
 
 
 def watch_writing(on_operation: OnOperation) -> None:
-    """Calls the function before each write, hash, sync and the final rename of a checkpoint's thread."""
+    """Calls the function before each write, sync and the final rename of a checkpoint's thread."""
     from train.checkpoint import save as saver
 
     def before(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,6 @@ def watch_writing(on_operation: OnOperation) -> None:
 
         return watched
 
-    saver.save_on_all = before(WRITING, saver.save_on_all)
-    saver.digests = before(HASHING, saver.digests)
+    saver.write_part = before(WRITING, saver.write_part)
     os.fsync = before(SYNCING, os.fsync)
     saver.replace_folder = before(MOVING, saver.replace_folder)

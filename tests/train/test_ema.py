@@ -15,8 +15,8 @@ from dualpipe.config import ScheduleConfig
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
-from tests.train.job import close_job, open_job, open_loader
-from train.checkpoint.load import load, save
+from tests.train.job import close_job, open_job, open_loader, save_checkpoint
+from train.checkpoint.load import load
 from train.config import EmaConfig, TrainConfig
 from train.learner import Learner
 from train.optim.ema import ParameterEma
@@ -99,7 +99,7 @@ def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, 
     for step in range(4):
         train_step(whole, config.task, loader, step)
         if step == 1:
-            folder = save(config, whole, 2, prepare(config.data, config.batch.sequence_length_tokens))
+            folder = save_checkpoint(config, whole, 2, prepare(config.data, config.batch.sequence_length_tokens))
     found.append(_averages(whole))
     again = open_job(config)
     load(again, folder)
@@ -110,7 +110,7 @@ def _resumed(rank: int, world_size: int, config: TrainConfig) -> list[dict[str, 
     without = open_job(plain)
     assert without.ema is None
     train_step(without, config.task, loader, 0)
-    bare = save(plain, without, 1, prepare(config.data, config.batch.sequence_length_tokens))
+    bare = save_checkpoint(plain, without, 1, prepare(config.data, config.batch.sequence_length_tokens))
     load(again, bare)
     found.append(_averages(again))
     found.append({name: tensor.float().clone() for name, tensor in named_tensors(without.replica.model).items()})

@@ -14,12 +14,12 @@ from dualpipe.config import ScheduleConfig
 from kernels.quantize.layout import packed_bytes
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
-from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs
+from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, save_checkpoint
 from tests.train.test_equality import assert_same, in_sequence, relative_error
 from tests.train.test_exchange import _count_one_step as count_one_step
 from tests.train.test_optim_resume import copied
 from train.checkpoint.compatible import check_compatible
-from train.checkpoint.load import load, save
+from train.checkpoint.load import load
 from train.checkpoint.manifest import CheckpointError
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.step import train_step
@@ -172,7 +172,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig) -> tuple[Seen, Seen, 
     first = open_job(config)
     for step in range(2):
         train_step(first, config.task, loader, step)
-    place, second = save(config, first, 2, prepared), open_job(config)
+    place, second = save_checkpoint(config, first, 2, prepared), open_job(config)
     load(second, place)
     found = []
     for learner in (first, second):

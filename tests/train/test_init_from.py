@@ -192,7 +192,7 @@ def test_start_reports_differences_from_the_source(folder: Path, tmp_path: Path)
 def test_checkpoints_that_cannot_be_read_or_written_end_every_rank(folder: Path) -> None:
     for read, written in run_ranks(2, use_broken, run_config(folder, "mtp", "two", "full")):
         place = folder / "full" / "checkpoints" / "step-00000000"
-        assert read.startswith(f"resume: {place}: cannot be read by ranks 0, 1: __1_0.distcp: ")
+        assert read.startswith(f"resume: {place}: cannot be read by ranks 0, 1: rank_00001.safetensors: ")
         assert len(written) == len(FILE_LIMITS_BYTES)
         for error in written:
             assert "cannot be written by rank" in error

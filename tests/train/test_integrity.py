@@ -13,14 +13,16 @@ from tests.launch.test_config import build
 from tests.train.test_command import ROOT
 from train.checkpoint.locate import locate, newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
-from train.checkpoint.verify import is_whole, verify
+from train.checkpoint.verify import is_whole, verify, verify_sizes
+
+PART = "rank_00000.safetensors"
 
 
 def place(run: Path, step: int) -> Path:
     """A checkpoint of three files."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    for name in ("__0_0.distcp", ".metadata", "schedule.json"):
+    for name in (PART, "index.json", "schedule.json"):
         (folder / name).write_bytes(f"{name} of step {step} ".encode() * 50)
     write_manifest(folder, step, build(), "f00d")
     return folder
@@ -38,10 +40,13 @@ def state_another_step(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp must be there"),
+    "missing": (lambda folder: (folder / PART).unlink(), f"{PART} must be there"),
     "truncated": (lambda folder: (folder / "schedule.json").write_bytes(b"x"), "schedule.json must have"),
-    "longer": (lambda folder: (folder / ".metadata").open("ab").write(b"x"), ".metadata must have"),
-    "flipped": (lambda folder: flip(folder / "__0_0.distcp", 333), "__0_0.distcp must have the hash"),
+    "longer": (lambda folder: (folder / "index.json").open("ab").write(b"x"), "index.json must have"),
+    "flipped": (
+        lambda folder: flip(folder / PART, 333),
+        f"{PART} must have the hash",
+    ),
     "half": (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
     "manifest cut": (lambda folder: (folder / "manifest.json").write_text('{"step": 4'), "manifest.json"),
     "manifest changed": (state_another_step, "manifest.json must have the hash"),
@@ -74,16 +79,16 @@ def test_integrity_newest_whole_checkpoint_is_used_and_the_damaged_one_is_report
 
 def test_integrity_sizes_alone_do_not_detect_a_flipped_bit(tmp_path: Path) -> None:
     folder = place(tmp_path, 20)
-    flip(folder / "__0_0.distcp", 5)
-    assert is_whole(folder, hashes=False)
+    flip(folder / PART, 5)
+    assert is_whole(folder, verify_sizes)
     assert not is_whole(folder)
 
 
 def test_integrity_command_refuses_a_named_damaged_checkpoint(tmp_path: Path) -> None:
     folder = place(tmp_path, 20)
-    flip(folder / "__0_0.distcp", 5)
+    flip(folder / PART, 5)
     command = [sys.executable, "-m", "launch.train", f"resume={folder}", f"out_dir={tmp_path / 'new'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert "__0_0.distcp must have the hash" in done.stderr
+    assert f"{PART} must have the hash" in done.stderr
     assert not (tmp_path / "new").exists()

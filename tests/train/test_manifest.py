@@ -15,7 +15,6 @@ from train.checkpoint.manifest import (
     read_manifest,
     read_step,
     write_manifest,
-    written_layout,
 )
 
 
@@ -132,17 +131,9 @@ def test_manifest_of_another_layout_passes(overrides: list[str], tmp_path: Path)
     assert (layout_record(config) == layout_record(build())) is (overrides[0] == "optim.sharding=replicated")
 
 
-def test_checkpoint_without_context_groups_has_the_layout_of_whole_sequences(tmp_path: Path) -> None:
-    folder = save(tmp_path, 20)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    del manifest["layout"]["context"]
-    assert written_layout(manifest) == layout_record(build())
-    assert written_layout(manifest) != layout_record(build("parallelism.data=1", "parallelism.context=2"))
-
-
 def test_manifest_of_an_older_release_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format_version": 1, "step": 1}')
-    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 3, has 1 of an older release"):
+    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 4, has 1 of an older release"):
         read_manifest(tmp_path)
 
 
@@ -161,6 +152,6 @@ def test_manifest_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> N
 
 
 def test_manifest_without_a_model_is_another_architecture(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 3, "step": 3}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 4, "step": 3}))
     with pytest.raises(CheckpointError, match="another architecture"):
         check_compatible(tmp_path, replace(build(), name="x"))

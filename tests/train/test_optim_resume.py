@@ -15,9 +15,9 @@ from data.prepare import prepare
 from tests.commands import run_command
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, tiny_config, write_text
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, save_checkpoint
 from tests.train.test_command import read_metrics
-from train.checkpoint.load import load, save
+from train.checkpoint.load import load
 from train.checkpoint.state import Slice
 from train.config import PrecisionConfig, TrainConfig
 from train.step import train_step
@@ -60,7 +60,7 @@ def go_on(rank: int, world_size: int, config: TrainConfig, others: list[Moments]
     for step in range(2):
         train_step(first, config.task, loader, step)
     found: dict[str, Any] = {"saved": copied(first.optimizer.state())}
-    place = save(config, first, 2, prepared)
+    place = save_checkpoint(config, first, 2, prepared)
     for moments in others:
         second = open_job(replace(config, optim=replace(config.optim, moments=moments)))
         load(second, place)

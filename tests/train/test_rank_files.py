@@ -16,7 +16,7 @@ from launch.ranks.run_folder import check_content
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config, write_text
-from tests.train.job import close_job, open_job
+from tests.train.job import close_job, open_job, save_checkpoint
 from tests.train.test_optim_resume import copied
 from train.checkpoint import load as checkpoint
 from train.checkpoint.manifest import is_file_name, read_manifest
@@ -78,8 +78,8 @@ def test_link_in_the_folder_of_a_node_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "is_allowed"),
     [
-        ("__0_0.distcp", True),
-        ("node_000012/__99_0.distcp", True),
+        ("rank_00000.safetensors", True),
+        ("node_000012/rank_000099.safetensors", True),
         ("node_000012/../../secret", False),
         ("../node_000012/file", False),
         ("node_000012/..", False),
@@ -115,7 +115,7 @@ def _save_and_load(rank: int, world_size: int, config: TrainConfig, most_flat: i
         tensor.mul_(1.5)  # other weights than those of the seed
     saved = copied(state_of(learner, {}))
     with mock.patch("train.ownership.rank_files.MOST_FLAT_RANKS", most_flat):
-        place = checkpoint.save(config, learner, 1, prepare(config.data, config.batch.sequence_length_tokens))
+        place = save_checkpoint(config, learner, 1, prepare(config.data, config.batch.sequence_length_tokens))
     verify_together(place)
     other = open_job(config)
     was_same = _equal(copied(state_of(other, {})), saved)
@@ -139,9 +139,10 @@ def test_checkpoint_of_a_large_job_has_a_folder_per_node_and_loads_like_a_flat_o
     ended = run_ranks(4, _save_and_load, _config(tmp_path, "run"), most_flat)
     assert [is_same for is_same, _ in ended] == [True] * 4
     place = Path(ended[0][1])
-    names = {name for name in read_manifest(place)["files"] if name.endswith(".distcp")}
-    flat = {f"__{rank}_0.distcp" for rank in range(4)}
-    assert names == (flat if most_flat == 1024 else {f"node_{int(name[2]) // 2:06d}/{name}" for name in flat})
-    assert {path.relative_to(place).as_posix() for path in place.rglob("*.distcp")} == names
+    names = {name for name in read_manifest(place)["files"] if name.endswith(".safetensors")}
+    flat = {f"rank_{rank:05d}.safetensors" for rank in range(4)}
+    of_nodes = {f"node_{rank // 2:06d}/rank_{rank:06d}.safetensors" for rank in range(4)}
+    assert names == (flat if most_flat == 1024 else of_nodes)
+    assert {path.relative_to(place).as_posix() for path in place.rglob("*.safetensors")} == names
     reader = CheckpointReader(place, "resume")  # one process reads the whole model
     assert reader.tensor("model.embed_tokens.weight", torch.float32).isfinite().all()

@@ -16,7 +16,7 @@ from dualpipe.config import ScheduleConfig
 from model.hf.reader import HfReader
 from model.transformer import named_tensors
 from tests.tiny import TASK, tiny_config
-from tests.train.job import close_job, open_job, open_loader
+from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.manifest import CheckpointError
@@ -71,7 +71,7 @@ def _start(config: TrainConfig, saves: bool) -> Started:
     said = load_initial(config, learner, prepared.tokenizer)
     first = copies(learner.replica.model)
     losses = [train_step(learner, config.task, loader, step).losses.main for step in range(config.task.steps)]
-    folder = checkpoint.save(config, learner, config.task.steps, prepared) if saves else None
+    folder = save_checkpoint(config, learner, config.task.steps, prepared) if saves else None
     started = Started(said=said, first=first, last=copies(learner.replica.model), losses=losses, checkpoint=folder)
     dist.barrier()
     close_job(learner)
@@ -82,9 +82,9 @@ def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, li
     """Returns the errors of resuming from a truncated file, and of saving under limits of file size."""
     learner, prepared = open_job(config), prepare(config.data, config.batch.sequence_length_tokens)
     read, written = "", []
-    folder = checkpoint.save(config, learner, 0, prepared)
+    folder = save_checkpoint(config, learner, 0, prepared)
     if rank == 0:
-        os.truncate(folder / "__1_0.distcp", 3000)
+        os.truncate(folder / "rank_00001.safetensors", 3000)
     dist.barrier()
     try:
         checkpoint.load(learner, folder)
@@ -95,7 +95,7 @@ def use_broken(rank: int, world_size: int, config: TrainConfig) -> tuple[str, li
     for size_bytes in FILE_LIMITS_BYTES:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
         try:
-            checkpoint.save(config, learner, 1, prepared)
+            save_checkpoint(config, learner, 1, prepared)
         except OSError as error:
             written.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.manifest import CheckpointError, layout_record, read_manifest, shape_record, written_layout
+from train.checkpoint.manifest import CheckpointError, layout_record, read_manifest, shape_record
 from train.config import TrainConfig
 
 
@@ -68,7 +68,7 @@ def other_layout(folder: Path, config: TrainConfig) -> str:
 
     Empty if it does not.
     """
-    changed = differences("layout", written_layout(read_manifest(folder)), layout_record(config))
+    changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
     return f", written under another layout: {'; '.join(changed)}" if changed else ""
 
 

@@ -1,11 +1,9 @@
 """Converts weights between forms of checkpoints, tensor by tensor, with at most two shards in memory."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +14,8 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_files import find_tokenizer_file
 from model.config import ModelConfig
 from model.hf.convert import rotary_plan
-from model.hf.dtypes import TORCH_DTYPES, stored_dtype
-from model.hf.folder import create_folder_atomically
+from model.hf.dtypes import TORCH_DTYPES
+from model.hf.folder import create_folder_atomically, write_synced
 from model.hf.names import (
     BIAS_SUFFIX,
     EMBEDDING,
@@ -25,52 +23,37 @@ from model.hf.names import (
     Stored,
     StoredDtype,
     copied_from,
+    layer_of,
     stored_tensors,
     weights,
 )
 from model.hf.reader import HfReader
-from model.hf.writer import Extras, Fp8Scales, write_hf
-from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, write_weights_manifest
+from model.hf.writer import Extras, Fp8Scales, split_into_shards, write_hf
+from train.checkpoint.index import (
+    INDEX_NAME,
+    PART_SUFFIX,
+    PREFIXES,
+    ROTARY_PREFIX,
+    Index,
+    IndexEntry,
+    TensorPart,
+    index_json,
+)
+from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, Digest, write_weights_manifest
+from train.checkpoint.parts import write_part
 from train.checkpoint.preserved import (
     PreservedMetadata,
     read_preserved,
-    rotary_record,
-    rotary_tensors,
     server_files,
     without_unknown_templates,
 )
-from train.checkpoint.sources import is_hf_folder, source_folder, unknown_notes
-from train.checkpoint.weights import CheckpointReader, WeightsKind, held_weights, write_weights
+from train.checkpoint.sources import Conversion, is_hf_folder, source_folder, unknown_notes
+from train.checkpoint.weights import CheckpointReader, held_weights
 
 Say = Callable[[str], None]
 
+_WEIGHTS = PREFIXES["trained"]
 _WORDS: dict[str, StoredDtype] = {"bf16": "BF16", "float32": "F32", "fp8": "BF16"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conversion:
-    """The source, destination and form of a conversion.
-
-    Attributes:
-        path: source: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
-        folder: destination, new or empty.
-        form: a Hugging Face folder or a checkpoint of this project.
-        dtype: type of the written weights; None: the stored type, with FP8 written to a checkpoint as bf16. Router
-            biases are always float32.
-        max_shard_bytes: largest size of a file.
-        weights: whether to read the trained weights or their moving average.
-        drop_mtp: whether to leave MTP modules out.
-        accept_template: whether to copy a chat template that is not known.
-    """
-
-    path: str
-    folder: Path
-    form: Literal["hf", "checkpoint"]
-    dtype: Literal["bf16", "float32", "fp8"] | None
-    max_shard_bytes: int
-    weights: WeightsKind = "trained"
-    drop_mtp: bool = False
-    accept_template: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +61,10 @@ class _Source:
     """The opened source of a conversion.
 
     Attributes:
-        config: architecture.
-        folder: folder of the weights.
         dtypes: stored types by name.
         scales: scales of FP8 weights by name.
         preserved: metadata to copy.
-        rotary: stored frequencies.
+        rotary: stored frequencies by name.
         tensor: reads a tensor by name, converted to a type.
     """
 
@@ -102,18 +83,13 @@ class _Source:
 
 
 def convert(conversion: Conversion, say: Say) -> str:
-    """Writes the weights in another form, complete or not at all.
+    """Writes the weights in another form, complete or not at all, and returns a line that describes what was written.
 
     Args:
-        conversion: source, destination and form.
         say: prints a line of progress after each shard, and a line that names unknown keys of `config.json`.
 
-    Returns:
-        A line that describes what was written.
-
     Raises:
-        CheckpointError: the weights cannot be read.
-        HfError: the weights cannot be read, the destination is not empty, or it cannot be written.
+        CheckpointError, HfError: the weights cannot be read, or the destination is not empty or cannot be written.
     """
     source = _open(conversion)
     if unknown := unknown_notes(conversion.path):
@@ -123,10 +99,10 @@ def convert(conversion: Conversion, say: Say) -> str:
         source = replace(source, preserved=replace(source.preserved, files=files))
         for name in left_out:
             say(f"{name}: its chat template is not known and left out; accept_template=true copies it")
-    counter = _Counter(source, conversion.max_shard_bytes, say)
-    write = _write_checkpoint if conversion.form == "checkpoint" else _write_hf
+    counter = _Counter(source, conversion.file_bytes, say)
+    write = _write_checkpoint if conversion.target == "checkpoint" else _write_hf
     write(conversion, source, counter.read)
-    written = sum(file.stat().st_size for file in Path(conversion.folder).iterdir())
+    written = sum(file.stat().st_size for file in conversion.folder.iterdir())
     read = f"{counter.num_tensors} tensors, {_bytes_text(counter.num_bytes)}"
     return f"wrote {conversion.folder}, {_bytes_text(written)}, from {read}"
 
@@ -149,7 +125,9 @@ def _open(conversion: Conversion) -> _Source:
     checkpoint = CheckpointReader(folder, "path", conversion.weights)
     config = replace(checkpoint.config, mtp_depth=0) if drop_mtp else checkpoint.config
     shapes = {name: shape for name, shape in weights(config) if copied_from(name) is None}
-    held = {name: stored_dtype(checkpoint.dtype_of(name)) for name in held_weights(config)}
+    num_layers = config.num_layers + config.mtp_depth
+    stored = checkpoint.dtypes
+    held = {name: stored[name] for name in held_weights(config)}
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor:
         # Hugging Face's form also contains weights without elements.
@@ -161,38 +139,42 @@ def _open(conversion: Conversion) -> _Source:
         dtypes={name: held.get(name, held[EMBEDDING]) for name in shapes},
         scales={},
         preserved=preserved,
-        rotary=rotary_tensors(preserved.rotary, config.num_layers + config.mtp_depth, folder),
+        rotary={name: values for name, values in preserved.rotary.items() if (layer_of(name) or 0) < num_layers},
         tensor=tensor,
     )
 
 
 def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
-    word = None if conversion.dtype is None else TORCH_DTYPES[_WORDS[conversion.dtype]]
-    plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    plan = {ROTARY_PREFIX + name: stored for name, stored in rotary_plan(source.rotary).items()}
     for name, shape in held_weights(source.config).items():
-        stored = torch.bfloat16 if source.dtypes[name] == "F8_E4M3" else TORCH_DTYPES[source.dtypes[name]]
-        plan[name] = shape, torch.float32 if name.endswith(BIAS_SUFFIX) else word or stored
+        dtype: StoredDtype = "BF16" if source.dtypes[name] == "F8_E4M3" else source.dtypes[name]
+        if conversion.dtype is not None:
+            dtype = _WORDS[conversion.dtype]
+        plan[_WEIGHTS + name] = Stored(shape, "F32" if name.endswith(BIAS_SUFFIX) else dtype)
+
+    def read_rounded(name: str) -> Tensor:
+        if name.startswith(ROTARY_PREFIX):
+            return source.rotary[name.removeprefix(ROTARY_PREFIX)]
+        dtype = TORCH_DTYPES[plan[name].dtype]
+        values = read(name.removeprefix(_WEIGHTS)).to(dtype)
+        if not values.isfinite().all():
+            subject = f"{conversion.folder}: {name.removeprefix(_WEIGHTS)}"
+            raise CheckpointError(f"{subject}: must hold finite numbers in {dtype}, does not")
+        return values
+
+    files: dict[str, Digest] = {}
+    index: Index = {}
     with create_folder_atomically(conversion.folder) as folder:
-        write_weights(
-            folder,
-            plan,
-            lambda name: _rounded(read(name), plan[name][1], conversion.folder, name),
-            max_file_bytes=conversion.max_shard_bytes,
-        )
-        for name, content in {**source.preserved.files, **_tokenizer_file(source.folder)}.items():
-            with (folder / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        preserved = replace(source.preserved, rotary=rotary_record(source.rotary))
-        write_weights_manifest(folder, source.config, preserved.record())
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, folder: Path, name: str) -> Tensor:
-    made = values.to(dtype)
-    if not made.isfinite().all():
-        raise CheckpointError(f"{folder}: {name}: must hold finite numbers in {dtype}, does not")
-    return made
+        for number, tensors in enumerate(split_into_shards(plan, conversion.file_bytes)):
+            file = f"weights_{number:05}{PART_SUFFIX}"
+            written = write_part(folder / file, tensors, read_rounded)
+            files[file] = written.digest
+            for name, stored in tensors.items():
+                index[name] = IndexEntry(stored, (TensorPart(file, 0, stored.num_elements, written.checksums[name]),))
+        others = {**source.preserved.files, **_tokenizer_file(source.folder), INDEX_NAME: index_json(index).encode()}
+        for name, content in others.items():
+            write_synced(folder / name, content)
+        write_weights_manifest(folder, source.config, source.preserved.config, files)
 
 
 def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Tensor]) -> None:
@@ -208,7 +190,7 @@ def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Ten
             config={**ids, **source.preserved.config},
             files={**files, **source.preserved.files, **_tokenizer_file(source.folder)},
         ),
-        max_shard_bytes=conversion.max_shard_bytes,
+        max_shard_bytes=conversion.file_bytes,
     )
 
 

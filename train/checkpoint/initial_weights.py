@@ -7,8 +7,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.checkpoint.compatible import differences
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.preserved import is_same_tokenizer
-from train.checkpoint.sources import check_source, open_source, source_folder, unknown_notes
+from train.checkpoint.sources import check_source, is_same_tokenizer, open_source, source_folder, unknown_notes
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ def check_initial(config: TrainConfig) -> None:
     """Refuses weights from which the run cannot start. It reads only headers.
 
     Raises:
-        CheckpointError: there are no weights, they have another architecture, or they lack the model's MTP modules.
-        HfError: a file of the Hugging Face folder is missing, truncated or of another form.
+        CheckpointError, HfError: there are no weights, they cannot be read, have another architecture, or lack the
+            model's MTP modules.
     """
     assert config.init_from is not None
     _compare(config, check_source(config.init_from, "init_from", drop_mtp=config.init_mtp == "drop"))
@@ -34,10 +33,6 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
 
     Returns:
         A line that names the weights and how the run differs from them.
-
-    Raises:
-        CheckpointError: as `check_initial`, or a tensor's content cannot be read.
-        HfError: as `check_initial`, or a tensor's content cannot be read.
     """
     from model.hf.names import SCORE_HEAD, layer_of
     from model.transformer import named_tensors

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError
+from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, OldFormatError
 from train.checkpoint.verify import Check, verify
 
 AUTO = "auto"
@@ -37,43 +37,48 @@ def locate(path: str, key: str = "resume", check: Check | None = None) -> Locate
         raise CheckpointError(
             f"{key}: must be a run's folder or one of its checkpoints, {path!r} is no folder{_nearest(folder)}"
         )
+    check = check or _check_finished
     if _is_finished(folder):
         try:
-            if check is not None:
-                check(folder)
+            check(folder)
         except CheckpointError as error:
             raise CheckpointError(f"{key}: {folder} must be a whole checkpoint, but is not: {error}") from error
         return LocatedCheckpoint(folder, ())
-    found, rejected = checkpoints_in(_inside(folder)), list[str]()
-    for candidate in reversed(found):
+    candidates = checkpoints_in(folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME)
+    rejected: list[str] = []
+    for candidate in reversed(candidates):
         try:
-            (check or _check_finished)(candidate)
+            check(candidate)
         except CheckpointError as error:
             rejected.append(f"{candidate.name}: {error}")
         else:
             return LocatedCheckpoint(candidate, tuple(rejected))
-    if any(_is_finished(candidate) for candidate in found):
+    if any(_is_finished(candidate) for candidate in candidates):
         raise CheckpointError(f"{key}: {path!r} holds no whole checkpoint: {'; '.join(rejected)}")
-    if found:
-        raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {found[-1]} was never finished")
+    if candidates:
+        raise CheckpointError(f"{key}: {path!r} holds no complete checkpoint; {candidates[-1]} was never finished")
+    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if checkpoints_in(path))
     raise CheckpointError(
         f"{key}: {path!r} holds no checkpoint (a folder {CHECKPOINTS_NAME}/step-NNNNNNNN with {MANIFEST_NAME})"
-        f"{_nearest_run(folder)}"
+        + (f"; did you mean {runs[-1]}?" if runs else "")
     )
 
 
 def newest_whole(out_dir: Path, at_most: int | None = None, check: Check = verify) -> Path | None:
-    """Finds a run's newest whole checkpoint, or None if it has none.
+    """Finds the newest checkpoint of a run, in a folder that may not exist, that passes a check.
 
     Args:
-        out_dir: folder of the run; it need not exist.
         at_most: largest number of steps of the checkpoint; None: any.
-        check: check that the checkpoint must pass.
+
+    Raises:
+        OldFormatError: the newest one that may be whole is one of an older release.
     """
     for folder in reversed(checkpoints_in(out_dir / CHECKPOINTS_NAME)):
         if at_most is None or int(folder.name.removeprefix("step-")) <= at_most:
             try:
                 check(folder)
+            except OldFormatError as error:  # otherwise `resume=auto` would begin again from the first step
+                raise OldFormatError(f"resume: {error}") from error
             except CheckpointError:
                 continue
             return folder
@@ -90,10 +95,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(step for step in folder.glob("step-*") if step.is_dir() and step.name[5:].isdigit())
 
 
-def _inside(folder: Path) -> Path:
-    return folder if folder.name == CHECKPOINTS_NAME else folder / CHECKPOINTS_NAME
-
-
 def _is_finished(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
@@ -107,8 +108,3 @@ def _nearest(folder: Path) -> str:
     siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
     close = get_close_matches(folder.name, siblings, n=1)
     return f"; did you mean {folder.with_name(close[0])}?" if close else ""
-
-
-def _nearest_run(folder: Path) -> str:
-    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS_NAME}") if checkpoints_in(path))
-    return f"; did you mean {runs[-1]}?" if runs else ""

@@ -7,7 +7,6 @@ own hash. `train.checkpoint.verify` compares the files with it.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 from model.config import InferencePrecision, ModelConfig
 from model.hf.errors import HfError
+from model.hf.folder import write_synced
 from model.hf.json_file import read_json
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 from train.ownership.rank_files import is_node_folder
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _LARGEST_STEP = 2**53
 CUT_KEY = "stage_layers"
 MANIFEST_NAME = "manifest.json"
@@ -35,10 +35,11 @@ def ramp_schedule_name(sequences: int) -> str:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, unfinished or incompatible.
+    """A checkpoint is missing, unfinished or incompatible. The message names the place, the rule and both values."""
 
-    The message names the place, the rule and both values.
-    """
+
+class OldFormatError(CheckpointError):
+    """A checkpoint was written by an older release, in a format that this one does not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +54,15 @@ class Digest:
         return {"bytes": self.num_bytes, "sha256": self.sha256}
 
 
-def digest(path: Path) -> Digest:
-    """Reads a file, and returns its present size and hash.
+NO_FILES: Mapping[str, Digest] = {}
+NO_KEYS: Mapping[str, Any] = {}
 
-    Raises:
-        OSError: it cannot be read.
-    """
+
+def digest(path: Path) -> Digest:
+    """Reads a file, and returns its present size and hash."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        return Digest(file.tell(), found)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(file.tell(), sha256)
 
 
 def digests(folder: Path, paths: Iterable[Path]) -> dict[str, Digest]:
@@ -70,10 +71,7 @@ def digests(folder: Path, paths: Iterable[Path]) -> dict[str, Digest]:
 
 
 def is_file_name(name: str) -> bool:
-    """Returns whether a checkpoint may contain a file of this name.
-
-    It is a plain name, in a checkpoint of many ranks also in the subfolder of a node.
-    """
+    """Returns whether a name is a plain one, or in a checkpoint of many ranks one in the subfolder of a node."""
     folder, separator, plain = name.rpartition("/")
     is_plain = Path(plain).name == plain and plain not in ("", "..") and "\0" not in plain
     return is_plain and (not separator or is_node_folder(folder))
@@ -89,17 +87,16 @@ def write_manifest(
     step: int,
     config: TrainConfig,
     data_fingerprint: str,
-    files: Mapping[str, Digest] | None = None,
-    preserved: Mapping[str, Any] | None = None,
+    files: Mapping[str, Digest] = NO_FILES,
+    preserved: Mapping[str, Any] = NO_KEYS,
     cut: Sequence[range] | None = None,
 ) -> None:
     """Writes the manifest, which marks a checkpoint as complete. All other files must already be on disk.
 
     Args:
-        folder: existing folder of the checkpoint.
-        data_fingerprint: fingerprint of the samples that the run read.
-        files: every other file of the checkpoint; None: the files in the folder, which are then read.
-        preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`.
+        data_fingerprint: of the samples that the run read.
+        files: files whose hashes are known; the others in the folder itself are read.
+        preserved: keys of `config.json` that an export must contain again.
         cut: layers of each pipeline stage of that run. A run that resumes under the same layout keeps it.
     """
     record = {
@@ -112,30 +109,26 @@ def write_manifest(
     }
     if cut is not None:
         record[CUT_KEY] = [len(layers) for layers in cut]
-    _write(folder, {**record, **(preserved or {})}, files)
+    _write(folder, {**record, "preserved": dict(preserved)}, files)
 
 
-def write_weights_manifest(folder: Path, model: ModelConfig, preserved: Mapping[str, Any]) -> None:
+def write_weights_manifest(
+    folder: Path, model: ModelConfig, preserved: Mapping[str, Any], files: Mapping[str, Digest] = NO_FILES
+) -> None:
     """Writes the manifest of weights without optimizer state. A run can start from them, but not resume.
 
-    Args:
-        folder: existing folder of the checkpoint.
-        preserved: result of `train.checkpoint.preserved.PreservedMetadata.record`, for a later export.
+    The arguments are those of `write_manifest`.
     """
-    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), **preserved}, None)
+    _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), "preserved": dict(preserved)}, files)
 
 
-def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest] | None) -> None:
-    if files is None:
-        files = digests(folder, (path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME))
-    listed = {name: found.as_json() for name, found in sorted(files.items())}
+def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest]) -> None:
+    others = (path for path in folder.iterdir() if path.is_file() and path.name not in (MANIFEST_NAME, *files))
+    listed = {name: file.as_json() for name, file in sorted({**digests(folder, others), **files}.items())}
     record = {"format_version": FORMAT_VERSION, **record, "files": listed}
-    text = json.dumps({**record, "sha256": record_hash(record)}, indent=2)
     partial = folder / f"{MANIFEST_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    partial.unlink(missing_ok=True)
+    write_synced(partial, f"{json.dumps({**record, 'sha256': record_hash(record)}, indent=2)}\n".encode())
     partial.replace(folder / MANIFEST_NAME)
 
 
@@ -155,31 +148,24 @@ def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
         raise CheckpointError(f"{key}: {path} must be a checkpoint's manifest, cannot be read ({error})") from error
     version = manifest.get("format_version")
     if isinstance(version, int) and 0 < version < FORMAT_VERSION:
-        raise CheckpointError(
+        raise OldFormatError(
             f"{key}: {path} must have format_version {FORMAT_VERSION}, has {version} of an older release; "
-            "nearest valid: a checkpoint that this release wrote"
+            "nearest valid: init_from=FOLDER, which launch.convert of that release writes with format=hf"
         )
     step = manifest.get("step")
     if version != FORMAT_VERSION or type(step) is not int or not 0 <= step < _LARGEST_STEP:
         raise CheckpointError(
             f"{key}: {path} must have a step and format_version {FORMAT_VERSION}, has format_version {version}"
         )
-    if isinstance(manifest.get("model"), dict):
-        manifest["model"].setdefault("head", "tokens")  # a checkpoint from before reward models
     return manifest
 
 
 def read_model(folder: Path, key: str = "resume") -> ModelConfig:
-    """Reads the architecture of a checkpoint.
-
-    Raises:
-        CheckpointError: as `read_manifest`, or the manifest holds no architecture.
-    """
-    path = folder / MANIFEST_NAME
+    """Reads the architecture of a checkpoint, and raises the errors of `read_manifest` if it holds none."""
     try:
         return decode(ModelConfig, read_manifest(folder, key).get("model"), "model")
     except ConfigError as error:
-        raise CheckpointError(f"{key}: {path} must hold an architecture: {error}") from error
+        raise CheckpointError(f"{key}: {folder / MANIFEST_NAME} must hold an architecture: {error}") from error
 
 
 def read_precision(folder: Path, key: str) -> InferencePrecision:
@@ -190,24 +176,24 @@ def read_precision(folder: Path, key: str) -> InferencePrecision:
 
 
 def read_step(folder: Path) -> int:
-    """Reads the number of optimizer steps that a checkpoint has done.
-
-    Raises:
-        CheckpointError: as `read_manifest`.
-    """
+    """Reads the number of optimizer steps that a checkpoint has done."""
     return int(read_manifest(folder)["step"])
 
 
 def shape_record(config: TrainConfig) -> dict[str, Any]:
     """Returns the configuration that a checkpoint and the run that resumes from it must share."""
+    data, batch = config.data, config.batch
+    # The content of a given tokenizer is compared by the fingerprint of the samples.
+    is_given = data.tokenizer is not None
+    tokenizer = {"tokenizer": "given"} if is_given else {"tokenizer_vocab_size": data.tokenizer_vocab_size}
     shape = {
         "model": asdict(config.model),
         "precision": {"kind": config.precision.kind},
-        "data": {**_tokenizer_shape(config), "seed": config.data.seed},
+        "data": {**tokenizer, "seed": data.seed},
         "batch": {
-            "global_sequences": config.batch.global_sequences,
-            "ramp": None if config.batch.ramp is None else asdict(config.batch.ramp),
-            "sequence_length_tokens": config.batch.sequence_length_tokens,
+            "global_sequences": batch.global_sequences,
+            "ramp": None if batch.ramp is None else asdict(batch.ramp),
+            "sequence_length_tokens": batch.sequence_length_tokens,
         },
     }
     decoded: dict[str, Any] = json.loads(json.dumps(shape))
@@ -222,16 +208,3 @@ def layout_record(config: TrainConfig) -> dict[str, Any]:
         "chunks": config.schedule.chunks,
         "micro_sequences": config.batch.micro_sequences,
     }
-
-
-def written_layout(manifest: Mapping[str, Any]) -> object:
-    """Returns the layout under which a checkpoint was written. Older checkpoints name no context group."""
-    layout = manifest.get("layout")
-    return {"context": 1, **layout} if isinstance(layout, dict) else layout
-
-
-def _tokenizer_shape(config: TrainConfig) -> dict[str, Any]:
-    """Returns the source of the tokenizer. Its content is compared by the fingerprint of the samples."""
-    if config.data.tokenizer is not None:
-        return {"tokenizer": "given"}
-    return {"tokenizer_vocab_size": config.data.tokenizer_vocab_size}

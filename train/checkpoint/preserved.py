@@ -1,16 +1,17 @@
 """Preserves a checkpoint's further content, from the source folder to the export.
 
 This includes keys of `config.json` that do not describe the network, files next to the weights (tokenizer, chat
-template, license), and stored frequencies of the rotary embedding. torch is imported only when a tensor is read.
+template, license), and stored frequencies of the rotary embedding.
 """
 
-import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja
 from data.chat.templates import CHAT_TEMPLATES
@@ -20,13 +21,11 @@ from data.tokenizer import Tokenizer
 from model.hf.config import TOKEN_ID_KEYS
 from model.hf.errors import HfError
 from model.hf.json_file import parse_json
-from model.hf.names import layer_of
-from train.checkpoint.manifest import TOKENIZER_NAME, CheckpointError, read_manifest
-from train.checkpoint.sources import is_hf_folder, source_config, source_folder
+from model.hf.reader import HfReader
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.sources import is_hf_folder, is_same_tokenizer, source_config, source_folder
+from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LARGEST_FILE_BYTES = 2**26
 OLD_CHAT_TEMPLATE_NAME = "chat_template.json"
@@ -54,47 +53,29 @@ class PreservedMetadata:
     """The metadata of a checkpoint that its export must contain again.
 
     Attributes:
-        config: keys of `config.json`.
-        rotary: stored frequencies by tensor name: {"dtype", "shape", "data"}, with data in base64.
+        config: keys of `config.json`; the manifest holds them.
+        rotary: stored frequencies by tensor name.
         files: contents by plain file name, without `tokenizer.json`.
     """
 
     config: Mapping[str, Any]
-    rotary: Mapping[str, Mapping[str, Any]]
+    rotary: Mapping[str, Tensor]
     files: Mapping[str, bytes]
-
-    def record(self) -> dict[str, Any]:
-        """Returns the part that the manifest stores. Files are stored next to the manifest."""
-        return {"preserved": dict(self.config), "rotary": {name: dict(each) for name, each in self.rotary.items()}}
 
 
 NOTHING = PreservedMetadata(config={}, rotary={}, files={})
 
 
 def read_preserved(path: str, key: str) -> PreservedMetadata:
-    """Reads the metadata that is preserved with weights.
-
-    Args:
-        path: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
-        key: configuration key that holds the path, for errors.
-
-    Raises:
-        CheckpointError: there are no weights, or their manifest cannot be read.
-        HfError: the Hugging Face folder cannot be read.
-    """
+    """Reads the metadata that is preserved with weights. Arguments and errors are those of `source_config`."""
     folder = source_folder(path, key)
     files = read_files(folder, (*_TOKENIZER_PATTERNS, *_MODEL_PATTERNS))
     if is_hf_folder(path):
-        from model.hf.reader import HfReader
-
         reader = HfReader(folder, drop_mtp=True)
-        return PreservedMetadata(config=reader.checkpoint.carried, rotary=rotary_record(reader.rotary), files=files)
-    manifest = read_manifest(folder, key)
-    config, rotary = manifest.get("preserved"), manifest.get("rotary")
+        return PreservedMetadata(config=reader.checkpoint.carried, rotary=reader.rotary, files=files)
+    config = read_manifest(folder, key).get("preserved")
     return PreservedMetadata(
-        config=config if isinstance(config, dict) else {},
-        rotary=rotary if isinstance(rotary, dict) else {},
-        files=files,
+        config=config if isinstance(config, dict) else {}, rotary=CheckpointReader(folder, key).rotary(), files=files
     )
 
 
@@ -104,9 +85,6 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
     If the run has another tokenizer, its files and token ids replace those of the source. If `data.tokenizer_eos` or a
     similar key names special tokens, files that contradict it are left out. If the run has another rotary embedding,
     stored frequencies are left out. A run on chats has its own chat template.
-
-    Args:
-        config: of the run; `resume` is a checkpoint or None.
     """
     kept = _preserved_of_source(config, tokenizer)
     template = DATA_SOURCES.get(config.data.source.kind).chat_template
@@ -166,69 +144,14 @@ def _is_known_template(content: bytes) -> bool:
     return text in own or sha256(text).hexdigest() in _KNOWN_TEMPLATES
 
 
-def is_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Returns whether a folder has no tokenizer, or the same one."""
-    there = folder / TOKENIZER_NAME
-    return not there.is_file() or sha256(there.read_bytes()).hexdigest() == tokenizer.fingerprint
-
-
 def read_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Reads the matching files of a folder, by name. Files above `LARGEST_FILE_BYTES` are left out."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {path.name: path.read_bytes() for path in sorted(found) if path.stat().st_size <= LARGEST_FILE_BYTES}
 
 
-def rotary_record(rotary: "Mapping[str, Tensor]") -> dict[str, dict[str, Any]]:
-    """Returns stored frequencies as JSON values."""
-    import torch
-
-    from model.hf.dtypes import stored_dtype
-
-    return {
-        name: {
-            "dtype": stored_dtype(values.dtype),
-            "shape": list(values.shape),
-            "data": base64.b64encode(values.contiguous().view(torch.uint8).numpy().tobytes()).decode(),
-        }
-        for name, values in rotary.items()
-    }
-
-
-def rotary_tensors(record: Mapping[str, Mapping[str, Any]], num_layers: int, folder: Path) -> "dict[str, Tensor]":
-    """Returns the stored frequencies of existing layers as tensors.
-
-    Args:
-        record: frequencies by tensor name, as `rotary_record` returns them.
-        num_layers: number of layers of the model; frequencies of later layers are left out.
-        folder: of the checkpoint, for errors.
-
-    Raises:
-        CheckpointError: the record is invalid.
-    """
-    import torch
-
-    from model.hf.dtypes import TORCH_DTYPES
-    from model.hf.names import is_rotary
-
-    made: dict[str, Tensor] = {}
-    try:
-        for name, each in record.items():
-            if not is_rotary(name):
-                raise ValueError(f"{name!r} is no stored frequency")
-            values = torch.frombuffer(bytearray(base64.b64decode(each["data"])), dtype=TORCH_DTYPES[each["dtype"]])
-            if (layer_of(name) or 0) < num_layers:
-                made[name] = values.reshape(each["shape"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: rotary must hold stored frequencies, does not ({error})") from error
-    return made
-
-
 def server_files(tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Returns the keys of `config.json` and the files from which inference servers read special tokens.
-
-    Args:
-        max_tokens: length of the longest sequence.
-    """
+    """Returns the keys of `config.json` and the files from which inference servers read special tokens."""
     names, special = tokenizer.token_names, tokenizer.special
     numbers = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
     ids = {key: number for key, number in numbers.items() if number is not None}

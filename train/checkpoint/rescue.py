@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def rescue_folder(config: TrainConfig) -> Path:
-    """Returns the folder for a run's last checkpoint: next to the run's folder, or in `rescue_dir`.
-
-    Args:
-        config: of the run, with its folder.
-    """
+    """Returns the folder for a run's last checkpoint: next to the run's folder, or in `rescue_dir`."""
     own = Path(config.out_dir).absolute()
     if not config.rescue_dir:
         return own.with_name(f"{own.name}.rescue")
@@ -41,8 +37,6 @@ def save_to_rescue_folder(
     """Saves the state after `step` updates in the rescue folder, and ends the run. All ranks call it.
 
     Args:
-        learner: of this rank; its weights are those after `step` updates.
-        prepared: corpus and tokenizer of the run.
         reason: why the run's own folder did not take the checkpoint.
 
     Raises:

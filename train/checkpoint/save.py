@@ -8,11 +8,11 @@ unfinished checkpoints.
 import ctypes
 import os
 import shutil
-import warnings
 from collections import deque
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Thread
+from typing import Any
 
 from torch import distributed as dist
 
@@ -20,21 +20,15 @@ from comm.agreement import gather_on_first
 from comm.groups import make_host_group
 from data.prepare import Prepared
 from dualpipe.ir import to_json
-from train.checkpoint.dcp.collective import PartError, run_on_all, save_on_all
-from train.checkpoint.dcp.metadata import METADATA_NAME
-from train.checkpoint.dcp.storage import SyncedWriter, sync
+from model.hf.folder import sync, write_synced
+from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge, with_checksums
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
-from train.checkpoint.manifest import (
-    SCHEDULE_NAME,
-    TOKENIZER_NAME,
-    Digest,
-    digests,
-    ramp_schedule_name,
-    write_manifest,
-)
+from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, ramp_schedule_name, write_manifest
+from train.checkpoint.parts import WrittenPart, index_of, write_part
 from train.checkpoint.preserved import NOTHING, preserved_by_run
-from train.checkpoint.state import Extras, HostCopy, SliceSavePlanner, State, state_of
-from train.checkpoint.verify import is_whole
+from train.checkpoint.state import HostCopy, State, as_slice, state_of
+from train.checkpoint.together import PartError, run_on_all
+from train.checkpoint.verify import is_whole, verify_sizes
 from train.config import TrainConfig
 from train.errors import UnsavedError
 from train.learner import Learner
@@ -58,23 +52,18 @@ class CheckpointSaver:
         config: TrainConfig,
         learner: Learner,
         prepared: Prepared,
-        extras: Extras | None = None,
         folder: Path | None = None,
         ownership: OwnershipCheck | None = None,
     ) -> None:
         """Opens a process group. All ranks call it at the same point.
 
         Args:
-            config: of the run, for the manifest.
-            prepared: corpus and tokenizer; the manifest holds the fingerprint of the samples.
-            extras: further state to save; None: that of the learner.
             folder: existing folder in which the folder of checkpoints is created; None: the run's own.
             ownership: checks that the run still owns that folder; None: no check.
         """
         self._config = config
         self._learner = learner
         self._prepared = prepared
-        self._extras: Extras = learner.extras if extras is None else extras
         self._root = (folder or Path(config.out_dir)) / CHECKPOINTS_NAME
         self._ownership = ownership
         self._had_folder = self._root.parent.is_dir()
@@ -99,7 +88,8 @@ class CheckpointSaver:
             UnsavedError: on every rank, if one of them could not write its part of the previous checkpoint.
         """
         self.wait()
-        copied = self._memory.of(state_of(self._learner, self._extras))
+        copied = self._memory.of(state_of(self._learner, self._learner.extras))
+        copied |= {ROTARY_PREFIX + name: values for name, values in self._preserved.rotary.items()}
         self._thread = Thread(target=self._run, args=(step, copied), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -151,12 +141,8 @@ class CheckpointSaver:
         partial = final.with_name(final.name + ".partial")
         try:
             run_on_all(lambda: self._begin(partial), self._group)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # DCP warns of deprecations in its own code
-                writer = SyncedWriter(partial, self._learner.world.files)
-                save_on_all(copied, writer, SliceSavePlanner(), self._group)
-            files = self._hash_all(partial)
-            run_on_all(lambda: self._finish(partial, final, step, files), self._group)
+            index, files = self._write_parts(partial, copied)
+            run_on_all(lambda: self._finish(partial, final, step, index, files), self._group)
         except PartError as failure:
             raise UnsavedError(f"{partial}: cannot be written by {failure}") from failure
         return final
@@ -178,35 +164,63 @@ class CheckpointSaver:
         if problem:
             raise OSError(problem)
 
-    def _hash_all(self, partial: Path) -> dict[str, Digest]:
-        """Returns the sizes and hashes of all ranks' files on rank 0, which writes the manifest.
+    def _write_parts(self, partial: Path, copied: State) -> tuple[Index, dict[str, Digest]]:
+        """Writes the tensors of all ranks, one file for each rank, and each slice once.
 
-        Each rank reads the files that it wrote. Other ranks return nothing.
+        Returns:
+            The index and the files by name on rank 0, nothing on other ranks.
         """
-        folder = self._learner.world.files.folder(partial)
-        own = run_on_all(lambda: digests(partial, folder.glob(f"__{self._rank}_*")), self._group)
-        parts = gather_on_first(own, self._group) or []
-        return {name: each for part in parts for name, each in part.items()}
+        files = self._learner.world.files
+        file = str(PurePosixPath(files.subfolder) / f"{files.stem}{PART_SUFFIX}")
+        held = index_of(copied, file)
+        listed = gather_on_first((file, held), self._group)
+        index = run_on_all(lambda: merge(held for _, held in listed or ()), self._group)
+        chosen = self._scatter_names(None if listed is None else [file for file, _ in listed], index)
 
-    def _finish(self, partial: Path, final: Path, step: int, files: dict[str, Digest]) -> None:
+        def write() -> WrittenPart:
+            tensors = {name: held[name].stored_part(held[name].parts[0]) for name in chosen}
+            if files.subfolder:
+                files.make_folder(partial)
+            written = write_part(partial / file, tensors, lambda name: as_slice(copied[name]).local)
+            if files.subfolder:
+                sync(files.folder(partial))
+            return written
+
+        own = run_on_all(lambda: {file: write()} if chosen else {}, self._group)
+        gathered = gather_on_first(own, self._group) or []
+        written = {file: part for parts in gathered for file, part in parts.items()}
+        checksums = {file: part.checksums for file, part in written.items()}
+        return with_checksums(index, checksums), {file: part.digest for file, part in written.items()}
+
+    def _scatter_names(self, files: list[str] | None, index: Index) -> list[str]:
+        """Returns the names of the tensors that this rank writes.
+
+        Args:
+            files: the file of each rank, on rank 0; None on other ranks.
+        """
+        names: dict[str, list[str]] = {}
+        for name, entry in index.items():
+            for part in entry.parts:
+                names.setdefault(part.file, []).append(name)
+        received: list[Any] = [None]
+        of_ranks = None if files is None else [names.get(file, []) for file in files]
+        dist.scatter_object_list(received, of_ranks, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return list(received[0])
+
+    def _finish(self, partial: Path, final: Path, step: int, index: Index, files: dict[str, Digest]) -> None:
         """Completes the folder and renames it. Only rank 0 does so, after all ranks have written their files."""
         if self._rank != 0:
             return
         self._check_ownership()
-        own = [partial / METADATA_NAME]
-        ramp = {ramp_schedule_name(size): schedule for size, schedule in self._learner.ramp.items()}
-        for name, schedule in {SCHEDULE_NAME: self._learner.replica.schedule, **ramp}.items():
-            (partial / name).write_text(to_json(schedule) + "\n", encoding="utf-8")
-            own.append(partial / name)
-        for name, content in self._preserved.files.items():
-            (partial / name).write_bytes(content)
-            own.append(partial / name)
-        own += self._prepared.tokenizer.save(partial / TOKENIZER_NAME)
-        for path in own:
+        schedules = {ramp_schedule_name(size): schedule for size, schedule in self._learner.ramp.items()}
+        schedules[SCHEDULE_NAME] = self._learner.replica.schedule
+        contents = {name: f"{to_json(schedule)}\n".encode() for name, schedule in schedules.items()}
+        for name, content in {INDEX_NAME: index_json(index).encode(), **contents, **self._preserved.files}.items():
+            write_synced(partial / name, content)
+        for path in self._prepared.tokenizer.save(partial / TOKENIZER_NAME):
             sync(path)
-        config, record = self._config, self._preserved.record()
-        files |= digests(partial, own)
-        write_manifest(partial, step, config, self._prepared.fingerprint, files, record, self._learner.replica.cut)
+        config, keys = self._config, self._preserved.config
+        write_manifest(partial, step, config, self._prepared.fingerprint, files, keys, self._learner.replica.cut)
         sync(partial)
         replace_folder(partial, final)
         sync(self._root)
@@ -220,7 +234,7 @@ def _remove_older(newest: Path, num_kept: int) -> None:
     A checkpoint that is not whole does not count and is kept for inspection.
     """
     before = [folder for folder in checkpoints_in(newest.parent) if folder.name < newest.name]
-    whole = [folder for folder in before if is_whole(folder, hashes=False)]
+    whole = [folder for folder in before if is_whole(folder, verify_sizes)]
     for folder in whole[: max(len(whole) - (num_kept - 1), 0)]:
         gone = folder.with_name(folder.name + ".partial")
         os.replace(folder, gone)
@@ -231,13 +245,6 @@ def replace_folder(made: Path, place: Path) -> None:
     """Gives a folder its final name, and removes the folder that had this name before.
 
     Local file systems of Linux exchange both names atomically. On others, the name does not exist for a moment.
-
-    Args:
-        made: a complete folder next to `place`.
-        place: the final name, which may be that of a folder.
-
-    Raises:
-        OSError: one of the folders cannot be moved.
     """
     if not place.exists():
         os.replace(made, place)

@@ -3,39 +3,63 @@
 torch is imported only when weights are opened.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal
 
+from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.hf.checkpoint import open_checkpoint
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
 from model.hf.known_keys import unknown_keys
+from train.checkpoint.index import WeightsKind
 from train.checkpoint.locate import CHECKPOINTS_NAME, locate
-from train.checkpoint.manifest import MANIFEST_NAME, CheckpointError, read_model
+from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from model.hf.reader import HfReader
+    from train.checkpoint.weights import CheckpointReader
 
 
-class WeightSource(Protocol):
-    """The protocol of weights under their released names. Everything except the values was checked."""
+WeightsForm = Literal["hf", "checkpoint"]
+LARGEST_FILE_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """Configuration of a conversion; see `conf/convert.yaml`. `source` is the key `from`."""
+
+    source: WeightsForm
+    path: str
+    to: str
+    format: WeightsForm | None
+    dtype: Literal["bf16", "float32", "fp8"] | None
+    max_shard_bytes: int | None
+    weights: WeightsKind
+    mtp: Literal["keep", "drop"]
+    accept_template: bool
 
     @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-        ...
+    def target(self) -> WeightsForm:
+        """The format that is written."""
+        return self.format or ("checkpoint" if self.source == "hf" else "hf")
 
-    def fill(self, named: "Mapping[str, Tensor]") -> None:
-        """Fills the given tensors by name, one at a time."""
-        ...
+    @property
+    def folder(self) -> Path:
+        """The folder that is written."""
+        return Path(self.to).expanduser()
 
-    def tensor(self, name: str, dtype: "torch.dtype") -> "Tensor":
-        """Reads one tensor, converted to a type."""
-        ...
+    @property
+    def file_bytes(self) -> int:
+        """Largest size of a file."""
+        return self.max_shard_bytes or LARGEST_FILE_BYTES
+
+    @property
+    def drop_mtp(self) -> bool:
+        """Whether MTP modules are left out."""
+        return self.mtp == "drop"
 
 
 def is_hf_folder(path: str) -> bool:
@@ -46,15 +70,7 @@ def is_hf_folder(path: str) -> bool:
 
 
 def source_folder(path: str, key: str) -> Path:
-    """Returns the folder of the weights that a path names.
-
-    Args:
-        path: a Hugging Face folder, converted weights, a run's folder (its newest checkpoint) or a checkpoint.
-        key: configuration key that holds the path, for errors.
-
-    Raises:
-        CheckpointError: the path is none of these.
-    """
+    """Returns the folder of the weights that a path names. Arguments and errors are those of `source_config`."""
     if is_hf_folder(path):
         return Path(path).expanduser()
     try:
@@ -72,8 +88,7 @@ def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig
         drop_mtp: whether to leave MTP modules out; those of a Hugging Face folder are then not checked.
 
     Raises:
-        CheckpointError: there are no weights, or their manifest cannot be read.
-        HfError: the Hugging Face folder cannot be read.
+        CheckpointError, HfError: there are no weights, or their architecture cannot be read.
     """
     folder = source_folder(path, key)
     if is_hf_folder(path):
@@ -83,24 +98,20 @@ def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig
 
 
 def check_source(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
-    """Makes all checks of `open_source`, and returns the architecture like `source_config`.
-
-    It imports torch only for a checkpoint of this project.
-    """
+    """Makes all checks of `open_source`, and returns the architecture like `source_config`. It imports no torch."""
     config = source_config(path, key, drop_mtp=drop_mtp)
     if not is_hf_folder(path):
         open_source(path, key)
     return config
 
 
-def open_source(path: str, key: str, *, drop_mtp: bool = False) -> WeightSource:
+def open_source(path: str, key: str, *, drop_mtp: bool = False) -> "HfReader | CheckpointReader":
     """Opens the weights that a path names, and checks everything except their values.
 
     The arguments are those of `source_config`.
 
     Raises:
-        CheckpointError: there are no weights, or a file is missing, truncated or of another form.
-        HfError: the same for a Hugging Face folder.
+        CheckpointError, HfError: there are no weights, or a file is missing, truncated or of another form.
     """
     folder = source_folder(path, key)
     if is_hf_folder(path):
@@ -110,6 +121,12 @@ def open_source(path: str, key: str, *, drop_mtp: bool = False) -> WeightSource:
     from train.checkpoint.weights import CheckpointReader
 
     return CheckpointReader(folder, key)
+
+
+def is_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Returns whether a folder has no tokenizer, or the same one."""
+    there = folder / TOKENIZER_NAME
+    return not there.is_file() or sha256(there.read_bytes()).hexdigest() == tokenizer.fingerprint
 
 
 def unknown_notes(path: str) -> str:

@@ -1,22 +1,55 @@
-"""Finds and verifies checkpoints on all ranks of a job together."""
+"""Acts on checkpoints on all ranks of a job together: a failure of one rank becomes an error of all."""
 
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 from torch import distributed as dist
 
-from comm.agreement import exchange_reports
+from comm.agreement import Reports, exchange_reports
 from data.progress import NoProgress, progress_on
-from train.checkpoint.locate import LocatedCheckpoint, locate
+from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.verify import Check, check_file, listed_files, progress_over
+from train.checkpoint.verify import Check, verify
 from train.config import TrainConfig
 
-T = TypeVar("T")
+ValueT = TypeVar("ValueT")
+_LONGEST_TEXT = 300
+
+
+class PartError(RuntimeError):
+    """Ranks could not save or load their part. Raised on every rank; `reports` says which ranks and why."""
+
+    def __init__(self, reports: Reports) -> None:
+        super().__init__(f"{reports.name_ranks()}: {reports.first_text}")
+        self.reports = reports
+
+
+def run_on_all(act: Callable[[], ValueT], group: dist.ProcessGroup | None = None) -> ValueT:
+    """Calls a function on each rank, and returns its result if no rank failed. All ranks call it.
+
+    Args:
+        group: process group of all ranks; the world by default.
+
+    Raises:
+        PartError: on every rank, if the function raised an exception on one of them.
+    """
+    results: list[ValueT] = []
+    problem: Exception | None = None
+    try:
+        results.append(act())
+    except Exception as error:
+        problem = error
+    reports = exchange_reports(None if problem is None else _first_line(problem), group)
+    if reports.total:
+        raise PartError(reports) from problem
+    return results[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__)[:_LONGEST_TEXT]
 
 
 def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
@@ -31,13 +64,14 @@ def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     Raises:
         CheckpointError: on every rank, if no checkpoint is whole, or the named one is not.
     """
-    if config.resume is None:
+    path = config.resume
+    if path is None:
         return config, ()
-    found = find_together(partial(_locate_checked, config.resume))
-    return replace(config, resume=str(found.folder)), found.rejected
+    located = find_together(lambda check: locate(path, check=check))
+    return replace(config, resume=str(located.folder)), located.rejected
 
 
-def find_together(find: Callable[[Check], T]) -> T:
+def find_together(find: Callable[[Check], ValueT]) -> ValueT:
     """Searches for a checkpoint on rank 0, while all ranks verify the candidates. All ranks call it.
 
     Args:
@@ -49,21 +83,21 @@ def find_together(find: Callable[[Check], T]) -> T:
     Raises:
         CheckpointError: on every rank, if `find` raised it.
     """
-    found: list[T | CheckpointError | None] = [None]
+    result: list[ValueT | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [find(_verify_from_rank_0)]
+            result = [find(_verify_from_rank_0)]
         except CheckpointError as error:
-            found = [CheckpointError(str(error))]
+            result = [CheckpointError(str(error))]
         _broadcast(None)
     else:
         while (folder := _broadcast(None)) is not None:
             with suppress(CheckpointError):  # rank 0 decides
                 verify_together(folder)
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], CheckpointError):
-        raise found[0]
-    return cast(T, found[0])
+    dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], CheckpointError):
+        raise result[0]
+    return cast(ValueT, result[0])
 
 
 def verify_together(folder: Path) -> None:
@@ -72,22 +106,16 @@ def verify_together(folder: Path) -> None:
     Raises:
         CheckpointError: on every rank, if the checkpoint is not whole.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     problem: str | None = None
     try:
-        files = listed_files(folder)
-        mine = {name: files[name] for name in sorted(files)[rank::world_size]}
         # The work is divided evenly, so rank 0's part shows the progress of all.
-        for name in progress_over(folder, mine, progress_on() if rank == 0 else NoProgress()):
-            check_file(folder, name, mine[name], hashes=True)
+        progress = progress_on() if rank == 0 else NoProgress()
+        verify(folder, progress=progress, share=(rank, dist.get_world_size()))
     except CheckpointError as error:
         problem = str(error)
     if text := exchange_reports(problem).first_text:
         raise CheckpointError(text)
-
-
-def _locate_checked(path: str, check: Check) -> LocatedCheckpoint:
-    return locate(path, check=check)
 
 
 def _verify_from_rank_0(folder: Path) -> None:

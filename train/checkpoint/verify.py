@@ -1,9 +1,9 @@
 """Verifies by its manifest that a checkpoint is whole. No torch here."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
 
 from data.progress import NoProgress, Progress
 from model.config import ModelConfig
@@ -11,6 +11,7 @@ from model.size import count_parameters
 from train.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
+    Digest,
     digest,
     is_file_name,
     read_manifest,
@@ -29,101 +30,88 @@ Check = Callable[[Path], None]
 """Checks a checkpoint; raises CheckpointError if it is not whole."""
 
 
-def verify(folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRESS) -> None:
+def verify(
+    folder: Path, *, hashes: bool = True, progress: Progress = _NO_PROGRESS, share: tuple[int, int] = (0, 1)
+) -> None:
     """Compares a checkpoint's files with its manifest.
 
     Args:
         hashes: whether every file is read and hashed; otherwise only the presence and the sizes of files are checked.
         progress: shows how many bytes were read.
+        share: which one of how many equal shares of the files is checked, for ranks that verify together.
 
     Raises:
         CheckpointError: the checkpoint is not whole. The message is one line without the folder.
     """
-    files = listed_files(folder)
-    for name in progress_over(folder, files, progress) if hashes else iter(files):
-        check_file(folder, name, files[name], hashes=hashes)
+    files = _listed_files(folder)
+    names = sorted(files)[share[0] :: share[1]]
+    num_bytes = sum(files[name].num_bytes for name in names)
+    shown = progress.over(f"verifying {folder.name}", names, num_bytes, lambda name: files[name].num_bytes)
+    for name in shown if hashes else names:
+        _check_file(folder, name, files[name], hashes=hashes)
 
 
-def verify_sizes(folder: Path) -> None:
-    """Checks the presence and the sizes of a checkpoint's files, and raises the same errors as `verify`."""
-    verify(folder, hashes=False)
+verify_sizes: Check = partial(verify, hashes=False)
+"""Checks the presence and the sizes of a checkpoint's files alone."""
 
 
-def is_whole(folder: Path, *, hashes: bool = True) -> bool:
-    """Returns whether `verify` accepts a checkpoint."""
+def is_whole(folder: Path, check: Check = verify) -> bool:
+    """Returns whether a checkpoint passes a check."""
     try:
-        verify(folder, hashes=hashes)
+        check(folder)
     except CheckpointError:
         return False
     return True
 
 
-def listed_files(folder: Path) -> Mapping[str, Any]:
-    """Returns the entries of a checkpoint's manifest by file name.
-
-    Raises:
-        CheckpointError: the manifest is missing, damaged, or lists more bytes than the architecture can have.
-    """
+def _listed_files(folder: Path) -> dict[str, Digest]:
+    """Returns the files of a checkpoint's manifest by name, unless they have more bytes than the architecture can."""
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{MANIFEST_NAME} must be there, is missing: it was never finished")
     try:
         record = read_manifest(folder)
     except CheckpointError as error:
-        raise CheckpointError(str(error).removeprefix("resume: ")) from error
-    stated, files = record.pop("sha256", None), record.get("files")
-    if stated != record_hash(record) or not isinstance(files, dict):
+        raise type(error)(str(error).removeprefix("resume: ")) from error
+    stated, listed = record.pop("sha256", None), record.get("files")
+    if stated != record_hash(record) or not isinstance(listed, dict):
         raise CheckpointError(f"{MANIFEST_NAME} must have the hash that it states, has another")
-    _check_listed_sizes(record.get("model"), files)
+    files = {name: _listed_digest(name, entry) for name, entry in listed.items()}
+    most = _largest_bytes(record.get("model"))
+    total = sum(file.num_bytes for file in files.values())
+    if total > most:  # no sparse file of many terabytes is hashed
+        raise CheckpointError(f"files must have at most {most} bytes for this architecture, have {total}")
     return files
 
 
-def progress_over(folder: Path, files: Mapping[str, Any], progress: Progress) -> Iterator[str]:
-    """Yields the file names of a manifest, and shows the progress of reading the files."""
-    listed_sizes = {name: listed.get("bytes") if isinstance(listed, dict) else None for name, listed in files.items()}
-    sizes = {name: size if isinstance(size, int) else 0 for name, size in listed_sizes.items()}
-    return progress.over(f"verifying {folder.name}", list(files), sum(sizes.values()), lambda name: sizes[name])
+def _listed_digest(name: str, entry: object) -> Digest:
+    if not isinstance(entry, Mapping) or not is_file_name(name):
+        raise CheckpointError(f"{MANIFEST_NAME} must list files in its folder, lists {name[:_LONGEST_NAME]!r}")
+    size = entry.get("bytes")
+    if type(size) is not int or size < 0:
+        raise CheckpointError(f"{MANIFEST_NAME} must list a size for every file, does not")
+    return Digest(size, str(entry.get("sha256")))
 
 
-def check_file(folder: Path, name: str, listed: object, *, hashes: bool) -> None:
-    """Checks one file that a manifest lists.
-
-    Args:
-        listed: its entry in the manifest.
-        hashes: whether its content is hashed; otherwise only its size is checked.
-
-    Raises:
-        CheckpointError: the file is missing, has another size or content, or is not a regular file in the folder.
-    """
-    if not isinstance(listed, dict) or not is_file_name(name):
-        raise CheckpointError(f"manifest.json must list files in its folder, lists {name[:_LONGEST_NAME]!r}")
-    path = folder / name
+def _largest_bytes(model: object) -> int:
+    """Returns the most bytes that the checkpoint of an architecture can have."""
     try:
-        found_there = path.stat()
-        # Reading a pipe or a device would not end.
-        if not S_ISREG(found_there.st_mode):
-            raise CheckpointError(f"{name} must be a regular file, is not")
-        num_bytes = found_there.st_size
-        if num_bytes != listed.get("bytes"):
-            raise CheckpointError(f"{name} must have {listed.get('bytes')} bytes, has {num_bytes}")
-        found = digest(path).sha256 if hashes else listed.get("sha256")
-    except OSError as error:
-        raise CheckpointError(f"{name} must be there, cannot be read ({error.strerror or error})") from error
-    if found != listed.get("sha256"):
-        raise CheckpointError(f"{name} must have the hash that the manifest lists, has another")
-
-
-def _check_listed_sizes(model: object, files: Mapping[str, Any]) -> None:
-    """Refuses listed sizes whose sum is too large, so that no sparse file of many terabytes is hashed."""
-    try:
-        if isinstance(model, dict):
-            model = {"head": "tokens", **model}  # a checkpoint from before reward models names none
         account = count_parameters(decode(ModelConfig, model, "model"))
     except (ConfigError, ArithmeticError) as error:
         raise CheckpointError(f"{MANIFEST_NAME} must hold an architecture, holds none") from error
-    most = _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
-    sizes = [listed.get("bytes") for listed in files.values() if isinstance(listed, dict)]
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise CheckpointError(f"{MANIFEST_NAME} must list a size for every file, does not")
-    total = sum(size for size in sizes if isinstance(size, int))
-    if total > most:
-        raise CheckpointError(f"files must have at most {most} bytes for this architecture, have {total}")
+    return _LEAST_BYTES + _BYTES_PER_WEIGHT * (account.total + account.mtp)
+
+
+def _check_file(folder: Path, name: str, listed: Digest, *, hashes: bool) -> None:
+    path = folder / name
+    try:
+        status = path.stat()
+        # Reading a pipe or a device would not end.
+        if not S_ISREG(status.st_mode):
+            raise CheckpointError(f"{name} must be a regular file, is not")
+        if status.st_size != listed.num_bytes:
+            raise CheckpointError(f"{name} must have {listed.num_bytes} bytes, has {status.st_size}")
+        sha256 = digest(path).sha256 if hashes else listed.sha256
+    except OSError as error:
+        raise CheckpointError(f"{name} must be there, cannot be read ({error.strerror or error})") from error
+    if sha256 != listed.sha256:
+        raise CheckpointError(f"{name} must have the hash that the manifest lists, has another")

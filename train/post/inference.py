@@ -16,8 +16,9 @@ from comm.watchdog.membership import STORE_FILE_VARIABLE
 from dualpipe.build import build
 from infer.batch import PROMPT_TOKENS
 from model.config import Computing, products_of
+from model.hf.reader import HfReader
 from model.transformer import named_tensors
-from train.checkpoint.sources import WeightSource, is_hf_folder, open_source, source_folder
+from train.checkpoint.sources import is_hf_folder, open_source, source_folder
 from train.checkpoint.weights import CheckpointReader
 from train.config import BatchConfig, InferenceConfig, PrecisionConfig
 from train.network import ReplicaConfig
@@ -61,7 +62,7 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     stop()
 
 
-def _open_weights(config: InferenceConfig) -> WeightSource:
+def _open_weights(config: InferenceConfig) -> HfReader | CheckpointReader:
     if is_hf_folder(config.ckpt):
         return open_source(config.ckpt, "ckpt", drop_mtp=config.model.mtp_depth == 0)
     return CheckpointReader(Path(source_folder(config.ckpt, "ckpt")), "ckpt", config.weights)

@@ -18,8 +18,7 @@ from model.objective import MicroBatch
 from model.objectives.ranking import KeepScores
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.manifest import CheckpointError
-from train.checkpoint.preserved import is_same_tokenizer
-from train.checkpoint.sources import open_source, source_folder
+from train.checkpoint.sources import is_same_tokenizer, open_source, source_folder
 from train.config import TrainConfig
 from train.network import ReplicaConfig, weight_dtype
 from train.post.pack import BatchShape, fill, place_answers

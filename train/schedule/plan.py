@@ -26,7 +26,6 @@ from train.checkpoint.manifest import (
     layout_record,
     ramp_schedule_name,
     read_manifest,
-    written_layout,
 )
 from train.config import TrainConfig, sized_config
 from train.memory.fitted_cut import fitted_cut
@@ -192,7 +191,7 @@ def _begun(config: TrainConfig) -> Path | None:
         return None
     folder = locate(config.resume).folder
     path = folder / SCHEDULE_NAME
-    is_same = written_layout(read_manifest(folder)) == layout_record(config)
+    is_same = read_manifest(folder).get("layout") == layout_record(config)
     return path if is_same and path.is_file() else None
 
 

@@ -18,7 +18,7 @@ from model.transformer import SCORE, Transformer, initialize_weights, named_tens
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, OPTIM, tiny_config
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, score_pass
+from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain, save_checkpoint, score_pass
 from tests.train.memory.live import Compared, compare_rank
 from tests.train.memory.test_live import check
 from tests.train.test_equality import assert_equal
@@ -184,9 +184,9 @@ def resume(rank: int, world_size: int, config: TrainConfig) -> Resumed:
     prepared = prepare(config.data, config.batch.sequence_length_tokens)
     for step in range(2):
         train_step(learner, config.task, loader, step)
-    saved = checkpoint.save(config, learner, 2, prepared)
+    saved = save_checkpoint(config, learner, 2, prepared)
     elsewhere = replace(config, out_dir=f"{config.out_dir}_bare")
-    bare = checkpoint.save(elsewhere, replace(learner, comparison=NetworkComparison()), 2, prepared)
+    bare = save_checkpoint(elsewhere, replace(learner, comparison=NetworkComparison()), 2, prepared)
     whole = train_step(learner, config.task, loader, 2).losses.by_name
     dist.barrier()
     close_job(learner)
@@ -234,7 +234,7 @@ def start_from(rank: int, world_size: int, base: TrainConfig, starts: list[Train
     learner, loader = open_job(base), open_loader(base)
     prepared = prepare(base.data, base.batch.sequence_length_tokens)
     train_step(learner, base.task, loader, 0)
-    folder = checkpoint.save(base, learner, 1, prepared)
+    folder = save_checkpoint(base, learner, 1, prepared)
     saved = {name: tensor.clone() for name, tensor in named_tensors(learner.replica.model).items()}
     close_job(learner)
     found = []

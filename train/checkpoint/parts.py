@@ -1,0 +1,162 @@
+"""Writes and reads the files of a checkpoint's tensors, with one buffer of `CHUNK_BYTES` in memory.
+
+The files have the safetensors format. The library `safetensors` checks their headers. It is not used for the data: its
+writer copies all tensors of a file, and its reader maps whole files (see `model.hf.header`).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedReader
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from model.hf.dtypes import TORCH_DTYPES, stored_dtype
+from model.hf.errors import HfError
+from model.hf.header import ITEM_BYTES, TensorEntry, lay_out, read_header
+from model.hf.names import Stored
+from train.checkpoint.index import Index, IndexEntry, TensorPart
+from train.checkpoint.manifest import CheckpointError, Digest
+from train.checkpoint.state import Slice, State, as_slice
+
+CHUNK_BYTES = 2**24
+_NUM_HEADERS = 16
+
+
+def index_of(state: State, file: str) -> Index:
+    """Returns the index of what a rank holds, as if all of it were in one file."""
+    index: Index = {}
+    for name, values in state.items():
+        held = as_slice(values)
+        parts = [TensorPart(file, held.offset, held.local.numel())] if held.local.numel() else []
+        index[name] = IndexEntry(Stored(_shape(values), stored_dtype(held.local.dtype)), tuple(parts))
+    return index
+
+
+def _shape(values: Slice | Tensor) -> tuple[int, ...]:
+    """Returns the shape of the whole tensor; that of a slice is flat."""
+    return (values.whole,) if isinstance(values, Slice) else tuple(values.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPart:
+    """A file that was written: its size and hash, and the CRC-32 of each of its tensors by name."""
+
+    digest: Digest
+    checksums: dict[str, int]
+
+
+def write_part(path: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> WrittenPart:
+    """Writes a file, one tensor at a time, and waits until it is on disk.
+
+    Args:
+        read: returns the tensor of a name, with the type and number of elements that `tensors` states.
+
+    Raises:
+        OSError: the file cannot be written. Errors of `read` are raised unchanged.
+    """
+    begins, header = lay_out(tensors)
+    sha256 = hashlib.sha256(header)
+    checksums: dict[str, int] = {}
+    with path.open("xb") as file:
+        file.write(header)
+        for name in begins:
+            values = read(name).detach()
+            stored = tensors[name]
+            assert (values.numel(), values.dtype) == (stored.num_elements, TORCH_DTYPES[stored.dtype]), name
+            content = values.contiguous().view(-1).view(torch.uint8).numpy().data
+            sha256.update(content)
+            checksums[name] = crc32(content)
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return WrittenPart(Digest(file.tell(), sha256.hexdigest()), checksums)
+
+
+class PartReader:
+    """Reads elements of a checkpoint's tensors. It keeps one buffer and the headers of the last files."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._folder = folder
+        self._index = index
+        self._buffer = bytearray(CHUNK_BYTES)
+        self._header = lru_cache(_NUM_HEADERS)(read_header)
+
+    def fill(self, state: State) -> None:
+        """Fills tensors and slices in place, converted to their types, from the parts that hold their elements.
+
+        Args:
+            state: contiguous tensors by name, on any device.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape, or a file contradicts the index. The message is
+                one line without the folder.
+        """
+        parts_by_file: dict[str, list[tuple[str, TensorPart]]] = {}
+        for name, values in state.items():
+            held = as_slice(values)
+            for part in self._entry(name, values).parts:
+                if part.first < held.offset + held.local.numel() and held.offset < part.first + part.count:
+                    parts_by_file.setdefault(part.file, []).append((name, part))
+        for file_name, parts in sorted(parts_by_file.items()):
+            try:
+                header = self._header(self._folder / file_name)
+                with (self._folder / file_name).open("rb") as file:
+                    for name, part in parts:
+                        self._fill_overlap(as_slice(state[name]), part, file, header, name)
+            except HfError as error:
+                raise CheckpointError(str(error).removeprefix(f"{self._folder}/")) from error
+            except OSError as error:
+                raise CheckpointError(f"{file_name}: must be readable, is not ({error.strerror or error})") from error
+
+    def _entry(self, name: str, values: Slice | Tensor) -> IndexEntry:
+        entry = self._index.get(name)
+        if entry is None:
+            raise CheckpointError(f"{name}: must be a tensor of the checkpoint, is missing")
+        if entry.stored.shape != _shape(values):
+            raise CheckpointError(f"{name}: must have shape {_shape(values)}, has {entry.stored.shape}")
+        return entry
+
+    def _position(self, name: str, part: TensorPart, header: Mapping[str, TensorEntry]) -> TensorEntry:
+        """Returns the position of a part's data in its file."""
+        stored = self._index[name].stored_part(part)
+        entry = header.get(name)
+        if entry is None:
+            raise CheckpointError(f"{part.file}: {name}: must be in the file by the index, is missing")
+        if (entry.dtype, entry.shape) != (stored.dtype, stored.shape):
+            raise CheckpointError(
+                f"{part.file}: {name}: must be {stored.dtype} of shape {list(stored.shape)} by the index, "
+                f"is {entry.dtype} of shape {list(entry.shape)}"
+            )
+        return entry
+
+    def _fill_overlap(
+        self, target: Slice, part: TensorPart, file: BufferedReader, header: Mapping[str, TensorEntry], name: str
+    ) -> None:
+        """Copies the elements that a part and a slice share, in runs that fit into the buffer.
+
+        The checksum of a part that is read whole is compared.
+        """
+        entry = self._position(name, part, header)
+        item_bytes = ITEM_BYTES[entry.dtype]
+        most = CHUNK_BYTES // item_bytes
+        first = max(target.offset, part.first)
+        end = min(target.offset + target.local.numel(), part.first + part.count)
+        file.seek(entry.offset + (first - part.first) * item_bytes)
+        checksum = 0
+        for begin in range(first, end, most):
+            count = min(most, end - begin)
+            content = memoryview(self._buffer)[: count * item_bytes]
+            if file.readinto(content) != len(content):
+                raise HfError(entry.file, "", "must have the size that its header states, ends early")
+            checksum = crc32(content, checksum)
+            position = begin - target.offset
+            values = torch.frombuffer(self._buffer, dtype=TORCH_DTYPES[entry.dtype], count=count)
+            target.local[position : position + count].copy_(values)
+        if end - first == part.count and checksum != part.crc32:
+            raise CheckpointError(f"{part.file}: {name}: must have the CRC-32 that the index lists, has another")
