@@ -92,3 +92,14 @@ def test_integrity_command_refuses_a_named_damaged_checkpoint(tmp_path: Path) ->
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert f"{PART} must have the hash" in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_integrity_a_run_of_an_older_release_does_not_begin_again(tmp_path: Path) -> None:
+    path = place(tmp_path, 20) / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 4, has 3 of an older release"):
+        newest_whole(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^resume: .* has 3 of an older release; nearest valid: init_from="):
+        locate(str(tmp_path), check=verify)
+    newest = place(tmp_path, 40)
+    assert newest_whole(tmp_path) == newest

@@ -126,8 +126,8 @@ def _open(conversion: Conversion) -> _Source:
     config = replace(checkpoint.config, mtp_depth=0) if drop_mtp else checkpoint.config
     shapes = {name: shape for name, shape in weights(config) if copied_from(name) is None}
     num_layers = config.num_layers + config.mtp_depth
-    stored = checkpoint.dtypes
-    held = {name: stored[name] for name in held_weights(config)}
+    dtypes = checkpoint.dtypes
+    held = {name: dtypes[name] for name in held_weights(config)}
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor:
         # Hugging Face's form also contains weights without elements.
