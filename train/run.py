@@ -21,7 +21,7 @@ from comm.watchdog.rendezvous import Job, join
 from data.prepare import Prepared
 from data.progress import printable_on
 from train.callbacks import Callbacks
-from train.checkpoint.together import resolve_resume
+from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
 from train.learner import Learner, LearnersByBatchSize, open_learner

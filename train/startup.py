@@ -21,11 +21,10 @@ from data.corpus import DataError
 from data.prepare import Prepared
 from data.progress import NoProgress, progress_on
 from train.checkpoint import load as checkpoint
-from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.locate import AUTO, newest_whole
 from train.checkpoint.manifest import read_step
-from train.checkpoint.verify import verify_sizes
+from train.checkpoint.verify import check_compatible, verify_sizes
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.corpus import State as CorpusState

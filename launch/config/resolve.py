@@ -16,12 +16,11 @@ from infer.evaluate.lines import checked_file
 from infer.evaluate.registry import EVALUATION_TASKS
 from infer.scoring.reward import check_problems
 from model.config import ModelConfig, ladder
-from train.checkpoint.compatible import check_compatible
 from train.checkpoint.initial_weights import check_initial
 from train.checkpoint.locate import AUTO, CHECKPOINTS_NAME, locate, newest_whole
 from train.checkpoint.manifest import TOKENIZER_NAME, read_manifest
 from train.checkpoint.sources import source_config, source_folder
-from train.checkpoint.verify import verify_sizes
+from train.checkpoint.verify import check_compatible, verify_sizes
 from train.config import RANDOM, TrainConfig, named_weights
 from train.config.errors import ConfigError, broken, nearest, nearest_key
 from train.corpus import MOST_REPEATS, check_repeats

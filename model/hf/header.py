@@ -1,4 +1,4 @@
-"""Reads and writes the header of a safetensors file: which tensors it holds, and where. Imports no torch.
+"""Reads and builds the header of a safetensors file, which lists its tensors. Imports no torch.
 
 The library `safetensors` checks a header. It maps the whole file, so `model.hf.reader` reads the data instead: pages of
 a mapped shard count as memory of the process, and truncating a mapped file kills the process by a signal.
@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
-    """Returns where the data of each tensor begins in a file, in the order of the data, and the file's first bytes.
+    """Returns where each tensor's data begins in a file, in their order, and the file's first bytes.
 
     The widest types come first, so that all data is aligned.
     """

@@ -10,7 +10,7 @@ from data.tokenizer import Tokenizer
 from model.transformer import Transformer, named_tensors
 from tests.infer.models import make_foresighted
 from tests.tiny import tiny_config
-from train.checkpoint.index import INDEX_NAME, index_json, with_checksums
+from train.checkpoint.index import INDEX_NAME, index_json
 from train.checkpoint.manifest import TOKENIZER_NAME, write_manifest
 from train.checkpoint.parts import index_of, write_part
 from train.config import Precision, PrecisionConfig
@@ -20,9 +20,8 @@ TEXTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], file: str = "rank_00000.safetensors") -> None:
     """Writes the file and the index of tensors, without a manifest."""
-    index = index_of(dict(tensors), file)
-    written = write_part(folder / file, {name: entry.stored for name, entry in index.items()}, tensors.__getitem__)
-    (folder / INDEX_NAME).write_text(index_json(with_checksums(index, {file: written.checksums})))
+    _, index = write_part(folder, file, index_of(dict(tensors), file), tensors.__getitem__)
+    (folder / INDEX_NAME).write_text(index_json(index))
 
 
 def write_checkpoint(

@@ -32,10 +32,10 @@ from tests.model.hf_checkpoints import (
     reference_model,
 )
 from tests.tiny import MODEL
-from train.checkpoint.compatible import check_compatible
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
+from train.checkpoint.verify import check_compatible
 from train.checkpoint.weights import CheckpointReader, held_weights
 
 

@@ -123,7 +123,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], list[str]]] = [
      lambda ours: edit_json(ours / "manifest.json", lambda held: held["model"].update(num_heads="2")),
      ["model.num_heads: must be a whole number, is '2'"]),
     ("the architecture is another",
-     lambda ours: edit_json(ours / "manifest.json", lambda held: held["model"].update(num_layers=5)), ["is missing"]),
+     lambda ours: hostile.edit_manifest(ours, lambda held: held["model"].update(num_layers=5)), ["is missing"]),
     ("the format is a later one",
      lambda ours: edit_json(ours / "manifest.json", lambda held: held.update(format_version=5)), ["format_version"]),
     ("the format is that of torch's DCP",

@@ -9,8 +9,8 @@ from data.corpus import DataError
 from launch.config.run_config import check, read_config, write_config
 from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.launch.test_config import build, place_weights
-from train.checkpoint.compatible import check_compatible
 from train.checkpoint.manifest import CheckpointError, write_manifest
+from train.checkpoint.verify import check_compatible
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 

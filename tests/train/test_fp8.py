@@ -18,9 +18,9 @@ from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_job
 from tests.train.test_equality import assert_same, in_sequence, relative_error
 from tests.train.test_exchange import _count_one_step as count_one_step
 from tests.train.test_optim_resume import copied
-from train.checkpoint.compatible import check_compatible
 from train.checkpoint.load import load
 from train.checkpoint.manifest import CheckpointError
+from train.checkpoint.verify import check_compatible
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.step import train_step
 

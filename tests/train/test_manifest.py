@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.launch.test_config import build
-from train.checkpoint.compatible import check_compatible
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import (
     CheckpointError,
@@ -16,6 +15,7 @@ from train.checkpoint.manifest import (
     read_step,
     write_manifest,
 )
+from train.checkpoint.verify import check_compatible
 
 
 def save(run: Path, step: int, *overrides: str, complete: bool = True) -> Path:

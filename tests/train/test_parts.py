@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.tiny import MODEL
 from train.checkpoint import parts
-from train.checkpoint.index import INDEX_NAME, Index, index_json, merge, read_index, with_checksums
+from train.checkpoint.index import INDEX_NAME, Index, index_json, merge, read_index
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.parts import PartReader, index_of, write_part
 from train.checkpoint.state import Slice, State, as_slice
@@ -51,16 +51,11 @@ def write(folder: Path, states: list[State]) -> Index:
     files = [f"rank_{rank:05}.safetensors" for rank in range(len(states))]
     held = [index_of(state, file) for state, file in zip(states, files, strict=True)]
     index = merge(held)
-    checksums = {}
+    written: list[Index] = []
     for state, file, own in zip(states, files, held, strict=True):
-        names = [name for name, entry in index.items() if file in (part.file for part in entry.parts)]
-        stored = {name: own[name].stored_part(own[name].parts[0]) for name in names}
-        checksums[file] = write_part(
-            folder / file,
-            stored,
-            lambda name, state=state: as_slice(state[name]).local,  # type: ignore[misc]
-        ).checksums
-    (folder / INDEX_NAME).write_text(index_json(with_checksums(index, checksums)))
+        chosen = {name: own[name] for name, entry in index.items() if file in (part.file for part in entry.parts)}
+        written.append(write_part(folder, file, chosen, lambda name, state=state: as_slice(state[name]).local)[1])  # type: ignore[misc]
+    (folder / INDEX_NAME).write_text(index_json(merge(written)))
     return read_index(folder, MODEL)
 
 

@@ -19,9 +19,9 @@ from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import close_job, open_job, save_checkpoint
 from tests.train.test_optim_resume import copied
 from train.checkpoint import load as checkpoint
+from train.checkpoint.load import verify_together
 from train.checkpoint.manifest import is_file_name, read_manifest
 from train.checkpoint.state import state_of
-from train.checkpoint.together import verify_together
 from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
 from train.config.errors import ConfigError

@@ -18,10 +18,10 @@ from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from tests.train.test_optim_resume import copied
 from train.checkpoint import load as checkpoint
 from train.checkpoint import save
+from train.checkpoint.load import resolve_resume
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.save import CheckpointSaver, replace_folder
 from train.checkpoint.state import state_of
-from train.checkpoint.together import resolve_resume
 from train.checkpoint.verify import is_whole
 from train.config import PrecisionConfig, TrainConfig
 from train.learner import Learner

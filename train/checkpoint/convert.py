@@ -83,7 +83,7 @@ class _Source:
 
 
 def convert(conversion: Conversion, say: Say) -> str:
-    """Writes the weights in another form, complete or not at all, and returns a line that describes what was written.
+    """Writes the weights in another form, complete or not at all, and returns a line for people.
 
     Args:
         say: prints a line of progress after each shard, and a line that names unknown keys of `config.json`.
@@ -167,10 +167,12 @@ def _write_checkpoint(conversion: Conversion, source: _Source, read: Callable[[s
     with create_folder_atomically(conversion.folder) as folder:
         for number, tensors in enumerate(split_into_shards(plan, conversion.file_bytes)):
             file = f"weights_{number:05}{PART_SUFFIX}"
-            written = write_part(folder / file, tensors, read_rounded)
-            files[file] = written.digest
-            for name, stored in tensors.items():
-                index[name] = IndexEntry(stored, (TensorPart(file, 0, stored.num_elements, written.checksums[name]),))
+            held = {
+                name: IndexEntry(stored, (TensorPart(file, 0, stored.num_elements),))
+                for name, stored in tensors.items()
+            }
+            files[file], written = write_part(folder, file, held, read_rounded)
+            index |= written
         others = {**source.preserved.files, **_tokenizer_file(source.folder), INDEX_NAME: index_json(index).encode()}
         for name, content in others.items():
             write_synced(folder / name, content)

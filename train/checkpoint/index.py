@@ -7,7 +7,7 @@ in exactly one part. The files have the safetensors format, so other programs re
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -67,7 +67,7 @@ Index = dict[str, IndexEntry]
 
 
 def merge(indices: Iterable[Index]) -> Index:
-    """Merges the indices of all ranks, each of which lists what a rank holds in the rank's own file.
+    """Merges the indices of all ranks, each of which lists parts in the rank's own file.
 
     A part that several ranks hold is listed once, in the file that has the least bytes so far.
 
@@ -75,34 +75,21 @@ def merge(indices: Iterable[Index]) -> Index:
         CheckpointError: ranks hold another type or shape of a tensor, or parts overlap or are missing.
     """
     merged: Index = {}
-    holders: dict[tuple[str, int, int], list[str]] = {}
+    holders: dict[tuple[str, int, int], list[TensorPart]] = {}
     for index in indices:
         for name, entry in index.items():
             if merged.setdefault(name, entry).stored != entry.stored:
                 raise CheckpointError(f"{name}: must be {merged[name].stored} on all ranks, is {entry.stored}")
             for part in entry.parts:
-                holders.setdefault((name, part.first, part.count), []).append(part.file)
+                holders.setdefault((name, part.first, part.count), []).append(part)
     sizes = {key: key[2] * ITEM_BYTES[merged[key[0]].stored.dtype] for key in holders}
     file_bytes = Counter[str]()
     parts: dict[str, list[TensorPart]] = {name: [] for name in merged}
     for key in sorted(holders, key=lambda key: -sizes[key]):
-        name, first, count = key
-        file = min(holders[key], key=lambda file: file_bytes[file])
-        file_bytes[file] += sizes[key]
-        parts[name].append(TensorPart(file, first, count))
+        part = min(holders[key], key=lambda part: file_bytes[part.file])
+        file_bytes[part.file] += sizes[key]
+        parts[key[0]].append(part)
     return {name: _checked(name, entry.stored, parts[name]) for name, entry in merged.items()}
-
-
-def with_checksums(index: Index, checksums: Mapping[str, Mapping[str, int]]) -> Index:
-    """Returns the index with the CRC-32 of each part.
-
-    Args:
-        checksums: by file and name of the tensor.
-    """
-    return {
-        name: replace(entry, parts=tuple(replace(part, crc32=checksums[part.file][name]) for part in entry.parts))
-        for name, entry in index.items()
-    }
 
 
 def index_json(index: Index) -> str:

@@ -35,7 +35,10 @@ def ramp_schedule_name(sequences: int) -> str:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, unfinished or incompatible. The message names the place, the rule and both values."""
+    """A checkpoint is missing, unfinished or incompatible.
+
+    The message names the place, the rule and both values.
+    """
 
 
 class OldFormatError(CheckpointError):
@@ -71,7 +74,7 @@ def digests(folder: Path, paths: Iterable[Path]) -> dict[str, Digest]:
 
 
 def is_file_name(name: str) -> bool:
-    """Returns whether a name is a plain one, or in a checkpoint of many ranks one in the subfolder of a node."""
+    """Returns whether a name is a plain one, or one in the subfolder of a node, as in large jobs."""
     folder, separator, plain = name.rpartition("/")
     is_plain = Path(plain).name == plain and plain not in ("", "..") and "\0" not in plain
     return is_plain and (not separator or is_node_folder(folder))

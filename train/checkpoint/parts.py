@@ -7,7 +7,7 @@ writer copies all tensors of a file, and its reader maps whole files (see `model
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
@@ -33,8 +33,9 @@ def index_of(state: State, file: str) -> Index:
     index: Index = {}
     for name, values in state.items():
         held = as_slice(values)
-        parts = [TensorPart(file, held.offset, held.local.numel())] if held.local.numel() else []
-        index[name] = IndexEntry(Stored(_shape(values), stored_dtype(held.local.dtype)), tuple(parts))
+        if held.local.numel():  # what has no elements is not stored
+            stored = Stored(_shape(values), stored_dtype(held.local.dtype))
+            index[name] = IndexEntry(stored, (TensorPart(file, held.offset, held.local.numel()),))
     return index
 
 
@@ -43,27 +44,24 @@ def _shape(values: Slice | Tensor) -> tuple[int, ...]:
     return (values.whole,) if isinstance(values, Slice) else tuple(values.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenPart:
-    """A file that was written: its size and hash, and the CRC-32 of each of its tensors by name."""
-
-    digest: Digest
-    checksums: dict[str, int]
-
-
-def write_part(path: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> WrittenPart:
-    """Writes a file, one tensor at a time, and waits until it is on disk.
+def write_part(folder: Path, file_name: str, index: Index, read: Callable[[str], Tensor]) -> tuple[Digest, Index]:
+    """Writes a file of a checkpoint, one tensor at a time, and waits until it is on disk.
 
     Args:
-        read: returns the tensor of a name, with the type and number of elements that `tensors` states.
+        index: what the file shall hold, one part of each tensor.
+        read: returns the elements of a tensor's part, with the type that the index states.
+
+    Returns:
+        The file's size and hash, and the index with checksums.
 
     Raises:
         OSError: the file cannot be written. Errors of `read` are raised unchanged.
     """
+    tensors = {name: entry.stored_part(entry.parts[0]) for name, entry in index.items()}
     begins, header = lay_out(tensors)
     sha256 = hashlib.sha256(header)
-    checksums: dict[str, int] = {}
-    with path.open("xb") as file:
+    written: Index = {}
+    with (folder / file_name).open("xb") as file:
         file.write(header)
         for name in begins:
             values = read(name).detach()
@@ -71,11 +69,12 @@ def write_part(path: Path, tensors: Mapping[str, Stored], read: Callable[[str], 
             assert (values.numel(), values.dtype) == (stored.num_elements, TORCH_DTYPES[stored.dtype]), name
             content = values.contiguous().view(-1).view(torch.uint8).numpy().data
             sha256.update(content)
-            checksums[name] = crc32(content)
             file.write(content)
+            entry = index[name]
+            written[name] = replace(entry, parts=(replace(entry.parts[0], crc32=crc32(content)),))
         file.flush()
         os.fsync(file.fileno())
-        return WrittenPart(Digest(file.tell(), sha256.hexdigest()), checksums)
+        return Digest(file.tell(), sha256.hexdigest()), written
 
 
 class PartReader:
@@ -88,7 +87,7 @@ class PartReader:
         self._header = lru_cache(_NUM_HEADERS)(read_header)
 
     def fill(self, state: State) -> None:
-        """Fills tensors and slices in place, converted to their types, from the parts that hold their elements.
+        """Fills tensors and slices in place, converted to their types.
 
         Args:
             state: contiguous tensors by name, on any device.
@@ -100,7 +99,7 @@ class PartReader:
         parts_by_file: dict[str, list[tuple[str, TensorPart]]] = {}
         for name, values in state.items():
             held = as_slice(values)
-            for part in self._entry(name, values).parts:
+            for part in self._entry(name, values).parts if held.local.numel() else ():
                 if part.first < held.offset + held.local.numel() and held.offset < part.first + part.count:
                     parts_by_file.setdefault(part.file, []).append((name, part))
         for file_name, parts in sorted(parts_by_file.items()):

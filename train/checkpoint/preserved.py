@@ -67,7 +67,7 @@ NOTHING = PreservedMetadata(config={}, rotary={}, files={})
 
 
 def read_preserved(path: str, key: str) -> PreservedMetadata:
-    """Reads the metadata that is preserved with weights. Arguments and errors are those of `source_config`."""
+    """Reads the metadata that is preserved with weights. It takes the arguments of `source_config`."""
     folder = source_folder(path, key)
     files = read_files(folder, (*_TOKENIZER_PATTERNS, *_MODEL_PATTERNS))
     if is_hf_folder(path):

@@ -21,13 +21,13 @@ from comm.groups import make_host_group
 from data.prepare import Prepared
 from dualpipe.ir import to_json
 from model.hf.folder import sync, write_synced
-from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge, with_checksums
+from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge
+from train.checkpoint.load import PartError, run_on_all
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder
 from train.checkpoint.manifest import SCHEDULE_NAME, TOKENIZER_NAME, Digest, ramp_schedule_name, write_manifest
-from train.checkpoint.parts import WrittenPart, index_of, write_part
+from train.checkpoint.parts import index_of, write_part
 from train.checkpoint.preserved import NOTHING, preserved_by_run
 from train.checkpoint.state import HostCopy, State, as_slice, state_of
-from train.checkpoint.together import PartError, run_on_all
 from train.checkpoint.verify import is_whole, verify_sizes
 from train.config import TrainConfig
 from train.errors import UnsavedError
@@ -174,23 +174,23 @@ class CheckpointSaver:
         file = str(PurePosixPath(files.subfolder) / f"{files.stem}{PART_SUFFIX}")
         held = index_of(copied, file)
         listed = gather_on_first((file, held), self._group)
-        index = run_on_all(lambda: merge(held for _, held in listed or ()), self._group)
-        chosen = self._scatter_names(None if listed is None else [file for file, _ in listed], index)
+        merged = run_on_all(lambda: merge(held for _, held in listed or ()), self._group)
+        chosen = self._scatter_names(None if listed is None else [file for file, _ in listed], merged)
 
-        def write() -> WrittenPart:
-            tensors = {name: held[name].stored_part(held[name].parts[0]) for name in chosen}
+        def write() -> tuple[dict[str, Digest], Index]:
+            if not chosen:
+                return {}, {}
             if files.subfolder:
                 files.make_folder(partial)
-            written = write_part(partial / file, tensors, lambda name: as_slice(copied[name]).local)
+            own = {name: held[name] for name in chosen}
+            digest, written = write_part(partial, file, own, lambda name: as_slice(copied[name]).local)
             if files.subfolder:
                 sync(files.folder(partial))
-            return written
+            return {file: digest}, written
 
-        own = run_on_all(lambda: {file: write()} if chosen else {}, self._group)
-        gathered = gather_on_first(own, self._group) or []
-        written = {file: part for parts in gathered for file, part in parts.items()}
-        checksums = {file: part.checksums for file, part in written.items()}
-        return with_checksums(index, checksums), {file: part.digest for file, part in written.items()}
+        written = gather_on_first(run_on_all(write, self._group), self._group) or []
+        index = run_on_all(lambda: merge(index for _, index in written), self._group)
+        return index, {file: digest for digests, _ in written for file, digest in digests.items()}
 
     def _scatter_names(self, files: list[str] | None, index: Index) -> list[str]:
         """Returns the names of the tensors that this rank writes.

@@ -70,7 +70,7 @@ def is_hf_folder(path: str) -> bool:
 
 
 def source_folder(path: str, key: str) -> Path:
-    """Returns the folder of the weights that a path names. Arguments and errors are those of `source_config`."""
+    """Returns the folder of the weights that a path names. It takes the arguments of `source_config`."""
     if is_hf_folder(path):
         return Path(path).expanduser()
     try:
@@ -98,7 +98,7 @@ def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig
 
 
 def check_source(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
-    """Makes all checks of `open_source`, and returns the architecture like `source_config`. It imports no torch."""
+    """Makes all checks of `open_source` without torch, and returns the architecture."""
     config = source_config(path, key, drop_mtp=drop_mtp)
     if not is_hf_folder(path):
         open_source(path, key)

@@ -1,9 +1,10 @@
-"""Verifies by its manifest that a checkpoint is whole. No torch here."""
+"""Checks whether a checkpoint is whole, and whether a run may resume from it. No torch here."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 from data.progress import NoProgress, Progress
 from model.config import ModelConfig
@@ -14,9 +15,12 @@ from train.checkpoint.manifest import (
     Digest,
     digest,
     is_file_name,
+    layout_record,
     read_manifest,
     record_hash,
+    shape_record,
 )
+from train.config import TrainConfig
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
@@ -65,7 +69,7 @@ def is_whole(folder: Path, check: Check = verify) -> bool:
 
 
 def _listed_files(folder: Path) -> dict[str, Digest]:
-    """Returns the files of a checkpoint's manifest by name, unless they have more bytes than the architecture can."""
+    """Returns the files of a manifest by name, if the architecture can have so many bytes."""
     if not (folder / MANIFEST_NAME).is_file():
         raise CheckpointError(f"{MANIFEST_NAME} must be there, is missing: it was never finished")
     try:
@@ -115,3 +119,75 @@ def _check_file(folder: Path, name: str, listed: Digest, *, hashes: bool) -> Non
         raise CheckpointError(f"{name} must be there, cannot be read ({error.strerror or error})") from error
     if sha256 != listed.sha256:
         raise CheckpointError(f"{name} must have the hash that the manifest lists, has another")
+
+
+def check_compatible(
+    folder: Path, config: TrainConfig, *, data_fingerprint: str | None = None, may_be_done: bool = False
+) -> None:
+    """Refuses to resume from a checkpoint of another task, architecture, precision or order of samples.
+
+    The layout, schedule and sharding under which it was written may differ.
+
+    Args:
+        data_fingerprint: fingerprint of the samples that the run reads; None: not known yet.
+        may_be_done: whether the checkpoint may be that of the run's last step.
+
+    Raises:
+        CheckpointError: a key differs, no step is left, the checkpoint holds only weights, or its run read other
+            samples, so that some would be lost and others read twice. The message names every key that differs, with
+            both values.
+    """
+    manifest, shape = read_manifest(folder), shape_record(config)
+    if manifest.get("holds") == "weights":
+        raise CheckpointError(
+            f"resume: {folder} must be a run's checkpoint, holds weights without optimizer state; "
+            f"nearest valid: init_from={folder}, which starts a run from them"
+        )
+    task = manifest.get("task", config.task.kind)
+    if task != config.task.kind:
+        raise CheckpointError(
+            f"task.kind: must be {task}, the task of {folder}, because optimizer state belongs to a task, "
+            f"is {config.task.kind}; nearest valid: task={task}, or init_from={folder}, which starts a new run"
+        )
+    _check_shape(folder, manifest, shape)
+    if config.task.steps <= manifest["step"] and not may_be_done:
+        raise CheckpointError(
+            f"task.steps: must be above the {manifest['step']} steps that {folder} has done, "
+            f"is {config.task.steps}; nearest valid: {manifest['step'] + 1}"
+        )
+    written = manifest.get("data_fingerprint")
+    if data_fingerprint is not None and written != data_fingerprint:
+        raise CheckpointError(
+            f"resume: {folder} must continue with the samples of its run; their fingerprint was {written}, "
+            f"that of data.* is {data_fingerprint}"
+        )
+
+
+def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    """Refuses another architecture, precision or order of samples."""
+    model = differences("model", manifest.get("model"), shape["model"])
+    if model:
+        raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")
+    others = [line for key in shape if key != "model" for line in differences(key, manifest.get(key), shape[key])]
+    if others:
+        raise CheckpointError(
+            f"resume: {folder} was written under another precision or order of samples: {'; '.join(others)}; a resumed "
+            f"run must keep them; nearest valid: init_from={folder}, which starts a new run from its weights"
+        )
+
+
+def other_layout(folder: Path, config: TrainConfig) -> str:
+    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence.
+
+    Empty if it does not.
+    """
+    changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
+    return f", written under another layout: {'; '.join(changed)}" if changed else ""
+
+
+def differences(place: str, before: object, now: object) -> list[str]:
+    """Returns a line for each key in which nested values differ: `model.num_layers is 4 there and 6 here`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*now, *(key for key in before if key not in now)]
+        return [line for key in keys for line in differences(f"{place}.{key}", before.get(key), now.get(key))]
+    return [] if before == now else [f"{place} is {before} there and {now} here"]

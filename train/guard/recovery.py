@@ -14,9 +14,9 @@ from data.loader import Loader
 from infer.config import GenerateError
 from infer.scoring.score import ScoringError
 from train.checkpoint import load as checkpoint
+from train.checkpoint.load import find_together
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, locate, newest_whole
 from train.checkpoint.manifest import read_step
-from train.checkpoint.together import find_together
 from train.checkpoint.verify import Check
 from train.config.guards import GuardConfig
 from train.config.rollout import RolloutConfig

@@ -32,7 +32,7 @@ RENEW_SECONDS = 5.0
 LEASE_SECONDS = 60.0
 """Age after which a lock of another machine is stale if it was not renewed."""
 CHECK_SECONDS = 2.0
-"""Time for which the owner reuses a result of its own check."""
+"""Time for which a result of the ownership check is reused."""
 
 _LOOK_SECONDS = 0.5
 _MOST_TAKEOVERS = 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.prepare import Prepared
 from data.registry import DATA_SOURCES
-from train.checkpoint.compatible import other_layout
+from train.checkpoint.verify import other_layout
 from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
