@@ -1,4 +1,4 @@
-"""Finds, verifies and loads checkpoints on all ranks together. A failure of one rank becomes an error of all."""
+"""Finds, verifies and loads checkpoints on all ranks together. If one rank fails, all do."""
 
 from collections.abc import Callable
 from contextlib import suppress
