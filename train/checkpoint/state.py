@@ -12,7 +12,7 @@ from train.checkpoint.index import PREFIXES
 if TYPE_CHECKING:
     from train.learner import Learner
     from train.optim.ema import ParameterEma
-    from train.tasks.reference import Reference
+    from train.post.frozen import Reference
 
 OPTIMIZER_PREFIX = "optimizer."
 
