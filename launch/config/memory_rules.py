@@ -10,7 +10,7 @@ from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 from train.memory import JobMemory, fitted_config, parts, predict_memory
-from train.planner.search.space import context_sizes
+from train.planner.space import context_sizes
 
 Rules = Callable[[TrainConfig], None]
 Change = tuple[str, TrainConfig]

@@ -4,8 +4,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
+from operator import getitem
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -22,13 +25,7 @@ _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One change of a key.
-
-    Attributes:
-        key: dotted key, or a group; a part of it may have `*` for any characters.
-        operator: how `operand` changes the value.
-        operand: factor or new value, as written.
-    """
+    """One change of a key."""
 
     key: str
     operator: Literal["=", "*", "/"]
@@ -77,9 +74,6 @@ class Change:
 def parse_changes(item: str) -> tuple[Change, ...]:
     """Returns the changes of a what-if, which `,` or ` + ` separates.
 
-    Args:
-        item: as written, for example `parallelism.pipeline/2 + parallelism.data*2`.
-
     Raises:
         ConfigError: a change has none of the forms. The message does not start with `what_if`.
     """
@@ -87,11 +81,7 @@ def parse_changes(item: str) -> tuple[Change, ...]:
 
 
 def split_changes(text: str) -> list[str]:
-    """Returns the parts of a text between commas that are outside of brackets and quotes.
-
-    Args:
-        text: what-ifs, as written without the brackets of their list.
-    """
+    """Returns the parts of a text between commas that are outside of brackets and quotes."""
     return [part.strip() for part in _split(text, is_item=False)]
 
 
@@ -136,17 +126,16 @@ def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes:
     Raises:
         ConfigError: a key does not exist or has no number to multiply. The message does not start with `what_if`.
     """
-    result = _copied(values)
+    result = deepcopy(dict(values))
+    decoded = dict(dotted_keys(typed))
     for change in changes:
         for key in _matching_keys(change, result):
             *parents, last = key.split(".")
-            place = result
-            for parent in parents:
-                place = place[parent]
+            group = reduce(getitem, parents, result)
             if change.operator == "=":
-                place[last] = change.new_value()
+                group[last] = change.new_value()
             else:
-                place[last] = _multiplied(change, key, place[last], _value_at(typed, key))
+                group[last] = _multiplied(change, key, group[last], decoded.get(key))
     return result
 
 
@@ -200,14 +189,3 @@ def _multiplied(change: Change, key: str, value: object, typed: object) -> int |
 def _first_number(key: str, value: Mapping[str, Any]) -> str:
     numbers = [name for name, leaf in dotted_keys(value, f"{key}.") if type(leaf) in (int, float)]
     return f"{numbers[0]}*2" if numbers else "cluster.peak_flops*2"
-
-
-def _value_at(values: Mapping[str, Any], key: str) -> object:
-    found: object = values
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}

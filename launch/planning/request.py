@@ -3,23 +3,25 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
 from kernels.ranges import PositiveInt
-from launch.config.compose import compose, key_of
+from launch.config.compose import compose, dotted_keys, key_of
 from launch.config.groups import options, own_keys
 from launch.config.resolve import check_data, check_text
 from launch.config.rules import check_rules
-from launch.config.run_config import read_run
+from launch.config.run_config import read_config, read_run, write_config
 from launch.planning.changes import split_changes
-from launch.planning.measured_run import measured_config, require_run
+from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
-from train.planner.measured.rates import run_rates
+from train.planner.measured.compare import run_rates
 from train.schedule.chunks import with_chunks
 
 _WHAT_IF = "what_if"
@@ -29,6 +31,12 @@ _MOST_BYTES = 2**26
 _UNREAD = "unread"
 UNREAD: Mapping[str, Any] = {"data.paths": [_UNREAD], "data.tokenizer": _UNREAD}
 """Values without which a run cannot start, and which a plan can do without."""
+
+_CHANGEABLE = ("cluster", "cost", "plan")
+"""Sections of a run's configuration that describe devices and prices, which a comparison may change."""
+_PLANNED = ("model", "parallelism", "schedule", "batch", "precision", "dispatch", "recompute", "costs", "memory_cap")
+_PLANNED += ("attention", "optim")
+"""Sections that a plan depends on, which must be those of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,15 +55,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRequest:
-    """A run's configuration, the rates, and what is planned.
-
-    Attributes:
-        config: of the run, which passes the rules.
-        planner: rates and the declared factor.
-        options: what is planned and printed.
-        overrides: as the user wrote them.
-        values: composed values of the run, the rates and the factor, not decoded.
-    """
+    """A run's configuration, the rates, and what is planned."""
 
     config: TrainConfig
     planner: PlannerConfig
@@ -66,9 +66,6 @@ class PlanRequest:
 
 def read_request(overrides: Sequence[str]) -> PlanRequest:
     """Composes, decodes and checks a plan's configuration. Reads no data.
-
-    Args:
-        overrides: overrides for `conf/plan.yaml`.
 
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration of the run, or of the plan.
@@ -109,7 +106,7 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
             raise ConfigError(
                 f"run: must be null with {key}, is {own.run!r}; nearest valid: rates={own.run} in place of run="
             )
-    config = with_chunks(measured_config(require_run(Path(own.run)), values, overrides))
+    config = with_chunks(_measured_config(_require_run(Path(own.run)), values, overrides))
     check_rules(config)
     return config
 
@@ -117,18 +114,20 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
 def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one.
 
-    Args:
-        overrides: overrides for `conf/plan.yaml`.
-
     Raises:
         ConfigError: an override is invalid, or the file is not a plan.
     """
-    values, path = compose("plan", _without_path(overrides), UNREAD), _path_of(overrides)
+    path = _path_of(overrides)
+    options_only = overrides if path is None else [text for text in overrides if key_of(text) != _RATES]
+    values = compose("plan", options_only, UNREAD)
     if values["run"] is not None and not _sets(overrides, _RATES):
-        path = str(require_run(Path(str(values["run"]))))
+        path = str(_require_run(Path(str(values["run"]))))
     if path is None:
         return values
-    read = _read_run(Path(path)) if Path(path).is_dir() else _read_plan(Path(path))
+    if Path(path).is_dir():  # a run has no declared factor
+        read: Mapping[str, Any] = {_RATES: encode(run_rates(Path(path))), _EFFICIENCY: {"unexplained": 1.0}}
+    else:
+        read = _read_plan(Path(path))
     kept = [key for key in _PLANNER if key == _RATES or not _sets(overrides, key)]
     return {**values, **{key: read[key] for key in kept}}
 
@@ -193,21 +192,6 @@ def _path_of(overrides: Sequence[str]) -> str | None:
     return chosen[-1] if chosen and chosen[-1] not in options(_RATES) else None
 
 
-def _without_path(overrides: Sequence[str]) -> list[str]:
-    if _path_of(overrides) is None:
-        return list(overrides)
-    return [text for text in overrides if key_of(text) != _RATES]
-
-
-def _read_run(folder: Path) -> Mapping[str, Any]:
-    """Returns the rates that a run has measured, without a declared factor.
-
-    Raises:
-        ConfigError: the run has measured nothing, or a file is not what a run writes.
-    """
-    return {_RATES: encode(run_rates(folder)), _EFFICIENCY: {"unexplained": 1.0}}
-
-
 def _read_plan(path: Path) -> Mapping[str, Any]:
     """Returns the rates and the factor that a plan in JSON was computed from.
 
@@ -228,3 +212,52 @@ def _read_plan(path: Path) -> Mapping[str, Any]:
     if not isinstance(read, dict) or not {"rates", "efficiency"} <= read.keys():
         raise ConfigError(f"rates: {str(path)!r} must be a plan in JSON, with keys rates and efficiency, is not")
     return read
+
+
+def _measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
+    """Returns the configuration of a run, with devices and prices from overrides.
+
+    What the plan depends on may be given again, but not changed.
+
+    Raises:
+        ConfigError: the configuration cannot be read, or an override differs from it.
+    """
+    run = write_config(read_folder(folder))
+    given = dict(dotted_keys(values))
+    for key in map(key_of, overrides):
+        section, _, leaf = key.partition(".")
+        if section in _CHANGEABLE and leaf:
+            *parents, last = key.split(".")
+            reduce(getitem, parents, run)[last] = given[key]
+        elif section in _CHANGEABLE:
+            run[section] = values[section]
+        elif key == "experiment":  # may set all of them
+            _check_equal(_PLANNED, given, run)
+        elif section in _PLANNED:
+            _check_equal([key], given, run)
+    return read_config(run)
+
+
+def _require_run(folder: Path) -> Path:
+    """Returns the folder of a run.
+
+    Raises:
+        ConfigError: it holds no run.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ConfigError(f"run: must be the folder of a run, which holds {CONFIG_NAME}, is {str(folder)!r}")
+    return folder
+
+
+def _check_equal(keys: Sequence[str], given: Mapping[str, object], run: Mapping[str, Any]) -> None:
+    """Rejects values at or below keys that differ from those of the run, and names the first."""
+    known = dict(dotted_keys(run))
+    for name, value in given.items():
+        is_checked = any(name == key or name.startswith(f"{key}.") for key in keys)
+        if not is_checked or isinstance(value, Mapping) or value is None or value == "auto":
+            continue
+        if value != known.get(name, value):
+            raise ConfigError(
+                f"run: {name} must be that of the run, is {value}; nearest valid: {name}={known[name]}, or rates= in "
+                f"place of run= to plan another run"
+            )

@@ -15,21 +15,16 @@ from launch.planning.request import PlanRequest, plan_values, planner_config, ru
 from train.config import TrainConfig, named_weights
 from train.config.decode import encode
 from train.config.errors import ConfigError, UnknownKeyError, nearest
-from train.planner.advice.what_if import WhatIf, compare, plan_kept
-from train.planner.job_plan import JobPlan, PlannerConfig, plan_job
+from train.planner.advice import AdviceRow, WhatIf, Wish, compare, link_balance, plan_with_order, wishes
+from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
+from train.planner.values import advice_values
 
 _PLANNER = ("rates", "efficiency")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChangedRun:
-    """A run with changes.
-
-    Attributes:
-        change: as the user wrote it.
-        config: of the run with the changes, which passes the rules.
-        planner: changed rates and factor.
-    """
+    """A run with changes."""
 
     change: str
     config: TrainConfig
@@ -57,13 +52,36 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
         ConfigError: the changed run cannot be planned.
     """
     try:
-        kept = plan_kept(base, request.config, run.config, run.planner)
-        plans = [] if kept is None else [kept]
-        if kept is None or not keeps_order:
+        ordered = plan_with_order(base, request.config, run.config, run.planner)
+        plans = [] if ordered is None else [ordered]
+        if ordered is None or not keeps_order:
             plans.append(plan_job(run.config, run.planner))
     except user_errors() as error:
         raise ConfigError(f"what_if: {run.change}: {error}") from error
     return compare(run.change, base, min(plans, key=_preference))
+
+
+def advise_hardware(request: PlanRequest, base: JobPlan) -> dict[str, Any]:
+    """Returns what better hardware would gain for a run, in its public form.
+
+    A changed run keeps the order and the cut of the run if they apply, so that the gain is that of the hardware alone.
+
+    Raises:
+        ConfigError: the time of the run is unknown.
+    """
+    require_time(base)
+    rows: list[AdviceRow] = []
+    unknown: list[Wish] = []
+    for wish in wishes(request.config, request.planner.rates):
+        if not wish.change:
+            unknown.append(wish)
+            continue
+        try:
+            run = changed_run(request, wish.change)
+            rows.append(AdviceRow(wish=wish, what_if=plan_what_if(request, base, run, keeps_order=True)))
+        except user_errors() as error:
+            unknown.append(Wish(name=wish.name, needs=f"another run; {wish.change} is refused: {error}"))
+    return advice_values(rows, unknown, link_balance(base.config, request.planner.rates))
 
 
 def _preference(plan: JobPlan) -> tuple[bool, float]:
@@ -94,9 +112,6 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
 
 def changed_run(request: PlanRequest, item: str) -> ChangedRun:
     """Returns a run with changes, which passes the rules.
-
-    Args:
-        item: changes, as written.
 
     Raises:
         ConfigError, CutError, ScheduleError: the changes are invalid, in the words of the broken rule.

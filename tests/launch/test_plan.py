@@ -14,7 +14,6 @@ from launch import plan
 from launch.help.page import help_text
 from tests.train.planner.planned import PUBLISHED, SMALL
 from train.config.errors import ConfigError
-from train.planner.dry_run import RankComparison, RankCounts
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "launch.plan"]
@@ -136,18 +135,15 @@ def test_ctrl_c_is_one_line() -> None:
     assert "Traceback" not in error
 
 
-def _compared(*differences: str) -> tuple[RankComparison, ...]:
-    held = RankCounts(parameters=10, weights=40, gradients=40, optimizer=120)
-    return (RankComparison(pipeline_ranks=(0, 3), built=held, differences=differences),)
-
-
 def test_dry_run_that_differs_prints_the_plan_and_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from launch.help.command import command
 
     text = "bytes of weights: built 40, by arithmetic 44"
-    monkeypatch.setattr(plan, "compare_built_ranks", lambda config: _compared(text))
+    sizes = {"parameters": 10, "weights_bytes": 40, "gradients_bytes": 40, "optimiser_bytes": 120}
+    kind = {"pipeline_ranks": [0, 3], **sizes, "equal": False, "differences": [text]}
+    monkeypatch.setattr(plan, "compare_built_ranks", lambda config: [kind])
     monkeypatch.setattr(sys, "argv", ["plan", "experiment=quickstart", "dry_run=true"])
     assert command("plan", plan.main, plan.preview) == 2
     shown = capsys.readouterr()

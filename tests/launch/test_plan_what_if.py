@@ -11,17 +11,15 @@ import pytest
 from launch.config.run_config import compose_run
 from launch.help.command import command
 from launch.plan import main, preview
-from launch.planning.advice import advise_hardware
 from launch.planning.request import PlanRequest, read_request
-from launch.planning.what_if import changed_run, plan_what_if, read_what_ifs
+from launch.planning.what_if import advise_hardware, changed_run, plan_what_if, read_what_ifs
 from tests.train.planner.measured.runs import write_run
 from train.config.decode import encode
 from train.config.errors import ConfigError
-from train.planner.advice.balance import link_balance
-from train.planner.advice.shown import advice_json, advice_lines, what_if_json, what_if_lines
-from train.planner.advice.wishes import fp8_share
+from train.planner.advice import fp8_share, link_balance
 from train.planner.config import KernelRates
 from train.planner.job_plan import JobPlan, plan_job
+from train.planner.text import advice_text, what_if_text
 
 PUBLISHED = ["experiment=v3_671b", "schedule=dualpipe", "parallelism.cut=even"]
 SMALL = ["experiment=v2_lite_16b"]
@@ -269,20 +267,18 @@ def test_json_has_what_ifs_and_advice_and_is_read_back(tmp_path: Path) -> None:
 def test_advice_rows_are_what_ifs_sorted_by_gain(request_of_v3: PlanRequest) -> None:
     plan = plan_job(request_of_v3.config, request_of_v3.planner)
     advice = advise_hardware(request_of_v3, plan)
-    gains = [row.what_if.gain for row in advice.rows if row.what_if.gain is not None]
-    assert len(gains) == len(advice.rows) >= 20
+    gains = [row["gain"] for row in advice["rows"]]
+    assert len(gains) >= 20
     assert gains == sorted(gains, reverse=True)
-    for row in advice.rows[::8]:
-        same = plan_what_if(request_of_v3, plan, changed_run(request_of_v3, row.wish.change))
-        assert same.gain == pytest.approx(row.what_if.gain)
-    fits = {row.wish.change: row.fits for row in advice.rows}
+    for row in advice["rows"][::8]:
+        same = plan_what_if(request_of_v3, plan, changed_run(request_of_v3, row["change"]))
+        assert same.gain == pytest.approx(row["gain"])
+    fits = {row["change"]: row["fits"] for row in advice["rows"]}
     assert fits["precision.kind=bf16"] is False
     assert fits["parallelism.pipeline/2 + parallelism.data*2 + cluster.memory_bytes*2"] is True
-    assert {wish.name.partition(":")[0] for wish in advice.unknown} >= {"multi-plane network", "adaptive routing"}
-    lines = [*advice_lines(advice), *what_if_lines([row.what_if for row in advice.rows])]
-    assert max(map(len, lines)) <= 100
-    json.dumps(advice_json(advice), allow_nan=False)
-    json.dumps([what_if_json(row.what_if) for row in advice.rows], allow_nan=False)
+    assert {wish["wish"].partition(":")[0] for wish in advice["unknown"]} >= {"multi-plane network", "adaptive routing"}
+    assert max(map(len, [*advice_text(advice), *what_if_text(advice["rows"])])) <= 100
+    json.dumps(advice, allow_nan=False)
 
 
 def test_advice_says_where_the_link_becomes_the_limit(request_of_v3: PlanRequest) -> None:
@@ -290,12 +286,12 @@ def test_advice_says_where_the_link_becomes_the_limit(request_of_v3: PlanRequest
     rates, config = request_of_v3.planner.rates, request_of_v3.config
     assert isinstance(rates, KernelRates)
     balance = link_balance(config, rates)
-    assert balance.ratio == pytest.approx(20.1 / 31.1, rel=0.01)
+    assert balance.exchange_over_compute == pytest.approx(20.1 / 31.1, rel=0.01)
     assert balance.break_even_bytes_per_second == pytest.approx(32e9, rel=0.02)
     assert balance.hidden == "exchange"
     assert fp8_share(rates) == pytest.approx(0.51, abs=0.005)
     even = changed_run(request_of_v3, f"{LINK}={balance.break_even_bytes_per_second}")
-    assert link_balance(even.config, rates).ratio == pytest.approx(1.0)
+    assert link_balance(even.config, rates).exchange_over_compute == pytest.approx(1.0)
     slower = changed_run(request_of_v3, f"{LINK}={balance.break_even_bytes_per_second} + {LINK}*0.9")
     assert link_balance(slower.config, rates).hidden == "computation"
 
@@ -303,10 +299,10 @@ def test_advice_says_where_the_link_becomes_the_limit(request_of_v3: PlanRequest
 def test_advice_of_a_run_within_a_node_is_about_its_own_link(small: tuple[PlanRequest, JobPlan]) -> None:
     request, plan = small
     advice = advise_hardware(request, plan)
-    assert advice.balance.break_even_bytes_per_second is None
-    assert advice.balance.limit == "link within a node"
-    assert not [row for row in advice.rows if LINK in row.wish.change]
-    assert [wish for wish in advice.unknown if wish.name == "faster links between nodes"]
+    assert advice["break_even_bytes_per_second"] is None
+    assert advice["limit"] == "link within a node"
+    assert not [row for row in advice["rows"] if LINK in row["change"]]
+    assert [wish for wish in advice["unknown"] if wish["wish"] == "faster links between nodes"]
 
 
 def test_advice_from_measured_rates_scales_layers_and_says_what_it_does_not_know(tmp_path: Path) -> None:
@@ -315,13 +311,11 @@ def test_advice_from_measured_rates_scales_layers_and_says_what_it_does_not_know
     request = read_request([*run, f"rates={tmp_path}", f"{LINK}=1e9"])
     plan = plan_job(request.config, request.planner)
     advice = advise_hardware(request, plan)
-    gains = {row.wish.change: row.what_if.gain for row in advice.rows}
+    gains = {row["change"]: row["gain"] for row in advice["rows"]}
     faster, slower = gains["rates.*.*_exchange*0.5"], gains["rates.*.*_exchange*4"]
-    assert faster is not None
-    assert slower is not None
     assert slower < 0 < faster
-    assert advice.balance.break_even_bytes_per_second == pytest.approx(1e9 * advice.balance.ratio)
-    assert [wish for wish in advice.unknown if "times of kernels" in wish.needs]
+    assert advice["break_even_bytes_per_second"] == pytest.approx(1e9 * advice["exchange_over_compute"])
+    assert [wish for wish in advice["unknown"] if "times of kernels" in wish["needs"]]
 
 
 def test_an_option_drops_keys_that_an_experiment_set_for_another_one() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kernels.ranges import Above, AtLeast, Between, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from model.account.parameters import attention_parameters
+from model.config import ModelConfig
 from train.schedule.layer_times import PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]
@@ -14,24 +16,7 @@ PositiveShare = Annotated[float, Above(0), Between(0, 1)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateReference:
-    """What the times of `KernelRates` were measured on.
-
-    Attributes:
-        tokens: tokens of a micro-batch.
-        sequence_length_tokens: tokens of a sequence.
-        hidden_size: width of a hidden state.
-        attention_parameters: weights of a layer's attention.
-        recomputed_parameters: part of them whose products I computes again.
-        score_width: heads x (width of a key + width of a value).
-        active_expert_width: experts of a token, shared ones included, x their width.
-        rows_across_nodes: rows of a token that cross nodes.
-        parameters_per_rank: weights of the rank that updates most.
-        num_sms: streaming multiprocessors of the device.
-        communication_sms: how many of them dispatch and combine use.
-        peak_flops: dense bf16 FLOP/s of the device.
-        inter_node_bytes_per_second: rate of a rank's link to other nodes.
-        intra_node_bytes_per_second: rate of a rank's link within its node.
-    """
+    """What the times of `KernelRates` were measured on."""
 
     tokens: PositiveInt
     sequence_length_tokens: PositiveInt
@@ -51,14 +36,7 @@ class RateReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelTimes:
-    """Seconds of one pass of one layer's attention or experts, by kind of kernel.
-
-    Attributes:
-        products: matrix products of linear maps.
-        scores: the kernel of scores, softmax and mixing.
-        casts: casts and transposes for FP8.
-        other: norms, permutations, activations.
-    """
+    """Seconds of one pass of one layer's attention or experts, by kind of kernel."""
 
     products: NonNegativeFloat
     scores: NonNegativeFloat
@@ -106,20 +84,7 @@ class RateSource:
 class KernelRates:
     """Times of kernels on a reference, which are scaled by work to other models and devices.
 
-    Attributes:
-        kind: selects this class.
-        reference: what was measured.
-        attention: kernels of one layer's attention.
-        experts: kernels of one layer's experts.
-        exchange: exchanges of one layer, without waits for other ranks.
-        receive_imbalance: largest number of rows that a rank receives over the mean; 1: as measured.
-        recomputed: part of the times above that `recompute` causes.
-        dense_over_experts: time of a dense MLP over that of experts with the same products.
-        bf16_over_fp8: time of matrix products in bf16 over those in FP8.
-        head_flops_per_second: FLOP/s of an output head in bf16.
-        latency_seconds: time of an activation from one pipeline rank to the next.
-        optimizer_seconds: time of an update, with what of its communication nothing hides.
-        sources: where the values come from.
+    `conf/rates/h800_trace.yaml` says what each value is.
     """
 
     kind: Literal["kernels"]
@@ -144,20 +109,13 @@ class MeasuredRates:
     They hold for that model and device. Times scale with the tokens of a micro-batch.
 
     Attributes:
-        kind: selects this class.
-        precision: of the measured run.
         layer_parameters: weights that a token uses in a dense and a MoE layer of the measured model.
         expert: ranks over which its experts were distributed.
         tokens: tokens of a measured micro-batch on a rank.
-        dense: a dense layer.
-        moe: a MoE layer.
-        embedding: the embedding.
-        head: the main output head.
         mtp: all MTP modules with their heads.
         alone: computation of a lone operation over computation next to another one, which the times above are.
         latency_seconds: time of an activation from one pipeline rank to the next.
         optimizer_seconds: time of a step outside the passes.
-        sources: where the values come from.
         context: ranks that shared each sequence.
     """
 
@@ -186,3 +144,10 @@ class EfficiencyConfig:
     """The factor on the time of a step for what no rate explains."""
 
     unexplained: PositiveFloat
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Returns the weights that a token uses in a dense and a MoE layer, which identify a model's layers."""
+    experts = model.num_experts_per_token + model.num_shared_experts
+    widths = model.dense_intermediate_size + experts * model.expert_intermediate_size
+    return 2 * attention_parameters(model) + 3 * model.hidden_size * widths

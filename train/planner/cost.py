@@ -1,6 +1,7 @@
 """Computes the cost of a run and its later stages in GPU-hours, money, days and energy. No torch here."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualpipe.ir import Schedule
@@ -18,14 +19,8 @@ _LARGEST_EXPONENT = 700.0
 class StageCost:
     """The cost of one training stage.
 
-    Attributes:
-        name: pretrain, context_extension or post_training; for another task, its name.
-        tokens: processed tokens; None if unknown.
-        gpu_hours: time x GPUs.
-        dollars: at `cluster.dollars_per_gpu_hour`; None without a price.
-        days: on the run's ranks.
-        kilowatt_hours: at `cost.watts_per_gpu`; None without it.
-        note: what the figure rests on.
+    It is the run itself, named for its task, context_extension or post_training. `note` is what the figure rests on.
+    Tokens are None if unknown, dollars without a price, and kilowatt-hours without the power of a GPU.
     """
 
     name: str
@@ -58,10 +53,7 @@ class Goodput:
 class JobCost:
     """The cost of all training stages.
 
-    Attributes:
-        gpu_hours_per_trillion_tokens: of the run's own steps.
-        stages: the run, then later stages.
-        goodput: None if the time between failures is unknown. GPU-hours are divided by its share.
+    GPU-hours are divided by the share of the goodput, which is None if the time between failures is unknown.
     """
 
     gpu_hours_per_trillion_tokens: float
@@ -76,14 +68,17 @@ class JobCost:
     @property
     def dollars(self) -> float | None:
         """The price of all stages; None without a price."""
-        priced = [stage.dollars for stage in self.stages if stage.dollars is not None]
-        return sum(priced) if len(priced) == len(self.stages) else None
+        return _sum_if_known(stage.dollars for stage in self.stages)
 
     @property
     def kilowatt_hours(self) -> float | None:
         """The energy of all stages; None without the power of a GPU."""
-        known = [stage.kilowatt_hours for stage in self.stages if stage.kilowatt_hours is not None]
-        return sum(known) if len(known) == len(self.stages) else None
+        return _sum_if_known(stage.kilowatt_hours for stage in self.stages)
+
+
+def _sum_if_known(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else sum(filter(None, known))
 
 
 def job_cost(

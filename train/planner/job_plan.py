@@ -1,19 +1,35 @@
-"""Plans a run: memory of every rank, time of a step, cost, and assumptions. No torch here."""
+"""Plans a run: memory of every rank, time of a step, cost, and what they rest on. No torch here."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dualpipe.ir import Schedule
 from model.size import count_parameters, training_flops_per_token
 from train.config import DEFAULT_COST, TrainConfig
+from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
-from train.planner.assumptions import Assumption, assumptions
-from train.planner.config import EfficiencyConfig, KernelRates, Rates
+from train.planner.config import EfficiencyConfig, KernelRates, Rates, layer_parameters
 from train.planner.cost import JobCost, job_cost
-from train.planner.measured.record import layer_parameters
-from train.planner.timing import TimedPlan, part_seconds, time_plan
+from train.planner.scaling import part_seconds, rows_per_token
+from train.planner.timing import TimedPlan, time_plan
 from train.schedule.cut import with_cut
+
+_UNITS = {
+    "seconds": "s",
+    "tokens": "tokens",
+    "flops": "FLOP/s",
+    "flops_per_second": "FLOP/s",
+    "bytes_per_second": "bytes/s",
+    "bytes": "bytes",
+    "sms": "SMs",
+    "hour": "$ per GPU-hour",
+    "hours": "h",
+    "gpu": "W",
+}
+_TIMED = ("attention", "experts", "exchange", "recomputed", "dense", "moe", "embedding", "head", "mtp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,20 +41,18 @@ class PlannerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobPlan:
-    """What a run needs, how long it takes and what it costs.
+class Assumption:
+    """One value that a plan uses."""
 
-    Attributes:
-        config: of the run, with the planned cut and a named schedule.
-        parameters: weights of the main model.
-        flops_per_token: of training.
-        memory: predicted peak of each pipeline rank.
-        reasons: why the run does not fit; empty if it does, or if the devices' memory is unknown.
-        timed: schedule and time of a step; None if the rates do not apply.
-        untimed: why there is no time; empty if there is.
-        cost: None without a time.
-        assumptions: what the figures rest on.
-    """
+    name: str
+    value: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlan:
+    """What a run needs, how long it takes and what it costs."""
 
     config: TrainConfig
     parameters: int
@@ -59,11 +73,6 @@ class JobPlan:
 def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | None = None) -> JobPlan:
     """Plans a run.
 
-    Args:
-        config: of the run, which passes the rules.
-        planner: rates and the declared factor.
-        schedule: that the run follows; None: it is built.
-
     Raises:
         ScheduleError, CutError: the schedule or the cut is not defined.
     """
@@ -73,8 +82,8 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
     times = part_seconds(planner.rates, config) if measures else None
     config = with_cut(config, fitted_cut(config, config.schedule.kind, times))
     memory = predict_memory(_without_speed(config))
-    room, worst = config.cluster.memory_bytes, memory.worst
-    reasons = () if room is None or worst.total <= room else (summary_line(config, memory),)
+    room = config.cluster.memory_bytes
+    reasons = () if room is None or memory.worst.total <= room else (summary_line(config, memory),)
     timed = cost = None
     if not untimed:
         timed = time_plan(planner.rates, planner.efficiency, config, schedule=schedule)
@@ -89,7 +98,7 @@ def plan_job(config: TrainConfig, planner: PlannerConfig, schedule: Schedule | N
         timed=timed,
         untimed=untimed,
         cost=cost,
-        assumptions=() if untimed else assumptions(config, planner.rates, planner.efficiency),
+        assumptions=() if untimed else tuple(_assumptions(config, planner)),
     )
 
 
@@ -108,31 +117,6 @@ def _without_speed(config: TrainConfig) -> TrainConfig:
     return replace(config, cluster=timeless, cost=DEFAULT_COST)
 
 
-def untimed_reason(config: TrainConfig, rates: Rates) -> str:
-    """Returns why the time of a run cannot be predicted from rates, or nothing if it can."""
-    if not isinstance(rates, KernelRates):
-        own = layer_parameters(config.model)
-        if rates.layer_parameters != own:
-            rule = f"must be of the run's layers, in which a token uses {own:,} weights"
-            return f"rates: {rule}, are of layers with {rates.layer_parameters:,}; nearest: rates=RUN of such a run"
-        if rates.precision != config.precision.kind:
-            rule = f"must be of a run with precision={config.precision.kind}"
-            return f"rates: {rule}, are of {rates.precision}; nearest: precision={rates.precision}"
-        if rates.expert == 1 < config.parallelism.expert:
-            rule = "must be of a run with experts on several ranks, as parallelism.expert has"
-            return f"rates: {rule}, are of one rank; nearest: parallelism.expert=1, or rates=RUN of such a run"
-        if rates.context != config.parallelism.context:
-            rule = f"must be of a run with parallelism.context={config.parallelism.context}"
-            return f"rates: {rule}, are of {rates.context}; nearest: parallelism.context={rates.context}"
-        return ""
-    if config.cluster.peak_flops is None:
-        rule = "must be known for rates of another device, is null"
-        return f"cluster.peak_flops: {rule}; nearest: cluster=h800, or rates=RUN"
-    if config.precision.kind not in ("fp8", "bf16"):
-        return f"precision: must be fp8 or bf16 for these rates, is {config.precision.kind}; nearest: precision=bf16"
-    return ""
-
-
 def require_time(plan: JobPlan) -> TimedPlan:
     """Returns the schedule and time of a plan.
 
@@ -142,3 +126,100 @@ def require_time(plan: JobPlan) -> TimedPlan:
     if plan.timed is None:
         raise ConfigError(plan.untimed)
     return plan.timed
+
+
+def untimed_reason(config: TrainConfig, rates: Rates) -> str:
+    """Returns why the time of a run cannot be predicted from rates, or nothing if it can."""
+    if isinstance(rates, KernelRates):
+        if config.cluster.peak_flops is None:
+            rule = "must be known for rates of another device, is null"
+            return f"cluster.peak_flops: {rule}; nearest: cluster=h800, or rates=RUN"
+        kind = config.precision.kind
+        if kind not in ("fp8", "bf16"):
+            return f"precision: must be fp8 or bf16 for these rates, is {kind}; nearest: precision=bf16"
+        return ""
+    parameters, mesh = layer_parameters(config.model), config.parallelism
+    if rates.layer_parameters != parameters:
+        rule = f"must be of the run's layers, in which a token uses {parameters:,} weights"
+        return f"rates: {rule}, are of layers with {rates.layer_parameters:,}; nearest: rates=RUN of such a run"
+    if rates.precision != config.precision.kind:
+        rule = f"must be of a run with precision={config.precision.kind}"
+        return f"rates: {rule}, are of {rates.precision}; nearest: precision={rates.precision}"
+    if rates.expert == 1 < mesh.expert:
+        rule = "must be of a run with experts on several ranks, as parallelism.expert has"
+        return f"rates: {rule}, are of one rank; nearest: parallelism.expert=1, or rates=RUN of such a run"
+    if rates.context != mesh.context:
+        rule = f"must be of a run with parallelism.context={mesh.context}"
+        return f"rates: {rule}, are of {rates.context}; nearest: parallelism.context={rates.context}"
+    return ""
+
+
+def layout_json(config: TrainConfig) -> dict[str, Any]:
+    """Returns the layout of a run with a listed cut in its public form."""
+    mesh = config.parallelism
+    return {
+        "ranks": mesh.world_size,
+        "pipeline": mesh.pipeline,
+        "data": mesh.data,
+        "context": mesh.context,
+        "expert": mesh.expert,
+        "schedule": config.schedule.kind,
+        "chunks": len(mesh.cut.layers) // mesh.pipeline,
+        "num_micro_batches": config.num_micro_batches,
+        "micro_batch_sequences": config.batch.micro_sequences,
+        "cut": list(mesh.cut.layers),
+        "recompute": list(config.recompute),
+        "precision": config.precision.kind,
+        "dispatch": config.dispatch.kind,
+    }
+
+
+def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[Assumption]:
+    """Yields what a plan rests on: times of layers, rates, devices, links, and the declared factor."""
+    rates = planner.rates
+    times = part_seconds(rates, config)
+    unit = f"s per layer and {config.batch.micro_sequences * config.mean_part_tokens:,.0f} tokens"
+    for name in ("dense", "moe", "head", "mtp"):
+        kernels = "head_flops_per_second" if name == "head" else "attention"
+        source = f"scaled from {_source_of(rates, kernels if isinstance(rates, KernelRates) else name)}"
+        for phase, seconds in encode(getattr(times, name)).items():
+            if seconds:
+                yield Assumption(name=f"{name}.{phase}", value=seconds, unit=unit, source=source)
+    values = {key: value for key, value in encode(rates).items() if key not in ("kind", "sources")}
+    for name, value in _leaves(values):
+        unit = _unit_of(name) or ("s per layer" if name.partition(".")[0] in _TIMED else "number")
+        yield Assumption(name=f"rates.{name}", value=value, unit=unit, source=_source_of(rates, name))
+    for name, value in _leaves({"cluster": encode(config.cluster), "cost": encode(config.cost)}):
+        last = name.rpartition(".")[2]
+        # A key of one word, such as `cluster.device`, has no unit.
+        if "_" in last and _unit_of(name) and not last.startswith(("timeout", "grace")):
+            yield Assumption(name=name, value=value, unit=_unit_of(name), source="configuration")
+    rows, unit = rows_per_token(config).across_nodes, "rows per token and dispatch"
+    source = "random scores, experts equally loaded"
+    yield Assumption(name="rows_across_nodes", value=rows, unit=unit, source=source)
+    source, factor = "declared: what no rate explains", planner.efficiency.unexplained
+    yield Assumption(name="efficiency.unexplained", value=factor, unit="factor on a step", source=source)
+
+
+def _unit_of(name: str) -> str:
+    last = name.rpartition(".")[2]
+    return next((unit for end, unit in _UNITS.items() if last == end or last.endswith(f"_{end}")), "")
+
+
+def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
+
+
+def _source_of(rates: Rates, name: str) -> str:
+    """Returns where a rate comes from: the source with the longest key that is a prefix of its name."""
+    sources = [
+        (len(key), source.text)
+        for source in rates.sources
+        for key in source.keys
+        if name == key or name.startswith(f"{key}.") or key == "all"
+    ]
+    return max(sources)[1] if sources else "not given"

@@ -1,27 +1,64 @@
-"""Scales times of kernels to a run's model, precision and devices. No torch here.
+"""Scales measured times to a run's model, precision and devices. No torch here.
 
 Matrix products scale with the weights of a token, scores with the heads and the length, casts and other kernels with
-the values that they read. All scale with tokens.
+the values that they read, and exchange with the rows that balanced experts receive. All scale with tokens.
 """
 
-from dataclasses import astuple, dataclass, replace
-from functools import cached_property, reduce
-from operator import add
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy
+from numpy.typing import NDArray
 
 from model.config import LAYER
 from model.size import attention_parameters
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference
+from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference, Rates
 from train.planner.context_exchange import context_seconds
-from train.planner.rows import rows_per_token
-from train.schedule.layer_times import LayerTimes, PartTimes, part_times
+from train.schedule.layer_times import LayerTimes, PartTimes
 
 _NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
 _SCALE_BYTES = 4
 _TILE = 128
 REFERENCE_MEMORY_BYTES_PER_SECOND = 3.35e12
 """Memory of an H800, on which casts were measured."""
+_TOKENS = 8192
+"""Number of tokens that are routed at random. The standard error of a row count is below 0.01."""
+_SEED = 0
+
+
+def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+    """Returns the seconds of the parts of a run's model for one micro-batch.
+
+    Args:
+        config: of the run; for `KernelRates` in FP8 or bf16.
+        attended_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has as many
+            tokens on each rank as the run's.
+    """
+    if isinstance(rates, KernelRates):
+        return scaled_times(rates, config, attended_tokens)
+    scale = config.batch.micro_sequences * config.mean_part_tokens / rates.tokens
+    # Experts on one rank still permute rows, but between ranks they take longer.
+    exchanges = config.parallelism.expert > 1 or rates.expert == 1
+
+    def scaled(part: PartTimes) -> PartTimes:
+        part *= scale
+        return part if exchanges else replace(part, forward_exchange=0.0, backward_exchange=0.0)
+
+    return LayerTimes(
+        dense=scaled(rates.dense),
+        moe=scaled(rates.moe),
+        embedding=scaled(rates.embedding),
+        head=scaled(rates.head),
+        mtp=scaled(rates.mtp),
+        latency=rates.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
+    )
+
+
+def alone_factor(rates: Rates, config: TrainConfig) -> float:
+    """Returns the factor on the computation of an operation that runs alone; see `CostModel`."""
+    return DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else rates.alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,15 +115,9 @@ def communication_share(key: str, communication_sms: int, num_sms: int) -> float
     return communication_sms / num_sms
 
 
-def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens: int | None = None) -> LayerTimes:
-    """Returns the times of the parts of a run's model.
-
-    Args:
-        config: of the run, in FP8 or bf16.
-        sequence_length_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has
-            as many tokens on each rank as the run's.
-    """
-    scale = _Scale(rates, config, sequence_length_tokens or config.batch.sequence_length_tokens)
+def scaled_times(rates: KernelRates, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
+    """Returns `part_seconds` from times of kernels."""
+    scale = _Scale(rates, config, attended_tokens or config.batch.sequence_length_tokens)
     again = LAYER in config.computing.recomputed
     moe = replace(
         scale.attention + scale.experts,
@@ -101,7 +132,7 @@ def scaled_times(rates: KernelRates, config: TrainConfig, sequence_length_tokens
         moe=moe,
         embedding=PartTimes(),
         head=scale.head,
-        mtp=reduce(add, [moe + scale.projection + scale.head] * config.model.mtp_depth, PartTimes()),
+        mtp=(moe + scale.projection + scale.head) * config.model.mtp_depth,
         latency=rates.latency_seconds * scale.tokens * scale.width if config.parallelism.pipeline > 1 else 0.0,
     )
 
@@ -198,7 +229,7 @@ class _Scale:
     def _mlp(self, active_width: int, kind: float) -> PartTimes:
         share = active_width / self.rates.reference.active_expert_width
         part = self._part(self.rates.experts, products=share * self.width, scores=0.0, others=share * self.width)
-        part = part_times(kind * seconds for seconds in astuple(part))
+        part *= kind
         # The backward of a recomputed layer needs gate and up again, but not the last of the three products.
         down = kind * self._product_seconds(self.rates.experts, share * self.width) / 3
         return self._with_layer(self._without_recomputation(part, ("swiglu",)), part.forward - down)
@@ -247,3 +278,77 @@ class _Scale:
         kept = sum(getattr(self.rates.recomputed, name) for name in names if name not in recomputed)
         saved = kept * self.tokens * self.width * self.device.memory
         return replace(part, backward_input=max(0.0, part.backward_input - saved))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsPerToken:
+    """Mean number of rows that one dispatch sends for a token.
+
+    Attributes:
+        across_nodes: to other nodes.
+        within_node: to other ranks of the same node, including rows that are forwarded there.
+    """
+
+    across_nodes: float
+    within_node: float
+
+
+def rows_per_token(config: TrainConfig) -> RowsPerToken:
+    """Returns the rows of a run's dispatcher for random scores."""
+    model, parallelism = config.model, config.parallelism
+    if parallelism.expert == 1 or model.num_dense_layers == model.num_layers:
+        return RowsPerToken(across_nodes=0.0, within_node=0.0)
+    groups = (model.num_expert_groups, model.num_limited_groups)
+    sends_once = config.dispatch.kind in ("two_hop", "deepep")
+    return _count_rows(
+        model.num_routed_experts,
+        model.num_experts_per_token,
+        groups,
+        parallelism.expert,
+        config.cluster.ranks_per_node,
+        sends_once=sends_once,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _count_rows(
+    num_experts: int, num_chosen: int, groups: tuple[int, int], num_ranks: int, ranks_per_node: int, *, sends_once: bool
+) -> RowsPerToken:
+    """Routes random tokens and counts their rows."""
+    tokens = numpy.arange(_TOKENS)
+    rank_TK = _route(num_experts, num_chosen, groups) // (num_experts // num_ranks)
+    home_T = tokens % num_ranks
+    node_R = numpy.arange(num_ranks) // ranks_per_node
+    if not sends_once:
+        is_away_TK = node_R[rank_TK] != node_R[home_T][:, None]
+        is_near_TK = ~is_away_TK & (rank_TK != home_T[:, None])
+        return RowsPerToken(across_nodes=_mean(is_away_TK), within_node=_mean(is_near_TK))
+    # touched_TR is True if a token has experts on a rank, touched_TN if it has some on a node.
+    touched_TR = numpy.zeros((_TOKENS, num_ranks), dtype=bool)
+    numpy.put_along_axis(touched_TR, rank_TK, values=True, axis=1)
+    num_nodes = node_R[-1] + 1
+    touched_TN = numpy.stack([touched_TR[:, node_R == node].any(1) for node in range(num_nodes)], axis=1)
+    touched_TN[tokens, node_R[home_T]] = False
+    # A token reaches each node at the rank with the index of its home rank, and is forwarded to the others.
+    entries_TN = numpy.arange(num_nodes) * ranks_per_node + (home_T % ranks_per_node)[:, None]
+    touched_TR[tokens[:, None], numpy.minimum(entries_TN, num_ranks - 1)] = False
+    return RowsPerToken(across_nodes=_mean(touched_TN), within_node=_mean(touched_TR))
+
+
+def _mean(is_sent: NDArray[numpy.bool_]) -> float:
+    """Returns the number of rows for each token."""
+    return float(is_sent.sum(1).mean())
+
+
+def _route(num_experts: int, num_chosen: int, groups: tuple[int, int]) -> NDArray[numpy.int64]:
+    """Returns the experts of random tokens under the router's limit of groups."""
+    num_groups, num_kept = groups
+    scores_TE = 1 / (1 + numpy.exp(-numpy.random.default_rng(_SEED).standard_normal((_TOKENS, num_experts))))
+    if num_kept < num_groups:
+        # A group's score is the sum of its two best experts (arXiv:2412.19437, section 2.1.2).
+        by_group = scores_TE.reshape(_TOKENS, num_groups, -1)
+        best_two = numpy.sort(by_group, axis=2)[:, :, -2:].sum(2)
+        dropped = numpy.argsort(best_two, axis=1)[:, : num_groups - num_kept]
+        numpy.put_along_axis(by_group, dropped[:, :, None], values=-1.0, axis=1)
+    chosen = numpy.argpartition(scores_TE, num_experts - num_chosen, axis=1)[:, num_experts - num_chosen :]
+    return chosen.astype(numpy.int64)

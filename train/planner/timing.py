@@ -1,7 +1,7 @@
 """Predicts the time of a run's step from rates and its schedule. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder
@@ -11,24 +11,16 @@ from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation, simulate
 from model.size import held_parameters, stage_shapes, training_flops_per_token
 from train.config import TrainConfig, sized_config
-from train.planner.config import EfficiencyConfig, KernelRates, MeasuredRates, Rates
-from train.planner.scaling import DeviceScale, scaled_times
+from train.planner.config import EfficiencyConfig, MeasuredRates, Rates
+from train.planner.scaling import alone_factor, part_seconds
 from train.schedule.cut import run_cut, run_placement, with_cut
-from train.schedule.layer_times import LayerTimes, PartTimes, part_times, stage_costs
+from train.schedule.layer_times import stage_costs
 from train.schedule.nominal import nominal_costs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankParts:
-    """What the time of one rank's step is spent on, in seconds.
-
-    Attributes:
-        forward: groups of F alone.
-        backward: groups of B or I, also with W, but without F.
-        weight: groups of W alone.
-        pairs: groups of an F with a B or I.
-        bubble: no group.
-    """
+    """What the time of one rank's step is spent on, in seconds."""
 
     forward: float
     backward: float
@@ -78,44 +70,6 @@ class TimedPlan:
     time: StepTime
 
 
-def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None = None) -> LayerTimes:
-    """Returns the seconds of the parts of a run's model for one micro-batch.
-
-    Args:
-        attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
-    """
-    if isinstance(rates, KernelRates):
-        return scaled_times(rates, config, attended_tokens)
-    scale = config.batch.micro_sequences * config.mean_part_tokens / rates.tokens
-
-    def scaled(part: PartTimes) -> PartTimes:
-        own = part_times(scale * seconds for seconds in astuple(part))
-        # Experts on one rank still permute rows, but between ranks they take longer.
-        is_like = config.parallelism.expert > 1 or rates.expert == 1
-        return own if is_like else replace(own, forward_exchange=0.0, backward_exchange=0.0)
-
-    return LayerTimes(
-        dense=scaled(rates.dense),
-        moe=scaled(rates.moe),
-        embedding=scaled(rates.embedding),
-        head=scaled(rates.head),
-        mtp=scaled(rates.mtp),
-        latency=rates.latency_seconds * scale if config.parallelism.pipeline > 1 else 0.0,
-    )
-
-
-def planned_costs(rates: Rates, config: TrainConfig, attended_tokens: int | None = None) -> CostModel:
-    """Returns the costs in seconds of the stages of a run with a named schedule.
-
-    Args:
-        attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
-    """
-    times = part_seconds(rates, config, attended_tokens)
-    cut = run_cut(config, run_placement(config, config.schedule.kind), times)
-    alone = DeviceScale.of_run(config, rates.reference).alone if isinstance(rates, KernelRates) else rates.alone
-    return replace(stage_costs(times, config, cut), alone=alone)
-
-
 def time_plan(
     rates: Rates,
     efficiency: EfficiencyConfig,
@@ -130,12 +84,11 @@ def time_plan(
 
     Args:
         config: of the run; `schedule=auto` is planned as dualpipe_split.
-        attended_tokens: another length of sequences, which as many more ranks share; see `scaled_times`.
+        attended_tokens: another length of sequences, which as many more ranks share; see `part_seconds`.
         schedule: that a run follows; None: it is built.
 
     Raises:
-        ScheduleError: the schedule cannot be built.
-        CutError: the model cannot be cut into the stages.
+        ScheduleError, CutError: the schedule or the cut is not defined.
     """
     config = sized_config(config, config.batch.global_sequences)
     measures = config.schedule.kind == "auto"
@@ -143,7 +96,9 @@ def time_plan(
     config = replace(config, schedule=replace(config.schedule, kind=kind))
     if not measures:
         config = with_cut(config, run_cut(config, run_placement(config, kind)))
-    costs = planned_costs(rates, config, attended_tokens)
+    times = part_seconds(rates, config, attended_tokens)
+    cut = run_cut(config, run_placement(config, kind), times)
+    costs = replace(stage_costs(times, config, cut), alone=alone_factor(rates, config))
     if schedule is None:
         order = costs if measures else nominal_costs(config, kind)
         cache = schedules_folder(config.data.cache_dir)
@@ -156,7 +111,7 @@ def time_plan(
 def _step_time(
     rates: Rates, efficiency: EfficiencyConfig, config: TrainConfig, schedule: Schedule, simulation: Simulation
 ) -> StepTime:
-    optimizer = optimizer_seconds(rates, config, schedule)
+    optimizer = _optimizer_seconds(rates, config, schedule)
     without = simulation.makespan + optimizer
     step = without * efficiency.unexplained
     tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
@@ -181,12 +136,8 @@ def _step_time(
     )
 
 
-def optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> float:
-    """Returns the time of the update of the rank with the most weights.
-
-    Args:
-        schedule: with the placement of its stages; its groups are ignored.
-    """
+def _optimizer_seconds(rates: Rates, config: TrainConfig, schedule: Schedule) -> float:
+    """Returns the time of the update of the rank with the most weights."""
     if isinstance(rates, MeasuredRates):
         return rates.optimizer_seconds
     shapes = stage_shapes(run_cut(config, schedule.placement))

@@ -14,7 +14,7 @@ from dualpipe.draw.style import STYLE
 from train.errors import LOG_FOLDER, find_errors
 from train.listeners.answers import read_answers
 from train.planner.measured.compare import Comparison
-from train.planner.measured.shown import HEADER, notes, rows
+from train.planner.text import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.records.status import read_status
 from train.report.charts import ChartedRun, ChartWriter, block
 from train.report.elements import table
@@ -138,8 +138,9 @@ def predicted_tables(comparisons: Sequence[tuple[str, Comparison | None]]) -> st
         if comparison is not None:
             heading = f"<h3>{escape(name)}</h3>" if len(comparisons) > 1 else ""
             about = f"Medians over {comparison.num_steps:,} steps, means over ranks."
-            lines = "".join(f"<p>{escape(line)}</p>" for line in (about, *notes(comparison)))
-            parts.append(heading + table(HEADER, list(rows(comparison))) + lines)
+            values = comparison.values()
+            lines = "".join(f"<p>{escape(line)}</p>" for line in (about, *comparison_notes(values)))
+            parts.append(heading + table(COMPARED_HEADER, list(comparison_rows(values))) + lines)
     return "".join(parts)
 
 

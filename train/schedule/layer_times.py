@@ -24,6 +24,10 @@ class PartTimes:
         """Returns the times of both parts, one after the other."""
         return part_times(sum(both) for both in zip(astuple(self), astuple(other), strict=True))
 
+    def __mul__(self, factor: float) -> "PartTimes":
+        """Returns the times of several equal parts, or of a share of one."""
+        return part_times(factor * seconds for seconds in astuple(self))
+
     def without_overlap(self) -> "PartTimes":
         """Returns the times if nothing hides the exchange, which then counts as computation."""
         return PartTimes(
@@ -110,7 +114,7 @@ def stage_costs(times: LayerTimes, config: TrainConfig, cut: Sequence[range]) ->
         parts = [times.dense if layer < model.num_dense_layers else times.moe for layer in layers]
         parts += [times.embedding] * (stage == 0) + [times.head, times.mtp] * is_last
         share = config.parallelism.pipeline * (len(layers) + model.mtp_depth * is_last) / weight_of_all
-        whole = _as_paired(sum(parts, PartTimes()), config)
+        whole = as_paired(sum(parts, PartTimes()), config)
         stages.append(
             StageCosts(
                 forward=whole.forward,
@@ -140,14 +144,15 @@ def model_work(times: LayerTimes, config: TrainConfig) -> ModelWork:
     return ModelWork(
         num_dense=model.num_dense_layers,
         num_moe=model.num_layers - model.num_dense_layers,
-        embedding=_as_paired(times.embedding, config).work,
-        dense=_as_paired(times.dense, config).work,
-        moe=_as_paired(times.moe, config).work,
-        heads=_as_paired(times.head + times.mtp, config).work,
+        embedding=as_paired(times.embedding, config).work,
+        dense=as_paired(times.dense, config).work,
+        moe=as_paired(times.moe, config).work,
+        heads=as_paired(times.head + times.mtp, config).work,
     )
 
 
-def _as_paired(times: PartTimes, config: TrainConfig) -> PartTimes:
+def as_paired(times: PartTimes, config: TrainConfig) -> PartTimes:
+    """Returns times of a part as the run's groups take them: exchange that nothing hides counts as computation."""
     return times if config.schedule.pairing == "overlapped" else times.without_overlap()
 
 

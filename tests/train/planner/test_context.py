@@ -7,16 +7,14 @@ import pytest
 from comm.config import ParallelismConfig
 from dualpipe.registry import FALLBACK
 from launch.config.rules import check_rules
-from launch.planning.search import search_space
+from launch.plan import search_space
 from tests.train.planner.planned import PUBLISHED, SMALL, request_of
 from train.config import TrainConfig
-from train.planner.config import KernelRates, MeasuredRates
+from train.planner.config import KernelRates, MeasuredRates, layer_parameters
 from train.planner.context_exchange import context_seconds
 from train.planner.job_plan import plan_job, require_time, untimed_reason
-from train.planner.measured.record import layer_parameters
-from train.planner.scaling import scaled_times
-from train.planner.search.space import context_sizes
-from train.planner.timing import part_seconds
+from train.planner.scaling import part_seconds, scaled_times
+from train.planner.space import context_sizes
 from train.schedule.layer_times import PartTimes
 
 

@@ -8,18 +8,16 @@ import pytest
 
 from tests.documents import check_policy, with_style_attributes
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
-from train.planner.as_json import plan_json
 from train.planner.job_plan import JobPlan
-from train.planner.page.bars import Bar, BarPart, Limit, stacked_bars
-from train.planner.page.page import plan_page
-from train.planner.page.records import any_value, column_name, records_table, shown
+from train.planner.page import any_value, column_name, plan_page, records_table, shown, stacked_bars
+from train.planner.values import plan_values
 
 ATTACK = "</style></td><script>alert(1)</script><img src=x onerror=alert(1)>"
 
 
 def planned(*overrides: str) -> tuple[JobPlan, dict[str, Any]]:
     plan = plan_of(*overrides)
-    return plan, plan_json(plan, request_of(*overrides).planner)
+    return plan, plan_values(plan, request_of(*overrides).planner)
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +161,10 @@ def test_columns_have_words_and_empty_ones_are_left_out() -> None:
 
 
 def test_bars_keep_their_scale_if_one_exceeds_the_limit() -> None:
-    bars = [Bar(label="one", sizes=(30.0, 0.0)), Bar(label="two", sizes=(10.0, 0.0))]
-    text = stacked_bars([BarPart("some", "p1"), BarPart("none", "p2")], bars, str, Limit(name="most", size=15.0))
+    ranks = [{"pipeline_rank": rank, "some": size, "none": 0.0} for rank, size in enumerate((30.0, 10.0))]
+    parts = {"some": ("some", "p1"), "none": ("none", "p2")}
+    text = stacked_bars(parts, ranks, str, ("most", 15.0))
     assert re.findall(r"width:([\d.]+)%", text) == ["100.000", "33.333"]
     assert "left:50.00%" in text
     assert "none" not in text
-    assert stacked_bars([BarPart("some", "p1")], [Bar(label="one", sizes=(0.0,))], str) == ""
+    assert stacked_bars(parts, [{"pipeline_rank": 0, "some": 0.0, "none": 0.0}], str) == ""

@@ -10,14 +10,15 @@ import pytest
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates
 from launch.config.rules import check_rules
+from launch.plan import search_space
 from launch.planning.request import PlanRequest, read_request
-from launch.planning.search import search_space
+from train.planner.estimate import RankedLayout
 from train.planner.job_plan import plan_job, require_time
-from train.planner.search.checked import LayoutChecks
-from train.planner.search.estimates import Estimates, LayoutChoice
-from train.planner.search.layouts import search_layouts
-from train.planner.search.rejections import Rejections
-from train.planner.search.space import SearchSpace, adapted_run
+from train.planner.search import Search, search_layouts
+from train.planner.space import SearchSpace, adapted_run
+from train.planner.text import search_text
+from train.planner.values import search_values
+from train.schedule.cut import run_cut, run_placement, with_cut
 
 MODEL = ("experiment=v2_lite_16b", "search=true")
 
@@ -30,37 +31,28 @@ def make_space(tmp_path: Path, ranks: int, sequences: int, *overrides: str) -> t
     return request, replace(space, dispatches=tuple(each for each in space.dispatches if each.kind != "deepep"))
 
 
-def accepted(space: SearchSpace) -> list[LayoutChoice]:
-    return list(LayoutChecks(space, check_rules, Rejections()).accepted())
+def ranked(request: PlanRequest, space: SearchSpace) -> list[RankedLayout]:
+    return Search(space, request.planner, check_rules).waiting
 
 
-def test_bounds_are_below_exact_figures(tmp_path: Path) -> None:
-    """At every level, for layouts of all kinds."""
+def test_least_figures_are_below_exact_ones(tmp_path: Path) -> None:
+    """For layouts of all kinds."""
     request, space = make_space(tmp_path, 16, 32)
-    estimates, seen = Estimates(space, request.planner), Counter[str]()
-    choices = accepted(space)
-    Random(0).shuffle(choices)
-    for choice in choices:
-        kind = choice.schedule.kind
+    seen = Counter[str]()
+    layouts = ranked(request, space)
+    Random(0).shuffle(layouts)
+    for layout in layouts:
+        kind = layout.schedule.kind
         seen[kind] += 1
         if seen[kind] > 2:
             continue
-        config = estimates.balanced(choice)
+        config = space.layout_config(layout.setting, layout.schedule)
+        config = with_cut(config, run_cut(config, run_placement(config, kind)))
         plan = plan_job(replace(config, cluster=replace(config.cluster, memory_bytes=None)), request.planner)
         step, peak = require_time(plan).time.step, plan.memory.worst.total
-        bounds = (
-            estimates.seconds(choice),
-            estimates.load_seconds(choice, config),
-            estimates.cut_seconds(choice, config),
-        )
-        needs = (
-            estimates.mean_memory(choice),
-            *(estimates.cut_memory(choice, config, builds=builds).largest for builds in (False, True)),
-        )
-        assert max(bounds) <= step, choice
-        assert max(needs) <= peak, choice
-        assert needs[2] >= 0.5 * peak, choice
-        assert bounds[0] >= 0.2 * step, choice
+        assert 0.2 * step <= layout.least_seconds <= step, layout
+        assert layout.least_memory <= peak, layout
+        assert 0.5 * peak <= layout.memory <= 2 * peak, layout
     assert set(seen) == set(candidates())
 
 
@@ -79,9 +71,9 @@ def test_nothing_dropped_is_better(tmp_path: Path, ranks: int, sequences: int, o
     result = search_layouts(space, request.config, request.planner, check_rules, most_seconds=200.0)
     assert result.counts.open == 0
     best: list[tuple[float, int]] = []
-    for choice in accepted(space):
+    for layout in ranked(request, space):
         try:
-            plan = plan_job(space.layout_config(choice.setting, choice.schedule), request.planner)
+            plan = plan_job(space.layout_config(layout.setting, layout.schedule), request.planner)
         except ScheduleError:
             continue
         if plan.fits:
@@ -107,6 +99,22 @@ def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     assert {group.reason.partition(":")[0] for group in result.rejected} >= {"dispatch", "batch.global_sequences"}
     assert all(found.memory.worst.total <= request.config.cluster.memory_bytes for found in result.found)
     assert [found.order for found in result.found] == sorted(found.order for found in result.found)
+
+
+def test_no_layout_fits_only_if_all_are_compared(tmp_path: Path) -> None:
+    """Without time, nothing is found and everything is open; with time, nothing fits."""
+    request, space = make_space(tmp_path, 4, 8, "cluster.memory_bytes=64000000000")
+    space = replace(space, recomputes=space.recomputes[:1], precisions=space.precisions[:1])
+    texts = []
+    for seconds in (0.0, 100.0):
+        result = search_layouts(space, request.config, request.planner, check_rules, most_seconds=seconds)
+        texts.append(search_text(search_values(result), 8, 8))
+        assert result.counts.layouts == result.counts.rejected + result.counts.open
+        assert not result.found
+        assert result.counts.dropped == 0
+    assert texts[0][0].startswith("no layout that was compared fits; ")
+    assert texts[0][2].endswith(" s a step;") or "not compared" in texts[0][2]
+    assert texts[1][0] == f"no layout of {result.counts.layouts:,} fits"
 
 
 def test_batch_is_adapted_only_if_no_layout_divides_it() -> None:

@@ -1,110 +1,221 @@
-"""Compares the plan of a run with what the run has recorded. No torch here."""
+"""Derives rates from what a run has recorded, and compares its plan with its steps. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from dualpipe.ir import Schedule
 from train.config import TrainConfig
+from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory
-from train.planner.config import EfficiencyConfig
+from train.planner.config import EfficiencyConfig, MeasuredRates, RateSource
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
-from train.planner.measured.rates import followed_run, run_rates
-from train.planner.measured.record import MeasuredRun
-from train.planner.measured.steps import RecordedStep, median_of, typical_steps
+from train.planner.measured.phases import PARTS
+from train.planner.measured.record import MEASURED_NAME, PROBE_NAME, MeasuredRun, read_measured
 from train.planner.timing import TimedPlan, time_plan
+from train.records.json_lines import LONGEST_LINE_BYTES, number_of, read_line
 from train.schedule.cut import with_cut
+from train.schedule.layer_times import PartTimes
 
+METRICS_NAME = "metrics.jsonl"
+_MOST_BYTES = 2**26
 _LAST = 20
 """Steps at the end of a run on which the factor of the steps before them is checked."""
 _NOT_ON_CPU = "not compared: on a CPU, the resident set also holds Python and torch, so it is no check"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedStep:
+    """The time of one step in seconds, means over all ranks, and the memory of the rank that has needed most so far.
+
+    `outside` is the time outside the passes: optimizer, data, agreement of the ranks, rollouts.
+    """
+
+    number: int
+    sequences: int
+    step: float
+    exposed_exchange: float
+    bubble: float
+    outside: float
+    peak_memory_bytes: int
+
+
+def typical_steps(folder: Path) -> tuple[RecordedStep, ...]:
+    """Returns the recorded steps of the largest batch, the oldest first.
+
+    The run's first step, which takes longer, is left out if there are others. Of a long run only the last steps are
+    read.
+    """
+    steps = [step for line in _last_lines(folder / METRICS_NAME) if (step := _step_of(line)) is not None]
+    largest = max((step.sequences for step in steps), default=0)
+    steps = [step for step in steps if step.sequences == largest]
+    return tuple(step for step in steps if step.number > 1) or tuple(steps)
+
+
+def _last_lines(path: Path) -> Iterator[bytes]:
+    """Yields the whole lines of the end of a regular file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        skipped = max(0, path.stat().st_size - _MOST_BYTES)
+        if skipped:
+            file.seek(skipped)
+            file.readline(LONGEST_LINE_BYTES)
+        while line := file.readline(LONGEST_LINE_BYTES):
+            if line.endswith(b"\n"):
+                yield line
+
+
+def _step_of(line: bytes) -> RecordedStep | None:
+    """Returns the step of a line; None if it is not a step with the parts of its time."""
+    record = read_line(line)
+    parts: Any = None if record is None else record.get("step_time")
+    if record is None or not isinstance(parts, Mapping):
+        return None
+    numbers = [number_of(record, name) for name in ("step_seconds", "global_batch_sequences", "peak_memory_bytes")]
+    numbers += [number_of(parts, f"{name}_seconds") for name in ("compute", "exposed_exchange", "bubble")]
+    valid = [number for number in numbers if number is not None and 0 <= number < float("inf")]
+    if len(valid) < len(numbers) or valid[0] <= 0:
+        return None
+    step, sequences, memory, compute, exposed, bubble = valid
+    return RecordedStep(
+        number=record["step"],
+        sequences=int(sequences),
+        step=step,
+        exposed_exchange=exposed,
+        bubble=bubble,
+        outside=max(0.0, step - compute - exposed - bubble),
+        peak_memory_bytes=int(memory),
+    )
+
+
+def _median(steps: Sequence[RecordedStep], name: str) -> float:
+    numbers: list[float] = [getattr(step, name) for step in steps]
+    return median(numbers)
+
+
+def run_rates(folder: Path) -> MeasuredRates:
+    """Returns what a run measured, as rates.
+
+    The probe's times are preferred, because a plan made before the run would have used them. Without a probe, they are
+    those of the last step that the run has drawn.
+
+    Raises:
+        ConfigError: the run has measured nothing yet, or a file is not what a run writes.
+    """
+    probe, drawn = read_measured(folder / PROBE_NAME), read_measured(folder / MEASURED_NAME)
+    measured = _required(probe or drawn, folder).measured
+    # The probe measures computation without exchange next to it.
+    alone = 1.0 if drawn is None else drawn.measured.alone
+    parts: dict[str, PartTimes] = {name: getattr(measured, name) for name in PARTS}
+    place = f"{folder}/{MEASURED_NAME}, step {measured.step}"
+    if measured.kind == "probe":
+        place = f"{folder}/{PROBE_NAME}"
+        parts = {name: _overlapped(part, alone) for name, part in parts.items()}
+    steps = typical_steps(folder)
+    overlap, outside = "not measured: no step was drawn", "not measured: no step is recorded"
+    if drawn is not None:
+        overlap = f"{folder}/{MEASURED_NAME}, step {drawn.measured.step}"
+    if steps:
+        outside = f"{folder}/{METRICS_NAME}, median of {len(steps)} steps"
+    return MeasuredRates(
+        kind="measured",
+        precision=measured.precision,
+        layer_parameters=measured.layer_parameters,
+        expert=measured.expert,
+        tokens=measured.tokens,
+        context=measured.context,
+        **parts,
+        alone=alone,
+        latency_seconds=measured.latency_seconds,
+        optimizer_seconds=_median(steps, "outside") if steps else 0.0,
+        sources=(
+            RateSource(keys=("tokens", *PARTS, "latency_seconds"), text=f"{place}, on {measured.device}"),
+            RateSource(keys=("alone",), text=overlap),
+            RateSource(keys=("optimizer_seconds",), text=outside),
+        ),
+    )
+
+
+def _required(run: MeasuredRun | None, folder: Path) -> MeasuredRun:
+    if run is None:
+        raise ConfigError(
+            f"rates: a run's folder must hold {PROBE_NAME} or {MEASURED_NAME}, {str(folder)!r} holds neither; nearest "
+            f"valid: a run with schedule=auto, which measures at its start, or one that has drawn a step: at its end, "
+            f"or with track.picture_every_steps=10"
+        )
+    return run
+
+
+def _overlapped(part: PartTimes, alone: float) -> PartTimes:
+    """Returns the times next to another operation of a part that was measured alone."""
+    exchanges = {"forward_exchange": part.forward_exchange, "backward_exchange": part.backward_exchange}
+    return replace(part * (1 / alone), **exchanges)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
     """A predicted number, the measured one, and measured over predicted; None if the prediction is 0."""
 
-    name: str
     predicted: float
     measured: float
+    factor: float | None
 
-    @property
-    def factor(self) -> float | None:
-        """Measured over predicted."""
-        return self.measured / self.predicted if self.predicted > 0 else None
+    @classmethod
+    def of(cls, predicted: float, measured: float) -> "Compared":
+        """Returns both numbers with their factor."""
+        return cls(predicted=predicted, measured=measured, factor=measured / predicted if predicted > 0 else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastSteps:
-    """The factor of a run's earlier steps, checked on its last steps.
-
-    Attributes:
-        count: number of last steps.
-        predicted: seconds of a step, with the factor of the steps before them.
-        measured: median seconds of the last steps.
-    """
+    """The seconds of a run's last steps by the factor of the steps before them, their median, and its difference."""
 
     count: int
     predicted: float
     measured: float
-
-    @property
-    def difference(self) -> float:
-        """How much longer the last steps took than predicted, as a share."""
-        return self.measured / self.predicted - 1
+    difference: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A run's plan and its recorded steps.
-
-    Times are in seconds, medians over steps and means over ranks.
+    """A run's plan and its recorded steps of the largest batch: medians over steps and means over ranks.
 
     Attributes:
-        folder: of the run.
-        num_steps: steps of the largest batch that are compared.
-        times: step, bubble, exposed exchange and time outside the passes.
-        memory: largest peak of a rank in bytes, without the reserve; None on a CPU.
-        memory_note: why there is no memory; empty if there is.
+        run: folder of the run.
+        exposed_exchange_seconds: None with sequential pairing, where the plan counts it as computation.
+        memory_bytes: largest peak of a rank without the reserve; None on a CPU, as `memory_note` says.
         factor: measured step over the predicted one without the declared factor.
-        last: None for a run with few steps.
+        last_steps: None for a run with few steps.
     """
 
-    folder: str
+    run: str
     num_steps: int
-    times: tuple[Compared, ...]
-    memory: Compared | None
-    memory_note: str
+    step_seconds: Compared
+    bubble_seconds: Compared
+    exposed_exchange_seconds: Compared | None
+    outside_seconds: Compared
+    memory_bytes: Compared | None
+    memory_note: str | None
     factor: float
-    last: LastSteps | None
+    last_steps: LastSteps | None
+
+    def values(self) -> dict[str, Any]:
+        """Returns the comparison in its public form."""
+        values: dict[str, Any] = encode(self)
+        if self.exposed_exchange_seconds is None:
+            del values["exposed_exchange_seconds"]
+        return values
 
 
-def followed_config(config: TrainConfig, run: MeasuredRun) -> tuple[TrainConfig, Schedule | None]:
-    """Returns a run's configuration with the schedule and the cut that it follows.
-
-    Returns:
-        The configuration, and the schedule; None if the record is of another batch size of a ramp.
-
-    Raises:
-        ConfigError: the record is not of a run with this configuration.
-    """
-    schedule, mesh = run.schedule, config.parallelism
-    if schedule.num_ranks != mesh.pipeline or sum(run.measured.cut) != config.model.num_layers:
-        raise ConfigError(
-            f"run: its measurements must be of {mesh.pipeline} pipeline ranks and {config.model.num_layers} layers, as "
-            f"its configuration is, are of {schedule.num_ranks} and {sum(run.measured.cut)}"
-        )
-    named = replace(config.schedule, kind=schedule.kind, chunks=schedule.num_stages // schedule.num_ranks)
-    config = with_cut(replace(config, schedule=named), run.measured.cut_ranges)
-    return config, schedule if schedule.num_micro_batches == config.num_micro_batches else None
-
-
-def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, folder: Path, device: str) -> Comparison:
+def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, folder: Path) -> Comparison:
     """Compares a plan with the recorded steps of its run.
 
     Args:
-        memory: predicted memory; None: not compared.
+        memory: predicted memory; None on a CPU.
 
     Raises:
         ConfigError: the run has recorded no step of its largest batch.
@@ -115,35 +226,43 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
             f"run: must have recorded a step of {config.batch.global_sequences:,} sequences in metrics.jsonl, "
             f"{str(folder)!r} has not; nearest valid: rates={folder}, which plans without a comparison"
         )
-    step = median_of(steps, "step")
-    on_device = None if memory is None or device == "cpu" else max(rank.total - rank.reserve for rank in memory.ranks)
+    step, simulation, num_ranks = _median(steps, "step"), timed.simulation, timed.schedule.num_ranks
+    exposed = Compared.of(sum(simulation.exposed) / num_ranks, _median(steps, "exposed_exchange"))
+    peak = None
+    if memory is not None:
+        predicted = max(rank.total - rank.reserve for rank in memory.ranks)
+        peak = Compared.of(predicted, max(each.peak_memory_bytes for each in steps))
     return Comparison(
-        folder=str(folder),
+        run=str(folder),
         num_steps=len(steps),
-        times=(Compared(name="step", predicted=timed.time.step, measured=step), *_parts(config, timed, steps)),
-        memory=None
-        if on_device is None
-        else Compared(name="memory", predicted=on_device, measured=max(each.peak_memory_bytes for each in steps)),
-        memory_note=_NOT_ON_CPU if on_device is None else "",
+        step_seconds=Compared.of(timed.time.step, step),
+        bubble_seconds=Compared.of(sum(simulation.idle) / num_ranks, _median(steps, "bubble")),
+        exposed_exchange_seconds=None if config.schedule.pairing == "sequential" else exposed,
+        outside_seconds=Compared.of(timed.time.optimizer, _median(steps, "outside")),
+        memory_bytes=peak,
+        memory_note=_NOT_ON_CPU if peak is None else None,
         factor=step / timed.time.without_factor,
-        last=_last_steps(timed, steps),
+        last_steps=_last_steps(steps),
     )
+
+
+def _last_steps(steps: Sequence[RecordedStep]) -> LastSteps | None:
+    before, last = steps[:-_LAST], steps[-_LAST:]
+    if len(before) < _LAST // 2:
+        return None
+    predicted, measured = _median(before, "step"), _median(last, "step")
+    return LastSteps(count=len(last), predicted=predicted, measured=measured, difference=measured / predicted - 1)
 
 
 def compared_plan(config: TrainConfig, planner: PlannerConfig, folder: Path) -> tuple[JobPlan, Comparison]:
     """Plans a run with the schedule and the cut that it follows, and compares.
 
-    Args:
-        planner: rates and the declared factor.
-
     Raises:
         ConfigError: the run has measured nothing yet, a file is not what a run writes, or the rates do not apply.
     """
-    run = followed_run(folder)
-    config, schedule = followed_config(config, run)
+    config, schedule, device = _followed(config, folder)
     plan = plan_job(config, planner, schedule)
-    device = run.measured.device
-    return plan, compare(plan.config, require_time(plan), plan.memory, folder, device)
+    return plan, compare(plan.config, require_time(plan), None if device == "cpu" else plan.memory, folder)
 
 
 def compared_run(config: TrainConfig, folder: Path) -> Comparison:
@@ -152,31 +271,29 @@ def compared_run(config: TrainConfig, folder: Path) -> Comparison:
     Raises:
         ConfigError: the run has measured nothing yet, or a file is not what a run writes.
     """
-    rates, run = run_rates(folder), followed_run(folder)
-    config, schedule = followed_config(config, run)
+    rates = run_rates(folder)
+    config, schedule, device = _followed(config, folder)
     timed = time_plan(rates, EfficiencyConfig(unexplained=1.0), config, schedule=schedule)
-    device = run.measured.device
-    return compare(config, timed, None if device == "cpu" else predict_memory(config), folder, device)
+    return compare(config, timed, None if device == "cpu" else predict_memory(config), folder)
 
 
-def _parts(config: TrainConfig, timed: TimedPlan, steps: Sequence[RecordedStep]) -> tuple[Compared, ...]:
-    """Returns the parts of a step, means over ranks as in a run's record."""
-    simulation, num_ranks = timed.simulation, timed.schedule.num_ranks
-    predicted = {
-        "bubble": sum(simulation.idle) / num_ranks,
-        "exposed_exchange": sum(simulation.exposed) / num_ranks,
-        "outside": timed.time.optimizer,
-    }
-    if config.schedule.pairing == "sequential":
-        # The plan counts exchange that nothing hides as computation.
-        del predicted["exposed_exchange"]
-    return tuple(
-        Compared(name=name, predicted=seconds, measured=median_of(steps, name)) for name, seconds in predicted.items()
-    )
+def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule | None, str]:
+    """Returns a run's configuration with the schedule and the cut that it follows, by the newest of its records.
 
+    Returns:
+        The configuration; the schedule, None if the record is of another batch size of a ramp; the device.
 
-def _last_steps(timed: TimedPlan, steps: Sequence[RecordedStep]) -> LastSteps | None:
-    before, last = steps[:-_LAST], steps[-_LAST:]
-    if len(before) < _LAST // 2:
-        return None
-    return LastSteps(count=len(last), predicted=median_of(before, "step"), measured=median_of(last, "step"))
+    Raises:
+        ConfigError: there is no record, or it is not of a run with this configuration.
+    """
+    run = _required(read_measured(folder / MEASURED_NAME) or read_measured(folder / PROBE_NAME), folder)
+    schedule, mesh = run.schedule, config.parallelism
+    if schedule.num_ranks != mesh.pipeline or sum(run.measured.cut) != config.model.num_layers:
+        raise ConfigError(
+            f"run: its measurements must be of {mesh.pipeline} pipeline ranks and {config.model.num_layers} layers, as "
+            f"its configuration is, are of {schedule.num_ranks} and {sum(run.measured.cut)}"
+        )
+    named = replace(config.schedule, kind=schedule.kind, chunks=schedule.num_stages // schedule.num_ranks)
+    config = with_cut(replace(config, schedule=named), run.measured.cut_ranges)
+    is_whole = schedule.num_micro_batches == config.num_micro_batches
+    return config, schedule if is_whole else None, run.measured.device

@@ -1,7 +1,6 @@
 """Derives the times of a model's parts from the measured spans of a step. No torch here."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal, get_args
@@ -24,15 +23,9 @@ _PASSES = {Op.FORWARD: "forward", Op.BACKWARD_INPUT: "backward_input", Op.BACKWA
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseTimes:
-    """The median time of one phase of one kind of layer in one pass.
+    """The median time of one phase of one kind of layer in one pass; phases of MTP modules count together.
 
-    Attributes:
-        part: kind of layer.
-        phase: name of the phase. MTP modules count together.
-        of_pass: forward, backward for inputs, or backward for weights.
-        count: number of measured spans.
-        alone_seconds: in groups of one operation; None if there are none.
-        overlapped_seconds: in groups of several operations; None if there are none.
+    Spans in groups of one operation are alone, others overlapped; None if there are none.
     """
 
     part: Part
@@ -81,57 +74,38 @@ def step_times(model: ModelConfig, schedule: Schedule, cut: Sequence[range], mea
 
     Args:
         schedule: the schedule that was run; the spans refer to its groups.
-        measured: measured spans of all ranks.
     """
-    samples = _Samples(model, schedule, cut)
-    for rank, spans in enumerate(measured.ranks):
-        samples.add(rank, spans)
-    phases = samples.phases()
+    phases = _phase_times(model, schedule, cut, measured)
     alone = _alone(phases)
-    return StepTimes(
-        times=LayerTimes(
-            **{part: _part(phases, part, alone, model.mtp_depth if part == "mtp" else 1) for part in PARTS},
-            latency=_latency(schedule, measured),
-        ),
-        alone=alone,
-        phases=phases,
-    )
+    parts = {part: _part(phases, part, alone) for part in PARTS}
+    parts["mtp"] *= model.mtp_depth
+    return StepTimes(times=LayerTimes(**parts, latency=_latency(schedule, measured)), alone=alone, phases=phases)
 
 
-class _Samples:
-    """Seconds of spans by part, phase, pass, and whether the operation was alone in its group."""
-
-    def __init__(self, model: ModelConfig, schedule: Schedule, cut: Sequence[range]) -> None:
-        self._named = [stage_phases(model, cut, stage) for stage in range(schedule.num_stages)]
-        self._sizes = [[sum(not op.kind.is_copy for op in group) for group in groups] for groups in schedule.ranks]
-        self._seconds: dict[tuple[Part, PhaseName, PassName, bool], list[float]] = defaultdict(list)
-
-    def add(self, rank: int, spans: Sequence[LaneSpan]) -> None:
-        """Adds the spans of one rank, ordered by start."""
+def _phase_times(
+    model: ModelConfig, schedule: Schedule, cut: Sequence[range], measured: Measured
+) -> tuple[PhaseTimes, ...]:
+    """Returns the medians of all phases, in the order in which they were first seen."""
+    named = [stage_phases(model, cut, stage) for stage in range(schedule.num_stages)]
+    samples: dict[tuple[Part, PhaseName, PassName], dict[bool, list[float]]] = {}
+    for rank, spans in enumerate(measured.ranks):
+        sizes = [sum(not op.kind.is_copy for op in group) for group in schedule.ranks[rank]]
         seen: set[tuple[Operation, int]] = set()
         for span in spans:
-            if span.lane not in ("compute", "comm") or span.phase < 0:
-                continue
-            part, phase = self._named[span.operation.stage][span.phase]
-            is_alone = self._sizes[rank][span.group] == 1
-            self._seconds[part, phase, _pass_of(span, seen), is_alone].append(span.seconds)
-
-    def phases(self) -> tuple[PhaseTimes, ...]:
-        """Returns the medians, in the order in which the phases were first seen."""
-        found = []
-        for part, phase, of_pass in dict.fromkeys((part, phase, of_pass) for part, phase, of_pass, _ in self._seconds):
-            alone, overlapped = (self._seconds.get((part, phase, of_pass, is_alone), []) for is_alone in (True, False))
-            found.append(
-                PhaseTimes(
-                    part=part,
-                    phase=phase,
-                    of_pass=of_pass,
-                    count=len(alone) + len(overlapped),
-                    alone_seconds=median(alone) if alone else None,
-                    overlapped_seconds=median(overlapped) if overlapped else None,
-                )
-            )
-        return tuple(found)
+            if span.lane in ("compute", "comm") and span.phase >= 0:
+                key = (*named[span.operation.stage][span.phase], _pass_of(span, seen))
+                samples.setdefault(key, {True: [], False: []})[sizes[span.group] == 1].append(span.seconds)
+    return tuple(
+        PhaseTimes(
+            part=part,
+            phase=phase,
+            of_pass=of_pass,
+            count=len(seconds[True]) + len(seconds[False]),
+            alone_seconds=median(seconds[True]) if seconds[True] else None,
+            overlapped_seconds=median(seconds[False]) if seconds[False] else None,
+        )
+        for (part, phase, of_pass), seconds in samples.items()
+    )
 
 
 def _pass_of(span: LaneSpan, seen: set[tuple[Operation, int]]) -> PassName:
@@ -157,34 +131,28 @@ def _alone(phases: Sequence[PhaseTimes]) -> float:
     return min(1.0, alone / overlapped) if alone > 0 and overlapped > 0 else 1.0
 
 
-def _part(phases: Sequence[PhaseTimes], part: Part, alone: float, times: int) -> PartTimes:
-    """Returns the times of one part of the model: all its phases, each as often as the part has it."""
+def _part(phases: Sequence[PhaseTimes], part: Part, alone: float) -> PartTimes:
+    """Returns the times of one part of the model: the sum of its phases."""
     sums = dict.fromkeys(("forward", "backward_input", "backward_weight", "forward_exchange", "backward_exchange"), 0.0)
-    for each in phases:
-        if each.part != part:
-            continue
-        if each.is_exchange:
-            name = "forward_exchange" if each.of_pass == "forward" else "backward_exchange"
-            sums[name] += times * _exchange_seconds(each)
-        else:
-            sums[each.of_pass] += times * _compute_seconds(each, alone)
+    for phase in phases:
+        if phase.part == part:
+            exchange = "forward_exchange" if phase.of_pass == "forward" else "backward_exchange"
+            sums[exchange if phase.is_exchange else phase.of_pass] += _phase_seconds(phase, alone)
     return PartTimes(**sums)
 
 
-def _compute_seconds(phase: PhaseTimes, alone: float) -> float:
-    """Returns the seconds next to another operation."""
+def _phase_seconds(phase: PhaseTimes, alone: float) -> float:
+    """Returns the seconds of a phase next to another operation.
+
+    An exchange takes from its start until the rank has waited for it. Next to another operation, the rank computes
+    before it waits, so the smaller of both is closer.
+    """
+    if phase.is_exchange:
+        return min(seconds for seconds in (phase.alone_seconds, phase.overlapped_seconds) if seconds is not None)
     if phase.overlapped_seconds is None:
         assert phase.alone_seconds is not None
         return phase.alone_seconds / alone
     return phase.overlapped_seconds
-
-
-def _exchange_seconds(phase: PhaseTimes) -> float:
-    """Returns the seconds of an exchange from its start until the rank has waited for it.
-
-    Next to another operation, the rank computes before it waits, so the smaller of both is closer.
-    """
-    return min(seconds for seconds in (phase.alone_seconds, phase.overlapped_seconds) if seconds is not None)
 
 
 def _latency(schedule: Schedule, measured: Measured) -> float:
@@ -200,12 +168,7 @@ def _latency(schedule: Schedule, measured: Measured) -> float:
                 sent[made] = span.start_seconds
             if span.lane == "wait" and (needed := value_needed(schedule, span.operation)) is not None:
                 waits.append((needed, span))
-    found = list(_hops(sent, waits))
-    return max(0.0, median(found)) if found else 0.0
-
-
-def _hops(sent: dict[object, float], waits: Sequence[tuple[object, LaneSpan]]) -> Iterator[float]:
-    for value, span in waits:
-        start = sent.get(value)  # none between stages of one rank
-        if start is not None and span.start_seconds < start:
-            yield span.end_seconds - start
+    # There is no send between stages of one rank, and a message that waits for the rank says nothing.
+    starts = [(sent.get(value), span) for value, span in waits]
+    hops = [span.end_seconds - start for start, span in starts if start is not None and span.start_seconds < start]
+    return max(0.0, median(hops)) if hops else 0.0

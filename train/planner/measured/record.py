@@ -14,7 +14,7 @@ from model.config import ModelConfig, cut_at
 from model.size import attention_parameters
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.planner.config import PositiveShare
+from train.planner.config import PositiveShare, layer_parameters
 from train.planner.measured.phases import PhaseTimes, StepTimes
 from train.schedule.layer_times import LayerTimes, PartTimes
 
@@ -28,24 +28,13 @@ _SCHEDULE_KEY = "schedule"
 class MeasuredTimes:
     """What a run measured of its model's parts.
 
+    Fields that `MeasuredRates` has too mean the same there.
+
     Attributes:
         kind: `probe`: before the first step, one phase at a time; `step`: during a step that was drawn.
         step: number of the step, from 1; 0 for the probe.
-        device: cpu or cuda.
-        precision: of the run.
-        layer_parameters: weights that a token uses in a dense and a MoE layer.
-        expert: ranks over which experts are distributed.
-        tokens: tokens of a micro-batch on a rank.
         cut: layers of each stage.
-        dense: a dense layer.
-        moe: a MoE layer.
-        embedding: the embedding.
-        head: the main output head.
-        mtp: all MTP modules with their heads.
-        alone: computation of a lone operation over computation next to another one.
-        latency_seconds: time of an activation from one pipeline rank to the next.
         phases: median times of all phases, for readers; empty for the probe.
-        context: ranks that share each sequence.
     """
 
     kind: Literal["probe", "step"]
@@ -71,18 +60,6 @@ class MeasuredTimes:
         """The layers of each stage."""
         return cut_at(self.cut)
 
-    @property
-    def times(self) -> LayerTimes:
-        """The times of the parts."""
-        return LayerTimes(
-            dense=self.dense,
-            moe=self.moe,
-            embedding=self.embedding,
-            head=self.head,
-            mtp=self.mtp,
-            latency=self.latency_seconds,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredRun:
@@ -96,14 +73,7 @@ class MeasuredRun:
 class RunFacts:
     """What the times of a run hold for.
 
-    Attributes:
-        model: architecture.
-        precision: kind of precision.
-        device: cpu or cuda.
-        expert: ranks over which experts are distributed.
-        tokens: tokens of a micro-batch on a rank.
-        cut: layers of each stage.
-        context: ranks that share each sequence.
+    Tokens are those of a micro-batch on a rank. `expert` ranks share experts, and `context` ranks each sequence.
     """
 
     model: ModelConfig
@@ -116,27 +86,15 @@ class RunFacts:
 
 
 def probed(times: LayerTimes, facts: RunFacts) -> MeasuredTimes:
-    """Returns the record of a probe.
-
-    Args:
-        times: of the parts, measured one phase at a time.
-    """
-    return _record(StepTimes(times=times, alone=1.0, phases=()), facts, "probe", 0)
+    """Returns the record of a probe, which measures one phase at a time."""
+    return drawn(StepTimes(times=times, alone=1.0, phases=()), facts, 0)
 
 
-def drawn(times: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
-    """Returns the record of a step that was drawn.
-
-    Args:
-        step: number of the step, from 1.
-    """
-    return _record(times, facts, "step", step)
-
-
-def _record(found: StepTimes, facts: RunFacts, kind: Literal["probe", "step"], step: int) -> MeasuredTimes:
-    times = found.times
+def drawn(measured: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
+    """Returns the record of a step that was drawn; step 0 is the probe."""
+    times = measured.times
     return MeasuredTimes(
-        kind=kind,
+        kind="step" if step else "probe",
         step=step,
         device="cuda" if facts.device == "cuda" else "cpu",
         precision=facts.precision,
@@ -149,18 +107,11 @@ def _record(found: StepTimes, facts: RunFacts, kind: Literal["probe", "step"], s
         embedding=times.embedding,
         head=times.head,
         mtp=times.mtp,
-        alone=found.alone,
+        alone=measured.alone,
         latency_seconds=times.latency,
-        phases=found.phases,
+        phases=measured.phases,
         context=facts.context,
     )
-
-
-def layer_parameters(model: ModelConfig) -> int:
-    """Returns the weights that a token uses in a dense and a MoE layer, which identify a model's layers."""
-    experts = model.num_experts_per_token + model.num_shared_experts
-    widths = model.dense_intermediate_size + experts * model.expert_intermediate_size
-    return 2 * attention_parameters(model) + 3 * model.hidden_size * widths
 
 
 def try_to_write(folder: Path, run: MeasuredRun) -> None:

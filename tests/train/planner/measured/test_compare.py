@@ -14,12 +14,10 @@ from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.planner.config import EfficiencyConfig
 from train.planner.job_plan import PlannerConfig, untimed_reason
-from train.planner.measured import steps
-from train.planner.measured.compare import compared_plan, compared_run
-from train.planner.measured.rates import run_rates
+from train.planner.measured import compare
+from train.planner.measured.compare import compared_plan, compared_run, run_rates, typical_steps
 from train.planner.measured.record import PROBE_NAME
-from train.planner.measured.shown import comparison_json, comparison_text
-from train.planner.measured.steps import typical_steps
+from train.planner.text import comparison_text
 from train.report.page import predicted_tables
 from train.report.write import comparison_of
 
@@ -81,14 +79,14 @@ def test_factor_closes_the_gap(tmp_path: Path) -> None:
     config = write_run(folder, config_of(tmp_path), [5.0, *[0.5] * 40])
     comparison = compared_run(config, folder)
     assert comparison.num_steps == 40
-    assert comparison.times[0].measured == 0.5
-    assert [each.name for each in comparison.times] == ["step", "bubble", "exposed_exchange", "outside"]
-    assert comparison.times[3].predicted == comparison.times[3].measured == pytest.approx(0.1)
+    assert comparison.step_seconds.measured == 0.5
+    assert comparison.exposed_exchange_seconds is not None
+    assert comparison.outside_seconds.predicted == comparison.outside_seconds.measured == pytest.approx(0.1)
     planner = PlannerConfig(rates=run_rates(folder), efficiency=EfficiencyConfig(unexplained=comparison.factor))
     plan, again = compared_plan(config, planner, folder)
     assert plan.timed is not None
     assert plan.timed.time.step == pytest.approx(0.5)
-    assert again.times[0].factor == pytest.approx(1.0)
+    assert again.step_seconds.factor == pytest.approx(1.0)
     assert again.factor == pytest.approx(comparison.factor)
 
 
@@ -96,31 +94,31 @@ def test_factor_closes_the_gap(tmp_path: Path) -> None:
 def test_last_steps_are_compared_with_those_before_them(late: float, difference: float, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = write_run(folder, config_of(tmp_path), [5.0, *[0.5] * 20, *[0.5 * late] * 20])
-    last = compared_run(config, folder).last
+    last = compared_run(config, folder).last_steps
     assert last is not None
     assert (last.count, last.difference) == (20, pytest.approx(difference))
     write_steps(folder, config, [0.5] * 25)
-    assert compared_run(config, folder).last is None
+    assert compared_run(config, folder).last_steps is None
 
 
 def test_memory_is_compared_on_cuda_only_and_without_the_reserve(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     config = replace(config, cluster=replace(config.cluster, memory_reserve_bytes=10**8))
     on_cpu = compared_run(write_run(tmp_path / "cpu", config, [1.0, 1.0]), tmp_path / "cpu")
-    assert on_cpu.memory is None
-    assert "resident set" in comparison_text(on_cpu)
+    assert on_cpu.memory_bytes is None
+    assert "resident set" in "\n".join(comparison_text(on_cpu.values()))
     on_cuda = compared_run(write_run(tmp_path / "cuda", config, [1.0, 1.0], "cuda"), tmp_path / "cuda")
-    assert on_cuda.memory is not None
-    assert on_cuda.memory.measured == 10**9 + 2
-    assert 0 < on_cuda.memory.predicted < 10**8
-    assert on_cuda.memory_note == ""
+    assert on_cuda.memory_bytes is not None
+    assert on_cuda.memory_bytes.measured == 10**9 + 2
+    assert 0 < on_cuda.memory_bytes.predicted < 10**8
+    assert on_cuda.memory_note is None
 
 
 def test_exchange_of_groups_in_sequence_is_not_compared(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     config = replace(config, schedule=replace(config.schedule, pairing="sequential"))
     comparison = compared_run(write_run(tmp_path / "run", config, [1.0, 1.0]), tmp_path / "run")
-    assert [each.name for each in comparison.times] == ["step", "bubble", "outside"]
+    assert "exposed_exchange_seconds" not in comparison.values()
 
 
 def test_run_of_another_layout_or_without_steps_is_rejected(tmp_path: Path) -> None:
@@ -145,7 +143,7 @@ def test_steps_skip_the_first_smaller_batches_and_broken_lines(tmp_path: Path, m
     lines = [first, json.dumps(small), json.dumps(nan), "{", "[]", '{"step": 5}', "\xff", *others]
     path.write_text("\n".join(lines) + '\n{"step": 9')
     assert [step.step for step in typical_steps(tmp_path)] == [2.0, 3.0]
-    monkeypatch.setattr(steps, "_MOST_BYTES", len(others[-1]) + 20)
+    monkeypatch.setattr(compare, "_MOST_BYTES", len(others[-1]) + 20)
     assert [step.step for step in typical_steps(tmp_path)] == [3.0]
     path.unlink()
     assert typical_steps(tmp_path) == ()
@@ -155,14 +153,14 @@ def test_comparison_is_shown_as_json_text_and_table(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = write_run(folder, config_of(tmp_path), [5.0, *[0.5] * 40])
     comparison = compared_run(config, folder)
-    values = json.loads(json.dumps(comparison_json(comparison)))
+    values = json.loads(json.dumps(comparison.values()))
     assert values["step_seconds"]["measured"] == 0.5
     assert values["factor"] == pytest.approx(0.5 / values["step_seconds"]["predicted"])
     assert values["last_steps"]["difference"] == pytest.approx(0.0)
     assert values["memory_bytes"] is None
-    text = comparison_text(comparison)
-    assert all(len(line) <= 100 for line in text.splitlines())
-    assert f"efficiency.unexplained={comparison.factor:.4g}" in text
+    lines = comparison_text(values)
+    assert all(len(line) <= 100 for line in lines)
+    assert any(f"efficiency.unexplained={comparison.factor:.4g}" in line for line in lines)
     page = predicted_tables([("<run>", comparison), ("other", None)])
     assert "&lt;run&gt;" in page
     assert "500.0 ms" in page

@@ -12,8 +12,10 @@ from tests.tiny import tiny_config
 from tests.train.planner.measured.runs import TIMES, facts_of, write_times
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.planner.config import layer_parameters
 from train.planner.measured import record
-from train.planner.measured.record import MEASURED_NAME, PROBE_NAME, layer_parameters, read_measured
+from train.planner.measured.phases import PARTS
+from train.planner.measured.record import MEASURED_NAME, PROBE_NAME, read_measured
 
 
 def two_ranks(folder: Path) -> TrainConfig:
@@ -27,7 +29,7 @@ def test_what_is_written_is_read(is_probe: bool, tmp_path: Path) -> None:
     name = PROBE_NAME if is_probe else MEASURED_NAME
     found = read_measured(tmp_path / name)
     assert found is not None
-    assert found.measured.times == TIMES
+    assert [getattr(found.measured, part) for part in PARTS] == [getattr(TIMES, part) for part in PARTS]
     assert found.measured.kind == ("probe" if is_probe else "step")
     assert found.measured.cut_ranges == tuple(facts_of(config).cut)
     assert found.measured.layer_parameters == layer_parameters(config.model)

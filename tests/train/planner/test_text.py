@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.train.planner.planned import PUBLISHED, plan_of
-from train.planner.as_text import COLUMNS, labeled, plan_text
-from train.planner.job_plan import JobPlan
+from tests.train.planner.planned import PUBLISHED, plan_of, request_of
+from train.planner.text import COLUMNS, labeled, plan_text
+from train.planner.values import plan_values
 
 RUNS = {
     "published": PUBLISHED,
@@ -17,14 +17,14 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def plans() -> dict[str, JobPlan]:
-    return {name: plan_of(*overrides) for name, overrides in RUNS.items()}
+def lines_of(name: str) -> list[str]:
+    plan = plan_of(*RUNS[name])
+    return plan_text(plan, plan_values(plan, request_of(*RUNS[name]).planner))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_no_line_is_longer_than_100_columns(plans: dict[str, JobPlan], name: str) -> None:
-    lines = plan_text(plans[name]).splitlines()
+def test_no_line_is_longer_than_100_columns(name: str) -> None:
+    lines = lines_of(name)
     assert [line for line in lines if len(line) > COLUMNS] == []
     assert all(line == line.rstrip() for line in lines)
 
@@ -37,17 +37,16 @@ def test_no_line_is_longer_than_100_columns(plans: dict[str, JobPlan], name: str
         ("quickstart", r"the largest rank, \d, needs \d+\.\d MB; cluster\.memory_bytes, .*, is not given"),
     ],
 )
-def test_first_line_says_whether_it_fits_and_names_the_largest_rank(
-    plans: dict[str, JobPlan], name: str, first: str
-) -> None:
-    line = plan_text(plans[name]).splitlines()[0]
+def test_first_line_says_whether_it_fits_and_names_the_largest_rank(name: str, first: str) -> None:
+    line = lines_of(name)[0]
     assert re.fullmatch(first, line)
-    assert f" {plans[name].memory.worst.pipeline_rank}, " in line
+    assert f" {plan_of(*RUNS[name]).memory.worst.pipeline_rank}, " in line
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_table_of_memory_has_every_rank_and_its_parts_add_up(plans: dict[str, JobPlan], name: str) -> None:
-    plan, lines = plans[name], plan_text(plans[name]).splitlines()
+def test_table_of_memory_has_every_rank_and_its_parts_add_up(name: str) -> None:
+    plan = plan_of(*RUNS[name])
+    lines = lines_of(name)
     start = next(number for number, line in enumerate(lines) if line.startswith("memory of the pipeline ranks"))
     assert lines[start + 1].split()[0] == "ranks"
     ranks, unit = list[int](), {"GB": 1.0, "MB": 1e3}[lines[start][-2:]]
@@ -68,9 +67,10 @@ def _in_gb(found: re.Match[str]) -> str:
     return f"{float(found[1]) / 1000:.4f}"
 
 
-def test_columns_of_cost_have_units(plans: dict[str, JobPlan]) -> None:
-    text = plan_text(plans["priced"])
-    header = next(line for line in text.splitlines() if line.startswith("stage"))
+def test_columns_of_cost_have_units() -> None:
+    lines = lines_of("priced")
+    text = "\n".join(lines)
+    header = next(line for line in lines if line.startswith("stage"))
     assert header.split() == ["stage", "billion", "tokens", "GPU-hours", "dollars", "days", "kWh"]
     assert "goodput" in text
     assert "context_extension: sequences of 32,768 and 131,072 tokens" in text

@@ -7,8 +7,8 @@ import pytest
 
 from launch.planning.request import read_request
 from tests.train.planner.planned import PUBLISHED, SMALL, plan_of, request_of
-from train.planner.as_json import plan_json
 from train.planner.job_plan import plan_job
+from train.planner.values import plan_values
 
 RUNS = {
     "published": PUBLISHED,
@@ -21,7 +21,7 @@ RANK_PARTS = ("weights_bytes", "gradients_bytes", "optimiser_bytes", "activation
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bytes_of_each_rank_add_up(name: str) -> None:
-    memory = plan_json(plan_of(*RUNS[name]), request_of(*RUNS[name]).planner)["memory"]
+    memory = plan_values(plan_of(*RUNS[name]), request_of(*RUNS[name]).planner)["memory"]
     for rank in memory["ranks"]:
         parts = [key for key in rank if key.endswith("_bytes") and key != "total_bytes"]
         assert sorted(parts) == sorted(RANK_PARTS)
@@ -31,7 +31,7 @@ def test_bytes_of_each_rank_add_up(name: str) -> None:
 
 
 def test_published_plan_has_the_published_sizes() -> None:
-    values = plan_json(plan_of(*PUBLISHED), request_of(*PUBLISHED).planner)
+    values = plan_values(plan_of(*PUBLISHED), request_of(*PUBLISHED).planner)
     assert values["model"] == {"parameters": 671_026_404_352, "flops_per_token": 250_455_926_784.0}
     assert values["layout"] | {"recompute": [], "cut": []} == {
         "ranks": 2048,
@@ -58,7 +58,7 @@ def test_published_plan_has_the_published_sizes() -> None:
 
 def test_two_sequences_in_a_micro_batch_do_not_fit() -> None:
     plan = plan_of(*PUBLISHED, "batch.micro_sequences=2")
-    values = plan_json(plan, request_of(*PUBLISHED).planner)
+    values = plan_values(plan, request_of(*PUBLISHED).planner)
     assert values["fits"] is False
     assert values["memory"]["peak_bytes"] > 104.6e9
     assert len(values["reasons"]) == 1
@@ -66,16 +66,16 @@ def test_two_sequences_in_a_micro_batch_do_not_fit() -> None:
 
 @pytest.mark.parametrize("name", ["published", "small"])
 def test_rates_of_a_plan_give_the_same_plan(name: str, tmp_path: Path) -> None:
-    values = plan_json(plan_of(*RUNS[name]), request_of(*RUNS[name]).planner)
+    values = plan_values(plan_of(*RUNS[name]), request_of(*RUNS[name]).planner)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(values))
     again = read_request([*RUNS[name], f"rates={path}"])
-    assert plan_json(plan_job(again.config, again.planner), again.planner) == values
+    assert plan_values(plan_job(again.config, again.planner), again.planner) == values
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_json_is_plain_and_every_assumption_has_value_unit_and_source(name: str) -> None:
-    values = plan_json(plan_of(*RUNS[name]), request_of(*RUNS[name]).planner)
+    values = plan_values(plan_of(*RUNS[name]), request_of(*RUNS[name]).planner)
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     if values["time"] is None:
         assert values["cost"] is None

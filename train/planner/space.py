@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from math import ceil, gcd
 
 from comm.config import Cut, DispatchConfig, ParallelismConfig
@@ -22,18 +22,7 @@ LEAST_SHARED_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSetting:
-    """Everything that a layout chooses, except its schedule.
-
-    Attributes:
-        pipeline: pipeline ranks.
-        data: groups of ranks that read different sequences.
-        context: ranks that share each sequence.
-        expert: ranks that share the experts of a layer.
-        micro_sequences: sequences of a micro-batch.
-        precision: type of weights and activations.
-        recompute: parts of the model that the backward recomputes.
-        dispatch: how rows are sent to experts.
-    """
+    """Everything that a layout chooses, except its schedule. The fields are named as the keys of a run."""
 
     pipeline: int
     data: int
@@ -47,16 +36,7 @@ class RankSetting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
-    """All layouts that a search compares.
-
-    Attributes:
-        config: of the run; its layout is replaced.
-        ranks: number of ranks of every layout.
-        schedules: one for each kind, with its pairing.
-        precisions: types of weights and activations.
-        recomputes: sets of recomputed parts, for precisions that allow a choice.
-        dispatches: how rows are sent to experts.
-    """
+    """All layouts that a search compares."""
 
     config: TrainConfig
     ranks: int
@@ -82,119 +62,95 @@ class SearchSpace:
         Raises:
             ConfigError: there are too many.
         """
+        self._check_size()
         for mesh in self._meshes():
-            for micro_sequences in self.micro_batch_sizes(mesh.data, mesh.context):
-                for precision in self.precisions:
-                    for recompute in self._recomputes_of(precision):
-                        for dispatch in self.dispatches:
-                            yield RankSetting(
-                                pipeline=mesh.pipeline,
-                                data=mesh.data,
-                                context=mesh.context,
-                                expert=mesh.expert,
-                                micro_sequences=micro_sequences,
-                                precision=precision,
-                                recompute=recompute,
-                                dispatch=dispatch,
-                            )
+            sizes = self._micro_batch_sizes(mesh)
+            choices = [(kind, again) for kind in self.precisions for again in self._recomputes_of(kind)]
+            for micro_sequences, (precision, recompute), dispatch in product(sizes, choices, self.dispatches):
+                yield RankSetting(
+                    pipeline=mesh.pipeline,
+                    data=mesh.data,
+                    context=mesh.context,
+                    expert=mesh.expert,
+                    micro_sequences=micro_sequences,
+                    precision=precision,
+                    recompute=recompute,
+                    dispatch=dispatch,
+                )
 
     def schedules_of(self, pipeline: int) -> tuple[ScheduleConfig, ...]:
         """Returns every kind of schedule with each number of chunks for which there are enough layers."""
-        found = []
+        schedules = []
         for schedule in self.schedules:
-            for place, chunks in enumerate(SCHEDULES.get(schedule.kind).chunk_choices(None)):
-                # A kind with too few layers for its smallest number of chunks is kept, so that the rules reject it.
-                if place == 0 or pipeline * chunks <= self.config.model.num_layers:
-                    found.append(replace(schedule, chunks=chunks))
-        return tuple(found)
+            first, *others = SCHEDULES.get(schedule.kind).chunk_choices(None)
+            # A kind with too few layers for its smallest number of chunks is kept, so that the rules reject it.
+            enough = [chunks for chunks in others if pipeline * chunks <= self.config.model.num_layers]
+            schedules += [replace(schedule, chunks=chunks) for chunks in (first, *enough)]
+        return tuple(schedules)
 
     def layout_config(self, setting: RankSetting, schedule: ScheduleConfig) -> TrainConfig:
-        """Returns the configuration of a layout, with the cut of the run if that is a word.
-
-        Args:
-            schedule: kind, chunks and pairing.
-        """
-        config = self.config
-        cut = Cut("even") if config.parallelism.cut.kind == "even" else Cut("auto")
+        """Returns the configuration of a layout, with an even cut if the run has one, or else an automatic one."""
+        is_even = self.config.parallelism.cut.kind == "even"
         mesh = ParallelismConfig(
-            pipeline=setting.pipeline, data=setting.data, expert=setting.expert, cut=cut, context=setting.context
+            pipeline=setting.pipeline,
+            data=setting.data,
+            expert=setting.expert,
+            cut=Cut("even" if is_even else "auto"),
+            context=setting.context,
         )
         return replace(
-            config,
+            self.config,
             parallelism=mesh,
-            batch=replace(config.batch, micro_sequences=setting.micro_sequences),
+            batch=replace(self.config.batch, micro_sequences=setting.micro_sequences),
             precision=setting.precision,
             recompute=setting.recompute,
             dispatch=setting.dispatch,
             schedule=schedule,
         )
 
-    def micro_batch_sizes(self, data: int, context: int) -> tuple[int, ...]:
+    def _micro_batch_sizes(self, mesh: ParallelismConfig) -> tuple[int, ...]:
         """Returns the sequences of a micro-batch that divide a data rank's share of the batch.
 
-        Ranks that share sequences take one, or as many as the run: with more, fewer ranks could share each of them.
-
-        Args:
-            data: groups of ranks that read different sequences. If they do not divide the batch, the result is 1, which
-                rules reject.
-            context: ranks that share each sequence.
+        Ranks that share sequences take one, or as many as the run: with more, fewer ranks could share each of them. If
+        the ranks do not divide the batch, the result is 1, which rules reject.
         """
-        share, rest = divmod(self.config.batch.global_sequences, data)
+        share, rest = divmod(self.config.batch.global_sequences, mesh.data)
         sizes = (1,) if rest else divisors(share)
         own = self.config.batch.micro_sequences
-        return sizes if context == 1 else tuple(size for size in sizes if size in (1, own))
+        return sizes if mesh.context == 1 else tuple(size for size in sizes if size in (1, own))
 
-    def check_size(self) -> None:
-        """Rejects a search that would take too long.
-
-        Raises:
-            ConfigError: names the key, the rule and the value.
-        """
-        batch, kinds = self.config.batch, len(self.schedules)
-        count = 0
-        for mesh in self._meshes():
-            sizes = len(self.micro_batch_sizes(mesh.data, mesh.context))
-            choices = sum(len(self._recomputes_of(precision)) for precision in self.precisions)
-            count += sizes * len(self.dispatches) * kinds * choices
+    def _check_size(self) -> None:
+        choices = len(self.dispatches) * sum(len(self._recomputes_of(precision)) for precision in self.precisions)
+        count = sum(len(self._micro_batch_sizes(mesh)) for mesh in self._meshes()) * choices * len(self.schedules)
         if count > _MOST_LAYOUTS:
             raise ConfigError(
                 f"batch.global_sequences: a search may have at most {_MOST_LAYOUTS:,} layouts, is "
-                f"{batch.global_sequences} with about {count:,} layouts for ranks={self.ranks}; nearest valid: a batch "
-                f"with fewer divisors"
+                f"{self.config.batch.global_sequences} with about {count:,} layouts for ranks={self.ranks}; nearest "
+                "valid: a batch with fewer divisors"
             )
 
     def _meshes(self) -> Iterator[ParallelismConfig]:
         """Yields the sizes of all axes, the smallest pipelines and context groups first."""
-        for pipeline in self._pipelines():
+        layers, node = self.config.model.num_layers, self.config.cluster.ranks_per_node
+        pipelines = [length for length in divisors(self.ranks) if length <= layers]
+        # The first pipeline with more ranks than layers is kept, so that the rules reject it.
+        longer = [length for length in divisors(self.ranks) if layers < length <= 2 * layers][:1]
+        for pipeline, context in product((*pipelines, *longer), context_sizes(self.config)):
             stage_ranks = self.ranks // pipeline
-            for context in context_sizes(self.config):
-                if stage_ranks % context == 0:
-                    for expert in self._expert_sizes(stage_ranks):
-                        yield ParallelismConfig(
-                            pipeline=pipeline, data=stage_ranks // context, expert=expert, context=context
-                        )
+            if stage_ranks % context:
+                continue
+            for expert in divisors(gcd(stage_ranks, self.config.model.num_routed_experts)):
+                # Expert groups are within a node or fill whole nodes.
+                if expert % node == 0 or node % expert == 0 or self.ranks <= node:
+                    yield ParallelismConfig(
+                        pipeline=pipeline, data=stage_ranks // context, expert=expert, context=context
+                    )
 
     def _recomputes_of(self, precision: Precision) -> tuple[tuple[Recomputed, ...], ...]:
         """Returns the sets of recomputed parts for a precision. FP8 recomputes all but `layer` in any case."""
         if precision.kind != "fp8":
             return self.recomputes
         return tuple(each for each in self.recomputes if all_recomputed(each).issuperset(RECOMPUTED)) or (RECOMPUTED,)
-
-    def _pipelines(self) -> tuple[int, ...]:
-        """Returns the lengths of pipelines, up to the first one that has more ranks than the model has layers."""
-        layers = self.config.model.num_layers
-        found = [length for length in range(1, min(layers, self.ranks) + 1) if self.ranks % length == 0]
-        longer = (length for length in range(layers + 1, min(2 * layers, self.ranks) + 1) if self.ranks % length == 0)
-        return (*found, *list(longer)[:1])
-
-    def _expert_sizes(self, stage_ranks: int) -> tuple[int, ...]:
-        """Returns the sizes of expert groups that are within a node or fill whole nodes."""
-        node = self.config.cluster.ranks_per_node
-        return tuple(
-            size
-            for size in divisors(gcd(stage_ranks, self.config.model.num_routed_experts))
-            if size % node == 0 or node % size == 0 or self.ranks <= node
-        )
 
 
 def context_sizes(config: TrainConfig) -> tuple[int, ...]:
@@ -240,10 +196,6 @@ def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    """Returns the divisors of a number, ascending.
-
-    Args:
-        number: at least 1.
-    """
+    """Returns the divisors of a number that is at least 1, ascending."""
     small = [size for size in range(1, int(number**0.5) + 1) if number % size == 0]
     return tuple(sorted({*small, *(number // size for size in small)}))

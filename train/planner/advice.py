@@ -1,0 +1,247 @@
+"""Compares changed runs with a run, and lists what better hardware could change. No torch here."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.config import RECOMPUTED
+from train.config import TrainConfig
+from train.planner.config import KernelRates, Rates
+from train.planner.job_plan import JobPlan, PlannerConfig, plan_job
+from train.planner.scaling import REFERENCE_MEMORY_BYTES_PER_SECOND, part_seconds, rows_per_token
+
+_WISHES = Path(__file__).with_name("advice.yaml")
+_FP8_SHARE = 0.75
+"""Share of the peak of the computing SMs that FP8 products reach in the wish."""
+_FP8_OVER_BF16 = 2.0
+_SLOWER = 1e-6
+_EQUAL = 1 - 1e-9
+_MULTIPLE = re.compile(r"cluster\.(\w+)\*([\d.]+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhatIf:
+    """A changed run next to the run itself.
+
+    Attributes:
+        change: as the user writes it.
+        plan: of the changed run.
+        speedup: tokens per second over those of the run; None if the time of either is unknown.
+        gain: share of tokens that a GPU-hour trains more than in the run, failures included; None as for `speedup`.
+    """
+
+    change: str
+    plan: JobPlan
+    speedup: float | None
+    gain: float | None
+
+
+def compare(change: str, base: JobPlan, changed: JobPlan) -> WhatIf:
+    """Returns a changed run next to the run itself."""
+    speedup = gain = None
+    if base.timed is not None and changed.timed is not None and base.cost is not None and changed.cost is not None:
+        before = base.timed.time.tokens_per_second_per_gpu * base.config.parallelism.world_size
+        after = changed.timed.time.tokens_per_second_per_gpu * changed.config.parallelism.world_size
+        speedup = after / before
+        gain = base.cost.gpu_hours_per_trillion_tokens / changed.cost.gpu_hours_per_trillion_tokens - 1
+    return WhatIf(change=change, plan=changed, speedup=speedup, gain=gain)
+
+
+def plan_with_order(base: JobPlan, before: TrainConfig, after: TrainConfig, planner: PlannerConfig) -> JobPlan | None:
+    """Plans a changed run with the order and the cut of the run, or returns None if they do not apply.
+
+    Args:
+        before: configuration of the run, before its cut was chosen.
+
+    Raises:
+        ScheduleError, CutError: as `plan_job`.
+    """
+    if base.timed is None or _order_inputs(before) != _order_inputs(after):
+        return None
+    parallelism = replace(after.parallelism, cut=base.config.parallelism.cut)
+    schedule = replace(after.schedule, kind=base.config.schedule.kind)
+    return plan_job(replace(after, parallelism=parallelism, schedule=schedule), planner, base.timed.schedule)
+
+
+def _order_inputs(config: TrainConfig) -> tuple[object, ...]:
+    """Returns what decides, with the costs, on the order and the cut of a run."""
+    mesh, model = config.parallelism, config.model
+    sizes = (mesh.pipeline, mesh.cut, config.num_micro_batches, model.num_layers, model.num_dense_layers)
+    return (*sizes, model.mtp_depth, config.schedule, config.memory_cap, config.costs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """Better or worse hardware."""
+
+    name: str
+    change: str = ""
+    needs: str = ""
+    note: str = ""
+    has_memory: bool = True
+
+
+def wishes(config: TrainConfig, rates: Rates) -> Iterator[Wish]:
+    """Yields what hardware could change for a run: the rows of `advice.yaml` that apply."""
+    facts = _facts(config, rates)
+    values = _kernel_values(config, rates) if isinstance(rates, KernelRates) else {}
+    for row in yaml.safe_load(_WISHES.read_text(encoding="utf-8")):
+        if not all(facts[fact.removeprefix("not ")] != fact.startswith("not ") for fact in row.get("when", ())):
+            continue
+        for factor in row.get("factors", (1.0,)):
+            filled = values | {"factor": factor, "inverse": 1 / factor}
+            yield Wish(
+                name=row["wish"].format_map(filled),
+                change=_with_defaults(row.get("change", "").format_map(filled), config, rates),
+                needs=row.get("needs", "").format_map(filled),
+                note=row.get("note", "").format_map(filled),
+                has_memory=row.get("has_memory", True),
+            )
+
+
+def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
+    """Returns what the rows of `advice.yaml` depend on."""
+    is_kernels, exchanges = isinstance(rates, KernelRates), config.parallelism.expert > 1
+    used = _communication_sms(config, rates) if isinstance(rates, KernelRates) else 0
+    return {
+        "kernels": is_kernels,
+        "fp8": config.precision.kind == "fp8",
+        "below fp8 wish": isinstance(rates, KernelRates) and fp8_share(rates) < _FP8_SHARE,
+        "exchange": exchanges,
+        "across nodes": rows_per_token(config).across_nodes > 0,
+        "communication SMs": exchanges and used > 0,
+        "several SMs": used > 1,
+        "imbalance": isinstance(rates, KernelRates) and rates.receive_imbalance > 1,
+        "forwarding": config.dispatch.kind in ("two_hop", "deepep"),
+        "limited groups": config.model.num_limited_groups < config.model.num_expert_groups,
+        "pipeline": config.parallelism.pipeline > 1,
+        "even pipeline": config.parallelism.pipeline % 2 == 0,
+        "recomputation": bool(config.recompute),
+        "offload": config.costs.offload is not None,
+        "failures": config.cost.gpu_mtbf_hours is not None,
+    }
+
+
+def _kernel_values(config: TrainConfig, rates: KernelRates) -> dict[str, Any]:
+    """Returns the numbers and texts that rows of `advice.yaml` about kernels contain."""
+    attention, experts, saved = rates.attention.backward_input, rates.experts.backward_input, rates.recomputed
+    share = fp8_share(rates)
+    return {
+        "all_recomputed": ",".join(RECOMPUTED),
+        "fp8_share": 100 * share,
+        "fp8_factor": share / _FP8_SHARE,
+        "half_sms": _communication_sms(config, rates) // 2,
+        "groups": config.model.num_expert_groups,
+        "nodes": math.ceil(config.parallelism.expert / config.cluster.ranks_per_node),
+        "stored_products": max(0.0, attention.products - saved.mla_up),
+        "stored_attention": max(0.0, attention.other - saved.norm),
+        "stored_experts": max(0.0, experts.other - saved.swiglu),
+    }
+
+
+def _communication_sms(config: TrainConfig, rates: KernelRates) -> int:
+    used = config.cluster.communication_sms
+    return rates.reference.communication_sms if used is None else used
+
+
+def _with_defaults(change: str, config: TrainConfig, rates: Rates) -> str:
+    """Returns a what-if that sets what the cluster leaves to the rates, and leaves out what nobody knows."""
+    parts = []
+    for part in change.split(" + "):
+        multiple = _MULTIPLE.fullmatch(part)
+        if multiple is None or getattr(config.cluster, multiple[1]) is not None:
+            parts.append(part)
+        elif isinstance(rates, KernelRates) and multiple[1] != "memory_bytes":
+            known = {"memory_bytes_per_second": REFERENCE_MEMORY_BYTES_PER_SECOND}.get(multiple[1])
+            known = known or getattr(rates.reference, multiple[1])
+            parts.append(f"cluster.{multiple[1]}={known * float(multiple[2]):.6g}")
+    return " + ".join(parts)
+
+
+def fp8_share(rates: KernelRates) -> float:
+    """Returns the share of the FP8 peak of the computing SMs that the products of the reference reach."""
+    reference = rates.reference
+    experts = 3 * reference.hidden_size * reference.active_expert_width
+    # F, I and W each multiply by all weights of a token, and I computes some products of F again.
+    weights = 3 * (reference.attention_parameters + experts) + reference.recomputed_parameters
+    flops = 2 * reference.tokens * weights
+    parts = (rates.attention, rates.experts)
+    passes = [kernels for part in parts for kernels in (part.forward, part.backward_input, part.backward_weight)]
+    seconds = sum(kernels.products for kernels in passes)
+    computing = 1 - reference.communication_sms / reference.num_sms
+    return flops / seconds / (_FP8_OVER_BF16 * reference.peak_flops * computing) if seconds else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdviceRow:
+    """A wish with its what-if."""
+
+    wish: Wish
+    what_if: WhatIf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkBalance:
+    """Exchange next to computation of one MoE layer, for one F overlapped with one full backward.
+
+    Attributes:
+        exchange_over_compute: ratio of the times below.
+        exchange_seconds_per_layer: dispatch and combine of both.
+        compute_seconds_per_layer: computation of both.
+        hidden: the side that the other one hides.
+        limit: what limits the exchange.
+        inter_node_bytes_per_second: rate of the link between nodes; None if it is unknown.
+        break_even_bytes_per_second: rate of that link below which exchange is longer than computation; None if the
+            link is unknown or not used, or if the link within a node is slower than computation by itself.
+        link_over_break_even: factor by which the link is faster than that; below 1, it is slower.
+    """
+
+    exchange_over_compute: float
+    exchange_seconds_per_layer: float
+    compute_seconds_per_layer: float
+    hidden: str
+    limit: str
+    inter_node_bytes_per_second: float | None
+    break_even_bytes_per_second: float | None
+    link_over_break_even: float | None
+
+
+def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
+    """Returns the balance of a run's MoE layers."""
+    moe, link = part_seconds(rates, config).moe.work, config.cluster.inter_node_bytes_per_second
+    if link is None and isinstance(rates, KernelRates):
+        link = rates.reference.inter_node_bytes_per_second
+    even, limit, hidden = None, "nothing is exchanged", "none: there is no exchange"
+    if moe.exchange:
+        hidden = "exchange" if moe.exchange <= moe.compute else "computation"
+        across, within = moe.exchange, 0.0
+        if not rows_per_token(config).across_nodes:
+            across = 0.0
+        elif isinstance(rates, KernelRates) and link is not None:
+            # On a link this slow, nothing within a node is a limit, and time is inversely proportional to its rate.
+            across = _moe_exchange(config, rates, link * _SLOWER) * _SLOWER
+            within = _moe_exchange(config, rates, link / _SLOWER)
+        limit = "link between nodes" if across >= moe.exchange * _EQUAL else "link within a node"
+        if link is not None and within < moe.compute:
+            even = link * across / moe.compute or None
+    return LinkBalance(
+        exchange_over_compute=moe.exchange / moe.compute if moe.compute else 0.0,
+        exchange_seconds_per_layer=moe.exchange,
+        compute_seconds_per_layer=moe.compute,
+        hidden=hidden,
+        limit=limit,
+        inter_node_bytes_per_second=link,
+        break_even_bytes_per_second=even,
+        link_over_break_even=None if link is None or even is None else link / even,
+    )
+
+
+def _moe_exchange(config: TrainConfig, rates: Rates, link: float) -> float:
+    """Returns the exchange of a MoE layer with another link between nodes."""
+    cluster = replace(config.cluster, inter_node_bytes_per_second=link)
+    return part_seconds(rates, replace(config, cluster=cluster)).moe.work.exchange

@@ -1,0 +1,472 @@
+"""Draws a plan on one offline page without scripts, from its JSON form and its simulation."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dualpipe.draw.document import document
+from dualpipe.draw.entry import NAMES, needs_stage_label
+from dualpipe.draw.style import COPIES, DARK, LIGHT, style_of
+from dualpipe.ir import Op, Operation
+from train.planner.timing import TimedPlan
+from train.report.figures import num_bytes, plain, seconds, short
+
+_STYLE = Path(__file__).with_name("page.css")
+_PAIR, _UPDATE = "pair", "update"
+"""Classes of a forward with a backward, and of the optimizer."""
+_MEMORY_PARTS = {
+    "weights_bytes": ("weights", "p1"),
+    "gradients_bytes": ("gradients", "p2"),
+    "optimiser_bytes": ("optimizer", "p3"),
+    "activations_bytes": ("activations", "p4"),
+    "buffers_bytes": ("buffers", "p5"),
+}
+_TIME_PARTS = {
+    "forward_seconds": ("F", "F0"),
+    "backward_seconds": ("B or I", "B0"),
+    "weight_seconds": ("W", "W0"),
+    "pairs_seconds": ("F with B or I, overlapped", _PAIR),
+    "optimiser_seconds": ("optimizer", _UPDATE),
+    "bubble_seconds": ("bubble", "track"),
+}
+"""Name and class of each part of a bar, by the key of its size."""
+_OTHERS = {
+    "what_if": "What if",
+    "advice": "Hardware advice",
+    "candidates": "Layouts",
+    "rejected": "Rejected layouts",
+    "compared": "Predicted and measured",
+    "dry_run": "Ranks that were built without devices",
+}
+"""Sections of a plan in JSON that it may have, in their order on the page."""
+_NAMES = {
+    "optimiser_bytes": "optimizer",
+    "optimiser_seconds": "optimizer",
+    "rows": "by gain",
+    "unknown": "not computed",
+    "mfu": "MFU",
+    "tokens_per_second_per_gpu": "tokens/s/GPU",
+    "gpu_hours": "GPU-hours",
+    "kilowatt_hours": "kWh",
+    "gpu_hours_per_trillion_tokens": "GPU-hours/1T",
+}
+_MOST_RECORDS = 500
+_LONG = 24
+"""Characters from which a text wraps."""
+_GROUPS_OF_ROW = 12
+_MOST_ROWS = 40
+_MOST_CELLS = 1500
+"""Cells of the strip, below the width of a screen in pixels."""
+
+
+def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> str:
+    """Returns the page of a plan."""
+    sections = {
+        "Memory of each pipeline rank": _memory(values["memory"]),
+        "Time of a step": _time(values, timed),
+        "Cost": _cost(values["cost"]),
+        **{title: any_value(values.get(key)) for key, title in _OTHERS.items()},
+        "Assumptions": _assumptions(values["assumptions"]),
+    }
+    shown = (f"<section><h2>{escape(key)}</h2>{text}</section>" for key, text in sections.items() if text)
+    title = f"Plan of {name}"
+    body = f"<main><h1>{escape(title)}</h1>{_verdict(values)}{_tiles(values)}{''.join(shown)}</main>"
+    return document(title, body, _operation_styles() + _STYLE.read_text(encoding="utf-8"))
+
+
+def _verdict(values: Mapping[str, Any]) -> str:
+    memory, layout = values["memory"], values["layout"]
+    room, peak = memory["capacity_bytes"], shown("_bytes", memory["peak_bytes"])
+    largest = max(memory["ranks"], key=lambda rank: rank["total_bytes"])["pipeline_rank"]
+    style = ""
+    text = f"The largest rank, {largest}, needs {peak}. The memory of a device is not given."
+    if room is not None:
+        style = ' class="good"' if values["fits"] else ' class="bad"'
+        verdict = "It fits" if values["fits"] else "It does not fit"
+        text = f"{verdict}: the largest rank, {largest}, needs {peak} of {shown('_bytes', room)}."
+    reasons = "".join(f"<p>{escape(reason)}</p>" for reason in values["reasons"])
+    words = (
+        f"{layout['ranks']:,} ranks: pipeline {layout['pipeline']} x data {layout['data']}, experts over "
+        f"{layout['expert']}; schedule {layout['schedule']}, {layout['num_micro_batches']} micro-batches in each "
+        f"pipeline, sequences of a micro-batch {layout['micro_batch_sequences']}; {layout['precision']}; "
+        f"layers in the stages: {' '.join(map(str, layout['cut']))}"
+    )
+    return f"<p{style}><b>{escape(text)}</b></p>{reasons}<p>{escape(words)}</p>"
+
+
+def _tiles(values: Mapping[str, Any]) -> str:
+    time, cost = values["time"] or {}, values["cost"] or {}
+    facts = {
+        "weights": short(values["model"]["parameters"]).replace("G", " billion").replace("M", " million"),
+        "peak of a rank": _bytes(values["memory"]["peak_bytes"]),
+        "step": seconds(time["step_seconds"]) if time else None,
+        "tokens/s per GPU": f"{time['tokens_per_second_per_gpu']:,.0f}" if time else None,
+    }
+    facts |= {_NAMES.get(key, key): shown(key, time[key]) for key in ("mfu",) if time.get(key) is not None}
+    facts |= {
+        _NAMES.get(key, key): shown(key, cost[key]) for key in ("gpu_hours", "dollars") if cost.get(key) is not None
+    }
+    return _facts({key: text for key, text in facts.items() if text is not None})
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    tiles = (f"<div><dt>{escape(key)}</dt><dd>{escape(text)}</dd></div>" for key, text in facts.items())
+    return f"<dl>{''.join(tiles)}</dl>" if facts else ""
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    room = memory["capacity_bytes"]
+    limit = None if room is None else ("memory of a device", float(room))
+    note = (
+        "At the peak of a step. Activations are kept from F to I and from I to W; buffers are FP8 copies of weights, "
+        "temporary tensors, transfers, the update, and a reserve."
+    )
+    bars = stacked_bars(_MEMORY_PARTS, memory["ranks"], _bytes, limit)
+    return f"<p>{note}</p>{bars}{_details('Bytes of each rank', memory['ranks'])}"
+
+
+def _time(values: Mapping[str, Any], timed: TimedPlan | None) -> str:
+    time = values["time"]
+    if time is None:
+        return f"<p>Unknown: {escape(str(values['time_unknown']))}</p>"
+    factor = time["step_seconds"] / time["step_seconds_without_factor"]
+    stretched = f" The factor {factor:.3f} for what no rate explains is not in the pictures." if factor != 1 else ""
+    bars = [{**rank, "optimiser_seconds": time["optimiser_seconds"]} for rank in time["ranks"]]
+    drawn = "" if timed is None else f"<h3>Rank {time['busiest_rank']}, which waits least</h3>{_timeline(timed)}"
+    text = f"<p>What each pipeline rank does in a step.{stretched}</p>"
+    numbers = _details("Seconds of each rank", time["ranks"])
+    return f"{text}{stacked_bars(_TIME_PARTS, bars, seconds)}{numbers}{drawn}"
+
+
+def _cost(cost: Mapping[str, Any] | None) -> str:
+    if cost is None:
+        return ""
+    stages = [*cost["stages"]]
+    if len(stages) > 1:
+        sums = {key: cost[key] for key in ("gpu_hours", "dollars", "kilowatt_hours")}
+        stages.append({"name": "all", **sums, "days": sum(stage["days"] for stage in stages)})
+    hours = f"{cost['gpu_hours_per_trillion_tokens']:,.0f}"
+    goodput = "" if cost["goodput"] is None else any_value({"goodput": cost["goodput"]})
+    return f"{records_table(stages)}<p>A trillion tokens take {hours} GPU-hours.</p>{goodput}"
+
+
+def _assumptions(assumptions: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[str(each["name"]), f"{each['value']:.6g}", str(each["unit"]), str(each["source"])] for each in assumptions]
+    return _table(["name", "value", "unit", "source"], rows) if rows else ""
+
+
+def _details(title: str, records: Sequence[Mapping[str, Any]]) -> str:
+    return f"<details><summary>{escape(title)}</summary>{records_table(records)}</details>"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
+
+
+def stacked_bars(
+    parts: Mapping[str, tuple[str, str]],
+    ranks: Sequence[Mapping[str, Any]],
+    show: Callable[[float], str],
+    limit: tuple[str, float] | None = None,
+) -> str:
+    """Returns a legend and a bar for each rank on a common scale, or nothing if no bar has a length."""
+    totals = [sum(float(rank[key]) for key in parts) for rank in ranks]
+    longest = max(totals, default=0.0)
+    if not longest > 0 or not math.isfinite(longest):
+        return ""
+    span = max(longest, limit[1] if limit is not None else 0.0)
+    items = [
+        f'<span><i class="swatch {style}"></i>{escape(name)}</span>'
+        for key, (name, style) in parts.items()
+        if any(rank[key] > 0 for rank in ranks)
+    ]
+    line = ""
+    if limit is not None:
+        line = f'<b class="limit" style="left:{100 * limit[1] / span:.2f}%"></b>'
+        items.append(f'<span><i class="limit-swatch"></i>{escape(f"{limit[0]}, {show(limit[1])}")}</span>')
+    rows = []
+    for rank, total in zip(ranks, totals, strict=True):
+        sized = [(name, style, float(rank[key])) for key, (name, style) in parts.items() if rank[key] > 0]
+        boxes = "".join(
+            f'<i class="{style}" style="width:{100 * size / span:.3f}%" title="{escape(f"{name} {show(size)}")}"></i>'
+            for name, style, size in sized
+        )
+        label = f"rank {rank['pipeline_rank']}"
+        sizes = ", ".join(f"{name} {show(size)}" for name, _, size in sized)
+        about = escape(f"{label}: {sizes}; {show(total)} in all")
+        rows.append(
+            f'<span class="name">{label}</span><div class="bar" role="img" aria-label="{about}">{boxes}{line}</div>'
+            f'<span class="sum">{escape(show(total))}</span>'
+        )
+    return f'<div class="legend">{"".join(items)}</div><div class="bars">{"".join(rows)}</div>'
+
+
+def records_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of records; nested keys are joined, and columns without a value are left out."""
+    flat = [dict(_leaves(_with_short_layout(record), "")) for record in records[:_MOST_RECORDS]]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if _is_known(flat, key)]
+    if not keys:
+        return ""
+    rows = [[shown(key, each.get(key)) for key in keys] for each in flat]
+    left_out = len(records) - len(flat)
+    note = f"<p>{left_out:,} more are left out.</p>" if left_out else ""
+    return _table([column_name(key) for key in keys], rows) + note
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table that scrolls, in which columns with long cells read from the left and wrap."""
+    styles = [' class="text"' if any(len(row[place]) > _LONG for row in rows) else "" for place in range(len(header))]
+    head = "".join(f'<th{style} scope="col">{escape(name)}</th>' for style, name in zip(styles, header, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{style}>{escape(cell)}</td>' for style, cell in zip(styles, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def any_value(value: object) -> str:
+    """Returns a value of unknown form: records as a table, other lists as a list, a mapping part by part."""
+    match value:
+        case None:
+            return ""
+        case list() if all(isinstance(each, Mapping) for each in value):
+            return records_table(value)
+        case list():
+            items = (escape(shown("", each)) for each in value[:_MOST_RECORDS])
+            return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
+        case Mapping():
+            plain_values = {key: each for key, each in value.items() if not isinstance(each, list | Mapping)}
+            facts = {column_name(key): shown(key, each) for key, each in plain_values.items() if each is not None}
+            parts = "".join(
+                f"<h3>{escape(column_name(key))}</h3>{content}"
+                for key, each in value.items()
+                if key not in plain_values and (content := any_value(each))
+            )
+            return _facts(facts) + parts
+        case _:
+            return f"<p>{escape(shown('', value))}</p>"
+
+
+def column_name(key: str) -> str:
+    """Returns the words of a key without its unit, as in `step` for `time.step_seconds`."""
+    last = key.rpartition(".")[2]
+    if last in _NAMES:
+        return _NAMES[last]
+    for unit in ("_seconds", "_bytes", "_bytes_per_second"):
+        last = last.removesuffix(unit)
+    return last.replace("_", " ").replace("gpu", "GPU")
+
+
+def shown(key: str, value: object) -> str:
+    """Returns a value as plain text with the unit that its key names."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case str():
+            return value
+        case list():
+            return " ".join(shown("", each) for each in value)
+        case int() | float():
+            return _number(key, value)
+        case _:
+            return str(value)
+
+
+def _number(key: str, value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    if key.endswith("_bytes_per_second"):
+        return f"{num_bytes(value)}/s"
+    if key.endswith("_bytes"):
+        return num_bytes(value)
+    if key.endswith("_seconds"):
+        return f"{value:,.4g} s" if 1 <= value < 1000 else seconds(value) if value < 1 else f"{value:,.0f} s"
+    if key.endswith(("mfu", "share", "gain")):
+        return f"{100 * value:.1f} %"
+    if key.endswith("tokens"):
+        return f"{value / 1e9:,.1f} billion" if value >= 1e9 else f"{value:,.0f}"
+    if key.endswith(("hours", "dollars", "days")):
+        return f"{value:,.0f}" if abs(value) >= 100 else plain(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a record whose layout, if it has one, is one line of text."""
+    layout = record.get("layout")
+    if not isinstance(layout, Mapping):
+        return record
+    known = {
+        **{axis: f"{axis} {layout[axis]}" for axis in ("pipeline", "data", "expert") if axis in layout},
+        "chunks": f"{layout.get('chunks')} chunks" if layout.get("chunks") not in (None, 1) else "",
+        "batches": f"{layout.get('num_micro_batches')} x {layout.get('micro_batch_sequences')} sequences",
+        "recompute": f"recompute {shown('', layout['recompute']) or 'nothing'}" if "recompute" in layout else "",
+        **{key: str(layout[key]) for key in ("schedule", "precision", "dispatch") if key in layout},
+    }
+    return {**record, "layout": ", ".join(text for text in known.values() if text)}
+
+
+def _leaves(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_known(records: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(record.get(key) not in (None, "", []) for record in records)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _GroupBox:
+    """Operations that run together, or the optimizer."""
+
+    start: float
+    end: float
+    styles: tuple[str, ...]
+    labels: tuple[str, ...]
+    about: str
+
+
+def _timeline(timed: TimedPlan) -> str:
+    """Returns the strip and the rows of the busiest rank, without the declared factor."""
+    cells = list(_cells(timed))
+    span = max((cell.end for cell in cells), default=0.0)
+    if span <= 0:
+        return ""
+    number = min(math.ceil(len(cells) / _GROUPS_OF_ROW), 10 * _MOST_ROWS)
+    rows = [_row(cells, place, span / number) for place in range(number)]
+    left_out = number - _MOST_ROWS
+    if left_out > 0:
+        half, width = _MOST_ROWS // 2, span / number
+        text = f"From {seconds(half * width)} to {seconds((half + left_out) * width)} only the strip shows the step."
+        rows[half : half + left_out] = [f'<p class="gap">{escape(text)}</p>']
+    strip = "".join(_box(cell, 0.0, span, has_labels=False) for cell in _merged(cells, span))
+    axis = f"<span>0 s</span><span>the whole step</span><span>{seconds(span)}</span>"
+    return (
+        f'{_legend(timed)}<p class="time-axis">{axis}</p>'
+        f'<div class="strip track" role="img" aria-label="strip of the whole step">{strip}</div>'
+        f'<div class="rows">{"".join(rows)}</div>'
+    )
+
+
+def _operation_styles() -> str:
+    """Returns the style of operations: the colors of the pictures of schedules."""
+    light = "".join(
+        f".{style_of(kind, 0)}{{background:{color};color:#16181b}}" for kind, color in (LIGHT | COPIES).items()
+    )
+    hatch = "repeating-linear-gradient(135deg,#fff3 0 2px,#0000 2px 6px)"
+    dark = "".join(f".{style_of(kind, 1)}{{background:{hatch},{color};color:#fff}}" for kind, color in DARK.items())
+    both = f".{_PAIR}{{background:linear-gradient({LIGHT[Op.FORWARD]} 50%,{LIGHT[Op.BACKWARD]} 50%)}}"
+    return f"{light}{dark}{both}.{_UPDATE}{{background:var(--c5);color:var(--paper)}}"
+
+
+def _cells(timed: TimedPlan) -> Iterator[_GroupBox]:
+    """Yields the groups of the busiest rank, then the optimizer."""
+    rank, schedule, simulation = timed.time.busiest, timed.schedule, timed.simulation
+    held = schedule.stages_of(rank)
+    names_stage = [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
+    for group, start, end in zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True):
+        if end <= start:  # a reload only starts its copy
+            continue
+        is_two_way = schedule.num_directions > 1
+        variants = [op.direction if is_two_way else int((op.direction, op.stage) != held[0]) for op in group]
+        yield _GroupBox(
+            start=start,
+            end=end,
+            styles=tuple(style_of(op.kind, variant) for op, variant in zip(group, variants, strict=True)),
+            labels=tuple(_label(op, is_named=names_stage[op.direction]) for op in group),
+            about=f"{' and '.join(map(_about, group))}; from {start:.3f} to {end:.3f} s",
+        )
+    if timed.time.optimizer > 0:
+        start = simulation.makespan
+        end = start + timed.time.optimizer
+        yield _GroupBox(
+            start=start,
+            end=end,
+            styles=(_UPDATE,),
+            labels=("optimizer",),
+            about=f"optimizer; from {start:.3f} to {end:.3f} s",
+        )
+
+
+def _label(op: Operation, *, is_named: bool) -> str:
+    stage = f"{op.stage}." if is_named else ""
+    return f"{op.kind.value}{stage}{op.micro_batch}"
+
+
+def _about(op: Operation) -> str:
+    direction = ", direction 1" if op.direction else ""
+    return f"{NAMES[op.kind]} of micro-batch {op.micro_batch}, stage {op.stage}{direction}"
+
+
+def _merged(cells: Sequence[_GroupBox], span: float) -> list[_GroupBox]:
+    """Returns fewer cells for the strip: neighbors of one kind are one cell if there are too many.
+
+    Idle time below a pixel between two of them is lost, which only the strip does not show.
+    """
+    if len(cells) <= _MOST_CELLS:
+        return list(cells)
+    merged: list[_GroupBox] = []
+    for cell in cells:
+        last = merged[-1] if merged else None
+        is_near = last is not None and cell.start - last.end < span / _MOST_CELLS
+        kinds = sorted(style[:-1] for style in cell.styles)
+        if last is not None and is_near and sorted(style[:-1] for style in last.styles) == kinds:
+            merged[-1] = replace(last, end=cell.end, about=f"many groups until {cell.end:.3f} s")
+        else:
+            merged.append(cell)
+    return merged
+
+
+def _row(cells: Sequence[_GroupBox], place: int, width: float) -> str:
+    """Returns one part of the step with labels, or nothing if the rank is idle in it."""
+    start, end = place * width, (place + 1) * width
+    inside = [cell for cell in cells if cell.start < end - 1e-9 * width and cell.end > start + 1e-9 * width]
+    boxes = "".join(_box(cell, start, width, has_labels=True) for cell in inside)
+    about = escape(f"from {seconds(start)} to {seconds(end)}: {len(inside)} groups")
+    return (
+        f'<span class="name">{start:.2f} s</span><div class="line track" role="img" aria-label="{about}">{boxes}</div>'
+    )
+
+
+def _box(cell: _GroupBox, origin: float, width: float, *, has_labels: bool) -> str:
+    """Returns a cell within a part of the step. Its label is where most of it is."""
+    start, end = max(cell.start, origin), min(cell.end, origin + width)
+    is_labeled = has_labels and end - start >= 0.5 * (cell.end - cell.start)
+    halves = "".join(
+        f'<i class="{style}">{f"<span>{escape(label)}</span>" if is_labeled else ""}</i>'
+        for style, label in zip(cell.styles, cell.labels, strict=True)
+    )
+    left, size = 100 * (start - origin) / width, 100 * (end - start) / width
+    return f'<div class="cell" style="left:{left:.3f}%;width:{size:.3f}%" title="{escape(cell.about)}">{halves}</div>'
+
+
+def _legend(timed: TimedPlan) -> str:
+    present = {op.kind for group in timed.schedule.ranks[timed.time.busiest] for op in group}
+    items = []
+    for kind, name in NAMES.items():
+        if kind not in present:
+            continue
+        variants = (0,) if kind.is_copy or not _has_shades(timed) else (0, 1)
+        swatches = "".join(f'<i class="swatch {style_of(kind, variant)}"></i>' for variant in variants)
+        items.append(f"<span>{swatches}{kind.value} {escape(name)}</span>")
+    if timed.time.optimizer > 0:
+        items.append(f'<span><i class="swatch {_UPDATE}"></i>optimizer</span>')
+    items.append('<span><i class="swatch track"></i>bubble</span>')
+    if timed.schedule.num_directions > 1:
+        items.append("<span>dark, hatched: direction 1, which enters at the last rank</span>")
+    elif _has_shades(timed):
+        items.append("<span>dark, hatched: a later stage of the rank</span>")
+    if any(len(group) > 1 for group in timed.schedule.ranks[timed.time.busiest]):
+        items.append("<span>one above the other: overlapped</span>")
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _has_shades(timed: TimedPlan) -> bool:
+    return timed.schedule.num_directions > 1 or len(timed.schedule.stages_of(timed.time.busiest)) > 1

@@ -1,0 +1,402 @@
+"""Finds the fastest layouts that fit, and smaller ones. No torch here.
+
+All layouts that the rules accept are ranked by an arithmetic estimate of their step, and the best are predicted as any
+run. A layout that was not predicted is dropped if even the mean work of its ranks takes longer than what is returned;
+otherwise it is open.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from statistics import fmean
+from typing import Any
+
+from comm.config import Cut
+from dualpipe.config import ScheduleConfig
+from dualpipe.ir import ScheduleError
+from dualpipe.registry import FALLBACK, SCHEDULES
+from model.config import RECOMPUTED, CutError, all_recomputed
+from train.config import TrainConfig
+from train.memory import JobMemory, predict_memory, summary_line
+from train.memory.fitted_cut import fitted_cut
+from train.planner.cost import JobCost, job_cost
+from train.planner.estimate import Estimates, RankedLayout
+from train.planner.job_plan import PlannerConfig, layout_json
+from train.planner.space import RankSetting, SearchSpace
+from train.planner.timing import StepTime, time_plan
+from train.schedule.cut import run_cut, run_placement, with_cut
+
+NUM_FASTEST = 6
+"""Number of the fastest layouts that are returned."""
+NUM_SMALLER = 3
+"""Number of slower layouts with less memory that are returned."""
+_SMALLER = 0.9
+"""Memory of a slower layout of the front relative to that of the one before it, at most."""
+MOST_SECONDS = 16.0
+"""CPU seconds of a search, as estimated before each step, so that a result depends on no clock; half for the front."""
+_MOST_BUILD_SECONDS = 3.0
+"""Maximum of one schedule."""
+_LEAST_BUILD_SECONDS, _BUILD_SECONDS = 0.1, 1 / 40_000
+"""CPU seconds of any searched order, and for each micro-batch, stage and rank: about 0.9 s for (16, 120)."""
+_TIMING_SECONDS, _MEMORY_SECONDS = 0.005, 0.025
+"""CPU seconds of a layout's time and of its memory for each pipeline rank, as estimated."""
+_MOST_GROUPS = 40
+"""Number of reasons for rejections that are returned."""
+_GB = 1e9
+_NUMBERS = re.compile(r"\[[^\]]*\]|\d[\d,.]*")
+
+Rules = Callable[[TrainConfig], None]
+"""Raises ValueError for an invalid configuration of a run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundLayout:
+    """A layout that fits.
+
+    Attributes:
+        config: its configuration with a listed cut.
+        memory: predicted peak of each pipeline rank.
+        time: of a step.
+        cost: of the run's own steps; None until the search has ended.
+        is_pareto: whether no other layout is as fast with less memory, or faster with as much.
+    """
+
+    config: TrainConfig
+    memory: JobMemory
+    time: StepTime
+    cost: JobCost | None = None
+    is_pareto: bool = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of the rank that needs most."""
+        return self.memory.worst.total
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Step time, then memory."""
+        return self.time.step, self.peak_bytes
+
+
+@dataclass(kw_only=True, slots=True)
+class RejectedLayouts:
+    """Layouts that were rejected for the same kind of reason."""
+
+    layout: Mapping[str, Any]
+    reason: str
+    count: int = 0
+    excess: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchCounts:
+    """Numbers of layouts."""
+
+    layouts: int
+    rejected: int
+    dropped: int
+    built: int
+    open: int
+    open_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """The result of a search."""
+
+    run: TrainConfig
+    config: TrainConfig
+    found: tuple[FoundLayout, ...]
+    rejected: tuple[RejectedLayouts, ...]
+    counts: SearchCounts
+
+
+def search_layouts(
+    space: SearchSpace, run: TrainConfig, planner: PlannerConfig, rules: Rules, *, most_seconds: float = MOST_SECONDS
+) -> SearchResult:
+    """Searches all layouts of a space.
+
+    Args:
+        planner: rates and the declared factor.
+        most_seconds: estimated time for schedules and predictions after which layouts remain open.
+
+    Raises:
+        ConfigError: there are too many layouts.
+    """
+    search = Search(space, planner, rules)
+    search.allow(most_seconds)
+    found = search.fastest(NUM_FASTEST, None)
+    counts = search.counts(len(found))
+    search.allow(most_seconds / 2)
+    while found and not counts.open and len(found) < NUM_FASTEST + NUM_SMALLER:
+        limit = int(_SMALLER * min(each.peak_bytes for each in found))
+        smaller = search.fastest(1, limit)
+        if not smaller or search.open:
+            break
+        found += smaller
+    return SearchResult(
+        run=run,
+        config=space.config,
+        found=_with_front([replace(each, cost=_own_cost(each, planner)) for each in found]),
+        rejected=tuple(sorted(search.rejected.values(), key=lambda group: -group.count)[:_MOST_GROUPS]),
+        counts=counts,
+    )
+
+
+def _own_cost(found: FoundLayout, planner: PlannerConfig) -> JobCost:
+    """Returns the cost of the run's own steps with a layout."""
+    cost = replace(found.config.cost, context_extension=(), post_training_gpu_hours=0.0)
+    return job_cost(replace(found.config, cost=cost), planner.rates, planner.efficiency, found.time)
+
+
+def _with_front(found: Sequence[FoundLayout]) -> tuple[FoundLayout, ...]:
+    """Returns layouts in order of time, with the Pareto front of time and memory marked.
+
+    The fastest of all that fit are among them, so one that none of them dominates is dominated by no other.
+    """
+    marked: list[FoundLayout] = []
+    least = math.inf
+    for layout in sorted(found, key=lambda each: each.order):
+        marked.append(replace(layout, is_pareto=layout.peak_bytes < least))
+        least = min(least, layout.peak_bytes)
+    return tuple(marked)
+
+
+class _NoTimeLeftError(Exception):
+    """A layout cannot be compared within the time of the search."""
+
+
+class Search:
+    """Layouts in order of their estimates, and those that are predicted."""
+
+    def __init__(self, space: SearchSpace, planner: PlannerConfig, rules: Rules) -> None:
+        self.rejected: dict[str, RejectedLayouts] = {}
+        self.open: list[RankedLayout] = []
+        self._space = space
+        self._planner = planner
+        self._rules = rules
+        self._room = space.config.cluster.memory_bytes
+        self._estimates = Estimates(space=space, planner=planner)
+        self._num_layouts = 0
+        self._built = 0
+        self._seconds_left = 0.0
+        self._too_large: dict[object, list[_TooLarge]] = {}
+        self._compared: list[FoundLayout] = []
+        self.waiting = sorted(self._ranked(), key=self._order)
+
+    def counts(self, num_found: int) -> SearchCounts:
+        """Returns the numbers of layouts."""
+        rejected = sum(group.count for group in self.rejected.values())
+        return SearchCounts(
+            layouts=self._num_layouts,
+            rejected=rejected,
+            dropped=self._num_layouts - rejected - num_found - len(self.open),
+            built=self._built,
+            open=len(self.open),
+            open_seconds=min((layout.least_seconds for layout in self.open), default=None),
+        )
+
+    def allow(self, seconds: float) -> None:
+        """Sets the estimated time for further predictions."""
+        self._seconds_left = seconds
+
+    def fastest(self, number: int, limit: int | None) -> list[FoundLayout]:
+        """Returns the fastest layouts that were not returned before, and sets `open`.
+
+        Args:
+            limit: maximum of the peak memory; those of later calls must be smaller.
+        """
+        waiting = self.waiting
+        self.waiting = []
+        self.open = []
+        best, worst = self._best(number, limit)
+        for layout in waiting:
+            if layout.least_seconds >= worst or (limit is not None and layout.least_memory > limit):
+                self.waiting.append(layout)
+                continue
+            try:
+                self._compare(layout, worst)
+            except (ScheduleError, CutError) as error:
+                self._reject(str(error), partial(self._undecided, layout.setting, layout.schedule))
+            except _NoTimeLeftError:
+                self.open.append(layout)
+            best, worst = self._best(number, limit)
+        self._compared = [layout for layout in self._compared if layout not in best]
+        self.open = [layout for layout in self.open if layout.least_seconds < worst]
+        return best
+
+    def _best(self, number: int, limit: int | None) -> tuple[list[FoundLayout], float]:
+        """Returns the fastest layouts, and the step of the slowest of them if there are enough."""
+        small = (layout for layout in self._compared if limit is None or layout.peak_bytes <= limit)
+        best = sorted(small, key=lambda layout: layout.order)[:number]
+        return best, best[-1].time.step if len(best) == number else math.inf
+
+    def _order(self, layout: RankedLayout) -> tuple[bool, bool, bool, float, float]:
+        """Returns what layouts are sorted by: the run's own first, so that one is found; large ones last.
+
+        Orders that are searched for the costs take long to build, so they come after all others, except `FALLBACK` with
+        the run's own layout.
+        """
+        kind = layout.schedule.kind
+        is_own = self._space.is_like_run(layout.setting)
+        is_costly = SCHEDULES.get(kind).takes_costs and not (is_own and kind == FALLBACK)
+        is_large = self._room is not None and layout.memory > self._room
+        return is_costly, not is_own, is_large, layout.seconds, layout.memory
+
+    def _ranked(self) -> Iterator[RankedLayout]:
+        """Yields the layouts that no rule rejects and that may fit."""
+        for setting, schedule in self._accepted():
+            layout = self._estimates.ranked(setting, schedule)
+            if self._room is None or layout.least_memory <= self._room:
+                yield layout
+                continue
+            sizes = f"{layout.least_memory / _GB:.1f} GB of {self._room / _GB:.1f}"
+            shown = partial(self._undecided, setting, schedule)
+            excess = layout.least_memory / self._room
+            self._reject(f"memory: the mean rank needs at least {sizes}", shown, excess=excess)
+
+    def _accepted(self) -> Iterator[tuple[RankSetting, ScheduleConfig]]:
+        """Yields the layouts that no rule rejects. What layouts share is checked once.
+
+        Rules about ranks, precision and dispatch are checked with `FALLBACK`, which accepts all sizes, and with
+        everything recomputed; rules about a schedule with the first setting of its size that is valid. A layout is
+        checked as a whole before it is predicted.
+        """
+        kinds = self._space.schedules
+        fallback = replace(next((each for each in kinds if each.kind == FALLBACK), kinds[0]), chunks=None)
+        schedules_of = cache(self._space.schedules_of)
+        reasons: dict[object, str | None] = {}
+
+        def reason(key: object, setting: RankSetting, schedule: ScheduleConfig) -> str | None:
+            if key not in reasons:
+                config = self._space.layout_config(setting, schedule)
+                # A cap is checked when the schedule is built, and an even cut exists if any does.
+                mesh = replace(config.parallelism, cut=Cut("even"))
+                costs = replace(config.costs, offload=None)
+                reasons[key] = self._broken_rule(replace(config, parallelism=mesh, memory_cap=None, costs=costs))
+            return reasons[key]
+
+        for setting in self._space.settings():
+            schedules = schedules_of(setting.pipeline)
+            self._num_layouts += len(schedules)
+            widest = replace(setting, recompute=RECOMPUTED)
+            if (broken := reason(widest, widest, fallback)) is not None:
+                self._reject(broken, partial(self._undecided, setting, None), count=len(schedules))
+                continue
+            for schedule in schedules:
+                key = (setting.pipeline, setting.data, setting.micro_sequences, schedule)
+                if (broken := reason(key, setting, schedule)) is None:
+                    yield setting, schedule
+                else:
+                    self._reject(broken, partial(self._undecided, setting, schedule))
+
+    def _broken_rule(self, config: TrainConfig) -> str | None:
+        """Returns the message of a rule that a configuration breaks, or None."""
+        try:
+            self._rules(config)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _compare(self, layout: RankedLayout, worst: float) -> None:
+        """Predicts a layout with its balanced cut, then with one that fits, as long as it may be faster than `worst`.
+
+        Raises:
+            ScheduleError, CutError: the schedule or the cut is not defined.
+            _NoTimeLeftError: the time of the search does not suffice.
+        """
+        if (larger := self._smaller_that_does_not_fit(layout)) is not None:
+            self._reject(larger.reason, partial(self._undecided, layout.setting, layout.schedule), excess=larger.excess)
+            return
+        free = self._space.layout_config(layout.setting, layout.schedule)
+        timing_seconds = _build_seconds(free) + _TIMING_SECONDS * layout.setting.pipeline
+        memory_seconds = _MEMORY_SECONDS * layout.setting.pipeline
+        self._spend(timing_seconds)
+        times = self._estimates.unit_times(layout.setting)
+        config = with_cut(free, run_cut(free, run_placement(free, layout.schedule.kind), times))
+        if (broken := self._broken_rule(config)) is not None:
+            self._reject(broken, partial(layout_json, config))
+            return
+        for is_fitted in (False, True):
+            self._built += 1
+            time = time_plan(self._planner.rates, self._planner.efficiency, config).time
+            if time.step >= worst:
+                self.waiting.append(replace(layout, least_seconds=time.step))
+                return
+            self._spend(memory_seconds)
+            memory = predict_memory(config)
+            if self._room is None or memory.worst.total <= self._room:
+                self._compared.append(FoundLayout(config=config, memory=memory, time=time))
+                return
+            mean = fmean(rank.total for rank in memory.ranks)
+            if is_fitted or mean > self._room or free.parallelism.cut.kind == "even":
+                break
+            self._spend(3 * memory_seconds + timing_seconds)
+            fitted = with_cut(free, fitted_cut(free, layout.schedule.kind, times))
+            if fitted == config:
+                break
+            config = fitted
+        assert self._room is not None
+        large = _TooLarge(
+            setting=layout.setting, reason=summary_line(config, memory), excess=memory.worst.total / self._room
+        )
+        self._too_large.setdefault(_kind_of(layout), []).append(large)
+        self._reject(large.reason, partial(layout_json, config), excess=large.excess)
+
+    def _smaller_that_does_not_fit(self, layout: RankedLayout) -> "_TooLarge | None":
+        """Returns a layout that is too large with at most as large micro-batches and as much recomputation."""
+        for other in self._too_large.get(_kind_of(layout), ()):
+            recomputes_more = all_recomputed(other.setting.recompute) >= all_recomputed(layout.setting.recompute)
+            if recomputes_more and other.setting.micro_sequences <= layout.setting.micro_sequences:
+                return other
+        return None
+
+    def _spend(self, seconds: float) -> None:
+        if seconds > self._seconds_left:
+            raise _NoTimeLeftError
+        self._seconds_left -= seconds
+
+    def _reject(
+        self, reason: str, layout: Callable[[], Mapping[str, Any]], *, count: int = 1, excess: float = 0.0
+    ) -> None:
+        """Adds rejected layouts to the group of their reason, which shows the layout with the least excess."""
+        key = _NUMBERS.sub("#", reason)
+        group = self.rejected.get(key)
+        if group is None or excess < group.excess:
+            others = 0 if group is None else group.count
+            group = RejectedLayouts(layout=layout(), reason=reason, count=others, excess=excess)
+            self.rejected[key] = group
+        group.count += count
+
+    def _undecided(self, setting: RankSetting, schedule: ScheduleConfig | None) -> Mapping[str, Any]:
+        """Returns a layout without a cut in its public form; what does not matter is None."""
+        values = layout_json(self._space.layout_config(setting, schedule or self._space.schedules[0]))
+        if schedule is None:
+            return values | {"schedule": None, "chunks": None, "cut": None}
+        return values | {"chunks": schedule.chunks, "cut": None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TooLarge:
+    """A layout that does not fit, with the reason and its memory over that of a device."""
+
+    setting: RankSetting
+    reason: str
+    excess: float
+
+
+def _kind_of(layout: RankedLayout) -> object:
+    """Returns what a layout has in common with those of other micro-batches and recomputation."""
+    return replace(layout.setting, micro_sequences=1, recompute=()), layout.schedule
+
+
+def _build_seconds(config: TrainConfig) -> float:
+    """Returns about how long building a layout's schedule takes; infinity if that is too long."""
+    if not SCHEDULES.get(config.schedule.kind).takes_costs:
+        return 0.0
+    pipeline = config.parallelism.pipeline
+    operations = pipeline * (config.schedule.chunks or 1) * config.num_micro_batches
+    seconds = _LEAST_BUILD_SECONDS + operations * pipeline * _BUILD_SECONDS
+    return seconds if seconds <= _MOST_BUILD_SECONDS else math.inf

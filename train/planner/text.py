@@ -1,0 +1,339 @@
+"""Formats plans and what was asked for with them as lines of text of at most 100 columns. No torch here.
+
+All but the memory of a plan is formatted from the public JSON form.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from train.memory import RankMemory
+from train.memory.report import gigabytes, parts
+from train.planner.job_plan import JobPlan
+
+COLUMNS = 100
+_INDENT = 11
+_NAME = 57
+_GB, _MB = 1e9, 1e6
+_MEMORY_COLUMNS = (
+    "ranks",
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "pending W",
+    "buffers",
+    "reserve",
+    "total",
+    "used",
+)
+_UNIT_GAP = re.compile(r"(?<=\d) (?=(?:s|GB|MB|%|GPU-hours)\b|%)")
+_COMPARED = {
+    "step_seconds": "step",
+    "bubble_seconds": "bubble",
+    "exposed_exchange_seconds": "exposed exchange",
+    "outside_seconds": "outside the passes",
+    "memory_bytes": "largest peak memory",
+}
+COMPARED_HEADER = ("", "predicted", "measured", "measured / predicted")
+
+
+def plan_text(plan: JobPlan, values: Mapping[str, Any]) -> list[str]:
+    """Returns a plan as lines. The first says whether the run fits, and names the largest rank."""
+    lines = [_first_line(plan), *_reason_lines(plan), "", *_layout_lines(plan), "", *_memory_lines(plan), ""]
+    if values["time"] is None:
+        return [*lines, *labeled("time", f"unknown: {plan.untimed}")]
+    lines += [*_time_lines(values["time"]), "", *_cost_lines(values["cost"])]
+    number = len(values["assumptions"])
+    sources = f"format=json and format=html list {number} values behind these figures, with their sources"
+    return [*lines, "", *labeled("sources", sources)]
+
+
+def labeled(label: str, text: str) -> list[str]:
+    """Returns lines that start with a label, and continue below its text, which has no line breaks."""
+    # A number stays in the line of its unit: textwrap does not break at a no-break space.
+    joined = _UNIT_GAP.sub("\N{NO-BREAK SPACE}", text)
+    lines = _wrapped(joined, first=f"{label:<{_INDENT}}", others=" " * _INDENT)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def _wrapped(text: str, *, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
+    """Returns the rows of a table as lines; all columns are aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _first_line(plan: JobPlan) -> str:
+    room, worst = plan.config.cluster.memory_bytes, plan.memory.worst
+    needs = f"the largest rank, {worst.pipeline_rank}, needs {gigabytes(worst.total)}"
+    if room is None:
+        return f"{needs}; cluster.memory_bytes, the memory of a device, is not given"
+    return f"{'fits' if plan.fits else 'does not fit'}: {needs} of {gigabytes(room)}"
+
+
+def _reason_lines(plan: JobPlan) -> list[str]:
+    """Returns the parts of the largest rank, or why the run does not fit and what would."""
+    if plan.fits:
+        return labeled("largest", f"{parts(plan.memory.worst)}, in GB unless MB is given")
+    return [line for reason in plan.reasons for line in labeled("reason", reason)]
+
+
+def _layout_lines(plan: JobPlan) -> Iterator[str]:
+    config, batch, mesh = plan.config, plan.config.batch, plan.config.parallelism
+    unit, name = (1e9, "billion") if plan.parameters >= 1e9 else (1e6, "million")
+    flops, prefix = (1e9, "G") if plan.flops_per_token >= 1e9 else (1e6, "M")
+    yield from labeled(
+        "model",
+        f"{plan.parameters / unit:,.1f} {name} weights, {plan.flops_per_token / flops:,.1f} {prefix}FLOP per trained "
+        f"token, {config.precision.kind}",
+    )
+    yield from labeled(
+        "layout",
+        f"{mesh.world_size:,} ranks: {mesh.axes()}, experts over {mesh.expert}; "
+        f"schedule {config.schedule.kind}, dispatch {config.dispatch.kind}",
+    )
+    yield from labeled(
+        "batch",
+        f"{batch.global_sequences:,} sequences of {batch.sequence_length_tokens:,} tokens: in each pipeline "
+        f"{config.num_micro_batches} micro-batches of {batch.micro_sequences}",
+    )
+    yield from labeled("cut", f"{' '.join(map(str, mesh.cut.layers))} layers in the stages")
+
+
+def _memory_lines(plan: JobPlan) -> list[str]:
+    """Returns a table of the ranks' memory at its peak; neighbors of the same sizes share a line."""
+    worst, room = plan.memory.worst, plan.config.cluster.memory_bytes
+    unit, name = (_GB, "GB") if worst.total >= _GB else (_MB, "MB")
+    rows = [list(_MEMORY_COLUMNS if room is not None else _MEMORY_COLUMNS[:-1])]
+    for cells, group in groupby(plan.memory.ranks, key=lambda rank: [_size(size, unit) for size in _peak_parts(rank)]):
+        ranks = list(group)
+        first, last = ranks[0].pipeline_rank, ranks[-1].pipeline_rank
+        used = [] if room is None else [f"{100 * ranks[0].total / room:.0f} %"]
+        rows.append([str(first) if first == last else f"{first}-{last}", *cells, *used])
+    return [f"memory of the pipeline ranks at their peak, in {name}", *aligned(rows)]
+
+
+def _peak_parts(rank: RankMemory) -> tuple[int, ...]:
+    """Returns the bytes of a rank in the order of the columns. All but the last add up to the last."""
+    is_reducing = rank.reducing > rank.passes
+    passes = rank.cool_down if is_reducing else rank.pipeline
+    buffers = rank.weight_codes + passes.exchange + passes.transfers + passes.inside
+    buffers += rank.update if is_reducing else 0
+    static = (rank.weights, rank.gradients, rank.optimizer)
+    return (*static, passes.activations + rank.batch, passes.pending, buffers, rank.reserve, rank.total)
+
+
+def _size(size: int, unit: float) -> str:
+    """Returns a size for a column; what a column of GB would round to nothing is in MB."""
+    if unit == _GB and 0 < size < 0.1 * _GB:
+        return f"{size / _MB:.1f} MB"
+    return f"{size / unit:.1f}" if size else "0"
+
+
+def _time_lines(time: Mapping[str, Any]) -> Iterator[str]:
+    step, without, spent = time["step_seconds"], time["step_seconds_without_factor"], time["parts"]
+    mfu = "" if time["mfu"] is None else f", MFU {100 * time['mfu']:.1f} %"
+    yield from labeled("step", f"{step:.3f} s, {time['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU{mfu}")
+    if step != without:
+        yield from labeled(
+            "factor",
+            f"{without:.3f} s from the rates, x {step / without:.3f} for what no rate explains "
+            "(efficiency.unexplained)",
+        )
+    yield from labeled(
+        "busiest",
+        f"rank {time['busiest_rank']}, without the factor: F {spent['forward_seconds']:.2f} s, "
+        f"B {spent['backward_seconds']:.2f} s, W {spent['weight_seconds']:.2f} s, "
+        f"F with B {spent['pairs_seconds']:.2f} s, bubble {spent['bubble_seconds']:.2f} s, "
+        f"optimizer {time['optimiser_seconds']:.2f} s; {time['exposed_exchange_seconds']:.2f} s of it are exchange "
+        "that nothing hides",
+    )
+
+
+def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
+    stages = cost["stages"]
+    yield f"{'stage':<18}{'billion tokens':>16}{'GPU-hours':>14}{'dollars':>14}{'days':>10}{'kWh':>14}"
+    whole = {**cost, "name": "all", "days": sum(stage["days"] for stage in stages)}
+    for stage in [*stages, whole] if len(stages) > 1 else stages:
+        tokens = "" if stage is whole else _number(stage["tokens"], 1e9, 1)
+        yield (
+            f"{stage['name']:<18}{tokens:>16}{_hours(stage['gpu_hours']):>14}{_number(stage['dollars']):>14}"
+            f"{stage['days']:>10,.1f}{_number(stage['kilowatt_hours']):>14}"
+        )
+    yield from labeled("price", f"{cost['gpu_hours_per_trillion_tokens']:,.0f} GPU-hours for a trillion tokens")
+    for stage in stages[1:]:
+        yield from labeled("note", f"{stage['name']}: {stage['note']}")
+    if (goodput := cost["goodput"]) is not None:
+        failures = f"the job fails once in {goodput['job_mtbf_hours']:,.1f} h"
+        yield from labeled("goodput", f"{100 * goodput['share']:.1f} %, included above: {failures}")
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+
+
+def _number(value: float | None, unit: float = 1.0, digits: int = 0) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def what_if_text(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a table of what-ifs in their order, or nothing if there are none."""
+    lines = [line for row in rows for line in _changed_lines(row["change"], row, _number(row["speedup"], digits=3))]
+    return [_changed_line("what if", "step s", "speedup", "GPU-hours", "fits"), *lines] if rows else []
+
+
+def advice_text(advice: Mapping[str, Any]) -> Iterator[str]:
+    """Yields hardware advice: the balance, a table of computed wishes, and unknown wishes."""
+    yield from _balance_lines(advice)
+    yield ""
+    yield _changed_line("hardware", "step s", "gain", "GPU-hours", "fits")
+    for row in advice["rows"]:
+        # Without the sign of a rounded zero.
+        gain = "-" if row["gain"] is None else f"{round(100 * row['gain'], 1) + 0.0:+.1f} %"
+        yield from _changed_lines(row["wish"], row, gain)
+        note = f"   ({row['note']})" if row["note"] else ""
+        yield from _wrapped(f"{row['change']}{note}", first="  ", others="    ")
+    yield ""
+    yield "not computed, with what would have to be known:"
+    for wish in advice["unknown"]:
+        yield from _wrapped(f"{wish['wish']}: {wish['needs']}", first="  ", others="    ")
+
+
+def _balance_lines(advice: Mapping[str, Any]) -> Iterator[str]:
+    exchange, compute = 1e3 * advice["exchange_seconds_per_layer"], 1e3 * advice["compute_seconds_per_layer"]
+    yield (
+        f"balance    a MoE layer's F and B: exchange {exchange:.2f} ms, computation {compute:.2f} ms: "
+        f"{advice['exchange_over_compute']:.2f}; hidden: {advice['hidden']}"
+    )
+    link, even = advice["inter_node_bytes_per_second"], advice["break_even_bytes_per_second"]
+    if link is None:
+        yield "break-even unknown; cluster.inter_node_bytes_per_second is null"
+    elif even is None:
+        yield f"break-even none for the link between nodes; the exchange is limited by: {advice['limit']}"
+    else:
+        side = f"{link / even:.2f} x faster" if link >= even else f"{even / link:.2f} x slower"
+        yield f"break-even {even / 1e9:.1f} GB/s between nodes: below it, exchange is longer than computation;"
+        yield f"           the link has {link / 1e9:.1f} GB/s, {side}; the exchange is limited by: {advice['limit']}"
+
+
+def _changed_lines(name: str, row: Mapping[str, Any], change: str) -> Iterator[str]:
+    """Yields the row of a changed run; a long name takes several lines."""
+    is_unknown = row["fits"] is None or row["capacity_bytes"] is None
+    verdict = "-" if is_unknown else "yes" if row["fits"] else "no"
+    hours = "-" if row["gpu_hours"] is None else _hours(row["gpu_hours"])
+    *above, last = textwrap.wrap(name, _NAME, subsequent_indent="  ", break_on_hyphens=False)
+    yield from above
+    yield _changed_line(last, _number(row["step_seconds"], digits=3), change, hours, verdict)
+
+
+def _changed_line(name: str, step: str, change: str, hours: str, fits: str) -> str:
+    return f"{name:<{_NAME}}{step:>12}{change:>10}{hours:>14}{fits:>7}"
+
+
+def comparison_text(compared: Mapping[str, Any]) -> list[str]:
+    """Returns a comparison of plan and run as lines."""
+    return [
+        f"compared with {compared['num_steps']:,} steps of the run, medians over steps and means over ranks:",
+        *(
+            f"{name:<22}{predicted:>12}{measured:>12}{factor:>22}"
+            for name, predicted, measured, factor in (COMPARED_HEADER, *comparison_rows(compared))
+        ),
+        *comparison_notes(compared),
+    ]
+
+
+def comparison_rows(compared: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the cells of a table with the columns `COMPARED_HEADER`."""
+    short = compared["step_seconds"]["measured"] < 1
+    for key, name in _COMPARED.items():
+        if (values := compared.get(key)) is None:
+            continue
+        unit, digits, suffix = (_GB, 3, "GB") if key == "memory_bytes" else (1e-3, 1, "ms") if short else (1.0, 3, "s")
+        predicted, measured = (f"{values[side] / unit:,.{digits}f} {suffix}" for side in ("predicted", "measured"))
+        yield name, predicted, measured, "-" if values["factor"] is None else f"{values['factor']:.3f}"
+
+
+def comparison_notes(compared: Mapping[str, Any]) -> Iterator[str]:
+    """Yields lines about the factor, the last steps and the memory."""
+    if compared["memory_note"]:
+        yield f"peak memory: {compared['memory_note']}"
+    yield f"factor that closes the gap of the step: efficiency.unexplained={compared['factor']:.4g}"
+    if (last := compared["last_steps"]) is not None:
+        yield (
+            f"last {last['count']} steps: {100 * last['difference']:+.1f} % against the prediction with the factor of "
+            f"the steps before them"
+        )
+
+
+def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a table of built ranks."""
+    rows = [["built ranks", "parameters", "weights (B)", "gradients (B)", "optimizer (B)", "arithmetic"]]
+    for kind in kinds:
+        ranks = kind["pipeline_ranks"]
+        shown = ",".join(map(str, ranks))
+        name = shown if len(shown) <= 24 else f"{ranks[0]}..{ranks[-1]} ({len(ranks)})"
+        sizes = (kind[key] for key in ("parameters", "weights_bytes", "gradients_bytes", "optimiser_bytes"))
+        rows.append([name, *(f"{size:,}" for size in sizes), "equal" if kind["equal"] else "differs"])
+    return aligned(rows)
+
+
+def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int) -> list[str]:
+    """Returns the result of a search as lines of at most 100 columns, except those of overrides."""
+    counts, found = values["counts"], values["candidates"]
+    lines = [_search_line(found, counts)]
+    if given_sequences != sequences:
+        lines.append(f"batch: {given_sequences:,} sequences cannot be divided; all layouts have {sequences:,}")
+    lines.append(
+        f"{counts['rejected']:,} rejected, {counts['dropped']:,} dropped as slower, {counts['built']:,} schedules built"
+    )
+    if counts["open"]:
+        lines += _wrapped(
+            f"{counts['open']:,} not compared, because that takes too long: at best {counts['open_seconds']:.3f} s a "
+            "step; compare one with launch.plan"
+        )
+    lines.append("")
+    if found:
+        lines += [*_found_lines(found), "", "* on the front: no layout is as fast with less memory", ""]
+        for number, layout in enumerate(found, start=1):
+            quoted = (f"'{text}'" if "[" in text else text for text in layout["overrides"])
+            lines.append(f"{number}: {' '.join(quoted)}")
+        lines.append("")
+    lines.append(f"rejected: {counts['rejected']:,} layouts")
+    for group in values["rejected"]:
+        lines += _wrapped(f"{group['count']:>9,}  {group['reason']}", others=" " * _INDENT)
+    return lines
+
+
+def _search_line(found: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> str:
+    if found:
+        layout, step = found[0]["layout"], found[0]["time"]["step_seconds"]
+        axes = f"pipeline {layout['pipeline']} x data {layout['data']}"
+        axes += f" x context {layout['context']}" if layout["context"] > 1 else ""
+        return (
+            f"best of {counts['layouts']:,} layouts: {axes}, expert {layout['expert']}, {layout['schedule']}: "
+            f"{step:.3f} s"
+        )
+    if counts["open"]:
+        return f"no layout that was compared fits; {counts['open']:,} of {counts['layouts']:,} are not compared"
+    return f"no layout of {counts['layouts']:,} fits"
+
+
+def _found_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    has_context = any(each["layout"]["context"] > 1 for each in found)
+    names = {"pipeline": "pipeline", "data": "data", **({"context": "context"} if has_context else {})}
+    names |= {"expert": "expert", "schedule": "schedule", "chunks": "chunks", "micro_batch_sequences": "micro"}
+    names |= {"precision": "precision", "dispatch": "dispatch"}
+    rows = [["", *names.values(), "GB", "step s", "GPU-hours"]]
+    for number, each in enumerate(found, start=1):
+        cells = [str(each["layout"][name]).replace("interleaved", "inter.") for name in names]
+        cost = each["cost"]
+        hours = "-" if cost is None else f"{cost['gpu_hours']:,.0f}"
+        size, step = each["memory"]["peak_bytes"] / _GB, each["time"]["step_seconds"]
+        rows.append([f"{number}{'*' if each['pareto'] else ' '}", *cells, f"{size:.1f}", f"{step:.3f}", hours])
+    return aligned(rows, gap=" ")
