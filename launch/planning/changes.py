@@ -101,7 +101,9 @@ def _nearest_form(text: str) -> str:
 
 def _split(item: str, *, is_item: bool) -> Iterator[str]:
     """Yields the parts between commas, and pluses of one item, that are outside of brackets and quotes."""
-    depth, quote, start = 0, "", 0
+    depth = 0
+    quote = ""
+    start = 0
     for place, letter in enumerate(item):
         if quote:
             quote = "" if letter == quote else quote

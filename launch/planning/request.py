@@ -156,7 +156,8 @@ def run_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError, CutError, ScheduleError: an invalid configuration.
     """
-    task, unread = values.get("task"), _unread(values)
+    task = values.get("task")
+    unread = _unread(values)
     if isinstance(task, Mapping) and task.get("steps") is None and (unread or task.get("epochs") is None):
         needs = f"{' and '.join(unread)} to count the steps of task.epochs" if task.get("epochs") else "a number"
         raise ConfigError(f"task.steps: launch.plan needs {needs}, is null; nearest valid: 1000")

@@ -169,7 +169,8 @@ def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]
     Keys that were set for the replaced option of a group are left out if the new option does not have them.
     """
     overrides = [*chosen]
-    groups, output = {key_of(text) for text in overrides}, _output_keys()
+    groups = {key_of(text) for text in overrides}
+    output = _output_keys()
     kept = [text for text in request.overrides if key_of(text) not in groups]
     try:
         values = plan_values([*kept, *overrides])
@@ -188,7 +189,8 @@ def _drop_other_keys(values: dict[str, Any], group: str, option: str) -> None:
     place = values
     for parent in parents:
         place = place.get(parent, {})
-    chosen, own = place.get(last), read_option(group, option)
+    chosen = place.get(last)
+    own = read_option(group, option)
     if not isinstance(chosen, Mapping) or "kind" not in own:
         return
     others = {key for name in options(group) for key in read_option(group, name)} - own.keys()

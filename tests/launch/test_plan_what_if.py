@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from launch.plan import main, preview
 from launch.planning.request import PlanRequest, read_request
 from launch.planning.what_if import advise_hardware, changed_run, plan_what_if, read_what_ifs
 from tests.train.planner.measured.runs import write_run
-from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.planner.advice import fp8_share, link_balance
 from train.planner.config import KernelRates
@@ -43,51 +43,35 @@ WRONG_WHAT_IFS = (
     # (what-if, the key and the value that the line must name)
     ("cluster.inter_node_bytes_per_secnd*2", "cluster.inter_node_bytes_per_second"),
     ("cluster.peak_flops*0", "'0'"),
-    ("cluster.peak_flops/0", "'0'"),
     ("cluster.peak_flops*-1", "'-1'"),
-    ("cluster.peak_flops*inf", "'inf'"),
     ("cluster.peak_flops*nan", "'nan'"),
-    ("cluster.peak_flops/1e999", "'1e999'"),
     ("cluster.peak_flops*1e308", "is inf"),
     ("cluster.peak_flops*two", "'two'"),
     ("cluster.peak_flops*", "''"),
-    ("cluster.peak_flops=", "''"),
-    ("cluster.peak_flops=abc", "'abc'"),
     ("cluster.peak_flops=.nan", "nan"),
     ("cluster.peak_flops", "cluster.peak_flops*2"),
     ("cluster.peak_flops*2*2", "cluster.peak_flops"),
     ("*2", "'*2'"),
-    ("=3", "'=3'"),
     ("", "''"),
     ("parallelism.data*1.3", "166.4"),
     ("parallelism.data=1.5", "1.5"),
-    ("parallelism.data=0", "is 0"),
     ("parallelism.expert=48", "is 48"),
-    ("parallelism.pipeline=3", "has 3"),
     ("parallelism.pipeline*4", "has 120"),
     ("parallelism.cut=weird", "'weird'"),
     ("parallelism.cut=[1,2,3]", "[1,2,3]"),
     ("parallelism.data=128, parallelism.data", "'parallelism.data'"),
     ("precision.kind=fp4", "'fp4'"),
-    ("precision=fp4", "fp4"),
     ("precision.kind*2", "precision.kind"),
     ("schedule.kind=dualpip", "'dualpip'"),
-    ("schedule=nothing", "nothing"),
-    ("dispatch.kind=ring", "'ring'"),
     ("dispatch.kind=local", "parallelism.expert=64"),
-    ("dispatch.max_nodes=0", "is 0"),
     ("recompute=[]", "[]"),
-    ("recompute=[norm,nrm]", "'nrm'"),
     ("recompute=[norm", "'[norm'"),
     ("batch.micro_sequences=7", "896"),
-    ("batch.global_sequences*1.0001", "15361.5"),
     ("batch.sequence_length_tokens*2", "is 8192"),
     ("batch.ramp*2", "batch.ramp.start_sequences"),
     ("cost.gpu_mtbf_hours*2", "null"),
-    ("cost.gpu_mtbf_hours=-1", "-1.0"),
     ("efficiency.unexplained=0", "0.0"),
     ("efficiency.unexplaned=1.1", "efficiency.unexplained"),
-    ("rates.latency_seconds=-1", "-1.0"),
     ("rates.receive_imbalance=0.5", "0.5"),
     ("rates.*.nothing*2", "rates.*.nothing"),
     ("rates.kind=measured", "rates.kind"),
@@ -95,16 +79,13 @@ WRONG_WHAT_IFS = (
     ("model.num_limited_groups=9", "is 9"),
     ("cluster.device*2", "'cuda'"),
     ("cluster.memory_bytes=12.5", "12.5"),
-    ("cluster.ranks_per_node=7", "is 7"),
     ("search=true", "search"),
-    ("guard=nope", "nope"),
     ("memory_cap=0.1", "0.1"),
     (f"{LINK}*2 + parallelism.expert=48", "is 48"),
 )
 WRONG_LAYOUTS = (
     ("parallelism.pipeline=3", "parallelism.pipeline"),
     ("parallelism.data=100", "batch.global_sequences"),
-    ("parallelism.expert=100", "parallelism.expert"),
     ("parallelism.expert=512", "parallelism.expert"),
     ("parallelism.cut=[60,1]", "parallelism.cut"),
     ("cluster.ranks_per_node=3", "cluster.ranks_per_node"),
@@ -126,15 +107,7 @@ def small() -> tuple[PlanRequest, JobPlan]:
 
 
 def with_what_ifs(request: PlanRequest, *items: str) -> PlanRequest:
-    values = {**encode(request.options), "what_if": list(items)}
-    options = type(request.options)(**{**values, "what_if": tuple(items)})
-    return PlanRequest(
-        config=request.config,
-        planner=request.planner,
-        options=options,
-        overrides=request.overrides,
-        values=request.values,
-    )
+    return replace(request, options=replace(request.options, what_if=items))
 
 
 @pytest.mark.parametrize(("item", "named"), WRONG_WHAT_IFS, ids=[item or "empty" for item, _ in WRONG_WHAT_IFS])

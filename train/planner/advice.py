@@ -70,7 +70,8 @@ def plan_with_order(base: JobPlan, before: TrainConfig, after: TrainConfig, plan
 
 def _order_inputs(config: TrainConfig) -> tuple[object, ...]:
     """Returns what decides, with the costs, on the order and the cut of a run."""
-    mesh, model = config.parallelism, config.model
+    mesh = config.parallelism
+    model = config.model
     sizes = (mesh.pipeline, mesh.cut, config.num_micro_batches, model.num_layers, model.num_dense_layers)
     return (*sizes, model.mtp_depth, config.schedule, config.memory_cap, config.costs)
 
@@ -106,7 +107,8 @@ def wishes(config: TrainConfig, rates: Rates) -> Iterator[Wish]:
 
 def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
     """Returns what the rows of `advice.yaml` depend on."""
-    is_kernels, exchanges = isinstance(rates, KernelRates), config.parallelism.expert > 1
+    is_kernels = isinstance(rates, KernelRates)
+    exchanges = config.parallelism.expert > 1
     used = _communication_sms(config, rates) if isinstance(rates, KernelRates) else 0
     return {
         "kernels": is_kernels,
@@ -129,7 +131,9 @@ def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
 
 def _kernel_values(config: TrainConfig, rates: KernelRates) -> dict[str, Any]:
     """Returns the numbers and texts that rows of `advice.yaml` about kernels contain."""
-    attention, experts, saved = rates.attention.backward_input, rates.experts.backward_input, rates.recomputed
+    attention = rates.attention.backward_input
+    experts = rates.experts.backward_input
+    saved = rates.recomputed
     share = fp8_share(rates)
     return {
         "all_recomputed": ",".join(RECOMPUTED),
@@ -213,13 +217,17 @@ class LinkBalance:
 
 def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
     """Returns the balance of a run's MoE layers."""
-    moe, link = part_seconds(rates, config).moe.work, config.cluster.inter_node_bytes_per_second
+    moe = part_seconds(rates, config).moe.work
+    link = config.cluster.inter_node_bytes_per_second
     if link is None and isinstance(rates, KernelRates):
         link = rates.reference.inter_node_bytes_per_second
-    even, limit, hidden = None, "nothing is exchanged", "none: there is no exchange"
+    even = None
+    limit = "nothing is exchanged"
+    hidden = "none: there is no exchange"
     if moe.exchange:
         hidden = "exchange" if moe.exchange <= moe.compute else "computation"
-        across, within = moe.exchange, 0.0
+        across = moe.exchange
+        within = 0.0
         if not rows_per_token(config).across_nodes:
             across = 0.0
         elif isinstance(rates, KernelRates) and link is not None:

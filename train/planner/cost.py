@@ -108,7 +108,8 @@ def job_cost(
     stages = [_stage(config, config.task.kind, tokens, tokens * per_token / share, "steps of the largest batch")]
     if config.cost.context_extension:
         step_tokens = config.batch.global_sequences * config.batch.sequence_length_tokens
-        hours, longer = 0.0, 0
+        hours = 0.0
+        longer = 0
         for stage in config.cost.context_extension:
             step = time_plan(rates, efficiency, config, stage.sequence_length_tokens, schedule).time.step
             hours += step * ranks / _HOUR * stage.tokens / step_tokens / share
@@ -123,7 +124,8 @@ def job_cost(
 
 
 def _stage(config: TrainConfig, name: str, tokens: int | None, gpu_hours: float, note: str) -> StageCost:
-    price, watts = config.cluster.dollars_per_gpu_hour, config.cost.watts_per_gpu
+    price = config.cluster.dollars_per_gpu_hour
+    watts = config.cost.watts_per_gpu
     return StageCost(
         name=name,
         tokens=tokens,
@@ -137,7 +139,8 @@ def _stage(config: TrainConfig, name: str, tokens: int | None, gpu_hours: float,
 
 def _goodput(config: TrainConfig, time: StepTime) -> Goodput | None:
     """Returns the goodput if a failure repeats the steps since the last checkpoint, after a restart."""
-    cost, mtbf = config.cost, config.cost.gpu_mtbf_hours
+    cost = config.cost
+    mtbf = config.cost.gpu_mtbf_hours
     if mtbf is None:
         return None
     job_seconds = mtbf * _HOUR / config.parallelism.world_size

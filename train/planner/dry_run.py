@@ -55,7 +55,8 @@ def compared_kind(built: BuiltRank, counted: Mapping[int, Mapping[str, int]]) ->
 def _count_by_arithmetic(config: TrainConfig) -> dict[int, dict[str, int]]:
     """Returns what each pipeline rank holds of the network that is trained, without second networks."""
     schedule = planning_schedule(config, config.num_micro_batches)
-    shapes, sizes = stage_shapes(run_cut(config, schedule.placement)), planning_sizes(config)
+    shapes = stage_shapes(run_cut(config, schedule.placement))
+    sizes = planning_sizes(config)
     counts = {}
     for rank in range(schedule.num_ranks):
         stages = sorted({stage for _, stage in schedule.stages_of(rank)})

@@ -77,7 +77,8 @@ class Estimates:
 
     def ranked(self, setting: RankSetting, schedule: ScheduleConfig) -> RankedLayout:
         """Returns a layout with its estimates."""
-        pipeline, micro = setting.pipeline, setting.micro_sequences
+        pipeline = setting.pipeline
+        micro = setting.micro_sequences
         shares = _num_directions(schedule.kind)
         copies = shares if pipeline % 2 == 0 else 1
         sequences = self.space.config.batch.global_sequences / setting.data
@@ -107,10 +108,14 @@ class Estimates:
 
     def _work(self, unit: RankSetting, schedule: ScheduleConfig) -> _Work:
         """Returns the work of a layout whose micro-batches have one sequence."""
-        config, times = self.space.layout_config(unit, schedule), self.unit_times(unit)
-        model, pipeline, shares = config.model, unit.pipeline, _num_directions(schedule.kind)
+        config = self.space.layout_config(unit, schedule)
+        times = self.unit_times(unit)
+        model = config.model
+        pipeline = unit.pipeline
+        shares = _num_directions(schedule.kind)
         alone = alone_factor(self.planner.rates, config)
-        dense, moe = as_paired(times.dense, config), as_paired(times.moe, config)
+        dense = as_paired(times.dense, config)
+        moe = as_paired(times.moe, config)
         ends = [as_paired(part, config) for part in (times.embedding, times.head, times.mtp)]
         layers = ((model.num_dense_layers, dense), (model.num_layers - model.num_dense_layers, moe))
         parts = [(count, part) for count, part in layers if count] + [(1, part) for part in ends]
@@ -134,7 +139,8 @@ class Estimates:
 
     def _parameters(self, setting: RankSetting, copies: int) -> float:
         """Returns the number of parameters of the mean rank; `copies` ranks hold each."""
-        model, account = self.space.config.model, self._once("model", lambda: count_parameters(self.space.config.model))
+        model = self.space.config.model
+        account = self._once("model", lambda: count_parameters(self.space.config.model))
         moe = model.num_layers - model.num_dense_layers + model.mtp_depth
         routed = moe * model.num_routed_experts * account.expert
         ordinary = account.total + account.mtp - routed

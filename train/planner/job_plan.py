@@ -138,7 +138,8 @@ def untimed_reason(config: TrainConfig, rates: Rates) -> str:
         if kind not in ("fp8", "bf16"):
             return f"precision: must be fp8 or bf16 for these rates, is {kind}; nearest: precision=bf16"
         return ""
-    parameters, mesh = layer_parameters(config.model), config.parallelism
+    parameters = layer_parameters(config.model)
+    mesh = config.parallelism
     if rates.layer_parameters != parameters:
         rule = f"must be of the run's layers, in which a token uses {parameters:,} weights"
         return f"rates: {rule}, are of layers with {rates.layer_parameters:,}; nearest: rates=RUN of such a run"
@@ -194,10 +195,12 @@ def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[Assump
         # A key of one word, such as `cluster.device`, has no unit.
         if "_" in last and _unit_of(name) and not last.startswith(("timeout", "grace")):
             yield Assumption(name=name, value=value, unit=_unit_of(name), source="configuration")
-    rows, unit = rows_per_token(config).across_nodes, "rows per token and dispatch"
+    rows = rows_per_token(config).across_nodes
+    unit = "rows per token and dispatch"
     source = "random scores, experts equally loaded"
     yield Assumption(name="rows_across_nodes", value=rows, unit=unit, source=source)
-    source, factor = "declared: what no rate explains", planner.efficiency.unexplained
+    source = "declared: what no rate explains"
+    factor = planner.efficiency.unexplained
     yield Assumption(name="efficiency.unexplained", value=factor, unit="factor on a step", source=source)
 
 

@@ -78,8 +78,10 @@ def plan_page(values: Mapping[str, Any], timed: TimedPlan | None, name: str) -> 
 
 
 def _verdict(values: Mapping[str, Any]) -> str:
-    memory, layout = values["memory"], values["layout"]
-    room, peak = memory["capacity_bytes"], shown("_bytes", memory["peak_bytes"])
+    memory = values["memory"]
+    layout = values["layout"]
+    room = memory["capacity_bytes"]
+    peak = shown("_bytes", memory["peak_bytes"])
     largest = max(memory["ranks"], key=lambda rank: rank["total_bytes"])["pipeline_rank"]
     style = ""
     text = f"The largest rank, {largest}, needs {peak}. The memory of a device is not given."
@@ -98,7 +100,8 @@ def _verdict(values: Mapping[str, Any]) -> str:
 
 
 def _tiles(values: Mapping[str, Any]) -> str:
-    time, cost = values["time"] or {}, values["cost"] or {}
+    time = values["time"] or {}
+    cost = values["cost"] or {}
     facts = {
         "weights": short(values["model"]["parameters"]).replace("G", " billion").replace("M", " million"),
         "peak of a rank": _bytes(values["memory"]["peak_bytes"]),
@@ -343,7 +346,8 @@ def _timeline(timed: TimedPlan) -> str:
     rows = [_row(cells, place, span / number) for place in range(number)]
     left_out = number - _MOST_ROWS
     if left_out > 0:
-        half, width = _MOST_ROWS // 2, span / number
+        half = _MOST_ROWS // 2
+        width = span / number
         text = f"From {seconds(half * width)} to {seconds((half + left_out) * width)} only the strip shows the step."
         rows[half : half + left_out] = [f'<p class="gap">{escape(text)}</p>']
     strip = "".join(_box(cell, 0.0, span, has_labels=False) for cell in _merged(cells, span))
@@ -368,7 +372,9 @@ def _operation_styles() -> str:
 
 def _cells(timed: TimedPlan) -> Iterator[_GroupBox]:
     """Yields the groups of the busiest rank, then the optimizer."""
-    rank, schedule, simulation = timed.time.busiest, timed.schedule, timed.simulation
+    rank = timed.time.busiest
+    schedule = timed.schedule
+    simulation = timed.simulation
     held = schedule.stages_of(rank)
     names_stage = [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
     for group, start, end in zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True):
@@ -426,7 +432,8 @@ def _merged(cells: Sequence[_GroupBox], span: float) -> list[_GroupBox]:
 
 def _row(cells: Sequence[_GroupBox], place: int, width: float) -> str:
     """Returns one part of the step with labels, or nothing if the rank is idle in it."""
-    start, end = place * width, (place + 1) * width
+    start = place * width
+    end = (place + 1) * width
     inside = [cell for cell in cells if cell.start < end - 1e-9 * width and cell.end > start + 1e-9 * width]
     boxes = "".join(_box(cell, start, width, has_labels=True) for cell in inside)
     about = escape(f"from {seconds(start)} to {seconds(end)}: {len(inside)} groups")
@@ -437,13 +444,15 @@ def _row(cells: Sequence[_GroupBox], place: int, width: float) -> str:
 
 def _box(cell: _GroupBox, origin: float, width: float, *, has_labels: bool) -> str:
     """Returns a cell within a part of the step. Its label is where most of it is."""
-    start, end = max(cell.start, origin), min(cell.end, origin + width)
+    start = max(cell.start, origin)
+    end = min(cell.end, origin + width)
     is_labeled = has_labels and end - start >= 0.5 * (cell.end - cell.start)
     halves = "".join(
         f'<i class="{style}">{f"<span>{escape(label)}</span>" if is_labeled else ""}</i>'
         for style, label in zip(cell.styles, cell.labels, strict=True)
     )
-    left, size = 100 * (start - origin) / width, 100 * (end - start) / width
+    left = 100 * (start - origin) / width
+    size = 100 * (end - start) / width
     return f'<div class="cell" style="left:{left:.3f}%;width:{size:.3f}%" title="{escape(cell.about)}">{halves}</div>'
 
 

@@ -163,7 +163,8 @@ class _Scale:
 
         Nothing hides the exchange, which overestimates it: latents travel during the attention of a rank's own tokens.
         """
-        model, reference = self.config.model, self.rates.reference
+        model = self.config.model
+        reference = self.rates.reference
         score_width = model.num_heads * (model.qk_head_dim + model.v_head_dim)
         # Ranks that share a sequence expand the latents of all its tokens to keys and values, and slices those of all
         # tokens before their end.
@@ -195,7 +196,8 @@ class _Scale:
     @property
     def head(self) -> PartTimes:
         """An output head, in bf16."""
-        model, tokens = self.config.model, self.config.batch.micro_sequences * self.config.mean_part_tokens
+        model = self.config.model
+        tokens = self.config.batch.micro_sequences * self.config.mean_part_tokens
         flops = 2 * tokens * model.num_head_rows * model.hidden_size
         seconds = flops / self.rates.head_flops_per_second * self.device.products
         # The backward of a slice computes its head again.
@@ -211,8 +213,10 @@ class _Scale:
     @cached_property
     def exchange(self) -> ExchangeTimes:
         """The exchanges of one layer."""
-        rates, reference = self.rates.exchange, self.rates.reference
-        rows, scale = rows_per_token(self.config), self.tokens * self.width
+        rates = self.rates.exchange
+        reference = self.rates.reference
+        rows = rows_per_token(self.config)
+        scale = self.tokens * self.width
         nodes = rows.across_nodes / reference.rows_across_nodes * self.device.inter_node
         within = rows.within_node / reference.rows_across_nodes * self.device.intra_node
         # Both links work at the same time, one part of a micro-batch after the other.
@@ -295,7 +299,8 @@ class RowsPerToken:
 
 def rows_per_token(config: TrainConfig) -> RowsPerToken:
     """Returns the rows of a run's dispatcher for random scores."""
-    model, parallelism = config.model, config.parallelism
+    model = config.model
+    parallelism = config.parallelism
     if parallelism.expert == 1 or model.num_dense_layers == model.num_layers:
         return RowsPerToken(across_nodes=0.0, within_node=0.0)
     groups = (model.num_expert_groups, model.num_limited_groups)

@@ -47,7 +47,8 @@ class SearchSpace:
 
     def is_like_run(self, setting: RankSetting) -> bool:
         """Returns whether a setting differs from the run's own only in the number of data-parallel ranks."""
-        run, mesh = self.config, self.config.parallelism
+        run = self.config
+        mesh = self.config.parallelism
         layout = (setting.pipeline, setting.context, setting.expert, setting.micro_sequences)
         return (
             layout == (mesh.pipeline, mesh.context, mesh.expert, run.batch.micro_sequences)
@@ -131,7 +132,8 @@ class SearchSpace:
 
     def _meshes(self) -> Iterator[ParallelismConfig]:
         """Yields the sizes of all axes, the smallest pipelines and context groups first."""
-        layers, node = self.config.model.num_layers, self.config.cluster.ranks_per_node
+        layers = self.config.model.num_layers
+        node = self.config.cluster.ranks_per_node
         pipelines = [length for length in divisors(self.ranks) if length <= layers]
         # The first pipeline with more ranks than layers is kept, so that the rules reject it.
         longer = [length for length in divisors(self.ranks) if layers < length <= 2 * layers][:1]
@@ -179,7 +181,8 @@ def adapted_run(config: TrainConfig, ranks: int) -> TrainConfig:
     below it, without a ramp, in as many steps as process the same tokens.
     """
     batch = config.batch
-    lengths, contexts = range(1, min(config.model.num_layers, ranks) + 1), context_sizes(config)
+    lengths = range(1, min(config.model.num_layers, ranks) + 1)
+    contexts = context_sizes(config)
     meshes = ((length, context) for length in lengths for context in contexts if ranks % (length * context) == 0)
     if any(batch.global_sequences % (ranks // (length * context)) == 0 for length, context in meshes):
         return config

@@ -70,7 +70,8 @@ def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
 
 
 def _first_line(plan: JobPlan) -> str:
-    room, worst = plan.config.cluster.memory_bytes, plan.memory.worst
+    room = plan.config.cluster.memory_bytes
+    worst = plan.memory.worst
     needs = f"the largest rank, {worst.pipeline_rank}, needs {gigabytes(worst.total)}"
     if room is None:
         return f"{needs}; cluster.memory_bytes, the memory of a device, is not given"
@@ -85,7 +86,9 @@ def _reason_lines(plan: JobPlan) -> list[str]:
 
 
 def _layout_lines(plan: JobPlan) -> Iterator[str]:
-    config, batch, mesh = plan.config, plan.config.batch, plan.config.parallelism
+    config = plan.config
+    batch = plan.config.batch
+    mesh = plan.config.parallelism
     unit, name = (1e9, "billion") if plan.parameters >= 1e9 else (1e6, "million")
     flops, prefix = (1e9, "G") if plan.flops_per_token >= 1e9 else (1e6, "M")
     yield from labeled(
@@ -108,12 +111,14 @@ def _layout_lines(plan: JobPlan) -> Iterator[str]:
 
 def _memory_lines(plan: JobPlan) -> list[str]:
     """Returns a table of the ranks' memory at its peak; neighbors of the same sizes share a line."""
-    worst, room = plan.memory.worst, plan.config.cluster.memory_bytes
+    worst = plan.memory.worst
+    room = plan.config.cluster.memory_bytes
     unit, name = (_GB, "GB") if worst.total >= _GB else (_MB, "MB")
     rows = [list(_MEMORY_COLUMNS if room is not None else _MEMORY_COLUMNS[:-1])]
     for cells, group in groupby(plan.memory.ranks, key=lambda rank: [_size(size, unit) for size in _peak_parts(rank)]):
         ranks = list(group)
-        first, last = ranks[0].pipeline_rank, ranks[-1].pipeline_rank
+        first = ranks[0].pipeline_rank
+        last = ranks[-1].pipeline_rank
         used = [] if room is None else [f"{100 * ranks[0].total / room:.0f} %"]
         rows.append([str(first) if first == last else f"{first}-{last}", *cells, *used])
     return [f"memory of the pipeline ranks at their peak, in {name}", *aligned(rows)]
@@ -137,7 +142,9 @@ def _size(size: int, unit: float) -> str:
 
 
 def _time_lines(time: Mapping[str, Any]) -> Iterator[str]:
-    step, without, spent = time["step_seconds"], time["step_seconds_without_factor"], time["parts"]
+    step = time["step_seconds"]
+    without = time["step_seconds_without_factor"]
+    spent = time["parts"]
     mfu = "" if time["mfu"] is None else f", MFU {100 * time['mfu']:.1f} %"
     yield from labeled("step", f"{step:.3f} s, {time['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU{mfu}")
     if step != without:
@@ -206,12 +213,14 @@ def advice_text(advice: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _balance_lines(advice: Mapping[str, Any]) -> Iterator[str]:
-    exchange, compute = 1e3 * advice["exchange_seconds_per_layer"], 1e3 * advice["compute_seconds_per_layer"]
+    exchange = 1e3 * advice["exchange_seconds_per_layer"]
+    compute = 1e3 * advice["compute_seconds_per_layer"]
     yield (
         f"balance    a MoE layer's F and B: exchange {exchange:.2f} ms, computation {compute:.2f} ms: "
         f"{advice['exchange_over_compute']:.2f}; hidden: {advice['hidden']}"
     )
-    link, even = advice["inter_node_bytes_per_second"], advice["break_even_bytes_per_second"]
+    link = advice["inter_node_bytes_per_second"]
+    even = advice["break_even_bytes_per_second"]
     if link is None:
         yield "break-even unknown; cluster.inter_node_bytes_per_second is null"
     elif even is None:
@@ -285,7 +294,8 @@ def built_text(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int) -> list[str]:
     """Returns the result of a search as lines of at most 100 columns, except those of overrides."""
-    counts, found = values["counts"], values["candidates"]
+    counts = values["counts"]
+    found = values["candidates"]
     lines = [_search_line(found, counts)]
     if given_sequences != sequences:
         lines.append(f"batch: {given_sequences:,} sequences cannot be divided; all layouts have {sequences:,}")
@@ -312,7 +322,8 @@ def search_text(values: Mapping[str, Any], given_sequences: int, sequences: int)
 
 def _search_line(found: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> str:
     if found:
-        layout, step = found[0]["layout"], found[0]["time"]["step_seconds"]
+        layout = found[0]["layout"]
+        step = found[0]["time"]["step_seconds"]
         axes = f"pipeline {layout['pipeline']} x data {layout['data']}"
         axes += f" x context {layout['context']}" if layout["context"] > 1 else ""
         return (
@@ -334,6 +345,7 @@ def _found_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [str(each["layout"][name]).replace("interleaved", "inter.") for name in names]
         cost = each["cost"]
         hours = "-" if cost is None else f"{cost['gpu_hours']:,.0f}"
-        size, step = each["memory"]["peak_bytes"] / _GB, each["time"]["step_seconds"]
+        size = each["memory"]["peak_bytes"] / _GB
+        step = each["time"]["step_seconds"]
         rows.append([f"{number}{'*' if each['pareto'] else ' '}", *cells, f"{size:.1f}", f"{step:.3f}", hours])
     return aligned(rows, gap=" ")

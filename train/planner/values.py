@@ -152,7 +152,9 @@ def _found_values(layout: FoundLayout, run: TrainConfig) -> dict[str, Any]:
 
 def _overrides(config: TrainConfig, run: TrainConfig) -> Iterator[str]:
     """Yields the overrides that turn a run into a layout with a listed cut."""
-    mesh, batch, schedule = config.parallelism, config.batch, config.schedule
+    mesh = config.parallelism
+    batch = config.batch
+    schedule = config.schedule
     yield f"parallelism.pipeline={mesh.pipeline}"
     yield f"parallelism.data={mesh.data}"
     yield f"parallelism.expert={mesh.expert}"

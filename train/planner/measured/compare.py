@@ -106,7 +106,8 @@ def run_rates(folder: Path) -> MeasuredRates:
     Raises:
         ConfigError: the run has measured nothing yet, or a file is not what a run writes.
     """
-    probe, drawn = read_measured(folder / PROBE_NAME), read_measured(folder / MEASURED_NAME)
+    probe = read_measured(folder / PROBE_NAME)
+    drawn = read_measured(folder / MEASURED_NAME)
     measured = _required(probe or drawn, folder).measured
     # The probe measures computation without exchange next to it.
     alone = 1.0 if drawn is None else drawn.measured.alone
@@ -116,7 +117,8 @@ def run_rates(folder: Path) -> MeasuredRates:
         place = f"{folder}/{PROBE_NAME}"
         parts = {name: _overlapped(part, alone) for name, part in parts.items()}
     steps = typical_steps(folder)
-    overlap, outside = "not measured: no step was drawn", "not measured: no step is recorded"
+    overlap = "not measured: no step was drawn"
+    outside = "not measured: no step is recorded"
     if drawn is not None:
         overlap = f"{folder}/{MEASURED_NAME}, step {drawn.measured.step}"
     if steps:
@@ -226,7 +228,9 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
             f"run: must have recorded a step of {config.batch.global_sequences:,} sequences in metrics.jsonl, "
             f"{str(folder)!r} has not; nearest valid: rates={folder}, which plans without a comparison"
         )
-    step, simulation, num_ranks = _median(steps, "step"), timed.simulation, timed.schedule.num_ranks
+    step = _median(steps, "step")
+    simulation = timed.simulation
+    num_ranks = timed.schedule.num_ranks
     exposed = Compared.of(sum(simulation.exposed) / num_ranks, _median(steps, "exposed_exchange"))
     peak = None
     if memory is not None:
@@ -247,10 +251,12 @@ def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, fol
 
 
 def _last_steps(steps: Sequence[RecordedStep]) -> LastSteps | None:
-    before, last = steps[:-_LAST], steps[-_LAST:]
+    before = steps[:-_LAST]
+    last = steps[-_LAST:]
     if len(before) < _LAST // 2:
         return None
-    predicted, measured = _median(before, "step"), _median(last, "step")
+    predicted = _median(before, "step")
+    measured = _median(last, "step")
     return LastSteps(count=len(last), predicted=predicted, measured=measured, difference=measured / predicted - 1)
 
 
@@ -287,7 +293,8 @@ def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule 
         ConfigError: there is no record, or it is not of a run with this configuration.
     """
     run = _required(read_measured(folder / MEASURED_NAME) or read_measured(folder / PROBE_NAME), folder)
-    schedule, mesh = run.schedule, config.parallelism
+    schedule = run.schedule
+    mesh = config.parallelism
     if schedule.num_ranks != mesh.pipeline or sum(run.measured.cut) != config.model.num_layers:
         raise ConfigError(
             f"run: its measurements must be of {mesh.pipeline} pipeline ranks and {config.model.num_layers} layers, as "
