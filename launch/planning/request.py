@@ -34,8 +34,10 @@ UNREAD: Mapping[str, Any] = {"data.paths": [_UNREAD], "data.tokenizer": _UNREAD}
 
 _CHANGEABLE = ("cluster", "cost", "plan")
 """Sections of a run's configuration that describe devices and prices, which a comparison may change."""
-_PLANNED = ("model", "parallelism", "schedule", "batch", "precision", "dispatch", "recompute", "costs", "memory_cap")
-_PLANNED += ("attention", "optim")
+_PLANNED = (
+    *("model", "parallelism", "schedule", "batch", "precision", "dispatch", "recompute", "costs"),
+    *("memory_cap", "attention", "optim"),
+)
 """Sections that a plan depends on, which must be those of the run."""
 
 
