@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kernels.ranges import Above, AtLeast, Between, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from model.account.parameters import attention_parameters
 from model.config import ModelConfig
+from model.size import attention_parameters
 from train.schedule.layer_times import PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]

@@ -17,7 +17,7 @@ from comm.config import Cut
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
-from model.account import count_parameters
+from model.size import count_parameters
 from train.memory import predict_memory
 from train.planner.config import KernelRates
 from train.planner.job_plan import PlannerConfig

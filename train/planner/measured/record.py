@@ -11,7 +11,6 @@ from dualpipe.ir import Schedule, from_json, to_json
 from dualpipe.validate import validate_passes
 from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from model.config import ModelConfig, cut_at
-from model.size import attention_parameters
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 from train.planner.config import PositiveShare, layer_parameters
