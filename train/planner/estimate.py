@@ -17,7 +17,7 @@ from comm.config import Cut
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import Costs
-from model.size import count_parameters
+from model.size import held_parameters, stage_shapes
 from train.memory import predict_memory
 from train.planner.config import KernelRates
 from train.planner.job_plan import PlannerConfig
@@ -84,7 +84,7 @@ class Estimates:
         sequences = self.space.config.batch.global_sequences / setting.data
         unit = _unit(setting)
         work = self._once((unit, schedule.pairing, shares), lambda: self._work(unit, schedule))
-        parameters = self._parameters(setting, copies)
+        parameters = self._held(setting.expert) * copies / pipeline
         update = self._update_seconds(parameters)
         factor = self.planner.efficiency.unexplained
         busy = work.busy * sequences
@@ -137,14 +137,12 @@ class Estimates:
         )
         return _Work(busy=busy, path=path + 2 * (pipeline - 1) * times.latency, mean=mean)
 
-    def _parameters(self, setting: RankSetting, copies: int) -> float:
-        """Returns the number of parameters of the mean rank; `copies` ranks hold each."""
+    def _held(self, expert: int) -> int:
+        """Returns the parameters of a whole model whose experts are divided among ranks."""
         model = self.space.config.model
-        account = self._once("model", lambda: count_parameters(self.space.config.model))
-        moe = model.num_layers - model.num_dense_layers + model.mtp_depth
-        routed = moe * model.num_routed_experts * account.expert
-        ordinary = account.total + account.mtp - routed
-        return (ordinary + routed / setting.expert) * copies / setting.pipeline
+        whole = stage_shapes([range(model.num_layers)])
+        local = model.num_routed_experts // expert
+        return self._once(("held", expert), lambda: held_parameters(model, whole, local).total)
 
     def _update_seconds(self, parameters: float) -> float:
         rates = self.planner.rates
@@ -159,8 +157,7 @@ class Estimates:
         if config.optim.sharding == "replicated":
             state = parameters * moments
         else:
-            account = self._once("model", lambda: count_parameters(config.model))
-            state = (account.total + account.mtp) * (_MASTER_BYTES + moments) / self.space.ranks
+            state = self._held(1) * (_MASTER_BYTES + moments) / self.space.ranks
         return parameters * (value + max(4, value)) + state + config.cluster.memory_reserve_bytes
 
     def _kept_bytes(self, setting: RankSetting) -> int:
