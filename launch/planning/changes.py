@@ -1,4 +1,7 @@
-"""Reads what-ifs: changes of a plan's configuration, such as `cluster.inter_node_bytes_per_second*2`."""
+"""Reads what-ifs: changes of a plan's configuration, such as `cluster.inter_node_bytes_per_second*2`.
+
+All functions raise ConfigError for a change that does not apply.
+"""
 
 import math
 import re
@@ -37,11 +40,7 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """The factor of a change that multiplies.
-
-        Raises:
-            ConfigError: it is not a finite number above 0.
-        """
+        """The factor of a change that multiplies."""
         number = math.nan
         with suppress(ValueError):
             number = float(self.operand)
@@ -55,11 +54,7 @@ class Change:
         return factor
 
     def new_value(self) -> object:
-        """Returns the value of a change with `=`.
-
-        Raises:
-            ConfigError: the value does not parse.
-        """
+        """Returns the value of a change with `=`."""
         value: object = None
         with suppress(yaml.YAMLError, ValueError, RecursionError):
             value = yaml.safe_load(self.operand)
@@ -72,11 +67,7 @@ class Change:
 
 
 def parse_changes(item: str) -> tuple[Change, ...]:
-    """Returns the changes of a what-if, which `,` or ` + ` separates.
-
-    Raises:
-        ConfigError: a change has none of the forms. The message does not start with `what_if`.
-    """
+    """Returns the changes of a what-if, which `,` or ` + ` separates."""
     return tuple(_parse_change(text.strip()) for text in _split(item, is_item=True))
 
 
@@ -124,9 +115,6 @@ def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes:
         values: nested values of the whole configuration.
         typed: the same keys as far as known, decoded: whole numbers are those that must stay whole.
         changes: of keys, not of groups.
-
-    Raises:
-        ConfigError: a key does not exist or has no number to multiply. The message does not start with `what_if`.
     """
     result = deepcopy(dict(values))
     decoded = dict(dotted_keys(typed))
@@ -142,11 +130,7 @@ def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes:
 
 
 def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
-    """Returns the dotted keys that a change is about.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Returns the dotted keys that a change is about."""
     known = dict(dotted_keys(values))
     if change.key in known:
         return [change.key]
@@ -166,11 +150,7 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _multiplied(change: Change, key: str, value: object, typed: object) -> int | float:
-    """Returns a number times the factor of a change, whole if the key holds whole numbers.
-
-    Raises:
-        ConfigError: the value is not a number, or would no longer be whole.
-    """
+    """Returns a number times the factor of a change, whole if the key holds whole numbers."""
     factor = change.factor
     if isinstance(value, dict):
         raise ConfigError(f"{key}: is a group of keys; write the key of a number, such as {_first_number(key, value)}")

@@ -114,11 +114,7 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
 
 
 def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one.
-
-    Raises:
-        ConfigError: an override is invalid, or the file is not a plan.
-    """
+    """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one."""
     path = _path_of(overrides)
     options_only = overrides if path is None else [text for text in overrides if key_of(text) != _RATES]
     values = compose("plan", options_only, UNREAD)
@@ -135,11 +131,7 @@ def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def planner_config(values: Mapping[str, Any]) -> PlannerConfig:
-    """Decodes the rates and the declared factor.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value has a wrong type or range.
-    """
+    """Decodes the rates and the declared factor."""
     return PlannerConfig(
         rates=decode(Rates, values[_RATES], _RATES),  # type: ignore[arg-type]
         efficiency=decode(EfficiencyConfig, values[_EFFICIENCY], _EFFICIENCY),
@@ -177,11 +169,7 @@ def _unread(values: Mapping[str, Any]) -> list[str]:
 
 
 def _check_known_files(config: TrainConfig, unread: Sequence[str]) -> None:
-    """Rejects text and a tokenizer that are given, are on this machine, and are far too small for the run.
-
-    Raises:
-        ConfigError, DataError: as in `check_data` and `check_text`.
-    """
+    """Rejects text and a tokenizer that are given, are on this machine, and are far too small for the run."""
     paths = getattr(config.data.source, "paths", ())
     if paths and all(Path(path).expanduser().exists() for path in paths):
         unknown: tuple[Acceptance, ...] = ("small_tokenizer",) if "data.tokenizer" in unread else ()
@@ -196,11 +184,7 @@ def _path_of(overrides: Sequence[str]) -> str | None:
 
 
 def _read_plan(path: Path) -> Mapping[str, Any]:
-    """Returns the rates and the factor that a plan in JSON was computed from.
-
-    Raises:
-        ConfigError: there is no such file, or it is not a plan.
-    """
+    """Returns the rates and the factor that a plan in JSON was computed from."""
     if not path.is_file():
         raise ConfigError(
             f"rates: must be one of {', '.join(options(_RATES))}, a run's folder or a plan in JSON, is {str(path)!r}; "
@@ -221,9 +205,6 @@ def _measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequenc
     """Returns the configuration of a run, with devices and prices from overrides.
 
     What the plan depends on may be given again, but not changed.
-
-    Raises:
-        ConfigError: the configuration cannot be read, or an override differs from it.
     """
     run = write_config(read_folder(folder))
     given = dict(dotted_keys(values))
@@ -242,11 +223,7 @@ def _measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequenc
 
 
 def _require_run(folder: Path) -> Path:
-    """Returns the folder of a run.
-
-    Raises:
-        ConfigError: it holds no run.
-    """
+    """Returns the folder of a run."""
     if not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"run: must be the folder of a run, which holds {CONFIG_NAME}, is {str(folder)!r}")
     return folder

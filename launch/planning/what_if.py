@@ -1,4 +1,7 @@
-"""Plans a run with changes of its configuration."""
+"""Plans a run with changes of its configuration.
+
+All public functions raise ConfigError, CutError or ScheduleError for changes that do not apply.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,11 +35,7 @@ class ChangedRun:
 
 
 def read_what_ifs(request: PlanRequest) -> tuple[ChangedRun, ...]:
-    """Returns the changed runs of a request's what-ifs.
-
-    Raises:
-        ConfigError: a what-if is invalid. The message starts with `what_if` and holds the rule's own words.
-    """
+    """Returns the changed runs of a request's what-ifs."""
     return tuple(_checked_run(request, item) for item in request.options.what_if)
 
 
@@ -47,9 +46,6 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
 
     Args:
         keeps_order: whether the order and the cut of the run are the only ones if they apply.
-
-    Raises:
-        ConfigError: the changed run cannot be planned.
     """
     try:
         ordered = plan_with_order(base, request.config, run.config, run.planner)
@@ -65,9 +61,6 @@ def advise_hardware(request: PlanRequest, base: JobPlan) -> dict[str, Any]:
     """Returns what better hardware would gain for a run, in its public form.
 
     A changed run keeps the order and the cut of the run if they apply, so that the gain is that of the hardware alone.
-
-    Raises:
-        ConfigError: the time of the run is unknown.
     """
     require_time(base)
     rows: list[AdviceRow] = []
@@ -111,11 +104,7 @@ def _as_in_run(request: PlanRequest, message: str) -> str:
 
 
 def changed_run(request: PlanRequest, item: str) -> ChangedRun:
-    """Returns a run with changes, which passes the rules.
-
-    Raises:
-        ConfigError, CutError, ScheduleError: the changes are invalid, in the words of the broken rule.
-    """
+    """Returns a run with changes, which passes the rules."""
     changes = parse_changes(item)
     for change in changes:
         if change.key in _output_keys():
@@ -136,11 +125,7 @@ def _output_keys() -> list[str]:
 
 
 def _group_of(change: Change) -> str | None:
-    """Returns the override that chooses an option of a group, for a change of a group or of its `kind`.
-
-    Raises:
-        ConfigError: the group has no such option, or is multiplied.
-    """
+    """Returns the override that chooses an option of a group, for a change of a group or of its `kind`."""
     groups = default_groups("plan")
     group = change.key.replace(".", "/")
     of_kind = change.key.endswith(".kind") and (parent := group.rpartition("/")[0]) in groups

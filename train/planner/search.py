@@ -301,14 +301,10 @@ class Search:
         return None
 
     def _compare(self, layout: RankedLayout, worst: float) -> None:
-        """Predicts a layout with its balanced cut, then with one that fits, as long as it may be faster than `worst`.
-
-        Raises:
-            ScheduleError, CutError: the schedule or the cut is not defined.
-            _NoTimeLeftError: the time of the search does not suffice.
-        """
-        if (larger := self._smaller_that_does_not_fit(layout)) is not None:
-            self._reject(larger.reason, partial(self._undecided, layout.setting, layout.schedule), excess=larger.excess)
+        """Predicts a layout that may be faster than `worst`, with its balanced cut, then with one that fits."""
+        shown = partial(self._undecided, layout.setting, layout.schedule)
+        if (smaller := self._smaller_that_does_not_fit(layout)) is not None:
+            self._reject(smaller.reason, shown, excess=smaller.excess)
             return
         free = self._space.layout_config(layout.setting, layout.schedule)
         timing_seconds = _build_seconds(free) + _TIMING_SECONDS * layout.setting.pipeline

@@ -288,9 +288,6 @@ def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule 
 
     Returns:
         The configuration; the schedule, None if the record is of another batch size of a ramp; the device.
-
-    Raises:
-        ConfigError: there is no record, or it is not of a run with this configuration.
     """
     run = _required(read_measured(folder / MEASURED_NAME) or read_measured(folder / PROBE_NAME), folder)
     schedule = run.schedule
