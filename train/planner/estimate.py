@@ -101,7 +101,7 @@ class Estimates:
         )
 
     def unit_times(self, setting: RankSetting) -> LayerTimes:
-        """Returns the times of the model's parts for a micro-batch of one sequence, to which all are proportional."""
+        """Returns the times of the model's parts for one sequence; micro-batches take multiples of them."""
         unit = _unit(setting)
         config = self.space.layout_config(unit, self.space.schedules[0])
         return self._once(("times", unit), lambda: part_seconds(self.planner.rates, config))
@@ -199,7 +199,7 @@ def _least_compute(part: PartTimes, alone: float) -> float:
 
 
 def _idle_seconds(schedule: ScheduleConfig, pipeline: int, costs: Costs) -> float:
-    """Returns the idle time of a rank by the published formula of a schedule, or a guess where there is none."""
+    """Returns the idle time of a rank by the published formula of a schedule, or a guess without one."""
     spec = SCHEDULES.get(schedule.kind)
     if spec.idle is not None:
         return spec.idle.value(pipeline, costs)

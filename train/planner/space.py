@@ -90,7 +90,7 @@ class SearchSpace:
         return tuple(schedules)
 
     def layout_config(self, setting: RankSetting, schedule: ScheduleConfig) -> TrainConfig:
-        """Returns the configuration of a layout, with an even cut if the run has one, or else an automatic one."""
+        """Returns the configuration of a layout, with an even cut if the run has one, or an automatic one."""
         is_even = self.config.parallelism.cut.kind == "even"
         mesh = ParallelismConfig(
             pipeline=setting.pipeline,

@@ -1,4 +1,4 @@
-"""Formats plans and what was asked for with them as lines of text of at most 100 columns. No torch here.
+"""Formats plans and what was asked for with them as text of at most 100 columns. No torch here.
 
 All but the memory of a plan is formatted from the public JSON form.
 """

@@ -106,7 +106,7 @@ def what_if_values(what_if: WhatIf) -> dict[str, Any]:
 
 
 def advice_values(rows: Sequence[AdviceRow], unknown: Sequence[Wish], balance: LinkBalance) -> dict[str, Any]:
-    """Returns hardware advice as plain values: computed wishes by gain, those that cannot be computed, the balance."""
+    """Returns hardware advice as plain values, computed wishes sorted by gain."""
     values = [
         {
             "wish": row.wish.name,

@@ -29,7 +29,7 @@ _NOT_ON_CPU = "not compared: on a CPU, the resident set also holds Python and to
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedStep:
-    """The time of one step in seconds, means over all ranks, and the memory of the rank that has needed most so far.
+    """The time of one step in seconds, as means over all ranks, and the largest peak memory so far.
 
     `outside` is the time outside the passes: optimizer, data, agreement of the ranks, rollouts.
     """
@@ -174,7 +174,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastSteps:
-    """The seconds of a run's last steps by the factor of the steps before them, their median, and its difference."""
+    """Seconds of a run's last steps: predicted by the factor of those before them, and the median."""
 
     count: int
     predicted: float
@@ -284,7 +284,7 @@ def compared_run(config: TrainConfig, folder: Path) -> Comparison:
 
 
 def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule | None, str]:
-    """Returns a run's configuration with the schedule and the cut that it follows, by the newest of its records.
+    """Returns a run's configuration with the schedule and the cut of its newest record.
 
     Returns:
         The configuration; the schedule, None if the record is of another batch size of a ramp; the device.
