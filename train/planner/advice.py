@@ -130,7 +130,7 @@ def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
 
 
 def _kernel_values(config: TrainConfig, rates: KernelRates) -> dict[str, Any]:
-    """Returns the numbers and texts that rows of `advice.yaml` about kernels contain."""
+    """Returns the values that rows of `advice.yaml` about kernels contain."""
     attention = rates.attention.backward_input
     experts = rates.experts.backward_input
     saved = rates.recomputed
@@ -154,7 +154,7 @@ def _communication_sms(config: TrainConfig, rates: KernelRates) -> int:
 
 
 def _with_defaults(change: str, config: TrainConfig, rates: Rates) -> str:
-    """Returns a what-if that sets what the cluster leaves to the rates, and leaves out what nobody knows."""
+    """Returns a what-if that sets what the cluster leaves to the rates, and leaves out what is unknown."""
     parts = []
     for part in change.split(" + "):
         multiple = _MULTIPLE.fullmatch(part)

@@ -10,8 +10,7 @@ from train.config import TrainConfig
 from train.config.decode import encode
 from train.memory import RankMemory
 from train.planner.advice import AdviceRow, LinkBalance, WhatIf, Wish
-from train.planner.cost import JobCost
-from train.planner.job_plan import JobPlan, PlannerConfig, layout_json
+from train.planner.job_plan import JobCost, JobPlan, PlannerConfig, layout_json
 from train.planner.search import FoundLayout, SearchResult
 from train.planner.timing import TimedPlan
 

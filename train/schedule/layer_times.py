@@ -152,7 +152,7 @@ def model_work(times: LayerTimes, config: TrainConfig) -> ModelWork:
 
 
 def as_paired(times: PartTimes, config: TrainConfig) -> PartTimes:
-    """Returns times of a part as the run's groups take them: exchange that nothing hides counts as computation."""
+    """Returns the times of a part in groups of the run, in which exchange may count as computation."""
     return times if config.schedule.pairing == "overlapped" else times.without_overlap()
 
 

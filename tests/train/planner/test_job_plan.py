@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.train.planner.planned import PUBLISHED, plan_of
-from train.planner.cost import JobCost, StageCost
+from train.planner.job_plan import JobCost, StageCost
 
 
 def cost_of(*overrides: str) -> JobCost:
