@@ -108,10 +108,8 @@ def _tiles(values: Mapping[str, Any]) -> str:
         "step": seconds(time["step_seconds"]) if time else None,
         "tokens/s per GPU": f"{time['tokens_per_second_per_gpu']:,.0f}" if time else None,
     }
-    facts |= {_NAMES.get(key, key): shown(key, time[key]) for key in ("mfu",) if time.get(key) is not None}
-    facts |= {
-        _NAMES.get(key, key): shown(key, cost[key]) for key in ("gpu_hours", "dollars") if cost.get(key) is not None
-    }
+    others = ((time, "mfu"), (cost, "gpu_hours"), (cost, "dollars"))
+    facts |= {column_name(key): shown(key, part[key]) for part, key in others if part.get(key) is not None}
     return _facts({key: text for key, text in facts.items() if text is not None})
 
 
