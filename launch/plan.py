@@ -27,8 +27,8 @@ from launch.planning.what_if import advise_hardware, plan_what_if, read_what_ifs
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
+from train.planner.built_ranks import compare_built_ranks
 from train.planner.config import MeasuredRates
-from train.planner.dry_run import compare_built_ranks
 from train.planner.job_plan import JobPlan, plan_job, untimed_reason
 from train.planner.measured.compare import compared_plan
 from train.planner.page import plan_page

@@ -1,7 +1,6 @@
 """Comparison of built ranks with arithmetic: every difference beyond padding is named."""
 
-from train.planner.built_ranks import BuiltRank
-from train.planner.dry_run import compared_kind
+from train.planner.built_ranks import BuiltRank, compared_kind
 from train.planner.text import built_text
 
 SIZES = {
