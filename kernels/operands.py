@@ -7,15 +7,10 @@ from torch import Tensor
 def check_operand(
     subject: str, operand: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Checks that an operand matches the others.
+    """Raises ValueError unless an operand has this shape, device and type, if one is required.
 
     Args:
         subject: operation and name of the operand, for the message.
-        device: device of the other operands.
-        dtype: required type; None for any.
-
-    Raises:
-        ValueError: the shape, device or type differs.
     """
     if tuple(operand.shape) != shape:
         raise ValueError(f"{subject} must be {list(shape)}, got {list(operand.shape)}")
@@ -23,3 +18,9 @@ def check_operand(
         raise ValueError(f"{subject} must be on {device}, where the other operands are, got {operand.device}")
     if dtype is not None and operand.dtype != dtype:
         raise ValueError(f"{subject} must be {dtype}, as the other operands are, got {operand.dtype}")
+
+
+def check_columns(subject: str, matrix: Tensor) -> None:
+    """Raises ValueError unless the last dimension is contiguous, along which kernels read."""
+    if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
+        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -6,22 +6,64 @@ rank's shard. A division by a number common to all elements is a multiplication 
 Shape legend: N numbers, in any shape.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from kernels.adamw import Coefficients
-
 CHUNK_ELEMENTS = 2**16
 """Numbers processed in float32 at a time: few enough for a core's cache, enough to hide the cost of calls."""
+
+
+class Coefficients(NamedTuple):
+    """Coefficients of the update, computed in float64 and rounded once to float32 where they are used."""
+
+    keep_weight: float
+    """1 - learning rate x weight decay."""
+    keep_mean: float
+    """beta1."""
+    add_gradient: float
+    """1 - beta1."""
+    keep_square: float
+    """beta2."""
+    add_square: float
+    """1 - beta2."""
+    correct_root: float
+    """1 / sqrt(1 - beta2^step)."""
+    eps: float
+    """Term added to the corrected root."""
+    move: float
+    """-learning rate / (1 - beta1^step)."""
+
+
+def compute_coefficients(
+    step: int, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> Coefficients:
+    """Computes the coefficients of AdamW (arXiv:1711.05101) as torch does.
+
+    Args:
+        step: number of this update, from 1.
+        weight_decay: decay rate, decoupled from the gradient.
+    """
+    beta1, beta2 = betas
+    return Coefficients(
+        keep_weight=1 - learning_rate * weight_decay,
+        keep_mean=beta1,
+        add_gradient=1 - beta1,
+        keep_square=beta2,
+        add_square=1 - beta2,
+        correct_root=1 / math.sqrt(1 - beta2**step),
+        eps=eps,
+        move=-learning_rate / (1 - beta1**step),
+    )
 
 
 @torch.no_grad()
 def adamw_bf16_moments(
     weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor, coefficients: Coefficients
 ) -> None:
-    """Takes one step in place.
-
-    It updates both moments in float32, then the weights, then rounds the moments to bf16.
+    """Takes one step in place: both moments in float32, then the weights, then rounds the moments to bf16.
 
     mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2;
     weight = weight (1 - rate decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps).
@@ -55,10 +97,7 @@ def _step(
     root_N: Tensor,
     by: Coefficients,
 ) -> None:
-    """Applies the rule to one chunk.
-
-    `scratch` holds three buffers of the chunk's size, `root_N` one in float64.
-    """
+    """Applies the rule to one chunk; `scratch` holds three buffers of its size, `root_N` one in float64."""
     new_mean_N, new_square_N, part_N = scratch
     torch.mul(gradient_N, by.add_gradient, out=part_N)
     new_mean_N.copy_(mean_N).mul_(by.keep_mean).add_(part_N)
@@ -72,11 +111,7 @@ def _step(
 
 
 def check_step(weights: Tensor, gradients: Tensor, means: Tensor, squares: Tensor) -> None:
-    """Checks that `adamw_bf16_moments` can take the tensors.
-
-    Raises:
-        ValueError: a tensor has another type or shape, or is not contiguous; names the first such tensor.
-    """
+    """Raises ValueError, which names the first tensor of another type or shape, or not contiguous."""
     wanted = {"weights": torch.float32, "gradients": torch.float32, "means": torch.bfloat16, "squares": torch.bfloat16}
     for (name, dtype), tensor in zip(wanted.items(), (weights, gradients, means, squares), strict=True):
         if (tensor.dtype, tensor.shape) != (dtype, weights.shape):

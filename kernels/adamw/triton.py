@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.adamw import Coefficients
-from kernels.adamw.reference import check_step
+from kernels.adamw.reference import Coefficients, check_step
 
 # These arguments change with every step or tensor: a kernel specialized for one value would run only once.
 _CHANGING = ["num_weights", "keep_weight", "correct_root", "move"]
@@ -90,23 +89,7 @@ def adamw_bf16_moments(
     block: int = 1024,
     num_warps: int = 4,
 ) -> None:
-    """Takes one step in place.
-
-    It updates both moments in float32, then the weights, then rounds the moments to bf16.
-
-    The rule is that of `kernels.adamw.reference.adamw_bf16_moments` (arXiv:2412.19437, section 3.3.3, keeps moments in
-    bf16).
-
-    Args:
-        weights: float32, N, contiguous.
-        gradients: float32, N, contiguous; not changed.
-        means: bf16, N, contiguous; moving average of gradients.
-        squares: bf16, N, contiguous; moving average of squared gradients.
-        block: numbers per program, a power of two.
-
-    Raises:
-        ValueError: a tensor has another type or shape, or is not contiguous.
-    """
+    """Implements `reference.adamw_bf16_moments`; a program updates `block` numbers, a power of two."""
     check_step(weights, gradients, means, squares)
     num_weights = weights.numel()
     if num_weights == 0:

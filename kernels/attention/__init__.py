@@ -41,12 +41,11 @@ class AttentionKernel:
     """A kernel for causal attention and its requirements.
 
     Attributes:
-        summary: one-line description.
         attend: the function, which imports torch and its package when it is called.
         devices: device types that it runs on.
         package: import name of the package that must be installed.
         dtypes: torch's names of the supported types; empty for all.
-        pads_values: function of the head sizes and device type: whether values must be padded to the width of keys.
+        pads_values: function of the device type: whether values must be padded to the width of keys.
         makes_dense_masks: function of the device type: whether document masks store a number for each pair of tokens.
         has_blocks: whether a context group may use it: `kernels.attention.blocks` computes the same by blocks.
         suits: function of the device type, the name of a dtype, and whether documents are packed: whether `auto` may
@@ -76,7 +75,6 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_
     """Returns the attention kernel of a name, or the one that `auto` chooses.
 
     Args:
-        name: name of the kernel, or `auto`.
         is_packed: whether sequences hold several documents that must not see each other.
 
     Raises:
@@ -88,13 +86,9 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_
 
 
 def makes_dense_masks(name: str, device: str) -> bool:
-    """Whether document masks store a number for each pair of tokens.
+    """Whether document masks store a number for each pair of tokens on a type of device.
 
     `auto` never does on CUDA, because the choice depends on the installed packages there.
-
-    Args:
-        name: name of a kernel, or `auto`.
-        device: type of the tensors' device.
     """
     if name == AUTO:
         return device == "cpu" and _automatic(device, "float32", is_packed=True).makes_dense_masks(device)
@@ -102,13 +96,9 @@ def makes_dense_masks(name: str, device: str) -> bool:
 
 
 def pads_values(name: str, device: str) -> bool:
-    """Whether values are padded to the width of keys.
+    """Whether values are padded to the width of keys on a type of device.
 
     On CUDA `auto` counts as padding only if every choice pads.
-
-    Args:
-        name: name of a kernel, or `auto`.
-        device: type of the tensors' device.
     """
     if name == AUTO:
         return device == "cpu" and _automatic(device, "float32", is_packed=False).pads_values(device)

@@ -20,9 +20,6 @@ def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[
     Returns:
         Log-probabilities, N, in float32 or wider, 0 if the target is -100; and whether the target has the first of the
         largest logits, N.
-
-    Raises:
-        ValueError: the operands do not match.
     """
     check_operands(rows_ND, head_VD, targets_N)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)

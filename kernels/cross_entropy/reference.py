@@ -63,8 +63,6 @@ def linear_cross_entropy(
         targets_N: int64, below V; rows with -100 are ignored.
         row_slopes: slopes [N], or a function of a chunk's log-probabilities that returns them, [C]; None means 1 for
             every row.
-        wants_rows: whether to compute the gradient of the rows.
-        wants_head: whether to compute the gradient of the head.
         kept_ids_NK: int64, the tokens that a row's softmax is over, the target among them (otherwise its
             log-probability is minus infinity); -1 fills. A row that begins with -1 keeps the whole vocabulary, as all
             rows do if this is None.
@@ -136,10 +134,6 @@ def add_gradients(
         scores: results with the chunk's log-probabilities.
         chunk: position of the chunk among the rows; the first one begins at 0.
         slopes_CV: derivatives of -log p in each logit, in the rows' type.
-        rows_ND: as in `linear_cross_entropy`.
-        head_VD: as in `linear_cross_entropy`.
-        targets_N: as in `linear_cross_entropy`.
-        row_slopes: as in `linear_cross_entropy`.
     """
     rows_CD, is_ignored_C1 = rows_ND[chunk], targets_N[chunk, None] == IGNORE
     slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]
@@ -159,11 +153,7 @@ def add_gradients(
 
 
 def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slopes: RowSlopes | None = None) -> None:
-    """Checks that the operands of `linear_cross_entropy` match.
-
-    Raises:
-        ValueError: shapes or types do not match, or the operands are on two devices.
-    """
+    """Raises ValueError unless shapes, types and devices of `linear_cross_entropy` match."""
     subject = "linear_cross_entropy"
     if rows_ND.dim() != 2 or head_VD.dim() != 2 or rows_ND.shape[1] != head_VD.shape[1]:
         shapes = f"{list(rows_ND.shape)} and {list(head_VD.shape)}"
@@ -184,11 +174,7 @@ def check_operands(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor, row_slop
 
 
 def check_kept_ids(kept_ids_NK: Tensor | None, rows_ND: Tensor) -> None:
-    """Checks that the kept tokens match the rows.
-
-    Raises:
-        ValueError: shape, type or device do not match.
-    """
+    """Raises ValueError unless shape, type and device of kept tokens match the rows."""
     if kept_ids_NK is None:
         return
     given = f"{kept_ids_NK.dtype} {list(kept_ids_NK.shape)} on {kept_ids_NK.device}"

@@ -91,9 +91,9 @@ def nats_and_slopes_(
     A slope is softmax minus 1 at the target, or 0 if the target is -100.
 
     Args:
-        logits_CV: floating point, rows may be strided; overwritten if `has_slopes`.
+        logits_CV: floating point, rows may be strided.
         targets_C: int64, below V; rows with -100 are ignored.
-        nats_C: float32 (float64 for float64 logits), contiguous; overwritten.
+        nats_C: float32 (float64 for float64 logits), contiguous.
         block_columns: logits that a program processes at a time, a power of two.
     """
     num_rows, num_columns = logits_CV.shape
@@ -128,22 +128,13 @@ def linear_cross_entropy(
     block_columns: int = 8192,
     num_warps: int = 8,
 ) -> RowScores:
-    """Computes log softmax(rows head^T)[target] of each row and the requested gradients, chunk by chunk.
+    """Implements `reference.linear_cross_entropy`; the gradients overwrite the logits of a chunk.
 
-    Each chunk's logits are computed once, in the rows' type; the gradients overwrite them.
+    Logits are in the rows' type. torch excludes those of tokens that are not kept.
 
     Args:
-        head_VD: the head's matrix, in the rows' type.
-        targets_N: int64, below V; rows with -100 are ignored.
-        row_slopes: as in `kernels.cross_entropy.reference`.
-        wants_rows: whether to compute the gradient of the rows.
-        wants_head: whether to compute the gradient of the head.
-        kept_ids_NK: as in `kernels.cross_entropy.reference`; torch excludes the other logits.
         chunk_logits: approximate number of logits computed at a time.
         block_columns: logits that a program processes at a time, a power of two.
-
-    Raises:
-        ValueError: the operands do not match.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
     check_kept_ids(kept_ids_NK, rows_ND)

@@ -22,8 +22,7 @@ from kernels.quantize.layout import (
     check_scales,
     num_tiles,
 )
-from kernels.quantize.reference import dequantize_1x128
-from kernels.quantize.reference_blocks import dequantize_128x128
+from kernels.quantize.reference import dequantize_1x128, dequantize_128x128
 
 
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
@@ -45,9 +44,7 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient.
-
-    Source: arXiv:2412.19437, section 3.3.2.
+    """Multiplies over all groups' rows, `left right^T`: a weight's gradient (arXiv:2412.19437, 3.3.2).
 
     Args:
         left: codes [M, P] with scales by 128 of P, of the outputs' gradient.
@@ -65,12 +62,7 @@ def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
 
 
 def check_rows_by_blocks(subject: str, left: Quantized, right: QuantizedBlocks) -> tuple[int, int, int]:
-    """Returns M, N and K of `left right^T` after checking the operands.
-
-    Raises:
-        ValueError: operands have an unsupported type or shape or are on two devices, rows differ in length, or scales
-            do not match their codes.
-    """
+    """Returns M, N and K of `left right^T`; raises ValueError unless the operands match."""
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)
     _check_codes(subject, left.codes, right.codes)
@@ -81,12 +73,7 @@ def check_rows_by_blocks(subject: str, left: Quantized, right: QuantizedBlocks) 
 
 
 def check_columns(subject: str, left: QuantizedColumns, right: QuantizedColumns) -> tuple[int, int, int]:
-    """Returns M, N and P of `left right^T` after checking the operands.
-
-    Raises:
-        ValueError: operands have an unsupported type or shape, are on two devices or differ in rows, rows are not whole
-            tiles, or scales do not match their codes.
-    """
+    """Returns M, N and P of `left right^T`; raises ValueError unless operands match, in whole tiles."""
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)
     _check_codes(subject, left.codes, right.codes)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kernels.quantize.layout import TILE
+from kernels.tiles import TILE
 
 SMALLEST_SIDE = 16
 
@@ -30,15 +30,28 @@ class Tiling:
     stages: int = 4
 
     def __post_init__(self) -> None:
-        """Checks that a kernel supports the sizes.
+        """Raises ValueError if a side is not a power of two in [16, 128]."""
+        check_sides("Tiling", TILE, rows=self.rows, outputs=self.outputs)
 
-        Raises:
-            ValueError: a side is not a power of two in [16, 128].
-        """
-        for name, side in (("rows", self.rows), ("outputs", self.outputs)):
-            if not SMALLEST_SIDE <= side <= TILE or side & (side - 1):
-                nearest = min((16, 32, 64, 128), key=lambda valid: abs(valid - side))
-                raise ValueError(f"Tiling: {name} must be a power of two in [16, 128], got {side}; nearest: {nearest}")
+    @property
+    def resources(self) -> dict[str, int | bool]:
+        """Arguments of a launch that are the same for all kernels with this tiling."""
+        return resources(self.warps, self.stages) | {"SPECIALIZE": self.specialize}
+
+
+def resources(warps: int, stages: int) -> dict[str, int | bool]:
+    """Returns the arguments of a launch of a pipelined product."""
+    return {"NUM_STAGES": stages, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def check_sides(subject: str, largest: int, **sides: int) -> None:
+    """Raises ValueError if a side of a tile is not a power of two in [16, largest]."""
+    for name, side in sides.items():
+        if not SMALLEST_SIDE <= side <= largest or side & (side - 1):
+            valid = (16, 32, 64, 128, 256)
+            nearest = min((size for size in valid if size <= largest), key=lambda size: abs(size - side))
+            rule = f"must be a power of two in [16, {largest}]"
+            raise ValueError(f"{subject}: {name} {rule}, got {side}; nearest: {nearest}")
 
 
 STORED_BY_DESCRIPTOR = Tiling()

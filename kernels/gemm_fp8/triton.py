@@ -28,9 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import LARGEST_DESCRIBED_BYTES, allow_descriptors, is_describable, make_describable
 from kernels.gemm_fp8.reference import check_columns, check_rows_by_blocks
 from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
+from kernels.launch import (
+    LARGEST_DESCRIBED_BYTES,
+    allow_descriptors,
+    count_programs,
+    is_describable,
+    make_describable,
+    make_rows_contiguous,
+)
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 
@@ -118,19 +125,7 @@ def gemm_kernel(
 
 
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, tiling: Tiling | None = None) -> Tensor:
-    """Multiplies by a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
-
-    Args:
-        left: codes [M, K] with scales by 1 x 128; copied unless rows begin at multiples of 16 bytes.
-        right: codes [N, K] with scales by 128 x 128; copied under the same condition.
-        tiling: tile sizes; None chooses them by the result.
-
-    Returns:
-        [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.
-
-    Raises:
-        ValueError: the operands do not match.
-    """
+    """Implements `reference.gemm_fp8`; codes are copied unless rows begin at multiples of 16 bytes."""
     num_rows, num_outputs, _ = check_rows_by_blocks("gemm_fp8", left, right)
     out_MN = left.codes.new_empty(num_rows, num_outputs, dtype=dtype)
     _launch(left, right, out_MN, tiling)
@@ -138,21 +133,7 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype, *, til
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns, *, tiling: Tiling | None = None) -> Tensor:
-    """Multiplies over the rows of all groups, `left right^T`: a weight's gradient.
-
-    Source: arXiv:2412.19437, section 3.3.2.
-
-    Args:
-        left: codes [M, P] with scales by 128 of P; copied unless rows begin at multiples of 16 bytes.
-        right: codes [N, P] with scales by 128 of P; copied under the same condition.
-        tiling: tile sizes; None chooses them by the result.
-
-    Returns:
-        float32 [M, N]; zeros if P is 0.
-
-    Raises:
-        ValueError: the operands do not match.
-    """
+    """Implements `reference.gemm_fp8_columns`; codes are copied as in `gemm_fp8`."""
     num_rows, num_outputs, _ = check_columns("gemm_fp8_columns", left, right)
     out_MN = left.scales.new_empty(num_rows, num_outputs)
     _launch(left, right, out_MN, tiling)
@@ -171,14 +152,14 @@ def _launch(
         out_MN.zero_()
         return
     left_MK, right_NK = make_describable(left.codes), make_describable(right.codes)
-    left_scales, right_scales = (_contiguous_rows(scales) for scales in (left.scales, right.scales))
+    left_scales, right_scales = (make_rows_contiguous(scales) for scales in (left.scales, right.scales))
     store_by_descriptor = is_describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
     by_blocks = isinstance(right, QuantizedBlocks)
     stored_whole = STORED_BY_DESCRIPTOR if by_blocks else OF_COLUMNS
     tiling = tiling or (stored_whole if store_by_descriptor else STORED_BY_MASK)
     num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_MN.device)
-    gemm_kernel[(min(num_tiles, tiling.programs_per_sm * _num_multiprocessors(out_MN.device)),)](
+    gemm_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_MN.device),)](
         left_MK,
         right_NK,
         left_scales,
@@ -194,23 +175,9 @@ def _launch(
         right_scales.stride(0),
         BY_BLOCKS=by_blocks,
         STORE_BY_DESCRIPTOR=store_by_descriptor,
-        SPECIALIZE=tiling.specialize,
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUTPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
         GROUP=tiling.group,
-        NUM_STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        enable_fp_fusion=True,
+        **tiling.resources,
     )
-
-
-def _contiguous_rows(scales: Tensor) -> Tensor:
-    return scales if scales.stride(1) == 1 else scales.contiguous()
-
-
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 2  # Triton's interpreter runs programs one after the other; each one gets several tiles

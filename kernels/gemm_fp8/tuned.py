@@ -6,38 +6,22 @@ launches, and does nothing before the first product on CUDA.
 
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import pairwise
 from textwrap import shorten
-from typing import Any
+from typing import Any, Generic, ParamSpec
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES
+from kernels.gemm_fp8 import triton as kernel
 from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
-from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
+from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
-CANDIDATES = (
-    STORED_BY_DESCRIPTOR,
-    Tiling(specialize=True, warps=4),
-    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
-    Tiling(rows=64, warps=4, stages=2, programs_per_sm=3),
-    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
-    Tiling(outputs=64),
-)
-COLUMN_CANDIDATES = (
-    OF_COLUMNS,
-    Tiling(specialize=True, warps=4),
-    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
-    Tiling(rows=64, warps=4, stages=2, programs_per_sm=2),
-    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
-)
-
-Key = tuple[str, torch.dtype, int, int, int]
+P = ParamSpec("P")
 
 LOGGER = logging.getLogger("kernels")
 Milliseconds = Callable[[Callable[[], Any]], float]
@@ -68,112 +52,111 @@ class TuningError(RuntimeError):
     """No candidate tiling of a product compiles and runs on this GPU."""
 
 
-class Tuner:
-    """Chooses tilings by measured time, and records which ones do not compile or run here.
-
-    A tiling that one Triton version compiles may fail under another: in compiler passes, in ptxas, or because it needs
-    more shared memory or registers than the GPU has. Each failure removes the tiling from the candidates.
-    """
-
-    def __init__(self, name: str, milliseconds: Milliseconds) -> None:
-        """Creates a tuner without recorded failures.
-
-        Args:
-            name: name of the product, for messages.
-        """
-        self._name = name
-        self._milliseconds = milliseconds
-        self._logged: set[Tiling] = set()
-
-    def fastest(self, candidates: Sequence[Tiling], product: Callable[..., Tensor]) -> Tiling:
-        """Returns the candidate that runs a product fastest; the first of equally fast ones.
-
-        A candidate that raises is skipped, and logged with its cause the first time.
-
-        Args:
-            candidates: tilings; the untuned default comes first.
-            product: function that takes `tiling`.
-
-        Raises:
-            TuningError: every candidate raised; lists each with its cause.
-        """
-        times: dict[Tiling, float] = {}
-        causes: dict[Tiling, Exception] = {}
-        for tiling in candidates:
-            try:
-                times[tiling] = self._milliseconds(partial(product, tiling=tiling))
-            except Exception as error:
-                causes[tiling] = error
-                self._log(tiling, error)
-        if not times:
-            listed = "; ".join(f"{tiling}: {summarize(error)}" for tiling, error in causes.items())
-            raise TuningError(f"{self._name}: no tiling compiles and runs here: {listed}") from causes[candidates[0]]
-        return min(times, key=times.__getitem__)
-
-    def _log(self, tiling: Tiling, error: Exception) -> None:
-        if tiling not in self._logged:
-            self._logged.add(tiling)
-            LOGGER.warning("%s: %s is not used: %s", self._name, tiling, summarize(error))
-
-
-def summarize(error: Exception) -> str:
-    """Returns an error's type and message on one line, shortened because compilers print whole programs."""
-    return f"{type(error).__name__}: {shorten(str(error), _LONGEST_CAUSE, placeholder=' ...')}"
-
-
-class TunedGemm:
-    """Runs both products with tuned tilings, which it caches. Every tiling gives the same result.
+class TunedProduct(Generic[P]):
+    """Runs a product with the fastest tiling of its shape, which it caches. Every tiling gives the same result.
 
     The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
-    a CUDA graph. Row counts are rounded up to the next power of two.
+    a CUDA graph. A tiling that one Triton version compiles may fail under another: in compiler passes, in ptxas, or
+    because it needs more shared memory or registers than the GPU has. Such a candidate is skipped, and logged with its
+    cause the first time.
     """
 
     def __init__(
         self,
-        candidates: Iterable[Tiling] = CANDIDATES,
-        column_candidates: Iterable[Tiling] = COLUMN_CANDIDATES,
+        product: Callable[..., Tensor],
+        key_of: Callable[P, Hashable | None],
+        candidates: Sequence[Tiling],
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Creates the products without any tuned shape.
+        """Creates the product without any tuned shape.
 
         Args:
-            candidates: tilings to choose from; the untuned default comes first.
-            column_candidates: the same for `gemm_fp8_columns`.
+            product: launcher that also takes `tiling`; None for its default.
+            key_of: function of the operands: what the fastest tiling depends on; None if only the default suits.
+            candidates: tilings to choose from; the default comes first.
             milliseconds: measures a call. By default `stream_milliseconds`, and only on CUDA tensors; on other devices
-                the kernel's default tiling is used. The default tiling is also used for results whose rows are not a
-                multiple of 16 bytes, and for float64: they are not stored by descriptor, and addresses take registers.
+                the default tiling is used.
         """
-        self._candidates = {"rows": tuple(candidates), "columns": tuple(column_candidates)}
-        self._tuners = {
-            "rows": Tuner("gemm_fp8", milliseconds or stream_milliseconds),
-            "columns": Tuner("gemm_fp8_columns", milliseconds or stream_milliseconds),
-        }
-        self._is_measured_anywhere = milliseconds is not None
-        self._chosen: dict[Key, Tiling] = {}
+        self._product = product
+        self._key_of = key_of
+        self._candidates = candidates
+        self._milliseconds = milliseconds
+        self._chosen: dict[Hashable, Tiling] = {}
+        self._logged: set[Tiling] = set()
 
-    def gemm_fp8(self, left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-        """Implements `kernels.gemm_fp8.triton.gemm_fp8`."""
-        key = ("rows", dtype, *_sizes(left.codes, right.codes))
-        return gemm_fp8(left, right, dtype, tiling=self._tiling(key, left.codes.device, gemm_fp8, left, right, dtype))
-
-    def gemm_fp8_columns(self, left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-        """Implements `kernels.gemm_fp8.triton.gemm_fp8_columns`."""
-        key = ("columns", torch.float32, *_sizes(left.codes, right.codes))
-        return gemm_fp8_columns(left, right, tiling=self._tiling(key, left.codes.device, gemm_fp8_columns, left, right))
-
-    def _tiling(self, key: Key, device: torch.device, product: Callable[..., Tensor], *arguments: Any) -> Tiling | None:
-        if device.type != "cuda" and not self._is_measured_anywhere:
-            return None
-        kind, dtype, *sizes = key
-        stored_by_mask = sizes[1] * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
-        if stored_by_mask or 0 in sizes:
-            return None
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """Computes the product; raises TuningError, which lists each cause, if every candidate of its shape fails."""
+        left: Any = args[0]
+        is_measured = left.codes.device.type == "cuda" or self._milliseconds is not None
+        key = self._key_of(*args, **kwargs) if is_measured else None
+        call = partial(self._product, *args, **kwargs)
+        if key is None:
+            return call()
         if key not in self._chosen:
-            call = partial(product, *arguments)
-            self._chosen[key] = self._tuners[kind].fastest(self._candidates[kind], call)
-        return self._chosen[key]
+            self._chosen[key] = self._fastest(call)
+        return call(tiling=self._chosen[key])
+
+    def _fastest(self, call: Callable[..., Tensor]) -> Tiling:
+        """Returns the candidate that runs a product fastest; the first of equally fast ones."""
+        measure = self._milliseconds or stream_milliseconds
+        name = self._product.__name__
+        times: dict[Tiling, float] = {}
+        causes: dict[Tiling, Exception] = {}
+        for tiling in self._candidates:
+            try:
+                times[tiling] = measure(partial(call, tiling=tiling))
+            except Exception as error:
+                causes[tiling] = error
+                if tiling not in self._logged:
+                    self._logged.add(tiling)
+                    LOGGER.warning("%s: %s is not used: %s", name, tiling, _summary(error))
+        if not times:
+            listed = "; ".join(f"{tiling}: {_summary(error)}" for tiling, error in causes.items())
+            raise TuningError(f"{name}: no tiling compiles and runs here: {listed}") from causes[self._candidates[0]]
+        return min(times, key=times.__getitem__)
 
 
-def _sizes(left: Tensor, right: Tensor) -> tuple[int, int, int]:
-    num_rows = int(left.shape[0])
-    return triton.next_power_of_2(num_rows) if num_rows else 0, int(right.shape[0]), int(left.shape[1])
+def _summary(error: Exception) -> str:
+    """Returns an error's type and message on one line, shortened because compilers print whole programs."""
+    return f"{type(error).__name__}: {shorten(str(error), _LONGEST_CAUSE, placeholder=' ...')}"
+
+
+def round_up(num_rows: int) -> int:
+    """Returns the next power of two: products of about as many rows share a tiling."""
+    return triton.next_power_of_2(num_rows) if num_rows else 0
+
+
+def gemm_key(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Hashable | None:
+    """Returns sizes and type of `gemm_fp8`."""
+    return _key(left.codes, right.codes, dtype)
+
+
+def columns_key(left: QuantizedColumns, right: QuantizedColumns) -> Hashable | None:
+    """Returns the sizes of `gemm_fp8_columns`."""
+    return _key(left.codes, right.codes, torch.float32)
+
+
+def _key(left: Tensor, right: Tensor, dtype: torch.dtype) -> Hashable | None:
+    sizes = (round_up(len(left)), len(right), left.shape[1])
+    # Results that are not stored by descriptor need addresses, which take registers that other tilings do not have.
+    is_stored_by_mask = len(right) * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
+    return None if is_stored_by_mask or 0 in sizes else (dtype, *sizes)
+
+
+CANDIDATES = (
+    STORED_BY_DESCRIPTOR,
+    Tiling(specialize=True, warps=4),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=2, programs_per_sm=3),
+    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
+    Tiling(outputs=64),
+)
+COLUMN_CANDIDATES = (
+    OF_COLUMNS,
+    Tiling(specialize=True, warps=4),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=2, programs_per_sm=2),
+    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
+)
+gemm_fp8 = TunedProduct(kernel.gemm_fp8, gemm_key, CANDIDATES)
+gemm_fp8_columns = TunedProduct(kernel.gemm_fp8_columns, columns_key, COLUMN_CANDIDATES)

@@ -6,8 +6,7 @@ A gradient requires the columns of each group to be contiguous, one group after 
 order and scales are transposed. Results for rows are only bfloat16. Gradients are float32, added to the result's
 previous content.
 
-Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
-and outer width.
+Shape legend: as in kernels/grouped_gemm/reference_fp8.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,77 +15,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8.deep_gemm import ALIGNMENT_BYTES, OUTPUTS_MULTIPLE, make_rows_contiguous
+from kernels.gemm_fp8.deep_gemm import OUTPUTS_MULTIPLE, are_in_order, is_multiple, make_rows_contiguous
+from kernels.grouped_gemm import tuned
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import copy_to_device
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
 
 OF_NO_GROUP = -1
 
-Rows = Callable[[Quantized, QuantizedBlocks, Sequence[int], torch.dtype], Tensor]
-Weight = Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor]
+
+def grouped_rows_fp8(
+    rows: Quantized,
+    weights: QuantizedBlocks,
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    fallback: Callable[[Quantized, QuantizedBlocks, Sequence[int], torch.dtype], Tensor] = tuned.grouped_rows_fp8,
+) -> Tensor:
+    """Implements `reference_fp8.grouped_rows_fp8`."""
+    _, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
+    if not supports_rows(rows, weights, dtype):
+        return fallback(rows, weights, counts, dtype)
+    from deep_gemm import m_grouped_fp8_gemm_nt_contiguous  # type: ignore[import-not-found, unused-ignore]
+
+    layout = _layout_of(counts, rows.codes.device)
+    if layout.sources_P is None:
+        rows = make_rows_contiguous(rows)
+    else:
+        rows = Quantized(_select(rows.codes, layout.sources_P), rows.scales.index_select(0, layout.sources_P))
+    out_PN = rows.codes.new_empty(len(rows.codes), num_outputs, dtype=dtype)
+    m_grouped_fp8_gemm_nt_contiguous(tuple(rows), tuple(weights), out_PN, layout.groups_P)
+    return out_PN if layout.places_A is None else out_PN.index_select(0, layout.places_A)
 
 
-class DeepGemmGrouped:
-    """Computes both products by the package, and unsupported ones by a fallback.
+def grouped_weight_fp8(
+    grad: QuantizedColumns,
+    rows: QuantizedColumns,
+    counts: Sequence[int],
+    *,
+    fallback: Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor] = tuned.grouped_weight_fp8,
+) -> Tensor:
+    """Implements `reference_fp8.grouped_weight_fp8`."""
+    _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
+    if not supports_weight(grad, rows):
+        return fallback(grad, rows, counts)
+    from deep_gemm import k_grouped_fp8_gemm_nt_contiguous
 
-    Only for devices for which `kernels.implementation.has_deep_gemm` is true.
-    """
-
-    def __init__(self, fallback: Rows, weight_fallback: Weight) -> None:
-        """Sets the fallback.
-
-        Args:
-            fallback: `kernels.grouped_gemm.triton_fp8.grouped_rows_fp8` or an equivalent function.
-            weight_fallback: `kernels.grouped_gemm.triton_fp8.grouped_weight_fp8` or an equivalent function.
-        """
-        self._fallback = fallback
-        self._weight_fallback = weight_fallback
-
-    def grouped_rows_fp8(
-        self, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:
-        """Implements `kernels.grouped_gemm.reference_fp8.grouped_rows_fp8`."""
-        _, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
-        if not supports_rows(rows, weights, dtype):
-            return self._fallback(rows, weights, counts, dtype)
-        from deep_gemm import m_grouped_fp8_gemm_nt_contiguous  # type: ignore[import-not-found, unused-ignore]
-
-        layout = _layout_of(counts, rows.codes.device)
-        if layout.sources_P is None:
-            rows = make_rows_contiguous(rows)
-        else:
-            rows = Quantized(_select(rows.codes, layout.sources_P), rows.scales.index_select(0, layout.sources_P))
-        out_PN = rows.codes.new_empty(len(rows.codes), num_outputs, dtype=dtype)
-        m_grouped_fp8_gemm_nt_contiguous(tuple(rows), tuple(weights), out_PN, layout.groups_P)
-        return out_PN if layout.places_A is None else out_PN.index_select(0, layout.places_A)
-
-    def grouped_weight_fp8(self, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-        """Implements `kernels.grouped_gemm.reference_fp8.grouped_weight_fp8`."""
-        _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
-        if not supports_weight(grad, rows):
-            return self._weight_fallback(grad, rows, counts)
-        from deep_gemm import k_grouped_fp8_gemm_nt_contiguous
-
-        out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
-        sizes = [TILE * num_tiles(count) for count in counts]
-        left, right = ((_group_by_group(each.codes, sizes), _across(each.scales)) for each in (grad, rows))
-        device = out_ENK.device
-        k_grouped_fp8_gemm_nt_contiguous(left, right, out_ENK, sizes, copy_to_device(sizes, device), out_ENK)
-        return out_ENK
+    out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
+    sizes = [TILE * num_tiles(count) for count in counts]
+    left, right = ((_group_by_group(columns.codes, sizes), _across(columns.scales)) for columns in (grad, rows))
+    device = out_ENK.device
+    k_grouped_fp8_gemm_nt_contiguous(left, right, out_ENK, sizes, copy_to_device(sizes, device), out_ENK)
+    return out_ENK
 
 
 def supports_rows(rows: Quantized, weights: QuantizedBlocks, dtype: torch.dtype) -> bool:
     """Whether the package supports these contiguous rows and matrices, which were checked to match."""
     num_groups, num_outputs, depth = weights.codes.shape
-    sizes_fit = len(rows.codes) > 0 and num_groups > 0 and _fits(num_outputs, OUTPUTS_MULTIPLE) and _fits(depth, TILE)
-    return dtype == torch.bfloat16 and sizes_fit and _in_order(*weights)
+    fits = is_multiple(num_outputs, OUTPUTS_MULTIPLE) and is_multiple(depth, TILE)
+    return dtype == torch.bfloat16 and len(rows.codes) > 0 and num_groups > 0 and fits and are_in_order(*weights)
 
 
 def supports_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
     """Whether the package supports the operands of a gradient, which were checked to match."""
-    widths_fit = all(_fits(len(each.codes), OUTPUTS_MULTIPLE) for each in (grad, rows))
-    return widths_fit and grad.codes.shape[1] > 0 and _in_order(*grad, *rows)
+    fits = all(is_multiple(len(columns.codes), OUTPUTS_MULTIPLE) for columns in (grad, rows))
+    return fits and grad.codes.shape[1] > 0 and are_in_order(*grad, *rows)
 
 
 class _Layout(NamedTuple):
@@ -141,11 +134,3 @@ def _group_by_group(codes_DP: Tensor, sizes: Sequence[int]) -> Tensor:
 def _across(scales: Tensor) -> Tensor:
     # The package uses scales in this layout directly; its transpose has too little memory for many groups.
     return scales.t().contiguous().t()
-
-
-def _fits(size: int, multiple: int) -> bool:
-    return size > 0 and size % multiple == 0
-
-
-def _in_order(*tensors: Tensor) -> bool:
-    return all(each.is_contiguous() and each.data_ptr() % ALIGNMENT_BYTES == 0 for each in tensors)

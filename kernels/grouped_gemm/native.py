@@ -17,11 +17,7 @@ from kernels.grouped_gemm.reference import check_rows, check_weight
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty.
-
-    Raises:
-        ValueError: the operands do not match, or counts do not add up to A.
-    """
+    """Implements `reference.grouped_rows`."""
     num_rows, _, num_outputs, _ = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     if num_rows == 0:
         return rows_AK.new_empty(0, num_outputs)
@@ -29,13 +25,7 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes the weight gradient of `grouped_rows`, ENK.
-
-    Per group it is the transpose of the output gradient times the rows.
-
-    Raises:
-        ValueError: the operands do not match, or counts do not add up to A.
-    """
+    """Implements `reference.grouped_weight`."""
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
     if num_rows == 0:
         return rows_AK.new_zeros(num_groups, num_outputs, num_inputs)

@@ -39,9 +39,7 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes the weight gradient of `grouped_rows`, ENK.
-
-    Per group it is the transpose of the output gradient times the rows.
+    """Computes the weight gradient of `grouped_rows`, ENK: a group's transposed gradient times its rows.
 
     Raises:
         ValueError: the operands do not match, or counts do not add up to A.
@@ -67,12 +65,7 @@ class GroupedSizes(NamedTuple):
 
 
 def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> GroupedSizes:
-    """Returns the sizes of a product of rows with one matrix per group after checking the operands.
-
-    Raises:
-        ValueError: types, devices or row lengths differ, the number of matrices is not the number of counts, or counts
-            do not add up to the rows.
-    """
+    """Returns the sizes of a product of rows with matrices; raises ValueError unless operands match."""
     check_dims(subject, "rows", rows_AK, 2)
     check_dims(subject, "the matrices", weight_ENK, 3)
     _check_alike(subject, "the matrices", weight_ENK, rows_AK)
@@ -87,11 +80,7 @@ def check_rows(subject: str, rows_AK: Tensor, weight_ENK: Tensor, counts: Sequen
 
 
 def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> GroupedSizes:
-    """Returns the sizes of the gradient of one matrix per group after checking the operands.
-
-    Raises:
-        ValueError: the numbers of rows, types or devices differ, or counts do not add up to the rows.
-    """
+    """Returns the sizes of the gradient of one matrix per group; raises ValueError unless operands match."""
     check_dims(subject, "grad", grad_AN, 2)
     check_dims(subject, "rows", rows_AK, 2)
     _check_alike(subject, "grad", grad_AN, rows_AK)
@@ -102,11 +91,7 @@ def check_weight(subject: str, grad_AN: Tensor, rows_AK: Tensor, counts: Sequenc
 
 
 def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int]) -> GroupedSizes:
-    """Returns the sizes of a product of FP8 rows with one matrix per group after checking the operands.
-
-    Raises:
-        ValueError: as `check_rows`, or codes have another type, or scales do not match them.
-    """
+    """Returns the sizes of a product of FP8 rows with matrices; raises ValueError unless operands match."""
     sizes = check_rows(subject, rows.codes, weights.codes, counts)
     tiles = num_tiles(sizes.depth)
     check_codes(f"{subject}: rows.codes", rows.codes)
@@ -119,11 +104,7 @@ def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, coun
 def check_weight_fp8(
     subject: str, grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]
 ) -> GroupedSizes:
-    """Returns the sizes of the gradient, from FP8, of one matrix per group after checking the operands.
-
-    Raises:
-        ValueError: the operands differ in rows, the rows do not match the counts, or scales do not match their codes.
-    """
+    """Returns the sizes of the gradient, from FP8, of matrices; raises ValueError unless operands match."""
     num_outputs, num_inputs, num_padded = check_columns(subject, grad, rows)
     check_counts(subject, counts, sum(counts))
     if padded_rows(counts) != num_padded:
@@ -133,11 +114,7 @@ def check_weight_fp8(
 
 
 def check_dims(subject: str, name: str, tensor: Tensor, num_dims: int) -> None:
-    """Checks the number of dimensions of a tensor.
-
-    Raises:
-        ValueError: it has another number of dimensions.
-    """
+    """Raises ValueError unless a tensor has this number of dimensions."""
     if tensor.dim() != num_dims:
         raise ValueError(f"{subject}: {name} must have {num_dims} dimensions, got {tensor.dim()}")
 

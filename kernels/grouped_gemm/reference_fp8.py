@@ -41,9 +41,7 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
 
 
 def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-    """Computes `gemm_fp8_columns` of each group: the gradient of its matrix.
-
-    Source: arXiv:2412.19437, section 3.3.2.
+    """Computes `gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, 3.3.2).
 
     Args:
         grad: codes [N, P] with scales by 128 of P, of the outputs' gradient.

@@ -1,4 +1,4 @@
-"""Maps programs to tiles of a grouped product and stores tiles; shared by the kernels of this folder.
+"""Sizes of tiles of a grouped product, their order over programs, and their stores; shared by the kernels here.
 
 Groups have any number of rows. A tile of rows begins at the start of its group or a whole number of tiles after it, so
 it may overlap the next group; those rows are computed but not stored. Tile positions are computed on the host from the
@@ -8,6 +8,7 @@ Shape legend: T tiles of rows in all groups, E groups.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -15,10 +16,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import ALIGNMENT_BYTES, is_describable
-from kernels.quantize.layout import num_tiles
+from kernels.gemm_fp8.tiling import check_sides
 
 PLACES = tl.constexpr(5)
+KNOWN_MULTIPLE = 16  # Triton specializes kernels for multiples of this number only
+LARGEST_SIDE = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedTiling:
+    """Tile sizes of the result, and the resources of a program.
+
+    Attributes:
+        rows: rows per tile, a power of two; at least 64 for `wgmma` instructions.
+        columns: columns per tile, a power of two.
+        depth: numbers that are multiplied and added at a time, a power of two.
+        height: tile rows that are processed together, column by column.
+        programs_per_sm: programs that run at the same time on a multiprocessor.
+        warps: warps per program.
+        stages: tiles of the operands in shared memory, in flight or in use.
+    """
+
+    rows: int = 128
+    columns: int = 256
+    depth: int = 64
+    height: int = 8
+    programs_per_sm: int = 1
+    warps: int = 8
+    stages: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a side is not a power of two in [16, 256]."""
+        check_sides("GroupedTiling", LARGEST_SIDE, rows=self.rows, columns=self.columns, depth=self.depth)
+
+
+OF_16_BITS = GroupedTiling()
+# Unaligned stores take registers for their addresses: a smaller tile avoids spills.
+OF_16_BITS_ONE_BY_ONE = GroupedTiling(columns=128, stages=4)
+# Full float32 does not use tensor cores: sums and operands share the registers.
+OF_32_BITS = GroupedTiling(rows=64, columns=64, depth=32, programs_per_sm=2)
+
+
+def is_stored_at_once(num_columns: int) -> bool:
+    """Whether all rows of so many columns begin at multiples of 16 bytes, the size of a vector store."""
+    return num_columns % KNOWN_MULTIPLE == 0
+
+
+def choose_tiling(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTiling:
+    """Returns the tiling for a result; raises ValueError if no kernel supports the type of the operands."""
+    if dtype not in DTYPES:
+        valid = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        raise ValueError(f"{subject}: the type must be one of {valid}, got {dtype}; nearest: float32")
+    if dtype == torch.float32:
+        return OF_32_BITS
+    return OF_16_BITS if is_stored_at_once(num_columns) else OF_16_BITS_ONE_BY_ONE
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -91,11 +143,7 @@ def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: 
     """Returns places_T5, int32, for `locate_row_tile`: tiles of rows in blocks, column by column.
 
     The five values describe the tile's block: its first tile, its number of tiles, its first row, the end of its
-    group's rows, and its group.
-
-    Args:
-        height: largest number of tiles in a block; a block never spans two groups.
-        device: to copy to, asynchronously.
+    group's rows, and its group. A block has at most `height` tiles and never spans two groups.
     """
     places: list[tuple[int, ...]] = []
     first_row = 0
@@ -110,12 +158,7 @@ def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: 
 
 
 def compute_depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Returns the start of each group's sum and the end of the last one: E + 1 numbers, int32.
-
-    Args:
-        sizes: length of each group's sum.
-        device: to copy to, asynchronously.
-    """
+    """Returns the start of each group's sum and the end of the last one: E + 1 numbers, int32."""
     return copy_to_device(list(accumulate(sizes, initial=0)), device)
 
 
@@ -123,27 +166,3 @@ def copy_to_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: t
     """Returns host integers as int32 on the device, copied asynchronously."""
     made = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
-
-
-def make_matrices_describable(matrices: Tensor) -> Tensor:
-    """Returns the matrices [E, N, K] if each can be described (`is_describable`), else a copy that can be."""
-    num_groups, num_rows, num_columns = matrices.shape
-    group_bytes = matrices.stride(0) * matrices.element_size()
-    if is_describable(matrices[0]) and group_bytes > 0 and group_bytes % ALIGNMENT_BYTES == 0:
-        return matrices
-    granularity = ALIGNMENT_BYTES // matrices.element_size()
-    width = granularity * triton.cdiv(num_columns, granularity)
-    return matrices.new_empty(num_groups, num_rows, width)[:, :, :num_columns].copy_(matrices)
-
-
-def num_programs(num_tiles_of_result: int, programs_per_sm: int, device: torch.device) -> int:
-    """Number of programs that share the tiles: as many as run at the same time, at most one per tile."""
-    if device.type != "cuda":
-        return min(num_tiles_of_result, 2)  # Triton's interpreter; each program gets several tiles
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_tiles_of_result, programs_per_sm * multiprocessors)
-
-
-def count_tiles(counts: Sequence[int]) -> list[int]:
-    """Returns the number of tiles of 128 rows that cover each group."""
-    return [num_tiles(count) for count in counts]

@@ -26,18 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import allow_descriptors, make_describable
+from kernels.gemm_fp8.tiling import resources
 from kernels.grouped_gemm.reference import check_rows, check_weight
 from kernels.grouped_gemm.tiles import (
+    GroupedTiling,
+    choose_tiling,
     compute_depth_bounds,
     locate_matrix_tile,
     locate_row_tile,
-    make_matrices_describable,
-    num_programs,
     plan_row_tiles,
     store_tile,
 )
-from kernels.grouped_gemm.tiling import GroupedTiling, choose_tiling
+from kernels.launch import allow_descriptors, count_programs, make_describable
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]
@@ -142,19 +142,12 @@ def grouped_weight_kernel(
 def grouped_rows(
     rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
 ) -> Tensor:
-    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty.
+    """Implements `reference.grouped_rows`. A NaN or infinity in one group affects only its rows.
 
     Args:
-        rows_AK: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.
-        weight_ENK: matrices of the same type; either dimension may be the contiguous one; copied under the same
-            condition.
+        rows_AK: bfloat16, float16 or float32; copied unless rows begin at multiples of 16 bytes.
+        weight_ENK: either dimension may be the contiguous one; copied under the same condition.
         tiling: tile sizes; None chooses them by the type.
-
-    Returns:
-        [A, N] of that type. A NaN or infinity in one group affects only its rows.
-
-    Raises:
-        ValueError: another type, the operands do not match, or counts do not add up to A.
     """
     num_rows, num_groups, num_outputs, depth = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     tiling = tiling or choose_tiling("grouped_rows", rows_AK.dtype, num_outputs)
@@ -162,14 +155,12 @@ def grouped_rows(
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
     across = weight_ENK.stride(2) != 1 and weight_ENK.stride(1) == 1
-    rows, weight = (
-        make_describable(rows_AK),
-        make_matrices_describable(weight_ENK.transpose(1, 2) if across else weight_ENK),
-    )
+    rows = make_describable(rows_AK)
+    weight = make_describable(weight_ENK.transpose(1, 2) if across else weight_ENK)
     places_T5 = plan_row_tiles(counts, tiling.rows, tiling.height, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.columns)
     allow_descriptors(out_AN.device)
-    grouped_rows_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
+    grouped_rows_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
         rows,
         weight,
         out_AN,
@@ -186,10 +177,7 @@ def grouped_rows(
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUTPUTS=tiling.columns,
         BLOCK_DEPTH=tiling.depth,
-        NUM_STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        enable_fp_fusion=True,
+        **resources(tiling.warps, tiling.stages),
     )
     return out_AN
 
@@ -197,20 +185,11 @@ def grouped_rows(
 def grouped_weight(
     grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
 ) -> Tensor:
-    """Computes the weight gradient of `grouped_rows`, ENK.
-
-    Per group it is the transpose of the output gradient times the rows.
+    """Implements `reference.grouped_weight`. A NaN or infinity in one group affects only its matrix.
 
     Args:
-        grad_AN: bfloat16, float16 or float32, sorted by group; copied unless rows begin at multiples of 16 bytes.
-        rows_AK: of the same type; copied under the same condition.
+        grad_AN: bfloat16, float16 or float32; copied, as the rows, unless rows begin at multiples of 16 bytes.
         tiling: tile sizes, with rows as outputs and columns as inputs; None chooses them by the type.
-
-    Returns:
-        [E, N, K] of that type; zeros for a group without rows. A NaN or infinity in one group affects only its matrix.
-
-    Raises:
-        ValueError: another type, the operands do not match, or counts do not add up to A.
     """
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
     tiling = tiling or choose_tiling("grouped_weight", grad_AN.dtype, num_inputs)
@@ -220,7 +199,7 @@ def grouped_weight(
     grad, rows = make_describable(grad_AN), make_describable(rows_AK)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.columns)
     allow_descriptors(out_ENK.device)
-    grouped_weight_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
+    grouped_weight_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
         grad,
         rows,
         out_ENK,
@@ -235,9 +214,6 @@ def grouped_weight(
         BLOCK_INPUTS=tiling.columns,
         BLOCK_DEPTH=tiling.depth,
         HEIGHT=tiling.height,
-        NUM_STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        enable_fp_fusion=True,
+        **resources(tiling.warps, tiling.stages),
     )
     return out_ENK

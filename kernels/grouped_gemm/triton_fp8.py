@@ -28,20 +28,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.descriptors import allow_descriptors, make_describable
 from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import (
     compute_depth_bounds,
-    count_tiles,
+    is_stored_at_once,
     locate_matrix_tile,
     locate_row_tile,
-    make_matrices_describable,
-    num_programs,
     plan_row_tiles,
     store_tile,
 )
-from kernels.grouped_gemm.tiling import is_stored_at_once
+from kernels.launch import allow_descriptors, count_programs, make_describable, make_rows_contiguous
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 OF_ROWS = Tiling()
@@ -157,31 +154,21 @@ def grouped_rows_fp8(
     *,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """Computes `gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
+    """Implements `reference_fp8.grouped_rows_fp8`. A NaN in one group affects only its rows.
 
-    Args:
-        rows: codes [A, K] with scales by 1 x 128, sorted by group; copied unless rows begin at multiples of 16 bytes.
-        weights: codes [E, N, K] with scales by 128 x 128; copied under the same condition.
-        counts: rows per group; may be 0.
-        tiling: tile sizes; None chooses them by the result.
-
-    Returns:
-        [A, N], rounded once, to `dtype`. A NaN in one group affects only its rows.
-
-    Raises:
-        ValueError: the operands do not match, or counts do not add up to A.
+    Codes are copied unless rows begin at multiples of 16 bytes. `tiling`: None chooses it by the result.
     """
     num_rows, num_groups, num_outputs, depth = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     out_AN = rows.codes.new_empty(num_rows, num_outputs, dtype=dtype)
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
     tiling = tiling or (OF_ROWS if is_stored_at_once(num_outputs) else STORED_BY_MASK)
-    rows_AK, weights_ENK = make_describable(rows.codes), make_matrices_describable(weights.codes)
-    rows_scales = _contiguous_rows(rows.scales)
+    rows_AK, weights_ENK = make_describable(rows.codes), make_describable(weights.codes)
+    rows_scales = make_rows_contiguous(rows.scales)
     places_T5 = plan_row_tiles(counts, tiling.rows, tiling.group, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.outputs)
     allow_descriptors(out_AN.device)
-    grouped_rows_fp8_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
+    grouped_rows_fp8_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_AN.device),)](
         rows_AK,
         weights_ENK,
         rows_scales,
@@ -197,14 +184,10 @@ def grouped_rows_fp8(
         weights_ENK.stride(0),
         weights_ENK.stride(1),
         rows_scales.stride(0),
-        SPECIALIZE=tiling.specialize,
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUTPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
-        NUM_STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        enable_fp_fusion=True,
+        **tiling.resources,
     )
     return out_AN
 
@@ -212,38 +195,25 @@ def grouped_rows_fp8(
 def grouped_weight_fp8(
     grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, tiling: Tiling = WEIGHT_TILING
 ) -> Tensor:
-    """Computes `gemm_fp8_columns` of each group: the gradient of its matrix.
+    """Implements `reference_fp8.grouped_weight_fp8`. A NaN in one group affects only its matrix.
 
-    Source: arXiv:2412.19437, section 3.3.2.
-
-    Args:
-        grad: codes [N, P] with scales by 128 of P, of the outputs' gradient; copied unless rows begin at multiples of
-            16 bytes.
-        rows: codes [K, P] with scales by 128 of P, of the inputs; copied under the same condition.
-        counts: rows per group, as given when both were quantized.
-        tiling: tile sizes; its rows are outputs, and its outputs are inputs.
-
-    Returns:
-        float32 [E, N, K]; zeros for a group without rows. A NaN in one group affects only its matrix.
-
-    Raises:
-        ValueError: the operands or the counts do not match.
+    Codes are copied unless rows begin at multiples of 16 bytes. The tiling's rows are outputs, its outputs are inputs.
     """
     depth, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)
     if out_ENK.numel() == 0 or depth == 0:
         return out_ENK.zero_()
     grad_NP, rows_KP = make_describable(grad.codes), make_describable(rows.codes)
-    grad_scales, rows_scales = _contiguous_rows(grad.scales), _contiguous_rows(rows.scales)
+    grad_scales, rows_scales = make_rows_contiguous(grad.scales), make_rows_contiguous(rows.scales)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.outputs)
     allow_descriptors(out_ENK.device)
-    grouped_weight_fp8_kernel[(num_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
+    grouped_weight_fp8_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](
         grad_NP,
         rows_KP,
         grad_scales,
         rows_scales,
         out_ENK,
-        compute_depth_bounds(count_tiles(counts), out_ENK.device),
+        compute_depth_bounds([triton.cdiv(count, TILE) for count in counts], out_ENK.device),
         num_outputs,
         num_inputs,
         depth,
@@ -252,18 +222,10 @@ def grouped_weight_fp8(
         rows_KP.stride(0),
         grad_scales.stride(0),
         rows_scales.stride(0),
-        SPECIALIZE=tiling.specialize,
         BLOCK_OUTPUTS=tiling.rows,
         BLOCK_INPUTS=tiling.outputs,
         BLOCK_DEPTH=TILE,
         HEIGHT=tiling.group,
-        NUM_STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        enable_fp_fusion=True,
+        **tiling.resources,
     )
     return out_ENK
-
-
-def _contiguous_rows(scales: Tensor) -> Tensor:
-    return scales if scales.stride(1) == 1 else scales.contiguous()

@@ -21,12 +21,9 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
 
     Args:
         rows_ND: any dtype, copied bit by bit; rows may be strided.
-        source_A: int32 or int64, below N; negative for a row of zeros.
+        source_A: int32 or int64, below N.
         out_AD: result buffer in the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`; None
             allocates it.
-
-    Returns:
-        out_AD, or a new contiguous tensor.
 
     Raises:
         ValueError: the operands do not match.
@@ -100,11 +97,7 @@ def _check_below(subject: str, index: Tensor, num_rows: int) -> None:
 
 
 def check_permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None) -> None:
-    """Checks that the result matches the rows, and that sources are indices.
-
-    Raises:
-        ValueError: the shape, device or type differs.
-    """
+    """Raises ValueError unless the result matches the rows, and sources are indices."""
     _check_index("permute: source_A", source_A, 1)
     if out_AD is not None:
         shape = (source_A.shape[0], rows_ND.shape[1])
@@ -112,11 +105,7 @@ def check_permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None) -> N
 
 
 def check_unpermute(rows_AD: Tensor, places_TK: Tensor) -> None:
-    """Checks that the rows can be summed, and that places are indices.
-
-    Raises:
-        ValueError: the number of dimensions or the type is not supported.
-    """
+    """Raises ValueError unless the rows can be summed, and places are indices."""
     _check_index("unpermute: places_TK", places_TK, 2)
     if not rows_AD.is_floating_point():
         raise ValueError(f"unpermute: rows_AD must be floating point, got {rows_AD.dtype}")

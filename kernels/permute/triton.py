@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operands import check_columns
 from kernels.permute.reference import check_permute, check_unpermute
 
 # Word type for copying rows, by the largest number up to 16 that divides all their addresses and lengths in bytes.
@@ -99,21 +100,11 @@ def permute(
     block_bytes: int = 1024,
     num_warps: int = 4,
 ) -> Tensor:
-    """Gathers rows by index: `out[a] = rows[source[a]]`, a row of zeros if the source is negative.
+    """Implements `reference.permute`, without its IndexError, for contiguous columns.
 
     Args:
-        rows_ND: any dtype, copied bit by bit; rows may be strided.
-        source_A: int32 or int64, below N; negative for a row of zeros.
-        out_AD: result buffer in the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`; None
-            allocates it.
         block_rows: rows per tile, a power of two.
         block_bytes: bytes per tile row, a power of two; an eighth as many words if rows are not aligned to 16 bytes.
-
-    Returns:
-        out_AD, or a new contiguous tensor.
-
-    Raises:
-        ValueError: the operands do not match, or columns are not contiguous.
     """
     check_permute(rows_ND, source_A, out_AD)
     num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]
@@ -121,8 +112,8 @@ def permute(
         out_AD = rows_ND.new_empty(num_sources, num_columns)
     if num_sources == 0 or num_columns == 0:
         return out_AD
-    _check_columns("permute: rows_ND", rows_ND)
-    _check_columns("permute: out_AD", out_AD)
+    check_columns("permute: rows_ND", rows_ND)
+    check_columns("permute: out_AD", out_AD)
     granularity = _granularity(rows_ND, out_AD)
     word = WORDS[granularity]
     # Narrow words are loaded one at a time, so a tile of the same width in bytes would take too many registers.
@@ -156,20 +147,9 @@ def unpermute(
     block_columns: int = 512,
     num_warps: int = 4,
 ) -> Tensor:
-    """Sums the rows of each token: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
+    """Implements `reference.unpermute`, without its IndexError, for contiguous columns.
 
-    Args:
-        rows_AD: floating point; rows may be strided.
-        places_TK: int32 or int64, below A; a negative place contributes nothing. K is a compile-time constant.
-        dtype: type of the result; by default that of the rows.
-        block_tokens: rows per tile, a power of two.
-        block_columns: columns per tile, a power of two.
-
-    Returns:
-        out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
-
-    Raises:
-        ValueError: operands have an unsupported type or shape, or columns are not contiguous.
+    K is a compile-time constant. A tile has `block_tokens` rows and `block_columns` columns, powers of two.
     """
     check_unpermute(rows_AD, places_TK)
     num_tokens, num_places = places_TK.shape
@@ -177,7 +157,7 @@ def unpermute(
     out_ND = rows_AD.new_empty(num_tokens, num_columns, dtype=dtype or rows_AD.dtype)
     if num_tokens == 0 or num_columns == 0:
         return out_ND
-    _check_columns("unpermute: rows_AD", rows_AD)
+    check_columns("unpermute: rows_AD", rows_AD)
     block_columns = min(block_columns, triton.next_power_of_2(num_columns))
     unpermute_kernel[(triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_columns, block_columns))](
         rows_AD,
@@ -210,8 +190,3 @@ def _granularity(*matrices: Tensor) -> int:
 def _as_words(matrix: Tensor, word: torch.dtype) -> Tensor:
     # A single column may have any stride, which torch rejects for a view as another dtype.
     return matrix.as_strided(matrix.shape, (matrix.stride(0), 1)).view(word)
-
-
-def _check_columns(subject: str, matrix: Tensor) -> None:
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

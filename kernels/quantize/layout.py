@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.quantize import TILE as TILE
-from kernels.quantize import num_pairs as num_pairs
-from kernels.quantize import num_tiles as num_tiles
+from kernels.tiles import TILE as TILE
+from kernels.tiles import num_pairs as num_pairs
+from kernels.tiles import num_tiles as num_tiles
 
 LARGEST_CODE = 448.0
 SMALLEST_MIN_AMAX = 2.0**-117
@@ -90,21 +90,21 @@ class PackedE5M6(NamedTuple):
     scales: Tensor
 
 
+def empty_quantized(like: Tensor, num_rows: int, num_columns: int) -> Quantized:
+    """Allocates codes ND and scales on the device of `like`."""
+    return Quantized(
+        like.new_empty(num_rows, num_columns, dtype=CODES),
+        like.new_empty(num_rows, num_tiles(num_columns), dtype=torch.float32),
+    )
+
+
 def padded_rows(counts: Sequence[int]) -> int:
     """Number of rows of all groups after each is padded to a multiple of 128."""
     return TILE * sum(map(num_tiles, counts))
 
 
 def check_counts(subject: str, counts: Sequence[int], num_rows: int) -> None:
-    """Checks that the group sizes divide up the rows.
-
-    Args:
-        subject: operation, for the message.
-        num_rows: rows of all groups together.
-
-    Raises:
-        ValueError: a count is negative, or counts do not add up to the rows.
-    """
+    """Raises ValueError unless group sizes are not negative and add up to the rows."""
     if min(counts, default=0) < 0:
         raise ValueError(f"{subject}: a count of rows must not be negative, got {min(counts)}; nearest: 0")
     if sum(counts) != num_rows:
@@ -112,32 +112,14 @@ def check_counts(subject: str, counts: Sequence[int], num_rows: int) -> None:
 
 
 def check_min_amax(min_amax: float) -> None:
-    """Checks that a lower bound of the amax cannot make a scale underflow or overflow.
-
-    Raises:
-        ValueError: it is not in [2**-117, 2**127]; below, min_amax / 448 would not be a normal float32.
-    """
+    """Raises ValueError unless min_amax is in [2**-117, 2**127]: below, a scale would be subnormal."""
     if not SMALLEST_MIN_AMAX <= min_amax <= LARGEST_MIN_AMAX:
         nearest = "2**127" if min_amax > LARGEST_MIN_AMAX else "2**-117"
         raise ValueError(f"quantize_1x128: min_amax must be in [2**-117, 2**127], got {min_amax}; nearest: {nearest}")
 
 
-def check_columns(subject: str, matrix: Tensor) -> None:
-    """Checks that a kernel can read one or several matrices along their rows.
-
-    Raises:
-        ValueError: the last dimension is not contiguous.
-    """
-    if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
-        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")
-
-
 def check_packed(packed: PackedE5M6, num_columns: int) -> None:
-    """Checks that packed rows hold so many numbers.
-
-    Raises:
-        ValueError: the number or type of bytes or scales differs.
-    """
+    """Raises ValueError unless packed rows hold this number of columns."""
     check_codes("unpack_e5m6: codes", packed.codes, torch.uint8)
     expected = (3 * num_pairs(num_columns), num_tiles(num_columns))
     found = (packed.codes.shape[1], packed.scales.shape[1])
@@ -150,15 +132,7 @@ def check_packed(packed: PackedE5M6, num_columns: int) -> None:
 
 
 def check_numbers(subject: str, values: Tensor, num_dims: int | None = None) -> None:
-    """Checks that the values are a matrix of floating-point numbers.
-
-    Args:
-        subject: operation and name of the numbers, for the message.
-        num_dims: required number of dimensions; None: 2 or more.
-
-    Raises:
-        ValueError: the type or the number of dimensions is not supported.
-    """
+    """Raises ValueError unless values are floating point with `num_dims` dimensions (None: 2 or more)."""
     if not values.is_floating_point():
         raise ValueError(f"{subject} must be floating point, got {values.dtype}; nearest: torch.float32")
     if values.dim() < 2 or num_dims not in (None, values.dim()):
@@ -167,25 +141,13 @@ def check_numbers(subject: str, values: Tensor, num_dims: int | None = None) -> 
 
 
 def check_codes(subject: str, codes: Tensor, dtype: torch.dtype = CODES) -> None:
-    """Checks the type of codes, because a kernel would misread another type.
-
-    Raises:
-        ValueError: they have another type.
-    """
+    """Raises ValueError if codes have another type, which a kernel would misread."""
     if codes.dtype != dtype:
         raise ValueError(f"{subject} must be {dtype}, got {codes.dtype}")
 
 
 def check_scales(subject: str, scales: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Checks that scales match their codes.
-
-    Args:
-        subject: operation and name of the scales, for the message.
-        shape: shape that the codes require.
-
-    Raises:
-        ValueError: the type, shape or device differs.
-    """
+    """Raises ValueError unless scales are float32, of the shape that the codes require, on their device."""
     if scales.dtype != torch.float32:
         raise ValueError(f"{subject} must be torch.float32, got {scales.dtype}")
     if tuple(scales.shape) != shape:
@@ -195,11 +157,7 @@ def check_scales(subject: str, scales: Tensor, shape: tuple[int, ...], device: t
 
 
 def check_quantized(subject: str, codes: Tensor, scales: Tensor) -> None:
-    """Checks that codes and scales are those of rows by 128 columns.
-
-    Raises:
-        ValueError: codes have another type or number of dimensions, or scales do not match them.
-    """
+    """Raises ValueError unless codes and scales are those of rows by 128 columns."""
     check_codes(f"{subject}: codes", codes)
     check_numbers(f"{subject}: codes", codes, 2)
     shape = (codes.shape[0], num_tiles(codes.shape[1]))
@@ -207,11 +165,7 @@ def check_quantized(subject: str, codes: Tensor, scales: Tensor) -> None:
 
 
 def check_quantized_blocks(subject: str, codes: Tensor, scales: Tensor) -> None:
-    """Checks that codes and scales are those of matrices by blocks of 128 x 128.
-
-    Raises:
-        ValueError: codes have another type or number of dimensions, or scales do not match them.
-    """
+    """Raises ValueError unless codes and scales are those of matrices by blocks of 128 x 128."""
     check_codes(f"{subject}: codes", codes)
     check_numbers(f"{subject}: codes", codes)
     *leading, num_rows, num_columns = codes.shape

@@ -1,6 +1,7 @@
-"""FP8 codes with one scale per row and 128 columns, in plain PyTorch.
+"""FP8 codes with one scale per 1 x 128 of rows or 128 x 128 of weights, in plain PyTorch.
 
-Shape legend: N rows, D columns, T tiles in a row, R rows processed at a time, C columns of a tile (128).
+Shape legend: E matrices, N rows, D columns, T tiles in a row, M blocks in a column, R rows processed at a time (128 of
+a block), C columns of a tile (128); values of any leading dimensions have no suffix.
 """
 
 import torch
@@ -11,9 +12,13 @@ from kernels.quantize.layout import (
     LARGEST_CODE,
     TILE,
     Quantized,
+    QuantizedBlocks,
     check_min_amax,
     check_numbers,
     check_quantized,
+    check_quantized_blocks,
+    check_scales,
+    empty_quantized,
     num_tiles,
 )
 
@@ -37,8 +42,7 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
     check_min_amax(min_amax)
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
-    codes_ND = rows_ND.new_empty(num_rows, num_columns, dtype=torch.float8_e4m3fn)
-    scales_NT = rows_ND.new_empty(num_rows, num_tiles(num_columns), dtype=torch.float32)
+    quantized = empty_quantized(rows_ND, num_rows, num_columns)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
@@ -49,9 +53,9 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
         finite_RT = scales_RT.isfinite()
         if not finite_RT.all():
             scaled_RTC.masked_fill_(~finite_RT[:, :, None], torch.nan)  # one NaN code for both signs
-        scales_NT[chunk] = scales_RT
-        codes_ND[chunk] = scaled_RTC.flatten(1)[:, :num_columns]
-    return Quantized(codes_ND, scales_NT)
+        quantized.scales[chunk] = scales_RT
+        quantized.codes[chunk] = scaled_RTC.flatten(1)[:, :num_columns]
+    return quantized
 
 
 def decode(codes: Tensor) -> Tensor:
@@ -64,13 +68,9 @@ def decode(codes: Tensor) -> Tensor:
 
 
 def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """Restores rows from codes and scales.
+    """Restores rows ND from codes and scales.
 
-    Args:
-        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)].
-
-    Returns:
-        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
+    A number is code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
 
     Raises:
         ValueError: codes or scales have an unsupported type or shape, or do not match.
@@ -102,3 +102,90 @@ def split_into_tiles(rows_RD: Tensor) -> Tensor:
     missing = -rows_RD.shape[1] % TILE
     padded_RD = functional.pad(rows_RD, (0, missing)) if missing else rows_RD
     return padded_RD.reshape(rows_RD.shape[0], -1, TILE)
+
+
+def quantize_128x128(values: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
+    """Quantizes weights block by block; scale and code follow the rule of `quantize_1x128`.
+
+    Args:
+        values: [..., N, D], floating point, read as float32. The last blocks of a matrix may be ragged.
+        power_of_two: whether to round the scale up to a power of two.
+        min_amax: lower bound of a block's amax; in [2**-117, 2**127].
+
+    Raises:
+        ValueError: min_amax is out of range, or values have an unsupported type or shape.
+    """
+    check_min_amax(min_amax)
+    check_numbers("quantize_128x128: values", values)
+    *leading, num_rows, num_columns = values.shape
+    scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
+    if values.numel():
+        for values_ND, scales_MT in zip(_matrices(values), _matrices(scales), strict=True):
+            for rows_RD, scales_T in zip(values_ND.split(TILE), scales_MT, strict=True):
+                amax_T = split_into_tiles(rows_RD.float()).abs().amax(dim=(0, 2))
+                scales_T.copy_(compute_scales(amax_T, power_of_two=power_of_two, min_amax=min_amax))
+    return QuantizedBlocks(codes_128x128(values, scales), scales)
+
+
+def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
+    """Quantizes weights under given scales: value over scale, to nearest even, saturated at 448.
+
+    Args:
+        values: [..., N, D], floating point, read as float32.
+        scales: float32 [..., ceil(N / 128), ceil(D / 128)].
+
+    Returns:
+        float8_e4m3fn [..., N, D]; NaN in a block whose scale is not finite.
+
+    Raises:
+        ValueError: values have an unsupported type or shape, or scales do not match them.
+    """
+    check_numbers("codes_128x128: values", values)
+    *leading, num_rows, num_columns = values.shape
+    shape = (*leading, num_tiles(num_rows), num_tiles(num_columns))
+    check_scales("codes_128x128: scales", scales, shape, values.device)
+    codes = torch.empty_like(values, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    if values.numel():
+        for values_ND, scales_MT, codes_ND in zip(_matrices(values), _matrices(scales), _matrices(codes), strict=True):
+            for block, rows_RD in enumerate(values_ND.split(TILE)):
+                scales_T1 = scales_MT[block, :, None]
+                scaled_RTC = split_into_tiles(rows_RD.float()).div(scales_T1).clamp_(-LARGEST_CODE, LARGEST_CODE)
+                scaled_RTC.masked_fill_(~scales_T1.isfinite(), torch.nan)
+                codes_ND[block * TILE : (block + 1) * TILE] = scaled_RTC.flatten(1)[:, :num_columns]
+    return codes
+
+
+def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
+    """Restores weights from codes and scales.
+
+    A number is code times scale in float32, as the released code does, rounded to `dtype`.
+
+    Raises:
+        ValueError: codes or scales have an unsupported type or shape, or do not match.
+    """
+    check_quantized_blocks("dequantize_128x128", *quantized)
+    codes, scales = quantized
+    num_columns = codes.shape[-1]
+    values = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
+    if codes.numel():
+        for codes_ND, scales_MT, values_ND in zip(_matrices(codes), _matrices(scales), _matrices(values), strict=True):
+            for block, codes_RD in enumerate(codes_ND.split(TILE)):
+                product_RTC = split_into_tiles(decode(codes_RD)) * scales_MT[block, :, None]
+                values_ND[block * TILE : (block + 1) * TILE] = product_RTC.flatten(1)[:, :num_columns]
+    return values
+
+
+def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
+    """Swaps the last two dimensions of quantized weights, exactly: a transposed block keeps its scale.
+
+    Raises:
+        ValueError: codes or scales have an unsupported type or shape, or do not match.
+    """
+    check_quantized_blocks("transpose_blocks", *quantized)
+    codes = quantized.codes.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
+    return QuantizedBlocks(codes, quantized.scales.mT.contiguous())
+
+
+def _matrices(stacked: Tensor) -> Tensor:
+    """Returns stacked_END: all leading dimensions merged into one."""
+    return stacked.reshape(-1, *stacked.shape[-2:])

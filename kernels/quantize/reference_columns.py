@@ -32,11 +32,6 @@ def quantize_columns(
     Args:
         rows_ND: floating point, read as float32; sorted by group.
         counts: rows per group; may be 0.
-        power_of_two: whether to round the scale up to a power of two.
-        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
-
-    Returns:
-        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
 
     Raises:
         ValueError: min_amax is out of range, operands have an unsupported type or shape, or counts do not add up to N.
@@ -50,23 +45,13 @@ def quantize_columns(
 def requantize_columns(
     quantized: Quantized, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
-    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns.
+    """Applies `quantize_columns` to FP8 rows, sorted by group; a value is code times scale in float32.
 
-    A value is code times scale in float32.
-
-    This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it.
-
-    Args:
-        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)]; sorted by group.
-        counts: rows per group; may be 0.
-        power_of_two: whether to round the scale up to a power of two.
-        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
-
-    Returns:
-        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN in every tile that holds one.
+    This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it. Every
+    tile that holds a NaN becomes NaN.
 
     Raises:
-        ValueError: min_amax is out of range, operands have an unsupported type or shape, or counts do not add up to N.
+        ValueError: as `quantize_columns`.
     """
     check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized

@@ -51,13 +51,9 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
 
 
 def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """Restores rows from 12 bits per number.
+    """Restores rows ND from 12 bits per number.
 
-    Args:
-        packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)].
-
-    Returns:
-        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
+    A number is code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
 
     Raises:
         ValueError: the packed rows are not of D numbers.

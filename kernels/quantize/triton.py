@@ -1,19 +1,24 @@
-"""FP8 codes with one scale per row and 128 columns, in Triton: bit-equal to reference.py.
+"""FP8 codes with one scale per 1 x 128 of rows or 128 x 128 of weights, in Triton: bit-equal to reference.py.
 
-Both kernels are memory-bound: each number is read once and written once.
+All kernels are memory-bound: each number is read once and written once.
 
-    kernel     grid                     tile               accumulator            rounding
-    quantize   N / block_rows * tiles   rows x 128 columns amax in int32, so that scale: division to nearest even,
-                                                           a NaN is the largest   or up to a power of two; codes:
-                                                                                  division to nearest even, then
-                                                                                  to e4m3 to nearest even
-    dequantize N / block_rows * tiles   rows x 128 columns none                   product in float32 (float64 for a
-                                                                                  float64 result), then to nearest even
+    kernel            grid                    tile              accumulator         rounding
+    quantize          N / block_rows * tiles  rows x 128        amax in int32, so   scale: division to nearest even, or
+    quantize_blocks   (T, M, E)               128 x 128         that a NaN is the   up to a power of two; codes:
+                                                                largest             division, then to e4m3, both to
+                                                                                    nearest even
+    dequantize        N / block_rows * tiles  rows x 128        none                product in float32 (float64 for a
+                                                                                    float64 result), to nearest even
+    dequantize_blocks (T, M, E)               128 x 128         none                product in float32, likewise
+    transpose_blocks  (T, M, E)               128 x 128 bytes   none                none
 
-Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially.
+Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. Codes are
+transposed by tiles because torch copies single bytes along columns; torch transposes the few scales. Row offsets are
+int64. Masks exclude rows and columns beyond the last (zeros, which do not change the amax). Tensors must be on the
+current device.
 
-Row offsets are int64. Masks exclude rows and columns beyond the last (zeros, which do not change the amax). Tensors
-must be on the current device. Shape legend: N rows, D columns, T tiles in a row.
+Shape legend: E matrices, N rows, D columns, M blocks in a column, T tiles or blocks in a row; values of any leading
+dimensions have no suffix.
 """
 
 import torch
@@ -21,13 +26,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operands import check_columns
 from kernels.quantize.layout import (
     TILE,
     Quantized,
-    check_columns,
+    QuantizedBlocks,
     check_min_amax,
     check_numbers,
     check_quantized,
+    check_quantized_blocks,
+    empty_quantized,
     num_tiles,
 )
 from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
@@ -91,33 +99,17 @@ def dequantize_kernel(
 def quantize_1x128(
     rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4, block_rows: int = 16, num_warps: int = 4
 ) -> Quantized:
-    """Quantizes rows tile by tile (arXiv:2412.19437, section 3.3.2).
-
-    A tile's scale is `max(amax, min_amax) / 448`, in float32; codes are `value / scale`, rounded to nearest even and
-    saturated at 448. A tile with a NaN or an infinity becomes all NaN, scale and codes. The last tile may be ragged.
-
-    Args:
-        rows_ND: floating point, read as float32; rows may be strided, columns must be contiguous.
-        power_of_two: whether to round the scale up to a power of two, so that quantizing again is exact.
-        min_amax: lower bound of a tile's amax, in [2**-117, 2**127], so that a scale is a normal number.
-        block_rows: rows per program, a power of two.
-
-    Raises:
-        ValueError: min_amax is out of range, rows have an unsupported type or shape, or columns are not contiguous.
-    """
+    """Implements `reference.quantize_1x128` for contiguous columns; `block_rows` rows per program."""
     check_min_amax(min_amax)
     check_numbers("quantize_1x128: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
-    tiles = num_tiles(num_columns)
-    codes_ND = rows_ND.new_empty(num_rows, num_columns, dtype=torch.float8_e4m3fn)
-    scales_NT = rows_ND.new_empty(num_rows, tiles, dtype=torch.float32)
+    quantized = empty_quantized(rows_ND, num_rows, num_columns)
     if num_rows == 0 or num_columns == 0:
-        return Quantized(codes_ND, scales_NT)
+        return quantized
     check_columns("quantize_1x128: rows_ND", rows_ND)
-    quantize_kernel[(triton.cdiv(num_rows, block_rows) * tiles,)](
+    quantize_kernel[(triton.cdiv(num_rows, block_rows) * num_tiles(num_columns),)](
         rows_ND,
-        codes_ND,
-        scales_NT,
+        *quantized,
         num_rows,
         num_columns,
         rows_ND.stride(0),
@@ -128,22 +120,11 @@ def quantize_1x128(
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
-    return Quantized(codes_ND, scales_NT)
+    return quantized
 
 
 def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: int = 16, num_warps: int = 4) -> Tensor:
-    """Restores rows from codes and scales.
-
-    Args:
-        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)], their columns contiguous.
-        block_rows: rows per program, a power of two.
-
-    Returns:
-        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
-
-    Raises:
-        ValueError: codes or scales have an unsupported type or shape or do not match, or columns are not contiguous.
-    """
+    """Implements `reference.dequantize_1x128` for contiguous columns; `block_rows` rows per program."""
     check_quantized("dequantize_1x128", *quantized)
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
@@ -167,3 +148,169 @@ def dequantize_1x128(quantized: Quantized, dtype: torch.dtype, *, block_rows: in
         enable_fp_fusion=False,
     )
     return rows_ND
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_of(
+    num_rows: tl.tensor, num_columns: tl.tensor, row_stride: tl.tensor, stride: tl.tensor, TILE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Returns offsets of a program's block in strided matrices, and the mask of valid elements."""
+    rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    columns = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
+    first = tl.program_id(2).to(tl.int64) * stride
+    return first + rows * row_stride + columns, (rows < num_rows) & (columns < num_columns)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale_place() -> tl.tensor:
+    """Returns the offset of a program's scale."""
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    return row * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit(do_not_specialize=["min_amax"])  # type: ignore[untyped-decorator]
+def quantize_blocks_kernel(
+    values: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    row_stride: tl.tensor,
+    stride: tl.tensor,
+    min_amax: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Quantizes one block."""
+    source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
+    numbers = tl.load(values + source, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(largest_bits(numbers, 1), axis=0, keep_dims=True)
+    scale = compute_scales(largest, min_amax, POWER_OF_TWO)
+    target, _ = _block_of(num_rows, num_columns, num_columns, tl.cast(num_rows, tl.int64) * num_columns, TILE)
+    tl.store(codes + target, compute_codes(numbers, scale, POWER_OF_TWO), mask=inside)
+    tl.store(scales + _scale_place(), tl.sum(scale))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def dequantize_blocks_kernel(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    values: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    row_stride: tl.tensor,
+    stride: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    """Multiplies one block by its scale."""
+    source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
+    code = tl.load(codes + source, mask=inside, other=0.0)
+    product = code.to(tl.float32) * tl.load(scales + _scale_place())
+    target, _ = _block_of(num_rows, num_columns, num_columns, tl.cast(num_rows, tl.int64) * num_columns, TILE)
+    tl.store(values + target, product.to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def transpose_blocks_kernel(
+    source_bytes: tl.tensor,
+    target_bytes: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    row_stride: tl.tensor,
+    stride: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    """Transposes one block of bytes."""
+    source, inside = _block_of(num_rows, num_columns, row_stride, stride, TILE)
+    block = tl.trans(tl.load(source_bytes + source, mask=inside, other=0))
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
+    first = tl.program_id(2).to(tl.int64) * num_rows * num_columns
+    writable = (rows < num_columns) & (columns < num_rows)
+    tl.store(target_bytes + first + rows * num_rows + columns, block, mask=writable)
+
+
+def quantize_128x128(
+    values: Tensor, *, power_of_two: bool, min_amax: float = 1e-4, num_warps: int = 8
+) -> QuantizedBlocks:
+    """Implements `reference.quantize_128x128` for contiguous columns."""
+    check_min_amax(min_amax)
+    check_numbers("quantize_128x128: values", values)
+    *leading, num_rows, num_columns = values.shape
+    codes = values.new_empty(values.shape, dtype=torch.float8_e4m3fn)
+    scales = values.new_empty(*leading, num_tiles(num_rows), num_tiles(num_columns), dtype=torch.float32)
+    if values.numel() == 0:
+        return QuantizedBlocks(codes, scales)
+    check_columns("quantize_128x128: values", values)
+    values_END = _matrices(values)
+    quantize_blocks_kernel[_grid(values_END)](
+        values_END,
+        codes,
+        scales,
+        num_rows,
+        num_columns,
+        values_END.stride(1),
+        values_END.stride(0),
+        float(min_amax),
+        POWER_OF_TWO=power_of_two,
+        TILE=TILE,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return QuantizedBlocks(codes, scales)
+
+
+def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype, *, num_warps: int = 8) -> Tensor:
+    """Implements `reference.dequantize_128x128` for contiguous columns."""
+    check_quantized_blocks("dequantize_128x128", *quantized)
+    codes, scales = quantized
+    values = codes.new_empty(codes.shape, dtype=dtype)
+    if codes.numel() == 0:
+        return values
+    check_columns("dequantize_128x128: codes", codes)
+    codes_END = _matrices(codes)
+    dequantize_blocks_kernel[_grid(codes_END)](
+        codes_END,
+        scales.contiguous(),
+        values,
+        codes.shape[-2],
+        codes.shape[-1],
+        codes_END.stride(1),
+        codes_END.stride(0),
+        TILE=TILE,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return values
+
+
+def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> QuantizedBlocks:
+    """Implements `reference.transpose_blocks` for contiguous columns."""
+    check_quantized_blocks("transpose_blocks", *quantized)
+    codes, scales = quantized
+    made = codes.new_empty(codes.mT.shape)
+    if codes.numel():
+        check_columns("transpose_blocks: codes", codes)
+        codes_END = _matrices(codes)
+        transpose_blocks_kernel[_grid(codes_END)](
+            codes_END.view(torch.uint8),
+            made.view(torch.uint8),
+            codes.shape[-2],
+            codes.shape[-1],
+            codes_END.stride(1),
+            codes_END.stride(0),
+            TILE=TILE,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
+    return QuantizedBlocks(made, scales.mT.contiguous())
+
+
+def _matrices(stacked: Tensor) -> Tensor:
+    """Returns stacked_END: all leading dimensions merged into one."""
+    return stacked.reshape(-1, *stacked.shape[-2:])
+
+
+def _grid(stacked_END: Tensor) -> tuple[int, int, int]:
+    num_matrices, num_rows, num_columns = stacked_END.shape
+    return num_tiles(num_columns), num_tiles(num_rows), num_matrices

@@ -1,9 +1,7 @@
 """Transposed FP8 codes with a scale per column and 128 rows of a group, in Triton.
 
-See kernels/quantize/reference_columns.py.
-
-Results are bit-equal to the reference. Both kernels are memory-bound: each number is read once and written once, both
-in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory.
+Results are bit-equal to reference_columns.py. Both kernels are memory-bound: each number is read once and written once,
+both in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory.
 
     kernel     grid                        tile                      accumulator            rounding
     quantize   (D / block_columns, tiles)  128 rows x block_columns  amax in int32, so that scale: division to nearest
@@ -27,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operands import check_columns
 from kernels.quantize.layout import (
     TILE,
     Quantized,
     QuantizedColumns,
-    check_columns,
     check_counts,
     check_min_amax,
     check_numbers,
@@ -148,24 +146,11 @@ def quantize_columns(
     vector: int = 4,
     num_warps: int = 8,
 ) -> QuantizedColumns:
-    """Quantizes the transpose by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
-
-    This equals `quantize_1x128` of the transpose after every group is padded with zeros to a multiple of 128 rows.
+    """Implements `reference_columns.quantize_columns` for contiguous columns.
 
     Args:
-        rows_ND: floating point, read as float32; sorted by group; rows may be strided, columns must be contiguous.
-        counts: rows per group; may be 0.
-        power_of_two: whether to round the scale up to a power of two.
-        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
-        block_columns: columns per program, a power of two.
+        block_columns: columns per program, a power of two, at most 128.
         vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
-
-    Returns:
-        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128].
-
-    Raises:
-        ValueError: min_amax is out of range, operands have an unsupported type or shape, counts do not add up to N, or
-            columns are not contiguous.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
@@ -207,28 +192,7 @@ def requantize_columns(
     vector: int = 4,
     num_warps: int = 4,
 ) -> QuantizedColumns:
-    """Applies `quantize_columns` to FP8 rows in tiles of 128 columns.
-
-    A value is code times scale in float32.
-
-    This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it.
-
-    Args:
-        quantized: codes float8_e4m3fn [N, D] and scales float32 [N, ceil(D / 128)], their columns contiguous; sorted by
-            group.
-        counts: rows per group; may be 0.
-        power_of_two: whether to round the scale up to a power of two.
-        min_amax: lower bound of a tile's amax; in [2**-117, 2**127].
-        block_columns: columns per program, a power of two, at most 128.
-        vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
-
-    Returns:
-        codes float8_e4m3fn [D, P] and scales float32 [D, P / 128]; NaN in every tile that holds one.
-
-    Raises:
-        ValueError: min_amax is out of range, operands have an unsupported type or shape, counts do not add up to N, or
-            columns are not contiguous.
-    """
+    """Implements `reference_columns.requantize_columns`; arguments as `quantize_columns`."""
     check_min_amax(min_amax)
     check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.operands import check_columns
 from kernels.quantize.layout import (
     E5M6_MIN_AMAX,
     TILE,
     PackedE5M6,
-    check_columns,
     check_numbers,
     check_packed,
     num_pairs,
@@ -128,19 +128,7 @@ def unpack_kernel(
 
 
 def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> PackedE5M6:
-    """Packs rows into 12 bits per number, tile by tile (arXiv:2412.19437, section 3.3.3).
-
-    A tile's scale is the smallest power of two, at least 2**-126, for which no magnitude exceeds 65024, the largest
-    E5M6 number. A code is the number nearest to `value / scale`, ties to even. A tile with a NaN or an infinity becomes
-    all NaN, scale and codes. The last tile may be ragged.
-
-    Args:
-        rows_ND: floating point, read as float32; rows may be strided, columns must be contiguous.
-        block_rows: rows per program, a power of two.
-
-    Raises:
-        ValueError: rows have an unsupported type or shape, or columns are not contiguous.
-    """
+    """Implements `reference_e5m6.pack_e5m6` for contiguous columns; `block_rows` rows per program."""
     check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     pairs, tiles = num_pairs(num_columns), num_tiles(num_columns)
@@ -169,18 +157,7 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
 def unpack_e5m6(
     packed: PackedE5M6, num_columns: int, dtype: torch.dtype, *, block_rows: int = 16, num_warps: int = 4
 ) -> Tensor:
-    """Restores rows from 12 bits per number.
-
-    Args:
-        packed: codes uint8 [N, 3 * ceil(D / 2)] and scales float32 [N, ceil(D / 128)], their columns contiguous.
-        block_rows: rows per program, a power of two.
-
-    Returns:
-        rows_ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`.
-
-    Raises:
-        ValueError: the packed rows are not of D numbers, or their columns are not contiguous.
-    """
+    """Implements `reference_e5m6.unpack_e5m6` for contiguous columns; `block_rows` rows per program."""
     check_packed(packed, num_columns)
     codes_NB, scales_NT = packed
     num_rows = codes_NB.shape[0]

@@ -9,6 +9,8 @@ from torch import Tensor
 from kernels.operands import check_operand
 from kernels.quantize.layout import Quantized, check_quantized
 
+LARGEST_COLUMNS = 2**13  # above this, the sums for the weight do not fit a program's registers
+
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """Computes 1 / sqrt(mean(x^2) + eps) over the last dim, [..., 1], in float32 or wider."""
@@ -18,25 +20,12 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def normalize(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
-    """Computes x * scale, casts it to x's type, and multiplies by the weight, as the released code does.
-
-    Args:
-        x: [..., D].
-        scale: `inverse_rms` of x.
-        weight_D: weights, in x's type.
-
-    Returns:
-        Tensor of the shape and type of x.
-    """
+    """Computes x * its `inverse_rms`, casts it to x's type, and then multiplies by the weight."""
     return (x * scale).to(x.dtype).mul_(weight_D)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Computes `normalize` of x, and returns the `inverse_rms` too.
-
-    Raises:
-        ValueError: the number of weights is not the number of columns.
-    """
+    """Returns `normalize` of x, and the `inverse_rms`; raises ValueError for a weight of another size."""
     check_weight("rms_norm", weight_D, x)
     scale = inverse_rms(x, eps)
     return normalize(x, scale, weight_D), scale
@@ -44,10 +33,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`.
-
-    Args:
-        grad: gradient of the output, [..., D].
-        scale: `inverse_rms` of x.
 
     Raises:
         ValueError: the operands do not match.
@@ -63,20 +48,12 @@ def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor)
 
 
 def check_weight(subject: str, weight_D: Tensor, x: Tensor) -> None:
-    """Checks that the weight has one number for each column.
-
-    Raises:
-        ValueError: the shape or device differs.
-    """
+    """Raises ValueError unless the weight has one number for each column, on the device."""
     check_operand(f"{subject}: weight_D", weight_D, (x.shape[-1],), x.device)
 
 
 def check_backward(subject: str, grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> None:
-    """Checks that the operands of a backward belong to one forward.
-
-    Raises:
-        ValueError: the shape or device differs.
-    """
+    """Raises ValueError unless the operands of a backward belong to one forward."""
     check_operand(f"{subject}: grad", grad, tuple(x.shape), x.device)
     check_operand(f"{subject}: scale", scale, (*x.shape[:-1], 1), x.device)
     check_weight(subject, weight_D, x)
@@ -85,11 +62,7 @@ def check_backward(subject: str, grad: Tensor, x: Tensor, scale: Tensor, weight_
 def check_backward_from_codes(
     subject: str, grad_AD: Tensor, normal: Quantized, inverse_A1: Tensor, weight_D: Tensor
 ) -> None:
-    """Checks that the operands of a backward from codes belong to one forward.
-
-    Raises:
-        ValueError: the shape, type or device differs.
-    """
+    """Raises ValueError unless the operands of a backward from codes belong to one forward."""
     size, num_columns = grad_AD.shape
     check_operand(f"{subject}: codes", normal.codes, (size, num_columns), grad_AD.device)
     check_quantized(subject, *normal)

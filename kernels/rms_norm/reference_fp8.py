@@ -6,19 +6,13 @@ Shape legend: A rows, D normalized size, R rows processed at a time.
 import torch
 from torch import Tensor
 
-from kernels.quantize.layout import Quantized, num_tiles
+from kernels.quantize.layout import Quantized, empty_quantized
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
 from kernels.rms_norm.reference import check_backward_from_codes, check_weight, inverse_rms
 
 
 def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, *, power_of_two: bool) -> tuple[Quantized, Tensor]:
     """Computes x / sqrt(mean(x^2) + eps) * weight, and rounds it once to FP8 (arXiv:2412.19437, 3.3.2).
-
-    Args:
-        x_AD: floating point, read as float32.
-        weight_D: weights, of any floating type.
-        eps: term added to the mean of the squares; all is computed in float32.
-        power_of_two: whether to round scales up to a power of two.
 
     Returns:
         Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
@@ -28,10 +22,7 @@ def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, *, power_of_tw
     """
     check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
-    normal = Quantized(
-        x_AD.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
-        x_AD.new_empty(size, num_tiles(num_columns), dtype=torch.float32),
-    )
+    normal = empty_quantized(x_AD, size, num_columns)
     inverse_A1 = x_AD.new_empty(size, 1, dtype=torch.float32)
     weight_D = weight_D.float()
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rms_norm import LARGEST_COLUMNS
-from kernels.rms_norm.reference import check_backward, check_weight
+from kernels.operands import check_columns
+from kernels.rms_norm.reference import LARGEST_COLUMNS, check_backward, check_weight
 
 SMALLEST_COLUMNS = 128  # one tile of codes
 WARP_THREADS = 32
@@ -131,21 +131,11 @@ def rms_norm_backward_kernel(
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, *, block_rows: int | None = None, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes the reference's `normalize(x, inverse_rms(x, eps), weight_D)` and the inverse root.
+    """Implements `reference.rms_norm` for contiguous columns, at most 8192.
 
     Args:
-        x: floating point [..., D], at most 8192 columns; rows may be strided.
-        weight_D: weights, of any floating type.
-        eps: term added to the mean of the squares.
-        block_rows: rows per program, a power of two; None chooses by row length.
+        block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
         num_warps: warps per program; None chooses by block.
-
-    Returns:
-        normal [..., D] in x's type, and 1 / sqrt(mean(x^2) + eps), [..., 1], float32 (float64 for float64).
-
-    Raises:
-        ValueError: the number of weights is not the number of columns, rows are too long, or columns are not
-            contiguous.
     """
     check_weight("rms_norm", weight_D, x)
     num_columns = x.shape[-1]
@@ -186,19 +176,14 @@ def normalize_backward(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`.
+    """Implements `reference.normalize_backward` for contiguous columns, at most 8192.
 
     Args:
-        grad: gradient of the output, [..., D]; rows may be strided.
-        scale: `inverse_rms` of x.
         block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
         num_warps: warps per program; None chooses by block.
         num_stages: blocks of rows that are loaded or processed at the same time.
         num_programs: programs that share the rows, which determines the order of the weight gradient's sum; None
             chooses by block.
-
-    Raises:
-        ValueError: the operands do not match, rows are too long, or columns are not contiguous.
     """
     check_backward("normalize_backward", grad, x, scale, weight_D)
     num_columns = x.shape[-1]
@@ -239,7 +224,6 @@ def tiling(
 
     Args:
         subject: operation and name of the rows, for the message.
-        num_columns: columns of a row, above 0.
         block_rows: rows per program given by the caller, a power of two, or None.
         num_warps: warps per program given by the caller, or None.
         has_sums: whether a program loops over blocks of rows and also holds their sums per column.
@@ -258,13 +242,3 @@ def tiling(
     return RowTiling(
         block_rows=rows, block_columns=block_columns, num_warps=warps, num_programs=WARPS_WITH_SUMS // warps
     )
-
-
-def check_columns(subject: str, matrix: Tensor) -> None:
-    """Checks that the columns of a matrix are contiguous.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

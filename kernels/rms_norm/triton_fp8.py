@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
+from kernels.operands import check_columns
+from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized
 from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
 from kernels.rms_norm.reference import check_backward_from_codes, check_weight
-from kernels.rms_norm.triton import check_columns, inverse_root, tiling
+from kernels.rms_norm.triton import inverse_root, tiling
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])  # type: ignore[untyped-decorator]
@@ -130,29 +131,10 @@ def rms_norm_quantize(
     block_rows: int | None = None,
     num_warps: int | None = None,
 ) -> tuple[Quantized, Tensor]:
-    """Computes x / sqrt(mean(x^2) + eps) * weight, and rounds it once to FP8 (arXiv:2412.19437, 3.3.2).
-
-    Args:
-        x_AD: floating point, read as float32, at most 8192 columns; rows may be strided.
-        weight_D: weights, of any floating type.
-        eps: term added to the mean of the squares.
-        power_of_two: whether to round scales up to a power of two.
-        block_rows: rows per program, a power of two; None chooses by row length.
-        num_warps: warps per program; None chooses by block.
-
-    Returns:
-        Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
-
-    Raises:
-        ValueError: the number of weights is not the number of columns, rows are too long, or columns are not
-            contiguous.
-    """
+    """Implements `reference_fp8.rms_norm_quantize`; limits and arguments as `triton.rms_norm`."""
     check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
-    normal = Quantized(
-        x_AD.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
-        x_AD.new_empty(size, num_tiles(num_columns), dtype=torch.float32),
-    )
+    normal = empty_quantized(x_AD, size, num_columns)
     inverse_A1 = x_AD.new_empty(size, 1, dtype=torch.float32)
     if x_AD.numel() == 0:
         return normal, inverse_A1.fill_(torch.nan)
@@ -189,27 +171,7 @@ def rms_norm_backward_from_codes(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of the normalization in x and in the weight from the codes of its result.
-
-    With x-hat = result / weight, or 0 if the weight is 0, the gradient of x is
-    `inverse * (grad * weight - x-hat * mean(grad * result))`, that of the weight `sum over rows of grad * x-hat`.
-
-    Args:
-        grad_AD: gradient of the result, of any floating type, at most 8192 columns; rows may be strided.
-        normal: the result, codes float8_e4m3fn AD.
-        inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
-        block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
-        num_warps: warps per program; None chooses by block.
-        num_stages: blocks of rows that are loaded or processed at the same time.
-        num_programs: programs that share the rows, which determines the order of the weight gradient's sum; None
-            chooses by block.
-
-    Returns:
-        grad_x_AD in the gradient's type, grad_weight_D in float32.
-
-    Raises:
-        ValueError: the operands do not match, rows are too long, or columns are not contiguous.
-    """
+    """Implements `reference_fp8.rms_norm_backward_from_codes`; arguments as `triton.normalize_backward`."""
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape
     grad_x_AD = grad_AD.new_empty(size, num_columns)

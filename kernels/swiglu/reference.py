@@ -12,20 +12,13 @@ from kernels.quantize.layout import Quantized, check_quantized
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Computes silu(gate) * up, [..., M].
-
-    Raises:
-        ValueError: gate and up differ in shape, type or device.
-    """
+    """Computes silu(gate) * up, [..., M]; raises ValueError unless shapes, types and devices match."""
     check_halves("swiglu", gate, up)
     return functional.silu(gate).mul_(up)
 
 
 def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
-    """Computes the gradient of `swiglu` in gate and up, side by side, AH.
-
-    Args:
-        hidden_AH: gate, then up.
+    """Computes the gradient of `swiglu` in gate and up, side by side, AH, from gate and up side by side.
 
     Raises:
         ValueError: H is not twice the gradient's columns, or rows or devices differ.
@@ -47,13 +40,8 @@ def gated_backward(grad_AM: Tensor, silu_AM: Tensor, gate_AM: Tensor, up_AM: Ten
 def check_width(subject: str, num_columns: int, width: int | None = None) -> int:
     """Returns the intermediate size of hidden values that hold gate and up side by side.
 
-    Args:
-        subject: operation and name of the hidden values, for the message.
-        num_columns: columns of the hidden values.
-        width: required intermediate size, if it is known.
-
     Raises:
-        ValueError: the columns are not twice the width.
+        ValueError: the columns are not twice the width, if it is known, or odd.
     """
     expected = num_columns // 2 if width is None else width
     if num_columns != 2 * expected:
@@ -63,53 +51,27 @@ def check_width(subject: str, num_columns: int, width: int | None = None) -> int
 
 
 def check_halves(subject: str, gate: Tensor, up: Tensor) -> None:
-    """Checks that gate and up match.
-
-    Raises:
-        ValueError: shapes, types or devices differ.
-    """
+    """Raises ValueError unless shapes, types and devices of gate and up match."""
     check_operand(f"{subject}: up", up, tuple(gate.shape), gate.device, gate.dtype)
 
 
 def check_backward(subject: str, grad_AM: Tensor, hidden_AH: Tensor) -> None:
-    """Checks that hidden values match the gradient.
-
-    Raises:
-        ValueError: H is not twice the gradient's columns, or rows or devices differ.
-    """
+    """Raises ValueError unless hidden values match the gradient."""
     size, width = grad_AM.shape
     check_width(f"{subject}: hidden_AH", hidden_AH.shape[1], width)
     check_operand(f"{subject}: hidden_AH", hidden_AH, (size, 2 * width), grad_AM.device)
 
 
 def check_weights(subject: str, weights_A: Tensor | None, rows: Tensor) -> None:
-    """Checks that there is one weight for each row.
-
-    Raises:
-        ValueError: the shape or device differs.
-    """
+    """Raises ValueError unless there is one weight for each row."""
     if weights_A is not None:
         check_operand(f"{subject}: weights_A", weights_A, (rows.shape[0],), rows.device)
 
 
 def check_backward_from_codes(subject: str, grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None) -> None:
-    """Checks that hidden values in FP8 and weights match the gradient.
-
-    Raises:
-        ValueError: H is not twice the gradient's columns, or other operands do not match.
-    """
+    """Raises ValueError unless hidden values in FP8 and weights match the gradient."""
     size, width = grad_AM.shape
     check_width(f"{subject}: hidden", hidden.codes.shape[1], width)
     check_operand(f"{subject}: codes", hidden.codes, (size, 2 * width), grad_AM.device)
     check_quantized(subject, *hidden)
     check_weights(subject, weights_A, grad_AM)
-
-
-def check_columns(subject: str, matrix: Tensor) -> None:
-    """Checks that the columns of a matrix are contiguous.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(f"{subject} must be contiguous along its columns, got strides {matrix.stride()}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.quantize.layout import Quantized, num_tiles
+from kernels.quantize.layout import Quantized, empty_quantized
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
 from kernels.swiglu.reference import check_backward_from_codes, check_weights, check_width
 
@@ -33,7 +33,8 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
     check_weights("swiglu_quantize", weights_A, hidden_AH)
-    gated, cached = _empty(hidden_AH, width), _empty(hidden_AH, hidden)
+    gated = empty_quantized(hidden_AH, size, width)
+    cached = empty_quantized(hidden_AH, size, hidden)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, hidden))
     for first in range(0, size if width else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
@@ -51,10 +52,6 @@ def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32.
-
-    Args:
-        grad_AM: gradient of the result, of any floating type.
-        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` returned them.
 
     Returns:
         grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,
@@ -84,11 +81,3 @@ def swiglu_backward_from_codes(
         out_RH[:, width:] = silu_RM.mul_(grad_RM)
         out_RH[:, :width] = torch.ops.aten.silu_backward(grad_RM * up_RM, gate_RM)
     return grad_hidden_AH, gated_AM, grad_weights_A
-
-
-def _empty(like_AH: Tensor, num_columns: int) -> Quantized:
-    size = len(like_AH)
-    return Quantized(
-        like_AH.new_empty(size, num_columns, dtype=torch.float8_e4m3fn),
-        like_AH.new_empty(size, num_tiles(num_columns), dtype=torch.float32),
-    )

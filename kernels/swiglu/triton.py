@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.swiglu.reference import check_backward, check_columns, check_halves
+from kernels.operands import check_columns
+from kernels.swiglu.reference import check_backward, check_halves
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -87,16 +88,7 @@ def swiglu_backward_kernel(
 
 
 def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int = 512, num_warps: int = 4) -> Tensor:
-    """Computes silu(gate) * up, [..., M], in the type of both.
-
-    Args:
-        gate: floating point [..., M], rows may be strided.
-        block_rows: rows per tile, a power of two.
-        block_columns: columns per tile, a power of two.
-
-    Raises:
-        ValueError: gate and up differ in shape, type or device, or columns are not contiguous.
-    """
+    """Implements `reference.swiglu` for contiguous columns, in tiles of `block_rows` x `block_columns`."""
     check_halves("swiglu", gate, up)
     num_columns = gate.shape[-1]
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -127,17 +119,7 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
 def swiglu_backward(
     grad_AM: Tensor, hidden_AH: Tensor, *, block_rows: int = 4, block_columns: int = 512, num_warps: int = 4
 ) -> Tensor:
-    """Computes the gradient of `swiglu` in gate and up, side by side, AH, in the hidden values' type.
-
-    Args:
-        grad_AM: gradient of the output; rows may be strided.
-        hidden_AH: gate, then up; rows may be strided.
-        block_rows: rows per tile, a power of two.
-        block_columns: columns per tile, a power of two.
-
-    Raises:
-        ValueError: H is not twice the gradient's columns, rows or devices differ, or columns are not contiguous.
-    """
+    """Implements `reference.swiglu_backward` for contiguous columns; tiles as `swiglu`."""
     num_rows, num_columns = grad_AM.shape
     check_backward("swiglu_backward", grad_AM, hidden_AH)
     out_AH = torch.empty_like(hidden_AH, memory_format=torch.contiguous_format)

@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, num_tiles
+from kernels.operands import check_columns
+from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized, num_tiles
 from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
-from kernels.swiglu.reference import check_backward_from_codes, check_columns, check_weights, check_width
+from kernels.swiglu.reference import check_backward_from_codes, check_weights, check_width
 from kernels.swiglu.triton import sigmoid
 
 
@@ -151,34 +152,12 @@ def swiglu_backward_codes_kernel(
 def swiglu_quantize(
     hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two: bool, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Quantized, Quantized]:
-    """Quantizes silu(gate) * up * weight for the next product, and the hidden values for the backward.
-
-    The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
-    (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
-
-    Args:
-        hidden_AH: floating point, gate, then up; read as float32; rows may be strided.
-        weights_A: one weight per row, of any floating type; None means 1.
-        power_of_two: whether to round the scales of both results up to a power of two.
-        block_rows: rows per program, a power of two.
-
-    Returns:
-        The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
-        and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
-
-    Raises:
-        ValueError: H is odd, the number of weights is not the number of rows, or columns are not contiguous.
-    """
+    """Implements `reference_fp8.swiglu_quantize` for contiguous columns; `block_rows` rows per program."""
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
     check_weights("swiglu_quantize", weights_A, hidden_AH)
-    gated, cached = (
-        Quantized(
-            hidden_AH.new_empty(size, columns, dtype=torch.float8_e4m3fn),
-            hidden_AH.new_empty(size, num_tiles(columns), dtype=torch.float32),
-        )
-        for columns in (width, hidden)
-    )
+    gated = empty_quantized(hidden_AH, size, width)
+    cached = empty_quantized(hidden_AH, size, hidden)
     if size == 0 or width == 0:
         return gated, cached
     check_columns("swiglu_quantize: hidden_AH", hidden_AH)
@@ -206,20 +185,7 @@ def swiglu_quantize(
 def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None, *, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32.
-
-    Args:
-        grad_AM: gradient of the result, of any floating type; rows may be strided.
-        hidden: codes of gate and up, float8_e4m3fn AH, as `swiglu_quantize` returned them.
-        block_rows: rows per program, a power of two.
-
-    Returns:
-        grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,
-        float32 A, or None.
-
-    Raises:
-        ValueError: H is not twice the gradient's columns, other operands do not match, or columns are not contiguous.
-    """
+    """Implements `reference_fp8.swiglu_backward_from_codes` for contiguous columns."""
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
     grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), grad_AM.new_empty(size, width)

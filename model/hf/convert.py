@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comm.dispatch.local import LocalDispatcher
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.quantize.reference_blocks import codes_128x128, dequantize_128x128
+from kernels.quantize.reference import codes_128x128, dequantize_128x128
 from model.config import ModelConfig
 from model.hf.dtypes import TORCH_DTYPES, stored_dtype
 from model.hf.errors import HfError

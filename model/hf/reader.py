@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.quantize.reference_blocks import dequantize_128x128
+from kernels.quantize.reference import dequantize_128x128
 from model.attention.rope import inverse_frequencies
 from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, open_checkpoint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.quantize.reference_blocks import codes_128x128, quantize_128x128
+from kernels.quantize.reference import codes_128x128, quantize_128x128
 from model.config import ModelConfig
 from model.hf.checkpoint import INDEX_NAME, SINGLE_NAME
 from model.hf.config import CONFIG_NAME, write_config

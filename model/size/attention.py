@@ -3,7 +3,7 @@
 Peaks are the largest of a few points inside the computation.
 """
 
-from kernels.quantize import num_pairs, num_tiles
+from kernels.tiles import num_pairs, num_tiles
 from model.size.micro_batch import SCALE_BYTES, Sizes
 
 _RING_MESSAGES = 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from kernels.quantize import TILE, num_tiles
+from kernels.tiles import TILE, num_tiles
 from model.config import Computing, ModelConfig, Recomputed
 
 SCALE_BYTES = 4

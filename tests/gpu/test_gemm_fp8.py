@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.gemm_fp8 import deep_gemm
-from kernels.implementation import has_deep_gemm
+from kernels.operation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 from tests.kernels.agreement_gemm import (
     HOPPER_SUMS,
@@ -68,9 +68,8 @@ def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
 
 
 def test_tuned_products_are_near_the_exact_ones() -> None:
-    from kernels.gemm_fp8.tuned import TunedGemm
+    from kernels.gemm_fp8 import tuned
 
-    tuned = TunedGemm()
     for shape in ((130, 256, 4096), (150, 256, 4096), (33, 131, 200)):
         check_gemm(tuned.gemm_fp8, "cuda", shape, torch.bfloat16, HOPPER_SUMS)
     check_columns(tuned.gemm_fp8_columns, "cuda", (1024, 576, 4096), HOPPER_SUMS)
@@ -98,13 +97,13 @@ def test_product_outpaces_bfloat16() -> None:
     """The aim: 1.4 times torch's own product in bfloat16."""
     from triton.testing import do_bench
 
-    from kernels.gemm_fp8.tuned import TunedGemm
+    from kernels.gemm_fp8 import tuned
 
     num_rows, num_outputs, depth = LARGE
     left, right = operands(LARGE)
     there = Quantized(*(each.cuda() for each in left)), QuantizedBlocks(*(each.cuda() for each in right))
     rows, weight = (torch.randn(size, depth, device="cuda", dtype=torch.bfloat16) for size in (num_rows, num_outputs))
-    fp8 = do_bench(partial(TunedGemm().gemm_fp8, *there, torch.bfloat16), return_mode="median")
+    fp8 = do_bench(partial(tuned.gemm_fp8, *there, torch.bfloat16), return_mode="median")
     bfloat16 = do_bench(partial(torch.mm, rows, weight.t()), return_mode="median")
     assert bfloat16 / fp8 >= 1.4, f"{fp8} ms against {bfloat16} ms in bfloat16"
 
@@ -113,9 +112,9 @@ def test_deep_gemm_on_the_gpu_is_near_the_exact_product() -> None:
     if not has_deep_gemm(torch.device("cuda")):
         pytest.skip("needs the package deep_gemm")
     refuse = partial(pytest.fail, "the package serves this shape")
-    adapter = deep_gemm.DeepGemm(refuse, refuse)
+    gemm, columns = (partial(each, fallback=refuse) for each in (deep_gemm.gemm_fp8, deep_gemm.gemm_fp8_columns))
     for shape in ((130, 256, 4096), (1000, 576, 7168)):
-        check_gemm(adapter.gemm_fp8, "cuda", shape, torch.bfloat16, HOPPER_SUMS)
+        check_gemm(gemm, "cuda", shape, torch.bfloat16, HOPPER_SUMS)
     left, right = (QuantizedColumns(*(part.cuda() for part in each)) for each in column_operands((1024, 576, 4096)))
-    assert adapter.gemm_fp8_columns(left, right).isfinite().all()
-    check_columns(adapter.gemm_fp8_columns, "cuda", (1024, 576, 4096), HOPPER_SUMS)
+    assert columns(left, right).isfinite().all()
+    check_columns(columns, "cuda", (1024, 576, 4096), HOPPER_SUMS)

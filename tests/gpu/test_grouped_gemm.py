@@ -5,9 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.grouped_gemm import native
-from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
-from kernels.implementation import has_deep_gemm
+from kernels.grouped_gemm import deep_gemm, native
+from kernels.operation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.agreement_gemm import HOPPER_SUMS
 from tests.kernels.agreement_grouped import (
@@ -75,9 +74,8 @@ def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
 
 @pytest.mark.usefixtures("_hopper")
 def test_tuned_products_of_groups_are_near_the_exact_ones() -> None:
-    from kernels.grouped_gemm.tuned import TunedGroupedGemm
+    from kernels.grouped_gemm import tuned
 
-    tuned = TunedGroupedGemm()
     for widths in ((576, 1024), (131, 200)):
         check_rows_fp8(tuned.grouped_rows_fp8, "cuda", MANY, widths, torch.bfloat16, HOPPER_SUMS)
         check_weight_fp8(tuned.grouped_weight_fp8, "cuda", MANY, widths, HOPPER_SUMS)
@@ -88,10 +86,11 @@ def test_deep_gemm_on_the_gpu_is_near_the_exact_products_of_groups() -> None:
     if not has_deep_gemm(torch.device("cuda")):
         pytest.skip("needs the package deep_gemm")
     refuse = partial(pytest.fail, "the package serves this shape")
-    adapter = DeepGemmGrouped(refuse, refuse)
+    of_rows = partial(deep_gemm.grouped_rows_fp8, fallback=refuse)
+    of_weight = partial(deep_gemm.grouped_weight_fp8, fallback=refuse)
     for counts in (MANY, (128, 0, 256)):
-        check_rows_fp8(adapter.grouped_rows_fp8, "cuda", counts, (576, 1024), torch.bfloat16, HOPPER_SUMS)
-        check_weight_fp8(adapter.grouped_weight_fp8, "cuda", counts, (576, 1024), HOPPER_SUMS)
+        check_rows_fp8(of_rows, "cuda", counts, (576, 1024), torch.bfloat16, HOPPER_SUMS)
+        check_weight_fp8(of_weight, "cuda", counts, (576, 1024), HOPPER_SUMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -129,9 +128,9 @@ def test_product_of_groups_in_fp8_outpaces_bfloat16(num_outputs: int, depth: int
     """The aim: 1.3 times torch's own grouped product in bfloat16."""
     from triton.testing import do_bench
 
-    from kernels.grouped_gemm.tuned import TunedGroupedGemm
+    from kernels.grouped_gemm import tuned
 
-    tensors, tuned = Tensors(torch.device("cuda")), TunedGroupedGemm()
+    tensors = Tensors(torch.device("cuda"))
     rows, weights = tensors.rows(sum(COUNTS), depth), tensors.blocks(len(COUNTS), num_outputs, depth)
     plain_rows, plain_weights = tensors.normal(sum(COUNTS), depth), tensors.normal(len(COUNTS), num_outputs, depth)
     fp8 = do_bench(partial(tuned.grouped_rows_fp8, rows, weights, COUNTS, torch.bfloat16), return_mode="median")

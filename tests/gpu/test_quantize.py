@@ -35,7 +35,7 @@ def test_columns_on_the_gpu_equal_the_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_on_the_gpu_equal_the_reference(dtype: torch.dtype) -> None:
-    import kernels.quantize.triton_blocks as module
+    import kernels.quantize.triton as module
 
     for shape in ((1, 1), (2, 1, 130, 72), (4, 512, 1024), (576, 1031)):
         check_blocks(module, "cuda", shape, dtype)

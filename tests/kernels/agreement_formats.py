@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-import kernels.quantize.reference_blocks as reference_blocks
+import kernels.quantize.reference as reference_blocks
 import kernels.quantize.reference_columns as reference_columns
 import kernels.quantize.reference_e5m6 as reference_e5m6
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, PackedE5M6, Quantized, QuantizedBlocks

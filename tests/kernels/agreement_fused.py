@@ -4,6 +4,8 @@ Exponents and the order of sums differ between libraries in its last places. Sha
 M intermediate size, H = 2 M, N rows, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -13,7 +15,7 @@ import kernels.rms_norm.reference as rms_norm_reference
 import kernels.rms_norm.reference_fp8 as rms_norm_reference_fp8
 import kernels.swiglu.reference as swiglu_reference
 import kernels.swiglu.reference_fp8 as swiglu_reference_fp8
-from kernels.cross_entropy.reference import IGNORE
+from kernels.cross_entropy.reference import IGNORE, RowScores
 from kernels.quantize.layout import Quantized
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.plain import cross_entropies, near, randn
@@ -211,6 +213,26 @@ def check_cross_entropy(
         torch.testing.assert_close(made_N, expected[0], rtol=tolerance, atol=tolerance)
     for made, wanted in ((found.rows_ND, expected[1]), (found.head_VD, expected[2])):
         assert float((made.double().cpu() - wanted).norm()) <= tolerance * float(wanted.norm())
+
+
+def assert_same_scores(found: RowScores, expected: RowScores) -> None:
+    """Asserts log-probabilities and gradients of the same bits."""
+    for name in ("log_probs_N", "rows_ND", "head_VD"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def check_wants(linear_cross_entropy: Callable[..., RowScores], num_rows: int, vocab_size: int) -> None:
+    """Checks that gradients wanted alone are those wanted together, and that nothing wanted gives nothing."""
+    rows, head = randn(num_rows, 3, seed=0), randn(vocab_size, 3, seed=1)
+    targets = some_targets(num_rows, vocab_size)
+    both = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
+    assert num_rows or not (both.log_probs_N.any() or both.head_VD.any())
+    for wants_rows, wants_head in ((False, False), (True, False), (False, True)):
+        found = linear_cross_entropy(rows, head, targets, wants_rows=wants_rows, wants_head=wants_head)
+        assert (found.rows_ND is not None, found.head_VD is not None) == (wants_rows, wants_head)
+        present = {name: part for name in ("rows_ND", "head_VD") if (part := getattr(found, name)) is not None}
+        assert_same_scores(replace(both, **present), both)
+        assert torch.equal(found.log_probs_N, both.log_probs_N)
 
 
 def some_kept_ids(targets_N: Tensor, vocab_size: int, num_kept: int) -> Tensor:

@@ -14,7 +14,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 FLOAT32_SUMS = 2.0**-18
 """Error of float32 sums, relative to the sum of magnitudes: 2^-24 for each of 64 roundings, with a margin."""
 HOPPER_SUMS = 2.0**-10
-"""Error of sums that keep 14 bits for 128 numbers: 0.06 % if all have one sign (kernels/gemm_fp8/hopper.py)."""
+"""Error of sums that keep 14 bits for 128 numbers: 0.06 % if all have one sign (tests/kernels/hopper_sums.py)."""
 
 RowsByBlocks = Callable[[Quantized, QuantizedBlocks, torch.dtype], Tensor]
 Columns = Callable[[QuantizedColumns, QuantizedColumns], Tensor]

@@ -4,8 +4,13 @@ The interpreter of Triton 3.9 rounds wrongly (triton-lang/triton#8322): a float3
 (-127.99 becomes -64) and a bfloat16 is truncated. Here torch's own casts take their place.
 """
 
+import inspect
 import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -52,3 +57,20 @@ def _with_casts_of_torch(original: Any) -> Any:
         return converted.view(f"uint{target.primitive_bitwidth}").reshape(values.shape)
 
     return convert
+
+
+def interpreted(test: Callable[..., None]) -> Callable[..., None]:
+    """Lets a test run in the process in which Triton interprets its kernels; see the fixture `interpreter`."""
+
+    @wraps(test)
+    def run(interpreter: ProcessPoolExecutor, **arguments: Any) -> None:
+        interpreter.submit(_call, test.__module__, test.__name__, arguments).result()
+
+    fixture = inspect.Parameter("interpreter", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(test).parameters.values()
+    run.__signature__ = inspect.Signature([fixture, *parameters])  # type: ignore[attr-defined]
+    return run
+
+
+def _call(module: str, name: str, arguments: dict[str, Any]) -> None:
+    getattr(import_module(module), name).__wrapped__(**arguments)

@@ -79,14 +79,14 @@ def of_codes(counts: tuple[int, ...]) -> Launch:
 def of_weights(num_weights: int, num_rows: int, num_columns: int) -> Launch:
     """Weights to FP8."""
     return Launch(
-        module="kernels.quantize.triton_blocks",
+        module="kernels.quantize.triton",
         kernel="quantize_blocks_kernel",
         shape=f"{num_weights} x {num_rows} x {num_columns}",
         bytes_moved=num_weights * (2 * num_rows * num_columns + blocks_bytes(num_rows, num_columns)),
         prepare=lambda functions, tensors: partial(
             functions.quantize_128x128, tensors.normal(num_weights, num_rows, num_columns), power_of_two=False
         ),
-        reference="kernels.quantize.reference_blocks",
+        reference="kernels.quantize.reference",
     )
 
 
@@ -110,22 +110,22 @@ QUANTIZE = [
     of_weights(1, DENSE_WIDTH, HIDDEN),
     of_weights(*EXPERTS),
     Launch(
-        module="kernels.quantize.triton_blocks",
+        module="kernels.quantize.triton",
         kernel="dequantize_blocks_kernel",
         shape="18432 x 7168",
         bytes_moved=2 * DENSE_WIDTH * HIDDEN + blocks_bytes(DENSE_WIDTH, HIDDEN),
         prepare=lambda functions, tensors: partial(
             functions.dequantize_128x128, tensors.blocks(DENSE_WIDTH, HIDDEN), torch.bfloat16
         ),
-        reference="kernels.quantize.reference_blocks",
+        reference="kernels.quantize.reference",
     ),
     Launch(
-        module="kernels.quantize.triton_blocks",
+        module="kernels.quantize.triton",
         kernel="transpose_blocks_kernel",
         shape=" x ".join(map(str, EXPERTS)),
         bytes_moved=2 * EXPERTS[0] * blocks_bytes(*EXPERTS[1:]),
         prepare=lambda functions, tensors: partial(functions.transpose_blocks, tensors.blocks(*EXPERTS)),
-        reference="kernels.quantize.reference_blocks",
+        reference="kernels.quantize.reference",
     ),
     Launch(
         module="kernels.quantize.triton_e5m6",

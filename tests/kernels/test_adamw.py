@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -14,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels.adamw.reference as reference
-from kernels.adamw import Coefficients, compute_coefficients
+import kernels.adamw.triton as module
+from kernels.adamw.reference import Coefficients, compute_coefficients
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.aot import Compiled, compile_launch
+from tests.kernels.interpreter_casts import interpreted
 
 STEPS = [
     compute_coefficients(1, learning_rate=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
@@ -120,34 +121,27 @@ def test_adamw_names_a_tensor_that_it_cannot_take(place: int, wrong: Tensor, mes
         reference.adamw_bf16_moments(given[0], given[1], given[2], given[3], STEPS[0])
 
 
-def interpreted() -> None:
-    from kernels.adamw.triton import adamw_bf16_moments
-
+@interpreted
+def test_interpreted_adamw_equals_the_reference() -> None:
     # Whole blocks, a block begun, less than a block; and other blocks.
     for num_weights, block in ((2048, 1024), (2049, 1024), (5, 1024), (100, 32)):
         for by in STEPS:
             ours, theirs = tensors(num_weights), tensors(num_weights)
             for gradients in (ours[1], theirs[1]):
                 gradients[-2:] = torch.tensor([torch.nan, torch.inf])
-            adamw_bf16_moments(*ours, by, block=block)
+            module.adamw_bf16_moments(*ours, by, block=block)
             reference.adamw_bf16_moments(*theirs, by)
             for actual, expected in zip(ours, theirs, strict=True):
                 assert_same_bits(actual, expected, any_nan=True)
-    adamw_bf16_moments(*tensors(0), STEPS[0])
+    module.adamw_bf16_moments(*tensors(0), STEPS[0])
     matrix = every(lambda tensor: tensor.view(6, 5), tensors(30))
-    adamw_bf16_moments(*matrix, STEPS[0])
+    module.adamw_bf16_moments(*matrix, STEPS[0])
     assert_same_bits(matrix[0].view(30), plain(tensors(30), STEPS[0])[0])
-
-
-def test_interpreted_adamw_equals_the_reference(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted).result()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_weights", [4096, 4097])
 def test_compiled_adamw_moves_16_bytes_at_a_time_and_fuses_nothing(num_weights: int) -> None:
-    import kernels.adamw.triton as module
-
     launch = partial(module.adamw_bf16_moments, *tensors(num_weights), STEPS[0])
     compiled: Compiled = compile_launch(module, "adamw_kernel", launch)
     compiled.assert_sound()

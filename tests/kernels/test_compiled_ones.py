@@ -65,9 +65,9 @@ def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, k
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
-        ("quantize.triton_blocks", "quantize_blocks_kernel"),
-        ("quantize.triton_blocks", "dequantize_blocks_kernel"),
-        ("quantize.triton_blocks", "transpose_blocks_kernel"),
+        ("quantize.triton", "quantize_blocks_kernel"),
+        ("quantize.triton", "dequantize_blocks_kernel"),
+        ("quantize.triton", "transpose_blocks_kernel"),
         ("gemm_fp8.triton", "gemm_kernel"),
         ("grouped_gemm.triton_fp8", "grouped_rows_fp8_kernel"),
         ("grouped_gemm.triton_fp8", "grouped_weight_fp8_kernel"),

@@ -5,7 +5,6 @@ Shape legend: N rows given, A rows in the experts' order, D hidden size, E exper
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -32,6 +31,15 @@ TYPES: list[tuple[ExpertImplementation, torch.dtype]] = [
     ("grouped", torch.float32),
     ("grouped", torch.bfloat16),
 ]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a choice reads of a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +108,18 @@ def run(implementation: ExpertImplementation, case: Case, *, at_once: bool, keep
     gated = case.rows_ND.new_empty(sum(case.counts), case.down_EDM.shape[2]) if keeps_gated else None
     weights = (case.gate_up_EHD, case.down_EDM)
     operands = (case.rows_ND, case.weights_A, *weights, case.counts, case.tokens_A, gated)
-    out, hidden = expert_mlp(*operands, implementation=implementation)
-    backward = partial(expert_mlp_backward, implementation=implementation)
+    out, hidden = expert_mlp.by(implementation)(*operands)
+    backward = expert_mlp_backward.by(implementation)
     given = (case.grad_ND, case.weights_A, hidden, *weights, case.counts, case.tokens_A)
     if at_once:
         grad_rows, grad_weights, rest = backward(*given, rows_ND=case.rows_ND)
         grad_gate_up, grad_down = rest
     else:
         grad_rows, grad_weights, (grad_hidden,) = backward(*given)
-        grad_gate_up = gate_up_gradient(
-            grad_hidden, in_order(case, case.rows_ND), case.counts, implementation=implementation
-        )
+        of_gate_up = gate_up_gradient.by(implementation)
+        grad_gate_up = of_gate_up(grad_hidden, in_order(case, case.rows_ND), case.counts)
         given_down = (in_order(case, case.grad_ND), case.weights_A, hidden, case.counts, gated)
-        grad_down = down_gradient(*given_down, implementation=implementation)
+        grad_down = down_gradient.by(implementation)(*given_down)
     return Found(
         out_AD=out,
         grad_rows_AD=grad_rows,
@@ -239,11 +246,28 @@ def test_what_is_not_a_number_stays_with_its_expert(
 
 def test_experts_are_grouped_if_torch_supports_them() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose_expert_implementation(cuda, torch.bfloat16, 16, 24) == "grouped"
-    assert choose_expert_implementation(cuda, torch.bfloat16, 16, 25) == "reference"
-    assert choose_expert_implementation(cuda, torch.float32, 16, 24) == "reference"
-    assert choose_expert_implementation(cpu, torch.bfloat16, 16, 24) == "batched"
-    assert choose_expert_implementation(cpu, torch.float32, 16, 24) == "reference"
+    for device, dtype, width, expected in (
+        (cuda, torch.bfloat16, 24, "grouped"),
+        (cuda, torch.bfloat16, 25, "reference"),
+        (cuda, torch.float32, 24, "reference"),
+        (cpu, torch.bfloat16, 24, "batched"),
+        (cpu, torch.float32, 24, "reference"),
+    ):
+        assert choose_expert_implementation(device, dtype, 16, width) == expected
+
+
+@pytest.mark.parametrize(("hidden", "width", "expected"), [(16, 24, "grouped"), (15, 24, "reference")])
+def test_every_function_of_experts_chooses_by_both_of_their_sizes(hidden: int, width: int, expected: str) -> None:
+    def of(*shape: int) -> Tensor:
+        return Operand(torch.device("cuda"), torch.bfloat16, shape)  # type: ignore[return-value]
+
+    weights = (of(2, 2 * width, hidden), of(2, hidden, width))
+    rows, gated = of(4, hidden), of(4, 2 * width)
+    assert expert_mlp.choose(rows, of(4), *weights, (2, 2)) == expected
+    assert expert_hidden.choose(rows, weights[0], (2, 2)) == expected
+    assert expert_mlp_backward.choose(rows, of(4), gated, *weights, (2, 2)) == expected
+    assert gate_up_gradient.choose(gated, rows, (2, 2)) == expected
+    assert down_gradient.choose(rows, of(4), gated, (2, 2)) == expected
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), TYPES)
@@ -251,6 +275,6 @@ def test_hidden_values_alone_have_the_same_bits(implementation: ExpertImplementa
     for counts in COUNTS:
         case = make_case(counts, dtype, by_token=False)
         given = (case.rows_ND, case.weights_A, case.gate_up_EHD, case.down_EDM, case.counts)
-        _, hidden_AH = expert_mlp(*given, implementation=implementation)
-        alone_AH = expert_hidden(case.rows_ND, case.gate_up_EHD, case.counts, implementation=implementation)
+        _, hidden_AH = expert_mlp.by(implementation)(*given)
+        alone_AH = expert_hidden.by(implementation)(case.rows_ND, case.gate_up_EHD, case.counts)
         assert torch.equal(alone_AH, hidden_AH), counts

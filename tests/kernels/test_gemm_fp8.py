@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8 import deep_gemm, hopper, reference
+from kernels.gemm_fp8 import deep_gemm, reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
-from kernels.quantize.reference import quantize_1x128
-from kernels.quantize.reference_blocks import quantize_128x128
+from kernels.quantize.reference import quantize_1x128, quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns
+from tests.kernels import hopper_sums as hopper
 from tests.kernels.agreement_gemm import (
     assert_product,
     check_columns,
@@ -132,12 +132,6 @@ def test_hopper_sums_keep_14_bits_of_each_addend(promotion: int | None) -> None:
     assert made_MN.tolist() == expected
 
 
-def test_an_interval_that_hopper_cannot_have_is_named() -> None:
-    codes = random_codes(torch.Generator(), 1, 64)
-    with pytest.raises(ValueError, match="promotion must be a multiple of 32, got 100; nearest: 96"):
-        hopper.accumulate(codes, codes, 100)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     counted = Calls()
@@ -145,36 +139,36 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return counted
 
 
+refuse = partial(pytest.fail, "the package serves this shape")
+
+
 def test_deep_gemm_is_called_with_what_it_wants(calls: Calls) -> None:
-    refuse = partial(pytest.fail, "the package serves this shape")
-    adapter = deep_gemm.DeepGemm(refuse, refuse)
     left, right = operands((5, 192, 256))
-    made_MN = adapter.gemm_fp8(left, right, torch.bfloat16)
+    made_MN = deep_gemm.gemm_fp8(left, right, torch.bfloat16, fallback=refuse)
     assert_product(made_MN, values(*left, 1), values(*right, 128), 2.0**-24)
     first, second = column_operands((64, 128, 384))
-    made_MN = adapter.gemm_fp8_columns(first, second)
+    made_MN = deep_gemm.gemm_fp8_columns(first, second, fallback=refuse)
     assert_product(made_MN, values(*first, 1), values(*second, 1), 2.0**-24)
     assert (calls.num_blocks, calls.num_rows) == (1, 1)
 
 
 def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
-    adapter = deep_gemm.DeepGemm(reference.gemm_fp8, reference.gemm_fp8_columns)
+    gemm = partial(deep_gemm.gemm_fp8, fallback=reference.gemm_fp8)
     for shape in ((5, 100, 256), (5, 128, 200), (0, 128, 128), (5, 0, 128), (5, 64, 0)):
-        check_gemm(adapter.gemm_fp8, "cpu", shape, torch.bfloat16)
-    check_gemm(adapter.gemm_fp8, "cpu", (5, 128, 128), torch.float32)
+        check_gemm(gemm, "cpu", shape, torch.bfloat16)
+    check_gemm(gemm, "cpu", (5, 128, 128), torch.float32)
+    columns = partial(deep_gemm.gemm_fp8_columns, fallback=reference.gemm_fp8_columns)
     for shape in ((5, 64, 128), (64, 5, 128), (64, 64, 0), (0, 64, 128), (64, 0, 128)):
-        check_columns(adapter.gemm_fp8_columns, "cpu", shape)
+        check_columns(columns, "cpu", shape)
     left, right = operands((5, 128, 384))
-    adapter.gemm_fp8(left, QuantizedBlocks(right.codes.t().contiguous().t(), right.scales), torch.bfloat16)
+    gemm(left, QuantizedBlocks(right.codes.t().contiguous().t(), right.scales), torch.bfloat16)
     assert (calls.num_blocks, calls.num_rows) == (0, 0)
 
 
 def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls) -> None:
-    refuse = partial(pytest.fail, "the package serves this shape")
-    adapter = deep_gemm.DeepGemm(refuse, refuse)
     left, right = operands((5, 128, 384))
-    made_MN = adapter.gemm_fp8(unpack(pack(left), 384), right, torch.bfloat16)
-    assert torch.equal(made_MN, adapter.gemm_fp8(left, right, torch.bfloat16))
+    made_MN = deep_gemm.gemm_fp8(unpack(pack(left), 384), right, torch.bfloat16, fallback=refuse)
+    assert torch.equal(made_MN, deep_gemm.gemm_fp8(left, right, torch.bfloat16, fallback=refuse))
     assert calls.num_blocks == 2
 
 

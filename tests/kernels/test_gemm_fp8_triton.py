@@ -4,59 +4,56 @@ Shape legend: M rows of the left operand, N rows of the right one, K numbers in 
 """
 
 import re
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
+import kernels.gemm_fp8.triton as module
+from kernels.gemm_fp8 import tuned
+from kernels.gemm_fp8.tiling import Tiling
+from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
+from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 from tests.kernels.agreement_gemm import check_columns, check_empty, check_gemm, check_nan, column_operands, operands
 from tests.kernels.aot import Compiled, compile_launch
+from tests.kernels.interpreter_casts import interpreted
 
 pytestmark = pytest.mark.slow
 
-SHAPES = [(1, 1, 1), (5, 8, 33), (130, 131, 200), (129, 256, 256), (300, 48, 129)]
 LARGEST_SHARED_BYTES = 227 * 1024
 
 
-def interpreted_blocks(dtype: torch.dtype) -> None:
-    from kernels.gemm_fp8.triton import gemm_fp8
-
-    for shape in SHAPES:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@interpreted
+def test_interpreted_product_is_near_the_exact_one(dtype: torch.dtype) -> None:
+    for shape in ((1, 1, 1), (5, 8, 33), (130, 131, 200), (129, 256, 256), (300, 48, 129)):
         check_gemm(gemm_fp8, "cpu", shape, dtype)
 
 
-def interpreted_columns() -> None:
-    from kernels.gemm_fp8.triton import gemm_fp8_columns
-
+@interpreted
+def test_interpreted_product_over_rows_is_near_the_exact_one() -> None:
     for shape in ((1, 1, 128), (130, 131, 256), (200, 144, 384)):
         check_columns(gemm_fp8_columns, "cpu", shape)
 
 
-def interpreted_corners() -> None:
-    from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
-
+@interpreted
+def test_interpreted_product_carries_nan_and_takes_nothing() -> None:
     check_nan(gemm_fp8, gemm_fp8_columns, "cpu")
     check_empty(gemm_fp8, gemm_fp8_columns, "cpu")
 
 
-def interpreted_tilings() -> None:
-    """Checks that every tiling gives the same product.
-
-    Groups of tiles do not divide the result evenly, and programs process several tiles.
-    """
-    from kernels.gemm_fp8.tiling import Tiling
-    from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
-
+@interpreted
+def test_interpreted_product_is_near_the_exact_one_with_any_tiling() -> None:
+    """Groups of tiles do not divide the result evenly, and programs process several tiles."""
     for tiling in (Tiling(rows=16, outputs=16, group=3), Tiling(rows=32, outputs=64, specialize=True, group=1)):
-        check_gemm(lambda *given, tiling=tiling: gemm_fp8(*given, tiling=tiling), "cpu", (70, 130, 130), torch.float32)
-        check_columns(lambda *given, tiling=tiling: gemm_fp8_columns(*given, tiling=tiling), "cpu", (70, 48, 128))
+        check_gemm(partial(gemm_fp8, tiling=tiling), "cpu", (70, 130, 130), torch.float32)
+        check_columns(partial(gemm_fp8_columns, tiling=tiling), "cpu", (70, 48, 128))
 
 
-def interpreted_layouts() -> None:
+@interpreted
+def test_interpreted_product_reads_any_layout() -> None:
     """Strided, transposed and unaligned operands, surrounded by NaN, are read correctly."""
-    from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
-
     left, right = operands((20, 130, 200))
     expected = gemm_fp8(left, right, torch.float32)
     for columns in (slice(16, 216), slice(3, 203)):
@@ -77,14 +74,9 @@ def interpreted_layouts() -> None:
     assert torch.equal(gemm_fp8_columns(*part), gemm_fp8_columns(*whole))
 
 
-def interpreted_tuner() -> list[list[float]]:
-    """Returns what is measured: all candidates at a first product.
-
-    Nothing is measured after that, without elements or at odd widths.
-    """
-    from kernels.gemm_fp8.tiling import Tiling
-    from kernels.gemm_fp8.tuned import TunedGemm
-
+@interpreted
+def test_interpreted_tuner_measures_all_candidates_once_for_a_shape() -> None:
+    """Nothing is measured without elements, at odd widths, or for float64, which is stored by mask."""
     measured: list[float] = []
 
     def milliseconds(call: object) -> float:
@@ -92,79 +84,22 @@ def interpreted_tuner() -> list[list[float]]:
         return 10 - measured[-1]
 
     candidates = (Tiling(rows=16, outputs=16), Tiling(rows=32, outputs=32))
-    tuned = TunedGemm(candidates, candidates, milliseconds)
+    product = TunedProduct(gemm_fp8, tuned.gemm_key, candidates, milliseconds)
     lengths = []
     for shape in ((5, 24, 128), (8, 24, 128), (9, 24, 128), (0, 24, 128), (5, 20, 128)):
-        check_gemm(tuned.gemm_fp8, "cpu", shape, torch.bfloat16)
-        lengths.append(measured.copy())
-    tuned.gemm_fp8(*operands((7, 24, 128)), torch.float64)  # stored by mask for any width
-    assert measured == lengths[-1]
-    check_columns(tuned.gemm_fp8_columns, "cpu", (5, 24, 128))
-    lengths.append(measured.copy())
-    chosen = set(tuned._chosen.values())
-    assert chosen == {Tiling(rows=32, outputs=32)}, chosen
-    untuned = TunedGemm()
-    check_gemm(untuned.gemm_fp8, "cpu", (5, 24, 128), torch.bfloat16)
-    assert not untuned._chosen
-    return lengths
-
-
-def interpreted_misuse() -> list[str]:
-    from kernels.gemm_fp8.tiling import Tiling
-    from kernels.gemm_fp8.triton import gemm_fp8
-
-    left, right = operands((4, 130, 200))
-    messages = []
-    for misuse in (
-        lambda: gemm_fp8(left, QuantizedBlocks(right.codes, right.scales.t()[:1]), torch.float32),
-        lambda: Tiling(rows=100),
-        lambda: Tiling(outputs=256),
-    ):
-        try:
-            misuse()
-            messages.append("nothing was raised")
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interpreted_product_is_near_the_exact_one(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
-    interpreter.submit(interpreted_blocks, dtype).result()
-
-
-def test_interpreted_product_over_rows_is_near_the_exact_one(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_columns).result()
-
-
-def test_interpreted_product_carries_nan_and_takes_nothing(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_corners).result()
-
-
-def test_interpreted_product_is_near_the_exact_one_with_any_tiling(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_tilings).result()
-
-
-def test_interpreted_product_reads_any_layout(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_layouts).result()
-
-
-def test_tuner_measures_all_candidates_once_for_a_shape(interpreter: ProcessPoolExecutor) -> None:
-    lengths = interpreter.submit(interpreted_tuner).result()
-    assert [len(each) for each in lengths] == [2, 2, 4, 4, 4, 6]
-
-
-def test_misuse_of_products_is_named(interpreter: ProcessPoolExecutor) -> None:
-    scales, rows, outputs = interpreter.submit(interpreted_misuse).result()
-    assert scales == "gemm_fp8: right.scales must be [2, 2], got [1, 2]"
-    assert rows == "Tiling: rows must be a power of two in [16, 128], got 100; nearest: 128"
-    assert outputs == "Tiling: outputs must be a power of two in [16, 128], got 256; nearest: 128"
+        check_gemm(product, "cpu", shape, torch.bfloat16)
+        lengths.append(len(measured))
+    product(*operands((7, 24, 128)), torch.float64)
+    assert [*lengths, len(measured)] == [2, 2, 4, 4, 4, 4]
+    columns = TunedProduct(gemm_fp8_columns, tuned.columns_key, candidates, milliseconds)
+    check_columns(columns, "cpu", (5, 24, 128))
+    assert len(measured) == 6
+    assert {*product._chosen.values(), *columns._chosen.values()} == {Tiling(rows=32, outputs=32)}
+    check_gemm(tuned.gemm_fp8, "cpu", (5, 24, 128), torch.bfloat16)
+    assert not tuned.gemm_fp8._chosen
 
 
 def compiled_blocks(shape: tuple[int, int, int], dtype: torch.dtype, candidate: int | None) -> Compiled:
-    import kernels.gemm_fp8.triton as module
-    from kernels.gemm_fp8.tuned import CANDIDATES
-
     num_rows, num_outputs, depth = shape
     left = Quantized(torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn), torch.empty(num_rows, -(-depth // 128)))
     scales = torch.empty(-(-num_outputs // 128), -(-depth // 128))
@@ -174,9 +109,6 @@ def compiled_blocks(shape: tuple[int, int, int], dtype: torch.dtype, candidate: 
 
 
 def compiled_columns(candidate: int | None) -> Compiled:
-    import kernels.gemm_fp8.triton as module
-    from kernels.gemm_fp8.tuned import COLUMN_CANDIDATES
-
     left, right = (
         QuantizedColumns(torch.empty(rows, 4096, dtype=torch.float8_e4m3fn), torch.empty(rows, 32))
         for rows in (2048, 7168)
@@ -203,8 +135,6 @@ def assert_pipelined(compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("candidate", range(5))
 def test_compiled_product_is_pipelined_with_any_tiling(candidate: int) -> None:
-    from kernels.gemm_fp8.tuned import CANDIDATES
-
     compiled = compiled_blocks((4096, 2048, 7168), torch.bfloat16, candidate)
     assert_pipelined(compiled)
     tiling = CANDIDATES[candidate]

@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from kernels.gemm_fp8.tiling import Tiling
-from kernels.gemm_fp8.tuned import Tuner, TuningError
+from kernels.gemm_fp8.tuned import TunedProduct, TuningError
+from kernels.quantize.layout import Quantized
 
 DEFAULT, WIDE, SMALL = Tiling(), Tiling(specialize=True, warps=4), Tiling(rows=64)
 CANDIDATES = (DEFAULT, WIDE, SMALL)
@@ -22,30 +23,28 @@ FAILURES = [
 ]
 
 
-def product_of(failures: dict[Tiling, Exception]) -> Callable[..., Tensor]:
-    """Returns a product that raises under some tilings, and gives the tiling's rows under all others."""
+def fastest(failures: dict[Tiling, Exception], milliseconds: Any = lambda call: float(call())) -> list[Tensor]:
+    """Returns the rows of the tiling that is chosen in three products of different shapes.
 
-    def product(*, tiling: Tiling) -> Tensor:
+    A product gives its tiling's rows, which are its time, or raises under some tilings.
+    """
+
+    def gemm_fp8(left: object, shape: int, *, tiling: Tiling) -> Tensor:
         if tiling in failures:
             raise failures[tiling]
         return torch.tensor(tiling.rows)
 
-    return product
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Returns a time that is shorter for tilings of fewer rows."""
-    return float(call())
+    product = TunedProduct(gemm_fp8, lambda left, shape: shape, CANDIDATES, milliseconds)
+    left = Quantized(torch.empty(0), torch.empty(0))
+    return [product(left, shape) for shape in range(3)]
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 def test_tuner_leaves_out_a_candidate_that_fails_and_logs_it_once(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tuner = Tuner("gemm_fp8", milliseconds)
     with caplog.at_level(logging.WARNING, logger="kernels"):
-        for _ in range(3):
-            assert tuner.fastest(CANDIDATES, product_of({SMALL: error})) == DEFAULT
+        assert fastest({SMALL: error}) == [DEFAULT.rows] * 3
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert "gemm_fp8" in messages[0]
@@ -53,22 +52,18 @@ def test_tuner_leaves_out_a_candidate_that_fails_and_logs_it_once(
     assert type(error).__name__ in messages[0]
 
 
-def test_tuner_chooses_the_default_if_every_other_candidate_fails() -> None:
-    failing = dict.fromkeys((WIDE, SMALL), FAILURES[0])
-    assert Tuner("gemm_fp8", milliseconds).fastest(CANDIDATES, product_of(failing)) == DEFAULT
-
-
-def test_tuner_chooses_another_candidate_if_the_default_fails() -> None:
-    assert Tuner("gemm_fp8", milliseconds).fastest(CANDIDATES, product_of({DEFAULT: FAILURES[0]})) == SMALL
+def test_tuner_chooses_what_is_left_if_others_or_the_default_fail() -> None:
+    assert fastest(dict.fromkeys((WIDE, SMALL), FAILURES[0])) == [DEFAULT.rows] * 3
+    assert fastest({DEFAULT: FAILURES[0]}) == [SMALL.rows] * 3
 
 
 def test_tuner_lists_candidates_and_causes_if_none_is_left() -> None:
     failing: dict[Tiling, Exception] = dict(zip(CANDIDATES, FAILURES, strict=False))
     failing[SMALL] = RuntimeError("line\n" * 10_000)
     with pytest.raises(TuningError) as raised:
-        Tuner("grouped_rows_fp8", milliseconds).fastest(CANDIDATES, product_of(failing))
+        fastest(failing)
     message = str(raised.value)
-    assert message.startswith("grouped_rows_fp8: no tiling compiles and runs here: ")
+    assert message.startswith("gemm_fp8: no tiling compiles and runs here: ")
     assert all(repr(tiling) in message for tiling in CANDIDATES)
     assert "PassManager::run failed" in message
     assert "\n" not in message
@@ -80,4 +75,4 @@ def test_tuner_does_not_hide_an_interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Tuner("gemm_fp8", interrupt).fastest(CANDIDATES, product_of({}))
+        fastest({}, interrupt)

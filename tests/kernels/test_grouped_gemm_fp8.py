@@ -6,11 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped, supports_rows, supports_weight
+from kernels.grouped_gemm import deep_gemm
 from kernels.grouped_gemm.reference_fp8 import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
-from kernels.quantize.reference import quantize_1x128
-from kernels.quantize.reference_blocks import quantize_128x128
+from kernels.quantize.reference import quantize_1x128, quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns
 from tests.kernels.agreement_grouped import (
     check_empty_fp8,
@@ -86,20 +85,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return counted
 
 
+refuse = partial(pytest.fail, "the package serves this shape")
+
+
 @pytest.mark.parametrize("counts", [*COUNTS[:3], (128, 0, 256), (1, 200, 63, 65)])
 def test_deep_gemm_gets_aligned_groups(calls: Calls, counts: tuple[int, ...]) -> None:
-    refuse = partial(pytest.fail, "the package serves this shape")
-    adapter = DeepGemmGrouped(refuse, refuse)
-    check_rows_fp8(adapter.grouped_rows_fp8, "cpu", counts, (192, 256), torch.bfloat16)
-    check_weight_fp8(adapter.grouped_weight_fp8, "cpu", counts, (64, 192))
+    of_rows, of_weight = (
+        partial(product, fallback=refuse) for product in (deep_gemm.grouped_rows_fp8, deep_gemm.grouped_weight_fp8)
+    )
+    check_rows_fp8(of_rows, "cpu", counts, (192, 256), torch.bfloat16)
+    check_weight_fp8(of_weight, "cpu", counts, (64, 192))
     assert calls.num_rows == [sum(-(-count // 128) * 128 for count in counts)]
     assert calls.num_weights == 1
 
 
 @pytest.mark.parametrize("counts", [(3, 130), (128, 256)])
 def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls, counts: tuple[int, ...]) -> None:
-    refuse = partial(pytest.fail, "the package serves this shape")
-    product = partial(DeepGemmGrouped(refuse, refuse).grouped_rows_fp8, counts=counts, dtype=torch.bfloat16)
+    product = partial(deep_gemm.grouped_rows_fp8, counts=counts, dtype=torch.bfloat16, fallback=refuse)
     rows, weights = operands(counts, 64, 256)
     assert torch.equal(product(unpack(pack(rows), 256), weights), product(rows, weights))
     assert len(calls.num_rows) == 2
@@ -108,24 +110,24 @@ def test_deep_gemm_takes_rows_out_of_a_message(calls: Calls, counts: tuple[int, 
 def test_deep_gemm_keeps_nan_within_its_group(calls: Calls) -> None:
     rows, weights = operands((3, 130), 64, 128)
     rows.scales[0] = torch.nan
-    refuse = partial(pytest.fail, "the package serves this shape")
-    made = DeepGemmGrouped(refuse, refuse).grouped_rows_fp8(rows, weights, (3, 130), torch.bfloat16)
+    made = deep_gemm.grouped_rows_fp8(rows, weights, (3, 130), torch.bfloat16, fallback=refuse)
     assert torch.equal(made.isnan().any(1), torch.arange(133) == 0)
 
 
 def test_what_deep_gemm_is_not_made_for_goes_elsewhere(calls: Calls) -> None:
-    adapter = DeepGemmGrouped(grouped_rows_fp8, grouped_weight_fp8)
-    check_rows_fp8(adapter.grouped_rows_fp8, "cpu", (3, 130), (64, 128), torch.float32)
-    check_rows_fp8(adapter.grouped_rows_fp8, "cpu", (3, 130), (100, 128), torch.bfloat16)
-    check_rows_fp8(adapter.grouped_rows_fp8, "cpu", (3, 130), (64, 200), torch.bfloat16)
-    check_weight_fp8(adapter.grouped_weight_fp8, "cpu", (3, 130), (64, 100))
-    check_empty_fp8(adapter.grouped_rows_fp8, adapter.grouped_weight_fp8, "cpu")
+    of_rows = partial(deep_gemm.grouped_rows_fp8, fallback=grouped_rows_fp8)
+    of_weight = partial(deep_gemm.grouped_weight_fp8, fallback=grouped_weight_fp8)
+    check_rows_fp8(of_rows, "cpu", (3, 130), (64, 128), torch.float32)
+    check_rows_fp8(of_rows, "cpu", (3, 130), (100, 128), torch.bfloat16)
+    check_rows_fp8(of_rows, "cpu", (3, 130), (64, 200), torch.bfloat16)
+    check_weight_fp8(of_weight, "cpu", (3, 130), (64, 100))
+    check_empty_fp8(of_rows, of_weight, "cpu")
     rows, weights = operands((3, 130), 64, 256)
-    assert supports_rows(rows, weights, torch.bfloat16)
+    assert deep_gemm.supports_rows(rows, weights, torch.bfloat16)
     across = QuantizedBlocks(weights.codes.transpose(1, 2).contiguous().transpose(1, 2), weights.scales)
-    adapter.grouped_rows_fp8(rows, across, (3, 130), torch.bfloat16)
+    of_rows(rows, across, (3, 130), torch.bfloat16)
     grad, inputs = column_operands((3, 130), 64, 128)
-    assert supports_weight(grad, inputs)
+    assert deep_gemm.supports_weight(grad, inputs)
     apart = QuantizedColumns(inputs.codes.t().contiguous().t(), inputs.scales)
-    assert torch.equal(adapter.grouped_weight_fp8(grad, apart, (3, 130)), grouped_weight_fp8(grad, inputs, (3, 130)))
+    assert torch.equal(of_weight(grad, apart, (3, 130)), grouped_weight_fp8(grad, inputs, (3, 130)))
     assert (calls.num_rows, calls.num_weights) == ([], 0)

@@ -1,15 +1,13 @@
 """The interpreter's casts, as the tests mend them, are torch's own."""
 
-from concurrent.futures import ProcessPoolExecutor
-
 import torch
 
+from tests.kernels.interpreter_casts import interpreted
 
-def differing_casts() -> dict[str, int]:
-    """Returns for each cast how many numbers of a sweep differ from torch's result.
 
-    The sweep includes ties, carries, subnormals, NaN and infinity.
-    """
+@interpreted
+def test_interpreted_casts_round_as_torch_does() -> None:
+    """Of a sweep that includes ties, carries, subnormals, NaN and infinity."""
     import triton
     import triton.language as tl
 
@@ -41,10 +39,4 @@ def differing_casts() -> dict[str, int]:
         expected = expected.to(dtype).double()
         same = (out.double() == expected) | (out.double().isnan() & expected.isnan())
         differing[f"{numbers.dtype} to {dtype}"] = int((~same).sum())
-    return differing
-
-
-def test_interpreted_casts_round_as_torch_does(interpreter: ProcessPoolExecutor) -> None:
-    differing = interpreter.submit(differing_casts).result()
-    assert len(differing) == 8
     assert not any(differing.values()), differing

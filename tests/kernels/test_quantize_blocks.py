@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.quantize.layout import QuantizedBlocks
-from kernels.quantize.reference_blocks import codes_128x128, dequantize_128x128, quantize_128x128, transpose_blocks
+from kernels.quantize.reference import codes_128x128, dequantize_128x128, quantize_128x128, transpose_blocks
 from tests.kernels.agreement import assert_same_bits, wild_rows
 from tests.kernels.test_quantize import NAN_CODE, nearest_codes
 

@@ -3,17 +3,20 @@
 Shape legend: N rows, D columns.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import kernels.quantize.triton as blocks
+import kernels.quantize.triton_columns as columns
+import kernels.quantize.triton_e5m6 as e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks
 from tests.kernels.agreement_formats import assert_same_pair, check_blocks, check_columns, check_e5m6
 from tests.kernels.aot import Compiled, compile_launch
+from tests.kernels.interpreter_casts import interpreted
 
 pytestmark = pytest.mark.slow
 
@@ -21,32 +24,19 @@ DTYPES = [torch.bfloat16, torch.float32]
 COUNTS = [[0, 130, 1, 0, 127, 128, 0], [128]]
 
 
-def interpreted_columns(dtype: torch.dtype) -> None:
-    import kernels.quantize.triton_columns as module
-
+@pytest.mark.parametrize("dtype", DTYPES)
+@interpreted
+def test_interpreted_formats_equal_the_reference(dtype: torch.dtype) -> None:
     for counts, num_columns in ((COUNTS[0], 136), (COUNTS[1], 64), ([5], 1)):
-        check_columns(module, "cpu", counts, num_columns, dtype)
-
-
-def interpreted_blocks(dtype: torch.dtype) -> None:
-    import kernels.quantize.triton_blocks as module
-
+        check_columns(columns, "cpu", counts, num_columns, dtype)
     for shape in ((128, 128), (2, 1, 130, 72), (1, 1)):
-        check_blocks(module, "cpu", shape, dtype)
-
-
-def interpreted_e5m6(dtype: torch.dtype) -> None:
-    import kernels.quantize.triton_e5m6 as module
-
+        check_blocks(blocks, "cpu", shape, dtype)
     for num_rows, num_columns in ((16, 128), (18, 271), (32, 1), (16, 130)):
-        check_e5m6(module, "cpu", num_rows, num_columns, dtype)
+        check_e5m6(e5m6, "cpu", num_rows, num_columns, dtype)
 
 
-def interpreted_emptiness() -> None:
-    import kernels.quantize.triton_blocks as blocks
-    import kernels.quantize.triton_columns as columns
-    import kernels.quantize.triton_e5m6 as e5m6
-
+@interpreted
+def test_interpreted_formats_of_nothing_have_their_shapes() -> None:
     for counts, num_columns in (([0, 0], 5), ([], 5), ([3], 0)):
         rows_ND = torch.ones(sum(counts), num_columns)
         made = columns.quantize_columns(rows_ND, counts, power_of_two=True)
@@ -68,11 +58,8 @@ def interpreted_emptiness() -> None:
         assert e5m6.unpack_e5m6(packed, num_columns, torch.float32).shape == (num_rows, num_columns)
 
 
-def interpreted_tiles() -> None:
-    """Checks that every tile size gives the same bits."""
-    import kernels.quantize.triton_columns as columns
-    import kernels.quantize.triton_e5m6 as e5m6
-
+@interpreted
+def test_interpreted_formats_are_the_same_with_any_tile() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_ND = torch.randn(150, 200, generator=generator)
     by_rows = Quantized(rows_ND.to(torch.float8_e4m3fn), torch.rand(150, 2, generator=generator))
@@ -90,80 +77,9 @@ def interpreted_tiles() -> None:
     assert torch.equal(whole, single)
 
 
-def interpreted_misuse() -> list[str]:
-    import kernels.quantize.triton_blocks as blocks
-    import kernels.quantize.triton_columns as columns
-    import kernels.quantize.triton_e5m6 as e5m6
-
-    rows = torch.ones(256, 3)
-    by_rows = Quantized(rows.to(torch.float8_e4m3fn), torch.ones(256, 1))
-    in_blocks, packed = blocks.quantize_128x128(rows, power_of_two=True), e5m6.pack_e5m6(rows)
-    messages = []
-    for misuse in (
-        partial(columns.quantize_columns, rows.t(), [3], power_of_two=True),
-        partial(columns.quantize_columns, rows, [255], power_of_two=True),
-        partial(columns.requantize_columns, Quantized(by_rows.codes.t(), torch.ones(3, 2)), [3], power_of_two=True),
-        partial(columns.requantize_columns, by_rows, [256], power_of_two=True, min_amax=1e-40),
-        partial(blocks.quantize_128x128, rows.t(), power_of_two=True),
-        partial(blocks.quantize_128x128, rows, power_of_two=True, min_amax=1e-40),
-        partial(blocks.dequantize_128x128, QuantizedBlocks(in_blocks.codes.t(), in_blocks.scales.t()), torch.float32),
-        partial(blocks.transpose_blocks, QuantizedBlocks(in_blocks.codes.t(), in_blocks.scales.t())),
-        partial(e5m6.pack_e5m6, rows.t()),
-        partial(e5m6.unpack_e5m6, packed, 5, torch.float32),
-        partial(e5m6.unpack_e5m6, PackedE5M6(packed.codes.t().contiguous().t(), packed.scales), 3, torch.float32),
-    ):
-        try:
-            misuse()
-            messages.append("nothing was raised")
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("interpreted", [interpreted_columns, interpreted_blocks, interpreted_e5m6])
-def test_interpreted_formats_equal_the_reference(
-    interpreter: ProcessPoolExecutor, interpreted: Callable[[torch.dtype], None], dtype: torch.dtype
-) -> None:
-    interpreter.submit(interpreted, dtype).result()
-
-
-def test_interpreted_formats_of_nothing_have_their_shapes(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_emptiness).result()
-
-
-def test_interpreted_formats_are_the_same_with_any_tile(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_tiles).result()
-
-
-def test_misuse_of_formats_is_named(interpreter: ProcessPoolExecutor) -> None:
-    messages = interpreter.submit(interpreted_misuse).result()
-    for message, words in zip(
-        messages,
-        [
-            "quantize_columns: rows_ND must be contiguous along its columns, got strides (1, 3)",
-            "quantize_columns: counts must add up to the number of rows, 256, got 255",
-            "requantize_columns: codes must be contiguous along its columns, got strides (1, 3)",
-            "min_amax must be in [2**-117, 2**127], got 1e-40",
-            "quantize_128x128: values must be contiguous along its columns, got strides (1, 3)",
-            "min_amax must be in [2**-117, 2**127], got 1e-40",
-            "dequantize_128x128: codes must be contiguous along its columns, got strides (1, 3)",
-            "transpose_blocks: codes must be contiguous along its columns, got strides (1, 3)",
-            "pack_e5m6: rows_ND must be contiguous along its columns, got strides (1, 3)",
-            "unpack_e5m6: a row of 5 columns has 9 bytes and 1 scales, got (6, 1)",
-            "unpack_e5m6: codes must be contiguous along its columns, got strides (1, 256)",
-        ],
-        strict=True,
-    ):
-        assert words in message
-
-
 def compiled(
-    module_name: str, kernel: str, function: str, *arguments: Any, power_of_two: bool | None = None
+    module: ModuleType, kernel: str, function: str, *arguments: Any, power_of_two: bool | None = None
 ) -> Compiled:
-    import importlib
-
-    module = importlib.import_module(f"kernels.quantize.{module_name}")
     options = {} if power_of_two is None else {"power_of_two": power_of_two}
     made = compile_launch(module, kernel, lambda: getattr(module, function)(*arguments, **options))
     made.assert_sound()
@@ -186,16 +102,14 @@ def codes(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(("counts", "power_of_two"), [([256], False), ([100, 156], True)])
 def test_compiled_columns_read_and_write_side_by_side(counts: Sequence[int], power_of_two: bool) -> None:
     rows_ND = torch.empty(256, 7168, dtype=torch.bfloat16)
-    made = compiled(
-        "triton_columns", "quantize_columns_kernel", "quantize_columns", rows_ND, counts, power_of_two=power_of_two
-    )
+    made = compiled(columns, "quantize_columns_kernel", "quantize_columns", rows_ND, counts, power_of_two=power_of_two)
     # 8 bytes a thread, of 64 columns of a row; and 16 bytes of the 128 codes of a tile.
     assert vectors(made) == ({"v2"}, {"v4"})
     assert len(made.instructions(r"st\.global\.v4")) == 2
     assert made.registers <= 80
     by_rows = Quantized(codes(256, 7168), torch.empty(256, 56))
     again = compiled(
-        "triton_columns", "requantize_columns_kernel", "requantize_columns", by_rows, counts, power_of_two=power_of_two
+        columns, "requantize_columns_kernel", "requantize_columns", by_rows, counts, power_of_two=power_of_two
     )
     assert vectors(again) == (set(), {"v4"})
     assert len(again.instructions(r"st\.global\.v4")) == 4
@@ -209,23 +123,23 @@ def test_compiled_columns_read_and_write_side_by_side(counts: Sequence[int], pow
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_compiled_blocks_move_16_bytes_at_a_time(power_of_two: bool) -> None:
     values = torch.empty(4, 256, 7168, dtype=torch.bfloat16)
-    made = compiled("triton_blocks", "quantize_blocks_kernel", "quantize_128x128", values, power_of_two=power_of_two)
+    made = compiled(blocks, "quantize_blocks_kernel", "quantize_128x128", values, power_of_two=power_of_two)
     assert vectors(made) == ({"v4"}, {"v4"})
     assert len(made.instructions(r"div\.rn\.f32")) == (1 if power_of_two else 2)
     in_blocks = QuantizedBlocks(codes(4, 256, 7168), torch.empty(4, 2, 56))
-    back = compiled("triton_blocks", "dequantize_blocks_kernel", "dequantize_128x128", in_blocks, torch.bfloat16)
-    turned = compiled("triton_blocks", "transpose_blocks_kernel", "transpose_blocks", in_blocks)
+    back = compiled(blocks, "dequantize_blocks_kernel", "dequantize_128x128", in_blocks, torch.bfloat16)
+    turned = compiled(blocks, "transpose_blocks_kernel", "transpose_blocks", in_blocks)
     for kernel in (made, back, turned):
         assert vectors(kernel) == ({"v4"}, {"v4"})
         assert kernel.registers <= 128
 
 
 def test_compiled_e5m6_moves_a_row_in_vectors() -> None:
-    packed = compiled("triton_e5m6", "pack_kernel", "pack_e5m6", torch.empty(32, 7168, dtype=torch.bfloat16))
+    packed = compiled(e5m6, "pack_kernel", "pack_e5m6", torch.empty(32, 7168, dtype=torch.bfloat16))
     # 16 numbers a thread are 16 bytes of lower bits and 8 of upper ones.
     assert vectors(packed) == ({"v4"}, {"v4", "v2"})
     rows = PackedE5M6(torch.empty(32, 10752, dtype=torch.uint8), torch.empty(32, 56))
-    unpacked = compiled("triton_e5m6", "unpack_kernel", "unpack_e5m6", rows, 7168, torch.bfloat16)
+    unpacked = compiled(e5m6, "unpack_kernel", "unpack_e5m6", rows, 7168, torch.bfloat16)
     assert vectors(unpacked) == ({"v4", "v2"}, {"v4"})
     for kernel in (packed, unpacked):
         assert kernel.registers <= 64
@@ -233,6 +147,6 @@ def test_compiled_e5m6_moves_a_row_in_vectors() -> None:
 
 def test_compiled_formats_of_unaligned_rows_are_sound() -> None:
     rows_ND = torch.empty(130, 7167)
-    compiled("triton_columns", "quantize_columns_kernel", "quantize_columns", rows_ND, [130], power_of_two=False)
-    compiled("triton_blocks", "quantize_blocks_kernel", "quantize_128x128", rows_ND, power_of_two=False)
-    compiled("triton_e5m6", "pack_kernel", "pack_e5m6", rows_ND)
+    compiled(columns, "quantize_columns_kernel", "quantize_columns", rows_ND, [130], power_of_two=False)
+    compiled(blocks, "quantize_blocks_kernel", "quantize_128x128", rows_ND, power_of_two=False)
+    compiled(e5m6, "pack_kernel", "pack_e5m6", rows_ND)

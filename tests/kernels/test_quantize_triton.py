@@ -3,16 +3,15 @@
 Shape legend: N rows, D columns, T tiles in a row.
 """
 
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-
 import pytest
 import torch
 
 import kernels.quantize.reference as reference
+import kernels.quantize.triton as module
 from kernels.quantize.layout import Quantized
-from tests.kernels.agreement import check_dequantize, check_quantize
+from tests.kernels.agreement import assert_same_bits, check_dequantize, check_quantize
 from tests.kernels.aot import Compiled, compile_launch
+from tests.kernels.interpreter_casts import interpreted
 
 pytestmark = pytest.mark.slow
 
@@ -20,9 +19,9 @@ SHAPES = [(32, 1), (33, 127), (16, 128), (18, 129), (16, 300)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def interpreted_quantize(dtype: torch.dtype) -> None:
-    import kernels.quantize.triton as module
-
+@pytest.mark.parametrize("dtype", DTYPES)
+@interpreted
+def test_interpreted_quantize_equals_the_reference(dtype: torch.dtype) -> None:
     for num_rows, num_columns in SHAPES:
         quantized = check_quantize(module, "cpu", num_rows, num_columns, dtype)
         check_dequantize(module, "cpu", quantized, dtype)
@@ -32,27 +31,25 @@ def interpreted_quantize(dtype: torch.dtype) -> None:
         assert module.dequantize_1x128(quantized, dtype).shape == (num_rows, num_columns)
 
 
-def interpreted_blocks() -> None:
-    """Checks that every tile size gives the same bits; codes and scales may be strided."""
-    from kernels.quantize.triton import dequantize_1x128, quantize_1x128
-
+@interpreted
+def test_interpreted_quantize_is_the_same_with_any_tile() -> None:
+    """Codes and scales may be strided."""
     rows_ND = torch.randn(37, 300, generator=torch.Generator().manual_seed(0))
-    expected = quantize_1x128(rows_ND, power_of_two=False)
+    expected = module.quantize_1x128(rows_ND, power_of_two=False)
     for block_rows in (1, 4, 64):
-        actual = quantize_1x128(rows_ND, power_of_two=False, block_rows=block_rows)
-        assert torch.equal(actual.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+        actual = module.quantize_1x128(rows_ND, power_of_two=False, block_rows=block_rows)
+        assert_same_bits(actual.codes, expected.codes)
         assert torch.equal(actual.scales, expected.scales)
         wide = torch.zeros(37, 320, dtype=torch.float8_e4m3fn)
         wide[:, 5:305] = actual.codes
         strided = Quantized(wide[:, 5:305], torch.cat([actual.scales, actual.scales], dim=1)[:, 3:])
-        rows = dequantize_1x128(strided, torch.float32, block_rows=block_rows)
-        assert torch.equal(rows, dequantize_1x128(expected, torch.float32))
+        rows = module.dequantize_1x128(strided, torch.float32, block_rows=block_rows)
+        assert torch.equal(rows, module.dequantize_1x128(expected, torch.float32))
 
 
-def interpreted_near_ties() -> None:
-    """Quotients at or next to the point where a code changes, under scales of any mantissa."""
-    from kernels.quantize.triton import quantize_1x128
-
+@interpreted
+def test_interpreted_quotients_near_ties_equal_the_divisions() -> None:
+    """At or next to the points where a code changes, under scales of any mantissa."""
     generator = torch.Generator().manual_seed(1)
     amax_N = torch.ldexp(
         1 + torch.rand(4096, generator=generator), torch.randint(-100, 100, (4096,), generator=generator)
@@ -64,52 +61,11 @@ def interpreted_near_ties() -> None:
     rows_ND = torch.cat([amax_N[:, None], products_NT, -around[0], around[1]], 1)
     expected = reference.quantize_1x128(rows_ND, power_of_two=False, min_amax=2.0**-117)
     assert torch.equal(expected.scales, scales_N1)
-    actual = quantize_1x128(rows_ND, power_of_two=False, min_amax=2.0**-117, block_rows=1024)
-    assert torch.equal(actual.codes.view(torch.uint8), expected.codes.view(torch.uint8))
-
-
-def interpreted_misuse() -> list[str]:
-    from kernels.quantize.triton import dequantize_1x128, quantize_1x128
-
-    rows = torch.ones(256, 3)
-    quantized = quantize_1x128(rows, power_of_two=True)
-    messages = []
-    for misuse in (
-        partial(quantize_1x128, rows.t(), power_of_two=True),
-        partial(quantize_1x128, rows, power_of_two=True, min_amax=0.0),
-        partial(dequantize_1x128, Quantized(quantized.codes.t(), torch.ones(3, 2)), torch.float32),
-    ):
-        try:
-            misuse()
-            messages.append("nothing was raised")
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_interpreted_quantize_equals_the_reference(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
-    interpreter.submit(interpreted_quantize, dtype).result()
-
-
-def test_interpreted_quantize_is_the_same_with_any_tile(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_blocks).result()
-
-
-def test_interpreted_quotients_near_ties_equal_the_divisions(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_near_ties).result()
-
-
-def test_misuse_of_quantize_is_named(interpreter: ProcessPoolExecutor) -> None:
-    rows, min_amax, codes = interpreter.submit(interpreted_misuse).result()
-    assert rows == "quantize_1x128: rows_ND must be contiguous along its columns, got strides (1, 3)"
-    assert min_amax.startswith("quantize_1x128: min_amax must be in [2**-117, 2**127], got 0.0")
-    assert codes == "dequantize_1x128: codes must be contiguous along its columns, got strides (1, 3)"
+    actual = module.quantize_1x128(rows_ND, power_of_two=False, min_amax=2.0**-117, block_rows=1024)
+    assert_same_bits(actual.codes, expected.codes)
 
 
 def compiled_quantize(dtype: torch.dtype, num_columns: int, power_of_two: bool) -> Compiled:
-    import kernels.quantize.triton as module
-
     rows_ND = torch.empty(32, num_columns, dtype=dtype)
     return compile_launch(module, "quantize_kernel", lambda: module.quantize_1x128(rows_ND, power_of_two=power_of_two))
 
@@ -140,8 +96,6 @@ def test_compiled_quantize_casts_in_hardware_and_divides_exactly(
 @pytest.mark.parametrize("num_columns", [7168, 129])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_dequantize_casts_in_hardware_and_is_sound(dtype: torch.dtype, num_columns: int) -> None:
-    import kernels.quantize.triton as module
-
     quantized = Quantized(
         torch.empty(32, num_columns, dtype=torch.float8_e4m3fn), torch.empty(32, -(-num_columns // 128))
     )

@@ -3,15 +3,17 @@
 Shape legend: A rows, D columns.
 """
 
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-
 import pytest
 import torch
 
+import kernels.rms_norm.reference_fp8 as reference_fp8
+import kernels.rms_norm.triton as plain
+import kernels.rms_norm.triton_fp8 as fp8
 from kernels.quantize.layout import Quantized
+from tests.kernels.agreement import assert_same_bits
 from tests.kernels.agreement_fused import EPS, check_rms_norm, check_rms_norm_fp8, norm_inputs
 from tests.kernels.aot import Compiled, compile_launch
+from tests.kernels.interpreter_casts import interpreted
 from tests.kernels.plain import near, randn
 
 pytestmark = pytest.mark.slow
@@ -19,141 +21,73 @@ pytestmark = pytest.mark.slow
 SHAPES = [(5, 1), (9, 100), (40, 130), (3, 1024), (70, 128)]
 
 
-def interpreted_plain(dtype: torch.dtype) -> None:
-    import kernels.rms_norm.triton as module
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@interpreted
+def test_interpreted_rms_norm_is_near_the_reference(dtype: torch.dtype) -> None:
     for shape in SHAPES:
-        check_rms_norm(module, "cpu", shape, dtype)
+        check_rms_norm(plain, "cpu", shape, dtype)
     x, weight_D = randn(2, 3, 5, seed=0, dtype=dtype), randn(5, seed=1, dtype=dtype)
-    normal, inverse = module.rms_norm(x, weight_D, EPS)
+    normal, inverse = plain.rms_norm(x, weight_D, EPS)
     assert (normal.shape, inverse.shape) == ((2, 3, 5), (2, 3, 1))
-    assert module.normalize_backward(x, x, inverse, weight_D)[0].shape == (2, 3, 5)
+    assert plain.normalize_backward(x, x, inverse, weight_D)[0].shape == (2, 3, 5)
     for size in ((0, 5), (4, 0)):
         x, weight_D = torch.ones(size), torch.ones(size[1])
-        normal, inverse = module.rms_norm(x, weight_D, EPS)
+        normal, inverse = plain.rms_norm(x, weight_D, EPS)
         assert (normal.shape, inverse.shape) == (size, (size[0], 1))
-        grad_x, grad_weight_D = module.normalize_backward(x, x, inverse, weight_D)
+        grad_x, grad_weight_D = plain.normalize_backward(x, x, inverse, weight_D)
         assert grad_x.shape == size
         assert grad_weight_D.tolist() == [0.0] * size[1]
 
 
-def interpreted_fp8(dtype: torch.dtype) -> None:
-    import kernels.rms_norm.triton_fp8 as module
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@interpreted
+def test_interpreted_rms_norm_in_fp8_is_near_the_reference(dtype: torch.dtype) -> None:
     for shape in SHAPES:
-        check_rms_norm_fp8(module, "cpu", shape, dtype)
+        check_rms_norm_fp8(fp8, "cpu", shape, dtype)
     for size in ((0, 128), (4, 0)):
         x_AD, weight_D = torch.ones(size), torch.ones(size[1])
-        normal, inverse_A1 = module.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
-        assert (normal.codes.shape, normal.scales.shape, inverse_A1.shape) == (
-            size,
-            (size[0], size[1] // 128),
-            (size[0], 1),
-        )
-        grad_x_AD, grad_weight_D = module.rms_norm_backward_from_codes(x_AD, normal, inverse_A1, weight_D)
+        normal, inverse_A1 = fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
+        assert (normal.codes.shape, normal.scales.shape) == (size, (size[0], size[1] // 128))
+        assert inverse_A1.shape == (size[0], 1)
+        grad_x_AD, grad_weight_D = fp8.rms_norm_backward_from_codes(x_AD, normal, inverse_A1, weight_D)
         assert grad_x_AD.shape == size
         assert grad_weight_D.tolist() == [0.0] * size[1]
 
 
-def interpreted_blocks() -> None:
-    """Checks that every block size and number of programs gives the same rows, and the same sums up to their order."""
-    from kernels.rms_norm.triton import normalize_backward, rms_norm
-    from kernels.rms_norm.triton_fp8 import rms_norm_backward_from_codes, rms_norm_quantize
-
+@interpreted
+def test_interpreted_rms_norm_is_the_same_with_any_block_but_for_the_order_of_sums() -> None:
     x_AD, weight_D, grad_AD = norm_inputs((23, 200), torch.float32)
-    normal_AD, inverse_A1 = rms_norm(x_AD, weight_D, EPS)
-    codes, _ = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
-    plain = normalize_backward(grad_AD, x_AD, inverse_A1, weight_D)
-    fp8 = rms_norm_backward_from_codes(grad_AD, codes, inverse_A1, weight_D)
+    normal_AD, inverse_A1 = plain.rms_norm(x_AD, weight_D, EPS)
+    codes, _ = fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
+    of_plain = (plain.normalize_backward, (grad_AD, x_AD, inverse_A1, weight_D))
+    of_codes = (fp8.rms_norm_backward_from_codes, (grad_AD, codes, inverse_A1, weight_D))
     for block_rows, num_programs in ((1, 3), (4, 2), (2, 100)):
-        assert torch.equal(rms_norm(x_AD, weight_D, EPS, block_rows=block_rows)[0], normal_AD)
-        made, _ = rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False, block_rows=block_rows)
-        assert torch.equal(made.codes.view(torch.uint8), codes.codes.view(torch.uint8))
-        sharing = {"block_rows": block_rows, "num_programs": num_programs}
-        for (grad_x, grad_weight), (wanted_x, wanted_weight) in (
-            (normalize_backward(grad_AD, x_AD, inverse_A1, weight_D, **sharing), plain),
-            (rms_norm_backward_from_codes(grad_AD, codes, inverse_A1, weight_D, **sharing), fp8),
-        ):
+        assert torch.equal(plain.rms_norm(x_AD, weight_D, EPS, block_rows=block_rows)[0], normal_AD)
+        made, _ = fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False, block_rows=block_rows)
+        assert_same_bits(made.codes, codes.codes)
+        for backward, operands in (of_plain, of_codes):
+            grad_x, grad_weight = backward(*operands, block_rows=block_rows, num_programs=num_programs)
+            wanted_x, wanted_weight = backward(*operands)
             assert torch.equal(grad_x, wanted_x)
             near(grad_weight, wanted_weight.double(), 2)
 
 
-def interpreted_not_finite(poison: float) -> list[torch.Tensor]:
-    """Returns which results are not finite, for the reference and for Triton."""
-    import kernels.rms_norm.reference_fp8 as reference
-    import kernels.rms_norm.triton_fp8 as module
-
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@interpreted
+def test_interpreted_rms_norm_in_fp8_is_not_finite_exactly_if_the_reference_is_not(poison: float) -> None:
     x_AD, weight_D, grad_AD = norm_inputs((4, 300), torch.float32)
     x_AD[2, 150] = poison
-    found = []
-    for implementation in (reference, module):
-        normal, inverse_A1 = implementation.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
-        made = implementation.rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
+    are_nan = []
+    for module in (reference_fp8, fp8):
+        normal, inverse_A1 = module.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
+        made = module.rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
         results = [normal.codes.float(), normal.scales, inverse_A1, *made]
-        found.append(torch.cat([each.isnan().flatten() for each in results]))
-    return found
-
-
-def interpreted_misuse() -> list[str]:
-    from kernels.rms_norm.triton import normalize_backward, rms_norm
-    from kernels.rms_norm.triton_fp8 import rms_norm_backward_from_codes, rms_norm_quantize
-
-    square, wide = torch.ones(4, 4), torch.ones(1, 8193)
-    codes = Quantized(square.to(torch.float8_e4m3fn).t(), torch.ones(4, 1))
-    messages = []
-    for misuse in (
-        partial(rms_norm, square.t(), square[0], EPS),
-        partial(rms_norm, wide, wide[0], EPS),
-        partial(normalize_backward, square, square.t(), square[:, :1], square[0]),
-        partial(rms_norm_quantize, square.t(), square[0], EPS, power_of_two=False),
-        partial(rms_norm_backward_from_codes, square, codes, square[:, :1], square[0]),
-    ):
-        try:
-            misuse()
-            messages.append("nothing was raised")
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_interpreted_rms_norm_is_near_the_reference(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
-    interpreter.submit(interpreted_plain, dtype).result()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interpreted_rms_norm_in_fp8_is_near_the_reference(
-    interpreter: ProcessPoolExecutor, dtype: torch.dtype
-) -> None:
-    interpreter.submit(interpreted_fp8, dtype).result()
-
-
-def test_interpreted_rms_norm_is_the_same_with_any_block_but_for_sums(interpreter: ProcessPoolExecutor) -> None:
-    interpreter.submit(interpreted_blocks).result()
-
-
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_interpreted_rms_norm_in_fp8_is_not_finite_exactly_if_the_reference_is_not(
-    interpreter: ProcessPoolExecutor, poison: float
-) -> None:
-    expected, found = interpreter.submit(interpreted_not_finite, poison).result()
-    assert expected.any()
-    assert torch.equal(found, expected)
-
-
-def test_misuse_of_rms_norm_is_named(interpreter: ProcessPoolExecutor) -> None:
-    rows, wide, x, codes, cached = interpreter.submit(interpreted_misuse).result()
-    assert rows == "rms_norm: x must be contiguous along its columns, got strides (1, 4)"
-    assert wide == "rms_norm: x must have at most 8192 columns, got 8193; nearest: 8192"
-    assert x == "normalize_backward: x must be contiguous along its columns, got strides (1, 4)"
-    assert codes == "rms_norm_quantize: x_AD must be contiguous along its columns, got strides (1, 4)"
-    assert cached == "rms_norm_backward_from_codes: codes must be contiguous along its columns, got strides (1, 4)"
+        are_nan.append(torch.cat([result.isnan().flatten() for result in results]))
+    assert are_nan[0].any()
+    assert torch.equal(*are_nan)
 
 
 def compiled(kernel: str, dtype: torch.dtype, num_columns: int, power_of_two: bool = False) -> Compiled:
-    import kernels.rms_norm.triton as plain
-    import kernels.rms_norm.triton_fp8 as fp8
-
     x_AD, weight_D = torch.empty(1024, num_columns, dtype=dtype), torch.empty(num_columns, dtype=dtype)
     inverse_A1 = torch.empty(1024, 1, dtype=torch.promote_types(dtype, torch.float32))
     match kernel:

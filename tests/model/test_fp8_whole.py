@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from comm.dispatch.local import LocalDispatcher
 from comm.protocol import RankLocalDispatcher
-from kernels.quantize import reference_blocks
+from kernels.quantize import reference
 from kernels.quantize.layout import QuantizedBlocks
 from model.attention.mla import LatentAttention
 from model.config import ModelConfig, Products
@@ -71,7 +71,7 @@ def test_weights_held_in_codes_change_no_bit_and_changed_ones_are_seen(products:
 def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]]:
     """Records every weight that is quantized, and the number of calls of each kernel."""
     weights, calls = list[Tensor](), dict[str, int]()
-    quantize_128x128 = reference_blocks.quantize_128x128
+    quantize_128x128 = reference.quantize_128x128
 
     def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
 
@@ -88,7 +88,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
     for name, (path, _) in FP8_FUNCTIONS.items():
         module = import_module(path)
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    monkeypatch.setattr(reference_blocks, "quantize_128x128", quantize)
+    monkeypatch.setattr(reference, "quantize_128x128", quantize)
     return weights, calls
 
 

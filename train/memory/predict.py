@@ -12,7 +12,7 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.reductions import with_reductions
 from kernels.attention import pads_values
-from kernels.quantize import num_tiles
+from kernels.tiles import num_tiles
 from model.size import HeldParameters, Sizes, StageShape, held_parameters, sliced_phases, stage_shapes
 from train.config import TrainConfig
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes

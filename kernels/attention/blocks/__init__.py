@@ -54,12 +54,9 @@ class BlockBackward(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockKernel:
-    """Forward and backward of a block, and the widths that they require.
+    """Forward and backward of a block.
 
-    Attributes:
-        forward: forward of a block.
-        backward: backward of a block.
-        multiple: queries, keys and values are padded to one width that is a multiple of this; 0: they are not padded.
+    `multiple`: queries, keys and values are padded to one width that is a multiple of this; 0: they are not padded.
     """
 
     forward: BlockForward
@@ -78,16 +75,10 @@ class BlockKernelError(ValueError):
 
 
 def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> BlockKernel:
-    """Returns the block kernel of an attention kernel.
+    """Returns the block kernel of an attention kernel or `auto`; raises BlockKernelError if it has none.
 
     On a CPU it is torch's flash kernel. On CUDA it is torch's flash kernel for types of 16 bits, its memory-efficient
     kernel for float32, and the reference for float64, which fused kernels do not support.
-
-    Args:
-        name: name of the attention kernel, or `auto`.
-
-    Raises:
-        BlockKernelError: the attention kernel is not torch's.
     """
     if not has_blocks(name):
         nearest = ", ".join(each for each in (AUTO, *ATTENTION.names()) if has_blocks(each))

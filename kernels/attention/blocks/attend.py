@@ -55,10 +55,6 @@ class MergedBackward:
     """Backward of merged attention.
 
     Attributes:
-        query_BTHQ: the queries.
-        mixed_BTHV: the merged values.
-        log_sums_BTH: the merged logarithms.
-        grad_mixed_BTHV: gradient of the merged values.
         grad_query_BTHQ: sum of the queries' gradients over tiles, in float32 or wider.
         kernel: the kernel of the forward.
         scale: factor of the scores.

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
 from kernels.quantize import (
-    TILE,
     quantize_1x128,
     quantize_128x128,
     quantize_columns,
     requantize_columns,
     transpose_blocks,
 )
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, QuantizedBlocks
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks
 from model.precision.linear import WeightSink
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from comm.protocol import RowOrder
 from kernels.expert_mlp import (
-    choose_expert_implementation,
     down_gradient,
     expert_hidden,
     expert_mlp,
@@ -218,16 +217,15 @@ class _ExpertMlp(torch.autograd.Function):
         ctx: Any, rows_ND: Tensor, weights: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor, options: _Options
     ) -> Tensor:
         order, width = options.order, down_EDM.shape[2]
-        run = choose_expert_implementation(rows_ND.device, rows_ND.dtype, rows_ND.shape[1], width)
         weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
-        ctx.options, ctx.run, ctx.weights_dtype = options, run, weights.dtype
+        ctx.options, ctx.weights_dtype = options, weights.dtype
         if options.for_backward and order is None and not options.keeps_gated:
-            hidden_AH = expert_hidden(rows_ND, gate_up_EHD, options.counts, implementation=run)
+            hidden_AH = expert_hidden(rows_ND, gate_up_EHD, options.counts)
             ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM)
             return rows_ND.new_zeros(()).expand_as(rows_ND)
         gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
         given = (rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM)
-        out_AD, hidden_AH = expert_mlp(*given, implementation=run)
+        out_AD, hidden_AH = expert_mlp(*given)
         kept = () if gated_AM is None else (gated_AM,)
         ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept)
         return out_AD if order is None else order.sum_rows(out_AD)
@@ -236,13 +234,13 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept = ctx.saved_tensors
         options: _Options = ctx.options
-        counts, sink, order, run = options.counts, options.sink, options.order, ctx.run
+        counts, sink, order = options.counts, options.sink, options.order
         # Without a split, all gradients are computed expert by expert; hidden gradients never exist for all experts.
         grad_ND = grads[0].contiguous()
         given = (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
         is_at_once = sink is None and gate_up_EHD.requires_grad and down_EDM.requires_grad
         rows = rows_ND if is_at_once else None
-        grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *given, rows_ND=rows, implementation=run)
+        grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *given, rows_ND=rows)
         # Gradients by row become gradients by token, ND and NK.
         if order is not None:
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
@@ -257,10 +255,10 @@ class _ExpertMlp(torch.autograd.Function):
         gated_AM = kept[0] if kept else None
 
         def of_gate_up() -> Tensor:
-            return gate_up_gradient(rest[0], in_order(rows_ND), counts, implementation=run)
+            return gate_up_gradient(rest[0], in_order(rows_ND), counts)
 
         def of_down() -> Tensor:
-            return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM, implementation=run)
+            return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM)
 
         grad_gate_up, grad_down = (
             deliver_gradient(gate_up_EHD, of_gate_up, sink),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.implementation import has_deep_gemm
+from kernels.operation import has_deep_gemm
 from tests.gpu.bench import report
 from tests.gpu.bench.contenders import contenders, others_of
 from tests.gpu.bench.measure import Roofs, Stopwatch, interleaved, measure_roofs

@@ -4,7 +4,7 @@ Shape legend: M rows, N columns and K depth of a product.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Literal, NamedTuple, NoReturn, assert_never
@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels.grouped_gemm.native as native
-from kernels.gemm_fp8.deep_gemm import DeepGemm
-from kernels.grouped_gemm.deep_gemm import DeepGemmGrouped
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.launches import Call, Launch, Product, Tensors
 
@@ -28,6 +26,8 @@ NAMES = (PLAIN, BF16, "torch FP8 block-wise", "torch FP8 row-wise", "torch FP8 t
 Recipe = Literal["block-wise", "row-wise", "tensor-wise"]
 RECIPES: tuple[Recipe, ...] = ("block-wise", "row-wise", "tensor-wise")
 _SCALES_ALIGNMENT = 4
+PRODUCTS = ("gemm_fp8", "gemm_fp8_columns")
+GROUPED_PRODUCTS = ("grouped_rows_fp8", "grouped_weight_fp8")
 
 
 class Contenders(NamedTuple):
@@ -67,19 +67,13 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
     return found
 
 
-@cache
 def _tuned() -> SimpleNamespace:
     """Returns our products in FP8, which cache the tuned tiling of every shape."""
-    from kernels.gemm_fp8.tuned import TunedGemm
-    from kernels.grouped_gemm.tuned import TunedGroupedGemm
+    from kernels.gemm_fp8 import tuned as gemm
+    from kernels.grouped_gemm import tuned as grouped
 
-    gemm, grouped = TunedGemm(), TunedGroupedGemm()
-    return SimpleNamespace(
-        gemm_fp8=gemm.gemm_fp8,
-        gemm_fp8_columns=gemm.gemm_fp8_columns,
-        grouped_rows_fp8=grouped.grouped_rows_fp8,
-        grouped_weight_fp8=grouped.grouped_weight_fp8,
-    )
+    found = {name: getattr(gemm, name) for name in PRODUCTS}
+    return SimpleNamespace(**found, **{name: getattr(grouped, name) for name in GROUPED_PRODUCTS})
 
 
 def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
@@ -103,7 +97,9 @@ def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
 
 def deep_gemm(product: Product) -> object:
     """Returns the package's products, which reject unsupported operands."""
-    return DeepGemmGrouped(_refuse, _refuse) if product.counts else DeepGemm(_refuse, _refuse)
+    module = import_module("kernels.grouped_gemm.deep_gemm" if product.counts else "kernels.gemm_fp8.deep_gemm")
+    names = GROUPED_PRODUCTS if product.counts else PRODUCTS
+    return SimpleNamespace(**{name: partial(getattr(module, name), fallback=_refuse) for name in names})
 
 
 def _refuse(*operands: object) -> NoReturn:

@@ -13,8 +13,7 @@ import torch
 import tests.gpu.bench.__main__ as command
 import tests.gpu.bench.measure as measuring
 from kernels.quantize.layout import Quantized, QuantizedBlocks
-from kernels.quantize.reference import quantize_1x128
-from kernels.quantize.reference_blocks import quantize_128x128
+from kernels.quantize.reference import quantize_1x128, quantize_128x128
 from tests.gpu.bench import report
 from tests.gpu.bench.__main__ import MET, NO_DEVICE, SECTIONS, Findings, main, measure
 from tests.gpu.bench.contenders import (

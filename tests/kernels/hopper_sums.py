@@ -35,20 +35,8 @@ class AccumulationErrors(NamedTuple):
 def accumulate(left_MK: Tensor, right_NK: Tensor, promotion: int | None) -> Tensor:
     """Computes `left right^T` of codes as Hopper's tensor cores accumulate it.
 
-    Args:
-        left_MK: float8_e4m3fn, without scales.
-        right_NK: float8_e4m3fn, without scales.
-        promotion: number of products after which the running sum is added to a float32 sum and reset; None for never.
-
-    Returns:
-        float32 [M, N].
-
-    Raises:
-        ValueError: the interval is not a multiple of 32.
+    After every `promotion` products, a multiple of 32, the running sum is added to a float32 sum; None: never.
     """
-    if promotion is not None and (promotion <= 0 or promotion % PRODUCTS):
-        nearest = max(PRODUCTS, round(promotion / PRODUCTS) * PRODUCTS)
-        raise ValueError(f"accumulate: promotion must be a multiple of 32, got {promotion}; nearest: {nearest}")
     missing = -left_MK.shape[1] % PRODUCTS
     left_MK, right_NK = (functional.pad(operand.double(), (0, missing)) for operand in (left_MK, right_NK))
     out_MN = left_MK.new_zeros(len(left_MK), len(right_NK), dtype=torch.float32)
@@ -60,12 +48,7 @@ def accumulate(left_MK: Tensor, right_NK: Tensor, promotion: int | None) -> Tens
 
 
 def accumulation_errors(depth: int, promotion: int | None, size: int = 16) -> AccumulationErrors:
-    """Measures errors of `accumulate` against exact sums of the same codes, without rounding to codes.
-
-    Args:
-        depth: number of products per sum.
-        promotion: as in `accumulate`.
-    """
+    """Measures errors of `accumulate` against exact sums of `depth` products of the same codes."""
     generator = torch.Generator().manual_seed(0)
     random = _error(torch.randn(2, size, depth, generator=generator), promotion)
     return AccumulationErrors(random, _error(torch.rand(2, size, depth, generator=generator), promotion))

@@ -1,0 +1,62 @@
+"""Descriptors of Hopper's tensor memory accelerator (TMA) and persistent grids, for launchers of several kernels."""
+
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+ALIGNMENT_BYTES = 16
+LARGEST_DESCRIBED_BYTES = 4  # of a number
+
+
+def is_describable(matrix: Tensor) -> bool:
+    """Whether tiles can be moved by descriptor: the matrix and its rows are 16-byte aligned.
+
+    In addition a row must be contiguous and no longer than the row stride.
+    """
+    row_stride, column_stride = matrix.stride()
+    in_order = column_stride == 1 and row_stride >= max(1, matrix.shape[1])
+    row_bytes = row_stride * matrix.element_size()
+    return in_order and row_bytes % ALIGNMENT_BYTES == 0 and matrix.data_ptr() % ALIGNMENT_BYTES == 0
+
+
+def make_describable(matrices: Tensor) -> Tensor:
+    """Returns a matrix, or matrices [E, N, K], if each `is_describable`, else a copy with aligned rows."""
+    if matrices.dim() == 2:
+        suits = is_describable(matrices)
+    else:
+        group_bytes = matrices.stride(0) * matrices.element_size()
+        suits = is_describable(matrices[0]) and group_bytes > 0 and group_bytes % ALIGNMENT_BYTES == 0
+    if suits:
+        return matrices
+    *leading, num_columns = matrices.shape
+    granularity = ALIGNMENT_BYTES // matrices.element_size()
+    width = granularity * max(1, triton.cdiv(num_columns, granularity))
+    return matrices.new_empty(*leading, width)[..., :num_columns].copy_(matrices)
+
+
+def allow_descriptors(device: torch.device) -> None:
+    """Lets this thread's next kernel launches create descriptors; must be called before each such launch.
+
+    Triton's allocator is set per thread, and autograd runs a backward pass in its own thread.
+    """
+    triton.set_allocator(partial(_workspace, device))
+
+
+def _workspace(device: torch.device, size: int, alignment: int, stream: int | None) -> Tensor:
+    # Torch's allocator aligns to 512 bytes and reuses memory only on the same stream.
+    return torch.empty(size, dtype=torch.int8, device=device)
+
+
+def make_rows_contiguous(scales: Tensor) -> Tensor:
+    """Returns scales if the columns of a row are contiguous, else a copy."""
+    return scales if scales.stride(1) == 1 else scales.contiguous()
+
+
+def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -> int:
+    """Returns how many programs share the tiles: as many as run at the same time, at most one per tile."""
+    if device.type != "cuda":
+        return min(num_tiles, 2)  # Triton's interpreter runs one after the other; each one gets several tiles
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(num_tiles, programs_per_sm * multiprocessors)

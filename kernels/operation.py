@@ -1,0 +1,83 @@
+"""Chooses among the implementations of an operation. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, update_wrapper
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+HOPPER = 9  # major compute capability
+
+
+class Operation(Generic[P, R]):
+    """A function with several implementations of one signature; a call runs the one that suits its operands."""
+
+    def __init__(self, reference: Callable[P, R], modules: Mapping[str, str], choose: Callable[..., str]) -> None:
+        """Names the implementations.
+
+        Args:
+            reference: the function in plain PyTorch, which defines signature and results.
+            modules: module of each implementation, which is imported at its first call: Triton and DeepGEMM are not
+                loaded on a machine without a GPU.
+            choose: function of the operands that returns the name of an implementation.
+        """
+        self.modules = modules
+        self.choose = choose
+        self._name = reference.__name__
+        update_wrapper(self, reference)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the implementation that suits the operands."""
+        return self.by(self.choose(*args))(*args, **kwargs)
+
+    def by(self, implementation: str) -> Callable[P, R]:
+        """Returns the function of one implementation."""
+        function: Callable[P, R] = getattr(import_module(self.modules[implementation]), self._name)
+        return function
+
+
+def operation(
+    reference: Callable[P, R], cuda: str, hopper: str | None = None, fits: Callable[..., bool] = lambda *operands: True
+) -> Operation[P, R]:
+    """Returns an operation that runs in plain PyTorch except on CUDA.
+
+    Its first positional operand is a tensor, or a tuple of tensors, on the device of all operands.
+
+    Args:
+        cuda: module of Triton's kernels, `triton`, in the reference's package.
+        hopper: module of the products by the package `deep_gemm`, `deep_gemm`, which runs instead if it can.
+        fits: function of the operands: whether Triton's kernels support them. If not, plain PyTorch runs.
+    """
+    package = reference.__module__.rpartition(".")[0]
+    modules = {"reference": reference.__module__, "triton": f"{package}.{cuda}"}
+    if hopper is not None:
+        modules["deep_gemm"] = f"{package}.{hopper}"
+
+    def choose(first: Any, *others: Any) -> str:
+        device: torch.device = (first[0] if isinstance(first, tuple) else first).device
+        if device.type != "cuda" or not fits(first, *others):
+            return "reference"
+        return "deep_gemm" if hopper is not None and has_deep_gemm(device) else "triton"
+
+    return Operation(reference, modules, choose)
+
+
+@cache
+def has_deep_gemm(device: torch.device) -> bool:
+    """Whether `deep_gemm` is installed and the device is a Hopper GPU.
+
+    On later GPUs the package uses other kernels and scales.
+    """
+    if device.type != "cuda" or find_spec("deep_gemm") is None:
+        return False
+    from torch import cuda
+
+    return cuda.get_device_capability(device)[0] == HOPPER
