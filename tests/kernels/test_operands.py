@@ -225,9 +225,7 @@ def test_blocks_and_tilings_that_do_not_fit_are_named() -> None:
         triton_dequantize_128x128(turned(ONE_BLOCK), F32)
     with pytest.raises(ValueError, match=r"Tiling: rows must be a power of two in \[16, 128\], got 100; nearest: 128"):
         Tiling(rows=100)
-    with pytest.raises(
-        ValueError, match=r"Tiling: outputs must be a power of two in \[16, 128\], got 256; nearest: 128"
-    ):
+    with pytest.raises(ValueError, match=r"Tiling: outputs must be a power of two .*, got 256; nearest: 128"):
         Tiling(outputs=256)
     with pytest.raises(ValueError, match=r"GroupedTiling: depth must be a power .*, got 48; nearest: 32"):
         triton_rows(ones(4, 5), ones(2, 3, 5), (1, 3), tiling=GroupedTiling(depth=48))
