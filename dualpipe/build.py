@@ -1,5 +1,6 @@
 """Builds a schedule from the name of its kind, within a memory cap."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +32,8 @@ def build(
             chunks per rank. They change the order only if the kind takes costs.
         memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
             `StageCosts.activation`; None for the schedule's own maximum.
-        cache_dir: folder that caches searched schedules; None to search each time.
 
     Raises:
-        UnknownNameError: if there is no such kind.
         ScheduleError: if the schedule is not defined for the size or number of chunks, or does not fit the cap.
     """
     check_size(kind, num_ranks, num_micro_batches)
@@ -46,8 +45,13 @@ def build(
     check_slices(kind, num_micro_batches, costs.slices)
     copies = len(spec.placement(num_ranks, chunks))
     room = activation_cap(memory_cap, copies, costs)
+    activations = replace(costs, weights=0.0)
+
+    def generate(cap: float | None) -> Schedule:
+        return _generate(spec, num_ranks, num_micro_batches, activations.without_offload(), cap, cache_dir)
+
     try:
-        return _fit(spec, num_ranks, num_micro_batches, replace(costs, weights=0.0), room, cache_dir)
+        return _fit(generate, activations, room)
     except MemoryCapError as error:
         if not costs.weights:
             raise
@@ -57,22 +61,14 @@ def build(
         ) from error
 
 
-def _fit(
-    spec: ScheduleSpec,
-    num_ranks: int,
-    num_micro_batches: int,
-    costs: CostModel,
-    memory_cap: float | None,
-    cache_dir: Path | None,
-) -> Schedule:
+def _fit(generate: Callable[[float | None], Schedule], costs: CostModel, memory_cap: float | None) -> Schedule:
     """Makes the schedule within a cap on its activations.
 
     Some are offloaded if the costs allow it and it takes less time.
+
+    Args:
+        generate: function from a cap to the schedule without offload.
     """
-
-    def generate(cap: float | None) -> Schedule:
-        return _generate(spec, num_ranks, num_micro_batches, costs.without_offload(), cap, cache_dir)
-
     if memory_cap is None or not costs.can_offload:
         return generate(memory_cap)
     try:

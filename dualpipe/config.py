@@ -75,47 +75,18 @@ def _number(value: object, rule: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelCosts:
+class ModelCosts(Costs):
     """Costs of a model on a pipeline, for any number of stages.
 
     Attributes:
-        forward: computation of one F of model/P, in any unit.
-        backward_input: computation of one I.
-        backward_weight: computation of one W.
-        exchange: exchange of one F, and also of one I.
-        latency: time of a transfer between two ranks.
-        offload: copy of one activation to host memory, and also the copy back; None if activations stay on the device.
         stages: costs of each stage if stages differ; empty for equal stages.
         weights: memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P; 0 to
             count activations only.
-
-    Raises:
-        ScheduleError: if a time is negative or not finite.
     """
 
-    forward: float
-    backward_input: float
-    backward_weight: float
-    exchange: float
-    latency: float
-    offload: float | None
+    offload: float | None  # required here
     stages: tuple[StageEntry, ...]
     weights: NonNegativeFloat
-
-    def __post_init__(self) -> None:
-        """Checks the times."""
-        self.of_equal_share()
-
-    def of_equal_share(self) -> Costs:
-        """Returns the times of model/P."""
-        return Costs(
-            forward=self.forward,
-            backward_input=self.backward_input,
-            backward_weight=self.backward_weight,
-            exchange=self.exchange,
-            latency=self.latency,
-            offload=self.offload,
-        )
 
     def of_stages(self, num_ranks: int, num_stages: int) -> CostModel:
         """Returns the costs of every stage if the model is cut into `num_stages` stages.
@@ -134,7 +105,7 @@ class ModelCosts:
                 f"costs.stages: must have an entry for each stage, a multiple of num_ranks={num_ranks}, has "
                 f"{len(entries)}; nearest: {nearest}, or []"
             )
-        equal = uniform(self.of_equal_share(), num_ranks, len(entries) or num_stages)
+        equal = uniform(self, num_ranks, len(entries) or num_stages)
         stages = (
             tuple(entry.costs(stage) for entry, stage in zip(entries, equal.stages, strict=True)) if entries else ()
         )

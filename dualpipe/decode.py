@@ -21,8 +21,6 @@ def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
     rank is idle only if it has no input at all.
 
     Args:
-        placement: `placement[direction][stage]` is a rank.
-        cohorts: number of cohorts of each direction.
         rounds: number of rounds of each cohort. A round reads prompts, or adds tokens to every sequence of the cohort.
 
     Raises:

@@ -92,8 +92,6 @@ class Schedule:
     """Ordered groups of operations of each pipeline rank.
 
     Attributes:
-        kind: name of the schedule.
-        num_ranks: number of pipeline ranks.
         num_micro_batches: number of micro-batches, of both directions together.
         placement: `placement[direction][stage]` is the rank that holds the stage for that direction.
         ranks: `ranks[rank]` holds the rank's groups in order.

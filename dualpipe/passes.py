@@ -37,9 +37,6 @@ def ungroup(schedule: Schedule) -> Schedule:
 def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
     """Replaces every B by I and a separate W after it, so that the input gradient is sent before W runs.
 
-    Args:
-        costs: costs under which the split is evaluated.
-
     Returns:
         The split schedule, or the original one if the split would increase makespan or peak memory.
     """

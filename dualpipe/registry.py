@@ -25,9 +25,7 @@ class SizeLimit:
     """Reason why a schedule is not defined for a size.
 
     Attributes:
-        about: the invalid number.
         rule: the rule that it breaks, with a verb, as in `needs an even number of ranks`.
-        nearest: the nearest valid values.
     """
 
     about: Literal["num_ranks", "num_micro_batches"]
@@ -42,8 +40,6 @@ class IdleFormula:
     It holds at least for F = I = W without exchange and latency, and for 2P or more micro-batches.
 
     Attributes:
-        text: the formula.
-        assumes: its assumptions.
         value: function of the number of ranks and the costs of model/P.
     """
 
@@ -62,8 +58,6 @@ class ScheduleSpec:
     """Registered kind of schedule.
 
     Attributes:
-        name: value of `schedule.kind`, and `Schedule.kind` of the generated schedules.
-        summary: description in one line.
         generate: function of the numbers of ranks and micro-batches (all directions together) that returns a valid
             schedule. If `takes_costs` is set, it also takes a `CostModel` and a memory cap or None, and it raises
             MemoryCapError if it cannot keep the cap. Its results are then cached. The number of chunks follows from the
@@ -76,7 +70,6 @@ class ScheduleSpec:
         may_be_chosen: whether `schedule=auto` considers the kind.
         grows: whether the peak of live activations still grows after three micro-batches per rank. If so, memory is
             predicted with all micro-batches.
-        idle: published idle time, if there is a formula.
     """
 
     name: str
@@ -97,9 +90,6 @@ class ScheduleSpec:
 
     def chunk_choices(self, chunks: int | None) -> tuple[int, ...]:
         """Returns the numbers of chunks to try: the configured one, or all up to `AUTO_CHUNKS`.
-
-        Args:
-            chunks: configured number, or None.
 
         Raises:
             ScheduleError: if the schedule is not defined for the configured number.
@@ -142,7 +132,6 @@ def check_size(
     """Checks that a schedule is defined for these numbers, without making it.
 
     Args:
-        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         ranks_key: configuration key of the number of ranks; errors begin with it.
         micro_batches_key: configuration key of the number of micro-batches.
 
@@ -171,7 +160,6 @@ def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
 
     Args:
         kind: name of the schedule, or `auto`.
-        num_micro_batches: micro-batches of one pipeline and step.
 
     Raises:
         ScheduleError: the kind runs whole sequences, or the slices do not divide the micro-batches.
@@ -198,8 +186,6 @@ def kind_for_size(
     Of several others, `FALLBACK` comes first, then the order of the registry.
 
     Args:
-        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
-        chunks: stages of a rank for one direction.
         micro_batches_key: configuration key of the number of micro-batches, for errors.
 
     Raises:

@@ -168,7 +168,7 @@ def _best_of_kind(config: ScheduleCommandConfig, cache_dir: Path) -> TimedSchedu
 def _summed(config: ScheduleCommandConfig, costs: CostModel) -> Costs | CostModel:
     """Returns the costs of model/P if all stages are equal, for which there are published formulas."""
     is_plain = not config.costs.stages and not config.costs.weights
-    return config.costs.of_equal_share() if is_plain else costs
+    return config.costs if is_plain else costs
 
 
 def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedule | UnavailableSchedule, ...]:

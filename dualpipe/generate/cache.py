@@ -48,13 +48,13 @@ def load_or_make(
 
 
 def _program_digest(make: Make) -> str:
-    """Returns a digest of every source file of the search, including a plugin's file.
+    """Returns a digest of every file of the search, its presets and a plugin's file included.
 
     A changed program may find another schedule.
     """
     package = Path(__file__).parents[1]
     own = sys.modules[make.__module__].__file__
-    files = {*package.rglob("*.py"), *([Path(own)] if own else [])}
+    files = {*package.rglob("*.py"), *package.rglob("*.json"), *([Path(own)] if own else [])}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())

@@ -15,21 +15,30 @@ _MOST_CHUNKS = 64
 
 
 def dualpipe_interleaved(
-    num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
+    num_ranks: int,
+    num_micro_batches: int,
+    costs: CostModel,
+    memory_cap: float | None = None,
+    *,
+    kind: str = "dualpipe_interleaved",
 ) -> Schedule:
     """Returns the best order known for these costs. It is deterministic.
 
     Args:
-        num_ranks: number of ranks, at least 1.
-        num_micro_batches: number of micro-batches of both directions together, at least 1.
         costs: costs of the stages, a multiple of `num_ranks`.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`. None allows
             `num_ranks` + 2 times what the largest stages of a rank keep.
+        kind: name of the schedule; `dualpipe_split` keeps to known orders without a memory cap.
 
     Raises:
         MemoryCapError: if no order fits the memory cap. It names the smallest cap that works.
     """
-    return _generate("dualpipe_interleaved", num_ranks, num_micro_batches, costs, memory_cap)
+    chunks = len(costs.stages) // num_ranks
+    shape = empty(num_ranks, num_micro_batches, chunks, kind)
+    largest = chunks * max(stage.activation for stage in costs.stages)
+    cap = (num_ranks + 2) * largest if memory_cap is None else memory_cap
+    builds_more = memory_cap is not None or kind != "dualpipe_split"
+    return search(shape, costs, cap, known_orders(shape, costs, cap), builds_more=builds_more)
 
 
 def dualpipe_split(
@@ -39,7 +48,7 @@ def dualpipe_split(
 
     Without a memory cap it keeps to known orders, which run W soon after I and so need less memory in between.
     """
-    return _generate("dualpipe_split", num_ranks, num_micro_batches, costs, memory_cap)
+    return dualpipe_interleaved(num_ranks, num_micro_batches, costs, memory_cap, kind="dualpipe_split")
 
 
 def empty(num_ranks: int, num_micro_batches: int, chunks: int = 1, kind: str = "dualpipe_split") -> Schedule:
@@ -51,17 +60,6 @@ def empty(num_ranks: int, num_micro_batches: int, chunks: int = 1, kind: str = "
         placement=mirrored_placement(num_ranks, chunks),
         ranks=((),) * num_ranks,
     )
-
-
-def _generate(
-    kind: str, num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None
-) -> Schedule:
-    chunks = len(costs.stages) // num_ranks
-    shape = empty(num_ranks, num_micro_batches, chunks, kind)
-    largest = chunks * max(stage.activation for stage in costs.stages)
-    cap = (num_ranks + 2) * largest if memory_cap is None else memory_cap
-    builds_more = memory_cap is not None or kind != "dualpipe_split"
-    return search(shape, costs, cap, known_orders(shape, costs, cap), builds_more=builds_more)
 
 
 SCHEDULES.register(

@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 
-from dualpipe.generate.greedy.order import ChunkOrder
-from dualpipe.generate.greedy.pipeline import InterleavedPipeline
-from dualpipe.generate.greedy.policy import POLICIES, Policy, change
-from dualpipe.generate.greedy.run import GreedyRun
+from dualpipe.generate.greedy import POLICIES, ChunkOrder, GreedyRun, InterleavedPipeline, Policy, change
 from dualpipe.generate.search import check_cap, in_sequence
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError, straight_placement
 from dualpipe.optimize.weights import place_weights
@@ -36,9 +33,6 @@ def interleaved_1f1b(
     """Returns the best order known for these costs. It is deterministic.
 
     Args:
-        num_ranks: number of ranks, at least 1.
-        num_micro_batches: number of micro-batches, at least 1. It need not be a multiple of the number of ranks.
-        costs: costs of all stages; a rank holds every `num_ranks`-th of them.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`. None allows
             (v + 1) P of the largest activations for v chunks, which is what Megatron-LM's warm-up needs.
 

@@ -53,10 +53,6 @@ def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iter
 
     With many micro-batches it yields one order: the best of few micro-batches, extended. If it has no steady state, the
     W of all micro-batches are placed.
-
-    Args:
-        shape: schedule with placement and counts.
-        memory_cap: memory cap for the placement of W.
     """
     ranks, count = shape.num_ranks, shape.num_micro_batches
     is_short = count <= _MOST_PERIODS * ranks
@@ -79,7 +75,6 @@ def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Ite
     """Yields orders of one chunk in which F and I share a group.
 
     Args:
-        shape: schedule with placement and counts.
         largest: memory of the largest activation of a stage.
     """
     cap = (shape.num_ranks + 1) * largest

@@ -1,45 +1,65 @@
-"""Generates 1F1B: alternating forwards and backwards (PipeDream-Flush, arXiv:2006.09503, section 2.2)."""
+"""Generates 1F1B, of whole sequences or of slices (PipeDream-Flush, arXiv:2006.09503, section 2.2).
+
+If sequences are cut along their tokens into n slices (Seq1F1B, arXiv:2406.03488; SlimPipe, arXiv:2504.14519), forwards
+run slice by slice, as causal attention needs earlier slices only, and backwards in reverse. A rank keeps at most
+n + P - 1 slices: 1 + (P - 1) / n sequences in place of the P sequences of 1F1B.
+"""
+
+from dataclasses import replace
 
 from dualpipe.ir import Group, Op, Operation, Schedule, straight_placement
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
-def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns 1F1B: rank r runs P-1-r forwards, then alternates forwards and backwards. Any P, M >= 1."""
+def sliced_1f1b(num_ranks: int, num_micro_batches: int, slices: int) -> Schedule:
+    """Returns 1F1B over slices, of which each counts as a micro-batch. Any P >= 1, M a multiple of `slices`."""
     return Schedule(
-        kind="1f1b",
+        kind="sliced_1f1b",
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
         placement=straight_placement(num_ranks),
-        ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)),
+        ranks=tuple(_rank_groups(rank, num_ranks, num_micro_batches, slices) for rank in range(num_ranks)),
+        slices=slices,
     )
 
 
-def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
-    ahead = min(num_ranks - 1 - rank, num_micro_batches)
+def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """Returns 1F1B: rank r runs P-1-r forwards, then alternates forwards and backwards. Any P, M >= 1."""
+    return replace(sliced_1f1b(num_ranks, num_micro_batches, 1), kind="1f1b")
+
+
+def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int, slices: int) -> tuple[Group, ...]:
+    """Returns a rank's groups: forwards before its first backward, then a forward and a backward in turn."""
+    # The first backward is that of a sequence's last slice, so a rank is n - 1 more forwards ahead than in 1F1B.
+    ahead = min(num_ranks - 1 - rank + slices - 1, num_micro_batches)
     groups: list[Group] = [(Operation(Op.FORWARD, 0, rank, index),) for index in range(ahead)]
     for index in range(num_micro_batches):
         if index + ahead < num_micro_batches:
             groups.append((Operation(Op.FORWARD, 0, rank, index + ahead),))
-        groups.append((Operation(Op.BACKWARD, 0, rank, index),))
+        sequence, after = divmod(index, slices)
+        groups.append((Operation(Op.BACKWARD, 0, rank, (sequence + 1) * slices - 1 - after),))
     return tuple(groups)
 
 
-def one_f_one_b_idle() -> IdleFormula:
-    """Returns the idle time of 1F1B, with the costs of one of its micro-batches."""
-    return IdleFormula(
-        text="(P-1)(F+B)",
-        assumes="no exchange and no latency",
-        value=lambda num_ranks, costs: (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight),
-    )
-
-
+_IDLE = IdleFormula(
+    text="(P-1)(F+B)",
+    assumes="no exchange and no latency",
+    value=lambda num_ranks, costs: (num_ranks - 1) * (costs.forward + costs.backward_input + costs.backward_weight),
+)
 SCHEDULES.register(
     "1f1b",
     ScheduleSpec(
-        name="1f1b",
-        summary="one forward, one backward, in a single direction",
-        generate=one_f_one_b,
-        idle=one_f_one_b_idle(),
+        name="1f1b", summary="one forward, one backward, in a single direction", generate=one_f_one_b, idle=_IDLE
+    ),
+)
+SCHEDULES.register(
+    "sliced_1f1b",
+    ScheduleSpec(
+        name="sliced_1f1b",
+        summary="1F1B over slices of sequences, in a single direction",
+        generate=sliced_1f1b,
+        takes_slices=True,
+        may_be_chosen=False,
+        idle=_IDLE,
     ),
 )

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dualpipe.generate.list_builder.builder import build_order
-from dualpipe.generate.list_builder.preferences import Preset
-from dualpipe.generate.list_builder.presets import PRESETS
-from dualpipe.generate.list_builder.queues import Pipeline
+from dualpipe.generate.list_builder.pipeline import Pipeline
+from dualpipe.generate.list_builder.preferences import PRESETS, Preset
 from dualpipe.generate.steady import SteadyState, extend, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound
@@ -40,12 +39,7 @@ class BestSchedule:
     """Best schedule so far, by makespan, then by makespan with slower links, then by memory."""
 
     def __init__(self, shape: Schedule, costs: CostModel, cap: float) -> None:
-        """Starts without a schedule.
-
-        Args:
-            shape: schedule with placement and counts; its groups are ignored.
-            cap: maximum of a rank's live activations.
-        """
+        """Starts without a schedule."""
         self.shape = shape
         self.costs = costs
         self.cap = cap
@@ -102,7 +96,6 @@ def search(
     """Returns the best schedule that is found. It is deterministic.
 
     Args:
-        shape: schedule with placement and counts; its groups are ignored.
         cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
         known: schedules to compare with; invalid ones are ignored.
         builds_more: whether to build other orders even if a known one fits.
@@ -127,11 +120,7 @@ def search(
 
 
 def check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
-    """Checks that each rank can keep one micro-batch in all its stages.
-
-    Raises:
-        MemoryCapError: if it cannot.
-    """
+    """Checks that each rank can keep one micro-batch in all its stages."""
     needs = [
         sum(costs.stages[stage].activation for way, stage in shape.stages_of(rank) if way == direction)
         for rank in range(shape.num_ranks)
@@ -265,9 +254,6 @@ class _Level:
         """Builds orders of all micro-batches, because none of few has a steady state.
 
         This takes long. So if there is a schedule already, only the first preset is tried.
-
-        Args:
-            presets: presets whose orders of few micro-batches may be the best, the shortest first.
         """
         pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
         for preset in (*presets, *PRESETS) if self._best.schedule is None else presets[:1]:

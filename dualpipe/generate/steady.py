@@ -19,7 +19,6 @@ class SteadyState:
         shift: micro-batches of each direction in one period.
         starts: index of the first group of the period on each rank.
         lengths: number of groups of the period on each rank.
-        time: length of the period.
     """
 
     shift: int

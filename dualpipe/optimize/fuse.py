@@ -21,9 +21,6 @@ def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
     A hill climb over all ranks together, from the start of the schedule to its end, is repeated until nothing improves.
     Two groups are tried together if that takes less time than one after the other. It is kept if neither the makespan,
     nor (on a tie) the sum of the ranks' ends, nor the rank's peak memory grows.
-
-    Args:
-        costs: costs of its stages; without exchange nothing is fused.
     """
     return _HillClimb(schedule, costs).climb() if exchanges(costs) else schedule
 
@@ -88,8 +85,6 @@ class _HillClimb:
         """Fuses a pair on each of these ranks and returns whether it is kept.
 
         Args:
-            ranks: one rank, or two mirror ranks.
-            index: index of the first group of the pair.
             before: progress of all ranks up to the pair.
         """
         old = {rank: self._ranks[rank] for rank in ranks}

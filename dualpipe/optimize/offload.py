@@ -84,11 +84,9 @@ class _Activation:
     """Activation on one rank.
 
     Attributes:
-        forward: its F.
         made: number of the group with F.
         used: number of the group with B or I.
         freed: number of the group with B or W.
-        weight: its memory.
         copy: time of a copy, or None if it must stay.
     """
 

@@ -67,8 +67,6 @@ class RankBusyTime:
     Attributes:
         busy_seconds: time in which its main thread computed, started an exchange or waited for one.
         exposed_seconds: the part of it in which it started an exchange or waited for one.
-        start_seconds: start of its first span.
-        end_seconds: end of its last span.
     """
 
     busy_seconds: float

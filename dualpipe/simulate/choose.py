@@ -41,16 +41,9 @@ def survey(
     """Times every kind of schedule that may be chosen, or gives the reason why it is not available.
 
     Args:
-        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs_of: costs of each stage, as a function of the kind and the number of stages.
         memory_cap: maximum of a rank's live activations and copies of its weights; None for each schedule's own.
-        cache_dir: folder that caches searched schedules.
-        excluded: kinds that must not be chosen, with reasons.
         chunks: stages of a rank for one direction; None for the best number.
-        most_stages: maximum number of stages; None for no maximum.
-
-    Raises:
-        MemoryCapError: if no schedule fits the cap.
     """
     rows: list[TimedSchedule | UnavailableSchedule] = []
     least = math.inf
@@ -90,12 +83,9 @@ def best_of_kind(
     """Times a kind of schedule with each possible number of chunks and returns the shortest.
 
     Args:
-        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
         costs_of: costs of each stage, as a function of the kind and the number of stages. If they are those of slices
             and the kind does not take slices, it is timed with whole sequences.
         memory_cap: as in `dualpipe.build.build`.
-        cache_dir: folder that caches searched schedules.
-        chunks: stages of a rank for one direction; None for the best number.
         most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.
 
     Raises:
@@ -128,9 +118,6 @@ def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: floa
 
     If the costs count weights, makespans within `MARGIN` of the shortest are equal. Two directions hold the weights
     twice, which is rarely worth less time than that.
-
-    Raises:
-        ScheduleError: if none is available.
     """
     entries = [row for row in rows if isinstance(row, TimedSchedule)]
     if not entries:

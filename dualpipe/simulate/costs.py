@@ -18,9 +18,6 @@ class Costs:
     A full backward takes the sum of `backward_input` and `backward_weight`.
 
     Attributes:
-        forward: computation of one F.
-        backward_input: computation of one I.
-        backward_weight: computation of one W.
         exchange: exchange of one F, and also of one I.
         latency: time from the end of a group to the arrival of its outputs at another rank.
         offload: copy of one activation to host memory, and also the copy back; None if nothing may be offloaded.
@@ -45,11 +42,7 @@ class StageCosts:
     """Times of one micro-batch in one stage, and the memory of its activation from F to W.
 
     Attributes:
-        forward: computation of F.
-        backward_input: computation of I.
         backward_weight: computation of W, which has no exchange.
-        forward_exchange: exchange of F.
-        backward_exchange: exchange of I.
         activation: memory of the activation, in any unit.
         offload: copy of the activation to host memory, and also the copy back; None if it must stay on the device.
 
@@ -102,7 +95,6 @@ class CostModel:
     """Costs of every stage by its number, of a link between two ranks, and of a rank's weights.
 
     Attributes:
-        stages: costs of each stage.
         latency: time from the end of a group to the arrival of its outputs at another rank.
         weights: memory of one copy of a rank's weights, gradients and optimizer state, in the unit of
             `StageCosts.activation`; 0 to count activations only. A rank holds one copy for each direction.
@@ -164,7 +156,6 @@ def overlapped_time(members: Sequence[tuple[float, float]], alone: float = 1.0) 
     """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair).
 
     Args:
-        members: computation and exchange of each operation of a group.
         alone: as in `CostModel`.
     """
     if len(members) == 1:
@@ -205,9 +196,6 @@ def resampled(costs: CostModel, num_stages: int) -> CostModel:
     """Returns the costs of the same model with another number of stages.
 
     Each old stage is divided evenly: a new stage costs its fraction of the old ones, in time and in memory.
-
-    Args:
-        costs: costs of the model's stages.
     """
     if num_stages == len(costs.stages):
         return costs
@@ -231,7 +219,7 @@ def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
 
 
 def _check_times(values: Costs | StageCosts, place: str) -> None:
-    for field in fields(values):
+    for field in fields(Costs if isinstance(values, Costs) else StageCosts):
         value = getattr(values, field.name)
         if value is None:  # no offload
             continue

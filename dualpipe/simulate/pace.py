@@ -44,10 +44,7 @@ class Pace:
     """Steady state of a schedule.
 
     Attributes:
-        start: its begin.
-        end: its end.
         limit: what limits it, as a sentence without a full stop.
-        ranks: use of each rank.
         busiest: the first of the ranks with most computation.
     """
 
@@ -65,7 +62,6 @@ def pace_of(
 
     Args:
         schedule: a valid schedule that trains.
-        simulation: its simulation under these costs.
         memory_cap: cap on activations and copies of the weights that the schedule was made for, or None.
     """
     window = _window(schedule, simulation)

@@ -19,7 +19,6 @@ class Simulation:
     Attributes:
         starts: `starts[rank][group]` is the start of a group.
         ends: `ends[rank][group]` is the end of a group. A reload only starts its copy, and ends at once.
-        makespan: end of the last group.
         idle: time in which each rank runs no group.
         exposed: time of each rank's groups in which nothing hides their exchange.
         peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
@@ -83,11 +82,7 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
 
 
 def makespan_of(schedule: Schedule, costs: CostModel) -> float:
-    """Returns the makespan of `simulate` in less time.
-
-    Raises:
-        ScheduleError: as `simulate`.
-    """
+    """Returns the makespan of `simulate` in less time."""
     timing = Timing(schedule, costs)
     ranks = [timing.numbered(groups) for groups in schedule.ranks]
     progress = timing.begin(ranks)
@@ -141,8 +136,6 @@ def activation_cap(memory_cap: float | None, num_directions: int, costs: CostMod
 
     Args:
         memory_cap: cap on activations and weights, in the unit of `StageCosts.activation`, or None.
-        num_directions: directions of the schedule; a rank holds one copy of its weights for each.
-        costs: costs with the memory of one copy.
 
     Raises:
         MemoryCapError: if the weights leave no memory.

@@ -45,7 +45,6 @@ class TimingProgress:
     Attributes:
         ends: end of each operation by number, -1 if it has not run.
         position: number of groups that each rank has run.
-        clock: end of each rank's last group.
         left: time of each rank's remaining groups, without waits.
         copied: end of the copy to the host of each offload by number, if its forward has run.
         to_host: time from which each rank's link to its host memory is free.
@@ -74,11 +73,7 @@ class TimingProgress:
 
 
 class Timing:
-    """Numbered operations of a schedule, with their costs and dependencies, for any order of groups.
-
-    Attributes:
-        operations: the operations by number.
-    """
+    """Numbered operations of a schedule, with their costs and dependencies, for any order of groups."""
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
         """Numbers the operations of a schedule in any order, and computes their costs and dependencies."""

@@ -1,9 +1,10 @@
-"""Draws random schedules with any placement, order and groups that `validate` accepts."""
+"""Draws costs, and schedules with any placement, order and groups that `validate` accepts."""
 
 import random
 from dataclasses import replace
 
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError
+from dualpipe.simulate.costs import CostModel, StageCosts
 from dualpipe.transfers import Link, Value, made_by, message_of, needed_by
 from dualpipe.validate import validate
 
@@ -29,6 +30,23 @@ def bidirectional(num_ranks: int, num_loops: int = 1) -> Placement:
 def looped(num_ranks: int, num_loops: int) -> Placement:
     """Returns a placement with stage s on rank s mod P, with a link from the last rank to the first."""
     return (tuple(range(num_ranks)) * num_loops,)
+
+
+def random_costs(draws: random.Random, num_stages: int) -> CostModel:
+    """Draws unequal stages; some have no exchange, and links may have latency."""
+    stages = tuple(
+        StageCosts(
+            forward=draws.uniform(0.5, 2),
+            backward_input=draws.uniform(0.5, 2),
+            backward_weight=draws.uniform(0, 2),
+            forward_exchange=draws.choice([0.0, draws.uniform(0, 3)]),
+            backward_exchange=draws.choice([0.0, draws.uniform(0, 3)]),
+            activation=draws.uniform(0.5, 2),
+            offload=draws.uniform(0, 4),
+        )
+        for _ in range(num_stages)
+    )
+    return CostModel(stages=stages, latency=draws.choice([0.0, draws.uniform(0, 0.5)]))
 
 
 def random_schedule(placement: Placement, num_micro_batches: int, seed: int, split_share: float = 0.6) -> Schedule:

@@ -7,29 +7,15 @@ import pytest
 
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.list_builder.builder import build_order
-from dualpipe.generate.list_builder.presets import PRESETS
-from dualpipe.generate.list_builder.queues import Pipeline
+from dualpipe.generate.list_builder.pipeline import Pipeline
+from dualpipe.generate.list_builder.preferences import PRESETS
 from dualpipe.ir import Schedule, straight_placement
-from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
+from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
+from tests.dualpipe.random_schedules import random_costs
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0.8, latency=0)
-
-
-def random_costs(num_stages: int, random: Random) -> CostModel:
-    stages = tuple(
-        StageCosts(
-            forward=random.uniform(0.5, 2),
-            backward_input=random.uniform(0.5, 2),
-            backward_weight=random.uniform(0.2, 2),
-            forward_exchange=random.choice([0.0, random.uniform(0, 2)]),
-            backward_exchange=random.choice([0.0, random.uniform(0, 2)]),
-            activation=random.uniform(0.5, 1.5),
-        )
-        for _ in range(num_stages)
-    )
-    return CostModel(stages=stages, latency=random.choice([0.0, 0.25]))
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 6))
@@ -40,7 +26,7 @@ def test_builder_builds_valid_orders_of_the_returned_makespan(num_ranks: int) ->
         for count in (1, num_ranks, 2 * num_ranks + 1):
             two = empty(num_ranks, count, chunks)
             for shape in (two, replace(two, placement=straight_placement(num_ranks, chunks))):
-                complete += built(shape, random_costs(shape.num_stages, random), random)
+                complete += built(shape, random_costs(random, shape.num_stages).without_offload(), random)
     assert complete > 30
 
 

@@ -33,7 +33,7 @@ def test_stages_share_the_time_of_a_copy_to_host_memory() -> None:
 @pytest.mark.parametrize("num_stages", [4, 8, 12])
 def test_stages_without_entries_are_equal(num_stages: int) -> None:
     costs = model_costs()
-    assert costs.of_stages(4, num_stages) == uniform(costs.of_equal_share(), 4, num_stages)
+    assert costs.of_stages(4, num_stages) == uniform(costs, 4, num_stages)
     assert model_costs(1, 1, 1, 1).of_stages(4, 4) == costs.of_stages(4, 4)
 
 

@@ -8,7 +8,6 @@ import pytest
 from dualpipe.build import build
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_interleaved import dualpipe_split
-from dualpipe.ir import MemoryCapError
 from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
@@ -118,17 +117,3 @@ def test_split_keeps_small_caps_with_a_longer_makespan(cap: int) -> None:
     schedule = dualpipe_split(4, 9, costs, cap)
     validate(schedule, cap)
     assert simulate(schedule, costs).makespan > 3 * 9 + 1
-
-
-def test_split_names_the_smallest_cap_that_works() -> None:
-    with pytest.raises(MemoryCapError, match=r"^memory_cap: .*the cap is 0.5; nearest: 1$") as caught:
-        dualpipe_split(4, 9, uniform(equal_times(0), 4, 4), 0.5)
-    assert caught.value.least == 1
-    for num_ranks in (1, 4):
-        validate(dualpipe_split(num_ranks, 9, uniform(equal_times(0), num_ranks, num_ranks), 1), 1)
-
-
-@pytest.mark.slow
-def test_split_is_the_same_every_time() -> None:
-    costs = uniform(Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.1), 3, 3)
-    assert dualpipe_split(3, 7, costs) == dualpipe_split(3, 7, costs)

@@ -8,10 +8,18 @@ import pytest
 from dualpipe.build import build
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import simulate
 from tests.dualpipe.event_clock import EventClock
-from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
+from tests.dualpipe.random_schedules import (
+    bidirectional,
+    looped,
+    offloaded,
+    random_costs,
+    random_schedule,
+    straight,
+    v_shaped,
+)
 
 PLACEMENTS = [
     straight(3),
@@ -21,22 +29,6 @@ PLACEMENTS = [
     tuple(row * 2 for row in bidirectional(2)),
     tuple(row * 3 for row in bidirectional(3)),
 ]
-
-
-def uneven_costs(random: Random, num_stages: int) -> CostModel:
-    stages = tuple(
-        StageCosts(
-            forward=random.uniform(0.5, 2),
-            backward_input=random.uniform(0.5, 2),
-            backward_weight=random.uniform(0, 2),
-            forward_exchange=random.choice([0.0, random.uniform(0, 3)]),
-            backward_exchange=random.choice([0.0, random.uniform(0, 3)]),
-            activation=random.uniform(0.5, 2),
-            offload=random.uniform(0, 4),
-        )
-        for _ in range(num_stages)
-    )
-    return CostModel(stages=stages, latency=random.choice([0.0, random.uniform(0, 0.5)]))
 
 
 def check_agreement(schedule: Schedule, costs: CostModel) -> None:
@@ -53,7 +45,7 @@ def test_event_clock_agrees_with_the_simulator_on_random_schedules(placement: tu
     for seed in range(12):
         schedule = random_schedule(placement, 4, seed)
         sizes |= {len(group) for groups in schedule.ranks for group in groups}
-        check_agreement(schedule, uneven_costs(Random(seed), schedule.num_stages))
+        check_agreement(schedule, random_costs(Random(seed), schedule.num_stages))
     assert sizes >= {1, 2, 3}
 
 
@@ -64,7 +56,7 @@ def test_event_clock_agrees_with_the_simulator_on_copies_to_host_memory(
     waits = 0
     for seed in range(12):
         schedule = offloaded(random_schedule(placement, 4, seed), seed)
-        costs = uneven_costs(Random(seed), schedule.num_stages)
+        costs = random_costs(Random(seed), schedule.num_stages)
         check_agreement(schedule, costs)
         free = replace(costs, stages=tuple(replace(stage, offload=0.0) for stage in costs.stages))
         check_agreement(schedule, free)
@@ -75,4 +67,4 @@ def test_event_clock_agrees_with_the_simulator_on_copies_to_host_memory(
 @pytest.mark.parametrize("kind", SCHEDULES.names())
 def test_event_clock_agrees_with_the_simulator_on_generated_schedules(kind: str) -> None:
     schedule = build(kind, 4, 12)
-    check_agreement(schedule, uneven_costs(Random(kind), schedule.num_stages))
+    check_agreement(schedule, random_costs(Random(kind), schedule.num_stages))

@@ -13,7 +13,7 @@ from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.zero_bubble import v_half, v_min, zb_h1, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only
-from dualpipe.registry import check_size
+from dualpipe.registry import SCHEDULES, check_size
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate
@@ -50,65 +50,6 @@ def test_dualpipe_v_is_the_published_order(num_ranks: int) -> None:
         assert sha256(dualpipe_v(num_ranks, int(size.split(",")[1]))) == SHA256_V[size], size
 
 
-@pytest.mark.parametrize("num_ranks", range(1, 8))
-def test_dualpipe_v_is_valid_within_half_an_activation_more_than_ranks(num_ranks: int) -> None:
-    for num_micro_batches in range(2 * num_ranks, 4 * num_ranks + 2):
-        schedule = dualpipe_v(num_ranks, num_micro_batches)
-        validate(schedule, memory_cap=num_ranks + 0.5)
-        validate(forward_only(schedule), forward_only=True)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 6, 8, 10])
-def test_dualpipe_is_valid_within_one_activation_more_than_ranks(num_ranks: int) -> None:
-    for num_micro_batches in range(2 * num_ranks, 4 * num_ranks + 2, 2):
-        schedule = build("dualpipe", num_ranks, num_micro_batches)
-        validate(schedule, memory_cap=num_ranks + 1)
-        validate(forward_only(schedule), forward_only=True)
-
-
-@pytest.mark.parametrize("num_ranks", range(1, 9))
-def test_one_f_one_b_is_valid_within_as_many_activations_as_ranks(num_ranks: int) -> None:
-    for num_micro_batches in range(1, 2 * num_ranks + 3):
-        schedule = build("1f1b", num_ranks, num_micro_batches)
-        validate(schedule)
-        validate(forward_only(schedule), forward_only=True)
-        expected = tuple(min(num_ranks - rank, num_micro_batches) for rank in range(num_ranks))
-        assert peak_activations(schedule) == expected
-
-
-@pytest.mark.parametrize("num_ranks", range(1, 9))
-@pytest.mark.parametrize("make", [zb_h1, zb_v])
-def test_zero_bubble_is_valid_within_as_many_activations_as_ranks(
-    make: Callable[[int, int], Schedule], num_ranks: int
-) -> None:
-    for num_micro_batches in range(1, 2 * num_ranks + 4):
-        schedule = make(num_ranks, num_micro_batches)
-        validate(schedule, memory_cap=num_ranks)
-        validate(forward_only(schedule), forward_only=True)
-        kinds = {op.kind for groups in schedule.ranks for group in groups for op in group}
-        assert kinds == {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
-
-
-@pytest.mark.parametrize("num_ranks", range(2, 17))
-@pytest.mark.parametrize(("make", "per_rank"), [(zb_h1, 1.0), (zb_v, 0.5)])
-def test_zero_bubble_overhead_is_the_published_one(
-    make: Callable[[int, int], Schedule], per_rank: float, num_ranks: int
-) -> None:
-    for num_micro_batches in (2 * num_ranks, 2 * num_ranks + 1, 3 * num_ranks + 2, 5 * num_ranks):
-        simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)
-        assert simulation.makespan - 3 * num_micro_batches == per_rank * (num_ranks - 1)
-        assert max(simulation.peaks) == num_ranks
-
-
-@pytest.mark.parametrize("make", [zb_h1, zb_v])
-def test_zero_bubble_with_one_micro_batch_takes_the_time_of_its_path(make: Callable[[int, int], Schedule]) -> None:
-    for num_ranks in range(1, 9):
-        schedule = make(num_ranks, 1)
-        # All operations except the last weight gradients, which other ranks run at the same time.
-        last_weight = 1.0 if num_ranks == 1 else num_ranks / schedule.num_stages
-        assert simulate(schedule, EQUAL).makespan == 2 * num_ranks + last_weight
-
-
 def half_of_1f1b(num_ranks: int) -> float:
     """Returns the memory law of `v_half` in activations of model/P."""
     return num_ranks / 2 + 1
@@ -119,30 +60,66 @@ def third_of_1f1b(num_ranks: int) -> float:
     return (2 * num_ranks // 3 + 3) / 2
 
 
-@pytest.mark.parametrize("num_ranks", range(1, 9))
-@pytest.mark.parametrize(("make", "most_alive"), [(v_half, half_of_1f1b), (v_min, third_of_1f1b)])
-def test_v_half_and_v_min_are_valid_within_their_share_of_activations(
-    make: Callable[[int, int], Schedule], most_alive: Callable[[int], float], num_ranks: int
+@pytest.mark.parametrize("num_ranks", range(1, 11))
+@pytest.mark.parametrize(
+    ("kind", "most_alive"),
+    [
+        ("dualpipe", lambda num_ranks: num_ranks + 1),
+        ("dualpipe_v", lambda num_ranks: num_ranks + 0.5),
+        ("1f1b", float),
+        ("zb_h1", float),
+        ("zb_v", float),
+        ("v_half", half_of_1f1b),
+        ("v_min", third_of_1f1b),
+    ],
+)
+def test_published_kind_is_valid_within_its_activations(
+    kind: str, most_alive: Callable[[int], float], num_ranks: int
 ) -> None:
-    for num_micro_batches in range(1, 3 * num_ranks + 3):
-        schedule = make(num_ranks, num_micro_batches)
+    is_double = kind.startswith("dualpipe")
+    for num_micro_batches in range(2 * num_ranks if is_double else 1, 3 * num_ranks + 3):
+        if SCHEDULES.get(kind).limit(num_ranks, num_micro_batches) is not None:
+            continue
+        schedule = build(kind, num_ranks, num_micro_batches)
         validate(schedule, memory_cap=most_alive(num_ranks))
         validate(forward_only(schedule), forward_only=True)
-        assert {len(group) for groups in schedule.ranks for group in groups} == {1}
+        if kind == "1f1b":
+            expected = tuple(min(num_ranks - rank, num_micro_batches) for rank in range(num_ranks))
+            assert peak_activations(schedule) == expected
+        elif not is_double:
+            kinds = {op.kind for groups in schedule.ranks for (op,) in groups}
+            assert kinds == {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
 
 
 @pytest.mark.parametrize("num_ranks", range(3, 17))
-@pytest.mark.parametrize(("make", "most_alive", "per_rank"), [(v_half, half_of_1f1b, 1.5), (v_min, third_of_1f1b, 2.0)])
-def test_v_half_and_v_min_reach_their_overhead_and_peak(
+@pytest.mark.parametrize(
+    ("make", "overhead", "peak"),
+    [
+        (zb_h1, lambda num_ranks: num_ranks - 1, float),
+        (zb_v, lambda num_ranks: 0.5 * (num_ranks - 1), float),
+        (v_half, lambda num_ranks: 1.5 * num_ranks - 2.5, half_of_1f1b),
+        (v_min, lambda num_ranks: 2 * num_ranks - 2.5, third_of_1f1b),
+    ],
+)
+def test_split_backwards_reach_the_published_overhead_and_peak(
     make: Callable[[int, int], Schedule],
-    most_alive: Callable[[int], float],
-    per_rank: float,
+    overhead: Callable[[int], float],
+    peak: Callable[[int], float],
     num_ranks: int,
 ) -> None:
-    for num_micro_batches in (num_ranks, num_ranks + 1, 2 * num_ranks + 1, 4 * num_ranks):
+    for num_micro_batches in (2 * num_ranks, 2 * num_ranks + 1, 3 * num_ranks + 2, 5 * num_ranks):
         simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)
-        assert simulation.makespan - 3 * num_micro_batches == per_rank * num_ranks - 2.5
-    assert max(simulation.peaks) == most_alive(num_ranks)
+        assert simulation.makespan - 3 * num_micro_batches == overhead(num_ranks)
+        assert max(simulation.peaks) == peak(num_ranks)
+
+
+@pytest.mark.parametrize("make", [zb_h1, zb_v])
+def test_zero_bubble_with_one_micro_batch_takes_the_time_of_its_path(make: Callable[[int, int], Schedule]) -> None:
+    for num_ranks in range(1, 9):
+        schedule = make(num_ranks, 1)
+        # All operations except the last weight gradients, which other ranks run at the same time.
+        last_weight = 1.0 if num_ranks == 1 else num_ranks / schedule.num_stages
+        assert simulate(schedule, EQUAL).makespan == 2 * num_ranks + last_weight
 
 
 @pytest.mark.parametrize(("make", "of_two_ranks"), [(v_half, 1.0), (v_min, 1.5)])

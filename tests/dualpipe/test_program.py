@@ -10,17 +10,12 @@ from dualpipe.runtime.program import Action, RunKey
 from dualpipe.transfers import Message, transfers
 from tests.dualpipe.adding import PAIRINGS, SCHEDULES, lanes_of, lower, name_of
 
-EVERY = [pytest.mark.parametrize("pairing", PAIRINGS), pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)]
+pytestmark = [
+    pytest.mark.parametrize("pairing", PAIRINGS),
+    pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of),
+]
 
 
-def every_schedule(test: object) -> object:
-    """Compiles every schedule with both pairings."""
-    for mark in EVERY:
-        test = mark(test)  # type: ignore[arg-type]
-    return test
-
-
-@every_schedule
 def test_program_runs_every_phase_of_every_operation_once(schedule: Schedule, pairing: Pairing) -> None:
     for rank, groups in enumerate(schedule.ranks):
         expected: Counter[tuple[Action, RunKey, int]] = Counter()
@@ -38,7 +33,6 @@ def test_program_runs_every_phase_of_every_operation_once(schedule: Schedule, pa
         assert Counter((step.action, step.run, step.phase) for step in steps if step.action in phased) == expected
 
 
-@every_schedule
 def test_every_exchange_is_completed_before_its_run_continues(schedule: Schedule, pairing: Pairing) -> None:
     for rank in range(schedule.num_ranks):
         under_way: set[RunKey] = set()
@@ -59,7 +53,6 @@ def test_every_exchange_is_completed_before_its_run_continues(schedule: Schedule
         assert not under_way
 
 
-@every_schedule
 def test_every_offload_is_copied_out_and_back_between_forward_and_backward(
     schedule: Schedule, pairing: Pairing
 ) -> None:
@@ -76,7 +69,6 @@ def test_every_offload_is_copied_out_and_back_between_forward_and_backward(
             assert not set(out_and_back) & set(actions[5 if run in copied else 0 :])
 
 
-@every_schedule
 def test_links_carry_messages_in_the_order_of_the_schedule(schedule: Schedule, pairing: Pairing) -> None:
     sent: dict[object, list[Message]] = defaultdict(list)
     received: dict[object, list[Message]] = defaultdict(list)
@@ -102,7 +94,6 @@ def test_links_carry_messages_in_the_order_of_the_schedule(schedule: Schedule, p
     assert planned == {message for messages in sent.values() for message in messages}
 
 
-@every_schedule
 def test_receives_are_posted_one_group_before_they_are_needed(schedule: Schedule, pairing: Pairing) -> None:
     for rank, plan in enumerate(transfers(schedule)):
         posted: list[Message] = []

@@ -116,8 +116,9 @@ def test_registered_kind_keeps_the_memory_cap_or_rejects_it(kind: str) -> None:
         costs = uniform(EQUAL, schedule.num_ranks, schedule.num_stages)
         peak = max(simulate(schedule, costs).peaks)
         validate(build(kind, *size, costs, memory_cap=peak), memory_cap=peak)
-        with pytest.raises(MemoryCapError, match="nearest: "):
+        with pytest.raises(MemoryCapError, match="nearest: ") as refused:
             build(kind, *size, costs, memory_cap=0.25)
+        validate(build(kind, *size, costs, memory_cap=refused.value.least), memory_cap=refused.value.least)
 
 
 @EVERY_KIND

@@ -24,18 +24,6 @@ def test_search_with_a_larger_cap_is_never_longer(chunks: int) -> None:
         before = makespan
 
 
-def test_search_is_deterministic() -> None:
-    costs = uniform(COSTS, 3, 6)
-    assert dualpipe_interleaved(3, 7, costs) == dualpipe_interleaved(3, 7, costs)
-
-
-def test_search_names_the_smallest_cap_that_works() -> None:
-    costs = uniform(COSTS, 4, 8)
-    with pytest.raises(MemoryCapError, match=r"^memory_cap: .*the cap is 0.9; nearest: 1$"):
-        dualpipe_interleaved(4, 9, costs, 0.9)
-    validate(dualpipe_interleaved(4, 9, costs, 1), 1)
-
-
 def test_search_extends_a_steady_state_to_many_micro_batches() -> None:
     costs = uniform(COSTS, 4, 8)
     many = dualpipe_interleaved(4, 400, costs)

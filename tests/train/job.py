@@ -18,7 +18,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from data.loader import Loader
 from data.prepare import Prepared
 from dualpipe.build import build
-from dualpipe.generate.sliced_1f1b import sliced_1f1b
+from dualpipe.generate.one_f_one_b import sliced_1f1b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
 from model.experts import RoutedExperts

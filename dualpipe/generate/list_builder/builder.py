@@ -8,14 +8,230 @@ No order can deadlock, even if a link holds one message (`dualpipe.validate`). A
 of the link was received, or will be received before this one is sent: the receiver then has a deadline to post it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import NamedTuple
 
-from dualpipe.generate.list_builder.chooser import Candidate, GroupChoice, GroupChooser
-from dualpipe.generate.list_builder.partial_order import EPSILON, NEVER, BuilderRank, PartialOrder
-from dualpipe.generate.list_builder.preferences import Preset
-from dualpipe.generate.list_builder.queues import FORWARD, NONE, OPS, WEIGHT, Pipeline
+from dualpipe.generate.list_builder.pipeline import (
+    EPSILON,
+    FORWARD,
+    NEVER,
+    NONE,
+    OPS,
+    WEIGHT,
+    BuilderRank,
+    PartialOrder,
+    Pipeline,
+)
+from dualpipe.generate.list_builder.preferences import Preferences, Preset
 from dualpipe.ir import Group, Op, Operation
+from dualpipe.simulate.costs import overlapped_time
+
+
+class Candidate(NamedTuple):
+    """Operation that could start at `arrival`, and its value."""
+
+    queue: int
+    position: int
+    kind: int
+    direction: int
+    stage: int
+    arrival: float
+    value: float
+    source: int
+    link: int
+    target: int
+
+
+class GroupChoice(NamedTuple):
+    """Group of F and I, possibly with a W, and its times and value."""
+
+    members: tuple[Candidate, ...]
+    has_weight: bool
+    start: float
+    end: float
+    value: float
+
+
+class GroupChooser:
+    """Choice of groups by one set of preferences."""
+
+    def __init__(
+        self, pipeline: Pipeline, order: PartialOrder, preferences: Preferences, wake: Callable[[float, int], None]
+    ) -> None:
+        """Computes the values of operations.
+
+        Args:
+            wake: schedules a decision of a rank at a time.
+        """
+        self._pipeline = pipeline
+        self._order = order
+        self._preferences = preferences
+        self._wake = wake
+        self._values = self._operation_values()
+        self._durations: dict[tuple[int, int], tuple[float, float]] = {}
+        self._num_classes = 2 * pipeline.shape.num_stages + 1
+        self._largest = max(pipeline.activations)
+
+    def _operation_values(self) -> tuple[list[float], list[float]]:
+        """Returns the values of F and of I by stage."""
+        wish, num_stages = self._preferences, self._pipeline.shape.num_stages
+        depths = [stage / num_stages for stage in range(num_stages)]
+        forwards = [wish.forward + wish.deep_forward * depth for depth in depths]
+        return forwards, [3.0 + wish.deep_backward * (1.0 - depth) for depth in depths]
+
+    def choose(self, state: BuilderRank, now: float) -> GroupChoice | None:
+        """Returns the group with the highest value, or None if the rank should wait."""
+        candidates = self._candidates(state)
+        best = self._best(state, now, candidates)
+        if best is None or not best.members or best.start <= now + EPSILON:
+            return best
+        # The rank would wait: a W may fill the time.
+        if state.weights:
+            time = self._pipeline.computes[WEIGHT][state.weights[0][1]]
+            is_short = best.start - now >= time * (1 - self._preferences.patience) - EPSILON
+            if is_short and now + time < min((link.deadline for _, link in state.links), default=NEVER) - EPSILON:
+                return GroupChoice(members=(), has_weight=True, start=now, end=now + time, value=0.0)
+        arrivals = (candidate.arrival for candidate in candidates if candidate.arrival > now + EPSILON)
+        self._wake(min(best.start, *arrivals, best.start), self._order.queues[state.queues[0]].rank)
+        return None
+
+    def _candidates(self, state: BuilderRank) -> list[Candidate]:
+        """Returns the next operations of the rank's queues whose inputs are on the way or there."""
+        found: list[Candidate] = []
+        values, leader, activations = self._values, self._preferences.leader, self._pipeline.activations
+        order, links = self._order, self._order.links
+        most_waiting = 2 if self._preferences.posts_ahead else 1
+        for number in state.queues:
+            queue, index = order.queues[number], order.following[number]
+            if index >= len(queue.stages):
+                continue
+            arrival = order.arrivals[number][index]
+            if arrival == NEVER:
+                continue
+            source, link, stage = queue.sources[index], queue.links[index], queue.stages[index]
+            if source != NONE and links[source].waiting[0] != (number, index):
+                continue
+            if link != NONE and len(links[link].waiting) >= most_waiting:
+                continue
+            value = values[queue.kind][stage]
+            if queue.kind == FORWARD and queue.micro_batches[index] == 0:
+                value += leader
+            target = queue.targets[index]
+            found.append(
+                Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, source, link, target)
+            )
+            if queue.kind == FORWARD and activations[stage] > self._room(state, queue.direction):
+                found.pop()
+                continue
+            if link == NONE == source and self._preferences.same_stage and index + 1 < len(queue.stages):
+                self._add_second(found, number, index + 1, value - 0.01)
+        return found
+
+    def _add_second(self, found: list[Candidate], number: int, index: int, value: float) -> None:
+        """Adds the second operation of a queue whose first one neither receives nor sends."""
+        queue, arrival = self._order.queues[number], self._order.arrivals[number][index]
+        if arrival == NEVER or queue.links[index] != NONE or queue.sources[index] != NONE:
+            return
+        stage, target = queue.stages[index], queue.targets[index]
+        found.append(Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, NONE, NONE, target))
+
+    def _best(self, state: BuilderRank, now: float, candidates: list[Candidate]) -> GroupChoice | None:
+        """Returns the group with the highest value, which may start later than now."""
+        following, better = self._order.following, self._better
+        best = better(None, state, now, (), 0) if state.weights else None
+        for number, one in enumerate(candidates):
+            if one.position != following[one.queue]:
+                continue
+            is_forward = one.kind == FORWARD
+            best = better(best, state, now, (one,), is_forward)
+            for other in candidates[number + 1 :]:
+                if other.queue != one.queue:
+                    if other.position != following[other.queue]:
+                        continue
+                    if one.link == other.link != NONE or one.source == other.source != NONE:
+                        continue
+                forwards = is_forward + (other.kind == FORWARD)
+                if forwards < 2 or self._fit_together(state, one, other):
+                    best = better(best, state, now, (one, other), forwards)
+        return best
+
+    def _better(
+        self, best: GroupChoice | None, state: BuilderRank, now: float, members: tuple[Candidate, ...], forwards: int
+    ) -> GroupChoice | None:
+        """Returns the group of these members, without or with a W, if it is possible and has a higher value."""
+        wish, start, value, key = self._preferences, now, 0.0, 0
+        for member in members:
+            value += member.value
+            key = key * self._num_classes + member.stage * 2 + member.kind + 1
+            if member.arrival > start:
+                start = member.arrival
+        if len(members) == 2:
+            value += (wish.two_backwards, wish.mixed, wish.two_forwards)[forwards]
+        if start > now:
+            value -= wish.delay * (start - now) / self._pipeline.unit
+        weight = state.weights[0][1] if state.weights else NONE
+        for held in (NONE, weight) if members and weight != NONE else (NONE if members else weight,):
+            known = self._durations.get((key, held))
+            time, penalty = known or self._duration(key, held, members)
+            total = value - penalty
+            if best is not None and total <= best.value + 1e-12:
+                continue
+            end = start + time
+            if self._can_send(members, end) and (not state.has_deadline or self._keeps_deadlines(state, members, end)):
+                best = GroupChoice(members, held != NONE, start, end, total)
+        return best
+
+    def _duration(self, key: int, weight: int, members: tuple[Candidate, ...]) -> tuple[float, float]:
+        """Returns the time of a group, and the penalty for its exposed exchange less the value of its W."""
+        wish, computes, exchanges = self._preferences, self._pipeline.computes, self._pipeline.exchanges
+        lanes = [(computes[member.kind][member.stage], exchanges[member.kind][member.stage]) for member in members]
+        penalty = 0.0
+        if weight != NONE:
+            lanes.append((computes[WEIGHT][weight], 0.0))
+            penalty -= wish.weight + (wish.filler if members else 0.0)
+        time = overlapped_time(lanes)
+        penalty += wish.alone * (time - sum(compute for compute, _ in lanes)) / self._pipeline.unit
+        self._durations[key, weight] = time, penalty
+        return time, penalty
+
+    def _fit_together(self, state: BuilderRank, one: Candidate, other: Candidate) -> bool:
+        """Returns whether two F fit under the cap together. Each fits alone."""
+        weights = self._pipeline.activations
+        both = weights[one.stage] + weights[other.stage]
+        if one.direction == other.direction:
+            return both <= self._room(state, one.direction)
+        return both <= self._pipeline.cap - sum(state.alive) + EPSILON
+
+    def _room(self, state: BuilderRank, direction: int) -> float:
+        """Returns the memory for F of a direction: what is free, except what the other direction still needs."""
+        free = self._pipeline.cap - sum(state.alive) + EPSILON
+        if len(state.alive) == 1:
+            return free
+        other = 1 - direction
+        number = state.queues[2 + other]
+        left = len(self._order.queues[number].stages) - self._order.following[number]
+        if not left:
+            return free
+        return free - max(0.0, min(self._order.reserve - state.alive[other], left * self._largest))
+
+    def _can_send(self, members: tuple[Candidate, ...], end: float) -> bool:
+        """Returns whether the receivers can take the previous message of each link before `end`."""
+        for member in members:
+            if member.link != NONE and self._order.links[member.link].waiting:
+                receiver = self._order.ranks[self._order.queues[member.target].rank]
+                if receiver.free > end - EPSILON:
+                    return False
+        return True
+
+    def _keeps_deadlines(self, state: BuilderRank, members: tuple[Candidate, ...], end: float) -> bool:
+        """Returns whether the rank receives the messages of its links in time."""
+        state.has_deadline = any(link.deadline < NEVER for _, link in state.links)
+        for number, link in state.links:
+            if end > link.deadline - EPSILON and all(member.source != number for member in members):
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +253,6 @@ def build_order(pipeline: Pipeline, preset: Preset, makespan: float) -> Attempt:
     """Builds one order.
 
     Args:
-        preset: values that decide between groups.
         makespan: time by which all ranks must end; the attempt stops when a rank cannot.
     """
     return _Run(pipeline, preset, makespan).run()

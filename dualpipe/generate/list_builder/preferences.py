@@ -1,8 +1,23 @@
-"""Defines the preferences of the list builder as numbers."""
+"""Defines the preferences of the list builder as numbers, and the presets that it tries."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from dualpipe.generate.list_builder.queues import Blocks
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """Numbers of micro-batches of one direction that run a chunk before the next chunk.
+
+    Attributes:
+        first: micro-batches of the first block.
+        forward: micro-batches of every other block of F.
+        backward: micro-batches of every other block of I.
+    """
+
+    first: int
+    forward: int
+    backward: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,8 +25,6 @@ class Preferences:
     """Values of operations and groups. A rank runs the group with the highest value; an I has the value 3.
 
     Attributes:
-        forward: value of an F.
-        weight: value of a W.
         filler: additional value of a W in a group with F or I.
         deep_forward: additional value of an F in the last stage relative to the first.
         deep_backward: additional value of an I in the first stage relative to the last.
@@ -81,9 +94,28 @@ class Preset:
         return self.cool_down_blocks * chunks * num_directions * default_block(num_ranks, num_directions)
 
 
+def read_presets(text: str) -> tuple[Preset, ...]:
+    """Reads presets from JSON: names of preferences, and the values of each preset, in one or three parts."""
+    record = json.loads(text)
+    presets = []
+    for entry in record["presets"]:
+        parts = [Preferences(**dict(zip(record["preferences"], row, strict=True))) for row in entry["parts"]]
+        warm_up, steady, cool_down = parts if len(parts) > 1 else parts * 3
+        blocks = entry["cool_down_blocks"]
+        presets.append(Preset(warm_up=warm_up, steady=steady, cool_down=cool_down, cool_down_blocks=blocks))
+    return tuple(presets)
+
+
 def default_block(num_ranks: int, num_directions: int) -> int:
     """Returns the number of ranks that share a direction.
 
     If a block has as many micro-batches, the last one enters when the first one has reached the last rank.
     """
     return max(1, -(-num_ranks // num_directions))
+
+
+PRESETS = read_presets(Path(__file__).with_name("presets.json").read_text("utf-8"))
+"""Presets that are good for many sizes and costs, the most useful first: a greedy selection by simulation.
+
+`python -m tests.bench.presets` makes such a selection.
+"""

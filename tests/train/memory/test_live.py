@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
-from dualpipe.generate.sliced_1f1b import sliced_1f1b
+from dualpipe.generate.one_f_one_b import sliced_1f1b
 from dualpipe.runtime.program import Action
 from model.config import LAYER, RECOMPUTED, ModelConfig, Recomputed
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight

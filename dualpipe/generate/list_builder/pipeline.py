@@ -1,0 +1,231 @@
+"""Describes a pipeline for the list builder, queues of F and I in fixed order and links, and an order built in part.
+
+A link delivers in the order of sending. So all ranks run the F of a direction in one order, and its I too.
+Micro-batches form blocks. In a block, all micro-batches run one chunk before the next chunk. A rank only decides how to
+merge its queues.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from dualpipe.generate.list_builder.preferences import Blocks, Preferences
+from dualpipe.ir import Group, Op, Schedule
+from dualpipe.simulate.costs import CostModel
+
+FORWARD, INPUT, WEIGHT = range(3)
+OPS = (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+NONE = -1
+
+_Order = list[tuple[int, int]]
+_QueueKey = tuple[int, int, int]
+
+
+@dataclass(slots=True, kw_only=True)
+class OperationQueue:
+    """All F, or all I, of one direction on one rank, in order. Lists have one item per operation.
+
+    Attributes:
+        sources: link that delivers each operation's input, or NONE if this rank makes it or there is none.
+        links: link that takes each operation's output, or NONE.
+        targets: queue that needs each operation's output, or NONE.
+        places: index in that queue.
+    """
+
+    kind: int
+    direction: int
+    rank: int
+    stages: list[int] = field(default_factory=list)
+    micro_batches: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    links: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+
+class Pipeline:
+    """Shape and costs that all orders of a pipeline share.
+
+    Attributes:
+        shape: schedule with placement and counts; its groups are ignored. Stage s is on the rank of stage s mod P.
+        chunks: stages of a rank for one direction.
+        unit: mean computation of an operation.
+    """
+
+    def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
+        """Stores the costs in lists."""
+        self.shape = shape
+        self.cap = memory_cap
+        self.latency = costs.latency
+        self.chunks = shape.num_stages // shape.num_ranks
+        self.computes = [[stage.compute_of(op) for stage in costs.stages] for op in OPS]
+        self.exchanges = [[stage.exchange_of(op) for stage in costs.stages] for op in OPS]
+        self.activations = [stage.activation for stage in costs.stages]
+        self.unit = sum(map(sum, self.computes)) / (3 * shape.num_stages) or 1.0
+        held = [shape.stages_of(rank) for rank in range(shape.num_ranks)]
+        sizes = [len(shape.micro_batches_of(direction)) for direction in range(shape.num_directions)]
+        self.work = [sum(sizes[d] * sum(kind[stage] for kind in self.computes) for d, stage in row) for row in held]
+        self.counts = [3 * sum(sizes[d] for d, _ in row) for row in held]
+        self._queues: dict[Blocks, list[OperationQueue]] = {}
+
+    def queues(self, blocks: Blocks) -> list[OperationQueue]:
+        """Returns all queues for these blocks: for each rank I of each direction, then F of each direction."""
+        if blocks not in self._queues:
+            self._queues[blocks] = self._make_queues(blocks)
+        return self._queues[blocks]
+
+    def _make_queues(self, blocks: Blocks) -> list[OperationQueue]:
+        shape, directions = self.shape, range(self.shape.num_directions)
+        orders: dict[tuple[int, int], _Order] = {}
+        for direction in directions:
+            count = len(shape.micro_batches_of(direction))
+            orders[FORWARD, direction] = _order(count, self.chunks, blocks.first, blocks.forward)
+            backwards = _order(count, self.chunks, blocks.first, blocks.backward)
+            orders[INPUT, direction] = [(self.chunks - 1 - chunk, micro_batch) for chunk, micro_batch in backwards]
+        places = {key: {item: index for index, item in enumerate(order)} for key, order in orders.items()}
+        queues: list[OperationQueue] = []
+        numbers: dict[_QueueKey, int] = {}
+        for rank in range(shape.num_ranks):
+            for kind in (INPUT, FORWARD):
+                for direction in directions:
+                    numbers[kind, direction, rank] = len(queues)
+                    order = orders[kind, direction]
+                    queue = OperationQueue(kind=kind, direction=direction, rank=rank)
+                    held = [stage for way, stage in shape.stages_of(rank) if way == direction]
+                    queue.stages = [held[chunk] for chunk, _ in order]
+                    queue.micro_batches = [micro_batch for _, micro_batch in order]
+                    queues.append(queue)
+        for queue in queues:
+            self._connect(queue, numbers, places)
+        return queues
+
+    def _connect(
+        self,
+        queue: OperationQueue,
+        numbers: dict[_QueueKey, int],
+        places: dict[tuple[int, int], dict[tuple[int, int], int]],
+    ) -> None:
+        """Fills in where each operation's input comes from and its output goes."""
+        shape, kind, direction = self.shape, queue.kind, queue.direction
+        row, top = shape.placement[direction], shape.num_stages - 1
+        step, first, last = (1, 0, top) if kind == FORWARD else (-1, top, 0)
+        for stage, micro_batch in zip(queue.stages, queue.micro_batches, strict=True):
+            queue.sources.append(NONE if stage == first else self._link(row[stage - step], queue.rank, kind))
+            if stage != last:
+                to = stage + step
+                queue.links.append(self._link(queue.rank, row[to], kind))
+                queue.targets.append(numbers[kind, direction, row[to]])
+                queue.places.append(places[kind, direction][to // shape.num_ranks, micro_batch])
+                continue
+            queue.links.append(NONE)
+            # The last stage's F is the input of its I.
+            turns = kind == FORWARD
+            queue.targets.append(numbers[INPUT, direction, queue.rank] if turns else NONE)
+            queue.places.append(places[INPUT, direction][self.chunks - 1, micro_batch] if turns else NONE)
+
+    def _link(self, source: int, destination: int, kind: int) -> int:
+        return NONE if source == destination else (source * self.shape.num_ranks + destination) * 2 + kind
+
+
+def _order(micro_batches: int, chunks: int, first: int, block: int) -> _Order:
+    """Returns the order of (chunk, micro-batch) pairs of one direction, block by block."""
+    order: _Order = []
+    start, size = 0, first
+    while start < micro_batches:
+        end = min(start + size, micro_batches)
+        order += [(chunk, micro_batch) for chunk in range(chunks) for micro_batch in range(start, end)]
+        start, size = end, block
+    return order
+
+
+EPSILON = 1e-9
+NEVER = float("inf")
+
+
+@dataclass(slots=True)
+class DeliveryLink:
+    """Link between two ranks.
+
+    Attributes:
+        source: rank that sends.
+        waiting: messages that are not received yet, as queue and position.
+        deadline: time before which the first of them must be received.
+    """
+
+    source: int
+    waiting: deque[tuple[int, int]] = field(default_factory=deque)
+    deadline: float = NEVER
+
+
+class BuilderRank:
+    """State of one rank.
+
+    Attributes:
+        links: links that deliver to it, with their numbers.
+        has_deadline: whether a message of these links may have a deadline.
+        weights: waiting W as (direction, stage, micro-batch).
+        alive: live activations by direction.
+    """
+
+    __slots__ = (
+        "alive",
+        "forwards_left",
+        "free",
+        "groups",
+        "has_backward",
+        "has_deadline",
+        "left",
+        "links",
+        "queues",
+        "weights",
+        "work_left",
+    )
+
+    def __init__(self, queues: list[int], work: float, count: int, num_directions: int) -> None:
+        self.queues = queues
+        self.links: list[tuple[int, DeliveryLink]] = []
+        self.has_deadline = False
+        self.weights: deque[tuple[int, int, int]] = deque()
+        self.alive = [0.0] * num_directions
+        self.free = 0.0
+        self.work_left = work
+        self.left = count
+        self.forwards_left = count // 3
+        self.has_backward = False
+        self.groups: list[Group] = []
+
+
+class PartialOrder:
+    """Operations that are placed, and what the ranks may run next.
+
+    Attributes:
+        following: position of the next operation of each queue.
+        arrivals: for each queue, the time at which the input of each operation arrives.
+        reserve: memory that a direction needs so that its first block can run.
+    """
+
+    def __init__(self, pipeline: Pipeline, preferences: Preferences) -> None:
+        """Starts without a placed operation.
+
+        Args:
+            preferences: block sizes and the memory that a direction leaves to the other one.
+        """
+        shape = pipeline.shape
+        blocks = preferences.blocks(shape.num_ranks, shape.num_directions)
+        self.queues = pipeline.queues(blocks)
+        self.following = [0] * len(self.queues)
+        self.arrivals = [[NEVER] * len(queue.stages) for queue in self.queues]
+        per_rank = 2 * shape.num_directions
+        self.ranks = [
+            BuilderRank(list(range(rank * per_rank, (rank + 1) * per_rank)), work, count, shape.num_directions)
+            for rank, (work, count) in enumerate(zip(pipeline.work, pipeline.counts, strict=True))
+        ]
+        self.links: dict[int, DeliveryLink] = {}
+        for number, queue in enumerate(self.queues):
+            for index, (stage, source) in enumerate(zip(queue.stages, queue.sources, strict=True)):
+                if source != NONE and source not in self.links:
+                    self.links[source] = DeliveryLink(source // 2 // shape.num_ranks)
+                    self.ranks[queue.rank].links.append((source, self.links[source]))
+                if queue.kind == FORWARD and stage == 0:
+                    self.arrivals[number][index] = 0.0
+        needed = blocks.forward * (pipeline.chunks - 1) * preferences.reserve + 1
+        self.reserve = needed * max(pipeline.activations)

@@ -1,0 +1,154 @@
+"""Follows the transfers of an order while it is built, so that it cannot deadlock.
+
+The model is that of `dualpipe.validate`: a rank posts the receives of a group, waits for them, runs the group, and
+sends its outputs; it blocks before a message if the previous one of the link has no posted receive. Only the order
+matters, so a rank may be blocked here at a group although the simulation already started later ones.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+
+class Rendezvous:
+    """Progress of all ranks through the groups chosen so far.
+
+    Ranks form a ring. Link 2r carries activations from rank r to the next rank, link 2r+1 gradients to the one before.
+    """
+
+    def __init__(self, num_ranks: int, most_pending: int) -> None:
+        """Starts with no groups.
+
+        Args:
+            most_pending: maximum number of a link's messages without a posted receive, if positive. Then two ranks also
+                never both have two such messages for each other, because they often deadlock later.
+        """
+        self._num_ranks = num_ranks
+        self._most_pending = most_pending
+        self._pending = [0] * (2 * num_ranks)
+        self._posted = [0] * (2 * num_ranks)
+        self._sent = [0] * (2 * num_ranks)
+        # Groups at which a rank is blocked, and those after them: links to receive from and links to send on.
+        self._blocked: list[deque[tuple[list[int], list[int]]]] = [deque() for _ in range(num_ranks)]
+        # For the first blocked group of a rank: whether its receives are posted, and its number of sent messages.
+        self._has_posted = [False] * num_ranks
+        self._num_sent = [0] * num_ranks
+
+    def append(self, rank: int, forwards: tuple[int, int], backwards: tuple[int, int]) -> set[int] | None:
+        """Appends a group to a rank unless the ranks would deadlock.
+
+        Args:
+            forwards: numbers of activations that the group receives and sends.
+            backwards: numbers of gradients that the group receives and sends.
+
+        Returns:
+            Ranks that may run groups now which could deadlock before, or None if the group is not appended.
+        """
+        following, previous = (rank + 1) % self._num_ranks, (rank - 1) % self._num_ranks
+        receives = [2 * previous] * forwards[0] + [2 * following + 1] * backwards[0]
+        sends = [2 * rank] * forwards[1] + [2 * rank + 1] * backwards[1]
+        pending = self._after(receives, sends)
+        if self._most_pending and not self._is_cautious(rank, sends, pending):
+            return None
+        if not any(self._blocked) and self._is_free(sends):
+            for link in receives:
+                self._posted[link] += 1
+            for link in sends:
+                self._sent[link] += 1
+            self._pending = pending
+            return {previous, following}
+        saved = self._posted.copy(), self._sent.copy(), self._has_posted.copy(), self._num_sent.copy()
+        queues = [queue.copy() for queue in self._blocked]
+        self._blocked[rank].append((receives, sends))
+        moved = self._advance(rank)
+        if self._is_deadlock(rank):
+            self._posted, self._sent, self._has_posted, self._num_sent = saved
+            self._blocked = queues
+            return None
+        self._pending = pending
+        return moved
+
+    def _after(self, receives: Iterable[int], sends: Iterable[int]) -> list[int]:
+        """Returns the number of messages without a posted receive, by link, after a group."""
+        pending = self._pending.copy()
+        for link in receives:
+            pending[link] -= 1
+        for link in sends:
+            pending[link] += 1
+        return pending
+
+    def _is_cautious(self, rank: int, sends: Iterable[int], pending: list[int]) -> bool:
+        """Returns whether the links of the messages may have that many pending messages."""
+        for link in sends:
+            other = self._destination(link)
+            opposite = (each for each in (2 * other, 2 * other + 1) if self._destination(each) == rank)
+            is_crossed = pending[link] > 1 and any(pending[each] > 1 for each in opposite)
+            if is_crossed or pending[link] > self._most_pending:
+                return False
+        return True
+
+    def _is_free(self, sends: Iterable[int]) -> bool:
+        """Returns whether none of the messages would wait for the previous one of its link."""
+        counts: dict[int, int] = {}
+        for link in sends:
+            if self._posted[link] < self._sent[link] + counts.get(link, 0):
+                return False
+            counts[link] = counts.get(link, 0) + 1
+        return True
+
+    def _advance(self, rank: int) -> set[int]:
+        """Runs the rank, and then every rank that it unblocks, and returns the ranks that may have moved."""
+        waiting, moved = [rank], set()
+        while waiting:
+            current = waiting.pop()
+            moved.add(current)
+            while self._blocked[current]:
+                woken = self._run_first(current)
+                waiting += woken
+                moved.update(woken)
+                if self._waits_for(current) is not None:
+                    break
+        return moved
+
+    def _run_first(self, rank: int) -> list[int]:
+        """Runs a rank's first blocked group as far as possible, and returns the ranks that this may unblock."""
+        receives, sends = self._blocked[rank][0]
+        woken = []
+        if not self._has_posted[rank]:
+            self._has_posted[rank] = True
+            for link in receives:
+                self._posted[link] += 1
+                woken.append(link // 2)
+        if any(self._sent[link] < self._posted[link] for link in receives):
+            return woken
+        for link in sends[self._num_sent[rank] :]:
+            if self._posted[link] < self._sent[link]:
+                return woken
+            self._sent[link] += 1
+            self._num_sent[rank] += 1
+            woken.append(self._destination(link))
+        self._blocked[rank].popleft()
+        self._has_posted[rank], self._num_sent[rank] = False, 0
+        return woken
+
+    def _waits_for(self, rank: int) -> int | None:
+        """Returns the rank for which a rank waits in its first blocked group, or None if it can run."""
+        if not self._blocked[rank] or not self._has_posted[rank]:
+            return None
+        receives, sends = self._blocked[rank][0]
+        for link in receives:
+            if self._sent[link] < self._posted[link]:
+                return link // 2
+        link = sends[self._num_sent[rank]]
+        return self._destination(link) if self._posted[link] < self._sent[link] else None
+
+    def _is_deadlock(self, rank: int) -> bool:
+        """Returns whether a rank waits in a cycle of blocked ranks."""
+        path: set[int] = set()
+        current: int | None = rank
+        while current is not None and current not in path:
+            path.add(current)
+            current = self._waits_for(current)
+        return current is not None
+
+    def _destination(self, link: int) -> int:
+        return (link // 2 + (-1 if link % 2 else 1)) % self._num_ranks
