@@ -23,8 +23,7 @@ from train.config import (
 from train.config.guards import StopGuardConfig
 from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
-from train.optim.duration import Duration
-from train.optim.rates import DecayedRate
+from train.optim.learning_rate import DecayedRate, Duration
 from train.tasks.pretrain import PretrainConfig
 
 MODEL = ModelConfig(

@@ -12,11 +12,10 @@ from dualpipe.ir import Schedule
 from dualpipe.runtime.reductions import first_use_order, reduction_order
 from model.gradients import GradientStore
 from train.config import EmaConfig
-from train.optim.build import build_optimizer
 from train.optim.config import OptimConfig
 from train.optim.ema import ParameterEma
 from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
-from train.optim.staged import Background, StagedAdamW
+from train.optim.staged import Background, StagedAdamW, build_optimizer
 from train.post.frozen import NetworkComparison, Reference
 from train.replica import Replica
 from train.tasks.hook import TaskHook

@@ -33,7 +33,7 @@ from train.network import (
     stage_part,
     weight_dtype,
 )
-from train.optim.updates import WeightUpdates
+from train.optim.staged import WeightUpdates
 from train.schedule.links import PipelineLinks, open_links
 from train.schedule.programs import compile_programs
 from train.world import World

@@ -57,6 +57,13 @@ def test_distribution_of_equal_scores_keeps_k() -> None:
     assert distribution(torch.zeros(1, 7), Sampling()).argmax() == 0
 
 
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4)])
+def test_top_p_that_tokens_reach_exactly_keeps_no_further_token(top_p: float, count: int) -> None:
+    """Four equal tokens have a probability of exactly 1/4, and their sums are exact."""
+    made = distribution(torch.zeros(1, 4, dtype=torch.float64), Sampling(top_p=top_p))
+    assert made[0].tolist() == pytest.approx([1 / count] * count + [0.0] * (4 - count))
+
+
 def test_draws_follow_their_distribution() -> None:
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.01, 0.5, 0.0])
     uniform = SequenceRandom(seed=4, prompt=0).uniform(100_000)

@@ -98,7 +98,11 @@ def test_every_rank_loads_the_plugin_of_a_run(tmp_path: Path) -> None:
         ("import sys\nsys.exit(0)\n", "rates.py", ["plugins: ", "fails at line 2: SystemExit"]),
         ("def (:\n", "rates.py", ["plugins: ", "fails at line 1: SyntaxError"]),
         ("ANSWER = 42\n", "rates.py", ["plugins: ", "registers nothing"]),
-        (RATE.replace('"halved"', '"cosine"'), "rates.py", ["'cosine' is registered already", "train.optim.rates"]),
+        (
+            RATE.replace('"halved"', '"cosine"'),
+            "rates.py",
+            ["'cosine' is registered already", "train.optim.learning_rate"],
+        ),
     ],
 )
 def test_plugin_that_cannot_be_loaded_is_rejected_in_one_line(

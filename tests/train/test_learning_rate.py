@@ -11,9 +11,7 @@ from launch.train import preview
 from tests.tiny import OPTIM
 from train.config import TrainConfig
 from train.optim.config import OptimConfig
-from train.optim.duration import Duration
-from train.optim.learning_rate import learning_rate, schedule_warnings
-from train.optim.rates import DecayedRate, WsdRate
+from train.optim.learning_rate import DecayedRate, Duration, WsdRate, learning_rate, schedule_warnings
 
 SIZES = BatchSizes(4, 8)
 

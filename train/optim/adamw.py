@@ -1,13 +1,17 @@
-"""Builds AdamW for all kinds of sharding: torch's own, or one that keeps its moments in bf16."""
+"""AdamW for all kinds of sharding, its moments in bf16 or as torch has them; and with the whole state on every rank."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from kernels.adamw import adamw_bf16_moments, compute_coefficients
+from model.gradients import GradientStore
+from train.checkpoint.state import Slice
 from train.optim.config import OptimConfig
+from train.optim.parameters import Unit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,11 +31,8 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates every weight that has a gradient.
-
-        A closure is not supported, because gradients already exist.
-        """
-        assert closure is None
+        """Updates every weight that has a gradient."""
+        assert closure is None, "gradients already exist"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -62,11 +63,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the AdamW that `config.moments` selects.
-
-    Args:
-        groups: parameter groups with their weight decay, in the form of torch's optimizers.
-    """
+    """Builds the AdamW that `config.moments` selects, for torch's groups of parameters with their weight decay."""
     if config.moments == "bf16":
         return Bf16MomentsAdamW(groups, config)
     return torch.optim.AdamW(
@@ -75,10 +72,7 @@ def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tensor) -> dict[str, Tensor]:
-    """Returns the step count and moments of a parameter, not copies.
-
-    They are created before the first step.
-    """
+    """Returns the step count and moments of a parameter, not copies. Creates them before the first step."""
     if isinstance(optimizer, Bf16MomentsAdamW):
         return optimizer.moments(parameter)
     state: dict[str, Tensor] = optimizer.state[parameter]
@@ -89,11 +83,79 @@ def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter | Tenso
 
 
 def spread_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], num_steps: Tensor) -> None:
-    """Sets the step count of all parameters, which have been updated equally often.
-
-    Args:
-        parameters: all that the optimizer updates.
-        num_steps: the count, a scalar; it may be one of the optimizer's own.
-    """
+    """Sets the step count, a scalar that may be one of the optimizer's own, of all parameters."""
     for parameter in parameters:
         moments_of(optimizer, parameter)["step"].copy_(num_steps)
+
+
+class ReplicatedAdamW:
+    """The AdamW optimizer of one unit, for float32 and float64 weights, which are their own master copies."""
+
+    def __init__(self, unit: Unit, store: GradientStore, config: OptimConfig) -> None:
+        self._groups = groups = unit.groups
+        self._replicas = unit.replicas
+        self._store = store
+        self._clip_norm = config.clip_norm
+        options: list[dict[str, Any]] = [
+            {"params": [*groups.matrices.values(), *groups.experts.values()], "weight_decay": config.weight_decay},
+            {"params": list(groups.vectors.values()), "weight_decay": 0.0},
+        ]
+        self._optimizer = build_adamw([each for each in options if each["params"]], config)
+
+    def reduce(self) -> Tensor:
+        """Sums the gradients in the store over replicas, in place.
+
+        Returns:
+            The sum of squares, float64, a scalar on the device. Summed over all ranks it counts each element once.
+        """
+        groups = self._groups
+        squares = torch.zeros((), dtype=torch.float64, device=next(iter(groups.all().values())).device)
+        dense = groups.matrices | groups.vectors
+        for parameters, group in ((dense, self._replicas.dense), (groups.experts, self._replicas.experts)):
+            gradients = [self._store.gradient(parameter) for parameter in parameters.values()]
+            _sum_over(gradients, group)
+            for gradient in gradients:
+                squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / dist.get_world_size(group)
+        return squares
+
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clips the summed gradients and updates the weights."""
+        scale = min(1.0, self._clip_norm / (norm + 1e-6))
+        for parameter in self._groups.all().values():
+            parameter.grad = self._store.gradient(parameter).mul_(scale).to(parameter.dtype)
+        for group_options in self._optimizer.param_groups:
+            group_options["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """Does nothing: all gradients are in the store."""
+
+    def state(self) -> dict[str, Slice | Tensor]:
+        """Returns the step count and the moments by parameter name, not copies."""
+        named: dict[str, Slice | Tensor] = {}
+        for name, parameter in self._groups.all().items():
+            moments = moments_of(self._optimizer, parameter)
+            named["step"] = moments["step"]
+            for key in MOMENTS:
+                named[f"{name}.{key}"] = self._groups.place(name, 0, moments[key].view(-1))
+        return named
+
+    def loaded(self, num_steps: Tensor) -> None:
+        """Copies the loaded step count to all parameters."""
+        spread_step(self._optimizer, list(self._groups.all().values()), num_steps)
+
+    def follow_weights(self) -> None:
+        """Does nothing: weights are their own master copies."""
+
+
+def _sum_over(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums tensors of one type over a group with one all-reduce, in place."""
+    if not tensors or dist.get_world_size(group) == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    offset = 0
+    for tensor in tensors:
+        tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+        offset += tensor.numel()

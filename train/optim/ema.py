@@ -20,11 +20,7 @@ class ParameterEma:
     """
 
     def __init__(self, model: Transformer, decay: float) -> None:
-        """Starts with the present weights.
-
-        Args:
-            decay: weight of the old average in an update, from 0 to below 1.
-        """
+        """Starts with the present weights; `decay`, from 0 to below 1, is the weight of the old average."""
         self._model = model
         self._decay = decay
         weights = named_tensors(model)
@@ -50,11 +46,7 @@ class ParameterEma:
         self._under_way = self._worker.submit(self._average)
 
     def wait(self) -> None:
-        """Waits until the averages include the last update.
-
-        Raises:
-            Exception: the error that the thread raised.
-        """
+        """Waits until the averages include the last update, and raises the error of the thread."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             under_way.result()

@@ -1,22 +1,92 @@
 """Computes the learning rate as a pure function of the step. No torch here.
 
 It depends neither on the layout nor on the step from which a run was resumed. A kind of schedule is a frozen dataclass
-and a function that register in `LR_SCHEDULES`. This project's kinds are in `train.optim.rates`. A file outside the
-checkout can register one more (docs/extend.md).
+and a function of the tokens read so far, which register in `LR_SCHEDULES`. A file outside the checkout can register one
+more (docs/extend.md).
 """
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, Self, assert_never
 
 from data.batch_sizes import BatchSizes
+from kernels.ranges import NonNegativeFloat, Share
 from kernels.registry import Registry
-from train.optim.duration import Duration
 
 if TYPE_CHECKING:
     from train.optim.config import OptimConfig
 
 PLACE = "optim.schedule"
+
+DurationUnit = Literal["%", "steps", "tokens"]
+
+_DURATION = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*(%|steps?|tokens?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duration:
+    """A part of a run: a share of its tokens, or a number of steps or tokens.
+
+    YAML and the command line write it as text, such as `5 %`, `2000 steps` or `10e9 tokens`. `amount` is 0 to 100 for
+    `%`, otherwise a whole number.
+    """
+
+    amount: float
+    unit: DurationUnit
+
+    @classmethod
+    def from_plain(cls, value: object) -> Self:
+        """Reads a duration from its text.
+
+        Args:
+            value: the text, or 0 for an empty duration.
+
+        Raises:
+            ValueError: the value is invalid. The message does not contain the key.
+        """
+        rule = "must be a share of the run, steps or tokens, such as '5 %', '2000 steps' or '10e9 tokens'"
+        if type(value) in (int, float):
+            if value == 0:
+                return cls(amount=0, unit="%")
+            raise ValueError(f"{rule}, is {value!r}; nearest valid: {_with_unit(Decimal(str(value)))}")
+        match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError(f"{rule}, is {value!r}")
+        amount, unit = Decimal(match[1].replace("_", "")), match[2].lower()
+        if unit == "%":
+            if amount > 100:
+                raise ValueError(f"must be at most 100 % of the run, is {value!r}; nearest valid: 100 %")
+            return cls(amount=float(amount), unit="%")
+        if amount != amount.to_integral_value():
+            raise ValueError(f"must be a whole number of {unit}, is {value!r}; nearest valid: {round(amount)} {unit}")
+        return cls(amount=int(amount), unit="steps" if unit.startswith("step") else "tokens")
+
+    def to_plain(self) -> str:
+        """Returns the text that `from_plain` reads."""
+        return f"{Decimal(str(self.amount)).normalize():f} {self.unit}"
+
+    def tokens(self, sizes: BatchSizes, num_steps: int) -> float:
+        """Returns the number of tokens in this duration, from the start of a run."""
+        match self.unit:
+            case "%":
+                return sizes.tokens_before(num_steps) * self.amount / 100
+            case "steps":
+                return sizes.tokens_before(int(self.amount))
+            case "tokens":
+                return self.amount
+            case _ as other:
+                assert_never(other)
+
+
+def _with_unit(number: Decimal) -> str:
+    """Returns the duration that a number without a unit most likely means."""
+    if 0 < number <= 1:
+        return f"{(number * 100).normalize():f} %"
+    return f"{max(round(number), 0)} steps"
 
 
 class RateError(ValueError):
@@ -33,12 +103,11 @@ class RateSchedule:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleContext:
-    """The properties of a run on which a learning-rate schedule depends.
+    """The properties of a run on which a schedule depends.
 
     Attributes:
         peak: the learning rate that the schedule scales.
         sizes: sequences of every step of the run.
-        num_steps: number of steps of the run.
         warmup: tokens of the warm-up.
     """
 
@@ -67,30 +136,12 @@ class ScheduleContext:
         return (now - start) / (end - start) if now > start else 0.0
 
     def require_order(self, first: str, earlier: Duration, second: str, later: Duration) -> None:
-        """Refuses two durations that are in the wrong order.
-
-        Args:
-            first: name of the field that holds `earlier`.
-            earlier: duration that must not end after `later`.
-            second: name of the field that holds `later`.
-            later: duration that must not end before `earlier`.
-
-        Raises:
-            RateError: `earlier` ends after `later`.
-        """
+        """Raises RateError if the field `first` with the value `earlier` ends after `second` with `later`."""
         if self.tokens(earlier) > self.tokens(later):
             raise RateError(
                 f"{PLACE}.{first}: must be at most {PLACE}.{second}={later.to_plain()} of {self.num_steps} steps, "
                 f"is {earlier.to_plain()}; nearest valid: {later.to_plain()}"
             )
-
-
-def _require_nothing(schedule: Any, context: ScheduleContext) -> None:
-    pass
-
-
-def _warn_of_nothing(schedule: Any, context: ScheduleContext) -> tuple[str, ...]:
-    return ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,11 +159,11 @@ class RateSpec:
     summary: str
     config: type[RateSchedule]
     rate: Callable[[Any, ScheduleContext, int], float]
-    check: Callable[[Any, ScheduleContext], None] = _require_nothing
-    warnings: Callable[[Any, ScheduleContext], tuple[str, ...]] = _warn_of_nothing
+    check: Callable[[Any, ScheduleContext], None] = lambda schedule, context: None
+    warnings: Callable[[Any, ScheduleContext], tuple[str, ...]] = lambda schedule, context: ()
 
 
-LR_SCHEDULES = Registry[RateSpec](f"{PLACE}.kind", ("train.optim.rates",))
+LR_SCHEDULES = Registry[RateSpec](f"{PLACE}.kind", (__name__,))
 
 
 def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step: int) -> float:
@@ -134,21 +185,12 @@ def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step
 
 
 def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> None:
-    """Refuses a schedule that is invalid for the run. The arguments are those of `learning_rate`.
-
-    Raises:
-        RateError: the schedule is invalid. The message names the key, the rule, the value and the nearest valid value.
-    """
+    """Raises RateError if the schedule is invalid for the run. The arguments are those of `learning_rate`."""
     LR_SCHEDULES.get(config.schedule.kind).check(config.schedule, _context(config, sizes, num_steps))
 
 
 def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
-    """Returns a line for each part of the schedule that does not fit the run's length.
-
-    Args:
-        sizes: sequences of every step of the run.
-        num_steps: number of steps of the run.
-    """
+    """Returns a line for each part of the schedule that does not fit the run's length."""
     schedule, context, lines = config.schedule, _context(config, sizes, num_steps), []
     if context.warmup > context.total:
         lines.append(
@@ -160,3 +202,162 @@ def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) 
 
 def _context(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> ScheduleContext:
     return ScheduleContext(config.learning_rate, sizes, num_steps, config.schedule.warmup.tokens(sizes, num_steps))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConstantRate(RateSchedule):
+    """A linear warm-up, then a constant rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecayedRate(RateSchedule):
+    """A linear warm-up, a constant rate, then a cosine or linear decay to `final_ratio` of the peak.
+
+    The decay starts at `decay_start`, or at the end of the warm-up if that is later, and ends at `decay_end`.
+    """
+
+    decay_start: Duration
+    decay_end: Duration
+    final_ratio: Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WsdRate(RateSchedule):
+    """A warmup-stable-decay schedule (arXiv:2404.06395), which decays over the last `decay` of the run.
+
+    `decay_shape` is `linear`, or `one_minus_sqrt`: 1 - sqrt(progress) (arXiv:2405.18392).
+    """
+
+    decay: Duration
+    decay_shape: Literal["linear", "one_minus_sqrt"]
+    final_ratio: Share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class V3Rate(RateSchedule):
+    """The schedule of DeepSeek-V3's pre-training (arXiv:2412.19437, section 4.2).
+
+    The rate is `last_learning_rate` from `last_start` on.
+    """
+
+    decay_start: Duration
+    decay_end: Duration
+    final_learning_rate: NonNegativeFloat
+    last_start: Duration
+    last_learning_rate: NonNegativeFloat
+
+
+def _constant_rate(schedule: ConstantRate, context: ScheduleContext, tokens: int) -> float:
+    return context.peak
+
+
+def _cosine_rate(schedule: DecayedRate, context: ScheduleContext, tokens: int) -> float:
+    return context.peak * _down_to(schedule.final_ratio, _cosine(_decay_progress(schedule, context, tokens)))
+
+
+def _linear_rate(schedule: DecayedRate, context: ScheduleContext, tokens: int) -> float:
+    return context.peak * _down_to(schedule.final_ratio, 1 - _decay_progress(schedule, context, tokens))
+
+
+def _wsd_rate(schedule: WsdRate, context: ScheduleContext, tokens: int) -> float:
+    progress = context.progress(tokens, _wsd_decay_start(schedule, context), context.total)
+    share = 1 - (progress if schedule.decay_shape == "linear" else math.sqrt(progress))
+    return context.peak * _down_to(schedule.final_ratio, share)
+
+
+def _v3_rate(schedule: V3Rate, context: ScheduleContext, tokens: int) -> float:
+    if tokens >= context.tokens(schedule.last_start):
+        return schedule.last_learning_rate
+    share = _cosine(_decay_progress(schedule, context, tokens))
+    return schedule.final_learning_rate + (context.peak - schedule.final_learning_rate) * share
+
+
+def _wsd_decay_start(schedule: WsdRate, context: ScheduleContext) -> float:
+    """Returns the number of tokens before the decay. The decay is counted from the end of the run."""
+    if schedule.decay.unit == "steps":
+        return context.sizes.tokens_before(max(context.num_steps - int(schedule.decay.amount), 0))
+    return max(context.total - context.tokens(schedule.decay), 0)
+
+
+def _decay_progress(schedule: DecayedRate | V3Rate, context: ScheduleContext, tokens: int) -> float:
+    return context.progress(tokens, context.tokens(schedule.decay_start), context.tokens(schedule.decay_end))
+
+
+def _down_to(final_ratio: float, share: float) -> float:
+    """Interpolates between `final_ratio`, for a share of 0, and 1, for a share of 1."""
+    return final_ratio + (1 - final_ratio) * share
+
+
+def _cosine(progress: float) -> float:
+    """Returns a half-cosine that falls from 1 to 0."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _check_decay(schedule: DecayedRate | V3Rate, context: ScheduleContext) -> None:
+    context.require_order("decay_start", schedule.decay_start, "decay_end", schedule.decay_end)
+    if context.warmup <= context.total:
+        context.require_order("warmup", schedule.warmup, "decay_end", schedule.decay_end)
+
+
+def _check_v3(schedule: V3Rate, context: ScheduleContext) -> None:
+    _check_decay(schedule, context)
+    context.require_order("decay_end", schedule.decay_end, "last_start", schedule.last_start)
+    rates = (
+        ("optim.learning_rate", context.peak),
+        (f"{PLACE}.final_learning_rate", schedule.final_learning_rate),
+        (f"{PLACE}.last_learning_rate", schedule.last_learning_rate),
+    )
+    for (above, most), (key, rate) in pairwise(rates):
+        if rate > most:
+            raise RateError(f"{key}: must be at most {above}={most}, is {rate}; nearest valid: {most}")
+
+
+def _early_end(schedule: DecayedRate | V3Rate, context: ScheduleContext) -> tuple[str, ...]:
+    """Returns a warning if the decay ends before half of the run."""
+    end = context.tokens(schedule.decay_end)
+    if 2 * end >= context.total:
+        return ()
+    return (
+        f"{PLACE}.decay_end: ends before half of the run, the rest trains at the lowest rate: is "
+        f"{schedule.decay_end.to_plain()}, {100 * end / context.total:.2g} % of {context.num_steps:,} steps; "
+        f"nearest: {PLACE}.decay_end='100 %'",
+    )
+
+
+LR_SCHEDULES.register(
+    "constant", RateSpec(summary="linear warm-up, then constant", config=ConstantRate, rate=_constant_rate)
+)
+LR_SCHEDULES.register(
+    "cosine",
+    RateSpec(
+        summary="linear warm-up, then half a cosine to final_ratio of the peak",
+        config=DecayedRate,
+        rate=_cosine_rate,
+        check=_check_decay,
+        warnings=_early_end,
+    ),
+)
+LR_SCHEDULES.register(
+    "linear",
+    RateSpec(
+        summary="linear warm-up, then a straight line to final_ratio of the peak",
+        config=DecayedRate,
+        rate=_linear_rate,
+        check=_check_decay,
+        warnings=_early_end,
+    ),
+)
+LR_SCHEDULES.register(
+    "wsd",
+    RateSpec(summary="warm-up, stable, decay over the last part of the run", config=WsdRate, rate=_wsd_rate),
+)
+LR_SCHEDULES.register(
+    "v3_tokens",
+    RateSpec(
+        summary="DeepSeek-V3's: a cosine, then a last, lower rate",
+        config=V3Rate,
+        rate=_v3_rate,
+        check=_check_v3,
+        warnings=_early_end,
+    ),
+)

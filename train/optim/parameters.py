@@ -59,12 +59,7 @@ class ParameterGroups:
         return replace(self, matrices=part(self.matrices), vectors=part(self.vectors), experts=part(self.experts))
 
     def place(self, name: str, first: int, values: Tensor) -> Slice:
-        """Returns values for consecutive elements of a parameter as a slice of the whole job's parameter.
-
-        Args:
-            first: index, in this rank's parameter, of the element of the first value.
-            values: flat tensor with one value for each of the consecutive elements.
-        """
+        """Returns a flat tensor, whose first value is that of element `first`, as a slice of the job's parameter."""
         num_elements = self.all()[name].numel()
         if name not in self.experts:
             return Slice(num_elements, first, values)
@@ -81,8 +76,6 @@ class Unit:
     Attributes:
         readers: all stages that read the parameters.
         stages: those of them that this rank holds.
-        groups: the parameters.
-        replicas: groups over which they are reduced.
         reduction: place of the unit in the order of reductions, by which units of all ranks can be compared.
         first_use: place in the order of updates.
     """
@@ -133,16 +126,13 @@ def split_into_units(
     orders: StageOrders,
     embedding: ProcessGroup | None = None,
 ) -> list[Unit]:
-    """Splits a rank's parameters by the stages that read them.
+    """Splits a rank's parameters by the stages that read them, into units in the order of their reductions.
+
+    Ranks that share several units have them in the same order.
 
     Args:
-        groups: all parameters of the rank.
-        replicas: groups over which they are reduced.
         stages: parameters that each stage of the rank reads.
         embedding: all ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy.
-
-    Returns:
-        The units in the order of their reductions. Ranks that share several units have them in the same order.
     """
     held: dict[int, list[int]] = {}
     for stage in sorted(stages):

@@ -1,9 +1,8 @@
 """Reduces gradients and updates weights stage by stage, next to the passes of the pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,58 +13,49 @@ from comm.protocol import Work
 from comm.watchdog.collective_log import CollectiveLog
 from model.gradients import GradientStore
 from train.checkpoint.state import Slice
+from train.optim.adamw import ReplicatedAdamW
+from train.optim.config import OptimConfig
 from train.optim.parameters import Unit
-from train.optim.updates import WeightUpdates
+from train.optim.zero1 import Zero1AdamW
 
 
-class UnitOptimizer(Protocol):
-    """The protocol of a unit's optimizer.
+class WeightUpdates:
+    """The updates of one replica's weights that may still be running, in the order of their lane.
 
-    A step calls `reduce`, then either `update` or, if the step is refused, `discard`.
+    Only the main thread uses it. Whoever reads or changes weights waits first: passes for each stage before its first
+    micro-batch, everything else for all stages.
     """
 
-    def reduce(self) -> Tensor:
-        """Sums the unit's gradients over replicas. Updates nothing.
+    def __init__(self) -> None:
+        self._running: list[tuple[tuple[int, ...], Work[None]]] = []
 
-        Returns:
-            The sum of squares, float64, a scalar on the device. Summed over all ranks it counts each element once.
-        """
-        ...
+    def add(self, stages: tuple[int, ...], work: Work[None]) -> None:
+        """Adds an update that changes weights of some stages."""
+        self._running.append((stages, work))
 
-    def update(self, learning_rate: float, norm: float) -> None:
-        """Clips the summed gradients by the global norm and updates the weights."""
-        ...
+    def wait(self, stage: int) -> None:
+        """Waits until no update changes weights of a stage, and raises the error of one that failed."""
+        while any(stage in stages for stages, _ in self._running):
+            self._wait_first()
 
-    def discard(self) -> None:
-        """Discards the gradients, reduced or not. Nothing else changes."""
-        ...
+    def wait_all(self) -> None:
+        """Waits until all updates are complete, and raises the error of one that failed."""
+        while self._running:
+            self._wait_first()
 
-    def state(self) -> dict[str, Slice | Tensor]:
-        """Returns the unit's part of `StagedAdamW.state`."""
-        ...
+    def _wait_first(self) -> None:
+        """Waits for the first update; they complete in order."""
+        _, work = self._running.pop(0)
+        work.wait()
 
-    def loaded(self, num_steps: Tensor) -> None:
-        """Updates everything that depends on the tensors of `state`, after they were filled.
 
-        Args:
-            num_steps: the step count, a scalar.
-        """
-        ...
-
-    def follow_weights(self) -> None:
-        """Updates everything that depends on the weights, after they were changed."""
-        ...
+UnitOptimizer = ReplicatedAdamW | Zero1AdamW
+"""Optimizer of one unit. A step calls `reduce`, then either `update` or, if the step is refused, `discard`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Background:
-    """What reductions and updates run on.
-
-    Attributes:
-        lane: used by nothing else, as are the process groups of the reductions.
-        updates: takes the updates of weights.
-        log: of this rank's collectives.
-    """
+    """What reductions and updates run on. Nothing else uses the lane or the process groups of the reductions."""
 
     lane: Lane
     updates: WeightUpdates
@@ -97,12 +87,7 @@ class StagedAdamW:
         world: dist.ProcessGroup,
         background: Background,
     ) -> None:
-        """Starts without gradients.
-
-        Args:
-            units: the units and their optimizers, in the order of their reductions.
-            background: what reductions and updates run on.
-        """
+        """Starts without gradients; the units are in the order of their reductions."""
         self._units = list(units)
         self._by_first_use = sorted(units, key=lambda each: each[0].first_use)
         self._store = store
@@ -165,10 +150,7 @@ class StagedAdamW:
         return {name: values for _, optimizer in self._units for name, values in optimizer.state().items()}
 
     def loaded(self) -> None:
-        """Updates everything that depends on the tensors of `state`, after they were filled.
-
-        All ranks call it.
-        """
+        """Updates everything that depends on the tensors of `state`, after they were filled. All ranks call it."""
         num_steps = self.state()["step"]
         assert isinstance(num_steps, Tensor)
         for _, optimizer in self._units:
@@ -208,3 +190,12 @@ class StagedAdamW:
 def local_norm(store: GradientStore, parameters: Sequence[Tensor]) -> Tensor:
     """Returns the norm of this rank's own gradients, a scalar on its device, without a host sync."""
     return torch.nn.utils.get_total_norm([store.gradient(parameter) for parameter in parameters])
+
+
+def build_optimizer(
+    units: Sequence[Unit], store: GradientStore, world: dist.ProcessGroup, config: OptimConfig, background: Background
+) -> StagedAdamW:
+    """Builds the optimizer of a rank from its units in the order of their reductions. All ranks call it."""
+    kinds = {"zero1": Zero1AdamW, "replicated": ReplicatedAdamW}
+    build: Callable[[Unit, GradientStore, OptimConfig], UnitOptimizer] = kinds[config.sharding]
+    return StagedAdamW([(unit, build(unit, store, config)) for unit in units], store, world, background)

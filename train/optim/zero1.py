@@ -41,7 +41,7 @@ class Zero1AdamW:
         self._optimizer._grad_acc_hooks = []
 
     def reduce(self) -> Tensor:
-        """Sums the gradients over replicas and keeps this rank's shard; see `UnitOptimizer.reduce`."""
+        """Sums the gradients over replicas and keeps this rank's shard; returns as `ReplicatedAdamW.reduce`."""
         optimizer = self._optimizer
         # DeepSpeed divides every sum, also that of experts, by the size of the dense group. The store holds parts of a
         # sum, so this factor undoes the division.
@@ -72,9 +72,8 @@ class Zero1AdamW:
     def discard(self) -> None:
         """Discards the gradients in the way that DeepSpeed does after an overflow."""
         optimizer = self._optimizer
-        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for index in kept:
-                kept[index] = None
+        for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            gradients.update(dict.fromkeys(gradients))
         self._clear()
 
     def _clear(self) -> None:
