@@ -1,7 +1,7 @@
 """Defines the protocols of stages and links that the interpreter uses."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
 from dualpipe.transfers import Message
 
@@ -79,41 +79,11 @@ class ForwardOnlyRun:
     Forward-only programs without phases on the comm lane call none of its methods.
     """
 
-    def wait(self) -> None:
-        """Completes nothing: without phases on the comm lane, no program waits."""
-        raise AssertionError("a run without exchange has nothing to wait for")
+    def _refuse(self, *arguments: object) -> NoReturn:
+        raise AssertionError("a forward-only run has no exchange and no backward, and keeps nothing for it")
 
-    def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
-        """Refuses, because there is no backward."""
-        raise AssertionError("a forward-only run takes no gradient")
-
-    def input_gradient(self) -> "Tensor":
-        """Refuses, because there is no backward."""
-        raise AssertionError("a forward-only run has no gradient")
-
-    def backward(self, phase: int) -> None:
-        """Refuses, because there is no backward."""
-        raise AssertionError("a forward-only run has no backward")
-
-    def weight(self, phase: int) -> None:
-        """Refuses, because there is no backward."""
-        raise AssertionError("a forward-only run has no backward")
-
-    def offload(self) -> None:
-        """Refuses, because nothing is kept for a backward."""
-        raise AssertionError("a forward-only run keeps nothing")
-
-    def release(self) -> None:
-        """Refuses, because nothing is kept for a backward."""
-        raise AssertionError("a forward-only run keeps nothing")
-
-    def reload(self) -> None:
-        """Refuses, because nothing is kept for a backward."""
-        raise AssertionError("a forward-only run keeps nothing")
-
-    def restore(self) -> None:
-        """Refuses, because nothing is kept for a backward."""
-        raise AssertionError("a forward-only run keeps nothing")
+    wait = set_output_gradient = input_gradient = backward = weight = _refuse
+    offload = release = reload = restore = _refuse
 
 
 class PipelineStage(Protocol):

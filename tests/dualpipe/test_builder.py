@@ -8,11 +8,12 @@ import pytest
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.list_builder.builder import build_order
 from dualpipe.generate.list_builder.pipeline import Pipeline
-from dualpipe.generate.list_builder.preferences import PRESETS
+from dualpipe.generate.list_builder.preferences import PRESETS, read_presets
 from dualpipe.ir import Schedule, straight_placement
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
+from tests.bench import presets
 from tests.dualpipe.random_schedules import random_costs
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0.8, latency=0)
@@ -55,6 +56,11 @@ def test_builder_stops_as_soon_as_a_makespan_is_out_of_reach() -> None:
     assert shorter.ranks is None
     assert shorter.effort < whole.effort
     assert build_order(pipeline, PRESETS[0], 3 * 9 - 1).effort == 0
+
+
+def test_presets_are_read_as_the_script_that_selects_them_writes_them() -> None:
+    assert read_presets(presets.as_json(PRESETS)) == PRESETS
+    assert presets.select([[1.0, 3.0], [2.0, 1.0], [1.5, 1.5]], 3) == [1, 0]
 
 
 @pytest.mark.parametrize("cap", [2, 3, 4])

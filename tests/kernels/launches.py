@@ -6,6 +6,7 @@ tensor matter: its memory is never touched.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -164,9 +165,37 @@ def blocks_bytes(num_rows: int, num_columns: int) -> int:
     return num_rows * num_columns + 4 * num_tiles(num_rows) * num_tiles(num_columns)
 
 
-def options(tiling: Tiling | None) -> dict[str, Tiling]:
-    """Returns the options of a tiling; None if the product chooses it itself."""
-    return {} if tiling is None else {"tiling": tiling}
+def launch(
+    module: str,
+    kernel: str,
+    shape: str,
+    bytes_moved: int,
+    function: str,
+    arguments: Callable[[Tensors], tuple[Any, ...]],
+    *,
+    has_reference: bool = True,
+    product: Product | None = None,
+    tiling: Tiling | None = None,
+    **keywords: Any,
+) -> Launch:
+    """Returns the launch by a function of a module of `kernels`; the reference's module has the same function.
+
+    Args:
+        arguments: makes the positional arguments.
+        tiling: that a tuner tries; None if the product chooses it itself.
+    """
+    if tiling is not None:
+        keywords["tiling"] = tiling
+    return Launch(
+        module=f"kernels.{module}",
+        kernel=f"{kernel}_kernel",
+        shape=shape,
+        bytes_moved=bytes_moved,
+        prepare=lambda functions, tensors: partial(getattr(functions, function), *arguments(tensors), **keywords),
+        reference=f"kernels.{module.replace('triton', 'reference')}" if has_reference else None,
+        product=product,
+        is_timed=tiling is None,
+    )
 
 
 def words(tiling: Tiling) -> str:
