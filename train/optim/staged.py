@@ -196,6 +196,7 @@ def build_optimizer(
     units: Sequence[Unit], store: GradientStore, world: dist.ProcessGroup, config: OptimConfig, background: Background
 ) -> StagedAdamW:
     """Builds the optimizer of a rank from its units in the order of their reductions. All ranks call it."""
+    kinds: dict[str, Callable[[Unit, GradientStore, OptimConfig], UnitOptimizer]]
     kinds = {"zero1": Zero1AdamW, "replicated": ReplicatedAdamW}
-    build: Callable[[Unit, GradientStore, OptimConfig], UnitOptimizer] = kinds[config.sharding]
+    build = kinds[config.sharding]
     return StagedAdamW([(unit, build(unit, store, config)) for unit in units], store, world, background)
