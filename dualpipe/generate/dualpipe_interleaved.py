@@ -5,13 +5,30 @@ and the end of a step, where a micro-batch must pass through all ranks, and need
 smaller size.
 """
 
-from dualpipe.generate.known import known_orders
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.search import search
-from dualpipe.ir import Schedule, mirrored_placement
+from dualpipe.generate.steady import lengthen
+from dualpipe.ir import Group, Op, Schedule, mirrored_placement
+from dualpipe.optimize.fuse import exchanges, fuse
+from dualpipe.optimize.weights import place_weights
+from dualpipe.passes import split_backwards
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.simulate.costs import CostModel
+from dualpipe.simulate.simulate import makespan_of, peak_memory
 
 _MOST_CHUNKS = 64
+_PATIENCE = (0.0, 1.0, 0.5)
+# Enough micro-batches that a steady state remains between the fused ends.
+_FEW_PER_RANK, _MARGIN = 3, 4
+_SHIFTS = (1, 2, 4)
+# Without exchange, up to this number of micro-batches per rank all are ordered; above it few, and extended.
+_MOST_PERIODS, _FEW_PERIODS = 8, 6
+# Maximum number of ranks for which more than one order is fused.
+_MOST_FUSED = 12
 
 
 def dualpipe_interleaved(
@@ -60,6 +77,92 @@ def empty(num_ranks: int, num_micro_batches: int, chunks: int = 1, kind: str = "
         placement=mirrored_placement(num_ranks, chunks),
         ranks=((),) * num_ranks,
     )
+
+
+def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
+    """Yields the lockstep orders and the published DualPipe, adapted to the costs.
+
+    They may exceed the cap, and be invalid for an odd number of ranks.
+
+    Without exchange, W fill the idle time of lockstep orders. With exchange and one chunk, neighbors are fused. With
+    exchange and several chunks there are none, as the list builder finds better orders.
+
+    Args:
+        shape: schedule with two directions, stage s on rank s mod P and its mirror rank; its groups are ignored.
+        memory_cap: memory cap for the placement of W, in the unit of `StageCosts.activation`.
+    """
+    largest = max(stage.activation for stage in costs.stages) * shape.num_stages / shape.num_ranks
+    natural = (shape.num_ranks + 1) * largest
+    if not exchanges(costs):
+        yield from _filled_orders(shape, costs, min(memory_cap, natural))
+    elif shape.num_stages == shape.num_ranks:
+        # Fusing is slow, so the order of few micro-batches is extended.
+        few = _FEW_PER_RANK * shape.num_ranks + _MARGIN
+        few = min(few + (few + shape.num_micro_batches) % 2, shape.num_micro_batches)
+        for order in _overlapped_orders(replace(shape, num_micro_batches=few), costs, largest):
+            if max(peak_memory(order, costs)) <= memory_cap + 1e-9:
+                yield from filter(None, [lengthen(fuse(order, costs), costs, shape.num_micro_batches, _SHIFTS)])
+            if shape.num_ranks > _MOST_FUSED:
+                break
+
+
+def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
+    """Yields lockstep orders whose W fill idle time.
+
+    With many micro-batches it yields one order: the best of few micro-batches, extended. If it has no steady state, the
+    W of all micro-batches are placed.
+    """
+    ranks, count = shape.num_ranks, shape.num_micro_batches
+    is_short = count <= _MOST_PERIODS * ranks
+    few = shape if is_short else replace(shape, num_micro_batches=count % ranks + _FEW_PERIODS * ranks)
+    order = lockstep(few, paired=False)
+    filled = (place_weights(order, costs, memory_cap, patience) for patience in _PATIENCE)
+    if is_short:
+        yield from filter(None, filled)
+        return
+    shifts = _SHIFTS if shape.num_stages == ranks else (max(1, ranks // 2),)
+    for found in sorted(filter(None, filled), key=lambda each: makespan_of(each, costs)):
+        longer = lengthen(found, costs, count, shifts)
+        if longer is not None:
+            yield longer
+            return
+    yield from filter(None, [place_weights(lockstep(shape, paired=False), costs, memory_cap)])
+
+
+def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Iterator[Schedule]:
+    """Yields orders of one chunk in which F and I share a group.
+
+    Args:
+        largest: memory of the largest activation of a stage.
+    """
+    cap = (shape.num_ranks + 1) * largest
+    order = lockstep(shape, paired=True)
+    yield order
+    # With one more activation W can wait for the next exchange, which helps if exchange is longer than F and I.
+    yield from filter(None, [place_weights(order, costs, cap), place_weights(order, costs, cap + largest)])
+    yield _with_whole_backwards(order)
+    if shape.num_ranks % 2 == 0 and shape.num_micro_batches % 2 == 0 and shape.num_micro_batches >= 2 * shape.num_ranks:
+        published = replace(split_backwards(dualpipe(shape.num_ranks, shape.num_micro_batches)), kind=shape.kind)
+        yield from filter(None, [place_weights(published, costs, cap)])
+
+
+def _with_whole_backwards(schedule: Schedule) -> Schedule:
+    """Replaces each I that shares a group by B, for exchange that is long enough to hide its W too."""
+
+    def joined(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        whole = {
+            op.with_kind(Op.BACKWARD_WEIGHT)
+            for group in groups
+            for op in group
+            if len(group) > 1 and op.kind is Op.BACKWARD_INPUT
+        }
+        return tuple(
+            tuple(op.with_kind(Op.BACKWARD) if op.kind is Op.BACKWARD_INPUT and len(group) > 1 else op for op in group)
+            for group in groups
+            if group[0] not in whole
+        )
+
+    return replace(schedule, ranks=tuple(map(joined, schedule.ranks)))
 
 
 SCHEDULES.register(

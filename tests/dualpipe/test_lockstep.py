@@ -2,8 +2,7 @@
 
 import pytest
 
-from dualpipe.generate.dualpipe_interleaved import empty
-from dualpipe.generate.known import known_orders
+from dualpipe.generate.dualpipe_interleaved import empty, known_orders
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.optimize.weights import place_weights
 from dualpipe.simulate.costs import Costs, uniform
