@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 ALIGNMENT_BYTES = 16
@@ -32,7 +31,7 @@ def make_describable(matrices: Tensor) -> Tensor:
         return matrices
     *leading, num_columns = matrices.shape
     granularity = ALIGNMENT_BYTES // matrices.element_size()
-    width = granularity * max(1, triton.cdiv(num_columns, granularity))
+    width = granularity * max(1, -(-num_columns // granularity))
     return matrices.new_empty(*leading, width)[..., :num_columns].copy_(matrices)
 
 
@@ -41,6 +40,8 @@ def allow_descriptors(device: torch.device) -> None:
 
     Triton's allocator is set per thread, and autograd runs a backward pass in its own thread.
     """
+    import triton
+
     triton.set_allocator(partial(_workspace, device))
 
 
