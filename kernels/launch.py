@@ -1,4 +1,4 @@
-"""Descriptors of Hopper's tensor memory accelerator (TMA) and persistent grids, for launchers of several kernels."""
+"""Descriptors of Hopper's tensor memory accelerator (TMA) and persistent grids, for launchers."""
 
 from functools import partial
 

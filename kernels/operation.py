@@ -17,8 +17,8 @@ R = TypeVar("R")
 HOPPER = 9  # major compute capability
 
 
-class Operation(Generic[P, R]):
-    """A function with several implementations of one signature; a call runs the one that suits its operands."""
+class ChosenFunction(Generic[P, R]):
+    """A function with implementations of one signature; a call runs the one that suits its operands."""
 
     def __init__(self, reference: Callable[P, R], modules: Mapping[str, str], choose: Callable[..., str]) -> None:
         """Names the implementations.
@@ -46,7 +46,7 @@ class Operation(Generic[P, R]):
 
 def operation(
     reference: Callable[P, R], cuda: str, hopper: str | None = None, fits: Callable[..., bool] = lambda *operands: True
-) -> Operation[P, R]:
+) -> ChosenFunction[P, R]:
     """Returns an operation that runs in plain PyTorch except on CUDA.
 
     Its first positional operand is a tensor, or a tuple of tensors, on the device of all operands.
@@ -67,7 +67,7 @@ def operation(
             return "reference"
         return "deep_gemm" if hopper is not None and has_deep_gemm(device) else "triton"
 
-    return Operation(reference, modules, choose)
+    return ChosenFunction(reference, modules, choose)
 
 
 @cache

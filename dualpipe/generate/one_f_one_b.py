@@ -12,7 +12,7 @@ from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 
 
 def sliced_1f1b(num_ranks: int, num_micro_batches: int, slices: int) -> Schedule:
-    """Returns 1F1B over slices, of which each counts as a micro-batch. Any P >= 1, M a multiple of `slices`."""
+    """Returns 1F1B over slices, each of which counts as a micro-batch. M is a multiple of `slices`."""
     return Schedule(
         kind="sliced_1f1b",
         num_ranks=num_ranks,

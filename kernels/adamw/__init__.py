@@ -1,4 +1,7 @@
-"""Updates float32 weights by AdamW with both moments in bf16. Shape legend: as in kernels/adamw/reference.py."""
+"""Updates float32 weights by AdamW with both moments in bf16.
+
+Shape legend: as in kernels/adamw/reference.py.
+"""
 
 from kernels.adamw import reference
 from kernels.adamw.reference import compute_coefficients as compute_coefficients

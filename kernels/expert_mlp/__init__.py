@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.expert_mlp import reference
 from kernels.grouped_gemm import native
-from kernels.operation import Operation
+from kernels.operation import ChosenFunction
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,14 +29,14 @@ def choose_expert_implementation(
     return "batched" if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else "reference"
 
 
-def _operation(function: Callable[P, R], sizes_of: Callable[..., tuple[int, int]]) -> Operation[P, R]:
+def _operation(function: Callable[P, R], sizes_of: Callable[..., tuple[int, int]]) -> ChosenFunction[P, R]:
     """Returns an operation; `sizes_of` gives the hidden and the intermediate size from its operands."""
     modules = {name: f"{__name__}.{name}" for name in ("reference", "batched", "grouped")}
 
     def choose(rows: Tensor, *others: Any) -> ExpertImplementation:
         return choose_expert_implementation(rows.device, rows.dtype, *sizes_of(rows, *others))
 
-    return Operation(function, modules, choose)
+    return ChosenFunction(function, modules, choose)
 
 
 expert_mlp = _operation(reference.expert_mlp, lambda rows, weights, gate_up, down_EDM, *rest: down_EDM.shape[1:])

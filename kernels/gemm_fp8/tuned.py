@@ -53,7 +53,9 @@ class TuningError(RuntimeError):
 
 
 class TunedProduct(Generic[P]):
-    """Runs a product with the fastest tiling of its shape, which it caches. Every tiling gives the same result.
+    """Runs a product with the fastest tiling of its shape, which it caches.
+
+    Every tiling gives the same result.
 
     The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
     a CUDA graph. A tiling that one Triton version compiles may fail under another: in compiler passes, in ptxas, or
@@ -85,7 +87,7 @@ class TunedProduct(Generic[P]):
         self._logged: set[Tiling] = set()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        """Computes the product; raises TuningError, which lists each cause, if every candidate of its shape fails."""
+        """Computes the product; raises TuningError with all causes if every candidate of its shape fails."""
         left: Any = args[0]
         is_measured = left.codes.device.type == "cuda" or self._milliseconds is not None
         key = self._key_of(*args, **kwargs) if is_measured else None

@@ -1,4 +1,4 @@
-"""Sizes of tiles of a grouped product, their order over programs, and their stores; shared by the kernels here.
+"""Sizes of tiles of a grouped product, their order over programs, and their stores.
 
 Groups have any number of rows. A tile of rows begins at the start of its group or a whole number of tiles after it, so
 it may overlap the next group; those rows are computed but not stored. Tile positions are computed on the host from the

@@ -1,4 +1,4 @@
-"""FP8 codes with one scale per 1 x 128 of rows or 128 x 128 of weights, in Triton: bit-equal to reference.py.
+"""FP8 codes with a scale per 1 x 128 of rows or 128 x 128 of weights, bit-equal to reference.py.
 
 All kernels are memory-bound: each number is read once and written once.
 

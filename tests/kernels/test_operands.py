@@ -14,7 +14,7 @@ from kernels.gemm_fp8.tiling import Tiling
 from kernels.grouped_gemm import grouped_rows, grouped_rows_fp8, grouped_weight
 from kernels.grouped_gemm.tiles import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows as triton_rows
-from kernels.operation import Operation
+from kernels.operation import ChosenFunction
 from kernels.permute import permute, unpermute
 from kernels.quantize import (
     dequantize_1x128,
@@ -32,7 +32,7 @@ from kernels.quantize.triton import dequantize_128x128 as triton_dequantize_128x
 from kernels.rms_norm import normalize_backward, rms_norm, rms_norm_backward_from_codes, rms_norm_quantize
 from kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_from_codes, swiglu_quantize
 
-Case = tuple[Operation[..., Any], tuple[Any, ...], str]
+Case = tuple[ChosenFunction[..., Any], tuple[Any, ...], str]
 
 EPS = 1e-6
 F32, BF16 = torch.float32, torch.bfloat16
@@ -190,7 +190,7 @@ CASES += [("triton", *case) for case in UNDER_TRITON]
 
 @pytest.mark.parametrize(("kind", "function", "operands", "rule"), CASES)
 def test_operands_that_do_not_fit_are_named(
-    kind: str, function: Operation[..., Any], operands: tuple[Any, ...], rule: str
+    kind: str, function: ChosenFunction[..., Any], operands: tuple[Any, ...], rule: str
 ) -> None:
     name = function.__name__
     takes_scales = name in ("pack_e5m6", "swiglu_backward_from_codes", "rms_norm_backward_from_codes")
@@ -211,7 +211,7 @@ def test_operands_that_do_not_fit_are_named(
     ],
 )
 def test_a_bound_from_which_scales_underflow_is_rejected(
-    function: Operation[..., Any], operands: tuple[Any, ...], kind: str
+    function: ChosenFunction[..., Any], operands: tuple[Any, ...], kind: str
 ) -> None:
     with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 1e-40"):
         function.by(kind)(*operands, power_of_two=True, min_amax=1e-40)

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels.rms_norm as norm
 from kernels import operation
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
-from kernels.operation import Operation, has_deep_gemm
+from kernels.operation import ChosenFunction, has_deep_gemm
 from kernels.quantize import quantize_1x128, quantize_128x128, quantize_columns, requantize_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX
 from tests.kernels.deep_gemm_emulation import Calls, emulated
@@ -27,7 +27,7 @@ OPERATIONS = {
     name: function
     for folder in ("adamw", "cross_entropy", "gemm_fp8", "grouped_gemm", "permute", "quantize", "rms_norm", "swiglu")
     for name, function in vars(import_module(f"kernels.{folder}")).items()
-    if isinstance(function, Operation)
+    if isinstance(function, ChosenFunction)
 }
 
 

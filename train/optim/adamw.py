@@ -1,4 +1,4 @@
-"""AdamW for all kinds of sharding, its moments in bf16 or as torch has them; and with the whole state on every rank."""
+"""AdamW for all kinds of sharding, and with the whole state on every rank."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,7 +63,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the AdamW that `config.moments` selects, for torch's groups of parameters with their weight decay."""
+    """Builds the AdamW that `config.moments` selects, for groups of parameters in torch's form."""
     if config.moments == "bf16":
         return Bf16MomentsAdamW(groups, config)
     return torch.optim.AdamW(

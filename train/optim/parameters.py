@@ -59,7 +59,7 @@ class ParameterGroups:
         return replace(self, matrices=part(self.matrices), vectors=part(self.vectors), experts=part(self.experts))
 
     def place(self, name: str, first: int, values: Tensor) -> Slice:
-        """Returns a flat tensor, whose first value is that of element `first`, as a slice of the job's parameter."""
+        """Returns flat values that begin at element `first` as a slice of the job's parameter."""
         num_elements = self.all()[name].numel()
         if name not in self.experts:
             return Slice(num_elements, first, values)
@@ -126,7 +126,7 @@ def split_into_units(
     orders: StageOrders,
     embedding: ProcessGroup | None = None,
 ) -> list[Unit]:
-    """Splits a rank's parameters by the stages that read them, into units in the order of their reductions.
+    """Splits a rank's parameters by their stages, into units in the order of their reductions.
 
     Ranks that share several units have them in the same order.
 

@@ -55,7 +55,7 @@ UnitOptimizer = ReplicatedAdamW | Zero1AdamW
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Background:
-    """What reductions and updates run on. Nothing else uses the lane or the process groups of the reductions."""
+    """What reductions and updates run on; nothing else uses the lane or the reductions' groups."""
 
     lane: Lane
     updates: WeightUpdates
@@ -150,7 +150,7 @@ class StagedAdamW:
         return {name: values for _, optimizer in self._units for name, values in optimizer.state().items()}
 
     def loaded(self) -> None:
-        """Updates everything that depends on the tensors of `state`, after they were filled. All ranks call it."""
+        """Updates what depends on the tensors of `state`, after they were filled. All ranks call it."""
         num_steps = self.state()["step"]
         assert isinstance(num_steps, Tensor)
         for _, optimizer in self._units:

@@ -1,4 +1,4 @@
-"""Describes a pipeline for the list builder, queues of F and I in fixed order and links, and an order built in part.
+"""Describes a pipeline for the list builder, its queues of F and I, and an order built in part.
 
 A link delivers in the order of sending. So all ranks run the F of a direction in one order, and its I too.
 Micro-batches form blocks. In a block, all micro-batches run one chunk before the next chunk. A rank only decides how to
