@@ -60,7 +60,7 @@ def test_distribution_of_equal_scores_keeps_k() -> None:
 @pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4)])
 def test_top_p_that_tokens_reach_exactly_keeps_no_further_token(top_p: float, count: int) -> None:
     """Four equal tokens have a probability of exactly 1/4, and their sums are exact."""
-    made = distribution(torch.zeros(1, 4, dtype=torch.float64), Sampling(top_p=top_p))
+    made = distribution(torch.zeros(1, 4, dtype=torch.float64), Sampling(temperature=1.0, top_p=top_p))
     assert made[0].tolist() == pytest.approx([1 / count] * count + [0.0] * (4 - count))
 
 

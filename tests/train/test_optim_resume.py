@@ -10,6 +10,7 @@ from torch import Tensor
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
+from launch.config.model_rules import check_optim
 from launch.config.run_config import compose_run
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, OPTIM, tiny_config, write_text
@@ -113,6 +114,6 @@ def test_checkpoint_with_moments_in_float32_is_rounded(folder: Path) -> None:
 )
 def test_unsupported_moments_are_refused(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        compose_run(overrides)
+        check_optim(compose_run(overrides))
     for part in parts:
         assert part in str(refused.value)
