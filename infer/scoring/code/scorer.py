@@ -62,7 +62,10 @@ class CodeScorer:
         self._sandbox = find_sandbox(config.isolation)
         # More programs than cores would only wait for each other, and reach the limit of wall time.
         self._places = threading.BoundedSemaphore(config.num_sandboxes)
-        self._limits = GuestLimits(cpu_seconds=math.ceil(config.cpu_seconds), memory_bytes=config.memory_mib * 2**20)
+        # `wait_for_guests` measures the limit. The kernel's own, a second later, holds if this process is too slow: it
+        # counts ticks, which on a busy machine differ from the time that a process had by more than a tenth.
+        seconds = math.ceil(config.cpu_seconds) + 1
+        self._limits = GuestLimits(cpu_seconds=seconds, memory_bytes=config.memory_mib * 2**20)
 
     @property
     def isolation(self) -> Isolation:

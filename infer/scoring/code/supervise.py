@@ -17,7 +17,6 @@ from infer.scoring.code.sandbox import StartedGuest
 
 OUTPUT_BYTES = 2**16
 _KILLED = 137  # exit code of SIGKILL, as bubblewrap reports it
-_ROUNDING_SECONDS = 0.1  # the kernel's clock for limits is coarser than that for usage
 _POLL_SECONDS = 0.1  # between looks at the processor time
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _COUNTS_DELAYS = os.path.exists("/proc/self/schedstat")
@@ -74,7 +73,7 @@ class Guest:
     @property
     def is_out_of_cpu(self) -> bool:
         """Whether the guest was killed by its limit of processor time."""
-        has_used_all = self.cpu_seconds >= self.cpu_limit - _ROUNDING_SECONDS
+        has_used_all = self.cpu_seconds >= self.cpu_limit
         return self.has_overrun or (has_used_all and self.code in (None, _KILLED))
 
     def measure(self) -> float:
