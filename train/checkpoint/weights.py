@@ -3,15 +3,16 @@
 torch is imported when a tensor is read.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
+from model.hf.header import ITEM_BYTES
 from model.hf.names import StoredDtype, copied_from, is_rotary, layer_of, weights
 from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_index
 from train.checkpoint.manifest import CheckpointError, read_model
-from train.checkpoint.verify import verify_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class CheckpointReader:
-    """A checkpoint whose manifest, index and sizes of files have been checked. Tensors are read on demand.
+    """A checkpoint whose manifest, index and files of weights were checked. Tensors are read on demand.
 
     Args:
         key: configuration key that names it, for errors.
@@ -43,7 +44,6 @@ class CheckpointReader:
         self._folder = folder
         self._prefix = PREFIXES[kind]
         try:
-            verify_sizes(folder)
             self._index = read_index(folder, self.config)
         except CheckpointError as error:
             raise self._error(str(error)) from error
@@ -57,6 +57,7 @@ class CheckpointReader:
                 raise self._error(f"{name}: must be there, is missing")
             if entry.stored.shape != shape:
                 raise self._error(f"{name}: must have shape {shape}, has {entry.stored.shape}")
+        self._check_files()
 
     @property
     def dtypes(self) -> dict[str, StoredDtype]:
@@ -110,6 +111,20 @@ class CheckpointReader:
         for name, tensor in named.items():
             if not tensor.isfinite().all():
                 raise self._error(f"{name}: must hold finite numbers, does not")
+
+    def _check_files(self) -> None:
+        """Refuses files of weights that are missing or truncated. Files next to them may have been replaced."""
+        needed = Counter[str]()
+        for name in self._shapes:
+            entry = self._index[self._prefix + name]
+            for part in entry.parts:
+                needed[part.file] += part.count * ITEM_BYTES[entry.stored.dtype]
+        for file, num_bytes in needed.items():
+            path = self._folder / file
+            if not path.is_file():
+                raise self._error(f"{file}: must be there, is missing")
+            if path.stat().st_size < num_bytes:
+                raise self._error(f"{file}: must have at least {num_bytes} bytes, has {path.stat().st_size}")
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._place}: {problem}")
