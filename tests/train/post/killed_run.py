@@ -96,7 +96,7 @@ def _arm(out_dir: Path) -> None:
         "reference": (Reference, "add", 1),
         "training": (StageRun, "backward", 3),
         "update": (StagedAdamW, "update", 1),
-        "checkpoint": (save, "save_on_all", 1),
+        "checkpoint": (save, "write_part", 1),
     }
     phase = out_dir.name.rpartition("-")[2]
     if phase in places:
