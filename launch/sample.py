@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from data.problems.records import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
-from infer.engines.protocol import Engine, NumberedPrompt, Request, Rollout
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, check_reward, model_part_problem
-from infer.scoring.score import SCORERS, Answer, problem_of
+from infer.engines.protocol import Engine, Group, NumberedPrompt, Request, Sample
+from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_problem
+from infer.scoring.score import SCORERS, problem_of
 from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose
 from launch.config.errors import system_errors
@@ -236,10 +236,13 @@ def _sample(
     for first in range(0, len(left), size):
         block = left[first : first + size]
         rollouts = engine.generate(block, job.request).rollouts
-        answers = [_to_answer(rollout, job) for rollout in rollouts]
+        answers = [replace(rollout, text=_text(rollout, job)) for rollout in rollouts]
         # The engine returns the samples of a prompt next to each other.
         groups = [
-            AnswerGroup(
+            Group(
+                number=prompt.number,
+                tokens=prompt.tokens,
+                key=job.problems[prompt.number].key,
                 problem=problem_of(job.problems[prompt.number]),
                 answers=tuple(answers[at * config.num_samples : (at + 1) * config.num_samples]),
             )
@@ -247,17 +250,20 @@ def _sample(
         ]
         for prompt, group, scored in zip(block, groups, reward.score_groups(groups), strict=True):
             pairs = zip(group.answers, scored.sheets, strict=True)
-            samples = tuple(ScoredSample(**asdict(answer), sheet=sheet) for answer, sheet in pairs)
+            samples = tuple(
+                ScoredSample(
+                    text=answer.text, num_tokens=answer.num_tokens, is_finished=answer.is_finished, sheet=sheet
+                )
+                for answer, sheet in pairs
+            )
             journal.append(prompt.number, samples)
         print(f"{len(journal.samples)} of {len(job.prompts)} problems", file=sys.stderr, flush=True)
 
 
-def _to_answer(rollout: Rollout, job: SamplingJob) -> Answer:
-    """Decodes a rollout. Thoughts that the prompt opened are opened again, so that scorers see them."""
-    is_finished = rollout.finish == "stop"
-    tokens = rollout.tokens[:-1] if is_finished else rollout.tokens
-    text = job.tokenizer.decode(tokens)
-    return Answer(text=THINK + text if job.thinking else text, num_tokens=len(rollout.tokens), is_finished=is_finished)
+def _text(answer: Sample, job: SamplingJob) -> str:
+    """Decodes an answer. Thoughts that the prompt opened are opened again, so that scorers see them."""
+    text = job.tokenizer.decode(answer.tokens[:-1] if answer.is_finished else answer.tokens)
+    return THINK + text if job.thinking else text
 
 
 def _records(

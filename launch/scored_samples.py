@@ -21,7 +21,7 @@ from data.corpus import decode_json
 from data.special_tokens import END_THINK, THINK
 from infer.scoring.pass_rates import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Answer, Score
+from infer.scoring.score import Score, TextAnswer
 from kernels.ranges import PositiveInt, Share
 from train.config.errors import ConfigError
 
@@ -31,7 +31,7 @@ JOURNAL_SUFFIX = ".samples"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredSample(Answer):
+class ScoredSample(TextAnswer):
     """A sampled answer with its scores. The text includes thoughts, and special tokens by name."""
 
     sheet: ScoreSheet

@@ -114,9 +114,6 @@ class Sample:
         return self.finish == "stop"
 
 
-Rollout = Sample
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group(NumberedPrompt):
     """A prompt and the answers that were sampled to it.

@@ -11,7 +11,7 @@ from functools import partial
 
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
-from infer.engines.protocol import NumberedPrompt, Request, Rollout
+from infer.engines.protocol import NumberedPrompt, Request, Sample
 from infer.evaluate.protocol import (
     ContinuationRequest,
     DocumentRequest,
@@ -131,7 +131,7 @@ class Answerer:
         return TextStream(decode, request.stop, self._tokenizer.text_context(prompt))
 
     def _generated(
-        self, request: GenerationRequest, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Rollout]
+        self, request: GenerationRequest, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Sample]
     ) -> GenerationAnswer:
         """Returns the text of continuations. Every rank computes it from the tokens, which all of them have."""
         continuations = []

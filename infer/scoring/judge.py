@@ -17,7 +17,7 @@ from data.chat.templates import ChatTemplate
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
-from infer.engines.protocol import NumberedPrompt, Request, Rollout
+from infer.engines.protocol import NumberedPrompt, Request, Sample
 from infer.scoring.answer_text import final_text
 from infer.scoring.reward import AnswerGroup
 from infer.scoring.score import Score, ScorerConfig, ScoringError, failure
@@ -143,7 +143,7 @@ class Judge:
         )
 
     def scores(
-        self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Rollout]
+        self, groups: Sequence[AnswerGroup], prompts: Sequence[JudgePrompt], critiques: Sequence[Sample]
     ) -> list[list[Score]]:
         """Returns the scores of every group's answers, given the critiques prompt by prompt."""
         votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
@@ -185,7 +185,7 @@ class Judge:
         values = {"constitution": self._constitution, "prompt": prompt, "answer": answer, "other": other}
         return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self._config.question)
 
-    def _vote(self, critique: Rollout) -> bool | None:
+    def _vote(self, critique: Sample) -> bool | None:
         """Returns the verdict of a critique; None if it is cut or has no clear one."""
         if critique.finish != "stop":
             return None

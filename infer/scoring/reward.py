@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, Protocol
 
 from data.problems.records import ProblemRecord
 from infer.scoring.pool import score_in_threads
@@ -89,12 +89,18 @@ class ScoreSheet:
         return "" if self.is_verdict else next(details, "") or self.outcome
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerGroup:
-    """A problem and the answers that were sampled to it, at least one."""
+class AnswerGroup(Protocol):
+    """A problem and the answers that were sampled to it, at least one. The groups of an engine are such."""
 
-    problem: Problem
-    answers: tuple[Answer, ...]
+    @property
+    def problem(self) -> Problem:
+        """What scorers compare answers with."""
+        ...
+
+    @property
+    def answers(self) -> Sequence[Answer]:
+        """The answers, in order."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,9 +29,28 @@ class ScoringError(ValueError):
     """A scorer's configuration that is not valid, or a machine that cannot run it, with advice."""
 
 
+class Answer(Protocol):
+    """What scorers see of a model's answer. The samples of an engine have it."""
+
+    @property
+    def text(self) -> str:
+        """The answer without the tokens that end it."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of generated tokens."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model ended the answer, rather than the limit of tokens."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """A model's answer without the tokens that end it, and whether the model ended it by itself."""
+class TextAnswer:
+    """An answer whose tokens are not known."""
 
     text: str
     num_tokens: int

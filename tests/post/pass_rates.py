@@ -6,7 +6,7 @@ from pathlib import Path
 from data.arithmetic.problems import problems
 from infer.scoring.pass_rates import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Answer
+from infer.scoring.score import Answer, TextAnswer
 from tests.post.recipes import LoadedRun
 
 NUM_PROBLEMS, NUM_SAMPLES = 100, 8
@@ -37,7 +37,7 @@ def measure_pass_rates(folder: Path, num_digits: int = 8) -> RecipeRates:
 
     def rates(samples: int, temperature: float) -> PassRates:
         groups = [
-            [Answer(text=run.tokenizer.decode(each.tokens[:-1]), num_tokens=len(each.tokens)) for each in group]
+            [TextAnswer(text=run.tokenizer.decode(each.tokens[:-1]), num_tokens=len(each.tokens)) for each in group]
             for group in run.sample(chosen, samples, EVALUATION_SEED, temperature)
         ]
         sheets = [

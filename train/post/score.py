@@ -9,8 +9,8 @@ from torch import distributed as dist
 
 from infer.engines.protocol import Engine, Group, Sample
 from infer.scoring.judge import Judge, JudgeConfig, RewardModelScorerConfig, read_constitution
-from infer.scoring.reward import AnswerGroup, GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
-from infer.scoring.score import Answer, Score, ScorerConfig, ScoringError
+from infer.scoring.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
+from infer.scoring.score import Score, ScorerConfig, ScoringError
 from train.config import TrainConfig
 from train.post.engine import ReplicaEngine, TrainingEngine
 from train.post.reward_model import open_reward_model
@@ -48,13 +48,12 @@ class JudgePart:
 
     def score(self, groups: Sequence[Group], step: int) -> list[list[Score]]:
         """Implements `ModelPart.score`."""
-        answered = as_answered(groups)
-        prompts = self.judge.prompts(answered, [group.number for group in groups])
+        prompts = self.judge.prompts(groups, [group.number for group in groups])
         critiques: Sequence[Sample] = ()
         if prompts:
             request = self.judge.request(self.seed, step, self.stop)
             critiques = self.engine.generate([each.prompt for each in prompts], request).rollouts
-        return self.judge.scores(answered, prompts, critiques)
+        return self.judge.scores(groups, prompts, critiques)
 
     def close(self) -> None:
         """Implements `ModelPart.close`."""
@@ -154,7 +153,7 @@ class RolloutRewards:
         All ranks call it. `PendingScores.wait` returns the scores.
         """
         # Rules do not depend on models, so both run at the same time.
-        host = None if self._thread is None else self._thread.submit(self._score, as_answered(groups))
+        host = None if self._thread is None else self._thread.submit(self._score, groups)
         models = {kind: part.score(groups, step) for kind, part in self._models.items()}
         return PendingScores(self._config, self._world, groups, models, host)
 
@@ -167,7 +166,7 @@ class RolloutRewards:
         for part in self._models.values():
             part.close()
 
-    def _score(self, groups: Sequence[AnswerGroup]) -> _Outcome:
+    def _score(self, groups: Sequence[Group]) -> _Outcome:
         try:
             return _Outcome(None if self._reward is None else self._reward.score_groups(groups))
         except ScoringError as error:
@@ -199,24 +198,10 @@ class PendingScores:
         assert outcome is not None
         if outcome.error:
             raise ScoringError(outcome.error)
-        scored = combine(self.config, as_answered(self.groups), outcome.sheets, self.models)
+        scored = combine(self.config, self.groups, outcome.sheets, self.models)
         return [_with_sheets(group, sheets) for group, sheets in zip(self.groups, scored, strict=True)]
 
 
 def _with_sheets(group: Group, scored: GroupSheets) -> Group:
     answers = tuple(replace(answer, sheet=sheet) for answer, sheet in zip(group.answers, scored.sheets, strict=True))
     return replace(group, answers=answers, dropped=f"{NO_VERDICT}: {scored.dropped}" if scored.dropped else "")
-
-
-def as_answered(groups: Sequence[Group]) -> list[AnswerGroup]:
-    """Returns groups as scorers see them."""
-    return [
-        AnswerGroup(
-            problem=group.problem,
-            answers=tuple(
-                Answer(text=each.text, num_tokens=each.num_tokens, is_finished=each.is_finished)
-                for each in group.answers
-            ),
-        )
-        for group in groups
-    ]

@@ -28,7 +28,7 @@ from infer.evaluate.protocol import (
 )
 from infer.evaluate.registry import EvaluationTaskConfig
 from infer.scoring.pass_rates import pass_at_k
-from infer.scoring.score import SCORERS, VERDICTS, Answer, Problem, Score
+from infer.scoring.score import SCORERS, VERDICTS, Answer, Problem, Score, TextAnswer
 from kernels.ranges import NonNegativeFloat, PositiveInt
 
 
@@ -124,7 +124,7 @@ def _request(prompt: Text, verifier: Verifier, config: AnswerTaskConfig, context
 
 def _record(verifier: Verifier, problem: Problem, generated: GenerationAnswer) -> Record:
     drawn = [
-        Answer(text=text, num_tokens=count, is_finished=finish == "stop")
+        TextAnswer(text=text, num_tokens=count, is_finished=finish == "stop")
         for text, count, finish in zip(generated.continuations, generated.num_tokens, generated.finishes, strict=True)
     ]
     with ThreadPoolExecutor(verifier.num_threads, thread_name_prefix="verifier") as threads:

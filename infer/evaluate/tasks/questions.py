@@ -46,7 +46,7 @@ from infer.evaluate.registry import EvaluationTaskConfig, path_of
 from infer.evaluate.tasks.answering import AnswerTaskConfig, Question, Verifier, build_answers, open_scorer
 from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.code.find import IsolationChoice
-from infer.scoring.score import Answer, Problem, Score, Scorer, ScoringError, problem_of
+from infer.scoring.score import Answer, Problem, Score, Scorer, ScoringError, TextAnswer, problem_of
 from kernels.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 MOST_CHOICES = 1000
@@ -261,7 +261,7 @@ def _verify_maths(config: MathsTaskConfig) -> Verifier:
         """Scores the first line with text, which is put in a box for the scorers."""
         line = next((line.strip() for line in final_text(answer.text).splitlines() if line.strip()), "")
         line = last_boxed(line) or line
-        boxed = Answer(text=f"\\boxed{{{line}}}" if line else "", num_tokens=answer.num_tokens)
+        boxed = TextAnswer(text=f"\\boxed{{{line}}}" if line else "", num_tokens=answer.num_tokens)
         return scorer.score(boxed, problem)
 
     return Verifier(

@@ -19,7 +19,7 @@ from infer.scoring.code import find, supervise
 from infer.scoring.code.sandbox import GuestLimits, GuestProgram
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.code.supervise import wait_for_guests
-from infer.scoring.score import Answer, Problem, Score, ScoringError
+from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
 from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
 from tests.infer.scoring.test_isolation import open_to_all, processes_of
@@ -50,7 +50,7 @@ def scorer() -> Iterator[CodeScorer]:
 
 
 def run(scorer: CodeScorer, program: str, tests: str | tuple[StdinTest, ...]) -> Score:
-    return scorer.score(Answer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=tests))
+    return scorer.score(TextAnswer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=tests))
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_code_needs_a_block_of_code(scorer: CodeScorer) -> None:
     problem = Problem(prompt="", tests=TESTS)
     for text in (RIGHT, f"<think>```python\n{RIGHT}```", f"```text\n{RIGHT}```", "```python\n```"):
-        assert scorer.score(Answer(text=text, num_tokens=1), problem).outcome == "missing"
+        assert scorer.score(TextAnswer(text=text, num_tokens=1), problem).outcome == "missing"
     blocks = f"<think>a</think>```python\nbad\n```\nthen\n```py\n{RIGHT}```\n"
-    assert scorer.score(Answer(text=blocks, num_tokens=1), problem).outcome == "correct"
-    assert scorer.score(Answer(text=blocks, num_tokens=1), Problem(prompt="", answer="3")).outcome == "skipped"
+    assert scorer.score(TextAnswer(text=blocks, num_tokens=1), problem).outcome == "correct"
+    assert scorer.score(TextAnswer(text=blocks, num_tokens=1), Problem(prompt="", answer="3")).outcome == "skipped"

@@ -12,7 +12,7 @@ from data.problems.gym import GymSource
 from data.problems.split import split_problems
 from infer.scoring import python
 from infer.scoring.python import GymScorer, GymScorerConfig
-from infer.scoring.score import Answer, Problem, ScoringError, problem_of
+from infer.scoring.score import Problem, ScoringError, TextAnswer, problem_of
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of
 
@@ -73,7 +73,7 @@ def test_gym_problems_are_different_and_their_verifier_finds_them(library: Path,
     scorer = GymScorer(scorer_config())
     try:
         found = {
-            text: scorer.score(Answer(text=text, num_tokens=1), problem_of(records[7]))
+            text: scorer.score(TextAnswer(text=text, num_tokens=1), problem_of(records[7]))
             for text in (f"<think>?</think> {records[7].answer}\n", "99999", "none", "<think>cut")
         }
         assert [(each.value, each.outcome) for each in found.values()] == [
@@ -82,9 +82,9 @@ def test_gym_problems_are_different_and_their_verifier_finds_them(library: Path,
             (0.0, "wrong"),
             (0.0, "missing"),
         ]
-        assert scorer.score(Answer(text="1", num_tokens=1), Problem(prompt="1", answer="1")).outcome == "skipped"
+        assert scorer.score(TextAnswer(text="1", num_tokens=1), Problem(prompt="1", answer="1")).outcome == "skipped"
         other = Problem(prompt="another", origin=records[7].origin)
-        assert "generates another question" in scorer.score(Answer(text="1", num_tokens=1), other).detail
+        assert "generates another question" in scorer.score(TextAnswer(text="1", num_tokens=1), other).detail
     finally:
         scorer.close()
 

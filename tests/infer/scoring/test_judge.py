@@ -17,8 +17,9 @@ from infer.engines.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
 from infer.scoring.judge import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
 from infer.scoring.reward import AnswerGroup
-from infer.scoring.score import Answer, Problem, Score, ScoringError
+from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
 from tests.infer.models import SMALL, make_model
+from tests.infer.scoring.groups import TextGroup
 
 CONFIG = JudgeConfig(
     kind="judge",
@@ -52,8 +53,8 @@ def tokenizer() -> Tokenizer:
 
 
 def group(*texts: str, prompt: str = "2+2") -> AnswerGroup:
-    answers = tuple(Answer(text=text, num_tokens=len(text) + 1) for text in texts)
-    return AnswerGroup(problem=Problem(prompt=prompt), answers=answers)
+    answers = tuple(TextAnswer(text=text, num_tokens=len(text) + 1) for text in texts)
+    return TextGroup(problem=Problem(prompt=prompt), answers=answers)
 
 
 def open_judge(tokenizer: Tokenizer, config: JudgeConfig = CONFIG, constitution: str = "", longest: int = 99) -> Judge:

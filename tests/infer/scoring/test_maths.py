@@ -10,7 +10,7 @@ import pytest
 
 from infer.scoring.maths import MathsConfig, MathsScorer
 from infer.scoring.maths_program import compare
-from infer.scoring.score import Answer, Problem
+from infer.scoring.score import Answer, Problem, TextAnswer
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def scorer() -> Iterator[MathsScorer]:
 
 
 def box(text: str) -> Answer:
-    return Answer(text=f"<think>hm</think>The answer is \\boxed{{{text}}}.", num_tokens=1)
+    return TextAnswer(text=f"<think>hm</think>The answer is \\boxed{{{text}}}.", num_tokens=1)
 
 
 def read_pairs(which: str) -> dict[str, list[tuple[str, str]]]:
@@ -97,7 +97,7 @@ def test_maths_pairs_are_judged_from_any_thread(scorer: MathsScorer) -> None:
 
 def test_maths_only_the_last_box_after_the_thoughts_counts(scorer: MathsScorer) -> None:
     found = {
-        text: scorer.score(Answer(text=text, num_tokens=1), Problem(prompt="", answer="7")).outcome
+        text: scorer.score(TextAnswer(text=text, num_tokens=1), Problem(prompt="", answer="7")).outcome
         for text, _ in ANSWERS
     }
     assert found == dict(ANSWERS)

@@ -2,13 +2,13 @@
 
 from infer.scoring.pass_rates import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
-from infer.scoring.score import Answer, Outcome
+from infer.scoring.score import Outcome, TextAnswer
 
 
 def rates_of(*groups: list[tuple[str, Outcome]]) -> PassRates:
     """Returns the rates of groups of answers with their outcomes. A text that ends with `...` was cut."""
     answers = [
-        [Answer(text=text, num_tokens=len(text), is_finished=not text.endswith("...")) for text, _ in group]
+        [TextAnswer(text=text, num_tokens=len(text), is_finished=not text.endswith("...")) for text, _ in group]
         for group in groups
     ]
     sheets = [[ScoreSheet(total=0.0, outcome=outcome, parts={}) for _, outcome in group] for group in groups]

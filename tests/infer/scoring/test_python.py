@@ -8,7 +8,8 @@ import pytest
 
 from infer.scoring.python import PythonConfig, PythonScorer
 from infer.scoring.reward import AnswerGroup, Reward, RewardConfig
-from infer.scoring.score import Answer, Problem, Score, ScoringError
+from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
+from tests.infer.scoring.groups import TextGroup
 
 SOURCE = """
 import os, sys, time
@@ -89,7 +90,7 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonScorer]:
 
 
 def call(scorer: PythonScorer, text: str) -> Score:
-    return scorer.score(Answer(text=text, num_tokens=1), Problem(prompt="abc", answer="de"))
+    return scorer.score(TextAnswer(text=text, num_tokens=1), Problem(prompt="abc", answer="de"))
 
 
 @pytest.mark.slow
@@ -147,8 +148,8 @@ def test_reward_loses_the_groups_of_failed_workers_and_ends_if_all_fail(tmp_path
     config = RewardConfig(parts=(part,), num_threads=4)
 
     def group(*texts: str) -> AnswerGroup:
-        answers = tuple(Answer(text=text, num_tokens=1) for text in texts)
-        return AnswerGroup(problem=Problem(prompt="", answer=""), answers=answers)
+        answers = tuple(TextAnswer(text=text, num_tokens=1) for text in texts)
+        return TextGroup(problem=Problem(prompt="", answer=""), answers=answers)
 
     with Reward(config) as reward:
         found = reward.score_groups([group("1", "2"), group("1", "die"), group("3"), group("hang", "4"), group("5")])

@@ -17,8 +17,9 @@ from infer.scoring.ratings import (
     repeated_share,
     score_exact,
 )
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, joint_outcome
-from infer.scoring.score import SCORERS, Answer, Problem, ScoringError
+from infer.scoring.reward import Reward, RewardConfig, joint_outcome
+from infer.scoring.score import SCORERS, Answer, Problem, ScoringError, TextAnswer
+from tests.infer.scoring.groups import TextGroup
 from train.config.decode import decode
 from train.config.errors import ConfigError
 
@@ -49,7 +50,7 @@ def format_config(**changes) -> FormatConfig:
 
 
 def answer(text: str, **changes) -> Answer:
-    return Answer(text=text, num_tokens=1, **changes)
+    return TextAnswer(text=text, num_tokens=1, **changes)
 
 
 @pytest.mark.parametrize(("text", "expected"), FORMATS)
@@ -184,8 +185,8 @@ PARTS = [
 
 def test_reward_is_the_weighted_sum_of_its_parts_and_reports_each() -> None:
     with Reward(decode(RewardConfig, {"parts": PARTS, "num_threads": 2})) as reward:
-        answers = tuple(Answer(text=text, num_tokens=4) for text in ("a", "б"))
-        [scored] = reward.score_groups([AnswerGroup(problem=Problem(prompt="", answer="a"), answers=answers)])
+        answers = tuple(TextAnswer(text=text, num_tokens=4) for text in ("a", "б"))
+        [scored] = reward.score_groups([TextGroup(problem=Problem(prompt="", answer="a"), answers=answers)])
     right, wrong = scored.sheets
     assert scored.dropped is None
     assert (right.total, right.outcome) == (pytest.approx(1 - 0.2), "correct")
@@ -241,7 +242,7 @@ def plurality_config(**changes) -> PluralityConfig:
 
 def answers(*texts: str) -> list[Answer]:
     """Returns one answer per text. An answer that ends with an ellipsis is cut."""
-    return [Answer(text=text, num_tokens=3, is_finished=not text.endswith("...")) for text in texts]
+    return [TextAnswer(text=text, num_tokens=3, is_finished=not text.endswith("...")) for text in texts]
 
 
 @pytest.mark.parametrize(

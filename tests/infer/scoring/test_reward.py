@@ -11,7 +11,6 @@ import pytest
 from data.problems.records import ProblemRecord, read_problem
 from infer.scoring.ratings import ExactConfig, PluralityConfig
 from infer.scoring.reward import (
-    AnswerGroup,
     GroupSheets,
     Reward,
     RewardConfig,
@@ -31,9 +30,11 @@ from infer.scoring.score import (
     ScorerConfig,
     ScorerSpec,
     ScoringError,
+    TextAnswer,
     failure,
     verdict,
 )
+from tests.infer.scoring.groups import TextGroup
 from tests.infer.scoring.test_judge import CONFIG as JUDGE
 from train.config.decode import decode
 
@@ -68,9 +69,9 @@ def score(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GroupSheets]]:
         exact = ExactConfig(kind="exact", weight=1.0, boxed=False, ignore_case=False)
         config = RewardConfig(parts=(exact, ScorerConfig(kind="fake", weight=weight)), num_threads=2)
         groups = [
-            AnswerGroup(
+            TextGroup(
                 problem=Problem(prompt="", answer="right"),
-                answers=tuple(Answer(text=text, num_tokens=1) for text in each),
+                answers=tuple(TextAnswer(text=text, num_tokens=1) for text in each),
             )
             for each in texts
         ]
@@ -187,9 +188,9 @@ def test_reward_total_must_be_finite() -> None:
 PLURALITY = PluralityConfig(kind="plurality", weight=0.5, boxed=False, ignore_case=False, quorum=0.5, ties="drop")
 EXACT = {"kind": "exact", "weight": 0, "boxed": False, "ignore_case": False}
 ANSWERED = [
-    AnswerGroup(
+    TextGroup(
         problem=Problem(prompt="21", answer=answer),
-        answers=tuple(Answer(text=text, num_tokens=2) for text in ("12", "12", "21")),
+        answers=tuple(TextAnswer(text=text, num_tokens=2) for text in ("12", "12", "21")),
     )
     for answer in ("12", "21", None)
 ]

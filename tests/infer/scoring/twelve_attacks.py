@@ -12,7 +12,7 @@ from unittest import mock
 
 from infer.scoring.code import find
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
-from infer.scoring.score import Answer, Problem
+from infer.scoring.score import Problem, TextAnswer
 from tests.infer.scoring.hostile_programs import ATTACKS, FORGERIES, TESTS
 
 CPU_SECONDS = 0.4
@@ -62,7 +62,9 @@ def main(canary: str, port: str, uid: str = "") -> None:
             attack = attack.replace(f"{{{key}}}", value)
         program = f"succeeded = False\n{attack}\nif succeeded:\n    def f(x): return x * x"
         before = used()
-        score = scorer.score(Answer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=TESTS))
+        score = scorer.score(
+            TextAnswer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=TESTS)
+        )
         found[name] = {"outcome": score.outcome, "detail": score.detail, "cpu": used() - before}
     print(json.dumps(found))
 
