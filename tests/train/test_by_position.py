@@ -38,7 +38,7 @@ def run_validation(rank: int, world_size: int, config: TrainConfig) -> Validatio
     learner, prepared = open_job(config), prepare_corpus(config)
     loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
     by_position = LossByPosition(config.batch.sequence_length_tokens, BASE, prepared.tokenizer, FIRST_RANGE)
-    found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, None, by_position)
+    found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, by_position=by_position)
     close_job(learner)
     return found
 
