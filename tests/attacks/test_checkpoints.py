@@ -95,7 +95,9 @@ def overwrite(first: int, content: bytes) -> Spoil:
 
 CASES: list[tuple[str, Spoil, str]] = [
     ("a pickle as the index", put("index.json", hostile.payload_bytes), "index.json: must be JSON"),
-    ("a pickle as tensors", put(PART, hostile.payload_bytes), f"{PART}: header: must have at most"),
+    ("a pickle as tensors", put(PART, lambda proof: hostile.payload_bytes(proof) + bytes(2**20)),
+     f"{PART}: header: must have at most"),
+    ("a short pickle as tensors", put(PART, hostile.payload_bytes), f"{PART}: must have at least"),
     ("an index 100,000 deep", put("index.json", lambda proof: b"[" * 10**5), "index.json: must be JSON"),
     ("an index of 3,000,000 lists", put("index.json", lambda proof: b"[" + b"[]," * 3_000_000 + b"[]]"),
      "must be at most"),
@@ -111,7 +113,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("a name of 1 MB", name_file("a" * 10**6), "must name .safetensors files"),
     ("a name with a null byte", name_file("a\0.safetensors"), "must name .safetensors files"),
     ("a number as a name", name_file(3), "must name .safetensors files"),
-    ("an absent file", name_file("rank_00001.safetensors"), "rank_00001.safetensors: must be a readable file"),
+    ("an absent file", name_file("rank_00001.safetensors"), "rank_00001.safetensors: must be there"),
     ("a text as a tensor", lambda folder: hostile.edit_index(folder, lambda record: record["tensors"].update(a="b")),
      "index.json: a: must have one of the types"),
     ("a type that no weight has", change_tensor(dtype="C64"), "must have one of the types"),
