@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.operands import check_columns
 from kernels.quantize import reference, reference_columns
-from kernels.quantize.layout import Quantized, QuantizedColumns, check_columns, unpack
+from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.gradients import GradientStore, WeightQueue
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8.experts import gated_down

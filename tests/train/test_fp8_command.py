@@ -1,13 +1,15 @@
 """Tests the command in FP8: the configurations that it composes and refuses, and a resumed run."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.config.run_config import check, compose_run
+from tests.commands import run_command
 from tests.tiny import write_text
 from tests.train.test_command import read_metrics
-from tests.train.test_optim_resume import train
 from train.config import Fp8PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
 
@@ -50,6 +52,18 @@ def test_configuration_that_fp8_does_not_support_is_refused(override: str, parts
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Trains one rank of the tiny model on the text in `folder`."""
+    command = [
+        *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny"),
+        *("parallelism=one_rank", "schedule=1f1b", "dispatch=local", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=4"),
+        *("validation.sequences=0", "validation.every_steps=0", "samples.prompt=", *overrides),
+    ]
+    return run_command(command)
 
 
 @pytest.mark.slow
