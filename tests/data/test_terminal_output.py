@@ -32,9 +32,12 @@ class Terminal:
 
     def __exit__(self, *error: object) -> None:
         sys.stdout, sys.stderr = self._before
-        self._stream.write("end\n")  # a terminal without any output would block the reader
+        self._stream.write("end\n")
         self._stream.flush()
-        self.text = os.read(self._reader, 65536).decode()
+        output = b""  # the kernel passes on what was written in parts, each when it gets to it
+        while not output.endswith(b"end\r\n"):
+            output += os.read(self._reader, 65536)
+        self.text = output.decode()
         self._stream.close()
         os.close(self._reader)
 

@@ -105,7 +105,7 @@ def checks() -> Iterator[Any]:
             yield pytest.param(partial(check, *values), id=f"{row}-{values}")
 
 
-@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("check", list(checks()))
 def test_kernel_on_the_gpu_agrees_with_the_reference(check: Callable[[], None]) -> None:
     check()
 

@@ -20,7 +20,7 @@ from infer.scoring.code.sandbox import GuestLimits, GuestProgram
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.code.supervise import wait_for_guests
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
-from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, SLEEPERS, TESTS
+from tests.infer.scoring.hostile_programs import ATTACKS, CONTROLS, FORGERIES, RIGHT, TESTS
 from tests.infer.scoring.program_table import OWN_PROCESS, TABLE, TRICKS
 from tests.infer.scoring.test_isolation import open_to_all, processes_of
 
@@ -269,18 +269,6 @@ def test_code_sleep_and_a_busy_machine_are_distinguished(
     for _ in range(10):
         activity.measure([guest])
     assert (activity.slept, activity.delayed) == (pytest.approx(slept), pytest.approx(delayed))
-
-
-def test_code_sleeping_programs_earn_nothing(scorer: CodeScorer, outside: dict[str, object]) -> None:
-    """A program that sleeps is at fault, also on a busy machine: it does not wait for a processor."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(find, "_unused_uid", lambda: UID)
-        impatient = build(wall_seconds=2.0, num_sandboxes=len(SLEEPERS))
-    begin = time.monotonic()
-    with ThreadPoolExecutor(len(SLEEPERS)) as threads:
-        scores = list(threads.map(lambda program: run(impatient, program, TESTS), SLEEPERS.values()))
-    assert [score.outcome for score in scores] == ["timeout"] * len(SLEEPERS), scores
-    assert time.monotonic() - begin < 2.0 + 1
 
 
 def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeScorer) -> None:
