@@ -19,10 +19,7 @@ StopCondition = Callable[[int, int], bool]
 
 @dataclass(frozen=True, slots=True)
 class ChosenToken:
-    """A chosen token and its log-probability (see `infer.sample.log_probs`).
-
-    `kept` are the tokens that sampling kept, if they are recorded.
-    """
+    """A token, its log-probability (`infer.sample.log_probs`) and those that sampling kept, if recorded."""
 
     token: int
     log_prob: float
@@ -55,7 +52,6 @@ class ActiveSequence:
         sample: int = 0,
         place: int = 0,
     ) -> None:
-        """Starts an empty continuation of at most `max_tokens` new tokens."""
         self.index, self.sample, self.place, self.prompt, self.random = index, sample, place, prompt, random
         self.chosen: list[ChosenToken] = []
         self.finish: Finish | None = None

@@ -34,11 +34,6 @@ class GenerationBatch:
         prefill_tokens: int = PROMPT_TOKENS,
         keeps_sets: bool = False,
     ) -> None:
-        """Creates an empty batch.
-
-        Args:
-            stop_condition: called with every token of the result; true ends the sequence after it.
-        """
         self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
         self._speculative, self._prefill_tokens, self._keeps_sets = speculative, prefill_tokens, keeps_sets
         self._active: list[ActiveSequence] = []
@@ -117,10 +112,7 @@ class GenerationBatch:
         return PromptEnd(states_TD[-1:].clone(), decoder.logits(last_1D)[0])
 
     def advance(self) -> list[tuple[ActiveSequence, list[int]]]:
-        """Runs one pass of the main model over every sequence. Returns the new tokens of each, one or two.
-
-        Sequences that ended (see `ActiveSequence.finish`) are removed from the batch.
-        """
+        """Runs one pass of the main model over all sequences. Returns the new tokens of each, one or two."""
         active = list(self._active)
         self._counts["passes"] += len(active)
         # Drafts are made even if every sequence generates its last token. Otherwise the random numbers of a sequence

@@ -49,11 +49,6 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Rejects values out of range.
-
-        Raises:
-            GenerateError: names the field.
-        """
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise GenerateError(f"temperature: must be finite and at least 0, is {self.temperature}; nearest valid: 0")
         if self.top_k is not None and self.top_k < 1:
@@ -95,7 +90,6 @@ class Statistics:
         passes: passes of the main model, including those over prompts.
         tokens: chosen tokens, including stop tokens; without drafts, equal to `passes`.
         drafts_offered: drafts of the MTP module that could be used.
-        drafts_accepted: drafts that the main model accepted.
         seconds: time from reading the first prompt to the last token.
     """
 
@@ -126,11 +120,7 @@ class Statistics:
 
 
 def as_token_ids(prompts: Iterable[Any]) -> list[list[int]]:
-    """Converts prompts (lists, arrays, rows of a tensor) to lists of token ids.
-
-    Raises:
-        GenerateError: a prompt contains anything else; names it by its number from 1.
-    """
+    """Converts prompts (lists, arrays, rows of a tensor) to lists of token ids."""
     return [_numbers(number, prompt) for number, prompt in enumerate(prompts, 1)]
 
 
@@ -142,11 +132,7 @@ def _numbers(number: int, prompt: Any) -> list[int]:
 
 
 def sum_statistics(parts: Sequence[Statistics], seconds: float) -> Statistics:
-    """Returns the joint statistics of parts of a generation.
-
-    Args:
-        seconds: of the whole, because parts run at the same time.
-    """
+    """Returns the joint statistics of parts that ran at the same time, `seconds` in all."""
     names = [each.name for each in fields(Statistics) if each.name != "seconds"]
     return Statistics(**{name: sum(getattr(part, name) for part in parts) for name in names}, seconds=seconds)
 
@@ -158,16 +144,7 @@ def check(
     speculative: Speculative,
     batch_size: int,
 ) -> None:
-    """Rejects prompts and settings that the model cannot serve.
-
-    Args:
-        prompts: token ids of each prompt.
-        max_new_tokens: maximum number of new tokens per prompt.
-        batch_size: number of prompts that are continued together.
-
-    Raises:
-        GenerateError: names the key, or the prompt by its number from 1.
-    """
+    """Rejects prompts and settings that the model cannot serve; raises `GenerateError`."""
     if config.head != "tokens":
         raise GenerateError("model.head: must be tokens to continue prompts, is score; the weights are a reward model")
     if max_new_tokens < 0:

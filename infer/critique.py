@@ -1,7 +1,6 @@
 """Text of a generative reward model: it criticizes an answer, then says whether it approves.
 
-Such a model is trained by task=sft on critiques with verdicts. Its score is the probability of the approving verdict.
-Source: arXiv:2412.19437, section 5.2.1, which trains reward models with a chain of thought that leads to the reward.
+The score is the probability of the approving verdict. Source: arXiv:2412.19437, section 5.2.1.
 """
 
 from collections.abc import Mapping
@@ -33,11 +32,7 @@ FORM = CritiqueForm()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedAnswer:
-    """An answer with a critique of it.
-
-    Attributes:
-        approves: the verdict; for training.
-    """
+    """An answer with a critique of it, and, for training, whether the critique approves."""
 
     prompt: str
     answer: str
@@ -52,8 +47,7 @@ class JudgedAnswer:
     def tokens(self, template: ChatTemplate, tokenizer: Tokenizer) -> VerdictTokens:
         """Returns the tokens whose probabilities are the verdict.
 
-        The verdicts begin where the tokens of both answers first differ, because a token may hold the end of the text
-        before the verdict, too.
+        The verdicts begin where both answers first differ in tokens, as a token may hold text before the verdict, too.
         """
         conversations = [
             Conversation(

@@ -29,11 +29,10 @@ PassKind = Literal["prompts", "chunk", "step"]
 class PartDecoder:
     """Cached passes of a part of a model: embedding, some layers, final norm and head, MTP module.
 
-    A caller combines them into a pass. Each needs only its own weights, so the part may be a pipeline stage. Products
-    have the precision of training. The layers and the MTP module have one cache each, with the same sequences
-    in the same rows. Entry i of the MTP module's cache is for the pair of the main model's state of token i and the
-    embedding of token i + 1. New entries do not count until the caller sets the length with `KvCache.resize`, because
-    only the caller knows which tokens stay.
+    Each needs only its own weights, so the part may be a pipeline stage. The layers and the MTP module have one cache
+    each, with the same sequences in the same rows. Entry i of the MTP module's cache is for the pair of the main
+    model's state of token i and the embedding of token i + 1. New entries do not count until the caller sets the length
+    with `KvCache.resize`, because only the caller knows which tokens stay.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class PartDecoder:
         with_mtp: bool,
         routes: RouteStore | None = None,
     ) -> None:
-        """Allocates the caches in the model's type and on its device."""
         config, weight = model.config, next(model.parameters())
         self._model, self._config, self._layers, self._dtype = model, config, tuple(layers), weight.dtype
         width = model.attention.values_per_token(config)
@@ -92,11 +90,7 @@ class PartDecoder:
     def arrange(
         self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
     ) -> None:
-        """Replaces the sequences of the layers' cache before a pass.
-
-        Args:
-            sources: for each new row, the row that held its tokens before, or -1 for an empty sequence.
-        """
+        """Replaces the sequences before a pass: a source is the row that held the tokens, or -1 if it is new."""
         self.main.arrange(sources, lengths)
         if self.recorder is not None:
             self.recorder.arrange(sources, lengths, counts, places)
@@ -130,11 +124,7 @@ class PartDecoder:
         return widen(functional.linear(normal_ND, self._model.head_weight))
 
     def read_prompts_mtp(self, rows: Sequence[int], next_tokens: Sequence[Sequence[int]], state_ND: Tensor) -> None:
-        """Runs the MTP module over prompts and fills empty rows of its cache.
-
-        Args:
-            next_tokens: for each sequence, the token after each state; at least one.
-        """
+        """Runs the MTP module over prompts of at least one next token, and fills empty rows of its cache."""
         counts = [len(tokens) for tokens in next_tokens]
         tokens_N = self._tensor([token for tokens in next_tokens for token in tokens])
         self._run_mtp(tokens_N, state_ND, self.over_prompts(self.mtp, rows, counts))
@@ -142,11 +132,7 @@ class PartDecoder:
     def step_mtp(self, next_tokens_BS: Tensor, state_BSD: Tensor, chosen_B: Tensor) -> Tensor:
         """Runs the MTP module over S new pairs of every cached sequence.
 
-        Args:
-            chosen_B: for each sequence, the pair in 0..S-1 whose logits are computed.
-
-        Returns:
-            Logits of the token after `next_tokens_BS` at the chosen pairs, BV.
+        Returns the logits, BV, of the token after the chosen pair in 0..S-1 of each sequence.
         """
         views = self.over_cache(self.mtp, next_tokens_BS.shape[1])
         hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
@@ -197,11 +183,7 @@ class PartDecoder:
         return self._run(block, merged_1ND[0], views(0))
 
     def _run(self, block: Block, hidden_ND: Tensor, view: CacheView, layer: int | None = None) -> Tensor:
-        """Runs one block over N tokens; returns its output, ND.
-
-        Args:
-            layer: number of the block if it is a layer of the main model, whose experts may be recorded.
-        """
+        """Runs one block over N tokens; returns ND. The experts of a numbered layer may be recorded."""
         residual_ND = block.self_attn.decode(hidden_ND, block.input_layernorm, view)
         if isinstance(block.mlp, Mlp):
             return block.mlp.decode(residual_ND, block.post_attention_layernorm)
@@ -236,10 +218,7 @@ class PartDecoder:
 
 
 class Decoder(PartDecoder):
-    """A whole model with KV caches of the sequences that it continues.
-
-    A subclass may hold only the last layers, if it overrides `_enter` to run the others elsewhere.
-    """
+    """A whole model with KV caches. A subclass may hold only the last layers, if it overrides `_enter`."""
 
     def __init__(
         self,
@@ -251,20 +230,14 @@ class Decoder(PartDecoder):
         layers: Sequence[int] | None = None,
         routes: RouteStore | None = None,
     ) -> None:
-        """Allocates the caches in the model's type and on its device.
-
-        Args:
-            layers: layers that run here; None: all.
-        """
+        """Allocates the caches for the layers that run here, by default all."""
         layers = range(model.config.num_layers) if layers is None else layers
         super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp, routes=routes)
 
     def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], Tensor]:
         """Runs the main model over whole prompts and fills empty rows of the cache.
 
-        Returns:
-            The states of each prompt's tokens for the MTP module, TD; and the logits after the last token of each
-            prompt, BV.
+        Returns the states of each prompt's tokens for the MTP module, TD, and the logits after its last token, BV.
         """
         counts = [len(prompt) for prompt in prompts]
         tokens_N = self._tensor([token for prompt in prompts for token in prompt])
@@ -275,8 +248,7 @@ class Decoder(PartDecoder):
     def read_chunk(self, row: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Runs the main model over the next tokens of one sequence's prompt.
 
-        Returns:
-            Their states for the MTP module, ND, and the states for the head after the last of them, [1, D].
+        Returns their states for the MTP module, ND, and the state for the head after the last of them, [1, D].
         """
         state_ND, normal_ND = self._run_main("chunk", self._tensor(tokens), [row], [len(tokens)])
         return state_ND, normal_ND[-1:]
@@ -286,11 +258,7 @@ class Decoder(PartDecoder):
         self._run_mtp(self._tensor(next_tokens), state_ND, self.over_row(self.mtp, row, len(next_tokens)))
 
     def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs the main model over S new tokens of every cached sequence.
-
-        Returns:
-            Their states for the MTP module, BSD, and their logits, BSV.
-        """
+        """Runs S new tokens of every cached sequence; returns states for the MTP module, BSD, and logits, BSV."""
         num_rows, num_new = tokens_BS.shape
         state_ND, normal_ND = self._run_main("step", tokens_BS.flatten(), range(num_rows), [num_new] * num_rows)
         return state_ND.view(num_rows, num_new, -1), self.logits(normal_ND).view(num_rows, num_new, -1)

@@ -31,10 +31,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of one prompt.
-
-    `index` is the prompt's number; `finish` is None until the continuation ends.
-    """
+    """New tokens of the prompt with number `index`. `finish` is None until the continuation ends."""
 
     index: int
     tokens: tuple[int, ...]
@@ -42,10 +39,7 @@ class Piece:
 
 
 class Stream:
-    """Streaming generation.
-
-    Iterate over it once to get the pieces of all prompts as their tokens are chosen.
-    """
+    """Streaming generation: iterate once to get the pieces of all prompts as their tokens are chosen."""
 
     def __init__(
         self,
@@ -94,21 +88,17 @@ def generate(
     batch_size: int = BATCH_SIZE,
     stop_condition: StopCondition | None = None,
 ) -> Generation:
-    """Continues every prompt.
+    """Continues every prompt. Returns the continuations in the prompts' order, and statistics.
 
     Args:
         model: the whole model, in one process.
         prompts: token ids of each prompt, at least one; lengths may differ. Rows of a tensor are accepted, too.
         max_new_tokens: maximum number of new tokens per prompt; also limited by the model's positions.
-        sampling: how tokens are chosen; greedy by default.
         stop: token ids that end a continuation; they are not part of the result.
         speculative: whether the first MTP module drafts one token per round. Drafts reduce the number of passes. They
             change neither the tokens of greedy decoding nor the distribution of sampled tokens.
         batch_size: number of prompts that are continued together; when one ends, the next prompt takes its place.
         stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
-
-    Returns:
-        The continuations in the prompts' order, and statistics.
 
     Raises:
         GenerateError: a prompt is empty or too long, a token is outside the vocabulary, drafts are requested without an

@@ -15,12 +15,7 @@ from model.precision.linear import widen
 
 @dataclass(frozen=True, slots=True)
 class TokenHistory:
-    """How often each token occurred in sequences.
-
-    Attributes:
-        prompt_BV: whether the prompt contains the token.
-        counts_BV: how often the continuation contains it, int32.
-    """
+    """Whether the prompt of a sequence has a token, and how often its continuation has it, int32."""
 
     prompt_BV: Tensor
     counts_BV: Tensor

@@ -1,7 +1,6 @@
 """Scores answers with a reward model, or with the verdict of a model that judges them.
 
-A score is read at a position, never at a token's value: an end of sentence inside a prompt, or one that also serves as
-padding, changes nothing.
+A score is read at a position, never at a token's value, so an end of sentence inside a prompt changes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,12 +39,7 @@ def score_answers(model: Transformer, sequences: Sequence[Sequence[int]], batch_
 
 @dataclass(frozen=True, slots=True)
 class JudgeVerdict:
-    """Probabilities that a judge's next words are either verdict.
-
-    Attributes:
-        yes: probability of the words that approve the answer.
-        no: probability of the words that reject it.
-    """
+    """Probabilities that a judge's next words approve or reject the answer."""
 
     yes: float
     no: float

@@ -21,7 +21,6 @@ class RouteStore:
     """Records of the sequences of one direction on this rank."""
 
     def __init__(self, prompts: Sequence[NumberedPrompt], samples: int) -> None:
-        """Starts without records."""
         self._prompts, self._samples = prompts, samples
         self._ids: dict[RouteKey, NDArray[np.generic]] = {}
 
@@ -51,10 +50,7 @@ class RouteStore:
 
 
 class RouteRecorder:
-    """Records the experts of the tokens in a decoder's rows.
-
-    Its rows are those of the decoder's cache of the main model. A sequence that leaves its row goes to a store.
-    """
+    """Records the experts of the tokens in the rows of a decoder's cache of the main model."""
 
     def __init__(
         self,
@@ -65,7 +61,6 @@ class RouteRecorder:
         device: torch.device,
         store: RouteStore,
     ) -> None:
-        """Allocates the rows."""
         self._layers = tuple(layer for layer in layers if layer >= config.num_dense_layers)
         self._store = store
         self._dtype = expert_id_dtype(config.num_routed_experts)
@@ -76,11 +71,7 @@ class RouteRecorder:
         self._read: list[int] = []
 
     def write(self, layer: int, view: CacheView, ids_NK: Tensor) -> None:
-        """Writes the experts of new tokens.
-
-        Args:
-            layer: number of the layer; a layer that is not the main model's is ignored.
-        """
+        """Writes the experts of new tokens. A layer that is not the main model's is ignored."""
         if layer in self._layers:
             at = self._layers.index(layer)
             replace(view, cache=self._rows, layer=at).write(ids_NK.to(self._dtype))

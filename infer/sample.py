@@ -46,11 +46,8 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def log_probs(logits_BV: Tensor, tokens_B: Tensor, sampling: Sampling, kept_BV: Tensor | None = None) -> Tensor:
     """Returns each row's log-probability of a token at the sampling temperature, B, in float32 or wider.
 
-    Penalties do not change it, and top-k, top-p and min-p only by their set. At temperature 0 it is that of
-    temperature 1.
-
-    Args:
-        kept_BV: whether a token is in the set among which probabilities sum to 1; None: all are.
+    Penalties do not change it, and top-k, top-p and min-p only by their set `kept_BV`, among which probabilities sum to
+    1. At temperature 0 it is that of temperature 1.
     """
     scaled_BV = _scale(logits_BV, sampling.temperature or 1.0)
     if kept_BV is not None:
@@ -87,7 +84,6 @@ class SequenceRandom:
     """Random numbers of one sequence, independent of the other sequences in its batch."""
 
     def __init__(self, seed: int, prompt: int, sample: int = 0, step: int = 0) -> None:
-        """Creates the generator of a continuation."""
         # Each number has its own word of 64 bits, so no two sequences share random numbers. torch's generator on the
         # CPU would only use the low 32 bits of a seed.
         philox = np.random.Philox(key=seed % 2**128, counter=[0, prompt, sample, step])

@@ -20,13 +20,11 @@ def verify(
     Args:
         target_BV: p, the main model's distribution of the drafted token.
         draft_BV: q, the distribution that the draft was drawn from.
-        drafts_B: the drafts, int64.
         after_BV: the main model's distribution of the token after the draft.
         uniform_B2: uniform random numbers in [0, 1), float64: one for acceptance, one for drawing.
 
     Returns:
-        Whether each draft is accepted, B; and a token, B: the token after an accepted draft, or the replacement of a
-        rejected one.
+        Whether each draft is accepted, B; and the token after an accepted draft or in place of a rejected one, B.
     """
     target_B = target_BV.gather(1, drafts_B[:, None])[:, 0].to(torch.float64)
     draft_B = draft_BV.gather(1, drafts_B[:, None])[:, 0].to(torch.float64)

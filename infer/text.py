@@ -6,13 +6,10 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Incremental text of a stream of tokens.
+    """Incremental text of a stream of tokens: all pieces together are the text up to a stop string.
 
-    A token may end in the middle of a character's bytes, so incomplete characters are held back. Text that may be the
-    start of a stop string is held back, too. All pieces together are the text up to the first stop string.
-
-    Many tokenizers drop the leading space when they decode a first token. So tokens are decoded together with the
-    tokens before them, and the text of those is cut off.
+    Incomplete characters are held back, and so is text that may be the start of a stop string. Many tokenizers drop the
+    leading space of a first token, so tokens are decoded together with those before them, whose text is cut off.
     """
 
     def __init__(
@@ -22,7 +19,6 @@ class TextStream:
 
         Args:
             decode: returns the text of token ids, with U+FFFD for bytes that are not UTF-8.
-            stop_strings: non-empty strings that end the text.
             before: the last few tokens before the stream.
         """
         self._decode = decode
@@ -67,10 +63,7 @@ class TextStream:
 
 
 def decode_after(decode: Callable[[Sequence[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
-    """Returns the text that tokens add after others.
-
-    If bytes of both form other characters together, the tokens are decoded without the others.
-    """
+    """Returns the text that tokens add after others, or alone if bytes of both form characters together."""
     text = decode([*before, *ids])
     start = decode(before) if before else ""
     return text[len(start) :] if text.startswith(start) else decode(ids)

@@ -17,12 +17,9 @@ from model.transformer import Transformer
 
 
 class LocalEngine:
-    """An engine with the whole model in one process.
+    """An engine with the whole model in one process. `statistics` are those of the last call.
 
     Continuations of a prompt share the pass over it. When one ends, the next one takes its place in the batch.
-
-    Attributes:
-        statistics: of the last call.
     """
 
     def __init__(
@@ -34,11 +31,6 @@ class LocalEngine:
         prefill_tokens: int = PROMPT_TOKENS,
         stop_condition: StopCondition = lambda index, token: False,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            stop_condition: called with each new token (prompt's number, token); true ends the continuation after it.
-        """
         self._stop_condition = stop_condition
         self._model = model
         self._wanted: Speculative = speculative
@@ -93,11 +85,7 @@ class LocalEngine:
 
 
 def start_sequences(prompts: Sequence[NumberedPrompt], request: Request, max_positions: int) -> list[ActiveSequence]:
-    """Returns the empty continuations of all prompts: all samples of a prompt, then those of the next.
-
-    Args:
-        max_positions: maximum number of tokens of a prompt and its continuation.
-    """
+    """Returns the empty continuations of all prompts: all samples of a prompt, then those of the next."""
     return [
         ActiveSequence(
             prompt.number,

@@ -23,12 +23,7 @@ UNSCORED = ScoreSheet(total=0.0, outcome="skipped", parts={})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NumberedPrompt:
-    """A prompt of a job.
-
-    Attributes:
-        number: number of the prompt in the whole job, which decides its random numbers.
-        tokens: token ids, at least one.
-    """
+    """A prompt of a job, at least one token. Its number in the whole job decides its random numbers."""
 
     number: int
     tokens: tuple[int, ...]
@@ -41,7 +36,6 @@ class Request:
     Attributes:
         samples: at least 1, number of continuations of each prompt.
         max_new_tokens: maximum number of new tokens of each; the model's positions limit it, too.
-        sampling: how tokens are chosen.
         step: number of the request in a job, for example of a training step. It decides the random numbers, too.
         stop: token ids that end a continuation. The ending token is part of the rollout, because it was chosen.
         record_routes: whether the ranks record the experts of the tokens that they read.
@@ -63,16 +57,13 @@ class Request:
         return self.record_kept and not self.sampling.keeps_all
 
     def __post_init__(self) -> None:
-        """Rejects a request without samples."""
         if self.samples < 1:
             raise GenerateError(f"samples: must be at least 1, is {self.samples}; nearest valid: 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A sampled answer, from the engine to the loss.
-
-    An engine fills the first fields, up to `kept`. A run that learns from the answer fills the others.
+    """A sampled answer, from the engine to the loss. An engine fills the fields up to `kept`.
 
     Attributes:
         prompt: number of its prompt.
@@ -80,10 +71,8 @@ class Sample:
         tokens: chosen token ids, including the stop token that ended it.
         log_probs: log-probability of each token under the model at the sampling temperature (1 if it is 0), before
             top-k, top-p, min-p and penalties; among the kept tokens if these are recorded.
-        finish: why it ended.
         kept: for each token, the tokens that top-k, top-p and min-p kept, ascending. Empty if they are not recorded.
         text: decoded tokens without the one that ended it, with thoughts that the prompt opened.
-        sheet: scores, each part by its kind.
         reward: total of the sheet, and the penalty of its length.
         advantage: reward compared with the group; 0 if the group is not trained.
         version: number of updates in the weights that sampled it.
@@ -120,7 +109,6 @@ class Group(NumberedPrompt):
 
     Attributes:
         key: identifies the problem in the data.
-        problem: what the prompt asks, and what scorers compare answers with.
         answers: by sample; empty before they are sampled.
         dropped: why the group is not trained; empty if it is.
     """
@@ -143,9 +131,8 @@ class RouteKey(NamedTuple):
 class SampledRoutes:
     """Experts of the tokens that this rank read, in the MoE layers of the main model that it ran.
 
-    Attributes:
-        ids: TK of each record, in as few bytes as the number of experts requires. A prompt is recorded once. The last
-            token of a continuation is not read and has no experts; a continuation of one token has no record.
+    Each record of ids is TK, in as few bytes as the number of experts requires. A prompt is recorded once. The last
+    token of a continuation is not read and has no experts; a continuation of one token has no record.
     """
 
     ids: Mapping[RouteKey, NDArray[np.generic]]
@@ -158,10 +145,7 @@ class SampledRoutes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """Answers by prompt and then by sample, and joint statistics.
-
-    `routes` are the experts of the tokens that this rank read, if requested.
-    """
+    """Answers by prompt and then by sample, joint statistics, and this rank's routes if requested."""
 
     rollouts: tuple[Sample, ...]
     statistics: Statistics
@@ -171,8 +155,7 @@ class Rollouts:
 class Engine(Protocol):
     """Protocol of an engine.
 
-    Tokens and draws depend on weights, seed, step, prompt number and sample number, never on the layout or on other
-    prompts.
+    Tokens and draws depend on weights, seed, step, prompt number and sample number, never on layout or other prompts.
     """
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:

@@ -1,7 +1,6 @@
 """Continues prompts with vLLM, an optional package, from an exported Hugging Face folder.
 
-Needs vLLM 0.11 or later (`pip install vllm`), which brings its own torch. Token ids go in and come out, so that nothing
-is decoded and encoded again.
+Needs vLLM 0.11 or later (`pip install vllm`), which brings its own torch. Token ids go in and come out.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +20,12 @@ from model.hf.config import read_config
 class VllmEngine:
     """An engine that hands prompts to vLLM in this process.
 
-    Its numbers differ from those of training in the last bits, because its kernels do. Random numbers are vLLM's own:
-    a seed is repeatable there, but draws other tokens than the other engines.
+    Its numbers differ from those of training in the last bits, and a seed draws other tokens than with the other
+    engines.
     """
 
     def __init__(self, folder: Path, dtype: str = "bfloat16", options: Mapping[str, Any] | None = None) -> None:
-        """Loads the weights into vLLM.
-
-        Raises:
-            GenerateError: vLLM is not installed.
-        """
+        """Loads the weights into vLLM, or raises `GenerateError` if it is not installed."""
         self._vllm = _import()
         self._config = read_config(folder)
         self._llm = self._vllm.LLM(
@@ -45,8 +40,8 @@ class VllmEngine:
     def check_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Compares the weights of vLLM with others, except for MTP modules, which vLLM leaves out.
 
-        Raises:
-            GenerateError: names the first tensor that differs or is missing, or vLLM shards tensors over several GPUs.
+        Raises `GenerateError` for the first tensor that differs or is missing, or if tensors are sharded over several
+        GPUs.
         """
         ours = {name: tensor for name, tensor in tensors if not self._is_mtp(name)}
         workers = self._llm.apply_model(ServedDigests({name: tuple(tensor.shape) for name, tensor in ours.items()}))

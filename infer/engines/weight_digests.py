@@ -47,11 +47,7 @@ class ServedDigests:
 
 
 def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[str, TensorDigest]]) -> None:
-    """Checks that workers hold the same weights.
-
-    Raises:
-        GenerateError: names the first tensor that a worker lacks, or whose bytes, type or shape differ.
-    """
+    """Raises `GenerateError` for the first tensor that a worker lacks or holds with another content."""
     held = list(workers)
     for name, tensor in ours:
         expected = TensorDigest.of(tensor)

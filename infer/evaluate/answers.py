@@ -37,7 +37,6 @@ class Answerer:
     """A model with its tokenizer, which answers requests."""
 
     def __init__(self, model: EvaluatedModel, tokenizer: Tokenizer, end_ids: Sequence[int], max_tokens: int) -> None:
-        """Stores the arguments: `end_ids` end a generation, and the model has `max_tokens` positions."""
         self._model = model
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
@@ -46,8 +45,7 @@ class Answerer:
     def answer(self, requests: Sequence[NumberedRequest]) -> list[EvaluationAnswer]:
         """Returns the answer to each request. On several ranks, all call it with the same requests.
 
-        A continuation that is longer than the model has positions is an error, and so is a log-likelihood that is not
-        finite.
+        A continuation longer than the model's positions is an error, and so is a log-likelihood that is not finite.
         """
         answers: dict[int, EvaluationAnswer] = {**self._score(requests), **self._rate(requests)}
         by_settings = defaultdict[tuple[int, Sampling], dict[int, tuple[int, GenerationRequest]]](dict)

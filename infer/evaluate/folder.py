@@ -22,10 +22,7 @@ class EvaluationFolder:
     """The folder of an evaluation, locked. Use it as a context manager."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Opens or creates the folder, given as plain values what decides the records.
-
-        It is refused if it has records of another evaluation, or another process writes it.
-        """
+        """Opens or creates the folder. It must be free, and its records those of the same `identity`."""
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(path, os.O_RDONLY)

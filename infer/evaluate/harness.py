@@ -34,7 +34,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A model with its tokenizer, as the package's tasks use it."""
 
     def __init__(self, answerer: Answerer, tokenizer: Tokenizer, *, seed: int = 0, name: str = "") -> None:
-        """Stores the arguments, with the name of the weights for the package's results."""
         super().__init__()
         self._answerer = answerer
         self._tokenizer = tokenizer

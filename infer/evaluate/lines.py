@@ -43,11 +43,10 @@ def read_samples(key: str, path: str, read: Callable[[Mapping[str, Any], str], T
 
 
 def read_lines(key: str, path: str, read: Callable[[Mapping[str, Any], str], T]) -> list[T]:
-    """Reads every line of a file that is not blank.
+    """Reads every line of a `.jsonl` file that is not blank.
 
     Args:
         key: configuration key of the path, for errors.
-        path: a `.jsonl` file.
         read: returns what a decoded object says, given its file and line for errors.
 
     Raises:

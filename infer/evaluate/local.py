@@ -60,7 +60,6 @@ class LocalModel:
     """A whole model that is evaluated."""
 
     def __init__(self, model: Transformer, batch_size: int) -> None:
-        """Stores the arguments. At most `batch_size` sequences are computed together, which changes no result."""
         self._model, self._batch_size = model, batch_size
 
     @torch.no_grad()

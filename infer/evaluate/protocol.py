@@ -1,7 +1,7 @@
 """Defines evaluation tasks, their requests and results, and evaluated models. Imports no torch.
 
-A task makes samples. A sample has requests. Answers to these become the sample's record, one line of a file, and
-results are computed from records alone. So an interrupted evaluation continues after the last record.
+A task makes samples with requests. Answers become the sample's record, and results are computed from records alone, so
+that an interrupted evaluation continues after the last record.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,10 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContinuationRequest:
-    """Asks for the log-likelihood of a continuation.
+    """Asks for the log-likelihood of a continuation, which is not empty.
 
-    Attributes:
-        context: what precedes it, perhaps empty. The begin-of-sentence token is put before it.
-        continuation: not empty. Both are text, or both are token ids.
-        place: names the continuation in errors.
+    The context, perhaps empty, and the continuation are both text or both token ids. The begin-of-sentence token is put
+    before the context. `place` names the continuation in errors.
     """
 
     context: Text
@@ -42,8 +40,7 @@ class ContinuationRequest:
 class DocumentRequest:
     """Asks for the log-likelihood of a whole document, read in windows.
 
-    A window has as many tokens as the model has positions by default. It scores its last `stride` tokens, by default
-    all.
+    A window has by default as many tokens as the model has positions, and scores its last `stride`, by default all.
     """
 
     text: Text
@@ -58,8 +55,6 @@ class GenerationRequest:
     Attributes:
         prompt: with the begin-of-sentence token put before it if it is a text. Token ids are read unchanged.
         stop: strings that end a continuation, and are not part of it.
-        samples: number of continuations.
-        sampling: how tokens are chosen; greedy by default.
         shows_special: whether special tokens are in the text, by name; thoughts are found by them.
     """
 
@@ -85,8 +80,7 @@ EvaluationRequest = ContinuationRequest | DocumentRequest | GenerationRequest | 
 class LikelihoodAnswer:
     """Log-likelihood of a continuation or a document in nats, the sum over its tokens.
 
-    `is_greedy`: each token is the most probable one. `num_dropped`: tokens at the start of the context that exceed the
-    model's positions.
+    `is_greedy`: each token is the most probable one. `num_dropped`: tokens of the context that exceed the positions.
     """
 
     log_likelihood: float
@@ -177,9 +171,7 @@ class EvaluationTask:
         samples: returns all samples, in an order that depends only on the configuration. Ranks agree on them.
         record: returns the record of a sample, as plain values, given the answers to its requests.
         measures: returns a record's part of each metric, by name. A metric without one leaves the sample out.
-        details: returns further results of all records.
         num_shots: number of solved examples before each question.
-        close: ends the task's processes. No call follows.
     """
 
     metrics: tuple[EvaluationMetric, ...]
@@ -193,7 +185,7 @@ class EvaluationTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskContext:
-    """What a task may know of the weights before they are read, and the seed of everything that it draws.
+    """What a task may know of the weights before they are read, and the seed of its draws.
 
     `max_tokens` is the model's number of positions: of a context and its continuation, without its last token.
     """

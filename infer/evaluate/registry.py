@@ -27,12 +27,9 @@ class EvaluationTaskSpec:
     """A task that `tasks` can name.
 
     Attributes:
-        summary: one line for users.
         version: changes with the meaning of the task's numbers.
-        config: its dataclass. Its keys are those of the group with the task's name.
         build: builds the task. It checks all files, and raises `EvaluationError`, `DataError` or `ScoringError`.
         files: returns the files that decide the results, given the configuration.
-        heads: kinds of the output head that the task can evaluate.
         required: keys of its configuration that must not be null.
     """
 

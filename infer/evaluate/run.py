@@ -1,4 +1,4 @@
-"""Runs evaluation tasks: a model's answers give records, and these give results. No torch here.
+"""Runs evaluation tasks: answers give records, and records give results. Imports no torch.
 
 Results also have the schema of lm-evaluation-harness.
 """
@@ -45,8 +45,7 @@ def run_tasks(
 ) -> None:
     """Evaluates the samples that have no record. On several ranks, all call it with equal arguments.
 
-    `done` has the ids of each task's samples with a record. `write` takes records; it is None on a rank that keeps
-    none.
+    `done` has the ids of each task's samples with a record. `write` is None on a rank that keeps no records.
     """
     for opened in tasks:
         for samples in _together(opened.task.samples(), done.get(opened.name, ())):

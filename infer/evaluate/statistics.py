@@ -32,10 +32,7 @@ class Estimate:
 
 
 def estimate(measures: Sequence[Measure]) -> Estimate:
-    """Returns a ratio of sums over samples, with the standard error of a ratio.
-
-    With equal weights, these are the mean and the standard error of a mean.
-    """
+    """Returns a ratio of sums over samples (a mean if weights are equal), with its standard error."""
     total = math.fsum(measure.value for measure in measures)
     weight = math.fsum(measure.weight for measure in measures)
     number = len(measures)
@@ -53,9 +50,9 @@ def estimate(measures: Sequence[Measure]) -> Estimate:
 class PairedComparison:
     """Difference of a metric between two evaluations of the same samples: the first minus the second.
 
-    The p-value is the probability of a difference at least as large if neither was better. McNemar's exact test gives
-    it if all values are 0 or 1, and a bootstrap otherwise. The interval of 95 % is that of the bootstrap, or follows
-    from the standard error of the differences. Without two samples, there is neither error nor interval.
+    The p-value is the probability of a difference at least as large if neither was better: of McNemar's exact test if
+    all values are 0 or 1, or of a bootstrap. The interval of 95 % is that of the bootstrap, or follows from the
+    standard error. Without two samples, there is neither error nor interval.
     """
 
     difference: float | None
@@ -96,10 +93,7 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test: a fair coin decides each sample that differs.
-
-    Samples that only the first evaluation has right are gained, those that only the second has right are lost.
-    """
+    """Returns the two-sided p-value of McNemar's exact test: a fair coin decides each sample that differs."""
     number = gained + lost
     tail = sum(math.comb(number, k) for k in range(min(gained, lost) + 1))
     return float(min(1.0, 2 * tail / 2**number))

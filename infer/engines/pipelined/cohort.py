@@ -1,8 +1,7 @@
 """Runs the generation of one cohort as a plain program whose passes travel through the pipeline.
 
-The program calls a decoder like that of a whole model. A call to it blocks while the cohort's tokens travel through the
-stages, and other cohorts use the last stage in the meantime. The program therefore has a thread. Only one thread of a
-rank runs at a time: the rank resumes a cohort and waits until the cohort needs another pass.
+A call to its decoder blocks while the cohort's tokens travel through the stages, and other cohorts use the last stage
+in the meantime. The program therefore has a thread. Only one thread of a rank runs at a time.
 
 Shape legend: N new tokens of the cohort, D hidden size.
 """
@@ -31,11 +30,7 @@ class _ClosedError(BaseException):
 
 
 class Cohort:
-    """The program of one cohort.
-
-    Attributes:
-        error: error of the program that the user can fix, or None.
-    """
+    """The program of one cohort. `error` is one that the user can fix, or None."""
 
     def __init__(self, program: Callable[[], None], name: str) -> None:
         """Prepares to run a program, which calls `exchange` for every pass."""
@@ -58,19 +53,12 @@ class Cohort:
         return self._await()
 
     def resume(self, hidden_ND: Tensor) -> Round:
-        """Gives the program the input of the last stage, and returns its next pass.
-
-        Raises:
-            Exception: the program failed with an error other than GenerateError.
-        """
+        """Gives the program the input of the last stage, and returns its next pass or raises its error."""
         self._inputs.put(hidden_ND)
         return self._await()
 
     def exchange(self, plan: RoundPlan, tokens_N: Tensor) -> Tensor:
-        """Waits until tokens have passed all stages but the last; returns the last stage's input, ND.
-
-        Only the program calls it.
-        """
+        """Waits until tokens have passed all stages but the last; returns the last stage's input, ND."""
         self._rounds.put((plan, tokens_N))
         hidden_ND = self._inputs.get()
         if hidden_ND is None:
@@ -119,7 +107,6 @@ class CohortDecoder(Decoder):
         with_mtp: bool,
         routes: RouteStore | None = None,
     ) -> None:
-        """Allocates the caches of the last stage."""
         super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers, routes=routes)
         self.mtp_calls = 0
         self._sources: list[int] = []

@@ -29,7 +29,7 @@ _FAILED = 1 << 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CohortSizes:
-    """Sizes of cohorts.
+    """Sizes of cohorts. They change no token.
 
     Attributes:
         cohorts: cohorts of each direction; None for 2 in flight for each rank, or 1 on a rank alone.
@@ -42,7 +42,6 @@ class CohortSizes:
     prefill_tokens: int = PROMPT_TOKENS
 
     def __post_init__(self) -> None:
-        """Rejects numbers below 1."""
         for name, value in (
             ("cohorts", self.cohorts),
             ("max_rows", self.max_rows),
@@ -70,10 +69,7 @@ class PipelinedEngine:
     ) -> None:
         """Stores the arguments, which are equal on all ranks.
 
-        Args:
-            sizes: sizes of cohorts. They change no token.
-            stop_condition: called with each new token that is no stop token (prompt's number, token), on the rank that
-                chooses it; true ends the continuation after it.
+        `stop_condition` is called on the rank that chooses the token, with every token that is no stop token.
         """
         self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
         self._stop_condition, self._min_seconds = stop_condition, min_seconds
@@ -225,11 +221,7 @@ class PipelinedEngine:
 
 
 class _RankWork:
-    """What one rank does in one call.
-
-    Attributes:
-        stores: records of routes by direction. Empty if they are not recorded.
-    """
+    """The work of one rank in one call. `stores` record routes by direction; empty if not recorded."""
 
     def __init__(
         self,
@@ -267,7 +259,6 @@ class _RankWork:
         return join_routes(self.stores.values(), rollouts) if self.stores else None
 
     def close(self) -> None:
-        """Ends the programs that still run."""
         for cohort in self.cohorts:
             cohort.close()
 

@@ -76,9 +76,6 @@ class RoundFormat:
     """Format of a cohort's values between stages: a plan of fixed size, then a row for each new token.
 
     A row is a hidden state, or a token id on the way from the last stage to the first.
-
-    Attributes:
-        max_rows: maximum number of sequences of a cohort.
     """
 
     max_rows: int
@@ -99,11 +96,7 @@ class RoundFormat:
         return self._plan(plan_bytes).num_tokens * self.row_bytes(kind)
 
     def pack(self, plan: RoundPlan, rows: Tensor | None, device: torch.device) -> Tensor:
-        """Returns a plan and its rows as bytes, a flat uint8 tensor.
-
-        Args:
-            rows: token ids [N] or hidden states [N, D]; None if the plan is empty.
-        """
+        """Returns a plan and its rows (ids [N] or states [N, D], None if empty) as bytes, a flat uint8 tensor."""
         numbers = plan.to_numbers()
         padding = [0] * (self.plan_bytes // _BYTES_PER_NUMBER - len(numbers))
         head = torch.tensor([*numbers, *padding], dtype=torch.int64).view(torch.uint8).to(device)
@@ -131,7 +124,6 @@ class PipelinePlace:
 
     Attributes:
         placement: the pipeline rank of each stage, for each direction.
-        rank: this rank within its pipeline.
         data_index: index of this pipeline along the data axis, among `num_data`.
         shares_experts: whether several pipelines hold the experts of a layer together.
         cut: layers of each stage.

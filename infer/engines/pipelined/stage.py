@@ -1,6 +1,4 @@
-"""Runs the stages of a rank that decodes.
-
-A stage unpacks a cohort's round, runs its layers and packs the result.
+"""Runs the stages of a rank that decodes: unpacks a cohort's round, runs layers, packs the result.
 
 Shape legend: N new tokens of a cohort, D hidden size.
 """
@@ -35,7 +33,6 @@ class InnerStage:
     def __init__(
         self, decoders: Sequence[PartDecoder], form: RoundFormat, *, is_first: bool, shares_experts: bool
     ) -> None:
-        """Stores the arguments."""
         self._decoders, self._form, self._is_first, self._shares_experts = decoders, form, is_first, shares_experts
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
@@ -112,11 +109,7 @@ class DirectedStages:
         first_rounds: Callable[[int, int], Tensor] | None,
         min_seconds: float = 0.0,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            first_rounds: returns the packed first round of a cohort of a direction; None if this is not stage 0.
-        """
+        """Stores the arguments. `first_rounds` returns a cohort's packed first round; None if not stage 0."""
         self._stages, self._num_cohorts, self._first_rounds = stages, num_cohorts, first_rounds
         self._min_seconds = min_seconds
 

@@ -56,10 +56,9 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verifier:
-    """Scores answers to problems, several at a time.
+    """Scores answers to problems, several at a time. `close` ends its processes.
 
-    `close` ends its processes. `stop` has strings that end an answer to a prompt of plain text, `facts` are for
-    results.
+    `stop` has strings that end an answer to a prompt of plain text, `facts` are for results.
     """
 
     score: Callable[[Answer, Problem], Score]

@@ -1,7 +1,6 @@
 """Builds prompts of an exact number of tokens: facts hidden in filler text. Imports no torch.
 
-Everything is put together from token ids, so a prompt has the length that was asked for with any tokenizer, and a fact
-has the same tokens wherever it is.
+Everything is put together from token ids, so lengths are exact and a fact has the same tokens wherever it is.
 """
 
 import hashlib
@@ -47,7 +46,6 @@ class Draws:
     """Random choices that depend only on a seed and names, on every machine."""
 
     def __init__(self, seed: int, *names: object) -> None:
-        """Starts a stream of random numbers of its names."""
         digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
         self._bits = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
 
@@ -88,10 +86,7 @@ class Filler:
     ends: tuple[int, ...]
 
     def take(self, count: int, start: int) -> tuple[list[int], list[int]]:
-        """Returns tokens from a sentence's beginning on, repeated if needed, and where sentences end.
-
-        The random number `start` chooses the first sentence.
-        """
+        """Returns repeated tokens from the sentence on that `start` chooses, and where sentences end."""
         first = (0, *self.ends[:-1])[start % len(self.ends)]
         turned = [*self.ids[first:], *self.ids[:first]]
         size = len(turned)
@@ -135,10 +130,7 @@ def _split(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """Text that is hidden in filler, at a depth from 0 to 1.
-
-    Its parts are tokenized separately, so that each has the same tokens everywhere.
-    """
+    """Text that is hidden in filler, at a depth from 0 to 1, in parts that are tokenized separately."""
 
     depth: float
     parts: tuple[str, ...]
@@ -162,8 +154,7 @@ def hide(
 ) -> HaystackPrompt | None:
     """Returns a prompt with facts in filler and a question at its end, or None if they do not fit.
 
-    Facts at one place stay in order. The prompt has `size` tokens with the begin of sentence, and the random number
-    `start` chooses the first sentence of the filler.
+    Facts at one place stay in order. The prompt has `size` tokens with the begin of sentence.
     """
     encoded = iter(tokenizer.encode_batch([*(part for fact in facts for part in fact.parts), question]))
     hidden = [[token for _ in fact.parts for token in next(encoded)] for fact in facts]

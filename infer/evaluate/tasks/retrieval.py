@@ -322,10 +322,7 @@ def _secret(name: str, value: str, depth: float) -> Fact:
 def _build_prompt(
     tokenizer: Tokenizer, filler: Filler, problem: _Problem, draws: Draws, size: int
 ) -> HaystackPrompt | None:
-    """Returns a prompt of `size` tokens with the begin of sentence, or None if the problem does not fit.
-
-    With words, it may have a few tokens less, because the list has whole words.
-    """
+    """Returns a prompt of `size` tokens, a few less with words as these are whole, or None if too short."""
     if not problem.words:
         return hide(tokenizer, filler, problem.facts, problem.question, size, draws.below(2**32))
     question = tokenizer.encode(problem.question)
@@ -342,9 +339,9 @@ def _build_prompt(
 
 
 def _word_list(num_common: int, num_words: int, num_items: int) -> list[int] | None:
-    """Returns a list of about `num_items` words by number, or None if that is too short.
+    """Returns about `num_items` words by number, or None if that is too short.
 
-    About half of them are the first `num_common` ones. Each of these occurs at least twice as often as any other word.
+    About half are the first `num_common` ones. Each of these occurs at least twice as often as any other word.
     """
     often = num_items // (2 * num_common)
     if often < 2:
