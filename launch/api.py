@@ -26,9 +26,6 @@ from train.config.errors import ConfigError
 def configure(*overrides: str) -> TrainConfig:
     """Returns the checked configuration that `python -m launch.train OVERRIDES` trains with.
 
-    Args:
-        overrides: overrides for `conf/train.yaml`, for example `experiment=quickstart` or `task.steps=20`.
-
     Raises:
         ConfigError, DataError, ScheduleError, CutError, CheckpointError: an invalid configuration.
     """
@@ -41,11 +38,8 @@ def configure(*overrides: str) -> TrainConfig:
 def train(config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
     """Trains in this process, as the only rank or as one of the ranks that torchrun started.
 
-    Call it from the main thread, because it installs signal handlers.
-
-    Args:
-        config: the run's configuration; the same on all ranks.
-        callbacks: callbacks for rank 0; pass them on all ranks or on none.
+    Call it from the main thread, because it installs signal handlers. Configuration and callbacks are the same on all
+    ranks; callbacks run on rank 0.
 
     Returns:
         The run's folder. Its `status.json` says how the run ended.
@@ -74,8 +68,7 @@ def train(config: TrainConfig, callbacks: Callbacks | None = None) -> Path:
 class RunEndedError(RuntimeError):
     """A run that ended before its last step.
 
-    Attributes:
-        exit_code: exit code of the equivalent command: 75 preempted, 77 stopped by the guard, 1 run folder lost.
+    `exit_code` is that of the equivalent command: 75 preempted, 77 stopped by the guard, 1 run folder lost.
     """
 
     def __init__(self, out_dir: str, exit_code: int) -> None:
@@ -114,10 +107,7 @@ def _check_ranks(config: TrainConfig) -> None:
 
 @contextmanager
 def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
-    """Makes this process the only rank of a job.
-
-    Restores environment, signal handlers and log handlers on exit.
-    """
+    """Makes this process the only rank of a job. Restores environment, signal and log handlers on exit."""
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     log_handlers = list(logging.getLogger().handlers)
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:

@@ -22,9 +22,7 @@ from train.config.errors import ConfigError
 def main(overrides: Sequence[str]) -> int:
     """Converts weights tensor by tensor, prints progress to stderr, and returns the exit code, 0.
 
-    Raises:
-        ConfigError: an unknown or missing key, or an invalid value.
-        CheckpointError, HfError: the weights cannot be read or the disk cannot be written. Nothing is left at `to`.
+    If weights cannot be read or written, nothing is left at `to`.
     """
     config = _read(overrides)
     with system_errors(), _signals_unwind():

@@ -28,10 +28,7 @@ Done = Mapping[str, Collection[str | int]]
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Evaluates, and writes records and results into a folder.
-
-    All user errors are reported before weights are read.
-    """
+    """Evaluates, and writes records and results. User errors are reported before weights are read."""
     job = read_job(overrides)
     with system_errors():
         tasks = job.open_tasks()

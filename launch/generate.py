@@ -106,8 +106,8 @@ class GenerateJob:
 def main(overrides: Sequence[str]) -> int:
     """Continues prompts. All user errors are reported before weights are read.
 
-    The text of a single prompt streams to standard output. The continuations of a prompt file are printed one after
-    the other, each after a line with its prompt, or written to `out`. Statistics go to standard error.
+    The text of a single prompt streams to standard output. The continuations of a prompt file are printed one after the
+    other, each after a line with its prompt, or written to `out`. Statistics go to standard error.
     """
     config = _read_config(overrides)
     with system_errors():

@@ -49,7 +49,6 @@ class WeightsSource:
     Attributes:
         ckpt: as the user named them.
         folder: the checkpoint, or the Hugging Face folder.
-        tokenizer: of the folder, if it has one.
         end_ids: ids of the tokens that end a text.
         drop_mtp: whether the MTP modules of a Hugging Face folder are left out.
         precision: of the run that trained the weights; float32 for others.
@@ -70,11 +69,7 @@ class WeightsSource:
         return self.precision if dtype == "auto" else dtype
 
     def needed_tokenizer(self, users: str) -> Tokenizer:
-        """Returns the tokenizer, or rejects weights without one.
-
-        Args:
-            users: what needs it, in the plural.
-        """
+        """Returns the tokenizer, or rejects weights without one, which `users` (in the plural) need."""
         if self.tokenizer is None:
             raise ConfigError(f"ckpt: {users} need a tokenizer, {self.folder} holds none")
         return self.tokenizer
@@ -87,8 +82,7 @@ class WeightsSource:
 def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_tokenizer: bool) -> WeightsSource:
     """Locates weights without reading them.
 
-    MTP modules of a Hugging Face folder that are dropped are not checked. A tokenizer that cannot be read is an error
-    only if it is needed.
+    Dropped MTP modules are not checked. An unreadable tokenizer is an error only if it is needed.
     """
     folder, is_hf, end_ids = source_folder(ckpt, "ckpt"), is_hf_folder(ckpt), list[int]()
     drop_mtp = drop_mtp and is_hf

@@ -39,14 +39,7 @@ from train.planner.values import plan_values, search_values, what_if_values
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Plans a run and prints the plan.
-
-    Returns:
-        The exit code, 0, also if the run does not fit.
-
-    Raises:
-        ConfigError, ScheduleError, CutError: an invalid configuration, or a file that cannot be written.
-    """
+    """Plans a run and prints the plan. Returns exit code 0, also if the run does not fit."""
     with system_errors():
         request = read_request(overrides)
         if request.options.search:
@@ -62,11 +55,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the composed, checked configuration as YAML.
-
-    Raises:
-        ConfigError, ScheduleError, CutError: an invalid configuration.
-    """
+    """Returns the composed, checked configuration as YAML."""
     request = read_request(overrides)
     planned = {**encode(request.options), "rates": encode(request.planner.rates)}
     values = {**write_config(request.config), **planned, "efficiency": encode(request.planner.efficiency)}
@@ -128,12 +117,9 @@ def _search_output(result: SearchResult, form: str) -> str:
 
 
 def search_space(request: PlanRequest) -> SearchSpace:
-    """Returns all layouts of a request's run with `search=true`.
+    """Returns all layouts of a request's run with `search=true`, if their time can be predicted.
 
     Rates that a run measured hold for its precision and dispatch, so only layouts of these are compared.
-
-    Raises:
-        ConfigError: there are too many ranks, or no time can be predicted.
     """
     config = request.config
     if config.schedule.slices > 1:

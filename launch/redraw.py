@@ -1,7 +1,4 @@
-"""Draws the report of a run again, or compares several runs, from the files in their folders.
-
-`python -m launch.redraw`.
-"""
+"""Draws a run's report again, or compares several runs: `python -m launch.redraw`."""
 
 if not __package__:
     import started_as_file  # type: ignore[import-not-found]  # noqa: F401

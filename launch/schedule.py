@@ -37,10 +37,7 @@ _LONG_WORK = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleCommandConfig:
-    """Configuration of the command: schedule, costs, memory cap, format and file.
-
-    See `conf/schedule.yaml`.
-    """
+    """Configuration of the command. `conf/schedule.yaml` explains the keys."""
 
     schedule: ScheduleConfig
     program: Literal["train", "decode"]

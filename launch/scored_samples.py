@@ -161,10 +161,7 @@ class SampleSelection:
 def select(
     samples: Mapping[int, Sequence[ScoredSample]], config: KeepConfig, template: ChatTemplate, *, thinking: bool
 ) -> SampleSelection:
-    """Selects samples. It is a pure function, so that a new selection needs no new samples.
-
-    Among the good answers of a problem, those with the highest reward are kept, and the first ones among equals.
-    """
+    """Selects samples as a pure function: the good answers of a problem with the highest reward."""
     kept: list[KeptSample] = []
     left_out: Counter[str] = Counter()
     for number in sorted(samples):
@@ -186,9 +183,7 @@ def is_easy(samples: Sequence[ScoredSample], easy_rate: float) -> bool:
 def to_message(text: str, template: ChatTemplate, *, thinking: bool) -> ChatMessage | None:
     """Returns an answer as a message, or None if the template cannot express it.
 
-    Args:
-        text: with special tokens by name.
-        thinking: whether the prompt opened thoughts, so that the text begins with them.
+    Special tokens in the text are by name. With `thinking`, the prompt opened thoughts, with which the text begins.
     """
     thoughts = None
     if thinking and template.thoughts is not None:

@@ -77,8 +77,7 @@ def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bo
 def with_cluster(overrides: Sequence[str]) -> list[str]:
     """Adds the cluster of the chosen experiment to the overrides, so that its memory is checked.
 
-    A cluster on the command line takes precedence. An experiment for a laptop is submitted with `cluster=slurm`, like
-    a run without an experiment.
+    A cluster on the command line takes precedence. An experiment for a laptop is submitted with `cluster=slurm`.
     """
     keys = [key_of(text) for text in overrides]
     if "cluster" in keys or "experiment" not in keys:

@@ -41,9 +41,8 @@ from train.tasks.registry import TASKS
 def main(overrides: Sequence[str]) -> int:
     """Trains a model. All user errors are reported before a process starts or a file is written.
 
-    Returns:
-        The exit code: 0 done, 75 preempted after saving, 76 a rank did not reach a collective within the timeout,
-        77 stopped by the guard, 78 a rank was lost, 128 + n ended by signal n.
+    Returns the exit code: 0 done, 75 preempted after saving, 76 a rank did not reach a collective within the timeout,
+    77 stopped by the guard, 78 a rank was lost, 128 + n ended by signal n.
     """
     with system_errors():
         config = compose_run(overrides)
@@ -60,10 +59,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def preview(overrides: Sequence[str]) -> str:
-    """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`.
-
-    Writes nothing.
-    """
+    """Returns the configuration that `main` would train with, as YAML for `conf/experiment/`."""
     with system_errors():
         config = compose_run(overrides)
         check(config)
@@ -75,10 +71,7 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def dry_run(overrides: Sequence[str]) -> str:
-    """Returns the first training sample that `main` would read, with its targets marked.
-
-    Prepares the data in its cache, and starts no rank.
-    """
+    """Returns the first training sample of `main`, with its targets marked. Prepares the data's cache."""
     with system_errors():
         # A sample shows data alone.
         config = compose_run(overrides, checks_weights=False)
@@ -122,11 +115,7 @@ def handle_signals() -> None:
 
 
 def _check_named(config: TrainConfig) -> None:
-    """Verifies the files of a checkpoint that `resume` names directly.
-
-    If `resume` names a run's folder instead, the ranks search its checkpoints together. Under torchrun this function is
-    not called, and the ranks do both.
-    """
+    """Verifies the files of a checkpoint that `resume` names directly, rather than a run's folder."""
     if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
         with system_errors():
             locate(config.resume, check=partial(verify, progress=progress_on()))
@@ -135,9 +124,8 @@ def _check_named(config: TrainConfig) -> None:
 def export_exit_code(code: int, environment: Mapping[str, str]) -> int:
     """Returns the exit code of a torchrun rank after all ranks have agreed on the run's end.
 
-    torchrun exits with 1 if any rank fails. It restarts the ranks while restarts remain, even after a preemption.
-    If LAUNCH_EXIT_FILE names a file, as in a Slurm job, rank 0 writes the run's code to that file, and every rank
-    returns 0 to torchrun.
+    torchrun exits with 1 if any rank fails, and restarts the ranks while restarts remain. If LAUNCH_EXIT_FILE names a
+    file, as in a Slurm job, rank 0 writes the run's code to that file, and every rank returns 0 to torchrun.
     """
     path = environment.get("LAUNCH_EXIT_FILE")
     if not path:

@@ -41,10 +41,7 @@ class WorkflowPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workflow:
-    """The parts of a workflow by name, in order, and the evaluations that follow those with `evaluate`.
-
-    Evaluations are overrides of `launch.sample` by name.
-    """
+    """The parts of a workflow by name, in order, and evaluations, which are overrides of `launch.sample`."""
 
     name: str
     evaluations: Mapping[str, tuple[str, ...]]
@@ -63,14 +60,7 @@ class WorkflowCommandConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkflowCommand:
-    """A command that a workflow runs.
-
-    Attributes:
-        name: of the command line, unique within the workflow.
-        part: name of the part.
-        evaluation: name of the evaluation of that part; None: the part itself.
-        arguments: after `python -m`.
-    """
+    """A command line of a part, or of its evaluation unless None. `arguments` follow `python -m`."""
 
     name: str
     part: str
@@ -78,7 +68,6 @@ class WorkflowCommand:
     arguments: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Returns the line for a shell."""
         return f"python -m {shlex.join(self.arguments)}"
 
 
@@ -86,7 +75,6 @@ class WorkflowProgress:
     """The commands of a workflow that are done, and the seconds of each, in a file."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the file of a folder, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / STATE_NAME
         self._records: dict[str, dict[str, Any]] = {}

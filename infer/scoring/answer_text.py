@@ -13,8 +13,7 @@ _PYTHON = ("", "python", "python3", "py")
 def final_text(text: str) -> str:
     """Returns the text after the last `</think>`, or nothing if the thoughts do not end.
 
-    An answer without thoughts is returned whole. The prompt may have opened the thoughts, so `</think>` counts without
-    `<think>`.
+    The prompt may have opened the thoughts, so `</think>` counts without `<think>`.
     """
     _, mark, after = text.rpartition(END_THINK)
     if THINK in after:

@@ -1,7 +1,7 @@
 """Calls a function of a user's file. Runs as a worker of a pool.
 
-Arguments: the file, the name of the function, and the SHA-256 of the file. Requests are lines of JSON with `prompt`,
-`answer` and `expected`. It imports nothing from this project, so that it starts quickly.
+Arguments: the file, the name of the function, and the SHA-256 of the file. It imports nothing from this project, so
+that it starts quickly.
 """
 
 import hashlib

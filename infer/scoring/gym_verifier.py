@@ -1,7 +1,4 @@
-"""Verifies answers to problems of reasoning-gym, as a function that workers call.
-
-Imports nothing of this project.
-"""
+"""Verifies answers to problems of reasoning-gym in a worker. Imports nothing of this project."""
 
 import json
 from functools import lru_cache
@@ -11,11 +8,7 @@ import reasoning_gym
 
 
 def score(prompt: str, answer: str, expected: str | None) -> dict[str, object]:
-    """Returns the score of the library's own verifier, from 0 to 1.
-
-    Args:
-        expected: origin of the problem as JSON: data set, seed, size and index.
-    """
+    """Returns the library's score, from 0 to 1, of a problem whose data set and index `expected` names."""
     origin = json.loads(expected or "{}")
     dataset = _open(origin["dataset"], origin["seed"], origin["size"])
     entry = dataset[origin["index"]]

@@ -1,7 +1,7 @@
 """Scores answers by the votes of a judge, a model that writes critiques with verdicts.
 
-The judge is any engine: prompts are built here, the engine samples critiques, and verdicts are read from their text. In
-training, the engine is that of the policy, so that the policy judges itself. Source: arXiv:2412.19437, section 5.4.2.
+The judge is any engine: in training, that of the policy, so that it judges itself. Source: arXiv:2412.19437, section
+5.4.2.
 """
 
 import re
@@ -45,7 +45,6 @@ class JudgeConfig(ScorerConfig):
     temperature: NonNegativeFloat
 
     def __post_init__(self) -> None:
-        """Rejects a question that does not show what is judged, and verdicts that cannot be distinguished."""
         others = ("{other}",) if self.form == "pairs" else ()
         for name in ("{prompt}", "{answer}", *others):
             if name not in self.question:
@@ -104,7 +103,6 @@ class Judge:
     def __init__(
         self, config: JudgeConfig, template: ChatTemplate, tokenizer: Tokenizer, constitution: str, max_tokens: int
     ) -> None:
-        """Stores the arguments. A prompt of more than `max_tokens` is not judged, which counts as abstentions."""
         self._config = config
         self._template = template
         self._tokenizer = tokenizer
@@ -112,9 +110,9 @@ class Judge:
         self._max_tokens = max_tokens
 
     def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
-        """Returns the prompts of all groups, in order. Answers without text after their thoughts have none.
+        """Returns the prompts of all groups, in order, given the numbers of the groups' prompts in the job.
 
-        The numbers of the groups' prompts in the job decide the random numbers of their critiques.
+        Answers without text after their thoughts have none. A prompt that is too long is not judged, which abstains.
         """
         prompts = []
         for index, (group, group_number) in enumerate(zip(groups, numbers, strict=True)):

@@ -1,7 +1,6 @@
 r"""Scores mathematical answers: the last `\boxed{...}` must be proven equal to the expected answer.
 
-Only a box after the thoughts counts. A comparison may take minutes and all memory. So it runs in worker processes, and
-one that takes too long is killed.
+Only a box after the thoughts counts. A comparison may take minutes and all memory, so it runs in worker processes.
 """
 
 import importlib.util
@@ -37,10 +36,7 @@ class MathsScorer:
         self._pool = WorkerPool(program, config.num_workers, config.seconds, name="maths")
 
     def score(self, answer: Answer, problem: Problem) -> Score:
-        """Returns 1 if both are equal.
-
-        An answer without a box is missing. A comparison that takes too long is a timeout, one that fails an error.
-        """
+        """Returns 1 if both are equal. A comparison that takes too long is a timeout, one that fails an error."""
         if problem.answer is None:
             return SKIPPED
         box = last_boxed(final_text(answer.text))

@@ -59,7 +59,6 @@ class MathsValue:
     Attributes:
         kind: number, list (also a finite set), tuple (also an interval), set, relation, matrix, base or text.
         expression: of a number or a set; of a relation, the left side minus the right one.
-        items: members of a list, a tuple or a matrix.
         label: unit of a number, brackets of a tuple, sign of a relation, columns of a matrix, or text.
         name: `x` in `x = 3` or `x < 3`; empty if there is none.
     """
@@ -72,11 +71,7 @@ class MathsValue:
 
 
 def compare(expected: str, found: str) -> dict[str, str]:
-    """Compares two answers.
-
-    Returns:
-        `outcome` (correct, wrong, or error if the expected answer cannot be read) and `detail`.
-    """
+    """Compares two answers: correct, wrong, or error if the expected answer cannot be read."""
     left, right = read(expected), read(found)
     if left.kind == "text" and left != right and (not left.label or re.search(r"[\\{}^]", left.label)):
         return {"outcome": "error", "detail": "the expected answer cannot be parsed"}
@@ -403,9 +398,9 @@ def are_equal(left: MathsValue, right: MathsValue) -> bool:
 
 
 def _are_equal_quantities(left: MathsValue, right: MathsValue) -> bool:
-    """Returns whether two numbers with units are equal.
+    """Returns whether two numbers are equal, of which one may lack the unit.
 
-    One may lack the unit. A percentage is a fraction or, above 1, the number without its sign.
+    A percentage is a fraction or, above 1, the number without its sign.
     """
     if (left.label == "%") != (right.label == "%"):
         percent, number = (left.expression, right) if left.label == "%" else (right.expression, left)
@@ -417,10 +412,7 @@ def _are_equal_quantities(left: MathsValue, right: MathsValue) -> bool:
 
 
 def _are_equal_lists(left: Sequence[MathsValue], right: Sequence[MathsValue]) -> bool:
-    """Returns whether two lists are equal without order.
-
-    If members have several names, as in `x = 1, y = 2`, both sides need them.
-    """
+    """Returns whether two lists are equal without order. Several names must agree (`x = 1, y = 2`)."""
     needs_names = len({item.name for item in (*left, *right)}) > 1
     remaining = list(right)
     for item in left:

@@ -17,7 +17,6 @@ class PassRates:
 
     Attributes:
         pass_at_1: share of answers with a verdict that are correct; 0 if none has one.
-        pass_at_n: share of problems with a correct answer.
         maj_at_n: share of problems whose most frequent answer is correct; of several, the one that occurs first.
         cut_share: share of answers that reached the limit of tokens.
     """
@@ -31,10 +30,7 @@ class PassRates:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Returns an unbiased estimate of the probability that one of k answers is correct.
-
-    Source: arXiv:2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k).
-    """
+    """Returns an unbiased estimate that one of k answers is correct (arXiv:2107.03374, section 2.1)."""
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 

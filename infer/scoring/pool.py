@@ -1,7 +1,7 @@
 """Runs scorers with deadlines: calls in threads, which are abandoned, or in killable processes.
 
-Signals and timers interrupt only a main thread, and no library that computes in C. A killed process always ends.
-A thread cannot be killed. One that hangs is replaced by another one, and its result is ignored.
+Signals and timers interrupt only a main thread, and no library that computes in C. A killed process always ends. A
+thread that hangs is replaced by another one, and its result is ignored.
 """
 
 import json
@@ -46,8 +46,7 @@ class WorkerStartError(WorkerDiedError):
 class WorkerProgram:
     """A Python file that prints a line of JSON when it is ready, then answers each line of JSON with one.
 
-    Its first line has the field `error` if it cannot start. It runs by itself, with environment variables that make it
-    repeatable and those of `environment`.
+    Its first line has the field `error` if it cannot start. It runs alone, with variables that make it repeatable.
     """
 
     path: Path
@@ -243,9 +242,7 @@ class _Worker:
 def score_in_threads(
     kind: str, calls: Sequence[Callable[[], object]], num_threads: int, seconds: float | None
 ) -> list[object]:
-    """Returns what a scorer's calls return, in order, or the score of a failure for those that do not.
-
-    A call is abandoned so many `seconds` after its start.
+    """Returns what calls return, in order, or a failure for those abandoned `seconds` after their start.
 
     Raises:
         ScoringError: a call raised it, or twice as many calls as threads were abandoned and none returned in between.

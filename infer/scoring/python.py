@@ -1,7 +1,6 @@
 """Scores answers with a function of the user's file, in worker processes.
 
-A worker is killed at a deadline. The function is the user's own code and is trusted as a plugin is: it gets this
-process' environment. An answer has the function's score, or an outcome that is no verdict, and the run continues.
+The function is the user's own code and is trusted as a plugin is: it gets this process' environment.
 """
 
 import hashlib
@@ -55,11 +54,7 @@ class PythonScorer:
             raise ScoringError(f"reward.parts, kind {config.kind}: {config.path} {error}") from error
 
     def score(self, answer: Answer, problem: Problem) -> Score:
-        """Returns the function's score.
-
-        A call that takes too long is unknown. One that raises, ends its process, or returns no finite number is an
-        error.
-        """
+        """Returns the function's score: unknown if the call takes too long, an error if it fails."""
         return self.call(problem.prompt, answer.text, problem.answer)
 
     def call(self, prompt: str, answer: str, expected: str | None) -> Score:

@@ -78,7 +78,6 @@ class FormatConfig(ScorerConfig):
         thoughts: required: the answer begins with thoughts, `<think>...</think>`; opened: it begins within thoughts
             that the prompt opened; forbidden: it has none; any: it has none, or begins with complete ones.
         boxed: whether the text after the thoughts must have exactly one box.
-        code: whether the text after the thoughts must have a block of code.
         ended: whether the model must end the answer before the limit of tokens.
     """
 
@@ -137,8 +136,7 @@ class LanguageConfig(ScorerConfig):
 def score_language(config: LanguageConfig, answer: Answer, problem: Problem) -> Score:
     """Returns the share of letters of an answer, with its thoughts, in the language's scripts.
 
-    Words, which DeepSeek-R1 counts (arXiv:2501.12948, section 2.3.2), need a dictionary. Letters do not, and they
-    distinguish the languages that models mix: those of different scripts.
+    Words, which DeepSeek-R1 counts (arXiv:2501.12948, section 2.3.2), need a dictionary.
     """
     return Score(value=language_share(answer.text, config.language), outcome="rated")
 
@@ -165,7 +163,6 @@ class LengthConfig(ScorerConfig):
     buffer_tokens: NonNegativeInt
 
     def __post_init__(self) -> None:
-        """Rejects a buffer that is longer than the limit."""
         if self.buffer_tokens > self.limit_tokens:
             raise ScoringError(
                 f"reward.parts, kind length: buffer_tokens must be at most limit_tokens "
@@ -250,10 +247,7 @@ def find_plurality(ballots: Sequence[str | None], quorum: float, ties: Ties) -> 
 
 
 class PluralityScorer(RatingScorer):
-    """Compares each answer with its group's plurality, often right where no rule can check it.
-
-    The mean value over a group is the share of answers that agree. Source: TTRL, arXiv:2504.16084.
-    """
+    """Compares each answer with its group's plurality. Source: TTRL, arXiv:2504.16084."""
 
     def __init__(self, config: PluralityConfig) -> None:
         self._config = config

@@ -46,7 +46,6 @@ class RewardConfig:
     num_threads: PositiveInt
 
     def __post_init__(self) -> None:
-        """Rejects an empty reward and repeated parts."""
         kinds = [part.kind for part in self.parts]
         if not kinds:
             raise ScoringError(
@@ -63,8 +62,7 @@ class RewardConfig:
 class ScoreSheet:
     """The scores of one answer by kind, and their weighted sum.
 
-    `outcome` joins those of the parts that have a verdict; it is `skipped` if none of them applies, and `rated` if
-    there is none.
+    `outcome` joins those of the parts with a verdict; `skipped` if none of them applies, `rated` if there is none.
     """
 
     total: float
@@ -72,7 +70,6 @@ class ScoreSheet:
     parts: dict[str, Score]
 
     def __post_init__(self) -> None:
-        """Refuses a total that is not finite."""
         if not math.isfinite(self.total):
             values = ", ".join(f"{kind} {score.value:g}" for kind, score in self.parts.items())
             raise ScoringError(f"reward.parts: the weighted sum must be finite, is {self.total} of {values}")
@@ -145,8 +142,7 @@ class Reward:
     def score_groups(self, groups: Sequence[AnswerGroup]) -> list[GroupSheets]:
         """Scores groups of answers in several threads, each answer with every part.
 
-        A scorer that fails or takes too long costs the group of the answer, not the run. One that keeps failing raises
-        `ScoringError`.
+        A scorer that fails costs the group of the answer, not the run. One that keeps failing raises `ScoringError`.
         """
         return _join_scores(groups, {kind: self._score_part(kind, groups) for kind in self._scorers}, self._weights)
 

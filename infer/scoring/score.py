@@ -1,8 +1,6 @@
-"""Defines answers, problems and scores, and registers scorers by name. No torch here.
+"""Defines answers, problems and scores, and registers scorers by name. Imports no torch.
 
-A scorer is a pure function of an answer and its problem. A reward is a weighted sum of scorers, which
-`infer.scoring.reward` computes.
-A plugin file can register another scorer.
+A scorer is a pure function of an answer and its problem; a reward is a weighted sum of scorers.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,8 +153,6 @@ class ScorerSpec:
     """A scorer that `kind` can name.
 
     Attributes:
-        summary: one line for users.
-        config: its dataclass, a subclass of `ScorerConfig`.
         build: builds the scorer from its configuration. It raises `ScoringError` if this machine cannot run it.
         has_verdict: whether its outcome is a verdict rather than `rated`.
         needs_model: whether it needs a model on the ranks of a training run, which `build` does not have.

@@ -52,7 +52,6 @@ class MissingValueError(ConfigError):
     """Keys without a default that have no value."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        """Names all keys in one message."""
         examples = " ".join(f"{key}={_EXAMPLES.get(key, '...')}" for key in keys)
         super().__init__(f"{' and '.join(keys)}: a value is needed; write {examples}")
         self.keys = keys
@@ -62,7 +61,6 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
     """Composes `conf/<command>.yaml` with the overrides: group choices and values.
 
     Args:
-        command: name of a root YAML file.
         overrides: Hydra's override grammar: `group=option`, `a.b=value`, `+a.b=value`, `~a.b`.
         unread: values for dotted keys that the command does not read, used if they have none.
     """

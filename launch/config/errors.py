@@ -10,10 +10,9 @@ from train.config.errors import ConfigError
 
 
 class SyntaxOverrideError(ConfigError):
-    """An argument that is not an override."""
+    """An argument that is not an override. It cannot be recovered from the text at the first colon."""
 
     def __init__(self, argument: str, text: str) -> None:
-        """Stores the argument, because it cannot be recovered from the text by splitting at the first colon."""
         super().__init__(text)
         self.argument = argument
 
@@ -34,10 +33,7 @@ def check_all(config: TrainConfig, *rules: Callable[[TrainConfig], None]) -> Non
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Turns an OSError, such as a missing permission or a full disk, into a user error.
-
-    A broken pipe is not an error and is raised unchanged.
-    """
+    """Turns an OSError other than a broken pipe into a user error."""
     try:
         yield
     except BrokenPipeError:

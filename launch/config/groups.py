@@ -68,10 +68,7 @@ def has_plugins(command: str) -> bool:
 
 
 def load_plugin_files(paths: object) -> None:
-    """Imports plugin files, so that their registered names can be chosen.
-
-    Ignores values that are not lists of paths. The decoder reports such values later.
-    """
+    """Imports plugin files. The decoder later reports a value that is no list of paths."""
     if isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths):
         try:
             load_plugins(paths)

@@ -1,7 +1,4 @@
-"""Rejects a run that does not fit its devices, and suggests the nearest change that fits.
-
-Imports no torch.
-"""
+"""Rejects a run that does not fit its devices, and suggests the nearest change that fits. No torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,14 +19,7 @@ _GB = 1e9
 def check_memory(config: TrainConfig, rules: Rules) -> None:
     """Rejects a run whose predicted peak memory exceeds `cluster.memory_bytes`, if that is set.
 
-    `plan.check=false` skips the check.
-
-    Args:
-        config: the run's configuration, which passes the rules.
-        rules: raises ValueError for an invalid configuration; suggested changes must pass it.
-
-    Raises:
-        ConfigError: names the rank that needs most, its parts, and the nearest change that fits.
+    Suggested changes must pass `rules`, which raises ValueError. `plan.check=false` skips the check.
     """
     room = config.cluster.memory_bytes
     if room is None or not config.plan.check:
@@ -109,10 +99,7 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
 
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:
-    """Yields a ramp whose first step has two micro-batches per rank.
-
-    With fewer, W operations are deferred longer.
-    """
+    """Yields a ramp whose first step has two micro-batches per rank; with fewer, W is deferred longer."""
     batch, ramp, parallelism = config.batch, config.batch.ramp, config.parallelism
     start = 2 * parallelism.pipeline * parallelism.data * batch.micro_sequences
     if ramp is not None and ramp.start_sequences < start < batch.global_sequences:

@@ -32,8 +32,8 @@ def write_output(text: str, out: str) -> None:
 def open_output(out: str) -> Iterator[TextIO]:
     """Opens standard output if `out` is empty, or a text file.
 
-    The file is written as NAME.partial, and renamed when it is complete. If an error interrupts the writing,
-    NAME.partial stays, and a line on stderr says so. An empty file is removed.
+    The file is written as NAME.partial, and renamed when it is complete. After an error, NAME.partial stays unless it
+    is empty, and a line on stderr says so.
     """
     if not out:
         yield sys.stdout

@@ -1,6 +1,6 @@
 """Replaces values that depend on files, such as the model of given weights, and checks files.
 
-Only `resolve` and the checks of this module access files: `resolve` before values are decoded, the checks after.
+Only this module accesses files: `resolve` before values are decoded, the checks after.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,7 @@ _LEAST_TOKENIZER_SHARE = 0.9
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fills in the composed values of a run that depend on its weights or on the resumed run.
-
-    A value of a wrong type is kept; the decoder reports it.
-    """
+    """Fills in the composed values of a run that depend on its weights or on the resumed run."""
     resolved = dict(values)
     plugins, model, data = values.get("plugins"), values.get("model"), values.get("data")
     weights = named_weights(values.get("init_from"))
@@ -56,9 +53,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object = "checkpoint") -> dict[str, Any]:
     """Returns the keys of a `ModelConfig`, from those of `model` or from its `kind`.
 
-    Args:
-        init_from: weights that the key `init_from` names, if any.
-        init_mtp: value of the key `init_mtp`; with `drop`, `of_checkpoint` has no MTP modules.
+    With `init_mtp=drop`, `of_checkpoint` has no MTP modules of the weights that `init_from` names.
     """
     if "kind" not in model:
         return dict(model)
@@ -88,12 +83,8 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
 def _with_task(model: dict[str, Any], given: object, task: object) -> dict[str, Any]:
     """Returns the keys of a model with those that the task sets.
 
-    These are the head, no MTP modules if it is a score head, and the rotary embedding of an extension of the context.
-
-    Args:
-        model: keys of a `ModelConfig`; `head` may be missing.
-        given: value of the key `model.head`; None: the head follows the task.
-        task: composed keys of `task`. The decoder reports an unknown kind.
+    These are the rotary embedding of a longer context, the head if `given` is None, and no MTP modules with a score
+    head.
     """
     kind = task.get("kind") if isinstance(task, Mapping) else None
     spec = TASKS.get(kind) if isinstance(kind, str) and kind in TASKS else None
@@ -108,9 +99,8 @@ def _with_task(model: dict[str, Any], given: object, task: object) -> dict[str, 
 def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str, Any]) -> object:
     """Returns the file that `data.tokenizer` refers to, or None if a tokenizer must be trained.
 
-    `auto` is the tokenizer of the resumed run, unless it was trained, or else that of the weights, if they have one. A
-    folder with a `tokenizer.json` is that of weights, a checkpoint or a run. A value that is no string is returned
-    unchanged; the decoder reports it.
+    `auto` is the tokenizer of the resumed run, unless it was trained, or else that of the weights. A folder with a
+    `tokenizer.json` is that of weights, a checkpoint or a run.
     """
     if not isinstance(tokenizer, str):
         return tokenizer
@@ -166,11 +156,7 @@ def check_files(config: TrainConfig) -> None:
 
 
 def check_data(config: TrainConfig) -> int:
-    """Rejects data that cannot be read, or a tokenizer with more tokens than the model.
-
-    Returns:
-        The size of the tokenizer's vocabulary.
-    """
+    """Rejects unreadable data and too large tokenizers; returns the size of the tokenizer's vocabulary."""
     tokens, model = check_config(config.data), config.model.vocab_size
     if tokens <= model:
         return tokens

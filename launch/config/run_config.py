@@ -101,11 +101,7 @@ def write_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def check(config: TrainConfig, *, checks_weights: bool = True) -> None:
-    """Rejects an invalid configuration before any process starts.
-
-    Args:
-        checks_weights: whether a task that needs trained weights must have them. A plan and a sample do without.
-    """
+    """Rejects an invalid configuration before any process starts. A plan and a sample need no weights."""
     _check_values(config, checks_weights=checks_weights)
     check_memory(config, check_rules)
     check_files(config)

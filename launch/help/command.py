@@ -34,8 +34,8 @@ def command(
 ) -> int:
     """Runs a command with this process' arguments, and returns the exit code.
 
-    A user error prints one line to stderr and returns exit code 2. Ctrl-C prints `interrupted` and returns 130.
-    If the reader of stdout closes the pipe, the command ends silently.
+    A user error prints one line to stderr and returns exit code 2. Ctrl-C prints `interrupted` and returns 130. If the
+    reader of stdout closes the pipe, the command ends silently.
     """
     interrupts = Interrupts()
     escape_terminals()

@@ -18,8 +18,6 @@ class Option:
     Attributes:
         key: dotted, but that of a group has slashes.
         value: of a group, the chosen option; empty for other keys that contain keys.
-        comment: of the key or of the option.
-        is_leaf: whether it contains no other keys.
         group: of which it is a key; empty if it belongs to none.
         choices: options of the group that have the key, if it is not among the command's keys.
     """

@@ -102,11 +102,9 @@ def _read(path: Path) -> Command:
 
 
 def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_COLUMNS) -> str:
-    """Returns the help of a command in at most 60 lines, all its keys, or those that match words.
+    """Returns the help of a command in at most 60 lines, all its keys (`all`), or those matching words.
 
-    Args:
-        arguments: words (`all` for all keys), and overrides; required values may be missing.
-        columns: maximum width of a line in characters.
+    Arguments are words and overrides; required values may be missing. `columns` is the maximum width in characters.
     """
     overrides = [text for text in arguments if "=" in text or text[:1] in "-+~"]
     words = [text.lower().replace("-", "_") for text in arguments if text not in overrides]

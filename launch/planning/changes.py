@@ -35,7 +35,6 @@ class Change:
     operand: str
 
     def __str__(self) -> str:
-        """Returns the change as it is written."""
         return f"{self.key}{self.operator}{self.operand}"
 
     @property
@@ -111,10 +110,7 @@ def _split(item: str, *, is_item: bool) -> Iterator[str]:
 def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
     """Returns nested values with changes of keys applied in their order.
 
-    Args:
-        values: nested values of the whole configuration.
-        typed: the same keys as far as known, decoded: whole numbers are those that must stay whole.
-        changes: of keys, not of groups.
+    `typed` has the same keys as far as known, decoded: whole numbers in it must stay whole.
     """
     result = deepcopy(dict(values))
     decoded = dict(dotted_keys(typed))

@@ -146,9 +146,6 @@ def run_config(values: Mapping[str, Any]) -> TrainConfig:
     """Decodes and checks a run's composed values, without memory and files.
 
     Reads data only if `task.epochs` is the length of the run.
-
-    Raises:
-        ConfigError, CutError, ScheduleError: an invalid configuration.
     """
     task = values.get("task")
     unread = _unread(values)
@@ -202,10 +199,7 @@ def _read_plan(path: Path) -> Mapping[str, Any]:
 
 
 def _measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    """Returns the configuration of a run, with devices and prices from overrides.
-
-    What the plan depends on may be given again, but not changed.
-    """
+    """Returns a run's configuration, with devices and prices from overrides; nothing else may change."""
     run = write_config(read_folder(folder))
     given = dict(dotted_keys(values))
     for key in map(key_of, overrides):

@@ -42,10 +42,8 @@ def read_what_ifs(request: PlanRequest) -> tuple[ChangedRun, ...]:
 def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_order: bool = False) -> WhatIf:
     """Plans a changed run, and compares it with the run.
 
-    If the order and the cut of the run apply, they are planned too, and the better plan is returned.
-
-    Args:
-        keeps_order: whether the order and the cut of the run are the only ones if they apply.
+    If the order and the cut of the run apply, they are planned too, and the better plan is returned; with
+    `keeps_order`, they are the only ones.
     """
     try:
         ordered = plan_with_order(base, request.config, run.config, run.planner)
@@ -149,10 +147,7 @@ def _group_of(change: Change) -> str | None:
 
 
 def _with_options(request: PlanRequest, chosen: Iterable[str]) -> dict[str, Any]:
-    """Composes the run with other options of groups.
-
-    Keys that were set for the replaced option of a group are left out if the new option does not have them.
-    """
+    """Composes the run with other options of groups, without keys that only the replaced options have."""
     overrides = [*chosen]
     groups = {key_of(text) for text in overrides}
     output = _output_keys()

@@ -25,12 +25,7 @@ class _Memory(ctypes.Structure):
 def device_memory_bytes(
     libraries: Sequence[str] = _LIBRARIES, kind: Literal["total", "free"] = "total"
 ) -> tuple[int, ...]:
-    """Returns the memory of every GPU of this machine; empty if NVIDIA's driver does not say it.
-
-    Args:
-        libraries: possible names of the management library.
-        kind: all memory, or what no process uses.
-    """
+    """Returns all or the free memory of every GPU; empty if NVIDIA's driver does not say it."""
     for name in libraries:
         with suppress(OSError, AttributeError):
             return tuple(getattr(memory, kind) for memory in _device_memories(ctypes.CDLL(name)))
@@ -58,17 +53,10 @@ def _device_memory(nvml: ctypes.CDLL, index: int) -> _Memory:
 
 
 def check_device_memory(config: TrainConfig, num_local_ranks: int) -> None:
-    """Rejects a run that cannot fit the GPUs of this machine.
+    """Rejects a run that cannot fit the GPUs of this machine, which its ranks share equally.
 
     Does nothing if `cluster.memory_bytes` says their memory, which `check_memory` checks on any machine. The largest
     GPU counts, because other ones may be hidden from the run. `plan.check=false` skips the check.
-
-    Args:
-        config: of the run, which passes the rules.
-        num_local_ranks: number of ranks on this machine. If there are more than GPUs, they share them equally.
-
-    Raises:
-        ConfigError: as `check_memory`.
     """
     cluster = config.cluster
     if cluster.device != "cuda" or cluster.memory_bytes is not None or not config.plan.check:

@@ -17,10 +17,7 @@ _OPTIONS = {HEAPS: -8, OWN_PAGES: -3, RETURNED: -1}  # glibc, malloc.h
 
 
 def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables for a process that will import torch.
-
-    The number of threads follows the configuration. Other variables keep the value that the user has set.
-    """
+    """Returns variables for a process that will import torch. Those that the user has set are kept."""
     wanted = {
         # Spinning threads cost several times the work itself if ranks share cores.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -46,10 +43,7 @@ def rank_environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> di
 
 
 def local_rank_environment(store_file: Path) -> dict[str, str]:
-    """Returns the variables of a rank whose job runs on this machine alone.
-
-    Such ranks use the loopback interface, regardless of the machine's host name and of a cluster's profile.
-    """
+    """Returns the variables of a rank whose job runs on this machine alone, over the loopback interface."""
     interface = "lo0" if sys.platform == "darwin" else "lo"
     return {
         "GLOO_SOCKET_IFNAME": interface,

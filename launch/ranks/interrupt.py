@@ -16,10 +16,7 @@ _CLEANUP_SECONDS = 3.0
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end this process without a traceback; during imports, there is nothing to clean up.
-
-    Does nothing if the process already handles or ignores Ctrl-C.
-    """
+    """Makes Ctrl-C end this process without a traceback, unless the process handles or ignores it."""
     if _is_plain() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _end)
 
@@ -28,9 +25,6 @@ class Interrupts:
     """Handler for Ctrl-C while a command runs.
 
     The first Ctrl-C raises KeyboardInterrupt, so that the command cleans up.
-
-    Attributes:
-        is_interrupted: whether Ctrl-C was pressed.
     """
 
     is_interrupted: bool

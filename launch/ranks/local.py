@@ -104,10 +104,7 @@ def stop_fork_server() -> None:
 
 
 def _has_lost_fork_server() -> bool:
-    """Returns whether the fork server has ended.
-
-    It stays unreaped, so that `multiprocessing` starts a new one.
-    """
+    """Returns whether the fork server has ended. It stays unreaped, so that a new one is started."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     return pid is not None and hasattr(os, "waitid") and os.waitid(os.P_PID, pid, flags) is not None
@@ -119,9 +116,8 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     SIGTERM, SIGUSR1 and SIGHUP request preemption; the ranks have `cluster.grace_seconds` to save and end. If a rank is
     lost or does not respond, all ranks restart from the newest complete checkpoint, up to `cluster.max_restarts` times.
 
-    Returns:
-        The exit code: a rank's own code, 78 if a signal ended a rank, or 128 + n if signal n ended this process or
-        requested preemption and the ranks did not end in time.
+    Returns a rank's own exit code, 78 if a signal ended a rank, or 128 + n if signal n ended this process or requested
+    preemption and the ranks did not end in time.
     """
     config, request = read_folder(folder), Preemption()
     with _requests_received(request):
@@ -154,10 +150,7 @@ def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, rea
 def _run_once(
     folder: Path, world_size: int, entry: Entry, cluster: ClusterConfig, request: Preemption
 ) -> tuple[int, str]:
-    """Runs one attempt of all ranks.
-
-    Returns the exit code, and the reason for a failure that no rank reported.
-    """
+    """Runs one attempt; returns the exit code, and the reason for a failure that no rank reported."""
     for stale in find_errors(folder):
         stale.unlink()
     try:
@@ -269,10 +262,7 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
 
 
 def die_with_parent() -> None:
-    """Ends this rank when the launcher or the fork server ends or is killed.
-
-    Otherwise the rank would outlive them.
-    """
+    """Ends this rank when the launcher or the fork server ends, which it would otherwise outlive."""
     parent, fork_server = process.parent_process(), os.getppid()
     if parent is not None:
         while os.getppid() == fork_server and not connection.wait([parent.sentinel], _NOTICE_SECONDS):

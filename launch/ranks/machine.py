@@ -41,10 +41,7 @@ def torch_has_cuda() -> bool:
 
 
 def check_driver(device: str, key: str, advice: str = _NO_GPU) -> None:
-    """Rejects the device cuda on a machine without a driver, or with a torch without CUDA.
-
-    Takes milliseconds.
-    """
+    """Rejects the device cuda without a driver, or with a torch without CUDA, in milliseconds."""
     if device != "cuda":
         return
     if not has_driver():
@@ -100,10 +97,7 @@ def _loads(library: str) -> bool:
 
 
 def check_scorers(config: TrainConfig) -> None:
-    """Rejects a reward that this machine cannot compute.
-
-    Parts that need a model on the ranks are not built here.
-    """
+    """Rejects a reward that this machine cannot compute, except for parts of models on the ranks."""
     parts = None if config.reward is None else host_parts(config.reward)
     if parts is not None:
         check_reward(parts)

@@ -81,8 +81,7 @@ def _check_holds(config: TrainConfig, folder: Path) -> None:
 def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
     """Creates the run's folder, writes the resolved configuration into it, and holds its lock until exit.
 
-    Yields:
-        The configuration with the folder as `out_dir`, and the lock.
+    Yields the configuration with the folder as `out_dir`, and the lock.
     """
     with _system_refusals(config):
         folder = _make(config, now)

@@ -41,7 +41,6 @@ class RankSupervisor:
     """Thread that supervises ranks next to the launcher. Each rank writes a file `pid_*` into `scratch`."""
 
     def __init__(self, folder: Path, scratch: Path, request: Preemption, grace_seconds: float) -> None:
-        """Prepares the supervisor; `running` starts it."""
         self._folder = folder
         self.scratch = scratch
         self._request = request
@@ -136,7 +135,6 @@ class RankCheck:
     """
 
     def __init__(self, world_size: int, supervisor: RankSupervisor) -> None:
-        """Expects `world_size` ranks. The file `pid_*` of each in the supervisor's folder contains its rank."""
         self._world_size = world_size
         self._supervisor = supervisor
         self._num_missing = 0
@@ -174,10 +172,7 @@ def pid_of(path: Path) -> int:
 
 
 def report_lost(folder: Path, code: int, reason: str, effect: str = "") -> tuple[int, str]:
-    """Prints the verdict of the other ranks with its effect, or a reason if there is no verdict.
-
-    Returns the exit code and the reason.
-    """
+    """Prints and returns the verdict of the other ranks with its effect, or code and reason without one."""
     if (verdict := find_verdict(folder)) is None:
         print_redacted(f"error: {reason}")
         return code, reason
@@ -187,12 +182,7 @@ def report_lost(folder: Path, code: int, reason: str, effect: str = "") -> tuple
 
 
 def report_failure(folder: Path, rank: int, exit_code: int, request: Preemption) -> tuple[int, str]:
-    """Prints one short report of which rank failed first and why.
-
-    Args:
-        rank: first failed rank that the launcher detected.
-        exit_code: exit code of its process; -n if signal n ended it.
-    """
+    """Prints one short report of why a rank failed first; exit code -n says that signal n ended it."""
     signalled = _signal_of(exit_code)
     if signalled is signal.SIGINT:
         return EXIT_INTERRUPTED, "ended by SIGINT"
@@ -236,10 +226,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Removes leftover folders of this user whose owner was a process on this machine that has ended.
-
-    Follows no links.
-    """
+    """Removes leftover folders of this user whose owner on this machine has ended. Follows no links."""
     with suppress(OSError):
         for entry in list(os.scandir(place)):
             with suppress(OSError, LockedError):

@@ -18,8 +18,7 @@ _RETRY_SECONDS = 0.2
 def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
     """Prints what is wrong with this node on stderr, one line for each problem.
 
-    Args:
-        arguments: `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
+    Arguments are `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
     """
     given = dict(argument.split("=", 1) for argument in arguments)
     node, index = environment.get("SLURMD_NODENAME", socket.gethostname()), int(environment["SLURM_NODEID"])

@@ -68,10 +68,7 @@ class SlurmConfig:
 
 
 def seconds_of(time: str) -> int | None:
-    """Converts Slurm's time notation (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) to seconds.
-
-    Returns None if it is not valid.
-    """
+    """Converts Slurm's time (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) to seconds; None if it is not valid."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
@@ -136,7 +133,6 @@ def render(config: TrainConfig, slurm: SlurmConfig, overrides: Sequence[str], fo
 
     Args:
         config: the run's configuration; `out_dir` is an absolute path that all attempts of the job share.
-        overrides: overrides for `launch.train`.
         folder: working directory, to which paths in `overrides` are relative.
         rank_bytes: predicted memory of the largest rank, which the nodes must have.
     """

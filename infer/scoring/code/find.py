@@ -38,10 +38,7 @@ class _MissingError(Exception):
 
 
 def find_sandbox(choice: IsolationChoice = "bubblewrap") -> Sandbox:
-    """Finds a way to run guests on this machine, and checks that a guest cannot leave it.
-
-    Limits alone are logged with the reason. `ScoringError` says what is missing, or what does not hold.
-    """
+    """Finds a way to run guests, and checks that a guest cannot leave it; `ScoringError` says why not."""
     try:
         sandbox = _build_bubblewrap()
         _check(sandbox)
@@ -148,7 +145,6 @@ def _unused_uid() -> int:
 
 
 def _is_open_to_all(interpreter: Interpreter) -> bool:
-    """Returns whether every user can reach and read an interpreter."""
     paths = [Path(interpreter.program), Path(interpreter.library)]
     folders = {folder for path in paths for folder in path.parents} | {paths[1]}
     return all(folder.stat().st_mode & stat.S_IXOTH for folder in folders) and all(

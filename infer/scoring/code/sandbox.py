@@ -82,10 +82,7 @@ class StartedGuest:
 
 
 class Sandbox:
-    """A way to run guest programs on this machine. It keeps no state, so threads may share it.
-
-    Use `infer.scoring.code.find.find_sandbox`, which checks that the sandbox holds.
-    """
+    """A way to run guest programs. `find_sandbox` checks that it holds. Threads may share it."""
 
     def __init__(self, isolation: Isolation, prefix: Sequence[str], interpreter: Interpreter) -> None:
         """Packs the guest's modules. `prefix` is a command that runs before bubblewrap or the interpreter."""

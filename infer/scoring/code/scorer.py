@@ -33,7 +33,6 @@ class CodeConfig(ScorerConfig):
         wall_seconds: time after which a program without a verdict is stopped. If it slept, this is a timeout. If it
             waited for a processor, the machine was busy: it is run once more, and then the outcome is unknown.
         memory_mib: address space of each process.
-        num_sandboxes: number of programs that run at the same time.
         isolation: bubblewrap, or accept_risk, which takes limits alone if bubblewrap is missing or does not hold.
     """
 
@@ -44,7 +43,6 @@ class CodeConfig(ScorerConfig):
     isolation: IsolationChoice = "bubblewrap"
 
     def __post_init__(self) -> None:
-        """Rejects a wall time below the processor time."""
         if self.wall_seconds < self.cpu_seconds:
             raise ScoringError(
                 f"wall_seconds: of kind code must be at least cpu_seconds "

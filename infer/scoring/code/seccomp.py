@@ -1,9 +1,9 @@
 """Builds the seccomp filter of the sandbox: a program that refuses system calls which no test needs.
 
-The namespaces already confine a program. The filter reduces the kernel code that it can reach, and closes ways to hold
-memory that no limit of a process counts: shared memory segments, message queues, memory files. A program cannot lower
-its own priority either, because waiting for a processor is not its fault (`supervise`).
-Source: Linux, Documentation/userspace-api/seccomp_filter.rst, and the tables of system calls of both architectures.
+It reduces the kernel code that a confined program can reach, and closes ways to hold memory that no limit of a process
+counts: shared memory segments, message queues, memory files. A program cannot lower its own priority either, because
+waiting for a processor is not its fault (`supervise`). Source: Linux, Documentation/userspace-api/seccomp_filter.rst,
+and the tables of system calls of both architectures.
 """
 
 import platform

@@ -46,8 +46,8 @@ _STARTED, _ASKING, _TESTING = "started", "asking", "testing"
 def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
     """Runs `tests.py` and writes the verdict with the nonce from standard input.
 
-    The arguments are the limits as JSON and numbers of file descriptors: for requests to the program, with its
-    replies, and of a file that says what is being done, and at the end the verdict.
+    The numbers of file descriptors are for requests to the program, its replies, and a file that says what is being
+    done, and at the end the verdict.
     """
     nonce = sys.stdin.readline().strip()
     values = json.loads(limits)
@@ -131,7 +131,6 @@ class _TestPeer(Peer):
         problem: why the program is wrong regardless of what the tests find; empty if it is not.
         is_tainted: whether tests that pass prove nothing.
         named_classes: classes of the program that the tests name, so that its operators are what is tested.
-        last_error: the last error that the program raised.
     """
 
     def __init__(self, incoming: Any, outgoing: Any, verdict_fd: int) -> None:

@@ -46,8 +46,7 @@ class BrokenLinkError(BaseException):
 class Peer:
     """One end of the link. The other side may send requests before its reply, which are served meanwhile.
 
-    Attributes:
-        doubt: why a failure may be due to the link; empty if it is not.
+    `doubt` says why a failure may be due to the link; empty if it is not.
     """
 
     def __init__(self, incoming: BinaryIO, outgoing: BinaryIO, parity: int) -> None:
@@ -137,11 +136,7 @@ class Peer:
         self._outgoing.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Reads a message.
-
-        Raises:
-            BrokenLinkError: the other process ended, or the line is too long or not a message.
-        """
+        """Reads a message, or raises `BrokenLinkError` if the other process ended or sent no message."""
         line = self._incoming.readline(_LARGEST_LINE + 1)
         if not line:
             raise BrokenLinkError("the program ended")
@@ -154,11 +149,7 @@ class Peer:
         return message
 
     def encode(self, value: Any, depth: int = 0) -> Any:
-        """Returns a value as JSON: plain, or a list of its kind and its parts.
-
-        Raises:
-            WireError: it is nested too deep.
-        """
+        """Returns a value as JSON: plain, or a list of its kind and its parts."""
         kind = type(value)
         if value is None or kind in (bool, float, str) or (kind is int and -(2**63) < value < 2**63):
             return value
@@ -247,11 +238,7 @@ class Peer:
         return self._next_number
 
     def decode(self, data: Any) -> Any:
-        """Builds a value from its JSON.
-
-        Raises:
-            WireError: the data is not a value.
-        """
+        """Builds a value from its JSON, or raises `WireError` if it is none."""
         if data is None or type(data) in (bool, int, float, str):
             return data
         try:
