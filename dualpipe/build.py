@@ -27,10 +27,10 @@ def build(
     If the costs allow offload, activations may be in host memory while the cap has no room for them.
 
     Args:
-        num_micro_batches: micro-batches of one pipeline and step, of both directions together.
+        num_micro_batches: micro-batches of one step, of both directions together.
         costs: costs of each stage; None for equal stages with F = I = W and no exchange. Their number determines the
-            chunks per rank. They change the order only if the kind takes costs.
-        memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
+            chunks per rank.
+        memory_cap: maximum of a rank's live activations and its copies of `costs.weights`, in the unit of
             `StageCosts.activation`; None for the schedule's own maximum.
 
     Raises:
@@ -62,13 +62,7 @@ def build(
 
 
 def _fit(generate: Callable[[float | None], Schedule], costs: CostModel, memory_cap: float | None) -> Schedule:
-    """Makes the schedule within a cap on its activations.
-
-    Some are offloaded if the costs allow it and it takes less time.
-
-    Args:
-        generate: function from a cap to the schedule without offload.
-    """
+    """Makes the schedule within a cap on its activations, with offload if that is allowed and faster."""
     if memory_cap is None or not costs.can_offload:
         return generate(memory_cap)
     try:
@@ -89,7 +83,6 @@ def _generate(
     memory_cap: float | None,
     cache_dir: Path | None,
 ) -> Schedule:
-    """Makes the schedule within a cap on its activations, from the cache if it depends on costs."""
     if spec.takes_costs:
         return load_or_make(spec.generate, num_ranks, num_micro_batches, costs, memory_cap, cache_dir)
     schedule = spec.generate(num_ranks, num_micro_batches, *([costs.slices] if spec.takes_slices else []))

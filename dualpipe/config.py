@@ -17,7 +17,6 @@ class ScheduleConfig:
     Attributes:
         kind: name of a registered schedule, or `auto` for the best one by simulation.
         chunks: stages that a rank holds for one direction; None for the best number that the layers allow.
-        pairing: whether the phases of a group's operations overlap each other's exchanges or run in sequence.
         slices: slices into which every sequence is cut along its tokens; each counts as a micro-batch.
     """
 
@@ -32,23 +31,14 @@ _STAGE_KEYS = tuple(field.name for field in fields(StageCosts))
 
 @dataclass(frozen=True, slots=True)
 class StageEntry:
-    """Costs of one stage: a multiple of an equal stage's, or some of them by name.
-
-    Attributes:
-        factor: factor on all costs of an equal stage.
-        values: costs that differ from those, by the name of a field of `StageCosts`.
-    """
+    """Costs of one stage: `factor` times an equal stage's, or some of them by name."""
 
     factor: float
     values: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def from_plain(cls, value: object) -> "StageEntry":
-        """Reads a number or a mapping.
-
-        Raises:
-            ScheduleError: if it is neither, or has an unknown key or an invalid number.
-        """
+        """Reads a number or a mapping, or raises a `ScheduleError`."""
         if not isinstance(value, Mapping):
             return cls(factor=_number(value, "must be a number, or costs by name,"))
         for key in value:
@@ -79,7 +69,7 @@ class ModelCosts(Costs):
     """Costs of a model on a pipeline, for any number of stages.
 
     Attributes:
-        stages: costs of each stage if stages differ; empty for equal stages.
+        stages: costs of each stage; empty for equal stages.
         weights: memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P; 0 to
             count activations only.
     """
@@ -91,8 +81,7 @@ class ModelCosts(Costs):
     def of_stages(self, num_ranks: int, num_stages: int) -> CostModel:
         """Returns the costs of every stage if the model is cut into `num_stages` stages.
 
-        If that is not the number of entries in `stages`, the same model is divided evenly: a new stage costs its
-        fraction of the old ones.
+        If that is not the number of entries in `stages`, a new stage costs its fraction of the old ones.
 
         Raises:
             ScheduleError: if the number of entries is no multiple of the number of ranks.

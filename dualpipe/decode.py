@@ -1,8 +1,7 @@
 """Generates schedules that decode: forwards only, whose last stage feeds the first one with tokens.
 
-Sequences that are decoded together form a cohort. A cohort is in one stage at a time, so a pipeline is busy only if
-several cohorts travel through it. With two directions, half of them enter at either end. Any placement works: that of
-DualPipe, of its interleaved form, of a V, or a single direction.
+A cohort of sequences is in one stage at a time, so a pipeline is busy only if several cohorts travel through it. With
+two directions, half of them enter at either end. Any placement works.
 """
 
 from heapq import heappop, heappush
@@ -16,15 +15,11 @@ KIND = "decode"
 def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
     """Returns the schedule of a number of rounds of every cohort, in the order in which inputs arrive.
 
-    Every rank runs the operation whose input arrived first, if all operations take the same time and transfers none. Of
-    several that arrived together, the one of the latest stage runs first, because its tokens are needed soonest. So a
-    rank is idle only if it has no input at all.
+    A rank is idle only if it has no input: it runs the operation whose input arrived first, if all operations take the
+    same time and transfers none. Of several, the one of the latest stage runs first: its tokens are needed soonest.
 
     Args:
         rounds: number of rounds of each cohort. A round reads prompts, or adds tokens to every sequence of the cohort.
-
-    Raises:
-        ScheduleError: a number is below 1.
     """
     for name, value in (("cohorts", cohorts), ("rounds", rounds)):
         if value < 1:
@@ -60,7 +55,6 @@ def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
 def _next(
     placement: Placement, op: Operation, cohorts: int, rounds: int, time: int
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
-    """Returns the rank and the entry of the operation that an operation feeds at a time, if any."""
     row, stage, micro_batch = placement[op.direction], op.stage + 1, op.micro_batch
     if stage == len(row):
         stage, micro_batch = 0, micro_batch + cohorts

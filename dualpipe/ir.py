@@ -22,10 +22,7 @@ class Op(StrEnum):
     """Kind of an operation. A full backward is the backward for inputs followed by the one for weights.
 
     An offload waits until the activation of a micro-batch is in host memory, and frees it on the device. The copy
-    itself starts when the forward has ended. A reload allocates the activation again and starts the copy back. Both
-    are groups of one operation.
-
-    It is a string so that operations can be sorted.
+    starts when the forward has ended. A reload allocates the activation again and starts the copy back.
     """
 
     FORWARD = "F"
@@ -42,10 +39,9 @@ class Op(StrEnum):
 
 
 class Operation(NamedTuple):
-    """Forward, backward, offload or reload of one micro-batch in one stage.
+    """Forward, backward, offload or reload of one micro-batch (counted in its direction) in one stage.
 
-    `micro_batch` counts from 0 within its direction. Schedules have up to millions of operations, which are created,
-    hashed and compared all the time. A tuple does that several times faster than a dataclass.
+    Schedules have up to millions of operations. A tuple is several times faster than a dataclass.
     """
 
     kind: Op
@@ -128,7 +124,7 @@ class Schedule:
     def token_source(self, op: Operation) -> Operation | None:
         """Returns the operation that chooses the tokens that an operation reads, or None if it reads none.
 
-        It is None in the first round of a cohort, whose tokens do not come from the schedule.
+        In the first round of a cohort, tokens do not come from the schedule.
         """
         if self.cohorts is None or op.stage or op.kind is not Op.FORWARD or op.micro_batch < self.cohorts:
             return None

@@ -35,11 +35,7 @@ def ungroup(schedule: Schedule) -> Schedule:
 
 
 def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
-    """Replaces every B by I and a separate W after it, so that the input gradient is sent before W runs.
-
-    Returns:
-        The split schedule, or the original one if the split would increase makespan or peak memory.
-    """
+    """Replaces every B by I and a later W, to send I's gradient first, unless time or memory grows."""
     split = split_backwards(schedule)
     return split if is_no_worse(split, schedule, costs) else schedule
 

@@ -1,22 +1,18 @@
 """Proves that messages arrive in the order in which they are received, and that ranks cannot deadlock.
 
 The model of transfers is the strictest one under which the published DualPipe runs: rendezvous with one message in
-flight on a link. Before a group, a rank posts the receives of all messages that the group needs, in the order of its
-operations, and then waits for them. After a group, it sends the values that the operations made, in their order. A
-message is delivered when it has been sent and its receive is posted. The sender continues, but it blocks before its
-next message on the same link until the previous one is delivered. (A sender that blocked on every message until its
-delivery would deadlock DualPipe's neighbors, which send to each other at the same time.)
+flight on a link. Before a group, a rank posts the receives of all its messages and waits for them. After a group, it
+sends the values that the operations made. The sender continues, but it blocks before its next message on the same link
+until the previous one is delivered. (A sender that blocked until the delivery would deadlock DualPipe's neighbors.)
 
-The next action of each rank is fixed and does not depend on the speed of other ranks. So either every run ends or none
-does, and one run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only
-wait less. A copy to or from host memory waits for no other rank, so it is never part of a deadlock.
+The next action of each rank does not depend on the speed of other ranks. So either every run ends or none does, and one
+run without a clock decides. Transports that keep more messages in flight, or post receives earlier, only wait less.
+A copy to or from host memory waits for no other rank, so it is never part of a deadlock.
 
-A schedule that decodes keeps messages waiting on purpose: with more cohorts than ranks, tokens arrive before their rank
-needs them. Each cohort has at most one message on the way, so a link that holds one message of every cohort never
-blocks its sender. That is the model of such a schedule.
+When decoding with more cohorts than ranks, tokens arrive before their rank needs them. Each cohort has at most one
+message on the way, so a link that holds one message of every cohort never blocks its sender.
 
-Values are numbers here, and steps are shared by all messages of a link, because a large schedule has hundreds of
-thousands of messages.
+Values are numbers here, and messages of a link share steps: a large schedule has hundreds of thousands of messages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,13 +36,8 @@ class _Link:
     """One-way FIFO queue between two ranks for one kind of value.
 
     Attributes:
-        source: rank that sends.
-        destination: rank that receives.
-        kind: kind of the values.
         sent: numbers of the values in the order in which the source sends them.
         received: numbers of the values in the order in which the destination receives them.
-        num_sent: messages sent so far.
-        num_posted: receives posted so far.
         num_taken: messages for which the destination has waited.
         num_held: messages that the link delivers before their receive is posted.
     """
@@ -63,8 +54,6 @@ class _Link:
 
 
 class _Step(NamedTuple):
-    """Action of a rank on the next message of a link."""
-
     action: _Action
     link: _Link
 
@@ -73,7 +62,7 @@ class _End(NamedTuple):
     """One end of the values that a stage sends to its neighbor on another rank.
 
     Attributes:
-        steps: of each message at this end.
+        steps: steps of each message at this end.
         values: order of the values of the link at this end.
         first: number of the value that belongs to micro-batch 0.
         micro_batches: micro-batches of the operations that send or receive.
@@ -93,8 +82,7 @@ def check_progress(schedule: Schedule) -> None:
     """Compares both ends of every link, and runs all ranks without a clock until they end.
 
     Raises:
-        ScheduleError: if a rank receives in another order than its peer sends, or if ranks wait for each other in a
-            cycle. The message describes it.
+        ScheduleError: if a rank receives in another order than its peer sends, or if ranks wait for each other.
     """
     receivers, senders = _ends(schedule)
     programs = [_program(groups, receivers, senders) for groups in schedule.ranks]

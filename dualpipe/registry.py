@@ -1,7 +1,4 @@
-"""Registers kinds of schedules by name, with their size limits, placement and generator.
-
-A generator's file registers its kind. `dualpipe.build` makes a schedule from a name.
-"""
+"""Registers kinds of schedules by name, with their size limits, placement and generator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +19,7 @@ _FIRST = ("dualpipe_interleaved", "dualpipe", "dualpipe_v", "zero_bubble", "one_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeLimit:
-    """Reason why a schedule is not defined for a size.
-
-    Attributes:
-        rule: the rule that it breaks, with a verb, as in `needs an even number of ranks`.
-    """
+    """Reason why a schedule is not defined for a size. `rule` is as in `needs an even number of ranks`."""
 
     about: Literal["num_ranks", "num_micro_batches"]
     rule: str
@@ -35,12 +28,9 @@ class SizeLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleFormula:
-    """Published formula for the idle time of every rank.
+    """Published formula for every rank's idle time, from the number of ranks and the costs of model/P.
 
     It holds at least for F = I = W without exchange and latency, and for 2P or more micro-batches.
-
-    Attributes:
-        value: function of the number of ranks and the costs of model/P.
     """
 
     text: str
@@ -49,7 +39,7 @@ class IdleFormula:
 
 
 def accept_any_size(num_ranks: int, num_micro_batches: int) -> SizeLimit | None:
-    """Returns None: the schedule is defined for any number of ranks and micro-batches."""
+    """Returns None: any number of ranks and micro-batches is accepted."""
     return None
 
 
@@ -62,11 +52,9 @@ class ScheduleSpec:
             schedule. If `takes_costs` is set, it also takes a `CostModel` and a memory cap or None, and it raises
             MemoryCapError if it cannot keep the cap. Its results are then cached. The number of chunks follows from the
             number of stages in the `CostModel`. If `takes_slices` is set, it also takes the number of slices.
-        placement: function of the numbers of ranks and chunks that returns the placement.
+        placement: function of the numbers of ranks and chunks.
         chunks: numbers of stages that a rank can hold for one direction.
         limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
-        takes_costs: whether the order depends on costs and memory cap.
-        takes_slices: whether micro-batches can be slices of sequences (`Schedule.slices`).
         may_be_chosen: whether `schedule=auto` considers the kind.
         grows: whether the peak of live activations still grows after three micro-batches per rank. If so, memory is
             predicted with all micro-batches.
@@ -89,11 +77,7 @@ class ScheduleSpec:
         return num_ranks * (chunks or self.chunks[0])
 
     def chunk_choices(self, chunks: int | None) -> tuple[int, ...]:
-        """Returns the numbers of chunks to try: the configured one, or all up to `AUTO_CHUNKS`.
-
-        Raises:
-            ScheduleError: if the schedule is not defined for the configured number.
-        """
+        """Returns the numbers of chunks to try: the configured one if it is valid, or several."""
         if chunks is None:
             return tuple(number for number in self.chunks if number <= max(AUTO_CHUNKS, self.chunks[0]))
         if chunks not in self.chunks:
@@ -156,13 +140,10 @@ def check_size(
 
 
 def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
-    """Checks that a kind can run slices of sequences, of which each counts as a micro-batch.
-
-    Args:
-        kind: name of the schedule, or `auto`.
+    """Checks that a kind, or `auto`, can run slices of sequences, of which each counts as a micro-batch.
 
     Raises:
-        ScheduleError: the kind runs whole sequences, or the slices do not divide the micro-batches.
+        ScheduleError: if the kind runs whole sequences, or the slices do not divide the micro-batches.
     """
     if slices > 1 and (kind == "auto" or not SCHEDULES.get(kind).takes_slices):
         sliced = " or ".join(other for other, spec in SCHEDULES.items() if spec.takes_slices)
@@ -181,12 +162,7 @@ def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
 def kind_for_size(
     kind: str, num_ranks: int, num_micro_batches: int, chunks: int, *, micro_batches_key: str = "num_micro_batches"
 ) -> str:
-    """Returns the kind or, where it is not defined, a kind with the same placement that is.
-
-    Of several others, `FALLBACK` comes first, then the order of the registry.
-
-    Args:
-        micro_batches_key: configuration key of the number of micro-batches, for errors.
+    """Returns the kind or, where it is not defined, one with the same placement: `FALLBACK` if possible.
 
     Raises:
         ScheduleError: as `check_size`, if there is no such kind.

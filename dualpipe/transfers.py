@@ -14,10 +14,9 @@ _LOCAL = (Op.BACKWARD_WEIGHT, Op.OFFLOAD, Op.RELOAD)
 
 
 class Value(NamedTuple):
-    """Value that a stage sends to another one.
+    """Value that `stage` makes for another one: F's output, or the gradient of its input.
 
-    It is F's output or the gradient of the stage's input for a neighbor. In a schedule that decodes, it is also the
-    tokens that the last stage chose for the first stage. `stage` is the stage that makes it.
+    In a schedule that decodes, it is also the tokens that the last stage chose for the first stage.
     """
 
     kind: ValueKind
@@ -81,10 +80,7 @@ class RankTransfers:
 
 
 def made_by(operation: Operation, num_stages: int) -> Value | None:
-    """Returns the value that the operation makes for a neighboring stage, if any.
-
-    B and I make the gradient.
-    """
+    """Returns the value that the operation makes for a neighboring stage, if any."""
     if operation.kind in _LOCAL:
         return None
     forward = operation.kind is Op.FORWARD
@@ -107,10 +103,7 @@ def needed_by(operation: Operation, num_stages: int) -> Value | None:
 
 
 def value_made(schedule: Schedule, operation: Operation) -> Value | None:
-    """Returns the value that the operation makes for another stage, if any.
-
-    Unlike `made_by`, it knows the tokens for a cohort's next round.
-    """
+    """Returns the value that the operation makes for another stage, if any, tokens included."""
     if schedule.cohorts is None or operation.stage != schedule.num_stages - 1:
         return made_by(operation, schedule.num_stages)
     is_read = operation.micro_batch + schedule.cohorts in schedule.micro_batches_of(operation.direction)
@@ -118,10 +111,7 @@ def value_made(schedule: Schedule, operation: Operation) -> Value | None:
 
 
 def value_needed(schedule: Schedule, operation: Operation) -> Value | None:
-    """Returns the value that the operation needs from another stage, if any.
-
-    Unlike `needed_by`, it knows the tokens of a cohort's previous round.
-    """
+    """Returns the value that the operation needs from another stage, if any, tokens included."""
     source = schedule.token_source(operation)
     if source is None:
         return needed_by(operation, schedule.num_stages)

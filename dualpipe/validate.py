@@ -1,7 +1,4 @@
-"""Proves that a schedule can run without deadlock and computes everything once.
-
-`dualpipe.progress` describes the model of transfers.
-"""
+"""Proves that a schedule can run without deadlock (`dualpipe.progress`) and computes everything once."""
 
 from collections.abc import Collection
 
@@ -25,8 +22,7 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
         forward_only: whether the schedule must contain only forwards (`passes.forward_only`) instead of training.
 
     Raises:
-        ScheduleError: if there is a problem; it names the first one, as in
-            `rank 3: stage 5, micro-batch 12 has I but no W`.
+        ScheduleError: names the first problem, as in `rank 3: stage 5, micro-batch 12 has I but no W`.
     """
     _check_sizes(schedule)
     located = _locate_operations(schedule)
@@ -42,20 +38,12 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
 
 
 def validate_passes(schedule: Schedule, memory_cap: float | None = None) -> None:
-    """Proves both programs that a network runs under a schedule: training, and forwards only.
-
-    Args:
-        memory_cap: as in `validate`.
-
-    Raises:
-        ScheduleError: as `validate`.
-    """
+    """Proves both programs that a network runs under a schedule: training, and forwards only."""
     validate(schedule, memory_cap)
     validate(forward_only(schedule), forward_only=True)
 
 
 def _check_sizes(schedule: Schedule) -> None:
-    """Checks numbers of ranks, stages and micro-batches, and the placement."""
     if schedule.num_ranks < 1 or schedule.num_micro_batches < 1:
         raise ScheduleError(
             f"schedule: needs at least 1 rank and 1 micro-batch, "
@@ -86,11 +74,7 @@ def _check_sizes(schedule: Schedule) -> None:
 
 
 def _locate_operations(schedule: Schedule) -> _Located:
-    """Checks that every operation exists, is on the rank of its stage, and appears once.
-
-    Returns:
-        The group of each operation.
-    """
+    """Checks that every operation exists, is on its stage's rank and appears once. Returns its group."""
     located: _Located = {}
     counts = [len(schedule.micro_batches_of(direction)) for direction in range(schedule.num_directions)]
     holders = {
@@ -228,10 +212,9 @@ def _check_slices(schedule: Schedule, located: _Located) -> None:
 
 
 def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:
-    """Returns the places of operations that operations of a place need, if one rank runs both.
+    """Returns what (kind, direction, stage) operations of a key need, if one rank runs both.
 
-    A place is a kind, a direction and a stage. A schedule has B or I of a micro-batch, so one of both is missing. It
-    has R only if the micro-batch is offloaded.
+    A schedule has B or I of a micro-batch, so one of both is missing. It has R only if the micro-batch is offloaded.
     """
     kind, direction, stage = key
     found = [(needed, direction, stage) for needed in _NEEDS[kind]]

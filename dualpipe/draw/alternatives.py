@@ -40,8 +40,7 @@ class Alternatives:
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
         """Times every other kind under the costs of the run's stages, or says why it is not available.
 
-        A kind has the best number of chunks under the costs of the first call. For another number of stages, the same
-        model is split differently. Each new stage costs its share of the run's stages.
+        A kind keeps the number of chunks that is best under the costs of the first call.
         """
         rows: list[TimedSchedule | UnavailableSchedule] = []
         for kind in candidates():

@@ -29,10 +29,7 @@ class Strip:
 
 
 def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
-    """Returns a cell for each group, in the unit of the costs.
-
-    Copies have one only if the rank waits for them.
-    """
+    """Returns a cell for each group, in the unit of the costs; for copies only if the rank waits for them."""
     return [
         Cell(rank=rank, start=start, end=end, members=group)
         for rank, groups in enumerate(schedule.ranks)
@@ -44,8 +41,7 @@ def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
 def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], list[Strip]]:
     """Returns a cell for each group that ran, and its waits, in seconds from the first rank's start.
 
-    A cell begins when the group's first message has arrived and ends with the group's last work. Time between cells is
-    a wait for a message, or overhead of the interpreter.
+    A cell begins when the group's first message has arrived. Time between cells is a wait or overhead.
     """
     cells: list[Cell] = []
     strips: list[Strip] = []

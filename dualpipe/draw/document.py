@@ -1,7 +1,7 @@
-"""Writes HTML documents with one head and a policy that allows only their own script and style.
+"""Writes HTML documents with a policy that allows only their own script and style, and no network.
 
-Pages show names, answers and errors that may be hostile. The policy allows the script and the style of the document by
-their digests, and no network. Such a policy blocks `style` attributes too, so they become rules of the style sheet.
+Pages show names, answers and errors that may be hostile. The policy blocks `style` attributes too, so they become
+rules of the style sheet.
 """
 
 import base64
@@ -19,7 +19,7 @@ def document(title: str, body: str, style: str, script: str = "", *, has_images:
 
     Args:
         body: HTML in which every outside string is escaped; its script elements must hold data only.
-        style: the style sheet, after what all documents share.
+        style: style sheet, added to the one that all documents share.
         script: runs after the body was read; empty for none.
         has_images: whether the body has images as `data:` addresses.
     """
@@ -53,5 +53,4 @@ def document(title: str, body: str, style: str, script: str = "", *, has_images:
 
 
 def _digest(text: str) -> str:
-    """Returns the digest of an inline script or style in the form of a content policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"

@@ -13,10 +13,7 @@ from dualpipe.simulate.simulate import Simulation, simulate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedSchedule:
-    """Schedule with its timing, its lower bound and, if there was a run, its measured spans.
-
-    If there was a run, the unit of the costs is a second.
-    """
+    """Schedule with its timing and lower bound. If it was run, the costs are in seconds and it has spans."""
 
     schedule: Schedule
     costs: CostModel
@@ -116,10 +113,7 @@ NAMES = {
 
 
 def number(value: float) -> str:
-    """Formats a number with at most three significant digits, as in `24.6`.
-
-    Rounding errors around zero become 0.
-    """
+    """Formats a number with at most three significant digits, as in `24.6`; about zero is 0."""
     rounded = 0.0 if abs(value) < 1e-9 else float(f"{value:.3g}")
     return f"{rounded:.10g}"
 

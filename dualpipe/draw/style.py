@@ -1,10 +1,7 @@
 """Defines the colors of schedules: one hue per kind of operation and one shade per direction.
 
-Copies to and from host memory have one shade.
-
-The colors are distinct for color-blind readers: blue, vermilion, yellow and green also differ in lightness. The first
-direction is light with dark numbers. The second is dark and hatched with light numbers, so they also differ without
-hue.
+They are distinct for color-blind readers: the hues also differ in lightness, and the second direction is dark and
+hatched with light numbers.
 """
 
 from dataclasses import dataclass
@@ -32,10 +29,7 @@ _GAP = 22.0
 
 
 def style_of(kind: Op, variant: int) -> str:
-    """Returns the CSS class of a cell: the kind's letter, then 0 for light or 1 for dark.
-
-    Copies are always light.
-    """
+    """Returns the CSS class of a cell: the kind's letter, then 0 for light (all copies) or 1 for dark."""
     return f"{kind.value}{0 if kind.is_copy else variant}"
 
 

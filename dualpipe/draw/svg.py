@@ -76,9 +76,6 @@ def svg(
 ) -> str:
     """Returns the picture as one self-contained `<svg>` element.
 
-    Groups are cells in which the operations are stacked. Each operation has a tooltip and, if there is room, the number
-    of its micro-batch (with the stage if a rank holds several stages for one direction). Idle time is blank.
-
     Args:
         simulation: its simulation; in seconds if there was a run.
         measured: spans of a run, drawn below on the same time scale.

@@ -48,11 +48,7 @@ def _values(entry: TimedSchedule) -> tuple[float, ...]:
 
 
 def table(rows: Sequence[TimedSchedule | UnavailableSchedule], width: int = 100) -> str:
-    """Returns one line per schedule, in order, and the meaning of the columns.
-
-    ASCII only, no trailing newline. A kind that is not available has its reason instead of numbers, wrapped to `width`
-    columns.
-    """
+    """Returns one ASCII line per schedule, with numbers or a reason, and the meaning of the columns."""
     shown = {index: cells(row) for index, row in enumerate(rows) if isinstance(row, TimedSchedule)}
     kinds = [row.schedule.kind if isinstance(row, TimedSchedule) else row.kind for row in rows]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *shown.values(), strict=True)]
@@ -81,16 +77,10 @@ _TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind 
 
 
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
-    """Returns the page, which works offline.
-
-    Its table can be sorted by any column, its checkboxes show and hide pictures, and pointing at an operation
-    describes it. If one schedule was run, the page compares the others with it, and at first it shows only the picture
-    of that schedule.
+    """Returns the page, which works offline. If a schedule was run, the others are compared with it.
 
     Args:
-        entries: schedules in the order of the page; their costs have the same unit. An unavailable one is only a line
-            of the table.
-        title: title of the page, as plain text.
+        entries: schedules in the order of the page, with costs in the same unit.
     """
     shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
     scale, is_run = _common_scale(shown), any(entry.measured for entry in shown)

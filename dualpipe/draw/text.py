@@ -19,9 +19,8 @@ _TICK_COLUMNS = 12
 def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
     """Returns the picture with its legend. ASCII only, no trailing newline.
 
-    A group is a label, followed by dashes up to its end: `F3`, or `F8+b0` for an overlapped pair. Direction 1 is in
-    lower case and idle time is dots. Columns are as narrow as the labels allow. A picture wider than `width` columns is
-    continued below.
+    A group is a label, followed by dashes up to its end: `F3`, or `F8+b0` for an overlapped pair. A picture wider than
+    `width` columns is continued below.
     """
     scale = _scale(schedule, simulation)
     margin = len(_head(schedule.num_ranks - 1))
@@ -39,10 +38,10 @@ def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
 def summary(
     schedule: Schedule, simulation: Simulation, costs: Costs | CostModel, memory_cap: float | None = None
 ) -> str:
-    """Returns the numbers of a schedule, one per line, with the lower bound and its reason. ASCII only.
+    """Returns the numbers of a schedule that trains, one ASCII line for each, with the lower bound.
 
     Args:
-        schedule: a valid schedule that trains.
+        schedule: a valid schedule.
         memory_cap: memory cap of the lower bound; see `bounds.lower_bound`.
     """
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
@@ -128,10 +127,7 @@ def _row(schedule: Schedule, simulation: Simulation, rank: int, scale: float) ->
 
 
 def _cell(label: str, width: int) -> str:
-    """Returns label, dashes and a gap.
-
-    A label that does not fit is cut to its kind: half a number would mislead.
-    """
+    """Returns label, dashes and a gap. A label that does not fit is cut to its kind."""
     if width <= len(label):
         return label if width == len(label) else label[: min(width, 1)].ljust(width, "-")
     return label.ljust(width - 1, "-") + " "

@@ -37,10 +37,8 @@ def trace(
 ) -> str:
     """Returns the trace as JSON: planned time and, if there was a run, measured time.
 
-    Complete events have an operation's name (`F3.12`; direction 1 with a prime), stage, micro-batch, direction and
-    group. Arrows lead from the operation that makes a message to the operation that needs it. The operations of a group
-    share the group's time. The costs give the length of exchanges but not their position within a group, so they are
-    drawn in sequence from its start.
+    Arrows lead from the operation that makes a message to the operation that needs it. The costs give the length of
+    exchanges but not their position within a group, so they are drawn in sequence from its start.
 
     Args:
         seconds_per_unit: seconds for one unit of the costs; 1 if they are in seconds.

@@ -31,8 +31,7 @@ def load_or_make(
 ) -> Schedule:
     """Returns the schedule that `make` makes, from the cache if possible.
 
-    A cached schedule is validated, so a truncated or changed file is replaced. If the folder cannot be written, the
-    schedule is made each time.
+    A cached schedule is validated. If the folder cannot be written, the schedule is made each time.
     """
     if cache_dir is None:
         return make(num_ranks, num_micro_batches, costs, memory_cap)
@@ -48,10 +47,7 @@ def load_or_make(
 
 
 def _program_digest(make: Make) -> str:
-    """Returns a digest of every file of the search, its presets and a plugin's file included.
-
-    A changed program may find another schedule.
-    """
+    """Returns a digest of every file of the search, its presets and a plugin's file included."""
     package = Path(__file__).parents[1]
     own = sys.modules[make.__module__].__file__
     files = {*package.rglob("*.py"), *package.rglob("*.json"), *([Path(own)] if own else [])}

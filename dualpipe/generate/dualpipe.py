@@ -1,8 +1,4 @@
-"""Generates the published DualPipe: micro-batches enter at both ends (arXiv:2412.19437, 3.2.1).
-
-It is an unfolded DualPipeV: `mirror` converts a schedule with stages in a V into one with two directions on twice as
-many ranks.
-"""
+"""Generates the published DualPipe (arXiv:2412.19437, 3.2.1): an unfolded DualPipeV."""
 
 from dataclasses import replace
 
@@ -23,10 +19,7 @@ def dualpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def published_idle(num_ranks: int, costs: Costs) -> float:
-    """Returns the idle time of every rank, (P/2 - 1)(F&B + B - 3W).
-
-    F&B is the time of an overlapped pair. Source: arXiv:2412.19437, table 2.
-    """
+    """Returns the idle time of every rank, (P/2 - 1)(F&B + B - 3W) (arXiv:2412.19437, table 2)."""
     backward = costs.backward_input + costs.backward_weight + costs.exchange
     return (num_ranks / 2 - 1) * (pair_time(costs) + backward - 3 * costs.backward_weight)
 
@@ -57,19 +50,14 @@ SCHEDULES.register(
 
 
 def mirror(schedule: Schedule) -> Schedule:
-    """Unfolds a V of h ranks and M micro-batches into 2h ranks and 2M micro-batches.
+    """Unfolds a V of h ranks and M micro-batches into 2h ranks and 2M micro-batches of two directions.
 
-    The kind stays the same. A rank of the V keeps its order and its two stages, but now for two directions: its lower
-    stage runs direction 0 and its upper stage direction 1. The mirror image, rank 2h-1-r, does the same with the
-    directions exchanged. At the turn, the V's last rank passes values to itself. After unfolding they are sent to its
-    mirror image. An order that is valid in the V can be invalid on that link, so the result must be checked with
-    `validate`.
-
-    Args:
-        schedule: schedule with one direction and 2h stages: stage s < h on rank s, the others on rank 2h-1-s.
+    A rank keeps its order: its lower stage (s < h on rank s) runs direction 0, and its upper stage direction 1. The
+    mirror image, rank 2h-1-r, does the same with the directions exchanged. Values that the V's last rank passed to
+    itself are now sent to its mirror image, so the result must be checked with `validate`.
 
     Raises:
-        ScheduleError: if the schedule does not have that shape. The message names the place.
+        ScheduleError: if the schedule is not such a V. The message names the place.
     """
     half = schedule.num_ranks
     _check_shape(schedule)
@@ -91,7 +79,6 @@ def _unfolded(group: Group, half: int, near: int) -> Group:
 
 
 def _check_shape(schedule: Schedule) -> None:
-    """Raises ScheduleError if the schedule is not a V of one direction with two stages per rank."""
     half = schedule.num_ranks
     name = f"schedule '{schedule.kind}' cannot be mirrored"
     if schedule.num_directions != 1:

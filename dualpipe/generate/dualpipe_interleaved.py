@@ -1,8 +1,7 @@
 """Generates DualPipe with split backwards and several stages per rank and direction, for given costs.
 
-Both directions hold each stage, stage s on rank s mod P and on its mirror rank. More stages per rank shorten the start
-and the end of a step, where a micro-batch must pass through all ranks, and need more transfers and exchanges, each of a
-smaller size.
+More stages per rank shorten the start and the end of a step, where a micro-batch must pass through all ranks, and need
+more transfers and exchanges, each of a smaller size.
 """
 
 from collections.abc import Iterator
@@ -82,10 +81,9 @@ def empty(num_ranks: int, num_micro_batches: int, chunks: int = 1, kind: str = "
 def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
     """Yields the lockstep orders and the published DualPipe, adapted to the costs.
 
-    They may exceed the cap, and be invalid for an odd number of ranks.
-
-    Without exchange, W fill the idle time of lockstep orders. With exchange and one chunk, neighbors are fused. With
-    exchange and several chunks there are none, as the list builder finds better orders.
+    They may exceed the cap, or be invalid for an odd number of ranks. Without exchange, W fill the idle time of
+    lockstep orders. With exchange and one chunk, neighbors are fused. With exchange and several chunks there are none,
+    as the list builder finds better orders.
 
     Args:
         shape: schedule with two directions, stage s on rank s mod P and its mirror rank; its groups are ignored.
@@ -109,8 +107,7 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
     """Yields lockstep orders whose W fill idle time.
 
-    With many micro-batches it yields one order: the best of few micro-batches, extended. If it has no steady state, the
-    W of all micro-batches are placed.
+    With many micro-batches it yields the best order of few, extended, or one of all if that has no steady state.
     """
     ranks, count = shape.num_ranks, shape.num_micro_batches
     is_short = count <= _MOST_PERIODS * ranks
@@ -130,11 +127,7 @@ def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iter
 
 
 def _overlapped_orders(shape: Schedule, costs: CostModel, largest: float) -> Iterator[Schedule]:
-    """Yields orders of one chunk in which F and I share a group.
-
-    Args:
-        largest: memory of the largest activation of a stage.
-    """
+    """Yields orders of one chunk in which F and I share a group; `largest` is the largest activation."""
     cap = (shape.num_ranks + 1) * largest
     order = lockstep(shape, paired=True)
     yield order

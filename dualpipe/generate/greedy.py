@@ -1,9 +1,8 @@
 """Builds an order by simulation: every free rank starts the group that its policy values most.
 
-Micro-batches pass in rounds: all micro-batches of a round run chunk 0, then all run chunk 1, and so on
-(arXiv:2104.04473, section 2.2). All ranks use the same order, so the messages of a link are sent and received in the
-same order regardless of when a rank alternates between forwards and backwards. A rank only chooses how many of the next
-F, the next I and the oldest W share its next group, and whether to wait.
+Micro-batches pass in rounds: all of a round run chunk 0, then all run chunk 1, and so on (arXiv:2104.04473, section
+2.2). All ranks use the same order, so messages of a link are sent and received in the same order. A rank only chooses
+how many of the next F, the next I and the oldest W share its next group, and whether to wait.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ class Policy(NamedTuple):
     """Policy of all ranks. A rank runs the group with the highest value; an I has the value 3, an F 2.
 
     Attributes:
+        weight: value of a W.
         exposed: penalty for exchange that nothing in the group hides, per mean time of an operation.
         second_forward: value of a second F in a group.
         second_backward: value of a second I in a group.
@@ -41,8 +41,7 @@ class Policy(NamedTuple):
         slope: decrease of the number of F that are ahead of the I, from one rank to the next.
         lead: number of the first I that no other operation of the group may delay.
         round_change: number of micro-batches by which a round is larger than the number of ranks.
-        most_pending: maximum number of messages on a link that the receiver does not wait for yet, or 0 for no maximum;
-            see `Rendezvous`.
+        most_pending: maximum of messages on a link without a posted receive, or 0 for no maximum; see `Rendezvous`.
     """
 
     weight: float
@@ -99,13 +98,7 @@ def change(policy: Policy, random: Random) -> Policy:
 
 @dataclass(frozen=True)
 class ChunkOrder:
-    """Order of the forwards and backwards of every rank.
-
-    A position is an index into the order. Position k of the forwards is on all ranks the same micro-batch and chunk.
-
-    Attributes:
-        num_rounds: number of rounds. Their sizes differ by at most one; the last ones are larger.
-    """
+    """Order of forwards and backwards, equal on all ranks. Sizes of rounds differ by at most one."""
 
     num_micro_batches: int
     chunks: int
@@ -177,7 +170,6 @@ class InterleavedPipeline:
     """
 
     def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
-        """Computes the pipeline's properties."""
         ranks = shape.num_ranks
         self.shape = shape
         self._costs = costs
@@ -242,7 +234,6 @@ class GreedyRun:
     """Construction of one order."""
 
     def __init__(self, pipeline: InterleavedPipeline, order: ChunkOrder, policy: Policy) -> None:
-        """Sets all ranks to the start."""
         self._pipeline = pipeline
         self._order = order
         self._policy = policy
@@ -333,7 +324,6 @@ class GreedyRun:
                 return
 
     def _situation(self, rank: int, now: float) -> _Situation:
-        """Returns what the rank can run."""
         order, classes, limit = self._order, self._pipeline.classes[rank], now + _EPSILON
         arrivals, position, room = self._forward_at[rank], self._forwards[rank], self._room[rank]
         forwards: tuple[int, ...] = ()

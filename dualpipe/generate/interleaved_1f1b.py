@@ -1,8 +1,7 @@
 """Generates interleaved 1F1B with overlapped exchange and deferred weight gradients, for given costs.
 
 Source of the order: Megatron-LM (arXiv:2104.04473, section 2.2), with an F of one micro-batch under the I of another
-and W split off (Megatron-Core's `--overlap-moe-expert-parallel-comm --delay-wgrad-compute`). When a rank alternates
-between F, I and W is not fixed here but chosen by simulation, with several policies (`generate.greedy`).
+and W split off (Megatron-Core's `--overlap-moe-expert-parallel-comm --delay-wgrad-compute`).
 """
 
 from collections.abc import Iterator
@@ -72,7 +71,6 @@ class _PolicySearch:
         self._attempts = 0
 
     def run(self) -> Schedule:
-        """Returns the shortest valid schedule that was found."""
         # The order with a fixed warm-up is a limit for all others.
         fixed = _fixed_orders(self._few, self._costs)
         for schedule in fixed:
@@ -162,9 +160,7 @@ def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Sched
 
 
 def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int) -> Iterator[Group]:
-    """Yields a rank's groups: the forwards of the warm-up, then F and I, then the remaining I.
-
-    A W follows each I.
+    """Yields a rank's groups: the forwards of the warm-up, F and I, then the remaining I, each with its W.
 
     Args:
         size: number of micro-batches in a round.

@@ -1,14 +1,13 @@
 """Generates lockstep orders: the steady state of DualPipe, extended to both ends of the schedule.
 
-Time is divided into slots. In each slot a rank runs at most one F, one I of the other direction, and the W of that I. A
-micro-batch advances by one stage per slot. Its gradient starts one slot after the last F and returns by one stage per
-slot. Micro-batches enter at each end in blocks of P/2, one in every second slot. A block enters when the chunks of the
-block before it have left the first rank free, so with one chunk blocks follow without a gap. If the number of ranks is
-odd, direction 1 starts one slot later, so that each slot of a rank pairs an F with an I.
+In each slot of time a rank runs at most one F, one I of the other direction, and the W of that I. A micro-batch
+advances by one stage per slot, and its gradient returns in the same way. Micro-batches enter at each end in blocks of
+P/2, one in every second slot. A block enters when the chunks of the block before it have left the first rank free. If
+the number of ranks is odd, direction 1 starts one slot later, so that each slot of a rank pairs an F with an I.
 
-With v chunks a rank keeps P + 1/v activations of model/P. The slots only define the order; ranks run it as fast as they
-can. With F = I = W, no exchange, and W in idle time (`weights.place_weights`), the makespan is floor((P-1)/2) above 3M
-with one chunk, and (P-1)/(2v) with v chunks and an even P. With one chunk this is the lower bound for every M >= P.
+With v chunks a rank keeps P + 1/v activations of model/P. With F = I = W, no exchange, and W in idle time
+(`weights.place_weights`), the makespan is floor((P-1)/2) above 3M with one chunk, which is the lower bound for every
+M >= P, and (P-1)/(2v) with v chunks and an even P.
 """
 
 from collections import defaultdict
@@ -18,12 +17,7 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 
 
 def lockstep(shape: Schedule, *, paired: bool) -> Schedule:
-    """Returns the order of slots.
-
-    Args:
-        shape: schedule with placement and counts.
-        paired: whether F and I of a slot share a group; else I runs before F. W follows in a separate group.
-    """
+    """Returns the order of slots: F and I share a group (`paired`), or I runs before F. W follows."""
     return replace(shape, ranks=tuple(_rank_groups(shape, rank, paired=paired) for rank in range(shape.num_ranks)))
 
 

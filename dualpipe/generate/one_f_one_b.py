@@ -29,7 +29,6 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int, slices: int) -> tuple[Group, ...]:
-    """Returns a rank's groups: forwards before its first backward, then a forward and a backward in turn."""
     # The first backward is that of a sequence's last slice, so a rank is n - 1 more forwards ahead than in 1F1B.
     ahead = min(num_ranks - 1 - rank + slices - 1, num_micro_batches)
     groups: list[Group] = [(Operation(Op.FORWARD, 0, rank, index),) for index in range(ahead)]

@@ -1,8 +1,7 @@
 """Follows the transfers of an order while it is built, so that it cannot deadlock.
 
-The model is that of `dualpipe.validate`: a rank posts the receives of a group, waits for them, runs the group, and
-sends its outputs; it blocks before a message if the previous one of the link has no posted receive. Only the order
-matters, so a rank may be blocked here at a group although the simulation already started later ones.
+The model is that of `dualpipe.progress`. Only the order matters, so a rank may be blocked here at a group although the
+simulation already started later ones.
 """
 
 from collections import deque
@@ -77,7 +76,6 @@ class Rendezvous:
         return pending
 
     def _is_cautious(self, rank: int, sends: Iterable[int], pending: list[int]) -> bool:
-        """Returns whether the links of the messages may have that many pending messages."""
         for link in sends:
             other = self._destination(link)
             opposite = (each for each in (2 * other, 2 * other + 1) if self._destination(each) == rank)

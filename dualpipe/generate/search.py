@@ -1,9 +1,4 @@
-"""Finds the best order for given costs and memory cap.
-
-It compares known orders, and orders of a list builder with different preferences.
-
-All results are compared by simulation, and only valid schedules are kept. Many micro-batches are derived from few by
-repeating the steady state.
+"""Finds the best order for given costs and memory cap, known or made by a list builder, by simulation.
 
 A larger memory cap never gives a longer schedule. Orders are built for a fixed series of caps, and the best one within
 the given cap is kept, so the orders of a smaller cap are a subset of those of a larger one.
@@ -39,7 +34,6 @@ class BestSchedule:
     """Best schedule so far, by makespan, then by makespan with slower links, then by memory."""
 
     def __init__(self, shape: Schedule, costs: CostModel, cap: float) -> None:
-        """Starts without a schedule."""
         self.shape = shape
         self.costs = costs
         self.cap = cap
@@ -136,10 +130,9 @@ def check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
 
 
 def in_sequence(shape: Schedule) -> Schedule:
-    """Returns the schedule in which each rank runs one micro-batch after the other.
+    """Returns the schedule in which each rank runs one micro-batch after the other, which fits every cap.
 
-    It is valid and fits every cap. Directions alternate, so a micro-batch enters the ranks that the one before it has
-    left: the last stage of one direction and the first of the other are on the same rank.
+    Directions alternate, so a micro-batch enters the ranks that the one before it has left.
     """
     ranks: list[list[tuple[Operation, ...]]] = [[] for _ in range(shape.num_ranks)]
     stages = range(shape.num_stages)

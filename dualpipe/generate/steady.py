@@ -28,11 +28,7 @@ class SteadyState:
 
 
 def lengthen(schedule: Schedule, costs: CostModel, num_micro_batches: int, shifts: Iterable[int]) -> Schedule | None:
-    """Returns the schedule with more micro-batches, or None if it has no steady state that fits.
-
-    Args:
-        shifts: periods to try, in micro-batches of each direction.
-    """
+    """Returns the schedule with more micro-batches, or None if no period in `shifts` gives a steady state."""
     added, rest = divmod(num_micro_batches - schedule.num_micro_batches, schedule.num_directions)
     if added == rest == 0:
         return schedule
@@ -48,9 +44,6 @@ def find_steady_state(schedule: Schedule, simulation: Simulation, shift: int) ->
     """Returns the last period on each rank after which it repeats its groups, or None if the times differ.
 
     The periods of ranks may start at different micro-batches, so the extended schedule must be validated.
-
-    Args:
-        shift: micro-batches of each direction in one period.
     """
     found = [_last_period(schedule, simulation, rank, shift) for rank in range(schedule.num_ranks)]
     periods = [period for period in found if period is not None]
@@ -82,11 +75,7 @@ def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: i
 
 
 def extend(schedule: Schedule, steady: SteadyState, num_micro_batches: int) -> Schedule:
-    """Returns the schedule with the steady state repeated until it has this number of micro-batches.
-
-    Args:
-        num_micro_batches: new number of micro-batches, larger by a multiple of `shift` per direction.
-    """
+    """Returns the schedule with the steady state repeated until it has this number of micro-batches."""
     added = (num_micro_batches - schedule.num_micro_batches) // schedule.num_directions
     assert added % steady.shift == 0, f"{added} micro-batches are no multiple of {steady.shift}"
     ranks = []

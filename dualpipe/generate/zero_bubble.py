@@ -17,9 +17,8 @@ from dualpipe.transfers import Value, made_by, needed_by
 def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns 1F1B with split backwards. A rank keeps at most P activations, as in 1F1B. Any P, M >= 1.
 
-    Rank r runs P-1-r forwards first, as in 1F1B, and defers weight gradients by r micro-batches. It has r fewer
-    micro-batches in flight than rank 0, so the deferred W need no additional memory. They fill the idle time at the
-    end.
+    Rank r defers weight gradients by r micro-batches. It has r fewer micro-batches in flight than rank 0, so the
+    deferred W need no additional memory. They fill the idle time at the end.
     """
     return Schedule(
         kind="zb_h1",
@@ -50,21 +49,17 @@ def _zb_h1_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Opera
 
 
 def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns a schedule with two half stages per rank, in a V, with at most 2P half activations.
+    """Returns a V of two half stages per rank that keeps at most 2P half activations. Any P, M >= 1.
 
-    That is the memory of 1F1B. P and M can be any numbers >= 1. The forwards and the input gradients have a fixed
-    order. The weight gradients are placed by a simulation in which every operation takes one tick: a W runs if the rank
-    would be idle, or if the next forward would exceed 2P activations.
+    The weight gradients are placed by a simulation in which every operation takes one tick: a W runs if the rank would
+    be idle, or if the next forward would exceed 2P activations.
     """
     orders = [_zb_v_rank(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)]
     return _v_schedule("zb_v", num_micro_batches, orders, most_alive=2 * num_ranks)
 
 
 def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
-    """Returns the order of F and I: that of infinitely many micro-batches, truncated to M.
-
-    Before the first backward the rank runs 2P forwards, which fill the pipeline to the turn and back.
-    """
+    """Returns the order of F and I: that of infinitely many micro-batches, truncated to M."""
     down, up = rank, 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
     slots = [(Op.FORWARD, down)] * (2 * to_turn)
@@ -84,11 +79,10 @@ def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operat
 
 
 def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns a V of two half stages per rank that keeps at most P/2+1 activations of model/P.
+    """Returns a V of two half stages per rank that keeps at most P/2+1 activations. Any P, M >= 1.
 
-    Source: V-Half of arXiv:2405.15362. P and M can be any numbers >= 1. With F = I = W = 1 for model/P, P >= 3 and
-    M >= P, it takes (3P-5)/2 more than the work of a rank, less than half of the 3(P-1) of 1F1B. The weight gradients
-    are placed as in `zb_v`.
+    With F = I = W = 1 for model/P, P >= 3 and M >= P, it takes (3P-5)/2 more than the work of a rank, less than half of
+    the 3(P-1) of 1F1B. The weight gradients are placed as in `zb_v`.
     """
     turns = (1, 1, 2) if num_ranks % 2 else (4, 1, 5)
     orders = _repeat_block(num_ranks, num_micro_batches, down_step=2, turns=turns)
@@ -96,9 +90,8 @@ def v_half(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 
 def v_min(num_ranks: int, num_micro_batches: int) -> Schedule:
-    """Returns a V of two half stages per rank that keeps at most P/3+3/2 activations of model/P.
+    """Returns a V of two half stages per rank that keeps at most P/3+3/2 activations. Any P, M >= 1.
 
-    Source: V-Min of arXiv:2405.15362. It keeps at most floor(2P/3)+3 half activations. P and M can be any numbers >= 1.
     With F = I = W = 1 for model/P and P >= 2, it takes 2P-5/2 more than the work of a rank; 1F1B takes 3(P-1) more. The
     time from F to I is so short that latency, or an I longer than F, costs time in every micro-batch.
     """

@@ -18,9 +18,8 @@ _MOST_THOROUGH = 16
 def fuse(schedule: Schedule, costs: CostModel) -> Schedule:
     """Fuses neighboring groups of different micro-batches into groups of two or three, such as F&I&W.
 
-    A hill climb over all ranks together, from the start of the schedule to its end, is repeated until nothing improves.
-    Two groups are tried together if that takes less time than one after the other. It is kept if neither the makespan,
-    nor (on a tie) the sum of the ranks' ends, nor the rank's peak memory grows.
+    A hill climb from the start of the schedule to its end is repeated until nothing improves. A pair is kept if neither
+    the makespan, nor (on a tie) the sum of the ranks' ends, nor the rank's peak memory grows.
     """
     return _HillClimb(schedule, costs).climb() if exchanges(costs) else schedule
 
@@ -82,11 +81,7 @@ class _HillClimb:
         return duration(first + second) < duration(first) + duration(second) - 1e-12
 
     def _try(self, ranks: Sequence[int], index: int, before: TimingProgress) -> bool:
-        """Fuses a pair on each of these ranks and returns whether it is kept.
-
-        Args:
-            before: progress of all ranks up to the pair.
-        """
+        """Fuses a pair on these ranks, given the progress before it, and returns whether the pair is kept."""
         old = {rank: self._ranks[rank] for rank in ranks}
         pair = old[ranks[0]][index], old[ranks[0]][index + 1]
         if pair in self._rejected:

@@ -1,7 +1,4 @@
-"""Decides which activations a schedule offloads to host memory, so that it keeps a memory cap.
-
-Source: arXiv:2503.01328.
-"""
+"""Decides which activations a schedule offloads to host memory for a memory cap (arXiv:2503.01328)."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,20 +14,16 @@ _MAX_ROUNDS = 3
 
 
 def offload(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule | None:
-    """Offloads activations until every rank keeps the cap.
+    """Offloads activations until every rank keeps the cap, or returns None if copies alone cannot keep it.
 
-    The groups and their order stay, or only the W move to their I, whichever is faster. A rank that exceeds the cap in
-    a group offloads the activation that it needs last, as long as its link can copy it out before the group and back
-    before its backward. So a copy takes no time if the link is fast enough. If no activation is in time, the rank waits
-    for a copy.
+    The order stays, or only the W move to their I, whichever is faster. A rank that exceeds the cap in a group offloads
+    the activation that it needs last, as long as its link can copy it out before the group and back before its
+    backward. So a copy takes no time if the link is fast enough. If no activation is in time, the rank waits for a
+    copy.
 
     Args:
         schedule: a valid training schedule without offload.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
-
-    Returns:
-        A valid schedule within the cap, or None if copies alone cannot keep it. Activations of stages whose `offload`
-        is None stay.
     """
     found = [_in_order(each, costs, memory_cap) for each in (schedule, _with_early_weights(schedule))]
     return min(
@@ -81,14 +74,7 @@ def _work_times(simulation: Simulation, rank: int, groups: Sequence[Group]) -> l
 
 @dataclass(frozen=True, slots=True)
 class _Activation:
-    """Activation on one rank.
-
-    Attributes:
-        made: number of the group with F.
-        used: number of the group with B or I.
-        freed: number of the group with B or W.
-        copy: time of a copy, or None if it must stay.
-    """
+    """Activation on one rank, with the numbers of its groups; `copy` is None if it must stay."""
 
     forward: Operation
     made: int

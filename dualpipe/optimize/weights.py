@@ -15,8 +15,7 @@ _ROUNDING = 1e-9
 def place_weights(schedule: Schedule, costs: CostModel, memory_cap: float, patience: float = 0.0) -> Schedule | None:
     """Keeps every rank's order of F and I, and inserts its W, oldest first.
 
-    A W runs if the input of the next group has not arrived, or if that group's forwards would exceed the cap. The
-    remaining W run at the end.
+    A W runs if the input of the next group has not arrived, or if that group's forwards would exceed the cap.
 
     Args:
         schedule: a valid schedule without full backwards.

@@ -14,10 +14,9 @@ Pairing = Callable[[Sequence[Sequence[Atom]]], list[Atom]]
 
 
 def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lane]], pairing: Pairing) -> Program:
-    """Compiles the program of one rank.
+    """Compiles the program of one rank. A forward-only schedule gives a forward-only program.
 
     Args:
-        schedule: a valid schedule; a forward-only one gives a forward-only program.
         lanes: lane of each phase, for every stage that the rank holds.
         pairing: function that interleaves the operations of a group (`pairing.overlapped` or `pairing.sequential`).
     """

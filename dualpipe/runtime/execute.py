@@ -33,11 +33,7 @@ class Execution:
 
     @property
     def spans(self) -> tuple[tuple[float, float], ...]:
-        """Start and end of every step, in seconds from the program's start.
-
-        Each step starts when the previous ends. With a device clock, the host waits until the device has finished the
-        program.
-        """
+        """Start and end of every step, in seconds from the program's start; waits for a device clock."""
         return tuple(pairwise(self._boundaries()))
 
 
@@ -64,7 +60,6 @@ def execute(
 
     Args:
         stages: stages that the rank holds, by number.
-        transport: links to the other pipeline ranks.
         clock: clock that times the steps; by default the host's.
         follow: wrapper that yields the program's steps, for example to show progress.
         reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.
@@ -95,7 +90,6 @@ def _perform(
     transport: Transport,
     reduce: Callable[[int], None],
 ) -> None:
-    """Performs one step."""
     match step.action:
         case Action.RECEIVE:
             message = _message(step)

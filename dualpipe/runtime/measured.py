@@ -62,12 +62,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankBusyTime:
-    """Busy time of one rank, on the clock that all ranks share.
-
-    Attributes:
-        busy_seconds: time in which its main thread computed, started an exchange or waited for one.
-        exposed_seconds: the part of it in which it started an exchange or waited for one.
-    """
+    """Time in which a rank's main thread computed or exchanged, and the part of it that only exchanged."""
 
     busy_seconds: float
     exposed_seconds: float
@@ -78,9 +73,7 @@ class RankBusyTime:
 def measured_bubble(measured: Measured) -> float:
     """Returns the fraction of all ranks' time without computation or exchange in the main thread.
 
-    Most of it is waiting for messages, including the time before a rank's first and after its last operation. The rest
-    is sending messages and the interpreter's overhead. Time is measured from the first rank's start to the last rank's
-    end.
+    Most of it is waiting for messages, from the first rank's start to the last rank's end.
     """
     return _unused_fraction(measured, _USED)
 
@@ -128,8 +121,7 @@ def rank_spans(
 
     Args:
         groups: groups of this rank in the schedule from which the program was compiled.
-        spans: start and end of every step, in seconds from the program's start (`Execution.spans`), on the clock that
-            `execute` used.
+        spans: start and end of every step, in seconds from the program's start (`Execution.spans`).
         origin_seconds: start of the program on the clock that all ranks share.
     """
     operations = {key: (op, index) for index, group in enumerate(groups) for op in group for key in _keys(op)}
@@ -154,16 +146,11 @@ def rank_spans(
 
 
 def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
-    """Derives the costs of each stage from a run, in seconds.
+    """Derives the costs of each stage from a run of all operations of a training schedule, in seconds.
 
     Computation is the median over the stage's operations. Exchange is the shortest time from start to completion of
-    each phase, because in other cases the rank did something else before it waited. Latency is 0. Activations are those
-    of `costs.uniform`. Copies to and from host memory, which are not measured, take no time.
-    With these costs, the simulated schedule waits only because of its order.
-
-    Args:
-        schedule: a valid schedule that trains; its groups may differ from those that ran.
-        measured: spans of a run of all its operations.
+    each phase, because in other cases the rank did something else before it waited. Latency and copies to and from host
+    memory take no time. With these costs, the simulated schedule waits only because of its order.
     """
     computed: dict[tuple[int, Op], list[float]] = defaultdict(list)
     exchanged: dict[tuple[int, Op], dict[int, float]] = defaultdict(dict)
@@ -199,10 +186,7 @@ def _by_operation(measured: Measured) -> dict[Operation, list[LaneSpan]]:
 
 
 def _computation(op: Operation, spans: Sequence[LaneSpan]) -> dict[Op, float]:
-    """Returns the seconds of computation.
-
-    A full backward has two spans per phase: for inputs, then for weights.
-    """
+    """Returns the seconds of computation. A full backward's phases have a span for inputs, then weights."""
     if op.kind is not Op.BACKWARD:
         return {op.kind: sum(span.seconds for span in spans if span.lane == "compute")}
     seconds = {Op.BACKWARD_INPUT: 0.0, Op.BACKWARD_WEIGHT: 0.0}
@@ -234,10 +218,7 @@ def _keys(op: Operation) -> Iterable[tuple[RunKey, Action]]:
 
 
 def _exchange_steps(program: Program) -> set[int]:
-    """Returns the steps that only start an exchange.
-
-    The run's next step in the same direction waits for it.
-    """
+    """Returns the steps that only start an exchange: the run's next step in that direction waits for it."""
     found = set()
     before: dict[RunKey, int] = {}
     for index, step in enumerate(program.steps):

@@ -2,8 +2,7 @@
 
 A member is an operation of the group: a list of computations and exchanges (atoms) in fixed order. During an exchange
 of one member, computations of the others run. So a backward's experts hide a forward's dispatch, and vice versa
-(arXiv:2412.19437, section 3.2.1, figure 4). A W has no exchange and no rank waits for it, so it fills the remaining
-gaps.
+(arXiv:2412.19437, section 3.2.1, figure 4). A W has no exchange, so it fills the remaining gaps.
 """
 
 from collections.abc import Sequence
@@ -16,13 +15,7 @@ from dualpipe.transfers import Link
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """Steps that run together on one lane.
-
-    Attributes:
-        lane: the lane.
-        steps: the steps in order.
-        needs_exchange: whether they wait for the member's pending exchange.
-    """
+    """Steps that run together on one lane, and whether they wait for the member's pending exchange."""
 
     lane: Lane
     steps: tuple[Step, ...]
@@ -45,7 +38,6 @@ class _MemberState:
     """Remaining atoms of a member.
 
     Attributes:
-        left: the remaining atoms.
         is_filler: whether it contains only weight gradients.
         started: position of its last started exchange in the combined order.
         is_covered: whether a computation has run since then.
@@ -65,11 +57,11 @@ def sequential(members: Sequence[Sequence[Atom]]) -> list[Atom]:
 def overlapped(members: Sequence[Sequence[Atom]]) -> list[Atom]:
     """Interleaves the members.
 
-    Exchanges start as early as possible; computations that wait for one come last. Of computations that must wait for
-    an exchange, the one whose exchange started first runs first. Members of only weight gradients run if the rank would
-    otherwise wait for an exchange that hides no computation yet, one computation per exchange, and at the end. So they
-    delay no message. Ties go to the earlier member. Messages of one link are sent in the order of the members. The
-    order is a pure function of the members, so all ranks of an expert group use the same order.
+    Exchanges start as early as possible; computations that wait for one come last, in the order of their exchanges.
+    Members of only weight gradients run if the rank would otherwise wait for an exchange that hides no computation yet,
+    one computation per exchange, and at the end. So they delay no message. Ties go to the earlier member. Messages of
+    one link are sent in the order of the members. All ranks of an expert group use the same order, a pure function of
+    the members.
     """
     if len(members) == 1:
         return list(members[0])

@@ -35,10 +35,7 @@ class RunKey:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Instruction of a program.
-
-    `phase` counts within the stage, -1 if there is none; `message` is for transfers.
-    """
+    """Instruction of a program. `phase` counts within the stage, -1 if there is none."""
 
     action: Action
     run: RunKey

@@ -26,10 +26,7 @@ class Run(Protocol):
         ...
 
     def output(self) -> "Tensor":
-        """Returns the activation for the next stage and drops its reference.
-
-        The last stage of a network that decodes returns the chosen tokens.
-        """
+        """Returns the activation for the next stage, or chosen tokens of the last, and drops its reference."""
         ...
 
     def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
@@ -74,10 +71,7 @@ class Run(Protocol):
 
 
 class ForwardOnlyRun:
-    """Base of runs that are never part of a training program.
-
-    Forward-only programs without phases on the comm lane call none of its methods.
-    """
+    """Base of runs of forward-only programs without exchange, which call none of its methods."""
 
     def _refuse(self, *arguments: object) -> NoReturn:
         raise AssertionError("a forward-only run has no exchange and no backward, and keeps nothing for it")
@@ -95,10 +89,7 @@ class PipelineStage(Protocol):
         ...
 
     def start(self, direction: int, micro_batch: int) -> Run:
-        """Starts the run of a micro-batch.
-
-        Activations between stages have the shape that the transport expects.
-        """
+        """Starts the run of a micro-batch. Activations have the shape that the transport expects."""
         ...
 
 

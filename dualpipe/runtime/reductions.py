@@ -1,7 +1,7 @@
 """Adds gradient reduction to programs, and orders the stages for it in the same way on all ranks.
 
-The ranks that hold a stage reduce its gradients together. They may finish their stages in different orders, but must
-start reductions in the same order. So the order is a function of the schedule, never of time.
+The ranks that hold a stage reduce its gradients together, so they must start reductions in the same order. It is a
+function of the schedule, never of time.
 """
 
 from collections.abc import Callable

@@ -69,12 +69,7 @@ class StageWaves:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """Operation of the last wave of an end.
-
-    Attributes:
-        time: time of the operation in a lane.
-        released: memory that its end releases.
-    """
+    """Operation of the last wave of an end: its time in a lane, and the memory that its end releases."""
 
     span: Span
     time: float
@@ -83,12 +78,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostTime:
-    """Time that a lane loses at one end.
-
-    Attributes:
-        lost: lower bound of the lost time.
-        done: maximum work in that time.
-    """
+    """Lower bound of the time that a lane loses at one end, and the maximum work (`done`) in that time."""
 
     lost: float = 0.0
     until: float = 0.0
@@ -172,7 +162,6 @@ def lost_times(
     """Yields the times that the first operations of the last wave prove to be lost.
 
     Args:
-        arrivals: first operations of the wave on a rank, in any order.
         early: maximum work of earlier waves on the rank, as a function of the memory that the last wave has released.
         horizon: time from which further operations of the wave can start.
     """
@@ -240,8 +229,8 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
     Args:
         schedule: schedule with placement and number of micro-batches; its groups are ignored and may be missing.
         memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
-            `StageCosts.activation` (model/P if the costs come from `costs.uniform`), or None for no limit. If
-            activations may be offloaded, it does not limit the micro-batches under way, so no bound uses it.
+            `StageCosts.activation`, or None for no limit. If activations may be offloaded, it does not limit the
+            micro-batches under way, so no bound uses it.
 
     Raises:
         ScheduleError: if the cap is below one activation of one stage, so that no schedule exists.

@@ -41,7 +41,6 @@ def survey(
     """Times every kind of schedule that may be chosen, or gives the reason why it is not available.
 
     Args:
-        costs_of: costs of each stage, as a function of the kind and the number of stages.
         memory_cap: maximum of a rank's live activations and copies of its weights; None for each schedule's own.
         chunks: stages of a rank for one direction; None for the best number.
     """
@@ -83,8 +82,7 @@ def best_of_kind(
     """Times a kind of schedule with each possible number of chunks and returns the shortest.
 
     Args:
-        costs_of: costs of each stage, as a function of the kind and the number of stages. If they are those of slices
-            and the kind does not take slices, it is timed with whole sequences.
+        costs_of: if the costs are those of slices and the kind does not take slices, it is timed with whole sequences.
         memory_cap: as in `dualpipe.build.build`.
         most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.
 
@@ -116,8 +114,8 @@ def best_of_kind(
 def choose(rows: Sequence[TimedSchedule | UnavailableSchedule], memory_cap: float | None = None) -> Choice:
     """Returns the schedule with the shortest makespan; of equal ones, that with the least memory.
 
-    If the costs count weights, makespans within `MARGIN` of the shortest are equal. Two directions hold the weights
-    twice, which is rarely worth less time than that.
+    If the costs count weights, makespans within `MARGIN` of the shortest are equal: two directions hold the weights
+    twice.
     """
     entries = [row for row in rows if isinstance(row, TimedSchedule)]
     if not entries:

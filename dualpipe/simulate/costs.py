@@ -1,7 +1,4 @@
-"""Defines the costs of operations for the simulator and the generators.
-
-Uses only the standard library.
-"""
+"""Defines the costs of operations for the simulator and the generators."""
 
 import math
 from collections.abc import Sequence
@@ -39,11 +36,9 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCosts:
-    """Times of one micro-batch in one stage, and the memory of its activation from F to W.
+    """Times of one micro-batch in one stage, and the memory of its activation from F to W, in any unit.
 
     Attributes:
-        backward_weight: computation of W, which has no exchange.
-        activation: memory of the activation, in any unit.
         offload: copy of the activation to host memory, and also the copy back; None if it must stay on the device.
 
     Raises:
@@ -137,11 +132,7 @@ class CostModel:
         return replace(self, stages=tuple(stages), slices=1)
 
     def copy_time_of(self, op: Operation) -> float:
-        """Returns the time of the copy that an offload waits for, or that a reload starts.
-
-        Raises:
-            ScheduleError: if the activation of the stage must stay on the device.
-        """
+        """Returns the time of an offload's or reload's copy, or raises a `ScheduleError` if none is allowed."""
         time = self.stages[op.stage].offload
         if time is None:
             raise ScheduleError(f"costs.offload: must be the time of a copy, as the schedule contains {op}, is null")
@@ -153,11 +144,7 @@ class CostModel:
 
 
 def overlapped_time(members: Sequence[tuple[float, float]], alone: float = 1.0) -> float:
-    """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair).
-
-    Args:
-        alone: as in `CostModel`.
-    """
+    """Returns the time of overlapped (computation, exchange) pairs: max(computation, exchange, any pair)."""
     if len(members) == 1:
         return alone * members[0][0] + members[0][1]
     compute = exchange = longest = 0.0
@@ -175,10 +162,7 @@ def pair_time(costs: Costs) -> float:
 
 
 def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
-    """Returns costs of equal stages.
-
-    `costs` are those of model/`num_ranks`, and each stage gets its fraction.
-    """
+    """Returns costs of equal stages, of which each has its fraction of the costs of model/`num_ranks`."""
     share = num_ranks / num_stages
     stage = StageCosts(
         forward=costs.forward * share,
@@ -193,10 +177,7 @@ def uniform(costs: Costs, num_ranks: int, num_stages: int) -> CostModel:
 
 
 def resampled(costs: CostModel, num_stages: int) -> CostModel:
-    """Returns the costs of the same model with another number of stages.
-
-    Each old stage is divided evenly: a new stage costs its fraction of the old ones, in time and in memory.
-    """
+    """Returns the costs of the same model with another number of stages, each a fraction of the old ones."""
     if num_stages == len(costs.stages):
         return costs
     stages = []

@@ -1,7 +1,7 @@
 """Describes the steady state of a schedule: what repeats, how long it takes, and what limits it.
 
-The steady state lasts from the first backward of the last rank to begin one, to the last forward of the first rank to
-end its forwards. The rest are head and tail.
+It lasts from the first backward of the last rank to begin one, to the last forward of the first rank to end its
+forwards. The rest are head and tail.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,6 @@ class RankPace:
         work: computation per micro-batch.
         length: time per micro-batch.
         computing: fraction of the time, in the middle half of the steady state, in which it computes.
-        exchanging: fraction of the time in which it exchanges.
         waiting: fraction of the time in which it runs no group.
         losses: time without computation in head, steady state and tail.
     """
@@ -41,12 +40,7 @@ class RankPace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Steady state of a schedule.
-
-    Attributes:
-        limit: what limits it, as a sentence without a full stop.
-        busiest: the first of the ranks with most computation.
-    """
+    """Steady state of a schedule. `busiest` is the first of the ranks with most computation."""
 
     start: float
     end: float
@@ -58,12 +52,7 @@ class Pace:
 def pace_of(
     schedule: Schedule, costs: CostModel, simulation: Simulation, memory_cap: float | None = None
 ) -> Pace | None:
-    """Returns the steady state, or None if there are too few micro-batches for one.
-
-    Args:
-        schedule: a valid schedule that trains.
-        memory_cap: cap on activations and copies of the weights that the schedule was made for, or None.
-    """
+    """Returns the steady state of a valid training schedule, or None with too few micro-batches."""
     window = _window(schedule, simulation)
     if window is None:
         return None

@@ -1,7 +1,6 @@
 """Simulates the timing and the live activations of a schedule under given costs.
 
-The timing uses one clock per rank, advanced by groups and the values that they wait for. Live activations depend only
-on the order: an offload waits for its copy, so no copy is too slow for the memory cap.
+Live activations depend only on the order: an offload waits for its copy, so no copy is too slow for the memory cap.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ class Simulation:
         exposed: time of each rank's groups in which nothing hides their exchange.
         peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
         host_peaks: peak host memory of each rank's offloaded activations, in the same unit.
-        copies: copies of each rank between its device and host memory.
     """
 
     starts: tuple[tuple[float, ...], ...]
@@ -45,10 +43,10 @@ class Simulation:
 def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     """Simulates the schedule: a group starts when its rank is free and all its inputs have arrived.
 
-    All outputs of a group are sent at its end, including the gradient of a full backward. Sending takes no time of the
-    rank. The copy of an offload starts when the group of its forward has ended, and that of a reload when the previous
-    group has ended. The copies of one rank in one direction run one after the other, next to all groups. An offload
-    ends when its copy has ended, and a backward starts after the copy of its reload.
+    All outputs of a group are sent at its end, and sending takes no time of the rank. The copy of an offload starts
+    when the group of its forward has ended, and that of a reload when the previous group has ended. The copies of one
+    rank in one direction run one after the other. An offload ends with its copy, and a backward starts after the copy
+    of its reload.
 
     Args:
         costs: costs of each stage, or of model/P if all stages are equal.
@@ -92,10 +90,7 @@ def makespan_of(schedule: Schedule, costs: CostModel) -> float:
 
 
 def _group_spans(timing: Timing, groups: list[NumberedGroup], ended: list[float]) -> list[tuple[float, float]]:
-    """Returns start and end of each group of a rank.
-
-    The group of a copy starts when the previous group has ended.
-    """
+    """Returns start and end of each group of a rank. A copy starts when the previous group has ended."""
     spans: list[tuple[float, float]] = []
     for group in groups:
         kind, end = timing.operations[group[0]][0], ended[group[0]]
@@ -118,8 +113,8 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     """Returns the maximum number of live activations, each of one stage and micro-batch, on each rank.
 
-    An activation is alive from the start of F to the end of B, or of W if the backward is split, except between the end
-    of its offload and the start of its reload. In a forward-only schedule it is alive during its group.
+    An activation is alive from the start of F to the end of B or W, except between the end of its offload and the start
+    of its reload. In a forward-only schedule it is alive during its group.
     """
     weights = (1.0,) * schedule.num_stages
     return tuple(round(_peak(groups, weights)) for groups in schedule.ranks)
@@ -133,9 +128,6 @@ def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
 
 def activation_cap(memory_cap: float | None, num_directions: int, costs: CostModel) -> float | None:
     """Returns the part of a memory cap that is left for activations next to the copies of the weights.
-
-    Args:
-        memory_cap: cap on activations and weights, in the unit of `StageCosts.activation`, or None.
 
     Raises:
         MemoryCapError: if the weights leave no memory.
@@ -172,10 +164,9 @@ def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
 
 
 def peak_host_memory(groups: Sequence[Group], costs: CostModel) -> float:
-    """Returns the peak host memory of a rank's offloaded activations.
+    """Returns the peak host memory of a rank's offloaded activations, in activations' units.
 
-    The unit is that of `StageCosts.activation`. An activation takes host memory from the end of its forward, when its
-    copy starts, until its backward starts.
+    An activation takes host memory from the end of its forward, when its copy starts, until its backward starts.
     """
     offloaded = {op[1:] for group in groups for op in group if op.kind is Op.OFFLOAD}
     alive = peak = 0.0

@@ -132,10 +132,7 @@ class Timing:
             ranks: groups of every rank; the groups that have run must be unchanged.
             progress: progress of the ranks; it is updated.
             until: number of groups after which every rank stops; None for all.
-            limit: time by which all ranks must end; the call stops when a rank cannot.
-
-        Returns:
-            Whether all ranks can still end by the limit.
+            limit: time by which all ranks must end; the call stops when a rank cannot, and returns False.
         """
         ends, left, clock, position = progress.ends, progress.left, progress.clock, progress.position
         known, duration_of, copies = self._durations, self.duration, self._copies
@@ -175,12 +172,9 @@ class Timing:
         return True
 
     def _run_copies(self, rank: int, group: NumberedGroup, time: float, progress: TimingProgress) -> float:
-        """Runs the copies of a group that the rank has finished at `time`.
+        """Runs the copies of a group that the rank has finished at `time`, and returns when the rank is free.
 
         The copies of one rank in one direction run one after the other. The end of a reload is the end of its copy.
-
-        Returns:
-            The time from which the rank is free.
         """
         first = group[0]
         if first not in self._copies:

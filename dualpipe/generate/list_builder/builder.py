@@ -1,10 +1,9 @@
 """Builds orders by list scheduling: a free rank starts the group with the highest value.
 
-It builds orders of F, I and W within a memory cap, for any number of chunks, directions and costs. A group has up to
-three operations, so a W can fill the wait of an F that is overlapped with an I. The attempt stops as soon as a rank can
-no longer finish in time.
+A group has up to three operations, so a W can fill the wait of an F that is overlapped with an I. An attempt stops as
+soon as a rank can no longer finish in time.
 
-No order can deadlock, even if a link holds one message (`dualpipe.validate`). A rank sends only if the previous message
+No order can deadlock, even if a link holds one message (`dualpipe.progress`). A rank sends only if the previous message
 of the link was received, or will be received before this one is sent: the receiver then has a deadline to post it.
 """
 
@@ -60,11 +59,7 @@ class GroupChooser:
     def __init__(
         self, pipeline: Pipeline, order: PartialOrder, preferences: Preferences, wake: Callable[[float, int], None]
     ) -> None:
-        """Computes the values of operations.
-
-        Args:
-            wake: schedules a decision of a rank at a time.
-        """
+        """Computes the values of operations. `wake` schedules a decision of a rank at a time."""
         self._pipeline = pipeline
         self._order = order
         self._preferences = preferences
@@ -75,7 +70,6 @@ class GroupChooser:
         self._largest = max(pipeline.activations)
 
     def _operation_values(self) -> tuple[list[float], list[float]]:
-        """Returns the values of F and of I by stage."""
         wish, num_stages = self._preferences, self._pipeline.shape.num_stages
         depths = [stage / num_stages for stage in range(num_stages)]
         forwards = [wish.forward + wish.deep_forward * depth for depth in depths]
@@ -236,13 +230,7 @@ class GroupChooser:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """Complete order, or an attempt that was stopped.
-
-    Attributes:
-        time: the makespan, or the time at which the attempt was stopped.
-        effort: number of decisions, as the cost of the attempt.
-        ranks: groups of each rank, or None if the attempt was stopped.
-    """
+    """Order of each rank's groups, None if the attempt was stopped; `effort` is the number of decisions."""
 
     time: float
     effort: int
@@ -250,11 +238,7 @@ class Attempt:
 
 
 def build_order(pipeline: Pipeline, preset: Preset, makespan: float) -> Attempt:
-    """Builds one order.
-
-    Args:
-        makespan: time by which all ranks must end; the attempt stops when a rank cannot.
-    """
+    """Builds one order. The attempt stops when a rank cannot end by `makespan`."""
     return _Run(pipeline, preset, makespan).run()
 
 
@@ -350,7 +334,6 @@ class _Run:
         self._wake(arrival, self._order.queues[member.target].rank)
 
     def _wake(self, time: float, rank: int) -> None:
-        """Schedules a decision of a rank."""
         if (time, rank) not in self._scheduled:
             self._scheduled.add((time, rank))
             heappush(self._events, (time, rank))

@@ -1,8 +1,7 @@
 """Describes a pipeline for the list builder, its queues of F and I, and an order built in part.
 
-A link delivers in the order of sending. So all ranks run the F of a direction in one order, and its I too.
-Micro-batches form blocks. In a block, all micro-batches run one chunk before the next chunk. A rank only decides how to
-merge its queues.
+A link delivers in the order of sending. So all ranks run the F of a direction in one order, and its I too. In a block
+of micro-batches, all run one chunk before the next chunk. A rank only decides how to merge its queues.
 """
 
 from collections import deque
@@ -43,16 +42,9 @@ class OperationQueue:
 
 
 class Pipeline:
-    """Shape and costs that all orders of a pipeline share.
-
-    Attributes:
-        shape: schedule with placement and counts; its groups are ignored. Stage s is on the rank of stage s mod P.
-        chunks: stages of a rank for one direction.
-        unit: mean computation of an operation.
-    """
+    """Shape and costs that all orders of a pipeline share. Stage s is on the rank of stage s mod P."""
 
     def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
-        """Stores the costs in lists."""
         self.shape = shape
         self.cap = memory_cap
         self.latency = costs.latency
@@ -204,11 +196,6 @@ class PartialOrder:
     """
 
     def __init__(self, pipeline: Pipeline, preferences: Preferences) -> None:
-        """Starts without a placed operation.
-
-        Args:
-            preferences: block sizes and the memory that a direction leaves to the other one.
-        """
         shape = pipeline.shape
         blocks = preferences.blocks(shape.num_ranks, shape.num_directions)
         self.queues = pipeline.queues(blocks)

@@ -7,13 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """Numbers of micro-batches of one direction that run a chunk before the next chunk.
-
-    Attributes:
-        first: micro-batches of the first block.
-        forward: micro-batches of every other block of F.
-        backward: micro-batches of every other block of I.
-    """
+    """Numbers of micro-batches of one direction that run a chunk before the next chunk."""
 
     first: int
     forward: int
@@ -74,8 +68,6 @@ class Preferences:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """Preferences for the three parts of a rank's work.
-
-    At both ends of a step a rank waits for other ranks, so it may trade its own work for an earlier message.
 
     Attributes:
         warm_up: until the rank has run its first I. Only values of F and of groups of F matter.
