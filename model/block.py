@@ -50,10 +50,6 @@ class Block(nn.Module):
     def __init__(
         self, config: ModelConfig, experts: range | None, dtype: torch.dtype, attention: Attention, linears: Linears
     ) -> None:
-        """Builds the submodules.
-
-        `attention` is that of this layer. `linears` is the precision of linear layers, the same for a whole model.
-        """
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
         self._linears = linears
@@ -87,10 +83,7 @@ class Block(nn.Module):
         documents: Documents | None = None,
         context: ContextGroup = ALONE,
     ) -> Tensor:
-        """Runs a whole dense layer, BTD -> BTD.
-
-        `documents`: None if a token sees all tokens before it in its sequence.
-        """
+        """Runs a whole dense layer, BTD -> BTD."""
         return self.add_mlp(self.mix(hidden_BTD, sink, documents, context), sink)
 
     def mix(
@@ -107,7 +100,8 @@ class Block(nn.Module):
     def add_mlp(self, residual_BTD: Tensor, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
         """Adds the network of the norm to the residual, BTD -> BTD: the second part of a dense layer.
 
-        `for_backward`: whether only the backward is needed; then the result has no numbers.
+        Args:
+            for_backward: whether only the backward is needed; then the result has no numbers.
         """
         assert isinstance(self.mlp, Mlp)
         return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink, for_backward=for_backward)
@@ -120,17 +114,11 @@ class Block(nn.Module):
         route: Route | None = None,
         context: ContextGroup = ALONE,
     ) -> Attended:
-        """Runs norm, attention, residual, norm and router.
-
-        `route`: chooses experts instead of the router.
-        """
+        """Runs norm, attention, residual, norm and router; `route` chooses experts instead of the router."""
         return self.route(self.mix(hidden_BTD, sink, documents, context), route)
 
     def route(self, residual_BTD: Tensor, route: Route | None = None) -> Attended:
-        """Runs norm and router of the residual.
-
-        `route`: chooses experts instead of the router.
-        """
+        """Runs norm and router of the residual; `route` chooses experts instead of the router."""
         assert isinstance(self.mlp, Moe)
         gate = self.mlp.gate
         normal_BTD, logits_BTE = norm_and_map(residual_BTD, self.post_attention_layernorm, gate.weight)
@@ -138,10 +126,7 @@ class Block(nn.Module):
         return Attended(residual_BTD, rows, gate.route(logits_BTE) if route is None else route(gate, logits_BTE))
 
     def apply_experts(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> ExpertOutput:
-        """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows.
-
-        `for_backward`: whether only the backward is needed; then the results have no numbers.
-        """
+        """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
         assert isinstance(self.mlp, Moe)
         given = (received.received, received.weights_A, received.counts, sink)
         routed_AD = self.mlp.experts(*given, for_backward=for_backward)
@@ -151,11 +136,7 @@ class Block(nn.Module):
     def add_shared(
         self, residual_BTD: Tensor, rows: Rows, sink: WeightSink | None, *, for_backward: bool = False
     ) -> Tensor:
-        """Returns the residual plus shared experts of its norm, BTD.
-
-        Args:
-            for_backward: whether only the backward is needed; then the result has no numbers.
-        """
+        """Returns the residual plus shared experts of its norm, BTD."""
         assert isinstance(self.mlp, Moe)
         experts, norm = self.mlp.shared_experts, self.post_attention_layernorm
         if experts is None:
@@ -164,7 +145,7 @@ class Block(nn.Module):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Autograd function of `Dispatcher.dispatch`. `found` takes the arrived values that have no gradient."""
+    """Autograd function of `Dispatcher.dispatch`. `found` takes the arrived values without gradient."""
 
     @staticmethod
     def forward(

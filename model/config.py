@@ -21,10 +21,7 @@ class PlainRope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class YarnRope:
-    """YaRN: frequencies interpolated for a longer context.
-
-    Source: arXiv:2309.00071; arXiv:2412.19437, section 4.3.
-    """
+    """YaRN: frequencies interpolated for a longer context (arXiv:2309.00071; arXiv:2412.19437, 4.3)."""
 
     kind: Literal["yarn"]
     factor: PositiveFloat
@@ -84,7 +81,6 @@ class Computing:
     products: Products = "own"
 
     def __post_init__(self) -> None:
-        """Adds what `layer` includes."""
         object.__setattr__(self, "recomputed", all_recomputed(self.recomputed))
 
 
@@ -92,10 +88,9 @@ class Computing:
 class ModelConfig:
     """A DeepSeek-V3-class architecture.
 
-    Source: arXiv:2412.19437, section 2; fields follow the released config.json.
-
-    `q_lora_rank` None means one full query projection. `mtp_hidden` selects the state of the previous depth that an MTP
-    module reads: after the norm that precedes the output head, or before it.
+    Source: arXiv:2412.19437, section 2; fields follow the released config.json. `q_lora_rank` None means one full query
+    projection. `mtp_hidden` selects the state of the previous depth that an MTP module reads, after or before the norm
+    that precedes the output head.
     """
 
     vocab_size: PositiveInt
@@ -145,15 +140,12 @@ _LARGEST_VOCABULARY = 32768
 
 
 def ladder(size: int) -> ModelConfig:
-    """Returns the model of a size: 1 has 0.8M weights, 4 has 22M, 16 has 1B.
+    """Returns the model of a size of at least 1: 1 has 0.8M weights, 4 has 22M, 16 has 1B.
 
     It keeps these proportions of DeepSeek-V3 (arXiv:2412.19437, section 4.2): a head has twice as many dimensions
     without position as with it; the values of all heads together are wider than the hidden state; latents are narrow; a
     dense layer is as wide as all experts of a token together; one layer in twenty, but at least one, is dense; one
     shared expert; a router that keeps half of the groups; one MTP module.
-
-    Args:
-        size: the size, at least 1.
     """
     assert size >= 1
     hidden, num_layers = _WIDTH * size, size + 2
@@ -194,19 +186,15 @@ class CutError(ValueError):
 
 
 def cut_layers(num_layers: int, num_stages: int, mtp_depth: int = 0, *, stages_per_rank: int = 1) -> tuple[range, ...]:
-    """Cuts layers into contiguous, nearly equal stages.
+    """Cuts layers into contiguous, nearly equal stages of at least one layer.
 
     An MTP module counts as one layer and belongs to the last stage, which therefore gets fewer layers. The first stages
     get the remainder.
 
     Args:
         num_layers: number of layers without MTP modules.
-        num_stages: number of stages, at least 1.
         stages_per_rank: number of stages that the schedule assigns to a pipeline rank; errors use it to name the
             nearest pipeline size.
-
-    Returns:
-        The layers of each stage, at least one for each.
 
     Raises:
         CutError: fewer layers than stages.

@@ -36,7 +36,6 @@ class RoutedExperts(nn.Module):
         """Returns the experts' results for received rows, times their routing weights, AD.
 
         Args:
-            rows: received rows, as the exchange's `Wire` unpacked them.
             weights_A: routing weights, multiplied before `down`, as rows are narrower there.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """
@@ -45,12 +44,7 @@ class RoutedExperts(nn.Module):
     def apply_locally(
         self, rows: Rows, source: NormSource, weights_TK: Tensor, counts: Sequence[int], order: RowOrder
     ) -> Tensor:
-        """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
-
-        Args:
-            source: norm and its input, from which a backward may recompute the rows.
-            order: order in which copies of tokens go to experts.
-        """
+        """Dispatches, applies the experts and combines on one rank, if all experts are there, ND."""
         return self._linears.apply_local_experts(rows, source, weights_TK, self._weights, counts, order)
 
     @property

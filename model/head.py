@@ -55,10 +55,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, hidden, dtype=dtype))
 
     def forward(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
-        """Looks up tokens, BT -> BTD.
-
-        With a sink, the weight's gradient waits for its W, as in `linear.linear`.
-        """
+        """Looks up tokens, BT -> BTD. With a sink, the weight's gradient waits for its W."""
         if sink is None or not torch.is_grad_enabled():
             return functional.embedding(tokens_BT, self.weight)
         out: Tensor = _SplitEmbedding.apply(self.weight, tokens_BT, sink)  # type: ignore[no-untyped-call]
@@ -112,10 +109,7 @@ def _normalize_both(embedded: Tensor, hidden: Tensor, enorm_D: Tensor, hnorm_D: 
 
 
 class MtpBlock(Block):
-    """An MTP module: a whole MoE layer, the projection of its two inputs, and its own final norm.
-
-    The projection reads [norm(embedding), norm(hidden)], the order of the released weights.
-    """
+    """An MTP module: a whole MoE layer, the projection of [norm(embedding), norm(hidden)], a final norm."""
 
     def __init__(
         self, config: ModelConfig, experts: range, dtype: torch.dtype, attention: Attention, linears: Linears
@@ -186,10 +180,7 @@ class _ScoreTokens(torch.autograd.Function):
 
 
 def _slopes_of_rows(row_slopes: RowSlopes | None, rows_R: Tensor, num_rows: int) -> RowSlopes | None:
-    """Returns the slopes of selected rows.
-
-    A function of all rows receives log-probability 0 for the others.
-    """
+    """Returns the slopes of selected rows. A function of all rows receives 0 for the others."""
     if row_slopes is None:
         return None
     if isinstance(row_slopes, Tensor):
@@ -215,12 +206,10 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Computes a loss that is a function of the targets' log-probabilities.
 
-    Logits exist for a few rows at a time. Gradients are computed in the forward, so that each row's logits are computed
-    once.
+    Logits exist for a few rows at a time. Gradients are computed in the forward, so that logits are computed once.
 
     Args:
         targets_BT: int64, below V; -100 if nothing is predicted, for which the log-probability is 0.
-        sink: takes weight gradients, as in `linear.linear`.
         value: function that computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or
             wider.
         slopes: derivative of the loss in -log p of each row: [BT], or a function of log-probabilities (see
@@ -253,15 +242,11 @@ def score_rows(
     value: ValueFunction,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes a loss whose gradients a function computes together with its scores.
+    """Computes a loss whose gradients a function computes together with its scores, as `score_tokens`.
 
     Args:
-        normal_BTD: as in `score_tokens`, like all others but `score`.
         score: computes log-probabilities and the loss's gradients of the rows that have a target.
         value: computes the loss, after `score`.
-
-    Returns:
-        The loss, and the log-probabilities, BT, without gradient.
     """
     scoring = _Scoring(score, value, sink, rows)
     loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
@@ -272,10 +257,7 @@ def score_rows(
 
 @torch.no_grad()
 def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Returns the log-probabilities of targets, BT, without gradient.
-
-    The arguments are those of `score_tokens`.
-    """
+    """Returns the log-probabilities of targets, BT, without gradient; arguments as in `score_tokens`."""
     normal_ND, targets_N = normal_BTD.flatten(0, 1), targets_BT.flatten()
     if rows is not None:
         normal_ND, targets_N = normal_ND[rows], targets_N[rows]
@@ -286,9 +268,6 @@ def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, row
 
 
 def score_states(normal_BTD: Tensor, weight_1D: Tensor) -> Tensor:
-    """Returns the score of each state, BT in float32 or wider.
-
-    Adding up in 16 bits would lose small differences.
-    """
+    """Returns the score of each state, BT in float32 or wider: 16 bits would lose small differences."""
     scores_BT1: Tensor = widen(normal_BTD) @ widen(weight_1D).t()
     return scores_BT1.squeeze(-1)

@@ -1,7 +1,4 @@
-"""SwiGLU feed-forward network of dense layers and of shared experts.
-
-Shape legend: D hidden size.
-"""
+"""SwiGLU feed-forward network of dense layers and of shared experts."""
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +33,16 @@ class Mlp(nn.Module):
         return out
 
     def add(self, x: Tensor, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
-        """Returns x plus the network of norm(x), [..., D].
-
-        `for_backward`: as in `add_to`.
-        """
+        """Returns x plus the network of norm(x), [..., D]."""
         hidden = self._linears.normed_linear(x, norm, self._gate_up(), sink)
         return self._linears.gated_down(x, hidden, self.down_proj.weight, sink, for_backward=for_backward)
 
     def add_to(
         self, x: Tensor, rows: Rows, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False
     ) -> Tensor:
-        """Returns x plus the network of norm(x) if norm(x) is given.
+        """Returns x plus the network of norm(x), [..., D], if norm(x) is given.
 
         Args:
-            x: [..., D].
             rows: norm(x), which takes the gradient; a backward may recompute it from x.
             for_backward: whether only the backward is needed; then the result has no numbers.
         """

@@ -47,8 +47,6 @@ class NormSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Options:
-    """Arguments of `_NormedLinear` that are not tensors."""
-
     eps: float
     sink: WeightSink | None
     keeps_normal: bool
@@ -150,15 +148,11 @@ def _part(gradient: Callable[[], Tensor], rows: slice, dtype: torch.dtype) -> Te
 def normed_linear(
     x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Applies linear maps to norm(x) without keeping norm(x) for the backward, which recomputes it from x.
+    """Returns linear maps of norm(x), [..., D], side by side; the backward recomputes norm(x) from x.
 
     Args:
-        x: [..., D].
-        sink: takes the maps' weight gradients, as in `linear`; that of the norm goes through autograd.
+        sink: takes the maps' weight gradients; that of the norm goes through autograd.
         keeps_normal: whether to keep norm(x) for the backward.
-
-    Returns:
-        The outputs of all maps side by side.
     """
     options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     (out,) = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
@@ -168,15 +162,12 @@ def normed_linear(
 def linear_of_normal(
     normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Applies linear layers to a norm's output, which takes the gradient; keeps the norm's input.
+    """Returns linear layers of a norm's output, [..., D], side by side; keeps the norm's input.
 
     Args:
-        normal: the norm's output, [..., D].
-        source: norm and its input, from which the backward recomputes it; gets no gradient here.
+        normal: takes the gradient.
+        source: norm and its input, from which the backward recomputes the output; gets no gradient here.
         keeps_normal: whether to keep the norm's output for the backward.
-
-    Returns:
-        The outputs of all layers side by side.
     """
     options = _Options(eps=source.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     out: Tensor = _LinearOfNormal.apply(  # type: ignore[no-untyped-call]
@@ -186,11 +177,9 @@ def linear_of_normal(
 
 
 def norm_and_map(x: Tensor, norm: RmsNorm, weight_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns norm(x) and, in float32 or wider, its product with the weight.
+    """Returns norm(x), [..., D], and, in float32 or wider, its product with the weight, [..., N].
 
-    The weight's gradient goes through autograd.
-
-    Keeps only x. Shapes [..., D] and [..., N].
+    Keeps only x. The weight's gradient goes through autograd.
     """
     options = _Options(eps=norm.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=True)
     normal, out = _NormedLinear.apply(x, norm.weight, options, weight_ND)  # type: ignore[no-untyped-call]

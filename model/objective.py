@@ -1,9 +1,6 @@
-"""Objectives that a step minimizes.
+"""Objectives that a step minimizes. The model calls `Objective.loss` for every head.
 
-The model calls `Objective.loss` for every head and defines no loss itself.
-
-Losses are sums over a micro-batch, scaled by counts over the global batch. Source: arXiv:2412.19437, sections 2.1.2,
-2.2.
+Losses are sums over a micro-batch, scaled by counts over the global batch (arXiv:2412.19437, sections 2.1.2, 2.2).
 """
 
 import math
@@ -43,8 +40,7 @@ class MicroBatch:
         inputs_BT: for each depth k = 0 (main), 1, ... the token embedded at each position (shifted by k), int64.
         targets_BT: for each depth the token to predict (shifted by k + 1), -100 if there is none, int64.
         documents: documents of packed sequences; None: each token sees all tokens before it.
-        extras: further values of the main targets that an objective needs, by name, each [B, T, ...]: weights,
-            advantages, log-probabilities under another model.
+        extras: further values of the main targets that an objective needs, by name, each [B, T, ...].
         target_rows: for each depth the numbers of all rows of the flattened targets that have one, int64, ascending, so
             that the head reads no others; None, or no entry: it reads all rows. Made on the host (`find_target_rows`).
     """
@@ -56,11 +52,6 @@ class MicroBatch:
     target_rows: tuple[Tensor | None, ...] = ()
 
     def __post_init__(self) -> None:
-        """Freezes the extras.
-
-        Raises:
-            ValueError: an extra does not have a value for each token.
-        """
         shape = self.inputs_BT[0].shape
         for name, extra in self.extras.items():
             if extra.shape[:2] != shape:
@@ -85,12 +76,7 @@ class MicroBatch:
 
 
 def find_target_rows(targets_BT: Tensor) -> Tensor | None:
-    """Returns the numbers of the rows with a target, or None if most rows have one.
-
-    Copies of rows pay off only if many are left out.
-
-    `targets_BT`: on the host, so that no device is waited for.
-    """
+    """Returns the rows with a target, or None if most have one. Reads the targets on the host."""
     rows = (targets_BT.flatten() != IGNORE).nonzero().flatten()
     return rows if len(rows) <= _LARGEST_TARGET_SHARE * targets_BT.numel() else None
 
@@ -120,7 +106,7 @@ class TaskLoss:
 
 
 class Objective(Protocol):
-    """Function to minimize: cross-entropy, or later distillation, policy gradient, preference or ranking."""
+    """Function to minimize."""
 
     @property
     def balance(self) -> float:
@@ -132,7 +118,6 @@ class Objective(Protocol):
 
         Args:
             hidden_BTD: the head's input, the state after the final norm.
-            sink: takes weight gradients, as in `linear.linear`.
         """
         ...
 
@@ -174,19 +159,13 @@ class CrossEntropy:
 
 
 def depth_weights(weights_BT: Tensor, depth: int) -> Tensor:
-    """Returns the weights of a depth's targets, BT.
-
-    A target has the weight of the same token among the main targets.
-    """
+    """Returns the weights of a depth's targets, BT, from those of the same tokens among the main targets."""
     kept = weights_BT[:, depth:]
     return functional.pad(kept, (0, weights_BT.shape[1] - kept.shape[1]))
 
 
 def weights_of_depths(weights_BT: Tensor, num_depths: int) -> Tensor:
-    """Returns the weights of the targets of each depth, [B, T, depths].
-
-    `weights_BT`: weights of the main targets of whole sequences.
-    """
+    """Returns the weights of each depth's targets, [B, T, depths], from those of whole sequences."""
     return torch.stack([depth_weights(weights_BT, depth) for depth in range(num_depths)], -1)
 
 

@@ -1,7 +1,6 @@
 """Moves what a micro-batch keeps for its backward to host memory, and back.
 
-Only memory moves. Tensors, views and graphs stay the same objects, so a tensor that is saved twice is copied once, and
-the backward computes the same bits.
+Only memory moves. Tensors, views and graphs stay the same objects, so a tensor that is saved twice is copied once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,18 +64,12 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 
 
 class ActivationOffload:
-    """Offload of the activation of one micro-batch in one stage.
+    """Offload of the activation of one micro-batch in one stage: start, release, reload, restore.
 
-    The order of calls is start, release, reload, restore. Shared tensors never move: weights, tokens, masks and tables,
-    which other micro-batches read meanwhile.
+    Shared tensors never move: weights, tokens, masks and tables, which other micro-batches read meanwhile.
     """
 
     def __init__(self, link: HostMemoryLink, shared: Callable[[], Iterable[Tensor]]) -> None:
-        """Stores the arguments.
-
-        Args:
-            shared: returns the tensors that must stay.
-        """
         self._link = link
         self._shared = shared
         self._storages: list[torch.UntypedStorage] = []

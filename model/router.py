@@ -47,8 +47,7 @@ class Routing:
         """Returns this rank's part of the sum over sequences of sum_i f_i P_i, unscaled.
 
         f comes from plain top-k of unbiased scores, without gradient. It counts the tokens of all ranks that share a
-        sequence, whose parts of P add up to that of the sequence. A document that is masked from others counts as a
-        sequence, as if it was in a batch alone; padding does not.
+        sequence. A document that is masked from others counts as a sequence; padding does not.
         """
         if isinstance(context, SliceContext):
             return self._balance_of_slice(documents, context)
@@ -139,8 +138,7 @@ class Router(nn.Module):
 
         Args:
             forced_ids_TK: int64, experts to choose independent of their scores, which still determine the weights. The
-                router chooses for a token whose ids are all -1, and for all tokens if this is None. The ids are
-                checked on the host.
+                router chooses for a token whose ids are all -1, and for all tokens if this is None.
 
         Raises:
             RouteError: forced ids are neither K different experts nor K times -1 for each token.
@@ -210,8 +208,7 @@ class Router(nn.Module):
 class Routes(Protocol):
     """Chooses experts in place of the routers, or records their choices; passed with a run.
 
-    A rollout's choices, replayed in training, keep both passes on the same experts although their scores differ a
-    little (arXiv:2510.11370).
+    A rollout's choices, replayed in training, keep both passes on the same experts (arXiv:2510.11370).
     """
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
@@ -243,19 +240,15 @@ class ReplayedRoutes:
 
     Attributes:
         ids: experts of each token, NK, by place; -1 for tokens whose experts the router chooses.
-        num_layers: number of layers of the main model. MTP modules come after them, and their routers choose. None: MTP
-            modules have ids, too.
+        num_layers: number of layers of the main model, after which routers choose (in MTP modules). None: these have
+            ids.
     """
 
     ids: Mapping[Label, Tensor]
     num_layers: int | None = None
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
-        """Routes by the given choice.
-
-        Raises:
-            RouteError: no choice is given for this place, or it contains ids that are not experts of this router.
-        """
+        """Routes by the given choice, or raises a `RouteError` if there is no valid one for this place."""
         if self.num_layers is not None and label.layer >= self.num_layers:
             return router.route(logits_BTE)
         if label not in self.ids:

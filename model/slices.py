@@ -38,7 +38,6 @@ class SlicedSequences:
     """Sequences of one micro-batch in one stage, and what their slices share in each layer."""
 
     def __init__(self, parts: SequenceParts) -> None:
-        """Starts before the first slice; `parts` are the tokens of each slice."""
         self.parts = parts
         self._layers: dict[int, _SharedLayer] = {}
 
@@ -136,10 +135,7 @@ class RunPlace:
     """Which micro-batch a run of a stage is.
 
     Attributes:
-        direction: of the micro-batch.
-        micro_batch: its number within the direction.
-        sequences: sequences of which it is a slice; None: it has whole sequences, or this rank's part of them.
-        index: index of the slice.
+        sequences: sequences of which it is slice number `index`; None: it has whole sequences, or this rank's part.
     """
 
     direction: int = 0
@@ -149,13 +145,9 @@ class RunPlace:
 
 
 class SlicedRuns:
-    """Sequences of one stage whose slices have begun but not all of them.
-
-    A run holds its sequences as long as it needs them.
-    """
+    """Sequences of one stage whose slices have begun but not all of them."""
 
     def __init__(self, parts: SequenceParts, slices: int) -> None:
-        """Stores the tokens of each slice, and the number of slices; 1 if runs have whole sequences."""
         self._parts, self._slices = parts, slices
         self._begun: dict[tuple[int, int], SlicedSequences] = {}
 

@@ -38,11 +38,6 @@ class StageRun:
     """One micro-batch in one stage, run phase by phase, forward and backward."""
 
     def __init__(self, phases: list[Phase], offload: ActivationOffload | None = None) -> None:
-        """Stores the arguments.
-
-        Args:
-            offload: moves the activation to host memory; None if it stays.
-        """
         self._phases = phases
         self._offload = offload
         self._values: Values = NoValues()
@@ -139,10 +134,7 @@ class StageRun:
 
 
 class Stage:
-    """Contiguous layers of a model as phases.
-
-    `lanes` names the lane of every phase in forward order, the same on every rank that holds the stage.
-    """
+    """Contiguous layers of a model as phases. `lanes` names the lane of every phase in forward order."""
 
     def __init__(self, model: Transformer, layers: range, *, first: bool, last: bool) -> None:
         self._model = model
@@ -182,9 +174,11 @@ class Stage:
     ) -> StageRun:
         """Returns a run of one micro-batch; without a store it is forward only.
 
-        `batch` is required at both ends, and in every stage if it has documents. `place` identifies the run in logs of
-        its exchanges and for `routes`, which record or replay the routers' choices. `link` copies the activation to
-        host memory and back; None if the run is not offloaded.
+        Args:
+            batch: required at both ends, and in every stage if it has documents.
+            place: identifies the run in logs of its exchanges and for `routes`, which record or replay routers'
+                choices.
+            link: copies the activation to host memory and back; None if the run is not offloaded.
         """
         documents = None if batch is None else batch.documents
 

@@ -33,10 +33,7 @@ SCORE = "score.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Part of a model: layers by number (MTP modules follow the last layer), experts of each, both ends.
-
-    MTP modules need the embedding in addition to the head.
-    """
+    """Part of a model: layers by number (MTP modules follow the last layer), experts of each, both ends."""
 
     layers: tuple[int, ...]
     experts: range
@@ -78,7 +75,6 @@ class Transformer(nn.Module):
         dispatcher: sends rows to experts when the model is called as a plain module.
         dtype: type of every weight; the router bias stays float32.
         part: part of the model; None means the whole.
-        computing: what a backward recomputes, the attention kernel, and the precision of products.
         context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
             (`comm.context.zigzag`), documents are those of whole sequences. Decoding ignores it.
     """
@@ -125,10 +121,7 @@ class Transformer(nn.Module):
         return block
 
     def embed(self, tokens_BT: Tensor, sink: WeightSink | None) -> Tensor:
-        """Looks up tokens, BT -> BTD.
-
-        `sink`: as in `linear.linear`.
-        """
+        """Looks up tokens, BT -> BTD."""
         assert self.model.embed_tokens is not None
         return self.model.embed_tokens(tokens_BT, sink)  # type: ignore[no-any-return]
 
@@ -151,21 +144,13 @@ class Transformer(nn.Module):
         return self.model.norm
 
     def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
-        """Computes the logits of the main head, float32 or wider: BT -> BTV.
-
-        Args:
-            tokens_BT: int64.
-            documents: documents of packed sequences; None: each token sees all tokens before it.
-        """
+        """Computes the logits of the main head, float32 or wider: BT in int64 -> BTV."""
         hidden = self._trunk(tokens_BT, documents)
         keeps_normal = "norm" not in self._computing.recomputed
         return widen(normed_linear(hidden, self.final_norm(0), (self.head_weight,), None, keeps_normal=keeps_normal))
 
     def final_states(self, tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
-        """Computes the state of each token after the final norm, BT -> BTD.
-
-        The arguments are those of `forward`.
-        """
+        """Computes the state of each token after the final norm, BT -> BTD."""
         normal_BTD: Tensor = self.final_norm(0)(self._trunk(tokens_BT, documents))
         return normal_BTD
 
@@ -176,12 +161,9 @@ class Transformer(nn.Module):
         return hidden
 
     def mtp_logits(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
-        """Computes the logits of each MTP module, float32 or wider, B(T-k)V.
+        """Computes the logits of each MTP module from more than `mtp_depth` tokens, float32 or wider, B(T-k)V.
 
-        Module k at position i predicts token i + k + 1.
-
-        Args:
-            tokens_BT: int64, more than `mtp_depth` of them; each token sees those before it.
+        Module k at position i predicts token i + k + 1. Each token sees those before it.
         """
         hidden, found = self.embed(tokens_BT, None), list[Tensor]()
         for depth in range(self.config.mtp_depth + 1):
@@ -212,7 +194,6 @@ class Transformer(nn.Module):
 
         Args:
             depth: 0 for the main head.
-            sink: takes weight gradients, as in `linear.linear`.
             place: direction and number of the micro-batch.
 
         Returns:
@@ -272,8 +253,7 @@ def routers(model: Transformer) -> dict[int, Router]:
 def initialize_weights(model: Transformer, seed: int) -> None:
     """Sets norms to one, router bias and a score head to zero, all others to N(0, initializer_range^2).
 
-    Values depend only on the seed and the released name, so a seed gives the same weights under every layout. They are
-    drawn in float32 on the CPU.
+    Values depend only on the seed and the released name, so a seed gives the same weights under every layout.
     """
     for name, weight in named_tensors(model).items():
         if name.endswith("norm.weight"):

@@ -23,10 +23,7 @@ class Gradients:
 
 
 class Values(Protocol):
-    """Output of one phase and input of the next.
-
-    `gradients` is the class of its gradients, whose fields match `tensors` one by one.
-    """
+    """Output of one phase and input of the next. The fields of class `gradients` match `tensors`."""
 
     gradients: ClassVar[type[Gradients]]
 
@@ -88,10 +85,7 @@ class RoutedGradients(Gradients):
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Tokens after attention with their routing: from `attend` to `dispatch`.
-
-    `rows` is the experts' input, [B, T, D]. `ids_TK` are the experts of each token, int64.
-    """
+    """Tokens after attention: from `attend` to `dispatch`. `rows` is the experts' input; ids are int64."""
 
     residual_BTD: Tensor
     rows: Rows
@@ -161,8 +155,8 @@ class ExpertGradients(Gradients):
 class ExpertOutput:
     """Output of the experts: from `experts` to `combine`.
 
-    `routed_AD` are results of received rows, times their weights. `base_BTD` is the residual plus shared experts of the
-    rank's own rows.
+    `routed_AD` are weighted results of received rows. `base_BTD` is the residual plus shared experts of the rank's
+    rows.
     """
 
     routed_AD: Tensor

@@ -1,8 +1,7 @@
 """Latent attention over the latent cache: absorbed for decoding, expanded for prompts and in FP8.
 
 In the absorbed form, the keys' up-projection is applied to the queries and the values' up-projection after the mixing.
-Every head then reads the same cached latent, and no keys or values are computed (arXiv:2405.04434, section 2.1.2;
-arXiv:2412.19437, 2.1.1).
+Every head then reads the same cached latent (arXiv:2405.04434, section 2.1.2; arXiv:2412.19437, 2.1.1).
 
 Shape legend: B sequences, S new tokens of each, N new tokens of all, T positions, D hidden size, H heads,
 C values per token in the cache, P rotated pairs, Q query values per head, L latent size, R rotated values.
@@ -43,7 +42,6 @@ def attend_absorbed(
 
     Args:
         x_ND: normalized hidden states, N = B S, sequence by sequence.
-        rotation: rotation of the new tokens' positions.
         future_BST: True if a token must not see a position; None if every token sees every position.
     """
     num_sequences, num_heads, rank = len(cached_BTC), config.num_heads, config.kv_lora_rank
@@ -127,10 +125,9 @@ def add_attention_over_cache(
 ) -> Tensor:
     """Returns hidden + attention of S new tokens of each sequence over the cache as in training, ND.
 
-    Keys and values of all positions are expanded again in each pass. The absorbed form would round other numbers, and
-    FP8 magnifies any difference before it rounds.
-
-    `cached_BTC` holds latents before their norm and rotated shared keys, also of the new tokens.
+    Keys and values of all positions are expanded in each pass. The absorbed form would round other numbers, and FP8
+    magnifies any difference. `cached_BTC` holds latents before their norm and rotated shared keys, also of the new
+    tokens.
     """
     shape, (num_sequences, num_positions) = options.shape, cached_BTC.shape[:2]
     if future_BST is None:

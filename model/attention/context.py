@@ -1,10 +1,9 @@
 """Latent attention over sequences that several ranks share.
 
 Each rank computes the queries of its tokens, and receives the latents and rotated keys of all others (576 values per
-token for DeepSeek-V3), from which it expands the keys and values of one rank at a time. After a sum over the context
-group, every gradient equals that of one rank: those of latents are summed here, those of weights by whoever sums the
-ranks' gradients. The gradient of the up-projection of keys and values on a rank is that of its queries over all
-latents.
+token for DeepSeek-V3), from which it expands the keys and values of one rank at a time. Gradients of latents are summed
+here, those of weights by whoever sums the ranks' gradients. The gradient of the up-projection of keys and values on a
+rank is that of its queries over all latents.
 
 Shape legend: as in model/attention/heads.py. C = latent and shared key.
 """
@@ -29,12 +28,7 @@ from model.precision.linears import Linears
 def mix_in_context(
     x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, linears: Linears
 ) -> Tensor:
-    """Returns x + attention of this rank's tokens, BTD. All ranks of the context group call it.
-
-    Args:
-        compressed_BTX: as in `model.attention.core.mix`, of this rank's tokens.
-        options: sizes, kernel, rotation and documents of whole sequences, sink, and context group.
-    """
+    """Returns x + attention of this rank's tokens, BTD. All ranks of the context group call it."""
     out: Tensor = _MixInContext.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
 
@@ -55,7 +49,6 @@ class _Saved:
     others: dict[int, Rows]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Returns all tensors in order."""
         others = [each for rows in self.others.values() for each in rows]
         return (*self.weights, *self.ends, *self.log_sums, *others)
 
@@ -136,10 +129,7 @@ class _Blocks:
     """What this rank's queries see of each rank's keys, and the kernel that computes it."""
 
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
-        """Reads sizes from the options.
-
-        `like_BTX`: a tensor with the shape, type and device of this rank's compressed values.
-        """
+        """Reads sizes from the options, and shape, type and device from compressed values or their like."""
         self._options, shape = options, options.shape
         self.kernel: BlockKernel = choose_block_kernel(options.kernel, like_BTX.device, like_BTX.dtype)
         self.layout = HeadLayout(like_BTX, shape, self.kernel.widths(shape.nope + shape.rope, shape.value))
@@ -158,12 +148,7 @@ class _Blocks:
         return visible_tiles(self._cut, self.parts.held[self._options.context.index], self.parts.held[index])
 
     def backward(self, ends: LatentLinears, kept: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
-        """Starts a backward of the heads.
-
-        Args:
-            ends: linear layers of this rank's tokens.
-            kept: logarithms of sums of exponentials, and queries if they were kept.
-        """
+        """Starts a backward of the heads; `kept` is `_Saved.log_sums`."""
         layout, log_sums_BTH = self.layout, kept[0]
         if len(kept) == 2:
             query = kept[1]
@@ -191,7 +176,6 @@ class _KeysAndValues:
         self._memory: tuple[Tensor, Tensor] | None = None
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
-        """Returns the memory for a rank's tokens."""
         tokens, layout = self._blocks.parts.tokens_of(index), self._blocks.layout
         if self._memory is None or self._memory[0].shape[1] != tokens:
             self._memory = layout.new_query(tokens), layout.new_value(tokens)

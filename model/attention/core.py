@@ -28,7 +28,6 @@ def mix(
     Args:
         compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
             values before their norm, then the shared key before rotation (C).
-        options: sizes, kernel, rotation, documents and sink.
     """
     out: Tensor = _MixHeads.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out
@@ -57,7 +56,6 @@ class _HeadGraph:
     Attributes:
         inputs: queries, keys and values, which are leaves of the graph.
         input_bytes: bytes freed of each input; empty if the inputs stayed.
-        mixed_bytes: bytes freed of the heads' output.
     """
 
     inputs: Heads
@@ -160,8 +158,8 @@ def _allocate_again(tensor: Tensor, size: int) -> None:
 def _saved_tensor_hooks_disabled() -> AbstractContextManager[None]:
     """Returns a context in which saved-tensor hooks of the caller do not run.
 
-    Tensors saved inside are freed and filled by hand, so hooks around the model must not copy them. An output that is
-    saved without packing would hold the graph that saves it, forever if there is no backward.
+    Tensors saved inside are freed and filled by hand, so hooks must not copy them. An output that is saved without
+    packing would hold the graph that saves it, forever if there is no backward.
     """
     return saved_tensors_hooks(torch.detach, lambda tensor: tensor)
 
@@ -170,10 +168,7 @@ class _Kernel:
     """The attention kernel of whole sequences, with the layout of its queries, keys and values."""
 
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
-        """Reads sizes from the options.
-
-        `like_BTX`: a tensor with the shape, type and device of the compressed values.
-        """
+        """Reads sizes from the options, and shape, type and device from compressed values or their like."""
         self._options, shape = options, options.shape
         is_packed = options.documents is not None
         kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, is_packed=is_packed)

@@ -41,7 +41,6 @@ class Attention(nn.Module):
         Args:
             x_BTD: the residual of the tokens that this rank holds.
             norm: norm of this layer; it belongs to the block, and autograd computes its gradient.
-            sink: takes the gradients of linear layers, as in `model.precision.linear.linear`.
             documents: documents of whole packed sequences, also if a context group shares them; None: each token sees
                 all tokens before it in its sequence.
             context: members that share each sequence. A form that needs whole sequences raises an error if there are
@@ -60,12 +59,7 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionForm:
-    """A form of attention.
-
-    Attributes:
-        build: builds it from the architecture, the weights' type, the kernel's name and the precision of linear layers.
-        values_per_token: number of values that a layer's cache holds of a token.
-    """
+    """A form of attention: how it is built, and how many values a layer's cache holds of a token."""
 
     name: str
     build: Callable[[ModelConfig, torch.dtype, str, "Linears"], Attention]

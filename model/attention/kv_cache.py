@@ -16,8 +16,8 @@ from model.attention.rope import Rotation
 class KvCache:
     """Storage for a number of sequences of at most `capacity` tokens, each with its own length.
 
-    The held sequences are rows 0 .. `len(lengths) - 1`, so a layer's used rows are one view of the storage. Values
-    beyond a row's length are finite, and no token reads them before they are overwritten.
+    The held sequences are rows 0 .. `len(lengths) - 1`. Values beyond a row's length are finite, and no token reads
+    them before they are overwritten.
     """
 
     def __init__(
@@ -29,7 +29,6 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocates the whole storage, in the weights' type."""
         shape = (num_layers, max_sequences, capacity, values_per_token)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._lengths: list[int] = []
@@ -110,7 +109,6 @@ class PromptView:
     Attributes:
         rows: rows of the prompts.
         counts: tokens of each prompt; they sum to N.
-        rotation: rotation of all tokens' positions.
     """
 
     cache: KvCache
@@ -134,7 +132,6 @@ class StepView:
         positions_BS: positions of the new tokens.
         num_positions: T, the number of positions up to the last token.
         future_BST: True if a token must not see a position; None if every token sees every position.
-        rotation: rotation of the new tokens' positions.
     """
 
     cache: KvCache

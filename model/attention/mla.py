@@ -1,9 +1,7 @@
 """Multi-head latent attention: expanded in training, absorbed in decoding unless products are in FP8.
 
-Source: arXiv:2412.19437, section 2.1.1.
-
-Shape legend: B sequences, T tokens, N new tokens, D hidden size, C values per token in the cache, X sizes of
-compressed queries, keys and values together.
+Source: arXiv:2412.19437, section 2.1.1. Shape legend: B sequences, T tokens, N new tokens, D hidden size, C values per
+token in the cache, X sizes of compressed queries, keys and values together.
 """
 
 from dataclasses import replace

@@ -53,11 +53,7 @@ class NormAndUpGradients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentShape:
-    """Sizes of latent attention.
-
-    They are heads, per head the part without position, the rotated part and the value, then the latent, and two
-    numbers.
-    """
+    """Sizes of latent attention: heads, parts of each head, the latent, and two numbers."""
 
     num_heads: int
     nope: int
@@ -86,7 +82,6 @@ class LatentOptions:
         kernel: a name in `kernels.attention.ATTENTION`, or `auto`.
         rotation: cos and sin of each position of a whole sequence.
         documents: documents of whole packed sequences; None: each token sees all tokens before it.
-        sink: takes weight gradients.
         records: whether a backward follows.
         context: ranks that share each sequence.
     """
@@ -133,7 +128,7 @@ class LatentLinears(Protocol):
         """Returns x plus the output projection of the heads' output, ND."""
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Returns what a backward needs besides weights, after `add`. `mixed_BHTW`: output of the kernel."""
+        """Returns what a backward needs besides weights, after `add`."""
 
     def saved_keys(self) -> tuple[Tensor, ...]:
         """Returns what keys and values alone need; `Linears.restore_keys` restores them on any rank.

@@ -1,6 +1,4 @@
-"""Rotary position embedding, interleaved pairs, with YaRN.
-
-Source: arXiv:2309.00071; arXiv:2412.19437, section 4.3.
+"""Rotary position embedding, interleaved pairs, with YaRN (arXiv:2309.00071; 2412.19437, section 4.3).
 
 Shape legend: B sequences, T positions, N tokens, H heads, P rotated pairs, R rotated values per head.
 """
@@ -68,14 +66,11 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
 
 
 def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Rotates each pair (x0, x1), (x2, x3), ... by its position's angle.
+    """Rotates each pair (x0, x1), (x2, x3), ... by its position's angle, in the type of x.
 
     Args:
         cos_TP: cosine of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64.
         sin_TP: sine, like `cos_TP`.
-
-    Returns:
-        Tensor of the shape and type of x.
     """
     wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
     # A slice of a single row counts as contiguous at any offset.

@@ -1,7 +1,4 @@
-"""Opens a checkpoint's folder and checks everything that can be checked without reading data.
-
-Imports no torch.
-"""
+"""Opens a checkpoint's folder and checks everything that can be checked without reading data."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -37,7 +34,6 @@ class Checkpoint:
     """Content of a checkpoint's folder.
 
     Attributes:
-        folder: path of the folder.
         config: the architecture; its `mtp_depth` is 0 if the files hold no tensor of an MTP module, or if these were
             dropped.
         entries: every tensor by name.
@@ -54,9 +50,6 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Reads `config.json`, the index if there is one, and the header of every file.
-
-    Args:
-        drop_mtp: whether to ignore MTP modules and all their tensors.
 
     Raises:
         HfError: something is missing, truncated, superfluous, outside the folder, or of another shape or type than the
@@ -85,7 +78,6 @@ def open_checkpoint(folder: Path, *, drop_mtp: bool = False) -> Checkpoint:
 
 
 def _is_mtp_tensor(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to a layer behind the main model's layers."""
     return (layer_of(name) or 0) >= config.num_layers
 
 
@@ -165,7 +157,6 @@ def _check_rotary_shape(name: str, entry: TensorEntry, size: int) -> None:
 
 
 def _nearest_in_layer(name: str, others: Iterable[str]) -> str:
-    """Returns the result of `nearest` among names of the same layer."""
     return nearest(name, sorted(other for other in others if layer_of(other) == layer_of(name)))
 
 

@@ -1,7 +1,7 @@
 """Converts a checkpoint's `config.json` to an architecture and back. Imports no torch.
 
-Both spellings of rotary embedding are read: the released one (`rope_theta`, `rope_scaling` with `type`) and that of
-transformers 5 (`rope_parameters`). The released one is written, because transformers reads it too.
+Both spellings of rotary embedding are read: the released one and that of transformers 5 (`rope_parameters`). The
+released one is written, because transformers reads it too.
 """
 
 from collections.abc import Mapping
@@ -40,8 +40,8 @@ _ONLY: tuple[tuple[str, Any], ...] = (
 def read_config(folder: Path) -> ModelConfig:
     """Returns the architecture that a checkpoint's `config.json` describes.
 
-    MTP modules read the state after the final norm unless the file's `mtp_hidden` says otherwise. Only this project
-    uses that key.
+    MTP modules read the state after the final norm unless the file's `mtp_hidden`, a key of this project, says
+    otherwise.
 
     Raises:
         HfError: the file is missing or not a JSON object; or a key is missing, has another type, is out of range, or
@@ -52,11 +52,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Returns the architecture that the file's keys describe, as `read_config` does.
-
-    Raises:
-        HfError: as `read_config`.
-    """
+    """Returns the architecture that the file's keys describe, as `read_config` does."""
     values = ConfigValues(path, keys)
     if values.need("model_type") not in MODEL_TYPES:
         raise values.error("model_type", f"must be {' or '.join(MODEL_TYPES)}, is {values.get('model_type')!r}")
@@ -77,9 +73,8 @@ def write_config(
     """Returns the content of `config.json` for an architecture.
 
     Args:
-        carried: keys that do not describe the architecture, such as `bos_token_id`, from
-            `model.hf.known_keys.carried_keys`; a `quantization_config` among them replaces the usual one if weights are
-            in FP8.
+        carried: keys that do not describe the architecture, from `known_keys.carried_keys`; a `quantization_config`
+            among them replaces the usual one if weights are in FP8.
     """
     carried = carried or {}
     keys: dict[str, Any] = {
@@ -206,7 +201,6 @@ def _check_token_ids(values: ConfigValues) -> None:
 
 
 def _check(values: ConfigValues, config: ModelConfig) -> None:
-    """Checks rules that relate several keys."""
     experts, groups, limit = config.num_routed_experts, config.num_expert_groups, config.num_limited_groups
     for key, size in (
         ("num_key_value_heads", config.num_heads),

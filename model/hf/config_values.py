@@ -11,7 +11,7 @@ LARGEST_WHOLE = 2**63 - 1
 
 
 class ConfigValues:
-    """An object of a JSON file whose keys are read one by one.
+    """An object of a JSON file whose keys are read one by one; each rule raises an `HfError`.
 
     Args:
         place: dotted keys that lead to the object; empty for the whole file.
@@ -27,21 +27,13 @@ class ConfigValues:
         return self._values.get(key)
 
     def need(self, key: str) -> Any:
-        """Returns the value of a required key.
-
-        Raises:
-            HfError: it is missing.
-        """
+        """Returns the value of a required key."""
         if key not in self._values:
             raise self.error(key, f"must be given, is missing{nearest(key, self._values)}")
         return self._values[key]
 
     def whole(self, key: str, least: int) -> int:
-        """Returns a whole number of at least `least`.
-
-        Raises:
-            HfError: missing, not a whole number, too small, or larger than any size.
-        """
+        """Returns a whole number of at least `least`, and not larger than any size."""
         value = self.need(key)
         if type(value) is not int:
             raise self.error(key, f"must be a whole number, is {shown(value)}")
@@ -52,11 +44,7 @@ class ConfigValues:
         return value
 
     def number(self, key: str, *, above: float = 0.0) -> float:
-        """Returns a finite number above `above`.
-
-        Raises:
-            HfError: missing, not a number, or too small.
-        """
+        """Returns a finite number above `above`."""
         value = self.need(key)
         try:
             number = float(value) if type(value) in (int, float) else math.nan
@@ -69,21 +57,13 @@ class ConfigValues:
         return number
 
     def only(self, key: str, allowed: Any) -> None:
-        """Checks that a key is missing or has the value `allowed`.
-
-        Raises:
-            HfError: it has another value.
-        """
+        """Checks that a key is missing or has the value `allowed`."""
         value = self._values.get(key, allowed)
         if type(value) is not type(allowed) or value != allowed:
             raise self.error(key, f"must be {_json(allowed)}, as nothing else is supported, is {shown(value)}")
 
     def inside(self, key: str) -> "ConfigValues":
-        """Returns the object under a key.
-
-        Raises:
-            HfError: missing, or not an object.
-        """
+        """Returns the object under a key."""
         value = self.need(key)
         if not isinstance(value, dict):
             raise self.error(key, f"must be an object of keys and values, is {shown(value)}")

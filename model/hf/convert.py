@@ -41,14 +41,11 @@ class LoadedTransformer(Transformer):
 
 
 def load_hf(path: Path | str, dtype: torch.dtype, *, drop_mtp: bool = False) -> Transformer:
-    """Loads a checkpoint's model from `config.json` and `model.safetensors`, or shards with an index.
+    """Loads a checkpoint's whole model to the CPU, with its MTP modules if the checkpoint has them.
 
     Args:
         dtype: type of the weights; FP8 weights are dequantized. Correction biases stay float32.
         drop_mtp: whether to leave out MTP modules, which are then neither checked nor read.
-
-    Returns:
-        A whole model on the CPU, with its MTP modules if the checkpoint has them.
 
     Raises:
         HfError: something in the checkpoint is missing, superfluous or wrong.
@@ -135,7 +132,6 @@ def _as_found(
 
 
 def _holds(dtype: StoredDtype, values: Tensor) -> bool:
-    """Whether a type holds every value exactly."""
     runs = values.split(ROWS)
     return all(torch.equal(rows.to(TORCH_DTYPES[dtype]).to(rows.dtype), rows) for rows in runs)
 

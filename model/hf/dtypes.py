@@ -16,11 +16,7 @@ TORCH_DTYPES: dict[StoredDtype, torch.dtype] = {
 
 
 def stored_dtype(dtype: torch.dtype) -> StoredDtype:
-    """Returns the name that safetensors uses for a torch type.
-
-    Raises:
-        ValueError: weights are not stored in this type.
-    """
+    """Returns the name that safetensors uses for a torch type, or raises a `ValueError`."""
     for word, candidate in TORCH_DTYPES.items():
         if candidate == dtype:
             return word

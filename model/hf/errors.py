@@ -11,9 +11,6 @@ class HfError(ValueError):
     """A checkpoint in Hugging Face form cannot be read or written.
 
     The message is one line: `path: subject: rule, value; nearest`. The subject is a tensor, or a key of a JSON file.
-
-    Args:
-        problem: the rule, the value that breaks it, and the nearest valid choice if there is one.
     """
 
     def __init__(self, path: Path | str, subject: str, problem: str) -> None:

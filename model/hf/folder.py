@@ -47,12 +47,7 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_kind(path: Path) -> None:
-    """Raises an error for pipes and devices, on which reading could block or never end.
-
-    Raises:
-        HfError: it is a pipe or a device.
-        OSError: it is missing or cannot be inspected.
-    """
+    """Raises an error for pipes and devices, on which reading could block or never end."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder gives the clearest error
         raise HfError(path, "", "must be a file, is a pipe or a device")

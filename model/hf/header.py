@@ -38,10 +38,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Reads which tensors a safetensors file holds, in the order of the header.
-
-    Returns:
-        The tensors by name.
+    """Reads which tensors a safetensors file holds, by name in the order of the header.
 
     Raises:
         HfError: the file is unreadable, truncated or too long; the header is not JSON, has a name twice or is rejected
@@ -108,10 +105,7 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    """Returns the header's entry of a tensor.
-
-    The library has checked everything except the type, which must be one that weights have.
-    """
+    """Returns the header's entry of a tensor. The library has checked everything except the type."""
     dtype, (begin, end) = value["dtype"], value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")

@@ -28,10 +28,7 @@ def read_json(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
-    """Returns the object that JSON in UTF-8 holds.
-
-    Args:
-        subject: part of the file, for errors; may be empty.
+    """Returns the object that JSON in UTF-8 holds; `subject` is the part of the file, for errors.
 
     Raises:
         HfError: it is not JSON (NaN and Infinity are not allowed) or not an object, or an object has a duplicate key.

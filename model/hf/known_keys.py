@@ -1,11 +1,8 @@
 """Classifies the keys of `config.json`: read, harmless, or able to change the network.
 
-Imports no torch.
-
-A key is one of four kinds. *Read* keys describe the architecture (`model.hf.config`). *Harmless* keys do not affect
-what the network computes and are copied. An unknown key whose name contains a word of `_WORDS`, such as
-`sliding_window`, may change the network and is rejected unless its value is neutral. Any other unknown key is copied,
-and commands report it.
+*Read* keys describe the architecture (`model.hf.config`). *Harmless* keys do not affect what the network computes and
+are copied. An unknown key whose name contains a word of `_WORDS`, such as `sliding_window`, may change the network and
+is rejected unless its value is neutral. Any other unknown key is copied, and commands report it.
 """
 
 from collections.abc import Mapping
@@ -68,11 +65,7 @@ _PRESENT = _words("norm norms layernorm rope rotary moe mla causal renormalize n
 
 
 def check_unknown_keys(values: ConfigValues, keys: Mapping[str, Any]) -> None:
-    """Raises an error for unknown keys that may change what the network computes.
-
-    Raises:
-        HfError: an unknown key with an architectural name and a value that is not neutral.
-    """
+    """Raises an `HfError` for unknown keys that may change what the network computes."""
     for key in unknown_keys(keys):
         words = set(key.lower().split("_"))
         if words & _WORDS and not _is_neutral(key, words, keys[key]):

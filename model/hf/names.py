@@ -39,7 +39,7 @@ class Stored:
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the tensor."""
+        """Number of elements."""
         return reduce(mul, self.shape, 1)
 
 
@@ -102,10 +102,7 @@ def with_scales(name: str, shape: tuple[int, ...], scales: StoredDtype = "F32") 
 
 
 def is_rotary(name: str) -> bool:
-    """Whether a tensor holds rotary embedding frequencies, which `config.json` already determines.
-
-    Some published checkpoints store them, once or for every layer. No part of a model is read from them.
-    """
+    """Whether a tensor holds rotary frequencies, which `config.json` already determines."""
     return _ROTARY.fullmatch(name) is not None
 
 

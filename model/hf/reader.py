@@ -45,12 +45,6 @@ class HfSource:
 class HfReader:
     """Reader of a released checkpoint: `config.json`, `model.safetensors` or shards with an index.
 
-    Creating the reader checks everything that can be checked without reading data, and the stored frequencies of the
-    rotary embedding.
-
-    Args:
-        drop_mtp: whether to leave out MTP modules.
-
     Raises:
         HfError: as `model.hf.checkpoint.open_checkpoint`, or stored frequencies differ from those of config.json.
     """

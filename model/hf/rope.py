@@ -1,7 +1,5 @@
 """Reads rotary embedding from `config.json` in two spellings, and writes the released one.
 
-Imports no torch.
-
 YaRN follows transformers. With L = ln(factor), cos and sin are scaled by `attention_factor`. Its default is (0.1 mscale
 L + 1) / (0.1 mscale_all_dim L + 1) if both are given and not 0, else 0.1 L + 1. Scores are scaled by (0.1
 mscale_all_dim L + 1)^2 if `mscale_all_dim` is given.
@@ -21,11 +19,10 @@ def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScali
     """Returns the base of the rotation and its scaling.
 
     Args:
-        max_position: its `max_position_embeddings`, which is YaRN's original length if none is given.
+        max_position: YaRN's original length if none is given.
 
     Raises:
-        HfError: both spellings are present, the kind of rotary embedding is not supported, or a value is missing or
-            wrong.
+        HfError: both spellings are present, the kind is not supported, or a value is missing or wrong.
     """
     spellings = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)]
     if len(spellings) > 1:
@@ -86,7 +83,6 @@ def _kind(inner: ConfigValues) -> Literal["default", "yarn"]:
 
 
 def _check_plain_length(values: ConfigValues, max_position: int) -> None:
-    """Raises an error for an original length that differs from the model's without a scaling."""
     key = "original_max_position_embeddings"
     if values.get(key) is not None and values.whole(key, 1) != max_position:
         raise values.error(
@@ -97,11 +93,7 @@ def _check_plain_length(values: ConfigValues, max_position: int) -> None:
 
 
 def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
-    """Returns the length that YaRN extends: next to `factor` or at the top level, as in transformers.
-
-    Raises:
-        HfError: the two differ, or one is not a length.
-    """
+    """Returns the length that YaRN extends: next to `factor` or at the top level, as in transformers."""
     key = "original_max_position_embeddings"
     lengths = [place.whole(key, 1) for place in (inner, values) if place.get(key) is not None]
     if len(set(lengths)) > 1:

@@ -1,7 +1,6 @@
 """Writes a checkpoint in Hugging Face form, shard by shard with one tensor in memory at a time.
 
-The format is simple and is written here, because safetensors' writer needs all tensors of a shard at once. Files are
-written to a folder next to the destination, which is renamed when all files are on disk.
+It does not use safetensors' writer, which needs all tensors of a shard at once.
 """
 
 import json
@@ -44,12 +43,7 @@ class Fp8Scales:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extras:
-    """Content of a checkpoint besides its weights.
-
-    Attributes:
-        config: keys of `config.json` that do not describe the architecture, as `Checkpoint.carried`.
-        files: contents by plain file name, such as those of a tokenizer.
-    """
+    """Content of a checkpoint besides its weights: `Checkpoint.carried`, and files by plain name."""
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
@@ -75,8 +69,7 @@ def write_hf(
         path: folder of the checkpoint; absent or empty. Its parents are created.
         plan: stored tensors, from `model.hf.names.stored_tensors`; types of single weights may be changed.
         tensor: returns a weight by its name in `model.transformer.named_tensors`, of any floating type; called once per
-            weight (embedding and head once more per MTP module; never for weights without elements). The result is not
-            kept.
+            weight (embedding and head once more per MTP module; never for weights without elements).
         max_shard_bytes: largest size of a file's data, unless one tensor is larger.
 
     Raises:

@@ -11,10 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnswerValues:
-    """A value of the chosen and of the rejected answer of each pair, both BK.
-
-    It is 0 for pairs that do not exist.
-    """
+    """A value of the chosen and of the rejected answer of each pair, both BK; 0 if there is no pair."""
 
     chosen_BK: Tensor
     rejected_BK: Tensor
@@ -22,9 +19,7 @@ class AnswerValues:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairIndex:
-    """Positions of the answers of pairs in a micro-batch.
-
-    No function of it reads the device from the host.
+    """Positions of the answers of pairs in a micro-batch. The host never reads the device.
 
     Attributes:
         slots_BT: column of a table with 2 T + 1 columns: pair k's rejected answer is in column T - k, its chosen answer
@@ -41,7 +36,7 @@ class PairIndex:
 
         Args:
             pair_BT: +k for tokens of pair k's chosen answer, -k for those of its rejected answer, else 0; k is 1, 2,
-                ... within each sequence.
+                ...
         """
         length = pair_BT.shape[1]
         slots_BT = pair_BT.long() + length

@@ -44,7 +44,6 @@ class PolicyGradient:
 
     Attributes:
         targets: cross-entropy of the sampled tokens at MTP depths, with its factors and the balance loss.
-        form: the values of the loss.
         factor: 1 / (tokens in the global batch) if the normalizer is `tokens`, else 1 / (answers in the global batch).
         max_new_tokens: maximum number of tokens of an answer, a divisor if the normalizer is `length`.
         temperature: of the sampling; all log-probabilities are at this temperature.
@@ -110,7 +109,6 @@ class PolicyGradient:
         return scores, {name: torch.stack([part[name] for part in sums]).sum() for name in sums[0]}
 
     def _tokens(self, batch: MicroBatch, answers: AnswerIndex, is_token_R: Tensor) -> AnswerTokens:
-        """Reads what is known of the rows' tokens."""
         extras, rows_R = batch.extras, batch.rows(0)
         is_token_R = is_token_R.double()
         length_R = torch.ones_like(is_token_R)

@@ -25,7 +25,6 @@ class AnswerTokens:
     """Values of sampled tokens besides their log-probabilities under the policy, R in float64.
 
     Attributes:
-        advantage_R: of the token's answer.
         weight_R: factor of the token's term in the loss; 0 for rows that are no sampled tokens.
         is_token_R: 1 for sampled tokens, else 0.
         length_R: tokens of the answer.
@@ -33,8 +32,7 @@ class AnswerTokens:
         old_R: the same under the old policy; None: it is the policy itself.
         reference_R: the same under the reference; None: there is none.
         ratio_R: ratio of the answer, the same for all its tokens; None: each token has its own ratio.
-        sampler_factor_R: weight of the answer for what its sampler was, the same for all its tokens; None: each token
-            has its own.
+        sampler_factor_R: weight of the answer for what its sampler was; None: each token has its own.
         has_surrogate_R: 0 for tokens of answers that are too far off the policy, else 1; None: 1 for all.
     """
 
@@ -72,12 +70,7 @@ class AnswerTokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyTerms:
-    """Result for some tokens.
-
-    Attributes:
-        slopes_R: derivative of the loss in -log p of each token.
-        sums: the loss and reported sums.
-    """
+    """Derivative of the loss in -log p of each token, and sums of the loss and reported values."""
 
     slopes_R: Tensor
     sums: dict[str, Tensor]
@@ -155,7 +148,6 @@ def _surrogate(
 
 
 def _surrogate_factor(form: PolicyLossConfig, tokens: AnswerTokens, old_R: Tensor) -> Tensor:
-    """Returns the constant factor of each token's surrogate."""
     factor_R = tokens.is_token_R if tokens.has_surrogate_R is None else tokens.has_surrogate_R
     if tokens.sampler_factor_R is not None:
         return factor_R * tokens.sampler_factor_R
@@ -170,13 +162,7 @@ def sampler_factor(old_R: Tensor, sampler_R: Tensor, cap: float) -> Tensor:
 
 
 def _divergence(form: PolicyLossConfig, own_ratio_R: Tensor, log_q_R: Tensor, excess_R: Tensor) -> _Term:
-    """Returns the divergence of each token from the reference.
-
-    Args:
-        own_ratio_R: ratio of each token.
-        log_q_R: log(reference / policy).
-        excess_R: q - log q - 1.
-    """
+    """Returns the divergence of each token from the reference; `excess_R` is q - log q - 1."""
     if form.kl == "reverse":
         return _Term(own_ratio_R * excess_R, -own_ratio_R * log_q_R)
     if form.kl == "reverse_squared":

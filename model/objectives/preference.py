@@ -84,11 +84,7 @@ class Preference:
         return TaskLoss(self.factor * loss, compared.sums, found_BT)
 
     def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> "ComparedAnswers":
-        """Computes the summed loss of pairs, its slopes, and reported sums, in float64.
-
-        Args:
-            reference_BT: the same under the reference.
-        """
+        """Computes the summed loss of pairs, its slopes, and reported sums, in float64."""
         is_pair_BK, beta, smoothing = pairs.is_pair_BK, self.beta, self.smoothing
         log_probs, ratios = pairs.sums(log_probs_BT), pairs.sums(log_probs_BT.double() - reference_BT.double())
         lengths_BK = pairs.sums(torch.ones_like(log_probs_BT)).chosen_BK.clamp_min(1)
@@ -128,13 +124,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComparedAnswers:
-    """Result of comparing answers.
-
-    Attributes:
-        loss: summed loss.
-        slopes_BT: its derivative in -log p of each token.
-        sums: sums to report.
-    """
+    """Summed loss of compared answers, its derivative in -log p of each token, and sums to report."""
 
     loss: Tensor
     slopes_BT: Tensor
@@ -143,13 +133,7 @@ class ComparedAnswers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogProbs:
-    """Objective of a forward-only pass that only records the log-probabilities of the main targets.
-
-    Attributes:
-        temperature: of the distribution that sampled tokens were drawn from. It is among the tokens that the sampler
-            kept, if the batch has them.
-        balance: factor of the balance loss, which no such pass needs.
-    """
+    """Objective of a forward-only pass that only records log-probabilities, at the sampler's temperature."""
 
     temperature: float = 1.0
     balance: float = 0.0

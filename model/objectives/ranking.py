@@ -116,7 +116,6 @@ def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, ce
     Args:
         scores_BT: scores of all tokens, of which those of last tokens are read.
         margin_BK: by how much the chosen answer must win; None: 0.
-        centre: weight of (chosen + rejected)^2.
     """
     scores, is_pair_BK = pairs.sums(scores_BT), pairs.is_pair_BK
     apart_BK, together_BK = scores.chosen_BK - scores.rejected_BK, scores.chosen_BK + scores.rejected_BK

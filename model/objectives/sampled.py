@@ -35,7 +35,6 @@ def score_sampled(
 
     Args:
         rows_RD: the head's input, without temperature.
-        slopes: as in `kernels.cross_entropy`.
         kept_ids_RK: as in `kernels.cross_entropy`.
         temperature: divisor of the logits. The rows are divided, which are much shorter.
     """
@@ -67,11 +66,7 @@ def sampled_log_probs(hidden_BTD: Tensor, head_VD: Tensor, batch: MicroBatch, te
 
 
 class AnswerIndex:
-    """The answers of rows of a micro-batch, of which no function reads the device from the host.
-
-    Attributes:
-        slots_R: column of each row in a table of all answers; rows outside answers have one that is not used.
-    """
+    """The answers of rows of a micro-batch, of which no function reads the device from the host."""
 
     def __init__(self, batch: MicroBatch, rows_R: Tensor | None) -> None:
         """Finds the answers of a micro-batch's rows, of which only targets count; None: of all rows."""

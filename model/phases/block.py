@@ -62,11 +62,7 @@ def block_phases(
     routes: Routes | None = None,
     context: ContextGroup = ALONE,
 ) -> list[Phase]:
-    """Returns the phases of one micro-batch through one block, from `Hidden` to `Hidden`.
-
-    Args:
-        store: takes gradients; without it, nothing is kept for a backward.
-    """
+    """Returns the phases of one micro-batch through one block; without a store nothing is kept."""
     choose = None if routes is None else partial(routes.route, label)
     parts = _BlockParts(block, documents, context, balance, choose)
     again = store if block.recomputes else None
@@ -87,10 +83,7 @@ def block_phases(
 
 @dataclass(frozen=True, slots=True)
 class _BlockParts:
-    """Computations of one micro-batch in one block, from values to values.
-
-    `choose`: chooses experts instead of the router.
-    """
+    """Computations of one micro-batch in one block; `choose` chooses experts instead of the router."""
 
     block: Block
     documents: Documents | None
@@ -99,11 +92,9 @@ class _BlockParts:
     choose: Route | None
 
     def mix(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
-        """Runs attention."""
         return Computed(Hidden(self.block.mix(hidden.hidden_BTD, sink, self.documents, self.context)))
 
     def add_mlp(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
-        """Runs the network of a dense layer, after attention."""
         return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink)))
 
     def add_mlp_again(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
@@ -111,7 +102,6 @@ class _BlockParts:
         return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink, for_backward=True)))
 
     def dense(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
-        """Runs a dense layer."""
         return Computed(Hidden(self.block.dense(hidden.hidden_BTD, sink, self.documents, self.context)))
 
     def attend(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
@@ -132,7 +122,6 @@ class _BlockParts:
         return self._routed(self.block.route(hidden.hidden_BTD, choose), self.balance.scale)
 
     def experts(self, received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
-        """Runs routed and shared experts."""
         return Computed(self.block.apply_experts(received, sink))
 
     def experts_again(self, received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:

@@ -1,7 +1,4 @@
-"""A computation as a phase with its own forward and backward, between which the autograd graph is cut.
-
-One object runs one phase of one micro-batch. `model.values` defines the values between phases.
-"""
+"""A computation as a phase with its own forward and backward, between which the autograd graph is cut."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -108,8 +105,7 @@ def record(
 class ComputePhase(Generic[In, Out]):
     """A differentiable function of the values before it; `weight` computes the deferred weight gradients.
 
-    Between forward and backward it keeps only the function's graph: inputs and outputs stay in memory only if the graph
-    has saved them.
+    Between forward and backward it keeps only the function's graph.
     """
 
     def __init__(self, function: Callable[[In, WeightSink | None], Computed[Out]], store: GradientStore | None) -> None:
@@ -119,10 +115,7 @@ class ComputePhase(Generic[In, Out]):
         self._recorded: Recording | None = None
 
     def forward(self, values: In) -> Out:
-        """Returns the function's values, detached from its graph.
-
-        Without a store nothing is kept for a backward.
-        """
+        """Returns the function's values, detached from its graph; without a store nothing is kept."""
         if self._store is None:
             with torch.no_grad():
                 return self._function(values, None).values

@@ -1,7 +1,6 @@
 """The two phases that exchange rows between a block's attention and its experts, and back.
 
-They share the plan of the exchange and the form of its rows. Shape legend: B sequences, T tokens of one, N = B T, D
-hidden size, A received rows.
+Shape legend: B sequences, T tokens of one, N = B T, D hidden size, A received rows.
 """
 
 from dataclasses import dataclass

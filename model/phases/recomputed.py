@@ -2,10 +2,8 @@
 
 It keeps its input and what attention keeps: latents and the heads' output. The backward of a layer first recomputes the
 residual after attention, and from it the rows and their routing. A MoE layer sends the rows to their experts again,
-with the plan of its forward. Then each computation runs again right before its backward.
-
-Only tensors that a recomputation does not give bit for bit are kept in addition: chosen experts, and the weights of
-received rows.
+with the plan of its forward. Then each computation runs again right before its backward. Only tensors that a
+recomputation does not give bit for bit are kept in addition: chosen experts, and the weights of received rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,12 +55,7 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         rest_again: Function[Out],
         store: GradientStore,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            rest: what follows it in the phase.
-            rest_again: the same for a backward; its result may have no numbers.
-        """
+        """Stores the arguments; the result of `rest_again`, for a backward, may have no numbers."""
         super().__init__(rest, store)
         self._mix = mix
         self._again = rest_again
@@ -122,7 +115,6 @@ class RecomputedAttend(RecomputedPhase[Routed]):
         Args:
             route: norm and router, which counts its choices and records its balance loss.
             route_again: norm and router for choices that are made, TK, without counting and recording.
-            id_dtype: type that stores ids of experts.
         """
 
         def first(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
@@ -162,11 +154,7 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         again: Callable[[Received, WeightSink | None], Computed[ExpertOutput]],
         store: GradientStore,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            again: the same for a backward; its result may have no numbers.
-        """
+        """Stores the arguments; the result of `again`, for a backward, may have no numbers."""
         super().__init__(function, store)
         self._again = again
         self._weights_A: Tensor | None = None
@@ -205,7 +193,6 @@ class RecomputedCombine(CombinePhase):
     def __init__(
         self, exchange: Exchange, attend: RecomputedAttend, dispatch: DispatchPhase, experts: RecomputedExperts
     ) -> None:
-        """Stores the exchange and the layer's other phases."""
         super().__init__(exchange)
         self._attend = attend
         self._dispatch = dispatch
@@ -233,11 +220,6 @@ class RecomputedHead(ComputePhase[Hidden, Out]):
     """
 
     def __init__(self, function: Function[Out], again: Function[Out], store: GradientStore) -> None:
-        """Stores the arguments.
-
-        Args:
-            function: the head, which records its losses.
-        """
         super().__init__(function, store)
         self._again = again
         self._hidden: Hidden | None = None

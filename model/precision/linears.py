@@ -1,7 +1,7 @@
 """Interface of the chosen precision: linear layers, experts, and the rows that are sent to experts.
 
 `Linears` is chosen once, when a model is built. `model/precision/plain` implements it in the weights' own type and
-`model/precision/fp8` in FP8 (arXiv:2412.19437, section 3.3). The rest of the model does not depend on the choice.
+`model/precision/fp8` in FP8 (arXiv:2412.19437, section 3.3).
 
 Shape legend: N tokens, K experts per token, A received rows, D hidden size, E local experts, M intermediate size,
 H = 2 M gate and up side by side.
@@ -49,10 +49,7 @@ class Wire(Protocol):
         ...
 
     def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
-        """Returns the gradient of the experts' output for autograd, AD.
-
-        `grad_ND`: the gradient that this rank sent.
-        """
+        """Returns the gradient of the experts' output for autograd, AD, for the gradient that was sent."""
         ...
 
 
@@ -66,7 +63,8 @@ class ExpertWeights(NamedTuple):
 class Linears(Protocol):
     """Linear layers with the operations around them, computed in one precision.
 
-    A sink takes the weights' gradients, as in `model.precision.linear.linear`; those of norms go through autograd.
+    A sink takes the weights' gradients; those of norms go through autograd. With `for_backward`, only the backward is
+    needed, and the result has no numbers.
 
     Attributes:
         recomputes_layers: whether the backward of a stage computes everything again but attention.
@@ -82,11 +80,7 @@ class Linears(Protocol):
         ...
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
-        """Returns the outputs of several linear layers of norm(x) side by side.
-
-        Args:
-            x: [..., D].
-        """
+        """Returns the outputs of several linear layers of norm(x), [..., D], side by side."""
         ...
 
     def make_rows(self, normal: Tensor) -> Rows:
@@ -96,24 +90,13 @@ class Linears(Protocol):
     def linear_of_rows(
         self, rows: Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None
     ) -> Tensor:
-        """Returns the outputs of several linear layers of rows side by side.
-
-        Args:
-            rows: rows that take the gradient, [..., D].
-            source: norm and its input, from which a backward recomputes the rows; gets no gradient here.
-        """
+        """Returns linear layers of rows, [..., D], side by side; `source` may recompute the rows."""
         ...
 
     def gated_down(
         self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
     ) -> Tensor:
-        """Returns base + (silu(gate) * up) down^T.
-
-        Args:
-            base: [..., D].
-            hidden: [..., H].
-            for_backward: whether only the backward is needed; then the result has no numbers.
-        """
+        """Returns base + (silu(gate) * up) down^T, [..., D], from hidden, [..., H]."""
         ...
 
     def experts(
@@ -126,12 +109,7 @@ class Linears(Protocol):
         *,
         for_backward: bool = False,
     ) -> Tensor:
-        """Returns the experts' results for received rows, times their routing weights, AD.
-
-        Args:
-            weights_A: routing weights, multiplied before `down`, as rows are narrower there.
-            for_backward: whether only the backward is needed; then the result has no numbers.
-        """
+        """Returns the experts' results for received rows, AD; weights are multiplied before `down`."""
         ...
 
     def apply_local_experts(
@@ -145,11 +123,8 @@ class Linears(Protocol):
     ) -> Tensor:
         """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
 
-        Each expert reads its rows from the tokens, so rows are neither copied nor kept.
-
-        Args:
-            source: norm and its input, from which a backward may recompute the rows.
-            order: order in which copies of tokens go to experts.
+        Each expert reads its rows from the tokens in an order, so rows are neither copied nor kept. A backward may
+        recompute the rows from their source.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""SwiGLU networks and routed experts in FP8.
+"""SwiGLU networks and routed experts in FP8 (arXiv:2412.19437, sections 3.3 and 3.3.3).
 
 A network keeps its hidden values in FP8 and applies the gate again in the backward. Rows that were received in FP8 are
-used as operands without conversion. Source: arXiv:2412.19437, sections 3.3 and 3.3.3. Shape legend: N tokens, A rows in
-the experts' order, B bytes of a packed row, D hidden size, E local experts, M intermediate size, H = 2 M.
+used as operands without conversion. Shape legend: N tokens, A rows in the experts' order, B bytes of a packed row, D
+hidden size, E local experts, M intermediate size, H = 2 M.
 """
 
 from collections.abc import Sequence
@@ -62,13 +62,7 @@ def gated_down(
     *,
     for_backward: bool = False,
 ) -> Tensor:
-    """Returns base + (silu(gate) * up) down^T, [..., D].
-
-    Args:
-        base: [..., D].
-        hidden: gate and up side by side, [..., H].
-        for_backward: whether only the backward is needed; then the result has no numbers.
-    """
+    """Returns base + (silu(gate) * up) down^T, [..., D], from gate and up side by side, [..., H]."""
     out: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
         base, hidden, down_DM, sink, maps, for_backward
     )
@@ -83,7 +77,6 @@ class _Options:
         order: order of rows that stay on this rank and are given by token; None for received rows.
         slot: holds the output gradient of received rows; None for rows that stay on this rank.
         eps: eps of the norm whose output is recomputed for rows that stay on this rank.
-        for_backward: whether only the backward is needed.
     """
 
     counts: Sequence[int]
@@ -95,17 +88,13 @@ class _Options:
     for_backward: bool = False
 
     def packed_gradient(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of the output in codes, in the experts' order, AB.
-
-        `grad`: the gradient that autograd passes.
-        """
+        """Returns the gradient of the output in codes, in the experts' order, AB."""
         if self.slot is not None:
             return self.slot.take()
         return _sort(pack_gradient(grad), self.order)
 
 
 def _sort(packed: Tensor, order: RowOrder | None) -> Tensor:
-    """Returns packed rows in the experts' order."""
     return packed if order is None else order.copy_rows(packed)
 
 
@@ -181,12 +170,7 @@ def received_experts(
     *,
     for_backward: bool = False,
 ) -> Tensor:
-    """Applies experts to received rows and keeps the received codes, AD.
-
-    Args:
-        weights_A: routing weight of each row, multiplied before `down`, as rows are narrower there.
-        for_backward: whether only the backward is needed; then the result has no numbers.
-    """
+    """Applies experts to received rows and keeps the received codes, AD."""
     assert rows.slot is not None
     options = _Options(
         counts=counts, sink=sink, maps=maps, slot=rows.slot, order=None, eps=0.0, for_backward=for_backward
@@ -206,12 +190,7 @@ def apply_local_experts(
     order: RowOrder,
     maps: Fp8Maps,
 ) -> Tensor:
-    """Applies experts to rows that stay on this rank, and keeps their source, ND.
-
-    Args:
-        source: norm and its input, from which the backward recomputes the rows.
-        order: order in which copies of tokens go to experts.
-    """
+    """Applies experts to rows that stay on this rank, and keeps their source, ND."""
     options = _Options(counts=counts, sink=None, maps=maps, slot=None, order=order, eps=source.eps)
     out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
         rows.values.flatten(0, -2),

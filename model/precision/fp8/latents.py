@@ -34,10 +34,7 @@ class _Normal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _SavedLatents:
-    """Compressed values that are kept.
-
-    `plain_BTF` is the shared key, after the queries if these have no norm.
-    """
+    """Compressed values; `plain_BTF` is the shared key, after the queries if these have no norm."""
 
     plain_BTF: Tensor
     latent: _Normal

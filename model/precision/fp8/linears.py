@@ -27,12 +27,7 @@ class Fp8Linears:
     decodes_as_trained = True
 
     def __init__(self, *, power_of_two: bool, recomputes_layers: bool = False) -> None:
-        """Creates the products of one model.
-
-        Args:
-            power_of_two: whether all scales are powers of two; those of rows on their way to experts always are.
-            recomputes_layers: whether the backward of a stage computes everything again but attention.
-        """
+        """Creates the products; `power_of_two`: all scales are powers of two, not only those of rows."""
         self.recomputes_layers = recomputes_layers
         self._maps = Fp8Maps(power_of_two=power_of_two)
 

@@ -26,10 +26,7 @@ from model.precision.linear import WeightSink
 
 @dataclass(frozen=True, slots=True)
 class WeightCodes:
-    """A weight in FP8.
-
-    `backward` is its transpose, which the product for the input gradient reads.
-    """
+    """A weight in FP8, and its transpose, which the product for the input gradient reads."""
 
     forward: QuantizedBlocks
     backward: QuantizedBlocks
@@ -46,8 +43,8 @@ class _Piece:
 class Fp8Maps:
     """Products of FP8 operands for the linear maps of one model.
 
-    `power_of_two` says whether scales are powers of two. Then the conversion from tiles of columns to tiles of rows,
-    which the weight gradient needs, does not round again.
+    If scales are powers of two, the conversion from tiles of columns to tiles of rows, which the weight gradient needs,
+    does not round again.
     """
 
     def __init__(self, *, power_of_two: bool) -> None:
@@ -128,10 +125,7 @@ class Fp8Maps:
 
 
 def _dense(grad_AN: Tensor) -> Tensor:
-    """Returns a gradient with contiguous rows, as kernels require it.
-
-    Autograd may pass one number, expanded, such as the gradient of a sum.
-    """
+    """Returns a gradient with contiguous rows; autograd may pass one number, expanded."""
     return grad_AN if grad_AN.stride(1) == 1 else grad_AN.contiguous()
 
 
@@ -154,10 +148,7 @@ def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: Weigh
 def deliver_parts(
     weights_TK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
-    """Applies `deliver_gradient` to several maps of one input.
-
-    Each weight gets its rows of the gradient, which is computed once.
-    """
+    """Applies `deliver_gradient` to the rows of several maps, whose joint gradient is computed once."""
     once, given, first = cache(gradient), list[Tensor | None](), 0
     for weight in weights_TK:
         given.append(deliver_gradient(weight, partial(_rows, once, slice(first, first + len(weight))), sink))

@@ -22,8 +22,6 @@ from model.precision.linear import WeightSink
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _NormOptions:
-    """Arguments that are not tensors."""
-
     eps: float
     sink: WeightSink | None
     maps: Fp8Maps
@@ -53,14 +51,7 @@ class _NormedLinear(torch.autograd.Function):
 def normed_linear(
     x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, maps: Fp8Maps
 ) -> Tensor:
-    """Applies linear layers to norm(x); keeps only the codes of norm(x).
-
-    Args:
-        x: [..., D].
-
-    Returns:
-        The outputs of all layers side by side.
-    """
+    """Returns linear layers of norm(x), [..., D], side by side; keeps only the codes of norm(x)."""
     options = _NormOptions(eps=norm.eps, sink=sink, maps=maps)
     out: Tensor = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
     return out
@@ -96,14 +87,7 @@ class _LinearOfRows(torch.autograd.Function):
 def linear_of_rows(
     rows: Fp8Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, maps: Fp8Maps
 ) -> Tensor:
-    """Applies linear layers to rows; keeps their source, from which the backward recomputes the rows.
-
-    Args:
-        rows: rows from `pack_rows`; they take the gradient, [..., D].
-
-    Returns:
-        The outputs of all layers side by side.
-    """
+    """Returns linear layers of rows, [..., D], side by side; keeps the source of the rows."""
     options = _NormOptions(eps=source.eps, sink=sink, maps=maps)
     out: Tensor = _LinearOfRows.apply(  # type: ignore[no-untyped-call]
         rows.values, rows.packed, source.x.detach(), source.norm_weight_D.detach(), options, *weights_ND

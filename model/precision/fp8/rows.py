@@ -1,9 +1,8 @@
 """Rows on their way to experts in FP8, quantized once for local and remote experts.
 
-Source: arXiv:2412.19437, section 3.3.3.
-
 Autograd does not support codes. A placeholder without memory takes the gradient in their place, and rounding counts as
-the identity. Shape legend: N tokens, A received rows, B bytes of a packed row, D hidden size.
+the identity (arXiv:2412.19437, section 3.3.3). Shape legend: N tokens, A received rows, B bytes of a packed row, D
+hidden size.
 """
 
 from collections.abc import Sequence

@@ -116,10 +116,7 @@ class PlainLatentLinears:
 
 
 def _normal(x: Tensor, weight: Tensor, eps: float, kept: Sequence[Tensor | None]) -> Callable[[], Tensor]:
-    """Returns norm(x), computed at the first call unless it was kept.
-
-    The closure holds only tensors, so it is freed with its owner.
-    """
+    """Returns norm(x), computed at the first call unless it was kept, in a closure of tensors only."""
     if kept and (normal := kept[0]) is not None:
         return lambda: normal
     return cache(lambda: rms_norm(x, weight, eps)[0])

@@ -1,8 +1,4 @@
-"""Linear layers, SwiGLU networks and experts in the weights' own type.
-
-`Computing.recomputed` selects what a backward recomputes. Shape legend: as in
-model/precision/linears.py.
-"""
+"""Linear layers, SwiGLU networks and experts in the weights' own type."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -66,7 +62,6 @@ class PlainLinears:
     decodes_as_trained = False
 
     def __init__(self, recomputed: frozenset[Recomputed]) -> None:
-        """Stores what a backward recomputes instead of keeping it."""
         self._recomputed = recomputed
         self.recomputes_layers = LAYER in recomputed
         self._keeps_normal = "norm" not in recomputed
@@ -196,7 +191,6 @@ class _Options:
     Attributes:
         order: order of rows that stay on this rank: they are given by token, and results are summed by token. None:
             rows were received in the experts' order.
-        for_backward: whether only the backward is needed.
     """
 
     counts: Sequence[int]
