@@ -25,10 +25,8 @@ _BIAS = ("bias_least", "bias_most", "bias_std")
 class Balance:
     """The loads and biases of all routers after a step's update, equal on all ranks.
 
-    Attributes:
-        layers: numbers of the layers, MTP modules last; empty for a model without experts.
-        load_LE: tokens that each expert received in the step, float64 on the host.
-        bias_LS: minimum, maximum and standard deviation of each router's new bias, float64.
+    `layers` has MTP modules last. `load_LE` are tokens of the step, and `bias_LS` are minimum, maximum and deviation of
+    the new biases. Both are float64 on the host.
     """
 
     layers: Sequence[int]
@@ -58,14 +56,7 @@ class Balance:
 
 
 def update_router_bias(replica: Replica, rate: float) -> Balance:
-    """Updates every router's bias by the load of the whole global batch. All ranks call it.
-
-    Args:
-        rate: amount by which a bias changes; 0: no change.
-
-    Returns:
-        The loads and the new biases, equal on all ranks.
-    """
+    """Updates every router's bias by `rate` for the load of the whole global batch. All ranks call it."""
     world, shape, gates = replica.world, replica.config.model, routers(replica.network)
     layers = layers_with_routers(shape)
     rows = [layers.index(layer) for layer in gates]
@@ -92,10 +83,7 @@ def layers_with_routers(model: ModelConfig) -> range:
 
 
 class LoadLines:
-    """The file `loads.jsonl` with the tokens per expert and layer of every `every_steps`-th step.
-
-    Rank 0 writes it.
-    """
+    """The file `loads.jsonl` of rank 0 with the tokens per expert of every `every_steps`-th step."""
 
     def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
         """Opens the file and removes lines of steps after `first_step`."""

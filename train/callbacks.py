@@ -33,10 +33,6 @@ class Callbacks:
 def call_on_first_rank(world: "World", name: str, calls: Callable[[], object] | None) -> None:
     """Calls a function on rank 0 while the other ranks wait. All ranks call it.
 
-    Args:
-        name: of the callback, for the error.
-        calls: the callback with its arguments, whose result is not used; None if there is nothing to call.
-
     Raises:
         CallbackError: on every rank, if the function raised on rank 0.
     """

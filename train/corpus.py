@@ -24,11 +24,7 @@ State = tuple[bool, str]
 
 
 def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Prepared:
-    """Opens the run's corpus, and builds what is not in the cache.
-
-    Raises:
-        DataError: as `data.prepare.prepare` and `check_repeats`, or the samples lack a value that the task reads.
-    """
+    """Opens the run's corpus, and builds what is not in the cache."""
     prepared = prepare(config.data, config.batch.sequence_length_tokens, progress)
     task = TASKS.get(config.task.kind)
     prepared = task.extend(config, prepared)
@@ -43,15 +39,9 @@ def prepare_corpus(config: TrainConfig, progress: Progress = _NO_PROGRESS) -> Pr
 
 
 def check_repeats(config: TrainConfig, num_sequences: float) -> None:
-    """Rejects a run that reads its corpus more than 100 times, unless that is confirmed.
+    """Rejects a run that reads its `num_sequences` more than 100 times, unless that is confirmed.
 
     Prompts of runs that sample their answers may be read any number of times.
-
-    Args:
-        num_sequences: sequences of the training part; an estimate before the corpus is prepared.
-
-    Raises:
-        DataError: names the number of times, and the largest number of steps.
     """
     sizes, steps, most = config.batch_sizes, config.task.steps, MOST_REPEATS * num_sequences
     read = sizes.sequences_before(steps)
@@ -72,10 +62,6 @@ def build_together(config: TrainConfig, exchange: Exchange, progress: Progress =
 
     A separate thread builds. All ranks exchange their state about once a second, so no collective takes longer than
     that, and a lost rank is detected as in any other collective.
-
-    Args:
-        exchange: joins the states; raises on every rank if the run must end.
-        progress: shows how much this rank has built.
 
     Raises:
         DataError: on every rank, if one of them cannot prepare the corpus.

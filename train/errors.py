@@ -18,15 +18,10 @@ VERDICT_CODES = (EXIT_HANG, EXIT_LOST)
 class StepRefusal:
     """The reason why the guard refuses a step, equal on all ranks.
 
-    Attributes:
-        step: index of the step, from 0.
-        reason: one line for people.
-        values: loss, gradient norm if it was computed, and the medians that they were compared with.
-        ranks: ranks whose own losses or gradients are not finite; if all are finite, the rank with the largest
-            gradients; none if the reason is the same on all ranks.
-        last_good: number of updates after which the weights were still good as far as known; None: the weights are
-            good, and the batch is the reason.
-        ends_run: whether neither another batch nor other weights would help, so that the run ends.
+    `ranks` are those whose own losses or gradients are not finite; if all are finite, the rank with the largest
+    gradients; none if the reason is the same on all ranks.
+    `last_good` is the number of updates after which the weights were still good; None: the batch is the reason.
+    With `ends_run`, neither another batch nor other weights would help.
     """
 
     step: int
@@ -38,10 +33,7 @@ class StepRefusal:
 
 
 class RefusedStepError(RuntimeError):
-    """The guard refuses a step.
-
-    Raised on every rank; nothing was updated, and the gradients were discarded.
-    """
+    """The guard refuses a step. Raised on every rank; nothing was updated."""
 
     def __init__(self, refusal: StepRefusal) -> None:
         super().__init__(refusal.reason)
@@ -61,10 +53,7 @@ class UnsavedError(OSError):
 
 
 class RescuedError(RuntimeError):
-    """The run ends because its folder takes no checkpoint.
-
-    Raised on every rank; the text says where its state is.
-    """
+    """The run ends because its folder takes no checkpoint. The text says where the state is."""
 
 
 class CallbackError(RuntimeError):
@@ -84,12 +73,7 @@ class ExitReason:
 
 
 def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: str) -> None:
-    """Writes why a rank of a run failed to `rank_NNNNN.error.log`, completely or not at all.
-
-    Args:
-        out_dir: folder of the run. It must exist; a deleted one is not created again.
-        reason: its text and exit code are the first two lines.
-    """
+    """Writes why a rank failed to `rank_NNNNN.error.log`, if the run's folder exists."""
     path = files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.error.log"
     partial = path.with_suffix(".partial")
     partial.write_text(redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"), encoding="utf-8")

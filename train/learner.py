@@ -1,7 +1,4 @@
-"""Updates a replica: gradient store, optimizer and moving average.
-
-A batch ramp has one learner for each size.
-"""
+"""Updates a replica: gradients, optimizer and average, with one learner for each size of a ramp."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,12 +24,7 @@ _DATA_ALONE = TaskHook()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learner:
-    """A replica that is trained.
-
-    Attributes:
-        ema: moving average of the weights; None if the run keeps none.
-        comparison: the frozen network with which the task compares, if it does.
-    """
+    """A replica that is trained, with its average and the frozen network that its task compares."""
 
     replica: Replica
     config: OptimConfig
@@ -104,10 +96,6 @@ class LearnersByBatchSize:
         self, learner: Learner, sizes: BatchSizes, ramp: Mapping[int, Schedule], *, is_proven: bool = False
     ) -> None:
         """Compiles the programs of the ramp.
-
-        Args:
-            ramp: a schedule for each other size, by the size in sequences; empty without a ramp.
-            is_proven: whether the job has validated these schedules; else this rank validates them.
 
         Raises:
             ScheduleError: a schedule is not valid, or places stages or messages on other ranks than the learner's.

@@ -1,7 +1,4 @@
-"""Runs the training loop of one rank: steps, their records, and what listens to them.
-
-All ranks decide the same.
-"""
+"""Runs the training loop of one rank: steps, records, listeners. All ranks decide the same."""
 
 import logging
 from collections.abc import Iterator
@@ -89,13 +86,7 @@ class TrainingLoop:
         self._listeners: list[Listener] = [Pictures(parts, self._timeline), self._checkpoints]
 
     def run(self) -> None:
-        """Runs the remaining steps: each trains, and is recorded with what listeners measure.
-
-        Raises:
-            PreemptedError: on every rank; a checkpoint was saved.
-            StoppedError: on every rank; the guard ended the run.
-            RescuedError: on every rank; the run's folder is gone, belongs to another run, or takes no checkpoint.
-        """
+        """Runs the remaining steps: each trains, and is recorded with what listeners measure."""
         self._status.running(self.num_done)
         with self._checkpoints.saved_at_exit(), ends_of_sampling():
             self._validate_if_missing()

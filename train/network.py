@@ -24,15 +24,7 @@ from train.config import BatchConfig, Precision, TrainConfig
 class ReplicaConfig:
     """The configuration of a replica, equal on all ranks.
 
-    Attributes:
-        model: architecture.
-        computing: recomputation, attention kernel and precision of matrix products.
-        precision: type of weights and activations.
-        dispatch: configuration of the dispatcher.
-        tokens: sizes of what a rank dispatches in a micro-batch.
-        batch: sizes of micro-batches, and whether documents are masked.
-        pairing: whether the operations of a group are overlapped or run one after the other.
-        seed: of the initial weights; None leaves them uninitialized, for weights that are loaded next.
+    `tokens` are sizes of what a rank dispatches in a micro-batch. Without `seed`, weights are not initialized.
     """
 
     model: ModelConfig
@@ -62,11 +54,7 @@ class ReplicaConfig:
 
 
 def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> SequenceParts:
-    """Returns which tokens of a sequence each rank of a context group holds, or each slice.
-
-    Args:
-        context: ranks that share each sequence; 1 if there are several slices.
-    """
+    """Returns which tokens of a sequence each rank of a context group holds, or each slice."""
     length = config.batch.sequence_length_tokens
     if slices == 1:
         return zigzag_parts(length, context)
@@ -75,11 +63,7 @@ def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> Sequence
 
 
 def link_shapes(config: ReplicaConfig, parts: SequenceParts, slices: int) -> tuple[tuple[int, int, int], ...]:
-    """Returns the shapes of hidden states: of each slice, or of a rank's part of sequences.
-
-    Args:
-        parts: tokens of each slice, or of each rank.
-    """
+    """Returns the shapes of hidden states: of each slice, or of a rank's part of sequences."""
     batch, hidden = config.batch.micro_sequences, config.model.hidden_size
     return tuple((batch, parts.tokens_of(index), hidden) for index in range(slices))
 
@@ -91,12 +75,7 @@ def build_model(
     device: torch.device,
     context: ContextGroup = ALONE,
 ) -> Transformer:
-    """Builds a part of a model on a device, with the initial weights of the seed if there is one.
-
-    Args:
-        dispatcher: sends rows to experts when the model is called as a plain module.
-        context: ranks that share each sequence.
-    """
+    """Builds a part of a model on a device, with the initial weights of the seed if there is one."""
     dtype = weight_dtype(config.precision)
     model = Transformer(config.model, dispatcher, dtype, part, config.computing, context=context)
     if config.seed is not None:
@@ -105,22 +84,13 @@ def build_model(
 
 
 def build_stages(model: Transformer, held: set[int], cut: Sequence[range]) -> dict[int, Stage]:
-    """Returns the stages that this rank holds, by number.
-
-    Args:
-        cut: layers of each stage of the whole model.
-    """
+    """Returns the stages that this rank holds, by number."""
     last = len(cut) - 1
     return {number: Stage(model, cut[number], first=number == 0, last=number == last) for number in sorted(held)}
 
 
 def stage_part(model: ModelConfig, held: set[int], cut: Sequence[range], experts: range) -> Part:
-    """Returns the part of a model that given stages need.
-
-    Args:
-        cut: layers of each stage of the whole model.
-        experts: routed experts of every layer that the rank holds.
-    """
+    """Returns the part of a model that given stages need."""
     last = len(cut) - 1 in held
     layers = [layer for stage in sorted(held) for layer in cut[stage]]
     if last:

@@ -44,11 +44,7 @@ Batches = Callable[[int, int], MicroBatch | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replica:
-    """A network that can run training steps and forward-only passes.
-
-    Attributes:
-        network: this rank's part of the network. Its weights may still be changing; `model` waits for them.
-    """
+    """A network that runs training steps and passes. `network` may still change; `model` waits."""
 
     world: World
     config: ReplicaConfig
@@ -102,11 +98,7 @@ class Replica:
         routes: Routes | None = None,
         reduce: Callable[[int], None] = lambda stage: None,
     ) -> Execution:
-        """Runs forward and backward of a global batch.
-
-        Args:
-            reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.
-        """
+        """Runs forward and backward of a global batch; `reduce` starts to reduce the gradients of a stage."""
         stages = self.bind_stages(batches, objective, sums, store, routes)
         with self.network.weights_unchanged():
             return execute(self.train_program, stages, self.links, open_clock(self.world.device), follow, reduce)
@@ -122,23 +114,14 @@ class Replica:
     def record(
         self, batches: Batches, objective: Objective, routes: Routes | None = None
     ) -> dict[tuple[int, int], Tensor]:
-        """Runs forward of a global batch, and returns what an objective records of the tokens.
-
-        Returns:
-            Values of each token, [B, T, ...], of the micro-batches whose losses are on this rank, by direction and
-            number.
-        """
+        """Runs forward, and returns what an objective records, [B, T, ...] by direction and micro-batch."""
         sums = LossSums((BALANCE,), {})
         self.forward(batches, objective, sums, routes)
         self.discard_counts()
         return sums.log_probs or {}
 
     def gather(self, values: Mapping[tuple[int, int], Tensor], width: Sequence[int] = ()) -> Tensor:
-        """Returns what `record` did on all ranks, in the order of the global batch. All ranks call it.
-
-        Returns:
-            Values [B, T, ...], float64, on the host of every rank; 0 where nothing was recorded.
-        """
+        """Returns what all ranks recorded, [B, T, ...] in batch order, float64 on the host. All ranks call it."""
         batch = self.config.batch
         shape = (self.global_sequences, batch.sequence_length_tokens, *width)
         found_BT = torch.zeros(shape, dtype=torch.float64)
@@ -189,9 +172,6 @@ class Replica:
     def with_schedule(self, schedule: Schedule, *, is_proven: bool = False) -> "Replica":
         """Returns the same network under another schedule, with the same stages and links.
 
-        Args:
-            is_proven: whether the job has validated it, as `plan` does; else this rank validates it.
-
         Raises:
             ScheduleError: the schedule is not valid, or places stages or messages on other ranks.
         """
@@ -207,10 +187,7 @@ class Replica:
         return replace(self, schedule=schedule, train_program=programs[0], forward_program=programs[1])
 
     def close(self) -> None:
-        """Closes the dispatcher and the links. All ranks call it at the same point.
-
-        Do not call it after an error, because peers may not respond.
-        """
+        """Closes dispatcher and links. All ranks call it, but not after an error: peers may be gone."""
         self.dispatcher.close()
         self.links.close()
 
@@ -267,13 +244,9 @@ class _BoundStage:
 def open_replica(
     world: World, config: ReplicaConfig, schedule: Schedule, cut: tuple[range, ...], *, is_proven: bool = False
 ) -> Replica:
-    """Builds this rank's part of a network with the initial weights of the seed.
+    """Builds this rank's part of a network with the initial weights of the seed. All ranks call it.
 
-    All ranks call it at the same point.
-
-    Args:
-        world: of this process; its groups are mirrored if the schedule is.
-        is_proven: whether the job has validated the schedule, as `plan` does; else this rank validates it.
+    The groups of the world are mirrored if the schedule is. A schedule that is not proven is validated.
     """
     assert schedule.num_ranks == world.layout.parallelism.pipeline
     assert schedule.num_stages == len(cut)

@@ -125,10 +125,7 @@ def _write_probe(config: TrainConfig, planned: Plan, device: torch.device) -> No
 
 @dataclass(frozen=True, slots=True)
 class _RunOutcome:
-    """How a run ended.
-
-    `reason` is empty if the run is done; `error` is raised again once everything is closed.
-    """
+    """How a run ended; `error` is raised again once everything is closed."""
 
     state: State
     code: int

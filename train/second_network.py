@@ -13,11 +13,7 @@ REWARD_MODEL_KEY = "reward.parts, kind reward_model: ckpt"
 
 
 def second_network_run(config: TrainConfig, path: str, key: str) -> TrainConfig:
-    """Returns the run with the architecture of a second network, without MTP modules.
-
-    Raises:
-        CheckpointError, HfError: the architecture cannot be read.
-    """
+    """Returns the run with the architecture of a second network, without MTP modules."""
     model = source_config(path, key, drop_mtp=True)
     # The cut of the run's own layers does not fit other layers.
     return replace(config, model=model, parallelism=replace(config.parallelism, cut=Cut("even")))
@@ -65,11 +61,7 @@ def check_reward_model(config: TrainConfig, part: RewardModelScorerConfig) -> No
 
 
 def reward_model_runs(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the run with the architecture of each reward model in its pipeline.
-
-    Raises:
-        CheckpointError, HfError: an architecture cannot be read.
-    """
+    """Returns the run with the architecture of each reward model in its pipeline."""
     parts = () if config.reward is None else config.reward.parts
     return [
         second_network_run(config, part.ckpt, REWARD_MODEL_KEY)

@@ -41,12 +41,9 @@ _MOST_KEYS = 8
 
 
 def compare_ranks(config: TrainConfig) -> str:
-    """Compares every rank's configuration, sources and packages with those of rank 0.
+    """Compares every rank's configuration, sources and packages with those of rank 0. All ranks call it.
 
-    All ranks call it. Other ranks than rank 0 may leave `out_dir` empty.
-
-    Returns:
-        A line that names the nodes that differ, the keys and their values, equal on all ranks; empty if none differs.
+    The result names nodes, keys and values that differ. Other ranks than rank 0 may leave `out_dir` empty.
     """
     own, node = _identity(config), f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
     first = [hashlib.sha256(json.dumps(own).encode()).hexdigest(), str(Path(config.out_dir).expanduser())]
@@ -102,9 +99,7 @@ def _differences(own: Mapping[str, str], expected: Mapping[str, str]) -> str:
 def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
     """Broadcasts what rank 0 knows about the run: its folder, and the checkpoint that it resumes from.
 
-    Returns:
-        The configuration with both, and the exit code of a run that has already ended, or None. A run may have ended
-        because torchrun restarts all ranks after any exit code.
+    Returns the exit code of a run that has already ended, too: torchrun restarts all ranks after any exit code.
     """
     is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     sent = [_resolve_auto_resume(config) if is_first else None]
@@ -132,11 +127,7 @@ def _resolve_auto_resume(config: TrainConfig) -> TrainConfig:
 
 
 def raise_if_preempted(preemption: Preemption, log: CollectiveLog, groups: Groups) -> None:
-    """Raises on all ranks if one of them was preempted. All ranks call it.
-
-    Raises:
-        PreemptedError: on every rank, if one rank received a preemption request.
-    """
+    """Raises PreemptedError on all ranks if one of them was preempted. All ranks call it."""
     with log.collective("world", groups.world, "check for preemption"):
         (num_requests,) = sum_over_ranks([preemption.is_requested], groups.world)
     if num_requests:
@@ -149,11 +140,7 @@ def prepare_corpus_together(
 ) -> Prepared:
     """Prepares the corpus on all ranks.
 
-    One rank per machine builds what the cache lacks; the others then read it.
-
-    Raises:
-        DataError: on every rank, if machines would read different samples.
-        PreemptedError: on every rank, if one of them was preempted in the meantime.
+    One rank per machine builds what the cache lacks. If machines would read different samples, it raises DataError.
     """
 
     def exchange(state: CorpusState) -> CorpusState:
@@ -191,10 +178,7 @@ def load_resumed(config: TrainConfig, learner: Learner, data_fingerprint: str) -
 
 
 def load_initial_weights(config: TrainConfig, learner: Learner, prepared: Prepared) -> str:
-    """Loads the weights that `init_from` names, and returns a line that describes them.
-
-    Without any, an empty one.
-    """
+    """Loads the weights that `init_from` names, if any, and returns a line that describes them."""
     if config.initial_weights is None:
         return ""
     with learner.world.phase("loading of initial weights"):

@@ -37,12 +37,7 @@ _PHASES = (Action.FORWARD, Action.BACKWARD, Action.WEIGHT)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
-    """The losses of a step over the whole job.
-
-    Attributes:
-        by_name: means in nats per predicted token; for the balance loss, per sequence. What a task reports in addition
-            is missing if nothing has it.
-    """
+    """The losses of a step over the whole job, in nats per predicted token, balance per sequence."""
 
     by_name: Mapping[str, float]
     total: float
@@ -67,12 +62,7 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """The measurements of a step, equal on all ranks except for seconds and the execution of the passes.
-
-    Attributes:
-        rollouts: values of the record about rollouts; None if the step trained on the data alone.
-        part_seconds: further parts of the step's time; empty if it trained on the data alone.
-    """
+    """The measurements of a step, equal on all ranks except for seconds and the execution of the passes."""
 
     losses: Losses
     grad_norm: float
@@ -119,9 +109,6 @@ def train_step(
     progress: Progress | None = None,
 ) -> StepResult:
     """Runs forward and backward of the global batch, then updates weights, router bias and average.
-
-    Args:
-        guard: checks loss and gradient norm before the update; None: refuses only values that are not finite.
 
     Raises:
         PreemptedError: on every rank, before any pass has started.
@@ -198,14 +185,9 @@ def accumulate(
     progress: Progress | None = None,
     reduce: Callable[[int], None] = lambda stage: None,
 ) -> PassResult:
-    """Runs all passes of a step. Gradients accumulate in the store, expert loads in the routers.
+    """Runs all passes of a step; `reduce` gets each stage after its last backward.
 
-    Args:
-        reduce: starts to reduce the gradients of a stage in the last pass. By default all gradients stay those of this
-            rank.
-
-    Raises:
-        PreemptedError: on every rank, before any pass has started.
+    Raises PreemptedError on every rank before any pass has started.
     """
     replica = learner.replica
     task = open_task(config, replica.config.model, replica.config.batch)

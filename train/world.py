@@ -26,18 +26,7 @@ from train.ownership.rank_files import RankFiles
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """One process's view of the job.
-
-    Attributes:
-        layout: coordinates of every rank.
-        groups: process groups of this rank.
-        device: of this rank.
-        timeout_seconds: of each collective.
-        log: collectives and transfers of this rank.
-        lane: runs dispatch and combine.
-        host_copies: copies activations to host memory and back.
-        preemption: whether this process received a request to leave.
-    """
+    """One process's view of the job. `lane` runs dispatch and combine."""
 
     layout: Layout
     groups: Groups
@@ -83,10 +72,7 @@ class World:
         return self.log.phase("world", self.ranks, name)
 
     def reduce(self, values: Tensor, name: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Returns the sum (or another reduction) of a small tensor over all ranks, on the host.
-
-        All ranks call it.
-        """
+        """Returns the sum, or another reduction, of a small tensor over all ranks. All ranks call it."""
         values = values.to(self.device)
         with self.log.collective("world", self.groups.world, name):
             dist.all_reduce(values, op=operation, group=self.groups.world)
@@ -95,13 +81,7 @@ class World:
     def open_dispatcher(
         self, config: DispatchConfig, num_experts: int, observers: Observers, tokens: TokenSizes
     ) -> Dispatcher:
-        """Opens a dispatcher over this rank's expert group. All ranks call it at the same point.
-
-        Args:
-            num_experts: number of routed experts of a layer.
-            observers: counters and log of what it sends.
-            tokens: sizes of what this rank dispatches in a micro-batch.
-        """
+        """Opens a dispatcher over this rank's expert group. All ranks call it at the same point."""
         parts = DispatcherParts(
             num_experts=num_experts,
             layout=self.layout,
@@ -114,11 +94,7 @@ class World:
         return build_dispatcher(config, parts)
 
     def open_context(self, observers: Observers) -> ContextGroup:
-        """Opens the group of ranks that share this rank's sequences. All ranks call it at the same point.
-
-        Args:
-            observers: counters and log of what it sends.
-        """
+        """Opens the group of ranks that share this rank's sequences. All ranks call it at the same point."""
         return open_context(self.groups.context, self.layout, observers)
 
     def observers(self) -> Observers:
@@ -139,13 +115,7 @@ def open_world(
     log: CollectiveLog,
     preemption: Preemption | None = None,
 ) -> World:
-    """Opens this process's lanes and returns its world.
-
-    Args:
-        groups: process groups of this rank.
-        log: collectives and transfers of this rank.
-        preemption: whether this process received a request to leave; None: it cannot be preempted, as in a test.
-    """
+    """Opens this process's lanes and returns its world."""
     return World(
         layout=layout,
         groups=groups,

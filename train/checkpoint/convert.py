@@ -58,15 +58,7 @@ _WORDS: dict[str, StoredDtype] = {"bf16": "BF16", "float32": "F32", "fp8": "BF16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
-    """The opened source of a conversion.
-
-    Attributes:
-        dtypes: stored types by name.
-        scales: scales of FP8 weights by name.
-        preserved: metadata to copy.
-        rotary: stored frequencies by name.
-        tensor: reads a tensor by name, converted to a type.
-    """
+    """The opened source of a conversion; `tensor` reads by name and converts to a type."""
 
     config: ModelConfig
     folder: Path
@@ -84,9 +76,6 @@ class _Source:
 
 def convert(conversion: Conversion, say: Say) -> str:
     """Writes the weights in another form, complete or not at all, and returns a line for people.
-
-    Args:
-        say: prints a line of progress after each shard, and a line that names unknown keys of `config.json`.
 
     Raises:
         CheckpointError, HfError: the weights cannot be read, or the destination is not empty or cannot be written.

@@ -38,11 +38,7 @@ _LARGEST_NUMBER = 2**63
 
 @dataclass(frozen=True, slots=True)
 class TensorPart:
-    """Consecutive elements of a flat tensor, from `first` on, in a file under the tensor's name.
-
-    Attributes:
-        crc32: of their bytes; 0 until they are written.
-    """
+    """Consecutive elements of a flat tensor in a file; `crc32` is 0 until they are written."""
 
     file: str
     first: int
@@ -110,12 +106,9 @@ def index_json(index: Index) -> str:
 def read_index(folder: Path, config: ModelConfig) -> Index:
     """Reads and checks the index of a checkpoint.
 
-    Args:
-        config: architecture of the checkpoint, which bounds the size of the index.
-
     Raises:
         CheckpointError: it is missing, too large, no JSON, names files outside the folder, or the parts of a tensor do
-            not hold each of its elements once. The message is one line without the folder.
+            not hold each of its elements once.
     """
     num_weights = sum(1 for _ in islice(weights(config), _MOST_WEIGHTS))
     try:

@@ -29,11 +29,7 @@ def check_initial(config: TrainConfig) -> None:
 
 
 def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) -> str:
-    """Fills this rank's weights from `init_from`. All ranks call it before the first step.
-
-    Returns:
-        A line that names the weights and how the run differs from them.
-    """
+    """Fills weights from `init_from` before the first step, and describes them. All ranks call it."""
     from model.hf.names import SCORE_HEAD, layer_of
     from model.transformer import named_tensors
 

@@ -37,10 +37,7 @@ class PartError(RuntimeError):
 
 
 def run_on_all(act: Callable[[], ValueT], group: dist.ProcessGroup | None = None) -> ValueT:
-    """Calls a function on each rank, and returns its result if no rank failed. All ranks call it.
-
-    Args:
-        group: process group of all ranks; the world by default.
+    """Calls a function on each rank of `group`, and returns its result if no rank failed.
 
     Raises:
         PartError: on every rank, if the function raised an exception on one of them.
@@ -67,11 +64,7 @@ def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     Rank 0 searches for checkpoints, because machines may see different ones on a shared file system. All ranks verify
     them.
 
-    Returns:
-        The configuration, and a line with name and reason for each newer checkpoint that is not whole.
-
-    Raises:
-        CheckpointError: on every rank, if no checkpoint is whole, or the named one is not.
+    Also returns a line with name and reason for each newer checkpoint that is not whole.
     """
     path = config.resume
     if path is None:
@@ -81,17 +74,7 @@ def resolve_resume(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
 
 
 def find_together(find: Callable[[Check], ValueT]) -> ValueT:
-    """Searches for a checkpoint on rank 0, while all ranks verify the candidates. All ranks call it.
-
-    Args:
-        find: searches with the given check. Only rank 0 calls it.
-
-    Returns:
-        The result of `find`, on every rank.
-
-    Raises:
-        CheckpointError: on every rank, if `find` raised it.
-    """
+    """Runs `find` on rank 0 with a check in which all ranks verify. All ranks call it."""
     result: list[ValueT | CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -110,11 +93,7 @@ def find_together(find: Callable[[Check], ValueT]) -> ValueT:
 
 
 def verify_together(folder: Path) -> None:
-    """Verifies a checkpoint. Each file is read by one rank. All ranks call it with the same folder.
-
-    Raises:
-        CheckpointError: on every rank, if the checkpoint is not whole.
-    """
+    """Verifies a checkpoint on all ranks together: each file is read by one, and all raise the same error."""
     rank = dist.get_rank()
     problem: str | None = None
     try:
@@ -144,9 +123,6 @@ def load(learner: Learner, folder: Path) -> None:
 
     Each rank reads the index, and the elements that it holds, by itself. Further state is filled if the checkpoint
     holds it.
-
-    Raises:
-        CheckpointError: on every rank, if one of them cannot read its part.
     """
     try:
         index = run_on_all(lambda: read_index(folder, read_model(folder)))
@@ -184,12 +160,7 @@ def load_whole(
 ) -> Transformer:
     """Loads the whole model of a checkpoint of any layout in this process alone.
 
-    Args:
-        key: configuration key that names the checkpoint, for errors.
-        products: precision of the products of linear layers.
-
-    Raises:
-        CheckpointError: there is no average, or a file is missing, truncated or of another form.
+    Raises CheckpointError if there is no average or a file is missing, truncated or of another form.
     """
     model = Transformer(
         config, LocalDispatcher(config.num_routed_experts), dtype, computing=Computing(products=products)

@@ -24,10 +24,7 @@ class LocatedCheckpoint:
 def locate(path: str, key: str = "resume", check: Check | None = None) -> LocatedCheckpoint:
     """Finds the checkpoint that a path names: the path itself, or the newest one in a run's folder.
 
-    Args:
-        path: a checkpoint, a run's folder, or its folder of checkpoints.
-        key: configuration key that holds the path, for errors.
-        check: check that the checkpoint must pass; None: it must only have been finished.
+    `check` is what the checkpoint must pass; None: it must only have been finished. `key` is named in errors.
 
     Raises:
         CheckpointError: the path does not exist, or no checkpoint passes the check.
@@ -65,10 +62,7 @@ def locate(path: str, key: str = "resume", check: Check | None = None) -> Locate
 
 
 def newest_whole(out_dir: Path, at_most: int | None = None, check: Check = verify) -> Path | None:
-    """Finds the newest checkpoint of a run, in a folder that may not exist, that passes a check.
-
-    Args:
-        at_most: largest number of steps of the checkpoint; None: any.
+    """Finds a run's newest checkpoint that passes a check, of at most `at_most` steps.
 
     Raises:
         OldFormatError: the newest one that may be whole is one of an older release.

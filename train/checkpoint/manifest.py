@@ -96,11 +96,7 @@ def write_manifest(
 ) -> None:
     """Writes the manifest, which marks a checkpoint as complete. All other files must already be on disk.
 
-    Args:
-        data_fingerprint: of the samples that the run read.
-        files: files whose hashes are known; the others in the folder itself are read.
-        preserved: keys of `config.json` that an export must contain again.
-        cut: layers of each pipeline stage of that run. A run that resumes under the same layout keeps it.
+    `cut` lists the layers of each stage. Files in the folder are read if their hashes are not given.
     """
     record = {
         "step": step,
@@ -118,10 +114,7 @@ def write_manifest(
 def write_weights_manifest(
     folder: Path, model: ModelConfig, preserved: Mapping[str, Any], files: Mapping[str, Digest] = NO_FILES
 ) -> None:
-    """Writes the manifest of weights without optimizer state. A run can start from them, but not resume.
-
-    The arguments are those of `write_manifest`.
-    """
+    """Writes the manifest of weights without optimizer state, from which runs can start, but not resume."""
     _write(folder, {"step": 0, "holds": "weights", "model": asdict(model), "preserved": dict(preserved)}, files)
 
 
@@ -136,14 +129,7 @@ def _write(folder: Path, record: dict[str, Any], files: Mapping[str, Digest]) ->
 
 
 def read_manifest(folder: Path, key: str = "resume") -> dict[str, Any]:
-    """Reads a checkpoint's manifest.
-
-    Args:
-        key: configuration key that names it, for errors.
-
-    Raises:
-        CheckpointError: it is missing, cannot be read, or has another format version.
-    """
+    """Reads a checkpoint's manifest; raises CheckpointError if it is missing or of another format."""
     path = folder / MANIFEST_NAME
     try:
         manifest = read_json(path)

@@ -45,17 +45,9 @@ def _shape(values: Slice | Tensor) -> tuple[int, ...]:
 
 
 def write_part(folder: Path, file_name: str, index: Index, read: Callable[[str], Tensor]) -> tuple[Digest, Index]:
-    """Writes a file of a checkpoint, one tensor at a time, and waits until it is on disk.
+    """Writes a file with one part of each tensor; returns its digest and the index with checksums.
 
-    Args:
-        index: what the file shall hold, one part of each tensor.
-        read: returns the elements of a tensor's part, with the type that the index states.
-
-    Returns:
-        The file's size and hash, and the index with checksums.
-
-    Raises:
-        OSError: the file cannot be written. Errors of `read` are raised unchanged.
+    `read` returns the elements of a tensor's part, with the type that the index states. Its errors are not changed.
     """
     tensors = {name: entry.stored_part(entry.parts[0]) for name, entry in index.items()}
     begins, header = lay_out(tensors)
@@ -87,14 +79,10 @@ class PartReader:
         self._header = lru_cache(_NUM_HEADERS)(read_header)
 
     def fill(self, state: State) -> None:
-        """Fills tensors and slices in place, converted to their types.
-
-        Args:
-            state: contiguous tensors by name, on any device.
+        """Fills contiguous tensors and slices in place, converted to their types.
 
         Raises:
-            CheckpointError: a tensor is missing or has another shape, or a file contradicts the index. The message is
-                one line without the folder.
+            CheckpointError: a tensor is missing or has another shape, or a file contradicts the index.
         """
         parts_by_file: dict[str, list[tuple[str, TensorPart]]] = {}
         for name, values in state.items():
@@ -137,10 +125,7 @@ class PartReader:
     def _fill_overlap(
         self, target: Slice, part: TensorPart, file: BufferedReader, header: Mapping[str, TensorEntry], name: str
     ) -> None:
-        """Copies the elements that a part and a slice share, in runs that fit into the buffer.
-
-        The checksum of a part that is read whole is compared.
-        """
+        """Copies the elements that a part and a slice share; checks the checksum of a whole part."""
         entry = self._position(name, part, header)
         item_bytes = ITEM_BYTES[entry.dtype]
         most = CHUNK_BYTES // item_bytes

@@ -50,13 +50,7 @@ _MODEL_PATTERNS = (*_LICENCE_PATTERNS, "*.py", GENERATION_NAME)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreservedMetadata:
-    """The metadata of a checkpoint that its export must contain again.
-
-    Attributes:
-        config: keys of `config.json`; the manifest holds them.
-        rotary: stored frequencies by tensor name.
-        files: contents by plain file name, without `tokenizer.json`.
-    """
+    """The metadata of a checkpoint that its export must contain again, by key, tensor name and file name."""
 
     config: Mapping[str, Any]
     rotary: Mapping[str, Tensor]
@@ -115,10 +109,7 @@ def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> Preserved
 
 
 def without_unknown_templates(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
-    """Leaves out chat templates that are neither published nor this project's own.
-
-    Servers run templates. Returns the files that are left, and the names of those that held such a template.
-    """
+    """Leaves out chat templates that are neither published nor own, because servers run them."""
     left = {name: _without_unknown_template(name, content) for name, content in files.items()}
     changed = [name for name, content in files.items() if left[name] != content]
     return {name: content for name, content in left.items() if content is not None}, changed

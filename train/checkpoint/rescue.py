@@ -1,7 +1,4 @@
-"""Saves the last checkpoint of a run elsewhere if its own folder takes none.
-
-Imports torch only to save.
-"""
+"""Saves the last checkpoint elsewhere if a run's folder takes none. Imports torch only to save."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,11 +33,7 @@ def save_to_rescue_folder(
 ) -> NoReturn:
     """Saves the state after `step` updates in the rescue folder, and ends the run. All ranks call it.
 
-    Args:
-        reason: why the run's own folder did not take the checkpoint.
-
-    Raises:
-        RescuedError: always; its message holds the reason, the folder of the state and how to resume from it.
+    It always raises RescuedError, with `reason`, the folder of the state and how to resume from it.
     """
     from torch import distributed as dist
 

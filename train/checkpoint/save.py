@@ -57,9 +57,7 @@ class CheckpointSaver:
     ) -> None:
         """Opens a process group. All ranks call it at the same point.
 
-        Args:
-            folder: existing folder in which the folder of checkpoints is created; None: the run's own.
-            ownership: checks that the run still owns that folder; None: no check.
+        `ownership` checks that the run still owns `folder`, by default its own.
         """
         self._config = config
         self._learner = learner
@@ -79,13 +77,9 @@ class CheckpointSaver:
         self._unreported: deque[Path] = deque()
 
     def save(self, step: int) -> None:
-        """Copies the state after `step` updates, and starts to write it.
+        """Waits for the previous checkpoint, copies the state after `step` updates, and starts to write.
 
-        The state may change after this returns. It first waits for the previous checkpoint, if that is still being
-        written.
-
-        Raises:
-            UnsavedError: on every rank, if one of them could not write its part of the previous checkpoint.
+        Raises UnsavedError on every rank if one of them could not write its part of the previous checkpoint.
         """
         self.wait()
         copied = self._memory.of(state_of(self._learner, self._learner.extras))
@@ -94,11 +88,7 @@ class CheckpointSaver:
         self._thread.start()
 
     def wait(self) -> Path | None:
-        """Waits for the checkpoint that is being written, if any, and returns the last complete one.
-
-        Raises:
-            UnsavedError: on every rank, if one of them could not write its part.
-        """
+        """Waits for the checkpoint that is being written, and returns the last complete one; raises as `save`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -132,11 +122,7 @@ class CheckpointSaver:
             self._unreported.append(folder)
 
     def _write(self, step: int, copied: State) -> Path:
-        """Writes a checkpoint and returns its folder.
-
-        Raises:
-            UnsavedError: on every rank, if one of them could not write its part.
-        """
+        """Writes a checkpoint and returns its folder."""
         final = step_folder(self._root.parent, step)
         partial = final.with_name(final.name + ".partial")
         try:
@@ -165,11 +151,7 @@ class CheckpointSaver:
             raise OSError(problem)
 
     def _write_parts(self, partial: Path, copied: State) -> tuple[Index, dict[str, Digest]]:
-        """Writes the tensors of all ranks, one file for each rank, and each slice once.
-
-        Returns:
-            The index and the files by name on rank 0, nothing on other ranks.
-        """
+        """Writes each slice once, one file for each rank; rank 0 returns the index and the files by name."""
         files = self._learner.world.files
         file = str(PurePosixPath(files.subfolder) / f"{files.stem}{PART_SUFFIX}")
         held = index_of(copied, file)
@@ -193,11 +175,7 @@ class CheckpointSaver:
         return index, {file: digest for digests, _ in written for file, digest in digests.items()}
 
     def _scatter_names(self, files: list[str] | None, index: Index) -> list[str]:
-        """Returns the names of the tensors that this rank writes.
-
-        Args:
-            files: the file of each rank, on rank 0; None on other ranks.
-        """
+        """Returns the names of the tensors that this rank writes; rank 0 passes the file of each rank."""
         names: dict[str, list[str]] = {}
         for name, entry in index.items():
             for part in entry.parts:

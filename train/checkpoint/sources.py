@@ -1,7 +1,4 @@
-"""Opens the weights that a run or a conversion reads: a Hugging Face folder or a checkpoint.
-
-torch is imported only when weights are opened.
-"""
+"""Opens the weights that a run or a conversion reads: a Hugging Face folder or a checkpoint."""
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -82,10 +79,7 @@ def source_folder(path: str, key: str) -> Path:
 def source_config(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
     """Reads the architecture of the weights that a path names. It imports no torch.
 
-    Args:
-        path: a Hugging Face folder, converted weights, a run's folder (its newest checkpoint) or a checkpoint.
-        key: configuration key that holds the path, for errors.
-        drop_mtp: whether to leave MTP modules out; those of a Hugging Face folder are then not checked.
+    `drop_mtp` leaves MTP modules out; those of a Hugging Face folder are then not checked.
 
     Raises:
         CheckpointError, HfError: there are no weights, or their architecture cannot be read.
@@ -106,13 +100,7 @@ def check_source(path: str, key: str, *, drop_mtp: bool = False) -> ModelConfig:
 
 
 def open_source(path: str, key: str, *, drop_mtp: bool = False) -> "HfReader | CheckpointReader":
-    """Opens the weights that a path names, and checks everything except their values.
-
-    The arguments are those of `source_config`.
-
-    Raises:
-        CheckpointError, HfError: there are no weights, or a file is missing, truncated or of another form.
-    """
+    """Opens the weights that a path names, and checks everything except their values."""
     folder = source_folder(path, key)
     if is_hf_folder(path):
         from model.hf.reader import HfReader

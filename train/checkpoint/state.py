@@ -19,13 +19,7 @@ OPTIMIZER_PREFIX = "optimizer."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """One rank's consecutive elements of a flat tensor. Several ranks may hold the same slice.
-
-    Attributes:
-        whole: number of elements of the whole tensor.
-        offset: index of the first element.
-        local: this rank's elements, flat.
-    """
+    """One rank's consecutive elements of a flat tensor, from `offset`. Ranks may hold the same."""
 
     whole: int
     offset: int

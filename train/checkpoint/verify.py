@@ -41,11 +41,10 @@ def verify(
 
     Args:
         hashes: whether every file is read and hashed; otherwise only the presence and the sizes of files are checked.
-        progress: shows how many bytes were read.
         share: which one of how many equal shares of the files is checked, for ranks that verify together.
 
     Raises:
-        CheckpointError: the checkpoint is not whole. The message is one line without the folder.
+        CheckpointError: the checkpoint is not whole.
     """
     files = _listed_files(folder)
     names = sorted(files)[share[0] :: share[1]]
@@ -128,14 +127,8 @@ def check_compatible(
 
     The layout, schedule and sharding under which it was written may differ.
 
-    Args:
-        data_fingerprint: fingerprint of the samples that the run reads; None: not known yet.
-        may_be_done: whether the checkpoint may be that of the run's last step.
-
     Raises:
-        CheckpointError: a key differs, no step is left, the checkpoint holds only weights, or its run read other
-            samples, so that some would be lost and others read twice. The message names every key that differs, with
-            both values.
+        CheckpointError: a key differs, no step is left, there are only weights, or the run read other samples.
     """
     manifest, shape = read_manifest(folder), shape_record(config)
     if manifest.get("holds") == "weights":
@@ -177,10 +170,7 @@ def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, 
 
 
 def other_layout(folder: Path, config: TrainConfig) -> str:
-    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence.
-
-    Empty if it does not.
-    """
+    """Returns how a run's layout differs from a checkpoint's, as the end of a sentence, or nothing."""
     changed = differences("layout", read_manifest(folder).get("layout"), layout_record(config))
     return f", written under another layout: {'; '.join(changed)}" if changed else ""
 

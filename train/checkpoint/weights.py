@@ -1,7 +1,4 @@
-"""Reads the weights of checkpoints in one process, tensor by tensor, without a model.
-
-torch is imported when a tensor is read.
-"""
+"""Reads the weights of checkpoints in one process, tensor by tensor. Imports torch only then."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -29,13 +26,8 @@ def held_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class CheckpointReader:
     """A checkpoint whose manifest, index and files of weights were checked. Tensors are read on demand.
 
-    Args:
-        key: configuration key that names it, for errors.
-        kind: the trained weights, or their moving average.
-
     Raises:
-        CheckpointError: there is no average, the manifest or the index cannot be read, a weight is missing or has
-            another shape, or a file is missing or truncated.
+        CheckpointError: there is no average, or the files are not what a checkpoint has.
     """
 
     def __init__(self, folder: Path, key: str, kind: WeightsKind = "trained") -> None:
@@ -65,11 +57,7 @@ class CheckpointReader:
         return {name: self._index[self._prefix + name].stored.dtype for name in self._shapes}
 
     def fill(self, named: "Mapping[str, Tensor]") -> None:
-        """Fills the given contiguous tensors by name, converted to their types.
-
-        Raises:
-            CheckpointError: the checkpoint has no weight of a name and shape, or its content cannot be read.
-        """
+        """Fills the given contiguous tensors by name, converted to their types."""
         self._fill(self._prefix, named)
 
     def tensor(self, name: str, dtype: "torch.dtype") -> "Tensor":

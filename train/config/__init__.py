@@ -1,7 +1,4 @@
-"""Defines the configuration of a training run. The comments in `conf/` explain its keys.
-
-No torch here: an invalid run is refused before any process starts.
-"""
+"""Defines the configuration of a run, whose keys `conf/` explains. No torch here."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -28,10 +25,7 @@ from train.tasks.registry import TASKS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
-    """The type of weights and activations.
-
-    Gradients accumulate in float32, or in float64 for float64 weights.
-    """
+    """The type of weights and activations; gradients accumulate in float32, or as wider weights."""
 
     kind: Literal["float64", "float32", "bf16"]
 
@@ -53,13 +47,9 @@ Precision = PrecisionConfig | Fp8PrecisionConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferenceConfig:
-    """A network that ranks hold together to generate, and where its weights are.
+    """Weights that ranks hold together to generate, under the placement of a kind of schedule.
 
-    Attributes:
-        ckpt: a Hugging Face folder, converted weights, a run's folder or a checkpoint.
-        model: the architecture. Without MTP modules, those of the weights are not read.
-        kind: schedule whose placement is used.
-        cut: layers of each stage.
+    `ckpt` is a Hugging Face folder, converted weights, a run's folder or a checkpoint.
     """
 
     ckpt: str
@@ -122,10 +112,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig:
-    """The moving average of the weights, on the host.
-
-    `decay` is the weight of the old average; None: no average.
-    """
+    """The average of the weights on the host; `decay` is the weight of the old one, None: no average."""
 
     decay: ShareBelowOne | None
 
@@ -267,10 +254,7 @@ class TrainConfig:
 
     @property
     def num_micro_batches(self) -> int:
-        """The number of micro-batches of one pipeline per step, both directions together, after a batch ramp.
-
-        Each slice of sequences counts as one.
-        """
+        """The micro-batches, or slices, of a pipeline's step, both directions together, after a ramp."""
         batch = self.batch
         return batch.global_sequences // (self.parallelism.data * batch.micro_sequences) * self.schedule.slices
 

@@ -1,7 +1,4 @@
-"""Defines configuration errors and finds the nearest valid choices for their messages. No torch here.
-
-A message has the form `key: rule, is value; nearest valid: ...`.
-"""
+"""Defines errors of the form `key: rule, is value; nearest valid: ...`. No torch here."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -18,12 +15,7 @@ class UnknownKeyError(ConfigError):
 
 
 def broken(key: str, rule: str, value: object, near: object) -> ConfigError:
-    """Returns the error about a key whose value breaks a rule.
-
-    Args:
-        rule: what holds for valid values, as in `must be at most 3`.
-        near: the nearest valid value, or values.
-    """
+    """Returns the error about a key whose value breaks a rule such as `must be at most 3`."""
     return ConfigError(f"{key}: {rule}, is {value}; nearest valid: {near}")
 
 
@@ -37,10 +29,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def nearest_key(key: str, choices: Sequence[str]) -> str:
-    """Returns the closest dotted keys.
-
-    Typos among siblings come first, then missing prefixes, then all keys.
-    """
+    """Returns the closest dotted keys: typos among siblings first, then missing prefixes, then all keys."""
     parent, _, last = key.rpartition(".")
     siblings = [choice for choice in choices if choice.rpartition(".")[0] == parent]
     elsewhere = [choice for choice in choices if choice.rpartition(".")[2] == last]

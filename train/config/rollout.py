@@ -19,7 +19,6 @@ class RolloutLimits:
         equal_steps: number of steps in a row in which each group has equal rewards or cannot be judged.
         entropy_share: mean entropy of the last `window_steps` steps, divided by that of the run's first ones.
         reward_share: the same of the reward, if the mean reward of the first steps is above 0.
-        window_steps: number of steps.
     """
 
     kl: PositiveFloat | None
@@ -36,14 +35,7 @@ class RolloutConfig:
     """The rollouts of a run that learns from rewards.
 
     Attributes:
-        engine: what samples: the pipeline where training left the weights, or a copy of the whole model on each rank.
-        prompts: number of prompts of a rollout over the whole job.
-        samples: number of answers to each prompt, which form a group.
-        max_new_tokens: maximum number of tokens of an answer.
-        temperature: of sampling. Training computes log-probabilities at the same temperature.
-        top_k: number of most probable tokens that are kept; None keeps all.
-        top_p: probability of the kept tokens; 1 keeps all.
-        min_p: least share of the highest probability of a kept token; 0 keeps all.
+        top_k, top_p, min_p: which probable tokens are kept; None, 1 and 0 keep all.
         thinking: whether the model thinks first; None: as the template does.
         updates: updates of the weights per rollout, each from an equal part of its prompts.
         steps_ahead: number of steps by which answers are sampled ahead of their training, 0 or 1.
@@ -56,9 +48,6 @@ class RolloutConfig:
             `max_new_tokens`; 0: it does not.
         keep_routing: whether training sends tokens to the experts that the sampler chose.
         keep_sampling_mask: whether training computes probabilities among the tokens that top_k, top_p and min_p kept.
-        held_out: number of held-out problems that a validation answers.
-        held_out_samples: number of answers to each of them.
-        limits: beyond which the guard refuses a step.
     """
 
     engine: Literal["pipelined", "local"]

@@ -51,12 +51,7 @@ class PipelinedModel:
         pipeline: Callable[[], ReplicaPipeline],
         most_tokens: int = MOST_TOKENS,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            batch_size: maximum number of sequences of a micro-batch. It does not change results.
-            most_tokens: maximum number of tokens of a micro-batch with several sequences.
-        """
+        """Limits micro-batches of several sequences by both numbers, which does not change results."""
         self._most_tokens = most_tokens
         self._replica, self._batch_size, self._pipeline = replica, batch_size, pipeline
 
@@ -163,11 +158,7 @@ class _Batches:
 
 
 def share_done(world: World, done: Mapping[str, Collection[str | int]] | None) -> Mapping[str, Collection[str | int]]:
-    """Returns on every rank the samples that rank 0 has records of. All ranks call it.
-
-    Args:
-        done: ids by task; only those of rank 0 matter.
-    """
+    """Returns on every rank the ids that rank 0 has records of, by task. All ranks call it."""
     shared = [done if world.rank == 0 else None]
     with world.phase("samples that have a record"):
         dist.broadcast_object_list(shared, src=0, group=world.groups.world)

@@ -69,11 +69,7 @@ class Guard:
         return f"{name} is {value:.6g}, above {self._factor:g} x its median of {self._window} steps, {middle:.6g}"
 
     def judged_batch(self, hook: TaskHook, loader: Loader, step: int) -> StepBatch:
-        """Returns a step's batches. All ranks call it.
-
-        Raises:
-            RefusedStepError: on every rank, if answers cannot be sampled, or their numbers break a limit.
-        """
+        """Returns a step's batches. All ranks call it."""
         try:
             batch = hook.prepare(loader, step)
         except GenerateError as error:
@@ -88,11 +84,7 @@ class Guard:
         return batch
 
     def judge_rollout(self, metrics: Figures | None, step: int) -> BadWeights | None:
-        """Returns the limit that a step's rollout breaks, or None.
-
-        Args:
-            metrics: of the rollout; None: the step has none.
-        """
+        """Returns the limit that a step's rollout, if it has one, breaks, or None."""
         if self.rollouts is None or metrics is None:
             return None
         self._figures = metrics

@@ -44,10 +44,7 @@ class RolledBack:
 
 @contextmanager
 def ends_of_sampling() -> Iterator[None]:
-    """Ends a run whose answers cannot be sampled or scored.
-
-    All ranks raise these errors at the same point. Within a step, the guard refuses what cannot be sampled.
-    """
+    """Ends a run whose answers cannot be sampled or scored outside of a guarded step."""
     try:
         yield
     except ScoringError as error:
@@ -69,11 +66,7 @@ class Recovery:
         first_step: int,
         rollouts: RolloutConfig | None = None,
     ) -> None:
-        """Opens the guard. Rank 0 reads the run's earlier records. All ranks call it.
-
-        Args:
-            resume: checkpoint from which the run was resumed, or None.
-        """
+        """Opens the guard. Rank 0 reads the run's earlier records. All ranks call it."""
         self._learner = learner
         self._world = learner.world
         self._config = config
@@ -104,11 +97,7 @@ class Recovery:
             self._num_in_a_row = 0
 
     def handle_refusal(self, refusal: StepRefusal) -> tuple[Skipped | RolledBack, str]:
-        """Skips the batch, rolls the run back or ends it, as the configured guard requires. All ranks call it.
-
-        Returns:
-            The outcome, and its reason for people.
-        """
+        """Skips the batch, rolls back or ends the run, as configured, and returns a reason. All ranks call it."""
         config = self._config
         self._num_in_a_row += 1
         self._last_refused = max(self._last_refused, refusal.step)
@@ -137,10 +126,7 @@ class Recovery:
         )
 
     def _leave_out_since(self, folder: Path, refusal: StepRefusal) -> tuple[RolledBack, str]:
-        """Rolls back from weights that were bad, so that all steps since the checkpoint are skipped.
-
-        Checkpoints of bad weights get another name, so that no run continues from them.
-        """
+        """Rolls back from bad weights, whose checkpoints are renamed, and skips all steps since."""
         first = read_step(folder) + 1
         self._note(_ROLLED_BACK, refusal, checkpoint=str(folder), first_skipped=first)
         if self._is_writer:

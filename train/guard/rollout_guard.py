@@ -45,10 +45,7 @@ class BadWeights:
 
 
 class RolloutGuard:
-    """The limits of a run that learns from rewards.
-
-    All ranks have the same numbers, so all decide the same.
-    """
+    """The limits of a run that learns from rewards, whose numbers all ranks have."""
 
     def __init__(self, config: RolloutConfig) -> None:
         """Starts without earlier steps."""

@@ -62,11 +62,7 @@ class Checkpoints(Listener):
 
     @contextmanager
     def saved_at_exit(self) -> Iterator[None]:
-        """Completes a checkpoint before the run ends, even if it is preempted or its folder is not writable.
-
-        Raises:
-            RescuedError: on every rank; the run's folder takes no checkpoint.
-        """
+        """Completes a checkpoint before the run ends, even if it is preempted or its folder is not writable."""
         try:
             try:
                 yield

@@ -25,11 +25,7 @@ class Evaluator(Listener):
     """Evaluates the tasks of a run. Every rank has one, and all call the same methods at the same points."""
 
     def __init__(self, parts: RunParts) -> None:
-        """Opens the tasks.
-
-        Raises:
-            EvaluationError, DataError, ScoringError: a task cannot run.
-        """
+        """Opens the tasks."""
         config = parts.config
         replica = parts.learner.replica
         super().__init__(parts)
@@ -68,11 +64,7 @@ class Evaluator(Listener):
         return {f"evaluation_{task}_{metric}": value for (task, metric), value in metrics.items()}
 
     def _evaluate(self, num_steps: int) -> dict[str, TaskResult]:
-        """Evaluates all tasks, and writes results on rank 0.
-
-        Returns:
-            The results by task on rank 0; on others, nothing.
-        """
+        """Evaluates all tasks; rank 0 writes and returns the results by task."""
         began, records = time.perf_counter(), {each.name: list[Record]() for each in self._tasks}
         is_writer = self._replica.world.rank == 0
         run_tasks(

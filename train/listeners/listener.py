@@ -25,11 +25,7 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunParts:
-    """What the parts of a training loop share.
-
-    Attributes:
-        callbacks: functions that rank 0 calls during the run.
-    """
+    """What the parts of a training loop share; rank 0 calls the callbacks."""
 
     config: TrainConfig
     learner: Learner

@@ -50,10 +50,7 @@ class Samples(Listener):
 
 
 def report_samples(config: TrainConfig, prepared: Prepared, say: Callable[[str], None]) -> None:
-    """Generates and reports the configured samples with the run's last checkpoint.
-
-    This process alone loads the whole model.
-    """
+    """Generates and reports samples with the run's last checkpoint, which this process alone loads whole."""
     samples = config.samples
     has_answers = WEIGHTS in TASKS.get(config.task.kind).values and len(prepared.validation_tokens_NL) > 0
     # A model of chats continues no plain text; its held-out prompts are chats.
@@ -91,11 +88,7 @@ def sample_text(config: TrainConfig, prepared: Prepared, model: Transformer) -> 
 
 
 def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer) -> list[HeldOutAnswer]:
-    """Answers held-out prompts with the whole model.
-
-    Args:
-        config: of the run; `samples` says how many prompts are answered, and how.
-    """
+    """Answers held-out prompts with the whole model, as `samples` says."""
     samples, tokenizer, limit = config.samples, prepared.tokenizer, config.model.max_position_tokens
     exchanges = [each for each in _held_out(prepared, samples.held_out) if len(each.prompt) < limit]
     generation = generate(

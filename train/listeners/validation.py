@@ -94,12 +94,7 @@ def validate(
     comparison: NetworkComparison = _NO_NETWORK,
     by_position: LossByPosition | None = None,
 ) -> Validation:
-    """Returns the main loss and reported means over validation sequences. All ranks call it.
-
-    Args:
-        num_sequences: number of sequences to read, or fewer if the corpus has fewer.
-        comparison: model with which the task compares, if it does.
-    """
+    """Returns the main loss and reported means over at most `num_sequences` sequences. All ranks call it."""
     size = replica.global_sequences
     # A part that is smaller than a global batch is one pass, filled with empty sequences.
     passes = max(min(num_sequences, loader.num_validation_sequences) // size, 1)
@@ -123,14 +118,7 @@ def validate_pass(
     comparison: NetworkComparison = _NO_NETWORK,
     by_position: LossByPosition | None = None,
 ) -> tuple[Losses, dict[str, float]]:
-    """Runs a forward pass of one global batch.
-
-    Args:
-        comparison: model with which the task compares, if it does.
-
-    Returns:
-        The losses, with MTP losses left out of the total, and the denominator of each mean by name.
-    """
+    """Returns the losses of a forward pass, without MTP in the total, and each mean's denominator."""
     task = open_task(config, replica.config.model, replica.config.batch)
     log_probs: dict[tuple[int, int], Tensor] | None = None
     if by_position is not None:

@@ -19,9 +19,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Bf16MomentsAdamW(torch.optim.Optimizer):
     """The AdamW optimizer for float32 weights with bf16 moments: 4 bytes of state per weight instead of 8.
 
-    Arithmetic is in float32. Moments are rounded to nearest even when they are stored (arXiv:2412.19437, section
-    3.3.3). With beta2 = 0.95, rounding changes updates by 0.4 %, less than stochastic rounding does. With beta2 near 1
-    the second moment would be biased, because its changes are smaller than bf16's resolution.
+    Arithmetic is in float32. Moments are rounded to nearest even (arXiv:2412.19437, section 3.3.3). With beta2 near 1
+    the second moment would be biased, because its changes are smaller than bf16's resolution, so
     `launch.config.model_rules` refuses such a beta2.
     """
 
@@ -103,10 +102,9 @@ class ReplicatedAdamW:
         self._optimizer = build_adamw([each for each in options if each["params"]], config)
 
     def reduce(self) -> Tensor:
-        """Sums the gradients in the store over replicas, in place.
+        """Sums gradients over replicas, in place, and returns the sum of their squares, float64.
 
-        Returns:
-            The sum of squares, float64, a scalar on the device. Summed over all ranks it counts each element once.
+        Summed over all ranks, it counts each element once.
         """
         groups = self._groups
         squares = torch.zeros((), dtype=torch.float64, device=next(iter(groups.all().values())).device)

@@ -1,8 +1,4 @@
-"""Keeps an exponential moving average of the weights on the host, updated during the next step.
-
-DeepSeek-V3 uses one to estimate early how the model performs after its learning rate has decayed (arXiv:2412.19437,
-section 3.2.3).
-"""
+"""Keeps an average of the weights on the host (arXiv:2412.19437, section 3.2.3)."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -34,10 +30,7 @@ class ParameterEma:
         self.follow_weights()
 
     def update(self) -> None:
-        """Copies the updated weights, and starts to average them in the background.
-
-        It first waits until the average of the previous update is complete.
-        """
+        """Waits for the average of the previous update, copies the weights, and starts to average them."""
         self.wait()
         for name, weight in named_tensors(self._model).items():
             self._copies[name].copy_(weight, non_blocking=True)
@@ -52,10 +45,7 @@ class ParameterEma:
             under_way.result()
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the averages by released name, float32 on the host, to save or to fill in place.
-
-        They do not change before the next `update`.
-        """
+        """Returns the averages by released name, float32 on the host, unchanged until `update`."""
         self.wait()
         return self._averages
 

@@ -1,8 +1,7 @@
 """Computes the learning rate as a pure function of the step. No torch here.
 
-It depends neither on the layout nor on the step from which a run was resumed. A kind of schedule is a frozen dataclass
-and a function of the tokens read so far, which register in `LR_SCHEDULES`. A file outside the checkout can register one
-more (docs/extend.md).
+A kind of schedule is a frozen dataclass and a function of the tokens read so far, which register in `LR_SCHEDULES`. A
+file outside the checkout can register one more (docs/extend.md).
 """
 
 import math
@@ -40,14 +39,7 @@ class Duration:
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
-        """Reads a duration from its text.
-
-        Args:
-            value: the text, or 0 for an empty duration.
-
-        Raises:
-            ValueError: the value is invalid. The message does not contain the key.
-        """
+        """Reads a duration from its text or 0; raises ValueError without the key if it is invalid."""
         rule = "must be a share of the run, steps or tokens, such as '5 %', '2000 steps' or '10e9 tokens'"
         if type(value) in (int, float):
             if value == 0:
@@ -103,13 +95,7 @@ class RateSchedule:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleContext:
-    """The properties of a run on which a schedule depends.
-
-    Attributes:
-        peak: the learning rate that the schedule scales.
-        sizes: sequences of every step of the run.
-        warmup: tokens of the warm-up.
-    """
+    """The properties of a run on which a schedule depends; `warmup` is in tokens."""
 
     peak: float
     sizes: BatchSizes
@@ -126,10 +112,7 @@ class ScheduleContext:
         return duration.tokens(self.sizes, self.num_steps)
 
     def progress(self, now: float, start: float, end: float) -> float:
-        """Returns the progress of `now` from `start` to `end`, between 0 and 1.
-
-        If the warm-up ends after `start`, the progress starts at the end of the warm-up.
-        """
+        """Returns the progress, 0 to 1, of `now` from `start`, or the end of the warm-up if later, to `end`."""
         start = max(self.warmup, start)
         if now >= end:
             return 1.0
@@ -148,12 +131,8 @@ class ScheduleContext:
 class RateSpec:
     """A kind of schedule that `optim.schedule.kind` can name.
 
-    Attributes:
-        summary: one line for users.
-        config: its dataclass, a subclass of `RateSchedule`.
-        rate: returns the rate after the warm-up, from the schedule, its context and the tokens of all earlier steps.
-        check: raises `RateError` if the schedule is invalid for the run.
-        warnings: returns a line for each part of the schedule that does not fit the run's length.
+    `rate` returns the rate after the warm-up, from the schedule, its context and the tokens of all earlier steps.
+    `check` raises `RateError`. `warnings` returns a line for each part that does not fit the run's length.
     """
 
     summary: str
@@ -172,10 +151,7 @@ def learning_rate(config: "OptimConfig", sizes: BatchSizes, num_steps: int, step
     Every duration is measured in tokens, so a batch ramp does not stretch it. With one batch size this equals measuring
     in steps.
 
-    Args:
-        sizes: sequences of every step of the run.
-        num_steps: number of steps of the run.
-        step: index of the step, from 0.
+    `step` is an index from 0; `sizes` has the sequences of every step.
     """
     context = _context(config, sizes, num_steps)
     after = sizes.tokens_before(step + 1)

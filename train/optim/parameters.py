@@ -17,10 +17,8 @@ EMBEDDING = "model.embed_tokens.weight"
 class ReductionGroups:
     """The process groups over which gradients are summed and optimizer state is sharded.
 
-    Attributes:
-        dense: ranks that hold the same stages (mirror x data).
-        experts: the ranks of `dense` that hold the same routed experts.
-        expert: ranks over which the experts of one data replica are sharded.
+    `dense` are the ranks with the same stages (mirror x data), `experts` those of them with the same routed experts,
+    and `expert` those over which the experts of one data replica are sharded.
     """
 
     dense: ProcessGroup
@@ -32,12 +30,7 @@ class ReductionGroups:
 class ParameterGroups:
     """The parameters of a rank by name and group, in the same order on all replicas.
 
-    Attributes:
-        matrices: matrices outside routed experts.
-        vectors: weights of norms, which have no weight decay.
-        experts: stacked weights of routed experts.
-        held: the routed experts of every layer that are stacked in `experts`.
-        num_experts: routed experts of a layer in the whole job.
+    `vectors` are norms, without weight decay. `experts` stack the routed experts `held` of `num_experts` in a layer.
     """
 
     matrices: dict[str, nn.Parameter]
@@ -73,11 +66,7 @@ class Unit:
 
     All ranks of `replicas.dense` have a unit with the same parameters.
 
-    Attributes:
-        readers: all stages that read the parameters.
-        stages: those of them that this rank holds.
-        reduction: place of the unit in the order of reductions, by which units of all ranks can be compared.
-        first_use: place in the order of updates.
+    `stages` are the `readers` that this rank holds. `reduction` and `first_use` are its places in orders of the job.
     """
 
     readers: tuple[int, ...]
@@ -103,12 +92,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageOrders:
-    """All stages of the pipeline, in orders that are equal on all ranks.
-
-    Attributes:
-        reduction: by the end of their last backward.
-        first_use: by their first forward.
-    """
+    """All stages, by the end of their last backward and by their first forward; equal on all ranks."""
 
     reduction: Sequence[int]
     first_use: Sequence[int]
@@ -130,9 +114,7 @@ def split_into_units(
 
     Ranks that share several units have them in the same order.
 
-    Args:
-        stages: parameters that each stage of the rank reads.
-        embedding: all ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy.
+    `embedding` are all ranks that hold the embedding, if MTP modules on ranks with other stages hold a copy.
     """
     held: dict[int, list[int]] = {}
     for stage in sorted(stages):

@@ -98,10 +98,7 @@ class StagedAdamW:
         self._norm = 0.0
 
     def reduce(self, stage: int) -> None:
-        """Starts to reduce the gradients of a stage whose last backward has finished.
-
-        Reductions start in the order of the units, so a unit may start later than its own stages finish.
-        """
+        """Starts to reduce a stage after its last backward, in the order of the units."""
         self._complete.add(stage)
         while len(self._reducing) < len(self._units):
             unit, _ = self._units[len(self._reducing)]

@@ -1,8 +1,7 @@
 """Implements AdamW by DeepSpeed's ZeRO stage 1 without its engine; the pipeline computes gradients.
 
-Float32 master weights and their moments are sharded over the ranks that hold the same parameters. For dense parameters
-these are mirror x data; for routed experts, those of them that hold the same experts; for an embedding that the MTP
-modules of another stage share, the ranks of both stages.
+Float32 master weights and moments are sharded over the ranks that hold the same parameters: mirror x data, for routed
+experts those with the same ones, for an embedding that MTP modules share the ranks of both stages.
 """
 
 import logging
@@ -24,10 +23,7 @@ _EXPERTS = "routed_experts"
 
 
 class Zero1AdamW:
-    """The AdamW optimizer of one unit with sharded state, for bf16 and float32 weights.
-
-    It needs an initialized process group. All ranks that hold the unit create it and call it at the same point.
-    """
+    """The AdamW of one unit with sharded state. All ranks with the unit create and call it."""
 
     def __init__(self, unit: Unit, store: GradientStore, config: OptimConfig) -> None:
         self._groups = unit.groups
@@ -84,8 +80,7 @@ class Zero1AdamW:
     def state(self) -> dict[str, Slice | Tensor]:
         """Returns this rank's slices of master weights and moments, and the step count, not copies.
 
-        Float32 weights are equal to their master copies, which are then left out. So a checkpoint does not depend on
-        whether the state was sharded.
+        Float32 weights equal their master copies, which are left out: a checkpoint does not depend on sharding.
         """
         named: dict[str, Slice | Tensor] = {}
         for index, master in enumerate(self._masters):
@@ -109,10 +104,7 @@ class Zero1AdamW:
         return all(parameter.dtype == torch.float32 for parameter in self._parameters)
 
     def _runs(self, index: int) -> Iterator[tuple[str, int, slice]]:
-        """Yields the part of each parameter in a group's shard: name, first element, place in the shard.
-
-        The places are DeepSpeed's own. DeepSpeed's fragments hold the same, but only for the first group's state.
-        """
+        """Yields each parameter in a group's shard: name, first element, place, as DeepSpeed has them."""
         optimizer, size = self._optimizer, self._masters[index].numel()
         start = dist.get_rank(optimizer.real_dp_process_group[index]) * size
         names = {id(parameter): name for name, parameter in self._groups.all().items()}
@@ -181,10 +173,7 @@ def _global_norm_optimizer() -> Any:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     class GlobalNorm(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-        """DeepSpeed's optimizer with another gradient norm, which is set before a step.
-
-        DeepSpeed's own norm reduces each parameter group over all stages, and hangs if stages have different groups.
-        """
+        """DeepSpeed's optimizer with a given norm; its own hangs if stages have different groups."""
 
         global_norm: float
 

@@ -1,8 +1,4 @@
-"""Computes where each rank's own files are in a run's folder.
-
-Up to `MOST_FLAT_RANKS` ranks, files of all ranks share a folder. In larger jobs each node has a subfolder, because a
-folder with 100,000 files is slow to list, and file systems serialize the nodes that create files in it.
-"""
+"""Computes where ranks' files are: in one folder, or one for each node in large jobs."""
 
 import re
 from dataclasses import dataclass

@@ -53,15 +53,10 @@ class LockedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """A process that owns a file or a folder.
+    """A process that owns a file or a folder. `id` is random; `pid` counts within `machine`.
 
-    Attributes:
-        id: random, so that two owners with the same pid differ.
-        machine: identifies one boot of one machine and one PID namespace, such as a container's.
-        pid: process id within `machine`.
-        started: start time of the process in the format of its system; empty if the system reports none.
-        time: when the process became the owner, in seconds since 1970.
-        command: its command line without secrets.
+    `machine` is one boot and one PID namespace. `started` is in the format of the system, empty if unknown.
+    The command line is without secrets.
     """
 
     id: str
@@ -134,18 +129,12 @@ class LockRecord:
 
 
 class RunLock:
-    """A lock that this process owns. A thread renews it until `release`, or the end of its `with` block.
-
-    Attributes:
-        taken_from: description of the owner whose stale lock it replaced; empty if there was none.
-    """
+    """A lock that this process owns. A thread renews it until `release`, or the end of its `with` block."""
 
     def __init__(self, folder: Path, say: Callable[[str], None], lease_seconds: float = LEASE_SECONDS) -> None:
         """Acquires the lock of a folder, at once if it is free, or else when the present lock is stale.
 
-        Args:
-            say: prints a line for people if a stale lock is taken over, or if this waits for one to become stale.
-            lease_seconds: age after which a lock of another machine is stale.
+        A lock of another machine is stale after `lease_seconds`.
 
         Raises:
             LockedError: the folder has another owner.
@@ -313,12 +302,7 @@ class OwnershipCheck:
 
 
 def read_lock(path: Path) -> LockRecord | None:
-    """Reads a lock; returns None if there is none.
-
-    Raises:
-        LockedError: the path is not a regular file.
-        OSError: it cannot be read.
-    """
+    """Reads a lock, or returns None; raises LockedError if the path is not a regular file."""
     try:
         descriptor = _open(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -346,11 +330,7 @@ def renew(path: Path, own_id: str) -> bool:
 
 
 def refuse_if_in_use(folder: Path) -> None:
-    """Refuses a folder whose owner is alive on this machine. It changes nothing.
-
-    Raises:
-        LockedError: it is in use.
-    """
+    """Raises LockedError for a folder whose owner is alive on this machine. It changes nothing."""
     record = read_lock(folder / LOCK_NAME)
     if record is not None and record.is_alive_here:
         raise _in_use_error(folder, record)

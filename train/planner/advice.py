@@ -26,14 +26,7 @@ _MULTIPLE = re.compile(r"cluster\.(\w+)\*([\d.]+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WhatIf:
-    """A changed run next to the run itself.
-
-    Attributes:
-        change: as the user writes it.
-        plan: of the changed run.
-        speedup: tokens per second over those of the run; None if the time of either is unknown.
-        gain: share of tokens that a GPU-hour trains more than in the run, failures included; None as for `speedup`.
-    """
+    """A changed run next to the run itself; gains are None if a time is unknown."""
 
     change: str
     plan: JobPlan
@@ -54,9 +47,6 @@ def compare(change: str, base: JobPlan, changed: JobPlan) -> WhatIf:
 
 def plan_with_order(base: JobPlan, before: TrainConfig, after: TrainConfig, planner: PlannerConfig) -> JobPlan | None:
     """Plans a changed run with the order and the cut of the run, or returns None if they do not apply.
-
-    Args:
-        before: configuration of the run, before its cut was chosen.
 
     Raises:
         ScheduleError, CutError: as `plan_job`.
@@ -193,16 +183,8 @@ class AdviceRow:
 class LinkBalance:
     """Exchange next to computation of one MoE layer, for one F overlapped with one full backward.
 
-    Attributes:
-        exchange_over_compute: ratio of the times below.
-        exchange_seconds_per_layer: dispatch and combine of both.
-        compute_seconds_per_layer: computation of both.
-        hidden: the side that the other one hides.
-        limit: what limits the exchange.
-        inter_node_bytes_per_second: rate of the link between nodes; None if it is unknown.
-        break_even_bytes_per_second: rate of that link below which exchange is longer than computation; None if the
-            link is unknown or not used, or if the link within a node is slower than computation by itself.
-        link_over_break_even: factor by which the link is faster than that; below 1, it is slower.
+    Below `break_even_bytes_per_second` between nodes, exchange is longer than computation. It is None if that link is
+    unknown or not used, or if the link within a node alone is slower than computation.
     """
 
     exchange_over_compute: float

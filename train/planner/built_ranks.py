@@ -34,14 +34,7 @@ _COUNTED = {
 class BuiltRank:
     """Counts of a rank that was built, of the network that is trained. All data replicas hold as much.
 
-    Attributes:
-        rank: global rank that was built.
-        pipeline_rank: its index within the pipeline.
-        pipeline_ranks: indices of all pipeline ranks with the same stages, including its own.
-        parameters: number of parameters.
-        weights: bytes of weights, router biases and loads, and rotation tables.
-        gradients: bytes of summed gradients.
-        optimizer: bytes of its shard of master weights and moments, without the padding of shards.
+    Counts are without the padding of the optimizer's shards. `pipeline_ranks` are all those with the same stages.
     """
 
     rank: int
@@ -54,17 +47,7 @@ class BuiltRank:
 
 
 def compare_built_ranks(config: TrainConfig) -> list[dict[str, Any]]:
-    """Builds one rank of each kind and compares what it holds with arithmetic.
-
-    Args:
-        config: of the run, with the cut that it uses.
-
-    Returns:
-        For each kind the pipeline ranks, what the first of them holds, and the differences of all from arithmetic.
-
-    Raises:
-        ScheduleError, CutError: the schedule or the cut is not defined.
-    """
+    """Builds one rank of each kind and compares what it holds with arithmetic."""
     counted = _count_by_arithmetic(config)
     return [compared_kind(built, counted) for built in build_ranks(config)]
 
@@ -99,19 +82,9 @@ def _count_by_arithmetic(config: TrainConfig) -> dict[int, dict[str, int]]:
 
 
 def build_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
-    """Builds one rank for every distinct set of stages, the first of those that hold it.
+    """Builds the first rank of every distinct set of stages, in a process that ends with the call.
 
-    Works in a process that ends with the call, because a process can have one `torch.distributed` only.
-
-    Args:
-        config: of the run, with the cut that it uses, as `train.memory.fitted_config` returns it.
-
-    Returns:
-        The ranks, by pipeline rank.
-
-    Raises:
-        ScheduleError: the schedule cannot be built.
-        CutError: the model has fewer layers than stages.
+    A process can have only one `torch.distributed`. `config` has the cut that the run uses.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:

@@ -1,7 +1,4 @@
-"""Configuration of the planner: measured rates and one declared factor.
-
-No torch here.
-"""
+"""Configuration of the planner: measured rates and one declared factor. No torch here."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -21,9 +21,6 @@ def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSec
     """Returns the time of a layer's exchange over its context group, if no computation hides it.
 
     Links within a node and between nodes work at the same time. What the cluster does not say is as on the reference.
-
-    Args:
-        reference: with the rates of its links.
     """
     size, cluster, model = config.parallelism.context, config.cluster, config.model
     if size == 1:

@@ -37,11 +37,7 @@ T = TypeVar("T")
 class RankedLayout:
     """A layout, and what arithmetic says of it for any cut.
 
-    Attributes:
-        least_seconds: time that a step takes at least.
-        seconds: estimated time of a step, with the idle time of its schedule.
-        least_memory: bytes that the mean rank needs at least.
-        memory: estimated bytes of the rank that needs most.
+    `seconds` has the idle time of its schedule. `least_memory` is that of the mean rank, `memory` that of the largest.
     """
 
     setting: RankSetting
@@ -54,13 +50,7 @@ class RankedLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Work:
-    """The seconds that one sequence takes in a pipeline.
-
-    Attributes:
-        busy: of the rank that works most, at least.
-        path: of a micro-batch through all stages and back.
-        mean: computation and exchange of the mean rank.
-    """
+    """Least seconds of one sequence: of the busiest rank, of its whole way, and of the mean rank."""
 
     busy: float
     path: float

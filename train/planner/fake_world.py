@@ -1,7 +1,4 @@
-"""Builds ranks of a job one after the other in one process, and counts their bytes.
-
-Process groups are torch's fake ones, and tensors have sizes but no memory.
-"""
+"""Builds ranks of a job in one process, with fake process groups and tensors without memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +31,7 @@ from train.schedule.placement import embedding_ranks, is_mirrored
 
 
 def build_distinct_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
-    """Builds one rank for every distinct set of stages. See `train.planner.built_ranks.build_ranks`.
-
-    It initializes and destroys `torch.distributed` once for each rank.
-    """
+    """Builds one rank for every distinct set of stages; `torch.distributed` is initialized once for each."""
     schedule = planning_schedule(config, config.num_micro_batches)
     holders: dict[frozenset[int], list[int]] = {}
     for pipeline_rank in range(schedule.num_ranks):

@@ -57,11 +57,7 @@ class Assumption:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCost:
-    """The cost of one training stage.
-
-    It is the run itself, named for its task, context_extension or post_training. `note` is what the figure rests on.
-    Tokens are None if unknown, dollars without a price, and kilowatt-hours without the power of a GPU.
-    """
+    """The cost of one training stage; what is unknown, as without a price, is None."""
 
     name: str
     tokens: int | None
@@ -74,13 +70,9 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goodput:
-    """The share of the time in which a run makes progress that is kept.
+    """The share of the time in which a run makes progress that is kept, despite checkpoints and failures.
 
-    Attributes:
-        share: without checkpoints, restarts and repeated steps.
-        job_mtbf_hours: mean time between failures of the whole job.
-        checkpoint_interval_seconds: from one checkpoint to the next, as configured.
-        best_interval_seconds: interval with the least loss (Young's approximation); None if checkpoints take no time.
+    `best_interval_seconds` is Young's approximation; None if checkpoints take no time.
     """
 
     share: float
@@ -91,10 +83,7 @@ class Goodput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobCost:
-    """The cost of all training stages.
-
-    GPU-hours are divided by the share of the goodput, which is None if the time between failures is unknown.
-    """
+    """The cost of all training stages. GPU-hours are divided by the share of the goodput, if it is known."""
 
     gpu_hours_per_trillion_tokens: float
     stages: tuple[StageCost, ...]
@@ -189,11 +178,7 @@ def _without_speed(config: TrainConfig) -> TrainConfig:
 
 
 def require_time(plan: JobPlan) -> TimedPlan:
-    """Returns the schedule and time of a plan.
-
-    Raises:
-        ConfigError: the rates do not apply to the run.
-    """
+    """Returns the schedule and time of a plan; raises ConfigError if the rates do not apply to the run."""
     if plan.timed is None:
         raise ConfigError(plan.untimed)
     return plan.timed

@@ -410,10 +410,7 @@ def _about(op: Operation) -> str:
 
 
 def _merged(cells: Sequence[_GroupBox], span: float) -> list[_GroupBox]:
-    """Returns fewer cells for the strip: neighbors of one kind are one cell if there are too many.
-
-    Idle time below a pixel between two of them is lost, which only the strip does not show.
-    """
+    """Returns fewer cells for the strip, if there are too many: near neighbors of one kind merge."""
     if len(cells) <= _MOST_CELLS:
         return list(cells)
     merged: list[_GroupBox] = []

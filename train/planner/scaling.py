@@ -32,7 +32,6 @@ def part_seconds(rates: Rates, config: TrainConfig, attended_tokens: int | None 
     """Returns the seconds of the parts of a run's model for one micro-batch.
 
     Args:
-        config: of the run; for `KernelRates` in FP8 or bf16.
         attended_tokens: another length of sequences, which as many more ranks share, so that a micro-batch has as many
             tokens on each rank as the run's.
     """
@@ -63,14 +62,10 @@ def alone_factor(rates: Rates, config: TrainConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceScale:
-    """A run's device relative to that of the rates.
+    """A run's device relative to that of the rates: factors on times.
 
-    Attributes:
-        products: factor on times of matrix products and scores.
-        memory: factor on times of kernels that wait for memory.
-        inter_node: factor on times between nodes.
-        intra_node: time of a byte within a node over that of a byte between nodes of the reference.
-        alone: computation without exchange over computation next to exchange.
+    `intra_node` is the time of a byte within a node over that of a byte between nodes of the reference; `alone` is
+    computation without exchange over computation next to exchange.
     """
 
     products: float
@@ -102,11 +97,7 @@ class DeviceScale:
 
 
 def communication_share(key: str, communication_sms: int, num_sms: int) -> float:
-    """Returns the share of a device's SMs that dispatch and combine are assumed to use.
-
-    Raises:
-        ConfigError: none is left for computation.
-    """
+    """Returns the share of a device's SMs that communicate; raises ConfigError if none is left to compute."""
     if communication_sms >= num_sms:
         raise ConfigError(
             f"{key}.communication_sms: must be below the device's {num_sms} SMs, of which the others compute, "
@@ -286,12 +277,7 @@ class _Scale:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsPerToken:
-    """Mean number of rows that one dispatch sends for a token.
-
-    Attributes:
-        across_nodes: to other nodes.
-        within_node: to other ranks of the same node, including rows that are forwarded there.
-    """
+    """Mean number of rows that one dispatch sends for a token; forwarded rows count within the node."""
 
     across_nodes: float
     within_node: float

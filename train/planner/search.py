@@ -54,12 +54,8 @@ Rules = Callable[[TrainConfig], None]
 class FoundLayout:
     """A layout that fits.
 
-    Attributes:
-        config: its configuration with a listed cut.
-        memory: predicted peak of each pipeline rank.
-        time: of a step.
-        cost: of the run's own steps; None until the search has ended.
-        is_pareto: whether no other layout is as fast with less memory, or faster with as much.
+    `cost` is that of the run's own steps, None until the search has ended. `is_pareto`: no other layout is as fast with
+    less memory, or faster with as much.
     """
 
     config: TrainConfig
@@ -117,9 +113,7 @@ def search_layouts(
 ) -> SearchResult:
     """Searches all layouts of a space.
 
-    Args:
-        planner: rates and the declared factor.
-        most_seconds: estimated time for schedules and predictions after which layouts remain open.
+    After `most_seconds`, the estimated time for schedules and predictions, layouts remain open.
 
     Raises:
         ConfigError: there are too many layouts.
@@ -202,11 +196,7 @@ class Search:
         self._seconds_left = seconds
 
     def fastest(self, number: int, limit: int | None) -> list[FoundLayout]:
-        """Returns the fastest layouts that were not returned before, and sets `open`.
-
-        Args:
-            limit: maximum of the peak memory; those of later calls must be smaller.
-        """
+        """Returns the next fastest layouts with at most `limit` bytes, and sets `open`."""
         waiting = self.waiting
         self.waiting = []
         self.open = []

@@ -58,11 +58,7 @@ class SearchSpace:
         )
 
     def settings(self) -> Iterator[RankSetting]:
-        """Yields all settings of ranks, the smallest pipelines first.
-
-        Raises:
-            ConfigError: there are too many.
-        """
+        """Yields all settings of ranks, the smallest pipelines first."""
         self._check_size()
         for mesh in self._meshes():
             sizes = self._micro_batch_sizes(mesh)

@@ -31,21 +31,9 @@ class RankParts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """The predicted time of a step. Times are in seconds.
+    """The predicted time of a step in seconds; only `step` and its rates have the declared factor.
 
-    The declared factor is in `step` and what follows from it, not in the parts of the step.
-
-    Attributes:
-        kind: kind of the schedule.
-        step: the whole step, with the declared factor.
-        without_factor: the same without it: busy time and bubble of a rank, and the optimizer.
-        tokens_per_second_per_gpu: processed tokens.
-        mfu: model FLOPs over peak; None if the peak is unknown.
-        bubble: idle time of the busiest rank before the optimizer.
-        exposed_exchange: exchange of the busiest rank that nothing hides.
-        optimizer: update after the passes.
-        busiest: pipeline rank that waits least.
-        ranks: parts of each pipeline rank.
+    `mfu` is None if the peak is unknown. `bubble` and `exposed_exchange` are those of the `busiest` rank.
     """
 
     kind: str
@@ -83,9 +71,7 @@ def time_plan(
     as such a run measures first.
 
     Args:
-        config: of the run; `schedule=auto` is planned as dualpipe_split.
         attended_tokens: another length of sequences, which as many more ranks share; see `part_seconds`.
-        schedule: that a run follows; None: it is built.
 
     Raises:
         ScheduleError, CutError: the schedule or the cut is not defined.

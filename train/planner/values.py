@@ -1,7 +1,4 @@
-"""Converts plans and what was asked for with them to the public JSON form. No torch here.
-
-Keys of bytes and seconds that end in `optimiser_*` keep the spelling of the published interface.
-"""
+"""Converts plans to the public JSON form, whose keys are spelled `optimiser_*`. No torch here."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

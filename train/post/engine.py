@@ -63,13 +63,7 @@ class ReplicaEngine:
 
 
 class WholeCopy:
-    """A copy of the whole model of a replica on this rank, with the types that training has.
-
-    Every rank has one.
-
-    Attributes:
-        model: the copy, with MTP modules if the model has them. Its weights are undefined before the first update.
-    """
+    """A copy of the whole model of a replica on this rank, with the types that training has."""
 
     def __init__(self, replica: Replica) -> None:
         """Allocates the copy and agrees which rank sends each tensor. All ranks of the job call it."""
@@ -91,11 +85,7 @@ class WholeCopy:
         self._senders: dict[str, int] = dict(zip(names, senders_N.tolist(), strict=True))
 
     def update(self) -> None:
-        """Copies the present weights, one tensor at a time, and compares their hashes. All ranks call it.
-
-        Raises:
-            GenerateError: on every rank, if a tensor of a copy differs from that of training.
-        """
+        """Copies the present weights, one tensor at a time, and compares their hashes. All ranks call it."""
         world = self._replica.world
         tensors = named_tensors(self._replica.model)
         copies = named_tensors(self.model)

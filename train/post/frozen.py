@@ -40,11 +40,7 @@ class NetworkComparison:
         return None
 
     def add(self, batches: BatchReader, objective: Objective) -> Objective:
-        """Adds what a frozen network finds to the micro-batches. All ranks call it.
-
-        Returns:
-            The objective, with what it needs of the network.
-        """
+        """Adds what a frozen network finds to the micro-batches. All ranks call it."""
         return objective
 
     def follow(self, policy: Replica) -> None:
@@ -78,11 +74,7 @@ class FrozenNetwork(NetworkComparison):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference(FrozenNetwork):
-    """The model that a run started from. Its weights are part of a checkpoint.
-
-    Attributes:
-        every_steps: the present weights become the reference after this many steps; None: never.
-    """
+    """The model that a run started from; every `every_steps`, if not None, the present weights replace it."""
 
     temperature: float = 1.0
     every_steps: int | None = None
@@ -137,11 +129,7 @@ class Teacher(FrozenNetwork):
 
 
 def open_comparison(config: TrainConfig, policy: Replica) -> NetworkComparison:
-    """Opens a run's frozen network, with the policy's weights or a teacher's. All ranks call it.
-
-    Raises:
-        CheckpointError, HfError: a tensor of a teacher cannot be read.
-    """
+    """Opens a run's frozen network, with the policy's weights or a teacher's. All ranks call it."""
     task = config.task
     spec = TASKS.get(task.kind)
     if spec.has_reference(task):

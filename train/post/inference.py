@@ -33,10 +33,6 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     """Joins the job, loads this rank's part of the weights, and leaves the job at the end.
 
     Every rank calls it, and calls the same collectives inside.
-
-    Raises:
-        CheckpointError, HfError: the weights cannot be read.
-        ClusterError: this process cannot join the job.
     """
     store_file, world_size = os.environ.get(STORE_FILE_VARIABLE), config.parallelism.world_size
     store = dist.FileStore(store_file, world_size) if store_file else None  # type: ignore[attr-defined]

@@ -59,9 +59,6 @@ def write_journal(out_dir: Path, rollout: ScoredRollout, dtype: type[np.floating
 def read_journal(out_dir: Path, step: int) -> ScoredRollout:
     """Reads a whole rollout.
 
-    Args:
-        step: first training step that learns from it, from 1.
-
     Raises:
         JournalError: the file is missing, torn or of another form.
     """

@@ -70,9 +70,6 @@ class RolloutMaker:
         """Returns the rollout with scores and advantages. All ranks call it.
 
         As long as too few groups have different rewards, it draws further prompts, if configured.
-
-        Raises:
-            ScoringError: on every rank, if the scorers failed or a reward is not finite.
         """
         config = self._config
         header = pending.header

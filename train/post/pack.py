@@ -146,9 +146,7 @@ def pack_step(
 ) -> PackedStep:
     """Packs the answers of one update into as many batches as they need. All ranks call it.
 
-    Args:
-        answers: of the whole job, in order. Each has tokens and fits into a sequence with its prompt.
-        old_log_probs: log-probability of each answer's tokens before the update; None: the update uses its own.
+    `old_log_probs` are those of each answer's tokens before the update; None: the update uses its own.
     """
     length = replica.config.batch.sequence_length_tokens
     shape = BatchShape(num_sequences=replica.global_sequences, length=length, pad_id=pad_id)

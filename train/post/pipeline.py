@@ -38,11 +38,7 @@ class ReplicaPipeline:
     """
 
     def __init__(self, replica: Replica) -> None:
-        """Opens the links. All ranks of the job call it at the same point.
-
-        Args:
-            replica: the network; its weights may change between calls of an engine.
-        """
+        """Opens the links. All ranks of the job call it at the same point."""
         self.replica = replica
         world = replica.world
         self.place = PipelinePlace(

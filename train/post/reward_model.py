@@ -113,11 +113,7 @@ class PipelinedRater:
 
 @dataclass(frozen=True, slots=True)
 class WholeRater:
-    """A whole model on rank 0, which broadcasts its scores.
-
-    Attributes:
-        model: the model; None on the other ranks.
-    """
+    """A whole model on rank 0, None elsewhere, which broadcasts its scores."""
 
     world: World
     longest: int

@@ -1,8 +1,7 @@
 """Replays in training the experts that the sampler chose, and keeps their records for a resumed run.
 
-A rank records its own layers of the sequences that it samples. Training packs answers into other sequences. So ranks
-that hold the same layers exchange records: each sends to another one what that one trains, and nothing else. All ranks
-know every size in advance, because plans are pure functions of the layout and the answers.
+A rank records its own layers of the sequences that it samples, and training packs answers into other sequences. So
+ranks that hold the same layers exchange records; every size follows from the layout and the answers.
 
 In files, each rank writes its own records. Any rank reads any record, because a file names it by prompt, sample and
 layer. So the job may resume with another layout.
@@ -61,11 +60,7 @@ class BatchRoutes:
     config: ModelConfig
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
-        """Implements `Routes.route`.
-
-        Raises:
-            RouteError: a record is missing, has another length, or ids that are not experts of the router.
-        """
+        """Implements `Routes.route`."""
         if label.layer >= self.config.num_layers:
             return router.route(logits_BTE)
         ids_NK = self.forced_ids(label, logits_BTE.shape[:2])
@@ -89,11 +84,7 @@ class BatchRoutes:
 
 
 def checked_record(ids: Records, key: RouteKey, num_tokens: int) -> NDArray[np.generic]:
-    """Returns a record, TK.
-
-    Raises:
-        RouteError: it is missing or has another length.
-    """
+    """Returns a record, TK; raises RouteError if it is missing or has another length."""
     name = f"prompt {key.prompt}, sample {key.sample}, layer {key.layer}"
     if key not in ids:
         raise RouteError(f"{name}: no experts are recorded")
@@ -118,11 +109,7 @@ class RoutePlan:
                 self._needed[share][answer.prompt, sample] = num_tokens
 
     def pieces(self, source: int, destination: int) -> dict[RouteKey, int]:
-        """Returns the records that a rank has and another one needs, in the order in which they are sent.
-
-        Returns:
-            The number of tokens of each.
-        """
+        """Returns the records that a rank has and another needs, in order, with their tokens."""
         layout = self._replica.world.layout
         # A dict, because both directions may need a prompt in a stage that they share.
         pieces: dict[RouteKey, int] = {}
@@ -182,9 +169,6 @@ def exchange_routes(
     """Exchanges records within the group of ranks that hold the same stages. All ranks call it.
 
     The arguments are those of `RoutePlan`, with the records of this rank.
-
-    Raises:
-        RouteError: a record of this rank is missing or has another length.
     """
     world = replica.world
     plan = RoutePlan(replica, homes, answers)
@@ -267,11 +251,7 @@ def moe_layers(replica: Replica) -> tuple[tuple[int, ...], ...]:
 
 
 def save_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout) -> None:
-    """Writes this rank's records of a rollout. All ranks call it, before the journal is written.
-
-    Raises:
-        UnsavedError: on every rank, if one of them could not write.
-    """
+    """Writes this rank's records of a rollout. All ranks call it, before the journal is written."""
     assert rollout.routes is not None
     world = replica.world
     header = rollout.header
@@ -286,11 +266,7 @@ def save_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
 
 
 def load_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout) -> RolloutRoutes | None:
-    """Reads the records of a rollout that this rank would have if it had sampled it. All ranks call it.
-
-    Returns:
-        None on every rank, if a record is missing on one of them.
-    """
+    """Reads this rank's records; None on every rank if one is missing. All ranks call it."""
     world = replica.world
     header = rollout.header
     requests = (tuple(group.number for group in rollout.groups),)
@@ -307,11 +283,7 @@ def load_rollout_routes(replica: Replica, out_dir: Path, rollout: ScoredRollout)
 
 
 def write_routes(folder: Path, step: int, files: RankFiles, routes: SampledRoutes, origin: str) -> Path:
-    """Writes the records of a rank. When this returns, the file is whole and on the disk.
-
-    Args:
-        step: first training step that learns from the rollout, from 1.
-    """
+    """Writes the records of a rank. When this returns, the file is whole and on the disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = files.make_folder(folder) / _file_name(step, files.rank)
     partial = path.with_name(f"{path.name}.partial")
@@ -331,9 +303,6 @@ def read_routes(folder: Path, step: int, files: RankFiles, held: Mapping[RouteKe
 
     The rank's own file is read first, because it has all records if the layout is the same. Files of another origin are
     ignored. A run that was rolled back may have left some.
-
-    Raises:
-        RouteError: a file cannot be read, or a record is missing or has another length.
     """
     records: dict[RouteKey, NDArray[np.generic]] = {}
     for path in _paths(folder, step, files):

@@ -60,10 +60,8 @@ class PromptOrder:
 class RolloutHeader:
     """What a rollout was made with, and numbers of it.
 
-    Attributes:
-        rollout: its number, from 0.
-        step: first training step that learns from it, from 1.
-        next_prompt: position of the first prompt after it; before it is sampled, that of its first prompt.
+    Rollouts count from 0; `step`, the first training step that learns from it, from 1.
+    `next_prompt` is the position of the first prompt after it; before it is sampled, that of its first prompt.
     """
 
     rollout: int
@@ -82,11 +80,7 @@ class RolloutHeader:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RolloutRoutes:
-    """A rank's records of the experts of a rollout's tokens.
-
-    Attributes:
-        requests: numbers of the prompts of each request to the engine, in order. They decide which rank has a record.
-    """
+    """A rank's records of the experts of a rollout's tokens; the requests decide which rank has a record."""
 
     sampled: SampledRoutes
     requests: tuple[tuple[int, ...], ...]
@@ -108,15 +102,7 @@ class ScoredRollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerPlace:
-    """The place where an answer is trained.
-
-    Attributes:
-        prompt: number of its prompt.
-        sample: its number among the prompt's answers.
-        batch: number of the batch.
-        row: sequence within the batch.
-        start: position of the prompt's first token.
-    """
+    """The batch, the row in it and the position of the prompt's first token at which an answer is trained."""
 
     prompt: int
     sample: int

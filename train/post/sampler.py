@@ -1,8 +1,4 @@
-"""Samples and scores the answers that a policy learns from, step by step.
-
-A rollout is whole in the journal before the first update that learns from it. So a resumed run samples and scores
-nothing twice.
-"""
+"""Samples and scores the answers that a policy learns from, step by step."""
 
 import hashlib
 import json
@@ -66,9 +62,7 @@ ValueT = TypeVar("ValueT")
 class JournalPlace:
     """Folders of the journals of a run, and the settings that they must have.
 
-    Attributes:
-        out_dir: folder of the run, which rank 0 writes.
-        resumed: folder of the run that this one continues, if it is another; its journals are only read.
+    Rank 0 writes those in `out_dir`. Those of `resumed`, the run that this one continues, are only read.
     """
 
     out_dir: Path
@@ -293,11 +287,6 @@ def open_hook(
     say: Callable[[str], object],
 ) -> TaskHook:
     """Opens what prepares the batches of each step of a run. All ranks call it.
-
-    Args:
-        replica: the network that the run trains.
-        comparison: the frozen network of the run, which may judge answers.
-        say: prints a line.
 
     Raises:
         ConfigError: on every rank, if no problem has room for an answer.

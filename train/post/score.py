@@ -34,11 +34,7 @@ class ModelPart(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePart:
-    """Votes of a judge whose critiques an engine samples.
-
-    Attributes:
-        opened: the engine, if it is closed with the part.
-    """
+    """Votes of a judge whose critiques an engine samples."""
 
     judge: Judge
     engine: Engine
@@ -64,14 +60,7 @@ class JudgePart:
 def open_model_parts(
     config: TrainConfig, policy: Replica, reference: Replica | None, engine: Engine, form: PromptForm
 ) -> Mapping[str, ModelPart]:
-    """Opens the parts of a run's reward that need models, by kind. All ranks call it.
-
-    Args:
-        config: of the run; judges have the text of their constitutions.
-
-    Raises:
-        CheckpointError, HfError: a reward model has another tokenizer, or its weights cannot be read.
-    """
+    """Opens the parts of a run's reward that need models, by kind. All ranks call it."""
     assert config.reward is not None
     parts: dict[str, ModelPart] = {}
     for part in config.reward.parts:
@@ -99,11 +88,7 @@ def _open_judge(
 
 
 def with_constitutions(config: RewardConfig, world: World) -> RewardConfig:
-    """Returns a reward whose judges have the text of their constitutions. Rank 0 reads the files.
-
-    Raises:
-        ScoringError: on every rank, if a file cannot be read.
-    """
+    """Returns a reward whose judges have the text of their constitutions. Rank 0 reads the files."""
     shared: list[RewardConfig | ScoringError] = [config]
     if world.rank == 0:
         try:
@@ -135,11 +120,7 @@ class RolloutRewards:
     """The reward of a run. Rank 0 scores with rules, all ranks with models; all have all scores."""
 
     def __init__(self, config: RewardConfig, world: World, models: Mapping[str, ModelPart] | None = None) -> None:
-        """Starts the scorers. All ranks call it.
-
-        Raises:
-            ScoringError: this machine cannot run a scorer.
-        """
+        """Starts the scorers, or raises ScoringError if this machine cannot. All ranks call it."""
         self._config = config
         self._world = world
         self._models = models or {}

@@ -21,11 +21,7 @@ _LONGEST_REASON = 200
 
 
 def advantages(rewards: Sequence[float], kind: AdvantageKind) -> list[float]:
-    """Returns the advantage of each answer of a group. Equal rewards give exactly 0.
-
-    Args:
-        kind: `centered` subtracts the mean; `standardized` also divides by the standard deviation over the group.
-    """
+    """Returns advantages of a group: centered, or also divided by the deviation. Equal rewards give 0."""
     if all(reward == rewards[0] for reward in rewards):
         return [0.0] * len(rewards)
     mean = math.fsum(rewards) / len(rewards)
@@ -53,9 +49,6 @@ def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
 
     `entropy` is that of the sampler, in nats per token. Answers without a verdict have no part in rewards and in
     `correct_share`; a rollout that has no other answers lacks both.
-
-    Args:
-        step: index of the step that learns from it, from 0.
     """
     answers = rollout.answers
     groups = rollout.groups
@@ -95,9 +88,8 @@ def rollout_metrics(rollout: ScoredRollout, step: int) -> dict[str, Any]:
 def held_out_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Returns measurements of scored answers to held-out problems.
 
-    Returns:
-        By name: share of judged answers that are correct (pass_at_1), share of problems with a correct answer
-        (pass_at_n), mean reward, mean number of tokens, and share of cut answers. What no answer has is missing.
+    These are pass_at_1 and pass_at_n over judged answers and problems, the mean reward, the mean number of tokens and
+    the share of cut answers. What no answer has is missing.
     """
     answers = [answer for group in groups for answer in group.answers]
     is_correct = [
@@ -136,10 +128,7 @@ def part_means(answers: Sequence[Sample]) -> Mapping[str, float]:
 
 
 def is_right(sheet: ScoreSheet) -> bool | None:
-    """Returns whether the parts that check answers find no fault; None if none applies or one fails.
-
-    A vote or a judge without a result changes nothing.
-    """
+    """Returns whether the parts that check answers find no fault; None if none applies or one fails."""
     checks = [
         score.outcome
         for kind, score in sheet.parts.items()

@@ -1,7 +1,4 @@
-"""Samples a student's own answers before each step, for distillation on them.
-
-Source: GKD, arXiv:2306.13649.
-"""
+"""Samples a student's own answers before each step, for distillation on them (GKD, arXiv:2306.13649)."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -34,13 +31,7 @@ class StudentSampler(TaskHook):
         self._seconds = 0.0
 
     def sample(self, loader: Loader, step: int) -> tuple[Batch, dict[str, float]]:
-        """Returns a step's batch with the student's answers, equal on all ranks, and values for its record.
-
-        All ranks call it.
-
-        Raises:
-            GenerateError: on every rank, if the student's logits are not finite.
-        """
+        """Returns a step's batch with the student's answers, and values for its record. All ranks call it."""
         began = time.perf_counter()
         num_sequences = loader.sizes.sequences(step)
         batch = loader.batch(step, 0, num_sequences)

@@ -26,12 +26,9 @@ _POSITIONS = "positions"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionMeans:
-    """Means of validation.
+    """Means of validation; a range of positions such as `128-255` without a token is left out.
 
-    Attributes:
-        losses: nats per token of each range of positions, by name such as `128-255`. A range without a token is left
-            out.
-        bits_per_byte: of the tokens at positions below the base length; None if there are none.
+    `losses` are in nats per token. `bits_per_byte` is of tokens at positions below the base length.
     """
 
     losses: Mapping[str, float]
@@ -46,18 +43,11 @@ class PositionMeans:
 class LossByPosition:
     """Sums of one rank over the micro-batches of a validation.
 
-    A token's position is the number of tokens before it in its document, or in its piece of a document. Ranges end at
-    powers of two: [0, 128), [128, 256), ...
+    A token's position is the number of tokens before it in its document or piece. Ranges end at powers of two.
     """
 
     def __init__(self, length: int, base: int, tokenizer: Tokenizer, first_range: int = FIRST_RANGE_TOKENS) -> None:
-        """Starts from zero.
-
-        Args:
-            length: tokens of a sequence.
-            base: length up to which bits per byte are measured.
-            first_range: end of the first range, a power of two.
-        """
+        """Starts from zero. Bits per byte are measured up to `base`."""
         self._base, self._first_range = base, first_range
         self._bytes_V = torch.from_numpy(count_token_bytes(tokenizer))
         num_ranges = 1 + max(length - 1, 1).bit_length() - (first_range - 1).bit_length()

@@ -23,21 +23,12 @@ _MAX_LISTED = 64
 
 
 class CrashReporter:
-    """The writer of a rank's crash report. The watchdog calls it once.
-
-    Attributes:
-        out_dir: the run's folder; None until it is known.
-    """
+    """The writer of a rank's crash report, which the watchdog calls once."""
 
     out_dir: Path | None
 
     def __init__(self, files: RankFiles, log: CollectiveLog, *, reports_on_stderr: bool) -> None:
-        """Writes nothing yet.
-
-        Args:
-            reports_on_stderr: whether the report is also printed on stderr. The built-in launcher reads the files and
-                prints each report once itself, so its ranks set False.
-        """
+        """Writes nothing yet. Without `reports_on_stderr`, the launcher prints the report."""
         self.out_dir = None
         self._files = files
         self._log = log

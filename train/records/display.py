@@ -1,7 +1,4 @@
-"""Progress of a run for people: a bar on a terminal, plain lines elsewhere. No torch here.
-
-Without a terminal, nothing but whole lines is written: no escape codes, no carriage returns.
-"""
+"""Progress of a run for people: a bar on a terminal, whole plain lines elsewhere. No torch here."""
 
 import os
 import re
@@ -28,11 +25,7 @@ _FIELD_ENDS = re.compile(r"(?<=\S)  (?=[A-Za-z(])")
 
 
 def open_console(stream: TextIO) -> Console:
-    """Returns a console that writes escape codes only if the stream is a terminal that understands them.
-
-    Args:
-        stream: standard output or another text stream. Variables such as `FORCE_COLOR` do not make it a terminal.
-    """
+    """Returns a console that writes escape codes only if the stream is a terminal that understands them."""
     is_terminal = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
     return Console(file=unescaped(stream), force_terminal=is_terminal, force_interactive=is_terminal)
 
@@ -41,11 +34,7 @@ class PhaseLines:
     """Prints one line for each phase of a run that takes at least a second."""
 
     def __init__(self, say: Callable[[str], object] | None, clock: Clock = time.monotonic) -> None:
-        """Prints nothing yet.
-
-        Args:
-            say: prints a line; None on ranks that print nothing.
-        """
+        """Prints nothing yet. `say` is None on ranks that print nothing."""
         self._print = say or (lambda line: None)
         self._clock = clock
 
@@ -70,13 +59,7 @@ class Display:
     def __init__(
         self, console: Console, num_steps: int, first_step: int, every: int, clock: Clock = time.monotonic
     ) -> None:
-        """Starts the bar if the console is a terminal.
-
-        Args:
-            console: from `open_console`.
-            first_step: steps that were done before.
-            every: steps from one line to the next.
-        """
+        """Starts the bar if the console is a terminal. `every` is the number of steps from line to line."""
         self._console = console
         self._num_steps = num_steps
         self._every = every

@@ -1,7 +1,4 @@
-"""Writes and reads `events.jsonl` of a run's folder: events other than steps, one object per line.
-
-No torch here.
-"""
+"""Writes and reads `events.jsonl`: a run's events other than steps, one a line. No torch here."""
 
 import json
 import logging
@@ -37,10 +34,7 @@ def append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) 
 
 
 def try_append_event(out_dir: Path, kind: str, step: int, text: str, **values: Any) -> None:
-    """Appends an event like `append_event`.
-
-    If the file cannot be written, it logs the event and the run continues.
-    """
+    """Appends an event like `append_event`, or logs it if the file cannot be written."""
     try:
         append_event(out_dir, kind, step, text, **values)
     except OSError as error:

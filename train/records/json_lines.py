@@ -1,7 +1,4 @@
-"""Writes and reads files with one JSON object per line, such as `metrics.jsonl`. No torch here.
-
-Readers accept any content. They parse each line separately, and skip lines without a step.
-"""
+"""Writes and reads files with one JSON object per line, such as `metrics.jsonl`. No torch here."""
 
 import json
 import logging
@@ -27,14 +24,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Opens the file.
-
-        Args:
-            first_step: last step whose line is kept.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Opens the file; lines of steps after `first_step` are removed."""
         self._path = path
         self._waiting: list[str] = []
         self._has_failed = False
@@ -130,10 +120,7 @@ def _lines_until(path: Path, last_step: int) -> Iterator[bytes]:
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
-    """Yields the lines of a regular file; yields nothing for anything else.
-
-    It stops at a line longer than `LONGEST_LINE_BYTES`, because no run writes one.
-    """
+    """Yields the lines of a regular file until one is longer than any that a run writes."""
     if not path.is_file():
         return
     with path.open("rb") as file:

@@ -1,7 +1,4 @@
-"""Logs the metrics of a run to wandb, and computes MFU.
-
-`train.records.json_lines` writes `metrics.jsonl`.
-"""
+"""Logs the metrics of a run to wandb, and computes MFU."""
 
 import logging
 import sys
@@ -44,9 +41,6 @@ def mfu(
     """Returns the model FLOPs utilization under the key `mfu`, or nothing if the peak is unknown.
 
     It counts the main model's forward and backward with causal attention halved, and no recomputation.
-
-    Args:
-        peak_flops: peak FLOP/s of the whole job.
     """
     if peak_flops is None:
         return {}
@@ -73,10 +67,7 @@ class Wandb:
         self._has_failed = False
 
     def record(self, values: Record) -> None:
-        """Logs a step, unless wandb already has it.
-
-        wandb cannot replace a step that is repeated after a rollback.
-        """
+        """Logs a step, unless wandb already has it, because wandb cannot replace it."""
         if values["step"] > self._last_step:
             self._last_step = values["step"]
             self._log(values)

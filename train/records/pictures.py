@@ -1,9 +1,8 @@
 """Measures how the pipeline uses a step's time: the bubble of every step, pictures of chosen steps.
 
-Ranks share the wall clock: each reports when its program began, and the steps' times count from
-then on. Between ranks on one host that is exact to microseconds, between hosts as good as their clocks agree (NTP: a
-millisecond or so). A device's first mark stands for the host's time at its launch: when a step's program begins, the
-device is idle, as the counts of targets have just been read from it.
+Ranks share the wall clock: each reports when its program began, and the steps' times count from then on. Between hosts
+that is as good as their clocks agree. A device's first mark stands for the host's time at its launch, because the
+device is idle then.
 """
 
 import logging
@@ -61,11 +60,7 @@ class PipelineTimeline:
         return rank_busy_time(self._lanes[num_micro_batches], execution.spans, execution.origin_seconds)
 
     def draw(self, replica: Replica, execution: Execution, step: int) -> bool:
-        """Draws a step, and replaces the files in the run's folder. All ranks call it.
-
-        Returns:
-            Whether this rank has written the files. Only rank 0 writes.
-        """
+        """Draws a step into the run's folder; returns True on rank 0, which writes. All ranks call it."""
         if self._group is None:
             return False
         schedule = replica.schedule
@@ -120,14 +115,8 @@ def write_pictures(
 ) -> TimedSchedule:
     """Writes the planned and measured times as SVG, page and trace, each file completely or not at all.
 
-    The plan is a simulation of the schedule with the measured times of its operations.
-
-    Args:
-        schedule: the schedule that was run; the spans refer to its groups.
-        alternatives: other schedules that the page compares with this one under the same costs.
-
-    Returns:
-        The schedule with its planned and measured times.
+    The plan is a simulation of `schedule`, which was run, with the measured times of its operations. The page compares
+    `alternatives` with it under the same costs.
     """
     costs = measured_costs(schedule, measured)
     shown = time_schedule(schedule, costs, measured=measured)
@@ -139,10 +128,7 @@ def write_pictures(
 
 
 def window_slots(use: RankBusyTime, pipeline: int, num_pipelines: int) -> list[float]:
-    """Returns this rank's negated start and end time in its pipeline's slots, and -inf in all others.
-
-    A maximum over all ranks then gives the start and end of every pipeline.
-    """
+    """Returns the negated start and the end in this rank's slots, else -inf, for a maximum."""
     slots = [-float("inf")] * (2 * num_pipelines)
     slots[2 * pipeline : 2 * pipeline + 2] = [-use.start_seconds, use.end_seconds]
     return slots
@@ -151,22 +137,15 @@ def window_slots(use: RankBusyTime, pipeline: int, num_pipelines: int) -> list[f
 def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: int) -> float:
     """Returns the idle share of all ranks' time, over all pipelines.
 
-    The time of a pipeline lasts from the start of its first rank to the end of its last rank.
-
-    Args:
-        used_seconds: busy time, summed over all ranks.
-        slots: maximum over all ranks of their `window_slots`.
+    Time lasts from a pipeline's first rank to its last one. `slots` is the maximum over ranks of their `window_slots`,
+    `used_seconds` the sum of their busy times.
     """
     total = ranks_per_pipeline * pipeline_seconds(slots)
     return max(0.0, 1.0 - used_seconds / total) if total > 0 else 0.0
 
 
 def pipeline_seconds(slots: Sequence[float]) -> float:
-    """Returns the sum of all pipelines' times, from the first rank's start to the last rank's end.
-
-    Args:
-        slots: the maximum over all ranks of their `window_slots`.
-    """
+    """Returns the sum of all pipelines' times from the maximum of all `window_slots`."""
     return sum(end + negated for negated, end in zip(slots[::2], slots[1::2], strict=True))
 
 

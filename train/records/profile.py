@@ -26,10 +26,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, done: int) -> Iterator[None]:
-        """Profiles step number `done` of the run, from 1, if it is chosen.
-
-        It writes files unless the step fails.
-        """
+        """Profiles step number `done`, from 1, if it is chosen; a step that fails writes no files."""
         if not self._is_chosen or done not in self._config.steps:
             yield
             return

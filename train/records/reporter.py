@@ -99,11 +99,7 @@ class _RankLog(logging.FileHandler):
 
 
 def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
-    """Opens this rank's log and, on rank 0, all outputs of the run.
-
-    Raises:
-        OSError: a file cannot be opened.
-    """
+    """Opens this rank's log and, on rank 0, all outputs of the run."""
     rank, out_dir = dist.get_rank(), Path(config.out_dir)
     files = RankFiles.of_run(config, rank)
     log = _RankLog(files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.log")

@@ -23,11 +23,7 @@ LOGGER = logging.getLogger("train")
 def print_run_summary(
     config: TrainConfig, replica: Replica, planned: Plan, prepared: Prepared, reporter: Reporter, first_step: int
 ) -> None:
-    """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's coordinates.
-
-    Args:
-        planned: the schedule, and why it was chosen.
-    """
+    """Prints layout, schedule, memory, corpus and tokenizer, and logs this rank's coordinates."""
     _log_place(replica)
     layout = config.parallelism
     reporter.say(
@@ -113,10 +109,7 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
 
 
 def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
-    """Returns how documents begin and end under a given tokenizer, as the end of a line.
-
-    Empty for a trained one.
-    """
+    """Returns how documents begin and end under a given tokenizer, as the end of a line."""
     if config.data.tokenizer is None:
         return ""
     names, special = prepared.tokenizer.token_names, prepared.tokenizer.special

@@ -46,9 +46,6 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
     It hides the value after a name that looks secret (`export HF_TOKEN=...`, `password: ...`), passwords in URLs, and
     every occurrence of the value of an environment variable whose name looks secret.
-
-    Args:
-        environment: environment variables; None: those of this process.
     """
     for value in _values(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)

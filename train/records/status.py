@@ -1,7 +1,4 @@
-"""Writes and reads `status.json` of a run's folder: the state of the run, or how it ended.
-
-No torch here.
-"""
+"""Writes and reads `status.json`: the state of a run, or how it ended. No torch here."""
 
 import json
 import logging
@@ -23,13 +20,8 @@ State = Literal["starting", "running", "done", "preempted", "stopped", "lost"]
 class Status:
     """The status of a run.
 
-    Attributes:
-        state: `stopped` by its guard, an error or the user; `lost` if a rank ended or did not respond.
-        step: optimizer steps done; while the run continues, this may be a few seconds old.
-        checkpoint: path of the newest checkpoint; None before the first.
-        exit_code: of the run; None while it continues.
-        reason: why the run ended, in one line.
-        time: when the status was written, in seconds since 1970.
+    `state` is `stopped` by the guard, an error or the user, and `lost` if a rank ended or did not respond.
+    `checkpoint` is the newest one; `exit_code` is None while the run continues; `time` is in seconds since 1970.
     """
 
     state: State
@@ -81,12 +73,7 @@ class StatusFile:
     """The file `status.json` of a running job. Only rank 0 writes it."""
 
     def __init__(self, out_dir: Path, *, is_writer: bool, every_seconds: float = 5.0) -> None:
-        """Opens nothing yet.
-
-        Args:
-            is_writer: whether this rank writes; rank 0 does.
-            every_seconds: the shortest time between two writes if only the step has changed.
-        """
+        """Opens nothing yet. New steps alone are written at most every `every_seconds`."""
         self._out_dir = out_dir
         self._is_writer = is_writer
         self._every_seconds = every_seconds

@@ -28,12 +28,7 @@ _RECEIVED = _FIELDS.index("num_bytes_from_nodes")
 def record_of(
     replica: Replica, watch: PipelineTimeline, done: int, result: StepResult, peak_flops: float | None
 ) -> dict[str, Any]:
-    """Returns the step's record. All ranks call it, because it sums traffic, time and memory.
-
-    Args:
-        done: steps done, including this one.
-        peak_flops: peak FLOP/s of each rank, for MFU; None: unknown.
-    """
+    """Returns the record of step `done`, from 1. All ranks call it. `peak_flops` is that of each rank."""
     world, model, mesh = replica.world, replica.config.model, replica.world.layout.parallelism
     traffic, use = replica.observers.traffic.take(), watch.use(replica, result.execution)
     with world.log.collective("world", world.groups.world, "sum of traffic"):
@@ -83,12 +78,8 @@ def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[
 def _step_time(result: StepResult, used: float, exposed: float, pipelines: float, world_size: int) -> dict[str, float]:
     """Returns the parts of a step's time in seconds, means over all ranks.
 
-    Together they are `step_seconds`. Those of rollouts and of earlier batches are rank 0's.
-
-    Args:
-        used: seconds in which ranks computed or served their own exchange, summed over all ranks.
-        exposed: the part of `used` for exchanges.
-        pipelines: seconds of the pipelines, summed over all ranks.
+    Together they are `step_seconds`. Those of rollouts and of earlier batches are rank 0's. Arguments are summed over
+    all ranks.
     """
     bubble = max(pipelines - used, 0.0)
     known = result.update_seconds + (used + bubble) / world_size + sum(result.part_seconds.values())
@@ -123,16 +114,8 @@ def exchange_metrics(
 ) -> dict[str, object]:
     """Returns metrics of the traffic of all ranks in a step. All ranks call it.
 
-    NIC imbalance is the largest number of bytes that a rank received from other nodes, divided by the mean over the
-    ranks that took part.
-
-    Args:
-        traffic: traffic of this rank in the step; labels of layers are below `num_layers`.
-        clipped: tokens of this rank that exceeded the node limit, by layer.
-        num_layers: number of layers of the model, including MTP modules.
-
-    Returns:
-        Totals of dispatch, combine and transfers, and under `exchange` an object for each layer that sent anything.
+    Returns totals of dispatch, combine and transfers, and under `exchange` an object for each layer that sent anything.
+    NIC imbalance is the most bytes that a rank received from other nodes over the mean of the ranks that took part.
     """
     job = _gather_traffic(traffic, clipped, num_layers, world, device)
     whole, received = job.traffic, job.traffic.total.num_bytes_from_nodes
@@ -157,15 +140,7 @@ def exchange_metrics(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _JobTraffic:
-    """The traffic of all ranks together.
-
-    Attributes:
-        traffic: sums over all ranks.
-        holders: number of ranks that hold each layer.
-        clipped: number of clipped tokens of each layer.
-        most_received: largest number of bytes that a rank received from other nodes, for each layer and then over all
-            layers.
-    """
+    """Sums over all ranks, and the most bytes that one received from other nodes, by layer and in all."""
 
     traffic: TrafficSnapshot
     holders: list[int]

@@ -1,7 +1,4 @@
-"""Standard output and error of a run: a broken one (`| head`, a full disk) does not end the run.
-
-No torch here.
-"""
+"""Standard output and error of a run, which may break without an end of the run. No torch here."""
 
 import os
 import sys
@@ -22,12 +19,7 @@ class GuardedStream:
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        """Wraps a stream.
-
-        Args:
-            stream: with a descriptor, or without.
-            name: for the report: stdout or stderr.
-        """
+        """Wraps a stream with or without a descriptor, named stdout or stderr."""
         self._stream = stream
         self._name = name
         self._problem = ""
@@ -77,10 +69,7 @@ class GuardedStream:
 
 
 def guard_terminal() -> None:
-    """Guards this process' standard output and error from here on.
-
-    Opens those that were closed before it started. A terminal gets control characters as escapes.
-    """
+    """Guards standard output and error, opens closed ones, and escapes control characters."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -93,11 +82,7 @@ def guard_terminal() -> None:
 
 
 def report_breaks(report: Report) -> None:
-    """Has failures of guarded streams reported, each once.
-
-    Args:
-        report: takes a line; called on the thread that writes.
-    """
+    """Has failures of guarded streams reported, each once, on the thread that writes."""
     for stream in (unescaped(sys.stdout), unescaped(sys.stderr)):
         if isinstance(stream, GuardedStream):
             stream.report_to(report)

@@ -26,17 +26,9 @@ _MOST_EXPANDED = 24
 class Chart:
     """A chart of numbers over the steps, tokens or hours of a run.
 
-    Attributes:
-        lines: keys of numbers, and their names.
-        y: title of the vertical axis.
-        unit: how values are written: as by the function of `train.report.figures` with this name.
-        colors: numbers of the styles of the lines; empty: 1, 2, ...
-        compared: keys of the lines that a page of several runs shows; empty: all.
-        has_marks: whether events and checkpoints are drawn.
-        from_zero: whether values begin at 0, or near the least.
-        is_wide: whether the chart takes the page's whole width.
-        is_range: whether the range from the first line's least to the second's greatest values is filled.
-        hides_zeros: whether the chart begins at 0, and is left out if all values are 0 in all steps.
+    `unit` is a function of `train.report.figures`. A page of several runs shows only the keys `compared`, or all.
+    `is_range` fills the range from the first line's least to the second's greatest values.
+    `hides_zeros`: the chart begins at 0, and is left out if all values are 0.
     """
 
     title: str
@@ -108,10 +100,7 @@ class ChartWriter:
         return any(np.nan_to_num([numbers.least_N, numbers.most_N]).any() for numbers in found if numbers is not None)
 
     def _expanded(self, chart: Chart) -> Iterator[Chart]:
-        """Yields a chart with a line for each recorded key of its pattern.
-
-        If the title has a `*`, it yields a chart for each.
-        """
+        """Yields a chart with a line for each key of its pattern, or one for each key if the title has a `*`."""
         pattern, pattern_name = next(iter(chart.lines.items()))
         if "*" not in pattern:
             yield chart
@@ -130,10 +119,7 @@ class ChartWriter:
         return [name for name in names if re.fullmatch(r"[\w-]+", name)]
 
     def run_data(self) -> str:
-        """Returns a script element with x axes, steps of each bucket, events, and numbers.
-
-        Hours are those of the steps: the sum of `step_seconds`, without what happens between steps.
-        """
+        """Returns a script element with axes, steps of buckets, events, and numbers; hours sum `step_seconds`."""
         values = [_run_values(run, self._shown_keys) for run in self.runs]
         return f'<script type="application/json" id="runs">{embedded_json(values)}</script>'
 

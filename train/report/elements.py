@@ -6,22 +6,13 @@ from html import escape
 
 
 def embedded_json(values: object) -> str:
-    """Returns JSON for a script element. No value can end the element or open a comment in it.
-
-    Args:
-        values: without numbers that are not finite. Half characters (lone surrogates) become question marks.
-    """
+    """Returns JSON that cannot end a script element; lone surrogates become question marks."""
     text = json.dumps(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
-    """Returns a table that scrolls.
-
-    Args:
-        rows: cells of each row, plain text.
-        text: the column that is wide and reads from the left; None: there is none.
-    """
+    """Returns a table of plain text that scrolls; column `text` is wide and reads from the left."""
     classes = [' class="text"' if number == text else "" for number in range(len(header))]
     titles = zip(classes, header, strict=True)
     head = "".join(f'<th{style} scope="col">{escape(cell)}</th>' for style, cell in titles)

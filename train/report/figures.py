@@ -1,7 +1,6 @@
 """Numbers for people, with at most three significant digits.
 
-The page's script writes a chart's values the same way. Only the readings of a chart have four: the loss of a long run
-changes in the fourth.
+The page's script writes a chart's values the same way, and its readings with four: a long loss changes in the fourth.
 """
 
 import math

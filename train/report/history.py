@@ -33,14 +33,7 @@ class BucketStatistics:
 
 
 class History:
-    """Buckets of equal width. If there would be too many, neighbors are merged in pairs.
-
-    Attributes:
-        firsts: first step of each bucket.
-        lasts: last step of each bucket.
-        loads: summed loads of experts by layer, of each bucket.
-        width: steps of each bucket except the last, which may have fewer.
-    """
+    """Buckets of equal width. If there would be too many, neighbors are merged in pairs."""
 
     def __init__(self, most_buckets: int = MOST_BUCKETS) -> None:
         """Starts empty. `most_buckets` is even."""
@@ -53,11 +46,7 @@ class History:
         self._stats_NSK = np.repeat(_EMPTY_S1[None], most_buckets, axis=0)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Adds the numbers of a step.
-
-        A step that is not after the last one first removes what was added from it on. Numbers that are not finite are
-        left out.
-        """
+        """Adds a step's finite numbers, and first removes what was added from that step on."""
         while self.lasts and self.lasts[-1] >= step:
             for steps in (self.firsts, self.lasts, self.loads):
                 steps.pop()

@@ -1,6 +1,6 @@
 """Reads some groups of some rollouts of a run, evenly chosen.
 
-What is read is limited however many journals there are and however large they are. Nothing in them is trusted.
+What is read is limited however many and large the journals are, and nothing in them is trusted.
 """
 
 import json
@@ -24,14 +24,7 @@ _MOST_ANSWERS = 2**24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalGroup:
-    """A group as the journal has it, unchecked.
-
-    Attributes:
-        step: first training step that learns from it, from 1.
-        rollout: number of its rollout.
-        values: its line.
-        log_probs: those of each of its answers; None if they are unknown.
-    """
+    """A group as the journal has it, unchecked. `step` is the first one that learns from it, from 1."""
 
     step: int
     rollout: int
@@ -41,14 +34,7 @@ class JournalGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalChoice:
-    """Evenly chosen groups of a run, by step.
-
-    Attributes:
-        groups: what was chosen and could be read.
-        num_rollouts: number of rollouts they are from.
-        num_rollouts_of_run: number of rollouts of the run.
-        num_groups: number of groups in the rollouts they are from.
-    """
+    """Evenly chosen groups of a run, by step, and the numbers of rollouts and groups that they are from."""
 
     groups: tuple[JournalGroup, ...]
     num_rollouts: int
@@ -77,14 +63,7 @@ def has_journals(folder: Path) -> bool:
 
 
 def choose_groups(folder: Path, most_bytes: int) -> JournalChoice:
-    """Returns groups of a run's journals that have together about `most_bytes` in a page.
-
-    Args:
-        most_bytes: size of the data in the page.
-
-    Raises:
-        OSError: a journal cannot be read.
-    """
+    """Returns groups of a run's journals that have together about `most_bytes` in a page."""
     paths = sorted(path for path in (folder / FOLDER_NAME).glob("step-*.jsonl") if path.is_file())
     chosen = [paths[place] for place in choose_evenly(len(paths), _MOST_STEPS)]
     journals = [journal for path in chosen if (journal := _open(path)) is not None]

@@ -46,14 +46,7 @@ _LAYER_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnRun:
-    """A run on the page.
-
-    Attributes:
-        source: its folder.
-        name: distinguishes it; plain text.
-        about: describes it; plain text.
-        comparison: of its plan with its steps, if the run has measured enough.
-    """
+    """A run on the page, with its name and description as plain text and the comparison with its plan."""
 
     source: RunSource
     name: str
@@ -68,10 +61,7 @@ class DrawnRun:
 def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[str]] = ()) -> str:
     """Returns the page of a run, or of several runs that are compared.
 
-    Args:
-        drawn: runs whose sources have followed their folders.
-        title: of the page, plain text.
-        differences: keys of the configuration that differ, each with the value of every run.
+    Sources have followed their folders. `differences` are keys of the configuration, each with the value of every run.
     """
     charts = ChartWriter([run.charted() for run in drawn])
     sections = [
@@ -174,10 +164,7 @@ def _experts(charts: ChartWriter) -> str:
 
 
 def _exchange(charts: ChartWriter, last: Mapping[str, Any]) -> str:
-    """Returns the traffic over the run, and by layer that of the last step.
-
-    `last` is empty for several runs.
-    """
+    """Returns the traffic over the run, and by layer that of the last step, if there is one."""
     curves = block(charts.figures("Exchange"))
     layers = last.get("exchange")
     if not isinstance(layers, dict) or not layers:

@@ -79,10 +79,7 @@ class RunSource:
         return sorted([*events, *checkpoints], key=lambda mark: mark.step)
 
     def picture(self) -> str:
-        """Returns planned and measured time of the pipeline as SVG.
-
-        Empty if there is no picture of shapes alone.
-        """
+        """Returns planned and measured time of the pipeline as SVG, if there is a picture of shapes alone."""
         path = self.folder / PICTURE_NAME
         if not path.is_file() or path.stat().st_size > _LARGEST_PICTURE_BYTES:
             return ""
@@ -93,10 +90,7 @@ class RunSource:
 
 @dataclass(slots=True)
 class _Tail:
-    """A file of JSON objects, one a line, that grows.
-
-    A line that is not whole, or has no step, is passed over.
-    """
+    """A growing file of JSON objects, one a line; incomplete lines and lines without step are skipped."""
 
     path: Path
     offset: int = 0
@@ -137,10 +131,7 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def read_loads(record: Mapping[str, Any]) -> Loads:
-    """Returns the loads of each layer's experts in a line of `loads.jsonl`.
-
-    Rows that are not numbers are left out.
-    """
+    """Returns the loads of each layer's experts in a line of `loads.jsonl`, if they are numbers."""
     loads = {}
     for layer, row in record.items():
         try:
@@ -157,9 +148,6 @@ def _is_sampled(number: int) -> bool:
 
     A line has the load of every expert, and their decoding would be most of a report's time. The choice depends only
     on the number of the line, so that a report is the same whether it is drawn during the run or after it.
-
-    Args:
-        number: of the line in its file, from 1.
     """
     stride = 1 << (number // (MOST_BUCKETS * _LOADS_PER_BUCKET)).bit_length()
     return (number - 1) % stride == 0

@@ -36,10 +36,7 @@ _PARTS = (
 
 
 def step_time(charts: ChartWriter) -> str:
-    """Returns a bar and a table for each run, and a chart of one run's parts.
-
-    Empty text without such records.
-    """
+    """Returns a bar and a table for each run with such records, and a chart of one run's parts."""
     bars = "".join(_bar(run, is_named=len(charts.runs) > 1) for run in charts.runs)
     if not bars or len(charts.runs) > 1:
         return bars
@@ -108,10 +105,7 @@ def _facts(history: History, evaluations: Sequence[str] = ()) -> list[tuple[str,
 
 
 def summary(charts: ChartWriter) -> str:
-    """Returns the facts of a run as tiles, or a table of several runs' facts.
-
-    With two runs, the table also has the change from the first to the second.
-    """
+    """Returns a run's facts as tiles, or a table of several runs' facts; with two runs, also the change."""
     if len(charts.runs) == 1:
         facts = [(name, write(value)) for name, value, write in _facts(charts.runs[0].history) if value is not None]
         return (

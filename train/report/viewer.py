@@ -43,13 +43,7 @@ class TokenPieces:
         self._known: dict[int, str] = {}
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each token; special tokens appear by name.
-
-        If several tokens form a character, the last of them has it and the others are empty.
-
-        Args:
-            ids: token ids, not negative.
-        """
+        """Returns the text of each token; of several that form a character, only the last has one."""
         pieces = [self._piece(number) for number in ids]
         place = 0
         while place < len(pieces):
@@ -57,11 +51,7 @@ class TokenPieces:
         return pieces
 
     def _join(self, ids: Sequence[int], pieces: list[str], place: int) -> int:
-        """Gives the character that begins at a token to the token that completes it.
-
-        Returns:
-            The number of tokens that form it, or 1 if their bytes are no character.
-        """
+        """Gives a character to the token that completes it, and returns how many tokens form it."""
         for count in range(2, _MOST_BYTES_OF_CHARACTER + 1):
             text = self._tokenizer.decode(ids[place : place + count])
             if _NOT_UTF8 not in text:
@@ -82,11 +72,7 @@ class RolloutViewer:
     """Draws the rollouts of a run's folder. It keeps the decoded tokens between two pages."""
 
     def __init__(self, folder: Path, tokenizer: str | None) -> None:
-        """Reads nothing yet.
-
-        Args:
-            tokenizer: the one that the configuration names; used until there is a checkpoint.
-        """
+        """Reads nothing yet. `tokenizer` is the configured one, used until there is a checkpoint."""
         self._folder, self._given = folder, tokenizer
         self._path: Path | None = None
         self._pieces: TokenPieces | None = None
@@ -97,15 +83,7 @@ class RolloutViewer:
         return has_journals(self._folder)
 
     def html(self, name: str, about: str) -> str:
-        """Returns the page.
-
-        Args:
-            name: of the run, plain text.
-            about: a line on the run, plain text.
-
-        Raises:
-            OSError: a journal cannot be read.
-        """
+        """Returns the page of a run, with a plain name and a plain line on it."""
         choice, pieces = choose_groups(self._folder, _MOST_DATA_BYTES), self._open_pieces()
         data, num_shown = _group_list(choice, pieces)
         title = f"Rollouts of {name}"
@@ -155,13 +133,7 @@ def _shown(choice: JournalChoice, num_groups: int, *, has_pieces: bool) -> str:
 
 
 def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int) -> dict[str, Any]:
-    """Returns a group for the page's script.
-
-    Args:
-        group: as its journal has it.
-        pieces: decodes tokens; None: answers are shown without tokens.
-        most_bytes: about the largest size of the result in the page. Long answers lose their middle.
-    """
+    """Returns a group for the page's script in about `most_bytes`; long answers lose their middle."""
     values = group.values
     samples = values.get("samples")
     answers = [sample for sample in (samples if isinstance(samples, list) else []) if isinstance(sample, dict)]
@@ -184,14 +156,7 @@ def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int)
 def answer_data(
     sample: Values, log_probs: Sequence[float] | None, pieces: TokenPieces | None, most_bytes: int
 ) -> dict[str, Any]:
-    """Returns an answer for the page's script.
-
-    Args:
-        sample: as the journal has it.
-        log_probs: of each of its tokens; None: unknown.
-        pieces: decodes tokens; None: the answer is shown without tokens.
-        most_bytes: about the largest size of the result in the page.
-    """
+    """Returns an answer for the page's script in about `most_bytes`, with tokens if there are pieces."""
     ids = sample.get("tokens")
     ids = ids if isinstance(ids, list) and all(type(each) is int and 0 <= each < 2**31 for each in ids) else []
     of_tokens = most_bytes * 3 // 4
@@ -299,11 +264,7 @@ def _whole(value: object) -> int | None:
 
 
 def find_tokenizer(folder: Path, given: str | None) -> Path | None:
-    """Returns the tokenizer of a run's newest checkpoint, or else the given one, or None if there is none.
-
-    Args:
-        given: tokenizer that the configuration names, if it names a file.
-    """
+    """Returns the tokenizer of the newest checkpoint, or the configured one if it names a file, or None."""
     saved = sorted((folder / CHECKPOINTS_NAME).glob(f"step-*/{TOKENIZER_NAME}"))
     named = [] if given is None else [Path(given).expanduser()]
     return next((path for path in [*reversed(saved), *named] if path.is_file()), None)

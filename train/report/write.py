@@ -20,10 +20,7 @@ LOGGER = logging.getLogger("train")
 
 
 class Report:
-    """Follows a run's folder and draws it.
-
-    What it keeps and how long it takes are limited however long the run is.
-    """
+    """Follows a run's folder and draws it, with limited time and memory however long the run is."""
 
     def __init__(self, config: TrainConfig) -> None:
         """`config`: of the run; its `out_dir` is the folder."""
@@ -32,13 +29,9 @@ class Report:
         self._viewer = RolloutViewer(self._source.folder, config.data.tokenizer)
 
     def write(self) -> Path:
-        """Draws the current content of the folder. A new page replaces an earlier one when it is complete.
+        """Draws the folder's content, and returns the report, which links the page of answers if any.
 
-        Returns:
-            The path of the report, which links the page of sampled answers if there are any.
-
-        Raises:
-            OSError: something cannot be read or written.
+        A new page replaces an earlier one when it is complete.
         """
         self._source.follow()
         run = _drawn(self._config, self._source, self._config.name)
@@ -56,14 +49,7 @@ class Report:
 
 
 def compare(configs: Sequence[TrainConfig]) -> Path:
-    """Draws several runs on one page, `comparison.html` in the folder of the first, and returns its path.
-
-    Args:
-        configs: of two to six runs; their `out_dir` are the folders.
-
-    Raises:
-        OSError: something cannot be read or written.
-    """
+    """Draws several runs on one page, `comparison.html` in the folder of the first, and returns its path."""
     drawn = []
     for name, config in zip(_names(configs), configs, strict=True):
         source = RunSource(Path(config.out_dir))
@@ -78,11 +64,7 @@ def _drawn(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
 
 
 def comparison_of(config: TrainConfig) -> Comparison | None:
-    """Returns the comparison of a run with its plan; None if the run has not measured enough yet.
-
-    Args:
-        config: of the run; its `out_dir` is the folder.
-    """
+    """Returns the comparison of a run with its plan; None if the run has not measured enough yet."""
     folder = Path(config.out_dir)
     if not any((folder / name).is_file() for name in (PROBE_NAME, MEASURED_NAME)):
         return None
@@ -94,10 +76,7 @@ def comparison_of(config: TrainConfig) -> Comparison | None:
 
 
 def differing_settings(configs: Sequence[TrainConfig]) -> list[list[str]]:
-    """Returns the dotted keys whose values differ, each with the value of every run.
-
-    Names and folders are left out.
-    """
+    """Returns dotted keys, except names and folders, that differ, each with every run's value."""
     flat = [dict(_leaves(redact_values(encode(config)), "")) for config in configs]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in ("name", "out_dir")]
     rows = [[key, *(each.get(key, "none") for each in flat)] for key in keys]
@@ -113,10 +92,7 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]
 
 
 def _names(configs: Sequence[TrainConfig]) -> list[str]:
-    """Returns the names of the runs.
-
-    With the folder's name if two have the same one, and else with a number.
-    """
+    """Returns the names of the runs; equal ones get the folder's name, or else a number."""
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         names = [f"{config.name} {Path(config.out_dir).resolve().name}" for config in configs]

@@ -44,11 +44,9 @@ _UNEVENNESS = 0.001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutLimits:
-    """Limits that memory sets on a cut, by group of ranks that hold the same stages.
+    """Maximum numbers of layers that groups of ranks with the same stages hold, as memory allows.
 
-    Attributes:
-        layers: maximum number of layers in all stages of a group, by group.
-        late: groups whose layers go to later stages first, because a schedule keeps fewer activations of those.
+    Layers of `late` groups go to later stages first, because a schedule keeps fewer activations of those.
     """
 
     layers: Mapping[int, int] = field(default_factory=dict)
@@ -70,12 +68,7 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
     the one with the most even ranks and stages, then the one with the fewest layers in early stages, of which a
     schedule keeps the most activations.
 
-    Args:
-        model: work of its parts. It has at least as many layers as there are stages.
-        placement: for each direction, the rank of each stage.
-
-    Returns:
-        The sizes, or None if no cut keeps the limits.
+    None if no cut keeps the limits. The model has at least as many layers as there are stages.
     """
     if model.num_moe == 0:
         # Layers of one kind need no search.
@@ -142,13 +135,7 @@ def _moves(
 
 
 def _score(sizes: Sequence[int], model: ModelWork, placement: Placement, most: float) -> tuple[float, float, int]:
-    """Returns what is compared between cuts, the less the better.
-
-    Args:
-        sizes: number of layers of each stage.
-        placement: for each direction, the rank of each stage.
-        most: pace from which on only the pace counts.
-    """
+    """Returns what is compared between cuts, the less the better; from `most` on only the pace counts."""
     works = stage_works(sizes, model)
     times = times_of_ranks(works, placement)
     ranks, stages = _relative(times), _relative([work.time for work in works])
@@ -166,12 +153,7 @@ def _relative(times: Sequence[float]) -> list[float]:
 
 
 def _dense_sizes(left: int, num_stages: int, even: float) -> Iterator[list[int]]:
-    """Yields the ways to place dense layers on the first stages, the most even ones first.
-
-    Args:
-        num_stages: number of stages that may hold them.
-        even: number of layers of a stage in an even cut.
-    """
+    """Yields the ways to place dense layers on first stages, those next to the mean `even` first."""
     if left == 0:
         yield []
         return

@@ -21,10 +21,7 @@ def with_chunks(config: TrainConfig) -> TrainConfig:
     """Returns the configuration with the number of chunks that is the fastest in simulation, if null.
 
     More chunks are chosen only if they save 1 % of a step. With `schedule=auto` the run chooses after it has measured.
-    If no number is possible, the configuration stays as it is, and its checks say why.
-
-    Args:
-        config: configuration of a run, which may be invalid.
+    If no number is possible, as in an invalid configuration, it stays as it is, and its checks say why.
     """
     kind = config.schedule.kind
     if kind == "auto" or run_chunks(config) is not None:

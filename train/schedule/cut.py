@@ -17,25 +17,13 @@ _KEY = "parallelism.cut"
 
 
 def num_stages(model: ModelConfig, pipeline: int, kind: str, chunks: int | None) -> int:
-    """Returns the number of stages into which a kind of schedule cuts a model.
-
-    Args:
-        chunks: stages of a rank for one direction; None for the smallest possible number (`chunks.with_chunks` chooses
-            before a run starts).
-
-    Raises:
-        ScheduleError: the schedule is not defined for the configured number of chunks.
-    """
+    """Returns the number of stages of a kind of schedule, the smallest by default."""
     spec = SCHEDULES.get(kind)
     return spec.num_stages(pipeline, spec.chunk_choices(chunks)[0])
 
 
 def run_stages(config: TrainConfig, kind: str) -> int:
-    """Returns `num_stages` of the run's model; a listed cut determines the number of chunks.
-
-    Raises:
-        ScheduleError: the schedule is not defined for that number of chunks.
-    """
+    """Returns `num_stages` of the run's model; a listed cut determines the number of chunks."""
     return num_stages(config.model, config.parallelism.pipeline, kind, run_chunks(config))
 
 
@@ -46,11 +34,7 @@ def run_chunks(config: TrainConfig) -> int | None:
 
 
 def run_placement(config: TrainConfig, kind: str) -> Placement:
-    """Returns the placement of the run's stages under a kind of schedule, for `auto` that of `FALLBACK`.
-
-    Raises:
-        ScheduleError: as `run_stages`.
-    """
+    """Returns the placement of the run's stages under a kind of schedule, for `auto` that of `FALLBACK`."""
     kind, pipeline = FALLBACK if kind == "auto" else kind, config.parallelism.pipeline
     return SCHEDULES.get(kind).placement(pipeline, run_stages(config, kind) // pipeline)
 
@@ -58,9 +42,7 @@ def run_placement(config: TrainConfig, kind: str) -> Placement:
 def run_cut(config: TrainConfig, placement: Placement, times: LayerTimes | None = None) -> tuple[range, ...]:
     """Returns the layers of each stage. Every process computes the same from the same arguments.
 
-    Args:
-        placement: for each direction, the pipeline rank of each stage.
-        times: measured times of the model's parts; None: the configured costs, divided by estimated work.
+    Without measured times, the work of the model's parts is estimated.
 
     Raises:
         CutError: the model has fewer layers than stages, or the list does not fit the model and the stages.

@@ -46,11 +46,9 @@ class PartTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """The times of a model's parts.
+    """The times of a model's parts: layers, embedding, main head, and all MTP modules with heads.
 
-    They are a dense layer, a MoE layer, the embedding, the main head, and all MTP modules with their heads. Times of
-    parts that the model does not have are 0. `latency` is the time in seconds that an activation takes from one
-    pipeline rank to the next; it is 0 if the pipeline has one rank.
+    Parts that the model does not have take 0 s, and so does `latency`, from a pipeline rank to the next, without one.
     """
 
     dense: PartTimes
@@ -62,10 +60,9 @@ class LayerTimes:
 
 
 def nominal_times(config: TrainConfig) -> LayerTimes:
-    """Returns the configured costs, divided among the model's parts by their estimated work.
+    """Returns the configured costs of all ranks, divided among the parts by estimated work.
 
-    Exchange takes time only if experts are sharded, and only in MoE layers. All parts together take the configured
-    costs of model/P times the number of pipeline ranks.
+    Exchange takes time only if experts are sharded, and only in MoE layers.
     """
     model, costs = config.model, config.costs
     work = count_work(

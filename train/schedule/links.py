@@ -16,10 +16,7 @@ from train.world import World
 
 
 class PipelineLinks:
-    """The pipeline transport for the interpreter.
-
-    Activations and gradients of a micro-batch have one shape. Those of slices of sequences differ.
-    """
+    """The pipeline transport for the interpreter. Slices of sequences differ in shape."""
 
     def __init__(
         self,
@@ -29,12 +26,7 @@ class PipelineLinks:
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
     ) -> None:
-        """Wraps a transport.
-
-        Args:
-            nodes: node of each pipeline rank.
-            shapes: of hidden states; micro-batch m has the shape with the number m modulo their number.
-        """
+        """Wraps a transport. Micro-batch m has the shape with the number m modulo their number."""
         self._transport = transport
         self._nodes = nodes
         self._traffic = traffic
@@ -80,11 +72,7 @@ def message_key(message: Message) -> MessageKey:
 def open_links(
     world: World, observers: Observers, schedule: Schedule, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 ) -> PipelineLinks:
-    """Opens this rank's links of one replica. All ranks of the job call it at the same point.
-
-    Args:
-        shapes: of hidden states, as in `PipelineLinks`.
-    """
+    """Opens this rank's links of one replica. All ranks of the job call it at the same point."""
     layout, log = world.layout, observers.log
     transport = PipelineTransport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]

@@ -1,9 +1,6 @@
-"""Returns the costs for planning schedules, and builds a short schedule that predicts the memory peak.
+"""Returns costs for planning, and a short schedule with the memory peak. No torch here.
 
-No torch here.
-
-Under most schedules a rank's memory reaches its peak once the pipeline is full, and stays there. So a few micro-batches
-for each rank show the peak of thousands. `tests/train/test_nominal.py` compares both.
+Memory reaches its peak once the pipeline is full, so a few micro-batches for each rank show the peak of thousands.
 """
 
 from dataclasses import replace
@@ -30,9 +27,6 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
 
     Stages count as equal if they nearly are, as after a balanced cut, because an estimate is not more precise.
 
-    Args:
-        kind: name of a schedule, which determines the stages.
-
     Raises:
         ScheduleError: the schedule is not defined for the configured number of chunks.
         CutError: the model cannot be cut into the stages.
@@ -43,11 +37,7 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
 
 
 def _equal_costs(config: TrainConfig, num_stages: int) -> CostModel:
-    """Returns the configured costs of equal stages.
-
-    Exchange takes time only if experts are sharded. If groups run sequentially, its time is added to computation,
-    because nothing hides it.
-    """
+    """Returns the configured costs of equal stages, with exchange as in `stage_costs`."""
     costs = config.costs
     if config.parallelism.expert == 1:
         costs = replace(costs, exchange=0.0)
@@ -69,12 +59,7 @@ def _are_near(some: CostModel, others: CostModel) -> bool:
 def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
     """Returns a short schedule with the same memory peaks as the run's schedule.
 
-    Args:
-        config: of the run; `schedule=auto` is planned as dualpipe_split.
-        num_micro_batches: micro-batches of one pipeline in a step.
-
-    Raises:
-        ScheduleError: the schedule cannot be built.
+    `schedule=auto` is planned as dualpipe_split. `num_micro_batches` are those of one pipeline in a step.
     """
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     spec = SCHEDULES.get(kind)
@@ -89,10 +74,7 @@ def planning_schedule(config: TrainConfig, num_micro_batches: int) -> Schedule:
 
 
 def few_micro_batches(pipeline: int, num_micro_batches: int, slices: int = 1) -> int:
-    """Returns how many micro-batches show the peak: about three per rank, odd if the run's number is odd.
-
-    Slices of one sequence are not separated.
-    """
+    """Returns how many micro-batches show the peak: about three per rank, odd if the run's are odd."""
     few = _PER_RANK * pipeline + _MARGIN
     if slices > 1:
         return min(num_micro_batches, -(-few // slices) * slices + slices)
@@ -102,9 +84,8 @@ def few_micro_batches(pipeline: int, num_micro_batches: int, slices: int = 1) ->
 def _is_published_order(config: TrainConfig, num_micro_batches: int, costs: CostModel) -> bool:
     """Returns whether dualpipe_split keeps the same activations as DualPipe's published order.
 
-    It does if stages are equal, and F, I, W and exchange take equal times. Then W fills no gap, because other
-    operations hide every exchange. The shortcut avoids building dualpipe_split itself, which takes
-    seconds for many ranks.
+    It does if stages are equal, and F, I, W and exchange take equal times: then W fills no gap. That avoids building
+    dualpipe_split itself, which takes seconds for many ranks.
     """
     pipeline, parallelism = config.parallelism.pipeline, config.parallelism
     equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)

@@ -20,10 +20,6 @@ def is_mirrored(schedule: Schedule) -> bool:
 
 
 def embedding_ranks(schedule: Schedule, mtp_depth: int) -> tuple[int, ...]:
-    """Returns the pipeline ranks that hold the embedding, in ascending order.
-
-    These are the ranks with the first stage. MTP modules read the embedding too, so with them the ranks with the last
-    stage hold a copy.
-    """
+    """Returns the ranks that hold the embedding: those of the first stage and, with MTP, of the last one."""
     ends = (0, schedule.num_stages - 1) if mtp_depth else (0,)
     return tuple(sorted({row[stage] for row in schedule.placement for stage in ends}))

@@ -105,14 +105,7 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
 
 
 def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[int, Schedule]:
-    """Returns the schedule of every size of the batch ramp except the last, by the size in sequences.
-
-    Args:
-        costs: costs of its stages; None: the configured ones.
-
-    Raises:
-        ScheduleError: one of them cannot be built.
-    """
+    """Returns the schedule of every size of the batch ramp except the last, by sequences."""
     pipeline, cache = config.parallelism.pipeline, schedules_folder(config.data.cache_dir)
     *smaller, _ = config.batch_sizes.sizes
     made = {}
@@ -183,10 +176,7 @@ def _digest(schedule: str, ramp: Mapping[int, str]) -> str:
 
 
 def _begun(config: TrainConfig) -> Path | None:
-    """Returns the schedule file of the checkpoint from which the run resumes, if its layout is the same.
-
-    Another schedule would sum gradients in another order, so the run would not be bitwise equal.
-    """
+    """Returns the schedule of the checkpoint to resume in the same layout, for bitwise equal sums."""
     if config.resume is None:
         return None
     folder = locate(config.resume).folder
@@ -202,11 +192,7 @@ def _begun_ramp(folder: Path, config: TrainConfig) -> dict[int, Schedule]:
 
 
 def read_schedule(path: Path, config: TrainConfig) -> Schedule:
-    """Reads and validates the schedule of a checkpoint. Ranks that followed an invalid one would deadlock.
-
-    Raises:
-        CheckpointError: it is not valid, or has another number of ranks or micro-batches.
-    """
+    """Reads a checkpoint's schedule and refuses an invalid one, under which ranks would deadlock."""
     ranks, micro_batches = config.parallelism.pipeline, config.num_micro_batches
     rule = f"must be a valid schedule of {ranks} pipeline ranks and {micro_batches} micro-batches"
     try:
@@ -222,11 +208,7 @@ def read_schedule(path: Path, config: TrainConfig) -> Schedule:
 
 
 def read_cut(folder: Path, config: TrainConfig, schedule: Schedule) -> tuple[range, ...]:
-    """Reads the layers of each stage from a checkpoint's manifest.
-
-    Raises:
-        CheckpointError: they do not fit the model or the schedule.
-    """
+    """Reads the layers of each stage from a checkpoint's manifest, and refuses those that do not fit."""
     sizes = read_manifest(folder).get(CUT_KEY)
     if sizes is None:
         return run_cut(config, schedule.placement)

@@ -202,10 +202,7 @@ def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:
 
 
 def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, device: torch.device) -> float:
-    """Returns half the round-trip time of an activation, averaged over this rank's partners.
-
-    0 without any.
-    """
+    """Returns half the round-trip time of an activation, averaged over partners; 0 without any."""
     index = layout.pipeline_index(dist.get_rank())
     members = layout.pipeline_group(dist.get_rank())
     shape = (config.batch.micro_sequences, config.rank_sequence_tokens, config.model.hidden_size)
@@ -219,13 +216,9 @@ def _link_latency(config: TrainConfig, layout: Layout, group: ProcessGroup, devi
 
 
 def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
-    """Yields the pipeline ranks to which a rank has a link, in an order without deadlocks.
+    """Yields the linked ranks, and whether this one sends first, in an order without deadlocks.
 
-    These are its neighbors. The first and the last rank are partners too: if a rank holds several chunks, messages go
-    from the last rank to the first.
-
-    Yields:
-        A partner, and whether this rank is the one that sends first.
+    Neighbors, and the first and the last rank: with several chunks, messages go from the last rank to the first.
     """
     for parity in (0, 1):
         sends_first = index % 2 == parity
@@ -237,10 +230,7 @@ def _partners(index: int, num_ranks: int) -> Iterator[tuple[int, bool]]:
 
 
 def _ping_pong(ball: Tensor, other: int, group: ProcessGroup, *, sends_first: bool) -> float:
-    """Returns the median time of one way in seconds.
-
-    The first round trip, which sets up the connection, is dropped.
-    """
+    """Returns the median seconds of one way, without the first round trip, which sets up the connection."""
     seconds = []
     for _ in range(1 + _HOPS):
         started = _now(ball.device)

@@ -21,11 +21,7 @@ def compile_programs(
     *,
     is_proven: bool = False,
 ) -> tuple[Program, Program]:
-    """Compiles a pipeline rank's programs for training and for a forward pass only.
-
-    Args:
-        pairing: how the operations of a group run.
-        is_proven: whether the schedule has been validated; else it is validated now.
+    """Compiles programs for training and for forward alone; validates an unproven schedule.
 
     Raises:
         ScheduleError: the schedule is not valid.

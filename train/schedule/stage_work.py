@@ -30,16 +30,7 @@ class LaneWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelWork:
-    """Work of one micro-batch, forward and backward, in the parts of a model.
-
-    Attributes:
-        num_dense: number of dense layers.
-        num_moe: number of MoE layers, which follow the dense ones.
-        embedding: of the embedding, in the first stage.
-        dense: of one dense layer.
-        moe: of one MoE layer.
-        heads: of all heads and MTP modules, in the last stage.
-    """
+    """Work of one micro-batch, forward and backward, in the parts of a model; dense layers come first."""
 
     num_dense: int
     num_moe: int
@@ -76,13 +67,7 @@ def lockstep_loads(works: Sequence[LaneWork], placement: Placement) -> list[list
     With several chunks for each direction, a block of micro-batches runs one chunk after the other. In the lockstep
     order (`dualpipe.generate.lockstep`), F of stage s starts s slots after the block enters, its I 2S - 1 - s slots,
     and both last for P slots, so each F or I meets the same others in every block. F is taken as a third of the work.
-    Slots are rounded to a quarter of P, as ranks may be a slot ahead or behind.
-
-    Args:
-        placement: a mirrored one, for each direction the rank of each of the S stages.
-
-    Returns:
-        For each pair, S values whose mean is the work of a rank of the pair.
+    Slots are rounded to a quarter of P, as ranks may be a slot ahead or behind. A pair's mean is its ranks' work.
     """
     num_stages, num_ranks = len(works), max(placement[0]) + 1
     chunks, unit = num_stages // num_ranks, max(1, num_ranks // 4)
@@ -115,9 +100,6 @@ def pace(works: Sequence[LaneWork], placement: Placement) -> float:
 
     It is that of the heaviest rank, or, with several chunks for each of two directions, the sum over the slots of the
     pair that is the heaviest in each of them.
-
-    Args:
-        placement: for each direction, the rank of each stage.
     """
     heaviest = max(times_of_ranks(works, placement))
     if not runs_in_lockstep(placement):
@@ -127,11 +109,7 @@ def pace(works: Sequence[LaneWork], placement: Placement) -> float:
 
 
 def stage_works(sizes: Sequence[int], model: ModelWork) -> list[LaneWork]:
-    """Returns the work of every stage.
-
-    Args:
-        sizes: number of layers of each stage.
-    """
+    """Returns the work of every stage."""
     first, works = 0, []
     for stage, size in enumerate(sizes):
         dense = max(0, min(size, model.num_dense - first))
@@ -142,10 +120,7 @@ def stage_works(sizes: Sequence[int], model: ModelWork) -> list[LaneWork]:
 
 
 def rank_groups(placement: Placement) -> tuple[int, ...]:
-    """Returns the group of each stage; ranks of a group share stages, as mirror pairs do.
-
-    A group has the number of its first rank.
-    """
+    """Returns the group of each stage, named for its first rank; mirror pairs share stages."""
     group = list(range(max(max(row) for row in placement) + 1))
     for ranks in zip(*placement, strict=True):
         merged = {group[rank] for rank in ranks}

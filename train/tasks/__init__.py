@@ -1,4 +1,1 @@
-"""Defines the tasks that a run can train.
-
-Each is a frozen configuration and a class, registered by name.
-"""
+"""Defines the tasks that a run can train: a frozen configuration and a class each, registered by name."""

@@ -21,8 +21,7 @@ class BatchReader:
     """A reader of one rank's micro-batches of one step. Each micro-batch is read once.
 
     Only ranks with the first or the last stage read them, or every rank if attention masks documents. Ranks that share
-    sequences read the same ones, and each keeps its own tokens with their targets and extras. So does each slice of
-    sequences. Documents stay those of whole sequences.
+    sequences keep their own tokens with their targets and extras. Documents stay those of whole sequences.
     """
 
     def __init__(self, replica: Replica, task: Task, read: Read) -> None:
@@ -63,10 +62,7 @@ class BatchReader:
             self._known[place] = replace(batch, extras={**batch.extras, name: extra})
 
     def count(self) -> Tensor:
-        """Returns the denominator of each of the task's losses over all ranks. All ranks call it.
-
-        Returns:
-            One count per loss, float64, on the host.
+        """Returns the job's denominator of each loss, float64 on the host. All ranks call it.
 
         Raises:
             PreemptedError: on every rank, if one of them was preempted. No pass of the batch has started.

@@ -23,16 +23,9 @@ if TYPE_CHECKING:
 class DistillConfig(SampleTaskConfig):
     """The configuration of distillation.
 
-    Attributes:
-        teacher: a folder that `launch.score_teacher` wrote, or weights, which form a second, frozen network.
-        divergence: of the student from the teacher.
-        beta: weight of the teacher in the mixture of jensen_shannon.
-        temperature: divisor of the logits of both.
-        cross_entropy_weight: weight of the cross-entropy of the samples' own tokens; the divergence has the rest.
-        answers: whose answers are trained: those of the data, or those that the student samples before each step.
-        student_share: probability that an answer is the student's if `answers` is `student`.
-        max_new_tokens: maximum number of tokens of a sampled answer.
-        sampling_temperature: of the student's sampling.
+    `teacher` is a folder that `launch.score_teacher` wrote, or weights, which form a second, frozen network.
+    `beta` is the teacher's weight in jensen_shannon. The divergence has what `cross_entropy_weight` leaves.
+    `student_share` is the probability that an answer is the student's if `answers` is `student`.
     """
 
     teacher: str
@@ -100,11 +93,7 @@ def check_teacher(config: "TrainConfig") -> None:
 
 
 def teacher_run(config: "TrainConfig") -> "TrainConfig | None":
-    """Returns the run with the architecture of a teacher in its pipeline; None if scores are stored.
-
-    Raises:
-        CheckpointError, HfError: the architecture cannot be read.
-    """
+    """Returns the run with the architecture of a teacher in its pipeline; None if scores are stored."""
     assert isinstance(config.task, DistillConfig)
     if is_scores_folder(config.task.teacher):
         return None

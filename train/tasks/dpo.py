@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 class DpoConfig(SampleTaskConfig):
     """The configuration of preference optimization. The reference is the model that the run starts from.
 
-    Attributes:
-        beta: inverse temperature of the implicit reward.
-        label_smoothing: probability that a pair's answers are labelled the wrong way round.
-        sft_weight: weight of the chosen answer's cross-entropy per token.
+    `label_smoothing` is the probability that a pair is labelled the wrong way round; `sft_weight` is per token.
     """
 
     beta: PositiveFloat

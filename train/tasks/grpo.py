@@ -19,13 +19,8 @@ if TYPE_CHECKING:
 class GrpoConfig(TaskConfig):
     """The configuration of policy gradients of groups of sampled answers (GRPO and its variants).
 
-    Attributes:
-        loss: values of the loss, which name a variant.
-        reference_every_steps: the present weights become the reference after this many steps; None: the reference stays
-            the model that the run started from.
-        temperature: of the sampling (`rollout.temperature`).
-        max_new_tokens: maximum number of tokens of an answer (`rollout.max_new_tokens`).
-        kl_limit: divergence from the reference beyond which the guard refuses a step (`rollout.limits.kl`).
+    The present weights become the reference after `reference_every_steps`; None: it stays the run's first model.
+    Beyond `kl_limit` the guard refuses a step. Sampling and limits follow keys of `rollout`.
     """
 
     loss: PolicyLossConfig

@@ -12,11 +12,7 @@ from train.tasks.batch_reader import Read
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The batches of a step, whose gradients add up to one update.
-
-    Attributes:
-        metrics: values of the step's record about rollouts; None if the step trains on the data alone.
-    """
+    """The batches of a step, whose gradients add up to one update; `metrics` is None without rollouts."""
 
     reads: tuple[Read, ...]
     metrics: Mapping[str, Any] | None = None
@@ -31,19 +27,11 @@ class TaskHook:
     """
 
     def prepare(self, loader: Loader, step: int) -> StepBatch:
-        """Returns the batches of a step, whose index counts from 0.
-
-        Raises:
-            GenerateError, ScoringError: on every rank, if answers cannot be sampled or scored.
-        """
+        """Returns the batches of a step, whose index counts from 0."""
         return StepBatch((partial(loader.batch, step),))
 
     def finish(self, earlier_seconds: float = 0.0) -> Mapping[str, float]:
-        """Completes what must be on the disk before the step updates the weights.
-
-        Returns:
-            Seconds that this rank spent on further parts of the step, such as `sampling` and `scoring`.
-        """
+        """Completes what must be on the disk before the update, and returns seconds by part."""
         return {}
 
     def validate(self) -> Mapping[str, float] | None:

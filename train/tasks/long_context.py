@@ -1,7 +1,4 @@
-"""Registers the extension of the context: next-token prediction on longer sequences. No torch here.
-
-Source: arXiv:2412.19437, section 4.3.
-"""
+"""Registers the extension of the context (arXiv:2412.19437, section 4.3). No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +21,7 @@ _ROPE = "task.rope"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongContextConfig(PretrainConfig):
-    """The configuration of an extension of the context.
-
-    Attributes:
-        rope: rotary embedding of the extended model, which the model's configuration follows.
-        max_position_tokens: longest sequence of the extended model; None: as YaRN allows.
-    """
+    """The configuration of an extension. Without `max_position_tokens`, it is what YaRN allows."""
 
     rope: RopeScaling
     max_position_tokens: PositiveInt | None
@@ -41,14 +33,7 @@ def build_long_context(config: LongContextConfig, model: ModelConfig, batch: Bat
 
 
 def extended_model(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of the model that an extension sets.
-
-    Args:
-        task: composed keys of `task`. The decoder reports missing and unknown ones.
-
-    Raises:
-        ConfigError: a key of the rotary embedding is unknown or missing, or has a wrong type or range.
-    """
+    """Returns the keys of the model that an extension sets; the decoder reports missing and unknown ones."""
     if "rope" not in task:
         return {}
     rope: RopeScaling = decode(RopeScaling, task["rope"], _ROPE)  # type: ignore[arg-type]

@@ -39,11 +39,7 @@ class NextToken:
     def __init__(
         self, config: TaskConfig, mtp_depth: int, *, masks_documents: bool = False, weights: str | None = None
     ) -> None:
-        """Builds the task.
-
-        Args:
-            weights: name of the extra with the weight of each main target; None: all weights are 1.
-        """
+        """Builds the task; `weights` names the extra with the weight of each main target, by default 1."""
         self.names = loss_names(mtp_depth)
         self._config = config
         self._mtp_depth = mtp_depth
@@ -51,10 +47,7 @@ class NextToken:
         self._weights = weights
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
-        """Returns the inputs and targets of every depth, and the batch's extras.
-
-        A target of weight 0 is none.
-        """
+        """Returns the inputs, the targets of every depth and the extras; a target of weight 0 is none."""
         weights = None if self._weights is None else batch.extras.get(self._weights)
         if self._weights is not None and weights is not None:
             of_depths = weights_of_depths(weights, self._mtp_depth + 1)
@@ -62,10 +55,7 @@ class NextToken:
         return to_micro_batch(batch, self._mtp_depth, device, masks_documents=self._masks_documents, weights_BT=weights)
 
     def count(self, batch: MicroBatch) -> Tensor:
-        """Counts the targets of each depth, or sums their weights, and counts sequences for the balance loss.
-
-        Documents that are masked from each other count as sequences.
-        """
+        """Counts targets of each depth, or sums weights, and counts sequences, or documents, for balance."""
         counts = [self._weight_of(batch, depth) for depth in range(self._mtp_depth + 1)]
         sequences = len(batch.targets_BT[0]) if batch.documents is None else batch.documents.num_real
         counts.append(torch.tensor(float(sequences), dtype=torch.float64))
@@ -171,9 +161,7 @@ def to_micro_batch(
 ) -> MicroBatch:
     """Returns the inputs and targets of every depth on a device.
 
-    Args:
-        weights_BT: weight of each main target, on the host. A target of weight 0 is none, at any depth at which it is
-            predicted; None: all tokens are targets.
+    `weights_BT` has the weight of each main target, on the host; a target of weight 0 is none at any depth.
     """
     depths = range(mtp_depth + 1)
     inputs = [batch.inputs(depth) for depth in depths]

@@ -94,11 +94,7 @@ class DirectPreference:
 
 
 def count_pairs(pair_BT: Tensor) -> float:
-    """Returns the number of pairs of which both answers are in a micro-batch.
-
-    Args:
-        pair_BT: +k or -k at tokens of pair k's answers, else 0.
-    """
+    """Returns the number of pairs with both answers, +k and -k at tokens of pair k, else 0."""
     return float(PairIndex.of(pair_BT).is_pair_BK.sum())  # host sync
 
 

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRates:
-    """The rates of a step.
-
-    They depend only on the step, so they are equal under every layout and after a resume.
-    """
+    """The rates of a step, which depend only on the step."""
 
     learning_rate: float
     mtp_loss_weight: float
@@ -43,10 +40,7 @@ class Task(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the reported losses, equal on all ranks.
-
-        One of them is `main`, which validation reports.
-        """
+        """The names of the reported losses, equal on all ranks; validation reports `main`."""
         ...
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
@@ -58,11 +52,7 @@ class Task(Protocol):
         ...
 
     def objective(self, counts: Tensor, rates: StepRates) -> Objective:
-        """Builds a step's objective.
-
-        Args:
-            counts: sums of `count` over all micro-batches of the global batch.
-        """
+        """Builds a step's objective from the sums of `count` over the global batch."""
         ...
 
     def total(self, means: Mapping[str, float], rates: StepRates) -> float:
@@ -75,22 +65,16 @@ class TaskSpec:
     """A task that `task.kind` can name.
 
     Attributes:
-        summary: one line for users.
         config: its dataclass, a subclass of `train.config.TaskConfig`.
         build: builds the task from its configuration, the model's and the batch's. It imports torch itself.
         head: kind of the network's output head. The configuration of the model follows it.
-        unit: what the main loss is a mean over.
         has_reference: returns whether a task's configuration compares with a frozen copy of the weights that the run
             starts from.
         reference_interval: returns after how many steps the present weights replace that copy; None: never.
-        has_rollouts: whether the task learns from the rewards of answers that it samples.
         needs_weights: whether the task starts from random weights only if `init_from=random` confirms it.
         teacher_run: returns the run's configuration with the architecture and the cut of a frozen network that runs in
             the same pipeline, or None if there is none. It may read files.
         example: plain values of the fields that `config` adds; the test suites run the task with them.
-        check: raises a `train.config.errors.ConfigError` if the task cannot train with a run's configuration.
-        check_files: the same for files that the task's configuration names.
-        extend: returns the prepared data with further values that the task reads from files.
         values: names of the samples' values that the task reads; see `data.samples`.
         splits_sequences: whether several ranks may share a sequence (`parallelism.context`): the loss of a token reads
             no other token's output.

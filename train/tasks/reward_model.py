@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModelConfig(SampleTaskConfig):
-    """The configuration of a reward model.
-
-    Attributes:
-        centre: weight of the squared sum of a pair's scores, which keeps scores near 0.
-    """
+    """The configuration of a reward model. `centre` weighs the squared sum of a pair's scores."""
 
     centre: NonNegativeFloat
 

@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleTaskConfig(TaskConfig):
-    """The fields of tasks that learn from packed samples.
-
-    Attributes:
-        epochs: passes over the samples, from which `steps` was computed if it was null; None: `steps` was given.
-    """
+    """The fields of tasks that learn from packed samples; `epochs` is None if `steps` was given."""
 
     epochs: PositiveFloat | None
 

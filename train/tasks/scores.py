@@ -52,11 +52,7 @@ def is_scores_folder(path: str) -> bool:
 
 
 def read_meta(path: str, key: str = "task.teacher") -> ScoresMeta:
-    """Reads what the scores of a folder belong to.
-
-    Raises:
-        ConfigError: the file cannot be read, or is of another form.
-    """
+    """Reads what the scores of a folder belong to."""
     file = Path(path).expanduser() / SCORES_NAME
     try:
         meta = decode(ScoresMeta, json.loads(file.read_text(encoding="utf-8")))
@@ -68,11 +64,7 @@ def read_meta(path: str, key: str = "task.teacher") -> ScoresMeta:
 
 
 def check_scores(path: str, temperature: float, vocab_size: int) -> None:
-    """Rejects stored scores at another temperature or of another vocabulary.
-
-    Raises:
-        ConfigError: names the key, the rule, the value and the nearest valid one.
-    """
+    """Rejects stored scores at another temperature or of another vocabulary."""
     meta = read_meta(path)
     if meta.temperature != temperature:
         raise ConfigError(
@@ -113,11 +105,7 @@ class ScoresWriter:
     """A folder of scores that appears under its name when it is complete."""
 
     def __init__(self, folder: Path, meta: ScoresMeta) -> None:
-        """Creates the folder under a temporary name.
-
-        Raises:
-            OSError: it cannot be created.
-        """
+        """Creates the folder under a temporary name."""
         self.folder = folder
         self._meta = meta
         self._partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -169,11 +157,7 @@ def write_scores(
     batch_size: int,
     progress: Progress,
 ) -> int:
-    """Writes the scores of both parts of the samples.
-
-    Returns:
-        The number of targets that were scored.
-    """
+    """Writes the scores of both parts of the samples, and returns the number of targets that were scored."""
     import torch
 
     from data.loader import IGNORE, Batch

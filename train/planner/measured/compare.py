@@ -102,9 +102,6 @@ def run_rates(folder: Path) -> MeasuredRates:
 
     The probe's times are preferred, because a plan made before the run would have used them. Without a probe, they are
     those of the last step that the run has drawn.
-
-    Raises:
-        ConfigError: the run has measured nothing yet, or a file is not what a run writes.
     """
     probe = read_measured(folder / PROBE_NAME)
     drawn = read_measured(folder / MEASURED_NAME)
@@ -187,7 +184,6 @@ class Comparison:
     """A run's plan and its recorded steps of the largest batch: medians over steps and means over ranks.
 
     Attributes:
-        run: folder of the run.
         exposed_exchange_seconds: None with sequential pairing, where the plan counts it as computation.
         memory_bytes: largest peak of a rank without the reserve; None on a CPU, as `memory_note` says.
         factor: measured step over the predicted one without the declared factor.

@@ -43,12 +43,9 @@ class PhaseTimes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimes:
-    """What a step measured of a model's parts.
+    """What a step measured of a model's parts, next to another operation where possible.
 
-    Attributes:
-        times: of the parts, next to another operation where the schedule has such groups.
-        alone: computation of a lone operation over computation next to another one, at most 1.
-        phases: the times of all phases.
+    `alone` is computation of a lone operation over computation next to another one, at most 1.
     """
 
     times: LayerTimes
@@ -70,11 +67,7 @@ def stage_phases(model: ModelConfig, cut: Sequence[range], stage: int) -> tuple[
 
 
 def step_times(model: ModelConfig, schedule: Schedule, cut: Sequence[range], measured: Measured) -> StepTimes:
-    """Derives the times of a model's parts from the spans of a step, as medians over layers.
-
-    Args:
-        schedule: the schedule that was run; the spans refer to its groups.
-    """
+    """Derives the times of a model's parts from the spans of a step, as medians over layers."""
     phases = _phase_times(model, schedule, cut, measured)
     alone = _alone(phases)
     parts = {part: _part(phases, part, alone) for part in PARTS}
@@ -156,10 +149,7 @@ def _phase_seconds(phase: PhaseTimes, alone: float) -> float:
 
 
 def _latency(schedule: Schedule, measured: Measured) -> float:
-    """Returns the median time from the start of a send until a waiting rank has the message.
-
-    0 if no rank has waited for another one.
-    """
+    """Returns the median time from a send until a waiting rank has the message; 0 if no rank has waited."""
     sent: dict[object, float] = {}
     waits: list[tuple[object, LaneSpan]] = []
     for spans in measured.ranks:

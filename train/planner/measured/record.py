@@ -29,11 +29,8 @@ class MeasuredTimes:
 
     Fields that `MeasuredRates` has too mean the same there.
 
-    Attributes:
-        kind: `probe`: before the first step, one phase at a time; `step`: during a step that was drawn.
-        step: number of the step, from 1; 0 for the probe.
-        cut: layers of each stage.
-        phases: median times of all phases, for readers; empty for the probe.
+    `probe` is measured before the first step, one phase at a time, and has no phases; `step` while a step was drawn.
+    Steps count from 1; the probe's is 0. `cut` lists the layers of each stage.
     """
 
     kind: Literal["probe", "step"]
@@ -114,11 +111,7 @@ def drawn(measured: StepTimes, facts: RunFacts, step: int) -> MeasuredTimes:
 
 
 def try_to_write(folder: Path, run: MeasuredRun) -> None:
-    """Writes the record into a run's folder, in place of an earlier one. An error is only logged.
-
-    Args:
-        folder: existing folder of the run.
-    """
+    """Writes the record into a run's existing folder, in place of an earlier one. An error is only logged."""
     path = folder / (PROBE_NAME if run.measured.kind == "probe" else MEASURED_NAME)
     values = {**encode(run.measured), _SCHEDULE_KEY: json.loads(to_json(run.schedule))}
     partial = path.with_name(path.name + ".partial")
@@ -131,9 +124,6 @@ def try_to_write(folder: Path, run: MeasuredRun) -> None:
 
 def read_measured(path: Path) -> MeasuredRun | None:
     """Reads a record; None if there is no such file.
-
-    Args:
-        path: `probe.json` or `measured.json` in a run's folder.
 
     Raises:
         ConfigError: it is not a record of a run.
