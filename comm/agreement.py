@@ -32,15 +32,10 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """Reports of the ranks that have one, equal on all ranks.
+    """Reports of the ranks that have one, equal on all ranks."""
 
-    Attributes:
-        total: number of ranks that have a report.
-        first: reports of the lowest of these ranks, at most `MOST_REPORTS`, by rank.
-    """
-
-    total: int
-    first: tuple[RankReport, ...]
+    total: int  # number of ranks that have a report
+    first: tuple[RankReport, ...]  # reports of the lowest of these ranks, at most `MOST_REPORTS`, by rank
 
     @property
     def first_text(self) -> str:

@@ -11,58 +11,43 @@ from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """Machines of a run. A node is `ranks_per_node` consecutive ranks; simulated nodes share a machine.
+    """Machines of a run. A node is `ranks_per_node` consecutive ranks; simulated nodes share a machine."""
 
-    Attributes:
-        device: device type of every rank.
-        backend: backend of `torch.distributed`.
-        ranks_per_node: number of consecutive ranks that share fast links.
-        threads_per_rank: CPU threads of a rank.
-        timeout_seconds: timeout of a collective.
-        peak_flops: dense bf16 floating-point operations per second of a rank, for MFU; None if unknown.
-        memory_bytes: memory of a rank's device. A run must fit it before it starts. None skips the check.
-        memory_reserve_bytes: part of the memory that the prediction leaves to CUDA, NCCL and the allocator.
-        grace_seconds: time that ranks of the built-in launcher have to save a checkpoint before it ends them.
-        max_restarts: how often the built-in launcher restarts all ranks after one was lost.
-        num_sms: streaming multiprocessors of a rank's device; None as those of the planner's rates.
-        communication_sms: how many of them the planner assumes that dispatch and combine use; None as for the rates. No
-            kernel and no communicator reads it.
-        inter_node_bytes_per_second: rate of a rank's link to other nodes in each direction; None as for the rates.
-        intra_node_bytes_per_second: rate of a rank's link within its node in each direction; None as for the rates.
-        memory_bytes_per_second: rate of the device's memory; None as for the rates.
-        dollars_per_gpu_hour: price of a device; None if unknown.
-    """
-
-    device: Literal["cpu", "cuda"]
-    backend: Literal["gloo", "nccl"]
-    ranks_per_node: PositiveInt
-    threads_per_rank: PositiveInt
-    timeout_seconds: PositiveFloat
+    device: Literal["cpu", "cuda"]  # device type of every rank
+    backend: Literal["gloo", "nccl"]  # backend of `torch.distributed`
+    ranks_per_node: PositiveInt  # number of consecutive ranks that share fast links
+    threads_per_rank: PositiveInt  # CPU threads of a rank
+    timeout_seconds: PositiveFloat  # timeout of a collective
+    # dense bf16 floating-point operations per second of a rank, for MFU; None if unknown.
     peak_flops: PositiveFloat | None
+    # memory of a rank's device. A run must fit it before it starts. None skips the check.
     memory_bytes: PositiveInt | None
+    # part of the memory that the prediction leaves to CUDA, NCCL and the allocator.
     memory_reserve_bytes: NonNegativeInt
+    # time that ranks of the built-in launcher have to save a checkpoint before it ends them.
     grace_seconds: PositiveFloat
-    max_restarts: NonNegativeInt
+    max_restarts: NonNegativeInt  # how often the built-in launcher restarts all ranks after one was lost
+    # streaming multiprocessors of a rank's device; None as those of the planner's rates.
     num_sms: PositiveInt | None = None
+    # how many of them the planner assumes that dispatch and combine use; None as for the rates. No kernel and no
+    # communicator reads it.
     communication_sms: NonNegativeInt | None = None
+    # rate of a rank's link to other nodes in each direction; None as for the rates.
     inter_node_bytes_per_second: PositiveFloat | None = None
+    # rate of a rank's link within its node in each direction; None as for the rates.
     intra_node_bytes_per_second: PositiveFloat | None = None
-    memory_bytes_per_second: PositiveFloat | None = None
-    dollars_per_gpu_hour: NonNegativeFloat | None = None
+    memory_bytes_per_second: PositiveFloat | None = None  # rate of the device's memory; None as for the rates
+    dollars_per_gpu_hour: NonNegativeFloat | None = None  # price of a device; None if unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Way to cut the model's layers into pipeline stages. YAML writes a word or a list.
+    """Way to cut the model's layers into pipeline stages. YAML writes a word or a list."""
 
-    Attributes:
-        kind: `auto` gives every rank about equal work, `even` gives stages about equal numbers of layers, `listed` uses
-            the given numbers.
-        layers: number of layers of each stage if `kind` is `listed`, else empty.
-    """
-
+    # `auto` gives every rank about equal work, `even` gives stages about equal numbers of layers, `listed` uses the
+    # given numbers.
     kind: Literal["auto", "even", "listed"]
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()  # number of layers of each stage if `kind` is `listed`, else empty
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
@@ -88,21 +73,13 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelismConfig:
-    """Axes of the device mesh: world = pipeline x data x context; expert divides data x context.
+    """Axes of the device mesh: world = pipeline x data x context; expert divides data x context."""
 
-    Attributes:
-        pipeline: pipeline ranks.
-        data: groups of ranks that read different sequences.
-        expert: ranks that share the experts of a layer.
-        cut: layers of each pipeline stage.
-        context: ranks that share each sequence; every one holds an equal part of its tokens.
-    """
-
-    pipeline: PositiveInt
-    data: PositiveInt
-    expert: PositiveInt
-    cut: Cut = Cut("auto")
-    context: PositiveInt = 1
+    pipeline: PositiveInt  # pipeline ranks
+    data: PositiveInt  # groups of ranks that read different sequences
+    expert: PositiveInt  # ranks that share the experts of a layer
+    cut: Cut = Cut("auto")  # layers of each pipeline stage
+    context: PositiveInt = 1  # ranks that share each sequence; every one holds an equal part of its tokens
 
     @property
     def world_size(self) -> int:
@@ -129,28 +106,19 @@ Rows that return from experts are never quantized (arXiv:2412.19437, section 3.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchConfig:
-    """Configuration of a dispatcher.
+    """Configuration of a dispatcher."""
 
-    Attributes:
-        kind: name in `comm.dispatch.registry.DISPATCHERS`.
-        payload: format of rows that are sent to experts.
-    """
-
-    kind: str
-    payload: Payload
+    kind: str  # name in `comm.dispatch.registry.DISPATCHERS`
+    payload: Payload  # format of rows that are sent to experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CappedDispatchConfig(DispatchConfig):
-    """Configuration of a dispatcher between ranks that limits the nodes of each token.
+    """Configuration of a dispatcher between ranks that limits the nodes of each token."""
 
-    Attributes:
-        max_nodes: maximum number of nodes that hold a token's experts.
-        node_cap: what happens to a token over that limit. `verify` ends the run and names the token. `clip` keeps the
-            experts on its best nodes and renormalizes the weights.
-    """
-
-    max_nodes: PositiveInt
+    max_nodes: PositiveInt  # maximum number of nodes that hold a token's experts
+    # what happens to a token over that limit. `verify` ends the run and names the token. `clip` keeps the experts on
+    # its best nodes and renormalizes the weights.
     node_cap: Literal["verify", "clip"]
 
 
@@ -173,14 +141,12 @@ class TwoHopDispatchConfig(CappedDispatchConfig):
     """Configuration of a dispatch that sends each row once per node, then within the node to its experts.
 
     Source: arXiv:2412.19437, section 3.2.2.
-
-    Attributes:
-        chunks: parts of a micro-batch. The hop between nodes of one overlaps the hop within nodes of the previous one.
-        partial_sums: dtype of the partial sum that each node returns to the home node: the rows' own, or float32.
     """
 
     kind: Literal["two_hop"]
+    # parts of a micro-batch. The hop between nodes of one overlaps the hop within nodes of the previous one.
     chunks: PositiveInt
+    # dtype of the partial sum that each node returns to the home node: the rows' own, or float32.
     partial_sums: Literal["rows", "float32"]
 
 

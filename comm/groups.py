@@ -58,12 +58,11 @@ class Groups:
     ) -> None:
         """Creates all groups. Every rank calls it once, at the same point, after `start`.
 
+        Raises ClusterError if the world size differs from the layout's.
+
         Args:
             mirrored: whether pipeline ranks p and P-1-p hold the same stages.
             embedding: pipeline indices that hold the embedding.
-
-        Raises:
-            ClusterError: if the world size differs from the layout's.
         """
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
@@ -134,14 +133,13 @@ def make_host_group(timeout: timedelta) -> ProcessGroup:
 def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     """Initializes `torch.distributed` from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in the environment.
 
+    Raises ClusterError if the environment names no rank, or the rank has no device.
+
     Args:
         store: store of the job if one is open already; by default the one at MASTER_*.
 
     Returns:
         The device of this process. With the gloo backend, ranks share devices if there are fewer devices than ranks.
-
-    Raises:
-        ClusterError: if the environment names no rank, or the rank has no device.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:

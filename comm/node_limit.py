@@ -10,8 +10,8 @@ from torch import Tensor
 def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, num_per_group: int) -> Tensor:
     """Returns a mask of the experts in each token's best groups. Source: arXiv:2412.19437, section 2.1.2.
 
-    A group's score is the sum of its `num_per_group` best biased scores. Biased scores may be negative,
-    so experts outside the mask must be set to -inf, never to 0.
+    A group's score is the sum of its `num_per_group` best biased scores. Biased scores may be negative, so experts
+    outside the mask must be set to -inf, never to 0. Raises ValueError if the counts do not fit the number of experts.
 
     Args:
         biased_TE: scores with the selection bias added; further leading dimensions are allowed.
@@ -21,9 +21,6 @@ def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, nu
 
     Returns:
         Bool mask of biased_TE's shape with num_limited_groups * E / num_groups true entries per token.
-
-    Raises:
-        ValueError: if the counts do not fit the number of experts.
     """
     num_experts = biased_TE.shape[-1]
     if num_groups < 1 or num_experts % num_groups:

@@ -8,15 +8,10 @@ from collections.abc import Sequence
 
 
 class Relays:
-    """Members of an expert group and their nodes, which are renumbered from 0 in ascending order.
+    """Members of an expert group and their nodes, which are renumbered from 0 in ascending order."""
 
-    Attributes:
-        node_of: node of each member.
-        members_of: members of each node by their index in the group, ascending.
-    """
-
-    node_of: tuple[int, ...]
-    members_of: tuple[tuple[int, ...], ...]
+    node_of: tuple[int, ...]  # node of each member
+    members_of: tuple[tuple[int, ...], ...]  # members of each node by their index in the group, ascending
 
     def __init__(self, member_nodes: Sequence[int]) -> None:
         """Groups members by node; `member_nodes` holds the node of each member."""

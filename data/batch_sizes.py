@@ -17,16 +17,11 @@ class BatchRamp:
     The sizes before the last one share the first `end_tokens` tokens equally, each rounded up to whole steps.
     DeepSeek-V3 uses 3,072 to 15,360 sequences over 469B tokens (arXiv:2412.19437, section 4.2, which does not describe
     the shape of the ramp).
-
-    Attributes:
-        start_sequences: first size.
-        end_tokens: number of tokens after which the ramp ends.
-        num_sizes: number of sizes, including the last one.
     """
 
-    start_sequences: PositiveInt
-    end_tokens: PositiveInt
-    num_sizes: PositiveInt
+    start_sequences: PositiveInt  # first size
+    end_tokens: PositiveInt  # number of tokens after which the ramp ends
+    num_sizes: PositiveInt  # number of sizes, including the last one
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,14 +36,11 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
 
     Builds it if it is missing, or if `meta.json` or a file size is wrong. The folder is written to disk completely and
     then renamed to its final name. Concurrent processes may each build the same entry; the first rename wins, and the
-    others use its result.
+    others use its result. Raises DataError if `cache_dir` cannot be written.
 
     Args:
         name: name of the entry; it must identify everything that the content depends on.
         build: fills an empty folder with files and returns the values to store.
-
-    Raises:
-        DataError: `cache_dir` cannot be written.
     """
     folder = cache_dir / name
     entry = _open(folder)

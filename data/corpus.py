@@ -40,24 +40,17 @@ class EmbeddedSource(DataSource):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesSource(DataSource):
-    """The user's text: files, and folders that are searched for `.txt`, `.md`, `.py` and `.jsonl` files.
+    """The user's text: files, and folders that are searched for `.txt`, `.md`, `.py` and `.jsonl` files."""
 
-    Attributes:
-        paths: files and folders.
-        text_field: field of a `.jsonl` line that contains the text.
-    """
-
-    paths: tuple[str, ...]
-    text_field: str
+    paths: tuple[str, ...]  # files and folders
+    text_field: str  # field of a `.jsonl` line that contains the text
 
 
 def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
     """Returns the files of a source, each once, in an order that depends only on their names.
 
-    Hidden files and folders in searched folders are skipped. Symbolic links to folders are not followed.
-
-    Raises:
-        DataError: a path is missing, has an unknown suffix, or is a folder without readable files.
+    Hidden files and folders in searched folders are skipped. Symbolic links to folders are not followed. Raises
+    DataError if a path is missing, has an unknown suffix, or is a folder without readable files.
     """
     return DATA_SOURCES.get(source.kind).files(source)
 
@@ -89,10 +82,8 @@ def check_source(source: DataSource) -> None:
 def read_documents(source: DataSource) -> Iterator[Document]:
     """Yields the documents of a source in order.
 
-    Skips blank documents and replaces undecodable bytes with U+FFFD.
-
-    Raises:
-        DataError: as in `list_files`, or a line of a `.jsonl` file is not an object with a string in the text field.
+    Skips blank documents and replaces undecodable bytes with U+FFFD. Raises DataError as in `list_files`, or a line of
+    a `.jsonl` file is not an object with a string in the text field.
     """
     entry = DATA_SOURCES.get(source.kind)
     for file in entry.files(source):
@@ -116,8 +107,7 @@ def is_validation(key: str, validation_fraction: float, seed: int) -> bool:
 def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
     """Returns the files that the paths name, and those with a known suffix in folders.
 
-    Raises:
-        DataError: as in `list_files`.
+    Raises DataError as in `list_files`.
     """
     if not paths:
         raise DataError("data.paths: at least one file or folder is needed, got none")
@@ -174,12 +164,11 @@ def _raise_unreadable(error: OSError) -> None:
 def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
     """Yields the documents of one file. With a limit, reads only about that many bytes.
 
+    Raises DataError if the file cannot be read, or a line of a `.jsonl` file is invalid.
+
     Args:
         text_field: field of a `.jsonl` line that contains the text.
         limit_bytes: number of bytes after which reading stops; None reads the whole file.
-
-    Raises:
-        DataError: the file cannot be read, or a line of a `.jsonl` file is invalid.
     """
     try:
         with file.path.open("rb") as stream:
@@ -252,11 +241,7 @@ def _nearest_field(field: str, value: dict[str, object]) -> str:
 
 
 def size_bytes(file: CorpusFile) -> int:
-    """Returns the size of a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Returns the size of a file. Raises DataError if the file cannot be read."""
     try:
         return file.path.stat().st_size
     except OSError as error:

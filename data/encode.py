@@ -40,16 +40,13 @@ def build_encoded(
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
     An encoded document is: begin of sentence (if the tokenizer has this token), text or its fill-in-the-middle form,
-    end of sentence.
+    end of sentence. Raises DataError if the source cannot be read, or the training part would be empty.
 
     Args:
         given: the tokenizer; None trains one.
 
     Returns:
         The values for `meta.json`: number of documents, bytes of text and tokens of each part.
-
-    Raises:
-        DataError: the source cannot be read, or the training part would be empty.
     """
     sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:

@@ -23,19 +23,13 @@ VALIDATION_EPOCH = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """A batch of sequences, each packed from documents or pieces of documents.
+    """A batch of sequences, each packed from documents or pieces of documents."""
 
-    Attributes:
-        tokens_BT: token ids, int64.
-        positions_BT: position within the piece, int64; -1 for padding.
-        pad_id: token id of padding.
-        extras: further values of each token by name, each [B, T, ...]. A weight at position i is that of the prediction
-            of token i + 1.
-    """
-
-    tokens_BT: Tensor
-    positions_BT: Tensor
-    pad_id: int
+    tokens_BT: Tensor  # token ids, int64
+    positions_BT: Tensor  # position within the piece, int64; -1 for padding
+    pad_id: int  # token id of padding
+    # further values of each token by name, each [B, T, ...]. A weight at position i is that of the prediction of token
+    # i + 1.
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sequences(self, first: int, count: int) -> "Batch":
@@ -157,8 +151,7 @@ class Loader:
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Returns sequences `first` to `first + count - 1` of a step's global batch.
 
-        Raises:
-            DataError: the slice exceeds the global batch.
+        Raises DataError if the slice exceeds the global batch.
         """
         _check_slice("global batch", first, count, self.sizes.sequences(step))
         indices = self._order.range(self.sizes.sequences_before(step) + first, count)
@@ -183,10 +176,8 @@ class Loader:
     def validation_batch(self, first: int, count: int) -> Batch:
         """Returns validation sequences `first` to `first + count - 1` of a fixed order.
 
-        If the part has fewer sequences than a global batch, empty ones follow.
-
-        Raises:
-            DataError: the slice exceeds the validation part.
+        If the part has fewer sequences than a global batch, empty ones follow. Raises DataError if the slice exceeds
+        the validation part.
         """
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]

@@ -18,14 +18,11 @@ class Packed:
 
     Tokens `i` and `i + k` belong to the same piece if and only if `positions[i + k] == positions[i] + k` and
     `positions[i] >= 0`, because the positions of each piece start at 0.
-
-    Attributes:
-        tokens_NL: token ids in the documents' dtype, with the pad id after each sequence's last piece.
-        positions_NL: position within the piece, int32; -1 for padding.
     """
 
+    # token ids in the documents' dtype, with the pad id after each sequence's last piece.
     tokens_NL: NDArray[np.integer]
-    positions_NL: NDArray[np.int32]
+    positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
 
 
 def pack_documents(

@@ -34,52 +34,38 @@ _MOST_BYTES_PER_TOKEN = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prepared:
-    """A prepared corpus. The arrays are memory-mapped from disk.
+    """A prepared corpus. The arrays are memory-mapped from disk."""
 
-    Attributes:
-        tokenizer: the given tokenizer, or one that was trained on the training part.
-        train_tokens_NL: token ids of the training part, uint16 or int32.
-        train_positions_NL: position within the piece, int32; -1 for padding.
-        validation_tokens_NL: as for training; empty if no document was held out.
-        validation_positions_NL: as for training; empty if no document was held out.
-        train_tokens: number of tokens in the training part, without padding.
-        validation_tokens: number of tokens in the validation part, without padding.
-        unigram_entropy_nats: entropy of the token frequencies in the validation part, over the tokens that a model
-            predicts (not padding, not the first token of a piece). No model that ignores context has a lower validation
-            loss. Without a validation part, the entropy of the training part.
-        bytes_per_token: UTF-8 bytes of text per token of the same part, without begin of sentence.
-        fingerprint: SHA-256 of the arrays; equal if and only if two machines read the same samples.
-        train_values: further values of the training part's tokens by name, each [N, L, ...]; see `data.samples`.
-        validation_values: as for training.
-        counts: number of samples of each part; empty if the source has documents.
-        long_documents: long documents of the training part; None: they are packed with others.
-    """
-
-    tokenizer: Tokenizer
-    train_tokens_NL: NDArray[np.integer]
-    train_positions_NL: NDArray[np.int32]
-    validation_tokens_NL: NDArray[np.integer]
-    validation_positions_NL: NDArray[np.int32]
-    train_tokens: int
-    validation_tokens: int
+    tokenizer: Tokenizer  # the given tokenizer, or one that was trained on the training part
+    train_tokens_NL: NDArray[np.integer]  # token ids of the training part, uint16 or int32
+    train_positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
+    validation_tokens_NL: NDArray[np.integer]  # as for training; empty if no document was held out
+    validation_positions_NL: NDArray[np.int32]  # as for training; empty if no document was held out
+    train_tokens: int  # number of tokens in the training part, without padding
+    validation_tokens: int  # number of tokens in the validation part, without padding
+    # entropy of the token frequencies in the validation part, over the tokens that a model predicts (not padding, not
+    # the first token of a piece). No model that ignores context has a lower validation loss. Without a validation part,
+    # the entropy of the training part.
     unigram_entropy_nats: float
-    bytes_per_token: float
-    fingerprint: str
+    bytes_per_token: float  # UTF-8 bytes of text per token of the same part, without begin of sentence
+    fingerprint: str  # SHA-256 of the arrays; equal if and only if two machines read the same samples
+    # further values of the training part's tokens by name, each [N, L, ...]; see `data.samples`.
     train_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
-    validation_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    validation_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)  # as for training
+    # number of samples of each part; empty if the source has documents.
     counts: Mapping[Part, SampleCounts] = field(default_factory=dict)
+    # long documents of the training part; None: they are packed with others.
     long_documents: LongDocuments | None = None
 
 
 def check_config(config: DataConfig) -> int:
     """Rejects invalid data settings in less than a second, before anything is built.
 
+    Raises DataError if a value is out of range, the source or the tokenizer cannot be read, or the token that ends a
+    document is unknown.
+
     Returns:
         The size of the vocabulary: every token id is below it.
-
-    Raises:
-        DataError: a value is out of range, the source or the tokenizer cannot be read, or the token that ends a
-            document is unknown.
     """
     entry = DATA_SOURCES.get(config.source.kind)
     if config.tokenizer is None:
@@ -135,16 +121,13 @@ def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None
 def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     """Returns about how many tokens the files of a source hold, rather too many than too few.
 
-    Reads the sizes of the files, and at most the first 256 KiB of text.
+    Reads the sizes of the files, and at most the first 256 KiB of text. Raises DataError as in `check_config`.
 
     Args:
         enough: number of tokens that needs no estimate.
 
     Returns:
         None if the files certainly hold enough, or if the source has no files.
-
-    Raises:
-        DataError: as in `check_config`.
     """
     entry, size = DATA_SOURCES.get(config.source.kind), 0
     files = entry.files(config.source)
@@ -170,8 +153,7 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
 def known_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Returns the given tokenizer or the source's own one. Returns None if a tokenizer must be trained.
 
-    Raises:
-        DataError: as in `read_tokenizer`.
+    Raises DataError as in `read_tokenizer`.
     """
     return read_tokenizer(config) or own_tokenizer(config)
 
@@ -179,8 +161,7 @@ def known_tokenizer(config: DataConfig) -> Tokenizer | None:
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Loads the given tokenizer. Returns None if none is given.
 
-    Raises:
-        DataError: the file is missing or not a tokenizer, or the token that ends a document is unknown.
+    Raises DataError if the file is missing or not a tokenizer, or the token that ends a document is unknown.
     """
     if config.tokenizer is None:
         return None

@@ -84,19 +84,13 @@ NAMES_FROM_FILES = SpecialNames(bos=None, eos=None, pad=None)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialIds:
-    """Ids of special tokens.
+    """Ids of special tokens."""
 
-    Attributes:
-        bos: id before every document; None if the tokenizer has none, or if it equals `eos`, which then separates
-            documents.
-        eos: id after every document.
-        pad: id that fills the rest of a sequence; `eos` if the tokenizer has none.
-        fim: ids before a document's prefix, suffix and middle; None if the tokenizer has no such tokens.
-    """
-
+    # id before every document; None if the tokenizer has none, or if it equals `eos`, which then separates documents.
     bos: int | None
-    eos: int
-    pad: int
+    eos: int  # id after every document
+    pad: int  # id that fills the rest of a sequence; `eos` if the tokenizer has none
+    # ids before a document's prefix, suffix and middle; None if the tokenizer has no such tokens.
     fim: tuple[int, int, int] | None
 
     @property
@@ -107,15 +101,10 @@ class SpecialIds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SidecarFiles:
-    """Contents of the configuration files next to a tokenizer.
+    """Contents of the configuration files next to a tokenizer."""
 
-    Attributes:
-        values: decoded JSON by file name.
-        config_content: bytes of `tokenizer_config.json`; None if there is no such file.
-    """
-
-    values: Mapping[str, Mapping[str, Any]]
-    config_content: bytes | None
+    values: Mapping[str, Mapping[str, Any]]  # decoded JSON by file name
+    config_content: bytes | None  # bytes of `tokenizer_config.json`; None if there is no such file
 
 
 NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
@@ -124,8 +113,7 @@ NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
 def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
     """Reads the files next to a tokenizer that name special tokens.
 
-    Raises:
-        DataError: a file is not a JSON object, or is too large to be one of these.
+    Raises DataError if a file is not a JSON object, or is too large to be one of these.
     """
     values: dict[str, Mapping[str, Any]] = {}
     config_content = None
@@ -152,8 +140,7 @@ def find_special_ids(
 ) -> SpecialIds:
     """Returns the ids of a tokenizer's special tokens.
 
-    Raises:
-        DataError: a named token is not in the vocabulary, or the token that ends a document is unknown.
+    Raises DataError if a named token is not in the vocabulary, or the token that ends a document is unknown.
     """
     eos = _find("eos", backend, names, sidecars, place)
     if eos is None:

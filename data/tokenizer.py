@@ -71,12 +71,11 @@ class Tokenizer:
     ) -> None:
         """Wraps a backend.
 
+        Raises DataError as in `data.special_tokens.find_special_ids`.
+
         Args:
             backend: tokenizer of the `tokenizers` library, owned by this object from now on.
             content: content of the file that it was read from; None for a new tokenizer.
-
-        Raises:
-            DataError: as in `data.special_tokens.find_special_ids`.
         """
         self._content = backend.to_str().encode() if content is None else content
         self._place = place
@@ -153,8 +152,7 @@ class Tokenizer:
     def special_id(self, token: str) -> int:
         """Returns the id of one of `SPECIAL_TOKENS` or `CHAT_TOKENS`.
 
-        Raises:
-            DataError: the tokenizer does not have this token.
+        Raises DataError if the tokenizer does not have this token.
         """
         number = self._backend.token_to_id(token)
         if number is None:
@@ -166,15 +164,13 @@ class Tokenizer:
         """Trains a tokenizer.
 
         A corpus with too few pairs to merge yields fewer than `vocab_size` tokens. This is harmless, because the
-        model's vocabulary is only an upper bound.
+        model's vocabulary is only an upper bound. Raises DataError if `vocab_size` is too small for the bytes and the
+        special tokens.
 
         Args:
             documents: text to train on; read once.
             vocab_size: number of tokens, including the special tokens and the 256 bytes.
             further_tokens: special tokens after `SPECIAL_TOKENS`, such as `data.special_tokens.CHAT_TOKENS`.
-
-        Raises:
-            DataError: `vocab_size` is too small for the bytes and the special tokens.
         """
         special = [*SPECIAL_TOKENS, *further_tokens]
         check_vocab_size(vocab_size, len(special))
@@ -196,11 +192,10 @@ class Tokenizer:
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
         """Loads a tokenizer that `save` wrote, or a published one with the files next to it.
 
+        Raises DataError if the file is missing or not a tokenizer, or the token that ends a document is unknown.
+
         Args:
             path: a `tokenizer.json` or a `tiktoken.model`.
-
-        Raises:
-            DataError: the file is missing or not a tokenizer, or the token that ends a document is unknown.
         """
         sidecars = read_sidecar_files(path.parent, key)
         try:
@@ -303,8 +298,7 @@ class Tokenizer:
 def check_vocab_size(vocab_size: int, num_special: int = len(SPECIAL_TOKENS)) -> None:
     """Rejects a vocabulary that is too small for all bytes and special tokens.
 
-    Raises:
-        DataError: `vocab_size` is too small.
+    Raises DataError if `vocab_size` is too small.
     """
     least = 256 + num_special
     if vocab_size < least:

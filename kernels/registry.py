@@ -59,11 +59,7 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def register(self, name: str, entry: T) -> T:
-        """Adds an entry under a new name and returns it.
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """Adds an entry under a new name and returns it. Raises ValueError if the name is taken."""
         source = str(sys._getframe(1).f_globals.get("__name__"))
         if source not in self._modules:
             self._complete()
@@ -147,16 +143,14 @@ def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
     """Imports python files that register entries.
 
     A loaded file is imported again only if its text has changed. Its new entries then replace the old ones, so a
-    notebook can edit it. A module's name follows from its path, so that ranks agree on it.
+    notebook can edit it. A module's name follows from its path, so that ranks agree on it. Raises PluginError if a file
+    is missing, fails during its import, or registers nothing.
 
     Args:
         paths: python files, absolute or relative to the working folder.
 
     Returns:
         Their modules.
-
-    Raises:
-        PluginError: a file is missing, fails during its import, or registers nothing.
     """
     return tuple(_load(Path(path).expanduser().resolve()) for path in paths)
 

@@ -11,15 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceParts:
-    """Consecutive segments of sequences, and the members that hold them.
+    """Consecutive segments of sequences, and the members that hold them."""
 
-    Attributes:
-        edges: first token of each segment, then the number of tokens of a whole sequence.
-        held: segments of each member, ascending.
-    """
-
-    edges: tuple[int, ...]
-    held: tuple[tuple[int, ...], ...]
+    edges: tuple[int, ...]  # first token of each segment, then the number of tokens of a whole sequence
+    held: tuple[tuple[int, ...], ...]  # segments of each member, ascending
 
     @property
     def num_tokens(self) -> int:

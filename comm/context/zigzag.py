@@ -19,11 +19,10 @@ def segments_of(index: int, size: int) -> tuple[int, int]:
 def segment_tokens(num_tokens: int, size: int) -> int:
     """Returns the number of tokens of a segment.
 
+    Raises ValueError if the segments would not be equal.
+
     Args:
         num_tokens: tokens of a whole sequence.
-
-    Raises:
-        ValueError: the segments would not be equal.
     """
     if num_tokens % (2 * size) and size > 1:
         nearest = max(1, round(num_tokens / (2 * size))) * 2 * size
@@ -38,11 +37,10 @@ def segment_tokens(num_tokens: int, size: int) -> int:
 def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
     """Returns which tokens each rank holds.
 
+    Raises ValueError if the segments would not be equal.
+
     Args:
         num_tokens: tokens of a whole sequence.
-
-    Raises:
-        ValueError: the segments would not be equal.
     """
     if size == 1:
         return SequenceParts(edges=(0, num_tokens), held=((0,),))

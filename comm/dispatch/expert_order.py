@@ -14,17 +14,11 @@ from kernels.permute import permute, unpermute
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
-    """Choices that are sent, sorted by expert.
+    """Choices that are sent, sorted by expert."""
 
-    Attributes:
-        order_A: choice t * K + k at each sorted position.
-        tokens_A: token of each sorted position.
-        places_TK: sorted position of each choice, negative if the choice is dropped.
-    """
-
-    order_A: Tensor
-    tokens_A: Tensor
-    places_TK: Tensor
+    order_A: Tensor  # choice t * K + k at each sorted position
+    tokens_A: Tensor  # token of each sorted position
+    places_TK: Tensor  # sorted position of each choice, negative if the choice is dropped
 
     def copy_rows(self, rows_TD: Tensor, out_AD: Tensor | None = None) -> Tensor:
         """Copies the token row of each choice in sorted order, into `out_AD` if given; AD."""
@@ -45,15 +39,10 @@ class ExpertOrder:
 
 @dataclass(frozen=True, slots=True)
 class SortedChoices:
-    """Choices sorted by expert, dropped ones first. Their number need not be on the host yet.
+    """Choices sorted by expert, dropped ones first. Their number need not be on the host yet."""
 
-    Attributes:
-        order_N: choice t * K + k at each sorted position.
-        shape_TK: tokens and choices per token.
-    """
-
-    order_N: Tensor
-    shape_TK: tuple[int, int]
+    order_N: Tensor  # choice t * K + k at each sorted position
+    shape_TK: tuple[int, int]  # tokens and choices per token
 
     @classmethod
     def sort(cls, ids_TK: Tensor) -> Self:

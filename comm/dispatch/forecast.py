@@ -19,15 +19,10 @@ from comm.relays import Relays
 
 @dataclass(frozen=True)
 class SentRows:
-    """Rows that ranks send to each other and to themselves.
+    """Rows that ranks send to each other and to themselves."""
 
-    Attributes:
-        rows_RR: number of rows from each sender to each receiver, int64.
-        nodes: node of each rank.
-    """
-
-    rows_RR: Tensor
-    nodes: tuple[int, ...]
+    rows_RR: Tensor  # number of rows from each sender to each receiver, int64
+    nodes: tuple[int, ...]  # node of each rank
 
     @property
     def returned(self) -> "SentRows":
@@ -70,38 +65,30 @@ class SentRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """Rows of one dispatch over all ranks.
+    """Rows of one dispatch over all ranks."""
 
-    Attributes:
-        num_tokens: tokens of all ranks.
-        num_touched_nodes: sum over tokens of the nodes that hold the token's experts, its home node included.
-        min_rows_across_nodes: sum over tokens of these nodes without the home node. Every dispatch that sends a row
-            from one rank to one other sends at least this number of rows across nodes.
-        per_expert: one copy for each expert, directly to its rank, as `all_to_all` does.
-        per_rank: one copy for each rank that holds experts of the token.
-        between_nodes: first of two hops: one copy for each node except the home node, to the sender's relay there.
-        within_node: second of two hops: from the relay, or from the sender on the home node, one copy for each rank
-            of the node that holds experts of the token.
-    """
-
-    num_tokens: int
-    num_touched_nodes: int
+    num_tokens: int  # tokens of all ranks
+    num_touched_nodes: int  # sum over tokens of the nodes that hold the token's experts, its home node included
+    # sum over tokens of these nodes without the home node. Every dispatch that sends a row from one rank to one other
+    # sends at least this number of rows across nodes.
     min_rows_across_nodes: int
-    per_expert: SentRows
-    per_rank: SentRows
+    per_expert: SentRows  # one copy for each expert, directly to its rank, as `all_to_all` does
+    per_rank: SentRows  # one copy for each rank that holds experts of the token
+    # first of two hops: one copy for each node except the home node, to the sender's relay there.
     between_nodes: SentRows
+    # second of two hops: from the relay, or from the sender on the home node, one copy for each rank of the node that
+    # holds experts of the token.
     within_node: SentRows
 
 
 def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[int]) -> Forecast:
     """Predicts the rows of a routing. Each rank holds equally many consecutive experts.
 
+    Raises ValueError if the ranks do not divide the experts, or the number of nodes is not that of the ranks.
+
     Args:
         ids_by_rank: experts of each rank's tokens, TK, int64; distinct within a row except -1, which means no expert.
         num_experts: number of experts; a multiple of the number of ranks.
-
-    Raises:
-        ValueError: if the ranks do not divide the experts, or the number of nodes is not that of the ranks.
     """
     num_ranks = len(ids_by_rank)
     if num_experts % num_ranks:

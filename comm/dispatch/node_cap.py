@@ -45,13 +45,11 @@ def verify_cap(
 ) -> None:
     """Raises on all ranks of a group if one has a token over the cap, so that no rank waits in vain.
 
-    Waits for the device only if it must name this rank's tokens.
+    Waits for the device only if it must name this rank's tokens. Raises NodeCapError if any token is over the cap. It
+    names this rank's tokens, or else the first rank with some.
 
     Args:
         num_over_R: number of tokens over the cap on each member; equal on all members.
-
-    Raises:
-        NodeCapError: if any token is over the cap. It names this rank's tokens, or else the first rank with some.
     """
     if not any(num_over_R):
         return
@@ -92,15 +90,10 @@ def touched_nodes(ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) -> T
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """Choices after clipping.
+    """Choices after clipping."""
 
-    Attributes:
-        ids_TK: expert ids, int64, -1 for a removed choice.
-        over_T: mask of the tokens that lost choices.
-    """
-
-    ids_TK: Tensor
-    over_T: Tensor
+    ids_TK: Tensor  # expert ids, int64, -1 for a removed choice
+    over_T: Tensor  # mask of the tokens that lost choices
 
 
 def clip(
@@ -139,16 +132,11 @@ class Renormalization:
 
     If the kept weights of a token sum to 0, they are not scaled. Weights of tokens that were not clipped stay bitwise
     equal.
-
-    Attributes:
-        valid_TK: mask of the choices before clipping.
-        kept_TK: mask of the choices after clipping.
-        over_T: mask of the clipped tokens.
     """
 
-    valid_TK: Tensor
-    kept_TK: Tensor
-    over_T: Tensor
+    valid_TK: Tensor  # mask of the choices before clipping
+    kept_TK: Tensor  # mask of the choices after clipping
+    over_T: Tensor  # mask of the clipped tokens
 
     def forward(self, weights_TK: Tensor) -> Tensor:
         """Returns the weights of the kept choices, TK. Values of removed choices are meaningless."""

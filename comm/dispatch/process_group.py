@@ -18,31 +18,19 @@ from comm.watchdog.collective_log import Collective, CollectiveLog, group_name
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """Counters and log of exchanges.
+    """Counters and log of exchanges."""
 
-    Attributes:
-        traffic: counter of rows and bytes sent.
-        log: log of every collective.
-        clips: counter of clipped tokens.
-    """
-
-    traffic: Traffic
-    log: CollectiveLog
-    clips: ClipCount = field(default_factory=ClipCount)
+    traffic: Traffic  # counter of rows and bytes sent
+    log: CollectiveLog  # log of every collective
+    clips: ClipCount = field(default_factory=ClipCount)  # counter of clipped tokens
 
 
 class ExchangeGroup:
-    """Process group with its exchanges. Used only from the comm lane.
+    """Process group with its exchanges. Used only from the comm lane."""
 
-    Attributes:
-        members: global ranks of the group's members.
-        nodes: node of each member.
-        place: index of this rank in the group.
-    """
-
-    members: tuple[int, ...]
-    nodes: tuple[int, ...]
-    place: int
+    members: tuple[int, ...]  # global ranks of the group's members
+    nodes: tuple[int, ...]  # node of each member
+    place: int  # index of this rank in the group
 
     def __init__(self, name: str, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
         """Wraps a group; `name` is its kind, which makes a unique name with the group's ranks."""

@@ -112,11 +112,7 @@ class DispatcherEntry:
     contract: Contract
 
     def check(self, config: DispatchConfig, site: DispatchSite) -> None:
-        """Checks all requirements.
-
-        Raises:
-            DispatchRequirementError: if one is not met.
-        """
+        """Checks all requirements. Raises DispatchRequirementError if one is not met."""
         for require in self.requirements:
             require(config, site)
 

@@ -14,47 +14,30 @@ class DispatchRequirementError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSizes:
-    """Sizes of a rank's dispatch in one micro-batch.
+    """Sizes of a rank's dispatch in one micro-batch."""
 
-    Attributes:
-        max_tokens: maximum number of tokens.
-        hidden_size: width of a row.
-        num_choices: experts per token.
-    """
-
-    max_tokens: int
-    hidden_size: int
-    num_choices: int
+    max_tokens: int  # maximum number of tokens
+    hidden_size: int  # width of a row
+    num_choices: int  # experts per token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchSite:
-    """Properties of a run that requirements of dispatchers depend on.
+    """Properties of a run that requirements of dispatchers depend on."""
 
-    Attributes:
-        cluster: the machines.
-        parallelism: the mesh.
-        precision: value of `precision.kind`.
-        tokens: sizes of a rank's dispatch in one micro-batch.
-        num_experts: routed experts of a layer.
-        num_groups: groups of consecutive experts.
-        num_limited_groups: groups among which the router chooses a token's experts.
-    """
-
-    cluster: ClusterConfig
-    parallelism: ParallelismConfig
-    precision: str
-    tokens: TokenSizes
-    num_experts: int
-    num_groups: int
-    num_limited_groups: int
+    cluster: ClusterConfig  # the machines
+    parallelism: ParallelismConfig  # the mesh
+    precision: str  # value of `precision.kind`
+    tokens: TokenSizes  # sizes of a rank's dispatch in one micro-batch
+    num_experts: int  # routed experts of a layer
+    num_groups: int  # groups of consecutive experts
+    num_limited_groups: int  # groups among which the router chooses a token's experts
 
 
 def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
     """Requires that each rank holds all experts.
 
-    Raises:
-        DispatchRequirementError: if the expert axis is longer than 1.
+    Raises DispatchRequirementError if the expert axis is longer than 1.
     """
     if site.parallelism.expert > 1:
         raise DispatchRequirementError(
@@ -66,8 +49,7 @@ def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
 def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
     """Requires that the router cannot exceed a verified node cap: the first such token would end the run.
 
-    Raises:
-        DispatchRequirementError: if the router can send a token to more than `max_nodes` nodes.
+    Raises DispatchRequirementError if the router can send a token to more than `max_nodes` nodes.
     """
     if config.node_cap != "verify":
         return

@@ -33,17 +33,11 @@ class RowPart:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """Format of a row as sent: the row itself and extra values. A row without extra values has no padding.
+    """Format of a row as sent: the row itself and extra values. A row without extra values has no padding."""
 
-    Attributes:
-        parts: the row, then the extra values.
-        begins: offset of each part in bytes.
-        bytes_per_row: bytes of a row as sent, B.
-    """
-
-    parts: tuple[RowPart, ...]
-    begins: tuple[int, ...]
-    bytes_per_row: int
+    parts: tuple[RowPart, ...]  # the row, then the extra values
+    begins: tuple[int, ...]  # offset of each part in bytes
+    bytes_per_row: int  # bytes of a row as sent, B
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Self:

@@ -16,37 +16,23 @@ class LayerTraffic:
     """Sums of one rank over the exchanges of one layer.
 
     Bytes include rows and the values sent with them, but not the exchange of counts.
-
-    Attributes:
-        num_tokens: tokens planned.
-        num_touched_nodes: sum over tokens of the nodes that hold the token's experts, its home node included.
-        min_rows_across_nodes: rows that must cross nodes in any dispatch: for each exchange and token of this rank, one
-            for every node that the token touches except its home node.
-        num_rows_on_rank: rows that stayed on the rank.
-        num_rows_within_node: rows sent to other ranks of the node.
-        num_rows_across_nodes: rows sent to other nodes.
-        num_bytes_within_node: bytes sent to other ranks of the node.
-        num_bytes_across_nodes: bytes sent to other nodes.
-        num_bytes_from_nodes: bytes received from other nodes.
-        predicted_rows_within_node: `num_rows_within_node` as predicted by the plans.
-        predicted_rows_across_nodes: `num_rows_across_nodes` as predicted by the plans.
-        predicted_bytes_within_node: `num_bytes_within_node` as predicted by the plans.
-        predicted_bytes_across_nodes: `num_bytes_across_nodes` as predicted by the plans.
     """
 
-    num_tokens: int = 0
-    num_touched_nodes: int = 0
+    num_tokens: int = 0  # tokens planned
+    num_touched_nodes: int = 0  # sum over tokens of the nodes that hold the token's experts, its home node included
+    # rows that must cross nodes in any dispatch: for each exchange and token of this rank, one for every node that the
+    # token touches except its home node.
     min_rows_across_nodes: int = 0
-    num_rows_on_rank: int = 0
-    num_rows_within_node: int = 0
-    num_rows_across_nodes: int = 0
-    num_bytes_within_node: int = 0
-    num_bytes_across_nodes: int = 0
-    num_bytes_from_nodes: int = 0
-    predicted_rows_within_node: int = 0
-    predicted_rows_across_nodes: int = 0
-    predicted_bytes_within_node: int = 0
-    predicted_bytes_across_nodes: int = 0
+    num_rows_on_rank: int = 0  # rows that stayed on the rank
+    num_rows_within_node: int = 0  # rows sent to other ranks of the node
+    num_rows_across_nodes: int = 0  # rows sent to other nodes
+    num_bytes_within_node: int = 0  # bytes sent to other ranks of the node
+    num_bytes_across_nodes: int = 0  # bytes sent to other nodes
+    num_bytes_from_nodes: int = 0  # bytes received from other nodes
+    predicted_rows_within_node: int = 0  # `num_rows_within_node` as predicted by the plans
+    predicted_rows_across_nodes: int = 0  # `num_rows_across_nodes` as predicted by the plans
+    predicted_bytes_within_node: int = 0  # `num_bytes_within_node` as predicted by the plans
+    predicted_bytes_across_nodes: int = 0  # `num_bytes_across_nodes` as predicted by the plans
 
     @property
     def nodes_per_token(self) -> float:
@@ -97,17 +83,11 @@ class TrafficSnapshot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Sums over the members of a group, split by their distance from one member.
+    """Sums over the members of a group, split by their distance from one member."""
 
-    Attributes:
-        kept: number of the member itself.
-        within_node: sum over other members on its node.
-        across_nodes: sum over members on other nodes.
-    """
-
-    kept: int
-    within_node: int
-    across_nodes: int
+    kept: int  # number of the member itself
+    within_node: int  # sum over other members on its node
+    across_nodes: int  # sum over members on other nodes
 
     @classmethod
     def of(cls, per_member: Sequence[int], nodes: Sequence[int], place: int) -> Self:

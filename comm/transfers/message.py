@@ -55,8 +55,7 @@ class MessageKey:
 class Header:
     """Header that precedes a payload.
 
-    Raises:
-        ValueError: if a header cannot hold the dtype or the number of dimensions.
+    Raises ValueError if a header cannot hold the dtype or the number of dimensions.
     """
 
     key: MessageKey

@@ -65,15 +65,14 @@ class PipelineTransport(ClosesOnSuccess):
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
         """Posts the receive of a message, in the order in which the link's messages are sent.
 
+        Raises ValueError if there is no such link.
+
         Args:
             key: the expected message; its destination is this rank.
 
         Returns:
             Work whose `wait` returns the tensor on the transport's device, or raises `TransferError` if another message
             arrived. On NCCL the message is not checked.
-
-        Raises:
-            ValueError: if there is no such link.
         """
         assert key.destination == self._index
         return self._link(key).receive(key, tuple(shape), dtype)
@@ -81,12 +80,11 @@ class PipelineTransport(ClosesOnSuccess):
     def send(self, key: MessageKey, tensor: Tensor) -> None:
         """Sends a tensor without waiting for the receiver. The tensor must not change until `flush`.
 
+        Raises ValueError if there is no such link, or the tensor's dtype cannot be sent.
+
         Args:
             key: the message; its source is this rank.
             tensor: the tensor, with any strides. A reference is kept until it has been sent.
-
-        Raises:
-            ValueError: if there is no such link, or the tensor's dtype cannot be sent.
         """
         assert key.source == self._index
         self._link(key).send(key, tensor)

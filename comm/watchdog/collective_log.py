@@ -23,23 +23,14 @@ _RECENT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Collective:
-    """One exchange, transfer or reduction, with equal fields on all ranks that take part.
+    """One exchange, transfer or reduction, with equal fields on all ranks that take part."""
 
-    Attributes:
-        group: name of the group; equal on all its ranks and unique.
-        ranks: global ranks of the group, ascending.
-        number: number of the collective within the group, from 0.
-        name: what the collective does.
-        label: its owner if it belongs to a micro-batch; printed by its `str`.
-        is_phase: True if it also includes computation, so that a rank inside is not necessarily waiting.
-    """
-
-    group: str
-    ranks: RankSet
-    number: int
-    name: str
-    label: Hashable | None
-    is_phase: bool = False
+    group: str  # name of the group; equal on all its ranks and unique
+    ranks: RankSet  # global ranks of the group, ascending
+    number: int  # number of the collective within the group, from 0
+    name: str  # what the collective does
+    label: Hashable | None  # its owner if it belongs to a micro-batch; printed by its `str`
+    is_phase: bool = False  # True if it also includes computation, so that a rank inside is not necessarily waiting
 
     def __str__(self) -> str:
         of = f" of {self.label}" if self.label is not None else ""

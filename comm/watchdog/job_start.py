@@ -140,12 +140,11 @@ class JobStart:
     def wait(self, absent: Callable[[], list[int]], store: Store | None = None) -> None:
         """Pauses before the caller checks again.
 
+        Raises AbsentError if the deadline has passed on this or another rank.
+
         Args:
             absent: returns the ranks that have not joined.
             store: store through which the present ranks agree on a verdict; None until it is open.
-
-        Raises:
-            AbsentError: if the deadline has passed on this or another rank.
         """
         self._num_waits += 1
         if store is not None and (self.tree.is_flat or self._num_waits % WAITS_PER_LOOK == 0):

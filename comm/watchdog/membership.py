@@ -40,34 +40,24 @@ class JobKeyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Membership of a rank in its job.
-
-    Attributes:
-        host: host of the store, which is on the same network as the other ranks.
-        port: port of the store.
-        store_rank: rank that opens the store at `host` and `port`; None if the launcher opened it.
-        store_file: file of the store, instead of `host` and `port`; None if there is no such file.
-        is_one_machine: whether all ranks are on this machine.
-        key: key that the launcher or the user set for all ranks; None if rank 0 writes one into a file.
-        fanout: ranks of a block of the tree of ranks, equal on all ranks.
-    """
+    """Membership of a rank in its job."""
 
     rank: int
     world_size: int
-    host: str
-    port: int
-    store_rank: int | None
-    store_file: Path | None = None
-    is_one_machine: bool = False
+    host: str  # host of the store, which is on the same network as the other ranks
+    port: int  # port of the store
+    store_rank: int | None  # rank that opens the store at `host` and `port`; None if the launcher opened it
+    store_file: Path | None = None  # file of the store, instead of `host` and `port`; None if there is no such file
+    is_one_machine: bool = False  # whether all ranks are on this machine
+    # key that the launcher or the user set for all ranks; None if rank 0 writes one into a file.
     key: bytes | None = field(default=None, repr=False)
-    fanout: int = FANOUT
+    fanout: int = FANOUT  # ranks of a block of the tree of ranks, equal on all ranks
 
     @classmethod
     def from_environment(cls) -> "Membership":
         """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and removes the job's key from the environment.
 
-        Raises:
-            MembershipError, JobKeyError: if a variable is not set, or the key is too short.
+        Raises MembershipError, JobKeyError if a variable is not set, or the key is too short.
         """
         missing = [name for name in _REQUIRED if name not in os.environ]
         if missing:

@@ -109,23 +109,14 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
-    """State of a rank, as it reports it to other watchdogs.
+    """State of a rank, as it reports it to other watchdogs."""
 
-    Attributes:
-        waits: collectives that it waits for, the longest wait first.
-        started: number of collectives started in each group.
-        is_busy: whether its main thread computes; else the thread waits.
-        place: line of the program that its main thread executes.
-        last: the collective that it started last.
-        idle_seconds: time since that start.
-    """
-
-    waits: Annotated[tuple[Wait, ...], _MAX_WAITS]
-    started: Annotated[Mapping[str, int], _MAX_GROUPS]
-    is_busy: bool
-    place: Annotated[str, _MAX_LINE_CHARACTERS]
-    last: Annotated[str, _MAX_WAIT_CHARACTERS]
-    idle_seconds: float
+    waits: Annotated[tuple[Wait, ...], _MAX_WAITS]  # collectives that it waits for, the longest wait first
+    started: Annotated[Mapping[str, int], _MAX_GROUPS]  # number of collectives started in each group
+    is_busy: bool  # whether its main thread computes; else the thread waits
+    place: Annotated[str, _MAX_LINE_CHARACTERS]  # line of the program that its main thread executes
+    last: Annotated[str, _MAX_WAIT_CHARACTERS]  # the collective that it started last
+    idle_seconds: float  # time since that start
 
     @classmethod
     def of(cls, log: CollectiveLog, thread: MainThread) -> Self:

@@ -25,36 +25,22 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Verdict that ends a job.
+    """Verdict that ends a job."""
 
-    Attributes:
-        code: exit code of every rank that ends with it; 1 is another rank's own error.
-        text: one line with the missing ranks and the collective that other ranks waited for.
-        judge: rank that made the verdict.
-        culprits: ranks that are missing; the first ones if there are more than a message holds.
-    """
-
-    code: Annotated[int, VERDICT_CODES]
-    text: Text
-    judge: Rank
-    culprits: RankSet
+    code: Annotated[int, VERDICT_CODES]  # exit code of every rank that ends with it; 1 is another rank's own error
+    text: Text  # one line with the missing ranks and the collective that other ranks waited for
+    judge: Rank  # rank that made the verdict
+    culprits: RankSet  # ranks that are missing; the first ones if there are more than a message holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InquiryResult:
-    """Result of an inquiry.
+    """Result of an inquiry."""
 
-    Attributes:
-        judge: rank that sent the requests.
-        states: states of the ranks that replied, and the judge's own.
-        lost: ranks whose processes have ended, with the reasons.
-        silent: ranks that did not respond.
-    """
-
-    judge: int
-    states: Mapping[int, RankState]
-    lost: Mapping[int, str]
-    silent: Collection[int]
+    judge: int  # rank that sent the requests
+    states: Mapping[int, RankState]  # states of the ranks that replied, and the judge's own
+    lost: Mapping[int, str]  # ranks whose processes have ended, with the reasons
+    silent: Collection[int]  # ranks that did not respond
 
     def awaited_with(self, culprits: Collection[int]) -> Wait | None:
         """Returns the longest wait for a collective that includes a culprit; the judge's own waits come first."""

@@ -79,11 +79,10 @@ def problems(
 ) -> tuple[ArithmeticProblem, ...]:
     """Returns different problems, for evaluation, rejection sampling and reinforcement learning.
 
+    Raises DataError if there are too few problems with so many digits.
+
     Args:
         part: problems that are held out from training, or those that may occur in it.
-
-    Raises:
-        DataError: there are too few problems with so many digits.
     """
     share = HELD_OUT_SHARE if part == "held_out" else 1 - HELD_OUT_SHARE
     # Fewer than half of all, so that drawing different ones takes little time.

@@ -34,25 +34,16 @@ ENCODE_BATCH = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArithmeticSource(DataSource):
-    """Problems of sorting or reversing digits, generated from a seed.
+    """Problems of sorting or reversing digits, generated from a seed."""
 
-    Attributes:
-        form: demonstrations: one answer each; preferences: the right answer and one with a wrong digit.
-        template: name of the chat template.
-        domains: kinds of problems, in turn.
-        num_digits: digits of a problem.
-        num_samples: number of problems, held-out validation included.
-        wrong_share: share of demonstrations with one wrong digit.
-        generator_seed: seed of the problems and the wrong digits.
-    """
-
+    # demonstrations: one answer each; preferences: the right answer and one with a wrong digit.
     form: Literal["demonstrations", "preferences"]
-    template: Annotated[str, CHAT_TEMPLATES]
-    domains: tuple[Domain, ...]
-    num_digits: Annotated[int, AtLeast(4)]
-    num_samples: PositiveInt
-    wrong_share: Share
-    generator_seed: NonNegativeInt
+    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
+    domains: tuple[Domain, ...]  # kinds of problems, in turn
+    num_digits: Annotated[int, AtLeast(4)]  # digits of a problem
+    num_samples: PositiveInt  # number of problems, held-out validation included
+    wrong_share: Share  # share of demonstrations with one wrong digit
+    generator_seed: NonNegativeInt  # seed of the problems and the wrong digits
 
 
 def arithmetic_tokenizer() -> Tokenizer:

@@ -57,15 +57,10 @@ class _Parts:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EncodedChat:
-    """Token ids of a conversation.
+    """Token ids of a conversation."""
 
-    Attributes:
-        ids: [T].
-        is_target: whether the assistant writes the token, [T].
-    """
-
-    ids: list[int]
-    is_target: list[bool]
+    ids: list[int]  # [T]
+    is_target: list[bool]  # whether the assistant writes the token, [T]
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -98,11 +93,10 @@ def encode_conversations(
 ) -> list[EncodedChat]:
     """Encodes conversations for training. Only the last message shows its thoughts; see `split_views`.
 
+    Raises DataError if the tokenizer lacks a token of the template, or the template cannot write thoughts.
+
     Args:
         conversations: each in the order that `order_problem` accepts.
-
-    Raises:
-        DataError: the tokenizer lacks a token of the template, or the template cannot write thoughts.
     """
     return _encode([_conversation_parts(each, template) for each in conversations], tokenizer)
 
@@ -117,12 +111,11 @@ def encode_prompt(
 ) -> list[int]:
     """Returns the token ids after which the assistant answers.
 
+    Raises DataError if the messages are out of order, the tokenizer lacks a token, or the template has no thoughts.
+
     Args:
         messages: the last one is a user's or a tool's output.
         thinking: whether the assistant thinks first; None follows the template.
-
-    Raises:
-        DataError: the messages are out of order, the tokenizer lacks a token, or the template has no thoughts.
     """
     problem = order_problem(tuple(messages))
     if problem is not None:

@@ -14,11 +14,10 @@ ONE_EACH = "nearest: one object in each line"
 def decode_line(line: bytes, place: str) -> dict[str, Any]:
     """Returns the JSON object of a line.
 
+    Raises DataError if the line is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
+
     Args:
         line: UTF-8, perhaps with a byte order mark.
-
-    Raises:
-        DataError: the line is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
     """
     try:
         value = decode_json(line.decode("utf-8-sig"))
@@ -35,11 +34,7 @@ def decode_line(line: bytes, place: str) -> dict[str, Any]:
 
 
 def text_of(value: object, place: str) -> str:
-    """Returns a string.
-
-    Raises:
-        DataError: the value is not a string.
-    """
+    """Returns a string. Raises DataError if the value is not a string."""
     if not isinstance(value, str):
         hint = '; nearest: ""' if value is None else f"; nearest: {shorten(json.dumps(json.dumps(value)))}"
         raise DataError(f"{place}: must be a string, is {describe(value)}{hint}")
@@ -47,11 +42,7 @@ def text_of(value: object, place: str) -> str:
 
 
 def list_of(value: object, place: str) -> Sequence[object]:
-    """Returns a list with at least one item.
-
-    Raises:
-        DataError: the value is not a list, or is empty.
-    """
+    """Returns a list with at least one item. Raises DataError if the value is not a list, or is empty."""
     if not isinstance(value, list):
         raise DataError(f"{place}: must be a list, is {describe(value)}; nearest: [{shorten(json.dumps(value))}]")
     if not value:
@@ -62,11 +53,10 @@ def list_of(value: object, place: str) -> Sequence[object]:
 def object_of(value: object, place: str, allowed: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
     """Returns an object whose names are allowed.
 
+    Raises DataError if the value is not an object, a name is unknown, or a required one is missing.
+
     Args:
         allowed: names that may occur; others may only be null.
-
-    Raises:
-        DataError: the value is not an object, a name is unknown, or a required one is missing.
     """
     if not isinstance(value, dict):
         names = ", ".join(required or allowed)

@@ -14,17 +14,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JsonRecord(Generic[T]):
-    """A line of a file.
+    """A line of a file."""
 
-    Attributes:
-        key: equal on every machine: the file's key with the line's number.
-        place: file and line, for errors.
-        content: what the line describes.
-    """
-
-    key: str
-    place: str
-    content: T
+    key: str  # equal on every machine: the file's key with the line's number
+    place: str  # file and line, for errors
+    content: T  # what the line describes
 
 
 def read_json_lines(
@@ -32,14 +26,13 @@ def read_json_lines(
 ) -> Iterator[JsonRecord[T]]:
     """Yields the records of a file. With a limit, reads only about that many bytes.
 
+    Raises DataError if the file is no `.jsonl` file, cannot be read, or a line is invalid.
+
     Args:
         file: a `.jsonl` file.
         read: returns the content of a line's object; also receives the line's place.
         limit_bytes: number of bytes after which reading stops; None reads the whole file.
         what: plural of what a line holds, for errors.
-
-    Raises:
-        DataError: the file is no `.jsonl` file, cannot be read, or a line is invalid.
     """
     if file.path.suffix.lower() != ".jsonl":
         raise DataError(
@@ -64,12 +57,11 @@ def read_json_lines(
 def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusFile, ...]:
     """Returns the `.jsonl` files that the paths name and that folders contain.
 
+    Raises DataError as in `data.corpus.list_paths`, or there is none.
+
     Args:
         what: plural of what a line holds, for errors.
         example: a line, for errors.
-
-    Raises:
-        DataError: as in `data.corpus.list_paths`, or there is none.
     """
     named = {Path(path).expanduser().resolve() for path in paths}
     listed = list_paths(paths)

@@ -17,19 +17,12 @@ class ToolCall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatMessage:
-    """A message of a conversation.
+    """A message of a conversation."""
 
-    Attributes:
-        role: author of the message.
-        content: text; for a tool, its output.
-        thoughts: reasoning of the assistant before `content`; None: it did not think.
-        tool_calls: calls of the assistant after `content`.
-    """
-
-    role: Role
-    content: str
-    thoughts: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
+    role: Role  # author of the message
+    content: str  # text; for a tool, its output
+    thoughts: str | None = None  # reasoning of the assistant before `content`; None: it did not think
+    tool_calls: tuple[ToolCall, ...] = ()  # calls of the assistant after `content`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +36,12 @@ class ToolDefinition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Messages in order, of which the assistant's are trained.
+    """Messages in order, of which the assistant's are trained."""
 
-    Attributes:
-        messages: system messages, then user, tools and assistant; the last one is the assistant's.
-        tools: tools that the assistant may call.
-        num_context: number of first messages that are not trained, even if the assistant wrote them.
-    """
-
+    # system messages, then user, tools and assistant; the last one is the assistant's.
     messages: tuple[ChatMessage, ...]
-    tools: tuple[ToolDefinition, ...] = ()
-    num_context: int = 0
+    tools: tuple[ToolDefinition, ...] = ()  # tools that the assistant may call
+    num_context: int = 0  # number of first messages that are not trained, even if the assistant wrote them
 
     @property
     def trained_turns(self) -> tuple[int, ...]:
@@ -64,17 +52,11 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerPair:
-    """Two answers to one prompt, of which the first is preferred.
+    """Two answers to one prompt, of which the first is preferred."""
 
-    Attributes:
-        chosen: the prompt with the preferred answer.
-        rejected: the prompt with the other answer.
-        margin: how much better the preferred answer is.
-    """
-
-    chosen: Conversation
-    rejected: Conversation
-    margin: float = 0.0
+    chosen: Conversation  # the prompt with the preferred answer
+    rejected: Conversation  # the prompt with the other answer
+    margin: float = 0.0  # how much better the preferred answer is
 
 
 def user(content: str) -> ChatMessage:

@@ -64,11 +64,10 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
 def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
     """Returns the two answers of an object.
 
+    Raises DataError as in `read_conversation`.
+
     Args:
         values: decoded JSON object; a number `margin` is optional.
-
-    Raises:
-        DataError: as in `read_conversation`.
     """
     for name in ("prompt", "chosen", "rejected"):
         if name not in values:
@@ -120,8 +119,7 @@ def _check(conversation: Conversation, place: str) -> None:
 def read_prompt(value: object, place: str) -> tuple[ChatMessage, ...]:
     """Returns the messages of a prompt: a string is one message of the user.
 
-    Raises:
-        DataError: as in `read_conversation`.
+    Raises DataError as in `read_conversation`.
     """
     if isinstance(value, str):
         return (ChatMessage(role="user", content=text_of(value, place)),)

@@ -24,30 +24,20 @@ CONVERSATION_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatSource(DataSource):
-    """Conversations in `.jsonl` files, of which every turn of the assistant is trained.
+    """Conversations in `.jsonl` files, of which every turn of the assistant is trained."""
 
-    Attributes:
-        paths: files, and folders that are searched for them.
-        template: name of the chat template.
-        too_long: whether a conversation that is longer than a sequence is cut at its end or dropped.
-    """
-
-    paths: tuple[str, ...]
-    template: Annotated[str, CHAT_TEMPLATES]
+    paths: tuple[str, ...]  # files, and folders that are searched for them
+    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
+    # whether a conversation that is longer than a sequence is cut at its end or dropped.
     too_long: Literal["cut", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferencesSource(DataSource):
-    """Pairs of answers in `.jsonl` files. A pair that is longer than a sequence is dropped.
+    """Pairs of answers in `.jsonl` files. A pair that is longer than a sequence is dropped."""
 
-    Attributes:
-        paths: files, and folders that are searched for them.
-        template: name of the chat template.
-    """
-
-    paths: tuple[str, ...]
-    template: Annotated[str, CHAT_TEMPLATES]
+    paths: tuple[str, ...]  # files, and folders that are searched for them
+    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
 
 
 def _list_chats(source: ChatSource | PreferencesSource) -> tuple[CorpusFile, ...]:

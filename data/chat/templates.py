@@ -36,46 +36,27 @@ _SPECIAL_NAMES = frozenset({BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThoughtsForm:
-    """How a template writes the assistant's thoughts.
+    """How a template writes the assistant's thoughts."""
 
-    Attributes:
-        begin: pieces of a generation prompt, before the thoughts.
-        end: pieces between the thoughts and the answer; the assistant writes them.
-    """
-
-    begin: Pieces
-    end: Pieces
+    begin: Pieces  # pieces of a generation prompt, before the thoughts
+    end: Pieces  # pieces between the thoughts and the answer; the assistant writes them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolForm:
-    """How a template writes calls of tools and their outputs.
+    """How a template writes calls of tools and their outputs."""
 
-    Attributes:
-        calls_begin: before the first call.
-        call_begin: before each name.
-        separator: between name and arguments.
-        call_end: after the arguments.
-        call_joint: between two calls.
-        calls_end: after the last call.
-        outputs_begin: before the first output.
-        output_begin: before each output.
-        output_end: after each output.
-        output_joint: between two outputs.
-        outputs_end: after the last output, before the assistant continues.
-    """
-
-    calls_begin: Pieces = (CALLS_BEGIN,)
-    call_begin: Pieces
-    separator: Pieces
-    call_end: Pieces
-    call_joint: Pieces
-    calls_end: Pieces = (CALLS_END,)
-    outputs_begin: Pieces
-    output_begin: Pieces = (OUTPUT_BEGIN,)
-    output_end: Pieces = (OUTPUT_END,)
-    output_joint: Pieces
-    outputs_end: Pieces
+    calls_begin: Pieces = (CALLS_BEGIN,)  # before the first call
+    call_begin: Pieces  # before each name
+    separator: Pieces  # between name and arguments
+    call_end: Pieces  # after the arguments
+    call_joint: Pieces  # between two calls
+    calls_end: Pieces = (CALLS_END,)  # after the last call
+    outputs_begin: Pieces  # before the first output
+    output_begin: Pieces = (OUTPUT_BEGIN,)  # before each output
+    output_end: Pieces = (OUTPUT_END,)  # after each output
+    output_joint: Pieces  # between two outputs
+    outputs_end: Pieces  # after the last output, before the assistant continues
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,30 +65,18 @@ class ChatTemplate:
 
     A conversation begins with `begin`, the system messages joined by `system_joint`, and the list of tools. A turn of
     the assistant ends with `end`. The tokenizer's own tokens replace `BEGIN_OF_SENTENCE` and `END_OF_SENTENCE`.
-
-    Attributes:
-        summary: one-line description for users.
-        user: before a user's text.
-        assistant: before the answer of an assistant that does not think.
-        thoughts: form of thoughts; None: the template has none.
-        thinks: whether a generation prompt begins thoughts, if the user does not choose.
-        tools: form of calls and outputs of tools.
-        begin: before the system messages.
-        end: after the assistant's answer.
-        system_joint: between two system messages.
-        own_tokens: names of special tokens that DeepSeek's templates do not place.
     """
 
-    summary: str
-    user: Pieces = (USER,)
-    assistant: Pieces
-    thoughts: ThoughtsForm | None
-    thinks: bool
-    tools: ToolForm
-    begin: Pieces = (BEGIN_OF_SENTENCE,)
-    end: Pieces = (END_OF_SENTENCE,)
-    system_joint: str = "\n\n"
-    own_tokens: tuple[str, ...] = ()
+    summary: str  # one-line description for users
+    user: Pieces = (USER,)  # before a user's text
+    assistant: Pieces  # before the answer of an assistant that does not think
+    thoughts: ThoughtsForm | None  # form of thoughts; None: the template has none
+    thinks: bool  # whether a generation prompt begins thoughts, if the user does not choose
+    tools: ToolForm  # form of calls and outputs of tools
+    begin: Pieces = (BEGIN_OF_SENTENCE,)  # before the system messages
+    end: Pieces = (END_OF_SENTENCE,)  # after the assistant's answer
+    system_joint: str = "\n\n"  # between two system messages
+    own_tokens: tuple[str, ...] = ()  # names of special tokens that DeepSeek's templates do not place
 
     @property
     def special_names(self) -> frozenset[str]:

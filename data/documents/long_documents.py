@@ -14,23 +14,14 @@ _KEY = "data.long_documents"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongDocuments:
-    """The long documents of a prepared training part.
+    """The long documents of a prepared training part."""
 
-    Attributes:
-        min_document_tokens: tokens from which a document is long.
-        share: share of the training sequences that hold long documents only.
-        num_sequences: number of these sequences in the corpus; they precede all others.
-        tokens: number of their tokens.
-        other_sequences: number of the sequences without long documents.
-        other_tokens: number of their tokens.
-    """
-
-    min_document_tokens: int
-    share: float
-    num_sequences: int
-    tokens: int
-    other_sequences: int
-    other_tokens: int
+    min_document_tokens: int  # tokens from which a document is long
+    share: float  # share of the training sequences that hold long documents only
+    num_sequences: int  # number of these sequences in the corpus; they precede all others
+    tokens: int  # number of their tokens
+    other_sequences: int  # number of the sequences without long documents
+    other_tokens: int  # number of their tokens
 
     @property
     def own_share(self) -> float:
@@ -61,6 +52,8 @@ def pack_long_first(
 ) -> tuple[Packed, dict[str, int]]:
     """Packs documents so that sequences with long ones come first.
 
+    Raises DataError if no document is long, or all of them are and the share is below 1.
+
     Args:
         tokens: concatenated tokens of all documents.
         lengths: tokens of each document.
@@ -69,9 +62,6 @@ def pack_long_first(
 
     Returns:
         The sequences, and the counts from which `LongDocuments` is opened.
-
-    Raises:
-        DataError: no document is long, or all of them are and the share is below 1.
     """
     is_long = lengths >= config.min_document_tokens
     if not is_long.any():

@@ -1,4 +1,1 @@
-"""Reads problems: prompts with what a right answer must satisfy.
-
-No torch here.
-"""
+"""Reads problems: prompts with what a right answer must satisfy. No torch here."""

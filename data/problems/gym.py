@@ -26,27 +26,16 @@ from kernels.ranges import NonNegativeInt, PositiveInt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GymSource(DataSource):
-    """Problems of one of the library's data sets. A prompt that is longer than a sequence is dropped.
+    """Problems of one of the library's data sets. A prompt that is longer than a sequence is dropped."""
 
-    Attributes:
-        dataset: name of the data set.
-        count: number of problems, held-out ones included; repeated ones are left out.
-        generator_seed: seed of the problems.
-        template: name of the chat template.
-    """
-
-    dataset: str
-    count: PositiveInt
-    generator_seed: NonNegativeInt
-    template: Annotated[str, CHAT_TEMPLATES]
+    dataset: str  # name of the data set
+    count: PositiveInt  # number of problems, held-out ones included; repeated ones are left out
+    generator_seed: NonNegativeInt  # seed of the problems
+    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
 
 
 def _open(source: GymSource) -> Any:
-    """Returns the data set.
-
-    Raises:
-        DataError: the library cannot be imported, or has no such data set.
-    """
+    """Returns the data set. Raises DataError if the library cannot be imported, or has no such data set."""
     try:
         factory = importlib.import_module("reasoning_gym.factory")
     except ImportError as error:

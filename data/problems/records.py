@@ -32,23 +32,15 @@ class StdinTest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProblemRecord:
-    """A problem: what the model is asked, and what a right answer must satisfy.
+    """A problem: what the model is asked, and what a right answer must satisfy."""
 
-    Attributes:
-        key: equal on every machine; its hash decides whether the problem is held out.
-        messages: the prompt; the last message is the user's or a tool's.
-        answer: the expected answer, if there is one.
-        tests: assertions as Python source, or inputs with outputs, if the answer is a program.
-        place: file and line, or number, for errors.
-        origin: from what a generator made the problem, as JSON text, if its own verifier must find it.
-    """
-
-    key: str
-    messages: tuple[ChatMessage, ...]
-    answer: str | None
+    key: str  # equal on every machine; its hash decides whether the problem is held out
+    messages: tuple[ChatMessage, ...]  # the prompt; the last message is the user's or a tool's
+    answer: str | None  # the expected answer, if there is one
+    # assertions as Python source, or inputs with outputs, if the answer is a program.
     tests: str | tuple[StdinTest, ...] | None
-    place: str
-    origin: str | None = None
+    place: str  # file and line, or number, for errors
+    origin: str | None = None  # from what a generator made the problem, as JSON text, if its own verifier must find it
 
     @property
     def prompt(self) -> str:

@@ -22,15 +22,10 @@ PROBLEM_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProblemsSource(DataSource):
-    """Problems in `.jsonl` files. A prompt that is longer than a sequence is dropped.
+    """Problems in `.jsonl` files. A prompt that is longer than a sequence is dropped."""
 
-    Attributes:
-        paths: files, and folders that are searched for them.
-        template: name of the chat template.
-    """
-
-    paths: tuple[str, ...]
-    template: Annotated[str, CHAT_TEMPLATES]
+    paths: tuple[str, ...]  # files, and folders that are searched for them
+    template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
 
 
 def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> TrainingSample:

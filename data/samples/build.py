@@ -33,14 +33,13 @@ def build_samples(
 ) -> dict[str, int | float | str]:
     """Writes `tokenizer.json` and each part's packed samples into a folder.
 
+    Raises DataError if the source cannot be read, or the training part would be empty.
+
     Args:
         known: the given tokenizer or the source's own one; None trains one on the samples' text.
 
     Returns:
         The values for `meta.json`.
-
-    Raises:
-        DataError: the source cannot be read, or the training part would be empty.
     """
     tokenizer = known or train_tokenizer(config, 0, progress)
     tokenizer.save(folder / "tokenizer.json")

@@ -32,19 +32,12 @@ NUMBERED = (PAIR, SCORE, ANSWER)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleCounts:
-    """Counts of a part's samples.
+    """Counts of a part's samples."""
 
-    Attributes:
-        kept: samples that are packed.
-        cut: those of them that are cut at their end.
-        dropped: samples that are left out, because they are too long or have no weight.
-        targets: predictions that are trained.
-    """
-
-    kept: int
-    cut: int
-    dropped: int
-    targets: int
+    kept: int  # samples that are packed
+    cut: int  # those of them that are cut at their end
+    dropped: int  # samples that are left out, because they are too long or have no weight
+    targets: int  # predictions that are trained
 
 
 @dataclass(slots=True)
@@ -79,19 +72,12 @@ class _PartSamples:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedSamples:
-    """Packed samples of one part.
+    """Packed samples of one part."""
 
-    Attributes:
-        tokens_NL: token ids, with the pad id after each sequence's last piece.
-        positions_NL: position within the piece, int32; -1 for padding.
-        values: further values by name, each [N, L, ...]; 0 for padding.
-        counts: number of samples.
-    """
-
-    tokens_NL: NDArray[np.integer]
-    positions_NL: NDArray[np.int32]
-    values: Mapping[str, NDArray[np.generic]]
-    counts: SampleCounts
+    tokens_NL: NDArray[np.integer]  # token ids, with the pad id after each sequence's last piece
+    positions_NL: NDArray[np.int32]  # position within the piece, int32; -1 for padding
+    values: Mapping[str, NDArray[np.generic]]  # further values by name, each [N, L, ...]; 0 for padding
+    counts: SampleCounts  # number of samples
 
 
 def pack_samples(

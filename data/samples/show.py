@@ -21,16 +21,11 @@ CONTEXT, TARGET = "       | ", "target | "
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ShownPiece:
-    """A piece of a sequence.
-
-    Attributes:
-        tokens: token ids, [T].
-        is_target: whether the token is predicted in training, [T].
-    """
+    """A piece of a sequence."""
 
     title: str
-    tokens: NDArray[np.integer]
-    is_target: NDArray[np.bool_]
+    tokens: NDArray[np.integer]  # token ids, [T]
+    is_target: NDArray[np.bool_]  # whether the token is predicted in training, [T]
 
 
 def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> Iterator[str]:

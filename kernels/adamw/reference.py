@@ -65,19 +65,16 @@ def adamw_bf16_moments(
 ) -> None:
     """Takes one step in place: both moments in float32, then the weights, then rounds the moments to bf16.
 
-    mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2;
-    weight = weight (1 - rate decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps).
-    Moments round to nearest even (arXiv:2412.19437, section 3.3.3, keeps them in bf16). A NaN in the gradient makes
-    both moments and the weight NaN.
+    mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2; weight = weight (1 - rate
+    decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps). Moments round to nearest even
+    (arXiv:2412.19437, section 3.3.3, keeps them in bf16). A NaN in the gradient makes both moments and the weight NaN.
+    Raises ValueError if a tensor has another type or shape, or is not contiguous.
 
     Args:
         weights: float32, N, contiguous.
         gradients: float32, N, contiguous; not changed.
         means: bf16, N, contiguous; moving average of gradients.
         squares: bf16, N, contiguous; moving average of squared gradients.
-
-    Raises:
-        ValueError: a tensor has another type or shape, or is not contiguous.
     """
     check_step(weights, gradients, means, squares)
     size = min(CHUNK_ELEMENTS, weights.numel())

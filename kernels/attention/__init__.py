@@ -74,11 +74,10 @@ ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.i
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_packed: bool) -> AttentionKernel:
     """Returns the attention kernel of a name, or the one that `auto` chooses.
 
+    Raises UnknownNameError if no kernel has this name.
+
     Args:
         is_packed: whether sequences hold several documents that must not see each other.
-
-    Raises:
-        UnknownNameError: no kernel has this name.
     """
     if name != AUTO:
         return ATTENTION.get(name)

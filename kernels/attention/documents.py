@@ -26,21 +26,13 @@ class DocumentRun:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Documents of one micro-batch; all layers share the object, which caches the masks that kernels need.
+    """Documents of one micro-batch; all layers share the object, which caches the masks that kernels need."""
 
-    Attributes:
-        ids_BT: document of each token, int64; the tokens of a document are consecutive.
-        starts: first token of each document in the flattened batch, then the number of tokens, int32.
-        longest: tokens of the longest document.
-        is_padding_BT: whether a token fills the rest of a sequence.
-        num_real: documents that are not padding.
-    """
-
-    ids_BT: Tensor
-    starts: Tensor
-    longest: int
-    is_padding_BT: Tensor
-    num_real: int
+    ids_BT: Tensor  # document of each token, int64; the tokens of a document are consecutive
+    starts: Tensor  # first token of each document in the flattened batch, then the number of tokens, int32
+    longest: int  # tokens of the longest document
+    is_padding_BT: Tensor  # whether a token fills the rest of a sequence
+    num_real: int  # documents that are not padding
 
     @classmethod
     def from_positions(cls, positions_BT: Tensor) -> "Documents":

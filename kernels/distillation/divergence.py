@@ -16,18 +16,13 @@ DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """A divergence D(p, q) of teacher p and student q at a temperature, times its square.
+    """A divergence D(p, q) of teacher p and student q at a temperature, times its square."""
 
-    Attributes:
-        kind: forward_kl: KL(p || q). reverse_kl: KL(q || p). jensen_shannon: beta KL(p || m) + (1 - beta) KL(q || m),
-            with m = beta p + (1 - beta) q.
-        beta: weight of the teacher in m, above 0 and below 1; ignored by the others.
-        temperature: divisor of the logits of both.
-    """
-
+    # forward_kl: KL(p || q). reverse_kl: KL(q || p). jensen_shannon: beta KL(p || m) + (1 - beta) KL(q || m), with m =
+    # beta p + (1 - beta) q.
     kind: DivergenceKind
-    beta: float = 0.5
-    temperature: float = 1.0
+    beta: float = 0.5  # weight of the teacher in m, above 0 and below 1; ignored by the others
+    temperature: float = 1.0  # divisor of the logits of both
 
 
 def divergence_terms(log_p_CB: Tensor, log_q_CB: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,10 @@ class TeacherStates:
     """A teacher as the input of its head and the head itself.
 
     Its logits are computed again, chunk by chunk.
-
-    Attributes:
-        rows_NS: states after the teacher's final norm.
-        head_VS: the teacher's head.
     """
 
-    rows_NS: Tensor
-    head_VS: Tensor
+    rows_NS: Tensor  # states after the teacher's final norm
+    head_VS: Tensor  # the teacher's head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +32,10 @@ class TeacherTopK:
     """A teacher as its most probable tokens.
 
     All others are one further token, with the rest of the probability.
-
-    Attributes:
-        ids_NK: int64, different within a row.
-        log_probs_NK: at the temperature of the divergence.
     """
 
-    ids_NK: Tensor
-    log_probs_NK: Tensor
+    ids_NK: Tensor  # int64, different within a row
+    log_probs_NK: Tensor  # at the temperature of the divergence
 
 
 Teacher = TeacherStates | TeacherTopK
@@ -71,7 +63,8 @@ def linear_distillation(
     """Computes tau^2 D(teacher, student) of each row, and gradients, chunk by chunk.
 
     The gradients are those of the sum over rows of weight * (mix[0] tau^2 D - mix[1] log_prob). A teacher has no
-    gradient. Each chunk's logits are computed once, in float32 or wider after the product.
+    gradient. Each chunk's logits are computed once, in float32 or wider after the product. Raises ValueError if the
+    operands do not match.
 
     Args:
         targets_N: int64, below V; rows with -100 are ignored.
@@ -79,9 +72,6 @@ def linear_distillation(
         mix: weights of the divergence and of the cross-entropy of the targets.
         row_weights_N: weight of each row, in float32 or wider; None: 1.
         wants_gradients: whether to compute the gradients of rows and head.
-
-    Raises:
-        ValueError: the operands do not match.
     """
     check_operands(rows_ND, head_VD, targets_N, row_weights_N)
     _check_teacher(teacher, len(rows_ND), len(head_VD))

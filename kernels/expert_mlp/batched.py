@@ -21,17 +21,11 @@ MOST_FILLED = 4
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Positions of rows after padding.
+    """Positions of rows after padding."""
 
-    Attributes:
-        rows_S: row of each slot.
-        filled: slots without a row.
-        places_A: slot of each row.
-    """
-
-    rows_S: Tensor
-    filled: Tensor
-    places_A: Tensor
+    rows_S: Tensor  # row of each slot
+    filled: Tensor  # slots without a row
+    places_A: Tensor  # slot of each row
     num_experts: int
 
     def scatter(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:

@@ -21,15 +21,10 @@ BLOCK_NUMBERS = 2**20  # 4 MB of float32
 
 @dataclass(frozen=True, slots=True)
 class ExpertBlock:
-    """Consecutive experts.
+    """Consecutive experts."""
 
-    Attributes:
-        rows: their rows among all rows.
-        experts: number of each expert, and its rows within the block.
-    """
-
-    rows: slice
-    experts: tuple[tuple[int, slice], ...]
+    rows: slice  # their rows among all rows
+    experts: tuple[tuple[int, slice], ...]  # number of each expert, and its rows within the block
 
     @property
     def size(self) -> int:

@@ -28,15 +28,14 @@ from kernels.quantize.reference import dequantize_1x128, dequantize_128x128
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
     """Multiplies by a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
 
+    Raises ValueError if the operands do not match.
+
     Args:
         left: codes [M, K] with scales by 1 x 128, of activations or gradients.
         right: codes [N, K] with scales by 128 x 128, of a weight or its transpose.
 
     Returns:
         [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.
-
-    Raises:
-        ValueError: the operands do not match.
     """
     check_rows_by_blocks("gemm_fp8", left, right)
     left_MK, right_NK = dequantize_1x128(left, torch.float32), dequantize_128x128(right, torch.float32)
@@ -46,15 +45,14 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
     """Multiplies over all groups' rows, `left right^T`: a weight's gradient (arXiv:2412.19437, 3.3.2).
 
+    Raises ValueError if the operands do not match.
+
     Args:
         left: codes [M, P] with scales by 128 of P, of the outputs' gradient.
         right: codes [N, P] with scales by 128 of P, of the inputs.
 
     Returns:
         float32 [M, N]; zeros if P is 0.
-
-    Raises:
-        ValueError: the operands do not match.
     """
     check_columns("gemm_fp8_columns", left, right)
     left_MP, right_NP = (dequantize_1x128(Quantized(*operand), torch.float32) for operand in (left, right))

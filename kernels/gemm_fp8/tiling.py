@@ -9,25 +9,15 @@ SMALLEST_SIDE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiling:
-    """Tile sizes of the result, and the resources of a program.
+    """Tile sizes of the result, and the resources of a program."""
 
-    Attributes:
-        rows: rows per tile, a power of two; at least 64 for `wgmma` instructions.
-        outputs: columns per tile, a power of two, at most 128, so that one block scale covers a whole tile.
-        group: tile rows that are processed together, column by column.
-        specialize: whether some warps only load; `warps` must be 4 then, and twice as many multiply.
-        programs_per_sm: programs that run at the same time on a multiprocessor.
-        warps: warps per program.
-        stages: tiles of the operands in shared memory, in flight or in use.
-    """
-
-    rows: int = 128
-    outputs: int = 128
-    group: int = 8
-    specialize: bool = False
-    programs_per_sm: int = 1
-    warps: int = 8
-    stages: int = 4
+    rows: int = 128  # rows per tile, a power of two; at least 64 for `wgmma` instructions
+    outputs: int = 128  # columns per tile, a power of two, at most 128, so that one block scale covers a whole tile
+    group: int = 8  # tile rows that are processed together, column by column
+    specialize: bool = False  # whether some warps only load; `warps` must be 4 then, and twice as many multiply
+    programs_per_sm: int = 1  # programs that run at the same time on a multiprocessor
+    warps: int = 8  # warps per program
+    stages: int = 4  # tiles of the operands in shared memory, in flight or in use
 
     def __post_init__(self) -> None:
         """Raises ValueError if a side is not a power of two in [16, 128]."""

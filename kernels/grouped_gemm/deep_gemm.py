@@ -83,17 +83,11 @@ def supports_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
 
 
 class _Layout(NamedTuple):
-    """Layout of rows that the package requires.
+    """Layout of rows that the package requires."""
 
-    Attributes:
-        groups_P: group of each row, -1 for padding.
-        sources_P: source row of each padded row; None if rows keep their places.
-        places_A: padded place of each row; None if rows keep their places.
-    """
-
-    groups_P: Tensor
-    sources_P: Tensor | None
-    places_A: Tensor | None
+    groups_P: Tensor  # group of each row, -1 for padding
+    sources_P: Tensor | None  # source row of each padded row; None if rows keep their places
+    places_A: Tensor | None  # padded place of each row; None if rows keep their places
 
 
 def _layout_of(counts: Sequence[int], device: torch.device) -> _Layout:

@@ -26,25 +26,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupedTiling:
-    """Tile sizes of the result, and the resources of a program.
+    """Tile sizes of the result, and the resources of a program."""
 
-    Attributes:
-        rows: rows per tile, a power of two; at least 64 for `wgmma` instructions.
-        columns: columns per tile, a power of two.
-        depth: numbers that are multiplied and added at a time, a power of two.
-        height: tile rows that are processed together, column by column.
-        programs_per_sm: programs that run at the same time on a multiprocessor.
-        warps: warps per program.
-        stages: tiles of the operands in shared memory, in flight or in use.
-    """
-
-    rows: int = 128
-    columns: int = 256
-    depth: int = 64
-    height: int = 8
-    programs_per_sm: int = 1
-    warps: int = 8
-    stages: int = 3
+    rows: int = 128  # rows per tile, a power of two; at least 64 for `wgmma` instructions
+    columns: int = 256  # columns per tile, a power of two
+    depth: int = 64  # numbers that are multiplied and added at a time, a power of two
+    height: int = 8  # tile rows that are processed together, column by column
+    programs_per_sm: int = 1  # programs that run at the same time on a multiprocessor
+    warps: int = 8  # warps per program
+    stages: int = 3  # tiles of the operands in shared memory, in flight or in use
 
     def __post_init__(self) -> None:
         """Raises ValueError if a side is not a power of two in [16, 256]."""

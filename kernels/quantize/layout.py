@@ -30,15 +30,11 @@ _SCALE_BYTES = 4
 
 
 class Quantized(NamedTuple):
-    """Rows in FP8 (arXiv:2412.19437, section 3.3.2).
+    """Rows in FP8 (arXiv:2412.19437, section 3.3.2)."""
 
-    Attributes:
-        codes: float8_e4m3fn [N, D].
-        scales: float32 [N, ceil(D / 128)], multipliers: code times scale restores the value. NaN if the tile held a
-            NaN or an infinity.
-    """
-
-    codes: Tensor
+    codes: Tensor  # float8_e4m3fn [N, D]
+    # float32 [N, ceil(D / 128)], multipliers: code times scale restores the value. NaN if the tile held a NaN or an
+    # infinity.
     scales: Tensor
 
 
@@ -46,14 +42,12 @@ class QuantizedBlocks(NamedTuple):
     """A weight in FP8, in blocks of 128 x 128; the last ones may be ragged.
 
     Source: arXiv:2412.19437, section 3.3.2.
-
-    Attributes:
-        codes: float8_e4m3fn [..., N, D]; each matrix of the leading dimensions, such as experts, has its own blocks.
-        scales: float32 [..., ceil(N / 128), ceil(D / 128)], multipliers: code times scale restores the value. NaN if
-            the block held a NaN or an infinity.
     """
 
+    # float8_e4m3fn [..., N, D]; each matrix of the leading dimensions, such as experts, has its own blocks.
     codes: Tensor
+    # float32 [..., ceil(N / 128), ceil(D / 128)], multipliers: code times scale restores the value. NaN if the block
+    # held a NaN or an infinity.
     scales: Tensor
 
 
@@ -62,14 +56,10 @@ class QuantizedColumns(NamedTuple):
 
     An operand of a product that sums over rows. Every group is padded with zeros to a multiple of 128 rows, so that no
     tile spans two groups; an empty group has no tile.
-
-    Attributes:
-        codes: float8_e4m3fn [D, P]; the padding has codes 0, or NaN in a tile that is NaN.
-        scales: float32 [D, P / 128], multipliers. NaN if the tile held a NaN or an infinity.
     """
 
-    codes: Tensor
-    scales: Tensor
+    codes: Tensor  # float8_e4m3fn [D, P]; the padding has codes 0, or NaN in a tile that is NaN
+    scales: Tensor  # float32 [D, P / 128], multipliers. NaN if the tile held a NaN or an infinity.
 
 
 class PackedE5M6(NamedTuple):
@@ -80,14 +70,10 @@ class PackedE5M6(NamedTuple):
     This is IEEE half precision without its last 4 bits. Each row holds first the lower 8 bits of all numbers, then the
     upper 4 bits, two numbers to a byte with the even one in the lower half. A GPU can load and store these bytes 16 at
     a time, unlike 12-bit fields. A row of odd length is padded with a zero.
-
-    Attributes:
-        codes: uint8 [N, 3 * ceil(D / 2)].
-        scales: float32 [N, ceil(D / 128)], multipliers, powers of two. NaN if the tile held a NaN or an infinity.
     """
 
-    codes: Tensor
-    scales: Tensor
+    codes: Tensor  # uint8 [N, 3 * ceil(D / 2)]
+    scales: Tensor  # float32 [N, ceil(D / 128)], multipliers, powers of two. NaN if the tile held a NaN or an infinity.
 
 
 def empty_quantized(like: Tensor, num_rows: int, num_columns: int) -> Quantized:

@@ -35,19 +35,12 @@ WARPS_WITH_SUMS = 132 * 16  # 16 per multiprocessor of an H100, on every device,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowTiling:
-    """A program's share of the rows.
+    """A program's share of the rows."""
 
-    Attributes:
-        block_rows: rows processed at a time.
-        block_columns: power of two that covers a row.
-        num_warps: warps per program.
-        num_programs: programs that loop over blocks of rows, if they sum over them.
-    """
-
-    block_rows: int
-    block_columns: int
-    num_warps: int
-    num_programs: int
+    block_rows: int  # rows processed at a time
+    block_columns: int  # power of two that covers a row
+    num_warps: int  # warps per program
+    num_programs: int  # programs that loop over blocks of rows, if they sum over them
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -222,14 +215,13 @@ def tiling(
 ) -> RowTiling:
     """Returns as many rows as fit a program, and as many warps as hold them without spilling.
 
+    Raises ValueError if rows are too long for the registers of a program.
+
     Args:
         subject: operation and name of the rows, for the message.
         block_rows: rows per program given by the caller, a power of two, or None.
         num_warps: warps per program given by the caller, or None.
         has_sums: whether a program loops over blocks of rows and also holds their sums per column.
-
-    Raises:
-        ValueError: rows are too long for the registers of a program.
     """
     if num_columns > LARGEST_COLUMNS:
         raise ValueError(

@@ -20,8 +20,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
     """Computes the gradient of `swiglu` in gate and up, side by side, AH, from gate and up side by side.
 
-    Raises:
-        ValueError: H is not twice the gradient's columns, or rows or devices differ.
+    Raises ValueError if H is not twice the gradient's columns, or rows or devices differ.
     """
     check_backward("swiglu_backward", grad_AM, hidden_AH)
     gate_AM, up_AM = hidden_AH.chunk(2, 1)
@@ -40,8 +39,7 @@ def gated_backward(grad_AM: Tensor, silu_AM: Tensor, gate_AM: Tensor, up_AM: Ten
 def check_width(subject: str, num_columns: int, width: int | None = None) -> int:
     """Returns the intermediate size of hidden values that hold gate and up side by side.
 
-    Raises:
-        ValueError: the columns are not twice the width, if it is known, or odd.
+    Raises ValueError if the columns are not twice the width, if it is known, or odd.
     """
     expected = num_columns // 2 if width is None else width
     if num_columns != 2 * expected:

@@ -17,6 +17,7 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two
 
     The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
     (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
+    Raises ValueError if H is odd, or the number of weights is not the number of rows.
 
     Args:
         hidden_AH: floating point, gate, then up; read as float32.
@@ -26,9 +27,6 @@ def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two
     Returns:
         The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
         and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
-
-    Raises:
-        ValueError: H is odd, or the number of weights is not the number of rows.
     """
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
@@ -53,12 +51,11 @@ def swiglu_backward_from_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32.
 
+    Raises ValueError if H is not twice the gradient's columns, or other operands do not match.
+
     Returns:
         grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,
         float32 A, or None.
-
-    Raises:
-        ValueError: H is not twice the gradient's columns, or other operands do not match.
     """
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)

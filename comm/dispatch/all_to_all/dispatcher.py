@@ -58,14 +58,13 @@ class AllToAllDispatcher:
     ) -> None:
         """Builds the dispatcher of one member. Every member of the group builds one.
 
+        Raises DispatchError if the number of ranks does not divide the experts.
+
         Args:
             group: process group of the ranks that share a layer's experts; only this lane may use it.
             num_experts: experts of a layer over all ranks.
             max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first use of the plan
                 raises NodeCapError on all ranks.
-
-        Raises:
-            DispatchError: if the number of ranks does not divide the experts.
         """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self._planner = AllToAllPlanner(self._group, num_experts, max_nodes, observers.traffic)

@@ -24,8 +24,7 @@ class DispatchError(ValueError):
 def num_local_experts(num_experts: int, num_ranks: int) -> int:
     """Returns the number of experts of each rank, L.
 
-    Raises:
-        DispatchError: if the number of ranks does not divide the experts.
+    Raises DispatchError if the number of ranks does not divide the experts.
     """
     if num_experts % num_ranks:
         raise DispatchError(
@@ -36,53 +35,34 @@ def num_local_experts(num_experts: int, num_ranks: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AllToAllCounts:
-    """Result of an exchange of counts, still on the device.
+    """Result of an exchange of counts, still on the device."""
 
-    Attributes:
-        choices: sorted choices.
-        touched_TN: mask of the nodes that each token touches.
-        numbers: concatenation of the dropped choices and the choices of each expert (1 + E), the tokens that touch each
-            node (N), and what each rank sent here (R (L + 1)): rows for each local expert, then its tokens over the
-            cap.
-    """
-
-    choices: SortedChoices
-    touched_TN: Tensor
+    choices: SortedChoices  # sorted choices
+    touched_TN: Tensor  # mask of the nodes that each token touches
+    # concatenation of the dropped choices and the choices of each expert (1 + E), the tokens that touch each node (N),
+    # and what each rank sent here (R (L + 1)): rows for each local expert, then its tokens over the cap.
     numbers: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class AllToAllRoute:
-    """Splits of an exchange, on the host, and the order of arrived rows.
+    """Splits of an exchange, on the host, and the order of arrived rows."""
 
-    Attributes:
-        order: order in which rows are sent.
-        sent: rows for each rank.
-        received: rows from each rank.
-        counts: rows of each local expert.
-        min_rows_across_nodes: rows that must cross nodes.
-        sorted_A: arrival position of each row in (local expert, source rank) order; None if rows arrive in that order.
-        arrival_A: inverse of `sorted_A`, or None.
-    """
-
-    order: ExpertOrder
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    counts: tuple[int, ...]
-    min_rows_across_nodes: int
+    order: ExpertOrder  # order in which rows are sent
+    sent: tuple[int, ...]  # rows for each rank
+    received: tuple[int, ...]  # rows from each rank
+    counts: tuple[int, ...]  # rows of each local expert
+    min_rows_across_nodes: int  # rows that must cross nodes
+    # arrival position of each row in (local expert, source rank) order; None if rows arrive in that order.
     sorted_A: Tensor | None
-    arrival_A: Tensor | None
+    arrival_A: Tensor | None  # inverse of `sorted_A`, or None
 
 
 class AllToAllPlanner:
     """Planner of routes over one expert group. Used only from the comm lane."""
 
     def __init__(self, group: ExchangeGroup, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
-        """Prepares the planner.
-
-        Raises:
-            DispatchError: if the number of ranks does not divide the experts.
-        """
+        """Prepares the planner. Raises DispatchError if the number of ranks does not divide the experts."""
         self.num_local_experts = num_local_experts(num_experts, len(group.members))
         self._group = group
         self._num_experts = num_experts

@@ -33,33 +33,20 @@ class Library(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRows:
-    """Result of a first dispatch.
+    """Result of a first dispatch."""
 
-    Attributes:
-        rows: received rows.
-        ids_RK: local expert of each choice, -1 if the expert is on another rank.
-        weights_RK: routing weights, if they were sent.
-        handle: DeepEP's `EPHandle`.
-    """
-
-    rows: Rows
-    ids_RK: Tensor
-    weights_RK: Tensor | None
-    handle: Any
+    rows: Rows  # received rows
+    ids_RK: Tensor  # local expert of each choice, -1 if the expert is on another rank
+    weights_RK: Tensor | None  # routing weights, if they were sent
+    handle: Any  # DeepEP's `EPHandle`
 
 
 class ExpertBuffer:
-    """Buffer of an expert group. All ranks of the group must make their calls in the same order.
+    """Buffer of an expert group. All ranks of the group must make their calls in the same order."""
 
-    Attributes:
-        device: device of the buffer.
-        ids_dtype: dtype of the choices that `dispatch` takes.
-        hops_between_nodes: whether a row is sent once to a node and forwarded there, instead of once to each rank.
-    """
-
-    device: torch.device
-    ids_dtype: torch.dtype
-    hops_between_nodes: bool
+    device: torch.device  # device of the buffer
+    ids_dtype: torch.dtype  # dtype of the choices that `dispatch` takes
+    hops_between_nodes: bool  # whether a row is sent once to a node and forwarded there, instead of once to each rank
 
     def __init__(self, library: Library, group: ProcessGroup, num_experts: int, shape: BufferShape) -> None:
         """Opens the buffer. All ranks of the group call it together."""
@@ -90,8 +77,7 @@ class ExpertBuffer:
     def check_plan(self, ids_TK: Tensor) -> None:
         """Checks that the choices fit the buffer.
 
-        Raises:
-            DeepEPError: if there are too many tokens or experts per token.
+        Raises DeepEPError if there are too many tokens or experts per token.
         """
         num_tokens, num_choices = ids_TK.shape
         if num_tokens > self._shape.max_tokens or num_choices > self._shape.num_choices:
@@ -103,13 +89,12 @@ class ExpertBuffer:
     def check_rows(self, rows: Tensor, name: str, *, may_be_codes: bool) -> None:
         """Checks that DeepEP supports the rows.
 
+        Raises DeepEPError if dtype or width is not supported.
+
         Args:
             rows: bfloat16 rows with D columns, or uint8 rows with B columns: D codes of float8_e4m3fn, then float32
                 scales.
             may_be_codes: whether uint8 is allowed.
-
-        Raises:
-            DeepEPError: if dtype or width is not supported.
         """
         hidden_size = self._shape.hidden_size
         scales_bytes = rows.shape[1] - hidden_size
@@ -123,11 +108,7 @@ class ExpertBuffer:
             )
 
     def check_weights(self, weights: Tensor, name: str) -> None:
-        """Checks that DeepEP supports the weights.
-
-        Raises:
-            DeepEPError: if they are not float32.
-        """
+        """Checks that DeepEP supports the weights. Raises DeepEPError if they are not float32."""
         if weights.dtype != torch.float32:
             raise DeepEPError(
                 f"{name}: deepep sends float32 weights, has {weights.dtype}; nearest valid: precision=bf16, or "

@@ -33,17 +33,12 @@ _BYTES_PER_CHOICE = 8  # an id and a weight are sent with each row in both direc
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """Prepared choices of a plan.
+    """Prepared choices of a plan."""
 
-    Attributes:
-        ids_TK: choices in DeepEP's dtype.
-        touched_TN: mask of the nodes that each token touches.
-        numbers: tokens that reach each member and each node (M + N), then each member's tokens over the cap (M). The
-            copy to the host may still be running.
-    """
-
-    ids_TK: Tensor
-    touched_TN: Tensor
+    ids_TK: Tensor  # choices in DeepEP's dtype
+    touched_TN: Tensor  # mask of the nodes that each token touches
+    # tokens that reach each member and each node (M + N), then each member's tokens over the cap (M). The copy to the
+    # host may still be running.
     numbers: Tensor
 
 
@@ -132,8 +127,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Prepares the choices. The first dispatch exchanges them.
 
-        Raises:
-            DeepEPError: if there are more tokens or choices than the buffer holds.
+        Raises DeepEPError if there are more tokens or choices than the buffer holds.
         """
         self._buffer.check_plan(ids_TK)
         return DeepEPHandle(len(ids_TK), label, self._lane.submit(lambda: self._prepare(ids_TK, label)))
@@ -141,8 +135,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts.
 
-        Raises:
-            DeepEPError: if DeepEP does not support the dtype of rows or weights.
+        Raises DeepEPError if DeepEP does not support the dtype of rows or weights.
         """
         own = _own(handle)
         self._buffer.check_rows(rows_TD, "dispatch", may_be_codes=True)
@@ -159,18 +152,15 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's row to each of its experts; AD.
 
-        Raises:
-            DeepEPError: if DeepEP does not support the rows' dtype.
+        Raises DeepEPError if DeepEP does not support the rows' dtype.
         """
         return self._send_rows("dispatch again", rows_TD, handle)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD.
 
-        It sums over a rank, then a node, then all nodes, and rounds each sum to bfloat16.
-
-        Raises:
-            DeepEPError: if rows are not bfloat16.
+        It sums over a rank, then a node, then all nodes, and rounds each sum to bfloat16. Raises DeepEPError if rows
+        are not bfloat16.
         """
         own = _own(handle)
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
@@ -181,8 +171,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token like `combine` (TD), and of weights (TK).
 
-        Raises:
-            DeepEPError: if rows are not bfloat16 or weights are not float32.
+        Raises DeepEPError if rows are not bfloat16 or weights are not float32.
         """
         own = _own(handle)
         self._buffer.check_rows(grad_rows_AD, "dispatch backward", may_be_codes=False)
@@ -198,8 +187,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its experts' rows; AD.
 
-        Raises:
-            DeepEPError: if DeepEP does not support the rows' dtype.
+        Raises DeepEPError if DeepEP does not support the rows' dtype.
         """
         return self._send_rows("combine backward", grad_rows_TD, handle)
 

@@ -21,20 +21,13 @@ class DeepEPError(ValueError):
 class BufferShape:
     """Sizes of a DeepEP buffer, equal on all ranks of an expert group. Its kernels are compiled for them.
 
-    Attributes:
-        max_tokens: maximum number of tokens of a rank in a micro-batch.
-        hidden_size: width of a row.
-        num_choices: experts per token.
-        timeout_seconds: time after which a kernel stops waiting for another rank.
-
-    Raises:
-        DeepEPError: if the kernels do not support these sizes.
+    Raises DeepEPError if the kernels do not support these sizes.
     """
 
-    max_tokens: int
-    hidden_size: int
-    num_choices: int
-    timeout_seconds: float
+    max_tokens: int  # maximum number of tokens of a rank in a micro-batch
+    hidden_size: int  # width of a row
+    num_choices: int  # experts per token
+    timeout_seconds: float  # time after which a kernel stops waiting for another rank
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -56,8 +49,7 @@ class BufferShape:
 def check_available() -> None:
     """Checks that the package is installed, without importing it.
 
-    Raises:
-        DeepEPError: if it is not installed.
+    Raises DeepEPError if it is not installed.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise DeepEPError(_missing("is not installed"))
@@ -66,8 +58,7 @@ def check_available() -> None:
 def load_package() -> Any:
     """Imports the package, which initializes CUDA.
 
-    Raises:
-        DeepEPError: if it is not installed, does not load, or has no `ElasticBuffer`.
+    Raises DeepEPError if it is not installed, does not load, or has no `ElasticBuffer`.
     """
     check_available()
     try:

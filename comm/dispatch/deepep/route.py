@@ -22,21 +22,13 @@ Rows = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class DeepEPRoute:
-    """Handle of DeepEP and the expert order of its received rows.
+    """Handle of DeepEP and the expert order of its received rows."""
 
-    Attributes:
-        handle: DeepEP's `EPHandle`; received rows keep their order as long as it is used.
-        choices_A: choice r * K + k at each position in expert order.
-        rows_A: received row at each position in expert order.
-        places_RK: position of each choice in expert order, -1 if the expert is on another rank.
-        counts: number of rows of each local expert.
-    """
-
-    handle: Any
-    choices_A: Tensor
-    rows_A: Tensor
-    places_RK: Tensor
-    counts: tuple[int, ...]
+    handle: Any  # DeepEP's `EPHandle`; received rows keep their order as long as it is used
+    choices_A: Tensor  # choice r * K + k at each position in expert order
+    rows_A: Tensor  # received row at each position in expert order
+    places_RK: Tensor  # position of each choice in expert order, -1 if the expert is on another rank
+    counts: tuple[int, ...]  # number of rows of each local expert
 
     @classmethod
     def of(cls, handle: Any, ids_RK: Tensor, num_sources: int) -> Self:

@@ -28,40 +28,24 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Consecutive arriving rows of one source, ordered by token.
+    """Consecutive arriving rows of one source, ordered by token."""
 
-    Attributes:
-        source: index of the source in the expert group.
-        chunk: number of the chunk; 0 for rows that stay on the node.
-        num_rows: number of rows.
-    """
-
-    source: int
-    chunk: int
-    num_rows: int
+    source: int  # index of the source in the expert group
+    chunk: int  # number of the chunk; 0 for rows that stay on the node
+    num_rows: int  # number of rows
 
 
 @dataclass(frozen=True, slots=True)
 class PlanCounts:
-    """Decoded counts of a plan.
+    """Decoded counts of a plan."""
 
-    Attributes:
-        across: splits between nodes of each chunk; empty if there is one node.
-        within: splits within the node of each such chunk, then of the rows that stay on the node.
-        runs: arriving rows in the order of `within`.
-        counts: number of rows of each local expert.
-        num_over_R: number of tokens over the cap on each member.
-        num_touched_nodes: sum over this member's tokens of the nodes that they touch.
-        min_rows_across_nodes: the same sum without the home node.
-    """
-
-    across: tuple[Hop, ...]
-    within: tuple[Hop, ...]
-    runs: tuple[RowRun, ...]
-    counts: tuple[int, ...]
-    num_over_R: tuple[int, ...]
-    num_touched_nodes: int
-    min_rows_across_nodes: int
+    across: tuple[Hop, ...]  # splits between nodes of each chunk; empty if there is one node
+    within: tuple[Hop, ...]  # splits within the node of each such chunk, then of the rows that stay on the node
+    runs: tuple[RowRun, ...]  # arriving rows in the order of `within`
+    counts: tuple[int, ...]  # number of rows of each local expert
+    num_over_R: tuple[int, ...]  # number of tokens over the cap on each member
+    num_touched_nodes: int  # sum over this member's tokens of the nodes that they touch
+    min_rows_across_nodes: int  # the same sum without the home node
 
 
 class CountLayout:

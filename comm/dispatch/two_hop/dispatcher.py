@@ -39,17 +39,11 @@ _ROWS, _WEIGHTS, _IDS = range(3)  # parts of a dispatched row
 
 @dataclass(frozen=True, slots=True)
 class TwoHopGroups:
-    """Process groups of one rank, used only by one lane.
+    """Process groups of one rank, used only by one lane."""
 
-    Attributes:
-        expert: the expert group.
-        rail: ranks of the expert group between which this rank's rows cross nodes.
-        node: ranks of the expert group on this rank's node.
-    """
-
-    expert: ProcessGroup
-    rail: ProcessGroup
-    node: ProcessGroup
+    expert: ProcessGroup  # the expert group
+    rail: ProcessGroup  # ranks of the expert group between which this rank's rows cross nodes
+    node: ProcessGroup  # ranks of the expert group on this rank's node
 
     @classmethod
     def join(cls, expert: ProcessGroup, layout: Layout, timeout_seconds: float) -> Self:
@@ -121,11 +115,10 @@ class TwoHopDispatcher:
     ) -> None:
         """Builds the dispatcher of one member. Every member of the group builds one.
 
+        Raises DispatchError if the number of ranks does not divide the experts.
+
         Args:
             config: configuration; wrappers implement `payload` and clipping.
-
-        Raises:
-            DispatchError: if the number of ranks does not divide the experts.
         """
         expert = ExchangeGroup("expert", groups.expert, layout, observers)
         self._rail = ExchangeGroup("rail", groups.rail, layout, observers)

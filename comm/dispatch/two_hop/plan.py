@@ -21,63 +21,38 @@ from comm.relays import Relays
 
 @dataclass(frozen=True, slots=True)
 class TwoHopCounts:
-    """Result of an exchange of counts, still on the device.
+    """Result of an exchange of counts, still on the device."""
 
-    Attributes:
-        shifted_TK: expert ids plus 1, 0 for no expert.
-        touched_TN: mask of the nodes that each token touches.
-        tokens: token of each sent row, by message; the end is unused.
-        places_TP: see `TwoHopRoute`.
-        numbers: counts in the order that `CountLayout.decode` takes.
-    """
-
-    shifted_TK: Tensor
-    touched_TN: Tensor
-    tokens: Tensor
-    places_TP: Tensor
-    numbers: Tensor
+    shifted_TK: Tensor  # expert ids plus 1, 0 for no expert
+    touched_TN: Tensor  # mask of the nodes that each token touches
+    tokens: Tensor  # token of each sent row, by message; the end is unused
+    places_TP: Tensor  # see `TwoHopRoute`
+    numbers: Tensor  # counts in the order that `CountLayout.decode` takes
 
 
 @dataclass(frozen=True, slots=True)
 class TwoHopRoute:
-    """Splits of every message, and the order of this rank's rows.
+    """Splits of every message, and the order of this rank's rows."""
 
-    Attributes:
-        across: splits between nodes of each chunk; empty if there is one node.
-        within: splits within the node of each such chunk, then of the rows that stay on the node.
-        counts: number of rows of each local expert.
-        min_rows_across_nodes: rows that must cross nodes.
-        shifted_TK: expert ids plus 1, as they are sent with rows.
-        tokens: token of each sent row, by message: chunks that cross nodes, then rows that stay on the node.
-        places_TP: position of each of a token's rows among all sent rows, negative if there is none.
-        by_source_X: position of each arriving row in the order of sources and their tokens.
-    """
-
-    across: tuple[Hop, ...]
-    within: tuple[Hop, ...]
-    counts: tuple[int, ...]
-    min_rows_across_nodes: int
-    shifted_TK: Tensor
+    across: tuple[Hop, ...]  # splits between nodes of each chunk; empty if there is one node
+    within: tuple[Hop, ...]  # splits within the node of each such chunk, then of the rows that stay on the node
+    counts: tuple[int, ...]  # number of rows of each local expert
+    min_rows_across_nodes: int  # rows that must cross nodes
+    shifted_TK: Tensor  # expert ids plus 1, as they are sent with rows
+    # token of each sent row, by message: chunks that cross nodes, then rows that stay on the node.
     tokens: tuple[Tensor, ...]
-    places_TP: Tensor
-    by_source_X: Tensor
+    places_TP: Tensor  # position of each of a token's rows among all sent rows, negative if there is none
+    by_source_X: Tensor  # position of each arriving row in the order of sources and their tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """Constant index tensors on the device.
+    """Constant index tensors on the device."""
 
-    Attributes:
-        rank_column: column of an expert's rank in `touched`, by expert id plus 1.
-        node_column: column of an expert's node in `touched`, by expert id plus 1.
-        place_columns: columns of the P partial sums.
-        send_indices: indices of the own counts that are sent to each rank, R W.
-    """
-
-    rank_column: Tensor
-    node_column: Tensor
-    place_columns: Tensor
-    send_indices: Tensor
+    rank_column: Tensor  # column of an expert's rank in `touched`, by expert id plus 1
+    node_column: Tensor  # column of an expert's node in `touched`, by expert id plus 1
+    place_columns: Tensor  # columns of the P partial sums
+    send_indices: Tensor  # indices of the own counts that are sent to each rank, R W
 
 
 class TwoHopPlanner:

@@ -17,30 +17,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RelayOrder:
-    """Order of the rows that a relay forwards.
+    """Order of the rows that a relay forwards."""
 
-    Attributes:
-        rows_S: received row of each forwarded row.
-        places_MG: position of each row's copy for each rank, negative if there is none.
-    """
-
-    rows_S: Tensor
-    places_MG: Tensor
+    rows_S: Tensor  # received row of each forwarded row
+    places_MG: Tensor  # position of each row's copy for each rank, negative if there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """Order of the experts' rows, which are copies of arrived rows.
+    """Order of the experts' rows, which are copies of arrived rows."""
 
-    Attributes:
-        rows_A: arrived row of each expert's row.
-        choices_A: arrived row x and choice k of each expert's row, as x K + k.
-        places_XK: position of each choice's copy, negative if its expert is on another rank.
-    """
-
-    rows_A: Tensor
-    choices_A: Tensor
-    places_XK: Tensor
+    rows_A: Tensor  # arrived row of each expert's row
+    choices_A: Tensor  # arrived row x and choice k of each expert's row, as x K + k
+    places_XK: Tensor  # position of each choice's copy, negative if its expert is on another rank
 
 
 class RowRouter:
@@ -115,15 +104,10 @@ def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
 
 
 class Selection(NamedTuple):
-    """Values of the marked entries.
+    """Values of the marked entries."""
 
-    Attributes:
-        values_S: values in the order of entries.
-        places_N: position of each entry in `values_S`, -1 if it is not marked.
-    """
-
-    values_S: Tensor
-    places_N: Tensor
+    values_S: Tensor  # values in the order of entries
+    places_N: Tensor  # position of each entry in `values_S`, -1 if it is not marked
 
 
 def select(marked_N: Tensor, values_N: Tensor, num_marked: int) -> Selection:

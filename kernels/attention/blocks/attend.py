@@ -52,21 +52,15 @@ class MergedAttention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergedBackward:
-    """Backward of merged attention.
-
-    Attributes:
-        grad_query_BTHQ: sum of the queries' gradients over tiles, in float32 or wider.
-        kernel: the kernel of the forward.
-        scale: factor of the scores.
-    """
+    """Backward of merged attention."""
 
     query_BTHQ: Tensor
     mixed_BTHV: Tensor
     log_sums_BTH: Tensor
     grad_mixed_BTHV: Tensor
-    grad_query_BTHQ: Tensor
-    kernel: BlockKernel
-    scale: float
+    grad_query_BTHQ: Tensor  # sum of the queries' gradients over tiles, in float32 or wider
+    kernel: BlockKernel  # the kernel of the forward
+    scale: float  # factor of the scores
 
     def add(self, tiles: Iterable[VisibleTile], key_BTHQ: Tensor, value_BTHV: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of keys and values of some tiles, and adds those of the queries."""

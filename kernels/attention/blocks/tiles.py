@@ -13,22 +13,15 @@ from itertools import groupby, pairwise
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisibleTile:
-    """Queries and keys of which every query sees every key, or those up to its place if it is causal.
+    """Queries and keys of which every query sees every key, or those up to its place if it is causal."""
 
-    Attributes:
-        sequences: first sequence and the one after the last.
-        queries: first query and the one after the last, among the queries in memory.
-        keys: the same for keys.
-        num_documents: equal parts into which queries and keys are cut; each sees itself only. More than one only if the
-            tile is causal and has one sequence.
-        is_causal: whether a query sees only the keys up to its place.
-    """
-
-    sequences: tuple[int, int]
-    queries: tuple[int, int]
-    keys: tuple[int, int]
+    sequences: tuple[int, int]  # first sequence and the one after the last
+    queries: tuple[int, int]  # first query and the one after the last, among the queries in memory
+    keys: tuple[int, int]  # the same for keys
+    # equal parts into which queries and keys are cut; each sees itself only. More than one only if the tile is causal
+    # and has one sequence.
     num_documents: int = 1
-    is_causal: bool = False
+    is_causal: bool = False  # whether a query sees only the keys up to its place
 
     @property
     def num_scores(self) -> int:
@@ -41,17 +34,12 @@ class VisibleTile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentCut:
-    """Sequences cut into segments.
+    """Sequences cut into segments."""
 
-    Attributes:
-        num_sequences: number of sequences, B.
-        edges: first token of each segment, then the number of tokens of a whole sequence.
-        starts: first token of each document in the flattened batch of whole sequences, then the number of tokens; None
-            if a sequence is one document.
-    """
-
-    num_sequences: int
-    edges: tuple[int, ...]
+    num_sequences: int  # number of sequences, B
+    edges: tuple[int, ...]  # first token of each segment, then the number of tokens of a whole sequence
+    # first token of each document in the flattened batch of whole sequences, then the number of tokens; None if a
+    # sequence is one document.
     starts: tuple[int, ...] | None
 
     def tokens_of(self, segments: Iterable[int]) -> int:
