@@ -10,10 +10,7 @@ LARGEST_DESCRIBED_BYTES = 4  # of a number
 
 
 def is_describable(matrix: Tensor) -> bool:
-    """Whether tiles can be moved by descriptor: the matrix and its rows are 16-byte aligned.
-
-    In addition a row must be contiguous and no longer than the row stride.
-    """
+    """Whether tiles can be moved by descriptor: rows are contiguous, 16-byte aligned and do not overlap."""
     row_stride, column_stride = matrix.stride()
     in_order = column_stride == 1 and row_stride >= max(1, matrix.shape[1])
     row_bytes = row_stride * matrix.element_size()

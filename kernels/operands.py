@@ -7,11 +7,7 @@ from torch import Tensor
 def check_operand(
     subject: str, operand: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Raises ValueError unless an operand has this shape, device and type, if one is required.
-
-    Args:
-        subject: operation and name of the operand, for the message.
-    """
+    """Raises ValueError unless an operand has this shape, device and, if given, type; `subject` names it."""
     if tuple(operand.shape) != shape:
         raise ValueError(f"{subject} must be {list(shape)}, got {list(operand.shape)}")
     if operand.device != device:

@@ -25,8 +25,7 @@ class ChosenFunction(Generic[P, R]):
 
         Args:
             reference: the function in plain PyTorch, which defines signature and results.
-            modules: module of each implementation, which is imported at its first call: Triton and DeepGEMM are not
-                loaded on a machine without a GPU.
+            modules: module of each implementation, imported at its first call.
             choose: function of the operands that returns the name of an implementation.
         """
         self.modules = modules
@@ -53,7 +52,7 @@ def operation(
 
     Args:
         cuda: module of Triton's kernels, `triton`, in the reference's package.
-        hopper: module of the products by the package `deep_gemm`, `deep_gemm`, which runs instead if it can.
+        hopper: module of the products by the package `deep_gemm`, which runs instead if it can.
         fits: function of the operands: whether Triton's kernels support them. If not, plain PyTorch runs.
     """
     package = reference.__module__.rpartition(".")[0]
@@ -72,10 +71,7 @@ def operation(
 
 @cache
 def has_deep_gemm(device: torch.device) -> bool:
-    """Whether `deep_gemm` is installed and the device is a Hopper GPU.
-
-    On later GPUs the package uses other kernels and scales.
-    """
+    """Whether `deep_gemm` is installed and the device is a Hopper GPU: later ones have other kernels."""
     if device.type != "cuda" or find_spec("deep_gemm") is None:
         return False
     from torch import cuda

@@ -1,7 +1,4 @@
-"""Ranges of numbers as annotations on configuration fields, such as `steps: PositiveInt`.
-
-The decoder checks them.
-"""
+"""Ranges of numbers as annotations on configuration fields, such as `steps: PositiveInt`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,7 +23,6 @@ class Above(Range):
         return value > self.limit
 
     def __str__(self) -> str:
-        """Returns the rule."""
         return f"above {self.limit:g}"
 
 
@@ -41,7 +37,6 @@ class AtLeast(Range):
         return value >= self.limit
 
     def __str__(self) -> str:
-        """Returns the rule."""
         return f"{self.limit:g} or above"
 
 
@@ -56,7 +51,6 @@ class ZeroOrAbove(Range):
         return value == 0 or value > self.limit
 
     def __str__(self) -> str:
-        """Returns the rule."""
         return f"0, which is off, or above {self.limit:g}"
 
 
@@ -72,7 +66,6 @@ class Between(Range):
         return self.least <= value <= self.most
 
     def __str__(self) -> str:
-        """Returns the rule."""
         return f"between {self.least:g} and {self.most:g}"
 
 
@@ -88,7 +81,6 @@ class AboveUpTo(Range):
         return self.limit < value <= self.most
 
     def __str__(self) -> str:
-        """Returns the rule."""
         return f"above {self.limit:g} and at most {self.most:g}"
 
 
@@ -104,7 +96,6 @@ class FromToBelow(Range):
         return self.least <= value < self.limit
 
     def __str__(self) -> str:
-        """Returns the rule."""
         return f"at least {self.least:g} and below {self.limit:g}"
 
 

@@ -1,7 +1,4 @@
-"""Registries of named choices, filled by this project's modules and by plugin files.
-
-Imports no torch, as configurations read registries. An entry imports heavy packages inside its builder.
-"""
+"""Registries of named choices, filled by this project's modules and by plugin files. Imports no torch."""
 
 import hashlib
 import importlib.util
@@ -23,10 +20,7 @@ _registries: "WeakSet[Registry[Any]]" = WeakSet()
 
 
 class UnknownNameError(ValueError):
-    """A name that a registry does not hold.
-
-    The message starts with the dotted key that selects among its entries.
-    """
+    """A name that a registry does not hold; the message starts with the dotted key that selects an entry."""
 
 
 class PluginError(ValueError):
@@ -54,7 +48,6 @@ class Registry(Generic[T]):
         _registries.add(self)
 
     def __contains__(self, name: object) -> bool:
-        """Whether an entry has this name."""
         self._complete()
         return name in self._entries
 
@@ -71,11 +64,7 @@ class Registry(Generic[T]):
         return entry
 
     def get(self, name: str) -> T:
-        """Returns the entry of a name.
-
-        Raises:
-            UnknownNameError: no entry has this name. The message lists the valid and the nearest names.
-        """
+        """Returns the entry of a name, or raises UnknownNameError with the valid and the nearest names."""
         self._complete()
         if name not in self._entries:
             valid = ", ".join(self.choices()) or "none"
@@ -128,11 +117,7 @@ def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]
 
 
 def list_modules(package: str, first: Sequence[str] = ()) -> list[str]:
-    """Returns the full names of a package's modules without importing them.
-
-    Args:
-        first: modules that come first, in this order; the others follow by name.
-    """
+    """Returns the full names of a package's modules, `first` first, without importing them."""
     spec = importlib.util.find_spec(package)
     assert spec is not None, f"no package {package}"
     found = sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
@@ -140,17 +125,11 @@ def list_modules(package: str, first: Sequence[str] = ()) -> list[str]:
 
 
 def load_plugins(paths: Sequence[str | Path]) -> tuple[ModuleType, ...]:
-    """Imports python files that register entries.
+    """Imports python files, absolute or relative to the working folder, that register entries.
 
     A loaded file is imported again only if its text has changed. Its new entries then replace the old ones, so a
     notebook can edit it. A module's name follows from its path, so that ranks agree on it. Raises PluginError if a file
     is missing, fails during its import, or registers nothing.
-
-    Args:
-        paths: python files, absolute or relative to the working folder.
-
-    Returns:
-        Their modules.
     """
     return tuple(_load(Path(path).expanduser().resolve()) for path in paths)
 

@@ -1,7 +1,4 @@
-"""Updates float32 weights by AdamW with both moments in bf16.
-
-Shape legend: as in kernels/adamw/reference.py.
-"""
+"""Updates float32 weights by AdamW with both moments in bf16."""
 
 from kernels.adamw import reference
 from kernels.adamw.reference import compute_coefficients as compute_coefficients

@@ -2,7 +2,6 @@
 
 Every operation rounds once to float32, so the result does not depend on the device, on the memory address or on the
 rank's shard. A division by a number common to all elements is a multiplication by its inverse, as in torch on CUDA.
-
 Shape legend: N numbers, in any shape.
 """
 
@@ -40,12 +39,7 @@ class Coefficients(NamedTuple):
 def compute_coefficients(
     step: int, *, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Coefficients:
-    """Computes the coefficients of AdamW (arXiv:1711.05101) as torch does.
-
-    Args:
-        step: number of this update, from 1.
-        weight_decay: decay rate, decoupled from the gradient.
-    """
+    """Computes the coefficients of update `step`, from 1, as torch does (arXiv:1711.05101)."""
     beta1, beta2 = betas
     return Coefficients(
         keep_weight=1 - learning_rate * weight_decay,
@@ -66,15 +60,9 @@ def adamw_bf16_moments(
     """Takes one step in place: both moments in float32, then the weights, then rounds the moments to bf16.
 
     mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2; weight = weight (1 - rate
-    decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps). Moments round to nearest even
-    (arXiv:2412.19437, section 3.3.3, keeps them in bf16). A NaN in the gradient makes both moments and the weight NaN.
-    Raises ValueError if a tensor has another type or shape, or is not contiguous.
-
-    Args:
-        weights: float32, N, contiguous.
-        gradients: float32, N, contiguous; not changed.
-        means: bf16, N, contiguous; moving average of gradients.
-        squares: bf16, N, contiguous; moving average of squared gradients.
+    decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps). Weights and gradients are float32,
+    moments bf16 (arXiv:2412.19437, section 3.3.3), all contiguous. A NaN in the gradient makes both moments and the
+    weight NaN. Raises ValueError if a tensor has another type or shape.
     """
     check_step(weights, gradients, means, squares)
     size = min(CHUNK_ELEMENTS, weights.numel())

@@ -5,10 +5,6 @@ Memory-bound: each weight reads 12 bytes and writes 8; nothing else is stored.
     kernel         grid       tile           accumulator  rounding
     adamw_kernel   N / block  block numbers  none         every operation once to float32, none fused;
                                                           moments to nearest even into bf16
-
-Offsets are int64. Masks exclude numbers beyond the last. Tensors must be on the current device.
-
-Shape legend: N numbers, in any shape.
 """
 
 import triton

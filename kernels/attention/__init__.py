@@ -30,9 +30,7 @@ class CausalAttention(Protocol):
     ) -> Tensor:
         """Returns the mean of values weighted by the softmax of scaled scores over visible keys, BHTV.
 
-        Args:
-            value_BHTV: values; V equals Q if the kernel pads values (`AttentionKernel.pads_values`).
-            documents: documents of packed sequences; None if every token sees all tokens of its sequence up to itself.
+        V equals Q if the kernel pads values. Without `documents` every token sees all tokens up to itself.
         """
 
 
@@ -74,10 +72,7 @@ ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.i
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_packed: bool) -> AttentionKernel:
     """Returns the attention kernel of a name, or the one that `auto` chooses.
 
-    Raises UnknownNameError if no kernel has this name.
-
-    Args:
-        is_packed: whether sequences hold several documents that must not see each other.
+    Raises UnknownNameError if no kernel has this name. `is_packed`: sequences hold several documents.
     """
     if name != AUTO:
         return ATTENTION.get(name)
@@ -85,20 +80,14 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_
 
 
 def makes_dense_masks(name: str, device: str) -> bool:
-    """Whether document masks store a number for each pair of tokens on a type of device.
-
-    `auto` never does on CUDA, because the choice depends on the installed packages there.
-    """
+    """Whether document masks store a number for each pair of tokens; for `auto` on CUDA always False."""
     if name == AUTO:
         return device == "cpu" and _automatic(device, "float32", is_packed=True).makes_dense_masks(device)
     return ATTENTION.get(name).makes_dense_masks(device)
 
 
 def pads_values(name: str, device: str) -> bool:
-    """Whether values are padded to the width of keys on a type of device.
-
-    On CUDA `auto` counts as padding only if every choice pads.
-    """
+    """Whether values are padded to the width of keys; for `auto` on CUDA, whether every choice pads."""
     if name == AUTO:
         return device == "cpu" and _automatic(device, "float32", is_packed=False).pads_values(device)
     return ATTENTION.get(name).pads_values(device)

@@ -1,9 +1,8 @@
 """Causal attention on a CPU that computes only the scores within documents.
 
 Consecutive documents of one length are the sequences of one call of torch's flash kernel, on views of the packed
-tensors. A mask would cost the scores of all pairs of a packed sequence, and their memory.
-
-Shape legend: as in kernels/attention/__init__.py. N = B T, S documents of one call, L tokens of each.
+tensors. A mask would cost the scores of all pairs of a packed sequence, and their memory. Shape legend: as in
+kernels/attention/__init__.py. N = B T, S documents of one call, L tokens of each.
 """
 
 from collections.abc import Iterator
@@ -64,10 +63,7 @@ class _AttendByDocument(torch.autograd.Function):
 
 
 def _by_run(runs: tuple[DocumentRun, ...], *tensors_BHTV: Tensor) -> Iterator[list[Tensor]]:
-    """Yields, for each run of documents, the rows of each tensor, SHLV.
-
-    They are views if the heads of a token are side by side in memory.
-    """
+    """Yields, for each run of documents, the rows of each tensor, SHLV; views as in `attend_by_document`."""
     rows_NHV = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors_BHTV]
     for run in runs:
         size = run.num_documents * run.length

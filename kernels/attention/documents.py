@@ -39,8 +39,8 @@ class Documents:
         """Builds the documents from each token's position within its document.
 
         A document begins at each position that does not follow the position before. Padding, whose position is -1,
-        becomes documents of one token each. Pass positions on the host and move the documents afterwards, which avoids
-        a host sync.
+        becomes documents of one token each. Pass positions on the host and move the documents afterwards: this avoids a
+        host sync.
         """
         begins_BT = torch.ones_like(positions_BT)
         begins_BT[:, 1:] = (positions_BT[:, 1:] != positions_BT[:, :-1] + 1) | (positions_BT[:, 1:] <= 0)
@@ -75,10 +75,7 @@ class Documents:
 
     @cached_property
     def numbers_BT(self) -> Tensor:
-        """Number of each token's document among those of the batch that are no padding, from 0, int64.
-
-        `num_real` for padding.
-        """
+        """Number of each token's document among those that are not padding, from 0; `num_real` for padding."""
         is_padding_BT = self.is_padding_BT
         begins_BT = self.ids_BT.diff(dim=1, prepend=torch.zeros_like(self.ids_BT[:, :1])) > 0
         numbers_N = (begins_BT & ~is_padding_BT).flatten().cumsum(0) - 1
@@ -97,10 +94,7 @@ class Documents:
 
     @cached_property
     def runs(self) -> tuple[DocumentRun, ...]:
-        """Runs of consecutive documents of one length, in order.
-
-        A host sync unless the documents are on the host.
-        """
+        """Runs of consecutive documents of one length. A host sync unless the documents are on the host."""
         lengths, counts = torch.unique_consecutive(self.starts.diff(), return_counts=True)
         runs, start = list[DocumentRun](), 0
         for length, num_documents in zip(lengths.tolist(), counts.tolist(), strict=True):
@@ -115,10 +109,7 @@ class Documents:
         return (ids_BT[:, :, None] == ids_BT[:, None, :]).tril_()[:, None]
 
     def bias_B1TT(self, dtype: torch.dtype) -> Tensor:
-        """Returns the mask as a bias of the scores, 0 or minus infinity.
-
-        All layers share one tensor, as each saves it for its backward.
-        """
+        """Returns the mask as a bias of the scores, 0 or minus infinity: one tensor, which all layers share."""
         if dtype not in self._biases:
             zeros = torch.zeros(self.mask_B1TT.shape, dtype=dtype, device=self.ids_BT.device)
             self._biases[dtype] = zeros.masked_fill_(~self.mask_B1TT, -torch.inf)

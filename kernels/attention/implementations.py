@@ -1,9 +1,4 @@
-"""Causal attention by fused kernels of torch and other packages.
-
-Imports no torch at the top: configurations read it.
-
-Shape legend: as in kernels/attention/__init__.py.
-"""
+"""Causal attention by fused kernels of torch and other packages. Imports no torch at the top."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Computes log-probabilities of targets under a linear head, and gradients of losses.
-
-Shape legend: as in kernels/cross_entropy/reference.py.
-"""
+"""Computes log-probabilities of targets under a linear head, and gradients of losses."""
 
 from kernels.cross_entropy import reference
 from kernels.operation import operation

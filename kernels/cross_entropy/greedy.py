@@ -1,7 +1,6 @@
 """Log-probabilities of targets under a linear head, and whether each is the most probable token.
 
-Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, M rows whose
-target has the largest logit.
+Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, M rows whose target has the largest logit.
 """
 
 import torch
@@ -14,12 +13,8 @@ from kernels.cross_entropy.reference import IGNORE, check_operands, chunk_rows
 def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Computes log softmax(rows head^T)[target] of each row, chunk by chunk, on any device.
 
-    Args:
-        targets_N: int64, below V; rows with -100 are ignored.
-
-    Returns:
-        Log-probabilities, N, in float32 or wider, 0 if the target is -100; and whether the target has the first of the
-        largest logits, N.
+    Returns them in float32 or wider, N, 0 for a target of -100, and whether the target has the first of the largest
+    logits.
     """
     check_operands(rows_ND, head_VD, targets_N)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)

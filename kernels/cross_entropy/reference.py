@@ -36,8 +36,7 @@ class RowScores:
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
     """Returns the number of rows whose logits are computed at a time.
 
-    A chunk fits a cache and is large enough for efficient products. Products of 16-bit numbers are so fast that larger
-    chunks pay off.
+    A chunk fits a cache and is large enough for efficient products. For 16-bit numbers, larger chunks pay off.
     """
     most = CHUNK_LOGITS_16_BIT if dtype in (torch.bfloat16, torch.float16) else CHUNK_LOGITS
     return min(num_rows, max(SMALLEST_CHUNK_ROWS, most // vocab_size))
@@ -57,18 +56,14 @@ def linear_cross_entropy(
 
     The gradients are those of the sum over rows of slope * -log_prob, with constant slopes. Each chunk's logits are
     computed once, in float32 or wider starting with the product, and used for log-probabilities and gradients.
-    With kept tokens, the softmax of a row is over these, and the gradients of all other tokens' logits are 0.
 
     Args:
         targets_N: int64, below V; rows with -100 are ignored.
-        row_slopes: slopes [N], or a function of a chunk's log-probabilities that returns them, [C]; None means 1 for
-            every row.
-        kept_ids_NK: int64, the tokens that a row's softmax is over, the target among them (otherwise its
-            log-probability is minus infinity); -1 fills. A row that begins with -1 keeps the whole vocabulary, as all
-            rows do if this is None.
+        row_slopes: slopes [N], or a function of a chunk's log-probabilities that returns them, [C]; None means 1.
+        kept_ids_NK: int64, the tokens that a row's softmax is over, filled with -1. A target outside them has log-
+            probability minus infinity; the gradients of other logits are 0. A row that begins with -1 keeps all.
 
     Raises:
-        ValueError: the operands do not match.
         RuntimeError: a target is neither below V nor -100, or a kept token is neither below V nor -1.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
@@ -126,14 +121,9 @@ def add_gradients(
     targets_N: Tensor,
     row_slopes: RowSlopes | None,
 ) -> None:
-    """Adds a chunk's part to the gradients that `scores` holds.
+    """Adds a chunk's part to the gradients that `scores` holds. The first chunk must begin at row 0.
 
-    Rows without a target are excluded from the products.
-
-    Args:
-        scores: results with the chunk's log-probabilities.
-        chunk: position of the chunk among the rows; the first one begins at 0.
-        slopes_CV: derivatives of -log p in each logit, in the rows' type.
+    Rows without a target are excluded. `slopes_CV`: derivatives of -log p in each logit, in the rows' type.
     """
     rows_CD, is_ignored_C1 = rows_ND[chunk], targets_N[chunk, None] == IGNORE
     slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]

@@ -6,12 +6,10 @@
                                              block by block in their order
 
 Bound by memory. A program owns a row of logits. Its first pass finds the row's maximum and the sum of exponentials. Its
-second pass overwrites each logit by its slope, softmax minus 1 at the target, and mostly reads from a cache. An ignored
-row is filled with zeros. There are no atomics. torch computes the products and scales them by the slope of a row. Row
-offsets are int64. Masks exclude columns beyond the last (minus infinity, which adds nothing). A target that is neither
-below V nor -100 reads nothing and makes its row's nats NaN. Only TRITON_DEBUG=1 reports it, because a check on the host
-would need a host sync. Tensors must be on the current device. Shape legend: N rows, C rows of a chunk, D hidden size, V
-vocabulary, K kept tokens of a row.
+second pass overwrites each logit by its slope, softmax minus 1 at the target, and mostly reads from a cache. torch
+computes the products and scales them by the slope of a row. A target that is neither below V nor -100 makes its row's
+nats NaN. Only TRITON_DEBUG=1 reports it, because a check on the host would need a host sync. Shape legend: N rows, C
+rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row.
 """
 
 import torch
@@ -88,13 +86,7 @@ def nats_and_slopes_(
 ) -> None:
     """Writes the nats of each row, and overwrites the logits by their slopes if `has_slopes`.
 
-    A slope is softmax minus 1 at the target, or 0 if the target is -100.
-
-    Args:
-        logits_CV: floating point, rows may be strided.
-        targets_C: int64, below V; rows with -100 are ignored.
-        nats_C: float32 (float64 for float64 logits), contiguous.
-        block_columns: logits that a program processes at a time, a power of two.
+    A slope is softmax minus 1 at the target, or 0 if the target is -100. `block_columns` is a power of two.
     """
     num_rows, num_columns = logits_CV.shape
     if num_rows == 0:
@@ -130,11 +122,7 @@ def linear_cross_entropy(
 ) -> RowScores:
     """Implements `reference.linear_cross_entropy`; the gradients overwrite the logits of a chunk.
 
-    Logits are in the rows' type. torch excludes those of tokens that are not kept.
-
-    Args:
-        chunk_logits: approximate number of logits computed at a time.
-        block_columns: logits that a program processes at a time, a power of two.
+    Logits are in the rows' type, about `chunk_logits` at a time. torch excludes those of tokens that are not kept.
     """
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
     check_kept_ids(kept_ids_NK, rows_ND)

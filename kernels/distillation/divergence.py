@@ -26,16 +26,10 @@ class Divergence:
 
 
 def divergence_terms(log_p_CB: Tensor, log_q_CB: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
-    """Returns D(p, q) of each row, and its derivatives in the student's scaled logits.
+    """Returns D(p, q) of each row, [C], and dD/du, [C, B], where q = softmax(u); ignores the temperature.
 
-    Args:
-        log_p_CB: logarithms of the teacher's probabilities, which sum to 1; minus infinity is allowed for forward_kl
-            and jensen_shannon.
-        log_q_CB: logarithms of the student's probabilities, which sum to 1.
-        form: the divergence; its temperature is not used here.
-
-    Returns:
-        The divergences, [C], and dD/du, [C, B], where q = softmax(u).
+    `log_p_CB` and `log_q_CB` are log-probabilities of teacher and student. The teacher's may be minus infinity for
+    forward_kl and jensen_shannon.
     """
     q_CB = log_q_CB.exp()
     match form.kind:

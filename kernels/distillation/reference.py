@@ -18,10 +18,7 @@ _SMALLEST_REST = 1e-12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherStates:
-    """A teacher as the input of its head and the head itself.
-
-    Its logits are computed again, chunk by chunk.
-    """
+    """A teacher as the input of its head and the head; its logits are computed again, chunk by chunk."""
 
     rows_NS: Tensor  # states after the teacher's final norm
     head_VS: Tensor  # the teacher's head
@@ -29,10 +26,7 @@ class TeacherStates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherTopK:
-    """A teacher as its most probable tokens.
-
-    All others are one further token, with the rest of the probability.
-    """
+    """A teacher as its most probable tokens; one further token has the rest of the probability."""
 
     ids_NK: Tensor  # int64, different within a row
     log_probs_NK: Tensor  # at the temperature of the divergence
@@ -63,15 +57,8 @@ def linear_distillation(
     """Computes tau^2 D(teacher, student) of each row, and gradients, chunk by chunk.
 
     The gradients are those of the sum over rows of weight * (mix[0] tau^2 D - mix[1] log_prob). A teacher has no
-    gradient. Each chunk's logits are computed once, in float32 or wider after the product. Raises ValueError if the
-    operands do not match.
-
-    Args:
-        targets_N: int64, below V; rows with -100 are ignored.
-        teacher: its distribution of each row.
-        mix: weights of the divergence and of the cross-entropy of the targets.
-        row_weights_N: weight of each row, in float32 or wider; None: 1.
-        wants_gradients: whether to compute the gradients of rows and head.
+    gradient. Each chunk's logits are computed once, in float32 or wider after the product. `targets_N` is int64, below
+    V, or -100 for ignored rows. `row_weights_N` is in float32 or wider; None means 1.
     """
     check_operands(rows_ND, head_VD, targets_N, row_weights_N)
     _check_teacher(teacher, len(rows_ND), len(head_VD))

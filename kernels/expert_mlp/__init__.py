@@ -1,7 +1,4 @@
-"""Runs SwiGLU experts over rows sorted by expert, and computes their gradients.
-
-All implementations are in plain PyTorch. Shape legend: as in kernels/expert_mlp/reference.py.
-"""
+"""Runs SwiGLU experts over rows sorted by expert, and computes their gradients, in plain PyTorch."""
 
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar

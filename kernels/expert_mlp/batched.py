@@ -29,10 +29,7 @@ class _Slots:
     num_experts: int
 
     def scatter(self, values_ND: Tensor, tokens_A: Tensor | None = None) -> Tensor:
-        """Returns each slot's value, ECD, zero in a slot without a row.
-
-        `tokens_A`: the given row of each place.
-        """
+        """Returns each slot's value, ECD, or zero; `tokens_A`: the given row of each place."""
         rows_S = self.rows_S if tokens_A is None else tokens_A.index_select(0, self.rows_S)
         values_SD = values_ND.index_select(0, rows_S).index_fill_(0, self.filled, 0)
         return values_SD.view(self.num_experts, -1, values_ND.shape[1])

@@ -1,7 +1,4 @@
-"""SwiGLU experts as grouped products over the rows of all experts, for parallel devices.
-
-Shape legend: as in reference.py.
-"""
+"""SwiGLU experts as grouped products over the rows of all experts, for parallel devices."""
 
 from collections.abc import Sequence
 

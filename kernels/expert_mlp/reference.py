@@ -1,10 +1,9 @@
 """SwiGLU experts over rows sorted by expert.
 
-A few experts are processed at a time, so that intermediate values stay in the cache.
-
-Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M
-gate and up side by side, R rows of a block of experts. `counts`, the rows of each expert, is on the host. `tokens_A`
-holds the given row of each place in the experts' order; None means that rows are given in that order.
+A few experts are processed at a time, so that intermediate values stay in the cache. Shape legend: N rows given, A rows
+in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M gate and up side by side, R rows of
+a block of experts. `counts`, the rows of each expert, is on the host. `tokens_A` holds the given row of each place in
+the experts' order; None means that rows are given in that order.
 """
 
 from collections.abc import Sequence
@@ -33,11 +32,7 @@ class ExpertBlock:
 
 
 def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
-    """Returns blocks of whole experts, sized so that the values between their products stay in the cache.
-
-    Args:
-        width: numbers that a row has between the products.
-    """
+    """Returns blocks of whole experts whose values between products, `width` per row, stay in the cache."""
     most, first, blocks = max(1, BLOCK_NUMBERS // width), 0, list[ExpertBlock]()
     members, size = list[tuple[int, slice]](), 0
     for expert, count in (*enumerate(counts), (len(counts), most + 1)):
@@ -62,11 +57,8 @@ def expert_mlp(
     """Computes (out_AD, hidden_AH): hidden = row gate_up^T, out = (silu(gate) * up * weight) down^T.
 
     Args:
-        rows_ND: rows of any floating type.
         weights_A: routing weight of each row, in the rows' type; multiplied before `down`, as rows are narrower there.
         gate_up_EHD: gate and up projections, gate rows first.
-        down_EDM: down projection of each expert.
-        counts: rows per expert; may be 0.
         tokens_A: given row of each place; see the module.
         gated_AM: buffer for silu(gate) * up * weight; None discards it.
     """
@@ -103,14 +95,9 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Computes the gradients of `expert_mlp` in its rows (AD, in the experts' order) and its weights.
 
-    Args:
-        grad_ND: gradient of the output, or of the sum per token if `tokens_A` is given.
-        hidden_AH: hidden values that the forward returned.
-        rows_ND: rows of the forward, to compute the experts' gradients now; None defers them.
-
-    Returns:
-        Gradients of rows and weights, then of gate_up (EHD) and down (EDM). Without `rows_ND`, the gradient of hidden
-        (AH) replaces the last two; `gate_up_gradient` needs it.
+    Then those of gate_up (EHD) and down (EDM). Without `rows_ND`, the rows of the forward, these are deferred: the
+    gradient of hidden (AH), which `gate_up_gradient` needs, replaces them. `grad_ND` is the gradient of the output, or
+    of the sum per token if `tokens_A` is given.
     """
     width, size = down_EDM.shape[2], len(weights_A)
     grad_rows_AD, grad_weights_A = grad_ND.new_empty(size, grad_ND.shape[1]), torch.empty_like(weights_A)

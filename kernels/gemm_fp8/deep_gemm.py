@@ -4,8 +4,6 @@ On Hopper it requires both operands with K contiguous and scales in float32. It 
 they begin at multiples of 16 bytes for each 128 of K. Strided rows, such as those of a packed message, are copied
 first. A weight with block scales gives only bfloat16. Row scales on both sides give float32, added to the result's
 previous content.
-
-Shape legend: as in kernels/gemm_fp8/reference.py.
 """
 
 from collections.abc import Callable

@@ -4,10 +4,8 @@ A value is its code times its scale, rounded to float32; values are then multipl
 instead multiply codes and scale the sum over each 128 of K. Both are equally exact: rounding a value costs at most
 2^-24 of it, and nothing if scales are powers of two, which is at most the rounding of a product as it enters a sum. One
 product of whole matrices is the fastest on a CPU: a pass over the result for every 128 of K costs more than one over
-the operands.
-
-Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
-each padded to a multiple of 128.
+the operands. Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of
+all groups, each padded to a multiple of 128.
 """
 
 import torch
@@ -26,16 +24,11 @@ from kernels.quantize.reference import dequantize_1x128, dequantize_128x128
 
 
 def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-    """Multiplies by a weight, `left right^T` (arXiv:2412.19437, section 3.3.2).
-
-    Raises ValueError if the operands do not match.
+    """Multiplies by a weight, `left right^T`: [M, N], rounded once, to `dtype` (arXiv:2412.19437, 3.3.2).
 
     Args:
-        left: codes [M, K] with scales by 1 x 128, of activations or gradients.
+        left: codes [M, K] with scales by 1 x 128, of activations or gradients. A row that is NaN makes its row NaN.
         right: codes [N, K] with scales by 128 x 128, of a weight or its transpose.
-
-    Returns:
-        [M, N], rounded once, to `dtype`. A row or a block that is NaN makes its rows or columns NaN.
     """
     check_rows_by_blocks("gemm_fp8", left, right)
     left_MK, right_NK = dequantize_1x128(left, torch.float32), dequantize_128x128(right, torch.float32)
@@ -45,14 +38,7 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
     """Multiplies over all groups' rows, `left right^T`: a weight's gradient (arXiv:2412.19437, 3.3.2).
 
-    Raises ValueError if the operands do not match.
-
-    Args:
-        left: codes [M, P] with scales by 128 of P, of the outputs' gradient.
-        right: codes [N, P] with scales by 128 of P, of the inputs.
-
-    Returns:
-        float32 [M, N]; zeros if P is 0.
+    Both have scales by 128 of P. Returns float32 [M, N]; zeros if P is 0.
     """
     check_columns("gemm_fp8_columns", left, right)
     left_MP, right_NP = (dequantize_1x128(Quantized(*operand), torch.float32) for operand in (left, right))

@@ -1,4 +1,4 @@
-"""Products of matrices in FP8 codes and scales, in Triton; see kernels/gemm_fp8/reference.py.
+"""Products of matrices in FP8 codes and scales, in Triton.
 
     kernel  grid                            tile                     accumulator                     rounding
     gemm    persistent: programs_per_sm     rows x outputs,          per 128 of K float32, of which  once, to nearest
@@ -16,11 +16,7 @@ its sum, the products of the other keep the tensor cores busy.
 Tiles are processed in groups of `group` tile rows, so that concurrent programs share operands in the cache. Tiles of
 the operands are loaded by descriptor (TMA). This requires rows at multiples of 16 bytes; other codes are copied first,
 because masked loads of single bytes would cost far more. Tiles of the result are stored by descriptor if its rows are
-aligned, else under a mask with int64 offsets. Values beyond the last row, output or number of K are read as 0. Tensors
-must be on the current device.
-
-Shape legend: M rows of the left operand, N rows of the right one (outputs), K numbers in a row of both, P rows of all
-groups, each padded to a multiple of 128.
+aligned, else under a mask. Values beyond the last row, output or number of K are read as 0.
 """
 
 import torch
@@ -45,10 +41,7 @@ from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedC
 def locate_tile(
     tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, GROUP: tl.constexpr
 ) -> tl.tensor:
-    """Returns row and column of a tile.
-
-    The order is down GROUP rows, then the next column; after the last column, the next GROUP rows.
-    """
+    """Returns row and column of a tile: down GROUP rows, then the next column, then the next GROUP rows."""
     tiles_of_group = GROUP * num_tile_columns
     first_row = tile // tiles_of_group * GROUP
     num_rows = tl.minimum(num_tile_rows - first_row, GROUP)

@@ -1,7 +1,6 @@
 """Products in FP8 with the fastest tiling on this GPU, measured at the first product of a shape.
 
-Triton's autotuner needs a GPU at construction and calls kernels with the arguments of a launch. This tuner tries whole
-launches, and does nothing before the first product on CUDA.
+Triton's autotuner needs a GPU at construction. This tuner does nothing before the first product on CUDA.
 """
 
 import logging
@@ -34,8 +33,8 @@ _LONGEST_CAUSE = 200  # characters
 def stream_milliseconds(call: Callable[[], Any]) -> float:
     """Returns the median time of a compiled call on the current stream, with overlapping launches.
 
-    It waits only for this stream: another stream may hold a message that another rank answers after this product, and
-    Triton's benchmark waits for the whole device.
+    It waits only for this stream: Triton's benchmark waits for the whole device, and another stream may hold a message
+    that another rank answers after this product.
     """
     for _ in range(_NUM_WARM_UPS):
         call()
@@ -53,14 +52,11 @@ class TuningError(RuntimeError):
 
 
 class TunedProduct(Generic[P]):
-    """Runs a product with the fastest tiling of its shape, which it caches.
-
-    Every tiling gives the same result.
+    """Runs a product with the fastest tiling of its shape, which it caches; the result does not depend on it.
 
     The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
-    a CUDA graph. A tiling that one Triton version compiles may fail under another: in compiler passes, in ptxas, or
-    because it needs more shared memory or registers than the GPU has. Such a candidate is skipped, and logged with its
-    cause the first time.
+    a CUDA graph. A candidate that Triton or ptxas cannot compile, or that needs more shared memory or registers than
+    the GPU has, is skipped, and logged with its cause the first time.
     """
 
     def __init__(
@@ -76,8 +72,7 @@ class TunedProduct(Generic[P]):
             product: launcher that also takes `tiling`; None for its default.
             key_of: function of the operands: what the fastest tiling depends on; None if only the default suits.
             candidates: tilings to choose from; the default comes first.
-            milliseconds: measures a call. By default `stream_milliseconds`, and only on CUDA tensors; on other devices
-                the default tiling is used.
+            milliseconds: measures a call; by default `stream_milliseconds`, and only on CUDA tensors.
         """
         self._product = product
         self._key_of = key_of

@@ -1,7 +1,4 @@
-"""Multiplies rows sorted by group, with one matrix per group, in the rows' type or in FP8.
-
-Shape legend: as in kernels/grouped_gemm/reference.py.
-"""
+"""Multiplies rows sorted by group, with one matrix per group, in the rows' type or in FP8."""
 
 from kernels.grouped_gemm import reference, reference_fp8
 from kernels.operation import operation

@@ -5,8 +5,6 @@ into padded groups and results are gathered back. Otherwise strided rows, such a
 A gradient requires the columns of each group to be contiguous, one group after the other, so codes are copied into that
 order and scales are transposed. Results for rows are only bfloat16. Gradients are float32, added to the result's
 previous content.
-
-Shape legend: as in kernels/grouped_gemm/reference_fp8.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,7 @@
 """Computes the products of `reference.py` by one call of torch's grouped product, for CUDA and bf16.
 
 Two cases are handled here: torch rejects a weight gradient over no rows (pytorch#192497), and on some GPUs it leaves
-the result of an empty group uninitialized (pytorch#172439).
-
-Shape legend: as in reference.py. Rows and columns must be multiples of 16 bytes long.
+the result of an empty group uninitialized (pytorch#172439). Rows and columns must be multiples of 16 bytes long.
 """
 
 from collections.abc import Sequence

@@ -23,10 +23,7 @@ from kernels.quantize.layout import (
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty.
-
-    Raises ValueError if the operands do not match, or counts do not add up to A.
-    """
+    """Multiplies each group's rows by the transpose of its matrix, AN. Groups may be empty."""
     check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     out_AN = rows_AK.new_empty(rows_AK.shape[0], weight_ENK.shape[1])
     first = 0
@@ -38,10 +35,7 @@ def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> 
 
 
 def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Computes the weight gradient of `grouped_rows`, ENK: a group's transposed gradient times its rows.
-
-    Raises ValueError if the operands do not match, or counts do not add up to A.
-    """
+    """Computes the weight gradient of `grouped_rows`, ENK: a group's transposed gradient times its rows."""
     check_weight("grouped_weight", grad_AN, rows_AK, counts)
     out_ENK = grad_AN.new_zeros(len(counts), grad_AN.shape[1], rows_AK.shape[1])
     first = 0

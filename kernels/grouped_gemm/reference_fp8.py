@@ -15,17 +15,9 @@ from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedC
 
 
 def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Computes `gemm_fp8` of each group's rows with its matrix (arXiv:2412.19437, section 3.3.2).
+    """Computes `gemm_fp8` of each group's rows with its matrix: [A, N] (arXiv:2412.19437, section 3.3.2).
 
-    Raises ValueError if the operands do not match, or counts do not add up to A.
-
-    Args:
-        rows: codes [A, K] with scales by 1 x 128, sorted by group.
-        weights: codes [E, N, K] with scales by 128 x 128.
-        counts: rows per group; may be 0.
-
-    Returns:
-        [A, N], rounded once, to `dtype`.
+    `rows` have scales by 1 x 128, `weights` by 128 x 128; results are rounded once, to `dtype`. Counts may be 0.
     """
     num_rows, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     out_AN = rows.scales.new_empty(num_rows, num_outputs, dtype=dtype)
@@ -42,15 +34,7 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
 def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
     """Computes `gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, 3.3.2).
 
-    Raises ValueError if the operands or the counts do not match.
-
-    Args:
-        grad: codes [N, P] with scales by 128 of P, of the outputs' gradient.
-        rows: codes [K, P] with scales by 128 of P, of the inputs.
-        counts: rows per group, as given when both were quantized.
-
-    Returns:
-        float32 [E, N, K]; zeros for a group without rows.
+    Both have scales by 128 of P. Returns float32 [E, N, K]; zeros for a group without rows.
     """
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)

@@ -2,9 +2,7 @@
 
 Groups have any number of rows. A tile of rows begins at the start of its group or a whole number of tiles after it, so
 it may overlap the next group; those rows are computed but not stored. Tile positions are computed on the host from the
-counts and copied asynchronously.
-
-Shape legend: T tiles of rows in all groups, E groups.
+counts and copied asynchronously. Shape legend: T tiles of rows in all groups, E groups.
 """
 
 from collections.abc import Sequence
@@ -109,9 +107,8 @@ def store_tile(  # noqa: PLR0913
 ) -> None:
     """Rounds and stores rows before `end`, and columns before the last.
 
-    IN_HALVES stores the left half of the columns, then the right half: addresses of a whole tile would take more
-    registers than its sums leave. Triton 3.6 cannot split a tile in a loop with `specialize`, in which each warp has
-    registers for a whole tile.
+    IN_HALVES stores the left half of the columns, then the right half, with fewer registers for addresses. Triton 3.6
+    cannot split a tile in a loop with `specialize`, in which each warp has registers for a whole tile.
     """
     row_starts = out + rows.to(tl.int64)[:, None] * num_columns
     inside = (rows < end)[:, None]

@@ -11,13 +11,9 @@ tile of the result.
 
 Float32 is multiplied in full precision, without tensor cores. Tiles of rows are ordered block by block. A block never
 spans two groups, so a group's matrix is read from memory once. Tiles of operands are loaded by descriptor (TMA);
-matrices whose rows do not begin at multiples of 16 bytes are copied first. The matrix of a group may be a transposed
-view. Results are stored under masks with int64 offsets, because a tile at the end of a group overlaps the next group's
-rows, which other programs store. Values beyond the last row, output or number of K are read as 0. At the end of a sum
-over rows, the next group's rows are set to 0 on both sides, so that a NaN in them has no effect. Tensors must be on the
-current device.
-
-Shape legend: A rows (all groups together), E groups, K and N inner and outer width, T tiles.
+matrices whose rows do not begin at multiples of 16 bytes are copied first. Results are stored under masks, because a
+tile at the end of a group overlaps the next group's rows, which other programs store. In a sum over rows, the next
+group's rows are set to 0 on both sides, so that a NaN in them has no effect. Shape legend: as there, and T tiles.
 """
 
 from collections.abc import Sequence
@@ -144,10 +140,8 @@ def grouped_rows(
 ) -> Tensor:
     """Implements `reference.grouped_rows`. A NaN or infinity in one group affects only its rows.
 
-    Args:
-        rows_AK: bfloat16, float16 or float32; copied unless rows begin at multiples of 16 bytes.
-        weight_ENK: either dimension may be the contiguous one; copied under the same condition.
-        tiling: tile sizes; None chooses them by the type.
+    Operands are bfloat16, float16 or float32, and copied unless rows begin at multiples of 16 bytes. Either dimension
+    of `weight_ENK` may be the contiguous one. `tiling`: None chooses it by the type.
     """
     num_rows, num_groups, num_outputs, depth = check_rows("grouped_rows", rows_AK, weight_ENK, counts)
     tiling = tiling or choose_tiling("grouped_rows", rows_AK.dtype, num_outputs)
@@ -187,9 +181,7 @@ def grouped_weight(
 ) -> Tensor:
     """Implements `reference.grouped_weight`. A NaN or infinity in one group affects only its matrix.
 
-    Args:
-        grad_AN: bfloat16, float16 or float32; copied, as the rows, unless rows begin at multiples of 16 bytes.
-        tiling: tile sizes, with rows as outputs and columns as inputs; None chooses them by the type.
+    Operands are as in `grouped_rows`. `tiling` has rows as outputs and columns as inputs.
     """
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
     tiling = tiling or choose_tiling("grouped_weight", grad_AN.dtype, num_inputs)

@@ -10,15 +10,9 @@ tile of the result.
                         block_inputs, 128 rows of   registers (arXiv:2412.19437, section
                         a group at a time           3.3.2)
 
-Tiles of rows are ordered block by block. A block never spans two groups, so a group's matrix is read from memory once.
-Tiles of operands are loaded by descriptor (TMA); codes whose rows do not begin at multiples of 16 bytes are copied
-first. Results are stored under masks with int64 offsets, because a tile at the end of a group overlaps the next group's
-rows, which other programs store, and a descriptor cannot stop there. Values beyond the last row, output or number of K
-are read as 0, and values of another group never enter a sum. With `specialize`, one group of warps loads and two groups
-multiply, each one half of the rows of a tile. Tensors must be on the current device.
-
-Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
-and outer width, T tiles.
+Tiles are ordered, loaded and stored as in `triton.py`; a descriptor cannot store a tile at the end of a group. Values
+of another group never enter a sum. `specialize` is that of kernels/gemm_fp8/triton.py. Shape legend: as in the
+reference, and T tiles.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Reorders rows by index, and reverses this with a sum per token.
-
-Shape legend: as in kernels/permute/reference.py.
-"""
+"""Reorders rows by index, and reverses this with a sum per token."""
 
 from kernels.operation import operation
 from kernels.permute import reference

@@ -19,15 +19,8 @@ INDICES = (torch.int32, torch.int64)
 def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
     """Gathers rows by index: `out[a] = rows[source[a]]`, a row of zeros if the source is negative.
 
-    Args:
-        rows_ND: any dtype, copied bit by bit; rows may be strided.
-        source_A: int32 or int64, below N.
-        out_AD: result buffer in the rows' dtype, its last dimension contiguous, not overlapping `rows_ND`; None
-            allocates it.
-
-    Raises:
-        ValueError: the operands do not match.
-        IndexError: a source is N or above.
+    Rows have any dtype, are copied bit by bit, and may be strided, as may those of `out_AD`, which must not overlap
+    them. Sources are int32 or int64; one of N or above raises IndexError.
     """
     check_permute(rows_ND, source_A, out_AD)
     _check_below("permute: a source", source_A, rows_ND.shape[0])
@@ -48,17 +41,8 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
 def unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Sums the rows of each token: `out[n] = sum over k of rows[places[n, k]]`, in the order of k.
 
-    Args:
-        rows_AD: floating point; rows may be strided.
-        places_TK: int32 or int64, below A; a negative place contributes nothing.
-        dtype: type of the result; by default that of the rows.
-
-    Returns:
-        out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once.
-
-    Raises:
-        ValueError: operands have an unsupported type or shape.
-        IndexError: a place is A or above.
+    Returns out_ND, accumulated from zero in float32 (float64 for float64 rows) and rounded once, to `dtype` or the
+    rows' type. Places are int32 or int64; a negative one contributes nothing, one of A or above raises IndexError.
     """
     check_unpermute(rows_AD, places_TK)
     _check_below("unpermute: a place", places_TK, rows_AD.shape[0])

@@ -9,12 +9,9 @@ fixed.
                                                                              in the order of k;     even, into the
                                                                              float64 of float64     result's dtype
 
-Row offsets are int64. Masks exclude rows and columns beyond the last, and absent rows (a negative index), which are
-read as zeros. Only TRITON_DEBUG=1 detects an index beyond the last row, by an assertion on the device, because a check
-on the host would need a host sync. Tensors must be on the current device.
-
-Shape legend: N rows on the tokens' side, A rows on the other side, K places per token, D columns,
-W words in a row.
+Absent rows (a negative index) are read as zeros. Only TRITON_DEBUG=1 detects an index beyond the last row, by an
+assertion on the device, because a check on the host would need a host sync. Shape legend: as there, and W words in a
+row.
 """
 
 import math
@@ -102,9 +99,7 @@ def permute(
 ) -> Tensor:
     """Implements `reference.permute`, without its IndexError, for contiguous columns.
 
-    Args:
-        block_rows: rows per tile, a power of two.
-        block_bytes: bytes per tile row, a power of two; an eighth as many words if rows are not aligned to 16 bytes.
+    A tile has `block_rows` rows of `block_bytes` bytes, powers of two; an eighth as many words if rows are unaligned.
     """
     check_permute(rows_ND, source_A, out_AD)
     num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]

@@ -65,11 +65,9 @@ class QuantizedColumns(NamedTuple):
 class PackedE5M6(NamedTuple):
     """Rows in 12 bits per number: sign, 5 bits of exponent (bias 15), 6 of mantissa.
 
-    Source: arXiv:2412.19437, section 3.3.3.
-
-    This is IEEE half precision without its last 4 bits. Each row holds first the lower 8 bits of all numbers, then the
-    upper 4 bits, two numbers to a byte with the even one in the lower half. A GPU can load and store these bytes 16 at
-    a time, unlike 12-bit fields. A row of odd length is padded with a zero.
+    This is IEEE half precision without its last 4 bits (arXiv:2412.19437, section 3.3.3). Each row holds first the
+    lower 8 bits of all numbers, then the upper 4 bits, two numbers to a byte with the even one in the lower half. A GPU
+    can load and store these bytes 16 at a time, unlike 12-bit fields. A row of odd length is padded with a zero.
     """
 
     codes: Tensor  # uint8 [N, 3 * ceil(D / 2)]

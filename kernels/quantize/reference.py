@@ -30,10 +30,8 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
 
     A tile's scale is `max(amax, min_amax) / 448`, in float32; codes are `value / scale`, rounded to nearest even and
     saturated at 448. A tile with a NaN or an infinity becomes all NaN, scale and codes. The last tile may be ragged.
-    Raises ValueError if min_amax is out of range, or rows have an unsupported type or shape.
 
     Args:
-        rows_ND: floating point, read as float32; rows may be strided.
         power_of_two: whether to round the scale up to a power of two, so that quantizing again is exact.
         min_amax: lower bound of a tile's amax, in [2**-117, 2**127], so that a scale is a normal number.
     """
@@ -57,20 +55,13 @@ def quantize_1x128(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-
 
 
 def decode(codes: Tensor) -> Tensor:
-    """Returns the float32 values of float8_e4m3fn codes of any shape.
-
-    A table look-up: torch's cast takes five times as long on a CPU.
-    """
+    """Returns the float32 values of FP8 codes by a table: torch's cast takes five times as long on a CPU."""
     table = torch.arange(256, dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn).float()
     return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
 def dequantize_1x128(quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    """Restores rows ND from codes and scales.
-
-    A number is code times scale in float32 (float64 if that is the dtype), rounded to `dtype`. Raises ValueError if
-    codes or scales have an unsupported type or shape, or do not match.
-    """
+    """Restores rows ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`."""
     check_quantized("dequantize_1x128", *quantized)
     num_rows, num_columns = quantized.codes.shape
     rows_ND = quantized.codes.new_empty(num_rows, num_columns, dtype=dtype)
@@ -101,15 +92,7 @@ def split_into_tiles(rows_RD: Tensor) -> Tensor:
 
 
 def quantize_128x128(values: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> QuantizedBlocks:
-    """Quantizes weights block by block; scale and code follow the rule of `quantize_1x128`.
-
-    Raises ValueError if min_amax is out of range, or values have an unsupported type or shape.
-
-    Args:
-        values: [..., N, D], floating point, read as float32. The last blocks of a matrix may be ragged.
-        power_of_two: whether to round the scale up to a power of two.
-        min_amax: lower bound of a block's amax; in [2**-117, 2**127].
-    """
+    """Quantizes weights [..., N, D] by blocks, the last ones ragged, under the rule of `quantize_1x128`."""
     check_min_amax(min_amax)
     check_numbers("quantize_128x128: values", values)
     *leading, num_rows, num_columns = values.shape
@@ -125,14 +108,7 @@ def quantize_128x128(values: Tensor, *, power_of_two: bool, min_amax: float = 1e
 def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
     """Quantizes weights under given scales: value over scale, to nearest even, saturated at 448.
 
-    Raises ValueError if values have an unsupported type or shape, or scales do not match them.
-
-    Args:
-        values: [..., N, D], floating point, read as float32.
-        scales: float32 [..., ceil(N / 128), ceil(D / 128)].
-
-    Returns:
-        float8_e4m3fn [..., N, D]; NaN in a block whose scale is not finite.
+    Returns float8_e4m3fn [..., N, D]; NaN in a block whose scale is not finite.
     """
     check_numbers("codes_128x128: values", values)
     *leading, num_rows, num_columns = values.shape
@@ -150,11 +126,7 @@ def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
-    """Restores weights from codes and scales.
-
-    A number is code times scale in float32, as the released code does, rounded to `dtype`. Raises ValueError if codes
-    or scales have an unsupported type or shape, or do not match.
-    """
+    """Restores weights: code times scale in float32, as the released code does, rounded to `dtype`."""
     check_quantized_blocks("dequantize_128x128", *quantized)
     codes, scales = quantized
     num_columns = codes.shape[-1]
@@ -168,10 +140,7 @@ def dequantize_128x128(quantized: QuantizedBlocks, dtype: torch.dtype) -> Tensor
 
 
 def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
-    """Swaps the last two dimensions of quantized weights, exactly: a transposed block keeps its scale.
-
-    Raises ValueError if codes or scales have an unsupported type or shape, or do not match.
-    """
+    """Swaps the last two dimensions of quantized weights, exactly: a transposed block keeps its scale."""
     check_quantized_blocks("transpose_blocks", *quantized)
     codes = quantized.codes.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn)
     return QuantizedBlocks(codes, quantized.scales.mT.contiguous())

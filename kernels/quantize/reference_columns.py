@@ -28,12 +28,6 @@ def quantize_columns(
     """Quantizes the transpose by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
 
     This equals `quantize_1x128` of the transpose after every group is padded with zeros to a multiple of 128 rows.
-    Raises ValueError if min_amax is out of range, operands have an unsupported type or shape, or counts do not add up
-    to N.
-
-    Args:
-        rows_ND: floating point, read as float32; sorted by group.
-        counts: rows per group; may be 0.
     """
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
@@ -48,9 +42,6 @@ def requantize_columns(
 
     This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it. Every
     tile that holds a NaN becomes NaN.
-
-    Raises:
-        ValueError: as `quantize_columns`.
     """
     check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized

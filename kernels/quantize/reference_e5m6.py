@@ -19,10 +19,7 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
 
     A tile's scale is the smallest power of two, at least 2**-126, for which no magnitude exceeds 65024, the largest
     E5M6 number. A code is the number nearest to `value / scale`, ties to even. A tile with a NaN or an infinity becomes
-    all NaN, scale and codes. The last tile may be ragged. Raises ValueError if rows have an unsupported type or shape.
-
-    Args:
-        rows_ND: floating point, read as float32; rows may be strided.
+    all NaN, scale and codes. The last tile may be ragged.
     """
     check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
@@ -48,11 +45,7 @@ def pack_e5m6(rows_ND: Tensor) -> PackedE5M6:
 
 
 def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """Restores rows ND from 12 bits per number.
-
-    A number is code times scale in float32 (float64 if that is the dtype), rounded to `dtype`. Raises ValueError if the
-    packed rows are not of D numbers.
-    """
+    """Restores rows ND: code times scale in float32 (float64 if that is the dtype), rounded to `dtype`."""
     check_packed(packed, num_columns)
     codes_NB, scales_NT = packed
     num_rows = codes_NB.shape[0]

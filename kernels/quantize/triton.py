@@ -13,12 +13,8 @@ All kernels are memory-bound: each number is read once and written once.
     transpose_blocks  (T, M, E)               128 x 128 bytes   none                none
 
 Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. Codes are
-transposed by tiles because torch copies single bytes along columns; torch transposes the few scales. Row offsets are
-int64. Masks exclude rows and columns beyond the last (zeros, which do not change the amax). Tensors must be on the
-current device.
-
-Shape legend: E matrices, N rows, D columns, M blocks in a column, T tiles or blocks in a row; values of any leading
-dimensions have no suffix.
+transposed by tiles because torch copies single bytes along columns; torch transposes the few scales. Shape legend: as
+there; T tiles or blocks in a row.
 """
 
 import torch

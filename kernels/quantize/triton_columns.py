@@ -11,11 +11,8 @@ both in contiguous runs. In between, a tile of codes, one byte each, is transpos
     requantize (D / block_columns, tiles)  128 rows x block_columns  as above               product of code and scale in
                                                                                             float32, then as above
 
-Row offsets are int64. Masks exclude rows beyond the last of a group and columns beyond the last (zeros, which do not
-change the amax and are the codes of the padding). The host computes the first and last row of each tile and copies them
-asynchronously. If there is one group, they follow from the tile's number. Tensors must be on the current device.
-
-Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, T tiles in all.
+The host computes the first and last row of each tile and copies them asynchronously. If there is one group, they follow
+from the tile's number. Shape legend: as there, and T tiles in all.
 """
 
 from collections.abc import Sequence
@@ -148,9 +145,8 @@ def quantize_columns(
 ) -> QuantizedColumns:
     """Implements `reference_columns.quantize_columns` for contiguous columns.
 
-    Args:
-        block_columns: columns per program, a power of two, at most 128.
-        vector: adjacent columns that a thread loads, a power of two; a small number lets a thread cover many rows.
+    A program has `block_columns` columns, at most 128, and a thread loads `vector` adjacent ones, both powers of two; a
+    small number lets a thread cover many rows.
     """
     check_min_amax(min_amax)
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)

@@ -7,11 +7,6 @@ Both kernels are memory-bound: each number is read once and written once.
                                                          NaN is the largest         once, to nearest even
     unpack  N / block_rows * tiles   rows x 128 columns  none                       product in float32 (float64 for a
                                                                                     float64 result), to nearest even
-
-Row offsets are int64. Masks exclude rows and columns beyond the last (zeros, which do not change the amax; the first
-one pads a row of odd length). Tensors must be on the current device.
-
-Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row.
 """
 
 import torch

@@ -1,7 +1,6 @@
 """Normalizes rows by their root mean square, in the rows' type or to FP8, and computes gradients.
 
-Triton's kernels hold whole rows: plain PyTorch runs instead if a row does not fit a program or is not contiguous. Shape
-legend: as in kernels/rms_norm/reference.py.
+Triton's kernels hold whole rows: plain PyTorch runs instead if a row does not fit a program or is not contiguous.
 """
 
 from torch import Tensor

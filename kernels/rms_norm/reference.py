@@ -32,10 +32,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`.
-
-    Raises ValueError if the operands do not match.
-    """
+    """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`."""
     check_backward("normalize_backward", grad, x, scale, weight_D)
     wide, wide_grad, weight = x.to(scale.dtype), grad.to(scale.dtype), weight_D.to(scale.dtype)
     # torch's fused backward of layer norm, with a mean of 0; the term that it subtracts for the mean is added back.

@@ -14,10 +14,7 @@ from kernels.rms_norm.reference import check_backward_from_codes, check_weight, 
 def rms_norm_quantize(x_AD: Tensor, weight_D: Tensor, eps: float, *, power_of_two: bool) -> tuple[Quantized, Tensor]:
     """Computes x / sqrt(mean(x^2) + eps) * weight, and rounds it once to FP8 (arXiv:2412.19437, 3.3.2).
 
-    Raises ValueError if the number of weights is not the number of columns.
-
-    Returns:
-        Codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
+    Returns codes float8_e4m3fn AD with a scale per row and 128 columns, and 1 / sqrt(mean(x^2) + eps), float32 [A, 1].
     """
     check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
@@ -40,16 +37,7 @@ def rms_norm_backward_from_codes(
     """Computes the gradients of the normalization in x and in the weight from the codes of its result.
 
     With x-hat = result / weight, or 0 if the weight is 0, the gradient of x is `inverse * (grad * weight - x-hat *
-    mean(grad * result))`, that of the weight `sum over rows of grad * x-hat`. Raises ValueError if the operands do not
-    match.
-
-    Args:
-        grad_AD: gradient of the result, of any floating type; read as float32.
-        normal: the result, codes float8_e4m3fn AD.
-        inverse_A1: 1 / sqrt(mean(x^2) + eps), float32.
-
-    Returns:
-        grad_x_AD in the gradient's type, grad_weight_D in float32.
+    mean(grad * result))`, in the type of `grad`, and that of the weight `sum over rows of grad * x-hat`, in float32.
     """
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape

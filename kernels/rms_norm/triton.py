@@ -12,9 +12,8 @@ Both are memory-bound: a program holds whole rows in registers, so that each num
 
 The weight's gradient is summed per program and then over programs: there are no atomics, and the order depends only on
 the shape. In the backward, rows of more than 4096 columns spill registers if they do not begin at multiples of 16 bytes
-or are float64: results are correct, but slow. The inverse root is an exact square root and an exact division. Row
-offsets are int64. Masks exclude rows and columns beyond the last (zeros, which do not change a sum). Tensors must be on
-the current device. Shape legend: ... leading dims, A rows, D normalized size, P programs.
+or are float64: results are correct, but slow. The inverse root is an exact square root and an exact division. Shape
+legend: ... leading dims, A rows, D normalized size, P programs.
 """
 
 from dataclasses import dataclass
@@ -124,12 +123,7 @@ def rms_norm_backward_kernel(
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, *, block_rows: int | None = None, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Implements `reference.rms_norm` for contiguous columns, at most 8192.
-
-    Args:
-        block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
-        num_warps: warps per program; None chooses by block.
-    """
+    """Implements `reference.rms_norm` for contiguous columns, at most 8192; see `tiling` for the sizes."""
     check_weight("rms_norm", weight_D, x)
     num_columns = x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -171,12 +165,8 @@ def normalize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Implements `reference.normalize_backward` for contiguous columns, at most 8192.
 
-    Args:
-        block_rows: rows that a program processes at a time, a power of two; None chooses by row length.
-        num_warps: warps per program; None chooses by block.
-        num_stages: blocks of rows that are loaded or processed at the same time.
-        num_programs: programs that share the rows, which determines the order of the weight gradient's sum; None
-            chooses by block.
+    `num_stages` blocks of rows are loaded or processed at the same time. `num_programs` determines the order of the
+    weight gradient's sum. See `tiling` for the other sizes.
     """
     check_backward("normalize_backward", grad, x, scale, weight_D)
     num_columns = x.shape[-1]
@@ -215,13 +205,13 @@ def tiling(
 ) -> RowTiling:
     """Returns as many rows as fit a program, and as many warps as hold them without spilling.
 
-    Raises ValueError if rows are too long for the registers of a program.
-
     Args:
         subject: operation and name of the rows, for the message.
-        block_rows: rows per program given by the caller, a power of two, or None.
-        num_warps: warps per program given by the caller, or None.
+        block_rows: rows that a program processes at a time, a power of two, or None.
         has_sums: whether a program loops over blocks of rows and also holds their sums per column.
+
+    Raises:
+        ValueError: rows are too long for the registers of a program.
     """
     if num_columns > LARGEST_COLUMNS:
         raise ValueError(

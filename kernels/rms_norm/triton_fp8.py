@@ -10,12 +10,9 @@ Both are memory-bound: a program holds whole rows in registers, so that each num
              many-th block of rows                         per program, then
                                                            over programs
 
-The weight's gradient is summed per program and then over programs: there are no atomics, and the order depends only on
-the shape. A row is summed in another order than in torch. Its scale may therefore differ in the last bits, and so may
-the code of a number close to a rounding tie. In the backward, rows of more than 4096 columns spill registers if they do
-not begin at multiples of 16 bytes: results are correct, but slow. Row offsets are int64. Masks exclude rows and columns
-beyond the last (zeros, which change neither a sum nor the amax). Tensors must be on the current device. Shape legend: A
-rows, D normalized size, T tiles of a row, P programs.
+Sums over rows and slow rows are those of `triton.py`. A row is summed in another order than in torch. Its scale may
+therefore differ in the last bits, and so may the code of a number close to a rounding tie. Shape legend: A rows, D
+normalized size, T tiles of a row, P programs.
 """
 
 import torch

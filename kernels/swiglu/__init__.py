@@ -1,7 +1,4 @@
-"""Applies the SwiGLU gate to hidden values, in the rows' type or to FP8, and computes gradients.
-
-Shape legend: as in kernels/swiglu/reference.py.
-"""
+"""Applies the SwiGLU gate to hidden values, in the rows' type or to FP8, and computes gradients."""
 
 from kernels.operation import operation
 from kernels.swiglu import reference, reference_fp8

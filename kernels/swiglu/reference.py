@@ -18,10 +18,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad_AM: Tensor, hidden_AH: Tensor) -> Tensor:
-    """Computes the gradient of `swiglu` in gate and up, side by side, AH, from gate and up side by side.
-
-    Raises ValueError if H is not twice the gradient's columns, or rows or devices differ.
-    """
+    """Computes the gradient of `swiglu` in gate and up, side by side, AH, from gate and up side by side."""
     check_backward("swiglu_backward", grad_AM, hidden_AH)
     gate_AM, up_AM = hidden_AH.chunk(2, 1)
     grad_AH = torch.empty_like(hidden_AH)
@@ -37,10 +34,7 @@ def gated_backward(grad_AM: Tensor, silu_AM: Tensor, gate_AM: Tensor, up_AM: Ten
 
 
 def check_width(subject: str, num_columns: int, width: int | None = None) -> int:
-    """Returns the intermediate size of hidden values that hold gate and up side by side.
-
-    Raises ValueError if the columns are not twice the width, if it is known, or odd.
-    """
+    """Returns the intermediate size M of gate and up together, H; raises ValueError unless H = 2 M."""
     expected = num_columns // 2 if width is None else width
     if num_columns != 2 * expected:
         rule = "an even number of columns" if width is None else f"twice the gradient's {width} columns"

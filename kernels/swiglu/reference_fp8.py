@@ -15,18 +15,9 @@ from kernels.swiglu.reference import check_backward_from_codes, check_weights, c
 def swiglu_quantize(hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two: bool) -> tuple[Quantized, Quantized]:
     """Quantizes silu(gate) * up * weight for the next product, and the hidden values for the backward.
 
-    The operand is computed in float32 from the given hidden values, not from their codes, and rounded once
+    The operand, AM, is computed in float32 from the given hidden values, not from their codes, and rounded once
     (arXiv:2412.19437, section 3.3.3: SwiGLU's inputs are cached in FP8, its output is computed again in the backward).
-    Raises ValueError if H is odd, or the number of weights is not the number of rows.
-
-    Args:
-        hidden_AH: floating point, gate, then up; read as float32.
-        weights_A: one weight per row, of any floating type; None means 1.
-        power_of_two: whether to round the scales of both results up to a power of two.
-
-    Returns:
-        The operand, codes float8_e4m3fn AM, and the hidden values, codes float8_e4m3fn AH, each with a scale per row
-        and 128 columns; a tile of the hidden values may hold the last gates and the first ups.
+    A tile of the hidden values, AH, may hold the last gates and the first ups. `weights_A`: None means 1.
     """
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
@@ -51,11 +42,8 @@ def swiglu_backward_from_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes the gradients of `silu(gate) * up * weight` from the codes of gate and up, in float32.
 
-    Raises ValueError if H is not twice the gradient's columns, or other operands do not match.
-
-    Returns:
-        grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; the gradient of the weights,
-        float32 A, or None.
+    Returns grad_hidden_AH and gated_AM, the result computed again, in the gradient's type; and the gradient of the
+    weights, float32 A, or None.
     """
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)

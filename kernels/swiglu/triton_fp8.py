@@ -9,12 +9,9 @@ Both are memory-bound. A program owns its tiles of all results, so there are no 
                                           of M                sums of a row per tile,  into the gradient's type
                                                               then over its tiles
 
-Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially.
-Tiles of M coincide with tiles of H if 128 divides M. Otherwise `quantize` reads the up values twice, the second time
-from a cache, and `backward` reads a scale for every up value. Row offsets are int64. Masks exclude rows and columns
-beyond the last (zeros, which do not change the amax). `exp` is the hardware instruction, which differs from torch's by
-a few units in the last place of float32, so a product close to a rounding tie may get the other code. Tensors must be
-on the current device. Shape legend: A rows, M intermediate size, H = 2 M, T tiles of M.
+Tiles of the same rows are adjacent in the grid. They coincide with tiles of H if 128 divides M. Otherwise `quantize`
+reads the up values twice, the second time from a cache, and `backward` reads a scale for every up value. `exp` is that
+of `triton.py`, so a product close to a rounding tie may get the other code. Shape legend: as there, T tiles of M.
 """
 
 import torch

@@ -1,10 +1,8 @@
 """Attention of some queries over some keys, merged over blocks of keys. Imports no torch.
 
 Each block returns the logarithm of its queries' sums of exponentials, by which blocks are merged (as in FlashAttention,
-arXiv:2205.14135). The backward of a block needs the merged result and logarithm only.
-
-Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
-queries and K keys of each.
+arXiv:2205.14135). The backward of a block needs the merged result and logarithm only. Shape legend: B sequences, T
+tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L queries and K keys of each.
 """
 
 from __future__ import annotations
@@ -41,14 +39,10 @@ class BlockBackward(Protocol):
         is_causal: bool,
         /,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of queries, keys and values.
+        """Returns the gradients of queries, keys and values, `heads`.
 
-        Args:
-            grad_SHLV: gradient of the merged values.
-            heads: queries, keys and values of the block.
-            mixed_SHLV: values merged over all blocks.
-            log_sums_SHL: logarithms of sums of exponentials over all blocks.
-            is_causal: whether query l sees keys up to l; there are as many keys as queries then.
+        `mixed_SHLV` and `log_sums_SHL` are the values and logarithms merged over all blocks, and `grad_SHLV` is the
+        gradient of those values. If `is_causal`, query l sees keys up to l, and there are as many keys as queries.
         """
 
 

@@ -1,7 +1,4 @@
-"""Attention over tiles of queries and keys: forward with a merge, and backward from the merged result.
-
-Shape legend: as in kernels/attention/blocks/__init__.py.
-"""
+"""Attention over tiles of queries and keys: forward with a merge, and backward from the merged result."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,16 +40,13 @@ class MergedAttention:
             merged_sums.copy_(total)
 
     def result(self, value: int) -> tuple[Tensor, Tensor]:
-        """Returns the mixed values, BTHV in the queries' type, and the logarithms, BTH in float32 or wider.
-
-        `value`: size of a value without padding.
-        """
+        """Returns mixed values without padding, BTHV in the queries' type, and logarithms, BTH."""
         return self._mixed_BTHV[..., :value].to(self._dtype).contiguous(), self._log_sums_BTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergedBackward:
-    """Backward of merged attention."""
+    """Backward of merged attention with the kernel of the forward."""
 
     query_BTHQ: Tensor
     mixed_BTHV: Tensor

@@ -1,7 +1,4 @@
-"""Attention of a block by torch's fused kernels, which return logarithms of sums of exponentials.
-
-None of them stores the scores of all pairs. Shape legend: as in kernels/attention/blocks/__init__.py.
-"""
+"""Attention of a block by torch's fused kernels, which return logarithms of sums of exponentials."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,4 @@
-"""Attention of a block by its definition, a few queries at a time.
-
-The scores of all pairs are never stored. Shape legend: as in kernels/attention/blocks/__init__.py.
-"""
+"""Attention of a block by its definition, a few queries at a time: scores of all pairs are not stored."""
 
 from collections.abc import Iterator
 

@@ -1,8 +1,6 @@
 """Which queries see which keys if a sequence is cut into segments: dense tiles, without masks.
 
 Tiles that documents hide whole do not exist, so they cost nothing. Imports no torch.
-
-Shape legend: as in kernels/attention/blocks/__init__.py.
 """
 
 from bisect import bisect_left, bisect_right
@@ -54,10 +52,7 @@ class SegmentCut:
 def visible_tiles(cut: SegmentCut, queries: Sequence[int], keys: Sequence[int]) -> list[VisibleTile]:
     """Returns the tiles in which queries see keys.
 
-    Args:
-        queries: segments whose queries are in memory one after the other, ascending.
-        keys: segments whose keys are in memory one after the other, ascending. They are either the same as those of
-            the queries, or all different from them.
+    `queries` and `keys` are the segments in memory, ascending: either the same ones, or all different.
     """
     if cut.starts is None:
         return list(_tiles_of_whole_sequences(cut, list(queries), list(keys)))
