@@ -1,8 +1,8 @@
 """Agrees on small facts over all ranks, such as errors, without an object per rank in memory.
 
 `torch.distributed.all_gather_object` puts one object of every rank on every rank, each as long as the longest. Here
-ranks exchange numbers, and then the objects of the few ranks that have one. All ranks of a group call each function at
-the same point. The objects are pickled, like those of torch: they must come from ranks of the same job.
+ranks exchange numbers, and then the objects of the few ranks that have one. All ranks of a group, by default the world,
+call each function at the same point. Objects are pickled, so they must come from ranks of the same job.
 """
 
 import pickle
@@ -51,23 +51,16 @@ class Reports:
 
 
 def sum_over_ranks(numbers: Sequence[int], group: ProcessGroup | None = None) -> list[int]:
-    """Returns the sum of each number over all ranks.
-
-    Args:
-        numbers: this rank's numbers; equally many on all ranks.
-        group: process group; the world by default.
-    """
+    """Returns the sum of each number over all ranks; all ranks have equally many."""
     found = torch.tensor(numbers, dtype=torch.int64, device=_device(group))
     distributed.all_reduce(found, group=group)
     return [int(number) for number in found.tolist()]  # host sync
 
 
 def exchange_reports(own: str | None, group: ProcessGroup | None = None) -> Reports:
-    """Exchanges reports of ranks, such as errors. If no rank has one, it costs one all-reduce of a number.
+    """Exchanges reports of ranks, such as errors, cut to 4000 characters; None if this rank has none.
 
-    Args:
-        own: report of this rank, cut to 4000 characters; None if it has none.
-        group: process group; the world by default.
+    If no rank has one, it costs one all-reduce of a number.
     """
     (total,) = sum_over_ranks([own is not None], group)
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
@@ -83,14 +76,7 @@ def exchange_reports(own: str | None, group: ProcessGroup | None = None) -> Repo
 
 
 def compare_with_first_rank(own: str, group: ProcessGroup | None = None) -> tuple[str, Reports]:
-    """Compares a text of all ranks with that of the group's first rank.
-
-    Args:
-        group: process group; the world by default.
-
-    Returns:
-        The text of the first rank, and the reports of the ranks whose text differs.
-    """
+    """Returns the text of the group's first rank, and the reports of the ranks whose text differs."""
     expected = [own]
     distributed.broadcast_object_list(expected, src=_global_rank(0, group), group=group)
     return expected[0], exchange_reports(own if own != expected[0] else None, group)
@@ -100,10 +86,6 @@ def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> l
     """Returns the values of the ranks that have one on every rank, in the order of ranks.
 
     A rank without a value adds nothing to what the others receive, and a short value is not padded to the longest.
-
-    Args:
-        value: value of this rank, or None.
-        group: process group; the world by default.
     """
     content = b"" if value is None else pickle.dumps(value)
     rank, size, device = distributed.get_rank(group), distributed.get_world_size(group), _device(group)
@@ -127,9 +109,6 @@ def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[Va
     """Returns the values of all ranks on the group's first rank, in the order of ranks, else None.
 
     Only the first rank needs memory for the others, which is as much as if all were as long as the longest.
-
-    Args:
-        group: process group; the world by default.
     """
     content, device = pickle.dumps(value), _device(group)
     longest = -_smallest(-len(content), group)

@@ -1,7 +1,4 @@
-"""Defines the configuration of the cluster, of the ranks' layout and of the dispatch.
-
-Does not import torch.
-"""
+"""Defines the configuration of the cluster, of the ranks' layout and of dispatch. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -51,11 +48,7 @@ class Cut:
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
-        """Reads a cut from `auto`, `even` or a list of whole numbers.
-
-        Raises:
-            ValueError: the value is invalid. The message holds the rule and the value, without the key.
-        """
+        """Reads a cut from `auto`, `even` or a list of whole numbers; raises ValueError without the key."""
         if value == "auto":
             return cls("auto")
         if value == "even":

@@ -1,7 +1,4 @@
-"""Defines the exit codes that report to the launcher why a rank's process ended.
-
-Does not import torch.
-"""
+"""Defines the exit codes that report to the launcher why a rank's process ended. Imports no torch."""
 
 EXIT_CONFIGURATION = 2  # refused; no step was made
 EXIT_OTHER = 1  # another rank failed with an error

@@ -58,11 +58,8 @@ class Groups:
     ) -> None:
         """Creates all groups. Every rank calls it once, at the same point, after `start`.
 
-        Raises ClusterError if the world size differs from the layout's.
-
-        Args:
-            mirrored: whether pipeline ranks p and P-1-p hold the same stages.
-            embedding: pipeline indices that hold the embedding.
+        `embedding` holds the pipeline indices that hold the embedding. Raises ClusterError if the world has another
+        size than the layout.
         """
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
@@ -93,16 +90,12 @@ def join_one(partition: Iterable[Slices], timeout_seconds: float) -> ProcessGrou
 
 
 def make_group(members: Sequence[int], timeout_seconds: float) -> ProcessGroup | None:
-    """Creates a group and returns it on its members, None elsewhere.
+    """Creates a group of global ranks, ascending, and returns it on its members, None elsewhere.
 
     All ranks call it for every group in one order. torch names a group by the number of earlier calls. A rank that
     skips a call would use another name than its peers and block. (`use_local_synchronization` lets other ranks skip the
     call, but it counts calls too.) On a rank outside the group a call takes about 10 microseconds and needs no
-    communication.
-
-    Args:
-        members: global ranks, ascending.
-        timeout_seconds: timeout of each collective; `GROUP_TIMEOUT_MARGIN_SECONDS` is added.
+    communication. `GROUP_TIMEOUT_MARGIN_SECONDS` is added to the timeout of each collective.
     """
     timeout = timedelta(seconds=timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     group = distributed.new_group(list(members), timeout=timeout)
@@ -112,8 +105,8 @@ def make_group(members: Sequence[int], timeout_seconds: float) -> ProcessGroup |
 def make_host_group(timeout: timedelta) -> ProcessGroup:
     """Creates a gloo group of all ranks, also in a job on NCCL. All ranks call it at the same point.
 
-    gloo connects every pair of ranks when it creates a group. In jobs of more than `MOST_CONNECTED_RANKS` ranks, two
-    ranks connect when they first communicate, so most ranks have a few connections instead of one to each other rank.
+    In jobs of more than `MOST_CONNECTED_RANKS` ranks, two ranks connect when they first communicate, because gloo would
+    connect every pair at once.
     """
     if distributed.get_world_size() <= MOST_CONNECTED_RANKS:
         group = distributed.new_group(backend="gloo", timeout=timeout)
@@ -133,13 +126,9 @@ def make_host_group(timeout: timedelta) -> ProcessGroup:
 def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     """Initializes `torch.distributed` from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in the environment.
 
-    Raises ClusterError if the environment names no rank, or the rank has no device.
-
-    Args:
-        store: store of the job if one is open already; by default the one at MASTER_*.
-
-    Returns:
-        The device of this process. With the gloo backend, ranks share devices if there are fewer devices than ranks.
+    Returns the device of this process. With gloo, ranks share devices if there are fewer devices than ranks. `store` is
+    that of the job if one is open already. Raises ClusterError if the environment names no rank, or the rank has no
+    device.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:

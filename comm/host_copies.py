@@ -14,10 +14,7 @@ T = TypeVar("T")
 
 
 class HostCopies(ClosesOnSuccess):
-    """Link between a device and its host memory.
-
-    Copies in one direction run in order, and both directions run at the same time.
-    """
+    """Link between a device and its host memory. Directions run at the same time, each in order."""
 
     @abstractmethod
     def to_host(self, tensors: Sequence[Tensor]) -> Work[Sequence[Tensor]]:
@@ -28,10 +25,9 @@ class HostCopies(ClosesOnSuccess):
 
     @abstractmethod
     def to_device(self, hosts: Sequence[Tensor], tensors: Sequence[Tensor]) -> Work[None]:
-        """Starts to copy host tensors into tensors of the same shape.
+        """Starts to copy host tensors into tensors of the same shape, after everything on the compute lane.
 
-        The copies run after everything submitted to the compute lane. The caller keeps both and does not read `tensors`
-        until it has waited.
+        The caller keeps both and does not read `tensors` until it has waited.
         """
 
 

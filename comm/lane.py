@@ -42,10 +42,7 @@ class Lane(Protocol):
     """Runs functions in the order in which they were submitted, without recording gradients."""
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
-        """Starts `function` after everything submitted earlier.
-
-        Keeps its captured tensors alive until it is done.
-        """
+        """Starts `function` after everything submitted earlier. Keeps its captured tensors alive until then."""
         ...
 
     def close(self) -> None:
@@ -54,10 +51,7 @@ class Lane(Protocol):
 
 
 class InlineLane:
-    """Runs each function immediately on the caller's thread: the sequential mode.
-
-    `submit` raises its errors.
-    """
+    """Runs each function immediately on the caller's thread: the sequential mode. `submit` raises errors."""
 
     def submit(self, function: Callable[[], T]) -> Work[T]:
         """Runs `function` and returns its completed work."""
@@ -97,10 +91,7 @@ class _Job(Generic[T]):
 
 
 class ThreadLane(ClosesOnSuccess):
-    """One worker thread that runs functions in order.
-
-    It is a daemon, so a process can exit without joining it.
-    """
+    """One daemon thread that runs functions in order; a process can exit without joining it."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
@@ -143,11 +134,10 @@ class _StreamWork(Generic[T]):
 
 
 class StreamLane(ClosesOnSuccess):
-    """CUDA stream and a thread that enqueues on it.
+    """CUDA stream and a thread that enqueues on it, each function after the work queued at its submission.
 
-    Each function runs after the work queued when it was submitted. The thread is needed for functions that wait for the
-    device: an exchange must read the number of incoming rows. Meanwhile the submitter enqueues the computation that
-    hides the exchange.
+    The thread is needed for functions that wait for the device: an exchange must read the number of incoming rows.
+    Meanwhile the submitter enqueues the computation that hides the exchange.
     """
 
     def __init__(self, device: torch.device, name: str = "comm") -> None:

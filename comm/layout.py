@@ -16,10 +16,10 @@ class Layout:
 
     A node is `ranks_per_node` consecutive ranks. The context axis varies fastest, then the data axis, and the expert
     axis divides both together. So a context group and an expert group are runs of consecutive ranks and fill whole
-    nodes first (arXiv:2412.19437, section 3.2: 16-way pipeline, 64-way experts over 8 nodes). The argument `mirrored`
-    of some methods says whether pipeline ranks p and P-1-p hold the same stages, as under DualPipe. The middle rank of
-    an odd number is its own mirror. Raises LayoutError if an axis is below 1, or the expert axis does not divide data x
-    context.
+    nodes first (arXiv:2412.19437, section 3.2: 16-way pipeline, 64-way experts over 8 nodes). `mirrored`: pipeline
+    ranks p and P-1-p hold the same stages, as under DualPipe; the middle rank of an odd number is its own mirror.
+
+    Raises LayoutError if an axis is below 1, or the expert axis does not divide data x context.
     """
 
     parallelism: ParallelismConfig

@@ -19,17 +19,10 @@ BACKEND = "private"
 
 
 class PrivateRendezvous(RendezvousHandler):
-    """Rendezvous of a single launcher.
-
-    It also calls a check of the ranks each time the launcher checks them.
-    """
+    """Rendezvous of a single launcher, which also checks the ranks each time the launcher does."""
 
     def __init__(self, run_id: str, check_ranks: Callable[[], None]) -> None:
-        """Creates the rendezvous without opening a port.
-
-        Args:
-            check_ranks: called several times a second while all ranks are healthy; may raise.
-        """
+        """Creates the rendezvous; it calls `check_ranks`, which may raise, while all ranks are healthy."""
         self._run_id = run_id
         self._check_ranks = check_ranks
         self._store = HashStore()
@@ -64,10 +57,7 @@ class PrivateRendezvous(RendezvousHandler):
 
 
 def register_private_rendezvous() -> None:
-    """Registers the rendezvous with torch's elastic launcher as `BACKEND`.
-
-    `rdzv_configs` must hold `check_ranks`.
-    """
+    """Registers the rendezvous with torch's launcher as `BACKEND`; `rdzv_configs` must hold `check_ranks`."""
     rendezvous_handler_registry.register(BACKEND, _create)
 
 

@@ -1,6 +1,6 @@
 """Limits the expert groups, and so the nodes, among which a token's experts are chosen.
 
-Shape legend: T tokens, E experts, G groups of E/G consecutive experts.
+Shape legend: G groups of E / G consecutive experts.
 """
 
 import torch
@@ -10,17 +10,9 @@ from torch import Tensor
 def limit_groups(biased_TE: Tensor, num_groups: int, num_limited_groups: int, num_per_group: int) -> Tensor:
     """Returns a mask of the experts in each token's best groups. Source: arXiv:2412.19437, section 2.1.2.
 
-    A group's score is the sum of its `num_per_group` best biased scores. Biased scores may be negative, so experts
-    outside the mask must be set to -inf, never to 0. Raises ValueError if the counts do not fit the number of experts.
-
-    Args:
-        biased_TE: scores with the selection bias added; further leading dimensions are allowed.
-        num_groups: number of groups G; divides E.
-        num_limited_groups: number of groups kept for each token, M; ties are resolved as in `torch.topk`.
-        num_per_group: number of a group's best experts that make its score, K/M for K experts per token.
-
-    Returns:
-        Bool mask of biased_TE's shape with num_limited_groups * E / num_groups true entries per token.
+    A group's score is the sum of its `num_per_group` best biased scores, K / M for K experts per token among M groups.
+    Ties are resolved as in `torch.topk`. Biased scores may be negative, so experts outside the mask must be set to
+    -inf, never to 0. Raises ValueError if the counts do not fit the number of experts.
     """
     num_experts = biased_TE.shape[-1]
     if num_groups < 1 or num_experts % num_groups:

@@ -1,7 +1,7 @@
 """Enumerates the groups into which the world is split, as slices of ranks.
 
-Every rank creates every group of a partition in one order (see `comm.groups.make_group`). A partition is computed from
-the mesh one group at a time. It costs a few steps of arithmetic per group, and no rank holds it as a whole.
+Every rank creates every group of a partition in one order (see `comm.groups.make_group`). No rank holds a partition as
+a whole: it is computed from the mesh one group at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,10 +58,9 @@ def rail_partition(layout: Layout) -> Iterator[Slices]:
 
 
 def distinct_expert_groups(layout: Layout) -> list[range]:
-    """Returns one expert group for each way in which expert groups lie on nodes.
+    """Returns one expert group for each way in which expert groups lie on nodes, at most `ranks_per_node`.
 
-    Two groups lie on nodes in the same way if their first ranks have the same index within their nodes. At most
-    `ranks_per_node` groups differ.
+    Two groups lie on nodes in the same way if their first ranks have the same index within their nodes.
     """
     size = layout.parallelism.expert
     first_by_offset: dict[int, int] = {}

@@ -14,10 +14,9 @@ def handled_signals() -> tuple[signal.Signals, ...]:
 
 
 class Preemption:
-    """Records a request for preemption.
+    """Records a request for preemption, on which ranks act together when all of them can leave.
 
-    Ranks act on it together, at a point at which all of them can leave. An instance is the process' handler of
-    `SIGNALS`. Signals may arrive at any time, any number of times.
+    An instance is the process' handler of `SIGNALS`, which may arrive at any time, any number of times.
     """
 
     def __init__(self) -> None:
@@ -27,10 +26,7 @@ class Preemption:
 
     @classmethod
     def of_process(cls) -> "Preemption":
-        """Returns the process' instance and installs it on the main thread.
-
-        Signals then no longer end the process.
-        """
+        """Returns the process' instance and installs it on the main thread; signals no longer end the process."""
         known = signal.getsignal(signal.SIGTERM)
         if isinstance(known, cls):
             return known

@@ -1,6 +1,6 @@
 """Defines the Dispatcher protocol and its results: the only part of the exchange that the model uses.
 
-Shape legend: T tokens of this rank, K experts per token, A arrived rows, D hidden size, E local experts.
+Shape legend: A arrived rows, E local experts.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,7 @@ class CompletedWork(Generic[ResultT]):
 
 
 class MappedWork(Generic[SourceT, ResultT]):
-    """Work whose result is a function of other work's result.
-
-    The function runs in `wait`, on the compute lane.
-    """
+    """Work whose result is a function of other work's result; it runs in `wait`, on the compute lane."""
 
     def __init__(self, work: Work[SourceT], function: Callable[[SourceT], ResultT]) -> None:
         """Stores `function`. It runs at every `wait`, without recording gradients."""
@@ -148,9 +145,9 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends each token's row again, without weights, after `dispatch`; AD in the same order.
+        """Sends rows again, without weights, after `dispatch`: for a backward that did not keep arrived rows.
 
-        A backward uses it if the rows that arrived were not kept.
+        Returns AD in the same order.
         """
         ...
 

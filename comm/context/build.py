@@ -18,11 +18,9 @@ ContextExchange = Literal["auto", "gather", "ring"]
 def open_context(
     group: ProcessGroup | None, layout: Layout, observers: Observers, exchange: ContextExchange = "auto"
 ) -> ContextGroup:
-    """Returns the context group of a process group.
+    """Returns the context group of a process group; if it is None or has one rank, sequences are whole.
 
-    Args:
-        group: ranks that share each sequence, by index; None or one rank: each rank holds whole sequences.
-        exchange: how rows travel; `auto` gathers them up to `MOST_GATHERED_RANKS` ranks.
+    `exchange`: how rows travel; `auto` gathers them up to `MOST_GATHERED_RANKS` ranks.
     """
     if group is None or group.size() == 1:
         return ALONE

@@ -29,12 +29,9 @@ def forecast_context_bytes(
     own rows, and as many again in the backward, with as many sums of gradients.
 
     Args:
-        size: ranks of the group, c.
         num_tokens: tokens of all sequences of the micro-batch, on all ranks of the group together.
         row_bytes: bytes of a token's row: latent and rotated key, 576 values for DeepSeek-V3.
-        gradient_bytes: bytes of the gradient of a token's row.
-        wide_gradient_bytes: the same in float32 or wider.
-        is_ring: whether rows travel around a ring.
+        wide_gradient_bytes: bytes of the gradient of a token's row in float32 or wider.
     """
     sent = num_tokens // size * (size - 1)
     if is_ring:

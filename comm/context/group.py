@@ -1,7 +1,6 @@
 """Runs the collectives of a context group over one process group, and logs and counts each of them.
 
-A sum adds the ranks' parts in the order of their indices, so it does not depend on timing, and it is equal bit for bit
-on every backend.
+A sum adds the ranks' parts in the order of their indices, so it is equal bit for bit on every backend.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +25,7 @@ class LoggedWork:
     """Pending communication whose wait the collective log sees."""
 
     def __init__(self, link: "ContextLink", name: str, works: Sequence[distributed.Work], buffers: Rows) -> None:
-        """Logs the start of a collective.
-
-        Args:
-            buffers: tensors that must stay in memory until it is complete.
-        """
+        """Logs the start of a collective; `buffers` stay in memory until it is complete."""
         self._log = link.observers.log
         self._collective = self._log.start(link.name, link.members, name)
         self._works, self._buffers = works, buffers
@@ -44,14 +39,7 @@ class LoggedWork:
 
 
 class ContextLink:
-    """Process group of a context group. Used only from the compute lane.
-
-    Attributes:
-        members: global ranks of the members, by index.
-        index: index of this rank.
-        name: unique name of the group.
-        observers: counters and log.
-    """
+    """Process group of a context group. Used only from the compute lane."""
 
     def __init__(self, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
         """Wraps a process group; `layout` says on which node each rank is."""
@@ -63,10 +51,7 @@ class ContextLink:
         self._nodes = tuple(layout.node_of(rank) for rank in self.members)
 
     def start_gather(self, packed: Tensor) -> tuple[Work[None], list[Tensor]]:
-        """Starts to send bytes to all members.
-
-        Returns the work, and the bytes of each member, which are complete after it.
-        """
+        """Starts to send bytes to all members; the returned bytes of each are complete after the work."""
         received = [torch.empty_like(packed) for _ in self.members]
         self._count([packed.nbytes] * len(self.members))
         work = distributed.all_gather(received, packed, group=self._group, async_op=True)

@@ -26,12 +26,7 @@ def to_bytes(rows: Rows) -> Tensor:
 
 
 def from_bytes(message: Tensor, like: Rows) -> Rows:
-    """Reverses `to_bytes`: returns views of the message.
-
-    Args:
-        message: what `to_bytes` returned on another rank.
-        like: tensors with the shapes and types of the result.
-    """
+    """Reverses `to_bytes`: returns views of the message, with the shapes and types of `like`."""
     starts = _starts(like)
     return tuple(
         message[start : start + each.nbytes].view(each.dtype).view(each.shape)

@@ -1,7 +1,4 @@
-"""Says which tokens of whole sequences each member of a context group holds.
-
-Shape legend: as in comm/context/zigzag.py.
-"""
+"""Says which tokens of whole sequences each member of a context group holds."""
 
 from dataclasses import dataclass
 
@@ -30,11 +27,7 @@ class SequenceParts:
         return sum(each.stop - each.start for each in self.slices(index))
 
     def take(self, values: Tensor, index: int, dim: int = 1) -> Tensor:
-        """Returns what a member holds of whole sequences, in its order; a view if it has one segment.
-
-        Args:
-            dim: dimension of the tokens.
-        """
+        """Returns what a member holds of whole sequences, in its order; a view if it has one segment."""
         parts = [values.narrow(dim, each.start, each.stop - each.start) for each in self.slices(index)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 

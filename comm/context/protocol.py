@@ -55,7 +55,6 @@ class ContextGroup(Protocol):
         """Returns the gradient of this rank's rows, summed over the group in a fixed order.
 
         Args:
-            rows: rows of this rank, as given to `visit`.
             kept: rows of other ranks by index if `keeps_rows`; otherwise they are sent again.
             contribute: called once for each rank. All its results have one shape and type.
         """

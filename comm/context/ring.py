@@ -33,10 +33,9 @@ class RingContext(LinkedContext):
             yield (self.index - distance) % self.size, from_bytes(message, rows) if distance else rows
 
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
-        """Implements `ContextGroup.collect`.
+        """Implements `ContextGroup.collect`. This rank adds its own part last.
 
-        The sum travels in float32 if the type is narrower, because it is rounded at each step. This rank adds its own
-        part last.
+        The sum is rounded at each step, so it travels in float32 if the type is narrower.
         """
         own: Tensor | None = None
         pending: Shift | None = None

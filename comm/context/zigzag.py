@@ -1,9 +1,7 @@
 """Cuts sequences into equal segments and assigns two of them to each rank of a context group.
 
 Of 2c segments, rank i holds segments i and 2c - 1 - i. A token attends to all tokens before it, so a rank with an early
-and a late segment has as much work as every other rank.
-
-Shape legend: c ranks, S tokens of a segment.
+and a late segment has as much work as every other rank. Shape legend: c ranks, S tokens of a segment.
 """
 
 from functools import lru_cache
@@ -17,13 +15,7 @@ def segments_of(index: int, size: int) -> tuple[int, int]:
 
 
 def segment_tokens(num_tokens: int, size: int) -> int:
-    """Returns the number of tokens of a segment.
-
-    Raises ValueError if the segments would not be equal.
-
-    Args:
-        num_tokens: tokens of a whole sequence.
-    """
+    """Returns the tokens of a segment of a whole sequence; raises ValueError if they would not be equal."""
     if num_tokens % (2 * size) and size > 1:
         nearest = max(1, round(num_tokens / (2 * size))) * 2 * size
         raise ValueError(
@@ -35,13 +27,7 @@ def segment_tokens(num_tokens: int, size: int) -> int:
 
 @lru_cache(maxsize=256)
 def zigzag_parts(num_tokens: int, size: int) -> SequenceParts:
-    """Returns which tokens each rank holds.
-
-    Raises ValueError if the segments would not be equal.
-
-    Args:
-        num_tokens: tokens of a whole sequence.
-    """
+    """Returns which tokens of a whole sequence each rank holds; raises ValueError as `segment_tokens`."""
     if size == 1:
         return SequenceParts(edges=(0, num_tokens), held=((0,),))
     tokens = segment_tokens(num_tokens, size)

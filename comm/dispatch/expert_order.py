@@ -1,6 +1,6 @@
 """Sorts copies of tokens by expert, then by token, so that the order never depends on timing.
 
-Shape legend: T tokens, K experts per token, N = T K choices, A choices sent, D hidden size, E experts.
+Shape legend: N = T K choices, A choices sent.
 """
 
 from dataclasses import dataclass

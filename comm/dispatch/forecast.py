@@ -1,8 +1,6 @@
 """Predicts the rows that each rank sends to each other rank for a routing, for several dispatchers.
 
-Pure functions of the ids, for any number of nodes and ranks, in one process.
-
-Shape legend: T tokens of a rank, K experts per token, E experts, N nodes, R ranks, sender first.
+Pure functions of the ids, for any number of nodes and ranks. Shape legend: N nodes, R ranks, sender first.
 """
 
 from collections.abc import Sequence
@@ -84,11 +82,8 @@ class Forecast:
 def forecast(ids_by_rank: Sequence[Tensor], num_experts: int, nodes: Sequence[int]) -> Forecast:
     """Predicts the rows of a routing. Each rank holds equally many consecutive experts.
 
+    `ids_by_rank` holds the experts of each rank's tokens, TK, int64, distinct within a row except -1 for no expert.
     Raises ValueError if the ranks do not divide the experts, or the number of nodes is not that of the ranks.
-
-    Args:
-        ids_by_rank: experts of each rank's tokens, TK, int64; distinct within a row except -1, which means no expert.
-        num_experts: number of experts; a multiple of the number of ranks.
     """
     num_ranks = len(ids_by_rank)
     if num_experts % num_ranks:

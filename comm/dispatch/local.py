@@ -1,7 +1,4 @@
-"""Implements the dispatcher of one rank that holds every expert, as the executable specification.
-
-Shape legend: T tokens, K experts per token, A arrived rows, D hidden size.
-"""
+"""Implements the dispatcher of one rank that holds every expert, as the executable specification."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
 """Limits the nodes that hold a token's experts, by verification or by clipping.
 
-Shape legend: T tokens, K experts per token, E experts, R ranks of the expert group, N its nodes, numbered from 0,
-M nodes kept, D hidden size, A arrived rows.
+Shape legend: R ranks of the expert group, N its nodes, numbered from 0, M nodes kept, A arrived rows.
 """
 
 from collections.abc import Sequence
@@ -23,11 +22,7 @@ class NodeCapError(ValueError):
 
     @classmethod
     def of(cls, rank: int, label: Label | None, num_touched_T: Tensor, max_nodes: int) -> Self:
-        """Builds the error that names the tokens of one rank that are over the cap. Waits for the device.
-
-        Args:
-            num_touched_T: number of nodes that each token touches; at least one is over the cap.
-        """
+        """Builds the error that names one rank's tokens, at least one, over the cap. Waits for the device."""
         touched = num_touched_T.tolist()  # host sync
         over = [(token, nodes) for token, nodes in enumerate(touched) if nodes > max_nodes]
         named = ", ".join(f"{token} ({nodes} nodes)" for token, nodes in over[:_MOST_NAMED])
@@ -43,13 +38,10 @@ class NodeCapError(ValueError):
 def verify_cap(
     num_over_R: Sequence[int], group: ExchangeGroup, touched_TN: Tensor, max_nodes: int, label: Label | None
 ) -> None:
-    """Raises on all ranks of a group if one has a token over the cap, so that no rank waits in vain.
+    """Raises NodeCapError on all ranks of a group if one has a token over the cap.
 
-    Waits for the device only if it must name this rank's tokens. Raises NodeCapError if any token is over the cap. It
-    names this rank's tokens, or else the first rank with some.
-
-    Args:
-        num_over_R: number of tokens over the cap on each member; equal on all members.
+    `num_over_R` counts such tokens on each member. The error names this rank's tokens, for which it waits for the
+    device, or else the first rank with some.
     """
     if not any(num_over_R):
         return
@@ -69,22 +61,14 @@ def verify_cap(
 
 
 def nodes_of_experts(num_experts: int, member_nodes: Sequence[int]) -> Tensor:
-    """Returns the node of each expert (E, int64) if all members hold equally many consecutive experts.
-
-    Args:
-        num_experts: number of experts; a multiple of the number of members.
-        member_nodes: node of each member. Nodes are renumbered from 0 in ascending order.
-    """
+    """Returns the node of each expert (E, int64), numbered from 0; members hold equally many experts."""
     number = {node: index for index, node in enumerate(sorted(set(member_nodes)))}
     nodes_R = torch.tensor([number[node] for node in member_nodes], dtype=torch.int64)
     return nodes_R.repeat_interleave(num_experts // len(member_nodes))
 
 
 def touched_nodes(ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) -> Tensor:
-    """Returns a mask of the nodes that hold a token's experts, TN.
-
-    Ids of -1 touch no node. No host synchronization.
-    """
+    """Returns a mask of the nodes that hold a token's experts, TN. Ids of -1 touch none. No host sync."""
     return _touch(_nodes_of_choices(ids_TK, node_of_expert_E, num_nodes), num_nodes)
 
 
@@ -101,15 +85,8 @@ def clip(
 ) -> Clipped:
     """Keeps the choices on each token's best nodes. Tokens within the cap keep all choices.
 
-    A node's score is the sum of the token's weights on it, in the order of choices. Of nodes with equal scores the
-    lower number is better. There is no host synchronization.
-
-    Args:
-        ids_TK: global expert ids, int64, -1 for no expert.
-        weights_TK: routing weights; without them each choice has weight 1.
-        node_of_expert_E: node of each expert, int64.
-        num_nodes: number of nodes of the expert group.
-        max_nodes: number of nodes that a token may keep, at least 1.
+    A node's score is the sum of the token's weights on it, 1 for each choice by default, in the order of choices. Of
+    nodes with equal scores the lower number is better. There is no host synchronization.
     """
     # The node of each choice, TK (N for -1); the nodes that each token touches, TN; tokens over the cap, T.
     nodes_TK = _nodes_of_choices(ids_TK, node_of_expert_E, num_nodes)
@@ -145,14 +122,10 @@ class Renormalization:
         return torch.where(self.over_T[:, None], weights_TK * factor_T1, weights_TK)
 
     def backward(self, gradients_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Computes the gradients of the weights before clipping, TK, from those after it.
+        """Computes the gradients of the weights w before clipping, TK, from those after it, g.
 
-        Let S be the sum of all weights, R the sum of the kept ones, and c the sum of g w over kept choices. Then
-        dL/dw = c / R for every choice, plus g S / R - c S / R^2 for a kept one.
-
-        Args:
-            gradients_TK: gradients g after clipping, 0 for choices that were not sent.
-            weights_TK: weights w passed to `forward`.
+        Let S be the sum of all weights, R the sum of the kept ones, and c the sum of g w over kept choices. Then dL/dw
+        = c / R for every choice, plus g S / R - c S / R^2 for a kept one. g is 0 for choices that were not sent.
         """
         sum_T1, kept_T1 = self._sums(weights_TK)
         factor_T1, share_TK = sum_T1 / kept_T1, gradients_TK / kept_T1
@@ -196,13 +169,6 @@ class ClippingDispatcher:
     def __init__(
         self, inner: Dispatcher, node_of_expert_E: Tensor, num_nodes: int, max_nodes: int, count: ClipCount
     ) -> None:
-        """Wraps `inner`.
-
-        Args:
-            node_of_expert_E: node of each expert, int64, on any device.
-            num_nodes: number of nodes of the expert group.
-            max_nodes: number of nodes that a token may keep.
-        """
         self.num_local_experts = inner.num_local_experts
         self._inner = inner
         self._node_of_expert_E = node_of_expert_E

@@ -42,10 +42,7 @@ class ExchangeGroup:
         self._observers = observers
 
     def start_numbers(self, numbers_RC: Tensor, label: Label | None) -> "PendingExchange":
-        """Starts to send row r to member r.
-
-        The result has the row that each member sent here, RC. Not counted.
-        """
+        """Starts to send row r to member r, uncounted; the result has the row of each member, RC."""
         log = self._observers.log
         if len(self.members) == 1:
             return PendingExchange(None, numbers_RC, numbers_RC, None, log)
@@ -70,11 +67,8 @@ class ExchangeGroup:
     ) -> "PendingExchange":
         """Starts to send rows in their order: the first `sent[0]` rows to member 0, and so on. Does not block.
 
-        A group of one rank sends nothing, so it logs no collective.
-
-        Args:
-            rows_NB: rows as uint8, contiguous. They must not change until the exchange is complete.
-            into_MB: contiguous tensor for the received rows; a new one by default.
+        Rows are uint8, contiguous, and must not change until the exchange is complete. `into_MB` receives rows; None
+        makes a new tensor. A group of one rank sends nothing, so it logs no collective.
         """
         assert rows_NB.dtype == torch.uint8
         assert len(rows_NB) == sum(sent)

@@ -1,8 +1,8 @@
 """Registers dispatchers by name, with their requirements, memory and builder. Does not import torch.
 
-A dispatcher registers in the `__init__` of its folder. `local`, the executable specification, is a single module and
-registers here. A file outside the checkout can register another one, often by `dataclasses.replace` of an entry with a
-new name, a config class and a builder that wraps the existing dispatcher.
+A dispatcher registers in the `__init__` of its folder, except `local`, a single module. A file outside the checkout can
+register another one, often by `dataclasses.replace` of an entry with a new name, a config class and a builder that
+wraps the existing dispatcher.
 """
 
 from collections.abc import Callable, Mapping
@@ -112,7 +112,7 @@ class DispatcherEntry:
     contract: Contract
 
     def check(self, config: DispatchConfig, site: DispatchSite) -> None:
-        """Checks all requirements. Raises DispatchRequirementError if one is not met."""
+        """Raises DispatchRequirementError if a requirement is not met."""
         for require in self.requirements:
             require(config, site)
 

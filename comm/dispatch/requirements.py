@@ -35,10 +35,7 @@ class DispatchSite:
 
 
 def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
-    """Requires that each rank holds all experts.
-
-    Raises DispatchRequirementError if the expert axis is longer than 1.
-    """
+    """Raises DispatchRequirementError unless each rank holds all experts."""
     if site.parallelism.expert > 1:
         raise DispatchRequirementError(
             f"dispatch: {config.kind} keeps every expert on each rank and needs parallelism.expert=1, "
@@ -47,10 +44,7 @@ def require_one_expert_rank(config: DispatchConfig, site: DispatchSite) -> None:
 
 
 def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
-    """Requires that the router cannot exceed a verified node cap: the first such token would end the run.
-
-    Raises DispatchRequirementError if the router can send a token to more than `max_nodes` nodes.
-    """
+    """Raises DispatchRequirementError if the router can exceed a verified node cap, as that ends the run."""
     if config.node_cap != "verify":
         return
     parallelism, ranks_per_node = site.parallelism, site.cluster.ranks_per_node
@@ -81,12 +75,7 @@ def most_nodes(
 
     The gate (arXiv:2412.19437, section 2.1.2) can choose any experts of any `num_limited_groups` groups. The result is
     the maximum number of nodes that hold this number of groups, or the number of experts per token if that is less.
-
-    Args:
-        num_experts: experts of a layer; a multiple of `num_groups` and of the number of members.
-        num_limited_groups: groups among which a token's experts are chosen.
-        num_experts_per_token: distinct experts of a token.
-        member_nodes: node of each rank that holds experts, ascending; all hold equally many consecutive experts.
+    `member_nodes` is ascending, and all members hold equally many consecutive experts.
     """
     assert list(member_nodes) == sorted(member_nodes)
     per_group, per_member = num_experts // num_groups, num_experts // len(member_nodes)

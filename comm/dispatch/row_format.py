@@ -1,6 +1,6 @@
 """Packs a row and the values sent with it into consecutive bytes, so that one message carries both.
 
-Shape legend: N rows, B bytes of a row as sent, K numbers of a part, S rows taken, T tokens, P places of each.
+Shape legend: B bytes of a row as sent, K numbers of a part, S rows taken, P places of each token.
 """
 
 from collections.abc import Sequence
@@ -79,11 +79,9 @@ class RowFormat:
         return bytes_SB
 
     def sum(self, bytes_NB: Tensor, places_TP: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Sums the rows of each token for each part, in the order of places. A negative place adds nothing.
+        """Sums the rows of each token, at `places_TP`, for each part, in order. A negative place adds nothing.
 
-        Args:
-            places_TP: rows of each token.
-            dtype: dtype of the sum of the first part; by default the part's own.
+        `dtype` is that of the sum of the first part; by default the part's own.
         """
         extras = range(1, len(self.parts))
         rows_TD = unpermute(self.part(bytes_NB, 0), places_TP, dtype)

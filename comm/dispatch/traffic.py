@@ -41,10 +41,7 @@ class LayerTraffic:
 
     @property
     def lower_bound_share(self) -> float:
-        """Rows that must cross nodes over rows that did; 1 at best.
-
-        Only the sum over all ranks is meaningful, because ranks also return rows of other ranks.
-        """
+        """Rows that must cross nodes over rows that did; 1 at best. Meaningful as a sum over all ranks only."""
         return self.min_rows_across_nodes / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
 
     def __add__(self, other: Self) -> Self:

@@ -32,10 +32,7 @@ class TransferError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MessageKey:
-    """Identity of a message.
-
-    `source` and `destination` are pipeline indices; both ends use the same stage number.
-    """
+    """Identity of a message, with pipeline indices; both ends use the same stage number."""
 
     kind: MessageKind
     direction: int
@@ -53,10 +50,7 @@ class MessageKey:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header that precedes a payload.
-
-    Raises ValueError if a header cannot hold the dtype or the number of dimensions.
-    """
+    """Header that precedes a payload; raises ValueError if it cannot hold the dtype or dimensions."""
 
     key: MessageKey
     dtype: torch.dtype

@@ -33,10 +33,9 @@ class _Link(Protocol):
 
 
 class PipelineTransport(ClosesOnSuccess):
-    """Links of one pipeline rank.
+    """Links of one pipeline rank: a FIFO for each (source, destination, kind), independent of the others.
 
-    Each (source, destination, kind) is a FIFO link, and no message waits behind a message of another link. On NCCL each
-    link has its own communicator; on gloo all links share one and differ by their tags.
+    On NCCL each link has its own communicator; on gloo all links share one and differ by their tags.
     """
 
     def __init__(
@@ -48,12 +47,9 @@ class PipelineTransport(ClosesOnSuccess):
         log: CollectiveLog,
         kinds: Sequence[MessageKind] = TRAINING_KINDS,
     ) -> None:
-        """Opens the links. Every rank of the job calls it at the same point.
+        """Opens the links of `pairs` of pipeline indices, one per kind. Every rank calls it at the same point.
 
-        Args:
-            pairs: pairs of pipeline indices that exchange messages.
-            timeout_seconds: timeout of one transfer, from its start on both sides.
-            kinds: kinds of messages; each pair of ranks has a link for each.
+        `timeout_seconds` bounds one transfer, from its start on both sides.
         """
         self._index = layout.pipeline_index(distributed.get_rank())
         ordered = {(min(pair), max(pair)) for pair in pairs}
@@ -65,26 +61,16 @@ class PipelineTransport(ClosesOnSuccess):
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
         """Posts the receive of a message, in the order in which the link's messages are sent.
 
-        Raises ValueError if there is no such link.
-
-        Args:
-            key: the expected message; its destination is this rank.
-
-        Returns:
-            Work whose `wait` returns the tensor on the transport's device, or raises `TransferError` if another message
-            arrived. On NCCL the message is not checked.
+        Returns work whose `wait` returns the tensor on the transport's device, or, except on NCCL, raises
+        `TransferError` if another message arrived. Raises ValueError if there is no such link.
         """
         assert key.destination == self._index
         return self._link(key).receive(key, tuple(shape), dtype)
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        """Sends a tensor without waiting for the receiver. The tensor must not change until `flush`.
+        """Sends a tensor with any strides without waiting. The tensor must not change until `flush`.
 
         Raises ValueError if there is no such link, or the tensor's dtype cannot be sent.
-
-        Args:
-            key: the message; its source is this rank.
-            tensor: the tensor, with any strides. A reference is kept until it has been sent.
         """
         assert key.source == self._index
         self._link(key).send(key, tensor)

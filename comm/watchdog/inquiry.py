@@ -30,17 +30,11 @@ _QUIET_SECONDS = 3.0
 
 
 class Inquiry:
-    """Requests to some ranks, and their replies.
+    """Requests to some ranks, and their replies; asks the ranks of the last wait that was followed.
 
     In a job of one block, it requests the states of all ranks. In a larger one, it requests from the ranks of one
     collective only whether they have reached it, and follows the wait of a rank that has not. A reply is then short, or
     the state of a rank that has not reached the collective.
-
-    Attributes:
-        reason: why the inquiry was started.
-        begun: start on the monotonic clock.
-        followed: waits that have been followed so far; the ranks of the last one are asked.
-        replies: last reply of each rank.
     """
 
     def __init__(
@@ -56,9 +50,8 @@ class Inquiry:
     ) -> None:
         """Prepares requests of `rank` to other `ranks` with known addresses.
 
-        Args:
-            followed: the longest wait of this rank, or nothing.
-            short: whether ranks that have reached the followed collective may reply only that.
+        `followed` holds the longest wait of this rank, or nothing. `short`: ranks that have reached the followed
+        collective may reply only that.
         """
         self.reason = reason
         self.begun = begun

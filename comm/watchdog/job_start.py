@@ -85,11 +85,8 @@ class Termination:
 class JobStart:
     """Wait for other ranks at the start of a job, with a deadline.
 
-    Attributes:
-        member: this rank.
-        tree: tree of all ranks.
-        key: key that authenticates the verdict in the store; None until it is known.
-        note: addition to the verdict's text about absent ranks.
+    `key` authenticates the verdict in the store, None until it is known. `note` is added to a verdict about absent
+    ranks.
     """
 
     def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:
@@ -138,13 +135,10 @@ class JobStart:
         self._pause = _FIRST_PAUSE_SECONDS
 
     def wait(self, absent: Callable[[], list[int]], store: Store | None = None) -> None:
-        """Pauses before the caller checks again.
+        """Pauses before the caller checks again which ranks are `absent`.
 
-        Raises AbsentError if the deadline has passed on this or another rank.
-
-        Args:
-            absent: returns the ranks that have not joined.
-            store: store through which the present ranks agree on a verdict; None until it is open.
+        Raises AbsentError if the deadline has passed on this or another rank. Once `store` is open, the present ranks
+        agree there on a verdict.
         """
         self._num_waits += 1
         if store is not None and (self.tree.is_flat or self._num_waits % WAITS_PER_LOOK == 0):
@@ -229,11 +223,10 @@ class JobStart:
         absent: Collection[int] = (),
         rewrite: Callable[[], None] | None = None,
     ) -> None:
-        """Waits until the ranks below this one have written records under `name`, at most some seconds.
+        """Waits until the ranks below this one, except absent ones, have written records under `name`.
 
         Args:
             seconds: longest wait for each level of the tree that this rank leads.
-            absent: ranks that will not confirm.
             rewrite: writes records again, at each look, which ends with SIGTERM; None to wait in any case.
         """
         keys = [f"{name}/{rank}" for rank in self.tree.children(self.member.rank) if rank not in absent]

@@ -57,7 +57,7 @@ class Membership:
     def from_environment(cls) -> "Membership":
         """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and removes the job's key from the environment.
 
-        Raises MembershipError, JobKeyError if a variable is not set, or the key is too short.
+        Raises MembershipError or JobKeyError if a variable is not set, or the key is too short.
         """
         missing = [name for name in _REQUIRED if name not in os.environ]
         if missing:
@@ -134,9 +134,8 @@ def write_key_file(folder: Path) -> KeyFile:
 def read_key_file(path: Path) -> bytes:
     """Reads the key from a file that `write_key_file` wrote. The path is not trusted.
 
-    Raises:
-        FileNotFoundError: if the file does not exist yet, or is incomplete.
-        JobKeyError: if it belongs to another user, other users can read it, or it is not a key file.
+    Raises FileNotFoundError if the file does not exist yet or is incomplete, and JobKeyError if it belongs to another
+    user, other users can read it, or it is not a key file.
     """
     if not path.is_absolute() or not _NAME.fullmatch(path.name):
         raise JobKeyError(f"out_dir: the store names {str(path)!r}, which is not a file with a job's key; {ADVICE}")

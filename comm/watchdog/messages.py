@@ -143,7 +143,7 @@ class Relay:
                 self._send(rank, kind, encode_fields(message))
 
     def route(self, sender: int, values: Mapping[str, Any]) -> Route:
-        """Returns the way of a message; its turn is None if it came directly.
+        """Returns the way of a message, without a turn if it came directly.
 
         Raises `MessageError` if the sender is not the one that forwards this message to this rank.
         """

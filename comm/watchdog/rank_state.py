@@ -45,10 +45,7 @@ class MainThread:
         self._instruction = instruction
 
     def waits(self, log: CollectiveLog) -> list[tuple[Collective, float]]:
-        """Returns the collectives that are waited for, with seconds, the longest first.
-
-        In a phase, only the time of the current call counts.
-        """
+        """Returns the awaited collectives, the longest wait first; in a phase, only the current call counts."""
         still = time.monotonic() - self._still_since if self._frame is not None else 0.0
         waits = [
             (collective, min(seconds, still) if collective.is_phase else seconds)
@@ -57,10 +54,7 @@ class MainThread:
         return sorted(waits, key=lambda wait: -wait[1])
 
     def is_busy(self, log: CollectiveLog) -> bool:
-        """Returns whether the thread computes.
-
-        A wait for a lane does not count: the lane's thread logs its own wait.
-        """
+        """Returns whether the thread computes. A wait for a lane does not count: its thread logs its own wait."""
         frame = sys._current_frames().get(self._thread)
         if frame is not None and frame.f_globals.get("__name__") == "comm.lane" and frame.f_code.co_name == "wait":
             return False

@@ -70,18 +70,14 @@ def join(
     """Waits for all other ranks and starts the watchdog. Every rank calls it on its main thread.
 
     After that, SIGTERM makes the watchdog check whether a rank was lost. If none was, the earlier handler of the
-    process handles the signal. Without such a handler, the watchdog ends the process.
+    process handles the signal. Without such a handler, the watchdog ends the process. Raises AbsentError if not all
+    ranks joined in time, and JobKeyError if the ranks have no common key.
 
     Args:
-        log: log of the rank's collectives.
         deadline_seconds: longest wait for other ranks.
         crash_report: see `Watchdog`.
         start_seconds: longest wait at the start; `deadline_seconds` by default.
         key_folder: folder in which rank 0 writes the file with the job's key, if it must.
-
-    Raises:
-        AbsentError: if not all ranks joined in time.
-        JobKeyError: if the ranks have no common key.
     """
     watchdog_socket = WatchdogSocket(member.rank, _LOOPBACK if member.is_one_machine else member.host)
     termination = Termination()

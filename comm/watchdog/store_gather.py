@@ -2,8 +2,7 @@
 
 Each rank publishes its record. The leader of a block reads the records of its block and publishes one that combines
 them, the leader of 64 blocks combines theirs, and so on up to rank 0. Then each rank reads the combined records of the
-groups that it is in: one per level. So a rank reads 64 records for each level that it leads, and otherwise one for each
-level. The work of the store grows linearly with the number of ranks.
+groups that it is in: one per level. The work of the store grows linearly with the number of ranks.
 
 A record that is not authentic counts as absent. Each rank rewrites its own records until it has those that it needs,
 and a leader until the ranks below it have theirs.
@@ -46,10 +45,8 @@ class Record:
 class StoreGather:
     """Gather of one kind of record, as run by one rank.
 
-    Attributes:
-        book: addresses of this rank's groups, and on rank 0 those of all ranks, after `run`.
-        digest: digest of the records of all ranks, after `run`. This rank's nonce is in it.
-        remote_host: host of the job that is no loopback address, after `run`; None if there is none.
+    After `run`, `book` has the addresses of this rank's groups, on rank 0 of all ranks, and `digest` covers the records
+    of all ranks. `remote_host` is a host of the job that is no loopback address, if there is one.
     """
 
     def __init__(

@@ -66,16 +66,11 @@ def judge(reason: Reason, result: InquiryResult, deadline_seconds: float) -> Ver
 def judge_wait(
     reason: Reason, result: InquiryResult, followed: Sequence[Wait], deadline_seconds: float
 ) -> Verdict | Wait | None:
-    """Judges the ranks of one collective.
+    """Judges the ranks of the last collective in `followed`, whose states are in `result`.
 
-    Args:
-        result: result with the states of the ranks of the last collective in `followed`.
-        followed: the longest wait of the judge, then that of a rank that has not reached it, and so on.
-        deadline_seconds: longest wait of a rank.
-
-    Returns:
-        A verdict on the missing ranks, the wait of a missing rank that is to be followed next, or None if no rank is
-        missing and no deadline has passed.
+    `followed` holds the longest wait of the judge, then that of a rank that has not reached it, and so on. Returns a
+    verdict on the missing ranks, the wait of a missing rank to follow next, or None if no rank is missing and no
+    deadline has passed.
     """
     if result.lost:
         why = f"lost: {' or '.join(sorted(set(result.lost.values())))}"

@@ -6,8 +6,7 @@ ranks, derives a verdict from them, and sends the verdict to all. A thread that 
 interrupted, so the watchdog's thread writes a crash report and ends the process.
 
 In a job of one block (64 ranks) each rank asks all others. In a larger one, the lowest rank that waits holds the
-inquiry and announces it along the tree of ranks, and the others wait for its verdict. If it does not act, higher ranks
-do.
+inquiry and announces it along the tree of ranks. The others wait for its verdict, and replace it if it does not act.
 """
 
 import logging
@@ -57,10 +56,8 @@ class Watchdog:
     """Watchdog of one rank. Its thread runs from `start` to `close`, or to the end of the process.
 
     SIGTERM, written to the socket's `wakeup_file`, starts an inquiry, because a launcher ends all ranks as soon as one
-    dies, often before the others wait for it. If no rank was lost, the process handles the signal itself, or ends if
-    `ends_by_signal` is set.
-
-    The thread survives malformed messages, which it drops, and its own errors, which it logs.
+    dies, often before the others wait for it. The thread survives malformed messages, which it drops, and its own
+    errors, which it logs.
     """
 
     def __init__(
@@ -73,13 +70,12 @@ class Watchdog:
         *,
         ends_by_signal: bool = True,
     ) -> None:
-        """Stores the arguments; `start` starts the thread.
+        """Stores the arguments; `start` starts the thread, and `close` also closes the socket.
 
         Args:
-            watchdog_socket: open socket; `close` closes it.
             deadline_seconds: longest wait of the rank for a collective of its log.
             crash_report: writes why the process ends; called on the watchdog's thread right before the end.
-            ends_by_signal: whether SIGTERM ends the process if no rank is lost.
+            ends_by_signal: whether SIGTERM ends the process if no rank is lost; else the process handles it.
         """
         self._rank = rank
         self._socket = watchdog_socket
@@ -113,11 +109,7 @@ class Watchdog:
         self._thread.start()
 
     def report_error(self, error: BaseException) -> None:
-        """Reports the error that ends this rank to all others.
-
-        Returns if the error did not come from another rank. If another rank's failure caused the error, the process
-        ends here with a verdict.
-        """
+        """Reports the error that ends this rank to all others, or ends the process if another rank caused it."""
         if isinstance(error, RuntimeError):  # the type that gloo and NCCL raise
             self._inquiry_done.clear()
             self._is_inquiry_requested = True
@@ -334,9 +326,6 @@ class _Shutdown:
         self.exit_at: float | None = None
 
     def yields_to(self, verdict: Verdict) -> bool:
-        """Returns whether another verdict replaces this one.
-
-        All ranks choose the same of several: first a rank's own error, then the lowest judge.
-        """
+        """Returns whether another verdict replaces this one: first a rank's own error, then the lowest judge."""
         current = self.verdict
         return (verdict.code != EXIT_OTHER, verdict.judge) < (current.code != EXIT_OTHER, current.judge)

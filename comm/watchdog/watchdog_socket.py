@@ -20,14 +20,10 @@ class WatchdogSocket:
     """UDP socket of a rank's watchdog, plus connected probe sockets that detect a closed port.
 
     The kernel queues a datagram to an open port of a stopped process, loses one to a disconnected machine, and refuses
-    one to a port that no process has open. Only a socket that is connected to the port gets the refusal.
-
-    The socket is bound only to the address with which this rank connects to the others, never to all addresses.
-
-    Attributes:
-        refused: probed ranks whose ports are closed.
-        num_dropped: datagrams that were not authentic or not new.
-        is_flooded: whether the last `receive` reached a limit and dropped some datagrams.
+    one to a port that no process has open. Only a socket that is connected to the port gets the refusal: then `refused`
+    names its rank. The socket is bound only to the address with which this rank connects to the others, never to all
+    addresses. `num_dropped` counts datagrams that were not authentic or not new. `is_flooded`: the last `receive`
+    reached a limit.
     """
 
     def __init__(self, rank: int, route_host: str) -> None:

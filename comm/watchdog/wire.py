@@ -94,9 +94,9 @@ def parse_object(text: bytes) -> dict[str, Any]:
 def decode_fields(kind: type[Fields], values: object, world_size: int = 0) -> Fields:
     """Builds a dataclass from a JSON object whose fields have exactly the annotated types.
 
-    `Annotated` bounds a type: a text by its length, a tuple or mapping by its number of items, an integer by its end
-    or choices, `Rank` by `world_size`. Text must be printable, on one line. A type with `from_json` decodes itself. If
-    a field is missing or invalid, raises `MessageError` that starts with its name.
+    `Annotated` bounds a type: a text by its length, a tuple or mapping by its number of items, an integer by its end or
+    choices, `Rank` by `world_size`. Text must be printable, on one line. A type with `from_json` decodes itself. If a
+    field is missing or invalid, raises `MessageError` that starts with its name.
     """
     if not isinstance(values, dict):
         raise MessageError(f"{kind.__name__}: not an object")

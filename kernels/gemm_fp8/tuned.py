@@ -52,7 +52,7 @@ class TuningError(RuntimeError):
 
 
 class TunedProduct(Generic[P]):
-    """Runs a product with the fastest tiling of its shape, which it caches; the result does not depend on it.
+    """Runs a product with the fastest tiling of its shape, which it caches; all give the same result.
 
     The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
     a CUDA graph. A candidate that Triton or ptxas cannot compile, or that needs more shared memory or registers than

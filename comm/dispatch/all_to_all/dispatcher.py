@@ -1,7 +1,6 @@
 """Implements the dispatcher that sends rows to their experts' ranks with one all-to-all each way.
 
-Shape legend: T tokens of this rank, K experts per token, S copies sent, A arrived rows, D hidden size, B bytes of a
-row as sent.
+Shape legend: S copies sent, A arrived rows, B bytes of a row as sent.
 """
 
 from torch import Tensor
@@ -58,13 +57,9 @@ class AllToAllDispatcher:
     ) -> None:
         """Builds the dispatcher of one member. Every member of the group builds one.
 
-        Raises DispatchError if the number of ranks does not divide the experts.
-
-        Args:
-            group: process group of the ranks that share a layer's experts; only this lane may use it.
-            num_experts: experts of a layer over all ranks.
-            max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first use of the plan
-                raises NodeCapError on all ranks.
+        Only this lane may use `group`, the ranks that share a layer's experts. If a token reaches more than `max_nodes`
+        nodes, the first use of its plan raises NodeCapError on all ranks. Raises DispatchError if the ranks do not
+        divide the experts.
         """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self._planner = AllToAllPlanner(self._group, num_experts, max_nodes, observers.traffic)
@@ -181,10 +176,7 @@ def _own(handle: Handle) -> AllToAllHandle:
 
 
 def _reorder(rows_ND: Tensor, source_N: Tensor | None, out_ND: Tensor | None = None) -> Tensor:
-    """Gathers rows by index, or keeps their order if it is None.
-
-    The result is contiguous, in `out_ND` if given.
-    """
+    """Gathers rows by index into a contiguous result, `out_ND` if given; None keeps their order."""
     if source_N is not None:
         return permute(dense(rows_ND), source_N, out_ND)
     return rows_ND.contiguous() if out_ND is None else out_ND.copy_(rows_ND)

@@ -22,10 +22,7 @@ class DispatchError(ValueError):
 
 
 def num_local_experts(num_experts: int, num_ranks: int) -> int:
-    """Returns the number of experts of each rank, L.
-
-    Raises DispatchError if the number of ranks does not divide the experts.
-    """
+    """Returns L, the experts of each rank; raises DispatchError if the ranks do not divide them."""
     if num_experts % num_ranks:
         raise DispatchError(
             f"dispatch: the expert axis must divide {num_experts} routed experts, has {num_ranks} ranks"
@@ -89,8 +86,7 @@ class AllToAllPlanner:
     def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:
         """Reads the counts, which waits for the device, and derives splits and orders.
 
-        Raises:
-            NodeCapError: on all ranks, if a token of any rank is over the cap.
+        Raises NodeCapError on all ranks if a token of any rank is over the cap.
         """
         num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._group.members)
         numbers = counted.numbers.tolist()  # host sync

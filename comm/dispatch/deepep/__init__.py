@@ -30,10 +30,7 @@ def _build(config: DeepEPDispatchConfig, parts: "DispatcherParts") -> "Dispatche
 
 
 def _require_kernels(config: DeepEPDispatchConfig, site: DispatchSite) -> None:
-    """Requires CUDA, NCCL, bf16 rows, the package `deep_ep`, and sizes that its kernels support.
-
-    Raises DispatchRequirementError if one of these is not given.
-    """
+    """Requires CUDA, NCCL, bf16 rows, the package `deep_ep`, and sizes that its kernels support."""
     cluster = site.cluster
     if (cluster.device, cluster.backend) != ("cuda", "nccl"):
         raise DispatchRequirementError(

@@ -2,9 +2,7 @@
 
 It uses the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP). `ElasticBuffer.dispatch` runs without expansion,
 first with choices and weights and later with the cached `EPHandle`. `async_with_compute_stream` stays off, so every
-call is ordered with the other work on the current stream.
-
-Shape legend: T tokens of this rank, K experts per token, R rows received, D hidden size, B bytes of a row with scales.
+call is ordered with the other work on the current stream. Shape legend: B bytes of a row with scales.
 """
 
 import math
@@ -75,10 +73,7 @@ class ExpertBuffer:
         self._buffer.destroy()
 
     def check_plan(self, ids_TK: Tensor) -> None:
-        """Checks that the choices fit the buffer.
-
-        Raises DeepEPError if there are too many tokens or experts per token.
-        """
+        """Raises DeepEPError if there are more tokens or experts per token than the buffer holds."""
         num_tokens, num_choices = ids_TK.shape
         if num_tokens > self._shape.max_tokens or num_choices > self._shape.num_choices:
             raise DeepEPError(
@@ -87,14 +82,9 @@ class ExpertBuffer:
             )
 
     def check_rows(self, rows: Tensor, name: str, *, may_be_codes: bool) -> None:
-        """Checks that DeepEP supports the rows.
+        """Raises DeepEPError unless DeepEP supports the rows.
 
-        Raises DeepEPError if dtype or width is not supported.
-
-        Args:
-            rows: bfloat16 rows with D columns, or uint8 rows with B columns: D codes of float8_e4m3fn, then float32
-                scales.
-            may_be_codes: whether uint8 is allowed.
+        Rows are bfloat16 with D columns, or, if `may_be_codes`, uint8: D codes of float8_e4m3fn, then float32 scales.
         """
         hidden_size = self._shape.hidden_size
         scales_bytes = rows.shape[1] - hidden_size
@@ -108,7 +98,7 @@ class ExpertBuffer:
             )
 
     def check_weights(self, weights: Tensor, name: str) -> None:
-        """Checks that DeepEP supports the weights. Raises DeepEPError if they are not float32."""
+        """Raises DeepEPError if the weights are not float32."""
         if weights.dtype != torch.float32:
             raise DeepEPError(
                 f"{name}: deepep sends float32 weights, has {weights.dtype}; nearest valid: precision=bf16, or "
@@ -118,9 +108,7 @@ class ExpertBuffer:
     def dispatch(self, rows: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> ReceivedRows:
         """Exchanges counts, waits for them on the host, and sends each row to its experts' ranks.
 
-        Args:
-            ids_TK: global expert ids of dtype `ids_dtype`, contiguous, -1 for no expert.
-            weights_TK: routing weights, float32.
+        `ids_TK` holds global expert ids of dtype `ids_dtype`, contiguous, -1 for no expert; weights are float32.
         """
         received, ids_RK, weights_RK, handle, _ = self._buffer.dispatch(
             self._pack(rows),

@@ -1,11 +1,9 @@
 """Implements the dispatcher over DeepEP's kernels, which send a row once to each rank of its experts.
 
-It uses the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP, `ElasticBuffer`). DeepEP exchanges the counts in
-its first dispatch. A plan only prepares the choices, and that dispatch is the host synchronization. DeepEP's handle is
-made once for a plan and used for every later exchange.
-
-Shape legend: T tokens of this rank, K experts per token, R rows received (one for each token with experts here),
-A arrived rows (one for each of those experts), D hidden size, E experts, M members of the group, N its nodes.
+DeepEP exchanges the counts in its first dispatch. A plan only prepares the choices, and that dispatch is the host
+synchronization. DeepEP's handle is made once for a plan and used for every later exchange. Shape legend: R rows
+received (one for each token with experts here), A arrived rows (one for each of those experts), M members of the group,
+N its nodes.
 """
 
 from collections.abc import Iterator
@@ -53,11 +51,8 @@ class _PlannedTraffic:
 class DeepEPHandle:
     """Routing of one micro-batch. Owns DeepEP's handles; only the lane uses its contents.
 
-    Attributes:
-        label: owner of the exchange.
-        traffic: predicted rows; None until the first dispatch.
-        routes: one route for each dtype of rows. Between nodes, DeepEP splits its work by the bytes of a row, and a
-            handle is only valid for the split that made it.
+    `traffic`, the predicted rows, is None until the first dispatch. There is a route for each dtype of rows: between
+    nodes, DeepEP splits its work by the bytes of a row, and a handle is only valid for the split that made it.
     """
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[_Planned]) -> None:
@@ -97,17 +92,16 @@ class DeepEPDispatcher(ClosesOnSuccess):
     ) -> None:
         """Builds the dispatcher of one member. All members build and close theirs at the same points.
 
+        Raises DispatchError if the number of ranks does not divide the experts, and DeepEPError if the package is
+        missing or too old.
+
         Args:
             group: process group of the ranks that share a layer's experts; only this lane may use it.
             observers: counters and log of the exchanges. DeepEP does not report what it sends, so rows and bytes are
                 only predicted, on the rank that owns the tokens.
-            max_nodes: maximum number of nodes of a token, or None for no limit. Over it, the first dispatch of the plan
-                raises NodeCapError on all ranks.
+            max_nodes: maximum number of nodes of a token, or None. Over it, the first dispatch of the plan raises
+                NodeCapError on all ranks.
             library: replacement of the installed package.
-
-        Raises:
-            DispatchError: if the number of ranks does not divide the experts.
-            DeepEPError: if the package is missing or too old.
         """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self.num_local_experts = num_local_experts(num_experts, len(self._group.members))
@@ -125,18 +119,12 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self._buffer.close()
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Prepares the choices. The first dispatch exchanges them.
-
-        Raises DeepEPError if there are more tokens or choices than the buffer holds.
-        """
+        """Prepares the choices, which the first dispatch exchanges; raises DeepEPError if they do not fit."""
         self._buffer.check_plan(ids_TK)
         return DeepEPHandle(len(ids_TK), label, self._lane.submit(lambda: self._prepare(ids_TK, label)))
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
-        """Sends a copy of each token's row, with its weight, to each of the token's experts.
-
-        Raises DeepEPError if DeepEP does not support the dtype of rows or weights.
-        """
+        """Sends a copy of each token's row, with its weight, to each of the token's experts."""
         own = _own(handle)
         self._buffer.check_rows(rows_TD, "dispatch", may_be_codes=True)
         self._buffer.check_weights(weights_TK, "dispatch")
@@ -150,17 +138,13 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._lane.submit(run)
 
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends a copy of each token's row to each of its experts; AD.
-
-        Raises DeepEPError if DeepEP does not support the rows' dtype.
-        """
+        """Sends a copy of each token's row to each of its experts; AD."""
         return self._send_rows("dispatch again", rows_TD, handle)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD.
 
-        It sums over a rank, then a node, then all nodes, and rounds each sum to bfloat16. Raises DeepEPError if rows
-        are not bfloat16.
+        It sums over a rank, then a node, then all nodes, and rounds each sum to bfloat16.
         """
         own = _own(handle)
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
@@ -169,10 +153,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
-        """Computes the gradients of rows, summed per token like `combine` (TD), and of weights (TK).
-
-        Raises DeepEPError if rows are not bfloat16 or weights are not float32.
-        """
+        """Computes the gradients of rows, summed per token like `combine` (TD), and of weights (TK)."""
         own = _own(handle)
         self._buffer.check_rows(grad_rows_AD, "dispatch backward", may_be_codes=False)
         self._buffer.check_weights(grad_weights_A, "dispatch backward")
@@ -185,10 +166,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._lane.submit(run)
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends a copy of each token's gradient to each of its experts' rows; AD.
-
-        Raises DeepEPError if DeepEP does not support the rows' dtype.
-        """
+        """Sends a copy of each token's gradient to each of its experts' rows; AD."""
         return self._send_rows("combine backward", grad_rows_TD, handle)
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:

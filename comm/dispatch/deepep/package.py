@@ -1,7 +1,4 @@
-"""Checks that the package of DeepEP is installed and supports given sizes. Does not import torch.
-
-The rules are those of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP).
-"""
+"""Checks that DeepEP (deep_ep 2.1.0) is installed and supports given sizes. Does not import torch."""
 
 import importlib
 import importlib.util
@@ -19,9 +16,9 @@ class DeepEPError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BufferShape:
-    """Sizes of a DeepEP buffer, equal on all ranks of an expert group. Its kernels are compiled for them.
+    """Sizes of a DeepEP buffer, equal on all ranks of an expert group; DeepEPError if unsupported.
 
-    Raises DeepEPError if the kernels do not support these sizes.
+    DeepEP's kernels are compiled for them.
     """
 
     max_tokens: int  # maximum number of tokens of a rank in a micro-batch
@@ -47,19 +44,13 @@ class BufferShape:
 
 
 def check_available() -> None:
-    """Checks that the package is installed, without importing it.
-
-    Raises DeepEPError if it is not installed.
-    """
+    """Raises DeepEPError if the package is not installed, without importing it."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise DeepEPError(_missing("is not installed"))
 
 
 def load_package() -> Any:
-    """Imports the package, which initializes CUDA.
-
-    Raises DeepEPError if it is not installed, does not load, or has no `ElasticBuffer`.
-    """
+    """Imports the package, which initializes CUDA; raises DeepEPError if that is not possible."""
     check_available()
     try:
         package = importlib.import_module(PACKAGE)

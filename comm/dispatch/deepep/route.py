@@ -1,10 +1,8 @@
 """Sorts the rows that DeepEP received by expert, and inverts that order.
 
 DeepEP does not guarantee an order of received rows: an atomic counter assigns a row's slot, and between nodes the rows
-of several sources mix. The copy of each row to its experts restores the order.
-
-Shape legend: R rows received, one for each token with experts here; K experts per token; A arrived rows, one for each
-of those experts; D hidden size, B bytes of a row with its scales.
+of several sources mix. The copy of each row to its experts restores the order. Shape legend: R rows received, one for
+each token with experts here; A arrived rows, one for each of those experts; B bytes of a row with its scales.
 """
 
 from dataclasses import dataclass
@@ -34,11 +32,8 @@ class DeepEPRoute:
     def of(cls, handle: Any, ids_RK: Tensor, num_sources: int) -> Self:
         """Sorts by local expert, then source rank, then token, without a host synchronization.
 
-        Args:
-            handle: handle of an exchange without expansion. Its fields `num_recv_tokens_per_expert_list` and
-                `recv_src_metadata` are read; the first column of `recv_src_metadata` is the source token of each row.
-            ids_RK: local experts, -1 if the expert is on another rank.
-            num_sources: upper bound of the numbers in that column.
+        Reads the handle's `num_recv_tokens_per_expert_list` and `recv_src_metadata`, whose first column is the source
+        token of each row, below `num_sources`. `ids_RK` holds local experts, -1 if the expert is on another rank.
         """
         counts = tuple(handle.num_recv_tokens_per_expert_list)
         sources_R = handle.recv_src_metadata[:, 0].long()
@@ -67,10 +62,7 @@ class DeepEPRoute:
         return rows_AB
 
     def copy_weights(self, weights_RK: Tensor) -> Tensor:
-        """Returns the weight of each row in expert order, A.
-
-        DeepEP also sends weights of other ranks' experts.
-        """
+        """Returns the weight of each row in expert order, A. DeepEP also sends those of other ranks' experts."""
         return weights_RK.flatten().index_select(0, self.choices_A)
 
     def sum_rows(self, rows_AD: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Exchanges rows in chunks: one crosses nodes while the previous one is sent within nodes.
 
-Messages are numbered: 0 to C - 1 are chunks that cross nodes, C contains the rows that stay on their node.
-
-Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
+Messages are numbered: 0 to C - 1 are chunks that cross nodes, C contains the rows that stay on their node. Shape
+legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +22,7 @@ Relay = Callable[[int, Tensor], Tensor]
 
 
 class ChunkedExchange:
-    """Exchange over both hops.
-
-    All ranks of the group start the same messages in one order, even empty ones.
-    """
+    """Exchange over both hops. All ranks of the group start the same messages in order, even empty ones."""
 
     def __init__(
         self,
@@ -37,12 +33,6 @@ class ChunkedExchange:
         name: str,
         label: Label | None,
     ) -> None:
-        """Prepares an exchange.
-
-        Args:
-            across: splits between nodes of each chunk, in the direction to experts.
-            within: splits within the node of each message, in the direction to experts.
-        """
         self._rail = rail
         self._node = node
         self._across = across

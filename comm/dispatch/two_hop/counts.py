@@ -1,9 +1,7 @@
 """Lays out the counts of a two-hop plan: those of a member, and those exchanged with each member.
 
-One exchange of them yields the splits of every message of both hops in both directions. Does not import torch.
-
-Shape legend: R ranks of the expert group, N nodes, G ranks of the fullest node, E experts, L = E / R of each rank,
-C chunks.
+One exchange of them yields the splits of every message of both hops in both directions. Does not import torch. Shape
+legend: R ranks of the expert group, N nodes, G ranks of the fullest node, L = E / R experts of each rank, C chunks.
 """
 
 from collections.abc import Sequence
@@ -51,14 +49,14 @@ class PlanCounts:
 class CountLayout:
     """Layout of the counts of one member, and their decoding.
 
-    The own counts of a member, in this order:
+    A member counts, in this order:
 
     - for each chunk, the tokens that touch each rank (R) and each node (N)
     - the choices of each expert (E)
     - the tokens over the cap (1)
     - zero (1)
 
-    The counts that it sends to another member:
+    It sends to another member:
 
     - the rows for that member in each chunk (C)
     - the rows for each of that member's experts (L)
@@ -68,12 +66,6 @@ class CountLayout:
     """
 
     def __init__(self, relays: Relays, place: int, rail: Sequence[int], num_local: int, num_chunks: int) -> None:
-        """Computes the layout for one member.
-
-        Args:
-            num_local: experts of each rank, L.
-            num_chunks: number of chunks, C.
-        """
         self._relays = relays
         self._place = place
         self._rail = tuple(rail)

@@ -4,9 +4,8 @@ A row is sent to its relay, the rank with the same index on the other node, whic
 opposite direction each node sends one partial sum (arXiv:2412.19437, section 3.2.2). The micro-batch is sent in chunks:
 one crosses nodes while the previous one is forwarded within the node.
 
-Shape legend: T tokens of this rank, K experts per token, D hidden size, A rows of this rank's experts, X rows that
-arrive at this rank (one for all of its experts), P partial sums of a token, M rows of a message, S rows that a relay
-forwards, Y rows that return to this rank, B bytes of a row as sent.
+Shape legend: A rows of this rank's experts, X rows that arrive at this rank (one for all of its experts), P partial
+sums of a token, M rows of a message, S rows that a relay forwards, Y rows that return to this rank, B bytes of a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -115,10 +114,8 @@ class TwoHopDispatcher:
     ) -> None:
         """Builds the dispatcher of one member. Every member of the group builds one.
 
-        Raises DispatchError if the number of ranks does not divide the experts.
-
-        Args:
-            config: configuration; wrappers implement `payload` and clipping.
+        Wrappers implement `payload` and clipping. Raises DispatchError if the number of ranks does not divide the
+        experts.
         """
         expert = ExchangeGroup("expert", groups.expert, layout, observers)
         self._rail = ExchangeGroup("rail", groups.rail, layout, observers)
@@ -139,8 +136,7 @@ class TwoHopDispatcher:
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
         """Starts the exchange of counts on the lane.
 
-        If a token of any rank touches more nodes than the cap allows, the first use of the handle raises NodeCapError
-        on all ranks.
+        If a token of any rank is over the node cap, the first use of the handle raises NodeCapError on all ranks.
         """
         work = self._lane.submit(lambda: self._planner.exchange(ids_TK, label))
         return TwoHopHandle(ids_TK.shape[0], label, work)
@@ -204,10 +200,7 @@ class TwoHopDispatcher:
         return self._lane.submit(run)
 
     def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
-        """Sends rows to their experts' ranks, once to each; bytes_XB.
-
-        A handle's first exchange must include the ids.
-        """
+        """Sends rows to their experts' ranks, once to each; bytes_XB. The first exchange must include the ids."""
         route, dense_parts = own.route(self._planner), [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
@@ -223,10 +216,7 @@ class TwoHopDispatcher:
     def _return_to_tokens(
         self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None
     ) -> list[Tensor]:
-        """Returns rows to their tokens with a partial sum at each hop; TD.
-
-        With weights, also the value of each choice; TK.
-        """
+        """Returns rows to their tokens with a partial sum at each hop; TD. With weights, also those; TK."""
         route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])

@@ -1,8 +1,8 @@
 """Plans a two-hop exchange with one exchange of counts and one host synchronization.
 
-Shape legend: R ranks of the expert group, N nodes, T tokens of this rank, K experts per token, E experts, C chunks of
-Q = ceil(T / C) tokens (the last one padded), W counts sent to each member, G ranks of the home node, P = N - 1 + G
-partial sums of a token (one for each other node and each rank of the home node), X rows that arrive.
+Shape legend: R ranks of the expert group, N nodes, C chunks of Q = ceil(T / C) tokens (the last one padded), W counts
+sent to each member, G ranks of the home node, P = N - 1 + G partial sums of a token (one for each other node and each
+rank of the home node), X rows that arrive.
 """
 
 from dataclasses import dataclass
@@ -111,8 +111,7 @@ class TwoHopPlanner:
     def complete(self, counted: TwoHopCounts, label: Label | None) -> TwoHopRoute:
         """Reads the counts, which waits for the device, and derives all splits and the order of rows.
 
-        Raises:
-            NodeCapError: on all ranks, if a token of any rank is over the cap.
+        Raises NodeCapError on all ranks if a token of any rank is over the cap.
         """
         counts = self._count_layout.decode(counted.numbers.tolist())  # host sync
         verify_cap(counts.num_over_R, self._group, counted.touched_TN, self._max_nodes, label)
@@ -134,12 +133,8 @@ class TwoHopPlanner:
     def _order(self, touched: Tensor) -> Selection:
         """Orders the sent rows: by chunk, node and token across nodes, then by rank and token within the node.
 
-        Args:
-            touched: mask of the partial sums that each token needs, C Q by P (tokens are padded).
-
-        Returns:
-            The token of each sent row, followed by unused values, and the position of each token's rows among them, C Q
-            by P.
+        Takes a mask of the partial sums that each padded token needs, C Q by P. Returns the token of each sent row,
+        followed by unused values, and the position of each token's rows among them, C Q by P.
         """
         num_padded, num_places = touched.shape
         num_others = self._relays.num_nodes - 1

@@ -1,10 +1,8 @@
 """Derives the destinations of rows from the expert ids sent with them: ranks of a node, then experts.
 
-Both need only the received rows and counts that the plan has on the host, so there is no host synchronization.
-
-Shape legend: K experts per token, E experts, L local experts, G ranks of the node, M rows that a relay receives, S
-rows that it forwards, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries,
-S of them marked.
+Both need only the received rows and counts that the plan has on the host, so there is no host synchronization. Shape
+legend: L local experts, G ranks of the node, M rows that a relay receives, S rows that it forwards, X rows that arrive
+at their experts' rank, A rows of its experts. In `select`, N entries, S of them marked.
 """
 
 from collections.abc import Sequence
@@ -36,12 +34,6 @@ class RowRouter:
     """Router of rows by their ids on one rank."""
 
     def __init__(self, num_experts: int, num_local: int, members: Sequence[int], place: int) -> None:
-        """Prepares the tables.
-
-        Args:
-            num_experts: experts of a layer over all ranks.
-            place: index of this rank in the expert group.
-        """
         self._num_local = num_local
         self._num_members = len(members)
         self._member = _numbered(
@@ -51,12 +43,7 @@ class RowRouter:
         self._local = _numbered(num_experts, [range(expert, expert + 1) for expert in own])
 
     def relay(self, shifted_MK: Tensor, num_sent: int) -> RelayOrder:
-        """Orders the rows to forward: by rank, then in the order of received rows.
-
-        Args:
-            shifted_MK: expert ids plus 1 of each received row.
-            num_sent: number of rows to forward, S.
-        """
+        """Orders the `num_sent` rows to forward: by rank, then in the order of received rows."""
         # touched[g, m] is True if row m has an expert on rank g of the node, G M. Other choices mark a column that is
         # dropped.
         self._member = self._member.to(shifted_MK.device)
@@ -69,13 +56,7 @@ class RowRouter:
         return RelayOrder(rows_S, places.view(touched_GM.shape).T)
 
     def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
-        """Orders the experts' rows: by expert, then by source and token.
-
-        Args:
-            shifted_XK: expert ids plus 1 of each arrived row.
-            by_source_X: position of each arrived row in the order of sources and their tokens.
-            num_rows: number of rows of all experts of this rank, A.
-        """
+        """Orders the `num_rows` rows of this rank's experts: by expert, then by source and token."""
         # The local expert of each choice, X K; L if the expert is on another rank.
         self._local = self._local.to(shifted_XK.device)
         num_arrived, num_choices = shifted_XK.shape
@@ -111,11 +92,7 @@ class Selection(NamedTuple):
 
 
 def select(marked_N: Tensor, values_N: Tensor, num_marked: int) -> Selection:
-    """Packs the values of marked entries.
-
-    Args:
-        num_marked: number of marked entries, S.
-    """
+    """Packs the values of the `num_marked` marked entries."""
     ends_N = marked_N.cumsum(0)
     # Entries that are not marked are written to an extra position, which is cut off.
     into_N = ends_N.mul_(marked_N).sub_(1)
