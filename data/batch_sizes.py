@@ -1,7 +1,4 @@
-"""Number of sequences per step, constant or with a batch ramp, as a pure function of the step.
-
-Imports no torch.
-"""
+"""Number of sequences per step, constant or with a batch ramp, as a pure function. Imports no torch."""
 
 import math
 from bisect import bisect_right
@@ -15,8 +12,8 @@ class BatchRamp:
     """A ramp of the global batch size in equal increments.
 
     The sizes before the last one share the first `end_tokens` tokens equally, each rounded up to whole steps.
-    DeepSeek-V3 uses 3,072 to 15,360 sequences over 469B tokens (arXiv:2412.19437, section 4.2, which does not describe
-    the shape of the ramp).
+    DeepSeek-V3 uses 3,072 to 15,360 sequences over 469B tokens (arXiv:2412.19437, section 4.2, without the shape of the
+    ramp).
     """
 
     start_sequences: PositiveInt  # first size
@@ -34,10 +31,7 @@ class _Span:
 
 
 class BatchSizes:
-    """Batch sizes of all steps of a run.
-
-    They depend neither on the layout nor on the step at which a run resumed.
-    """
+    """Batch sizes of all steps of a run, independent of the layout and of where a run resumed."""
 
     def __init__(self, sequences: int, sequence_length_tokens: int = 1, ramp: BatchRamp | None = None) -> None:
         """Computes the steps of each size."""

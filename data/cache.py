@@ -1,7 +1,4 @@
-"""Cache of folders that are built once.
-
-A folder is complete or absent, even after crashes or concurrent builds.
-"""
+"""Cache of folders that are built once: complete or absent, even after crashes or concurrent builds."""
 
 import contextlib
 import errno
@@ -32,15 +29,12 @@ class CacheEntry:
 
 
 def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[str, int | float | str]]) -> CacheEntry:
-    """Returns the cache entry with a name.
+    """Returns the cache entry with a name, which must identify everything that its content depends on.
 
-    Builds it if it is missing, or if `meta.json` or a file size is wrong. The folder is written to disk completely and
-    then renamed to its final name. Concurrent processes may each build the same entry; the first rename wins, and the
-    others use its result. Raises DataError if `cache_dir` cannot be written.
-
-    Args:
-        name: name of the entry; it must identify everything that the content depends on.
-        build: fills an empty folder with files and returns the values to store.
+    `build` fills an empty folder and returns the values to store. It runs if the entry is missing, or if `meta.json` or
+    a file size is wrong. The folder is written to disk completely and then renamed. Concurrent processes may each build
+    the same entry; the first rename wins, and the others use its result. Raises DataError if `cache_dir` cannot be
+    written.
     """
     folder = cache_dir / name
     entry = _open(folder)
@@ -84,10 +78,7 @@ def _write_meta(folder: Path, values: Mapping[str, int | float | str]) -> None:
 
 
 def _install(building: Path, folder: Path) -> None:
-    """Renames a finished folder to its final name.
-
-    Keeps an existing complete entry and replaces a broken one.
-    """
+    """Renames a finished folder to its final name. Replaces a broken entry, keeps a complete one."""
     with _exclusive(folder.parent):
         if _open(folder) is not None:
             return
@@ -100,10 +91,7 @@ def _install(building: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """Lets one process at a time replace entries.
-
-    Otherwise a process could move away an entry that is now complete.
-    """
+    """Lets one process at a time replace entries: another could move away an entry that is now complete."""
     descriptor = os.open(cache_dir, os.O_RDONLY)
     try:
         # Without file locks, only the atomicity of the rename remains. A lock is released when its process ends.

@@ -27,10 +27,7 @@ CHECKED_BYTES = 8 * 2**20
 
 
 class DataError(ValueError):
-    """Invalid text or data settings.
-
-    The message states the place, the rule, the value and the nearest valid choice.
-    """
+    """Invalid text or data settings, with the place, the rule, the value and the nearest valid choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +53,9 @@ def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
 
 
 def check_source(source: DataSource) -> None:
-    """Rejects a source that cannot be read.
+    """Rejects a source that cannot be read, by names, sizes and the first megabytes of text.
 
-    Takes little time: checks names, sizes and the first megabytes of text.
-
-    Raises:
-        DataError: as in `list_files`; all files are empty; or, for the first megabytes, as in `read_documents`.
+    Raises DataError as `list_files` and `read_documents`, or if all files are empty.
     """
     entry = DATA_SOURCES.get(source.kind)
     files = entry.files(source)
@@ -82,7 +76,7 @@ def check_source(source: DataSource) -> None:
 def read_documents(source: DataSource) -> Iterator[Document]:
     """Yields the documents of a source in order.
 
-    Skips blank documents and replaces undecodable bytes with U+FFFD. Raises DataError as in `list_files`, or a line of
+    Skips blank documents and replaces undecodable bytes with U+FFFD. Raises DataError as `list_files`, or if a line of
     a `.jsonl` file is not an object with a string in the text field.
     """
     entry = DATA_SOURCES.get(source.kind)
@@ -97,18 +91,12 @@ def hash_unit(purpose: str, seed: int, key: str) -> float:
 
 
 def is_validation(key: str, validation_fraction: float, seed: int) -> bool:
-    """Returns whether a document is held out.
-
-    It depends only on the key, so that a growing corpus keeps its split.
-    """
+    """Returns whether a document is held out: by its key alone, so that a growing corpus keeps its split."""
     return hash_unit("split", seed, key) < validation_fraction
 
 
 def list_paths(paths: tuple[str, ...]) -> tuple[CorpusFile, ...]:
-    """Returns the files that the paths name, and those with a known suffix in folders.
-
-    Raises DataError as in `list_files`.
-    """
+    """Returns the files that the paths name, and those with a known suffix in folders."""
     if not paths:
         raise DataError("data.paths: at least one file or folder is needed, got none")
     files: dict[Path, CorpusFile] = {}
@@ -162,13 +150,9 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
-    """Yields the documents of one file. With a limit, reads only about that many bytes.
+    """Yields the documents of one file; a limit is about the number of bytes to read.
 
     Raises DataError if the file cannot be read, or a line of a `.jsonl` file is invalid.
-
-    Args:
-        text_field: field of a `.jsonl` line that contains the text.
-        limit_bytes: number of bytes after which reading stops; None reads the whole file.
     """
     try:
         with file.path.open("rb") as stream:
@@ -192,11 +176,8 @@ def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None)
 def decode_json(text: str | bytes) -> Any:
     """Decodes JSON in which no object has two values for a key and no string half of a surrogate pair.
 
-    Python's decoder keeps the last value, and UTF-8 cannot encode such a half: both would change data silently.
-
-    Raises:
-        ValueError: the text is no such JSON.
-        RecursionError: it is nested too deeply.
+    Python's decoder keeps the last value, and UTF-8 cannot encode such a half: both would change data silently. Raises
+    ValueError if the text is no such JSON, and RecursionError if it is nested too deeply.
     """
     text = text.decode() if isinstance(text, bytes) else text
     value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -241,7 +222,7 @@ def _nearest_field(field: str, value: dict[str, object]) -> str:
 
 
 def size_bytes(file: CorpusFile) -> int:
-    """Returns the size of a file. Raises DataError if the file cannot be read."""
+    """Returns the size of a file. Raises DataError if it cannot be read."""
     try:
         return file.path.stat().st_size
     except OSError as error:

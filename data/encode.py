@@ -1,7 +1,4 @@
-"""Encodes a source's documents as token ids: validation split, tokenizer, fill-in-the-middle.
-
-Imports no torch.
-"""
+"""Encodes documents as token ids: validation split, tokenizer, fill-in-the-middle. Imports no torch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -40,13 +37,9 @@ def build_encoded(
     """Writes `tokenizer.json` and each part's `PART_tokens.npy` and `PART_lengths.npy` into a folder.
 
     An encoded document is: begin of sentence (if the tokenizer has this token), text or its fill-in-the-middle form,
-    end of sentence. Raises DataError if the source cannot be read, or the training part would be empty.
-
-    Args:
-        given: the tokenizer; None trains one.
-
-    Returns:
-        The values for `meta.json`: number of documents, bytes of text and tokens of each part.
+    end of sentence. If no tokenizer is given, one is trained. Returns the values for `meta.json`: number of documents,
+    bytes of text and tokens of each part. Raises DataError if the source cannot be read, or the training part would be
+    empty.
     """
     sizes = measure_parts(config, progress)
     if sizes["validation"].num_documents == 0:
@@ -73,9 +66,7 @@ def own_tokenizer(config: DataConfig) -> Tokenizer | None:
 def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[Part, PartSize]:
     """Reads the source once and returns the size of each part.
 
-    Raises:
-        DataError: the source cannot be read, or the training part would be empty. The message names a valid fraction,
-            if there is one.
+    Raises DataError if the source cannot be read, or the training part would be empty; then it names a valid fraction.
     """
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
@@ -102,11 +93,7 @@ def read_part(config: DataConfig, part: Part) -> Iterator[Document]:
 
 
 def train_tokenizer(config: DataConfig, train_bytes: int, progress: Progress = NO_PROGRESS) -> Tokenizer:
-    """Trains a tokenizer on the training part, or on a sample of its chunks if it is large.
-
-    Args:
-        train_bytes: size of the training part's text. If it exceeds 64 MiB, chunks are sampled by hash.
-    """
+    """Trains a tokenizer on the training part; of more than 64 MiB of text, on chunks sampled by hash."""
     share = TOKENIZER_TEXT_BYTES / max(train_bytes, 1)
 
     def chunks() -> Iterator[str]:
@@ -126,8 +113,8 @@ def encode_part(
 ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """Encodes a part. Returns its concatenated tokens and the length of each document in tokens.
 
-    The tokens are uint16 if the vocabulary allows it, otherwise int32. Only training documents are rearranged for
-    fill-in-the-middle, and only if the tokenizer has tokens for it. The validation loss is measured on plain text.
+    The tokens are uint16 if the vocabulary allows it, otherwise int32. Only training documents are rearranged for fill-
+    in-the-middle, and only if the tokenizer has tokens for it. The validation loss is measured on plain text.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     has_fim = part == "train" and tokenizer.special.fim is not None

@@ -1,7 +1,4 @@
-"""Fill-in-the-middle: rearranges some documents as prefix, suffix, middle.
-
-Depends only on seed and document index.
-"""
+"""Fill-in-the-middle: rearranges some documents as prefix, suffix, middle (arXiv:2412.19437, 4.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,19 +17,10 @@ class FimParts:
 
 
 def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | None:
-    """Decides whether a document is rearranged, and cuts it at two random characters.
+    """Decides by seed and index whether a document is rearranged, and cuts it at two random characters.
 
-    The cuts are between characters, not tokens, so that a model learns to continue from the middle of a word.
-
-    Args:
-        rate: share of rearranged documents, in [0, 1].
-        seed: seed; together with `index` it determines the result.
-        index: the document's number in the training part.
-
-    Returns:
-        The parts, each possibly empty; None for a document that is not rearranged.
-
-    Source: arXiv:2412.19437, section 4.1 (rate 0.1, document level).
+    The cuts are between characters, not tokens, so that a model learns to continue from the middle of a word. Parts may
+    be empty; None for a document that is not rearranged. The report's rate is 0.1.
     """
     if hash_unit("fim", seed, str(index)) >= rate:
         return None
@@ -47,8 +35,6 @@ def join_fim_tokens(
     """Joins the parts in PSM order (prefix, suffix, middle), each after its marker token.
 
     The tokenizer must have marker tokens: `special.fim` is not None. The caller adds begin and end of sentence.
-
-    Source: arXiv:2412.19437, section 4.1.
     """
     assert tokenizer.special.fim is not None
     before_prefix, before_suffix, before_middle = tokenizer.special.fim

@@ -1,7 +1,4 @@
-"""Selects the sequences of each step, as a pure function of the step, and loads them as tensors.
-
-Shape legend: B sequences, T tokens per sequence.
-"""
+"""Selects the sequences of each step, as a pure function of the step, and loads them as tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -39,10 +36,7 @@ class Batch:
         return replace(self, tokens_BT=self.tokens_BT[part], positions_BT=self.positions_BT[part], extras=extras)
 
     def targets(self, shift: int) -> Tensor:
-        """Returns the targets for predicting `shift` tokens ahead, int64 BT.
-
-        The target at position i is token `i + shift` if both belong to the same piece, otherwise `IGNORE`.
-        """
+        """Returns the targets for predicting `shift` tokens ahead, int64 BT; `IGNORE` across pieces."""
         targets_BT = torch.full_like(self.tokens_BT, IGNORE)
         keep = max(self.tokens_BT.shape[1] - shift, 0)
         here, ahead = self.positions_BT[:, :keep], self.positions_BT[:, shift:]
@@ -176,8 +170,8 @@ class Loader:
     def validation_batch(self, first: int, count: int) -> Batch:
         """Returns validation sequences `first` to `first + count - 1` of a fixed order.
 
-        If the part has fewer sequences than a global batch, empty ones follow. Raises DataError if the slice exceeds
-        the validation part.
+        If the part has fewer sequences than a global batch, empty ones follow. Raises DataError beyond the validation
+        part.
         """
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]

@@ -34,13 +34,8 @@ def pack_documents(
 ) -> Packed:
     """Cuts documents that are longer than a sequence, and packs all pieces by best fit, longest first.
 
-    Args:
-        tokens: concatenated tokens of all documents.
-        lengths_tokens: number of tokens of each document; empty documents are skipped.
-        pad_id: token id that fills the rest of a sequence.
-        is_chosen: which documents are packed; None: all.
-
-    Source: arXiv:2404.10830 (best-fit packing), used by arXiv:2412.19437, section 4.1.
+    Empty documents are skipped, and those that are not in `is_chosen`. Source: arXiv:2404.10830 (best-fit packing),
+    used by arXiv:2412.19437, section 4.1.
     """
     length = sequence_length_tokens
     starts, piece_lengths = cut_pieces(lengths_tokens, length)
@@ -78,13 +73,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int
     """Assigns items to bins in decreasing length, each to the fullest bin in which it fits.
 
     Open bins are grouped by free space. One big integer has a bit for each free space that occurs. The best fit is the
-    lowest set bit at or above the item's length, so that no search is needed.
-
-    Args:
-        lengths: length of each item, in 1..capacity.
-
-    Returns:
-        The bin of each item, and the number of bins. Ties go to the earlier item and to the bin that was used last.
+    lowest set bit at or above the item's length, so that no search is needed. Returns the bin of each item, and the
+    number of bins. Ties go to the earlier item and to the bin that was used last.
     """
     bins_by_space: list[list[int]] = [[] for _ in range(capacity)]
     spaces = 0  # bit s is set if there is an open bin with free space s

@@ -59,13 +59,10 @@ class Prepared:
 
 
 def check_config(config: DataConfig) -> int:
-    """Rejects invalid data settings in less than a second, before anything is built.
+    """Rejects invalid data settings in less than a second, and returns the size of the vocabulary.
 
-    Raises DataError if a value is out of range, the source or the tokenizer cannot be read, or the token that ends a
-    document is unknown.
-
-    Returns:
-        The size of the vocabulary: every token id is below it.
+    Every token id is below it. Raises DataError if a value is out of range, the source or the tokenizer cannot be read,
+    or the token that ends a document is unknown.
     """
     entry = DATA_SOURCES.get(config.source.kind)
     if config.tokenizer is None:
@@ -121,13 +118,8 @@ def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None
 def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     """Returns about how many tokens the files of a source hold, rather too many than too few.
 
-    Reads the sizes of the files, and at most the first 256 KiB of text. Raises DataError as in `check_config`.
-
-    Args:
-        enough: number of tokens that needs no estimate.
-
-    Returns:
-        None if the files certainly hold enough, or if the source has no files.
+    Reads the sizes of the files, and at most the first 256 KiB of text. Returns None if the files certainly hold
+    `enough`, or if the source has no files. Raises DataError as `check_config`.
     """
     entry, size = DATA_SOURCES.get(config.source.kind), 0
     files = entry.files(config.source)
@@ -151,17 +143,14 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
 
 
 def known_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Returns the given tokenizer or the source's own one. Returns None if a tokenizer must be trained.
-
-    Raises DataError as in `read_tokenizer`.
-    """
+    """Returns the given tokenizer or the source's own one, or None if a tokenizer must be trained."""
     return read_tokenizer(config) or own_tokenizer(config)
 
 
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Loads the given tokenizer. Returns None if none is given.
+    """Loads the given tokenizer, if there is one.
 
-    Raises DataError if the file is missing or not a tokenizer, or the token that ends a document is unknown.
+    Raises DataError if it is missing or no tokenizer, or if the token that ends a document is unknown.
     """
     if config.tokenizer is None:
         return None
@@ -180,18 +169,12 @@ def _check_no_names(config: DataConfig) -> None:
 
 
 def prepare(config: DataConfig, sequence_length_tokens: int, progress: Progress = NO_PROGRESS) -> Prepared:
-    """Opens the corpus, packed for a sequence length. Builds what is not in the cache yet.
+    """Opens the corpus, packed for a sequence length of at least 2. Builds what is not in the cache yet.
 
-    `config.cache_dir` has two levels: encoded documents, and packed sequences for each length. The names of the entries
-    depend on the settings, on a given tokenizer's content, and on every file's path, size and modification time.
-    Any number of processes may call this function concurrently.
-
-    Args:
-        config: the data configuration; `cache_dir` may start with `~`.
-        sequence_length_tokens: L, at least 2.
-
-    Raises:
-        DataError: as in `check_config`; a part would be empty; or the cache cannot be written.
+    `config.cache_dir`, in which `~` is allowed, has two levels: encoded documents, and packed sequences for each
+    length. The names of the entries depend on the settings, on a given tokenizer's content, and on every file's path,
+    size and modification time. Any number of processes may call this function concurrently. Raises DataError as
+    `check_config`, or if a part would be empty, or if the cache cannot be written.
     """
     if sequence_length_tokens < 2:
         raise DataError(

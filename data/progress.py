@@ -75,11 +75,7 @@ class Progress(Protocol):
     def over(
         self, what: str, items: Iterable[Item], total: int, size: Callable[[Item], int], unit: Unit = "bytes"
     ) -> Iterator[Item]:
-        """Yields the items and shows the progress.
-
-        Args:
-            total: sum of all sizes, or an estimate.
-        """
+        """Yields the items and shows the progress; `total` is the sum of all sizes, or an estimate."""
         ...
 
 

@@ -40,10 +40,7 @@ class CorpusFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A document.
-
-    `key` is equal on every machine: the file's key, with `:line` for a line of a `.jsonl` file.
-    """
+    """A document; `key` is equal on every machine: the file's, with `:line` for a line of a `.jsonl` file."""
 
     key: str
     text: str

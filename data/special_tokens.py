@@ -1,8 +1,8 @@
 """Finds a tokenizer's special tokens: begin, end and padding of documents, fill-in-the-middle.
 
-Imports no torch. Begin (bos), end (eos) and padding (pad) are each taken from the first of these that names one: the
-configuration; `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` next to the tokenizer;
-this project's names; names that are common in other tokenizers.
+Begin (bos), end (eos) and padding (pad) are each taken from the first of these that names one: the configuration;
+`tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json` next to the tokenizer; this project's
+names; names that are common in other tokenizers. Imports no torch.
 """
 
 import difflib
@@ -65,10 +65,7 @@ _KNOWN: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialNames:
-    """Names of special tokens in the configuration.
-
-    None follows the tokenizer's files; `bos` "" means no token.
-    """
+    """Names of special tokens in the configuration; None follows the tokenizer's files, `bos` "" is none."""
 
     bos: str | None
     eos: str | None
@@ -113,7 +110,7 @@ NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
 def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
     """Reads the files next to a tokenizer that name special tokens.
 
-    Raises DataError if a file is not a JSON object, or is too large to be one of these.
+    Raises DataError if one is not a JSON object, or is too large to be one of these.
     """
     values: dict[str, Mapping[str, Any]] = {}
     config_content = None
@@ -184,10 +181,7 @@ def _find(
 
 
 def _named(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) -> int:
-    """Returns the id of a token that the configuration names.
-
-    It must be a special token, never produced from text.
-    """
+    """Returns the id of a special token, never produced from text, that the configuration names."""
     number = backend.token_to_id(token)
     if number is None:
         raise DataError(
@@ -212,10 +206,7 @@ def _of_file(kind: Kind, token: str, backend: tokenizers.Tokenizer, place: str) 
 
 
 def _content(token: object) -> str | None:
-    """Returns a token's text from a string or from the field `content` of an object.
-
-    Returns None if there is none.
-    """
+    """Returns a token's text from a string or from the field `content` of an object, if there is one."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 

@@ -1,7 +1,4 @@
-"""Converts between text and token ids: byte-level BPE with DeepSeek's special tokens.
-
-Imports no torch.
-"""
+"""Converts between text and token ids: byte-level BPE with DeepSeek's special tokens. No torch here."""
 
 import hashlib
 import json
@@ -55,9 +52,8 @@ class Tokenizer:
     """A tokenizer, trained by this project or published.
 
     Text never produces special tokens; they are inserted by id. A tokenizer that this project trained starts with all
-    `SPECIAL_TOKENS` in that order. For other tokenizers, `data.special_tokens` finds the tokens that begin, end and
-    fill a document.
-    Source: arXiv:2412.19437, section 4.1; the names are those of the released tokenizer.
+    `SPECIAL_TOKENS` in that order (arXiv:2412.19437, section 4.1; the names are those of the released tokenizer). For
+    other tokenizers, `data.special_tokens` finds the tokens that begin, end and fill a document.
     """
 
     def __init__(
@@ -69,14 +65,7 @@ class Tokenizer:
         names: SpecialNames = NAMES_FROM_FILES,
         sidecars: SidecarFiles = NO_SIDECAR_FILES,
     ) -> None:
-        """Wraps a backend.
-
-        Raises DataError as in `data.special_tokens.find_special_ids`.
-
-        Args:
-            backend: tokenizer of the `tokenizers` library, owned by this object from now on.
-            content: content of the file that it was read from; None for a new tokenizer.
-        """
+        """Wraps and owns a backend of the `tokenizers` library; `content` is that of its file, if it has one."""
         self._content = backend.to_str().encode() if content is None else content
         self._place = place
         # A tokenizer file can enable truncation and padding.
@@ -131,9 +120,6 @@ class Tokenizer:
 
         A following token may decode differently. Many tokenizers drop the leading space of the first token, so that a
         continuation must be decoded in context.
-
-        Args:
-            tokens: tokens of the text, including special ones.
         """
         placed = set(self._special.all_ids)
         end = next((at for at in range(len(tokens), 0, -1) if tokens[at - 1] in placed), 0)
@@ -150,10 +136,7 @@ class Tokenizer:
         return self._backend.token_to_id(token) is not None
 
     def special_id(self, token: str) -> int:
-        """Returns the id of one of `SPECIAL_TOKENS` or `CHAT_TOKENS`.
-
-        Raises DataError if the tokenizer does not have this token.
-        """
+        """Returns the id of one of `SPECIAL_TOKENS` or `CHAT_TOKENS`. Raises DataError if there is none."""
         number = self._backend.token_to_id(token)
         if number is None:
             raise DataError(f"{self._place}: the special token {token!r} must be in the vocabulary; it is missing")
@@ -161,16 +144,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, further_tokens: Sequence[str] = ()) -> "Tokenizer":
-        """Trains a tokenizer.
+        """Trains a tokenizer with `SPECIAL_TOKENS`, then further special tokens; reads the documents once.
 
         A corpus with too few pairs to merge yields fewer than `vocab_size` tokens. This is harmless, because the
         model's vocabulary is only an upper bound. Raises DataError if `vocab_size` is too small for the bytes and the
         special tokens.
-
-        Args:
-            documents: text to train on; read once.
-            vocab_size: number of tokens, including the special tokens and the 256 bytes.
-            further_tokens: special tokens after `SPECIAL_TOKENS`, such as `data.special_tokens.CHAT_TOKENS`.
         """
         special = [*SPECIAL_TOKENS, *further_tokens]
         check_vocab_size(vocab_size, len(special))
@@ -192,10 +170,8 @@ class Tokenizer:
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
         """Loads a tokenizer that `save` wrote, or a published one with the files next to it.
 
-        Raises DataError if the file is missing or not a tokenizer, or the token that ends a document is unknown.
-
-        Args:
-            path: a `tokenizer.json` or a `tiktoken.model`.
+        The path is a `tokenizer.json` or a `tiktoken.model`. Raises DataError if it is missing or not a tokenizer, or
+        the token that ends a document is unknown.
         """
         sidecars = read_sidecar_files(path.parent, key)
         try:
@@ -212,13 +188,10 @@ class Tokenizer:
         return cls(backend, content, f"{key}: {path}", names=names, sidecars=sidecars)
 
     def save(self, path: Path) -> list[Path]:
-        """Writes the tokenizer in the format of the `tokenizers` library.
+        """Writes the tokenizer in the format of the `tokenizers` library, and returns the written files.
 
         A loaded tokenizer is copied byte by byte. Also writes `tokenizer_config.json` if the special tokens cannot be
         found without it.
-
-        Returns:
-            The written files.
         """
         path.write_bytes(self._content)
         if self._config is None:
@@ -251,10 +224,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Largest token id plus one, including special tokens.
-
-        With gaps between ids, it exceeds the token count.
-        """
+        """Largest token id plus one, including special tokens; exceeds the token count if there are gaps."""
         return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def spellings(self) -> dict[int, str]:
@@ -288,18 +258,12 @@ class Tokenizer:
             raise DataError(f"{self._place}: must be able to split any text, cannot: {error}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Returns the text of token ids.
-
-        Bytes that are not UTF-8 become U+FFFD; special tokens appear by name.
-        """
+        """Returns the text of token ids. Bytes that are not UTF-8 become U+FFFD; special tokens are named."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 def check_vocab_size(vocab_size: int, num_special: int = len(SPECIAL_TOKENS)) -> None:
-    """Rejects a vocabulary that is too small for all bytes and special tokens.
-
-    Raises DataError if `vocab_size` is too small.
-    """
+    """Raises DataError if a vocabulary is too small for all bytes and special tokens."""
     least = 256 + num_special
     if vocab_size < least:
         raise DataError(

@@ -1,6 +1,6 @@
-"""Finds tokenizer files, and reads `tiktoken.model`, that of Kimi and Moonlight.
+"""Finds tokenizer files, and reads `tiktoken.model`, that of Kimi and Moonlight. Imports no torch.
 
-Imports no torch. Each line of `tiktoken.model` has a token's bytes and its rank. The names of special tokens are in
+Each line of `tiktoken.model` has a token's bytes and its rank. The names of special tokens are in
 `tokenizer_config.json`. The pattern that splits text is in the publisher's Python code, which is never run; the pattern
 is copied below.
 """
@@ -56,9 +56,8 @@ def other_tokenizer(folder: Path) -> str:
 def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a `tiktoken.model`.
 
-    Raises:
-        ValueError: the file is invalid, or `config` names another kind of tokenizer, whose pattern is unknown.
-        OSError: the file cannot be read.
+    Raises ValueError if the file is invalid or `config` names another kind of tokenizer, whose pattern is unknown, and
+    OSError if the file cannot be read.
     """
     if config.get("tokenizer_class") != _CLASS:
         raise ValueError(
@@ -113,10 +112,7 @@ def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[str]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """Returns the character for each byte in byte-level tokenizers (printable, or from 256 on).
-
-    Source: the byte-level BPE of GPT-2.
-    """
+    """Returns the character of each byte in byte-level tokenizers (GPT-2): printable, or from 256 on."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in prints]
     return {byte: chr(byte) for byte in prints} | {byte: chr(256 + place) for place, byte in enumerate(others)}

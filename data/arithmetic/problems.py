@@ -43,11 +43,7 @@ def make_problem(digits: str, domain: Domain) -> ArithmeticProblem:
 
 
 def check_domains(domains: Sequence[Domain], key: str) -> None:
-    """Rejects an empty list of domains, and one that repeats a domain.
-
-    Raises:
-        DataError: names the key.
-    """
+    """Rejects an empty list of domains, and one that repeats a domain, by DataError with the key."""
     if not domains or len(set(domains)) < len(domains):
         raise DataError(f"{key}: must have at least one domain, each once, is {list(domains)}; nearest valid: [sort]")
 
@@ -55,11 +51,7 @@ def check_domains(domains: Sequence[Domain], key: str) -> None:
 def problem_stream(
     seed: int, num_digits: int, part: ProblemPart = "train", domains: Sequence[Domain] = ("sort",)
 ) -> Iterator[ArithmeticProblem]:
-    """Yields problems of one part without end; problems may repeat.
-
-    Args:
-        part: problems that are held out from training, or those that may occur in it.
-    """
+    """Yields problems of one part without end; problems may repeat."""
     generator = _generator(seed, 0)
     for domain in cycle(domains):
         while True:
@@ -80,9 +72,6 @@ def problems(
     """Returns different problems, for evaluation, rejection sampling and reinforcement learning.
 
     Raises DataError if there are too few problems with so many digits.
-
-    Args:
-        part: problems that are held out from training, or those that may occur in it.
     """
     share = HELD_OUT_SHARE if part == "held_out" else 1 - HELD_OUT_SHARE
     # Fewer than half of all, so that drawing different ones takes little time.
@@ -98,11 +87,7 @@ def problems(
 
 
 def wrong_answer(answer: str, draw: int) -> str:
-    """Returns an answer with one wrong digit.
-
-    Args:
-        draw: a random number that chooses the place and the digit.
-    """
+    """Returns an answer with one wrong digit; the random number `draw` chooses the place and the digit."""
     place, digit = draw % len(answer), draw // len(answer) % 9
     wrong = digit + (digit >= int(answer[place]))
     return f"{answer[:place]}{wrong}{answer[place + 1 :]}"

@@ -47,10 +47,7 @@ class ArithmeticSource(DataSource):
 
 
 def arithmetic_tokenizer() -> Tokenizer:
-    """Returns a tokenizer of single characters and all special tokens, 32 in total.
-
-    Any other character becomes a question mark.
-    """
+    """Returns a tokenizer of 32 tokens: characters, of which `?` is any other one, and all special tokens."""
     vocab = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *CHAT_TOKENS, *CHARACTERS))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()

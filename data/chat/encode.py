@@ -1,7 +1,7 @@
 """Encodes conversations as token ids by a template. Imports no torch.
 
-Special tokens are placed by id, and text is encoded by itself. So text that spells a special token stays text.
-Shape legend: T tokens.
+Special tokens are placed by id, and text is encoded by itself. So text that spells a special token stays text. Shape
+legend: T tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,8 +76,8 @@ def split_views(conversation: Conversation) -> tuple[Conversation, ...]:
     """Returns conversations of which each shows the thoughts of its last message alone.
 
     A template removes the thoughts of earlier turns. A turn is trained with its thoughts as the last turn of a
-    conversation that ends there. So every turn is trained in exactly one of the returned conversations, in the form in
-    which the model will write it.
+    conversation that ends there. So every turn is trained in exactly one of the returned conversations, as the model
+    will write it.
     """
     turns = conversation.trained_turns
     ends = [turn for turn in turns if conversation.messages[turn].thoughts is not None or turn == turns[-1]]
@@ -94,9 +94,6 @@ def encode_conversations(
     """Encodes conversations for training. Only the last message shows its thoughts; see `split_views`.
 
     Raises DataError if the tokenizer lacks a token of the template, or the template cannot write thoughts.
-
-    Args:
-        conversations: each in the order that `order_problem` accepts.
     """
     return _encode([_conversation_parts(each, template) for each in conversations], tokenizer)
 
@@ -109,13 +106,10 @@ def encode_prompt(
     thinking: bool | None = None,
     tools: Sequence[ToolDefinition] = (),
 ) -> list[int]:
-    """Returns the token ids after which the assistant answers.
+    """Returns the token ids after which the assistant answers a user's message or a tool's output.
 
-    Raises DataError if the messages are out of order, the tokenizer lacks a token, or the template has no thoughts.
-
-    Args:
-        messages: the last one is a user's or a tool's output.
-        thinking: whether the assistant thinks first; None follows the template.
+    `thinking`: whether the assistant thinks first; None follows the template. Raises DataError if the messages are out
+    of order, the tokenizer lacks a token, or the template has no thoughts.
     """
     problem = order_problem(tuple(messages))
     if problem is not None:
@@ -131,11 +125,7 @@ def encode_prompt(
 
 
 def check_tokens(names: Sequence[str], template_name: str, tokenizer: Tokenizer, key: str = "data.template") -> None:
-    """Rejects a tokenizer that lacks tokens of a template.
-
-    Raises:
-        DataError: names the first missing token.
-    """
+    """Rejects a tokenizer that lacks tokens of a template: DataError names the first missing one."""
     placed = set(tokenizer.placed_names.values())
     missing = [name for name in names if name not in placed]
     if missing:

@@ -12,12 +12,9 @@ ONE_EACH = "nearest: one object in each line"
 
 
 def decode_line(line: bytes, place: str) -> dict[str, Any]:
-    """Returns the JSON object of a line.
+    """Returns the JSON object of a UTF-8 line, perhaps with a byte order mark.
 
-    Raises DataError if the line is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
-
-    Args:
-        line: UTF-8, perhaps with a byte order mark.
+    Raises DataError if it is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
     """
     try:
         value = decode_json(line.decode("utf-8-sig"))
@@ -51,12 +48,9 @@ def list_of(value: object, place: str) -> Sequence[object]:
 
 
 def object_of(value: object, place: str, allowed: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Returns an object whose names are allowed.
+    """Returns an object whose names are allowed; others may only be null.
 
     Raises DataError if the value is not an object, a name is unknown, or a required one is missing.
-
-    Args:
-        allowed: names that may occur; others may only be null.
     """
     if not isinstance(value, dict):
         names = ", ".join(required or allowed)

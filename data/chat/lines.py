@@ -24,15 +24,10 @@ class JsonRecord(Generic[T]):
 def read_json_lines(
     file: CorpusFile, read: Callable[[Mapping[str, Any], str], T], limit_bytes: int | None, what: str
 ) -> Iterator[JsonRecord[T]]:
-    """Yields the records of a file. With a limit, reads only about that many bytes.
+    """Yields the records of a `.jsonl` file; a limit is about the number of bytes to read.
 
-    Raises DataError if the file is no `.jsonl` file, cannot be read, or a line is invalid.
-
-    Args:
-        file: a `.jsonl` file.
-        read: returns the content of a line's object; also receives the line's place.
-        limit_bytes: number of bytes after which reading stops; None reads the whole file.
-        what: plural of what a line holds, for errors.
+    `read` receives a line's object and place. `what` is the plural of what a line holds, for errors. Raises DataError
+    if the file has another suffix or cannot be read, or a line is invalid.
     """
     if file.path.suffix.lower() != ".jsonl":
         raise DataError(
@@ -57,11 +52,8 @@ def read_json_lines(
 def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusFile, ...]:
     """Returns the `.jsonl` files that the paths name and that folders contain.
 
-    Raises DataError as in `data.corpus.list_paths`, or there is none.
-
-    Args:
-        what: plural of what a line holds, for errors.
-        example: a line, for errors.
+    `what` is the plural of what a line holds, and `example` a line, for errors. Raises DataError if there is no such
+    file, and as `data.corpus.list_paths`.
     """
     named = {Path(path).expanduser().resolve() for path in paths}
     listed = list_paths(paths)

@@ -72,8 +72,7 @@ def assistant(content: str, thoughts: str | None = None) -> ChatMessage:
 def order_problem(messages: tuple[ChatMessage, ...]) -> tuple[int, str, str] | None:
     """Returns the first message that cannot follow the one before it, or None.
 
-    Returns:
-        The number of the message, the rule, and roles that would be valid.
+    Returns its number, the rule, and roles that would be valid.
     """
     before = None
     for number, message in enumerate(messages):

@@ -14,11 +14,6 @@ def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: fl
 
     Values of each token, [T]: `weights` (float32), `pair` and `score` (int16), `margin` (float32); see
     `data.samples.pack`. Answers are found by position, because an end of sentence may also be part of a prompt.
-
-    Args:
-        chosen: the prompt with the preferred answer; its last token is the answer's.
-        rejected: the prompt with the other answer.
-        margin: how much better the preferred answer is.
     """
     pieces = (_piece(chosen, 1, margin), _piece(rejected, -1, 0.0))
     return TrainingSample(key=key, pieces=pieces, may_be_cut=False)

@@ -35,8 +35,7 @@ PAIR_FORM = 'an object with "prompt", "chosen" and "rejected"'
 def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
     """Returns the conversation of an object.
 
-    Raises:
-        DataError: names the place, the field, the rule, the value and the nearest valid choice.
+    DataError names the place, the field, the rule, the value and the nearest valid choice.
     """
     tools = _read_tools(values.get("tools"), f"{place}: tools")
     if "messages" in values:
@@ -62,13 +61,7 @@ def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
 
 
 def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
-    """Returns the two answers of an object.
-
-    Raises DataError as in `read_conversation`.
-
-    Args:
-        values: decoded JSON object; a number `margin` is optional.
-    """
+    """Returns the two answers of an object, in which a number `margin` is optional."""
     for name in ("prompt", "chosen", "rejected"):
         if name not in values:
             raise _no_form(values, place, PAIR_FORM, name, ("prompt", "chosen", "rejected"))
@@ -117,10 +110,7 @@ def _check(conversation: Conversation, place: str) -> None:
 
 
 def read_prompt(value: object, place: str) -> tuple[ChatMessage, ...]:
-    """Returns the messages of a prompt: a string is one message of the user.
-
-    Raises DataError as in `read_conversation`.
-    """
+    """Returns the messages of a prompt: a string is one message of the user."""
     if isinstance(value, str):
         return (ChatMessage(role="user", content=text_of(value, place)),)
     messages = _read_messages(value, place)

@@ -52,16 +52,8 @@ def pack_long_first(
 ) -> tuple[Packed, dict[str, int]]:
     """Packs documents so that sequences with long ones come first.
 
-    Raises DataError if no document is long, or all of them are and the share is below 1.
-
-    Args:
-        tokens: concatenated tokens of all documents.
-        lengths: tokens of each document.
-        length: tokens of a sequence.
-        pad_id: token that fills sequences.
-
-    Returns:
-        The sequences, and the counts from which `LongDocuments` is opened.
+    Returns the sequences, and the counts from which `LongDocuments` is opened. Raises DataError if no document is long,
+    or if all of them are and the share is below 1.
     """
     is_long = lengths >= config.min_document_tokens
     if not is_long.any():

@@ -51,12 +51,8 @@ class ProblemRecord:
 def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answer: bool) -> ProblemRecord:
     """Returns the problem of an object.
 
-    Args:
-        needs_answer: whether the answer or the tests must not be null. A field must be there in any case, so that a
-            misspelled one is found.
-
-    Raises:
-        DataError: names the place, the field, the rule, the value and the nearest valid choice.
+    A misspelled field is found, because the answer or the tests must be there; if `needs_answer` is set, not null.
+    DataError names the place, the field, the rule, the value and the nearest valid choice.
     """
     if "prompt" not in values:
         raise _missing(values, place, "prompt")

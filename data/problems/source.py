@@ -31,8 +31,7 @@ class ProblemsSource(DataSource):
 def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> TrainingSample:
     """Returns a problem's prompt as a sample without targets.
 
-    Raises:
-        DataError: the template cannot write the messages; names the problem's place.
+    Raises DataError with the problem's place if the template cannot write the messages.
     """
     try:
         ids = encode_prompt(record.messages, template, tokenizer)

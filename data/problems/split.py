@@ -9,8 +9,8 @@ from data.registry import DATA_SOURCES
 def split_problems(config: DataConfig) -> tuple[list[ProblemRecord], list[ProblemRecord]]:
     """Returns the problems to train on, and those that are held out, each in the source's order.
 
-    The split is the one of the source's samples: a problem is held out exactly if its sample is. Raises DataError if
-    the source has no problems, cannot be read, or the training part would be empty.
+    A problem is held out exactly if its sample is. Raises DataError if the source has no problems, cannot be read, or
+    the training part would be empty.
     """
     entry = DATA_SOURCES.get(config.source.kind)
     if entry.problems is None:

@@ -1,7 +1,4 @@
-"""Encodes and packs a source's samples on disk. Imports no torch.
-
-Shape legend: N sequences, L tokens per sequence.
-"""
+"""Encodes and packs a source's samples on disk. Imports no torch."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -31,15 +28,10 @@ def has_samples(config: DataConfig) -> bool:
 def build_samples(
     config: DataConfig, known: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
 ) -> dict[str, int | float | str]:
-    """Writes `tokenizer.json` and each part's packed samples into a folder.
+    """Writes `tokenizer.json` and each part's packed samples into a folder; returns values of `meta.json`.
 
-    Raises DataError if the source cannot be read, or the training part would be empty.
-
-    Args:
-        known: the given tokenizer or the source's own one; None trains one on the samples' text.
-
-    Returns:
-        The values for `meta.json`.
+    If no tokenizer is known, one is trained on the samples' text. Raises DataError if the source cannot be read, or the
+    training part would be empty.
     """
     tokenizer = known or train_tokenizer(config, 0, progress)
     tokenizer.save(folder / "tokenizer.json")

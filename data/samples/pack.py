@@ -88,15 +88,10 @@ def pack_samples(
     *,
     has_targets: bool = True,
 ) -> PackedSamples:
-    """Packs samples by best fit, longest first. All pieces of a sample are in one sequence.
+    """Packs samples, which have the same values, by best fit, longest first, each into one sequence.
 
-    A sample that is longer than a sequence is cut at its end if it may be, or else dropped.
-
-    Args:
-        samples: in order; all have the same values.
-        pad_id: token id that fills the rest of a sequence.
-        vocab_size: size of the vocabulary, which decides the type of the tokens.
-        has_targets: whether samples without a target are dropped.
+    A sample that is longer than a sequence is cut at its end if it may be, or else dropped. `vocab_size` decides the
+    type of the tokens. `has_targets`: samples without a target are dropped.
     """
     length, part = sequence_length_tokens, _PartSamples(has_targets)
     for sample in samples:

@@ -1,7 +1,4 @@
-"""Renders a training sample as lines of text that mark its targets. Imports no torch.
-
-Shape legend: N sequences, L tokens per sequence, T tokens of a piece.
-"""
+"""Renders a training sample as lines of text that mark its targets. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +28,7 @@ class ShownPiece:
 def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> Iterator[str]:
     """Yields lines about the training data, and its first sample in a sequence, both answers of a pair.
 
-    Args:
-        reads_weights: whether the samples' weights decide which tokens are targets; else all are.
+    `reads_weights`: the samples' weights decide which tokens are targets; else all are.
     """
     yield from _count_lines(prepared)
     pieces = _pieces(prepared, sequence, reads_weights=reads_weights)
