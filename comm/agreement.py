@@ -124,7 +124,6 @@ def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[Va
 
 
 def _smallest(number: int, group: ProcessGroup | None) -> int:
-    """Returns the smallest of the numbers of all ranks."""
     found = torch.tensor([number], dtype=torch.int64, device=_device(group))
     distributed.all_reduce(found, op=distributed.ReduceOp.MIN, group=group)
     return int(found.item())  # host sync

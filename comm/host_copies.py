@@ -93,8 +93,6 @@ class StreamHostCopies(HostCopies):
 
 
 class _EventWork(Generic[T]):
-    """Copies that an event of their stream completes."""
-
     def __init__(self, done: torch.cuda.Event, result: T) -> None:
         self._done = done
         self._result = result

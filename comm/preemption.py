@@ -20,7 +20,6 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        """Starts without a request."""
         self._number = 0
         self._is_requested = False
 

@@ -34,7 +34,6 @@ class BatchSizes:
     """Batch sizes of all steps of a run, independent of the layout and of where a run resumed."""
 
     def __init__(self, sequences: int, sequence_length_tokens: int = 1, ramp: BatchRamp | None = None) -> None:
-        """Computes the steps of each size."""
         self._length = sequence_length_tokens
         self._spans = _spans(sequences, sequence_length_tokens, ramp)
 

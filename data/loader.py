@@ -63,7 +63,6 @@ class SampleOrder:
     """
 
     def __init__(self, num_sequences: int, seed: int) -> None:
-        """Creates the order of `num_sequences` sequences (at least 1) for a seed."""
         if num_sequences < 1:
             raise DataError(f"data: an order needs at least 1 sequence, got {num_sequences}")
         self.num_sequences = num_sequences
@@ -98,7 +97,6 @@ class LongDocumentOrder:
     """
 
     def __init__(self, long: LongDocuments, seed: int) -> None:
-        """Creates the order for the numbers of sequences of both kinds, and a seed."""
         self._long = long
         self._firsts = (0, long.num_sequences)
         sizes = (long.num_sequences, long.other_sequences)
@@ -122,7 +120,6 @@ class Loader:
     """Loads batches of a prepared corpus. A rank reads only its own slice of a step's global batch."""
 
     def __init__(self, prepared: Prepared, *, sizes: BatchSizes, seed: int) -> None:
-        """Creates a loader."""
         self.sizes = sizes
         self.num_validation_sequences = len(prepared.validation_tokens_NL)
         self._prepared = prepared

@@ -49,7 +49,6 @@ class EscapedStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        """Returns any other attribute of the stream."""
         return getattr(self.unescaped, name)
 
 
@@ -93,7 +92,6 @@ class ProgressLines:
     """Progress as plain lines: the first after one second, then at most one every five seconds."""
 
     def __init__(self, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
-        """Creates the display. `say` prints a line; `clock` returns seconds."""
         self._say = say
         self._clock = clock
 
@@ -118,7 +116,6 @@ class ProgressBars:
     """Progress bars on a terminal, removed when the work is done."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Creates the display on a terminal."""
         self._stream = stream
 
     def over(

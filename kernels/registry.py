@@ -142,8 +142,6 @@ def loaded_plugins() -> tuple[Path, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """State of a plugin's module after its import."""
-
     text: bytes
     registered: tuple[tuple[Registry[Any], str], ...]
 

@@ -139,8 +139,6 @@ class GatherContext(LinkedContext):
 
 
 class _SummedWork:
-    """Sum of the gradients that all members sent."""
-
     def __init__(self, work: Work[None], received: Tensor, like: Tensor) -> None:
         self._work, self._received, self._shape, self._dtype = work, received, like.shape, like.dtype
 

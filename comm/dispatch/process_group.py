@@ -33,7 +33,6 @@ class ExchangeGroup:
     place: int  # index of this rank in the group
 
     def __init__(self, name: str, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
-        """Wraps a group; `name` is its kind, which makes a unique name with the group's ranks."""
         self.members = tuple(distributed.get_process_group_ranks(group))
         self.nodes = tuple(layout.node_of(rank) for rank in self.members)
         self.place = distributed.get_rank(group)
@@ -109,7 +108,6 @@ class PendingExchange:
         collective: Collective | None,
         log: CollectiveLog,
     ) -> None:
-        """Stores the exchange. Without work and collective, the rows are complete already."""
         self._work = work
         self._sent: Tensor | None = sent  # kept until it has been sent
         self._received = received

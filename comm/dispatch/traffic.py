@@ -45,7 +45,6 @@ class LayerTraffic:
         return self.min_rows_across_nodes / self.num_rows_across_nodes if self.num_rows_across_nodes else 1.0
 
     def __add__(self, other: Self) -> Self:
-        """Returns the sum of each field."""
         names = [each.name for each in fields(self)]
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
 

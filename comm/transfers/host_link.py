@@ -165,8 +165,6 @@ class HostLink:
 
 
 class _PendingHostReceive:
-    """Receive that is posted but not complete."""
-
     def __init__(self, finish: Callable[[], Tensor]) -> None:
         self._finish = finish
 

@@ -105,7 +105,6 @@ class LinkLog:
     """Log of one link: one direction and message kind between two ranks, logged as a separate group."""
 
     def __init__(self, log: CollectiveLog, kind: MessageKind, ranks: tuple[int, int]) -> None:
-        """Names the link; `ranks` holds the global ranks of source and destination."""
         self._log = log
         self._ranks = ranks
         self._group = f"{kind} {ranks[0]}->{ranks[1]}"

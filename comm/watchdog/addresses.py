@@ -24,7 +24,6 @@ class AddressBook:
     """Addresses of the ranks of a job, as far as they are known. One rank's own address need not be in it."""
 
     def __init__(self, tree: RankTree) -> None:
-        """Creates a book without addresses."""
         self.tree = tree
         self._hosts: list[str] = []
         self._numbers: dict[str, int] = {}
@@ -84,7 +83,6 @@ class AddressFetch:
     """Fetch of the addresses that one rank does not have yet. Used on one thread."""
 
     def __init__(self, rank: int, book: AddressBook, send: Send) -> None:
-        """Prepares the fetch; `book` receives the addresses, and `send` sends a message to a rank."""
         tree = book.tree
         parents = []
         parent = tree.parent(rank)

@@ -203,7 +203,6 @@ class InquiryTurn:
     """
 
     def __init__(self, rank: int, tree: RankTree, relay: Relay) -> None:
-        """Stores the arguments; `relay` sends to all other ranks."""
         self._rank = rank
         self._tree = tree
         self._relay = relay

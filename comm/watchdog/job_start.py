@@ -90,7 +90,6 @@ class JobStart:
     """
 
     def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:
-        """Starts the time until the deadline."""
         self.member = member
         self.tree = RankTree(member.world_size, member.fanout)
         self.key: bytes | None = None

@@ -121,7 +121,6 @@ class Relay:
     """
 
     def __init__(self, rank: int, tree: RankTree, send: Send) -> None:
-        """Broadcasts with `send`."""
         self._rank = rank
         self._tree = tree
         self._send = send

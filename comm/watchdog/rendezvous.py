@@ -139,7 +139,6 @@ class AddressExchange:
                 self._file.remove()
 
     def _exchange(self, key: bytes) -> tuple[AddressBook, bytes]:
-        """Returns the addresses that this rank needs at first, and the attempt's key."""
         self._start.key = key
         published: dict[str, str] = {}
         nonces = self._gather(key, "nonce", published)

@@ -224,7 +224,6 @@ class StoreGather:
         return ["absent" if key not in opened else "forged" if opened[key] is None else "authentic" for key in keys]
 
     def _member_key(self, level: int, member: int) -> str:
-        """Returns the key of the record of a group's member."""
         if level == 1:
             return f"watchdog/{self._name}/{member}"
         return self._group(level - 1, member // self._tree.fanout ** (level - 1))

@@ -232,7 +232,6 @@ class Watchdog:
             os._exit(verdict.code)
 
     def _check(self, now: float) -> None:
-        """Starts an inquiry if there is a reason."""
         if self._peer is not None and now > self._peer_due_at:
             LOGGER.warning(
                 "watchdog: datagrams to rank %d and back are blocked: lost ranks cannot be named", self._peer
@@ -318,7 +317,6 @@ class _Shutdown:
     """Shutdown with a verdict, and the times of its steps on the monotonic clock."""
 
     def __init__(self, verdict: Verdict, now: float) -> None:
-        """Starts the time in which a better verdict may replace this one."""
         self.verdict = verdict
         # The rank with the error ends first, so that the launcher reports it.
         self.report_at = now + (_FOLLOW_SECONDS if verdict.code == EXIT_OTHER else _AGREE_SECONDS)

@@ -165,7 +165,6 @@ class WatchdogSocket:
         return opened
 
     def _read(self, source: socket.socket) -> list[Datagram]:
-        """Reads and authenticates datagrams of one socket, up to the limits."""
         messages: list[Datagram] = []
         num_bytes = 0
         num_dropped = self.num_dropped

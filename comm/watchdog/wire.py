@@ -221,7 +221,6 @@ class DatagramCodec:
     """Encoder of one rank's datagrams, for any thread, and decoder, for one thread alone."""
 
     def __init__(self, key: bytes, rank: int, world_size: int) -> None:
-        """Starts with all counters at 0."""
         self._key = key
         self._rank = rank
         self._world_size = world_size

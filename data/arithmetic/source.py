@@ -88,7 +88,6 @@ def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[Trainin
 
 
 def _problems(source: ArithmeticSource) -> Iterator[ProblemRecord]:
-    """Yields the different problems, each with its right answer."""
     seen: set[str] = set()
     for number, problem in enumerate(_all_problems(source)):
         if problem.prompt not in seen:

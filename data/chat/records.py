@@ -79,7 +79,6 @@ def read_pair(values: Mapping[str, Any], place: str) -> AnswerPair:
 
 
 def _no_form(values: Mapping[str, Any], place: str, form: str, missing: str, names: tuple[str, ...]) -> DataError:
-    """Returns the error of an object that lacks a field."""
     others = [name for name in values if name not in names]
     found = ", ".join(list(values)[:8]) or "none"
     hint = f"; nearest: {missing} instead of {nearest_name(missing, others)}" if others else f"; nearest: {missing}"

@@ -97,7 +97,6 @@ def _read_test(value: object, place: str) -> StdinTest:
 
 
 def _missing(values: Mapping[str, Any], place: str, name: str) -> DataError:
-    """Returns the error of an object that lacks a field."""
     others = [other for other in values if other not in _NAMES]
     needed = name if name == "prompt" else "answer or tests"
     hint = f"{name} instead of {nearest_name(name, others)}" if others else name

@@ -61,7 +61,6 @@ def build_samples(
 
 
 def _write_part(folder: Path, part: Part, packed: PackedSamples) -> Iterator[NDArray[np.generic]]:
-    """Writes a part's arrays into a folder, and yields each."""
     arrays = {"tokens": packed.tokens_NL, "positions": packed.positions_NL}
     for name, array in {**arrays, **{f"value-{name}": value for name, value in packed.values.items()}}.items():
         np.save(folder / f"{part}_{name}_NL.npy", array)
@@ -84,7 +83,6 @@ def counts_of(values: Mapping[str, int | float | str]) -> dict[Part, SampleCount
 
 
 def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list[TrainingSample]]:
-    """Returns the samples of each part, encoded."""
     encode = DATA_SOURCES.get(config.source.kind).samples
     assert encode is not None
     parts: dict[Part, list[TrainingSample]] = {"train": [], "validation": []}

@@ -42,8 +42,6 @@ class SampleCounts:
 
 @dataclass(slots=True)
 class _PartSamples:
-    """Samples of a part that fit into a sequence, and have targets if the source has them."""
-
     has_targets: bool
     samples: list[TrainingSample] = field(default_factory=list)
     num_cut: int = 0

@@ -69,7 +69,6 @@ def _count_lines(prepared: Prepared) -> Iterator[str]:
 
 
 def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[ShownPiece]:
-    """Returns the pieces of a training sequence in order."""
     tokens, positions = prepared.train_tokens_NL[sequence], prepared.train_positions_NL[sequence]
     is_target = positions >= 1
     if reads_weights and WEIGHTS in prepared.train_values:

@@ -112,7 +112,6 @@ def _log_rest(logs_CK: Tensor) -> Tensor:
 
 
 def _check_teacher(teacher: Teacher, num_rows: int, vocab: int) -> None:
-    """Raises ValueError if a teacher has other rows or another vocabulary."""
     subject = "linear_distillation"
     if isinstance(teacher, TeacherStates):
         shapes = list(teacher.rows_NS.shape), list(teacher.head_VS.shape)

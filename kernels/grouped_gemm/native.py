@@ -40,6 +40,5 @@ def supports(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Returns the end of each group as int32, copied to the device asynchronously."""
     ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
     return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends

@@ -159,7 +159,6 @@ def _block_of(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scale_place() -> tl.tensor:
-    """Returns the offset of a program's scale."""
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     return row * tl.num_programs(0) + tl.program_id(0)
 

@@ -59,7 +59,6 @@ class AllToAllPlanner:
     """Planner of routes over one expert group. Used only from the comm lane."""
 
     def __init__(self, group: ExchangeGroup, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
-        """Prepares the planner. Raises DispatchError if the number of ranks does not divide the experts."""
         self.num_local_experts = num_local_experts(num_experts, len(group.members))
         self._group = group
         self._num_experts = num_experts

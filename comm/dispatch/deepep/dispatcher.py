@@ -31,8 +31,6 @@ _BYTES_PER_CHOICE = 8  # an id and a weight are sent with each row in both direc
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """Prepared choices of a plan."""
-
     ids_TK: Tensor  # choices in DeepEP's dtype
     touched_TN: Tensor  # mask of the nodes that each token touches
     # tokens that reach each member and each node (M + N), then each member's tokens over the cap (M). The copy to the
@@ -42,8 +40,6 @@ class _Planned:
 
 @dataclass(frozen=True, slots=True)
 class _PlannedTraffic:
-    """Predicted rows of one exchange of this rank's tokens, and the rows that must cross nodes."""
-
     rows: Spread
     min_rows_across_nodes: int
 

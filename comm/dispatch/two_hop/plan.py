@@ -47,8 +47,6 @@ class TwoHopRoute:
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """Constant index tensors on the device."""
-
     rank_column: Tensor  # column of an expert's rank in `touched`, by expert id plus 1
     node_column: Tensor  # column of an expert's node in `touched`, by expert id plus 1
     place_columns: Tensor  # columns of the P partial sums
@@ -67,7 +65,6 @@ class TwoHopPlanner:
         max_nodes: int | None,
         traffic: Traffic,
     ) -> None:
-        """Prepares the planner."""
         self._group = group
         self._relays = relays
         self._count_layout = count_layout
