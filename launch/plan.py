@@ -28,9 +28,9 @@ from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainCo
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
 from train.planner.built_ranks import compare_built_ranks
+from train.planner.compare import compared_plan
 from train.planner.config import MeasuredRates
 from train.planner.job_plan import JobPlan, plan_job, untimed_reason
-from train.planner.measured.compare import compared_plan
 from train.planner.page import plan_page
 from train.planner.search import SearchResult, search_layouts
 from train.planner.space import MOST_RANKS, SearchSpace, adapted_run, recompute_sets

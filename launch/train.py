@@ -29,10 +29,10 @@ from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.checkpoint.verify import verify
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.files.json_lines import try_append_event
+from train.files.status import read_status
 from train.memory.report import memory_lines
 from train.optim.learning_rate import schedule_warnings
-from train.records.events import try_append_event
-from train.records.status import read_status
 from train.records.terminal import guard_terminal, report_breaks
 from train.schedule.ramp import ramp_notices
 from train.tasks.registry import TASKS

@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from model.config import ModelConfig
 from model.transformer import routers
-from train.records.json_lines import JsonLines
+from train.files.json_lines import JsonLines
 from train.replica import Replica
 
 LOADS_NAME = "loads.jsonl"

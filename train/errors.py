@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from train.ownership.rank_files import RankFiles, find_rank_files
-from train.records.secrets import redact
+from train.files.rank_files import RankFiles, find_rank_files
+from train.files.secrets import redact
 
 LOG_FOLDER = "log"
 """Folder of a run with the logs of ranks."""

@@ -15,6 +15,7 @@ from data.progress import progress_on
 from train.callbacks import Callbacks, call_on_first_rank
 from train.config import TrainConfig
 from train.errors import RefusedStepError
+from train.files.status import StatusFile
 from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.listeners.checkpoints import Checkpoints
@@ -26,7 +27,6 @@ from train.listeners.validation import Validator
 from train.records.pictures import PipelineTimeline
 from train.records.profile import StepProfiler
 from train.records.reporter import Reporter
-from train.records.status import StatusFile
 from train.records.step_record import record_of
 from train.step import train_step
 

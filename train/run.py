@@ -24,24 +24,24 @@ from train.callbacks import Callbacks
 from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig
 from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
+from train.files.json_lines import try_append_event
+from train.files.rank_files import RankFiles
+from train.files.status import State, StatusFile
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig
-from train.ownership.rank_files import RankFiles
-from train.planner.measured.record import MeasuredRun, RunFacts, probed, try_to_write
+from train.plan import Plan, plan
 from train.post.frozen import open_comparison
 from train.post.sampler import open_hook
 from train.records.crash_report import CrashReporter
 from train.records.display import PhaseLines
-from train.records.events import try_append_event
 from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
-from train.records.status import State, StatusFile
 from train.records.terminal import report_breaks
 from train.replica import open_replica
 from train.report.write import Report
+from train.schedule.measured import MeasuredRun, RunFacts, probed, try_to_write
 from train.schedule.placement import embedding_ranks, is_mirrored
-from train.schedule.plan import Plan, plan
 from train.startup import (
     broadcast_config,
     compare_ranks,

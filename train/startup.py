@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from train.checkpoint.locate import AUTO, newest_whole
 from train.checkpoint.manifest import read_step
 from train.checkpoint.verify import check_compatible, verify_sizes
 from train.config import TrainConfig
-from train.config.decode import encode
+from train.config.decode import encode, flatten
 from train.corpus import State as CorpusState
 from train.corpus import build_together, prepare_corpus
 from train.errors import PreemptedError
+from train.files.secrets import HIDDEN, is_secret_name, redact
+from train.files.status import read_status
 from train.learner import Learner
-from train.records.secrets import HIDDEN, is_secret_name, redact
-from train.records.status import read_status
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
@@ -73,17 +73,10 @@ def _identity(config: TrainConfig) -> dict[str, str]:
     for path in sorted(path for package in _SOURCES for path in (_ROOT / package).rglob("*.py")):
         sources.update(str(path.relative_to(_ROOT)).encode() + path.read_bytes())
     versions = {"python": ".".join(platform.python_version_tuple()[:2]), **{name: version(name) for name in _PACKAGES}}
-    keys = dict(_leaves(encode(dataclasses.replace(config, out_dir=""))))
+    values = encode(dataclasses.replace(config, out_dir=""))
+    # On the command line, the keys of a source of data are those of `data`.
+    keys = {key.replace("data.source.", "data.", 1): json.dumps(value) for key, value in flatten(values)}
     return {**keys, **{f"version of {name}": text for name, text in versions.items()}, "sources": sources.hexdigest()}
-
-
-def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields nested values as JSON by their dotted keys, as on the command line."""
-    if not isinstance(values, Mapping):
-        yield key, json.dumps(values)
-        return
-    for name, value in values.items():
-        yield from _leaves(value, "data" if (key, name) == ("data", "source") else f"{key}.{name}".lstrip("."))
 
 
 def _differences(own: Mapping[str, str], expected: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
-from train.ownership.rank_files import RankFiles
+from train.files.rank_files import RankFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

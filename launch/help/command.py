@@ -16,7 +16,7 @@ from launch.config.errors import system_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
 from train.config.errors import ConfigError
-from train.records.secrets import redact
+from train.files.secrets import redact
 
 _HELP = ("-h", "--help", "help")
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -134,7 +134,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from model.config import CutError
     from model.hf.errors import HfError
     from train.checkpoint.manifest import CheckpointError
-    from train.ownership.run_lock import LockedError
+    from train.files.run_lock import LockedError
 
     known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
     return (*known, ScoringError, EvaluationError, LockedError, JobKeyError)

@@ -19,9 +19,9 @@ from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, nearest
+from train.planner.compare import run_rates
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
-from train.planner.measured.compare import run_rates
 from train.schedule.chunks import with_chunks
 
 _WHAT_IF = "what_if"

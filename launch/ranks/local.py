@@ -44,9 +44,9 @@ from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import VERDICT_CODES, ExitReason, find_errors, write_error
-from train.ownership.rank_files import RankFiles
-from train.records.events import append_event
-from train.records.status import read_status, write_end
+from train.files.json_lines import append_event
+from train.files.rank_files import RankFiles
+from train.files.status import read_status, write_end
 from train.records.terminal import guard_terminal
 
 Entry = Callable[[TrainConfig], int]

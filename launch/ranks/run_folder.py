@@ -16,9 +16,9 @@ from launch.config.run_config import read_config, write_config
 from train.checkpoint.locate import AUTO
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.ownership.rank_files import is_node_folder
-from train.ownership.run_lock import LOCK_NAME, RunLock, refuse_if_in_use
-from train.records.events import append_event
+from train.files.json_lines import append_event
+from train.files.rank_files import is_node_folder
+from train.files.run_lock import LOCK_NAME, RunLock, refuse_if_in_use
 
 CONFIG_NAME = "config.yaml"
 _LARGEST_BYTES = 2**20

@@ -22,8 +22,8 @@ from comm.exit_codes import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST
 from comm.preemption import Preemption
 from launch.ranks.interrupt import EXIT_INTERRUPTED
 from train.errors import find_errors, find_verdict, read_error
-from train.ownership.run_lock import LockedError, Owner, read_lock
-from train.records.secrets import redact
+from train.files.run_lock import LockedError, Owner, read_lock
+from train.files.secrets import redact
 
 PID_PREFIX = "pid_"
 _SCRATCH_PREFIX = "launch-"

@@ -19,7 +19,7 @@ from launch.help.command import command
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from launch.train import train_rank
-from train.ownership.run_lock import LOCK_NAME, Owner
+from train.files.run_lock import LOCK_NAME, Owner
 
 NUM_STEPS = 300
 OTHER_HOST = "node9"

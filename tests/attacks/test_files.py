@@ -25,11 +25,10 @@ from tests.tiny import tiny_config, write_text
 from train.checkpoint.manifest import CheckpointError
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.files.json_lines import JsonLines, read_events
+from train.files.status import Status, read_status, write_status
 from train.guard.guard import read_loss_and_norm
-from train.records.events import read_events
-from train.records.json_lines import JsonLines
-from train.records.status import Status, read_status, write_status
-from train.schedule.plan import read_schedule
+from train.plan import read_schedule
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)
 

@@ -25,9 +25,9 @@ from tests.tiny import write_text
 from train.checkpoint.locate import newest_whole, step_folder
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.ownership.run_lock import LOCK_NAME, Owner
-from train.records.events import read_events
-from train.records.status import read_status
+from train.files.json_lines import read_events
+from train.files.run_lock import LOCK_NAME, Owner
+from train.files.status import read_status
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {

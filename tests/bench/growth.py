@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comm.exit_codes import EXIT_PREEMPTED
-from train.records.status import read_status
+from train.files.status import read_status
 
 LIMIT = 0.02
 _EVERY_SECONDS = 5.0

@@ -8,7 +8,7 @@ import pytest
 
 from launch.ranks.supervisor import remove_leftovers, scratch_folder
 from tests.train.test_run_lock import dead_owner
-from train.ownership.run_lock import Owner
+from train.files.run_lock import Owner
 
 
 def place(folder: Path, name: str, text: str | None) -> Path:

@@ -15,7 +15,7 @@ from comm.exit_codes import EXIT_NON_FINITE
 from tests.post.pass_rates import RecipeRates, measure_pass_rates
 from tests.post.recipes import check_seeds, train_recipe, train_start
 from train.checkpoint.locate import step_folder
-from train.records.json_lines import read_lines
+from train.files.json_lines import read_lines
 
 EARLY_STEPS, STEPS = 40, 100
 LEAST_GAIN = 0.12

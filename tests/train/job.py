@@ -34,13 +34,13 @@ from train.corpus import prepare_corpus
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
+from train.plan import ramp_schedules
 from train.post.frozen import open_comparison
 from train.post.sampler import open_hook
 from train.post.student import StudentSampler
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.schedule.placement import embedding_ranks, is_mirrored
-from train.schedule.plan import ramp_schedules
 from train.step import Losses, accumulate, rates_of, reduce_losses
 from train.tasks.batch_reader import BatchReader
 from train.tasks.distill import DistillConfig

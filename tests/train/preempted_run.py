@@ -23,8 +23,8 @@ from tests.train.faults import choices
 from tests.train.operation_hooks import DRAWING, watch_drawing, watch_operations
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.config import TrainConfig
-from train.records.events import read_events
-from train.records.status import read_status
+from train.files.json_lines import read_events
+from train.files.status import read_status
 
 NUM_STEPS = 7
 RECORD = "the step's record"

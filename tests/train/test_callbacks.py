@@ -18,11 +18,11 @@ from tests.train.job import close_job, open_job
 from train.callbacks import Callbacks
 from train.config import TrainConfig
 from train.errors import CallbackError
+from train.files.json_lines import JsonLines
+from train.files.status import StatusFile
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
-from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
-from train.records.status import StatusFile
 
 Call = tuple[str, int]
 

@@ -30,15 +30,14 @@ from train.config import (
 )
 from train.config.guards import GuardConfig, RollBackGuardConfig, SkipGuardConfig, StopGuardConfig
 from train.errors import RefusedStepError, StoppedError
+from train.files.json_lines import JsonLines, read_events
+from train.files.status import StatusFile
 from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.guard.rollout_guard import BadWeights
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
-from train.records.events import read_events
-from train.records.json_lines import JsonLines
 from train.records.reporter import Reporter
-from train.records.status import StatusFile
 from train.tasks.hook import StepBatch, TaskHook
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)

@@ -24,9 +24,7 @@ from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
 from train.config import TrainConfig
 from train.learner import Learner
-from train.planner.measured.compare import compared_run
-from train.planner.measured.phases import stage_phases
-from train.planner.measured.record import MEASURED_NAME, read_measured
+from train.planner.compare import compared_run
 from train.records.pictures import (
     PAGE_NAME,
     SVG_NAME,
@@ -36,6 +34,7 @@ from train.records.pictures import (
     window_slots,
     write_pictures,
 )
+from train.schedule.measured import MEASURED_NAME, read_measured, stage_phases
 from train.step import StepResult, train_step
 
 SVG = "{http://www.w3.org/2000/svg}"

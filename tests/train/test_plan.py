@@ -21,8 +21,8 @@ from tests.train.job import make_world
 from train.checkpoint.manifest import SCHEDULE_NAME, ramp_schedule_name, write_manifest
 from train.config import TrainConfig
 from train.network import ReplicaConfig
+from train.plan import Plan, plan
 from train.replica import open_replica
-from train.schedule.plan import Plan, plan
 
 
 def config_of(folder: Path, kind: str, **changes: Any) -> TrainConfig:
@@ -55,7 +55,7 @@ def _validations(rank: int, world_size: int, config: TrainConfig) -> tuple[int, 
         validate_passes(schedule, memory_cap)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.schedule.plan.validate_passes", count)
+        patch.setattr("train.plan.validate_passes", count)
         patch.setattr("train.schedule.programs.validate_passes", count)
         planned = plan(config, Layout(config.parallelism, config.cluster.ranks_per_node), torch.device("cpu"))
         in_plan = len(counted)

@@ -26,7 +26,7 @@ from train.checkpoint.weights import CheckpointReader
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import ExitReason, find_errors, find_verdict, write_error
-from train.ownership.rank_files import RankFiles, find_rank_files
+from train.files.rank_files import RankFiles, find_rank_files
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (1024, 8), (1032, 8), (100_352, 8)])
@@ -114,7 +114,7 @@ def _save_and_load(rank: int, world_size: int, config: TrainConfig, most_flat: i
     for tensor in named_tensors(learner.replica.model).values():
         tensor.mul_(1.5)  # other weights than those of the seed
     saved = copied(state_of(learner, {}))
-    with mock.patch("train.ownership.rank_files.MOST_FLAT_RANKS", most_flat):
+    with mock.patch("train.files.rank_files.MOST_FLAT_RANKS", most_flat):
         place = save_checkpoint(config, learner, 1, prepare(config.data, config.batch.sequence_length_tokens))
     verify_together(place)
     other = open_job(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from train.ownership.run_lock import (
+from train.files.run_lock import (
     LOCK_NAME,
     LockedError,
     Owner,
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 RACER = """
 import sys, time
 from pathlib import Path
-from train.ownership.run_lock import LockedError, RunLock
+from train.files.run_lock import LockedError, RunLock
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

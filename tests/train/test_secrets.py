@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.records.secrets import is_secret_name, redact, redact_values
+from train.files.secrets import is_secret_name, redact, redact_values
 
 
 @pytest.mark.parametrize(

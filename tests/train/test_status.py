@@ -9,9 +9,9 @@ from tests.launch.test_config import build
 from train.checkpoint.locate import newest_whole
 from train.checkpoint.manifest import CheckpointError, write_manifest
 from train.config.errors import ConfigError
+from train.files.json_lines import append_event, read_events
+from train.files.status import StatusFile, read_status, write_end
 from train.guard.guard import to_json_values
-from train.records.events import append_event, read_events
-from train.records.status import StatusFile, read_status, write_end
 
 
 def test_status_is_written_by_one_rank_and_at_a_limited_rate(tmp_path: Path) -> None:

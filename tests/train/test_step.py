@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.tiny import tiny_config, write_text
 from train.corpus import prepare_corpus
-from train.records.json_lines import JsonLines
+from train.files.json_lines import JsonLines
 from train.records.run_summary import corpus_lines
 
 

@@ -19,7 +19,7 @@ from model.hf.json_file import read_json
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.ownership.rank_files import is_node_folder
+from train.files.rank_files import is_node_folder
 
 FORMAT_VERSION = 4
 _LARGEST_STEP = 2**53

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NoReturn
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in
 from train.config import TrainConfig
 from train.errors import RescuedError, UnsavedError
-from train.ownership.run_lock import RunLock
-from train.records.events import try_append_event
+from train.files.json_lines import try_append_event
+from train.files.run_lock import RunLock
 
 if TYPE_CHECKING:
     from data.prepare import Prepared

@@ -31,8 +31,8 @@ from train.checkpoint.state import HostCopy, State, as_slice, state_of
 from train.checkpoint.verify import is_whole, verify_sizes
 from train.config import TrainConfig
 from train.errors import UnsavedError
+from train.files.run_lock import OwnershipCheck
 from train.learner import Learner
-from train.ownership.run_lock import OwnershipCheck
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

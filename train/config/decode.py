@@ -5,7 +5,7 @@ every key and type once, by the type hints of the dataclasses.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,6 +44,15 @@ def encode(instance: object) -> Any:
     if isinstance(instance, Mapping):
         return {key: encode(item) for key, item in instance.items()}
     return instance
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested mappings by their dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def describe_key(hint: Any, values: object, key: str) -> str:

@@ -8,8 +8,7 @@ from dualpipe.draw.document import document
 from infer.evaluate.protocol import ResultGrid
 from infer.evaluate.run import TaskResult
 from infer.evaluate.statistics import PairedComparison
-from train.report.elements import table
-from train.report.figures import plain
+from train.figures import plain, table
 
 PAGE_NAME = "report.html"
 _WIDTH, _ROW, _LABEL, _VALUE = 720, 30, 190, 150
@@ -24,7 +23,7 @@ def page(
 ) -> str:
     """Returns the page, with the comparison of each metric of each task if there is another evaluation."""
     rows = [(name, "" if value is None else str(value)) for name, value in facts.items()]
-    parts = [f"<h1>{escape(title)}</h1>", table(("fact", "value"), rows, 1)]
+    parts = [f"<h1>{escape(title)}</h1>", table(("fact", "value"), rows, text=[1])]
     parts += [_task(name, result, (compared or {}).get(name)) for name, result in results.items()]
     return document(title, f"<main>{''.join(parts)}</main>", _STYLE)
 

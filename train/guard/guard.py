@@ -13,8 +13,8 @@ from data.loader import Loader
 from infer.config import GenerateError
 from train.config.guards import GuardConfig
 from train.errors import RefusedStepError, StepRefusal
+from train.files.json_lines import number_of, read_lines
 from train.guard.rollout_guard import BadWeights, Figures, RolloutGuard
-from train.records.json_lines import number_of, read_lines
 from train.tasks.hook import StepBatch, TaskHook
 from train.world import World
 

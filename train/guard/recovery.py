@@ -21,10 +21,10 @@ from train.checkpoint.verify import Check
 from train.config.guards import GuardConfig
 from train.config.rollout import RolloutConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
+from train.files.json_lines import read_events, try_append_event
 from train.guard.guard import Guard, read_loss_and_norm, to_json_values
 from train.guard.rollout_guard import Figures, RolloutGuard, read_figures
 from train.learner import Learner
-from train.records.events import read_events, try_append_event
 
 METRICS_NAME = "metrics.jsonl"
 _ROLLED_BACK = "rolled_back"

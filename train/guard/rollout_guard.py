@@ -11,7 +11,7 @@ from typing import Any
 
 from train.config.rollout import RolloutConfig
 from train.errors import StepRefusal
-from train.records.json_lines import number_of, read_lines
+from train.files.json_lines import number_of, read_lines
 
 KL = "kl"
 _KL_STEPS = 3

@@ -12,8 +12,8 @@ from train.callbacks import call_on_first_rank
 from train.checkpoint.rescue import save_to_rescue_folder
 from train.checkpoint.save import CheckpointSaver
 from train.errors import CallbackError, PreemptedError, StoppedError, UnsavedError
+from train.files.run_lock import OwnershipCheck
 from train.listeners.listener import Listener, Moment, RunParts
-from train.ownership.run_lock import OwnershipCheck
 
 
 class Checkpoints(Listener):

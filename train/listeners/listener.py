@@ -8,10 +8,10 @@ from data.loader import Loader
 from data.prepare import Prepared
 from train.callbacks import Callbacks
 from train.config import TrainConfig
+from train.files.status import StatusFile
 from train.guard.recovery import Skipped
 from train.learner import Learner
 from train.records.reporter import Reporter
-from train.records.status import StatusFile
 from train.replica import Replica
 from train.step import StepResult
 

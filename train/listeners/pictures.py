@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.files.json_lines import try_append_event
 from train.listeners.listener import Done, Listener, Moment, RunParts
-from train.records.events import try_append_event
 from train.records.pictures import PAGE_NAME, SVG_NAME, TRACE_NAME, PipelineTimeline
 
 

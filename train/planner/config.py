@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kernels.ranges import Above, AtLeast, Between, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from model.config import ModelConfig
-from model.size import attention_parameters
+from kernels.ranges import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from train.schedule.layer_times import PartTimes
-
-PositiveShare = Annotated[float, Above(0), Between(0, 1)]
+from train.schedule.measured import PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,10 +138,3 @@ class EfficiencyConfig:
     """The factor on the time of a step for what no rate explains."""
 
     unexplained: PositiveFloat
-
-
-def layer_parameters(model: ModelConfig) -> int:
-    """Returns the weights that a token uses in a dense and a MoE layer, which identify a model's layers."""
-    experts = model.num_experts_per_token + model.num_shared_experts
-    widths = model.dense_intermediate_size + experts * model.expert_intermediate_size
-    return 2 * attention_parameters(model) + 3 * model.hidden_size * widths

@@ -8,14 +8,15 @@ from typing import Any
 from dualpipe.ir import Schedule
 from model.size import count_parameters, training_flops_per_token
 from train.config import DEFAULT_COST, TrainConfig
-from train.config.decode import encode
+from train.config.decode import encode, flatten
 from train.config.errors import ConfigError
 from train.memory import JobMemory, predict_memory, summary_line
 from train.memory.fitted_cut import fitted_cut
-from train.planner.config import EfficiencyConfig, KernelRates, Rates, layer_parameters
+from train.planner.config import EfficiencyConfig, KernelRates, Rates
 from train.planner.scaling import part_seconds, rows_per_token
 from train.planner.timing import StepTime, TimedPlan, time_plan
 from train.schedule.cut import with_cut
+from train.schedule.measured import layer_parameters
 
 _HOUR = 3600.0
 _DAY_HOURS = 24.0
@@ -321,10 +322,10 @@ def _assumptions(config: TrainConfig, planner: PlannerConfig) -> Iterator[Assump
             if seconds:
                 yield Assumption(name=f"{name}.{phase}", value=seconds, unit=unit, source=source)
     values = {key: value for key, value in encode(rates).items() if key not in ("kind", "sources")}
-    for name, value in _leaves(values):
+    for name, value in _numbers(values):
         unit = _unit_of(name) or ("s per layer" if name.partition(".")[0] in _TIMED else "number")
         yield Assumption(name=f"rates.{name}", value=value, unit=unit, source=_source_of(rates, name))
-    for name, value in _leaves({"cluster": encode(config.cluster), "cost": encode(config.cost)}):
+    for name, value in _numbers({"cluster": encode(config.cluster), "cost": encode(config.cost)}):
         last = name.rpartition(".")[2]
         # A key of one word, such as `cluster.device`, has no unit.
         if "_" in last and _unit_of(name) and not last.startswith(("timeout", "grace")):
@@ -343,12 +344,8 @@ def _unit_of(name: str) -> str:
     return next((unit for end, unit in _UNITS.items() if last == end or last.endswith(f"_{end}")), "")
 
 
-def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value
+def _numbers(values: Mapping[str, object]) -> list[tuple[str, float]]:
+    return [(key, value) for key, value in flatten(values) if type(value) in (int, float)]
 
 
 def _source_of(rates: Rates, name: str) -> str:

@@ -11,8 +11,9 @@ from dualpipe.draw.document import document
 from dualpipe.draw.entry import NAMES, needs_stage_label
 from dualpipe.draw.style import COPIES, DARK, LIGHT, style_of
 from dualpipe.ir import Op, Operation
+from train.config.decode import flatten
+from train.figures import num_bytes, plain, seconds, short, table
 from train.planner.timing import TimedPlan
-from train.report.figures import num_bytes, plain, seconds, short
 
 _STYLE = Path(__file__).with_name("page.css")
 _PAIR, _UPDATE = "pair", "update"
@@ -207,7 +208,7 @@ def stacked_bars(
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of records; nested keys are joined, and columns without a value are left out."""
-    flat = [dict(_leaves(_with_short_layout(record), "")) for record in records[:_MOST_RECORDS]]
+    flat = [dict(flatten(_with_short_layout(record))) for record in records[:_MOST_RECORDS]]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if _is_known(flat, key)]
     if not keys:
         return ""
@@ -218,14 +219,9 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table that scrolls, in which columns with long cells read from the left and wrap."""
-    styles = [' class="text"' if any(len(row[place]) > _LONG for row in rows) else "" for place in range(len(header))]
-    head = "".join(f'<th{style} scope="col">{escape(name)}</th>' for style, name in zip(styles, header, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{style}>{escape(cell)}</td>' for style, cell in zip(styles, row, strict=True))}</tr>"
-        for row in rows
-    )
-    return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    """Returns a table in which columns with long cells read from the left and wrap."""
+    long = [column for column in range(len(header)) if any(len(row[column]) > _LONG for row in rows)]
+    return table(header, rows, text=long)
 
 
 def any_value(value: object) -> str:
@@ -309,14 +305,6 @@ def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
         **{key: str(layout[key]) for key in ("schedule", "precision", "dispatch") if key in layout},
     }
     return {**record, "layout": ", ".join(text for text in known.values() if text)}
-
-
-def _leaves(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_known(records: Sequence[Mapping[str, Any]], key: str) -> bool:

@@ -15,8 +15,8 @@ from comm.watchdog.ranks import RankSet
 from comm.watchdog.verdict import Verdict
 from data.progress import printable_on
 from train.errors import LOG_FOLDER, ExitReason, write_error
-from train.ownership.rank_files import RankFiles
-from train.records.status import write_end
+from train.files.rank_files import RankFiles
+from train.files.status import write_end
 
 LOGGER = logging.getLogger("train")
 _MAX_LISTED = 64

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data.progress import escape_terminals, printable, seconds_text, unescaped
-from train.report.figures import short
+from train.figures import short
 
 Clock = Callable[[], float]
 _LEAST_SECONDS = 1.0

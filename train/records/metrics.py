@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from model.config import ModelConfig
 from model.size import training_flops_per_token
 from train.config import TrackConfig
-from train.records.secrets import redact, redact_values
+from train.files.secrets import redact, redact_values
 
 LOGGER = logging.getLogger("train")
 Record = Mapping[str, Any]

@@ -30,11 +30,10 @@ from dualpipe.runtime.measured import (
     rank_spans,
     step_lanes,
 )
-from train.planner.measured.phases import step_times
-from train.planner.measured.record import MeasuredRun, RunFacts, drawn, try_to_write
-from train.records.secrets import redact
+from train.files.secrets import redact
+from train.plan import excluded_schedules
 from train.replica import Replica
-from train.schedule.plan import excluded_schedules
+from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, try_to_write
 from train.world import World
 
 LOGGER = logging.getLogger("train")

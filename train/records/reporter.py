@@ -13,11 +13,11 @@ from torch import distributed as dist
 from train.balance import Balance, LoadLines
 from train.config import TrainConfig
 from train.errors import LOG_FOLDER
-from train.ownership.rank_files import RankFiles
+from train.files.json_lines import JsonLines
+from train.files.rank_files import RankFiles
+from train.files.secrets import redact
 from train.records.display import Display, open_console
-from train.records.json_lines import JsonLines
 from train.records.metrics import Recorder, Wandb
-from train.records.secrets import redact
 from train.report.write import Report
 
 

@@ -10,11 +10,11 @@ from train.checkpoint.verify import other_layout
 from train.config import TrainConfig
 from train.memory import predict_memory, summary_line
 from train.optim.learning_rate import learning_rate, schedule_warnings
+from train.plan import Plan
 from train.records.profile import profile_notice
 from train.records.reporter import Reporter
 from train.replica import Replica
 from train.schedule.cut import with_cut
-from train.schedule.plan import Plan
 from train.schedule.ramp import ramp_notices
 
 LOGGER = logging.getLogger("train")

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from train.report.elements import embedded_json
+from train.figures import embedded_json
 from train.report.history import History
 from train.report.source import Mark
 
@@ -26,7 +26,7 @@ _MOST_EXPANDED = 24
 class Chart:
     """A chart of numbers over the steps, tokens or hours of a run.
 
-    `unit` is a function of `train.report.figures`. A page of several runs shows only the keys `compared`, or all.
+    `unit` is a function of `train.figures`. A page of several runs shows only the keys `compared`, or all.
     `is_range` fills the range from the first line's least to the second's greatest values.
     `hides_zeros`: the chart begins at 0, and is left out if all values are 0.
     """

@@ -9,8 +9,8 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from train.figures import plain
 from train.report.charts import Chart, ChartWriter
-from train.report.figures import plain
 from train.report.history import History
 
 _ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels

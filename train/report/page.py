@@ -12,13 +12,12 @@ from comm.exit_codes import EXIT_PREEMPTED
 from dualpipe.draw.document import document
 from dualpipe.draw.style import STYLE
 from train.errors import LOG_FOLDER, find_errors
+from train.figures import num_bytes, plain, short, table
+from train.files.status import read_status
 from train.listeners.answers import read_answers
-from train.planner.measured.compare import Comparison
+from train.planner.compare import Comparison
 from train.planner.text import COMPARED_HEADER, comparison_notes, comparison_rows
-from train.records.status import read_status
 from train.report.charts import ChartedRun, ChartWriter, block
-from train.report.elements import table
-from train.report.figures import num_bytes, plain, short
 from train.report.journals import has_journals
 from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
@@ -185,7 +184,7 @@ def _answers(drawn: Sequence[DrawnRun]) -> str:
         for run in drawn
         for answer in read_answers(run.source.folder)
     ]
-    return table([*["run"] * is_named, "prompt", "reference", "answer"], rows, text=2 + is_named) if rows else ""
+    return table([*["run"] * is_named, "prompt", "reference", "answer"], rows, text=[2 + is_named]) if rows else ""
 
 
 def _events(runs: Sequence[ChartedRun]) -> str:
@@ -194,7 +193,7 @@ def _events(runs: Sequence[ChartedRun]) -> str:
     is_named = len(runs) > 1
     rows = [[f"{mark.step:,}", *[run.name] * is_named, mark.kind, mark.text] for mark, run in marks[-_MOST_EVENTS:]]
     header = ["step", *["run"] * is_named, "kind", "what"]
-    return left_out + table(header, rows, text=len(header) - 1) if rows else ""
+    return left_out + table(header, rows, text=[len(header) - 1]) if rows else ""
 
 
 def _cell(value: object, write: Callable[[float], str]) -> str:

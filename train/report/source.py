@@ -10,7 +10,8 @@ import numpy as np
 
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.checkpoint.manifest import MANIFEST_NAME
-from train.records.json_lines import LONGEST_LINE_BYTES, read_line
+from train.config.decode import flatten
+from train.files.json_lines import LONGEST_LINE_BYTES, read_line
 from train.report.history import MOST_BUCKETS, History, Loads
 
 METRICS_NAME, LOADS_NAME, EVENTS_NAME, PICTURE_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl", "schedule.svg"
@@ -121,13 +122,11 @@ class _Tail:
                 yield line
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yields the numbers of nested objects by dotted key, without the table of the exchange."""
-    for key, value in values.items():
+    for key, value in flatten({key: value for key, value in record.items() if key != _TABLE_KEY}):
         if type(value) is float or (type(value) is int and abs(value) <= _LARGEST_NUMBER):
-            yield prefix + key, value
-        elif isinstance(value, dict) and key != _TABLE_KEY:
-            yield from _numbers(value, f"{prefix}{key}.")
+            yield key, value
 
 
 def read_loads(record: Mapping[str, Any]) -> Loads:

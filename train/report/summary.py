@@ -6,9 +6,8 @@ from html import escape
 
 import numpy as np
 
+from train.figures import count, num_bytes, percent, plain, seconds, short, table
 from train.report.charts import Chart, ChartedRun, ChartWriter, block
-from train.report.elements import table
-from train.report.figures import count, num_bytes, percent, plain, seconds, short
 from train.report.history import History
 
 

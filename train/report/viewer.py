@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_files import TOKENIZER_NAME
 from dualpipe.draw.document import document
 from train.checkpoint.locate import CHECKPOINTS_NAME
-from train.report.elements import embedded_json
+from train.figures import embedded_json
 from train.report.journals import JournalChoice, JournalGroup, choose_evenly, choose_groups, has_journals
 
 VIEWER_NAME = "rollouts.html"

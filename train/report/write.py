@@ -2,18 +2,17 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from train.config import TrainConfig
-from train.config.decode import encode
-from train.planner.measured.compare import Comparison, compared_run
-from train.planner.measured.record import MEASURED_NAME, PROBE_NAME
-from train.records.secrets import redact, redact_values
+from train.config.decode import encode, flatten
+from train.files.secrets import redact, redact_values
+from train.planner.compare import Comparison, compared_run
 from train.report.page import REPORT_NAME, DrawnRun, html
 from train.report.source import RunSource
 from train.report.viewer import VIEWER_NAME, RolloutViewer
+from train.schedule.measured import MEASURED_NAME, PROBE_NAME
 
 COMPARISON_NAME = "comparison.html"
 LOGGER = logging.getLogger("train")
@@ -77,18 +76,10 @@ def comparison_of(config: TrainConfig) -> Comparison | None:
 
 def differing_settings(configs: Sequence[TrainConfig]) -> list[list[str]]:
     """Returns dotted keys, except names and folders, that differ, each with every run's value."""
-    flat = [dict(_leaves(redact_values(encode(config)), "")) for config in configs]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in ("name", "out_dir")]
-    rows = [[key, *(each.get(key, "none") for each in flat)] for key in keys]
+    settings = [dict(flatten(redact_values(encode(config)))) for config in configs]
+    keys = [key for key in dict.fromkeys(key for run in settings for key in run) if key not in ("name", "out_dir")]
+    rows = [[key, *(str(run.get(key, "none")) for run in settings)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def _names(configs: Sequence[TrainConfig]) -> list[str]:

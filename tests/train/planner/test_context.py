@@ -10,12 +10,13 @@ from launch.config.rules import check_rules
 from launch.plan import search_space
 from tests.train.planner.planned import PUBLISHED, SMALL, request_of
 from train.config import TrainConfig
-from train.planner.config import KernelRates, MeasuredRates, layer_parameters
+from train.planner.config import KernelRates, MeasuredRates
 from train.planner.context_exchange import context_seconds
 from train.planner.job_plan import plan_job, require_time, untimed_reason
 from train.planner.scaling import part_seconds, scaled_times
 from train.planner.space import context_sizes
 from train.schedule.layer_times import PartTimes
+from train.schedule.measured import layer_parameters
 
 
 def rates() -> KernelRates:

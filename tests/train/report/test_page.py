@@ -19,9 +19,9 @@ from tests.tiny import tiny_config, write_text
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.errors import ExitReason, write_error
-from train.ownership.rank_files import RankFiles
-from train.records.status import State, Status, write_status
-from train.report.figures import num_bytes, plain, seconds, short
+from train.figures import num_bytes, plain, seconds, short
+from train.files.rank_files import RankFiles
+from train.files.status import State, Status, write_status
 from train.report.history import History
 from train.report.layers import palette, png, relative_shades
 from train.report.page import REPORT_NAME

@@ -13,8 +13,8 @@ from data.arithmetic.source import arithmetic_tokenizer
 from data.tokenizer import Tokenizer
 from tests.documents import browse, check_policy
 from tests.train.report.journal_run import place_rollouts
+from train.figures import embedded_json
 from train.post.journal import journal_path
-from train.report.elements import embedded_json
 from train.report.journals import JournalGroup
 from train.report.viewer import RolloutViewer, TokenPieces, answer_data, find_tokenizer, group_data, shorten
 

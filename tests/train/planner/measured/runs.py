@@ -8,10 +8,9 @@ from pathlib import Path
 from dualpipe.build import build
 from launch.ranks.run_folder import write_run_folder
 from train.config import TrainConfig
-from train.planner.measured.phases import StepTimes
-from train.planner.measured.record import MeasuredRun, RunFacts, drawn, probed, try_to_write
 from train.schedule.cut import run_cut
 from train.schedule.layer_times import LayerTimes, PartTimes
+from train.schedule.measured import MeasuredRun, RunFacts, StepTimes, drawn, probed, try_to_write
 
 
 def part(unit: float) -> PartTimes:

@@ -12,14 +12,14 @@ from tests.tiny import tiny_config
 from tests.train.planner.measured.runs import TIMES, write_run, write_steps, write_times
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.planner import compare
+from train.planner.compare import compared_plan, compared_run, run_rates, typical_steps
 from train.planner.config import EfficiencyConfig
 from train.planner.job_plan import PlannerConfig, untimed_reason
-from train.planner.measured import compare
-from train.planner.measured.compare import compared_plan, compared_run, run_rates, typical_steps
-from train.planner.measured.record import PROBE_NAME
 from train.planner.text import comparison_text
 from train.report.page import predicted_tables
 from train.report.write import comparison_of
+from train.schedule.measured import PROBE_NAME
 
 
 def config_of(folder: Path) -> TrainConfig:

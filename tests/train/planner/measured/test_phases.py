@@ -12,8 +12,8 @@ from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate_passes
 from tests.dualpipe.clockwork import SECONDS, measured_run
 from tests.tiny import MODEL
-from train.planner.measured import phases
-from train.planner.measured.phases import PhaseTimes, stage_phases, step_times
+from train.schedule import measured as phases
+from train.schedule.measured import PhaseTimes, stage_phases, step_times
 
 LAYERS = replace(MODEL, num_layers=4, num_dense_layers=0, mtp_depth=0)
 

@@ -12,10 +12,8 @@ from tests.tiny import tiny_config
 from tests.train.planner.measured.runs import TIMES, facts_of, write_times
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.planner.config import layer_parameters
-from train.planner.measured import record
-from train.planner.measured.phases import PARTS
-from train.planner.measured.record import MEASURED_NAME, PROBE_NAME, read_measured
+from train.schedule import measured as record
+from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, layer_parameters, read_measured
 
 
 def two_ranks(folder: Path) -> TrainConfig:

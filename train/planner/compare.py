@@ -10,15 +10,14 @@ from dualpipe.ir import Schedule
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.errors import ConfigError
+from train.files.json_lines import LONGEST_LINE_BYTES, number_of, read_line
 from train.memory import JobMemory, predict_memory
 from train.planner.config import EfficiencyConfig, MeasuredRates, RateSource
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
-from train.planner.measured.phases import PARTS
-from train.planner.measured.record import MEASURED_NAME, PROBE_NAME, MeasuredRun, read_measured
 from train.planner.timing import TimedPlan, time_plan
-from train.records.json_lines import LONGEST_LINE_BYTES, number_of, read_line
 from train.schedule.cut import with_cut
 from train.schedule.layer_times import PartTimes
+from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
 
 METRICS_NAME = "metrics.jsonl"
 _MOST_BYTES = 2**26

@@ -3,7 +3,10 @@
 The page's script writes a chart's values the same way, and its readings with four: a long loss changes in the fourth.
 """
 
+import json
 import math
+from collections.abc import Collection, Sequence
+from html import escape
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -43,3 +46,21 @@ def seconds(value: float) -> str:
 def percent(value: float) -> str:
     """Returns a share as in `5.5 %`."""
     return f"{100 * value:.3g} %"
+
+
+def embedded_json(values: object) -> str:
+    """Returns JSON that cannot end a script element; lone surrogates become question marks."""
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[int] = ()) -> str:
+    """Returns a table of plain text that scrolls; the columns `text` read from the left and wrap."""
+    classes = [' class="text"' if number in text else "" for number in range(len(header))]
+    titles = zip(classes, header, strict=True)
+    head = "".join(f'<th{style} scope="col">{escape(cell)}</th>' for style, cell in titles)
+    body = "".join(
+        f"<tr>{''.join(f'<td{style}>{escape(cell)}</td>' for style, cell in zip(classes, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

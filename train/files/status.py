@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from train.records.secrets import redact
+from train.files.secrets import redact
 
 STATUS_NAME = "status.json"
 _LARGEST_BYTES = 2**20
