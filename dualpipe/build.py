@@ -22,14 +22,11 @@ def build(
     memory_cap: float | None = None,
     cache_dir: Path | None = None,
 ) -> Schedule:
-    """Builds the named schedule within the memory cap.
-
-    If the costs allow offload, activations may be in host memory while the cap has no room for them.
+    """Builds the named schedule within the memory cap, with offload if the costs allow it.
 
     Args:
         num_micro_batches: micro-batches of one step, of both directions together.
-        costs: costs of each stage; None for equal stages with F = I = W and no exchange. Their number determines the
-            chunks per rank.
+        costs: costs of each stage, whose number determines the chunks; None: equal stages, F = I = W and no exchange.
         memory_cap: maximum of a rank's live activations and its copies of `costs.weights`, in the unit of
             `StageCosts.activation`; None for the schedule's own maximum.
 

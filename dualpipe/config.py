@@ -12,13 +12,7 @@ from kernels.ranges import NonNegativeFloat, PositiveInt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Which schedule a run uses, and how the members of a group run.
-
-    Attributes:
-        kind: name of a registered schedule, or `auto` for the best one by simulation.
-        chunks: stages that a rank holds for one direction; None for the best number that the layers allow.
-        slices: slices into which every sequence is cut along its tokens; each counts as a micro-batch.
-    """
+    """Which schedule a run uses, and how the members of a group run; `conf/schedule` explains the keys."""
 
     kind: Annotated[str, SCHEDULES]
     chunks: PositiveInt | None
@@ -66,12 +60,9 @@ def _number(value: object, rule: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCosts(Costs):
-    """Costs of a model on a pipeline, for any number of stages.
+    """Costs of a model on a pipeline, for any number of stages; no entries mean equal stages.
 
-    Attributes:
-        stages: costs of each stage; empty for equal stages.
-        weights: memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P; 0 to
-            count activations only.
+    `weights` is the memory of one copy of a rank's weights, gradients and optimizer state, in activations of model/P.
     """
 
     offload: float | None  # required here
@@ -79,13 +70,7 @@ class ModelCosts(Costs):
     weights: NonNegativeFloat
 
     def of_stages(self, num_ranks: int, num_stages: int) -> CostModel:
-        """Returns the costs of every stage if the model is cut into `num_stages` stages.
-
-        If that is not the number of entries in `stages`, a new stage costs its fraction of the old ones.
-
-        Raises:
-            ScheduleError: if the number of entries is no multiple of the number of ranks.
-        """
+        """Returns the costs of every stage; unless there is an entry for each, a fraction of the entries'."""
         entries = self.stages
         if len(entries) % num_ranks:
             below = len(entries) - len(entries) % num_ranks

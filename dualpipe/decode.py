@@ -15,11 +15,8 @@ KIND = "decode"
 def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
     """Returns the schedule of a number of rounds of every cohort, in the order in which inputs arrive.
 
-    A rank is idle only if it has no input: it runs the operation whose input arrived first, if all operations take the
-    same time and transfers none. Of several, the one of the latest stage runs first: its tokens are needed soonest.
-
-    Args:
-        rounds: number of rounds of each cohort. A round reads prompts, or adds tokens to every sequence of the cohort.
+    Of several inputs, that of the latest stage is first: its tokens are needed soonest. A round reads prompts, or adds
+    tokens to every sequence of the cohort.
     """
     for name, value in (("cohorts", cohorts), ("rounds", rounds)):
         if value < 1:

@@ -122,10 +122,7 @@ class Schedule:
         return self.placement[direction][stage]
 
     def token_source(self, op: Operation) -> Operation | None:
-        """Returns the operation that chooses the tokens that an operation reads, or None if it reads none.
-
-        In the first round of a cohort, tokens do not come from the schedule.
-        """
+        """Returns the operation that chooses the tokens that an operation reads from the schedule, or None."""
         if self.cohorts is None or op.stage or op.kind is not Op.FORWARD or op.micro_batch < self.cohorts:
             return None
         return op._replace(stage=self.num_stages - 1, micro_batch=op.micro_batch - self.cohorts)

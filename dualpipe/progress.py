@@ -61,11 +61,7 @@ class _Step(NamedTuple):
 class _End(NamedTuple):
     """One end of the values that a stage sends to its neighbor on another rank.
 
-    Attributes:
-        steps: steps of each message at this end.
-        values: order of the values of the link at this end.
-        first: number of the value that belongs to micro-batch 0.
-        micro_batches: micro-batches of the operations that send or receive.
+    `values` is the order of the link's values at this end, `first` the number of that of micro-batch 0.
     """
 
     steps: tuple[_Step, ...]

@@ -49,13 +49,12 @@ class ScheduleSpec:
 
     Attributes:
         generate: function of the numbers of ranks and micro-batches (all directions together) that returns a valid
-            schedule. If `takes_costs` is set, it also takes a `CostModel` and a memory cap or None, and it raises
-            MemoryCapError if it cannot keep the cap. Its results are then cached. The number of chunks follows from the
-            number of stages in the `CostModel`. If `takes_slices` is set, it also takes the number of slices.
+            schedule. If `takes_costs` is set, it also takes a `CostModel`, whose stages determine the chunks, and a
+            memory cap or None, and it raises MemoryCapError if it cannot keep the cap. Its results are then cached. If
+            `takes_slices` is set, it also takes the number of slices.
         placement: function of the numbers of ranks and chunks.
         chunks: numbers of stages that a rank can hold for one direction.
         limit: function of the numbers of ranks and micro-batches that returns why there is no such schedule, or None.
-        may_be_chosen: whether `schedule=auto` considers the kind.
         grows: whether the peak of live activations still grows after three micro-batches per rank. If so, memory is
             predicted with all micro-batches.
     """
@@ -113,11 +112,7 @@ def check_size(
     ranks_key: str = "num_ranks",
     micro_batches_key: str = "num_micro_batches",
 ) -> None:
-    """Checks that a schedule is defined for these numbers, without making it.
-
-    Args:
-        ranks_key: configuration key of the number of ranks; errors begin with it.
-        micro_batches_key: configuration key of the number of micro-batches.
+    """Checks that a schedule is defined for these numbers, without making it; errors name the keys.
 
     Raises:
         UnknownNameError: if there is no such kind.
@@ -140,11 +135,7 @@ def check_size(
 
 
 def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
-    """Checks that a kind, or `auto`, can run slices of sequences, of which each counts as a micro-batch.
-
-    Raises:
-        ScheduleError: if the kind runs whole sequences, or the slices do not divide the micro-batches.
-    """
+    """Checks that a kind, or `auto`, can run slices of sequences, of which each counts as a micro-batch."""
     if slices > 1 and (kind == "auto" or not SCHEDULES.get(kind).takes_slices):
         sliced = " or ".join(other for other, spec in SCHEDULES.items() if spec.takes_slices)
         raise ScheduleError(
@@ -162,11 +153,7 @@ def check_slices(kind: str, num_micro_batches: int, slices: int) -> None:
 def kind_for_size(
     kind: str, num_ranks: int, num_micro_batches: int, chunks: int, *, micro_batches_key: str = "num_micro_batches"
 ) -> str:
-    """Returns the kind or, where it is not defined, one with the same placement: `FALLBACK` if possible.
-
-    Raises:
-        ScheduleError: as `check_size`, if there is no such kind.
-    """
+    """Returns the kind or, where it is not defined, one with the same placement: `FALLBACK` if possible."""
     own = SCHEDULES.get(kind)
     if own.limit(num_ranks, num_micro_batches) is not None:
         placement = own.placement(num_ranks, chunks)

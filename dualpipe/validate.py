@@ -17,8 +17,8 @@ def validate(schedule: Schedule, memory_cap: float | None = None, *, forward_onl
     """Proves that every operation runs once, on its rank, after its inputs and without deadlock.
 
     Args:
-        memory_cap: maximum of a rank's live activations, or None for no limit. The unit is the activation of one
-            micro-batch in model/P; an activation of one stage counts num_ranks/num_stages.
+        memory_cap: maximum of a rank's live activations, or None. The unit is the activation of one micro-batch in
+            model/P; an activation of one stage counts num_ranks/num_stages.
         forward_only: whether the schedule must contain only forwards (`passes.forward_only`) instead of training.
 
     Raises:

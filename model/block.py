@@ -1,6 +1,6 @@
 """A transformer layer as two computations: before dispatch and after it.
 
-Shape legend: B sequences, T tokens of one, N = B T, D hidden size, K experts per token, A received rows.
+Shape legend: N = B T, A received rows.
 """
 
 from dataclasses import dataclass
@@ -98,11 +98,7 @@ class Block(nn.Module):
         return residual_BTD
 
     def add_mlp(self, residual_BTD: Tensor, sink: WeightSink | None, *, for_backward: bool = False) -> Tensor:
-        """Adds the network of the norm to the residual, BTD -> BTD: the second part of a dense layer.
-
-        Args:
-            for_backward: whether only the backward is needed; then the result has no numbers.
-        """
+        """Adds the network of the norm to the residual, BTD -> BTD: the second part of a dense layer."""
         assert isinstance(self.mlp, Mlp)
         return self.mlp.add(residual_BTD, self.post_attention_layernorm, sink, for_backward=for_backward)
 

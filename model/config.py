@@ -69,11 +69,9 @@ class Computing:
     """Options for computing a model, which change results only by rounding.
 
     Attributes:
-        recomputed: what a backward computes again; by default what costs almost nothing. Products in FP8 always
-            recompute all but `layer`, and keep the products' inputs in FP8 instead.
-        attention: the implementation; `auto` chooses the best one that is installed.
-        products: precision of attention, feed-forward networks and experts; products of the embedding, the head, the
-            router and the projections of MTP modules stay in the weights' type.
+        recomputed: what a backward computes again. Products in FP8 always recompute all but `layer`, and keep the
+            products' inputs in FP8 instead.
+        products: precision of attention, feed-forward networks and experts; other products stay in the weights' type.
     """
 
     recomputed: frozenset[Recomputed] = frozenset(("norm", "swiglu"))
@@ -186,15 +184,9 @@ class CutError(ValueError):
 
 
 def cut_layers(num_layers: int, num_stages: int, mtp_depth: int = 0, *, stages_per_rank: int = 1) -> tuple[range, ...]:
-    """Cuts layers into contiguous, nearly equal stages of at least one layer.
+    """Cuts layers into contiguous, nearly equal stages; the first ones get the remainder.
 
-    An MTP module counts as one layer and belongs to the last stage, which therefore gets fewer layers. The first stages
-    get the remainder.
-
-    Args:
-        num_layers: number of layers without MTP modules.
-        stages_per_rank: number of stages that the schedule assigns to a pipeline rank; errors use it to name the
-            nearest pipeline size.
+    An MTP module counts as one layer of the last stage. Errors use `stages_per_rank` to name the nearest pipeline size.
 
     Raises:
         CutError: fewer layers than stages.

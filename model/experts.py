@@ -1,6 +1,6 @@
 """Routed experts on one rank, over rows sorted by expert.
 
-Shape legend: N tokens, K experts per token, A received rows in the experts' order, D hidden size.
+Shape legend: A received rows in the experts' order.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,7 @@ class RoutedExperts(nn.Module):
         *,
         for_backward: bool = False,
     ) -> Tensor:
-        """Returns the experts' results for received rows, times their routing weights, AD.
-
-        Args:
-            weights_A: routing weights, multiplied before `down`, as rows are narrower there.
-            for_backward: whether only the backward is needed; then the result has no numbers.
-        """
+        """Returns the experts' results for received rows, times their routing weights, AD."""
         return self._linears.experts(rows, weights_A, self._weights, counts, sink, for_backward=for_backward)
 
     def apply_locally(

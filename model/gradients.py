@@ -29,8 +29,7 @@ class WeightQueue:
 class GradientStore:
     """Sums of gradients over a step's micro-batches, at least float32 for any type of weights.
 
-    A hook moves gradients that autograd accumulates (norms, router) here as soon as they exist. Those of linear maps
-    and of the embedding arrive through `add`.
+    A hook moves gradients that autograd accumulates (norms, router) here. All others arrive through `add`.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:

@@ -1,7 +1,4 @@
-"""Both ends of the model: embedding, output head with scores, and additional parts of an MTP module.
-
-Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
-"""
+"""Embedding, output head with scores, and additional parts of MTP modules (arXiv:2412.19437, 2.2)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -206,16 +203,14 @@ def score_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Computes a loss that is a function of the targets' log-probabilities.
 
-    Logits exist for a few rows at a time. Gradients are computed in the forward, so that logits are computed once.
+    Gradients are computed in the forward, so that logits are computed once, for a few rows at a time.
 
     Args:
         targets_BT: int64, below V; -100 if nothing is predicted, for which the log-probability is 0.
-        value: function that computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or
-            wider.
+        value: computes the loss, a scalar, from the log-probabilities of all rows, [BT] in float32 or wider.
         slopes: derivative of the loss in -log p of each row: [BT], or a function of log-probabilities (see
             `kernels.cross_entropy`); None means 1 for every row.
-        rows: numbers of all rows that have a target, int64, ascending (`MicroBatch.target_rows`): the head reads no
-            others. None: it reads all rows.
+        rows: numbers of all rows that have a target (`MicroBatch.target_rows`); None: the head reads all rows.
 
     Returns:
         The loss, whose gradient is that of sum(slopes * -log p), and the log-probabilities, BT, without gradient.
@@ -242,12 +237,7 @@ def score_rows(
     value: ValueFunction,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes a loss whose gradients a function computes together with its scores, as `score_tokens`.
-
-    Args:
-        score: computes log-probabilities and the loss's gradients of the rows that have a target.
-        value: computes the loss, after `score`.
-    """
+    """Computes a loss whose gradients `score` computes with its log-probabilities, as `score_tokens`."""
     scoring = _Scoring(score, value, sink, rows)
     loss, log_probs_N = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         normal_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), scoring, torch.is_grad_enabled()

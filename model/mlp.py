@@ -40,12 +40,7 @@ class Mlp(nn.Module):
     def add_to(
         self, x: Tensor, rows: Rows, norm: RmsNorm, sink: WeightSink | None, *, for_backward: bool = False
     ) -> Tensor:
-        """Returns x plus the network of norm(x), [..., D], if norm(x) is given.
-
-        Args:
-            rows: norm(x), which takes the gradient; a backward may recompute it from x.
-            for_backward: whether only the backward is needed; then the result has no numbers.
-        """
+        """Returns x plus the network of norm(x), [..., D], given norm(x), which takes the gradient."""
         hidden = self._linears.linear_of_rows(rows, NormSource.of(x, norm), self._gate_up(), sink)
         return self._linears.gated_down(x, hidden, self.down_proj.weight, sink, for_backward=for_backward)
 

@@ -1,6 +1,6 @@
 """Root-mean-square normalization, alone and before linear maps.
 
-Shape legend: A rows, D hidden size, N outputs of a linear map.
+Shape legend: A rows, N outputs of a linear map.
 """
 
 from collections.abc import Callable, Sequence
@@ -148,11 +148,9 @@ def _part(gradient: Callable[[], Tensor], rows: slice, dtype: torch.dtype) -> Te
 def normed_linear(
     x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Returns linear maps of norm(x), [..., D], side by side; the backward recomputes norm(x) from x.
+    """Returns linear maps of norm(x), [..., D], side by side; a backward may recompute norm(x).
 
-    Args:
-        sink: takes the maps' weight gradients; that of the norm goes through autograd.
-        keeps_normal: whether to keep norm(x) for the backward.
+    The sink takes the maps' weight gradients; that of the norm goes through autograd.
     """
     options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     (out,) = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
@@ -162,12 +160,9 @@ def normed_linear(
 def linear_of_normal(
     normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Returns linear layers of a norm's output, [..., D], side by side; keeps the norm's input.
+    """Returns linear layers of a norm's output, [..., D], side by side, which takes the gradient.
 
-    Args:
-        normal: takes the gradient.
-        source: norm and its input, from which the backward recomputes the output; gets no gradient here.
-        keeps_normal: whether to keep the norm's output for the backward.
+    It keeps the norm's input, which gets no gradient here, and recomputes the output unless it is kept.
     """
     options = _Options(eps=source.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     out: Tensor = _LinearOfNormal.apply(  # type: ignore[no-untyped-call]

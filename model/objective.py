@@ -41,8 +41,8 @@ class MicroBatch:
         targets_BT: for each depth the token to predict (shifted by k + 1), -100 if there is none, int64.
         documents: documents of packed sequences; None: each token sees all tokens before it.
         extras: further values of the main targets that an objective needs, by name, each [B, T, ...].
-        target_rows: for each depth the numbers of all rows of the flattened targets that have one, int64, ascending, so
-            that the head reads no others; None, or no entry: it reads all rows. Made on the host (`find_target_rows`).
+        target_rows: for each depth the ascending numbers of the rows of the flattened targets that have one, so that
+            the head reads no others; None, or no entry: it reads all rows. Made on the host (`find_target_rows`).
     """
 
     inputs_BT: tuple[Tensor, ...]
@@ -114,11 +114,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
-        """Computes a micro-batch's loss at the depth of the head.
-
-        Args:
-            hidden_BTD: the head's input, the state after the final norm.
-        """
+        """Computes a micro-batch's loss at the head's depth from the states after the final norm."""
         ...
 
 
@@ -173,9 +169,7 @@ def weights_of_depths(weights_BT: Tensor, num_depths: int) -> Tensor:
 class LossSums:
     """Undivided sums of losses of one rank in one step; added up over ranks they give the step's losses.
 
-    Attributes:
-        names: names of all losses, in the same order on every rank.
-        log_probs: the main targets' log-probabilities by (direction, micro-batch); None if they are not recorded.
+    `log_probs` are the main targets' by (direction, micro-batch); None if they are not recorded.
     """
 
     names: tuple[str, ...]
@@ -196,10 +190,7 @@ class LossSums:
             self.log_probs[place] = found.log_probs_BT
 
     def settle(self) -> Tensor:
-        """Returns all sums in the order of their names, float64 on the host.
-
-        They do not depend on the order of the micro-batches, which overlapped groups change.
-        """
+        """Returns all sums in the order of their names, float64 on the host, for any order of micro-batches."""
         for name, total in self._pending:
             self._totals.setdefault(name, []).append(float(total))
         self._pending.clear()

@@ -32,8 +32,7 @@ class HostMemoryLink(Protocol):
 def graph_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
     """Yields the tensors that autograd graphs keep for their backward, including weights, maybe twice.
 
-    A custom function may keep tensors outside `save_for_backward`, with a graph that autograd does not see. It names
-    them in the attribute `inner_tensors` of its context.
+    A custom function names those that it keeps outside `save_for_backward` in the context's attribute `inner_tensors`.
     """
     left, seen = list(nodes), set[Node]()
     while left:

@@ -1,7 +1,6 @@
 """Router: sigmoid scores, group-limited top-k on biased scores, weights from unbiased scores.
 
-Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1.
-Shape legend: B sequences, T tokens of one sequence, N tokens in all, D hidden size, E experts, K experts per token.
+Source: arXiv:2412.19437, sections 2.1.2 and 4.2; arXiv:2408.15664, algorithm 1. Shape legend: N tokens in all.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,10 +33,7 @@ class RouteError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Chosen experts of each token.
-
-    `ids_TK` is int64; `weights_TK` and `scores_BTE` (sigmoid, unbiased) are float32 or wider.
-    """
+    """Chosen experts of each token, int64; weights and sigmoid scores without bias are float32 or wider."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -96,10 +92,7 @@ class Routing:
         return self.scores_BTE.shape[2], self.ids_TK.shape[1]
 
     def _count_choices(self, numbers_N: Tensor, num_sequences: int) -> Tensor:
-        """Counts how often the tokens of each sequence choose each expert, given each token's sequence.
-
-        The counts are whole numbers, so any order gives the same sum.
-        """
+        """Counts how often the tokens of each sequence choose each expert, given each token's sequence."""
         scores_NE, (num_experts, num_chosen) = self.scores_BTE.detach().flatten(0, 1), self._sizes
         places_NK = numbers_N[:, None] * num_experts + scores_NE.topk(num_chosen, -1, sorted=False).indices
         counts = scores_NE.new_zeros(num_sequences * num_experts)
@@ -156,12 +149,7 @@ class Router(nn.Module):
         return self._weigh(logits_BTE.sigmoid(), ids_TK)
 
     def update_bias(self, load_E: Tensor, rate: float) -> None:
-        """Raises the bias of experts below the mean load and lowers that of those above it, by `rate`.
-
-        Args:
-            load_E: tokens that each expert received in the step, over the global batch.
-            rate: change of the bias per step (1e-3 in V3).
-        """
+        """Raises the bias of experts below the mean load and lowers that of others, by `rate` (V3: 1e-3)."""
         load = load_E.to(torch.float64)
         self.e_score_correction_bias += rate * torch.sign(load.mean() - load).to(self.e_score_correction_bias.dtype)
 
@@ -236,12 +224,9 @@ class RecordedRoutes:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedRoutes:
-    """Sends tokens to given experts, with weights from the scores of this run.
+    """Sends tokens to given experts (-1: the router chooses), with weights from the scores of this run.
 
-    Attributes:
-        ids: experts of each token, NK, by place; -1 for tokens whose experts the router chooses.
-        num_layers: number of layers of the main model, after which routers choose (in MTP modules). None: these have
-            ids.
+    MTP modules come after `num_layers` layers, and their routers choose. None: they have ids, too.
     """
 
     ids: Mapping[Label, Tensor]

@@ -2,7 +2,7 @@
 
 Forwards run slice by slice. A slice attends to the rows of earlier ones, which stay until its backward. Backwards run
 in reverse, so the gradient of a slice's rows is complete when its backward begins (arXiv:2406.03488, section 3).
-Shape legend: B sequences, T tokens of a slice, N = B T, E experts, S sequences or documents.
+Shape legend: T tokens of a slice, N = B T, S sequences or documents.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,13 +19,13 @@ from comm.protocol import CompletedWork, Work
 
 @dataclass(slots=True)
 class _SharedLayer:
-    """State of one layer.
+    """State of one layer, by slice.
 
     Attributes:
-        rows: rows of each slice, from its forward to its backward.
+        rows: rows, from a slice's forward to its backward.
         gradients: sum of the gradients of a slice's rows from later slices, in float32 or wider.
-        counts: how often the tokens of each slice choose each expert, by sequence: SE.
-        shares: sum of the tokens' normalized scores of each slice, by sequence: SE.
+        counts: how often a slice's tokens choose each expert, by sequence: SE.
+        shares: sum of a slice's normalized scores, by sequence: SE.
     """
 
     rows: dict[int, Rows] = field(default_factory=dict)
@@ -89,12 +89,7 @@ class SliceContext:
         """Returns the balance loss of whole sequences with the last slice, and 0 with those before it.
 
         Every slice has its part of the gradient. It needs the counts of all slices, which are known in the backwards.
-
-        Args:
-            normal_NE: scores of each token over their sum.
-            numbers_N: sequence or document of each token.
-            counts_SE: how often the slice's tokens choose each expert.
-            slopes_S: factor of each sequence's counts; 0 if it has no part in the loss.
+        `slopes_S` are factors of each sequence's counts; 0 if it has no part in the loss.
         """
         found: Tensor = _SliceBalance.apply(normal_NE, self, numbers_N, counts_SE, slopes_S)  # type: ignore[no-untyped-call]
         return found
@@ -132,11 +127,7 @@ class _SliceBalance(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlace:
-    """Which micro-batch a run of a stage is.
-
-    Attributes:
-        sequences: sequences of which it is slice number `index`; None: it has whole sequences, or this rank's part.
-    """
+    """Which micro-batch a run of a stage is; with sequences, it is slice number `index` of them."""
 
     direction: int = 0
     micro_batch: int = 0

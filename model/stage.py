@@ -1,7 +1,4 @@
-"""A pipeline stage: contiguous layers, the embedding before the first, the heads after the last.
-
-Shape legend: B sequences, T tokens, D hidden size.
-"""
+"""A pipeline stage: contiguous layers, the embedding before the first, the heads after the last."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

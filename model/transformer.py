@@ -1,7 +1,4 @@
-"""The network: the whole model, or the part that one rank holds.
-
-Shape legend: B sequences, T tokens, D hidden size, V vocabulary.
-"""
+"""The network: the whole model, or the part that one rank holds."""
 
 import hashlib
 from collections.abc import Callable
@@ -67,13 +64,11 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V3-class model, or the part of it that a rank holds.
-
-    Weights are uninitialized until `initialize_weights`. Their names are those of the released checkpoint.
+    """A DeepSeek-V3-class model, or the part of it that a rank holds, with released names.
 
     Args:
         dispatcher: sends rows to experts when the model is called as a plain module.
-        dtype: type of every weight; the router bias stays float32.
+        dtype: type of every weight, uninitialized until `initialize_weights`; the router bias stays float32.
         part: part of the model; None means the whole.
         context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
             (`comm.context.zigzag`), documents are those of whole sequences. Decoding ignores it.
@@ -161,10 +156,7 @@ class Transformer(nn.Module):
         return hidden
 
     def mtp_logits(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
-        """Computes the logits of each MTP module from more than `mtp_depth` tokens, float32 or wider, B(T-k)V.
-
-        Module k at position i predicts token i + k + 1. Each token sees those before it.
-        """
+        """Computes each MTP module's logits, B(T-k)V: module k at position i predicts token i + k + 1."""
         hidden, found = self.embed(tokens_BT, None), list[Tensor]()
         for depth in range(self.config.mtp_depth + 1):
             if depth:
@@ -193,7 +185,6 @@ class Transformer(nn.Module):
         """Computes the loss of one depth: the only place that calls the objective.
 
         Args:
-            depth: 0 for the main head.
             place: direction and number of the micro-batch.
 
         Returns:

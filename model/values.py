@@ -1,7 +1,6 @@
 """Values between the phases of a block, and their gradients.
 
-Shape legend: B sequences, T tokens (after B, of one sequence; else of the micro-batch), D hidden size, K experts per
-token, A received rows.
+Shape legend: A received rows.
 """
 
 from collections.abc import Iterable
@@ -115,14 +114,7 @@ class ReceivedGradients(Gradients):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Input of a rank's experts: from `dispatch` to `experts`.
-
-    Attributes:
-        own: the rank's own rows, [B, T, D], for shared experts.
-        received: rows in the order of this rank's experts, AD.
-        weights_A: routing weights of the received rows.
-        counts: rows per expert.
-    """
+    """Input of a rank's experts: own rows, and received ones in the order of its experts, AD."""
 
     residual_BTD: Tensor
     own: Rows

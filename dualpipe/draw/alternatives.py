@@ -25,12 +25,10 @@ class Alternatives:
         change: Callable[[Schedule], Schedule] | None = None,
         most_stages: int | None = None,
     ) -> None:
-        """Stores the arguments; schedules are made on demand.
+        """Stores kinds that the model cannot use with reasons, and the maximum number of stages.
 
         Args:
-            excluded: kinds that the model cannot use, with reasons.
             change: function by which the run changes its own schedule before timing, or None.
-            most_stages: maximum number of stages for which the model has layers; None for no maximum.
         """
         self._excluded = excluded
         self._change = change

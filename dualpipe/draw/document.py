@@ -15,13 +15,12 @@ _STYLE_ATTRIBUTE = re.compile(r'(?<=\s)style="([^"{}<>]*)"')
 
 
 def document(title: str, body: str, style: str, script: str = "", *, has_images: bool = False) -> str:
-    """Returns a whole document.
+    """Returns a whole document with images only as `data:` addresses.
 
     Args:
         body: HTML in which every outside string is escaped; its script elements must hold data only.
         style: style sheet, added to the one that all documents share.
         script: runs after the body was read; empty for none.
-        has_images: whether the body has images as `data:` addresses.
     """
     rules: dict[str, str] = {}
     body = _STYLE_ATTRIBUTE.sub(lambda match: f'data-style="{rules.setdefault(match[1], str(len(rules)))}"', body)

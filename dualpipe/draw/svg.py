@@ -74,15 +74,12 @@ def svg(
     scale: Scale | None = None,
     standalone: bool = True,
 ) -> str:
-    """Returns the picture as one self-contained `<svg>` element.
+    """Returns the picture as one `<svg>` element, with its styles if it is standalone.
 
     Args:
-        simulation: its simulation; in seconds if there was a run.
-        measured: spans of a run, drawn below on the same time scale.
-        title: title instead of kind and size.
+        measured: spans of a run in seconds, drawn below on the same time scale.
         bound: lower bound, drawn as a dashed line.
         scale: common scale of several pictures; by default the natural scale of this one.
-        standalone: whether the element contains its styles; else the page must define them.
     """
     panel_scale = scale or natural_scale(schedule, simulation, measured)
     picture = _Picture(

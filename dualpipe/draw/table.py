@@ -77,11 +77,7 @@ _TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind 
 
 
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
-    """Returns the page, which works offline. If a schedule was run, the others are compared with it.
-
-    Args:
-        entries: schedules in the order of the page, with costs in the same unit.
-    """
+    """Returns the page, which works offline. If a schedule was run, the others are compared with it."""
     shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
     scale, is_run = _common_scale(shown), any(entry.measured for entry in shown)
     body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(

@@ -38,12 +38,7 @@ def grid(schedule: Schedule, simulation: Simulation, width: int = 160) -> str:
 def summary(
     schedule: Schedule, simulation: Simulation, costs: Costs | CostModel, memory_cap: float | None = None
 ) -> str:
-    """Returns the numbers of a schedule that trains, one ASCII line for each, with the lower bound.
-
-    Args:
-        schedule: a valid schedule.
-        memory_cap: memory cap of the lower bound; see `bounds.lower_bound`.
-    """
+    """Returns the numbers of a schedule that trains, one ASCII line for each, with the lower bound."""
     model = uniform(costs, schedule.num_ranks, schedule.num_stages) if isinstance(costs, Costs) else costs
     bound = lower_bound(schedule, model, memory_cap)
     above = simulation.makespan - bound.value

@@ -29,10 +29,7 @@ def load_or_make(
     memory_cap: float | None,
     cache_dir: Path | None,
 ) -> Schedule:
-    """Returns the schedule that `make` makes, from the cache if possible.
-
-    A cached schedule is validated. If the folder cannot be written, the schedule is made each time.
-    """
+    """Returns the schedule of `make`, from the cache if possible; a cached schedule is validated."""
     if cache_dir is None:
         return make(num_ranks, num_micro_batches, costs, memory_cap)
     inputs = json.dumps([make.__name__, num_ranks, num_micro_batches, asdict(costs), memory_cap])

@@ -41,7 +41,6 @@ def dualpipe_interleaved(
     """Returns the best order known for these costs. It is deterministic.
 
     Args:
-        costs: costs of the stages, a multiple of `num_ranks`.
         memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`. None allows
             `num_ranks` + 2 times what the largest stages of a rank keep.
         kind: name of the schedule; `dualpipe_split` keeps to known orders without a memory cap.
@@ -60,10 +59,7 @@ def dualpipe_interleaved(
 def dualpipe_split(
     num_ranks: int, num_micro_batches: int, costs: CostModel, memory_cap: float | None = None
 ) -> Schedule:
-    """Returns `dualpipe_interleaved` with one stage per rank and direction.
-
-    Without a memory cap it keeps to known orders, which run W soon after I and so need less memory in between.
-    """
+    """Returns one stage per rank and direction; without a cap W runs soon after I and needs less memory."""
     return dualpipe_interleaved(num_ranks, num_micro_batches, costs, memory_cap, kind="dualpipe_split")
 
 
@@ -84,10 +80,6 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
     They may exceed the cap, or be invalid for an odd number of ranks. Without exchange, W fill the idle time of
     lockstep orders. With exchange and one chunk, neighbors are fused. With exchange and several chunks there are none,
     as the list builder finds better orders.
-
-    Args:
-        shape: schedule with two directions, stage s on rank s mod P and its mirror rank; its groups are ignored.
-        memory_cap: memory cap for the placement of W, in the unit of `StageCosts.activation`.
     """
     largest = max(stage.activation for stage in costs.stages) * shape.num_stages / shape.num_ranks
     natural = (shape.num_ranks + 1) * largest

@@ -214,13 +214,7 @@ class _Choice(NamedTuple):
 
 
 class _Situation(NamedTuple):
-    """What a rank can run now. Stages are given by the class of their costs.
-
-    Attributes:
-        forwards: classes of the next F that have arrived and fit, at most 2.
-        backwards: classes of the next I that have arrived, at most 2.
-        ahead: number of F that the rank may run before another I.
-    """
+    """What a rank can run now, by class of costs; `ahead` is the number of F before it must run an I."""
 
     forwards: tuple[int, ...]
     backwards: tuple[int, ...]

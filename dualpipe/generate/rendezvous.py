@@ -17,9 +17,8 @@ class Rendezvous:
     def __init__(self, num_ranks: int, most_pending: int) -> None:
         """Starts with no groups.
 
-        Args:
-            most_pending: maximum number of a link's messages without a posted receive, if positive. Then two ranks also
-                never both have two such messages for each other, because they often deadlock later.
+        If `most_pending`, the maximum number of a link's messages without a posted receive, is positive, two ranks
+        never both have two such messages for each other, because they often deadlock later.
         """
         self._num_ranks = num_ranks
         self._most_pending = most_pending

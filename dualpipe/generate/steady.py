@@ -13,13 +13,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyState:
-    """Part of a schedule in which every rank repeats its groups with later micro-batches.
-
-    Attributes:
-        shift: micro-batches of each direction in one period.
-        starts: index of the first group of the period on each rank.
-        lengths: number of groups of the period on each rank.
-    """
+    """Part of a schedule in which every rank repeats its groups `shift` micro-batches per direction later."""
 
     shift: int
     starts: tuple[int, ...]

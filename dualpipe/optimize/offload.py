@@ -18,12 +18,7 @@ def offload(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule
 
     The order stays, or only the W move to their I, whichever is faster. A rank that exceeds the cap in a group offloads
     the activation that it needs last, as long as its link can copy it out before the group and back before its
-    backward. So a copy takes no time if the link is fast enough. If no activation is in time, the rank waits for a
-    copy.
-
-    Args:
-        schedule: a valid training schedule without offload.
-        memory_cap: maximum of a rank's live activations, in the unit of `StageCosts.activation`.
+    backward. If no activation is in time, the rank waits for a copy.
     """
     found = [_in_order(each, costs, memory_cap) for each in (schedule, _with_early_weights(schedule))]
     return min(

@@ -60,7 +60,6 @@ def execute(
 
     Args:
         stages: stages that the rank holds, by number.
-        clock: clock that times the steps; by default the host's.
         follow: wrapper that yields the program's steps, for example to show progress.
         reduce: starts to reduce the gradients of a stage, given its number. By default nothing is reduced.
     """

@@ -98,13 +98,7 @@ def step_lanes(program: Program) -> tuple[SpanLane | None, ...]:
 def rank_busy_time(
     lanes: Sequence[SpanLane | None], spans: Sequence[tuple[float, float]], origin_seconds: float
 ) -> RankBusyTime:
-    """Returns one rank's busy time for `measured_bubble`, without making its spans.
-
-    Args:
-        lanes: lanes of the rank's program, from `step_lanes`.
-        spans: start and end of every step, in seconds from the program's start.
-        origin_seconds: start of the program on the clock that all ranks share.
-    """
+    """Returns one rank's busy time from `step_lanes` and `Execution.spans`, without making its spans."""
     taken = [(lane, start, end) for lane, (start, end) in zip(lanes, spans, strict=True) if lane is not None]
     return RankBusyTime(
         busy_seconds=sum(end - start for lane, start, end in taken if lane in _USED),
@@ -148,9 +142,9 @@ def rank_spans(
 def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
     """Derives the costs of each stage from a run of all operations of a training schedule, in seconds.
 
-    Computation is the median over the stage's operations. Exchange is the shortest time from start to completion of
-    each phase, because in other cases the rank did something else before it waited. Latency and copies to and from host
-    memory take no time. With these costs, the simulated schedule waits only because of its order.
+    Computation is the median over the stage's operations. Exchange is the shortest time of each phase, because in other
+    cases the rank did something else before it waited. Latency and copies take no time. With these costs, the simulated
+    schedule waits only because of its order.
     """
     computed: dict[tuple[int, Op], list[float]] = defaultdict(list)
     exchanged: dict[tuple[int, Op], dict[int, float]] = defaultdict(dict)

@@ -35,12 +35,9 @@ class Atom:
 
 @dataclass(slots=True)
 class _MemberState:
-    """Remaining atoms of a member.
+    """Remaining atoms of a member; a filler has only weight gradients.
 
-    Attributes:
-        is_filler: whether it contains only weight gradients.
-        started: position of its last started exchange in the combined order.
-        is_covered: whether a computation has run since then.
+    `started` is the position of its last exchange in the combined order, which is covered if a computation followed.
     """
 
     left: list[Atom]

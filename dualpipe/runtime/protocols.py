@@ -12,10 +12,10 @@ Lane = Literal["compute", "comm"]
 
 
 class Run(Protocol):
-    """Forward and backward of one micro-batch through one stage.
+    """Forward and backward of one micro-batch through one stage, in order of the phases and in reverse.
 
-    Phases run forward in order and backward in reverse order. For a phase on the comm lane, `forward` and `backward`
-    only start it. `wait` completes it and must be called before the run's next phase.
+    For a phase on the comm lane, `forward` and `backward` only start it. `wait` completes it and must be called before
+    the run's next phase.
     """
 
     def set_input(self, hidden_BTD: "Tensor", /) -> None:

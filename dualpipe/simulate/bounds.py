@@ -54,10 +54,8 @@ class Span:
 class StageWaves:
     """First operations of a stage, at most `_DEPTH` of each kind.
 
-    Attributes:
-        weights: backwards for weights, from the beginning; as part of a full backward one starts with its gradient.
-        last_gradients: backwards for inputs in time before the end of the schedule, the last one first.
-        last_forwards: forwards in time before the end, the last one first.
+    `weights` start with their gradient, as part of a full backward. The last ones are in time before the end of the
+    schedule, the last one first.
     """
 
     forwards: list[Span]
@@ -161,9 +159,8 @@ def lost_times(
 ) -> Iterator[LostTime]:
     """Yields the times that the first operations of the last wave prove to be lost.
 
-    Args:
-        early: maximum work of earlier waves on the rank, as a function of the memory that the last wave has released.
-        horizon: time from which further operations of the wave can start.
+    `early` is the maximum work of earlier waves for the memory that the last wave has released, `horizon` the time from
+    which further operations of the wave can start.
     """
     for time in sorted({arrival.span.start for arrival in arrivals if arrival.span.start <= horizon})[:_DEPTH]:
         started = [arrival for arrival in arrivals if arrival.span.start < time - _ROUNDING]
@@ -229,8 +226,7 @@ def lower_bound(schedule: Schedule, costs: CostModel, memory_cap: float | None =
     Args:
         schedule: schedule with placement and number of micro-batches; its groups are ignored and may be missing.
         memory_cap: maximum of a rank's live activations and of its copies of `costs.weights`, in the unit of
-            `StageCosts.activation`, or None for no limit. If activations may be offloaded, it does not limit the
-            micro-batches under way, so no bound uses it.
+            `StageCosts.activation`, or None. If activations may be offloaded, no bound uses it.
 
     Raises:
         ScheduleError: if the cap is below one activation of one stage, so that no schedule exists.

@@ -38,12 +38,7 @@ def survey(
     chunks: int | None = None,
     most_stages: int | None = None,
 ) -> tuple[TimedSchedule | UnavailableSchedule, ...]:
-    """Times every kind of schedule that may be chosen, or gives the reason why it is not available.
-
-    Args:
-        memory_cap: maximum of a rank's live activations and copies of its weights; None for each schedule's own.
-        chunks: stages of a rank for one direction; None for the best number.
-    """
+    """Times every kind of schedule that may be chosen, or gives the reason why it is not available."""
     rows: list[TimedSchedule | UnavailableSchedule] = []
     least = math.inf
     for kind in candidates():
@@ -81,8 +76,9 @@ def best_of_kind(
 ) -> TimedSchedule:
     """Times a kind of schedule with each possible number of chunks and returns the shortest.
 
+    If the costs are those of slices and the kind does not take slices, it is timed with whole sequences.
+
     Args:
-        costs_of: if the costs are those of slices and the kind does not take slices, it is timed with whole sequences.
         memory_cap: as in `dualpipe.build.build`.
         most_stages: maximum number of stages, except for the smallest number of chunks; None for no maximum.
 

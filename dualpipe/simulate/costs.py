@@ -12,8 +12,6 @@ from dualpipe.ir import Group, Op, Operation, ScheduleError
 class Costs:
     """Times of one rank's share of the model, model/P, in any unit.
 
-    A full backward takes the sum of `backward_input` and `backward_weight`.
-
     Attributes:
         exchange: exchange of one F, and also of one I.
         latency: time from the end of a group to the arrival of its outputs at another rank.
@@ -36,14 +34,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCosts:
-    """Times of one micro-batch in one stage, and the memory of its activation from F to W, in any unit.
-
-    Attributes:
-        offload: copy of the activation to host memory, and also the copy back; None if it must stay on the device.
-
-    Raises:
-        ScheduleError: if a value is negative or not finite.
-    """
+    """Times of one micro-batch in one stage, and the memory of its activation from F to W, in any unit."""
 
     forward: float
     backward_input: float
@@ -90,7 +81,6 @@ class CostModel:
     """Costs of every stage by its number, of a link between two ranks, and of a rank's weights.
 
     Attributes:
-        latency: time from the end of a group to the arrival of its outputs at another rank.
         weights: memory of one copy of a rank's weights, gradients and optimizer state, in the unit of
             `StageCosts.activation`; 0 to count activations only. A rank holds one copy for each direction.
         alone: factor on the computation of a group of one operation. It is below 1 if exchange takes part of a device

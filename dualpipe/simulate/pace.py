@@ -18,13 +18,12 @@ _GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPace:
-    """Use of one rank in the steady state.
+    """Use of one rank in the steady state, shares in its middle half.
 
     Attributes:
         groups: shortest sequence of groups that repeats, by kind, direction and stage; empty if none does.
         work: computation per micro-batch.
         length: time per micro-batch.
-        computing: fraction of the time, in the middle half of the steady state, in which it computes.
         waiting: fraction of the time in which it runs no group.
         losses: time without computation in head, steady state and tail.
     """

@@ -20,8 +20,7 @@ class Simulation:
         ends: `ends[rank][group]` is the end of a group. A reload only starts its copy, and ends at once.
         idle: time in which each rank runs no group.
         exposed: time of each rank's groups in which nothing hides their exchange.
-        peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
-        host_peaks: peak host memory of each rank's offloaded activations, in the same unit.
+        peaks: peak memory of each rank, in the unit of `StageCosts.activation`; `host_peaks` in host memory.
     """
 
     starts: tuple[tuple[float, ...], ...]
@@ -127,11 +126,7 @@ def peak_memory(schedule: Schedule, costs: CostModel) -> tuple[float, ...]:
 
 
 def activation_cap(memory_cap: float | None, num_directions: int, costs: CostModel) -> float | None:
-    """Returns the part of a memory cap that is left for activations next to the copies of the weights.
-
-    Raises:
-        MemoryCapError: if the weights leave no memory.
-    """
+    """Returns the part of a memory cap that the copies of the weights leave, or raises a `MemoryCapError`."""
     if memory_cap is None:
         return None
     room = memory_cap - num_directions * costs.weights

@@ -47,8 +47,7 @@ class TimingProgress:
         position: number of groups that each rank has run.
         left: time of each rank's remaining groups, without waits.
         copied: end of the copy to the host of each offload by number, if its forward has run.
-        to_host: time from which each rank's link to its host memory is free.
-        from_host: the same for the other direction of the link.
+        to_host: time from which each rank's link to its host memory is free, as `from_host` for the other direction.
     """
 
     ends: list[float]
@@ -130,7 +129,6 @@ class Timing:
 
         Args:
             ranks: groups of every rank; the groups that have run must be unchanged.
-            progress: progress of the ranks; it is updated.
             until: number of groups after which every rank stops; None for all.
             limit: time by which all ranks must end; the call stops when a rank cannot, and returns False.
         """

@@ -2,9 +2,8 @@
 
 In the absorbed form, the keys' up-projection is applied to the queries and the values' up-projection after the mixing.
 Every head then reads the same cached latent (arXiv:2405.04434, section 2.1.2; arXiv:2412.19437, 2.1.1).
-
-Shape legend: B sequences, S new tokens of each, N new tokens of all, T positions, D hidden size, H heads,
-C values per token in the cache, P rotated pairs, Q query values per head, L latent size, R rotated values.
+Shape legend: S new tokens of each sequence, N new tokens of all, T positions, C cached values per token, P rotated
+pairs, Q query values per head, L latent size, R rotated values.
 """
 
 from collections.abc import Sequence
@@ -69,13 +68,7 @@ def attend_expanded(
     cached_NC: Tensor,
     counts: Sequence[int],
 ) -> Tensor:
-    """Computes causal attention within each of several consecutive prompts, ND.
-
-    Args:
-        x_ND: normalized hidden states of all prompts.
-        cached_NC: result of `compute_latent_rows` for them.
-        counts: tokens of each prompt; they sum to N.
-    """
+    """Computes causal attention within each of several consecutive prompts of `counts` tokens, ND."""
     key_NHQ, value_NHV = _expand(attention, config, cached_NC)
     query_NHQ = torch.cat(_query(attention, config, x_ND, rotation), -1)
     mixed, first = [], 0
@@ -98,10 +91,7 @@ def attend_cached(
     cached_BTC: Tensor,
     future_BST: Tensor,
 ) -> Tensor:
-    """Computes what `attend_absorbed` does from expanded keys and values of the cache, ND.
-
-    It suits many new tokens, because no scores are stored where a fused kernel exists.
-    """
+    """Computes `attend_absorbed` from expanded keys and values, for many new tokens, ND."""
     query_BSHQ = torch.cat(_query(attention, config, x_ND, rotation), -1).unflatten(0, (len(cached_BTC), -1))
     mixed = []
     for query_SHQ, cached_TC, future_ST in zip(query_BSHQ, cached_BTC, future_BST, strict=True):

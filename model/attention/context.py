@@ -2,10 +2,8 @@
 
 Each rank computes the queries of its tokens, and receives the latents and rotated keys of all others (576 values per
 token for DeepSeek-V3), from which it expands the keys and values of one rank at a time. Gradients of latents are summed
-here, those of weights by whoever sums the ranks' gradients. The gradient of the up-projection of keys and values on a
-rank is that of its queries over all latents.
-
-Shape legend: as in model/attention/heads.py. C = latent and shared key.
+here, those of weights by whoever sums the ranks' gradients. Shape legend: as in model/attention/heads.py. C = latent
+and shared key.
 """
 
 from collections.abc import Callable, Sequence

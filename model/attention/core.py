@@ -51,12 +51,7 @@ def recompute_result(node: Any, x_BTD: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _HeadGraph:
-    """The kernel's own graph; the memory of its tensors may be freed between forward and backward.
-
-    Attributes:
-        inputs: queries, keys and values, which are leaves of the graph.
-        input_bytes: bytes freed of each input; empty if the inputs stayed.
-    """
+    """The kernel's own graph, and the bytes freed of its tensors between forward and backward."""
 
     inputs: Heads
     mixed_BHTW: Tensor

@@ -1,7 +1,6 @@
 """Interface of a model's attention to blocks and decoding, and the form that a configuration selects.
 
-Another form is one file with a subclass of `Attention` and an `AttentionForm`. Shape legend: B sequences, T tokens, N
-new tokens of all sequences, D hidden size.
+Another form is one file with a subclass of `Attention` and an `AttentionForm`. Shape legend: N new tokens.
 """
 
 from abc import abstractmethod
@@ -36,25 +35,18 @@ class Attention(nn.Module):
         documents: Documents | None = None,
         context: ContextGroup = ALONE,
     ) -> Tensor:
-        """Returns x + attention(norm(x)), causal: BTD.
+        """Returns x + attention(norm(x)), causal, of the tokens that this rank holds: BTD.
 
         Args:
-            x_BTD: the residual of the tokens that this rank holds.
             norm: norm of this layer; it belongs to the block, and autograd computes its gradient.
-            documents: documents of whole packed sequences, also if a context group shares them; None: each token sees
-                all tokens before it in its sequence.
+            documents: documents of whole packed sequences, also if a context group shares them.
             context: members that share each sequence. A form that needs whole sequences raises an error if there are
                 several.
         """
 
     @abstractmethod
     def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
-        """Returns hidden + attention(norm(hidden)) of new tokens, and writes them to the cache: ND.
-
-        Args:
-            hidden_ND: the residual of the new tokens, sequence by sequence.
-            view: this layer's cache and the tokens' positions: whole prompts, or a step of every sequence.
-        """
+        """Returns hidden + attention(norm(hidden)) of new tokens, and writes them to the cache: ND."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Places queries, keys and values of all heads in memory as attention kernels read them, and back.
 
-Shape legend: as in model/attention/projections.py. W is the size of a value for the kernel. If the kernel requires
-queries, keys and values of one width, narrower ones are padded with zeros.
+If the kernel requires one width W, narrower ones are padded with zeros. Shape legend: as in
+model/attention/projections.py.
 """
 
 from torch import Tensor
@@ -17,12 +17,7 @@ class HeadLayout:
     """Converts rows of all heads to the attention kernel's queries, keys and values, and its output back."""
 
     def __init__(self, like_BTX: Tensor, shape: LatentShape, widths: tuple[int, int]) -> None:
-        """Stores the arguments.
-
-        Args:
-            like_BTX: a tensor with the tokens, type and device of the compressed values.
-            widths: width of queries and keys, and of values, in memory.
-        """
+        """Stores a tensor like the compressed values, and the widths of queries and of values in memory."""
         self._like, self._shape, self._widths = like_BTX, shape, widths
 
     @property

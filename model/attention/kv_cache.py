@@ -1,7 +1,7 @@
 """Cache of every token for decoding, and a layer's view of it in one pass.
 
 Latent attention keeps a normalized latent and a rotated key for all heads (arXiv:2412.19437, section 2.1.1). Shape
-legend: B sequences held, S new tokens of each, N new tokens of all, T positions, C values per token and layer.
+legend: S new tokens of each sequence, N new tokens of all, T positions, C values per token and layer.
 """
 
 from collections.abc import Sequence
@@ -73,12 +73,9 @@ class KvCache:
         self.resize(target, length)
 
     def arrange(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
-        """Replaces the held sequences: row i continues the tokens of an earlier row.
+        """Replaces the held sequences: row i continues the tokens of row `sources[i]`; -1: it is empty.
 
-        Args:
-            sources: for each new row, the row that held its tokens before, or -1 for an empty sequence. A row may be
-                the source of several.
-            lengths: number of tokens of each new row; the source must have as many.
+        A row may be the source of several.
         """
         assert len(sources) <= self._values.shape[1], "more sequences than the cache has rows"
         moves = [row for row, source in enumerate(sources) if source not in (row, -1)]
@@ -104,12 +101,7 @@ class KvCache:
 
 @dataclass(frozen=True, slots=True)
 class PromptView:
-    """A layer's cache while whole prompts, one after the other, are read into empty rows.
-
-    Attributes:
-        rows: rows of the prompts.
-        counts: tokens of each prompt; they sum to N.
-    """
+    """A layer's cache while whole prompts of `counts` tokens are read into empty rows."""
 
     cache: KvCache
     layer: int
@@ -129,7 +121,6 @@ class StepView:
 
     Attributes:
         first_row: row of the first sequence that the view covers; the others follow it.
-        positions_BS: positions of the new tokens.
         num_positions: T, the number of positions up to the last token.
         future_BST: True if a token must not see a position; None if every token sees every position.
     """

@@ -1,7 +1,6 @@
 """Multi-head latent attention: expanded in training, absorbed in decoding unless products are in FP8.
 
-Source: arXiv:2412.19437, section 2.1.1. Shape legend: B sequences, T tokens, N new tokens, D hidden size, C values per
-token in the cache, X sizes of compressed queries, keys and values together.
+Source: arXiv:2412.19437, section 2.1.1. Shape legend: N new tokens, C cached values per token, X = C plus queries.
 """
 
 from dataclasses import replace

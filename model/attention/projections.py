@@ -1,8 +1,8 @@
 """Compressed values of latent attention, and the linear maps before and after the heads.
 
-Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: B sequences, T tokens, N = B T, H heads, D hidden
-size, L latent size, R latent size of queries (or H Q if they have none), C = L plus the rotated key's size, X = R +
-C, Q size of a query or key, V size of all heads' values, E = size of all heads' keys without position, and values.
+Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: L latent size, R latent size of queries (or H Q if
+they have none), C = L plus the rotated key's size, X = R + C, Q size of a query or key, V size of all heads' values,
+E = size of all heads' keys without position, and values.
 """
 
 from dataclasses import dataclass
@@ -79,11 +79,9 @@ class LatentOptions:
     """Arguments of latent attention that are not tensors of the graph.
 
     Attributes:
-        kernel: a name in `kernels.attention.ATTENTION`, or `auto`.
         rotation: cos and sin of each position of a whole sequence.
-        documents: documents of whole packed sequences; None: each token sees all tokens before it.
+        documents: documents of whole packed sequences.
         records: whether a backward follows.
-        context: ranks that share each sequence.
     """
 
     shape: LatentShape
@@ -105,12 +103,7 @@ class LatentOptions:
 
 
 class LatentLinears(Protocol):
-    """Linear layers before and after the heads, for one micro-batch.
-
-    Attributes:
-        frees_heads: whether queries, keys and values are recomputed in a backward.
-        frees_mixed: whether the heads' output is recomputed too.
-    """
+    """Linear layers before and after the heads; `frees_*`: whether a backward recomputes these tensors."""
 
     frees_heads: bool
     frees_mixed: bool
@@ -131,10 +124,7 @@ class LatentLinears(Protocol):
         """Returns what a backward needs besides weights, after `add`."""
 
     def saved_keys(self) -> tuple[Tensor, ...]:
-        """Returns what keys and values alone need; `Linears.restore_keys` restores them on any rank.
-
-        Tensors share memory with those of `saved`.
-        """
+        """Returns the part of `saved` for keys and values alone, for `Linears.restore_keys` on any rank."""
 
     def mixed(self) -> Tensor:
         """Returns, in a backward, the heads' output that was passed to `add`, NV."""

@@ -1,6 +1,6 @@
 """Rotary position embedding, interleaved pairs, with YaRN (arXiv:2309.00071; 2412.19437, section 4.3).
 
-Shape legend: B sequences, T positions, N tokens, H heads, P rotated pairs, R rotated values per head.
+Shape legend: T positions, N tokens, P rotated pairs, R rotated values per head.
 """
 
 import math
@@ -16,8 +16,8 @@ from model.config import ModelConfig, PlainRope, YarnRope
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns the radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated by YaRN.
 
-    In float32 each operation is rounded as in the released code and transformers, with which weights were trained:
-    thousands of positions multiply an error in the last bit.
+    In float32 each operation is rounded as in the released code, with which weights were trained: thousands of
+    positions multiply an error in the last bit.
     """
     size = config.qk_rope_head_dim
     powers = config.rope_theta ** (torch.arange(0, size, 2).to(dtype) / size)
@@ -66,12 +66,7 @@ def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) 
 
 
 def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Rotates each pair (x0, x1), (x2, x3), ... by its position's angle, in the type of x.
-
-    Args:
-        cos_TP: cosine of each position and pair, [T, R / 2] or [B, T, R / 2], float32 or float64.
-        sin_TP: sine, like `cos_TP`.
-    """
+    """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; cos and sin may begin with B."""
     wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
     # A slice of a single row counts as contiguous at any offset.
     wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)

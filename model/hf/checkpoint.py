@@ -34,9 +34,8 @@ class Checkpoint:
     """Content of a checkpoint's folder.
 
     Attributes:
-        config: the architecture; its `mtp_depth` is 0 if the files hold no tensor of an MTP module, or if these were
+        config: the architecture; its `mtp_depth` is 0 if the files hold no tensor of an MTP module, or these were
             dropped.
-        entries: every tensor by name.
         carried: keys of `config.json` that do not describe the architecture.
         unknown: names of those keys that no list contains.
     """

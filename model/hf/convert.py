@@ -63,19 +63,16 @@ def save_hf(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model as a checkpoint that `transformers` loads.
+    """Writes a model as a checkpoint that `transformers` loads, to an absent or empty folder.
 
     Args:
-        path: the new checkpoint's folder; absent or empty.
         dtype: type of the stored weights. "fp8" stores in FP8 what the released checkpoint has in FP8, the rest in
             bfloat16. None stores every weight in the type that `load_hf` found if that is exact, else in the model's
-            type; FP8 is used only if each weight found in FP8 is unchanged, because few tools read a checkpoint that is
-            partly in FP8. Correction biases are float32, or as found.
+            type; FP8 is used only if each weight found in FP8 is unchanged. Correction biases are float32, or as found.
         max_shard_bytes: largest size of a file's data, unless one tensor is larger.
 
     Raises:
-        HfError: the model is a part, a value is not finite, or the folder is not empty or cannot be written. Nothing is
-            left behind.
+        HfError: the model is a part, a value is not finite, or writing fails. Nothing is left behind.
     """
     named, config = named_tensors(model), model.config
     _check_whole(config, named, path)

@@ -13,10 +13,7 @@ from model.hf.errors import HfError
 
 @contextmanager
 def create_folder_atomically(path: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `path` if the body succeeds, and is removed with its content otherwise.
-
-    Args:
-        path: absent or an empty folder that can be replaced; its parents are created.
+    """Yields a folder that becomes `path`, absent or empty, if the body succeeds, else is removed.
 
     Raises:
         HfError: something is at `path`, or writing fails.

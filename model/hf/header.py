@@ -68,10 +68,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
-    """Returns where each tensor's data begins in a file, in their order, and the file's first bytes.
-
-    The widest types come first, so that all data is aligned.
-    """
+    """Returns where each tensor's data begins in a file, widest types first, and the file's first bytes."""
     ordered = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, begins = 0, {}

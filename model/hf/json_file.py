@@ -11,11 +11,7 @@ LARGEST_BYTES = 2**28
 
 
 def read_json(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]:
-    """Returns the object that a JSON file of at most `largest` bytes holds.
-
-    Raises:
-        HfError: as `parse_json`; or the file is missing, unreadable or larger.
-    """
+    """Returns the object in a JSON file of at most `largest` bytes, or raises an `HfError`."""
     try:
         check_kind(path)
         size = path.stat().st_size
@@ -28,11 +24,7 @@ def read_json(path: Path, largest: int = LARGEST_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
-    """Returns the object that JSON in UTF-8 holds; `subject` is the part of the file, for errors.
-
-    Raises:
-        HfError: it is not JSON (NaN and Infinity are not allowed) or not an object, or an object has a duplicate key.
-    """
+    """Returns the object in JSON without NaN, Infinity and duplicate keys, or raises an `HfError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)

@@ -85,8 +85,8 @@ def unknown_keys(keys: Mapping[str, Any]) -> tuple[str, ...]:
 def carried_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys that an export copies: all but those of the architecture and the stored types.
 
-    It includes a `model_type` other than the usual one, by which inference servers choose, and `quantization_config`,
-    which says how FP8 scales are rounded.
+    It includes an unusual `model_type`, by which servers choose, and `quantization_config`, which says how scales
+    round.
     """
     carried = {key: value for key, value in keys.items() if key not in READ_KEYS}
     if keys.get("model_type") != "deepseek_v3":

@@ -1,6 +1,6 @@
 """Lists every tensor of a checkpoint in the released form: name, shape, type. Imports no torch.
 
-Source: the released checkpoint's names; arXiv:2412.19437, section 3.3, for what is kept in FP8.
+Source: the released checkpoint; arXiv:2412.19437, section 3.3, for what is kept in FP8.
 """
 
 import re
@@ -46,12 +46,8 @@ class Stored:
 def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dict[str, Stored]:
     """Returns every tensor of an architecture's released checkpoint, in the order of the network.
 
-    A model without shared experts has theirs without rows, as `transformers` writes them.
-
-    Args:
-        dtype: type of weights that are not in FP8. Correction biases and scales are always float32.
-        fp8: whether the projections of attention and of all feed-forward networks are in FP8 (E4M3), each followed by
-            its scales.
+    Correction biases and scales are float32. A model without shared experts has theirs without rows, as `transformers`
+    writes them. With `fp8`, projections are in FP8 (E4M3), each followed by its scales.
     """
     stored: dict[str, Stored] = {}
     for name, shape in weights(config):

@@ -1,6 +1,6 @@
 """Reads weights from a Hugging Face checkpoint in runs of rows, at most `CHUNK_BYTES` at a time.
 
-Shape legend: R rows read at a time, D columns, M blocks in a column, T blocks in a row.
+Shape legend: R rows read at a time, M blocks in a column, T blocks in a row.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -33,7 +33,7 @@ class HfSource:
         dtypes: type of each tensor by name, including MTP copies and scales.
         scales: scales of FP8 weights, by the weight's name; float32 [ceil(rows / 128), ceil(columns / 128)].
         config: keys of config.json that do not describe the architecture.
-        rotary: stored frequencies of the rotary embedding, by name, in their stored type.
+        rotary: stored frequencies of the rotary embedding.
     """
 
     dtypes: Mapping[str, StoredDtype]
@@ -59,18 +59,13 @@ class HfReader:
         return self.checkpoint.config
 
     def fill(self, named: Mapping[str, Tensor]) -> None:
-        """Copies weights into given tensors, file by file in the order of the data.
+        """Copies weights into tensors by released name, file by file in the order of the data.
 
         FP8 weights are dequantized: code times scale in float32, then rounded to the tensor's type.
 
-        Args:
-            named: tensors by released name, any part of the checkpoint's, as returned by
-                `model.transformer.named_tensors`; on any device, of any floating type.
-
         Raises:
             HfError: the checkpoint lacks a name, a shape differs, a value or scale is not finite (or becomes so in the
-                tensor's type), a file is truncated, or an MTP module's copy of a given embedding or head differs from
-                it.
+                tensor's type), a file is truncated, or an MTP module's copy of an embedding or head differs from it.
         """
         for name, target in named.items():
             self._check_target(name, target)
@@ -108,7 +103,7 @@ class HfReader:
     def _read_rotary(self, name: str) -> Tensor:
         """Returns stored frequencies, [R / 2], if they are those that `config.json` determines.
 
-        Under YaRN both are in use: the plain ones, as training code stores them, and the interpolated ones.
+        Under YaRN both are in use: the plain ones and the interpolated ones.
         """
         entry, config = self._entry(name), self.config
         with _open(entry.file) as file:

@@ -16,10 +16,7 @@ _PRECISION = 1e-9
 
 
 def read_rope(values: ConfigValues, max_position: int) -> tuple[float, RopeScaling]:
-    """Returns the base of the rotation and its scaling.
-
-    Args:
-        max_position: YaRN's original length if none is given.
+    """Returns the base of the rotation and its scaling, by default from `max_position` tokens on.
 
     Raises:
         HfError: both spellings are present, the kind is not supported, or a value is missing or wrong.

@@ -63,10 +63,9 @@ def write_hf(
     extras: Extras = NO_EXTRAS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a checkpoint.
+    """Writes a checkpoint to an absent or empty folder.
 
     Args:
-        path: folder of the checkpoint; absent or empty. Its parents are created.
         plan: stored tensors, from `model.hf.names.stored_tensors`; types of single weights may be changed.
         tensor: returns a weight by its name in `model.transformer.named_tensors`, of any floating type; called once per
             weight (embedding and head once more per MTP module; never for weights without elements).

@@ -1,6 +1,6 @@
 """Sums values of tokens by answer of a pair, and spreads values of answers over their tokens.
 
-Shape legend: B sequences, T tokens, K pairs that a sequence can hold (as many as it has tokens).
+Shape legend: K pairs that a sequence can hold (as many as it has tokens).
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,9 @@ class PairIndex:
 
     @classmethod
     def of(cls, pair_BT: Tensor) -> "PairIndex":
-        """Returns the index of a micro-batch.
+        """Returns the index from +k for tokens of pair k's chosen answer, and -k for its rejected one.
 
-        Args:
-            pair_BT: +k for tokens of pair k's chosen answer, -k for those of its rejected answer, else 0; k is 1, 2,
-                ...
+        Tokens outside answers have 0; k is 1, 2, ... within each sequence.
         """
         length = pair_BT.shape[1]
         slots_BT = pair_BT.long() + length

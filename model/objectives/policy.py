@@ -38,9 +38,9 @@ def policy_names(mtp_depth: int, *, has_reference: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyGradient:
-    """Loss of sampled answers with advantages, whose tokens are the main targets.
+    """Loss of sampled answers with advantages: the surrogate plus the weighted divergence.
 
-    The main loss is the surrogate plus the weighted divergence. MTP depths learn the sampled tokens.
+    MTP depths learn the sampled tokens.
 
     Attributes:
         targets: cross-entropy of the sampled tokens at MTP depths, with its factors and the balance loss.
@@ -135,10 +135,7 @@ class PolicyGradient:
         )
 
     def _needs_answers(self, tokens: AnswerTokens) -> bool:
-        """Returns whether the slope of a token depends on other tokens of its answer.
-
-        The ratio of an answer is known to be 1 if the policy is itself the old one.
-        """
+        """Returns whether a token's slope depends on its answer: not if the policy is the old one."""
         form = self.form
         has_ratio = form.ratio != "token" and (tokens.old_R is not None or self._has_sampler_factor)
         return form.off_policy_limit is not None or has_ratio

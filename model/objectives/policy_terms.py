@@ -85,11 +85,7 @@ class _Term:
 
 
 def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tensor) -> PolicyTerms:
-    """Computes the loss of tokens, its derivative in each -log p, and reported sums.
-
-    Args:
-        log_probs_R: log-probabilities under the policy, 0 for rows that are no sampled tokens.
-    """
+    """Computes the loss of tokens, its derivative in each -log p, and reported sums."""
     log_probs_R = log_probs_R.double()
     old_R = log_probs_R if tokens.old_R is None else tokens.old_R
     own_ratio_R = bounded_exp(log_probs_R - old_R)

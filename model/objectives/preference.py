@@ -1,7 +1,6 @@
 """Direct preference optimization of pairs of answers, and log-probabilities of its reference.
 
-Source: arXiv:2305.18290; the added cross-entropy: arXiv:2407.21783, section 4.1.4. Shape legend: B sequences, T tokens,
-D hidden size, V vocabulary, K pairs of a sequence.
+Source: arXiv:2305.18290; the added cross-entropy: arXiv:2407.21783, section 4.1.4. Shape legend: K pairs of a sequence.
 """
 
 from dataclasses import dataclass
@@ -47,9 +46,7 @@ class Preference:
 
     Attributes:
         factor: 1 / (pairs in the global batch).
-        beta: inverse temperature of the implicit reward.
         smoothing: probability that a pair's answers are labelled the wrong way round.
-        sft: weight of the chosen answer's cross-entropy per token.
         mtp_factors: factor of the summed cross-entropy of chosen answers at each MTP depth.
         balance: weight of the balance loss divided by the sequences in the global batch.
     """

@@ -1,7 +1,6 @@
 """Bradley-Terry ranking of two answers by a scalar score, for reward models.
 
-Source: arXiv:2203.02155, section 3.5; centring: arXiv:2312.09244. Shape legend: B sequences, T tokens, D hidden size, K
-pairs of a sequence.
+Source: arXiv:2203.02155, section 3.5; centring: arXiv:2312.09244. Shape legend: K pairs of a sequence.
 """
 
 from collections.abc import Callable
@@ -69,10 +68,7 @@ class _RankScores(torch.autograd.Function):
 class PairRanking:
     """Bradley-Terry loss of pairs of scores c and r: -log sigmoid(c - r - margin) + centre * (c + r)^2.
 
-    Attributes:
-        factor: 1 / (pairs in the global batch).
-        centre: weight of the squared sum, which keeps scores near 0.
-        balance: weight of the balance loss divided by the sequences in the global batch.
+    `factor` is 1 / (pairs in the global batch), `balance` is divided by the sequences in the global batch.
     """
 
     factor: float
@@ -111,12 +107,7 @@ class KeepScores:
 
 
 def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, centre: float) -> RankedScores:
-    """Computes the summed loss of pairs and its derivative in every score.
-
-    Args:
-        scores_BT: scores of all tokens, of which those of last tokens are read.
-        margin_BK: by how much the chosen answer must win; None: 0.
-    """
+    """Computes the summed loss of pairs and its derivative in every score; only last tokens' are read."""
     scores, is_pair_BK = pairs.sums(scores_BT), pairs.is_pair_BK
     apart_BK, together_BK = scores.chosen_BK - scores.rejected_BK, scores.chosen_BK + scores.rejected_BK
     won_BK = apart_BK if margin_BK is None else apart_BK - margin_BK

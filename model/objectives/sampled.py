@@ -1,6 +1,6 @@
 """Scores sampled tokens under the distribution that their sampler drew from.
 
-Shape legend: B sequences, T tokens, D hidden size, V vocabulary, R rows with a target, K kept tokens.
+Shape legend: R rows with a target, K kept tokens.
 """
 
 import torch
@@ -33,10 +33,7 @@ def score_sampled(
 ) -> RowScores:
     """Computes log-probabilities at the sampler's temperature among its kept tokens, and gradients.
 
-    Args:
-        rows_RD: the head's input, without temperature.
-        kept_ids_RK: as in `kernels.cross_entropy`.
-        temperature: divisor of the logits. The rows are divided, which are much shorter.
+    The rows are divided by the temperature in place of the logits, which are much longer.
     """
     scores = linear_cross_entropy(
         *(rows_RD if temperature == 1 else rows_RD / temperature, head_VD, targets_R, slopes),

@@ -27,12 +27,7 @@ Phase = ComputePhase[Any, Any] | DispatchPhase | CombinePhase
 
 @dataclass(frozen=True, slots=True)
 class BalanceLoss:
-    """Part of MoE layers in the loss of a step, for one micro-batch.
-
-    Attributes:
-        factor: factor of the balance loss, which is summed over sequences.
-        sums: takes the balance loss of every layer, unscaled.
-    """
+    """Factor of the balance loss in a step's loss, and the sums that take every layer's, unscaled."""
 
     factor: float
     sums: LossSums

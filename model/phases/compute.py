@@ -51,9 +51,7 @@ class _Enter(torch.autograd.Function):
 class Recording:
     """Both ends of a computation's graph until its backward. Only the graph holds tensors.
 
-    Attributes:
-        ends: graph node of each output tensor, None if no gradient passes through it.
-        gradients: class of the inputs' gradients.
+    An end is None if no gradient passes through it. `gradients` is the class of the inputs' gradients.
     """
 
     entry: _Entry
@@ -103,10 +101,7 @@ def record(
 
 
 class ComputePhase(Generic[In, Out]):
-    """A differentiable function of the values before it; `weight` computes the deferred weight gradients.
-
-    Between forward and backward it keeps only the function's graph.
-    """
+    """A differentiable function of the values before it; keeps only the function's graph for the backward."""
 
     def __init__(self, function: Callable[[In, WeightSink | None], Computed[Out]], store: GradientStore | None) -> None:
         self._function = function

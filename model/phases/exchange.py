@@ -1,6 +1,6 @@
 """The two phases that exchange rows between a block's attention and its experts, and back.
 
-Shape legend: B sequences, T tokens of one, N = B T, D hidden size, A received rows.
+Shape legend: N = B T, A received rows.
 """
 
 from dataclasses import dataclass

@@ -48,8 +48,7 @@ class _SplitLinear(torch.autograd.Function):
 def linear(x: Tensor, weight_NK: Tensor, sink: WeightSink | None) -> Tensor:
     """Multiplies x, [..., K], by the transpose of the weight: [..., N].
 
-    With a sink, autograd's backward computes the input gradient and defers the weight gradient to the sink as a
-    closure, once.
+    With a sink, the backward computes the input gradient and defers the weight gradient as a closure, once.
     """
     if sink is None or not torch.is_grad_enabled():
         return functional.linear(x, weight_NK)

@@ -1,10 +1,7 @@
 """Interface of the chosen precision: linear layers, experts, and the rows that are sent to experts.
 
-`Linears` is chosen once, when a model is built. `model/precision/plain` implements it in the weights' own type and
-`model/precision/fp8` in FP8 (arXiv:2412.19437, section 3.3).
-
-Shape legend: N tokens, K experts per token, A received rows, D hidden size, E local experts, M intermediate size,
-H = 2 M gate and up side by side.
+`model/precision/plain` implements it in the weights' own type, `model/precision/fp8` in FP8 (arXiv:2412.19437, section
+3.3). Shape legend: N tokens, A received rows, E local experts.
 """
 
 from collections.abc import Sequence
@@ -64,12 +61,8 @@ class Linears(Protocol):
     """Linear layers with the operations around them, computed in one precision.
 
     A sink takes the weights' gradients; those of norms go through autograd. With `for_backward`, only the backward is
-    needed, and the result has no numbers.
-
-    Attributes:
-        recomputes_layers: whether the backward of a stage computes everything again but attention.
-        decodes_as_trained: whether decoding must compute layers in the form of training, because a product rounds its
-            input so coarsely that any difference before it grows.
+    needed, and the result has no numbers. `decodes_as_trained`: decoding must compute layers in the form of training,
+    because a product rounds its input so coarsely that any difference before it grows.
     """
 
     recomputes_layers: bool
@@ -123,8 +116,7 @@ class Linears(Protocol):
     ) -> Tensor:
         """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
 
-        Each expert reads its rows from the tokens in an order, so rows are neither copied nor kept. A backward may
-        recompute the rows from their source.
+        Each expert reads its rows from the tokens in an order, so rows are neither copied nor kept.
         """
         ...
 
@@ -141,10 +133,7 @@ class Linears(Protocol):
         ...
 
     def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
-        """Returns the layers of keys and values of a rank's tokens, from `LatentLinears.saved_keys`.
-
-        Only `keys_and_values`, `shared_key` and `keys_and_values_backward` may be called.
-        """
+        """Returns the layers of keys and values alone of any rank's tokens, from `LatentLinears.saved_keys`."""
         ...
 
 

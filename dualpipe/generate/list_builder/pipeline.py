@@ -26,8 +26,7 @@ class OperationQueue:
     Attributes:
         sources: link that delivers each operation's input, or NONE if this rank makes it or there is none.
         links: link that takes each operation's output, or NONE.
-        targets: queue that needs each operation's output, or NONE.
-        places: index in that queue.
+        targets: queue that needs each operation's output, or NONE; `places` are indices in it.
     """
 
     kind: int
@@ -135,13 +134,7 @@ NEVER = float("inf")
 
 @dataclass(slots=True)
 class DeliveryLink:
-    """Link between two ranks.
-
-    Attributes:
-        source: rank that sends.
-        waiting: messages that are not received yet, as queue and position.
-        deadline: time before which the first of them must be received.
-    """
+    """Link from rank `source`: messages to receive by queue and position, the first before `deadline`."""
 
     source: int
     waiting: deque[tuple[int, int]] = field(default_factory=deque)
@@ -149,14 +142,7 @@ class DeliveryLink:
 
 
 class BuilderRank:
-    """State of one rank.
-
-    Attributes:
-        links: links that deliver to it, with their numbers.
-        has_deadline: whether a message of these links may have a deadline.
-        weights: waiting W as (direction, stage, micro-batch).
-        alive: live activations by direction.
-    """
+    """State of one rank. `links` deliver to it, `weights` are waiting W, `alive` is by direction."""
 
     __slots__ = (
         "alive",

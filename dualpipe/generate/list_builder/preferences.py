@@ -26,15 +26,12 @@ class Preferences:
         alone: penalty for exchange that computation of the group does not hide, per mean operation.
         delay: penalty for waiting, per mean operation.
         patience: fraction of a W's time that a rank waits for an input instead of running the W.
-        two_forwards: additional value of a group with two F.
-        two_backwards: additional value of a group with two I.
-        mixed: additional value of a group with F and I.
+        two_forwards: additional value of a group with two F, as `two_backwards` and `mixed` for others.
         reserve: share of a block for which an F leaves room in memory to the other direction.
         same_stage: whether two micro-batches of one stage may share a group where nothing is sent.
         posts_ahead: whether a rank may send while the previous message of the link is not received yet, if the receiver
             can receive it in time.
-        block: number of micro-batches by which a block of F is larger than the default.
-        first_block: number of micro-batches by which the first block is larger.
+        block: micro-batches by which a block of F is larger than the default, as `first_block` for the first one.
         equal_blocks: whether I has the block size of F instead of the default.
     """
 

@@ -1,8 +1,8 @@
 """SwiGLU networks and routed experts in FP8 (arXiv:2412.19437, sections 3.3 and 3.3.3).
 
 A network keeps its hidden values in FP8 and applies the gate again in the backward. Rows that were received in FP8 are
-used as operands without conversion. Shape legend: N tokens, A rows in the experts' order, B bytes of a packed row, D
-hidden size, E local experts, M intermediate size, H = 2 M.
+used as operands without conversion. Shape legend: N tokens, A rows in the experts' order, B bytes of a packed row, E
+local experts, H = 2 M.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Linear maps whose three products are of FP8 operands, and the codes of their weights.
 
 Source: arXiv:2412.19437, section 3.3. Inputs and output gradients have a scale for every 128 numbers along the sum,
-weights have one for every 128 x 128. Shape legend: A rows, K inputs, N outputs, E experts.
+weights have one for every 128 x 128. Shape legend: A rows, K inputs, N outputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -88,11 +88,8 @@ class Fp8Maps:
     ) -> Callable[[], Tensor]:
         """Returns a closure that computes the gradient of the weights of all those maps, NK in float32.
 
-        Until it is called, both operands wait in FP8.
-
-        Args:
-            rows: the input: kept in FP8, or as numbers, AK.
-            power_of_two: whether the input's scales are powers of two; None: as for all others.
+        Until it is called, both operands wait in FP8. `power_of_two` is that of the input's scales; None: as for all
+        others.
         """
         counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two

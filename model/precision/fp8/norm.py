@@ -1,8 +1,7 @@
 """A norm followed by linear layers, and linear layers of rows that are a norm's output, in FP8.
 
 Both keep the layers' input in FP8 (arXiv:2412.19437, section 3.3.3), or the norm's input if that is kept anyway. The
-norm is computed in float32; its backward reads the kept codes. Shape legend: A rows, B bytes of a packed row, D hidden
-size, N outputs.
+norm is computed in float32; its backward reads the kept codes. Shape legend: A rows, B bytes of a row, N outputs.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """Rows on their way to experts in FP8, quantized once for local and remote experts.
 
 Autograd does not support codes. A placeholder without memory takes the gradient in their place, and rounding counts as
-the identity (arXiv:2412.19437, section 3.3.3). Shape legend: N tokens, A received rows, B bytes of a packed row, D
-hidden size.
+the identity (arXiv:2412.19437, section 3.3.3). Shape legend: N tokens, A received rows, B bytes of a packed row.
 """
 
 from collections.abc import Sequence
@@ -39,12 +38,9 @@ class GradientSlot:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Rows:
-    """Rows in FP8 with power-of-two scales.
+    """Rows in FP8 with power-of-two scales: codes and scales in uint8, NB or AB.
 
-    Attributes:
-        values: placeholder without memory that takes the rows' gradient, [..., D].
-        packed: codes and scales, uint8 NB or AB.
-        slot: holds the output gradient of received rows.
+    `values` is a placeholder that takes the gradient; `slot` holds the output gradient of received rows.
     """
 
     values: Tensor

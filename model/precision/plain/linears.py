@@ -188,9 +188,7 @@ class _GatedDown(torch.autograd.Function):
 class _Options:
     """Arguments of an experts' pass that are not tensors.
 
-    Attributes:
-        order: order of rows that stay on this rank: they are given by token, and results are summed by token. None:
-            rows were received in the experts' order.
+    With an order, rows stay on this rank: they are given, and results are summed, by token. None: rows were received.
     """
 
     counts: Sequence[int]
