@@ -260,7 +260,6 @@ def _read_operation(value: Any, *place: int) -> Operation:
 
 
 def _problem_of(value: Any, place: str) -> str:
-    """Describes what is wrong with the JSON of an operation."""
     if not isinstance(value, list):
         return f"{place}: must be a list, is {_shown(value)}"
     if len(value) != 4:

@@ -99,7 +99,6 @@ def check_progress(schedule: Schedule) -> None:
 
 
 def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
-    """Returns the receiving and the sending end of all values that go from rank to rank."""
     links: dict[tuple[int, int, ValueKind], _Link] = {}
     held = (schedule.cohorts or 0) * schedule.num_directions
     receivers: _Ends = {}
@@ -211,7 +210,6 @@ def _describe_wait(schedule: Schedule, rank: int, step: _Step) -> str:
 
 
 def _group_of(schedule: Schedule, rank: int, value: Value, *, is_maker: bool) -> str:
-    """Returns the group of a rank that makes a value, or that needs it."""
     function = value_made if is_maker else value_needed
     found = next(group for group in schedule.ranks[rank] if any(function(schedule, op) == value for op in group))
     return "+".join(map(str, found))

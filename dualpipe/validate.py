@@ -74,7 +74,6 @@ def _check_sizes(schedule: Schedule) -> None:
 
 
 def _locate_operations(schedule: Schedule) -> _Located:
-    """Checks that every operation exists, is on its stage's rank and appears once. Returns its group."""
     located: _Located = {}
     counts = [len(schedule.micro_batches_of(direction)) for direction in range(schedule.num_directions)]
     holders = {
@@ -99,7 +98,6 @@ def _locate_operations(schedule: Schedule) -> _Located:
 
 
 def _misplaced(schedule: Schedule, rank: int, op: Operation) -> str:
-    """Describes what is wrong with an operation that is out of range, on a wrong rank, or there twice."""
     if not 0 <= op.direction < schedule.num_directions:
         return f"{op} goes in direction {op.direction}, which does not exist"
     if not 0 <= op.stage < schedule.num_stages:

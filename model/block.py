@@ -167,8 +167,6 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Autograd function of `Dispatcher.combine`."""
-
     @staticmethod
     def forward(ctx: Any, rows_AD: Tensor, dispatcher: Dispatcher, handle: Handle, wire: Wire) -> Tensor:
         ctx.dispatcher, ctx.handle, ctx.wire = dispatcher, handle, wire

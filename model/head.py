@@ -129,8 +129,6 @@ class MtpBlock(Block):
 
 @dataclass(frozen=True, slots=True)
 class _Scoring:
-    """The arguments of `score_rows` that have no gradient."""
-
     score: ScoreFunction
     value: ValueFunction
     sink: WeightSink | None

@@ -132,7 +132,6 @@ def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequenc
 def _deliver_parts(
     weights_ND: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
 ) -> list[Tensor | None]:
-    """Returns or defers each weight's rows of the joint gradient, which is computed once."""
     given, first = list[Tensor | None](), 0
     for weight_ND in weights_ND:
         rows = slice(first, first + len(weight_ND))

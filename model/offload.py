@@ -51,7 +51,6 @@ def graph_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
 
 @cache
 def _saved_names(kind: type[Node]) -> tuple[str, ...]:
-    """Returns the attributes by which a kind of node shows what it keeps."""
     return tuple(name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors")
 
 

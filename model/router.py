@@ -88,7 +88,6 @@ class Routing:
 
     @property
     def _sizes(self) -> tuple[int, int]:
-        """Number of experts, and of those that a token chooses."""
         return self.scores_BTE.shape[2], self.ids_TK.shape[1]
 
     def _count_choices(self, numbers_N: Tensor, num_sequences: int) -> Tensor:

@@ -205,7 +205,6 @@ class Stage:
         return StageRun(phases, None if link is None else ActivationOffload(link, lambda: self._shared(batch)))
 
     def _shared(self, batch: MicroBatch | None) -> Iterator[Tensor]:
-        """Yields the tensors that other micro-batches or stages read too."""
         yield from self._model.parameters()
         yield from self._model.buffers()
         if batch is not None:

@@ -102,7 +102,6 @@ def svg(
 
 
 def _element(width: float, height: float, name: str, parts: list[str]) -> str:
-    """Returns a scalable `<svg>` element with a natural size in pixels."""
     box = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     return "\n".join(
         [
@@ -229,7 +228,6 @@ class _Picture:
         return [*labels, f'<text class="soft" x="{_LEFT:g}" y="{bottom + 33:g}">{name}</text>']
 
     def _cells(self, cells: list[Cell], top: float) -> None:
-        """Draws the operations of all cells with tooltips and numbers, grouped by style."""
         self.plain = self.plain or sum(len(cell.members) for cell in cells) > _MAX_LABELED
         shapes: dict[str, list[str]] = defaultdict(list)
         numbers: dict[int, list[str]] = {0: [], 1: []}
@@ -296,7 +294,6 @@ def _lines(facts: str, width: int) -> list[str]:
 
 
 def _needs_stage_labels(schedule: Schedule) -> list[list[bool]]:
-    """Returns for each rank and direction whether labels need the stage."""
     return [
         [needs_stage_label(schedule, rank, direction) for direction in range(schedule.num_directions)]
         for rank in range(schedule.num_ranks)

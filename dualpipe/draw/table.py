@@ -33,7 +33,6 @@ def cells(entry: TimedSchedule) -> tuple[str, ...]:
 
 
 def _values(entry: TimedSchedule) -> tuple[float, ...]:
-    """Returns the number of a schedule for each of `COLUMNS` after the first."""
     return (
         entry.chunks,
         entry.overhead,
@@ -94,7 +93,6 @@ def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "P
 
 
 def _common_scale(shown: Sequence[TimedSchedule]) -> Scale:
-    """Returns a common scale: the largest pixels per unit of time, over the longest time."""
     scales = [natural_scale(entry.schedule, entry.simulation, entry.measured) for entry in shown]
     pixels = max((scale.pixels for scale in scales), default=0.0)
     return Scale.within_limits(pixels=pixels, span=max((scale.span for scale in scales), default=0.0))

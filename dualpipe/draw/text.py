@@ -84,7 +84,6 @@ def decode_summary(schedule: Schedule, simulation: Simulation) -> str:
 
 
 def _offloaded(schedule: Schedule, simulation: Simulation) -> list[tuple[str, str]]:
-    """Returns a line on offloaded activations, if there are any."""
     kinds = Counter(op.kind for groups in schedule.ranks for group in groups for op in group)
     if not kinds[Op.OFFLOAD]:
         return []
@@ -93,7 +92,6 @@ def _offloaded(schedule: Schedule, simulation: Simulation) -> list[tuple[str, st
 
 
 def _label(schedule: Schedule, rank: int, group: Group) -> str:
-    """Returns kind and micro-batch of each operation, with the stage if labels need it."""
     parts = []
     for op in group:
         letter = op.kind.value.lower() if op.direction else op.kind.value

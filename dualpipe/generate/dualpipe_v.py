@@ -66,7 +66,6 @@ class _OrderWriter:
 
 
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
-    """Writes the eight steps of the published order for one rank."""
     down, up = rank, 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
     writer = _OrderWriter()

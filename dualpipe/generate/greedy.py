@@ -294,7 +294,6 @@ class GreedyRun:
         return [Operation(kind, 0, chunk * ranks + rank, micro_batch) for chunk, micro_batch in order]
 
     def _step(self, rank: int, now: float) -> None:
-        """Starts the group of highest value that cannot deadlock on a free rank, or waits."""
         situation = self._situation(rank, now)
         choices = self._known.get(situation)
         if choices is None:
@@ -346,7 +345,6 @@ class GreedyRun:
         )
 
     def _next_arrival(self, rank: int, situation: _Situation) -> float:
-        """Returns when the next missing F or I arrives, if that is known."""
         arrival = _NEVER
         position = self._backwards[rank]
         if not situation.backwards and position < len(self._backward_at[rank]):
@@ -359,7 +357,6 @@ class GreedyRun:
         return arrival
 
     def _transfer(self, rank: int, choice: _Choice) -> set[int] | None:
-        """Adds a group to the transfers; see `Rendezvous.append`."""
         last = len(self._free) - 1
         if last == 0 or choice.forwards + choice.backwards == 0:
             return set()
@@ -376,7 +373,6 @@ class GreedyRun:
         return self._rendezvous.append(rank, forwards, backwards)
 
     def _ranked(self, situation: _Situation) -> list[_Choice]:
-        """Returns the possible groups, that of highest value first."""
         members = (situation.forwards, situation.backwards, situation.weights)
         numbers = product(*(range(len(kind) + 1) for kind in members))
         found = [self._measured(situation, each) for each in numbers if 0 < sum(each) <= _MOST_MEMBERS]
@@ -421,7 +417,6 @@ class GreedyRun:
         return value - (policy.exposed * exposed + _HURRY * choice.time) / self._pipeline.unit
 
     def _start(self, rank: int, end: float, choice: _Choice) -> None:
-        """Starts a group: updates counts and memory, and sends its outputs."""
         order, classes, memory = self._order, self._pipeline.classes[rank], self._pipeline.memory
         for position in range(self._forwards[rank], self._forwards[rank] + choice.forwards):
             self._room[rank] -= memory[classes[order.forwards[position][0]]]

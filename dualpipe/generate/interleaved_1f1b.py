@@ -97,7 +97,6 @@ class _PolicySearch:
         return self._effort >= _EFFORT or self._makespan <= self._bound * (1 + _TOLERANCE)
 
     def _try(self, policy: Policy) -> None:
-        """Simulates a policy with few micro-batches."""
         attempt = GreedyRun(self._few, self._order(self._few, policy), policy)
         # An equal makespan counts, as it leads to other neighbors.
         makespan = attempt.run(self._makespan)
@@ -119,7 +118,6 @@ class _PolicySearch:
         return known
 
     def _extended(self, policy: Policy) -> Schedule | None:
-        """Returns the policy's schedule for all micro-batches, or None if it is stuck or invalid."""
         attempt = GreedyRun(self._full, self._order(self._full, policy), policy)
         if attempt.run(float("inf")) is None:
             return None

@@ -38,7 +38,6 @@ def _rank_groups(shape: Schedule, rank: int, *, paired: bool) -> tuple[Group, ..
 
 
 def _entry_slot(shape: Schedule, direction: int, micro_batch: int) -> int:
-    """Returns the slot in which the first stage runs a micro-batch."""
     block = max(1, shape.num_ranks // 2)
     if shape.num_stages == shape.num_ranks:
         return direction * (shape.num_ranks % 2) + 2 * micro_batch

@@ -66,7 +66,6 @@ class Rendezvous:
         return moved
 
     def _after(self, receives: Iterable[int], sends: Iterable[int]) -> list[int]:
-        """Returns the number of messages without a posted receive, by link, after a group."""
         pending = self._pending.copy()
         for link in receives:
             pending[link] -= 1
@@ -84,7 +83,6 @@ class Rendezvous:
         return True
 
     def _is_free(self, sends: Iterable[int]) -> bool:
-        """Returns whether none of the messages would wait for the previous one of its link."""
         counts: dict[int, int] = {}
         for link in sends:
             if self._posted[link] < self._sent[link] + counts.get(link, 0):
@@ -139,7 +137,6 @@ class Rendezvous:
         return self._destination(link) if self._posted[link] < self._sent[link] else None
 
     def _is_deadlock(self, rank: int) -> bool:
-        """Returns whether a rank waits in a cycle of blocked ranks."""
         path: set[int] = set()
         current: int | None = rank
         while current is not None and current not in path:

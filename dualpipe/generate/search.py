@@ -147,7 +147,6 @@ def in_sequence(shape: Schedule) -> Schedule:
 
 
 def _caps(shape: Schedule, costs: CostModel, cap: float) -> Iterator[float]:
-    """Yields the caps of the series that are not above the given cap, in descending order."""
     num_ranks = shape.num_ranks
     unit = max(stage.activation for stage in costs.stages) * shape.num_stages / num_ranks
     series = {1, 2, 4, num_ranks // 2, num_ranks + 1, num_ranks + 2, 3 * num_ranks // 2}
@@ -181,8 +180,6 @@ class _Unsteady:
 
 
 class _Level:
-    """Search within one memory cap."""
-
     def __init__(self, best: BestSchedule, cap: float) -> None:
         self._best = best
         shape = best.shape
@@ -224,7 +221,6 @@ class _Level:
             self._run_whole([item.preset for item in sorted(unsteady, key=lambda item: item.makespan)])
 
     def _added(self) -> int:
-        """Returns the number of micro-batches that orders are extended by."""
         return self._best.shape.num_micro_batches - self._few.num_micro_batches
 
     def _extended(self, order: Schedule, simulation: Simulation, steady: SteadyState) -> _Found:

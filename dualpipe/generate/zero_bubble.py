@@ -150,7 +150,6 @@ def _v_schedule(
 
 
 def _with_weights(orders: Sequence[Sequence[Operation]], most_alive: int) -> list[list[Operation]]:
-    """Inserts the weight gradients, oldest first, by the rule of `zb_v`."""
     num_stages = 2 * len(orders)
     clocks = [_RankClock(order=order) for order in orders]
     made_at: dict[Value, int] = {}

@@ -60,7 +60,6 @@ class _HillClimb:
         return replace(self._schedule, ranks=ranks)
 
     def _sweep(self) -> bool:
-        """Tries every pair once, in order, and returns whether one was kept."""
         has_kept = False
         before = self._timing.begin(self._ranks)
         for index in range(max(map(len, self._ranks))):

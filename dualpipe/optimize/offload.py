@@ -40,7 +40,6 @@ def _early_weights(groups: Sequence[Group]) -> Iterator[Group]:
 
 
 def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule | None:
-    """Returns the schedule with offloads that keep the cap and cost little time, or None."""
     best: Schedule | None = None
     best_makespan = float("inf")
     simulation = simulate(schedule, costs)
@@ -62,7 +61,6 @@ def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedu
 
 
 def _work_times(simulation: Simulation, rank: int, groups: Sequence[Group]) -> list[tuple[float, float]]:
-    """Returns start and end of a rank's groups without its copies."""
     spans = zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True)
     return [(start, end) for group, start, end in spans if not group[0].kind.is_copy]
 
@@ -88,8 +86,6 @@ class _Move:
 
 
 class _RankPlan:
-    """Choice of a rank's offloads."""
-
     def __init__(
         self, groups: Sequence[Group], times: Sequence[tuple[float, float]], costs: CostModel, memory_cap: float
     ) -> None:
@@ -156,7 +152,6 @@ class _RankPlan:
         return {each: move for each, move in moves.items() if move.out < move.back}
 
     def _alive(self, moves: dict[_Activation, _Move]) -> list[float]:
-        """Returns the memory of the activations that are live in each group."""
         changes = [0.0] * (len(self._groups) + 1)
         for each in self._activations:
             changes[each.made] += each.weight
@@ -170,7 +165,6 @@ class _RankPlan:
         return next((group for group, alive in enumerate(self._alive(moves)) if alive > self._cap), None)
 
     def _excess(self, moves: dict[_Activation, _Move], until: int) -> float:
-        """Returns the memory above the cap, summed over the groups up to one."""
         return sum(max(0.0, alive - self._cap) for alive in self._alive(moves)[: until + 1])
 
     def _with_copies(self, moves: dict[_Activation, _Move]) -> tuple[Group, ...]:

@@ -89,7 +89,6 @@ class _WeightPlacement:
         heappush(self._events, (self._clock[rank] + self._costs.compute_of(op), rank))
 
     def _run(self, rank: int, group: NumberedGroup, start: float) -> None:
-        """Runs a group of F and I: updates clock, memory and waiting W, and unblocks ranks."""
         operations = self._timing.operations
         end = start + self._timing.duration(group)
         self._next[rank] += 1

@@ -50,7 +50,6 @@ def compile_rank(schedule: Schedule, rank: int, lanes: Mapping[int, Sequence[Lan
 
 
 def _order(members: Sequence[Sequence[Atom]], pairing: Pairing) -> list[int]:
-    """Returns the interleaved atoms of a group as indices into all atoms of its members."""
     places = {id(atom): place for place, atom in enumerate(atom for member in members for atom in member)}
     return [places[id(atom)] for atom in pairing(members)]
 

@@ -111,7 +111,6 @@ def _perform(
 
 
 def _run(step: Step, run: Run) -> None:
-    """Runs a phase, or a part of a copy between device and host memory."""
     match step.action:
         case Action.FORWARD:
             run.forward(step.phase)

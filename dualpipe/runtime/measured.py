@@ -171,7 +171,6 @@ def measured_costs(schedule: Schedule, measured: Measured) -> CostModel:
 
 
 def _by_operation(measured: Measured) -> dict[Operation, list[LaneSpan]]:
-    """Returns the spans of each operation, in the order of their starts."""
     found: dict[Operation, list[LaneSpan]] = defaultdict(list)
     for spans in measured.ranks:
         for span in spans:
@@ -233,7 +232,6 @@ def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
 
 
 def _lane(step: Step, *, starts_exchange: bool) -> SpanLane | None:
-    """Returns the lane of the main thread in a step."""
     match step.action:
         case Action.FORWARD | Action.BACKWARD:
             return "exposed" if starts_exchange else "compute"

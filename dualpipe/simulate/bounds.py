@@ -117,7 +117,6 @@ def _wave(
     stages: Sequence[tuple[StageCosts, float]],
     ends_of: Callable[[StageCosts, Sequence[float]], list[float]],
 ) -> list[list[Span]]:
-    """Returns the spans of a wave that passes stages, each with the latency before it."""
     spans, ends = [], list(begin)
     for stage, latency in stages:
         starts = [end + latency for end in ends]
@@ -185,8 +184,6 @@ class Bound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _HeldStage:
-    """A (direction, stage) that a rank holds, with its number of micro-batches and the waves that pass it."""
-
     count: int
     costs: StageCosts
     waves: StageWaves
@@ -366,7 +363,6 @@ def _horizon(shares: Sequence[_HeldStage], wave: str) -> float:
 
 
 def _can_exceed_cap(shares: Sequence[_HeldStage], memory_cap: float) -> bool:
-    """Returns whether the activations of all micro-batches together exceed the cap."""
     return memory_cap < sum(share.count * share.costs.activation for share in shares)
 
 

@@ -145,7 +145,6 @@ def _reason(best: TimedSchedule, ranked: Sequence[TimedSchedule], memory_cap: fl
 
 
 def _compared(best: TimedSchedule, other: TimedSchedule) -> str:
-    """Returns how the shortest other schedule differs from the chosen one."""
     mine, its = best.simulation.makespan, other.simulation.makespan
     if its < mine - 1e-9:
         less = f"{100 * (1 - its / mine):.2f} % shorter"

@@ -183,7 +183,6 @@ def resampled(costs: CostModel, num_stages: int) -> CostModel:
 
 
 def _shares(stage: int, num_new: int, num_old: int) -> dict[int, float]:
-    """Returns the fraction of each old stage that belongs to a new stage."""
     start, end = stage * num_old, (stage + 1) * num_old  # old stage i spans i * num_new to (i + 1) * num_new
     spans = {old: min(end, (old + 1) * num_new) - max(start, old * num_new) for old in range(num_old)}
     return {old: length / num_new for old, length in spans.items() if length > 0}

@@ -116,7 +116,6 @@ def _rank_state(
 
 
 def _repeated(schedule: Schedule, simulation: Simulation, rank: int, window: tuple[float, float]) -> tuple[Group, ...]:
-    """Returns the shortest sequence of groups that repeats in the steady state, or nothing."""
     spans = zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True)
     groups = [group for group, begin, stop in spans if begin >= window[0] and stop <= window[1]]
     # The first groups after the head and the last ones before the tail may still differ.
@@ -129,7 +128,6 @@ def _repeated(schedule: Schedule, simulation: Simulation, rank: int, window: tup
 
 
 def _limit(schedule: Schedule, costs: CostModel, ranks: tuple[RankPace, ...], busiest: int) -> str:
-    """Says which lane is full, or which cost makes the steady state longer."""
     rank = ranks[busiest]
     if rank.computing >= 1 - _NEAR:
         return f"computation: rank {busiest} computes {100 * rank.computing:.3g} % of the time"

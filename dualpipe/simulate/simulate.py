@@ -141,7 +141,6 @@ def activation_cap(memory_cap: float | None, num_directions: int, costs: CostMod
 
 
 def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
-    """Returns a rank's peak; `weights` holds the activation of each stage."""
     forward, reload, frees = Op.FORWARD, Op.RELOAD, (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.OFFLOAD)
     has_backwards = any(op.kind is not forward for group in groups for op in group)
     alive = peak = 0.0

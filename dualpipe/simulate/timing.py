@@ -75,7 +75,6 @@ class Timing:
     """Numbered operations of a schedule, with their costs and dependencies, for any order of groups."""
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
-        """Numbers the operations of a schedule in any order, and computes their costs and dependencies."""
         self.operations = tuple([op for groups in schedule.ranks for group in groups for op in group])
         self._numbers: dict[tuple[Op, int, int, int], int] = {op: number for number, op in enumerate(self.operations)}
         lanes = {
@@ -221,7 +220,6 @@ class Timing:
         return time, -1
 
     def _inputs_of(self, group: NumberedGroup) -> tuple[tuple[int, float], ...]:
-        """Returns the operations that a group needs, each with the time until its value arrives."""
         inputs: list[tuple[int, float]] = []
         for number in group:
             if self._before[number] >= 0:  # only a reload may end after the rank is free

@@ -145,7 +145,6 @@ def pad_tokens(values: Tensor) -> Tensor:
 
 
 def _expand(attention: LatentProjections, config: ModelConfig, cached_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes each head's keys, NHQ, and values, which are padded to the size of the keys."""
     latent_NL, shared_NR = cached_NC.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
     up_NE = functional.linear(latent_NL, attention.kv_b_proj.weight)
     return _to_heads(up_NE, shared_NR, config.num_heads, config.v_head_dim)

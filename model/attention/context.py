@@ -197,8 +197,6 @@ class _UpGradient:
 
 
 class _LatentBackward:
-    """Backward of keys and values, one rank's tokens at a time."""
-
     def __init__(
         self,
         blocks: _Blocks,

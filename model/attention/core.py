@@ -123,7 +123,6 @@ class _MixHeads(torch.autograd.Function):
 
 
 def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
-    """Allocates the memory of freed tensors again and recomputes their values."""
     if heads.input_bytes:
         for tensor, size in zip(heads.inputs, heads.input_bytes, strict=True):
             _allocate_again(tensor, size)
@@ -135,7 +134,6 @@ def _refill(heads: _HeadGraph, ends: LatentLinears, kernel: "_Kernel") -> None:
 
 
 def _free(tensor: Tensor) -> int:
-    """Frees a tensor's memory and returns its number of bytes."""
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     storage.resize_(0)
@@ -160,8 +158,6 @@ def _saved_tensor_hooks_disabled() -> AbstractContextManager[None]:
 
 
 class _Kernel:
-    """The attention kernel of whole sequences, with the layout of its queries, keys and values."""
-
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
         """Reads sizes from the options, and shape, type and device from compressed values or their like."""
         self._options, shape = options, options.shape

@@ -200,7 +200,6 @@ def _allowed_dtypes(keys: Mapping[str, Any], path: Path) -> tuple[StoredDtype, .
 
 
 def _check_quantization(keys: Mapping[str, Any], path: Path) -> bool:
-    """Returns whether weights may be in FP8, after checking `quantization_config`."""
     quantization = keys.get("quantization_config")
     if quantization is None:
         return False

@@ -171,7 +171,6 @@ def _read(values: ConfigValues) -> ModelConfig:
 
 
 def _head(values: ConfigValues) -> HeadKind:
-    """Returns the kind of the output head, by the name of the class in transformers."""
     return "score" if values.get("architectures") == [_ARCHITECTURES["score"]] else "tokens"
 
 

@@ -111,7 +111,6 @@ def _check_whole(config: ModelConfig, named: Mapping[str, Tensor], path: Path | 
 def _as_found(
     plan: Mapping[str, Stored], named: Mapping[str, Tensor], source: HfSource, *, fp8: bool
 ) -> dict[str, Stored]:
-    """Returns the plan with each tensor in the type in which it was found, if that is exact."""
     found: dict[str, Stored] = {}
     for name, stored in plan.items():
         dtype = source.dtypes.get(name)
@@ -134,7 +133,6 @@ def _holds(dtype: StoredDtype, values: Tensor) -> bool:
 
 
 def _is_exact(values_ND: Tensor, scales_MT: Tensor) -> bool:
-    """Whether FP8 with these scales holds every value exactly."""
     for block, rows_RD in enumerate(values_ND.split(BLOCK)):
         scales_1T = scales_MT[block : block + 1].to(rows_RD.device)
         codes_RD = codes_128x128(rows_RD, scales_1T)

@@ -85,7 +85,6 @@ def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
 
 
 def _read(path: Path) -> tuple[int, bytes]:
-    """Returns the file's size and its header: the first eight bytes are the header's length."""
     try:
         check_kind(path)
         with path.open("rb") as file:
@@ -102,7 +101,6 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    """Returns the header's entry of a tensor. The library has checked everything except the type."""
     dtype, (begin, end) = value["dtype"], value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")

@@ -97,7 +97,6 @@ def carried_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_neutral(key: str, words: set[str], value: Any) -> bool:
-    """Whether a value has the same effect as a missing key."""
     if value is None or value in ([], {}, ""):
         return True
     if key == "layer_types":

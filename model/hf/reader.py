@@ -195,7 +195,6 @@ def _read_runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[
 
 
 def _read_bytes(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[bytearray]:
-    """Yields a tensor's bytes, in runs of whole blocks of rows."""
     if not entry.num_bytes:
         return
     row_bytes = entry.num_bytes // entry.shape[0]

@@ -90,7 +90,6 @@ def _check_plain_length(values: ConfigValues, max_position: int) -> None:
 
 
 def _original_length(values: ConfigValues, inner: ConfigValues, max_position: int) -> int:
-    """Returns the length that YaRN extends: next to `factor` or at the top level, as in transformers."""
     key = "original_max_position_embeddings"
     lengths = [place.whole(key, 1) for place in (inner, values) if place.get(key) is not None]
     if len(set(lengths)) > 1:
@@ -142,7 +141,6 @@ def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
 
 
 def _default_factor(factor: float, mscale: float, all_dim: float) -> float:
-    """Returns the factor of cos and sin in transformers if `attention_factor` is not given."""
     if mscale and all_dim:
         return _temperature(factor, mscale) / _temperature(factor, all_dim)
     return _temperature(factor, 1.0)

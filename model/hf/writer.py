@@ -166,7 +166,6 @@ def _check_finite(values: Tensor, place: Path, name: str, dtype: StoredDtype) ->
 
 
 def _rows(values: Tensor, dtype: StoredDtype) -> Iterator[Tensor]:
-    """Yields runs of whole rows in a type, on the CPU."""
     row_bytes = max(1, values[0].numel() * ITEM_BYTES[dtype])
     for rows in values.split(max(1, CHUNK_BYTES // row_bytes)):
         yield rows.to(TORCH_DTYPES[dtype]).contiguous().cpu()

@@ -88,8 +88,6 @@ class Distillation:
         return TaskLoss(self.targets.factors[0] * loss, sums, log_probs_BT)
 
     def _teacher(self, batch: MicroBatch, rows: Tensor | None) -> Teacher:
-        """Returns the teacher's distributions of the rows that are scored."""
-
         def of_rows(name: str) -> Tensor:
             flat = batch.extras[name].flatten(0, 1)
             return flat if rows is None else flat[rows]

@@ -83,7 +83,6 @@ class PolicyGradient:
     def _score(
         self, rows_RD: Tensor, head_VD: Tensor, targets_R: Tensor, batch: MicroBatch, *, records: bool
     ) -> tuple[RowScores, dict[str, Tensor]]:
-        """Computes log-probabilities, gradients if `records`, and the sums of the terms."""
         rows_R, kept = batch.rows(0), batch.extras.get(KEPT)
         kept_ids_RK = None if kept is None else flat_rows(kept, rows_R)
         answers = AnswerIndex(batch, rows_R)

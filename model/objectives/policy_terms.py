@@ -124,7 +124,6 @@ def bounded_exp(logs: Tensor) -> Tensor:
 def _surrogate(
     form: PolicyLossConfig, tokens: AnswerTokens, ratio_R: Tensor, log_probs_R: Tensor
 ) -> tuple[_Term, Tensor]:
-    """Returns the surrogate of each token, and which tokens are beyond a bound of their ratio."""
     advantage_R, largest = tokens.advantage_R, math.inf if form.largest_ratio is None else form.largest_ratio
     bounded_R = ratio_R.clamp_max(largest)
     if form.surrogate == "weighted":

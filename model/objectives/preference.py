@@ -104,7 +104,6 @@ class Preference:
     def _predict_further(
         self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None
     ) -> TaskLoss:
-        """Computes the cross-entropy of chosen answers under an MTP module."""
         is_chosen_BT = depth_weights(batch.extras[PAIR] > 0, head.depth)
         targets_BT = batch.targets_BT[head.depth].masked_fill(~is_chosen_BT, IGNORE)
         nats, log_probs_BT = score_tokens(

@@ -132,7 +132,6 @@ class GroupChooser:
         found.append(Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, NONE, NONE, target))
 
     def _best(self, state: BuilderRank, now: float, candidates: list[Candidate]) -> GroupChoice | None:
-        """Returns the group with the highest value, which may start later than now."""
         following, better = self._order.following, self._better
         best = better(None, state, now, (), 0) if state.weights else None
         for number, one in enumerate(candidates):
@@ -220,7 +219,6 @@ class GroupChooser:
         return True
 
     def _keeps_deadlines(self, state: BuilderRank, members: tuple[Candidate, ...], end: float) -> bool:
-        """Returns whether the rank receives the messages of its links in time."""
         state.has_deadline = any(link.deadline < NEVER for _, link in state.links)
         for number, link in state.links:
             if end > link.deadline - EPSILON and all(member.source != number for member in members):
@@ -243,8 +241,6 @@ def build_order(pipeline: Pipeline, preset: Preset, makespan: float) -> Attempt:
 
 
 class _Run:
-    """Construction of one order."""
-
     def __init__(self, pipeline: Pipeline, preset: Preset, makespan: float) -> None:
         self._pipeline = pipeline
         self._makespan = makespan
@@ -280,13 +276,11 @@ class _Run:
         return Attempt(time=end, effort=self._effort, ranks=ranks)
 
     def _chooser_of(self, state: BuilderRank) -> GroupChooser:
-        """Returns the chooser of the part in which a rank is."""
         if not state.has_backward:
             return self._warm_up
         return self._steady if state.forwards_left > self._last else self._cool_down
 
     def _start(self, rank: int, state: BuilderRank, now: float, choice: GroupChoice) -> float:
-        """Starts a group: updates memory and work, receives its inputs and sends its outputs."""
         pipeline, group = self._pipeline, []
         for member in choice.members:
             queue = self._order.queues[member.queue]

@@ -20,8 +20,6 @@ from model.precision.fp8.maps import Fp8Maps, deliver_gradient
 
 
 class _Normal(NamedTuple):
-    """Output of a norm in FP8, and its inverse root mean squares."""
-
     codes: Tensor
     scales: Tensor
     inverse: Tensor
