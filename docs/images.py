@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dualpipe.build import build
-from dualpipe.draw.cells import Cell, measured_cells, planned_cells
+from dualpipe.draw.svg import Cell, measured_cells, planned_cells
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
 from tests.bench.grouped_stages import measure_spans

@@ -141,18 +141,6 @@ class Schedule:
             if holder == rank
         )
 
-    def _repr_html_(self) -> str | None:
-        """Returns the picture for notebooks, with F = I = W = O and no exchange, or None if ranks deadlock."""
-        from dualpipe.draw.svg import svg
-        from dualpipe.simulate.costs import Costs
-        from dualpipe.simulate.simulate import simulate
-
-        equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=0.0, latency=0.0, offload=1.0)
-        try:
-            return f'<div style="overflow-x: auto">{svg(self, simulate(self, equal))}</div>'
-        except ScheduleError:
-            return None
-
     def micro_batches_of(self, direction: int) -> range:
         """Returns the direction's micro-batches. If their total is odd, direction 0 has one more."""
         share, rest = divmod(self.num_micro_batches // self.slices, self.num_directions)

@@ -14,7 +14,7 @@ FALLBACK = "dualpipe_split"
 AUTO_CHUNKS = 4
 """Maximum number of chunks that is tried if none is configured."""
 
-_FIRST = ("dualpipe_interleaved", "dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b")
+_FIRST = ("dualpipe_interleaved", "dualpipe", "zero_bubble", "one_f_one_b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

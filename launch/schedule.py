@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
+from dualpipe.choose import best_of_kind, choose, survey
 from dualpipe.config import ModelCosts, ScheduleConfig
 from dualpipe.decode import decode as decode_schedule
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
@@ -21,7 +22,6 @@ from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, candidates, check_size, check_slices
 from dualpipe.simulate.bounds import Bound
-from dualpipe.simulate.choose import best_of_kind, choose, survey
 from dualpipe.simulate.costs import CostModel, Costs
 from dualpipe.simulate.simulate import simulate
 from dualpipe.validate import validate

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from comm.dispatch.build import open_lane
 from data.batch_sizes import BatchSizes
 from dualpipe.ir import Schedule
-from dualpipe.runtime.reductions import first_use_order, reduction_order
+from dualpipe.runtime.program import first_use_order, reduction_order
 from model.gradients import GradientStore
 from train.config import EmaConfig
 from train.optim.config import OptimConfig

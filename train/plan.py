@@ -11,10 +11,10 @@ from torch import distributed as dist
 from comm.config import Cut
 from comm.layout import Layout
 from dualpipe.build import build
+from dualpipe.choose import choose, survey
 from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import SCHEDULES
-from dualpipe.simulate.choose import choose, survey
 from dualpipe.simulate.costs import CostModel
 from dualpipe.validate import validate_passes
 from model.config import CutError, ModelConfig, cut_layers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dualpipe.build import build
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Schedule
 from dualpipe.runtime.compile import Pairing, compile_rank

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from dualpipe.build import build
+from dualpipe.choose import MARGIN, best_of_kind, choose, survey
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.ir import MemoryCapError, ScheduleError
 from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, candidates
-from dualpipe.simulate.choose import MARGIN, best_of_kind, choose, survey
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import simulate
 

@@ -3,7 +3,7 @@
 import re
 
 from dualpipe.build import build
-from dualpipe.draw.alternatives import Alternatives, by_makespan
+from dualpipe.choose import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.table import html
 from dualpipe.passes import ungroup

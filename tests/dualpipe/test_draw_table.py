@@ -9,7 +9,7 @@ import pytest
 from dualpipe.build import build
 from dualpipe.draw.entry import UnavailableSchedule, time_schedule
 from dualpipe.draw.table import COLUMNS, cells, html, table
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.simulate.costs import Costs
 from tests.documents import browse, check_policy, with_style_attributes
 from tests.dualpipe.clockwork import measured_run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dualpipe.build import build
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import v_half, v_min, zb_h1, zb_v
 from dualpipe.ir import Op, Schedule, ScheduleError, to_json
 from dualpipe.passes import forward_only

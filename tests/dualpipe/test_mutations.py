@@ -9,8 +9,7 @@ from functools import cache
 import pytest
 
 from dualpipe.build import build
-from dualpipe.generate.dualpipe import dualpipe, mirror
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Operation, Schedule, ScheduleError

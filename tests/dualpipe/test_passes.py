@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from dualpipe.generate.dualpipe import dualpipe
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe, dualpipe_v
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.ir import Op, Schedule
 from dualpipe.passes import is_no_worse, split_backwards, split_weights

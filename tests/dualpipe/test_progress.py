@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.generate.dualpipe import dualpipe, mirror
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, mirror
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError

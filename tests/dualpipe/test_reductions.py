@@ -5,8 +5,7 @@ import pytest
 from dualpipe.build import build
 from dualpipe.ir import Op, Schedule
 from dualpipe.runtime.pairing import overlapped
-from dualpipe.runtime.program import Action
-from dualpipe.runtime.reductions import first_use_order, reduction_order, with_reductions
+from dualpipe.runtime.program import Action, first_use_order, reduction_order, with_reductions
 from dualpipe.simulate.costs import Costs, uniform
 from tests.dualpipe.adding import PUBLISHED, SCHEDULES, lower, name_of
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from dualpipe.generate.dualpipe import dualpipe
+from dualpipe.generate.dualpipe import dualpipe, dualpipe_v
 from dualpipe.generate.dualpipe_interleaved import empty
-from dualpipe.generate.dualpipe_v import dualpipe_v
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.steady import lengthen

@@ -11,7 +11,7 @@ import torch
 from comm.config import Cut, ParallelismConfig
 from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
-from dualpipe.generate.dualpipe_v import dualpipe_v
+from dualpipe.generate.dualpipe import dualpipe_v
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Schedule
 from dualpipe.registry import SCHEDULES

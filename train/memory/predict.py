@@ -10,7 +10,7 @@ from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
-from dualpipe.runtime.reductions import with_reductions
+from dualpipe.runtime.program import with_reductions
 from kernels.attention import pads_values
 from kernels.tiles import num_tiles
 from model.size import HeldParameters, Sizes, StageShape, held_parameters, sliced_phases, stage_shapes

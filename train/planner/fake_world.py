@@ -14,7 +14,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from dualpipe.ir import Schedule
-from dualpipe.runtime.reductions import first_use_order, reduction_order
+from dualpipe.runtime.program import first_use_order, reduction_order
 from model.attention.mla import LatentAttention
 from model.attention.rope import rotation_table
 from model.gradients import GradientStore

@@ -7,8 +7,7 @@ from dualpipe.ir import Schedule
 from dualpipe.passes import forward_only
 from dualpipe.runtime import pairing as pairings
 from dualpipe.runtime.compile import compile_rank
-from dualpipe.runtime.program import Program
-from dualpipe.runtime.reductions import with_reductions
+from dualpipe.runtime.program import Program, with_reductions
 from dualpipe.validate import validate_passes
 from model.stage import Stage
 
