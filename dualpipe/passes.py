@@ -1,10 +1,8 @@
-"""Transforms schedules with pure functions. An optimization is kept only if the simulator confirms it."""
+"""Transforms schedules with pure functions."""
 
 from dataclasses import replace
 
 from dualpipe.ir import Group, Op, Schedule
-from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import simulate
 
 # Forwards start before the group frees any activation, as the count of live activations assumes. Weight gradients are
 # last, because no rank waits for them. Each kind keeps its order, which is the order of its link.
@@ -34,24 +32,9 @@ def ungroup(schedule: Schedule) -> Schedule:
     return replace(schedule, ranks=tuple(ranks))
 
 
-def split_weights(schedule: Schedule, costs: CostModel) -> Schedule:
-    """Replaces every B by I and a later W, to send I's gradient first, unless time or memory grows."""
-    split = split_backwards(schedule)
-    return split if is_no_worse(split, schedule, costs) else schedule
-
-
 def split_backwards(schedule: Schedule) -> Schedule:
-    """Replaces every B by I and W like `split_weights`, without checking that it helps."""
+    """Replaces every B by I and a separate W after it, so that the input gradient is sent before W runs."""
     return replace(schedule, ranks=tuple(_split(groups) for groups in schedule.ranks))
-
-
-def is_no_worse(changed: Schedule, schedule: Schedule, costs: CostModel) -> bool:
-    """Returns whether neither the makespan nor any rank's peak memory is larger."""
-    new, old = simulate(changed, costs), simulate(schedule, costs)
-    tolerance = 1e-9 * max(old.makespan, 1.0)
-    return new.makespan <= old.makespan + tolerance and all(
-        peak <= before + 1e-9 for peak, before in zip(new.peaks, old.peaks, strict=True)
-    )
 
 
 def _forwards(groups: tuple[Group, ...]) -> tuple[Group, ...]:

@@ -38,11 +38,6 @@ class IdleFormula:
     value: Callable[[int, Costs], float]
 
 
-def accept_any_size(num_ranks: int, num_micro_batches: int) -> SizeLimit | None:
-    """Returns None: any number of ranks and micro-batches is accepted."""
-    return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSpec:
     """Registered kind of schedule.
@@ -64,7 +59,7 @@ class ScheduleSpec:
     generate: Callable[..., Schedule]
     placement: Callable[[int, int], Placement] = straight_placement
     chunks: range = range(1, 2)
-    limit: Callable[[int, int], SizeLimit | None] = accept_any_size
+    limit: Callable[[int, int], SizeLimit | None] = lambda num_ranks, num_micro_batches: None
     takes_costs: bool = False
     takes_slices: bool = False
     may_be_chosen: bool = True

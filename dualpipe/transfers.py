@@ -1,7 +1,5 @@
 """Derives the messages between ranks from a schedule."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, assert_never
 
@@ -61,24 +59,6 @@ class Message(NamedTuple):
         return f"{self.value} from rank {self.source} to rank {self.destination}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankTransfers:
-    """Messages of a rank by group: group g needs `receives[g]` to run, and then sends `sends[g]`."""
-
-    receives: tuple[tuple[Message, ...], ...]
-    sends: tuple[tuple[Message, ...], ...]
-
-    @property
-    def all_receives(self) -> tuple[Message, ...]:
-        """All received messages, in program order."""
-        return tuple(message for messages in self.receives for message in messages)
-
-    @property
-    def all_sends(self) -> tuple[Message, ...]:
-        """All sent messages, in program order."""
-        return tuple(message for messages in self.sends for message in messages)
-
-
 def made_by(operation: Operation, num_stages: int) -> Value | None:
     """Returns the value that the operation makes for a neighboring stage, if any."""
     if operation.kind in _LOCAL:
@@ -136,17 +116,6 @@ def message_of(schedule: Schedule, value: Value) -> Message | None:
     return Message(value.kind, value.direction, value.stage, value.micro_batch, source, destination)
 
 
-def transfers(schedule: Schedule) -> tuple[RankTransfers, ...]:
-    """Returns the messages of each rank. Within a group they have the order of its operations."""
-    return tuple(
-        RankTransfers(
-            receives=tuple(_messages(schedule, (value_needed(schedule, op) for op in group)) for group in groups),
-            sends=tuple(_messages(schedule, (value_made(schedule, op) for op in group)) for group in groups),
-        )
-        for groups in schedule.ranks
-    )
-
-
 def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
     """Returns the pairs of ranks that exchange messages under a valid schedule, the lower one first."""
     ends = (
@@ -156,8 +125,3 @@ def linked_pairs(schedule: Schedule) -> list[tuple[int, int]]:
         for both in (*pairwise(row), *([(row[-1], row[0])] if schedule.cohorts is not None else []))
     )
     return sorted({(min(both), max(both)) for both in ends if both[0] != both[1]})
-
-
-def _messages(schedule: Schedule, values: Iterable[Value | None]) -> tuple[Message, ...]:
-    found = (message_of(schedule, value) for value in values if value is not None)
-    return tuple(message for message in found if message is not None)

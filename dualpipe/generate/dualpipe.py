@@ -197,11 +197,6 @@ def _drain(writer: _OrderWriter, rank: int, num_ranks: int) -> None:
         writer.backward_weight()
 
 
-def _published_idle(num_ranks: int, costs: Costs) -> float:
-    backward = costs.backward_input + costs.backward_weight + costs.exchange
-    return (num_ranks - 1) * (pair_time(costs) + backward - 3 * costs.backward_weight) / 2
-
-
 SCHEDULES.register(
     "dualpipe",
     ScheduleSpec(
@@ -223,7 +218,9 @@ SCHEDULES.register(
         chunks=range(2, 3),
         limit=too_few_micro_batches,
         idle=IdleFormula(
-            text="(P-1)(F&B+B-3W)/2", assumes="F = I >= W, no exchange and no latency", value=_published_idle
+            text="(P-1)(F&B+B-3W)/2",
+            assumes="F = I >= W, no exchange and no latency",
+            value=lambda num_ranks, costs: published_idle(2 * num_ranks, costs) / 2,
         ),
     ),
 )

@@ -6,7 +6,7 @@ how many of the next F, the next I and the oldest W share its next group, and wh
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
 from itertools import product
@@ -104,48 +104,33 @@ class ChunkOrder:
     chunks: int
     num_rounds: int
 
-    @property
-    def largest_round(self) -> int:
-        """Number of micro-batches in the largest round."""
-        return -(-self.num_micro_batches // self.num_rounds)
-
     @cached_property
     def forwards(self) -> list[tuple[int, int]]:
         """Chunk and micro-batch of each position of the forwards."""
-        return [
-            (chunk, micro_batch)
-            for members in self._rounds()
-            for chunk in range(self.chunks)
-            for micro_batch in members
-        ]
+        return self._steps(range(self.chunks))
 
     @cached_property
     def backwards(self) -> list[tuple[int, int]]:
         """Chunk and micro-batch of each position of the backwards."""
-        return [
-            (chunk, micro_batch)
-            for members in self._rounds()
-            for chunk in reversed(range(self.chunks))
-            for micro_batch in members
-        ]
+        return self._steps(range(self.chunks)[::-1])
 
     @cached_property
     def next_forward(self) -> list[int]:
         """Position of the same micro-batch's forward in the next chunk, or -1, for each position."""
-        at = {step: position for position, step in enumerate(self.forwards)}
-        return [at.get((chunk + 1, micro_batch), -1) for chunk, micro_batch in self.forwards]
+        return _positions_of(self.forwards, [(chunk + 1, micro_batch) for chunk, micro_batch in self.forwards])
 
     @cached_property
     def next_backward(self) -> list[int]:
         """Position of the same micro-batch's backward in the chunk before, or -1, for each position."""
-        at = {step: position for position, step in enumerate(self.backwards)}
-        return [at.get((chunk - 1, micro_batch), -1) for chunk, micro_batch in self.backwards]
+        return _positions_of(self.backwards, [(chunk - 1, micro_batch) for chunk, micro_batch in self.backwards])
 
     @cached_property
     def turn(self) -> list[int]:
         """Position of the backward in the same chunk, for each position of the forwards."""
-        at = {step: position for position, step in enumerate(self.backwards)}
-        return [at[step] for step in self.forwards]
+        return _positions_of(self.backwards, self.forwards)
+
+    def _steps(self, chunks: range) -> list[tuple[int, int]]:
+        return [(chunk, micro_batch) for members in self._rounds() for chunk in chunks for micro_batch in members]
 
     def _rounds(self) -> list[range]:
         share, rest = divmod(self.num_micro_batches, self.num_rounds)
@@ -155,6 +140,12 @@ class ChunkOrder:
             rounds.append(range(start, start + size))
             start += size
         return rounds
+
+
+def _positions_of(order: Sequence[tuple[int, int]], steps: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns the position of each step in an order, or -1 if it has none."""
+    positions = {step: position for position, step in enumerate(order)}
+    return [positions.get(step, -1) for step in steps]
 
 
 class InterleavedPipeline:
@@ -172,7 +163,6 @@ class InterleavedPipeline:
     def __init__(self, shape: Schedule, costs: CostModel, memory_cap: float) -> None:
         ranks = shape.num_ranks
         self.shape = shape
-        self._costs = costs
         self.chunks = shape.num_stages // ranks
         self.cap = memory_cap + _EPSILON
         distinct = list(dict.fromkeys(costs.stages))
@@ -189,12 +179,6 @@ class InterleavedPipeline:
             shape.num_micro_batches * sum(lane[0] for number in held for lane in self.lanes[number])
             for held in self.classes
         ]
-
-    def resized(self, num_micro_batches: int) -> "InterleavedPipeline":
-        """Returns the pipeline for another number of micro-batches."""
-        return InterleavedPipeline(
-            replace(self.shape, num_micro_batches=num_micro_batches), self._costs, self.cap - _EPSILON
-        )
 
     @property
     def room(self) -> float:
@@ -246,7 +230,8 @@ class GreedyRun:
         self._events = [(0.0, rank) for rank in ranks]
         self._rendezvous = Rendezvous(len(ranks), policy.most_pending)
         # The first micro-batch of a round must reach the last chunk.
-        least = (pipeline.chunks - 1) * order.largest_round + 1
+        largest_round = -(-order.num_micro_batches // order.num_rounds)
+        least = (pipeline.chunks - 1) * largest_round + 1
         self._most_ahead = [max(pipeline.room - policy.slope * rank, least) for rank in ranks]
         self._scarce = policy.reserve * max(pipeline.memory)
         self.effort = 0

@@ -62,7 +62,7 @@ class _PolicySearch:
         # Three rounds and the rest show the start, the steady state and the end.
         few = 3 * shape.num_ranks + shape.num_micro_batches % shape.num_ranks
         is_few = shape.num_micro_batches <= 4 * shape.num_ranks
-        self._few = self._full if is_few else self._full.resized(few)
+        self._few = self._full if is_few else InterleavedPipeline(replace(shape, num_micro_batches=few), costs, cap)
         self._bound = lower_bound(self._few.shape, costs, cap).value
         self._orders: dict[tuple[int, int], ChunkOrder] = {}
         self._found: dict[Policy, float] = {}

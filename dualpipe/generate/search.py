@@ -46,11 +46,6 @@ class BestSchedule:
         work = [stage.forward + stage.backward_input + stage.backward_weight for stage in costs.stages]
         self._slow_links = replace(costs, latency=costs.latency + _LATENCY_SHARE * sum(work) / len(work))
 
-    @property
-    def is_optimal(self) -> bool:
-        """Whether the makespan equals the lower bound."""
-        return self.makespan <= self.bound * (1 + _TOLERANCE)
-
     def consider(self, schedule: Schedule) -> bool:
         """Keeps the schedule if it is valid, within the cap and better than the best so far; returns whether."""
         try:
@@ -60,7 +55,9 @@ class BestSchedule:
         peak = max(peak_memory(schedule, self.costs))
         if peak > self.cap + _TOLERANCE or makespan > self.makespan * (1 + _TOLERANCE):
             return False
-        if self._is_tie(makespan) and (self._slowed(schedule), peak) >= (self._slowed(self.schedule), self._peak):
+        is_tie = self.schedule is not None and round(makespan, 9) >= round(self.makespan, 9)
+        # Slow links decide, which are simulated only then.
+        if is_tie and (self._slowed(schedule), peak) >= (self._slowed(self.schedule), self._peak):
             return False
         try:
             validate(schedule)
@@ -68,10 +65,6 @@ class BestSchedule:
             return False
         self.schedule, self.makespan, self._peak = schedule, makespan, peak
         return True
-
-    def _is_tie(self, makespan: float) -> bool:
-        """Returns whether slow links decide, which are simulated only then."""
-        return self.schedule is not None and round(makespan, 9) >= round(self.makespan, 9)
 
     def _slowed(self, schedule: Schedule | None) -> float:
         """Returns the makespan with slower links; that of the last best schedule is kept."""
@@ -101,7 +94,7 @@ def search(
     best = BestSchedule(shape, costs, cap)
     for schedule in known:
         best.consider(schedule)
-        if best.is_optimal:
+        if best.makespan <= best.bound * (1 + _TOLERANCE):
             break
     for level in _caps(shape, costs, cap) if builds_more or best.schedule is None else ():
         if lower_bound(shape, costs, level).value >= best.makespan * (1 - _TOLERANCE):
@@ -171,14 +164,6 @@ class _Found:
     makespan: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Unsteady:
-    """Preset whose order of few micro-batches has no steady state, and the makespan of that order."""
-
-    preset: Preset
-    makespan: float
-
-
 class _Level:
     def __init__(self, best: BestSchedule, cap: float) -> None:
         self._best = best
@@ -192,7 +177,7 @@ class _Level:
     def run(self) -> None:
         """Builds orders with the presets, and considers the best ones until one is valid."""
         found: list[_Found] = []
-        unsteady: list[_Unsteady] = []
+        unsteady: dict[Preset, float] = {}  # whose order of few micro-batches has no steady state
         left, limit = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT, self._limit()
         attempts = 0
         for preset in PRESETS:
@@ -213,12 +198,12 @@ class _Level:
             simulation = simulate(order, self._best.costs)
             steady = find_steady_state(order, simulation, shift)
             if steady is None:
-                unsteady.append(_Unsteady(preset, simulation.makespan))
+                unsteady[preset] = simulation.makespan
             else:
                 found.append(self._extended(order, simulation, steady))
         self._consider(found)
         if self._added() and not found:
-            self._run_whole([item.preset for item in sorted(unsteady, key=lambda item: item.makespan)])
+            self._run_whole(sorted(unsteady, key=unsteady.__getitem__))
 
     def _added(self) -> int:
         return self._best.shape.num_micro_batches - self._few.num_micro_batches

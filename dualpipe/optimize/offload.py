@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
-from dualpipe.simulate.simulate import Simulation, peak_memory, simulate
+from dualpipe.simulate.simulate import peak_memory, simulate
 
 _ROUNDING = 1e-9
 _MAX_ROUNDS = 3
@@ -20,18 +20,15 @@ def offload(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedule
     the activation that it needs last, as long as its link can copy it out before the group and back before its
     backward. If no activation is in time, the rank waits for a copy.
     """
-    found = [_in_order(each, costs, memory_cap) for each in (schedule, _with_early_weights(schedule))]
+    early = replace(schedule, ranks=tuple(tuple(_early_weights(groups)) for groups in schedule.ranks))
+    found = [_in_order(each, costs, memory_cap) for each in (schedule, early)]
     return min(
         (each for each in found if each is not None), key=lambda each: simulate(each, costs).makespan, default=None
     )
 
 
-def _with_early_weights(schedule: Schedule) -> Schedule:
-    """Returns the schedule with each W right after its I: an activation stays on the device from I to W."""
-    return replace(schedule, ranks=tuple(tuple(_early_weights(groups)) for groups in schedule.ranks))
-
-
 def _early_weights(groups: Sequence[Group]) -> Iterator[Group]:
+    """Yields the groups with each W right after its I: an activation stays on the device from I to W."""
     for group in groups:
         others = tuple(op for op in group if op.kind is not Op.BACKWARD_WEIGHT)
         if others:
@@ -46,7 +43,9 @@ def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedu
     for _ in range(_MAX_ROUNDS):
         ranks = []
         for rank, groups in enumerate(schedule.ranks):
-            times = _work_times(simulation, rank, best.ranks[rank] if best else groups)
+            planned = best.ranks[rank] if best else groups
+            spans = zip(planned, simulation.starts[rank], simulation.ends[rank], strict=True)
+            times = [(start, end) for group, start, end in spans if not group[0].kind.is_copy]
             moved = _RankPlan(groups, times, costs, memory_cap).run()
             if moved is None:
                 return best
@@ -58,11 +57,6 @@ def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedu
         # Waits for copies change the times of groups. Another round plans with these times.
         best, best_makespan = found, simulation.makespan
     return best
-
-
-def _work_times(simulation: Simulation, rank: int, groups: Sequence[Group]) -> list[tuple[float, float]]:
-    spans = zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True)
-    return [(start, end) for group, start, end in spans if not group[0].kind.is_copy]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +94,8 @@ class _RankPlan:
     def run(self) -> tuple[Group, ...] | None:
         """Returns the rank's groups with copies, or None if they cannot keep the cap."""
         moves = self._moves()
-        while (full := self._first_full(moves)) is not None:
-            if not self._choose(full):
+        while full := [group for group, alive in enumerate(self._alive(moves)) if alive > self._cap]:
+            if not self._choose(full[0]):
                 return None
             moves = self._moves()
         return self._with_copies(moves)
@@ -160,9 +154,6 @@ class _RankPlan:
                 changes[moves[each].out] -= each.weight
                 changes[moves[each].back] += each.weight
         return list(accumulate(changes[:-1]))
-
-    def _first_full(self, moves: dict[_Activation, _Move]) -> int | None:
-        return next((group for group, alive in enumerate(self._alive(moves)) if alive > self._cap), None)
 
     def _excess(self, moves: dict[_Activation, _Move], until: int) -> float:
         return sum(max(0.0, alive - self._cap) for alive in self._alive(moves)[: until + 1])

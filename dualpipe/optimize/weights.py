@@ -68,15 +68,13 @@ class _WeightPlacement:
         group = self._groups[rank][self._next[rank]]
         start, missing = self._timing.ready(group, self._clock[rank], self._ends)
         fits = self._weight_of(group) <= self._room[rank]
-        if waiting and (not fits or missing >= 0 or start > self._clock[rank] + self._max_wait(waiting[0]) + _ROUNDING):
+        max_wait = self._patience * self._costs.compute_of(waiting[0]) if waiting else 0.0
+        if waiting and (not fits or missing >= 0 or start > self._clock[rank] + max_wait + _ROUNDING):
             self._run_weight(rank)
         elif missing >= 0:
             self._blocked[missing] = rank
         elif fits:
             self._run(rank, group, start)
-
-    def _max_wait(self, weight: Operation) -> float:
-        return self._patience * self._costs.compute_of(weight)
 
     def _weight_of(self, group: NumberedGroup) -> float:
         forwards = (op for op in map(self._timing.operations.__getitem__, group) if op.kind is Op.FORWARD)

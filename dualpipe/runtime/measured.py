@@ -1,10 +1,10 @@
 """Converts the measured times of a run to spans of operations. Uses only the standard library."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal, assert_never
+from typing import Literal
 
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.program import Action, Program, RunKey, Step
@@ -19,6 +19,33 @@ exchange or waits for it. `wait`: the main thread waits for a message of another
 """
 
 _USED: tuple[SpanLane, ...] = ("compute", "exposed")
+
+_LANES: dict[Action, SpanLane | None] = {
+    Action.FORWARD: "compute",
+    Action.BACKWARD: "compute",
+    Action.WEIGHT: "compute",
+    Action.WAIT: "exposed",
+    Action.ACCEPT: "wait",
+    Action.SEND: "send",
+    Action.OFFLOAD: "copy",
+    Action.RELEASE: "copy",
+    Action.RELOAD: "copy",
+    Action.RESTORE: "copy",
+    Action.RECEIVE: None,
+    Action.FINISH: None,
+    Action.REDUCE: None,
+}
+"""Lane of the main thread in a step, unless the step only starts an exchange."""
+
+_PASSES = {
+    Op.FORWARD: (Action.FORWARD,),
+    Op.BACKWARD: (Action.BACKWARD, Action.WEIGHT),
+    Op.BACKWARD_INPUT: (Action.BACKWARD,),
+    Op.BACKWARD_WEIGHT: (Action.WEIGHT,),
+    Op.OFFLOAD: (Action.RELEASE,),
+    Op.RELOAD: (Action.RELOAD,),
+}
+"""Actions by which the steps of an operation are found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +119,7 @@ def _unused_fraction(measured: Measured, lanes: Sequence[SpanLane]) -> float:
 def step_lanes(program: Program) -> tuple[SpanLane | None, ...]:
     """Returns the main thread's lane in every step, None for steps that take negligible time."""
     exchanges = _exchange_steps(program)
-    return tuple(_lane(step, starts_exchange=index in exchanges) for index, step in enumerate(program.steps))
+    return tuple("exposed" if index in exchanges else _LANES[step.action] for index, step in enumerate(program.steps))
 
 
 def rank_busy_time(
@@ -118,7 +145,12 @@ def rank_spans(
         spans: start and end of every step, in seconds from the program's start (`Execution.spans`).
         origin_seconds: start of the program on the clock that all ranks share.
     """
-    operations = {key: (op, index) for index, group in enumerate(groups) for op in group for key in _keys(op)}
+    operations = {
+        (RunKey(op.direction, op.stage, op.micro_batch), action): (op, index)
+        for index, group in enumerate(groups)
+        for op in group
+        for action in _PASSES[op.kind]
+    }
     way: dict[RunKey, Action] = {}
     exchange: dict[RunKey, tuple[Step, float]] = {}
     found: list[LaneSpan] = []
@@ -191,25 +223,6 @@ def _computation(op: Operation, spans: Sequence[LaneSpan]) -> dict[Op, float]:
     return seconds
 
 
-def _keys(op: Operation) -> Iterable[tuple[RunKey, Action]]:
-    run = RunKey(op.direction, op.stage, op.micro_batch)
-    match op.kind:
-        case Op.FORWARD:
-            return [(run, Action.FORWARD)]
-        case Op.BACKWARD:
-            return [(run, Action.BACKWARD), (run, Action.WEIGHT)]
-        case Op.BACKWARD_INPUT:
-            return [(run, Action.BACKWARD)]
-        case Op.BACKWARD_WEIGHT:
-            return [(run, Action.WEIGHT)]
-        case Op.OFFLOAD:
-            return [(run, Action.RELEASE)]
-        case Op.RELOAD:
-            return [(run, Action.RELOAD)]
-        case _ as other:
-            assert_never(other)
-
-
 def _exchange_steps(program: Program) -> set[int]:
     """Returns the steps that only start an exchange: the run's next step in that direction waits for it."""
     found = set()
@@ -229,26 +242,6 @@ def _passage(step: Step, way: dict[RunKey, Action]) -> Action:
     if step.action in (Action.OFFLOAD, Action.RESTORE):
         return Action.FORWARD if step.action is Action.OFFLOAD else Action.BACKWARD
     return way[step.run] if step.action is Action.WAIT else step.action
-
-
-def _lane(step: Step, *, starts_exchange: bool) -> SpanLane | None:
-    match step.action:
-        case Action.FORWARD | Action.BACKWARD:
-            return "exposed" if starts_exchange else "compute"
-        case Action.WEIGHT:
-            return "compute"
-        case Action.WAIT:
-            return "exposed"
-        case Action.ACCEPT:
-            return "wait"
-        case Action.SEND:
-            return "send"
-        case Action.OFFLOAD | Action.RELEASE | Action.RELOAD | Action.RESTORE:
-            return "copy"
-        case Action.RECEIVE | Action.FINISH | Action.REDUCE:
-            return None
-        case _ as other:
-            assert_never(other)
 
 
 def _span(start: float, end: float, origin: float, lane: SpanLane, op: Operation, group: int, phase: int) -> LaneSpan:

@@ -20,8 +20,8 @@ from dualpipe.ir import (
 )
 from dualpipe.simulate.costs import Costs
 from dualpipe.simulate.simulate import simulate
-from dualpipe.transfers import transfers
 from dualpipe.validate import validate
+from tests.dualpipe.messages import transfers
 
 PLACEMENTS: dict[str, Placement] = {
     f"{name} {num_ranks}x{chunks}": place(num_ranks, chunks)

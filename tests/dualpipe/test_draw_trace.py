@@ -11,8 +11,8 @@ from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.trace import trace
 from dualpipe.runtime.measured import Measured
 from dualpipe.simulate.costs import Costs
-from dualpipe.transfers import transfers
 from tests.dualpipe.clockwork import measured_run
+from tests.dualpipe.messages import transfers
 
 COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)
 

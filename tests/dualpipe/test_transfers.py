@@ -2,7 +2,8 @@
 
 from dualpipe.build import build
 from dualpipe.ir import Group, Op, Operation, Schedule
-from dualpipe.transfers import Message, message_of, transfers
+from dualpipe.transfers import Message, message_of
+from tests.dualpipe.messages import transfers
 
 
 def test_transfers_send_and_receive_every_message_once() -> None:
