@@ -244,12 +244,30 @@ def score_rows(
 
 
 @torch.no_grad()
-def score_log_probs(normal_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Returns the log-probabilities of targets, BT, without gradient; arguments as in `score_tokens`."""
+def score_log_probs(
+    normal_BTD: Tensor,
+    head_VD: Tensor,
+    targets_BT: Tensor,
+    rows: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    kept_ids_BTK: Tensor | None = None,
+) -> Tensor:
+    """Returns the log-probabilities of targets, BT, 0 where there is none, without gradient.
+
+    Args:
+        temperature: divisor of the logits. The states are divided, which are much shorter.
+        kept_ids_BTK: tokens among which a sampler drew the target, as in `kernels.cross_entropy`.
+    """
     normal_ND, targets_N = normal_BTD.flatten(0, 1), targets_BT.flatten()
+    kept_ids_NK = None if kept_ids_BTK is None else kept_ids_BTK.flatten(0, 1)
     if rows is not None:
         normal_ND, targets_N = normal_ND[rows], targets_N[rows]
-    log_probs_N = linear_cross_entropy(normal_ND, head_VD, targets_N, wants_rows=False, wants_head=False).log_probs_N
+        kept_ids_NK = None if kept_ids_NK is None else kept_ids_NK[rows]
+    normal_ND = normal_ND if temperature == 1 else normal_ND / temperature
+    log_probs_N = linear_cross_entropy(
+        normal_ND, head_VD, targets_N, wants_rows=False, wants_head=False, kept_ids_NK=kept_ids_NK
+    ).log_probs_N
     if rows is not None:
         log_probs_N = log_probs_N.new_zeros(targets_BT.numel()).index_copy_(0, rows, log_probs_N)
     return log_probs_N.view_as(targets_BT)

@@ -60,3 +60,12 @@ def _table(slots_BT: Tensor, values_BT: Tensor) -> Tensor:
 def _split(table: Tensor) -> AnswerValues:
     length = table.shape[1] // 2
     return AnswerValues(table[:, length + 1 :], table[:, :length].flip(1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairLoss:
+    """Summed loss of pairs, its derivative in each token's -log p or score, and sums to report."""
+
+    loss: Tensor
+    slopes_BT: Tensor
+    sums: dict[str, Tensor]

@@ -5,7 +5,8 @@ Sources: arXiv:2402.03300, 2412.19437 section 5.2.2, 2503.20783, 2503.14476, 250
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,23 +50,11 @@ class AnswerTokens:
 
     def part(self, chunk: slice) -> "AnswerTokens":
         """Returns the values of a chunk of the rows."""
-
-        def cut(values_R: Tensor | None) -> Tensor | None:
-            return None if values_R is None else values_R[chunk]
-
-        return replace(
-            self,
-            advantage_R=self.advantage_R[chunk],
-            weight_R=self.weight_R[chunk],
-            is_token_R=self.is_token_R[chunk],
-            length_R=self.length_R[chunk],
-            sampler_R=self.sampler_R[chunk],
-            old_R=cut(self.old_R),
-            reference_R=cut(self.reference_R),
-            ratio_R=cut(self.ratio_R),
-            sampler_factor_R=cut(self.sampler_factor_R),
-            has_surrogate_R=cut(self.has_surrogate_R),
-        )
+        cut: dict[str, Any] = {}
+        for field in fields(self):
+            values_R = getattr(self, field.name)
+            cut[field.name] = None if values_R is None else values_R[chunk]
+        return AnswerTokens(**cut)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,8 +20,8 @@ from model.objective import (
     depth_name,
     depth_weights,
 )
-from model.objectives.pairs import AnswerValues, PairIndex
-from model.objectives.sampled import sampled_log_probs
+from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
+from model.objectives.sampled import KEPT
 from model.precision.linear import WeightSink
 
 PAIR, REFERENCE = "pair", "reference_log_probs"
@@ -80,7 +80,7 @@ class Preference:
         )
         return TaskLoss(self.factor * loss, compared.sums, found_BT)
 
-    def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> "ComparedAnswers":
+    def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> PairLoss:
         """Computes the summed loss of pairs, its slopes, and reported sums, in float64."""
         is_pair_BK, beta, smoothing = pairs.is_pair_BK, self.beta, self.smoothing
         log_probs, ratios = pairs.sums(log_probs_BT), pairs.sums(log_probs_BT.double() - reference_BT.double())
@@ -99,7 +99,7 @@ class Preference:
             CHOSEN: (log_probs.chosen_BK * is_pair_BK).sum(),
             REJECTED: (log_probs.rejected_BK * is_pair_BK).sum(),
         }
-        return ComparedAnswers(sums[MAIN] + self.sft * sums[SFT], pairs.spread(slopes), sums)
+        return PairLoss(sums[MAIN] + self.sft * sums[SFT], pairs.spread(slopes), sums)
 
     def _predict_further(
         self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None
@@ -118,15 +118,6 @@ class Preference:
         return TaskLoss(loss, {depth_name(head.depth): nats.detach()}, log_probs_BT)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ComparedAnswers:
-    """Summed loss of compared answers, its derivative in -log p of each token, and sums to report."""
-
-    loss: Tensor
-    slopes_BT: Tensor
-    sums: dict[str, Tensor]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogProbs:
     """Objective of a forward-only pass that only records log-probabilities, at the sampler's temperature."""
@@ -138,5 +129,12 @@ class TokenLogProbs:
         """Computes the log-probabilities at depth 0. The loss is 0."""
         if head.depth:
             return TaskLoss(hidden_BTD.new_zeros(()), {})
-        found_BT = sampled_log_probs(hidden_BTD, head.weight_VD, batch, self.temperature)
+        found_BT = score_log_probs(
+            hidden_BTD,
+            head.weight_VD,
+            batch.targets_BT[0],
+            batch.rows(0),
+            temperature=self.temperature,
+            kept_ids_BTK=batch.extras.get(KEPT),
+        )
         return TaskLoss(found_BT.new_zeros(()), {}, found_BT)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from model.head import score_states
 from model.objective import BALANCE, MAIN, MicroBatch, OutputHead, TaskLoss
-from model.objectives.pairs import AnswerValues, PairIndex
+from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
 from model.precision.linear import WeightSink, deliver_gradient, widen
 
 SCORE, MARGIN = "score", "margin"
@@ -23,16 +23,7 @@ ACCURACY, MARGIN_SUM, CENTRE = "accuracy", "margin", "centre"
 RANKING_LOSSES = (MAIN, CENTRE, ACCURACY, MARGIN_SUM, BALANCE)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RankedScores:
-    """Result of ranking: a loss, its derivative in each score [B, T], and sums to report."""
-
-    loss: Tensor
-    slopes_BT: Tensor
-    sums: dict[str, Tensor]
-
-
-RankFunction = Callable[[Tensor], RankedScores]
+RankFunction = Callable[[Tensor], PairLoss]
 """Computes a loss and its derivatives from the scores of all tokens, BT."""
 
 
@@ -82,7 +73,7 @@ class PairRanking:
         wanted_BK = None if margin_BT is None else pairs.sums(margin_BT).chosen_BK
         reported: dict[str, Tensor] = {}
 
-        def rank(scores_BT: Tensor) -> RankedScores:
+        def rank(scores_BT: Tensor) -> PairLoss:
             ranked = rank_pairs(pairs, scores_BT, wanted_BK, self.centre)
             reported.update(ranked.sums)
             return ranked
@@ -106,7 +97,7 @@ class KeepScores:
         return TaskLoss(hidden_BTD.new_zeros(()), {}, score_states(hidden_BTD, head.weight_VD))
 
 
-def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, centre: float) -> RankedScores:
+def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, centre: float) -> PairLoss:
     """Computes the summed loss of pairs and its derivative in every score; only last tokens' are read."""
     scores, is_pair_BK = pairs.sums(scores_BT), pairs.is_pair_BK
     apart_BK, together_BK = scores.chosen_BK - scores.rejected_BK, scores.chosen_BK + scores.rejected_BK
@@ -123,4 +114,4 @@ def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, ce
         ACCURACY: ((apart_BK > 0) & is_pair_BK).sum(),
         MARGIN_SUM: (apart_BK * is_pair_BK).sum(),
     }
-    return RankedScores(ranking + centre * centring, slopes_BT, sums)
+    return PairLoss(ranking + centre * centring, slopes_BT, sums)

@@ -46,22 +46,6 @@ def score_sampled(
     return scores
 
 
-@torch.no_grad()
-def sampled_log_probs(hidden_BTD: Tensor, head_VD: Tensor, batch: MicroBatch, temperature: float) -> Tensor:
-    """Returns the log-probabilities of the main targets, BT, 0 where there is none, without gradient."""
-    targets_BT, rows_R, kept = batch.targets_BT[0], batch.rows(0), batch.extras.get(KEPT)
-    scores = score_sampled(
-        *(flat_rows(hidden_BTD, rows_R), head_VD, flat_rows(targets_BT, rows_R), None),
-        None if kept is None else flat_rows(kept, rows_R),
-        temperature=temperature,
-        records=False,
-    )
-    found_N = scores.log_probs_N
-    if rows_R is not None:
-        found_N = found_N.new_zeros(targets_BT.numel()).index_copy_(0, rows_R, found_N)
-    return found_N.view_as(targets_BT)
-
-
 class AnswerIndex:
     """The answers of rows of a micro-batch, of which no function reads the device from the host."""
 
