@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.runtime.measured import LaneSpan, Measured
+from dualpipe.runtime.measured import Measured, SpanLane
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation
 from dualpipe.transfers import Value, message_of, value_made, value_needed
@@ -23,6 +23,15 @@ _THREADS = {
     _TO_HOST: "planned copies to host memory",
     _FROM_HOST: "planned copies from host memory",
 }
+_SPANS: dict[SpanLane, str] = {
+    "compute": "",
+    "comm": "exchange ",
+    "exposed": "exposed exchange ",
+    "wait": "wait for message of ",
+    "send": "send ",
+    "copy": "copy of ",
+}
+"""Words before an operation in the name of a measured span."""
 _Event = dict[str, Any]
 _Place = tuple[int, int, float, float]
 """Process, thread, start and length of an event; times in microseconds."""
@@ -158,25 +167,10 @@ def _measured(schedule: Schedule, measured: Measured) -> Iterator[_Event]:
             thread = _RUN_EXCHANGE if span.lane == "comm" else _RUN
             start = (span.start_seconds - measured.start_seconds) * 1e6
             place = (rank, thread, start, span.seconds * 1e6)
-            yield _complete(_span_name(span), "measured", place, _arguments(span.operation, span.group) | _phase(span))
+            arguments = _arguments(span.operation, span.group) | ({"phase": span.phase} if span.phase >= 0 else {})
+            yield _complete(f"{_SPANS[span.lane]}{span.operation}", "measured", place, arguments)
             if span.lane == "send":
                 makers[span.operation] = place
             if span.lane == "wait":
                 needers[span.operation] = place
     yield from _flows(schedule, "measured", makers, needers)
-
-
-def _span_name(span: LaneSpan) -> str:
-    names = {
-        "compute": "",
-        "comm": "exchange ",
-        "exposed": "exposed exchange ",
-        "wait": "wait for message of ",
-        "send": "send ",
-        "copy": "copy of ",
-    }
-    return f"{names[span.lane]}{span.operation}"
-
-
-def _phase(span: LaneSpan) -> dict[str, Any]:
-    return {"phase": span.phase} if span.phase >= 0 else {}

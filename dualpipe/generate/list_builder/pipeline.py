@@ -141,35 +141,21 @@ class DeliveryLink:
     deadline: float = NEVER
 
 
+@dataclass(slots=True, kw_only=True)
 class BuilderRank:
     """State of one rank. `links` deliver to it, `weights` are waiting W, `alive` is by direction."""
 
-    __slots__ = (
-        "alive",
-        "forwards_left",
-        "free",
-        "groups",
-        "has_backward",
-        "has_deadline",
-        "left",
-        "links",
-        "queues",
-        "weights",
-        "work_left",
-    )
-
-    def __init__(self, queues: list[int], work: float, count: int, num_directions: int) -> None:
-        self.queues = queues
-        self.links: list[tuple[int, DeliveryLink]] = []
-        self.has_deadline = False
-        self.weights: deque[tuple[int, int, int]] = deque()
-        self.alive = [0.0] * num_directions
-        self.free = 0.0
-        self.work_left = work
-        self.left = count
-        self.forwards_left = count // 3
-        self.has_backward = False
-        self.groups: list[Group] = []
+    queues: list[int]
+    alive: list[float]
+    work_left: float
+    left: int
+    forwards_left: int
+    links: list[tuple[int, DeliveryLink]] = field(default_factory=list)
+    has_deadline: bool = False
+    weights: deque[tuple[int, int, int]] = field(default_factory=deque)
+    free: float = 0.0
+    has_backward: bool = False
+    groups: list[Group] = field(default_factory=list)
 
 
 class PartialOrder:
@@ -189,7 +175,13 @@ class PartialOrder:
         self.arrivals = [[NEVER] * len(queue.stages) for queue in self.queues]
         per_rank = 2 * shape.num_directions
         self.ranks = [
-            BuilderRank(list(range(rank * per_rank, (rank + 1) * per_rank)), work, count, shape.num_directions)
+            BuilderRank(
+                queues=list(range(rank * per_rank, (rank + 1) * per_rank)),
+                alive=[0.0] * shape.num_directions,
+                work_left=work,
+                left=count,
+                forwards_left=count // 3,
+            )
             for rank, (work, count) in enumerate(zip(pipeline.work, pipeline.counts, strict=True))
         ]
         self.links: dict[int, DeliveryLink] = {}
