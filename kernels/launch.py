@@ -1,6 +1,9 @@
 """Descriptors of Hopper's tensor memory accelerator (TMA) and persistent grids, for launchers."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +61,27 @@ def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -
         return min(num_tiles, 2)  # Triton's interpreter runs one after the other; each one gets several tiles
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(num_tiles, programs_per_sm * multiprocessors)
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Within the context, launchers of Triton's kernels allocate their results but launch nothing on meta tensors."""
+    from triton.runtime.jit import KernelInterface
+
+    launcher_of = KernelInterface.__getitem__
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., Any]:
+        launch = launcher_of(kernel, grid)
+
+        def launch_unless_meta(*operands: Any, **constants: Any) -> Any:
+            if any(isinstance(operand, Tensor) and operand.is_meta for operand in operands):
+                return None
+            return launch(*operands, **constants)
+
+        return launch_unless_meta
+
+    KernelInterface.__getitem__ = launcher
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = launcher_of

@@ -62,7 +62,8 @@ def operation(
 
     def choose(first: Any, *others: Any) -> str:
         device: torch.device = (first[0] if isinstance(first, tuple) else first).device
-        if device.type != "cuda" or not fits(first, *others):
+        # On tensors without memory, Triton's launchers allocate what they do on CUDA (`launch.without_launches`).
+        if device.type not in ("cuda", "meta") or not fits(first, *others):
             return "reference"
         return "deep_gemm" if hopper is not None and has_deep_gemm(device) else "triton"
 

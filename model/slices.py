@@ -41,6 +41,11 @@ class SlicedSequences:
         self.parts = parts
         self._layers: dict[int, _SharedLayer] = {}
 
+    def carried(self) -> Iterator[Tensor]:
+        """Yields the gradients of earlier slices' rows."""
+        for layer in self._layers.values():
+            yield from layer.gradients.values()
+
     def context(self, layer: int, index: int) -> "SliceContext":
         """Returns the context group of a slice in a layer."""
         return SliceContext(self.parts, index, self._layers.setdefault(layer, _SharedLayer()))

@@ -62,6 +62,10 @@ class StageRun:
         assert gradients.hidden_BTD is not None
         return gradients.hidden_BTD
 
+    def gradient_tensors(self) -> Iterator[Tensor]:
+        """Yields the gradients of the input of the last phase whose backward has finished."""
+        yield from (tensor for tensor in self._gradients.tensors() if tensor is not None)
+
     def forward(self, phase: int) -> None:
         """Runs a computation, or starts an exchange that `wait` completes."""
         match self._phases[phase]:
@@ -98,11 +102,16 @@ class StageRun:
         complete, self._under_way = self._under_way, None
         complete()
 
+    def kept(self) -> Iterator[Tensor]:
+        """Yields the tensors that phases keep for their backward, including weights, maybe twice."""
+        for phase in self._phases:
+            if isinstance(phase, ComputePhase):
+                yield from phase.kept()
+
     def offload(self) -> None:
         """Starts to copy what the phases keep to host memory. Indices of exchanges stay on the device."""
         assert self._offload is not None
-        computes = (phase for phase in self._phases if isinstance(phase, ComputePhase))
-        self._offload.start(tensor for phase in computes for tensor in phase.kept())
+        self._offload.start(self.kept())
 
     def release(self) -> None:
         """Frees what was copied, after the copy."""

@@ -39,7 +39,7 @@ def load_or_make(
     if cached is not None and (cached.num_ranks, cached.num_micro_batches) == (num_ranks, num_micro_batches):
         return cached
     schedule = make(num_ranks, num_micro_batches, costs, memory_cap)
-    _write(path, to_json(schedule))
+    write_if_possible(path, to_json(schedule))
     return schedule
 
 
@@ -63,7 +63,8 @@ def _read(path: Path) -> Schedule | None:
     return schedule
 
 
-def _write(path: Path, text: str) -> None:
+def write_if_possible(path: Path, text: str) -> None:
+    """Writes a file of a cache at once, or nothing if its folder cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """Name that selects the best installed kernel for the tensors."""
+SIZED_CPU = "sized_cpu"
+SIZED_CUDA = "sized_cuda"
+SIZED_CUDA_PADDED = "sized_cuda_padded"
+"""Names for tensors without memory: what kernels of these devices allocate, some with values as wide as keys."""
 
 
 class CausalAttention(Protocol):
@@ -74,6 +78,10 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_
 
     Raises UnknownNameError if no kernel has this name. `is_packed`: sequences hold several documents.
     """
+    if device.type == "meta":
+        from kernels.attention.sized import SIZED
+
+        return SIZED[name]
     if name != AUTO:
         return ATTENTION.get(name)
     return _automatic(device.type, str(dtype).removeprefix("torch."), is_packed=is_packed)

@@ -36,7 +36,7 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
 
 def supports(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     """Whether torch's grouped product supports rows of these widths."""
-    return device.type == "cuda" and dtype == torch.bfloat16 and all(width * 2 % 16 == 0 for width in widths)
+    return device.type in ("cuda", "meta") and dtype == torch.bfloat16 and all(width * 2 % 16 == 0 for width in widths)
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:

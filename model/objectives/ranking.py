@@ -5,14 +5,24 @@ Source: arXiv:2203.02155, section 3.5; centring: arXiv:2312.09244. Shape legend:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.config import ModelConfig
 from model.head import score_states
-from model.objective import BALANCE, MAIN, MicroBatch, OutputHead, TaskLoss
+from model.objective import (
+    BALANCE,
+    MAIN,
+    CrossEntropy,
+    MicroBatch,
+    Objective,
+    OutputHead,
+    TaskLoss,
+    loss_names,
+)
 from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
 from model.precision.linear import WeightSink, deliver_gradient, widen
 
@@ -84,6 +94,18 @@ class PairRanking:
             scores_BT = score_states(hidden_BTD, head.weight_VD)
             loss = rank(scores_BT).loss
         return TaskLoss(self.factor * loss, reported, scores_BT)
+
+
+def head_objective(model: ModelConfig, factor: float) -> tuple[Objective, tuple[str, ...]]:
+    """Returns an objective for the head of a model, and the names of its losses."""
+    match model.head:
+        case "tokens":
+            objective = CrossEntropy(factors=(factor,) * (model.mtp_depth + 1), balance=factor)
+            return objective, loss_names(model.mtp_depth)
+        case "score":
+            return PairRanking(factor=factor, centre=0.0, balance=factor), RANKING_LOSSES
+        case _ as other:
+            assert_never(other)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
         return attention.backward(gradients)
 
     def kept(self) -> Iterator[Tensor]:
-        """Yields what attention keeps, and the source of the residual."""
+        """Yields what attention keeps, the source of the residual, and what was recomputed."""
+        yield from super().kept()
         if self._attention is not None:
             yield from self._attention.kept()
         if self._source is not None:
@@ -182,9 +183,12 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
         return super().backward(gradients)
 
     def kept(self) -> Iterator[Tensor]:
-        """Yields the weights of received rows."""
+        """Yields the weights of received rows, and the rows if they have arrived again."""
+        yield from super().kept()
         if self._weights_A is not None:
             yield self._weights_A
+        if self._received is not None:
+            yield from self._received.tensors()
 
 
 class RecomputedCombine(CombinePhase):

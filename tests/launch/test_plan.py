@@ -89,11 +89,14 @@ def test_help_names_what_is_planned_within_100_columns() -> None:
 
 
 def test_command_starts_within_a_second_of_cpu_time_without_torch(tmp_path: Path) -> None:
-    """With compiled modules, as in every later start. Other processes disturb it, so the best of four counts."""
+    """With compiled modules and known sizes, as in every later start.
+
+    Other processes disturb it, so the best of three later starts counts.
+    """
     script = (
         "import sys, time\nfrom launch.plan import main\n"
-        "main(['experiment=quickstart'])\n"
-        "assert 'torch' not in sys.modules\nprint(time.process_time(), file=sys.stderr)"
+        f"main(['experiment=quickstart', 'data.cache_dir={tmp_path}'])\n"
+        "print(time.process_time() + 100 * ('torch' in sys.modules), file=sys.stderr)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

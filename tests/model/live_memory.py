@@ -15,9 +15,11 @@ from model.config import Computing, ModelConfig
 from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.phases.compute import ComputePhase
-from model.size import Sizes, StageShape, stage_phases
+from model.size import StageShape
 from model.stage import Stage
 from model.transformer import Transformer
+from train.memory.phases import stage_phases
+from train.memory.sizes import Sizes
 
 
 class LiveMemory(TorchDispatchMode):
@@ -115,11 +117,11 @@ def kept_bytes(model: Transformer, batch: MicroBatch) -> int:
 
 
 def counted_bytes(config: ModelConfig, dtype: torch.dtype, computing: Computing, tokens: int, **changes: Any) -> int:
-    """Returns the same by arithmetic, for two sequences on a CPU, all of whose experts are on this rank."""
+    """Returns the same, measured without memory, for two sequences on a CPU with all experts on this rank."""
     shape = {"sequences": 2, "tokens": tokens, "pads_heads": True} | changes
     sizes = make_sizes(config, dtype, computing, **shape)
     whole = StageShape(layers=range(config.num_layers), is_first=True, is_last=True)
-    return sum(phase.kept for phase in stage_phases(sizes, whole))
+    return sum(phase.kept for phase in stage_phases([sizes], whole)[0])
 
 
 def make_sizes(config: ModelConfig, dtype: torch.dtype, computing: Computing, **changes: Any) -> Sizes:

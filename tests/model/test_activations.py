@@ -1,27 +1,16 @@
-"""What phases keep between forward and backward, counted by arithmetic, against the tensors that they hold."""
+"""What phases keep between forward and backward, measured without memory, against the tensors that they hold."""
 
 from dataclasses import replace
 from itertools import chain, combinations
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from comm.dispatch.local import LocalDispatcher
-from comm.protocol import Arrived, CompletedWork, Dispatcher, Label
 from model.config import LAYER, RECOMPUTED, Computing, ModelConfig, Recomputed
-from model.gradients import GradientStore
-from model.objective import BALANCE, LossSums, MicroBatch
-from model.phases.block import BalanceLoss, block_phases
-from model.phases.compute import ComputePhase
-from model.phases.exchange import DispatchPhase
-from model.size import StageShape, stage_phases
-from model.transformer import Part, Transformer, initialize_weights
-from model.values import Hidden
-from tests.model.live_memory import counted_bytes, kept_bytes, make_sizes
-from tests.model.test_size import preset
+from model.objective import MicroBatch
+from model.transformer import Transformer, initialize_weights
+from tests.model.live_memory import counted_bytes, kept_bytes
 from tests.tiny import MODEL
 
 ALL = frozenset(RECOMPUTED)
@@ -109,57 +98,3 @@ def test_each_kind_of_recomputation_keeps_less() -> None:
     saved = [counted(NONE) - counted(frozenset([kind])) for kind in RECOMPUTED]
     assert min(saved) > 0.02 * counted(NONE)
     assert counted(NONE) - counted(ALL) == sum(saved)
-
-
-class EvenDispatcher(Dispatcher):
-    """Delivers as many rows as tokens were sent copies of, spread evenly over a rank's experts; sends nothing."""
-
-    num_local_experts = 4
-
-    def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Any:
-        return ids_TK.numel()
-
-    def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Any) -> Any:
-        rows_AD = rows_TD.new_empty(handle, rows_TD.shape[1])
-        counts = (handle // self.num_local_experts,) * self.num_local_experts
-        return CompletedWork(Arrived(rows_AD, weights_TK.new_empty(handle), counts))
-
-
-class FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps: queries, keys, values, output and logarithms of sums of exponentials."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mixed = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, mixed, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return mixed
-
-
-@pytest.mark.parametrize("recomputed", [*SUBSETS, LAYERS], ids=lambda some: "+".join(sorted(some)) or "none")
-def test_layers_of_v3_keep_what_is_counted(recomputed: frozenset[Recomputed], monkeypatch: pytest.MonkeyPatch) -> None:
-    """At real size on tensors without memory, with the widths that CUDA's attention kernels read."""
-    config, computing = preset("v3_671b"), Computing(recomputed=recomputed)
-    monkeypatch.setattr(
-        functional, "scaled_dot_product_attention", lambda *heads, **_: FusedAttention.apply(*heads[:3])
-    )
-    shape = {"sequences": 1, "tokens": 4096, "pads_heads": False, "device": "cuda", "num_local_experts": 4}
-    sizes = make_sizes(config, torch.bfloat16, computing, **shape)
-    with torch.device("meta"):
-        dispatcher = EvenDispatcher()
-        part = Part(layers=(2, 3), experts=range(4), embedding=False, head=False)
-        model = Transformer(config, dispatcher, torch.bfloat16, part, computing)
-        weights = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
-        store, balance = GradientStore(model.parameters()), BalanceLoss(1.0, LossSums((BALANCE,)))
-        for layer in part.layers:
-            values: Any = Hidden(torch.empty(1, 4096, config.hidden_size, dtype=torch.bfloat16))
-            kept: dict[int, int] = {}
-            for phase in block_phases(model.block(layer), dispatcher, store, balance, Label(layer, 0, 0)):
-                if isinstance(phase, ComputePhase):
-                    values = phase.forward(values)
-                    storages = [tensor.untyped_storage() for tensor in phase.kept() if tensor.numel() > 1]
-                    kept |= {storage._cdata: storage.nbytes() for storage in storages}
-                elif isinstance(phase, DispatchPhase):
-                    values = phase.forward(values).wait()
-            stage = StageShape(layers=range(layer, layer + 1), is_first=False, is_last=False)
-            found = sum(size for storage, size in kept.items() if storage not in weights)
-            assert found == sum(phase.kept for phase in stage_phases(sizes, stage)), layer

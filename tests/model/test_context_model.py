@@ -158,7 +158,7 @@ def test_activations_of_32k_tokens_on_four_ranks_are_those_of_8k_on_one(products
     """DeepSeek-V3 keeps at most 2 % more on each rank: latents of three other ranks, and logarithms of 128 heads."""
     config = compose_run(["model=v3_671b"]).model
     computing = Computing(recomputed=frozenset(RECOMPUTED), products=products)
-    alone = {"pads_heads": False}
+    alone = {"pads_heads": False, "device": "cuda"}
     shapes = (alone, alone | {"context": 4, "kept_ranks": 3})
     totals = [counted_bytes(config, torch.bfloat16, computing, 8192, **shape) for shape in shapes]
     assert totals[0] < totals[1] <= 1.02 * totals[0]

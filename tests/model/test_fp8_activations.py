@@ -19,7 +19,7 @@ from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, loss_names
 from model.phases.compute import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
-from model.size import StageShape, stage_phases
+from model.size import StageShape
 from model.transformer import Transformer, initialize_weights
 from model.values import Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory, make_sizes
@@ -27,6 +27,7 @@ from tests.model.test_activations import WIDE as SMALL
 from tests.model.test_activations import make_batch
 from tests.model.test_phases import phases_of
 from tests.model.test_stage import phased
+from train.memory.phases import stage_phases
 
 ALL = frozenset(RECOMPUTED)
 TYPES: tuple[Products, ...] = ("fp8", "own")
@@ -45,11 +46,14 @@ def test_a_layer_of_a_training_run_keeps_at_most_three_fifths_of_what_it_keeps_i
     """Each rank's experts get as many rows as it sends."""
     config = compose_run([f"model={name}"]).model
     for pads_heads in (False, True):
-        made = {"sequences": 2, "tokens": 4096, "pads_heads": pads_heads}
+        made = {"sequences": 2, "tokens": 4096, "pads_heads": pads_heads, "device": "cuda"}
         shapes = [StageShape(layers=range(first, first + 1), is_first=False, is_last=False) for first in (0, 3)]
         for shape in shapes:
             ours, theirs = (
-                sum(phase.kept for phase in stage_phases(make_sizes(config, torch.bfloat16, computing, **made), shape))
+                sum(
+                    phase.kept
+                    for phase in stage_phases([make_sizes(config, torch.bfloat16, computing, **made)], shape)[0]
+                )
                 for computing in (Computing(recomputed=ALL, products=products) for products in TYPES)
             )
             assert ours <= 0.6 * theirs

@@ -13,8 +13,10 @@ from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.program import with_reductions
 from kernels.attention import pads_values
 from kernels.tiles import num_tiles
-from model.size import HeldParameters, Sizes, StageShape, held_parameters, sliced_phases, stage_shapes
+from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
+from train.memory.phases import hidden_bytes, sizes_folder, stage_phases
+from train.memory.sizes import Sizes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
 from train.memory.walk import PipelineBytes, RunSizes, find_peaks
 from train.schedule.cut import run_cut
@@ -177,8 +179,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
         routing=exchange.routing,
         to_experts=exchange.to_experts,
         from_experts=exchange.from_experts,
-        # Slices attend as ranks do that keep no rows of others: those of earlier slices are kept by these.
-        context=max(config.parallelism.context, config.schedule.slices),
+        context=config.parallelism.context,
         kept_ranks=num_kept_ranks(config.parallelism.context),
     )
 
@@ -249,13 +250,18 @@ def _with_frozen_networks(
         networks.append((teacher, stage_shapes(run_cut(teacher, schedule.placement))))
         last, directions = schedule.num_stages - 1, range(schedule.num_directions)
         scored = sum(schedule.rank_of(direction, last) == rank for direction in directions)
-        batch += teacher.num_micro_batches * scored // len(directions) * planning_sizes(teacher).row
+        batch += (
+            teacher.num_micro_batches
+            * scored
+            // len(directions)
+            * hidden_bytes(planning_sizes(teacher), sizes_folder(config.data.cache_dir))
+        )
     weights = memory.weights
     for run, stages in networks:
-        weights += weight_bytes(_held(run, schedule, rank, stages), planning_sizes(run))
+        weights += weight_bytes(run, _held(run, schedule, rank, stages), planning_sizes(run))
     if config.rollout is not None and config.rollout.engine == "local":
         whole = held_parameters(config.model, shapes, config.model.num_routed_experts)
-        weights += weight_bytes(whole, planning_sizes(config))
+        weights += weight_bytes(config, whole, planning_sizes(config))
     return replace(memory, weights=weights, batch=batch)
 
 
@@ -281,10 +287,11 @@ def run_sizes(config: TrainConfig, shapes: Sequence[StageShape], load: float = 1
         load: rows that arrive at a rank's experts, relative to an even load.
     """
     by_slice = [planning_sizes(config, load, tokens) for tokens in config.part_lengths]
-    stages = [sliced_phases(by_slice, shape) for shape in shapes]
+    cache = sizes_folder(config.data.cache_dir)
+    stages = [stage_phases(by_slice, shape, cache) for shape in shapes]
     return RunSizes(
         stages=[{number: stage[index] for number, stage in enumerate(stages)} for index in range(len(by_slice))],
-        messages=[sizes.row for sizes in by_slice],
+        messages=[hidden_bytes(sizes, cache) for sizes in by_slice],
     )
 
 

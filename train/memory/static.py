@@ -6,8 +6,9 @@ from math import ceil
 from comm.layout import Layout
 from dualpipe.ir import Schedule
 from kernels.attention import makes_dense_masks
-from model.size import HeldParameters, Sizes
+from model.size import HeldParameters
 from train.config import TrainConfig
+from train.memory.sizes import Sizes
 from train.schedule.placement import embedding_ranks, is_mirrored
 
 _MASTER_BYTES = 4
@@ -49,7 +50,7 @@ def static_bytes(
         held: numbers of parameters on the rank.
         replicas: numbers of ranks that hold the same parameters.
     """
-    weights = weight_bytes(held, sizes)
+    weights = weight_bytes(config, held, sizes)
     moment = 2 if config.optim.moments == "bf16" else sizes.wide_bytes
     if config.optim.sharding == "replicated":
         return weights, held.total * sizes.wide_bytes, held.total * 2 * moment
@@ -57,7 +58,7 @@ def static_bytes(
     return weights, held.total * sizes.wide_bytes, shard * (_MASTER_BYTES + 2 * moment)
 
 
-def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
+def weight_bytes(config: TrainConfig, held: HeldParameters, sizes: Sizes) -> int:
     """Returns the bytes of a network's weights and of the tables that it keeps.
 
     Args:
@@ -66,7 +67,7 @@ def weight_bytes(held: HeldParameters, sizes: Sizes) -> int:
     model = sizes.config
     # Router bias in float32 and load in int64; cos and sin of each block's positions.
     routers = held.num_routers * model.num_routed_experts * (4 + _ID_BYTES)
-    tables = held.num_blocks * sizes.tokens * sizes.context * model.qk_rope_head_dim * sizes.wide_bytes
+    tables = held.num_blocks * config.batch.sequence_length_tokens * model.qk_rope_head_dim * sizes.wide_bytes
     return held.total * sizes.value_bytes + routers + tables
 
 
@@ -97,13 +98,14 @@ def batch_bytes(config: TrainConfig, sizes: Sizes, num_micro_batches: int, *, ha
         has_end: whether the rank holds the embedding or a head.
     """
     masks = config.batch.document_mask
+    num_parts = max(config.parallelism.context, config.schedule.slices)
     each = 0
     if has_end or masks:
-        each = 2 * (config.model.mtp_depth + 1) * sizes.token_rows.count * _ID_BYTES
+        each = 2 * (config.model.mtp_depth + 1) * sizes.num_tokens * _ID_BYTES
     if masks:
         # Documents are those of whole sequences, also if ranks share them.
-        each += sizes.token_rows.count * sizes.context * _ID_BYTES
-        if sizes.context == 1 and makes_dense_masks(config.attention, config.cluster.device):
+        each += sizes.num_tokens * num_parts * _ID_BYTES
+        if num_parts == 1 and makes_dense_masks(config.attention, config.cluster.device):
             # A Boolean mask and the bias that is added to the scores, for every pair of tokens.
             each += sizes.sequences * sizes.tokens**2 * (1 + sizes.value_bytes)
     return each * num_micro_batches

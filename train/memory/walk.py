@@ -6,7 +6,7 @@ from typing import assert_never
 
 from dualpipe.runtime.program import Action, Program, RunKey, Step
 from dualpipe.transfers import Link
-from model.size import PhaseBytes
+from train.memory.sizes import PhaseBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +70,17 @@ class _Run:
 
     Attributes:
         phases: sizes of the stage's phases.
-        between: bytes of values or gradients between its phases.
+        between: bytes of values or gradients between its phases that nothing else holds.
+        shared: bytes of gradients between its phases for which a W waits too.
+        waiting: bytes that wait for its W.
         routing: bytes of index tensors.
         exchange: step of the exchange that is running, if any.
     """
 
     phases: Sequence[PhaseBytes]
     between: int = 0
+    shared: int = 0
+    waiting: int = 0
     routing: int = 0
     exchange: Step | None = None
 
@@ -141,7 +145,7 @@ class RankBytes:
                 phase = run.phases[step.phase]
                 inside = phase.forward_peak if step.action is Action.FORWARD else phase.backward_peak
                 self.observe(inside)
-                if phase.lane == "comm":
+                if phase.kind != "compute":
                     run.exchange = step
                     self._exchanging += inside
                 else:
@@ -155,7 +159,7 @@ class RankBytes:
                 self._finish_phase(exchange, run)
             case Action.WEIGHT:
                 self.observe(run.phases[step.phase].weight_peak)
-                self._pending -= run.phases[step.phase].waiting
+                self._finish_weight(run, run.phases[step.phase].waiting)
             case Action.RELEASE:
                 self._activations -= sum(phase.kept for phase in run.phases)
             case Action.RELOAD:
@@ -178,17 +182,28 @@ class RankBytes:
             self._routing += phase.routing
             run.routing += phase.routing
         else:
-            made = phase.gradients
-            self._activations += phase.restored - phase.recomputed - phase.kept
+            self._activations -= phase.released
             self._pending += phase.waiting + phase.carried
+            run.waiting += phase.waiting
+            run.shared = phase.shared if run.waiting else 0
+            made = phase.gradients - run.shared
         self._transfers += made - run.between
         run.between = made
+
+    def _finish_weight(self, run: _Run, waiting: int) -> None:
+        """Applies the end of a W; gradients between two phases stay."""
+        self._pending -= waiting
+        run.waiting -= waiting
+        if not run.waiting:
+            self._transfers += run.shared
+            run.between += run.shared
+            run.shared = 0
 
     def _send(self, step: Step, run: _Run, message_bytes: int) -> None:
         message = step.message
         assert message is not None
         self._transfers -= run.between
-        run.between = 0
+        run.between = run.shared = 0
         if message.source == message.destination:
             self._transfers += message_bytes
         elif self._keeps_sent:

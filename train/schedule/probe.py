@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from statistics import mean, median
-from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -23,10 +22,9 @@ from comm.layout import Layout
 from comm.partitions import context_partition, expert_partition, pipeline_partition
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
-from model.config import ModelConfig
 from model.gradients import GradientStore
-from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
-from model.objectives.ranking import RANKING_LOSSES, SCORE, PairRanking
+from model.objective import LossSums, MicroBatch
+from model.objectives.ranking import SCORE, head_objective
 from model.phases.block import block_lanes
 from model.stage import Stage, StageRun
 from model.transformer import Part
@@ -108,7 +106,7 @@ class _Parts:
 
     def run(self) -> None:
         """Runs forward and backward of one micro-batch, one phase at a time."""
-        objective, names = _any_objective(self._shape, 1 / self._batch.targets_BT[0].numel())
+        objective, names = head_objective(self._shape, 1 / self._batch.targets_BT[0].numel())
         sums = LossSums(names)
         start, end = (stage.start(self._batch, objective, sums, self._store) for stage in self._stages)
         self._forward(0, start)
@@ -173,18 +171,6 @@ class _Parts:
         started = _now(self._device)
         yield
         self._seconds[stage, way, phase].append(_now(self._device) - started)
-
-
-def _any_objective(model: ModelConfig, factor: float) -> tuple[Objective, tuple[str, ...]]:
-    """Returns an objective of the model's head, and the names of its losses."""
-    match model.head:
-        case "tokens":
-            objective = CrossEntropy(factors=(factor,) * (model.mtp_depth + 1), balance=factor)
-            return objective, loss_names(model.mtp_depth)
-        case "score":
-            return PairRanking(factor=factor, centre=0.0, balance=factor), RANKING_LOSSES
-        case _ as other:
-            assert_never(other)
 
 
 def _random_batch(config: TrainConfig, device: torch.device) -> MicroBatch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kernels.attention import ATTENTION, AUTO
+from kernels.attention import ATTENTION, AUTO, SIZED_CPU
 
 if TYPE_CHECKING:
     import torch
@@ -74,14 +74,14 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
     On a CPU it is torch's flash kernel. On CUDA it is torch's flash kernel for types of 16 bits, its memory-efficient
     kernel for float32, and the reference for float64, which fused kernels do not support.
     """
-    if not has_blocks(name):
+    if device.type != "meta" and not has_blocks(name):
         nearest = ", ".join(each for each in (AUTO, *ATTENTION.names()) if has_blocks(each))
         raise BlockKernelError(
             f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
         )
     from kernels.attention.blocks import fused, reference
 
-    if device.type == "cpu":
+    if device.type == "cpu" or name == SIZED_CPU:
         return fused.CPU_FLASH
     return {2: fused.CUDA_FLASH, 4: fused.CUDA_EFFICIENT}.get(dtype.itemsize, reference.REFERENCE)
 

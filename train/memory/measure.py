@@ -1,0 +1,234 @@
+"""Measures what each phase keeps, by running the model on tensors without memory.
+
+No formula repeats the model: its blocks run forward and backward on torch's meta device, where Triton's launchers
+allocate but launch nothing, and the storages that are alive are counted.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from comm.context.parts import SequenceParts
+from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
+from kernels.launch import without_launches
+from model.gradients import GradientStore
+from model.objective import LossSums, MicroBatch
+from model.objectives.ranking import SCORE, head_objective
+from model.size import slice_starts
+from model.slices import RunPlace, SlicedSequences
+from model.stage import Stage, StageRun
+from model.transformer import Part, Transformer
+from train.memory.sizes import PartName, PhaseBytes, PhaseKind, Sizes
+from train.memory.stand_ins import EvenDispatcher, context_of
+
+_TYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+_LARGEST_NUMBER_BYTES = 8
+"""Tensors of at most this size are single numbers, such as a loss, and are not counted."""
+
+
+def measure_part(by_slice: Sequence[Sizes], part: PartName) -> list[list[PhaseBytes]]:
+    """Returns the bytes of the phases of one part of a stage, for each slice, without a dispatcher's buffers."""
+    with torch.device("meta"), without_launches():
+        runs = _PartRuns(by_slice, part)
+        with runs.model.weights_unchanged():
+            # What is made once and stays, rotations and FP8 weights, is there then.
+            runs.run_forwards()
+            with _LiveStorages() as storages:
+                return runs.measure(storages)
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Storages that operators make while it is on. Those of their inputs are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._peak = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch imports its compiler, which takes as long as importing torch.
+        return False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        inputs: set[int] | None = None
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, Tensor):
+                if inputs is None:
+                    operands = tree_leaves((args, kwargs))
+                    inputs = {x.untyped_storage()._cdata for x in operands if isinstance(x, Tensor)}
+                storage = leaf.untyped_storage()
+                if storage._cdata not in inputs:
+                    self._made[storage._cdata] = weakref.ref(storage)
+        self._peak = max(self._peak, self.live_bytes())
+        return results
+
+    def live_bytes(self) -> int:
+        """Returns the bytes of live storages."""
+        live = {key: storage for key, reference in self._made.items() if (storage := reference()) is not None}
+        self._made = {key: self._made[key] for key in live}
+        return sum(map(_size, live.values()))
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
+        """Returns the bytes of those storages of some tensors that are counted, each once."""
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        return sum(_size(storage) for key, storage in storages.items() if key in self._made)
+
+    def peak_of(self, action: Callable[[], None]) -> int:
+        """Runs an action, and returns the largest number of live bytes inside it, above those before it."""
+        before = self.live_bytes()
+        self._peak = before
+        action()
+        return self._peak - before
+
+
+def _size(storage: torch.UntypedStorage) -> int:
+    size = storage.nbytes()
+    return size if size > _LARGEST_NUMBER_BYTES else 0
+
+
+class _PartRuns:
+    """Runs of one part of a stage: of one micro-batch, or of all slices of some sequences."""
+
+    def __init__(self, by_slice: Sequence[Sizes], part: PartName) -> None:
+        sizes = by_slice[0]
+        config = sizes.config
+        first_layer = {"dense": 0, "moe": config.num_dense_layers}.get(part)
+        layers = range(0) if first_layer is None else range(first_layer, first_layer + 1)
+        is_last = part == "head"
+        modules = range(config.num_layers, config.num_layers + config.mtp_depth) if is_last else ()
+        attention = SIZED_CUDA_PADDED if sizes.pads_heads else SIZED_CUDA
+        self._part = part
+        self._batches = [_batch(each) for each in by_slice]
+        self.model = Transformer(
+            config,
+            EvenDispatcher(sizes.num_local_experts, {each.num_tokens: each.expert_rows for each in by_slice}),
+            _TYPES[sizes.value_bytes],
+            Part(layers=(*layers, *modules), experts=range(sizes.num_local_experts), embedding=True, head=is_last),
+            replace(sizes.computing, attention=SIZED_CPU if sizes.device == "cpu" else attention),
+            context=context_of(sizes.context, sizes.kept_ranks),
+        )
+        self._stage = Stage(self.model, layers, first=part == "embedding", last=is_last)
+        self._store = GradientStore(self.model.parameters())
+        self._slices = SequenceParts(
+            edges=slice_starts(tuple(each.tokens for each in by_slice)),
+            held=tuple((index,) for index in range(len(by_slice))),
+        )
+        self._objective, names = head_objective(config, 1.0)
+        self._sums = LossSums(names)
+
+    def run_forwards(self) -> None:
+        """Runs forwards without a backward."""
+        runs, _ = self._start(None)
+        for index, run in enumerate(runs):
+            self._set_input(run, index)
+            for phase in range(len(self._stage.lanes)):
+                self._forward(run, phase)
+
+    def measure(self, storages: _LiveStorages) -> list[list[PhaseBytes]]:
+        """Runs the forwards of all slices, then their backwards, the last slice first."""
+        runs, sequences = self._start(self._store)
+        sizes = [self._empty_phases() for _ in runs]
+
+        def kept_bytes() -> int:
+            return storages.bytes_of(tensor for run in runs for tensor in run.kept())
+
+        for index, run in enumerate(runs):
+            self._set_input(run, index)
+            for phase, size in enumerate(sizes[index]):
+                before = kept_bytes()
+                peak = storages.peak_of(partial(self._forward, run, phase))
+                kept = kept_bytes()
+                values = storages.live_bytes() - kept
+                sizes[index][phase] = replace(size, values=values, kept=kept - before, forward_peak=peak)
+            if self._part != "head":
+                run.output()
+        carried = 0
+        for index, run in reversed(list(enumerate(runs))):
+            if self._part != "head":
+                run.set_output_gradient(torch.empty_like(self._hidden_BTD(index)))
+            held: dict[int, int] = {}
+            for phase, size in reversed(list(enumerate(sizes[index]))):
+                before = kept_bytes()
+                peak = storages.peak_of(partial(self._backward, run, phase))
+                kept = kept_bytes()
+                now_carried = storages.bytes_of(sequences.carried())
+                held[phase] = storages.live_bytes() - kept - now_carried
+                sizes[index][phase] = replace(
+                    size,
+                    gradients=storages.bytes_of([*run.gradient_tensors(), *run.kept()]) - storages.bytes_of(run.kept()),
+                    released=before - kept,
+                    carried=now_carried - carried,
+                    backward_peak=peak,
+                )
+                carried = now_carried
+            if self._part != "embedding":
+                run.input_gradient()
+            self._measure_weights(run, sizes[index], storages)
+            waiting = 0
+            for phase, size in reversed(list(enumerate(sizes[index]))):
+                waiting += size.waiting
+                sizes[index][phase] = replace(size, shared=size.gradients + waiting - held[phase])
+        return sizes
+
+    def _measure_weights(self, run: StageRun, sizes: list[PhaseBytes], storages: _LiveStorages) -> None:
+        """Runs the W of all phases in the order of their backwards; what each of them frees has waited for it.
+
+        What several phases wait with counts for the last of them.
+        """
+        for phase, size in reversed(list(enumerate(sizes))):
+            if size.kind == "compute":
+                before = storages.live_bytes()
+                peak = storages.peak_of(partial(run.weight, phase))
+                sizes[phase] = replace(size, waiting=before - storages.live_bytes(), weight_peak=peak)
+
+    def _start(self, store: GradientStore | None) -> tuple[list[StageRun], SlicedSequences]:
+        """Returns a run for each slice, and what slices share."""
+        sequences = SlicedSequences(self._slices)
+        is_sliced = len(self._batches) > 1
+        runs = []
+        for index, batch in enumerate(self._batches):
+            place = RunPlace(sequences=sequences, index=index) if is_sliced else RunPlace()
+            runs.append(self._stage.start(batch, self._objective, self._sums, store, place=place))
+        return runs, sequences
+
+    def _set_input(self, run: StageRun, index: int) -> None:
+        if self._part != "embedding":
+            run.set_input(self._hidden_BTD(index))
+
+    def _hidden_BTD(self, index: int) -> Tensor:
+        """Returns the hidden state of a slice between two stages."""
+        with torch.no_grad():
+            return self.model.embed(self._batches[index].inputs_BT[0], None)
+
+    def _empty_phases(self) -> list[PhaseBytes]:
+        """Returns the phases of a run without sizes; a block's exchanges are a dispatch and a combine."""
+        exchanges: Iterator[PhaseKind] = cycle(("dispatch", "combine"))
+        return [PhaseBytes(kind="compute" if lane == "compute" else next(exchanges)) for lane in self._stage.lanes]
+
+    def _forward(self, run: StageRun, phase: int) -> None:
+        run.forward(phase)
+        if self._stage.lanes[phase] == "comm":
+            run.wait()
+
+    def _backward(self, run: StageRun, phase: int) -> None:
+        run.backward(phase)
+        if self._stage.lanes[phase] == "comm":
+            run.wait()
+
+
+def _batch(sizes: Sizes) -> MicroBatch:
+    """Returns a micro-batch with one answer for each sequence, whose scores a score head ranks."""
+    shape = (sizes.sequences, sizes.tokens)
+    tokens = [torch.empty(shape, dtype=torch.int64) for _ in range(sizes.config.mtp_depth + 2)]
+    extras = {SCORE: torch.empty(shape, dtype=torch.int16)}
+    return MicroBatch(inputs_BT=tuple(tokens[:-1]), targets_BT=tuple(tokens[1:]), extras=extras)
