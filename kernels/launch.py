@@ -65,7 +65,7 @@ def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Within the context, launchers of Triton's kernels allocate their results but launch nothing on meta tensors."""
+    """Makes launchers of Triton's kernels allocate their results but launch nothing on meta tensors."""
     from triton.runtime.jit import KernelInterface
 
     launcher_of = KernelInterface.__getitem__

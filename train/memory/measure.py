@@ -6,7 +6,7 @@ allocate but launch nothing, and the storages that are alive are counted.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -35,7 +35,10 @@ _LARGEST_NUMBER_BYTES = 8
 
 
 def measure_part(by_slice: Sequence[Sizes], part: PartName) -> list[list[PhaseBytes]]:
-    """Returns the bytes of the phases of one part of a stage, for each slice, without a dispatcher's buffers."""
+    """Returns the bytes of the phases of one part of a stage, for each slice.
+
+    A dispatcher's buffers are not among them.
+    """
     with torch.device("meta"), without_launches():
         runs = _PartRuns(by_slice, part)
         with runs.model.weights_unchanged():
@@ -96,6 +99,28 @@ def _size(storage: torch.UntypedStorage) -> int:
     return size if size > _LARGEST_NUMBER_BYTES else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """What the runs of a measurement hold."""
+
+    storages: _LiveStorages
+    runs: Sequence[StageRun]
+    sequences: SlicedSequences
+
+    def kept_bytes(self) -> int:
+        """Returns the bytes that all runs keep for their backward."""
+        return self.storages.bytes_of(tensor for run in self.runs for tensor in run.kept())
+
+    def carried_bytes(self) -> int:
+        """Returns the bytes of gradients of earlier slices' rows."""
+        return self.storages.bytes_of(self.sequences.carried())
+
+    def gradient_bytes(self, run: StageRun) -> int:
+        """Returns the bytes of a run's gradients between two phases that it does not keep for its backward."""
+        kept = list(run.kept())
+        return self.storages.bytes_of([*run.gradient_tensors(), *kept]) - self.storages.bytes_of(kept)
+
+
 class _PartRuns:
     """Runs of one part of a stage: of one micro-batch, or of all slices of some sequences."""
 
@@ -118,6 +143,9 @@ class _PartRuns:
             context=context_of(sizes.context, sizes.kept_ranks),
         )
         self._stage = Stage(self.model, layers, first=part == "embedding", last=is_last)
+        # A block's exchanges are a dispatch and a combine.
+        exchanges: Iterator[PhaseKind] = cycle(("dispatch", "combine"))
+        self._kinds = ["compute" if lane == "compute" else next(exchanges) for lane in self._stage.lanes]
         self._store = GradientStore(self.model.parameters())
         self._slices = SequenceParts(
             edges=slice_starts(tuple(each.tokens for each in by_slice)),
@@ -137,59 +165,57 @@ class _PartRuns:
     def measure(self, storages: _LiveStorages) -> list[list[PhaseBytes]]:
         """Runs the forwards of all slices, then their backwards, the last slice first."""
         runs, sequences = self._start(self._store)
-        sizes = [self._empty_phases() for _ in runs]
-
-        def kept_bytes() -> int:
-            return storages.bytes_of(tensor for run in runs for tensor in run.kept())
-
+        account = _Account(storages, runs, sequences)
+        sizes = []
         for index, run in enumerate(runs):
             self._set_input(run, index)
-            for phase, size in enumerate(sizes[index]):
-                before = kept_bytes()
-                peak = storages.peak_of(partial(self._forward, run, phase))
-                kept = kept_bytes()
-                values = storages.live_bytes() - kept
-                sizes[index][phase] = replace(size, values=values, kept=kept - before, forward_peak=peak)
+            sizes.append([self._measure_forward(run, phase, account) for phase in range(len(self._stage.lanes))])
             if self._part != "head":
                 run.output()
-        carried = 0
         for index, run in reversed(list(enumerate(runs))):
             if self._part != "head":
                 run.set_output_gradient(torch.empty_like(self._hidden_BTD(index)))
-            held: dict[int, int] = {}
-            for phase, size in reversed(list(enumerate(sizes[index]))):
-                before = kept_bytes()
-                peak = storages.peak_of(partial(self._backward, run, phase))
-                kept = kept_bytes()
-                now_carried = storages.bytes_of(sequences.carried())
-                held[phase] = storages.live_bytes() - kept - now_carried
-                sizes[index][phase] = replace(
-                    size,
-                    gradients=storages.bytes_of([*run.gradient_tensors(), *run.kept()]) - storages.bytes_of(run.kept()),
-                    released=before - kept,
-                    carried=now_carried - carried,
-                    backward_peak=peak,
-                )
-                carried = now_carried
-            if self._part != "embedding":
-                run.input_gradient()
-            self._measure_weights(run, sizes[index], storages)
-            waiting = 0
-            for phase, size in reversed(list(enumerate(sizes[index]))):
-                waiting += size.waiting
-                sizes[index][phase] = replace(size, shared=size.gradients + waiting - held[phase])
+            sizes[index] = self._measure_backward(run, sizes[index], account)
         return sizes
 
-    def _measure_weights(self, run: StageRun, sizes: list[PhaseBytes], storages: _LiveStorages) -> None:
-        """Runs the W of all phases in the order of their backwards; what each of them frees has waited for it.
+    def _measure_forward(self, run: StageRun, phase: int, account: "_Account") -> PhaseBytes:
+        before = account.kept_bytes()
+        peak = account.storages.peak_of(partial(self._forward, run, phase))
+        kept = account.kept_bytes()
+        values = account.storages.live_bytes() - kept
+        return PhaseBytes(kind=self._kinds[phase], values=values, kept=kept - before, forward_peak=peak)
 
-        What several phases wait with counts for the last of them.
-        """
-        for phase, size in reversed(list(enumerate(sizes))):
-            if size.kind == "compute":
-                before = storages.live_bytes()
-                peak = storages.peak_of(partial(run.weight, phase))
-                sizes[phase] = replace(size, waiting=before - storages.live_bytes(), weight_peak=peak)
+    def _measure_backward(self, run: StageRun, sizes: list[PhaseBytes], account: "_Account") -> list[PhaseBytes]:
+        """Adds the sizes of a run's backward and W."""
+        held = [0] * len(sizes)
+        sizes = list(sizes)
+        for phase in reversed(range(len(sizes))):
+            kept_before = account.kept_bytes()
+            carried_before = account.carried_bytes()
+            peak = account.storages.peak_of(partial(self._backward, run, phase))
+            kept = account.kept_bytes()
+            carried = account.carried_bytes()
+            held[phase] = account.storages.live_bytes() - kept - carried
+            sizes[phase] = replace(
+                sizes[phase],
+                gradients=account.gradient_bytes(run),
+                released=kept_before - kept,
+                carried=carried - carried_before,
+                backward_peak=peak,
+            )
+        if self._part != "embedding":
+            run.input_gradient()
+        # What several phases wait with counts for the last of them.
+        waiting = 0
+        for phase in reversed(range(len(sizes))):
+            if sizes[phase].kind == "compute":
+                before = account.storages.live_bytes()
+                peak = account.storages.peak_of(partial(run.weight, phase))
+                freed = before - account.storages.live_bytes()
+                sizes[phase] = replace(sizes[phase], waiting=freed, weight_peak=peak)
+            waiting += sizes[phase].waiting
+            sizes[phase] = replace(sizes[phase], shared=sizes[phase].gradients + waiting - held[phase])
+        return sizes
 
     def _start(self, store: GradientStore | None) -> tuple[list[StageRun], SlicedSequences]:
         """Returns a run for each slice, and what slices share."""
@@ -209,11 +235,6 @@ class _PartRuns:
         """Returns the hidden state of a slice between two stages."""
         with torch.no_grad():
             return self.model.embed(self._batches[index].inputs_BT[0], None)
-
-    def _empty_phases(self) -> list[PhaseBytes]:
-        """Returns the phases of a run without sizes; a block's exchanges are a dispatch and a combine."""
-        exchanges: Iterator[PhaseKind] = cycle(("dispatch", "combine"))
-        return [PhaseBytes(kind="compute" if lane == "compute" else next(exchanges)) for lane in self._stage.lanes]
 
     def _forward(self, run: StageRun, phase: int) -> None:
         run.forward(phase)

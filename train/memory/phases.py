@@ -1,5 +1,6 @@
-"""What each phase of a stage keeps, as measured on the model. Imports torch only for sizes that are not in the cache.
+"""Says what each phase of a stage keeps, as measured on the model.
 
+Imports torch only for sizes that are not in the cache.
 The key of the cache covers the sizes, torch's version and the source files of the model.
 """
 

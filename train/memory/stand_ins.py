@@ -1,6 +1,6 @@
-"""Dispatcher and context group on tensors without memory: they allocate what arrives, and send nothing.
+"""Dispatcher and context group on tensors without memory, which send nothing.
 
-Shape legend: as in comm/protocol.py.
+They allocate what would arrive. Shape legend: as in comm/protocol.py.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class EvenDispatcher(Dispatcher):
 
 
 class _Link:
-    """Stands in for `comm.context.group.ContextLink`."""
+    """Replaces `comm.context.group.ContextLink`."""
 
     index = 0
 
