@@ -1,7 +1,8 @@
 """Builds one rank of every kind in a job without its devices, and counts what it holds.
 
-A plan counts parameters and optimizer state by arithmetic (`train.memory`). This module checks that against the real model,
-process groups and optimizer, with torch's fake process group and tensors without memory. No torch in this process.
+A plan counts parameters and optimizer state by arithmetic (`train.memory`). This module checks that against the real
+model, process groups and optimizer, with torch's fake process group and tensors without memory. No torch in this
+process.
 """
 
 import multiprocessing
