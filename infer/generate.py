@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from infer.active import StopCondition
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request
+from infer.protocol import NumberedPrompt, Request
 from model.transformer import Transformer
 
 GREEDY = Sampling()

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
+from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
 from model.attention.kv_cache import CacheView, KvCache
 from model.config import ModelConfig
 from model.router import expert_id_dtype

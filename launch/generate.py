@@ -14,7 +14,7 @@ from comm.config import ParallelismConfig
 from data.progress import NoProgress, progress_on
 from dualpipe.config import ScheduleConfig
 from infer.config import Sampling, Speculative, Statistics, check
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from infer.protocol import NumberedPrompt, Request, Rollouts
 from kernels.ranges import PositiveInt
 from launch.config.compose import compose
 from launch.config.errors import system_errors
@@ -33,7 +33,6 @@ from launch.help.command import command, plain_text
 from launch.job import (
     PRELOADED,
     Device,
-    WeightsKind,
     WeightsSource,
     find_weights,
     load_model,
@@ -42,6 +41,7 @@ from launch.job import (
 )
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
 from launch.ranks.workers import Send, run_on_local_ranks
+from train.checkpoint.index import WeightsKind
 from train.config import InferenceConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

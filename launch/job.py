@@ -25,6 +25,7 @@ from launch.ranks.environment import check_world_size, is_torchrun
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
 from model.hf.json_file import read_json
+from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder
 from train.config import InferenceConfig
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
-WeightsKind = Literal["trained", "ema"]
 PRELOADED = ("train.post.inference", "launch.job")
 """Modules that ranks import once, before they are forked."""
 _TIMEOUT_SECONDS = 1800.0

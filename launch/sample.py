@@ -22,7 +22,7 @@ from data.problems.records import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check
-from infer.engines.protocol import Engine, Group, NumberedPrompt, Request, Sample
+from infer.protocol import Engine, Group, NumberedPrompt, Request, Sample
 from infer.scoring.reward import Reward, RewardConfig, check_reward, model_part_problem
 from infer.scoring.score import SCORERS, problem_of
 from kernels.ranges import NonNegativeInt, PositiveInt
@@ -30,7 +30,7 @@ from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.config.output import open_output
 from launch.help.command import command, plain_text
-from launch.job import Device, WeightsKind, WeightsSource, find_template, find_weights, load_model
+from launch.job import Device, WeightsSource, find_template, find_weights, load_model
 from launch.scored_samples import (
     JOURNAL_SUFFIX,
     KeepConfig,
@@ -41,6 +41,7 @@ from launch.scored_samples import (
     select,
     summary,
 )
+from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_step
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 from comm.config import ParallelismConfig
 from data.arithmetic.source import ArithmeticSource
 from dualpipe.config import ScheduleConfig
-from infer.engines.protocol import Group, Sample
+from infer.protocol import Group, Sample
 from infer.scoring.reward import RewardConfig, ScoreSheet
 from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
 from model.objectives.policy_loss import PolicyLossConfig

@@ -10,7 +10,7 @@ from infer.active import ActiveSequence, StopCondition
 from infer.batch import PROMPT_TOKENS, GenerationBatch
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.routes import RouteStore, join_routes
 from infer.sample import SequenceRandom
 from model.transformer import Transformer

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from infer.config import Finish, GenerateError, Sampling, Statistics, check
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.engines.weight_digests import ServedDigests, check_digests
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from model.hf.config import read_config
 
 

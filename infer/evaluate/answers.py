@@ -11,7 +11,6 @@ from functools import partial
 
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
-from infer.engines.protocol import NumberedPrompt, Request, Sample
 from infer.evaluate.protocol import (
     ContinuationRequest,
     DocumentRequest,
@@ -27,6 +26,7 @@ from infer.evaluate.protocol import (
     TargetSequence,
     Text,
 )
+from infer.protocol import NumberedPrompt, Request, Sample
 from infer.text import TextStream
 
 NumberedRequest = tuple[int, EvaluationRequest]

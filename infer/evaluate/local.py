@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
+from infer.protocol import NumberedPrompt, Request, Rollouts
 from infer.reward import score_answers
 from kernels.cross_entropy.greedy import greedy_scores
 from kernels.cross_entropy.reference import IGNORE

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from data.tokenizer import Tokenizer
 from infer.config import Finish, Sampling
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts
+from infer.protocol import NumberedPrompt, Request, Rollouts
 
 Text = str | tuple[int, ...]
 """A text, or its token ids."""
@@ -223,5 +223,5 @@ class EvaluatedModel(Protocol):
         ...
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
-        """Continues every prompt, as `infer.engines.protocol.Engine`."""
+        """Continues every prompt, as `infer.protocol.Engine`."""
         ...

@@ -17,7 +17,7 @@ from data.chat.templates import ChatTemplate
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
-from infer.engines.protocol import NumberedPrompt, Request, Sample
+from infer.protocol import NumberedPrompt, Request, Sample
 from infer.scoring.answer_text import final_text
 from infer.scoring.reward import AnswerGroup
 from infer.scoring.score import Score, ScorerConfig, ScoringError, failure

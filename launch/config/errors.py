@@ -17,6 +17,21 @@ class SyntaxOverrideError(ConfigError):
         self.argument = argument
 
 
+def user_errors() -> tuple[type[ValueError], ...]:
+    """Returns the error types that a user can fix; they are printed as one line without a traceback."""
+    from comm.watchdog.membership import JobKeyError
+    from data.corpus import DataError
+    from infer.config import GenerateError
+    from infer.evaluate.protocol import EvaluationError
+    from infer.scoring.score import ScoringError
+    from model.hf.errors import HfError
+    from train.checkpoint.manifest import CheckpointError
+    from train.files.run_lock import LockedError
+
+    of_commands = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
+    return (*of_commands, ScoringError, EvaluationError, LockedError, JobKeyError)
+
+
 def check_all(config: TrainConfig, *rules: Callable[[TrainConfig], None]) -> None:
     """Checks independent rules, and reports all that are broken in one message."""
     errors: list[ValueError] = []

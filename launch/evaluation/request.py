@@ -15,7 +15,8 @@ from infer.evaluate.registry import EVALUATION_TASKS
 from infer.evaluate.run import OpenTask, open_tasks
 from kernels.ranges import NonNegativeInt, PositiveInt
 from launch.config.compose import compose
-from launch.job import Device, Dtype, WeightsKind, WeightsSource, find_weights, spread_over_ranks
+from launch.job import Device, Dtype, WeightsSource, find_weights, spread_over_ranks
+from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import MANIFEST_NAME, digest
 from train.config import InferenceConfig
 from train.config.decode import decode, encode

@@ -12,7 +12,7 @@ import yaml
 from comm.exit_codes import EXIT_CONFIGURATION
 from data.progress import escape_terminals
 from launch.config.compose import CONFIG_ONLY, DRY_RUN, chosen_options
-from launch.config.errors import system_errors
+from launch.config.errors import system_errors, user_errors
 from launch.ranks.interrupt import EXIT_INTERRUPTED, LINE, Interrupts
 from launch.ranks.machine import MachineError
 from train.config.errors import ConfigError
@@ -121,23 +121,6 @@ def _flush_or_discard() -> None:
 def discard_output() -> None:
     """Redirects stdout to the null device, so that flushing at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def user_errors() -> tuple[type[ValueError], ...]:
-    """Returns the error types that a user can fix; they are printed as one line without a traceback."""
-    from comm.watchdog.membership import JobKeyError
-    from data.corpus import DataError
-    from dualpipe.ir import ScheduleError
-    from infer.config import GenerateError
-    from infer.evaluate.protocol import EvaluationError
-    from infer.scoring.score import ScoringError
-    from model.config import CutError
-    from model.hf.errors import HfError
-    from train.checkpoint.manifest import CheckpointError
-    from train.files.run_lock import LockedError
-
-    known = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
-    return (*known, ScoringError, EvaluationError, LockedError, JobKeyError)
 
 
 def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[list[str], bool]:

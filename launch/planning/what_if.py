@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config.compose import dotted_keys, key_of
+from launch.config.errors import user_errors
 from launch.config.groups import default_groups, options, own_keys, read_option
 from launch.config.resolve import expand_model
 from launch.config.run_config import write_config
-from launch.help.command import user_errors
 from launch.planning.changes import EXAMPLE, Change, changed_values, parse_changes
 from launch.planning.request import PlanRequest, plan_values, planner_config, run_config
 from train.config import TrainConfig, named_weights

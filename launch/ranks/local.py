@@ -26,8 +26,8 @@ from comm.exit_codes import EXIT_CONFIGURATION, EXIT_LOST
 from comm.preemption import SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
+from launch.config.errors import user_errors
 from launch.config.groups import load_plugin_files
-from launch.help.command import user_errors
 from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (

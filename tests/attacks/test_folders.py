@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.help.command import user_errors
+from launch.config.errors import user_errors
 from launch.ranks.run_folder import check_folder, locked_run_folder
 from tests.attacks.folder_runs import OTHER_HOST, choices
 from tests.commands import run_command

@@ -11,7 +11,7 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, RouteKey, Sample
+from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, Request, RouteKey, Sample
 from infer.sample import distribution
 from kernels.quantize import quantize_128x128
 from model.attention.mla import EXPANDED_TOKENS

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request
 from infer.engines.vllm import VllmEngine
+from infer.protocol import NumberedPrompt, Request
 from model.hf.convert import save_hf
 from model.transformer import Transformer, named_tensors
 from tests.infer.models import SMALL, make_model

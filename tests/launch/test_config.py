@@ -18,11 +18,11 @@ from data.corpus import DataError
 from infer.scoring.score import ScoringError
 from kernels.ranges import Range
 from kernels.registry import Registry
+from launch.config.errors import user_errors
 from launch.config.groups import default_groups, options
 from launch.config.model_rules import check_optim
 from launch.config.rules import check_rules
 from launch.config.run_config import check, compose_run, read_config, write_config
-from launch.help.command import user_errors
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest

@@ -7,8 +7,8 @@ import pytest
 
 from launch import train
 from launch.config.compose import compose
+from launch.config.errors import user_errors
 from launch.config.groups import config_dir
-from launch.help.command import user_errors
 from tests.launch.fuzz import SECONDS, invalid_configurations, misused_keys, problem_of, refusal_of
 from train.config.errors import ConfigError
 

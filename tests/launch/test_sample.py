@@ -16,7 +16,7 @@ from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request
+from infer.protocol import NumberedPrompt, Request
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score
 from launch.sample import main

@@ -18,7 +18,7 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Request, Sample
+from infer.protocol import NumberedPrompt, Request, Sample
 from model.transformer import Transformer
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate

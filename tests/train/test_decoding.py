@@ -18,7 +18,7 @@ from dualpipe.config import ScheduleConfig
 from infer.config import GenerateError, Sampling, Statistics
 from infer.engines.local import LocalEngine
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, RouteKey, Sample, SampledRoutes
+from infer.protocol import NumberedPrompt, Request, Rollouts, RouteKey, Sample, SampledRoutes
 from model.config import ModelConfig
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks

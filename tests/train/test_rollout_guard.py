@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infer.config import GenerateError
-from infer.engines.protocol import Sample
+from infer.protocol import Sample
 from infer.scoring.reward import GroupSheets, join_parts
 from infer.scoring.score import SCORERS, Outcome, Score, ScoringError
 from tests.rollouts import ROLLOUT, answer_of, group_of, header_of

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts
 from infer.evaluate.local import MOST_TOKENS, PADDING, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
+from infer.protocol import NumberedPrompt, Request, Rollouts
 from kernels.cross_entropy.greedy import greedy_scores
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
 from model.objectives.ranking import KeepScores

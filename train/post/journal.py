@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from infer.engines.protocol import Group, Sample
+from infer.protocol import Group, Sample
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Problem, Score
 from train.post.sample import RolloutHeader, ScoredRollout

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from infer.config import Sampling
-from infer.engines.protocol import Group, Request, SampledRoutes
+from infer.protocol import Group, Request, SampledRoutes
 from infer.scoring.ratings import length_penalty
 from train.config.rollout import RolloutConfig
 from train.post.engine import TrainingEngine

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data.loader import Batch
 from data.pack import PADDING_POSITION, best_fit_decreasing
 from data.samples.pack import ANSWER, WEIGHTS
-from infer.engines.protocol import NumberedPrompt, Sample
+from infer.protocol import NumberedPrompt, Sample
 from model.objectives.policy import ADVANTAGE, OLD, SAMPLER
 from model.objectives.preference import TokenLogProbs
 from model.objectives.sampled import KEPT

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from data.tokenizer import Tokenizer
-from infer.engines.protocol import Group, NumberedPrompt, Sample
+from infer.protocol import Group, NumberedPrompt, Sample
 from infer.reward import score_answers
 from infer.scoring.judge import RewardModelScorerConfig
 from infer.scoring.score import Score, failure

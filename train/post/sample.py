@@ -11,7 +11,7 @@ from data.problems.records import ProblemRecord
 from data.problems.split import split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
-from infer.engines.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
+from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes
 from infer.scoring.answer_text import THINK
 from infer.scoring.score import problem_of
 from train.config import TrainConfig

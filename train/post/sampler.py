@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from data.loader import Loader
 from data.prepare import Prepared
-from infer.engines.protocol import Group, Sample
+from infer.protocol import Group, Sample
 from model.hf.names import weights
 from model.objective import MAIN
 from model.objectives.policy_loss import PolicyLossConfig

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import distributed as dist
 
-from infer.engines.protocol import Engine, Group, Sample
+from infer.protocol import Engine, Group, Sample
 from infer.scoring.judge import Judge, JudgeConfig, RewardModelScorerConfig, read_constitution
 from infer.scoring.reward import GroupSheets, ModelScores, Reward, RewardConfig, combine, host_parts
 from infer.scoring.score import Score, ScorerConfig, ScoringError

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from data.progress import printable
-from infer.engines.protocol import Group, Sample
+from infer.protocol import Group, Sample
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import SCORERS, VERDICTS
 from train.post.sample import ScoredRollout

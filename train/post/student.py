@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from data.loader import Batch, Loader
 from infer.config import Sampling
-from infer.engines.protocol import Request, Sample
+from infer.protocol import Request, Sample
 from infer.sample import SequenceRandom
 from train.post.engine import TrainingEngine
 from train.post.pack import BatchShape, PromptAndAnswer, find_prompts, pack_fitting

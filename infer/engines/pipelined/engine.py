@@ -18,7 +18,7 @@ from infer.engines.local import start_sequences, to_rollouts
 from infer.engines.pipelined.cohort import Cohort, CohortDecoder
 from infer.engines.pipelined.plan import DecodePipeline, RoundFormat, assign_prompt
 from infer.engines.pipelined.stage import CohortStage, DirectedStages, InnerStage, LastStage
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from infer.routes import RouteStore, join_routes
 
 MAX_ROUNDS = 32

@@ -11,11 +11,11 @@ import yaml
 
 from data.tokenizer import Tokenizer
 from infer.config import Statistics
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
 from infer.evaluate.answers import Answerer
 from infer.evaluate.protocol import Record, StopToken, TargetScores, TargetSequence, TaskContext
 from infer.evaluate.registry import EVALUATION_TASKS
 from infer.evaluate.run import OpenTask, TaskResult, run_tasks, task_result
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from train.config.decode import decode
 
 DEFAULTS = yaml.safe_load(Path(__file__).parents[3].joinpath("conf", "evaluate.yaml").read_text())

@@ -13,7 +13,7 @@ from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from infer.config import Finish
 from infer.engines.local import LocalEngine
-from infer.engines.protocol import NumberedPrompt, Sample
+from infer.protocol import NumberedPrompt, Sample
 from infer.sample import SequenceRandom
 from infer.scoring.judge import Judge, JudgeConfig, JudgePrompt, parse_verdict, read_constitution, score_votes
 from infer.scoring.reward import AnswerGroup

@@ -11,8 +11,8 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
 from infer.config import Sampling
-from infer.engines.protocol import NumberedPrompt, Request
 from infer.evaluate.protocol import TargetSequence
+from infer.protocol import NumberedPrompt, Request
 from tests.model.fp8_models import CONFIDENT, scale_like_trained
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, tiny_config

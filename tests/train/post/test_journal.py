@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infer.engines.protocol import Sample
+from infer.protocol import Sample
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Problem, Score
 from tests.rollouts import answer_of, group_of, header_of

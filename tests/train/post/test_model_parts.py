@@ -10,7 +10,7 @@ from torch import distributed as dist
 from data.arithmetic.source import arithmetic_tokenizer
 from data.chat.templates import CHAT_TEMPLATES
 from infer.config import Statistics
-from infer.engines.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
+from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample
 from infer.reward import score_answers
 from infer.scoring.judge import JUDGE_SEED, JudgeConfig
 from infer.scoring.reward import RewardConfig

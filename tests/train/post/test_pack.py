@@ -8,7 +8,7 @@ from numpy.random import Generator, Philox
 
 from data.loader import Batch
 from data.samples.pack import ANSWER, WEIGHTS
-from infer.engines.protocol import NumberedPrompt
+from infer.protocol import NumberedPrompt
 from tests.rollouts import answer_of
 from train.post.pack import BatchShape, PromptAndAnswer, fill, pack_fitting, place_answers
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.engines.protocol import Group
+from infer.protocol import Group
 from tests.answers import VARIANTS as VARIANTS_OF_LOSS
 from tests.ranks import run_ranks
 from tests.rollouts import GRPO, LOSS, REWARD, ROLLOUT, EvenConfig, rollout_config

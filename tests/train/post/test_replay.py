@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from infer.config import Sampling
 from infer.engines.pipelined.engine import PipelinedEngine
-from infer.engines.protocol import Request, Sample, SampledRoutes
+from infer.protocol import Request, Sample, SampledRoutes
 from model.transformer import routers
 from tests.answers import VARIANTS
 from tests.ranks import run_ranks

@@ -14,7 +14,7 @@ from comm.protocol import Label
 from data.loader import Batch
 from infer.config import Sampling
 from infer.engines.pipelined.engine import PipelinedEngine
-from infer.engines.protocol import PROMPT_SAMPLE, Request, RouteKey, Sample, SampledRoutes
+from infer.protocol import PROMPT_SAMPLE, Request, RouteKey, Sample, SampledRoutes
 from model.objective import LossSums
 from model.router import ReplayedRoutes, RouteError, Router, Routes, Routing
 from model.transformer import routers

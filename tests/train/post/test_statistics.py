@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from infer.engines.protocol import Group
+from infer.protocol import Group
 from infer.scoring.reward import GroupSheets, join_parts
 from infer.scoring.score import SKIPPED, Outcome, Score, failure, verdict
 from tests.rollouts import answer_of, group_of, header_of

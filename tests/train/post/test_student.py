@@ -13,7 +13,7 @@ from data.loader import Batch, Loader
 from data.samples.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from infer.config import Statistics
-from infer.engines.protocol import NumberedPrompt, Request, Rollouts, Sample
+from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from tests.marked_samples import sft_config
 from tests.train.tasks.test_distillation import TASK
 from train.corpus import prepare_corpus

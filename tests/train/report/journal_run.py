@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from data.arithmetic.source import arithmetic_tokenizer
-from infer.engines.protocol import Group, Sample
+from infer.protocol import Group, Sample
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Problem, Score
 from train.post.journal import write_journal
