@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from infer.active import StopCondition
+from infer.batch import StopCondition
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request

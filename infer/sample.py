@@ -1,7 +1,10 @@
-"""Sampling: converts logits to a distribution, and draws tokens from it.
+"""Sampling: penalizes logits, converts them to a distribution, draws tokens, and verifies drafts.
 
 Shape legend: B rows, V vocabulary, K kept tokens.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -92,3 +95,74 @@ class SequenceRandom:
     def uniform(self, count: int) -> Tensor:
         """Returns `count` uniform numbers in [0, 1), float64, on the CPU."""
         return torch.from_numpy(self._generator.random(count))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenHistory:
+    """Whether the prompt of a sequence has a token, and how often its continuation has it, int32."""
+
+    prompt_BV: Tensor
+    counts_BV: Tensor
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], tokens: Sequence[int], vocab_size: int, device: torch.device) -> "TokenHistory":
+        """Counts the tokens of one sequence."""
+        prompt_1V = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
+        prompt_1V[0, torch.tensor(list(prompt), dtype=torch.int64, device=device)] = True
+        counts_1V = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
+        places = torch.tensor(list(tokens), dtype=torch.int64, device=device)
+        counts_1V[0].index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        return cls(prompt_1V, counts_1V)
+
+    @classmethod
+    def join(cls, histories: Sequence["TokenHistory"]) -> "TokenHistory":
+        """Returns the history of several sequences, in order."""
+        return cls(
+            torch.cat([history.prompt_BV for history in histories]),
+            torch.cat([history.counts_BV for history in histories]),
+        )
+
+    def after(self, tokens_B: Tensor) -> "TokenHistory":
+        """Returns the history after one more token of each sequence."""
+        ones_B1 = torch.ones_like(tokens_B[:, None], dtype=torch.int32)
+        return TokenHistory(self.prompt_BV, self.counts_BV.scatter_add(1, tokens_B[:, None], ones_B1))
+
+
+def penalize(logits_BV: Tensor, history: TokenHistory | None, sampling: Sampling) -> Tensor:
+    """Returns the logits after all penalties, in float32 or wider. Without a history, nothing is changed."""
+    if history is None:
+        return logits_BV
+    logits_BV = widen(logits_BV)
+    is_in_continuation_BV = history.counts_BV > 0
+    factor = sampling.repetition_penalty
+    repeated_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+    logits_BV = torch.where(history.prompt_BV | is_in_continuation_BV, repeated_BV, logits_BV)
+    logits_BV = logits_BV - sampling.frequency_penalty * history.counts_BV
+    return logits_BV - sampling.presence_penalty * is_in_continuation_BV
+
+
+def verify(
+    target_BV: Tensor, draft_BV: Tensor, drafts_B: Tensor, after_BV: Tensor, uniform_B2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Accepts draft x with probability min(1, p(x) / q(x)), or else draws from max(p - q, 0), normalized.
+
+    With one-hot distributions (temperature 0), a draft is accepted if and only if it is the most probable token.
+    Source: arXiv:2211.17192, algorithm 1; the drafts are the MTP module's (arXiv:2412.19437, sections 2.2 and 5.4.3).
+
+    Args:
+        target_BV: p, the main model's distribution of the drafted token.
+        draft_BV: q, the distribution that the draft was drawn from.
+        after_BV: the main model's distribution of the token after the draft.
+        uniform_B2: uniform random numbers in [0, 1), float64: one for acceptance, one for drawing.
+
+    Returns:
+        Whether each draft is accepted, B; and the token after an accepted draft or in place of a rejected one, B.
+    """
+    target_B = target_BV.gather(1, drafts_B[:, None])[:, 0].to(torch.float64)
+    draft_B = draft_BV.gather(1, drafts_B[:, None])[:, 0].to(torch.float64)
+    # Accept if u < p(x) / q(x), without a division by zero.
+    kept_B = uniform_B2[:, 0] * draft_B < target_B
+    rest_BV = (target_BV - draft_BV).clamp(min=0)
+    # If p equals q, a draft is rejected only by rounding. Then draw from p itself.
+    rest_BV = torch.where(rest_BV.sum(-1, keepdim=True) > 0, rest_BV, target_BV)
+    return kept_B, draw(torch.where(kept_B[:, None], after_BV, rest_BV), uniform_B2[:, 1])

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from infer.active import ActiveSequence, StopCondition
-from infer.batch import PROMPT_TOKENS, GenerationBatch
+from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample

@@ -1,16 +1,194 @@
-"""Registers the project's scorers."""
+"""Registers the project's scorers: rules of text, and those that need worker processes."""
 
+import hashlib
+import importlib.util
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from infer.scoring import ratings
+from infer.scoring.answer_text import final_text, last_boxed
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.judge import JudgeConfig, RewardModelScorerConfig
-from infer.scoring.maths import MathsConfig, MathsScorer
-from infer.scoring.python import GymScorer, GymScorerConfig, PythonConfig, PythonScorer
+from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerStartError, WorkerTimeoutError
+from infer.scoring.ratings import finished_answer
 from infer.scoring.reward import refuse_without_run
-from infer.scoring.score import SCORERS, Answer, FunctionScorer, Problem, Score, ScorerConfig, ScorerSpec
+from infer.scoring.score import (
+    SCORERS,
+    SKIPPED,
+    Answer,
+    FunctionScorer,
+    Problem,
+    Score,
+    ScorerConfig,
+    ScorerSpec,
+    ScoringError,
+    failure,
+    verdict,
+)
+from kernels.ranges import PositiveFloat, PositiveInt
+
+VERIFIER = Path(__file__).with_name("gym_verifier.py")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PythonConfig(ScorerConfig):
+    """A user's function `score(prompt, answer, expected)`, a call's deadline, and its processes."""
+
+    path: str
+    function: str
+    seconds: PositiveFloat
+    num_workers: PositiveInt
+
+
+class PythonScorer:
+    """Calls the function with the prompt, the whole answer with its thoughts, and the expected answer.
+
+    The function is the user's own code and is trusted as a plugin is: it gets this process' environment.
+    """
+
+    def __init__(self, config: PythonConfig) -> None:
+        """Starts one worker, which imports the file, or raises `ScoringError` if that fails."""
+        path = Path(config.path).expanduser().resolve()
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ScoringError(
+                f"reward.parts, kind {config.kind}: path must be a Python file, {config.path!r} cannot be read: "
+                f"{error.strerror}; nearest valid: {_nearest_file(path)}"
+            ) from error
+        program = WorkerProgram(
+            Path(__file__).with_name("function_program.py"), (str(path), config.function, digest), dict(os.environ)
+        )
+        self._name = f"{config.path}: {config.function}"
+        self._pool = WorkerPool(
+            program, config.num_workers, config.seconds, name=f"{config.kind} ({self._name})", counts_timeouts=True
+        )
+        try:
+            self._pool.start()
+        except WorkerStartError as error:
+            self._pool.close()
+            raise ScoringError(f"reward.parts, kind {config.kind}: {config.path} {error}") from error
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Returns the function's score: unknown if the call takes too long, an error if it fails."""
+        return self.call(problem.prompt, answer.text, problem.answer)
+
+    def call(self, prompt: str, answer: str, expected: str | None) -> Score:
+        """Returns the score of a call of the function."""
+        try:
+            reply = self._pool.request({"prompt": prompt, "answer": answer, "expected": expected})
+        except WorkerTimeoutError as error:
+            return failure("unknown", f"{self._name}: {error}")
+        except WorkerDiedError as error:
+            return failure("error", f"{self._name}: {error}")
+        if "error" in reply:
+            return failure("error", f"{self._name}: {reply['error']}")
+        return Score(value=reply["value"], outcome=reply["outcome"], detail=reply["detail"])
+
+    def close(self) -> None:
+        """Kills the workers."""
+        self._pool.close()
+
+
+def _nearest_file(path: Path) -> str:
+    names = sorted(sibling.name for sibling in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    return ", ".join(names[:3]) or "a file that defines score(prompt, answer, expected)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GymScorerConfig(ScorerConfig):
+    """The configuration of the verifiers of reasoning-gym, as `ExactConfig` and `PythonConfig`."""
+
+    boxed: bool
+    seconds: PositiveFloat
+    num_workers: PositiveInt
+
+
+class GymScorer:
+    """Verifies answers to problems of `data=reasoning_gym`. One that is partly right has a value below 1."""
+
+    def __init__(self, config: GymScorerConfig) -> None:
+        """Starts one worker, which imports the library, or raises `ScoringError` if that fails."""
+        if importlib.util.find_spec("reasoning_gym") is None:
+            missing = "reward.parts: kind reasoning_gym needs the library reasoning-gym, it is missing"
+            raise ScoringError(f"{missing}; run pip install '.[reasoning]'")
+        self._boxed = config.boxed
+        self._verifier = PythonScorer(
+            PythonConfig(
+                kind=config.kind,
+                weight=config.weight,
+                path=str(VERIFIER),
+                function="score",
+                seconds=config.seconds,
+                num_workers=config.num_workers,
+            )
+        )
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Returns the verifier's score. Problems of other sources are skipped."""
+        if problem.origin is None:
+            return SKIPPED
+        text = finished_answer(answer, boxed=self._boxed)
+        return text if isinstance(text, Score) else self._verifier.call(problem.prompt, text.strip(), problem.origin)
+
+    def close(self) -> None:
+        """Kills the workers."""
+        self._verifier.close()
+
+
+LONGEST_ANSWER = 2000
+"""Longer boxes are no answers. Parsers take minutes for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MathsConfig(ScorerConfig):
+    """The deadline of one comparison, the number of processes that compare, and the address space of each."""
+
+    seconds: PositiveFloat
+    num_workers: PositiveInt
+    memory_gib: PositiveFloat
+
+
+class MathsScorer:
+    """Compares the last box after the thoughts with the problem's answer.
+
+    A comparison may take minutes and all memory, so it runs in worker processes, which are killed.
+    """
+
+    def __init__(self, config: MathsConfig) -> None:
+        """Prepares the workers, or raises `ScoringError` if math-verify is not installed."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise ScoringError("reward.parts: kind maths needs math-verify, it is missing; run pip install '.[score]'")
+        program = WorkerProgram(Path(__file__).with_name("maths_program.py"), (str(int(config.memory_gib * 2**30)),))
+        self._pool = WorkerPool(program, config.num_workers, config.seconds, name="maths")
+
+    def score(self, answer: Answer, problem: Problem) -> Score:
+        """Returns 1 if both are equal. A comparison that takes too long is a timeout, one that fails an error."""
+        if problem.answer is None:
+            return SKIPPED
+        box = last_boxed(final_text(answer.text))
+        if not box:
+            return failure("missing", "no boxed answer after the thoughts")
+        if len(box) > LONGEST_ANSWER:
+            return verdict(is_correct=False, detail=f"the box has more than {LONGEST_ANSWER} characters")
+        expected = last_boxed(problem.answer) or problem.answer
+        try:
+            reply = self._pool.request({"expected": expected, "found": box})
+        except WorkerTimeoutError:
+            return failure("timeout", f"comparing {box[:60]!r} took too long")
+        except WorkerDiedError as error:
+            return failure("error", str(error))
+        if reply["outcome"] in ("error", "timeout"):
+            return failure(reply["outcome"], reply["detail"])
+        return verdict(is_correct=reply["outcome"] == "correct", detail=reply["detail"] or box[:80])
+
+    def close(self) -> None:
+        """Kills the workers."""
+        self._pool.close()
 
 
 def _rating(summary: str, config: type[ScorerConfig], score: Callable[[Any, Answer, Problem], Score]) -> ScorerSpec:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launch.ranks.device_memory import device_memory_bytes
+from launch.ranks.machine import device_memory_bytes
 
 _GB = 1e9
 _PYTHON_BYTES = 500_000_000

@@ -13,7 +13,7 @@ from data.chat.lines import read_json_lines
 from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
 from infer.evaluate.folder import read_records
 from infer.evaluate.lines import read_lines
-from launch.continuations import read_prompts
+from launch.generate import read_prompts
 from launch.sample import FileProblemsConfig, load_problems
 from launch.scored_samples import read_samples
 

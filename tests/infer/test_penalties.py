@@ -5,7 +5,7 @@ import torch
 
 from infer.config import Sampling, Speculative
 from infer.generate import generate
-from infer.penalties import TokenHistory, penalize
+from infer.sample import TokenHistory, penalize
 from tests.infer.models import make_foresighted
 
 CPU = torch.device("cpu")

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from infer.config import Sampling
 from infer.generate import generate
-from infer.sample import distribution
-from infer.speculative import verify
+from infer.sample import distribution, verify
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.infer.models import SHAPES, SMALL, chi_square, make_foresighted, make_model, whole_pass

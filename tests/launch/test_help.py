@@ -16,8 +16,15 @@ from launch.config.compose import chosen_options, compose, compose_defaults, dot
 from launch.config.groups import default_groups, options
 from launch.config.run_config import compose_run
 from launch.help.command import command
-from launch.help.options import other_options, read_options
-from launch.help.page import find_command, find_commands, help_text, listing, unknown_command
+from launch.help.page import (
+    find_command,
+    find_commands,
+    help_text,
+    listing,
+    other_options,
+    read_options,
+    unknown_command,
+)
 from launch.planning.request import UNREAD
 from train.config.errors import ConfigError
 

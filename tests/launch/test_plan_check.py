@@ -11,8 +11,7 @@ import pytest
 from launch.config.run_config import check, compose_run
 from launch.plan import main
 from launch.ranks import device_memory
-from launch.ranks.device_memory import check_device_memory, device_memory_bytes
-from launch.ranks.machine import has_driver
+from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.memory import fitted_config, predict_memory

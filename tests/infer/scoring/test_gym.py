@@ -11,8 +11,8 @@ from data.prepare import check_config, prepare
 from data.problems.gym import GymSource
 from data.problems.split import split_problems
 from infer.scoring import python
-from infer.scoring.python import GymScorer, GymScorerConfig
 from infer.scoring.score import Problem, ScoringError, TextAnswer, problem_of
+from infer.scoring.scorers import GymScorer, GymScorerConfig
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of
 

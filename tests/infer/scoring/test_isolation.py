@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from infer.scoring.code import find
-from infer.scoring.code.sandbox import Sandbox
+from infer.scoring.code.sandbox import Sandbox, seccomp_filter
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
-from infer.scoring.code.seccomp import seccomp_filter
 from infer.scoring.score import ScoringError
 from tests.infer.scoring.twelve_attacks import TWELVE
 

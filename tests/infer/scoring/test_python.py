@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from infer.scoring.python import PythonConfig, PythonScorer
 from infer.scoring.reward import AnswerGroup, Reward, RewardConfig
 from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
+from infer.scoring.scorers import PythonConfig, PythonScorer
 from tests.infer.scoring.groups import TextGroup
 
 SOURCE = """

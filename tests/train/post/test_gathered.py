@@ -13,7 +13,7 @@ from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
 from infer.config import GenerateError, Sampling
 from infer.engines.local import LocalEngine
-from infer.engines.weight_digests import TensorDigest
+from infer.engines.vllm import TensorDigest
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
 from model.transformer import BIAS, initialize_weights, named_tensors
 from tests.ranks import run_ranks
