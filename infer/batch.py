@@ -6,13 +6,14 @@ Shape legend: B active sequences, S new tokens of each, N prompt tokens of all, 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from infer.config import Finish, GenerateError, Sampling, Statistics
+from infer.config import Finish, GenerateError, Statistics
 from infer.decoder import Decoder
+from infer.protocol import Request
 from infer.sample import SequenceRandom, TokenHistory, distribution, draw, log_probs, penalize, verify
 
 StopCondition = Callable[[int, int], bool]
@@ -36,6 +37,7 @@ class PromptEnd:
     logits_V: Tensor
 
 
+@dataclass(slots=True, eq=False)
 class ActiveSequence:
     """A prompt and its continuation so far.
 
@@ -44,22 +46,15 @@ class ActiveSequence:
         states_TD: states of the last 1 or 2 tokens, which the MTP module has not read.
     """
 
-    def __init__(
-        self,
-        index: int,
-        prompt: Sequence[int],
-        max_tokens: int,
-        random: SequenceRandom,
-        *,
-        sample: int = 0,
-        place: int = 0,
-    ) -> None:
-        self.index, self.sample, self.place, self.prompt, self.random = index, sample, place, prompt, random
-        self.chosen: list[ChosenToken] = []
-        self.finish: Finish | None = None
-        self.states_TD: Tensor | None = None
-        self._max_tokens = max_tokens
-        self._has_stop_token = False
+    index: int
+    prompt: Sequence[int]
+    max_tokens: int
+    random: SequenceRandom
+    sample: int = 0
+    place: int = 0
+    chosen: list[ChosenToken] = field(default_factory=list)
+    finish: Finish | None = None
+    states_TD: Tensor | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -67,44 +62,26 @@ class ActiveSequence:
         return [chosen.token for chosen in self.chosen]
 
     @property
-    def text_tokens(self) -> list[int]:
-        """Tokens of the continuation without the stop token."""
-        return self.tokens[:-1] if self._has_stop_token else self.tokens
-
-    @property
     def num_left(self) -> int:
         """Number of tokens that can still be generated."""
-        return self._max_tokens - len(self.chosen)
+        return self.max_tokens - len(self.chosen)
 
     @property
     def max_length(self) -> int:
         """Maximum number of tokens of prompt and continuation."""
-        return len(self.prompt) + self._max_tokens
+        return len(self.prompt) + self.max_tokens
 
     def take(self, chosen: ChosenToken, stop: frozenset[int], stop_condition: StopCondition) -> bool:
         """Adds a chosen token. Returns whether it is text, which a stop token is not."""
         self.chosen.append(chosen)
         if chosen.token in stop:
-            self.finish, self._has_stop_token = "stop", True
+            self.finish = "stop"
             return False
         if stop_condition(self.index, chosen.token):
             self.finish = "stop"
         elif self.num_left == 0:
             self.finish = "length"
         return True
-
-    def history(self, vocab_size: int, device: torch.device) -> TokenHistory:
-        """Counts the tokens of prompt and continuation."""
-        return TokenHistory.of(self.prompt, self.tokens, vocab_size, device)
-
-
-def history_of(
-    sequences: Sequence[ActiveSequence], sampling: Sampling, vocab_size: int, device: torch.device
-) -> TokenHistory | None:
-    """Returns the history of several sequences; None if the sampling has no penalties."""
-    if not sampling.has_penalties:
-        return None
-    return TokenHistory.join([sequence.history(vocab_size, device) for sequence in sequences])
 
 
 PROMPT_TOKENS = 8192  # maximum number of prompt tokens that are admitted together
@@ -116,22 +93,20 @@ class GenerationBatch:
     def __init__(
         self,
         decoder: Decoder,
-        sampling: Sampling,
-        stop: frozenset[int],
+        request: Request,
         stop_condition: StopCondition,
         *,
         speculative: bool,
         prefill_tokens: int = PROMPT_TOKENS,
-        keeps_sets: bool = False,
     ) -> None:
-        self._decoder, self._sampling, self._stop, self._stop_condition = decoder, sampling, stop, stop_condition
-        self._speculative, self._prefill_tokens, self._keeps_sets = speculative, prefill_tokens, keeps_sets
+        self._decoder, self._request, self._stop_condition = decoder, request, stop_condition
+        self._sampling = request.sampling
+        self._speculative, self._prefill_tokens = speculative, prefill_tokens
         self._active: list[ActiveSequence] = []
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
 
     def __len__(self) -> int:
-        """Returns the number of active sequences."""
         return len(self._active)
 
     def statistics(self, seconds: float) -> Statistics:
@@ -178,7 +153,6 @@ class GenerationBatch:
         self._counts["passes"] += len(unread)
 
     def _read_short_prompts(self, rows: Sequence[int], sequences: Sequence[ActiveSequence]) -> None:
-        """Reads whole prompts in one pass."""
         prompts = [sequence.prompt for sequence in sequences]
         states, logits_BV = self._decoder.read_prompts(rows, prompts)
         for row, sequence, states_TD, logits_V in zip(rows, sequences, states, logits_BV, strict=True):
@@ -229,7 +203,7 @@ class GenerationBatch:
     def _with_log_probs(self, logits_BV: Tensor, target_BV: Tensor, tokens_B: Tensor) -> list[ChosenToken]:
         """Returns tokens with their log-probabilities, and with the kept tokens if they are recorded."""
         # A kept token whose probability is 0 in this type cannot be drawn, and adds nothing to a sum.
-        kept_BV = target_BV > 0 if self._keeps_sets else None
+        kept_BV = target_BV > 0 if self._request.keeps_sets else None
         log_probs_B = log_probs(logits_BV, tokens_B, self._sampling, kept_BV)
         sets: Sequence[tuple[int, ...]] = [()] * len(tokens_B)
         if kept_BV is not None:
@@ -269,7 +243,14 @@ class GenerationBatch:
         return chosen
 
     def _history(self, sequences: Sequence[ActiveSequence]) -> TokenHistory | None:
-        return history_of(sequences, self._sampling, self._decoder.vocab_size, self._decoder.device)
+        """Counts the tokens of prompts and continuations; None if the sampling has no penalties."""
+        if not self._sampling.has_penalties:
+            return None
+        decoder = self._decoder
+        histories = [
+            TokenHistory.of(each.prompt, each.tokens, decoder.vocab_size, decoder.device) for each in sequences
+        ]
+        return TokenHistory.join(histories)
 
     def _read_pairs(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], states: Sequence[Tensor]) -> None:
         """Runs the MTP module over the pairs (state, next token) within prompts."""
@@ -316,7 +297,7 @@ class GenerationBatch:
             kept = []
             for each in tokens:
                 self._counts["tokens"] += 1
-                if sequence.take(each, self._stop, self._stop_condition):
+                if sequence.take(each, self._request.stop, self._stop_condition):
                     kept.append(each.token)
                 if sequence.finish is not None:
                     break

@@ -49,27 +49,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise GenerateError(f"temperature: must be finite and at least 0, is {self.temperature}; nearest valid: 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise GenerateError(f"top_k: must be at least 1, or null for all tokens, is {self.top_k}; nearest valid: 1")
-        if not 0 < self.top_p <= 1:
-            raise GenerateError(
-                f"top_p: must be above 0 and at most 1, is {self.top_p}; nearest valid: {1 if self.top_p > 1 else 0.01}"
-            )
-        if not 0 <= self.min_p <= 1:
-            raise GenerateError(
-                f"min_p: must be from 0 to 1, is {self.min_p}; nearest valid: {1 if self.min_p > 1 else 0}"
-            )
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise GenerateError(
-                f"repetition_penalty: must be finite and above 0, is {self.repetition_penalty}; nearest valid: 1"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise GenerateError(f"{name}: must be finite, is {value}; nearest valid: 0")
-        if self.seed < 0:
-            raise GenerateError(f"seed: must be at least 0, is {self.seed}; nearest valid: 0")
+        repetition = self.repetition_penalty
+        rules = (
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "finite and at least 0", 0),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for all tokens", 1),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1", 1 if self.top_p > 1 else 0.01),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1", 1 if self.min_p > 1 else 0),
+            ("repetition_penalty", math.isfinite(repetition) and repetition > 0, "finite and above 0", 1),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "finite", 0),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite", 0),
+            ("seed", self.seed >= 0, "at least 0", 0),
+        )
+        for name, is_valid, rule, near in rules:
+            if not is_valid:
+                raise GenerateError(f"{name}: must be {rule}, is {getattr(self, name)}; nearest valid: {near}")
 
     @property
     def keeps_all(self) -> bool:
@@ -103,11 +96,6 @@ class Statistics:
     def acceptance_rate(self) -> float:
         """Accepted drafts divided by offered drafts, or 0 if none was offered."""
         return self.drafts_accepted / max(self.drafts_offered, 1)
-
-    @property
-    def passes_saved(self) -> int:
-        """Number of passes saved compared with generating the same tokens one by one."""
-        return self.tokens - self.passes
 
     def summary(self) -> str:
         """Returns a sentence about accepted drafts and passes."""

@@ -38,15 +38,17 @@ class PartDecoder:
     def __init__(
         self,
         model: Transformer,
-        layers: Sequence[int],
         max_sequences: int,
         capacity: int,
         *,
         with_mtp: bool,
+        layers: Sequence[int] | None = None,
         routes: RouteStore | None = None,
     ) -> None:
+        """Allocates the caches for the layers that run here, by default all."""
         config, weight = model.config, next(model.parameters())
-        self._model, self._config, self._layers, self._dtype = model, config, tuple(layers), weight.dtype
+        self._model, self._config, self._dtype = model, config, weight.dtype
+        self._layers = tuple(range(config.num_layers) if layers is None else layers)
         width = model.attention.values_per_token(config)
         self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
@@ -134,7 +136,7 @@ class PartDecoder:
 
         Returns the logits, BV, of the token after the chosen pair in 0..S-1 of each sequence.
         """
-        views = self.over_cache(self.mtp, next_tokens_BS.shape[1])
+        views = self.over_rows(self.mtp, range(len(self.mtp.lengths)), next_tokens_BS.shape[1])
         hidden_ND = self._run_mtp(next_tokens_BS.flatten(), state_BSD.flatten(0, 1), views)
         chosen_N = torch.arange(len(chosen_B), device=chosen_B.device) * next_tokens_BS.shape[1] + chosen_B
         return self.logits(self._model.final_norm(1)(hidden_ND[chosen_N]))
@@ -145,9 +147,9 @@ class PartDecoder:
             case "prompts":
                 return self.over_prompts(self.main, rows, counts)
             case "chunk":
-                return self.over_row(self.main, rows[0], counts[0])
+                return self.over_rows(self.main, range(rows[0], rows[0] + 1), counts[0])
             case "step":
-                return self.over_cache(self.main, counts[0])
+                return self.over_rows(self.main, range(len(self.main.lengths)), counts[0])
             case _ as other:
                 assert_never(other)
 
@@ -156,15 +158,8 @@ class PartDecoder:
         rotation = self._rotation(torch.cat([torch.arange(count) for count in counts]).to(self.device))
         return lambda layer: PromptView(cache, layer, rows, counts, rotation)
 
-    def over_cache(self, cache: KvCache, num_new: int) -> Views:
-        """Returns the views of attention of `num_new` tokens of every sequence over the cached tokens."""
-        return self._over_rows(cache, range(len(cache.lengths)), num_new)
-
-    def over_row(self, cache: KvCache, row: int, num_new: int) -> Views:
-        """Returns the views of attention of `num_new` tokens of one sequence over its cached tokens."""
-        return self._over_rows(cache, range(row, row + 1), num_new)
-
-    def _over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
+    def over_rows(self, cache: KvCache, rows: range, num_new: int) -> Views:
+        """Returns the views of attention of `num_new` tokens of each row over its cached tokens."""
         lengths = cache.lengths[rows.start : rows.stop]
         longest = max(lengths)
         num_positions = longest + num_new
@@ -220,20 +215,6 @@ class PartDecoder:
 class Decoder(PartDecoder):
     """A whole model with KV caches. A subclass may hold only the last layers, if it overrides `_enter`."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        max_sequences: int,
-        capacity: int,
-        *,
-        with_mtp: bool,
-        layers: Sequence[int] | None = None,
-        routes: RouteStore | None = None,
-    ) -> None:
-        """Allocates the caches for the layers that run here, by default all."""
-        layers = range(model.config.num_layers) if layers is None else layers
-        super().__init__(model, layers, max_sequences, capacity, with_mtp=with_mtp, routes=routes)
-
     def read_prompts(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> tuple[Sequence[Tensor], Tensor]:
         """Runs the main model over whole prompts and fills empty rows of the cache.
 
@@ -255,7 +236,8 @@ class Decoder(PartDecoder):
 
     def read_chunk_mtp(self, row: int, next_tokens: Sequence[int], state_ND: Tensor) -> None:
         """Runs the MTP module over the next pairs of one sequence's prompt, as `read_prompts_mtp` does."""
-        self._run_mtp(self._tensor(next_tokens), state_ND, self.over_row(self.mtp, row, len(next_tokens)))
+        views = self.over_rows(self.mtp, range(row, row + 1), len(next_tokens))
+        self._run_mtp(self._tensor(next_tokens), state_ND, views)
 
     def step(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Runs S new tokens of every cached sequence; returns states for the MTP module, BSD, and logits, BSV."""

@@ -164,4 +164,3 @@ class Engine(Protocol):
         Raises:
             GenerateError: a prompt is empty or too long, a token is outside the vocabulary, or logits are not finite.
         """
-        ...

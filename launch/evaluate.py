@@ -57,7 +57,6 @@ def check_compared(folder: str, tasks: Sequence[OpenTask]) -> None:
 def _compare_with(
     folder: str, tasks: Sequence[OpenTask], records: Mapping[str, Sequence[Record]], seed: int
 ) -> Comparisons:
-    """Returns the comparison of each metric of each task."""
     comparisons = dict[str, dict[str, PairedComparison]]()
     for opened in tasks:
         others = {str(record["id"]): record for record in read_records(Path(folder).expanduser(), opened.name)}
@@ -72,7 +71,6 @@ def _compare_with(
 
 
 def _as_plain(folder: str, comparisons: Comparisons) -> dict[str, Any]:
-    """Returns comparisons for `results.json`, with the weights of the other evaluation."""
     identity = json.loads((Path(folder).expanduser() / IDENTITY_NAME).read_text(encoding="utf-8"))
     tasks = {name: {metric: asdict(pair) for metric, pair in metrics.items()} for name, metrics in comparisons.items()}
     return {"folder": folder, "checkpoint": identity.get("ckpt"), "tasks": tasks}
@@ -198,7 +196,6 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
 
 
 def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, write: Write) -> None:
-    """Evaluates with the whole model in this process."""
     threads = os.environ.get("OMP_NUM_THREADS")
     apply_rank_environment(local_cluster(job.config.device, 1))
     if threads is not None:

@@ -188,7 +188,6 @@ class ContinuationWriter:
     def __init__(
         self, transcripts: Sequence[Transcript], file: TextIO, form: Literal["live", "blocks", "json"]
     ) -> None:
-        """Prepares to write; writes nothing yet."""
         self._transcripts = transcripts
         self._file = file
         self._form = form
@@ -361,7 +360,6 @@ def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: Text
 
 
 def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
-    """Generates with the whole model in this process."""
     config, transcripts = job.config, job.transcripts()
     writer = _open_writer(job, transcripts, file)
     model = load_model(job.source, config.dtype, config.device)
@@ -414,7 +412,6 @@ def _generate(job: GenerateJob, network: InferenceConfig, send: Send) -> Rollout
 
 
 def _generate_as_rank(job: GenerateJob, network: InferenceConfig) -> Rollouts:
-    """Generates as one rank, and returns all rollouts on every rank."""
     from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 
     config = job.config

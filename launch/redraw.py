@@ -52,7 +52,6 @@ def _decode(overrides: Sequence[str]) -> RedrawConfig:
 
 
 def _read_run(run: str) -> TrainConfig:
-    """Returns the configuration of a run's folder, with the folder as its `out_dir`."""
     folder = Path(run).expanduser()
     if not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"run: must be a run's folder, {run!r} holds no {CONFIG_NAME}")

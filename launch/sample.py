@@ -227,7 +227,6 @@ def _sample(
     journal: SampleJournal,
     reward: Reward,
 ) -> None:
-    """Samples and scores the problems that are left, a few at a time."""
     model = load_model(job.source, config.dtype, config.device)
     from infer.engines.local import LocalEngine
 

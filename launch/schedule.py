@@ -107,7 +107,6 @@ def _shown(config: ScheduleCommandConfig) -> str:
 
 
 def _shown_decode(config: ScheduleCommandConfig) -> str:
-    """Returns the schedule that decodes, with the configured placement and in the configured format."""
     schedule = _decode_schedule(config)
     validate(schedule, forward_only=True)
     costs = config.costs_of(schedule.num_stages)

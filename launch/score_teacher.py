@@ -75,7 +75,6 @@ def _read(overrides: Sequence[str]) -> tuple[TrainConfig, ScoreTeacherConfig]:
 
 
 def _check(config: TrainConfig, scores: ScoreTeacherConfig) -> int:
-    """Checks the configuration, and returns the teacher's vocabulary."""
     check_samples(config)
     check_data(config)
     folder = Path(scores.scores).expanduser()
@@ -91,7 +90,6 @@ def _check(config: TrainConfig, scores: ScoreTeacherConfig) -> int:
 
 
 def _score(prepared: Prepared, scores: ScoreTeacherConfig, vocab_size: int) -> int:
-    """Loads the teacher, scores all samples, and returns the number of targets."""
     check_device(scores.device)
     import torch
 

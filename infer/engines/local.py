@@ -69,12 +69,10 @@ class LocalEngine:
         decoder = Decoder(self._model, size, capacity, with_mtp=self._speculative, routes=store)
         batch = GenerationBatch(
             decoder,
-            request.sampling,
-            request.stop,
+            request,
             self._stop_condition,
             speculative=self._speculative,
             prefill_tokens=self._prefill_tokens,
-            keeps_sets=request.keeps_sets,
         )
         began = time.perf_counter()
         with self._model.weights_unchanged():

@@ -203,7 +203,6 @@ def _split(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> 
 def _rows(
     tensor: Tensor, first: str, second: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields two tensors whose rows follow each other."""
     if first in shapes:
         yield first, tensor[: shapes[first][0]]
         yield second, tensor[shapes[first][0] :]

@@ -85,7 +85,6 @@ class Answerer:
     def _generate(
         self, requests: Mapping[int, tuple[int, GenerationRequest]], max_new_tokens: int, sampling: Sampling
     ) -> dict[int, GenerationAnswer]:
-        """Answers requests for continuations with the same settings."""
         prompts = {position: self._prompts(number, request) for position, (number, request) in requests.items()}
         streams = {
             prompt.number: self._stream(requests[position][1], prompt.tokens)
@@ -147,7 +146,6 @@ class Answerer:
 
 
 def _likelihood(request: EvaluationRequest, scores: Sequence[TargetScores], num_dropped: int) -> LikelihoodAnswer:
-    """Returns the answer to a request, given the scores of its sequences."""
     log_likelihood = math.fsum(value for score in scores for value in score.log_probs)
     if not math.isfinite(log_likelihood):
         subject = request.place if isinstance(request, ContinuationRequest) else "a document"

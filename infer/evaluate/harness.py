@@ -135,7 +135,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         )
 
     def _answers(self, requests: Sequence[EvaluationRequest]) -> Iterator[EvaluationAnswer]:
-        """Yields the answer to each request, in order."""
         for first in range(0, len(requests), REQUESTS_TOGETHER):
             part = requests[first : first + REQUESTS_TOGETHER]
             yield from self._answerer.answer(list(enumerate(part, first)))

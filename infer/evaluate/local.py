@@ -82,7 +82,6 @@ class LocalModel:
         return engine.generate(prompts, request)
 
     def _score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
-        """Scores sequences in one pass."""
         model, batch = self._model, pad(sequences)
         device = model.head_weight.device
         states_BTD = model.final_states(batch.inputs_BT.to(device))

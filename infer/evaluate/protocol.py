@@ -216,12 +216,9 @@ class EvaluatedModel(Protocol):
 
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Returns the scores of each sequence. They depend on no other sequence."""
-        ...
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Returns the score of each prompt with its answer, if the model has a score head."""
-        ...
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Continues every prompt, as `infer.protocol.Engine`."""
-        ...

@@ -92,12 +92,10 @@ class AnswerGroup(Protocol):
     @property
     def problem(self) -> Problem:
         """What scorers compare answers with."""
-        ...
 
     @property
     def answers(self) -> Sequence[Answer]:
         """The answers, in order."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

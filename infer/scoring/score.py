@@ -33,17 +33,14 @@ class Answer(Protocol):
     @property
     def text(self) -> str:
         """The answer without the tokens that end it."""
-        ...
 
     @property
     def num_tokens(self) -> int:
         """Number of generated tokens."""
-        ...
 
     @property
     def is_finished(self) -> bool:
         """Whether the model ended the answer, rather than the limit of tokens."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +98,9 @@ class Scorer(Protocol):
 
     def score(self, answer: Answer, problem: Problem) -> Score:
         """Scores an answer. It never raises an error because of an answer."""
-        ...
 
     def close(self) -> None:
         """Ends the scorer's processes. No call follows."""
-        ...
 
 
 @runtime_checkable
@@ -114,11 +109,9 @@ class GroupScorer(Protocol):
 
     def score_group(self, answers: Sequence[Answer], problem: Problem) -> list[Score]:
         """Scores the answers to a problem, in their order. It never raises an error because of an answer."""
-        ...
 
     def close(self) -> None:
         """Ends the scorer's processes. No call follows."""
-        ...
 
 
 class RatingScorer:

@@ -241,7 +241,6 @@ def _check_start(config: TrainConfig) -> None:
 
 
 def _check_evaluation(config: TrainConfig) -> None:
-    """Rejects tasks that the model cannot do, and files that do not exist."""
     tasks = config.evaluation.tasks
     for name in tasks.tasks:
         spec = EVALUATION_TASKS.get(name)

@@ -79,7 +79,6 @@ def _micro_batch_sequences(config: TrainConfig) -> int:
 
 
 def _check_task(config: TrainConfig) -> None:
-    """Rejects an output head that does not fit the task."""
     kind, model, context = config.task.kind, config.model, config.parallelism.context
     spec = TASKS.get(kind)
     if model.head != spec.head:
@@ -111,7 +110,6 @@ def _check_schedule(config: TrainConfig) -> None:
 
 
 def _check_slices(config: TrainConfig) -> None:
-    """Rejects slices of sequences under a schedule, a task or a layout that needs whole sequences."""
     slices, length, context = config.schedule.slices, config.batch.sequence_length_tokens, config.parallelism.context
     check_slices(config.schedule.kind, config.num_micro_batches, slices)
     if slices == 1:
@@ -193,7 +191,6 @@ def _check_ranks(config: TrainConfig) -> None:
 
 
 def _check_profile(config: TrainConfig) -> None:
-    """Rejects steps and ranks of the profile that the run does not have."""
     steps, last_rank, profile = config.task.steps, config.parallelism.world_size - 1, config.profile
     for key, least, most, chosen in (
         ("profile.steps", 1, steps, profile.steps),
@@ -208,7 +205,6 @@ def _check_profile(config: TrainConfig) -> None:
 
 
 def _check_exchange(config: TrainConfig) -> None:
-    """Rejects a dispatcher that cannot serve the run."""
     try:
         DISPATCHERS.get(config.dispatch.kind).check(config.dispatch, config.dispatch_site)
     except DispatchRequirementError as error:

@@ -76,7 +76,6 @@ def _run(name: str, main: Main, previews: Previews, arguments: Sequence[str], *,
 
 
 def _start(name: str, main: Main, previews: Previews, arguments: Sequence[str], *, quiet: bool) -> int:
-    """Prints the help, prints a preview, or runs the command."""
     from launch.help.advice import refuse_flags, repeated_notes
     from launch.help.page import help_text, terminal_columns
 

@@ -142,7 +142,6 @@ def _comment_block(lines: Sequence[str], line: int) -> list[str]:
 
 
 def _heading(source: _Source) -> str:
-    """Returns the comment at the top of an option's file."""
     lines: list[str] = []
     for line in source.lines:
         if not line.startswith("#"):
@@ -349,7 +348,6 @@ def _one_line(lines: Sequence[str], columns: int) -> list[str]:
 
 
 def _all_options(keys: Sequence[Option], chosen: Mapping[str, str]) -> list[Option]:
-    """Returns keys, options of groups, and keys of other options."""
     names = {option.key for option in keys if option.is_leaf}
     others = [option for option in other_options(chosen) if option.key not in names]
     return [option for option in keys if option.key not in chosen] + others
@@ -417,7 +415,6 @@ def _wrapped(text: str, first: str, columns: int, indent: int | None = None) -> 
 
 
 def _example_lines(text: str, columns: int) -> list[str]:
-    """Returns a command line wrapped for a shell, with backslashes at line ends."""
     wrapper = textwrap.TextWrapper(
         columns - 4, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
     )

@@ -126,7 +126,6 @@ def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes:
 
 
 def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
-    """Returns the dotted keys that a change is about."""
     known = dict(dotted_keys(values))
     if change.key in known:
         return [change.key]

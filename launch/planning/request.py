@@ -101,7 +101,6 @@ def _with_quotes(override: str) -> str:
 
 
 def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    """Returns the configuration of the run that is compared with its plan."""
     assert own.run is not None
     for key, value in (("search", own.search), ("what_if", own.what_if), ("advice", own.advice)):
         if value:
@@ -181,7 +180,6 @@ def _path_of(overrides: Sequence[str]) -> str | None:
 
 
 def _read_plan(path: Path) -> Mapping[str, Any]:
-    """Returns the rates and the factor that a plan in JSON was computed from."""
     if not path.is_file():
         raise ConfigError(
             f"rates: must be one of {', '.join(options(_RATES))}, a run's folder or a plan in JSON, is {str(path)!r}; "
@@ -217,7 +215,6 @@ def _measured_config(folder: Path, values: Mapping[str, Any], overrides: Sequenc
 
 
 def _require_run(folder: Path) -> Path:
-    """Returns the folder of a run."""
     if not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"run: must be the folder of a run, which holds {CONFIG_NAME}, is {str(folder)!r}")
     return folder

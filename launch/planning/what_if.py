@@ -118,7 +118,6 @@ def changed_run(request: PlanRequest, item: str) -> ChangedRun:
 
 
 def _output_keys() -> list[str]:
-    """Returns the keys of what is planned and printed."""
     return [key for key in own_keys("plan") if key not in _PLANNER]
 
 

@@ -30,7 +30,6 @@ class Interrupts:
     is_interrupted: bool
 
     def __init__(self) -> None:
-        """Installs the handler, unless this process ignores Ctrl-C."""
         self.is_interrupted = False
         self._interrupted_at = 0.0
         self.resume()

@@ -139,7 +139,6 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
 
 
 def _start_again(folder: Path, config: TrainConfig, restart: int, code: int, reason: str) -> None:
-    """Logs the restart, and sets `resume=auto` for the next attempt."""
     known = read_status(folder)
     append_event(folder, "restarted", 0 if known is None else known.step, reason, restart=restart, exit_code=code)
     print_redacted(f"all ranks restart ({restart} of {config.cluster.max_restarts}) from the newest checkpoint")
@@ -169,7 +168,6 @@ def _run_once(
 
 @contextmanager
 def _requests_received(request: Preemption) -> Iterator[None]:
-    """Directs preemption signals to `request` while the context is active."""
     plain = {number: signal.signal(number, request) for number in handled_signals()}
     try:
         yield

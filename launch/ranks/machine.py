@@ -114,8 +114,6 @@ _GB = 1e9
 
 
 class _Memory(ctypes.Structure):
-    """Memory of a device as NVML returns it, in bytes."""
-
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 

@@ -58,7 +58,6 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def _check_holds(config: TrainConfig, folder: Path) -> None:
-    """Rejects a folder with content that the run must not overwrite."""
     check_content(folder)
     if all(path.name == _PARTIAL_NAME or path.name.startswith(LOCK_NAME) for path in folder.iterdir()):
         return
@@ -160,7 +159,6 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def _make_unique(folder: Path) -> Path:
-    """Creates a folder whose name ends in a number if others have the name already."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for candidate in chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2))):
         with suppress(FileExistsError):

@@ -95,7 +95,6 @@ class RankSupervisor:
                     self._ranks[path] = os.pidfd_open(pid_of(path))
 
     def _forward_request(self) -> None:
-        """Sends the preemption signal to each rank once."""
         if self._requested_at is None:
             self._requested_at = time.monotonic()
         for path in self._ranks.keys() - self._signalled:

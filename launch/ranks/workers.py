@@ -89,7 +89,6 @@ def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[[
 def _run_rank(
     function: RankFunction, place: tuple[int, int, str], end: "connection.Connection", plugins: Sequence[Path]
 ) -> None:
-    """Runs one local rank and sends its result or its error to the parent."""
     rank, num_ranks, store_file = place
     escape_terminals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks

@@ -135,7 +135,7 @@ def test_caller_may_end_a_prompt_at_any_token(speculative: Speculative) -> None:
 def test_statistics_without_drafts_count_a_pass_for_each_token() -> None:
     generation = generate(make_model(), PROMPTS, max_new_tokens=6, speculative=False)
     statistics = generation.statistics
-    assert (statistics.passes, statistics.tokens, statistics.passes_saved) == (30, 30, 0)
+    assert (statistics.passes, statistics.tokens, statistics.drafts_offered) == (30, 30, 0)
     assert (statistics.drafts_offered, statistics.acceptance_rate) == (0, 0.0)
     assert statistics.seconds > 0
     assert statistics.summary() == "no drafts, 30 passes"

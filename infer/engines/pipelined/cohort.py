@@ -30,7 +30,7 @@ class _ClosedError(BaseException):
 
 
 class Cohort:
-    """The program of one cohort. `error` is one that the user can fix, or None."""
+    """The program of one cohort, and its error that the user can fix."""
 
     def __init__(self, program: Callable[[], None], name: str) -> None:
         """Prepares to run a program, which calls `exchange` for every pass."""
@@ -39,16 +39,11 @@ class Cohort:
         self._inputs: SimpleQueue[Tensor | None] = SimpleQueue()
         self._rounds: SimpleQueue[Round | BaseException] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._is_running = False
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the program waits for a pass."""
-        return self._is_running
+        self.is_running = False
 
     def start(self) -> Round:
         """Runs the program up to its first pass, and returns that."""
-        self._is_running = True
+        self.is_running = True
         self._thread.start()
         return self._await()
 
@@ -67,17 +62,17 @@ class Cohort:
 
     def close(self) -> None:
         """Ends the program if it has not ended."""
-        if self._is_running:
+        if self.is_running:
             self._inputs.put(None)
             self._thread.join()
-            self._is_running = False
+            self.is_running = False
 
     def _await(self) -> Round:
         found = self._rounds.get()
         if isinstance(found, BaseException):
-            self._is_running = False
+            self.is_running = False
             raise found
-        self._is_running = found is not NOTHING
+        self.is_running = found is not NOTHING
         return found
 
     def _run(self) -> None:
@@ -100,22 +95,18 @@ class CohortDecoder(Decoder):
     def __init__(
         self,
         model: Transformer,
-        layers: Sequence[int],
         max_sequences: int,
         capacity: int,
         *,
         with_mtp: bool,
+        layers: Sequence[int],
         routes: RouteStore | None = None,
     ) -> None:
         super().__init__(model, max_sequences, capacity, with_mtp=with_mtp, layers=layers, routes=routes)
         self.mtp_calls = 0
+        self.exchange: Callable[[RoundPlan, Tensor], Tensor] | None = None  # `Cohort.exchange`
         self._sources: list[int] = []
         self._places: list[int] = []
-        self._exchange: Callable[[RoundPlan, Tensor], Tensor] | None = None
-
-    def connect(self, exchange: Callable[[RoundPlan, Tensor], Tensor]) -> None:
-        """Sets the function through which tokens travel: `Cohort.exchange`."""
-        self._exchange = exchange
 
     def add(self, place: int = 0) -> int:
         """Adds an empty sequence. Returns its row, which is the same in all caches of all stages."""
@@ -137,7 +128,7 @@ class CohortDecoder(Decoder):
 
     def _enter(self, kind: PassKind, tokens_N: Tensor, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Returns the input of the last stage, ND, after the tokens have passed all others."""
-        assert self._exchange is not None
+        assert self.exchange is not None
         new = dict(zip(rows, counts, strict=True))
         lengths = self.main.lengths
         plan = RoundPlan(
@@ -148,7 +139,7 @@ class CohortDecoder(Decoder):
             places=tuple(self._places),
         )
         self._sources = list(range(len(lengths)))
-        return self._exchange(plan, tokens_N)
+        return self.exchange(plan, tokens_N)
 
     def _run_mtp(self, next_tokens_N: Tensor, state_ND: Tensor, views: Views) -> Tensor:
         self.mtp_calls += 1

@@ -8,7 +8,7 @@ Shape legend: N new tokens of a cohort, D hidden size.
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -34,7 +34,6 @@ class CohortStage(Protocol):
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
         """Runs a cohort's round, given the packed value of the previous stage, and returns the packed result."""
-        ...
 
 
 class InnerStage:
@@ -72,7 +71,6 @@ class LastStage:
         with_mtp: bool,
         shares_experts: bool,
     ) -> None:
-        """Starts the programs."""
         self._cohorts, self._decoders, self._form = cohorts, decoders, form
         self._is_first, self._with_mtp, self._shares_experts = is_first, with_mtp, shares_experts
         starts = zip(cohorts, decoders, strict=True)
@@ -230,7 +228,6 @@ class PipelinedEngine:
         return self._collect(prompts, request, work, time.perf_counter() - began)
 
     def _start(self, prompts: Sequence[NumberedPrompt], request: Request) -> "_RankWork":
-        """Builds this rank's stages and starts the programs of its cohorts."""
         pipeline = self._pipeline
         num_shares = pipeline.place.num_data * len(pipeline.place.placement)
         most = -(-len(prompts) // num_shares) * request.samples
@@ -244,7 +241,7 @@ class PipelinedEngine:
         capacity = max(
             (min(length + request.max_new_tokens, config.max_position_tokens) for length in lengths), default=1
         )
-        work = _RankWork(form, {}, {}, {}, {})
+        work = _RankWork(form)
         if request.record_routes:
             directions = range(len(pipeline.place.placement))
             work.stores = {each: RouteStore(self._share(prompts, each), request.samples) for each in directions}
@@ -266,21 +263,15 @@ class PipelinedEngine:
         return work
 
     def _share(self, prompts: Sequence[NumberedPrompt], direction: int) -> list[NumberedPrompt]:
-        """Returns the prompts that this pipeline continues in a direction."""
-        pipeline = self._pipeline
-        num_data, num_directions, own = (
-            pipeline.place.num_data,
-            len(pipeline.place.placement),
-            (pipeline.place.data_index, direction),
-        )
-        return [each for at, each in enumerate(prompts) if assign_prompt(at, num_data, num_directions) == own]
+        place = self._pipeline.place
+        shares = (assign_prompt(number, place.num_data, len(place.placement)) for number in range(len(prompts)))
+        return [prompt for prompt, share in zip(prompts, shares, strict=True) if share == (place.data_index, direction)]
 
     def _inner_stage(self, stage: int, work: "_RankWork", capacity: int, routes: RouteStore | None) -> InnerStage:
         pipeline, form = self._pipeline, work.form
+        layers = pipeline.place.cut[stage]
         decoders = [
-            PartDecoder(
-                pipeline.model, pipeline.place.cut[stage], form.max_rows, capacity, with_mtp=False, routes=routes
-            )
+            PartDecoder(pipeline.model, form.max_rows, capacity, with_mtp=False, layers=layers, routes=routes)
             for _ in range(self.num_cohorts)
         ]
         work.inner_decoders += decoders
@@ -294,23 +285,21 @@ class PipelinedEngine:
         for number in range(self.num_cohorts):
             decoder = CohortDecoder(
                 pipeline.model,
-                pipeline.place.cut[-1],
                 form.max_rows,
                 capacity,
                 with_mtp=self._speculative,
+                layers=pipeline.place.cut[-1],
                 routes=work.stores.get(direction),
             )
             batch = GenerationBatch(
                 decoder,
-                request.sampling,
-                request.stop,
+                request,
                 self._stop_condition,
                 speculative=self._speculative,
                 prefill_tokens=self._sizes.prefill_tokens,
-                keeps_sets=request.keeps_sets,
             )
             cohort = Cohort(_program(batch, waiting, form.max_rows), f"cohort-{direction}-{number}")
-            decoder.connect(cohort.exchange)
+            decoder.exchange = cohort.exchange
             cohorts.append(cohort)
             decoders.append(decoder)
             work.batches.append(batch)
@@ -353,23 +342,19 @@ class PipelinedEngine:
         return Rollouts(rollouts=rollouts, statistics=statistics, routes=work.collect_routes(rollouts))
 
 
+@dataclass(slots=True, eq=False)
 class _RankWork:
     """The work of one rank in one call. `stores` record routes by direction; empty if not recorded."""
 
-    def __init__(
-        self,
-        form: RoundFormat,
-        stages: dict[int, PipelineStage],
-        sequences: dict[int, list[ActiveSequence]],
-        last_stages: dict[int, LastStage],
-        first_rounds: dict[tuple[int, int], Tensor],
-    ) -> None:
-        self.form, self.stages, self.sequences = form, stages, sequences
-        self.last_stages, self.first_rounds = last_stages, first_rounds
-        self.cohorts: list[Cohort] = []
-        self.batches: list[GenerationBatch] = []
-        self.inner_decoders: list[PartDecoder] = []
-        self.stores: dict[int, RouteStore] = {}
+    form: RoundFormat
+    stages: dict[int, PipelineStage] = field(default_factory=dict)
+    sequences: dict[int, list[ActiveSequence]] = field(default_factory=dict)
+    last_stages: dict[int, LastStage] = field(default_factory=dict)
+    first_rounds: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    cohorts: list[Cohort] = field(default_factory=list)
+    batches: list[GenerationBatch] = field(default_factory=list)
+    inner_decoders: list[PartDecoder] = field(default_factory=list)
+    stores: dict[int, RouteStore] = field(default_factory=dict)
 
     def num_rounds(self) -> int:
         """Returns a number of rounds that the unfinished sequences need, a power of two, or `_FAILED`."""

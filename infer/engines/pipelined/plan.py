@@ -145,7 +145,6 @@ class DecodePipeline(Protocol):
     @property
     def model(self) -> Transformer:
         """This rank's part of the model."""
-        ...
 
     def hand_over(
         self, form: RoundFormat, rounds: Mapping[int, Sequence[Tensor]], num_cohorts: int
@@ -158,22 +157,17 @@ class DecodePipeline(Protocol):
         Returns:
             The next round by direction and cohort, for the directions whose first stage is on this rank.
         """
-        ...
 
     def run(
         self, form: RoundFormat, stages: Mapping[int, PipelineStage], num_cohorts: int, num_rounds: int
     ) -> Execution:
         """Runs a number of rounds of every cohort. All ranks call it with the same numbers."""
-        ...
 
     def largest(self, number: int) -> int:
         """Returns the largest of the numbers of all ranks. All ranks call it."""
-        ...
 
     def gather(self, value: ValueT | None) -> list[ValueT]:
         """Returns the values of the ranks that have one, in the order of ranks. All ranks call it."""
-        ...
 
     def first_report(self, text: str) -> str:
         """Returns the text of the lowest rank whose text is not empty, or an empty one. All ranks call it."""
-        ...

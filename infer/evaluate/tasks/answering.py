@@ -111,7 +111,6 @@ def _prompt(question: Question, config: AnswerTaskConfig, context: TaskContext) 
 
 
 def _request(prompt: Text, verifier: Verifier, config: AnswerTaskConfig, context: TaskContext) -> GenerationRequest:
-    """Returns a request for all answers to a problem."""
     return GenerationRequest(
         prompt=prompt,
         max_new_tokens=config.max_new_tokens,
@@ -149,7 +148,6 @@ def _measures(record: Mapping[str, Any], pass_at: Sequence[int]) -> dict[str, Me
 
 
 def _details(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> TaskDetails:
-    """Returns how many answers had which outcome."""
     outcomes = Counter(outcome for record in records for outcome in record["outcomes"])
     unjudged = sum(count for outcome, count in outcomes.items() if outcome not in VERDICTS)
     truncated = sum(record["num_dropped"] > 0 for record in records)

@@ -101,7 +101,6 @@ def _document_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswe
 
 
 def _document_details(records: Sequence[Mapping[str, Any]], windows: Mapping[str, int]) -> TaskDetails:
-    """Returns sizes, and bits per byte of each source."""
     sources = {source: _sums(group) for source, group in sorted(group_by(records, "source").items())}
     columns = ("documents", "num_bytes", "num_tokens", "bits_per_byte", "nats_per_token")
     rows = tuple((source, *(values[name] for name in columns)) for source, values in sources.items())
@@ -193,7 +192,6 @@ def _pair_measures(record: Mapping[str, Any]) -> Mapping[str, Measure]:
 
 
 def _pair_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
-    """Returns the accuracy by subset, and its mean over subsets."""
     rows = []
     for subset, group in sorted(group_by(records, "subset").items()):
         measures = [_pair_measures(record) for record in group]
@@ -211,7 +209,6 @@ def _pair_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
 
 
 def _read_rated_pair(values: Mapping[str, Any], place: str) -> tuple[str, AnswerPair]:
-    """Returns the subset of a pair, and the pair."""
     has_messages = "messages" in values and "prompt" not in values
     subset = text_field(values, "subset", place) if values.get("subset") is not None else "all"
     return subset, read_pair({**values, "prompt": values["messages"]} if has_messages else values, place)

@@ -136,7 +136,6 @@ def _choice_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswer]
 
 
 def _choice_details(records: Sequence[Mapping[str, Any]]) -> TaskDetails:
-    """Returns truncated contexts, and the accuracy of guessing."""
     truncated = sum(record["num_dropped"] > 0 for record in records)
     guessing = sum(1 / len(record["loglikelihoods"]) for record in records) / max(1, len(records))
     note = f"{truncated} contexts are longer than the model's positions; their first tokens are dropped"
@@ -211,7 +210,6 @@ def _read_maths(config: MathsTaskConfig, context: TaskContext) -> list[Question]
 
 
 def _maths_problems(config: MathsTaskConfig, seed: int) -> list[tuple[str | int, Problem]]:
-    """Returns problems with their `id`."""
     if config.path is not None:
         return [(line.key, line.value) for line in read_samples("maths.path", config.path, _read_problem)]
     if config.generator == "sums":
@@ -223,7 +221,6 @@ def _maths_problems(config: MathsTaskConfig, seed: int) -> list[tuple[str | int,
 
 
 def _sums(seed: int, count: int, num_digits: int) -> list[tuple[str, str]]:
-    """Returns different questions about two numbers, with their answers."""
     if num_digits > 9 or count > 10 ** (2 * num_digits) // 4:
         raise EvaluationError(
             f"maths.num_problems: must be at most {10 ** (2 * min(num_digits, 9)) // 4} with up to 9 digits, is "
@@ -385,7 +382,6 @@ def _read_reasoning(config: ReasoningTaskConfig, context: TaskContext) -> list[Q
 
 
 def _verify_reasoning(config: ReasoningTaskConfig) -> Verifier:
-    """Returns the library's own verifiers."""
     scorer: Scorer = open_scorer("reasoning_gym", config)
     stop = () if config.boxed else ("\nQuestion:",)
     return Verifier(score=scorer.score, close=scorer.close, num_threads=config.num_workers, stop=stop)

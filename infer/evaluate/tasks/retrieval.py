@@ -127,7 +127,6 @@ def _needle_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswer]
 
 
 def _needle_details(config: NeedleConfig, records: Sequence[Mapping[str, Any]]) -> TaskDetails:
-    """Returns the accuracy by length, and a heat map by depth and length."""
     rows = []
     for length, group in sorted(group_by(records, "length").items()):
         accuracy = _accuracy(group)
@@ -163,7 +162,6 @@ def _plain(cell: Estimate) -> dict[str, Any]:
 def _grid(
     row: str, y_name: str, labels: Mapping[Any, str], lengths: Sequence[int], cells: Mapping[tuple[Any, int], Estimate]
 ) -> ResultGrid:
-    """Returns the heat map of accuracies by row and length."""
     return ResultGrid(
         title=f"Accuracy by {row} and length",
         x_name="length in tokens",
@@ -208,7 +206,6 @@ def _share(record: Mapping[str, Any]) -> Measure:
 def _ruler_details(
     subtasks: Sequence[Subtask], lengths: Sequence[int], records: Sequence[Mapping[str, Any]]
 ) -> TaskDetails:
-    """Returns the accuracy of each subtask at each length."""
     groups = group_by(records, "subtask", "length")
     cells = {cell: estimate([_share(record) for record in group]) for cell, group in groups.items()}
     order = [(subtask, length) for subtask in subtasks for length in lengths if (subtask, length) in cells]

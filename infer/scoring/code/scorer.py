@@ -101,7 +101,6 @@ class CodeScorer:
         return verdict(is_correct=True, detail=f"{len(tests)} tests")
 
     def _run_script(self, program: str, test: StdinTest) -> Score:
-        """Runs a program with an input, and compares what it prints."""
         script = GuestProgram(name="script", limits=self._limits, files={"program.py": program}, stdin=test.stdin)
         finished = self._wait(script)
         (result,) = finished.guests
@@ -128,7 +127,6 @@ class CodeScorer:
         return self._run_together(program, tests, doubt, score)
 
     def _run_apart(self, program: str, tests: str, nonce: str, verdict_file: int) -> Finished:
-        """Runs a program and its tests, joined by two pipes."""
         with ExitStack() as opened:
             request_reader, request_writer = open_pipe(opened)
             reply_reader, reply_writer = open_pipe(opened)

@@ -106,7 +106,6 @@ def _content_of(value: Any) -> Any:
 
 
 def _try(target: Any, name: str, operand: Any) -> Any:
-    """Returns the result of an operator, or the error that it raises."""
     try:
         return perform_special(target, name, [operand], {})
     except Exception as error:

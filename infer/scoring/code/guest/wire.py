@@ -311,7 +311,6 @@ class Peer:
         return self.ask("await", number)
 
     def _iterate(self, number: int) -> Generator[Any, Any, Any]:
-        """Yields the items of an iterator of the other side."""
         count, sent, is_over = 0, None, False
         while not is_over:
             size = 1 if count < _SINGLE_ITEMS else min(count, 1024)
@@ -325,7 +324,6 @@ class Peer:
 
 
 def _arguments_of(value: Any, kind: type) -> Sequence[Any]:
-    """Returns arguments with which a type builds an equal value."""
     match value:
         case int():
             return hex(value), 16
