@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Literal
 
 from dualpipe.choose import best_of_kind, choose, survey
 from dualpipe.config import ModelCosts, ScheduleConfig
@@ -62,7 +62,7 @@ def main(overrides: Sequence[str]) -> int:
     if config.num_ranks * config.num_micro_batches >= _LONG_WORK:
         size = f"{config.num_ranks} ranks and {config.num_micro_batches} micro-batches"
         print(f"computing schedules of {size}", file=sys.stderr, flush=True)
-    write_output(_shown(config) if config.program == "train" else _shown_decode(config), config.out)
+    write_output(_shown(config), config.out)
     return 0
 
 
@@ -72,60 +72,50 @@ def preview(overrides: Sequence[str]) -> str:
 
 
 def _shown(config: ScheduleCommandConfig) -> str:
+    """Returns the schedule that trains, or that decodes, in the configured format."""
     cache_dir = schedules_folder(config.cache_dir)
-    kind, reason = config.schedule.kind, ""
+    kind = config.schedule.kind
+    is_training = config.program == "train"
     rows: tuple[TimedSchedule | UnavailableSchedule, ...] = ()
-    check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
-    check_slices(kind, config.num_micro_batches, config.schedule.slices)
-    if kind == "auto":
+    reason = ""
+    if is_training:
+        check_size(FALLBACK if kind == "auto" else kind, config.num_ranks, config.num_micro_batches)
+        check_slices(kind, config.num_micro_batches, config.schedule.slices)
+    if not is_training:
+        schedule = _decode_schedule(config)
+    elif kind == "auto":
         rows = _survey(config, cache_dir)
         choice = choose(rows, config.memory_cap)
         schedule, reason = choice.schedule, choice.reason
     else:
         schedule = _best_of_kind(config, cache_dir).schedule
     # Building the schedule has kept the memory cap, by the costs of each stage.
-    validate(schedule)
+    validate(schedule, forward_only=not is_training)
     costs = config.costs_of(schedule.num_stages)
-    timed = _as_paired(schedule, config.schedule)
+    # A run executes the schedule without overlap if `pairing` is sequential.
+    timed = ungroup(schedule) if is_training and config.schedule.pairing == "sequential" else schedule
     simulation = simulate(timed, costs)
     match config.format:
         case "json":
             return to_json(schedule)
-        case "text":
+        case "trace":
+            return trace(timed, simulation, costs)
+        case "text" if is_training:
             parts = [grid(timed, simulation), summary(timed, simulation, _summed(config, costs), config.memory_cap), ""]
             parts += [table(rows or _survey(config, cache_dir))]
             return "\n".join([*parts, *([f"auto: {reason}"] if reason else [])])
-        case "svg":
-            return svg(timed, simulation, bound=time_schedule(timed, costs, config.memory_cap).bound)
-        case "trace":
-            return trace(timed, simulation, costs)
-        case "html":
-            rows = rows or _survey(config, cache_dir)
-            return html(sorted(rows, key=lambda row: _kind(row) != schedule.kind))
-        case _ as other:
-            assert_never(other)
-
-
-def _shown_decode(config: ScheduleCommandConfig) -> str:
-    schedule = _decode_schedule(config)
-    validate(schedule, forward_only=True)
-    costs = config.costs_of(schedule.num_stages)
-    simulation = simulate(schedule, costs)
-    work = max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)
-    bound = Bound(value=work, reason="the computation of the busiest rank")
-    match config.format:
-        case "json":
-            return to_json(schedule)
         case "text":
             return "\n".join([grid(schedule, simulation), decode_summary(schedule, simulation)])
-        case "svg":
-            return svg(schedule, simulation, bound=bound)
-        case "trace":
-            return trace(schedule, simulation, costs)
-        case "html":
-            return html([TimedSchedule(schedule=schedule, costs=costs, simulation=simulation, bound=bound)])
-        case _ as other:
-            assert_never(other)
+        case "html" if is_training:
+            rows = rows or _survey(config, cache_dir)
+            return html(sorted(rows, key=lambda row: _kind(row) != schedule.kind))
+        case "svg" if is_training:
+            return svg(timed, simulation, bound=time_schedule(timed, costs, config.memory_cap).bound)
+    work = max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)
+    bound = Bound(value=work, reason="the computation of the busiest rank")
+    if config.format == "svg":
+        return svg(schedule, simulation, bound=bound)
+    return html([TimedSchedule(schedule=schedule, costs=costs, simulation=simulation, bound=bound)])
 
 
 def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
@@ -183,11 +173,6 @@ def _survey(config: ScheduleCommandConfig, cache_dir: Path) -> tuple[TimedSchedu
 
 def _kind(row: TimedSchedule | UnavailableSchedule) -> str:
     return row.schedule.kind if isinstance(row, TimedSchedule) else row.kind
-
-
-def _as_paired(schedule: Schedule, config: ScheduleConfig) -> Schedule:
-    """Returns the schedule as a run executes it: without overlap if `pairing` is sequential."""
-    return ungroup(schedule) if config.pairing == "sequential" else schedule
 
 
 if __name__ == "__main__":
