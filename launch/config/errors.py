@@ -1,11 +1,10 @@
 """Errors of a command line: invalid overrides, and errors of the operating system."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dualpipe.ir import ScheduleError
 from model.config import CutError
-from train.config import TrainConfig
 from train.config.errors import ConfigError
 
 
@@ -30,20 +29,6 @@ def user_errors() -> tuple[type[ValueError], ...]:
 
     of_commands = (ConfigError, ScheduleError, DataError, CheckpointError, CutError, HfError, GenerateError)
     return (*of_commands, ScoringError, EvaluationError, LockedError, JobKeyError)
-
-
-def check_all(config: TrainConfig, *rules: Callable[[TrainConfig], None]) -> None:
-    """Checks independent rules, and reports all that are broken in one message."""
-    errors: list[ValueError] = []
-    for rule in rules:
-        try:
-            rule(config)
-        except (ConfigError, CutError, ScheduleError) as error:
-            errors.append(error)
-    if len(errors) > 1:
-        raise ConfigError(". Also ".join(map(str, errors))) from errors[0]
-    if errors:
-        raise errors[0]
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from infer.scoring.judge import JudgeConfig
-from launch.config.errors import check_all
 from launch.config.model_rules import check_attention, check_expert_ranks, check_experts, check_model, check_optim
 from model.config import RECOMPUTED, CutError, all_recomputed
 from train.config import TrainConfig
@@ -37,6 +36,20 @@ def check_name(config: TrainConfig) -> None:
         rule = "must contain only letters, digits, '.', '_' and '-', because it names a folder"
         valid = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name).lstrip("._-") or "run"
         raise broken("name", rule, repr(config.name), valid)
+
+
+def check_all(config: TrainConfig, *rules: Callable[[TrainConfig], None]) -> None:
+    """Checks independent rules, and reports all that are broken in one message."""
+    errors: list[ValueError] = []
+    for rule in rules:
+        try:
+            rule(config)
+        except (ConfigError, CutError, ScheduleError) as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ConfigError(". Also ".join(map(str, errors))) from errors[0]
+    if errors:
+        raise errors[0]
 
 
 def check_rules(config: TrainConfig) -> None:

@@ -8,11 +8,10 @@ from data.config import DataConfig
 from data.progress import progress_on
 from data.registry import DATA_SOURCES
 from launch.config.compose import MissingValueError, compose
-from launch.config.errors import check_all
 from launch.config.groups import own_keys
 from launch.config.memory_rules import check_memory
 from launch.config.resolve import check_files, check_weights, resolve
-from launch.config.rules import check_name, check_rules
+from launch.config.rules import check_all, check_name, check_rules
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

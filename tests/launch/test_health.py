@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.ranks import device_memory
+from launch.ranks import machine
 from launch.slurm import health
 from launch.slurm.health import gpu_problems, host_problems, main, reach_problems
 from tests.ports import reserved_port
@@ -40,7 +40,7 @@ def test_free_memory_is_that_of_the_driver() -> None:
             memory._obj.total, memory._obj.free = 80 * GB, 0
             return 0
 
-    memories = device_memory._device_memories(Driver())  # type: ignore[arg-type]
+    memories = machine._device_memories(Driver())  # type: ignore[arg-type]
     assert [(memory.total, memory.free) for memory in memories] == [(80 * GB, 0)] * 2
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from launch.config.run_config import check, compose_run
 from launch.plan import main
-from launch.ranks import device_memory
+from launch.ranks import machine
 from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
 from train.config import TrainConfig
 from train.config.errors import ConfigError
@@ -64,7 +64,7 @@ def one_gpu(*overrides: str) -> TrainConfig:
 
 
 def with_devices(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> None:
-    monkeypatch.setattr(device_memory, "device_memory_bytes", lambda: sizes)
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda: sizes)
 
 
 def test_memory_of_the_gpus_is_asked_if_the_cluster_does_not_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_memory_of_the_gpus_is_asked_if_the_cluster_does_not_say_it(monkeypatch:
 
 @pytest.mark.parametrize("override", ["cluster=laptop", "cluster.memory_bytes=1000", "plan.check=false"])
 def test_gpus_are_not_asked_without_need(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "device_memory_bytes", lambda: pytest.fail("asks the driver"))
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda: pytest.fail("asks the driver"))
     check_device_memory(one_gpu(override), 4)
 
 

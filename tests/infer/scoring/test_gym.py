@@ -10,7 +10,7 @@ from data.corpus import DataError
 from data.prepare import check_config, prepare
 from data.problems.gym import GymSource
 from data.problems.split import split_problems
-from infer.scoring import python
+from infer.scoring import scorers
 from infer.scoring.score import Problem, ScoringError, TextAnswer, problem_of
 from infer.scoring.scorers import GymScorer, GymScorerConfig
 from tests.data.chat.conversations import chat_tokenizer
@@ -44,9 +44,9 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "reasoning_gym").mkdir(parents=True)
     (folder / "reasoning_gym" / "factory.py").write_text(LIBRARY)
     (folder / "reasoning_gym" / "__init__.py").write_text("from .factory import create_dataset\n")
-    (folder / "gym_verifier.py").write_text(python.VERIFIER.read_text())
+    (folder / "gym_verifier.py").write_text(scorers.VERIFIER.read_text())
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(python, "VERIFIER", folder / "gym_verifier.py")
+    monkeypatch.setattr(scorers, "VERIFIER", folder / "gym_verifier.py")
     for name in ("reasoning_gym", "reasoning_gym.factory"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield folder
