@@ -4,7 +4,7 @@ A task is a frozen dataclass and a function that builds an `EvaluationTask` from
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from infer.evaluate.protocol import EvaluationTask, TaskContext
@@ -22,7 +22,7 @@ def path_of(config: Any) -> tuple[str, ...]:
     return (config.path,) if config.path else ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class EvaluationTaskSpec:
     """A task that `tasks` can name.
 
@@ -34,9 +34,10 @@ class EvaluationTaskSpec:
     """
 
     summary: str
-    version: int
     config: type[EvaluationTaskConfig]
     build: Callable[[Any, TaskContext], EvaluationTask]
+    _: KW_ONLY
+    version: int
     files: Callable[[Any], tuple[str, ...]] = path_of
     heads: tuple[HeadKind, ...] = ("tokens",)
     required: tuple[str, ...] = ()

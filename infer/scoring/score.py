@@ -4,7 +4,7 @@ A scorer is a pure function of an answer and its problem; a reward is a weighted
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from data.problems.records import ProblemRecord, StdinTest
@@ -141,7 +141,7 @@ class ScorerConfig:
     weight: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ScorerSpec:
     """A scorer that `kind` can name.
 
@@ -157,6 +157,7 @@ class ScorerSpec:
     summary: str
     config: type[ScorerConfig]
     build: Callable[[Any], Scorer | GroupScorer]
+    _: KW_ONLY
     has_verdict: bool
     needs_model: bool = False
     needs: str | None = None

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from infer.scoring.score import (
     FunctionScorer,
     Problem,
     Score,
+    Scorer,
     ScorerConfig,
     ScorerSpec,
     ScoringError,
@@ -193,72 +194,35 @@ class MathsScorer:
 
 def _rating(summary: str, config: type[ScorerConfig], score: Callable[[Any, Answer, Problem], Score]) -> ScorerSpec:
     """Returns a scorer of the text alone, without a verdict."""
-    return ScorerSpec(summary=summary, config=config, build=partial(FunctionScorer, score), has_verdict=False)
+    return ScorerSpec(summary, config, partial(FunctionScorer, score), has_verdict=False)
 
 
+def _of_processes(summary: str, config: type[ScorerConfig], build: Callable[[Any], Scorer], needs: str) -> ScorerSpec:
+    """Returns a scorer with a verdict, whose processes are killed at a deadline."""
+    return ScorerSpec(summary, config, build, has_verdict=True, needs=needs, has_deadline=True)
+
+
+def _of_model(summary: str, config: type[ScorerConfig]) -> ScorerSpec:
+    """Returns a scorer that needs a model on the ranks of a training run."""
+    return ScorerSpec(summary, config, refuse_without_run, has_verdict=False, needs_model=True)
+
+
+_EXACT = _rating("the text after the thoughts is the answer", ratings.ExactConfig, ratings.score_exact)
+_PYTHON = ScorerSpec("a function of a Python file", PythonConfig, PythonScorer, has_verdict=False, has_deadline=True)
+_PLURALITY = "the answer is the plurality of its group"
 _SPECS = {
-    "exact": ScorerSpec(
-        summary="the text after the thoughts is the answer",
-        config=ratings.ExactConfig,
-        build=partial(FunctionScorer, ratings.score_exact),
-        has_verdict=True,
-        needs="answer",
-    ),
-    "maths": ScorerSpec(
-        summary="the last box is proven equal to the answer",
-        config=MathsConfig,
-        build=MathsScorer,
-        has_verdict=True,
-        needs="answer",
-        has_deadline=True,
-    ),
-    "code": ScorerSpec(
-        summary="the last block of Python passes the problem's tests",
-        config=CodeConfig,
-        build=CodeScorer,
-        has_verdict=True,
-        needs="tests",
-        has_deadline=True,
-    ),
+    "exact": replace(_EXACT, has_verdict=True, needs="answer"),
+    "maths": _of_processes("the last box is proven equal to the answer", MathsConfig, MathsScorer, "answer"),
+    "code": _of_processes("the last block of Python passes the problem's tests", CodeConfig, CodeScorer, "tests"),
     "format": _rating("thoughts, box and code are in place", ratings.FormatConfig, ratings.score_format),
     "language": _rating("share of letters in one language", ratings.LanguageConfig, ratings.score_language),
     "length": _rating("0, or down to -1 near a limit of tokens", ratings.LengthConfig, ratings.score_length),
     "repetition": _rating("minus the share of repeated n-grams", ratings.RepetitionConfig, ratings.score_repetition),
-    "python": ScorerSpec(
-        summary="a function of a Python file",
-        config=PythonConfig,
-        build=PythonScorer,
-        has_verdict=False,
-        has_deadline=True,
-    ),
-    "reasoning_gym": ScorerSpec(
-        summary="reasoning-gym's own verifier",
-        config=GymScorerConfig,
-        build=GymScorer,
-        has_verdict=True,
-        needs="origin",
-        has_deadline=True,
-    ),
-    "plurality": ScorerSpec(
-        summary="the answer is the plurality of its group",
-        config=ratings.PluralityConfig,
-        build=ratings.PluralityScorer,
-        has_verdict=False,
-    ),
-    "judge": ScorerSpec(
-        summary="share of a judge's votes for the answer",
-        config=JudgeConfig,
-        build=refuse_without_run,
-        has_verdict=False,
-        needs_model=True,
-    ),
-    "reward_model": ScorerSpec(
-        summary="score of a trained reward model",
-        config=RewardModelScorerConfig,
-        build=refuse_without_run,
-        has_verdict=False,
-        needs_model=True,
-    ),
+    "python": _PYTHON,
+    "reasoning_gym": _of_processes("reasoning-gym's own verifier", GymScorerConfig, GymScorer, "origin"),
+    "plurality": ScorerSpec(_PLURALITY, ratings.PluralityConfig, ratings.PluralityScorer, has_verdict=False),
+    "judge": _of_model("share of a judge's votes for the answer", JudgeConfig),
+    "reward_model": _of_model("score of a trained reward model", RewardModelScorerConfig),
 }
 for _kind, _spec in _SPECS.items():
     SCORERS.register(_kind, _spec)
