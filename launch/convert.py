@@ -16,7 +16,7 @@ from launch.config.errors import system_errors
 from launch.help.command import command, plain_text
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, broken
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -93,14 +93,10 @@ def _check_path(config: Conversion) -> None:
     if not Path(config.path).expanduser().is_dir():
         raise ConfigError(f"path: must be a folder with weights, {config.path!r} is no folder")
     if config.source == "checkpoint" and is_hf_folder(config.path):
-        raise ConfigError(
-            f"from: must be hf, as path={config.path} is a Hugging Face folder, is checkpoint; nearest valid: from=hf"
-        )
+        raise broken("from", f"must be hf, as path={config.path} is a Hugging Face folder", "checkpoint", "from=hf")
     if config.source == "hf" and not is_hf_folder(config.path):
-        raise ConfigError(
-            f"from: must be checkpoint unless path is a Hugging Face folder with a config.json, is hf with "
-            f"path={config.path}; nearest valid: from=checkpoint"
-        )
+        rule = "must be checkpoint unless path is a Hugging Face folder with a config.json"
+        raise broken("from", rule, f"hf with path={config.path}", "from=checkpoint")
 
 
 def preview(overrides: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from launch.planning.request import PlanRequest, read_request
 from launch.planning.what_if import advise_hardware, plan_what_if, read_what_ifs
 from train.config import Fp8PrecisionConfig, Precision, PrecisionConfig, TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, broken
 from train.planner.built_ranks import compare_built_ranks
 from train.planner.compare import compared_plan
 from train.planner.config import MeasuredRates
@@ -123,10 +123,8 @@ def search_space(request: PlanRequest) -> SearchSpace:
     """
     config = request.config
     if config.schedule.slices > 1:
-        raise ConfigError(
-            f"schedule.slices: must be 1 with search=true, which compares layouts of whole sequences, is "
-            f"{config.schedule.slices}; nearest valid: 1"
-        )
+        rule = "must be 1 with search=true, which compares layouts of whole sequences"
+        raise broken("schedule.slices", rule, config.schedule.slices, "1")
     if request.options.format == "html":
         raise ConfigError("format: must be text or json with search=true, is html; nearest valid: text")
     ranks = request.options.ranks or config.parallelism.world_size

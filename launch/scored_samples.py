@@ -23,7 +23,7 @@ from infer.scoring.pass_rates import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score, TextAnswer
 from kernels.ranges import PositiveInt, Share
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, broken
 
 FORMAT = 1
 JOURNAL_SUFFIX = ".samples"
@@ -97,10 +97,8 @@ class SampleJournal:
         different = [key for key in {**found, **made_with} if found.get(key) != made_with.get(key)]
         if different:
             key = different[0]
-            raise ConfigError(
-                f"{key}: must be as in {str(self._path)!r}, which has samples made with {found.get(key)!r}, "
-                f"is {made_with.get(key)!r}; nearest valid: another out, or remove this file"
-            )
+            rule = f"must be as in {str(self._path)!r}, which has samples made with {found.get(key)!r}"
+            raise broken(key, rule, repr(made_with.get(key)), "another out, or remove this file")
 
     def _write(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace") + b"\n")

@@ -27,9 +27,9 @@ from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.checkpoint.verify import verify
 from train.config import TrainConfig
-from train.config.errors import ConfigError
 from train.files.json_lines import try_append_event
 from train.files.status import read_status
+from train.config.errors import ConfigError, broken
 from train.memory.report import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.terminal import guard_terminal, report_breaks
@@ -169,11 +169,8 @@ def _run_as_rank(config: TrainConfig) -> int:
     check_world_size(config.parallelism, os.environ)
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and config.resume != AUTO:
-        raise ConfigError(
-            f"resume: must be auto under torchrun --max-restarts={restarts}, so that restarted ranks "
-            f"resume from out_dir, is {config.resume}; "
-            f"nearest valid: resume=auto out_dir={config.out_dir or 'outputs/' + config.name}"
-        )
+        rule = f"must be auto under torchrun --max-restarts={restarts}, so that restarted ranks resume from out_dir"
+        raise broken("resume", rule, config.resume, f"resume=auto out_dir={config.out_dir or 'outputs/' + config.name}")
     apply_rank_environment(config.cluster)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_gpus(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -23,7 +23,7 @@ from launch.config.errors import system_errors
 from launch.help.command import command, plain_text
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, broken
 
 STATE_NAME = "workflow.json"
 _NUM_COLUMNS = 3
@@ -93,10 +93,8 @@ class WorkflowProgress:
         if record is None or not record["is_done"]:
             return False
         if record["command"] != str(line):
-            raise ConfigError(
-                f"out_dir: {line.name} must be as in {str(self._path)!r}, was {record['command']!r}, is {str(line)!r}; "
-                "nearest valid: another out_dir, or the same overrides"
-            )
+            rule = f"{line.name} must be as in {str(self._path)!r}, was {record['command']!r}"
+            raise broken("out_dir", rule, repr(str(line)), "another out_dir, or the same overrides")
         return True
 
     def add(self, line: WorkflowCommand, seconds: float, *, is_done: bool) -> None:

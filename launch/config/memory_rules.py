@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from model.config import LAYER, RECOMPUTED, all_recomputed
 from train.config import Fp8PrecisionConfig, PrecisionConfig, TrainConfig
-from train.config.errors import ConfigError
+from train.config.errors import ConfigError, broken
 from train.memory import JobMemory, fitted_config, parts, predict_memory
 from train.planner.space import context_sizes
 
@@ -25,10 +25,8 @@ def check_memory(config: TrainConfig, rules: Rules) -> None:
     if room is None or not config.plan.check:
         return
     if config.cluster.memory_reserve_bytes >= room:
-        raise ConfigError(
-            f"cluster.memory_reserve_bytes: must be below cluster.memory_bytes={room}, "
-            f"is {config.cluster.memory_reserve_bytes}; nearest valid: {room // 20}"
-        )
+        rule = f"must be below cluster.memory_bytes={room}"
+        raise broken("cluster.memory_reserve_bytes", rule, config.cluster.memory_reserve_bytes, room // 20)
     job = predict_memory(fitted_config(config))
     worst = job.worst
     if worst.total > room:

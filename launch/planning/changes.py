@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from launch.config.compose import dotted_keys
-from train.config.errors import ConfigError, nearest_key
+from train.config.errors import ConfigError, broken, nearest_key
 
 _FORM = "must be NAME*FACTOR, NAME/FACTOR or NAME=VALUE, several joined with ' + '"
 _MOST_SHOWN = 60
@@ -46,10 +46,8 @@ class Change:
         factor = 1 / number if self.operator == "/" and number else number
         if not (math.isfinite(number) and number > 0 and math.isfinite(factor) and factor > 0):
             hint = 0.01 if number == 0 and self.operator == "*" else 2
-            raise ConfigError(
-                f"{self}: the factor must be a finite number above 0, is {self.operand!r}; "
-                f"nearest valid: {self.key}{self.operator}{hint}"
-            )
+            rule = "the factor must be a finite number above 0"
+            raise broken(str(self), rule, repr(self.operand), f"{self.key}{self.operator}{hint}")
         return factor
 
     def new_value(self) -> object:
@@ -58,10 +56,8 @@ class Change:
         with suppress(yaml.YAMLError, ValueError, RecursionError):
             value = yaml.safe_load(self.operand)
         if value is None and self.operand not in ("null", "~"):
-            raise ConfigError(
-                f"{self}: the value must be a number, text, true, false, null or a list, is {self.operand!r}; "
-                f"nearest valid: {self.key}=null"
-            )
+            rule = "the value must be a number, text, true, false, null or a list"
+            raise broken(str(self), rule, repr(self.operand), f"{self.key}=null")
         return value
 
 

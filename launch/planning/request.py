@@ -18,8 +18,8 @@ from launch.planning.changes import split_changes
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
-from train.config.errors import ConfigError, nearest
 from train.planner.compare import run_rates
+from train.config.errors import ConfigError, broken, nearest
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
 from train.schedule.chunks import with_chunks
@@ -104,9 +104,7 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
     assert own.run is not None
     for key, value in (("search", own.search), ("what_if", own.what_if), ("advice", own.advice)):
         if value:
-            raise ConfigError(
-                f"run: must be null with {key}, is {own.run!r}; nearest valid: rates={own.run} in place of run="
-            )
+            raise broken("run", f"must be null with {key}", repr(own.run), f"rates={own.run} in place of run=")
     config = with_chunks(_measured_config(_require_run(Path(own.run)), values, overrides))
     check_rules(config)
     return config
@@ -228,7 +226,5 @@ def _check_equal(keys: Sequence[str], given: Mapping[str, object], run: Mapping[
         if not is_checked or isinstance(value, Mapping) or value is None or value == "auto":
             continue
         if value != known.get(name, value):
-            raise ConfigError(
-                f"run: {name} must be that of the run, is {value}; nearest valid: {name}={known[name]}, or rates= in "
-                f"place of run= to plan another run"
-            )
+            rule = f"{name} must be that of the run"
+            raise broken("run", rule, value, f"{name}={known[name]}, or rates= in place of run= to plan another run")
