@@ -75,7 +75,10 @@ def read_stop(value: object) -> Stop:
 def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
     """Reads prompts as text."""
     if prompts is None:
-        return [_standard_input() if prompt == "-" else _checked("prompt", prompt or "")]
+        try:
+            return [_checked("prompt", sys.stdin.read() if prompt == "-" else prompt or "")]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"prompt: standard input must be UTF-8 text: {error}") from error
     path = Path(prompts).expanduser()
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"prompts: must be a .txt or .jsonl file, is {prompts!r}")
@@ -115,13 +118,6 @@ def _field(place: str, line: str) -> str:
     return _checked(place, text)
 
 
-def _standard_input() -> str:
-    try:
-        return _checked("prompt", sys.stdin.read())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt: standard input must be UTF-8 text: {error}") from error
-
-
 def _checked(place: str, text: str) -> str:
     """Rejects lone surrogates, which Python puts in place of bytes that are not UTF-8."""
     try:
@@ -147,11 +143,9 @@ class Transcript:
         self.tokens: list[int] = []
         self.text = ""
         self.finish: Finish | None = None
-        self._stream = (
-            None
-            if tokenizer is None
-            else TextStream(tokenizer.decode, stop_strings, tokenizer.text_context(prompt.tokens))
-        )
+        self._stream: TextStream | None = None
+        if tokenizer is not None:
+            self._stream = TextStream(tokenizer.decode, stop_strings, tokenizer.text_context(prompt.tokens))
 
     @property
     def in_form_of_prompt(self) -> str:
@@ -176,7 +170,7 @@ class Transcript:
         """Returns a JSON line with prompt, text (null without a tokenizer), tokens and finish reason."""
         text = self.text if self._stream is not None else None
         record = {"prompt": self.prompt.given, "text": text, "tokens": self.tokens, "finish": self.finish}
-        return json.dumps(record, ensure_ascii=False) + "\n"
+        return json.dumps(record, ensure_ascii=False)
 
 
 Form = Literal["live", "blocks", "json"]
@@ -185,9 +179,7 @@ Form = Literal["live", "blocks", "json"]
 class ContinuationWriter:
     """Writes a single continuation as it grows, or complete ones in the order of their prompts."""
 
-    def __init__(
-        self, transcripts: Sequence[Transcript], file: TextIO, form: Literal["live", "blocks", "json"]
-    ) -> None:
+    def __init__(self, transcripts: Sequence[Transcript], file: TextIO, form: Form) -> None:
         self._transcripts = transcripts
         self._file = file
         self._form = form
@@ -198,19 +190,15 @@ class ContinuationWriter:
         if self._form == "live":
             (transcript,) = self._transcripts
             text = transcript.in_form_of_prompt
-            self._write(text[self._position :] + ("\n" if transcript.finish else ""))
+            print(text[self._position :], end="\n" if transcript.finish else "", file=self._file, flush=True)
             self._position = len(text)
             return
         while self._position < len(self._transcripts) and self._transcripts[self._position].finish is not None:
             transcript = self._transcripts[self._position]
             self._position += 1
             heading = f"== {self._position} of {len(self._transcripts)}: {transcript.prompt.given!r}\n"
-            block = f"{heading}{transcript.in_form_of_prompt}\n"
-            self._write(transcript.json_line() if self._form == "json" else block)
-
-    def _write(self, text: str) -> None:
-        self._file.write(text)
-        self._file.flush()
+            block = f"{heading}{transcript.in_form_of_prompt}"
+            print(transcript.json_line() if self._form == "json" else block, file=self._file, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,30 +390,24 @@ def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Roll
     num_ranks = network.parallelism.world_size
     print(f"{num_ranks} ranks read the weights of {job.source.folder}", file=sys.stderr, flush=True)
     preloaded = [*PRELOADED, "infer.engines.pipelined.engine"]
-    rollouts = run_on_local_ranks(partial(_generate, job, network), network.cluster, num_ranks, preloaded)
+    rollouts = run_on_local_ranks(partial(_generate_as_rank, job, network), network.cluster, num_ranks, preloaded)
     assert isinstance(rollouts, Rollouts)
     return rollouts
 
 
-def _generate(job: GenerateJob, network: InferenceConfig, send: Send) -> Rollouts:
-    return _generate_as_rank(job, network)
-
-
-def _generate_as_rank(job: GenerateJob, network: InferenceConfig) -> Rollouts:
+def _generate_as_rank(job: GenerateJob, network: InferenceConfig, send: Send | None = None) -> Rollouts:
+    """Generates as one rank, which sends nothing, and returns all rollouts on every rank."""
     from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 
     config = job.config
-    stop_condition: Callable[[int, int], bool] = lambda index, token: False  # noqa: E731
-    if config.stop.strings:
-        transcripts = job.transcripts()
-        stop_condition = lambda index, token: transcripts[index].push(token)  # noqa: E731
+    transcripts = job.transcripts() if config.stop.strings else []
     prompts = [NumberedPrompt(number=at, tokens=tuple(prompt.tokens)) for at, prompt in enumerate(job.prompts)]
     with open_ranks(network) as pipeline:
         engine = PipelinedEngine(
             pipeline,
             speculative=config.speculative,
             sizes=CohortSizes(cohorts=config.cohorts, max_rows=config.batch_size),
-            stop_condition=stop_condition,
+            stop_condition=lambda index, token: bool(transcripts) and transcripts[index].push(token),
         )
         return engine.generate(prompts, job.request)
 

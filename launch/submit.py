@@ -70,7 +70,13 @@ def _composed(overrides: Sequence[str]) -> tuple[dict[str, Any], SlurmConfig, bo
     values = compose("submit", overrides)
     slurm = decode(SlurmConfig, _with_text_time(values["slurm"]), "slurm")
     is_dry = decode(bool, values["dry_run"], "dry_run")
-    _check_resume(values["resume"])
+    resume = values["resume"]
+    if resume not in (None, "auto"):
+        raise ConfigError(
+            f"resume: must be auto under Slurm, because each attempt of the job resumes from out_dir, "
+            f"is {resume!r}; to continue that run, use out_dir={resume}; "
+            f"to start from its weights, use init_from={resume}"
+        )
     return values, slurm, is_dry
 
 
@@ -102,15 +108,6 @@ def _with_text_time(slurm: object) -> object:
     if isinstance(slurm, Mapping) and type(slurm.get("time")) is int:
         return {**slurm, "time": str(slurm["time"])}
     return slurm
-
-
-def _check_resume(resume: object) -> None:
-    if resume not in (None, "auto"):
-        raise ConfigError(
-            f"resume: must be auto under Slurm, because each attempt of the job resumes from out_dir, "
-            f"is {resume!r}; to continue that run, use out_dir={resume}; "
-            f"to start from its weights, use init_from={resume}"
-        )
 
 
 def predicted_lines(plan: JobPlan, slurm: SlurmConfig) -> list[str]:

@@ -71,7 +71,7 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
             config[group][name] = value
     raw = _raw_keys(config)
     try:
-        values = _plain(config)
+        values = _string_keys(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise MissingValueError([key for key, value in raw.items() if value == MISSING]) from error
     except OmegaConfBaseException as error:
@@ -84,8 +84,7 @@ def compose(command: str, overrides: Sequence[str], unread: Mapping[str, Any] | 
 
 def compose_defaults(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a command's values before interpolation. A value without a default stays `???`."""
-    values = OmegaConf.to_container(_checked(command, overrides), resolve=False)
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    return _string_keys(OmegaConf.to_container(_checked(command, overrides), resolve=False))
 
 
 def chosen_options(command: str, overrides: Sequence[str]) -> dict[str, str]:
@@ -141,23 +140,16 @@ def _load_plugins(parsed: Sequence[Override]) -> None:
             load_plugin_files(override.value())
 
 
+def _string_keys(values: object) -> dict[str, Any]:
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
 def _compose(command: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
-    return _compose_in(config_dirs(), command, overrides, with_hydra=with_hydra)
-
-
-def _compose_in(
-    folders: Sequence[Path], command: str, overrides: Sequence[str], *, with_hydra: bool = False
-) -> DictConfig:
-    first, *others = folders
+    first, *others = config_dirs()
     paths = ",".join(f"'file://{folder}'" for folder in others)
     search = [f"hydra.searchpath=[{paths}]"] if others else []
     with initialize_config_dir(str(first), version_base="1.3", job_name=command):
         return hydra_compose(command, [*search, *overrides], return_hydra_config=with_hydra)
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _parse(text: str) -> Override:
@@ -230,7 +222,8 @@ def _raise_unknown_key(command: str, groups: Mapping[str, str], parsed: Sequence
         if key in groups or override.is_add() or override.is_force_add() or key in keys:
             continue
         elsewhere = _other_options(key)
-        if elsewhere and _is_model_of_other_keys(key, known):
+        # The keys of a model with a kind follow from that.
+        if elsewhere and key.startswith("model.") and "model.kind" in known:
             raise ConfigError(f"{key}: not among the keys of this model; to change it write +{override.input_line}")
         if elsewhere:
             raise UnknownKeyError(f"{key}: unknown key here; it comes with {elsewhere}")
@@ -323,11 +316,6 @@ def _other_options(key: str) -> str:
     return ""
 
 
-def _is_model_of_other_keys(key: str, known: Mapping[str, Any]) -> bool:
-    """Returns whether the key belongs to `model`, and the chosen model derives its keys from `model.kind`."""
-    return key.startswith("model.") and "model.kind" in known
-
-
 def dotted_keys(values: object, prefix: str = "", *, has_items: bool = False) -> Iterable[tuple[str, Any]]:
     """Yields every dotted key of nested dicts with its value; a dict precedes the keys inside it."""
     items = enumerate(values) if has_items and isinstance(values, list) else ()
@@ -343,7 +331,8 @@ def known_keys(command: str, choices: Sequence[str] = ()) -> Mapping[str, Any]:
 
 @cache
 def _known_keys(command: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> Mapping[str, Any]:
-    return _raw_keys(_compose_in(folders, command, choices))
+    """Returns the keys, given also the folders in which options were searched."""
+    return _raw_keys(_compose(command, choices))
 
 
 def _raw_keys(config: DictConfig) -> dict[str, Any]:

@@ -71,7 +71,10 @@ def _run(name: str, main: Main, previews: Previews, arguments: Sequence[str], *,
         if not quiet or isinstance(error, MachineError):
             with suppress(OSError):
                 print(f"error: {redact(_advised(name, arguments, error))}", file=sys.stderr, flush=True)
-        _flush_or_discard()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard_output()
         return EXIT_CONFIGURATION
 
 
@@ -108,13 +111,6 @@ def _advised(name: str, arguments: Sequence[str], error: ValueError) -> str:
     except ValueError:  # the command line has a second error; report the first one without advice
         text = str(error)
     return " ".join(text.splitlines())
-
-
-def _flush_or_discard() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard_output()
 
 
 def discard_output() -> None:

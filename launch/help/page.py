@@ -212,11 +212,6 @@ def find_commands() -> tuple[Command, ...]:
     return tuple(_read(path) for path in roots)
 
 
-def find_command(name: str) -> Command:
-    """Returns the command with a name, which must exist."""
-    return _read(config_dir() / f"{name}.yaml")
-
-
 def listing() -> str:
     """Returns the output of `python -m launch`: every command with its description."""
     commands = find_commands()
@@ -293,7 +288,7 @@ def _page(
     command: str, keys: Sequence[Option], chosen: Mapping[str, str], columns: int, *, is_short: bool
 ) -> list[str]:
     """Returns usage, groups, keys and examples; in short the keys that are used most, each on one line."""
-    about = find_command(command)
+    about = _read(config_dir() / f"{command}.yaml")
     usage = f"python -m launch.{command} {'[group=option] ' if chosen else ''}[key=value]"
     lines = [*_wrapped(about.about, "", columns), "", *_wrapped(usage, "", columns, indent=4), ""]
     lines += ["Groups (* is chosen):"] * bool(chosen)

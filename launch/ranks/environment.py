@@ -56,9 +56,10 @@ def apply_rank_environment(cluster: ClusterConfig) -> None:
     """Sets the variables of `rank_environment` in this process and its future child processes."""
     os.environ.update(rank_environment(cluster, os.environ))
     # glibc read its variables when this process started, so they must also be set by calls.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     for name, option in _OPTIONS.items():
-        if os.environ.get(name, "").isdecimal():
-            _set_malloc_option(option, int(os.environ[name]))
+        if mallopt is not None and os.environ.get(name, "").isdecimal():
+            mallopt(option, int(os.environ[name]))
 
 
 def is_torchrun(environment: Mapping[str, str]) -> bool:
@@ -79,9 +80,3 @@ def check_world_size(parallelism: ParallelismConfig, environment: Mapping[str, s
 def is_other_rank(environment: Mapping[str, str]) -> bool:
     """Returns whether this is a torchrun rank other than rank 0, which prints for all ranks."""
     return is_torchrun(environment) and environment["RANK"] != "0"
-
-
-def _set_malloc_option(option: int, value: int) -> None:
-    """Sets an option of this process's memory allocator. Has an effect only with glibc."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(option, value)

@@ -17,7 +17,8 @@ _CLEANUP_SECONDS = 3.0
 
 def exit_on_interrupt() -> None:
     """Makes Ctrl-C end this process without a traceback, unless the process handles or ignores it."""
-    if _is_plain() and threading.current_thread() is threading.main_thread():
+    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_plain and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _end)
 
 
@@ -26,8 +27,6 @@ class Interrupts:
 
     The first Ctrl-C raises KeyboardInterrupt, so that the command cleans up.
     """
-
-    is_interrupted: bool
 
     def __init__(self) -> None:
         self.is_interrupted = False
@@ -49,10 +48,6 @@ class Interrupts:
         # Libraries that are interrupted during an import or in a destructor would print long messages.
         sys.unraisablehook = lambda unraisable: None
         raise KeyboardInterrupt
-
-
-def _is_plain() -> bool:
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

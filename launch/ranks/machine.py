@@ -33,7 +33,11 @@ class MachineError(ConfigError):
 
 def has_driver(libraries: Sequence[str] = _DRIVERS) -> bool:
     """Returns whether NVIDIA's driver is installed."""
-    return any(_loads(library) for library in libraries)
+    for library in libraries:
+        with suppress(OSError):
+            ctypes.CDLL(library)
+            return True
+    return False
 
 
 def torch_has_cuda() -> bool:
@@ -94,14 +98,6 @@ def check_packages(config: TrainConfig) -> None:
         )
 
 
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
 def check_scorers(config: TrainConfig) -> None:
     """Rejects a reward that this machine cannot compute, except for parts of models on the ranks."""
     parts = None if config.reward is None else host_parts(config.reward)
@@ -134,17 +130,15 @@ def _device_memories(nvml: ctypes.CDLL) -> list[_Memory]:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return []
-        memories = [_device_memory(nvml, index) for index in range(count.value)]
-        return [memory for memory in memories if memory.total]
+        memories = []
+        for index in range(count.value):
+            device, memory = ctypes.c_void_p(), _Memory()
+            is_found = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) == 0
+            if is_found and nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 and memory.total:
+                memories.append(memory)
+        return memories
     finally:
         nvml.nvmlShutdown()
-
-
-def _device_memory(nvml: ctypes.CDLL, index: int) -> _Memory:
-    device, memory = ctypes.c_void_p(), _Memory()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) != 0:
-        return _Memory()
-    return memory if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 else _Memory()
 
 
 def check_device_memory(config: TrainConfig, num_local_ranks: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[Trai
     """
     with _system_refusals(config):
         folder = _make(config, now)
-        lock = RunLock(folder, _say)
+        lock = RunLock(folder, partial(print, file=sys.stderr, flush=True))
     try:
         config = replace(config, out_dir=str(folder))
         with _system_refusals(config):
@@ -123,10 +124,6 @@ def _make(config: TrainConfig, now: datetime) -> Path:
     folder = Path(config.out_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_folder(folder: Path) -> TrainConfig:
@@ -204,14 +201,10 @@ def _check_folder(entry: "os.DirEntry[str]") -> None:
 
 
 def _refusal(entry: "os.DirEntry[str]", wanted: str) -> ConfigError:
-    path = Path(entry.path)
+    mode = entry.stat(follow_symlinks=False).st_mode
+    kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISREG, "a file"))
+    kind = next((words for is_kind, words in kinds if is_kind(mode)), "a pipe, a socket or a device")
     return ConfigError(
-        f"out_dir: {path.name} in it must be a {wanted}, {str(path)!r} is {_kind(path)}; nearest valid: remove it, or "
+        f"out_dir: {entry.name} in it must be a {wanted}, {entry.path!r} is {kind}; nearest valid: remove it, or "
         f"choose another out_dir"
     )
-
-
-def _kind(path: Path) -> str:
-    mode = path.lstat().st_mode
-    kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISREG, "a file"))
-    return next((words for is_kind, words in kinds if is_kind(mode)), "a pipe, a socket or a device")

@@ -48,7 +48,7 @@ class RankSupervisor:
         self._ranks: dict[Path, int] = {}
         self._signalled: set[Path] = set()
         self._requested_at: float | None = None
-        self._vanished_at: float | None = None
+        self.vanished_at: float | None = None
         self._is_over = threading.Event()
         self.has_grace_expired = False
 
@@ -67,10 +67,6 @@ class RankSupervisor:
             thread.join()
             for descriptor in self._ranks.values():
                 os.close(descriptor)
-
-    def end_ranks_after_delay(self) -> None:
-        """Kills all remaining ranks after a few seconds, because a rank has vanished."""
-        self._vanished_at = time.monotonic()
 
     def kill_ranks(self) -> None:
         """Kills all ranks, and waits for their end at most a few seconds each."""
@@ -106,7 +102,7 @@ class RankSupervisor:
         if self._requested_at is not None and time.monotonic() - self._requested_at > self._grace_seconds:
             self.has_grace_expired = True
             return True
-        if self._vanished_at is not None and time.monotonic() - self._vanished_at > _VANISHED_SECONDS:
+        if self.vanished_at is not None and time.monotonic() - self.vanished_at > _VANISHED_SECONDS:
             return True
         try:
             paths = find_errors(self._folder)
@@ -143,7 +139,7 @@ class RankCheck:
         alive = {child.pid for child in multiprocessing.active_children()}
         num_missing = self._world_size - len(alive)
         if num_missing > 0 and self._num_missing > 0:
-            self._supervisor.end_ranks_after_delay()
+            self._supervisor.vanished_at = time.monotonic()  # ends the others after a few seconds
             from comm.watchdog.ranks import name_ranks
 
             ranks = name_ranks(self._ranks_without(alive))

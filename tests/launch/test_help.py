@@ -17,7 +17,6 @@ from launch.config.groups import default_groups, options
 from launch.config.run_config import compose_run
 from launch.help.command import command
 from launch.help.page import (
-    find_command,
     find_commands,
     help_text,
     listing,
@@ -98,8 +97,9 @@ def test_help_has_at_most_60_lines_with_groups_most_used_keys_and_examples(name:
     lines = help_text(name).splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 100
-    assert lines[0] == find_command(name).about
-    for key in (*find_command(name).common, "config_only"):
+    about = next(command for command in find_commands() if command.name == name)
+    assert lines[0] == about.about
+    for key in (*about.common, "config_only"):
         assert any(line.startswith(f"  {key}=") for line in lines), f"{name}: {key}"
     for group in default_groups(name):
         assert len(options(group)) == 1 or any(line.startswith(f"  {group}=") for line in lines), f"{name}: {group}"
