@@ -27,9 +27,9 @@ from train.checkpoint.manifest import MANIFEST_NAME
 from train.checkpoint.rescue import has_rescue, rescue_folder
 from train.checkpoint.verify import verify
 from train.config import TrainConfig
+from train.config.errors import ConfigError, broken
 from train.files.json_lines import try_append_event
 from train.files.status import read_status
-from train.config.errors import ConfigError, broken
 from train.memory.report import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.terminal import guard_terminal, report_breaks

@@ -18,8 +18,8 @@ from launch.planning.changes import split_changes
 from launch.ranks.run_folder import CONFIG_NAME, read_folder
 from train.config import Acceptance, TrainConfig
 from train.config.decode import decode, encode
-from train.planner.compare import run_rates
 from train.config.errors import ConfigError, broken, nearest
+from train.planner.compare import run_rates
 from train.planner.config import EfficiencyConfig, Rates
 from train.planner.job_plan import PlannerConfig
 from train.schedule.chunks import with_chunks
