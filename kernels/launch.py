@@ -1,8 +1,13 @@
 """Descriptors of Hopper's tensor memory accelerator (TMA) and persistent grids, for launchers."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +45,8 @@ def allow_descriptors(device: torch.device) -> None:
 
     Triton's allocator is set per thread, and autograd runs a backward pass in its own thread.
     """
+    if device.type == "meta":
+        return
     import triton
 
     triton.set_allocator(partial(_workspace, device))
@@ -66,6 +73,10 @@ def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Makes launchers of Triton's kernels allocate their results but launch nothing on meta tensors."""
+    if find_spec("triton") is None:
+        _import_launchers()
+        yield
+        return
     from triton.runtime.jit import KernelInterface
 
     launcher_of = KernelInterface.__getitem__
@@ -85,3 +96,35 @@ def without_launches() -> Iterator[None]:
         yield
     finally:
         KernelInterface.__getitem__ = launcher_of
+
+
+class _AbsentTriton(ModuleType):
+    """Triton on a machine without it: its kernels can be defined, and launching one does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *operands: Any, **constants: Any) -> Any:
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self
+
+    def cdiv(self, numerator: int, denominator: int) -> int:
+        return -(-numerator // denominator)
+
+    def next_power_of_2(self, number: int) -> int:
+        return 1 << max(0, number - 1).bit_length()
+
+
+@cache
+def _import_launchers() -> None:
+    """Imports all modules of Triton's kernels on a machine without Triton, where nothing else can import them."""
+    names = ("triton", "triton.language")
+    sys.modules |= dict.fromkeys(names, _AbsentTriton("triton"))
+    try:
+        for path in sorted(Path(__file__).parent.glob("*/triton*.py")):
+            import_module(f"kernels.{path.parent.name}.{path.stem}")
+    finally:
+        for name in names:
+            del sys.modules[name]

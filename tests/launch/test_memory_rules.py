@@ -93,6 +93,19 @@ def test_deepseek_v3_is_measured_once_and_takes_less_than_two_seconds_and_no_tor
     assert [file.read_text() for file in files] == whole
 
 
+def test_a_machine_without_triton_measures_the_same(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules |= {'triton': None} if sys.argv[1] == 'absent' else {}; "
+        "from launch.config.run_config import compose_run; from train.memory import memory_lines; "
+        "print(memory_lines(compose_run(sys.argv[2:])))"
+    )
+    lines = []
+    for triton in ("present", "absent"):
+        command = [sys.executable, "-c", code, triton, *V3, f"data.cache_dir={tmp_path / triton}"]
+        lines.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert lines[0] == lines[1]
+
+
 @pytest.mark.slow
 def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
     """With fewer than two micro-batches per rank, more W operations are deferred, which needs 81 GB on rank 0."""
