@@ -119,7 +119,10 @@ class _AbsentTriton(ModuleType):
 
 @cache
 def _import_launchers() -> None:
-    """Imports all modules of Triton's kernels on a machine without Triton, where nothing else can import them."""
+    """Imports all modules of Triton's kernels on a machine without Triton.
+
+    Nothing else can import them there.
+    """
     names = ("triton", "triton.language")
     sys.modules |= dict.fromkeys(names, _AbsentTriton("triton"))
     try:

@@ -71,6 +71,8 @@ class AttentionKernel:
 
 
 ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",), also=(AUTO,))
+SIZED = Registry[AttentionKernel]("attention", modules=("kernels.attention.sized",))
+"""Kernels for tensors without memory."""
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_packed: bool) -> AttentionKernel:
@@ -79,9 +81,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_
     Raises UnknownNameError if no kernel has this name. `is_packed`: sequences hold several documents.
     """
     if device.type == "meta":
-        from kernels.attention.sized import SIZED
-
-        return SIZED[name]
+        return SIZED.get(name)
     if name != AUTO:
         return ATTENTION.get(name)
     return _automatic(device.type, str(dtype).removeprefix("torch."), is_packed=is_packed)

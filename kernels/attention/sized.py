@@ -6,7 +6,7 @@ Shape legend: as in kernels/attention/__init__.py.
 import torch
 from torch import Tensor
 
-from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED, AttentionKernel
+from kernels.attention import SIZED, SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED, AttentionKernel
 from kernels.attention.documents import Documents
 
 
@@ -31,8 +31,8 @@ def _on_cuda(
     return mixed_BHTV
 
 
-SIZED = {
-    SIZED_CPU: AttentionKernel(summary="sizes on a CPU", attend=_on_cpu, pads_values=lambda device: True),
-    SIZED_CUDA: AttentionKernel(summary="sizes on CUDA", attend=_on_cuda),
-    SIZED_CUDA_PADDED: AttentionKernel(summary="sizes on CUDA", attend=_on_cuda, pads_values=lambda device: True),
-}
+SIZED.register(SIZED_CPU, AttentionKernel(summary="sizes on a CPU", attend=_on_cpu, pads_values=lambda device: True))
+SIZED.register(SIZED_CUDA, AttentionKernel(summary="sizes on CUDA", attend=_on_cuda))
+SIZED.register(
+    SIZED_CUDA_PADDED, AttentionKernel(summary="sizes on CUDA", attend=_on_cuda, pads_values=lambda device: True)
+)
