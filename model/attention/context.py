@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from comm.context.protocol import Rows
-from kernels.attention.blocks import BlockKernel, choose_block_kernel
+from kernels.attention.blocks import choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
+from kernels.attention.blocks.reference import BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from model.attention.heads import HeadLayout, Rotated
 from model.attention.projections import LatentLinears, LatentOptions, LatentWeights, NormAndUpGradients

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention import ATTENTION, AttentionKernel, choose_attention
-from kernels.attention.blocks import BlockKernel, BlockKernelError, choose_block_kernel, fused
+from kernels.attention.blocks import BlockKernelError, choose_block_kernel, fused
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
-from kernels.attention.blocks.reference import REFERENCE
+from kernels.attention.blocks.reference import REFERENCE, BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from tests.kernels.plain import near, randn

@@ -7,61 +7,14 @@ tokens, H heads, Q size of a query or key, V size of a value, S sequences of one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kernels.attention import ATTENTION, AUTO, SIZED_CPU
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-
-class BlockForward(Protocol):
-    """Signature of the forward of a block."""
-
-    def __call__(
-        self, query_SHLQ: Tensor, key_SHKQ: Tensor, value_SHKV: Tensor, scale: float, is_causal: bool, /
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the mixed values, SHLV, and logarithms of sums of exponentials, SHL, in float32 or wider."""
-
-
-class BlockBackward(Protocol):
-    """Signature of the backward of a block."""
-
-    def __call__(
-        self,
-        grad_SHLV: Tensor,
-        heads: tuple[Tensor, Tensor, Tensor],
-        mixed_SHLV: Tensor,
-        log_sums_SHL: Tensor,
-        scale: float,
-        is_causal: bool,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of queries, keys and values, `heads`.
-
-        `mixed_SHLV` and `log_sums_SHL` are the values and logarithms merged over all blocks, and `grad_SHLV` is the
-        gradient of those values. If `is_causal`, query l sees keys up to l, and there are as many keys as queries.
-        """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockKernel:
-    """Forward and backward of a block.
-
-    `multiple`: queries, keys and values are padded to one width that is a multiple of this; 0: they are not padded.
-    """
-
-    forward: BlockForward
-    backward: BlockBackward
-    multiple: int
-
-    def widths(self, key: int, value: int) -> tuple[int, int]:
-        """Returns the widths of keys and values in memory, from those of the model."""
-        if self.multiple == 0:
-            return key, value
-        return (-(-max(key, value) // self.multiple) * self.multiple,) * 2
+    from kernels.attention.blocks.reference import BlockKernel
 
 
 class BlockKernelError(ValueError):

@@ -4,14 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention.blocks import BlockKernel
+from kernels.attention.blocks.reference import BlockKernel, Heads
 
 _aten = torch.ops.aten
 _EFFICIENT_MULTIPLE = 32
 """The memory-efficient kernel pads logarithms to a multiple of this number of queries."""
-
-Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries, keys and values: SHLQ, SHKQ, SHKV."""
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -19,9 +16,7 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_cau
     return mixed, log_sums
 
 
-def _cpu_backward(
-    grad: Tensor, heads: Heads, mixed: Tensor, log_sums: Tensor, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_backward(grad: Tensor, heads: Heads, mixed: Tensor, log_sums: Tensor, scale: float, is_causal: bool) -> Heads:
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
         grad, *heads, mixed, log_sums, 0.0, is_causal, scale=scale
     )
@@ -34,7 +29,7 @@ def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_c
 
 def _flash_backward(
     grad: Tensor, heads: Heads, mixed: Tensor, log_sums: Tensor, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Heads:
     query, key, _ = heads
     # Without dropout the state of the random generator is not read; without packing there are no starts of sequences.
     seed = torch.zeros((), dtype=torch.int64, device=query.device)
@@ -52,7 +47,7 @@ def _efficient_forward(
 
 def _efficient_backward(
     grad: Tensor, heads: Heads, mixed: Tensor, log_sums: Tensor, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Heads:
     padded = functional.pad(log_sums, (0, -log_sums.shape[-1] % _EFFICIENT_MULTIPLE), value=torch.inf)
     seed = torch.zeros((), dtype=torch.int64, device=grad.device)
     wants = [True, True, True, False]

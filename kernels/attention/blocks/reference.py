@@ -1,20 +1,43 @@
 """Attention of a block by its definition, a few queries at a time: scores of all pairs are not stored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.attention.blocks import BlockKernel
-
 _MOST_SCORES = 2**24
 """Scores that are in memory at a time."""
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values: SHLQ, SHKQ, SHKV."""
+
+BlockForward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+"""Forward of a block; see `forward`."""
+
+BlockBackward = Callable[[Tensor, Heads, Tensor, Tensor, float, bool], Heads]
+"""Backward of a block; see `backward`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockKernel:
+    """Forward and backward of a block."""
+
+    forward: BlockForward
+    backward: BlockBackward
+    multiple: int  # queries, keys and values are padded to one width, a multiple of this; 0: they are not padded
+
+    def widths(self, key: int, value: int) -> tuple[int, int]:
+        """Returns the widths of keys and values in memory, from those of the model."""
+        if self.multiple == 0:
+            return key, value
+        return (-(-max(key, value) // self.multiple) * self.multiple,) * 2
 
 
 def forward(
     query_SHLQ: Tensor, key_SHKQ: Tensor, value_SHKV: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Implements `BlockForward`."""
+    """Returns the mixed values, SHLV, and logarithms of sums of exponentials, SHL, in float32 or wider."""
     mixed, log_sums = [], []
     for rows in _parts(query_SHLQ, key_SHKQ):
         scores_SHlK = _scores(query_SHLQ, key_SHKQ, scale, rows, is_causal=is_causal)
@@ -26,14 +49,13 @@ def forward(
 
 
 def backward(
-    grad_SHLV: Tensor,
-    heads: tuple[Tensor, Tensor, Tensor],
-    mixed_SHLV: Tensor,
-    log_sums_SHL: Tensor,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements `BlockBackward`."""
+    grad_SHLV: Tensor, heads: Heads, mixed_SHLV: Tensor, log_sums_SHL: Tensor, scale: float, is_causal: bool
+) -> Heads:
+    """Returns the gradients of queries, keys and values, `heads`.
+
+    `mixed_SHLV` and `log_sums_SHL` are the values and logarithms merged over all blocks, and `grad_SHLV` is the
+    gradient of those values. If `is_causal`, query l sees keys up to l, and there are as many keys as queries.
+    """
     query, key, value = heads
     grad_query, grad_key, grad_value = (torch.zeros_like(_wide(each)) for each in heads)
     for rows in _parts(query, key):
