@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data.cache import CacheEntry, open_or_build
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, check_source, list_files, size_bytes
-from data.documents.long_documents import LongDocuments, pack_long_first
+from data.documents import LongDocuments, pack_long_first
 from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
 from data.pack import entropy_nats, pack_documents
 from data.progress import Progress

@@ -16,9 +16,8 @@ from data.arithmetic.problems import (
     problem_stream,
     wrong_answer,
 )
-from data.chat.encode import check_tokens, encode_conversations
+from data.chat.encode import check_tokens, encode_conversations, pair_sample
 from data.chat.messages import Conversation, assistant, user
-from data.chat.pairs import pair_sample
 from data.chat.templates import CHAT_TEMPLATES
 from data.problems.records import ProblemRecord
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample

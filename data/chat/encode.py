@@ -5,7 +5,7 @@ legend: T tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from data.chat.messages import ChatMessage, Conversation, ToolDefinition, order_problem
 from data.chat.templates import ChatTemplate, Pieces
 from data.corpus import DataError
-from data.registry import SamplePiece
-from data.samples.pack import WEIGHTS
+from data.registry import SamplePiece, TrainingSample
+from data.samples.pack import MARGIN, PAIR, SCORE, WEIGHTS
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE
 from data.tokenizer import Tokenizer
 
@@ -247,3 +247,26 @@ def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[Encod
             is_target.extend([part.is_target] * len(tokens))
         chats.append(EncodedChat(ids=ids, is_target=is_target))
     return chats
+
+
+def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: float = 0.0) -> TrainingSample:
+    """Returns a sample of two pieces: the prompt with the preferred answer, and with the other one.
+
+    Values of each token, [T]: `weights` (float32), `pair` and `score` (int16), `margin` (float32); see
+    `data.samples.pack`. Answers are found by position, because an end of sentence may also be part of a prompt.
+    """
+    pieces = (_piece(chosen, 1, margin), _piece(rejected, -1, 0.0))
+    return TrainingSample(key=key, pieces=pieces, may_be_cut=False)
+
+
+def _piece(chat: EncodedChat, number: int, margin: float) -> SamplePiece:
+    piece = chat.piece()
+    is_last = np.arange(len(chat.ids)) == len(chat.ids) - 1
+    weights = piece.values[WEIGHTS]
+    values = {
+        WEIGHTS: weights,
+        PAIR: np.where(weights != 0, number, 0).astype(np.int16),
+        SCORE: np.where(is_last, number, 0).astype(np.int16),
+        MARGIN: np.where(is_last, margin, 0).astype(np.float32),
+    }
+    return replace(piece, values=values)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Literal, TypeVar
 
-from data.chat.encode import check_tokens, encode_conversations, special_names, split_views
-from data.chat.lines import JsonRecord, list_jsonl, read_json_lines
+from data.chat.encode import check_tokens, encode_conversations, pair_sample, special_names, split_views
+from data.chat.fields import JsonRecord, list_jsonl, read_json_lines
 from data.chat.messages import AnswerPair, Conversation
-from data.chat.pairs import pair_sample
 from data.chat.records import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import CHECKED_BYTES, DataError, check_source

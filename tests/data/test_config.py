@@ -10,8 +10,7 @@ from data.chat.sources import ChatSource, PreferencesSource
 from data.config import with_parts
 from data.corpus import DataError, EmbeddedSource, FilesSource, read_documents
 from data.prepare import check_config, prepare
-from data.problems.source import ProblemsSource
-from data.problems.split import split_problems
+from data.problems.source import ProblemsSource, split_problems
 from data.registry import DataSource
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of

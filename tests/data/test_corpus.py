@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.chat.lines import read_json_lines
+from data.chat.fields import read_json_lines
 from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
 from infer.evaluate.folder import read_records
 from infer.evaluate.lines import read_lines

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.fim import cut_for_fim, join_fim_tokens
+from data.encode import cut_for_fim, join_fim_tokens
 from data.tokenizer import Tokenizer
 
 

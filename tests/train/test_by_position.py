@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.documents.token_bytes import count_token_bytes
+from data.documents import count_token_bytes
 from data.loader import IGNORE, Loader
 from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from data.problems.split import split_problems
+from data.problems.source import split_problems
 from tests.rollouts import GRPO, ROLLOUT, rollout_config
 from train.corpus import prepare_corpus
 from train.records.run_summary import corpus_lines

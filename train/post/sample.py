@@ -8,7 +8,7 @@ from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.loader import SampleOrder
 from data.prepare import Prepared
 from data.problems.records import ProblemRecord
-from data.problems.split import split_problems
+from data.problems.source import split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes

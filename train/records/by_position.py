@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.documents.token_bytes import count_token_bytes
+from data.documents import count_token_bytes
 from data.loader import IGNORE, Batch
 from data.tokenizer import Tokenizer
 from model.objective import MicroBatch

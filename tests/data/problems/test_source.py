@@ -10,8 +10,7 @@ from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.prepare import Prepared, check_config, prepare
-from data.problems.source import ProblemsSource
-from data.problems.split import split_problems
+from data.problems.source import ProblemsSource, split_problems
 from data.registry import DATA_SOURCES
 from data.samples.pack import WEIGHTS
 from data.samples.show import sample_lines

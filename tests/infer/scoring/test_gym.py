@@ -9,7 +9,7 @@ import pytest
 from data.corpus import DataError
 from data.prepare import check_config, prepare
 from data.problems.gym import GymSource
-from data.problems.split import split_problems
+from data.problems.source import split_problems
 from infer.scoring import scorers
 from infer.scoring.score import Problem, ScoringError, TextAnswer, problem_of
 from infer.scoring.scorers import GymScorer, GymScorerConfig

@@ -1,4 +1,4 @@
-"""Packs long documents apart from others, so that a run can read more of them. Imports no torch."""
+"""Packs long documents apart, so that a run can read more of them, and counts bytes. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from data.config import LongDocumentsConfig
 from data.corpus import DataError
 from data.pack import Packed, pack_documents
+from data.tokenizer import Tokenizer
 
 _KEY = "data.long_documents"
 
@@ -77,3 +78,18 @@ def pack_long_first(
         "long_tokens": int(lengths[is_long].sum()),
         "other_tokens": int(lengths[~is_long].sum()),
     }
+
+
+def count_token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Returns the UTF-8 bytes of text of each token id; special tokens have none.
+
+    A byte-level token may hold a part of a character, whose bytes count too. For other tokenizers, the bytes are those
+    of the text that the token alone decodes to.
+    """
+    special = {*tokenizer.special.all_ids, *tokenizer.placed_names}
+    is_byte_level = tokenizer.is_byte_level
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for token, spelling in tokenizer.spellings().items():
+        if token not in special:
+            counts[token] = len(spelling if is_byte_level else tokenizer.decode([token]).encode("utf-8"))
+    return counts
