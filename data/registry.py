@@ -129,5 +129,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    (*("data.corpus", "data.chat.sources", "data.problems.source", "data.problems.gym", "data.arithmetic.source"),),
+    (*("data.corpus", "data.chat.sources", "data.problems.source", "data.problems.gym", "data.arithmetic"),),
 )

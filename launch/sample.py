@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.arithmetic.problems import Domain, check_domains
-from data.arithmetic.problems import problems as arithmetic_problems
+from data.arithmetic import Domain, check_domains
+from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
 from data.chat.fields import decode_line
 from data.chat.messages import ChatMessage, user

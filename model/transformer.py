@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         dtype: type of every weight, uninitialized until `initialize_weights`; the router bias stays float32.
         part: part of the model; None means the whole.
         context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
-            (`comm.context.zigzag`), documents are those of whole sequences. Decoding ignores it.
+            (`comm.context.parts`), documents are those of whole sequences. Decoding ignores it.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.arithmetic.source import ArithmeticSource
+from data.arithmetic import ArithmeticSource
 from data.loader import Batch
 from train.config import TrainConfig
 from train.tasks.registry import TASKS

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from comm.config import ParallelismConfig
-from data.arithmetic.source import ArithmeticSource
+from data.arithmetic import ArithmeticSource
 from dualpipe.config import ScheduleConfig
 from infer.protocol import Group, Sample
 from infer.scoring.reward import RewardConfig, ScoreSheet

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"kernels": 0, "comm": 1, "data": 1, "model": 2, "dualpipe": 2, "infer": 3, "train": 4, "launch": 5}
-CONTEXT = tuple(f"comm.context.{name}" for name in ("protocol", "alone", "parts", "zigzag"))
+CONTEXT = tuple(f"comm.context.{name}" for name in ("protocol", "alone", "parts"))
 """What the model knows of context groups: the protocol, the group of one rank, and which tokens a rank holds."""
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 

@@ -8,9 +8,8 @@ import torch
 
 from comm.config import DispatchConfig
 from comm.context.alone import ALONE
-from comm.context.parts import SequenceParts
+from comm.context.parts import SequenceParts, zigzag_parts
 from comm.context.protocol import ContextGroup
-from comm.context.zigzag import zigzag_parts
 from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
 from model.config import Computing, ModelConfig

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from comm.context.parts import SequenceParts
+from comm.context.parts import SequenceParts, zigzag_parts
 from comm.context.protocol import Contribution, Rows
-from comm.context.zigzag import zigzag_parts
 from comm.protocol import CompletedWork, Work
 
 

@@ -5,20 +5,52 @@ A sum adds the ranks' parts in the order of their indices, so it is equal bit fo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.context.packing import from_bytes, to_bytes
-from comm.context.parts import SequenceParts
-from comm.context.protocol import Contribution, Rows
-from comm.context.zigzag import zigzag_parts
+from comm.context.alone import ALONE
+from comm.context.forecast import MOST_GATHERED_RANKS
+from comm.context.parts import SequenceParts, zigzag_parts
+from comm.context.protocol import ContextGroup, Contribution, Rows
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Spread
 from comm.layout import Layout
-from comm.protocol import Work
+from comm.protocol import CompletedWork, Work
 from comm.watchdog.collective_log import group_name
+
+_ALIGNMENT_BYTES = 16
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def to_bytes(rows: Rows) -> Tensor:
+    """Returns the bytes of all tensors one after the other, each from a multiple of 16 bytes on, uint8."""
+    flat = [each.contiguous().flatten().view(torch.uint8) for each in rows]
+    if len(flat) == 1:
+        return flat[0]
+    message = flat[0].new_zeros(sum(_aligned(each.numel()) for each in flat))
+    for start, each in zip(_starts(rows), flat, strict=True):
+        message[start : start + each.numel()] = each
+    return message
+
+
+def from_bytes(message: Tensor, like: Rows) -> Rows:
+    """Reverses `to_bytes`: returns views of the message, with the shapes and types of `like`."""
+    starts = _starts(like)
+    return tuple(
+        message[start : start + each.nbytes].view(each.dtype).view(each.shape)
+        for start, each in zip(starts, like, strict=True)
+    )
+
+
+def _starts(rows: Rows) -> list[int]:
+    return [0, *accumulate(_aligned(each.nbytes) for each in rows[:-1])]
 
 
 class LoggedWork:
@@ -156,3 +188,64 @@ def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total.to(dtype)
+
+
+class RingContext(LinkedContext):
+    """Implements `ContextGroup` with sends around a ring; keeps no rows of other ranks.
+
+    A rank sends to the next one and receives from the one before, and holds the rows of two ranks at a time. Its rows
+    pass all other ranks in `size` - 1 steps. In a backward they pass again, one step ahead of the sum of their
+    gradients, which ends at the rank that holds the tokens.
+    """
+
+    keeps_rows = False
+
+    def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Implements `ContextGroup.visit`."""
+        message, pending = to_bytes(rows), None
+        for distance in range(self.size):
+            if pending is not None:
+                pending.work.wait()
+                message = pending.received
+            if distance < self.size - 1:
+                pending = self._link.start_shift(message, "context rows to the next rank")
+            yield (self.index - distance) % self.size, from_bytes(message, rows) if distance else rows
+
+    def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
+        """Implements `ContextGroup.collect`. This rank adds its own part last.
+
+        The sum is rounded at each step, so it travels in float32 if the type is narrower.
+        """
+        own: Tensor | None = None
+        pending: Shift | None = None
+        for index, visited in self.visit(rows):
+            part = contribute(index, visited)
+            wide = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
+            if own is None:
+                own, dtype = wide, part.dtype
+                continue
+            if pending is not None:
+                pending.work.wait()
+                wide = pending.received + wide
+            pending = self._link.start_shift(wide, "context gradients to the next rank")
+        assert own is not None
+        assert pending is not None
+        pending.work.wait()
+        return CompletedWork((pending.received + own).to(dtype))
+
+
+ContextExchange = Literal["auto", "gather", "ring"]
+
+
+def open_context(
+    group: ProcessGroup | None, layout: Layout, observers: Observers, exchange: ContextExchange = "auto"
+) -> ContextGroup:
+    """Returns the context group of a process group; if it is None or has one rank, sequences are whole.
+
+    `exchange`: how rows travel; `auto` gathers them up to `MOST_GATHERED_RANKS` ranks.
+    """
+    if group is None or group.size() == 1:
+        return ALONE
+    link = ContextLink(group, layout, observers)
+    is_ring = exchange == "ring" or (exchange == "auto" and group.size() > MOST_GATHERED_RANKS)
+    return RingContext(link) if is_ring else GatherContext(link)

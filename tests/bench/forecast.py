@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from comm.dispatch.forecast import Forecast, SentRows, forecast
 from comm.node_limit import limit_groups
 from kernels.quantize.layout import packed_bytes
+from tests.comm.forecast import Forecast, SentRows, forecast
 
 _HIDDEN = 7168
 _BYTES_PER_ROW = {"FP8": packed_bytes(_HIDDEN), "BF16": 2 * _HIDDEN}

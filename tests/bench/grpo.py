@@ -78,8 +78,7 @@ def _serve_trl(num_steps: int, pipe: Connection) -> None:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from data.arithmetic.problems import problems
-    from data.arithmetic.source import arithmetic_tokenizer
+    from data.arithmetic import arithmetic_tokenizer, problems
 
     steps = Steps(pipe)
 

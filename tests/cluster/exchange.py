@@ -14,7 +14,6 @@ from torch import Tensor, distributed
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.build import DispatcherParts, build_dispatcher
-from comm.dispatch.forecast import Forecast, forecast
 from comm.dispatch.process_group import Observers
 from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import LayerTraffic, Traffic
@@ -26,6 +25,7 @@ from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from tests.cluster.namespaces import Cluster, Counted, Links, missing, open_cluster, read_counted
 from tests.cluster.ranks_in_nodes import begin_together, run_in_nodes
+from tests.comm.forecast import Forecast, forecast
 
 _TIMEOUT_SECONDS = 60.0
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.dispatch.forecast import Forecast, SentRows, forecast
 from comm.dispatch.traffic import LayerTraffic, Spread
 from comm.lane import InlineLane
 from comm.protocol import Label
 from tests.bench.forecast import Gate, forecast_text, gate_forecast, skewed_imbalance
 from tests.comm.backends import Setting, maker, watching
+from tests.comm.forecast import Forecast, SentRows, forecast
 from tests.ranks import run_ranks
 
 _NUM_EXPERTS = 24

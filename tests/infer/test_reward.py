@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from comm.dispatch.local import LocalDispatcher
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from data.chat.encode import encode_conversations
 from data.chat.records import read_conversation
 from data.chat.templates import CHAT_TEMPLATES

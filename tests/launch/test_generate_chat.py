@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from data.arithmetic.source import ArithmeticSource, arithmetic_tokenizer
+from data.arithmetic import ArithmeticSource, arithmetic_tokenizer
 from data.chat.encode import encode_prompt
 from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja, template_of
 from data.chat.messages import user

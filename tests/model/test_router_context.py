@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.context.parts import SequenceParts
+from comm.context.parts import SequenceParts, zigzag_parts
 from comm.context.protocol import Contribution, Rows
-from comm.context.zigzag import zigzag_parts
 from comm.protocol import Work
 from kernels.attention.documents import Documents
 from tests.context_parts import join_held, take_held

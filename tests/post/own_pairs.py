@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.arithmetic.problems import ArithmeticProblem, ProblemPart, problems
+from data.arithmetic import ArithmeticProblem, ProblemPart, problems
 from tests.post.recipes import LoadedRun
 
 NUM_SAMPLES = 8

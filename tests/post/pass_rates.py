@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.arithmetic.problems import problems
+from data.arithmetic import problems
 from infer.scoring.pass_rates import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Answer, TextAnswer

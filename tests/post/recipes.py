@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.arithmetic.problems import ArithmeticProblem
+from data.arithmetic import ArithmeticProblem
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.arithmetic.problems import problems
+from data.arithmetic import problems
 from infer.scoring.ratings import Plurality, find_plurality
 from tests.post.recipes import LoadedRun, check_seeds, train_start
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from kernels.ranges import Above, Range
+from kernels.ranges import Range
 from kernels.registry import Registry
 from train.config.errors import ConfigError, UnknownKeyError, nearest, nearest_key
 
@@ -235,7 +235,7 @@ def _in_ranges(number: Any, marks: Sequence[object], place: str) -> Any:
     """Returns the number, and refuses one outside any of its ranges."""
     for mark in marks:
         if isinstance(mark, Range) and not mark.holds(number):
-            least = f"; the least is {mark.limit + 1:g}" if isinstance(mark, Above) and type(number) is int else ""
+            least = f"; the least is {mark.above + 1:g}" if mark.above is not None and type(number) is int else ""
             raise ConfigError(f"{place}: must be {mark}, is {number}{least}")
     return number
 

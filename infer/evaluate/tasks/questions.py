@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.arithmetic.problems import problems as arithmetic_problems
+from data.arithmetic import problems as arithmetic_problems
 from data.chat.fields import describe, list_of, text_of
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from data.chat.encode import encode_conversations, encode_prompt, split_views
 from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja, template_of
 from data.chat.messages import ChatMessage, Conversation, user

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from data.corpus import DataError
 from infer.evaluate.local import LocalModel
 from infer.evaluate.protocol import EvaluationError

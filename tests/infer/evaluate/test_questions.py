@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.arithmetic.problems import is_held_out
+from data.arithmetic import is_held_out
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from infer.evaluate.protocol import EvaluationError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import distributed as dist
 
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from data.chat.templates import CHAT_TEMPLATES
 from infer.config import Statistics
 from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from dualpipe.config import ScheduleConfig
 from infer.reward import score_answers
 from infer.scoring.judge import RewardModelScorerConfig

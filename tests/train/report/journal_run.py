@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from infer.protocol import Group, Sample
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Problem, Score

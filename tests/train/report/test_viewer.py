@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data.arithmetic.source import arithmetic_tokenizer
+from data.arithmetic import arithmetic_tokenizer
 from data.tokenizer import Tokenizer
 from tests.documents import browse, check_policy
 from tests.train.report.journal_run import place_rollouts

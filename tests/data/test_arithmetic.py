@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from data.arithmetic.problems import is_held_out, problems, wrong_answer
-from data.arithmetic.source import ArithmeticSource, arithmetic_tokenizer
+from data.arithmetic import ArithmeticSource, arithmetic_tokenizer, is_held_out, problems, wrong_answer
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES

@@ -1,1 +1,0 @@
-"""Generates arithmetic problems with checkable answers, offline and from a seed."""
