@@ -129,7 +129,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
             received = self._lay_out(own, rows_TD, weights_TK, "dispatch")
             assert received.weights_RK is not None
             route = own.routes[rows_TD.dtype]
-            return Arrived(route.copy_rows(received.rows), route.copy_weights(received.weights_RK), route.counts)
+            return Arrived(route.copy_rows(received.rows), route.order.copy_weights(received.weights_RK), route.counts)
 
         return self._lane.submit(run)
 
@@ -230,9 +230,9 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self, own: DeepEPHandle, rows_AD: Tensor, weights_A: Tensor | None, name: str
     ) -> tuple[Tensor, Tensor | None]:
         route = next(iter(own.routes.values()))  # arrived rows have the same order in each
-        weights_RK = None if weights_A is None else route.restore_weights(weights_A)
+        weights_RK = None if weights_A is None else route.order.restore_weights(weights_A)
         with self._exchanging(own, rows_AD, name):
-            return self._buffer.combine(route.sum_rows(rows_AD), weights_RK, route.handle)
+            return self._buffer.combine(route.order.sum_rows(rows_AD), weights_RK, route.handle)
 
     @contextmanager
     def _exchanging(self, own: DeepEPHandle, rows: Tensor, name: str) -> Iterator[None]:

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from comm.dispatch.expert_order import dense
-from kernels.permute import permute, unpermute
+from comm.dispatch.expert_order import ExpertOrder
+from kernels.permute import permute
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows in DeepEP's form: bfloat16, or codes of float8_e4m3fn and float32 scales."""
@@ -23,9 +23,7 @@ class DeepEPRoute:
     """Handle of DeepEP and the expert order of its received rows."""
 
     handle: Any  # DeepEP's `EPHandle`; received rows keep their order as long as it is used
-    choices_A: Tensor  # choice r * K + k at each position in expert order
-    rows_A: Tensor  # received row at each position in expert order
-    places_RK: Tensor  # position of each choice in expert order, -1 if the expert is on another rank
+    order: ExpertOrder  # choices r * K + k of received rows in expert order; those of other ranks are dropped
     counts: tuple[int, ...]  # number of rows of each local expert
 
     @classmethod
@@ -43,34 +41,15 @@ class DeepEPRoute:
         # The inverse: the position of each choice, -1 for choices of other ranks. RK.
         places_RK = torch.full_like(keys_RK, -1)
         places_RK.view(-1).scatter_(0, choices_A, torch.arange(len(choices_A), device=ids_RK.device))
-        return cls(
-            handle=handle,
-            choices_A=choices_A,
-            rows_A=choices_A // ids_RK.shape[1],
-            places_RK=places_RK,
-            counts=counts,
-        )
+        order = ExpertOrder(choices_A, choices_A // ids_RK.shape[1], places_RK)
+        return cls(handle=handle, order=order, counts=counts)
 
     def copy_rows(self, rows: Rows) -> Tensor:
         """Copies received rows in expert order: AD, or AB as uint8 with codes, then scales."""
         if isinstance(rows, Tensor):
-            return permute(rows, self.rows_A)
+            return self.order.copy_rows(rows)
         parts = [part.view(torch.uint8) for part in rows]
-        rows_AB = parts[0].new_empty(len(self.rows_A), sum(part.shape[1] for part in parts))
+        rows_AB = parts[0].new_empty(len(self.order.tokens_A), sum(part.shape[1] for part in parts))
         for part, out in zip(parts, rows_AB.split([part.shape[1] for part in parts], 1), strict=True):
-            permute(part, self.rows_A, out)
+            permute(part, self.order.tokens_A, out)
         return rows_AB
-
-    def copy_weights(self, weights_RK: Tensor) -> Tensor:
-        """Returns the weight of each row in expert order, A. DeepEP also sends those of other ranks' experts."""
-        return weights_RK.flatten().index_select(0, self.choices_A)
-
-    def sum_rows(self, rows_AD: Tensor) -> Tensor:
-        """Sums over each received row's local experts in the order of its choices, rounded once; RD."""
-        return unpermute(dense(rows_AD), self.places_RK)
-
-    def restore_weights(self, weights_A: Tensor) -> Tensor:
-        """Returns the value of each choice, 0 for experts of other ranks; RK."""
-        weights_RK = weights_A.new_zeros(self.places_RK.shape)
-        weights_RK.view(-1).scatter_(0, self.choices_A, weights_A)
-        return weights_RK

@@ -18,13 +18,13 @@ from torch.distributed import ProcessGroup
 
 from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all.plan import num_local_experts
-from comm.dispatch.expert_order import dense, restore_values
+from comm.dispatch.expert_order import ExpertOrder, dense, restore_values
 from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.row_format import RowFormat, RowPart
 from comm.dispatch.two_hop.chunks import ChunkedExchange
 from comm.dispatch.two_hop.counts import CountLayout
 from comm.dispatch.two_hop.plan import TwoHopCounts, TwoHopPlanner, TwoHopRoute
-from comm.dispatch.two_hop.routing import Expansion, RelayOrder, RowRouter
+from comm.dispatch.two_hop.routing import RelayOrder, RowRouter
 from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout
@@ -65,7 +65,7 @@ class TwoHopHandle:
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
         self.label = label
         self.relay_orders: list[RelayOrder] = []
-        self._expansion: Expansion | None = None
+        self._expansion: ExpertOrder | None = None
         self._num_tokens = num_tokens
         self._work: Work[TwoHopCounts] | None = work
         self._route: TwoHopRoute | None = None
@@ -83,14 +83,14 @@ class TwoHopHandle:
             self._work = None
         return self._route
 
-    def expand(self, make: Callable[[], Expansion]) -> Expansion:
+    def expand(self, make: Callable[[], ExpertOrder]) -> ExpertOrder:
         """Returns the order of the experts' rows; the first dispatch makes it."""
         if self._expansion is None:
             self._expansion = make()
         return self._expansion
 
     @property
-    def expansion(self) -> Expansion:
+    def expansion(self) -> ExpertOrder:
         """Order of the experts' rows; available after the first dispatch."""
         assert self._expansion is not None, "the first exchange of a plan must be a dispatch"
         return self._expansion
@@ -151,9 +151,8 @@ class TwoHopDispatcher:
             form = RowFormat.of(rows_TD, weights_TK, route.shifted_TK)
             arrived_XB = self._send_to_experts("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
             expansion = own.expand(lambda: self._expand(route, form.part(arrived_XB, _IDS)))
-            rows_AD = permute(form.part(arrived_XB, _ROWS), expansion.rows_A)
-            weights_A = form.part(arrived_XB, _WEIGHTS).flatten().index_select(0, expansion.choices_A)
-            return Arrived(rows_AD, weights_A, route.counts)
+            weights_A = expansion.copy_weights(form.part(arrived_XB, _WEIGHTS))
+            return Arrived(expansion.copy_rows(form.part(arrived_XB, _ROWS)), weights_A, route.counts.counts)
 
         return self._lane.submit(run)
 
@@ -195,7 +194,7 @@ class TwoHopDispatcher:
         def run() -> Tensor:
             form = RowFormat.of(rows_TD)
             arrived_XB = self._send_to_experts(name, own, form, (rows_TD,))
-            return permute(form.part(arrived_XB, _ROWS), own.expansion.rows_A)
+            return own.expansion.copy_rows(form.part(arrived_XB, _ROWS))
 
         return self._lane.submit(run)
 
@@ -205,12 +204,12 @@ class TwoHopDispatcher:
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
             if len(own.relay_orders) == chunk:
-                num_sent = sum(route.within[chunk].sent)
+                num_sent = sum(route.counts.within[chunk].sent)
                 own.relay_orders.append(self._router.relay(form.part(crossed_MB, _IDS), num_sent))
             return permute(crossed_MB, own.relay_orders[chunk].rows_S)
 
         exchange = self._chunked(name, own)
-        exchange.predict(self._traffic, form.bytes_per_row, route.min_rows_across_nodes, back=False)
+        exchange.predict(self._traffic, form.bytes_per_row, route.counts.min_rows_across_nodes, back=False)
         return exchange.send_to_experts(form, lambda message: form.gather(dense_parts, route.tokens[message]), relay)
 
     def _return_to_tokens(
@@ -219,7 +218,7 @@ class TwoHopDispatcher:
         """Returns rows to their tokens with a partial sum at each hop; TD. With weights, also those; TK."""
         route = own.route(self._planner)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
-        places = own.expansion.places_XK.split([sum(hop.received) for hop in route.within])
+        places = own.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
         extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
         form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *extras)
 
@@ -235,16 +234,16 @@ class TwoHopDispatcher:
             return form.pack(form.sum(crossed_MB, own.relay_orders[chunk].places_MG))
 
         exchange = self._chunked(name, own)
-        exchange.predict(self._traffic, form.bytes_per_row, route.min_rows_across_nodes, back=True)
+        exchange.predict(self._traffic, form.bytes_per_row, route.counts.min_rows_across_nodes, back=True)
         returned_YB = exchange.return_to_tokens(form, pack, relay)
         return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
 
     def _chunked(self, name: str, own: TwoHopHandle) -> ChunkedExchange:
-        route = own.route(self._planner)
-        return ChunkedExchange(self._rail, self._node, route.across, route.within, name, own.label)
+        counts = own.route(self._planner).counts
+        return ChunkedExchange(self._rail, self._node, counts.across, counts.within, name, own.label)
 
-    def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> Expansion:
-        return self._router.expand(shifted_XK, route.by_source_X, sum(route.counts))
+    def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> ExpertOrder:
+        return self._router.expand(shifted_XK, route.by_source_X, sum(route.counts.counts))
 
     def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self._partial_sums == "float32" and dtype.itemsize < 4 else dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.dispatch.node_cap import nodes_of_experts, verify_cap
 from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import Traffic
-from comm.dispatch.two_hop.counts import CountLayout, Hop, RowRun, shifts_by_source
+from comm.dispatch.two_hop.counts import CountLayout, PlanCounts, RowRun, shifts_by_source
 from comm.dispatch.two_hop.routing import Selection, select
 from comm.protocol import Label
 from comm.relays import Relays
@@ -34,10 +34,7 @@ class TwoHopCounts:
 class TwoHopRoute:
     """Splits of every message, and the order of this rank's rows."""
 
-    across: tuple[Hop, ...]  # splits between nodes of each chunk; empty if there is one node
-    within: tuple[Hop, ...]  # splits within the node of each such chunk, then of the rows that stay on the node
-    counts: tuple[int, ...]  # number of rows of each local expert
-    min_rows_across_nodes: int  # rows that must cross nodes
+    counts: PlanCounts
     shifted_TK: Tensor  # expert ids plus 1, as they are sent with rows
     # token of each sent row, by message: chunks that cross nodes, then rows that stay on the node.
     tokens: tuple[Tensor, ...]
@@ -117,10 +114,7 @@ class TwoHopPlanner:
         )
         lengths = [sum(hop.sent) for hop in (*counts.across, counts.within[-1])]
         return TwoHopRoute(
-            across=counts.across,
-            within=counts.within,
-            counts=counts.counts,
-            min_rows_across_nodes=counts.min_rows_across_nodes,
+            counts=counts,
             shifted_TK=counted.shifted_TK.to(self._id_dtype),
             tokens=counted.tokens[: sum(lengths)].split(lengths),
             places_TP=counted.places_TP,

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from comm.dispatch.expert_order import ExpertOrder
+
 
 @dataclass(frozen=True, slots=True)
 class RelayOrder:
@@ -19,15 +21,6 @@ class RelayOrder:
 
     rows_S: Tensor  # received row of each forwarded row
     places_MG: Tensor  # position of each row's copy for each rank, negative if there is none
-
-
-@dataclass(frozen=True, slots=True)
-class Expansion:
-    """Order of the experts' rows, which are copies of arrived rows."""
-
-    rows_A: Tensor  # arrived row of each expert's row
-    choices_A: Tensor  # arrived row x and choice k of each expert's row, as x K + k
-    places_XK: Tensor  # position of each choice's copy, negative if its expert is on another rank
 
 
 class RowRouter:
@@ -55,8 +48,8 @@ class RowRouter:
         rows_S, places = select(touched_GM.flatten(), rows_GM.flatten(), num_sent)
         return RelayOrder(rows_S, places.view(touched_GM.shape).T)
 
-    def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> Expansion:
-        """Orders the `num_rows` rows of this rank's experts: by expert, then by source and token."""
+    def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> ExpertOrder:
+        """Orders the `num_rows` rows of this rank's experts, copies of arrived rows: by expert, source and token."""
         # The local expert of each choice, X K; L if the expert is on another rank.
         self._local = self._local.to(shifted_XK.device)
         num_arrived, num_choices = shifted_XK.shape
@@ -71,9 +64,8 @@ class RowRouter:
         is_filled[self._num_local * num_arrived :] = False
         # Without the empty entries, the choices are in the order of the experts' rows, A.
         choices_A, places = select(is_filled, choice_of_entry, num_rows)
-        return Expansion(
-            choices_A // max(1, num_choices), choices_A, places.index_select(0, entries).view(shifted_XK.shape)
-        )
+        places_XK = places.index_select(0, entries).view(shifted_XK.shape)
+        return ExpertOrder(choices_A, choices_A // max(1, num_choices), places_XK)
 
 
 def _numbered(num_experts: int, shares: Sequence[range]) -> Tensor:
