@@ -14,8 +14,7 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-MOST_REPORTS = 8
-"""Maximum number of ranks whose reports are exchanged."""
+MOST_REPORTS = 8  # maximum number of ranks whose reports are exchanged
 
 _MOST_CHARACTERS = 4000
 

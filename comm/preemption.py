@@ -3,8 +3,7 @@
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that a scheduler or a closing terminal sends."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # signals that a scheduler or a closing terminal sends
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:

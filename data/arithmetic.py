@@ -25,8 +25,7 @@ from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share
 
 HELD_OUT_SHARE = 0.1
 ProblemPart = Literal["train", "held_out"]
-Domain = Literal["sort", "reverse"]
-"""What to do with the digits of a number."""
+Domain = Literal["sort", "reverse"]  # what to do with the digits of a number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,5 +33,4 @@ class SingleRankContext:
         return values
 
 
-ALONE = SingleRankContext()
-"""The context group of a rank that holds whole sequences."""
+ALONE = SingleRankContext()  # the context group of a rank that holds whole sequences

@@ -12,8 +12,7 @@ from torch import Tensor
 from comm.context.parts import SequenceParts
 from comm.protocol import Work
 
-Rows = tuple[Tensor, ...]
-"""What attention needs of one rank's tokens."""
+Rows = tuple[Tensor, ...]  # what attention needs of one rank's tokens
 
 Contribution = Callable[[int, Rows], Tensor]
 """Returns this rank's part of the gradient of the rows of a rank, given the rank's index and rows."""

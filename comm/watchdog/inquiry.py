@@ -17,8 +17,7 @@ from comm.watchdog.wire import encode_fields
 INQUIRY_SECONDS = 1.5
 PATIENT_INQUIRY_SECONDS = 2.0
 _SEND_EVERY_SECONDS = 0.2
-_MAX_REQUESTS = 128
-"""Requests without a reply at one time. The kernel's buffer holds the replies."""
+_MAX_REQUESTS = 128  # requests without a reply at one time. The kernel's buffer holds the replies.
 _MAX_PROBES = 256
 _BATCH_SECONDS = 0.05
 _MAX_PASSES = 4

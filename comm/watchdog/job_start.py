@@ -29,8 +29,7 @@ _LONGEST_CONFIRM_PAUSE_SECONDS = 0.2
 _MAX_RECORD_BYTES = 65_536
 _MAX_LOOKS_PER_SECOND = 20_000
 _STAGGER_SECONDS = 0.5
-WAITS_PER_LOOK = 4
-"""A rank of a large job looks for what is rarely there, such as a verdict, only each fourth time."""
+WAITS_PER_LOOK = 4  # A rank of a large job looks for what is rarely there, such as a verdict, only each fourth time
 # Wait after SIGTERM: ranks of a preempted job still join, so that all can agree on it; a lost rank never joins.
 _PREEMPTED_START_SECONDS = 3.0
 

@@ -13,8 +13,7 @@ from typing import Any, Self
 from comm.watchdog.wire import MessageError, decode_integer
 
 FANOUT = 64
-MAX_RUNS = 32
-"""Most progressions in a message. They describe any group of up to 64 ranks, and every group of a mesh."""
+MAX_RUNS = 32  # most progressions in a message. They describe any group of up to 64 ranks, and every group of a mesh.
 MAX_LISTED = 16
 MAX_TURNS = 64
 _MAX_NAMED_RUNS = 8

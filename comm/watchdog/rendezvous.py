@@ -40,8 +40,7 @@ _LOOPBACK = "127.0.0.1"
 _ANNOUNCEMENT = "watchdog/key"
 _NONCE_BYTES = 16
 _MAX_PATH_CHARACTERS = 4096
-_FILE_SECONDS = 10.0
-"""Time that a rank waits for a missing key: a file appears late on some shared file systems."""
+_FILE_SECONDS = 10.0  # time that a rank waits for a missing key: a file appears late on some shared file systems
 
 
 class Job:

@@ -11,8 +11,7 @@ from comm.watchdog.ranks import RankSet, name_ranks
 from comm.watchdog.wire import Rank, Text, printable
 
 VERDICT_CODES = (EXIT_OTHER, EXIT_HANG, EXIT_LOST)
-MAX_CULPRITS = 4096
-"""Most ranks that a verdict lists. Its text names how many there are in all."""
+MAX_CULPRITS = 4096  # most ranks that a verdict lists. Its text names how many there are in all.
 
 
 class Reason(Enum):

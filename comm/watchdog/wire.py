@@ -39,8 +39,7 @@ Name = Annotated[str, MAX_NAME_CHARACTERS]
 KEY_BYTES = 32
 MAX_DECODED_BYTES = 1 << 20
 MAX_DATAGRAM_BYTES = 65_507
-REPLAY_WINDOW = 1024
-"""Datagrams of one sender may arrive out of order by fewer than this many; older ones are dropped."""
+REPLAY_WINDOW = 1024  # datagrams of one sender may arrive out of order by fewer than this many; older ones are dropped
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _HEADER = struct.Struct("!BIIQ")

@@ -14,18 +14,14 @@ from data.corpus import DataError
 from data.pack import PADDING_POSITION, best_fit_decreasing
 from data.registry import SamplePiece, TrainingSample
 
-WEIGHTS = "weights"
-"""Value of the weight with which position i trains the prediction of token i + 1."""
+WEIGHTS = "weights"  # value of the weight with which position i trains the prediction of token i + 1
 PAIR = "pair"
 """Value of a pair's number: k where the preferred answer of pair k is predicted, -k for the other answer, else 0."""
 SCORE = "score"
 """Value of a pair's number at the last token of each answer: k for the preferred one, -k for the other, else 0."""
-MARGIN = "margin"
-"""Value of how much better the preferred answer is, at its last token."""
-ANSWER = "answer"
-"""Value of an answer's number where the answer's tokens are predicted, else 0."""
-PAIR_VALUES = (WEIGHTS, PAIR, SCORE, MARGIN)
-"""Values of samples of two answers."""
+MARGIN = "margin"  # value of how much better the preferred answer is, at its last token
+ANSWER = "answer"  # value of an answer's number where the answer's tokens are predicted, else 0
+PAIR_VALUES = (WEIGHTS, PAIR, SCORE, MARGIN)  # values of samples of two answers
 NUMBERED = (PAIR, SCORE, ANSWER)
 """Values that number the pairs or answers of a sample from 1. Packing makes the numbers unique within a sequence."""
 

@@ -18,22 +18,14 @@ CHUNK_ELEMENTS = 2**16
 class Coefficients(NamedTuple):
     """Coefficients of the update, computed in float64 and rounded once to float32 where they are used."""
 
-    keep_weight: float
-    """1 - learning rate x weight decay."""
-    keep_mean: float
-    """beta1."""
-    add_gradient: float
-    """1 - beta1."""
-    keep_square: float
-    """beta2."""
-    add_square: float
-    """1 - beta2."""
-    correct_root: float
-    """1 / sqrt(1 - beta2^step)."""
-    eps: float
-    """Term added to the corrected root."""
-    move: float
-    """-learning rate / (1 - beta1^step)."""
+    keep_weight: float  # 1 - learning rate x weight decay
+    keep_mean: float  # beta1
+    add_gradient: float  # 1 - beta1
+    keep_square: float  # beta2
+    add_square: float  # 1 - beta2
+    correct_root: float  # 1 / sqrt(1 - beta2^step)
+    eps: float  # term added to the corrected root
+    move: float  # -learning rate / (1 - beta1^step)
 
 
 def compute_coefficients(
@@ -59,10 +51,11 @@ def adamw_bf16_moments(
 ) -> None:
     """Takes one step in place: both moments in float32, then the weights, then rounds the moments to bf16.
 
-    mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2; weight = weight (1 - rate
-    decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps). Weights and gradients are float32,
-    moments bf16 (arXiv:2412.19437, section 3.3.3), all contiguous. A NaN in the gradient makes both moments and the
-    weight NaN. Raises ValueError if a tensor has another type or shape.
+        mean = beta1 mean + (1 - beta1) gradient; square = beta2 square + (1 - beta2) gradient^2
+        weight = weight (1 - rate decay) - rate / (1 - beta1^t) mean / (sqrt(square) / sqrt(1 - beta2^t) + eps)
+
+    Weights and gradients are float32, moments bf16 (arXiv:2412.19437, section 3.3.3), all contiguous. A NaN in the
+    gradient makes both moments and the weight NaN.
     """
     check_step(weights, gradients, means, squares)
     size = min(CHUNK_ELEMENTS, weights.numel())

@@ -23,8 +23,7 @@ from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 P = ParamSpec("P")
 
 LOGGER = logging.getLogger("kernels")
-Milliseconds = Callable[[Callable[[], Any]], float]
-"""Measures a call."""
+Milliseconds = Callable[[Callable[[], Any]], float]  # measures a call
 _NUM_WARM_UPS = 2
 _NUM_CALLS = 9
 _LONGEST_CAUSE = 200  # characters

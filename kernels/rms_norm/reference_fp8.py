@@ -36,8 +36,9 @@ def rms_norm_backward_from_codes(
 ) -> tuple[Tensor, Tensor]:
     """Computes the gradients of the normalization in x and in the weight from the codes of its result.
 
-    With x-hat = result / weight, or 0 if the weight is 0, the gradient of x is `inverse * (grad * weight - x-hat *
-    mean(grad * result))`, in the type of `grad`, and that of the weight `sum over rows of grad * x-hat`, in float32.
+    With x-hat = result / weight, or 0 if the weight is 0, the gradient of x, in the type of `grad`, is
+    `inverse * (grad * weight - x-hat * mean(grad * result))`, and that of the weight, float32, is the sum over rows of
+    `grad * x-hat`.
     """
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape

@@ -6,9 +6,9 @@ Both are memory-bound: each number is read once and written once.
     forward  A / block_rows * M / block_columns  rows x block_columns  float32 (float64 of    once, to nearest even,
     backward A / block_rows * M / block_columns  rows x block_columns  float64) in registers  into the result's type
 
-Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. The sigmoid is `1
-/ (1 + exp(-gate))` with an exact division; `exp` is the hardware instruction, which differs from torch's by a few units
-in the last place of float32.
+Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. The
+sigmoid has an exact division; `exp` is the hardware instruction, which differs from torch's by a few units in the last
+place of float32.
 """
 
 import torch

@@ -14,8 +14,7 @@ from torch import Tensor
 from comm.dispatch.expert_order import ExpertOrder
 from kernels.permute import permute
 
-Rows = Tensor | tuple[Tensor, Tensor]
-"""Rows in DeepEP's form: bfloat16, or codes of float8_e4m3fn and float32 scales."""
+Rows = Tensor | tuple[Tensor, Tensor]  # rows in DeepEP's form: bfloat16, or codes of float8_e4m3fn and float32 scales
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.counts import Hop
 from comm.protocol import Label
 
-Pack = Callable[[int], Tensor]
-"""Returns the bytes of the message with a number."""
+Pack = Callable[[int], Tensor]  # returns the bytes of the message with a number
 
 Relay = Callable[[int, Tensor], Tensor]
 """Returns the bytes that a relay forwards, from the number of a message and its received bytes."""

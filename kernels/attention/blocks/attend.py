@@ -9,8 +9,7 @@ from torch import Tensor
 from kernels.attention.blocks.reference import BlockKernel
 from kernels.attention.blocks.tiles import VisibleTile
 
-Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries, keys and values: BTHQ, BTHQ, BTHV."""
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values: BTHQ, BTHQ, BTHV
 
 
 class MergedAttention:

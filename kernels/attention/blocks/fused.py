@@ -7,8 +7,7 @@ from torch.nn import functional
 from kernels.attention.blocks.reference import BlockKernel, Heads
 
 _aten = torch.ops.aten
-_EFFICIENT_MULTIPLE = 32
-"""The memory-efficient kernel pads logarithms to a multiple of this number of queries."""
+_EFFICIENT_MULTIPLE = 32  # the memory-efficient kernel pads logarithms to a multiple of this number of queries
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:

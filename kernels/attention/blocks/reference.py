@@ -6,17 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MOST_SCORES = 2**24
-"""Scores that are in memory at a time."""
+_MOST_SCORES = 2**24  # scores that are in memory at a time
 
-Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries, keys and values: SHLQ, SHKQ, SHKV."""
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values: SHLQ, SHKQ, SHKV
 
 BlockForward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 """Forward of a block; see `forward`."""
 
-BlockBackward = Callable[[Tensor, Heads, Tensor, Tensor, float, bool], Heads]
-"""Backward of a block; see `backward`."""
+BlockBackward = Callable[[Tensor, Heads, Tensor, Tensor, float, bool], Heads]  # backward of a block; see `backward`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,5 +87,4 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-REFERENCE = BlockKernel(forward=forward, backward=backward, multiple=0)
-"""Works on every device and in every type."""
+REFERENCE = BlockKernel(forward=forward, backward=backward, multiple=0)  # works on every device and in every type
