@@ -1,7 +1,6 @@
-"""Limits the expert groups, and so the nodes, among which a token's experts are chosen.
+"""Limits the expert groups, and so the nodes, among which a token's experts are chosen."""
 
-Shape legend: G groups of E / G consecutive experts.
-"""
+# Shape legend: G groups of E / G consecutive experts.
 
 import torch
 from torch import Tensor

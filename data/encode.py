@@ -147,8 +147,8 @@ def encode_part(
 ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """Encodes a part. Returns its concatenated tokens and the length of each document in tokens.
 
-    The tokens are uint16 if the vocabulary allows it, otherwise int32. Only training documents are rearranged for fill-
-    in-the-middle, and only if the tokenizer has tokens for it. The validation loss is measured on plain text.
+    The tokens are uint16 if the vocabulary allows it, otherwise int32. Only training documents are rearranged for
+    fill-in-the-middle, and only if the tokenizer has tokens for it. The validation loss is measured on plain text.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     has_fim = part == "train" and tokenizer.special.fim is not None

@@ -1,7 +1,6 @@
-"""Packs documents into sequences of one length. Cuts only documents that are longer than a sequence.
+"""Packs documents into sequences of one length. Cuts only documents that are longer than a sequence."""
 
-Shape legend: N sequences, L tokens per sequence.
-"""
+# Shape legend: N sequences, L tokens per sequence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""Prepares a corpus on disk, once: tokenizer, packed sequences and their statistics. Imports no torch.
+"""Prepares a corpus on disk, once: tokenizer, packed sequences and their statistics. Imports no torch."""
 
-Shape legend: N sequences, L tokens per sequence.
-"""
+# Shape legend: N sequences, L tokens per sequence.
 
 import hashlib
 import json

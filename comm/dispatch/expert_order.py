@@ -1,7 +1,6 @@
-"""Sorts copies of tokens by expert, then by token, so that the order never depends on timing.
+"""Sorts copies of tokens by expert, then by token, so that the order never depends on timing."""
 
-Shape legend: N = T K choices, A choices sent.
-"""
+# Shape legend: N = T K choices, A choices sent.
 
 from dataclasses import dataclass
 from typing import Self

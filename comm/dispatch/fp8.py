@@ -1,7 +1,6 @@
-"""Wraps any dispatcher so that rows are sent to experts in FP8.
+"""Wraps any dispatcher so that rows are sent to experts in FP8."""
 
-Shape legend: A arrived rows, B bytes of a packed row.
-"""
+# Shape legend: A arrived rows, B bytes of a packed row.
 
 from torch import Tensor
 

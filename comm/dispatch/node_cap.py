@@ -1,7 +1,6 @@
-"""Limits the nodes that hold a token's experts, by verification or by clipping.
+"""Limits the nodes that hold a token's experts, by verification or by clipping."""
 
-Shape legend: R ranks of the expert group, N its nodes, numbered from 0, M nodes kept, A arrived rows.
-"""
+# Shape legend: R ranks of the expert group, N its nodes, numbered from 0, M nodes kept, A arrived rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""Runs all-to-alls over one process group, and logs and counts each of them.
+"""Runs all-to-alls over one process group, and logs and counts each of them."""
 
-Shape legend: R ranks of the group, C numbers for each, N rows sent, M rows received, B bytes of a row.
-"""
+# Shape legend: R ranks of the group, C numbers for each, N rows sent, M rows received, B bytes of a row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

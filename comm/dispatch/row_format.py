@@ -1,7 +1,6 @@
-"""Packs a row and the values sent with it into consecutive bytes, so that one message carries both.
+"""Packs a row and the values sent with it into consecutive bytes, so that one message carries both."""
 
-Shape legend: B bytes of a row as sent, K numbers of a part, S rows taken, P places of each token.
-"""
+# Shape legend: B bytes of a row as sent, K numbers of a part, S rows taken, P places of each token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """Encodes conversations as token ids by a template. Imports no torch.
 
-Special tokens are placed by id, and text is encoded by itself. So text that spells a special token stays text. Shape
-legend: T tokens.
+Special tokens are placed by id, and text is encoded by itself. So text that spells a special token stays text.
 """
+
+# Shape legend: T tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

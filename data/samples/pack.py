@@ -1,8 +1,9 @@
 """Packs samples of chats, pairs or problems into sequences of one length, with values for each token.
 
-Imports no torch. Unlike documents, samples are never split. Shape legend: N sequences, L tokens per sequence, T tokens
-of a piece.
+Imports no torch. Unlike documents, samples are never split.
 """
+
+# Shape legend: N sequences, L tokens per sequence, T tokens of a piece.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

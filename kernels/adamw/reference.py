@@ -2,8 +2,9 @@
 
 Every operation rounds once to float32, so the result does not depend on the device, on the memory address or on the
 rank's shard. A division by a number common to all elements is a multiplication by its inverse, as in torch on CUDA.
-Shape legend: N numbers, in any shape.
 """
+
+# Shape legend: N numbers, in any shape.
 
 import math
 from typing import NamedTuple

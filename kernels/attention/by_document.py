@@ -1,9 +1,10 @@
 """Causal attention on a CPU that computes only the scores within documents.
 
 Consecutive documents of one length are the sequences of one call of torch's flash kernel, on views of the packed
-tensors. A mask would cost the scores of all pairs of a packed sequence, and their memory. Shape legend: as in
-kernels/attention/__init__.py. N = B T, S documents of one call, L tokens of each.
+tensors. A mask would cost the scores of all pairs of a packed sequence, and their memory.
 """
+
+# Shape legend: as in kernels/attention/__init__.py. N = B T, S documents of one call, L tokens of each.
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,6 @@
-"""Documents of packed sequences: a token sees only tokens of the same document.
+"""Documents of packed sequences: a token sees only tokens of the same document."""
 
-Shape legend: B sequences, T tokens.
-"""
+# Shape legend: B sequences, T tokens.
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""Log-probabilities of targets under a linear head, and whether each is the most probable token.
+"""Log-probabilities of targets under a linear head, and whether each is the most probable token."""
 
-Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, M rows whose target has the largest logit.
-"""
+# Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, M rows whose target has the largest logit.
 
 import torch
 from torch import Tensor

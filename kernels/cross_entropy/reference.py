@@ -1,9 +1,10 @@
 """Log-probabilities and gradients of a linear head, without storing the logits of all rows.
 
 Every objective that scores tokens is computed here: its gradient in a row's hidden state is one number, the slope,
-times the gradient of the row's cross-entropy, -log p. Shape legend: N rows, C rows of a chunk, D hidden size, V
-vocabulary, K kept tokens of a row.
+times the gradient of the row's cross-entropy, -log p.
 """
+
+# Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row.
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -8,9 +8,10 @@
 Bound by memory. A program owns a row of logits. Its first pass finds the row's maximum and the sum of exponentials. Its
 second pass overwrites each logit by its slope, softmax minus 1 at the target, and mostly reads from a cache. torch
 computes the products and scales them by the slope of a row. A target that is neither below V nor -100 makes its row's
-nats NaN. Only TRITON_DEBUG=1 reports it, because a check on the host would need a host sync. Shape legend: N rows, C
-rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row.
+nats NaN. Only TRITON_DEBUG=1 reports it, because a check on the host would need a host sync.
 """
+
+# Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row.
 
 import torch
 import triton

@@ -1,8 +1,9 @@
 """Divergences of a student's distribution from a teacher's, and their derivatives.
 
-Source: arXiv:2306.13649, section 3 (forward and reverse KL, generalized Jensen-Shannon). Shape legend: C rows of a
-chunk, B buckets of a distribution.
+Source: arXiv:2306.13649, section 3 (forward and reverse KL, generalized Jensen-Shannon).
 """
+
+# Shape legend: C rows of a chunk, B buckets of a distribution.
 
 import math
 from dataclasses import dataclass

@@ -1,8 +1,10 @@
 """Divergence of a linear head's distribution from a teacher's, without storing all logits.
 
-The gradients are computed in the forward, chunk by chunk, as in kernels/cross_entropy. Shape legend: N rows, C rows of
-a chunk, D hidden size, V vocabulary, S hidden size of the teacher, K kept tokens of the teacher.
+The gradients are computed in the forward, chunk by chunk, as in kernels/cross_entropy.
 """
+
+# Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, S hidden size of the teacher, K kept tokens of
+# the teacher.
 
 from dataclasses import dataclass
 

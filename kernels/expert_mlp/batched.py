@@ -2,9 +2,10 @@
 
 A product on CPU takes less time than its launch, and each new shape is compiled first. One product over all experts, in
 few shapes, is therefore faster than one per expert, although experts with few rows are padded. If padding would more
-than quadruple the rows, `reference.py` runs instead. Shape legend: as in reference.py; C rows of each expert after
-padding; S = E C.
+than quadruple the rows, `reference.py` runs instead.
 """
+
+# Shape legend: as in reference.py; C rows of each expert after padding; S = E C.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

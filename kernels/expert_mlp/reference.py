@@ -1,10 +1,11 @@
 """SwiGLU experts over rows sorted by expert.
 
-A few experts are processed at a time, so that intermediate values stay in the cache. Shape legend: N rows given, A rows
-in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2 M gate and up side by side, R rows of
-a block of experts. `counts`, the rows of each expert, is on the host. `tokens_A` holds the given row of each place in
-the experts' order; None means that rows are given in that order.
+A few experts are processed at a time, so that intermediate values stay in the cache.
 """
+
+# Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2
+# M gate and up side by side, R rows of a block of experts. `counts`, the rows of each expert, is on the host.
+# `tokens_A` holds the given row of each place in the experts' order; None means that rows are given in that order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Multiplies matrices in FP8. Shape legend: as in kernels/gemm_fp8/reference.py."""
+"""Multiplies matrices in FP8."""
 
 from kernels.gemm_fp8 import reference
 from kernels.operation import operation

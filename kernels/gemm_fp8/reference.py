@@ -4,9 +4,11 @@ A value is its code times its scale, rounded to float32; values are then multipl
 instead multiply codes and scale the sum over each 128 of K. Both are equally exact: rounding a value costs at most
 2^-24 of it, and nothing if scales are powers of two, which is at most the rounding of a product as it enters a sum. One
 product of whole matrices is the fastest on a CPU: a pass over the result for every 128 of K costs more than one over
-the operands. Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of
-all groups, each padded to a multiple of 128.
+the operands.
 """
+
+# Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
+# each padded to a multiple of 128.
 
 import torch
 from torch import Tensor

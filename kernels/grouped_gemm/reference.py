@@ -1,7 +1,6 @@
-"""Products of rows sorted by group with one matrix per group, in plain PyTorch.
+"""Products of rows sorted by group with one matrix per group, in plain PyTorch."""
 
-Shape legend: A rows (all groups together), E groups, K and N inner and outer width. `counts` is on the host.
-"""
+# Shape legend: A rows (all groups together), E groups, K and N inner and outer width. `counts` is on the host.
 
 from collections.abc import Sequence
 from typing import NamedTuple

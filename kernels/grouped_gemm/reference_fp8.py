@@ -1,8 +1,7 @@
-"""Products of FP8 rows, sorted by group, with one matrix per group, in plain PyTorch.
+"""Products of FP8 rows, sorted by group, with one matrix per group, in plain PyTorch."""
 
-Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
-and outer width. `counts` is on the host.
-"""
+# Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
+# and outer width. `counts` is on the host.
 
 from collections.abc import Sequence
 

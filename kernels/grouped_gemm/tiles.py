@@ -2,8 +2,10 @@
 
 Groups have any number of rows. A tile of rows begins at the start of its group or a whole number of tiles after it, so
 it may overlap the next group; those rows are computed but not stored. Tile positions are computed on the host from the
-counts and copied asynchronously. Shape legend: T tiles of rows in all groups, E groups.
+counts and copied asynchronously.
 """
+
+# Shape legend: T tiles of rows in all groups, E groups.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,8 +13,10 @@ Float32 is multiplied in full precision, without tensor cores. Tiles of rows are
 spans two groups, so a group's matrix is read from memory once. Tiles of operands are loaded by descriptor (TMA);
 matrices whose rows do not begin at multiples of 16 bytes are copied first. Results are stored under masks, because a
 tile at the end of a group overlaps the next group's rows, which other programs store. In a sum over rows, the next
-group's rows are set to 0 on both sides, so that a NaN in them has no effect. Shape legend: as there, and T tiles.
+group's rows are set to 0 on both sides, so that a NaN in them has no effect.
 """
+
+# Shape legend: as there, and T tiles.
 
 from collections.abc import Sequence
 

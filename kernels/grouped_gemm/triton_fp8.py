@@ -11,9 +11,10 @@ tile of the result.
                         a group at a time           3.3.2)
 
 Tiles are ordered, loaded and stored as in `triton.py`; a descriptor cannot store a tile at the end of a group. Values
-of another group never enter a sum. `specialize` is that of kernels/gemm_fp8/triton.py. Shape legend: as in the
-reference, and T tiles.
+of another group never enter a sum. `specialize` is that of kernels/gemm_fp8/triton.py.
 """
+
+# Shape legend: as in the reference, and T tiles.
 
 from collections.abc import Sequence
 

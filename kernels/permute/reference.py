@@ -1,8 +1,7 @@
-"""Row permutation by index, and its inverse with a sum per token, in plain PyTorch.
+"""Row permutation by index, and its inverse with a sum per token, in plain PyTorch."""
 
-Shape legend: N rows on the tokens' side, A rows on the other side (a token may appear there several times or not at
-all), K places per token, D columns, C tokens summed at a time, P places in use.
-"""
+# Shape legend: N rows on the tokens' side, A rows on the other side (a token may appear there several times or not at
+# all), K places per token, D columns, C tokens summed at a time, P places in use.
 
 import torch
 from torch import Tensor

@@ -10,9 +10,10 @@ fixed.
                                                                              float64 of float64     result's dtype
 
 Absent rows (a negative index) are read as zeros. Only TRITON_DEBUG=1 detects an index beyond the last row, by an
-assertion on the device, because a check on the host would need a host sync. Shape legend: as there, and W words in a
-row.
+assertion on the device, because a check on the host would need a host sync.
 """
+
+# Shape legend: as there, and W words in a row.
 
 import math
 

@@ -1,7 +1,6 @@
-"""Quantizes numbers to FP8 or E5M6 with a scale for every 128, or 128 x 128, and restores them.
+"""Quantizes numbers to FP8 or E5M6 with a scale for every 128, or 128 x 128, and restores them."""
 
-Shape legend: as in kernels/quantize/layout.py.
-"""
+# Shape legend: as in kernels/quantize/layout.py.
 
 from kernels.operation import operation
 from kernels.quantize import reference, reference_columns, reference_e5m6

@@ -1,7 +1,6 @@
-"""Layouts of quantized matrices: codes, and a scale per 128 numbers of a row or column, or 128 x 128.
+"""Layouts of quantized matrices: codes, and a scale per 128 numbers of a row or column, or 128 x 128."""
 
-Shape legend: N rows, D columns, T tiles in a row, P rows after every group is padded to whole tiles.
-"""
+# Shape legend: N rows, D columns, T tiles in a row, P rows after every group is padded to whole tiles.
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,8 +1,7 @@
-"""FP8 codes with one scale per 1 x 128 of rows or 128 x 128 of weights, in plain PyTorch.
+"""FP8 codes with one scale per 1 x 128 of rows or 128 x 128 of weights, in plain PyTorch."""
 
-Shape legend: E matrices, N rows, D columns, T tiles in a row, M blocks in a column, R rows processed at a time (128 of
-a block), C columns of a tile (128); values of any leading dimensions have no suffix.
-"""
+# Shape legend: E matrices, N rows, D columns, T tiles in a row, M blocks in a column, R rows processed at a time (128
+# of a block), C columns of a tile (128); values of any leading dimensions have no suffix.
 
 import torch
 from torch import Tensor

@@ -1,7 +1,6 @@
-"""FP8 codes with one scale per column and 128 rows of a group, stored transposed, in plain PyTorch.
+"""FP8 codes with one scale per column and 128 rows of a group, stored transposed, in plain PyTorch."""
 
-Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, C columns processed at a time.
-"""
+# Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, C columns processed at a time.
 
 from collections.abc import Sequence
 

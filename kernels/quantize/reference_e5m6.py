@@ -1,8 +1,7 @@
-"""Rows in 12 bits per number with one scale per row and 128 columns, in plain PyTorch.
+"""Rows in 12 bits per number with one scale per row and 128 columns, in plain PyTorch."""
 
-Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row, R rows processed at a time, C columns of a
-tile (128), V numbers of a row (D, or D + 1 if D is odd).
-"""
+# Shape legend: N rows, D columns, B bytes of a packed row, T tiles in a row, R rows processed at a time, C columns of a
+# tile (128), V numbers of a row (D, or D + 1 if D is odd).
 
 import torch
 from torch import Tensor

@@ -13,9 +13,10 @@ All kernels are memory-bound: each number is read once and written once.
     transpose_blocks  (T, M, E)               128 x 128 bytes   none                none
 
 Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. Codes are
-transposed by tiles because torch copies single bytes along columns; torch transposes the few scales. Shape legend: as
-there; T tiles or blocks in a row.
+transposed by tiles because torch copies single bytes along columns; torch transposes the few scales.
 """
+
+# Shape legend: as there; T tiles or blocks in a row.
 
 import torch
 import triton

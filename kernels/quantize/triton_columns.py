@@ -12,8 +12,10 @@ both in contiguous runs. In between, a tile of codes, one byte each, is transpos
                                                                                             float32, then as above
 
 The host computes the first and last row of each tile and copies them asynchronously. If there is one group, they follow
-from the tile's number. Shape legend: as there, and T tiles in all.
+from the tile's number.
 """
+
+# Shape legend: as there, and T tiles in all.
 
 from collections.abc import Sequence
 

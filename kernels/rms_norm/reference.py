@@ -1,7 +1,6 @@
-"""Root-mean-square normalization and its backward, in plain PyTorch.
+"""Root-mean-square normalization and its backward, in plain PyTorch."""
 
-Shape legend: ... leading dims, D normalized size.
-"""
+# Shape legend: ... leading dims, D normalized size.
 
 import torch
 from torch import Tensor

@@ -1,7 +1,6 @@
-"""Root-mean-square normalization to FP8, and its backward from the cached codes, in plain PyTorch.
+"""Root-mean-square normalization to FP8, and its backward from the cached codes, in plain PyTorch."""
 
-Shape legend: A rows, D normalized size, R rows processed at a time.
-"""
+# Shape legend: A rows, D normalized size, R rows processed at a time.
 
 import torch
 from torch import Tensor

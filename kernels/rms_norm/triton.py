@@ -12,9 +12,10 @@ Both are memory-bound: a program holds whole rows in registers, so that each num
 
 The weight's gradient is summed per program and then over programs: there are no atomics, and the order depends only on
 the shape. In the backward, rows of more than 4096 columns spill registers if they do not begin at multiples of 16 bytes
-or are float64: results are correct, but slow. The inverse root is an exact square root and an exact division. Shape
-legend: ... leading dims, A rows, D normalized size, P programs.
+or are float64: results are correct, but slow. The inverse root is an exact square root and an exact division.
 """
+
+# Shape legend: ... leading dims, A rows, D normalized size, P programs.
 
 from dataclasses import dataclass
 

@@ -11,9 +11,10 @@ Both are memory-bound: a program holds whole rows in registers, so that each num
                                                            over programs
 
 Sums over rows and slow rows are those of `triton.py`. A row is summed in another order than in torch. Its scale may
-therefore differ in the last bits, and so may the code of a number close to a rounding tie. Shape legend: A rows, D
-normalized size, T tiles of a row, P programs.
+therefore differ in the last bits, and so may the code of a number close to a rounding tie.
 """
+
+# Shape legend: A rows, D normalized size, T tiles of a row, P programs.
 
 import torch
 import triton

@@ -1,7 +1,6 @@
-"""SwiGLU's gate and its backward, in plain PyTorch (arXiv:2002.05202).
+"""SwiGLU's gate and its backward, in plain PyTorch (arXiv:2002.05202)."""
 
-Shape legend: ... leading dims, A rows, M intermediate size, H = 2 M.
-"""
+# Shape legend: ... leading dims, A rows, M intermediate size, H = 2 M.
 
 import torch
 from torch import Tensor

@@ -1,7 +1,6 @@
-"""SwiGLU between two FP8 products, with a backward from cached codes, in plain PyTorch.
+"""SwiGLU between two FP8 products, with a backward from cached codes, in plain PyTorch."""
 
-Shape legend: A rows, M intermediate size, H = 2 M, gate and up side by side, R rows processed at a time.
-"""
+# Shape legend: A rows, M intermediate size, H = 2 M, gate and up side by side, R rows processed at a time.
 
 import torch
 from torch import Tensor

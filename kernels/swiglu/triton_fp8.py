@@ -11,8 +11,10 @@ Both are memory-bound. A program owns its tiles of all results, so there are no 
 
 Tiles of the same rows are adjacent in the grid. They coincide with tiles of H if 128 divides M. Otherwise `quantize`
 reads the up values twice, the second time from a cache, and `backward` reads a scale for every up value. `exp` is that
-of `triton.py`, so a product close to a rounding tie may get the other code. Shape legend: as there, T tiles of M.
+of `triton.py`, so a product close to a rounding tie may get the other code.
 """
+
+# Shape legend: as there, T tiles of M.
 
 import torch
 import triton

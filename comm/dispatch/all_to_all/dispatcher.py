@@ -1,7 +1,6 @@
-"""Implements the dispatcher that sends rows to their experts' ranks with one all-to-all each way.
+"""Implements the dispatcher that sends rows to their experts' ranks with one all-to-all each way."""
 
-Shape legend: S copies sent, A arrived rows, B bytes of a row as sent.
-"""
+# Shape legend: S copies sent, A arrived rows, B bytes of a row as sent.
 
 from torch import Tensor
 from torch.distributed import ProcessGroup

@@ -1,8 +1,7 @@
-"""Plans an all-to-all exchange: how many rows each rank sends to each other rank, and in which order.
+"""Plans an all-to-all exchange: how many rows each rank sends to each other rank, and in which order."""
 
-Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of the
-layer, L = E / R local experts, N nodes of the group.
-"""
+# Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of
+# the layer, L = E / R local experts, N nodes of the group.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,8 +2,10 @@
 
 It uses the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP). `ElasticBuffer.dispatch` runs without expansion,
 first with choices and weights and later with the cached `EPHandle`. `async_with_compute_stream` stays off, so every
-call is ordered with the other work on the current stream. Shape legend: B bytes of a row with scales.
+call is ordered with the other work on the current stream.
 """
+
+# Shape legend: B bytes of a row with scales.
 
 import math
 from collections.abc import Callable

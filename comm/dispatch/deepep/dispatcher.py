@@ -1,10 +1,11 @@
 """Implements the dispatcher over DeepEP's kernels, which send a row once to each rank of its experts.
 
 DeepEP exchanges the counts in its first dispatch. A plan only prepares the choices, and that dispatch is the host
-synchronization. DeepEP's handle is made once for a plan and used for every later exchange. Shape legend: R rows
-received (one for each token with experts here), A arrived rows (one for each of those experts), M members of the group,
-N its nodes.
+synchronization. DeepEP's handle is made once for a plan and used for every later exchange.
 """
+
+# Shape legend: R rows received (one for each token with experts here), A arrived rows (one for each of those experts),
+# M members of the group, N its nodes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,9 +1,11 @@
 """Sorts the rows that DeepEP received by expert, and inverts that order.
 
 DeepEP does not guarantee an order of received rows: an atomic counter assigns a row's slot, and between nodes the rows
-of several sources mix. The copy of each row to its experts restores the order. Shape legend: R rows received, one for
-each token with experts here; A arrived rows, one for each of those experts; B bytes of a row with its scales.
+of several sources mix. The copy of each row to its experts restores the order.
 """
+
+# Shape legend: R rows received, one for each token with experts here; A arrived rows, one for each of those experts; B
+# bytes of a row with its scales.
 
 from dataclasses import dataclass
 from typing import Any, Self

@@ -1,8 +1,9 @@
 """Exchanges rows in chunks: one crosses nodes while the previous one is sent within nodes.
 
-Messages are numbered: 0 to C - 1 are chunks that cross nodes, C contains the rows that stay on their node. Shape
-legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
+Messages are numbered: 0 to C - 1 are chunks that cross nodes, C contains the rows that stay on their node.
 """
+
+# Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
 
 from collections.abc import Callable, Sequence
 

@@ -1,8 +1,10 @@
 """Lays out the counts of a two-hop plan: those of a member, and those exchanged with each member.
 
-One exchange of them yields the splits of every message of both hops in both directions. Does not import torch. Shape
-legend: R ranks of the expert group, N nodes, G ranks of the fullest node, L = E / R experts of each rank, C chunks.
+One exchange of them yields the splits of every message of both hops in both directions. Does not import torch.
 """
+
+# Shape legend: R ranks of the expert group, N nodes, G ranks of the fullest node, L = E / R experts of each rank, C
+# chunks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass

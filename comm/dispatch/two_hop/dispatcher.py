@@ -3,10 +3,10 @@
 A row is sent to its relay, the rank with the same index on the other node, which forwards it within the node. In the
 opposite direction each node sends one partial sum (arXiv:2412.19437, section 3.2.2). The micro-batch is sent in chunks:
 one crosses nodes while the previous one is forwarded within the node.
-
-Shape legend: A rows of this rank's experts, X rows that arrive at this rank (one for all of its experts), P partial
-sums of a token, M rows of a message, S rows that a relay forwards, Y rows that return to this rank, B bytes of a row.
 """
+
+# Shape legend: A rows of this rank's experts, X rows that arrive at this rank (one for all of its experts), P partial
+# sums of a token, M rows of a message, S rows that a relay forwards, Y rows that return to this rank, B bytes of a row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

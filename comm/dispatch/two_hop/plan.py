@@ -1,9 +1,8 @@
-"""Plans a two-hop exchange with one exchange of counts and one host synchronization.
+"""Plans a two-hop exchange with one exchange of counts and one host synchronization."""
 
-Shape legend: R ranks of the expert group, N nodes, C chunks of Q = ceil(T / C) tokens (the last one padded), W counts
-sent to each member, G ranks of the home node, P = N - 1 + G partial sums of a token (one for each other node and each
-rank of the home node), X rows that arrive.
-"""
+# Shape legend: R ranks of the expert group, N nodes, C chunks of Q = ceil(T / C) tokens (the last one padded), W counts
+# sent to each member, G ranks of the home node, P = N - 1 + G partial sums of a token (one for each other node and each
+# rank of the home node), X rows that arrive.
 
 from dataclasses import dataclass
 

@@ -1,9 +1,11 @@
 """Attention of some queries over some keys, merged over blocks of keys. Imports no torch.
 
 Each block returns the logarithm of its queries' sums of exponentials, by which blocks are merged (as in FlashAttention,
-arXiv:2205.14135). The backward of a block needs the merged result and logarithm only. Shape legend: B sequences, T
-tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L queries and K keys of each.
+arXiv:2205.14135). The backward of a block needs the merged result and logarithm only.
 """
+
+# Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
+# queries and K keys of each.
 
 from __future__ import annotations
 
