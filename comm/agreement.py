@@ -57,10 +57,7 @@ def sum_over_ranks(numbers: Sequence[int], group: ProcessGroup | None = None) ->
 
 
 def exchange_reports(own: str | None, group: ProcessGroup | None = None) -> Reports:
-    """Exchanges reports of ranks, such as errors, cut to 4000 characters; None if this rank has none.
-
-    If no rank has one, it costs one all-reduce of a number.
-    """
+    """Exchanges reports of ranks, such as errors, cut to 4000 characters; without any, one all-reduce."""
     (total,) = sum_over_ranks([own is not None], group)
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     found: list[RankReport] = []
@@ -82,10 +79,7 @@ def compare_with_first_rank(own: str, group: ProcessGroup | None = None) -> tupl
 
 
 def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> list[ValueT]:
-    """Returns the values of the ranks that have one on every rank, in the order of ranks.
-
-    A rank without a value adds nothing to what the others receive, and a short value is not padded to the longest.
-    """
+    """Returns the values of the ranks that have one on every rank, in order, none padded to the longest."""
     content = b"" if value is None else pickle.dumps(value)
     rank, size, device = distributed.get_rank(group), distributed.get_world_size(group), _device(group)
     lengths_R = torch.zeros(size, dtype=torch.int64, device=device)

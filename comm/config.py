@@ -131,10 +131,7 @@ class AllToAllDispatchConfig(CappedDispatchConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TwoHopDispatchConfig(CappedDispatchConfig):
-    """Configuration of a dispatch that sends each row once per node, then within the node to its experts.
-
-    Source: arXiv:2412.19437, section 3.2.2.
-    """
+    """Configuration of a dispatch that sends rows once per node, then within it (arXiv:2412.19437, 3.2.2)."""
 
     kind: Literal["two_hop"]
     # parts of a micro-batch. The hop between nodes of one overlaps the hop within nodes of the previous one.

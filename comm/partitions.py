@@ -58,10 +58,7 @@ def rail_partition(layout: Layout) -> Iterator[Slices]:
 
 
 def distinct_expert_groups(layout: Layout) -> list[range]:
-    """Returns one expert group for each way in which expert groups lie on nodes, at most `ranks_per_node`.
-
-    Two groups lie on nodes in the same way if their first ranks have the same index within their nodes.
-    """
+    """Returns one expert group for each way to lie on nodes: the first rank's index within its node."""
     size = layout.parallelism.expert
     first_by_offset: dict[int, int] = {}
     for first in range(0, layout.world_size, size):

@@ -13,10 +13,7 @@ def handled_signals() -> tuple[signal.Signals, ...]:
 
 
 class Preemption:
-    """Records a request for preemption, on which ranks act together when all of them can leave.
-
-    An instance is the process' handler of `SIGNALS`, which may arrive at any time, any number of times.
-    """
+    """Records a request for preemption, on which ranks act together; handles `SIGNALS` at any time."""
 
     def __init__(self) -> None:
         self._number = 0

@@ -44,10 +44,7 @@ class Relays:
         )
 
     def rails(self) -> tuple[tuple[int, ...], ...]:
-        """Splits the members into as many sets as possible such that each member's relays are all in its set.
-
-        If all nodes hold equally many members, there is one set per index, with one member of every node.
-        """
+        """Splits the members into most sets that hold their members' relays: one per index if nodes are equal."""
         # Connected components of the graph "relays rows of".
         unseen = set(range(len(self.node_of)))
         found = []

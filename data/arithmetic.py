@@ -79,10 +79,7 @@ def problems(
     part: ProblemPart = "held_out",
     domains: Sequence[Domain] = ("sort",),
 ) -> tuple[ArithmeticProblem, ...]:
-    """Returns different problems, for evaluation, rejection sampling and reinforcement learning.
-
-    Raises DataError if there are too few problems with so many digits.
-    """
+    """Returns different problems, for evaluation and rewards; raises DataError if there are too few."""
     share = HELD_OUT_SHARE if part == "held_out" else 1 - HELD_OUT_SHARE
     # Fewer than half of all, so that drawing different ones takes little time.
     limit = int(10**num_digits * share / 2)

@@ -53,10 +53,7 @@ def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
 
 
 def check_source(source: DataSource) -> None:
-    """Rejects a source that cannot be read, by names, sizes and the first megabytes of text.
-
-    Raises DataError as `list_files` and `read_documents`, or if all files are empty.
-    """
+    """Rejects a source whose files are empty or cannot be read, by names, sizes and the first megabytes."""
     entry = DATA_SOURCES.get(source.kind)
     files = entry.files(source)
     budget_bytes = CHECKED_BYTES
@@ -150,10 +147,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def read_file(file: CorpusFile, text_field: str, limit_bytes: int | None = None) -> Iterator[Document]:
-    """Yields the documents of one file; a limit is about the number of bytes to read.
-
-    Raises DataError if the file cannot be read, or a line of a `.jsonl` file is invalid.
-    """
+    """Yields the documents of one file; a limit is about the number of bytes to read."""
     try:
         with file.path.open("rb") as stream:
             if file.path.suffix.lower() != ".jsonl":

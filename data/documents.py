@@ -41,10 +41,7 @@ class LongDocuments:
         return long / (long + others)
 
     def count_before(self, place: int) -> int:
-        """Returns how many of the first `place` sequences of the training order hold long documents.
-
-        The count never differs from `share x place` by one or more, so every step has its part of them.
-        """
+        """Returns the long documents' part of the first `place` sequences, never off `share x place` by one."""
         return int(place * self.share)
 
 

@@ -40,10 +40,7 @@ def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | Non
 def join_fim_tokens(
     tokenizer: Tokenizer, prefix_ids: Sequence[int], suffix_ids: Sequence[int], middle_ids: Sequence[int]
 ) -> list[int]:
-    """Joins the parts in PSM order (prefix, suffix, middle), each after its marker token.
-
-    The tokenizer must have marker tokens: `special.fim` is not None. The caller adds begin and end of sentence.
-    """
+    """Joins prefix, suffix and middle, each after its marker token, without begin and end of sentence."""
     assert tokenizer.special.fim is not None
     before_prefix, before_suffix, before_middle = tokenizer.special.fim
     return [before_prefix, *prefix_ids, before_suffix, *suffix_ids, before_middle, *middle_ids]
@@ -98,10 +95,7 @@ def own_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 
 def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[Part, PartSize]:
-    """Reads the source once and returns the size of each part.
-
-    Raises DataError if the source cannot be read, or the training part would be empty; then it names a valid fraction.
-    """
+    """Reads the source once and returns the size of each part; raises DataError if training has none."""
     num_documents: dict[Part, int] = {"train": 0, "validation": 0}
     text_bytes: dict[Part, int] = {"train": 0, "validation": 0}
     units: list[float] = [1.0, 0.0]

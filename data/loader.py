@@ -45,10 +45,7 @@ class Batch:
         return targets_BT
 
     def inputs(self, shift: int) -> Tensor:
-        """Returns the tokens shifted left by `shift`, filled with the pad id at the end, int64 BT.
-
-        Multi-token prediction embeds these tokens. If a token belongs to another piece, `targets` ignores its position.
-        """
+        """Returns the tokens shifted left by `shift`, as MTP embeds them, filled with the pad id, int64 BT."""
         inputs_BT = torch.full_like(self.tokens_BT, self.pad_id)
         keep = max(self.tokens_BT.shape[1] - shift, 0)
         inputs_BT[:, :keep] = self.tokens_BT[:, shift:]
@@ -91,10 +88,7 @@ class SampleOrder:
 
 
 class LongDocumentOrder:
-    """Order of the training sequences if those with long documents have a given share.
-
-    Both kinds have their own order, and sequences of both alternate as evenly as the share allows.
-    """
+    """Order in which sequences with long documents have a given share, as evenly as it allows."""
 
     def __init__(self, long: LongDocuments, seed: int) -> None:
         self._long = long
@@ -140,10 +134,7 @@ class Loader:
         return self._prepared.tokenizer.pad_id
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Returns sequences `first` to `first + count - 1` of a step's global batch.
-
-        Raises DataError if the slice exceeds the global batch.
-        """
+        """Returns sequences `first` to `first + count - 1` of a step's global batch."""
         _check_slice("global batch", first, count, self.sizes.sequences(step))
         indices = self._order.range(self.sizes.sequences_before(step) + first, count)
         prepared = self._prepared
@@ -165,11 +156,7 @@ class Loader:
         return long.share_of(num_long, count - num_long)
 
     def validation_batch(self, first: int, count: int) -> Batch:
-        """Returns validation sequences `first` to `first + count - 1` of a fixed order.
-
-        If the part has fewer sequences than a global batch, empty ones follow. Raises DataError beyond the validation
-        part.
-        """
+        """Returns sequences from `first` of the validation part, in a fixed order, empty ones at the end."""
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]
         prepared, found = self._prepared, len(indices)

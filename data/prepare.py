@@ -147,10 +147,7 @@ def known_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 
 def read_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Loads the given tokenizer, if there is one.
-
-    Raises DataError if it is missing or no tokenizer, or if the token that ends a document is unknown.
-    """
+    """Loads the given tokenizer, if there is one, or raises DataError."""
     if config.tokenizer is None:
         return None
     names = SpecialNames(bos=config.tokenizer_bos, eos=config.tokenizer_eos, pad=config.tokenizer_pad)

@@ -30,10 +30,7 @@ def printable_on(stream: TextIO, text: str) -> str:
 
 
 class EscapedStream:
-    """Text stream to a terminal that writes control characters as escapes.
-
-    `unescaped` is the stream below it, for what this program itself draws, such as bars.
-    """
+    """Text stream to a terminal with escaped control characters; `unescaped` is the stream below it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.unescaped = stream

@@ -108,10 +108,7 @@ NO_SIDECAR_FILES = SidecarFiles(values={}, config_content=None)
 
 
 def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
-    """Reads the files next to a tokenizer that name special tokens.
-
-    Raises DataError if one is not a JSON object, or is too large to be one of these.
-    """
+    """Reads the files next to a tokenizer that name special tokens; raises DataError if one is invalid."""
     values: dict[str, Mapping[str, Any]] = {}
     config_content = None
     for name in (TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME, GENERATION_NAME):
@@ -135,10 +132,7 @@ def read_sidecar_files(folder: Path, key: str) -> SidecarFiles:
 def find_special_ids(
     backend: tokenizers.Tokenizer, names: SpecialNames, sidecars: SidecarFiles, place: str
 ) -> SpecialIds:
-    """Returns the ids of a tokenizer's special tokens.
-
-    Raises DataError if a named token is not in the vocabulary, or the token that ends a document is unknown.
-    """
+    """Returns the ids of special tokens; raises DataError if a named one or `eos` is not known."""
     eos = _find("eos", backend, names, sidecars, place)
     if eos is None:
         raise DataError(

@@ -10,8 +10,8 @@ _COMM = Path(__file__).parents[1] / "comm"
 def share_comm() -> None:
     """Extends Jupyter's package `comm`, if it is loaded, so that it also finds this project's modules.
 
-    Every package of this project calls this when it is imported, because a notebook's kernel imports Jupyter's `comm`
-    before the first cell runs. Jupyter's own modules stay available.
+    Every package calls this, because a notebook's kernel imports Jupyter's `comm`, which stays usable, before the first
+    cell runs.
     """
     loaded = sys.modules.get("comm") or importlib.import_module("comm")
     if str(_COMM) not in loaded.__path__:

@@ -1,7 +1,4 @@
-"""Runs the collectives of a context group over one process group, and logs and counts each of them.
-
-A sum adds the ranks' parts in the order of their indices, so it is equal bit for bit on every backend.
-"""
+"""Runs a context group's collectives, logs and counts them; sums are in rank order, so bitwise equal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,10 +209,7 @@ class RingContext(LinkedContext):
             yield (self.index - distance) % self.size, from_bytes(message, rows) if distance else rows
 
     def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
-        """Implements `ContextGroup.collect`. This rank adds its own part last.
-
-        The sum is rounded at each step, so it travels in float32 if the type is narrower.
-        """
+        """Implements `ContextGroup.collect`; the sum travels in float32 or wider, own part last."""
         own: Tensor | None = None
         pending: Shift | None = None
         for index, visited in self.visit(rows):
@@ -240,10 +234,7 @@ ContextExchange = Literal["auto", "gather", "ring"]
 def open_context(
     group: ProcessGroup | None, layout: Layout, observers: Observers, exchange: ContextExchange = "auto"
 ) -> ContextGroup:
-    """Returns the context group of a process group; if it is None or has one rank, sequences are whole.
-
-    `exchange`: how rows travel; `auto` gathers them up to `MOST_GATHERED_RANKS` ranks.
-    """
+    """Returns the context group of a process group; `auto` gathers rows up to `MOST_GATHERED_RANKS` ranks."""
     if group is None or group.size() == 1:
         return ALONE
     link = ContextLink(group, layout, observers)

@@ -19,10 +19,7 @@ Contribution = Callable[[int, Rows], Tensor]
 
 
 class ContextGroup(Protocol):
-    """Members that hold one part of each sequence each.
-
-    Members are ranks, among which `comm.context.parts` cuts a sequence, or consecutive slices on one rank.
-    """
+    """Members that hold one part of each sequence each: ranks, or consecutive slices on one rank."""
 
     @property
     def size(self) -> int:

@@ -78,10 +78,7 @@ class RowFormat:
         return bytes_SB
 
     def sum(self, bytes_NB: Tensor, places_TP: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Sums the rows of each token, at `places_TP`, for each part, in order. A negative place adds nothing.
-
-        `dtype` is that of the sum of the first part; by default the part's own.
-        """
+        """Sums the rows at `places_TP`, for each part, in order, the first to `dtype`; skips negative places."""
         extras = range(1, len(self.parts))
         rows_TD = unpermute(self.part(bytes_NB, 0), places_TP, dtype)
         return [rows_TD, *(unpermute(self.part(bytes_NB, index), places_TP) for index in extras)]

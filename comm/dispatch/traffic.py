@@ -13,10 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTraffic:
-    """Sums of one rank over the exchanges of one layer.
-
-    Bytes include rows and the values sent with them, but not the exchange of counts.
-    """
+    """Sums of one rank over the exchanges of one layer, without exchanges of counts."""
 
     num_tokens: int = 0  # tokens planned
     num_touched_nodes: int = 0  # sum over tokens of the nodes that hold the token's experts, its home node included

@@ -47,10 +47,7 @@ class PipelineTransport(ClosesOnSuccess):
         log: CollectiveLog,
         kinds: Sequence[MessageKind] = TRAINING_KINDS,
     ) -> None:
-        """Opens the links of `pairs` of pipeline indices, one per kind. Every rank calls it at the same point.
-
-        `timeout_seconds` bounds one transfer, from its start on both sides.
-        """
+        """Opens the links of `pairs` of pipeline indices, one per kind. Every rank calls it at the same point."""
         self._index = layout.pipeline_index(distributed.get_rank())
         ordered = {(min(pair), max(pair)) for pair in pairs}
         make_links = _device_links if distributed.get_backend() == "nccl" else host_links

@@ -50,10 +50,7 @@ class Termination:
         self._since: float | None = None
 
     def install(self, wakeup_file: int) -> Callable[[], None]:
-        """Installs the handler of SIGTERM and returns a function that restores the earlier handler.
-
-        The file receives the signal's number as a byte, even while the main thread is inside a collective.
-        """
+        """Handles SIGTERM, which also writes a byte to the file; returns what restores the earlier handler."""
         signal.signal(signal.SIGTERM, self)
         plain_file = signal.set_wakeup_fd(wakeup_file, warn_on_full_buffer=False)
 

@@ -55,10 +55,7 @@ class Membership:
 
     @classmethod
     def from_environment(cls) -> "Membership":
-        """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and removes the job's key from the environment.
-
-        Raises MembershipError or JobKeyError if a variable is not set, or the key is too short.
-        """
+        """Reads the launcher's variables, removes the job's key; raises MembershipError or JobKeyError."""
         missing = [name for name in _REQUIRED if name not in os.environ]
         if missing:
             raise MembershipError(f"cluster: the launcher must set {', '.join(missing)}; start ranks with torchrun")

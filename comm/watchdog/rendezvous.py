@@ -188,10 +188,7 @@ class AddressExchange:
             self._start.wait(lambda: [0], self._store)
 
     def _announced_key(self, announced: bytes) -> bytes:
-        """Returns the key that an announcement names.
-
-        Raises `MessageError` if it is not valid, and `JobKeyError` if this rank does not have the key, or not yet.
-        """
+        """Returns the announced key; raises MessageError if invalid, JobKeyError if not (yet) on this rank."""
         announcement = wire.decode_fields(_Announcement, wire.parse_object(announced))
         given = self._member.key
         if (announcement.source == "given") != (given is not None):

@@ -111,10 +111,7 @@ class WatchdogSocket:
         self.refused.clear()
 
     def receive(self, seconds: float) -> tuple[list[Datagram], bytes]:
-        """Waits at most `seconds` for messages or bytes written to `wakeup_file`, and returns both.
-
-        It reads a limited number of datagrams, so that it returns in time during a flood.
-        """
+        """Waits for messages or bytes in `wakeup_file`; reads a limited number, to return in time in a flood."""
         messages: list[Datagram] = []
         self.is_flooded = False
         woken = b""

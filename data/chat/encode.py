@@ -92,10 +92,7 @@ def split_views(conversation: Conversation) -> tuple[Conversation, ...]:
 def encode_conversations(
     conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: Tokenizer
 ) -> list[EncodedChat]:
-    """Encodes conversations for training. Only the last message shows its thoughts; see `split_views`.
-
-    Raises DataError if the tokenizer lacks a token of the template, or the template cannot write thoughts.
-    """
+    """Encodes conversations for training. Only the last message shows its thoughts; see `split_views`."""
     return _encode([_conversation_parts(each, template) for each in conversations], tokenizer)
 
 

@@ -15,10 +15,7 @@ ONE_EACH = "nearest: one object in each line"
 
 
 def decode_line(line: bytes, place: str) -> dict[str, Any]:
-    """Returns the JSON object of a UTF-8 line, perhaps with a byte order mark.
-
-    Raises DataError if it is not UTF-8 or not a JSON object, has a key twice, or a lone surrogate.
-    """
+    """Returns the JSON object of a UTF-8 line; raises DataError for a key twice or a lone surrogate too."""
     try:
         value = decode_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -51,10 +48,7 @@ def list_of(value: object, place: str) -> Sequence[object]:
 
 
 def object_of(value: object, place: str, allowed: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Returns an object whose names are allowed; others may only be null.
-
-    Raises DataError if the value is not an object, a name is unknown, or a required one is missing.
-    """
+    """Returns an object with all required names; names that are not allowed may only be null."""
     if not isinstance(value, dict):
         names = ", ".join(required or allowed)
         raise DataError(f"{place}: must be an object, is {describe(value)}; nearest: an object with {names}")
@@ -133,11 +127,7 @@ def read_json_lines(
 
 
 def list_jsonl(paths: tuple[str, ...], what: str, example: str) -> tuple[CorpusFile, ...]:
-    """Returns the `.jsonl` files that the paths name and that folders contain.
-
-    `what` is the plural of what a line holds, and `example` a line, for errors. Raises DataError if there is no such
-    file, and as `data.corpus.list_paths`.
-    """
+    """Returns the `.jsonl` files in paths and folders, at least one; `what` they hold is for errors."""
     named = {Path(path).expanduser().resolve() for path in paths}
     listed = list_paths(paths)
     kept = [file for file in listed if file.path.suffix.lower() == ".jsonl" or file.path.resolve() in named]

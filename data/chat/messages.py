@@ -70,10 +70,7 @@ def assistant(content: str, thoughts: str | None = None) -> ChatMessage:
 
 
 def order_problem(messages: tuple[ChatMessage, ...]) -> tuple[int, str, str] | None:
-    """Returns the first message that cannot follow the one before it, or None.
-
-    Returns its number, the rule, and roles that would be valid.
-    """
+    """Returns the number of the first message out of order, the rule, and valid roles, or None."""
     before = None
     for number, message in enumerate(messages):
         role = message.role

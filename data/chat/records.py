@@ -33,10 +33,7 @@ PAIR_FORM = 'an object with "prompt", "chosen" and "rejected"'
 
 
 def read_conversation(values: Mapping[str, Any], place: str) -> Conversation:
-    """Returns the conversation of an object.
-
-    DataError names the place, the field, the rule, the value and the nearest valid choice.
-    """
+    """Returns the conversation of an object, or raises DataError with place, field, rule and value."""
     tools = _read_tools(values.get("tools"), f"{place}: tools")
     if "messages" in values:
         messages = _read_messages(values["messages"], f"{place}: messages")

@@ -1,7 +1,4 @@
-"""Registers a source of problems that the library reasoning-gym generates. Imports no torch.
-
-The library (arXiv:2505.24760) is no dependency. It is imported when the source is read.
-"""
+"""Registers problems of the optional library reasoning-gym (arXiv:2505.24760). Imports no torch."""
 
 import hashlib
 import importlib

@@ -30,10 +30,7 @@ class ProblemsSource(DataSource):
 
 
 def prompt_sample(record: ProblemRecord, template: ChatTemplate, tokenizer: Tokenizer) -> TrainingSample:
-    """Returns a problem's prompt as a sample without targets.
-
-    Raises DataError with the problem's place if the template cannot write the messages.
-    """
+    """Returns a problem's prompt as a sample without targets; an error names the problem's place."""
     try:
         ids = encode_prompt(record.messages, template, tokenizer)
     except DataError as error:

@@ -1,7 +1,4 @@
-"""Packs samples of chats, pairs or problems into sequences of one length, with values for each token.
-
-Imports no torch. Unlike documents, samples are never split.
-"""
+"""Packs samples, which are never split, into sequences with values for each token. No torch."""
 
 # Shape legend: N sequences, L tokens per sequence, T tokens of a piece.
 

@@ -26,10 +26,7 @@ class ShownPiece:
 
 
 def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> Iterator[str]:
-    """Yields lines about the training data, and its first sample in a sequence, both answers of a pair.
-
-    `reads_weights`: the samples' weights decide which tokens are targets; else all are.
-    """
+    """Yields lines about the training data and a sequence's first sample; weights decide targets or not."""
     yield from _count_lines(prepared)
     pieces = _pieces(prepared, sequence, reads_weights=reads_weights)
     has_pairs = PAIR in prepared.train_values

@@ -76,10 +76,7 @@ SIZED = Registry[AttentionKernel]("attention", modules=("kernels.attention.sized
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, is_packed: bool) -> AttentionKernel:
-    """Returns the attention kernel of a name, or the one that `auto` chooses.
-
-    Raises UnknownNameError if no kernel has this name. `is_packed`: sequences hold several documents.
-    """
+    """Returns the attention kernel of a name, or the one that `auto` chooses; raises UnknownNameError."""
     if device.type == "meta":
         return SIZED.get(name)
     if name != AUTO:

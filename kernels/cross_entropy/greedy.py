@@ -10,11 +10,7 @@ from kernels.cross_entropy.reference import IGNORE, check_operands, chunk_rows
 
 @torch.no_grad()
 def greedy_scores(rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes log softmax(rows head^T)[target] of each row, chunk by chunk, on any device.
-
-    Returns them in float32 or wider, N, 0 for a target of -100, and whether the target has the first of the largest
-    logits.
-    """
+    """Returns log-probabilities, 0 for a target of -100, and whether a target has the first largest logit."""
     check_operands(rows_ND, head_VD, targets_N)
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
     log_probs_N = rows_ND.new_empty(len(rows_ND), dtype=wide)

@@ -35,10 +35,7 @@ class RowScores:
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Returns the number of rows whose logits are computed at a time.
-
-    A chunk fits a cache and is large enough for efficient products. For 16-bit numbers, larger chunks pay off.
-    """
+    """Returns the rows whose logits are computed at a time: they fit a cache, more pay off for 16 bits."""
     most = CHUNK_LOGITS_16_BIT if dtype in (torch.bfloat16, torch.float16) else CHUNK_LOGITS
     return min(num_rows, max(SMALLEST_CHUNK_ROWS, most // vocab_size))
 
@@ -61,8 +58,8 @@ def linear_cross_entropy(
     Args:
         targets_N: int64, below V; rows with -100 are ignored.
         row_slopes: slopes [N], or a function of a chunk's log-probabilities that returns them, [C]; None means 1.
-        kept_ids_NK: int64, the tokens that a row's softmax is over, filled with -1. A target outside them has log-
-            probability minus infinity; the gradients of other logits are 0. A row that begins with -1 keeps all.
+        kept_ids_NK: int64, the tokens that a row's softmax is over, filled with -1. A target outside them has
+            log-probability minus infinity; other logits have gradient 0. A row that begins with -1 keeps all.
 
     Raises:
         RuntimeError: a target is neither below V nor -100, or a kept token is neither below V nor -1.

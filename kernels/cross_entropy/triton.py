@@ -85,10 +85,7 @@ def nats_and_slopes_(
     block_columns: int = 8192,
     num_warps: int = 8,
 ) -> None:
-    """Writes the nats of each row, and overwrites the logits by their slopes if `has_slopes`.
-
-    A slope is softmax minus 1 at the target, or 0 if the target is -100. `block_columns` is a power of two.
-    """
+    """Writes each row's nats, and overwrites its logits by their slopes, softmax minus 1 at the target."""
     num_rows, num_columns = logits_CV.shape
     if num_rows == 0:
         return

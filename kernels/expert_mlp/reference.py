@@ -1,7 +1,4 @@
-"""SwiGLU experts over rows sorted by expert.
-
-A few experts are processed at a time, so that intermediate values stay in the cache.
-"""
+"""SwiGLU experts over rows sorted by expert, a few at a time, so that values stay in the cache."""
 
 # Shape legend: N rows given, A rows in the experts' order, D hidden size, E experts, M expert intermediate size, H = 2
 # M gate and up side by side, R rows of a block of experts. `counts`, the rows of each expert, is on the host.
@@ -134,10 +131,7 @@ def gate_up_gradient(grad_hidden_AH: Tensor, rows_AD: Tensor, counts: Sequence[i
 def down_gradient(
     grad_AD: Tensor, weights_A: Tensor, hidden_AH: Tensor, counts: Sequence[int], gated_AM: Tensor | None = None
 ) -> Tensor:
-    """Computes the gradient of `expert_mlp` in down, EDM; zero for an expert without rows.
-
-    `gated_AM`: the gated values that the forward stored, or None to compute them again.
-    """
+    """Computes the gradient of `expert_mlp` in down, EDM; without `gated_AM`, computes it again."""
     width = hidden_AH.shape[1] // 2
     grad_EDM = grad_AD.new_empty(len(counts), grad_AD.shape[1], width)
     for block in cut_into_blocks(counts, 2 * width):

@@ -1,7 +1,4 @@
-"""Products in FP8 with the fastest tiling on this GPU, measured at the first product of a shape.
-
-Triton's autotuner needs a GPU at construction. This tuner does nothing before the first product on CUDA.
-"""
+"""Products in FP8 with the fastest tiling on this GPU, measured at the first product of a shape."""
 
 import logging
 import statistics

@@ -181,10 +181,7 @@ def grouped_rows(
 def grouped_weight(
     grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int], *, tiling: GroupedTiling | None = None
 ) -> Tensor:
-    """Implements `reference.grouped_weight`. A NaN or infinity in one group affects only its matrix.
-
-    Operands are as in `grouped_rows`. `tiling` has rows as outputs and columns as inputs.
-    """
+    """Implements `reference.grouped_weight`; operands as in `grouped_rows`, rows of tiles are outputs."""
     num_rows, num_groups, num_outputs, num_inputs = check_weight("grouped_weight", grad_AN, rows_AK, counts)
     tiling = tiling or choose_tiling("grouped_weight", grad_AN.dtype, num_inputs)
     out_ENK = grad_AN.new_empty(num_groups, num_outputs, num_inputs)

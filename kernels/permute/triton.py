@@ -98,10 +98,7 @@ def permute(
     block_bytes: int = 1024,
     num_warps: int = 4,
 ) -> Tensor:
-    """Implements `reference.permute`, without its IndexError, for contiguous columns.
-
-    A tile has `block_rows` rows of `block_bytes` bytes, powers of two; an eighth as many words if rows are unaligned.
-    """
+    """Implements `reference.permute`, without its IndexError, for contiguous columns."""
     check_permute(rows_ND, source_A, out_AD)
     num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]
     if out_AD is None:
@@ -143,10 +140,7 @@ def unpermute(
     block_columns: int = 512,
     num_warps: int = 4,
 ) -> Tensor:
-    """Implements `reference.unpermute`, without its IndexError, for contiguous columns.
-
-    K is a compile-time constant. A tile has `block_tokens` rows and `block_columns` columns, powers of two.
-    """
+    """Implements `reference.unpermute`, without its IndexError, for contiguous columns."""
     check_unpermute(rows_AD, places_TK)
     num_tokens, num_places = places_TK.shape
     num_rows, num_columns = rows_AD.shape

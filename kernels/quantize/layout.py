@@ -38,10 +38,7 @@ class Quantized(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """A weight in FP8, in blocks of 128 x 128; the last ones may be ragged.
-
-    Source: arXiv:2412.19437, section 3.3.2.
-    """
+    """A weight in FP8, in blocks of 128 x 128, the last ones ragged (arXiv:2412.19437, section 3.3.2)."""
 
     # float8_e4m3fn [..., N, D]; each matrix of the leading dimensions, such as experts, has its own blocks.
     codes: Tensor

@@ -105,10 +105,7 @@ def quantize_128x128(values: Tensor, *, power_of_two: bool, min_amax: float = 1e
 
 
 def codes_128x128(values: Tensor, scales: Tensor) -> Tensor:
-    """Quantizes weights under given scales: value over scale, to nearest even, saturated at 448.
-
-    Returns float8_e4m3fn [..., N, D]; NaN in a block whose scale is not finite.
-    """
+    """Quantizes weights under given scales, saturated at 448; NaN if a block's scale is not finite."""
     check_numbers("codes_128x128: values", values)
     *leading, num_rows, num_columns = values.shape
     shape = (*leading, num_tiles(num_rows), num_tiles(num_columns))

@@ -145,11 +145,7 @@ def quantize_columns(
     vector: int = 4,
     num_warps: int = 8,
 ) -> QuantizedColumns:
-    """Implements `reference_columns.quantize_columns` for contiguous columns.
-
-    A program has `block_columns` columns, at most 128, and a thread loads `vector` adjacent ones, both powers of two; a
-    small number lets a thread cover many rows.
-    """
+    """Implements `reference_columns.quantize_columns`; a thread loads `vector` adjacent columns."""
     check_min_amax(min_amax)
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape

@@ -164,11 +164,7 @@ def normalize_backward(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Implements `reference.normalize_backward` for contiguous columns, at most 8192.
-
-    `num_stages` blocks of rows are loaded or processed at the same time. `num_programs` determines the order of the
-    weight gradient's sum. See `tiling` for the other sizes.
-    """
+    """Implements `reference.normalize_backward`; `num_programs` sets the order of the weight's sum."""
     check_backward("normalize_backward", grad, x, scale, weight_D)
     num_columns = x.shape[-1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)

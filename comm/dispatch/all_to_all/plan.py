@@ -82,10 +82,7 @@ class AllToAllPlanner:
         return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), pending.wait().flatten()]))
 
     def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:
-        """Reads the counts, which waits for the device, and derives splits and orders.
-
-        Raises NodeCapError on all ranks if a token of any rank is over the cap.
-        """
+        """Reads the counts, a host sync, and derives the route; raises NodeCapError on all ranks over the cap."""
         num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._group.members)
         numbers = counted.numbers.tolist()  # host sync
         # [dropped | rows for each expert, E | tokens that touch each node, N | from each rank, L + 1]

@@ -139,10 +139,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._send_rows("dispatch again", rows_TD, handle)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Returns the unweighted sum over each token's experts; TD.
-
-        It sums over a rank, then a node, then all nodes, and rounds each sum to bfloat16.
-        """
+        """Returns the unweighted sum over each token's experts, TD; rounded per rank, node and in all."""
         own = _own(handle)
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
         return self._lane.submit(lambda: self._to_tokens(own, rows_AD, None, "combine")[0])

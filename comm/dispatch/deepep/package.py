@@ -16,10 +16,7 @@ class DeepEPError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BufferShape:
-    """Sizes of a DeepEP buffer, equal on all ranks of an expert group; DeepEPError if unsupported.
-
-    DeepEP's kernels are compiled for them.
-    """
+    """Sizes for which DeepEP's kernels are compiled, equal on all ranks; raises DeepEPError."""
 
     max_tokens: int  # maximum number of tokens of a rank in a micro-batch
     hidden_size: int  # width of a row

@@ -62,10 +62,7 @@ class ChunkedExchange:
         return arrived_XB
 
     def return_to_tokens(self, form: RowFormat, pack: Pack, relay: Relay) -> Tensor:
-        """Sends rows back to their tokens' ranks and returns bytes_YB, ordered by message.
-
-        While a relay sums one chunk, the next one is already being sent to it.
-        """
+        """Sends rows back to their tokens' ranks, the next chunk while a relay sums one; bytes_YB by message."""
         first = pack(0)
         lengths = [sum(hop.sent) for hop in (*self._across, self._within[-1])]
         returned_YB = form.allocate(sum(lengths), first.device)

@@ -1,7 +1,4 @@
-"""Lays out the counts of a two-hop plan: those of a member, and those exchanged with each member.
-
-One exchange of them yields the splits of every message of both hops in both directions. Does not import torch.
-"""
+"""Lays out a two-hop plan's counts, whose one exchange yields the splits of all messages. No torch."""
 
 # Shape legend: R ranks of the expert group, N nodes, G ranks of the fullest node, L = E / R experts of each rank, C
 # chunks.

@@ -112,11 +112,7 @@ class TwoHopDispatcher:
         observers: Observers,
         config: TwoHopDispatchConfig,
     ) -> None:
-        """Builds the dispatcher of one member. Every member of the group builds one.
-
-        Wrappers implement `payload` and clipping. Raises DispatchError if the number of ranks does not divide the
-        experts.
-        """
+        """Builds the dispatcher of one member, as all members do; wrappers implement `payload` and clipping."""
         expert = ExchangeGroup("expert", groups.expert, layout, observers)
         self._rail = ExchangeGroup("rail", groups.rail, layout, observers)
         self._node = ExchangeGroup("node", groups.node, layout, observers)
@@ -134,10 +130,7 @@ class TwoHopDispatcher:
         self._partial_sums = config.partial_sums
 
     def plan(self, ids_TK: Tensor, weights_TK: Tensor | None = None, label: Label | None = None) -> Handle:
-        """Starts the exchange of counts on the lane.
-
-        If a token of any rank is over the node cap, the first use of the handle raises NodeCapError on all ranks.
-        """
+        """Starts the exchange of counts on the lane; over the cap, first use raises NodeCapError on all ranks."""
         work = self._lane.submit(lambda: self._planner.exchange(ids_TK, label))
         return TwoHopHandle(ids_TK.shape[0], label, work)
 

@@ -102,10 +102,7 @@ class TwoHopPlanner:
         )
 
     def complete(self, counted: TwoHopCounts, label: Label | None) -> TwoHopRoute:
-        """Reads the counts, which waits for the device, and derives all splits and the order of rows.
-
-        Raises NodeCapError on all ranks if a token of any rank is over the cap.
-        """
+        """Reads the counts, a host sync, and derives the route; raises NodeCapError on all ranks over the cap."""
         counts = self._count_layout.decode(counted.numbers.tolist())  # host sync
         verify_cap(counts.num_over_R, self._group, counted.touched_TN, self._max_nodes, label)
         self._traffic.add_plan(

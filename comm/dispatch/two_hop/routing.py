@@ -1,7 +1,4 @@
-"""Derives the destinations of rows from the expert ids sent with them: ranks of a node, then experts.
-
-Both need only the received rows and counts that the plan has on the host, so there is no host synchronization.
-"""
+"""Derives destinations of rows from the expert ids sent with them, without a host synchronization."""
 
 # Shape legend: L local experts, G ranks of the node, M rows that a relay receives, S rows that it forwards, X rows that
 # arrive at their experts' rank, A rows of its experts. In `select`, N entries, S of them marked.

@@ -1,7 +1,4 @@
-"""Which queries see which keys if a sequence is cut into segments: dense tiles, without masks.
-
-Tiles that documents hide whole do not exist, so they cost nothing. Imports no torch.
-"""
+"""Dense tiles of visible keys if sequences are cut into segments; hidden ones cost nothing. No torch."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,10 +47,7 @@ class SegmentCut:
 
 
 def visible_tiles(cut: SegmentCut, queries: Sequence[int], keys: Sequence[int]) -> list[VisibleTile]:
-    """Returns the tiles in which queries see keys.
-
-    `queries` and `keys` are the segments in memory, ascending: either the same ones, or all different.
-    """
+    """Returns the tiles in which queries see keys: ascending segments, either the same or all different."""
     if cut.starts is None:
         return list(_tiles_of_whole_sequences(cut, list(queries), list(keys)))
     return [
