@@ -22,7 +22,7 @@ def scaled_dot_product(
     from torch.nn import functional
 
     if documents is not None and query_BHTQ.device.type == "cpu":
-        from kernels.attention.by_document import attend_by_document
+        from kernels.attention.documents import attend_by_document
 
         return attend_by_document(query_BHTQ, key_BHTQ, value_BHTV, scale, documents)
     mask = None if documents is None else documents.bias_B1TT(query_BHTQ.dtype)

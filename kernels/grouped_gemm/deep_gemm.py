@@ -30,7 +30,7 @@ def grouped_rows_fp8(
     *,
     fallback: Callable[[Quantized, QuantizedBlocks, Sequence[int], torch.dtype], Tensor] = tuned.grouped_rows_fp8,
 ) -> Tensor:
-    """Implements `reference_fp8.grouped_rows_fp8`."""
+    """Implements `reference.grouped_rows_fp8`."""
     _, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     if not supports_rows(rows, weights, dtype):
         return fallback(rows, weights, counts, dtype)
@@ -53,7 +53,7 @@ def grouped_weight_fp8(
     *,
     fallback: Callable[[QuantizedColumns, QuantizedColumns, Sequence[int]], Tensor] = tuned.grouped_weight_fp8,
 ) -> Tensor:
-    """Implements `reference_fp8.grouped_weight_fp8`."""
+    """Implements `reference.grouped_weight_fp8`."""
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     if not supports_weight(grad, rows):
         return fallback(grad, rows, counts)

@@ -1,4 +1,4 @@
-"""Grouped products in FP8 codes and scales, in Triton; see kernels/grouped_gemm/reference_fp8.py.
+"""Grouped products in FP8 codes and scales, in Triton; see kernels/grouped_gemm/reference.py.
 
 One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
 tile of the result.
@@ -149,7 +149,7 @@ def grouped_rows_fp8(
     *,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """Implements `reference_fp8.grouped_rows_fp8`. A NaN in one group affects only its rows."""
+    """Implements `reference.grouped_rows_fp8`. A NaN in one group affects only its rows."""
     num_rows, num_groups, num_outputs, depth = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     out_AN = rows.codes.new_empty(num_rows, num_outputs, dtype=dtype)
     if out_AN.numel() == 0 or depth == 0:
@@ -187,7 +187,7 @@ def grouped_rows_fp8(
 def grouped_weight_fp8(
     grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int], *, tiling: Tiling = WEIGHT_TILING
 ) -> Tensor:
-    """Implements `reference_fp8.grouped_weight_fp8`; the tiling's rows are outputs, its outputs inputs."""
+    """Implements `reference.grouped_weight_fp8`; the tiling's rows are outputs, its outputs inputs."""
     depth, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)
     if out_ENK.numel() == 0 or depth == 0:

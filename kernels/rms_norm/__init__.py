@@ -6,7 +6,7 @@ Triton's kernels hold whole rows: plain PyTorch runs instead if a row does not f
 from torch import Tensor
 
 from kernels.operation import operation
-from kernels.rms_norm import reference, reference_fp8
+from kernels.rms_norm import reference
 
 
 def _fit_program(*matrices: Tensor) -> bool:
@@ -21,8 +21,8 @@ normalize_backward = operation(
     reference.normalize_backward, cuda="triton", fits=lambda grad, x, *rest: _fit_program(grad, x)
 )
 rms_norm_quantize = operation(
-    reference_fp8.rms_norm_quantize, cuda="triton_fp8", fits=lambda x_AD, *rest: _fit_program(x_AD)
+    reference.rms_norm_quantize, cuda="triton_fp8", fits=lambda x_AD, *rest: _fit_program(x_AD)
 )
 rms_norm_backward_from_codes = operation(
-    reference_fp8.rms_norm_backward_from_codes, cuda="triton_fp8", fits=lambda grad_AD, *rest: _fit_program(grad_AD)
+    reference.rms_norm_backward_from_codes, cuda="triton_fp8", fits=lambda grad_AD, *rest: _fit_program(grad_AD)
 )

@@ -1,4 +1,4 @@
-"""Root-mean-square normalization to FP8, and its backward from codes, in Triton; see reference_fp8.py.
+"""Root-mean-square normalization to FP8, and its backward from codes, in Triton; see reference.py.
 
 Both are memory-bound: a program holds whole rows in registers, so that each number is read once and written once.
 
@@ -129,7 +129,7 @@ def rms_norm_quantize(
     block_rows: int | None = None,
     num_warps: int | None = None,
 ) -> tuple[Quantized, Tensor]:
-    """Implements `reference_fp8.rms_norm_quantize`; limits and arguments as `triton.rms_norm`."""
+    """Implements `reference.rms_norm_quantize`; limits and arguments as `triton.rms_norm`."""
     check_weight("rms_norm_quantize", weight_D, x_AD)
     size, num_columns = x_AD.shape
     normal = empty_quantized(x_AD, size, num_columns)
@@ -169,7 +169,7 @@ def rms_norm_backward_from_codes(
     num_stages: int = 2,
     num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Implements `reference_fp8.rms_norm_backward_from_codes`; arguments as `triton.normalize_backward`."""
+    """Implements `reference.rms_norm_backward_from_codes`; arguments as `triton.normalize_backward`."""
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape
     grad_x_AD = grad_AD.new_empty(size, num_columns)

@@ -1,9 +1,9 @@
 """Applies the SwiGLU gate to hidden values, in the rows' type or to FP8, and computes gradients."""
 
 from kernels.operation import operation
-from kernels.swiglu import reference, reference_fp8
+from kernels.swiglu import reference
 
 swiglu = operation(reference.swiglu, cuda="triton")
 swiglu_backward = operation(reference.swiglu_backward, cuda="triton")
-swiglu_quantize = operation(reference_fp8.swiglu_quantize, cuda="triton_fp8")
-swiglu_backward_from_codes = operation(reference_fp8.swiglu_backward_from_codes, cuda="triton_fp8")
+swiglu_quantize = operation(reference.swiglu_quantize, cuda="triton_fp8")
+swiglu_backward_from_codes = operation(reference.swiglu_backward_from_codes, cuda="triton_fp8")

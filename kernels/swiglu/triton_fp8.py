@@ -1,4 +1,4 @@
-"""SwiGLU between two FP8 products, in Triton, one pass over the numbers each; see reference_fp8.py.
+"""SwiGLU between two FP8 products, in Triton, one pass over the numbers each; see reference.py.
 
 Both are memory-bound. A program owns its tiles of all results, so there are no atomics.
 
@@ -151,7 +151,7 @@ def swiglu_backward_codes_kernel(
 def swiglu_quantize(
     hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two: bool, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Quantized, Quantized]:
-    """Implements `reference_fp8.swiglu_quantize` for contiguous columns; `block_rows` rows per program."""
+    """Implements `reference.swiglu_quantize` for contiguous columns; `block_rows` rows per program."""
     size, hidden = hidden_AH.shape
     width = check_width("swiglu_quantize: hidden_AH", hidden)
     check_weights("swiglu_quantize", weights_A, hidden_AH)
@@ -184,7 +184,7 @@ def swiglu_quantize(
 def swiglu_backward_from_codes(
     grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None, *, block_rows: int = 8, num_warps: int = 4
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Implements `reference_fp8.swiglu_backward_from_codes` for contiguous columns."""
+    """Implements `reference.swiglu_backward_from_codes` for contiguous columns."""
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
     grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), grad_AM.new_empty(size, width)

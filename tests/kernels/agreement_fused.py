@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels.rms_norm.reference as rms_norm_reference
-import kernels.rms_norm.reference_fp8 as rms_norm_reference_fp8
 import kernels.swiglu.reference as swiglu_reference
-import kernels.swiglu.reference_fp8 as swiglu_reference_fp8
 from kernels.cross_entropy.reference import IGNORE, RowScores
 from kernels.quantize.layout import Quantized
 from tests.kernels.agreement import assert_same_bits
@@ -80,7 +78,7 @@ def check_swiglu_fp8(
     weights_A = None if weights_dtype is None else randn(shape[0], seed=2).abs().to(weights_dtype)
     weights_there = None if weights_A is None else weights_A.to(device)
     for power_of_two in (False, True):
-        gated, cached = swiglu_reference_fp8.swiglu_quantize(hidden_AH, weights_A, power_of_two=power_of_two)
+        gated, cached = swiglu_reference.swiglu_quantize(hidden_AH, weights_A, power_of_two=power_of_two)
         made_gated, made_cached = module.swiglu_quantize(
             padded(hidden_AH).to(device), weights_there, power_of_two=power_of_two
         )
@@ -88,7 +86,7 @@ def check_swiglu_fp8(
         assert_same_bits(made_cached.scales, cached.scales)
         assert_codes_near(made_gated, gated)
     there = Quantized(cached.codes.to(device), cached.scales.to(device))
-    expected = swiglu_reference_fp8.swiglu_backward_from_codes(grad_AM.double(), cached, weights_A)
+    expected = swiglu_reference.swiglu_backward_from_codes(grad_AM.double(), cached, weights_A)
     grad_hidden_AH, gated_AM, grad_weights_A = module.swiglu_backward_from_codes(
         padded(grad_AM, 8).to(device), there, weights_there
     )
@@ -134,14 +132,14 @@ def check_rms_norm_fp8(module: ModuleType, device: str, shape: tuple[int, int], 
     """Checks `rms_norm_quantize` and `rms_norm_backward_from_codes` against the reference."""
     x_AD, weight_D, grad_AD = norm_inputs(shape, dtype)
     for power_of_two in (True, False):
-        normal, inverse_A1 = rms_norm_reference_fp8.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=power_of_two)
+        normal, inverse_A1 = rms_norm_reference.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=power_of_two)
         made, inverse = module.rms_norm_quantize(
             padded(x_AD).to(device), weight_D.to(device), EPS, power_of_two=power_of_two
         )
         near(inverse.cpu(), inverse_A1.double(), 4)
         assert_codes_near(made, normal)
     there = Quantized(normal.codes.to(device), normal.scales.to(device))
-    expected = rms_norm_reference_fp8.rms_norm_backward_from_codes(grad_AD.double(), normal, inverse_A1, weight_D)
+    expected = rms_norm_reference.rms_norm_backward_from_codes(grad_AD.double(), normal, inverse_A1, weight_D)
     made_x, made_weight = module.rms_norm_backward_from_codes(
         padded(grad_AD, 8).to(device), there, inverse_A1.to(device), weight_D.to(device)
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.grouped_gemm import deep_gemm
-from kernels.grouped_gemm.reference_fp8 import grouped_rows_fp8, grouped_weight_fp8
+from kernels.grouped_gemm.reference import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns

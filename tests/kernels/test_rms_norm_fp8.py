@@ -8,7 +8,7 @@ import torch
 
 from kernels.quantize.layout import Quantized
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
-from kernels.rms_norm.reference_fp8 import rms_norm_backward_from_codes, rms_norm_quantize
+from kernels.rms_norm.reference import rms_norm_backward_from_codes, rms_norm_quantize
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.agreement_fused import EPS, assert_codes_near, norm_inputs
 from tests.kernels.plain import near, randn, rms_norm, strided

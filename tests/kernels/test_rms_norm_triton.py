@@ -6,10 +6,10 @@ Shape legend: A rows, D columns.
 import pytest
 import torch
 
-import kernels.rms_norm.reference_fp8 as reference_fp8
 import kernels.rms_norm.triton as plain
 import kernels.rms_norm.triton_fp8 as fp8
 from kernels.quantize.layout import Quantized
+from kernels.rms_norm import reference
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.agreement_fused import EPS, check_rms_norm, check_rms_norm_fp8, norm_inputs
 from tests.kernels.aot import Compiled, compile_launch
@@ -78,7 +78,7 @@ def test_interpreted_rms_norm_in_fp8_is_not_finite_exactly_if_the_reference_is_n
     x_AD, weight_D, grad_AD = norm_inputs((4, 300), torch.float32)
     x_AD[2, 150] = poison
     are_nan = []
-    for module in (reference_fp8, fp8):
+    for module in (reference, fp8):
         normal, inverse_A1 = module.rms_norm_quantize(x_AD, weight_D, EPS, power_of_two=False)
         made = module.rms_norm_backward_from_codes(grad_AD, normal, inverse_A1, weight_D)
         results = [normal.codes.float(), normal.scales, inverse_A1, *made]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import Quantized
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
-from kernels.swiglu.reference_fp8 import swiglu_backward_from_codes, swiglu_quantize
+from kernels.swiglu.reference import swiglu_backward_from_codes, swiglu_quantize
 from tests.kernels import plain
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.agreement_fused import assert_codes_near, hidden_and_grad

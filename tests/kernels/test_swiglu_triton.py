@@ -6,10 +6,10 @@ Shape legend: A rows, M intermediate size, H = 2 M.
 import pytest
 import torch
 
-import kernels.swiglu.reference_fp8 as reference_fp8
 import kernels.swiglu.triton as plain
 import kernels.swiglu.triton_fp8 as fp8
 from kernels.quantize.layout import Quantized
+from kernels.swiglu import reference
 from tests.kernels.agreement import assert_same_bits
 from tests.kernels.agreement_fused import check_swiglu, check_swiglu_fp8, hidden_and_grad
 from tests.kernels.aot import Compiled, compile_launch
@@ -68,7 +68,7 @@ def test_interpreted_swiglu_in_fp8_is_not_finite_exactly_if_the_reference_is_not
     hidden_AH, grad_AM = hidden_and_grad((3, 200), torch.float32)
     hidden_AH[0, 210], hidden_AH[1, 150], hidden_AH[2, 399] = poison, poison, poison  # ups of both tiles, and a gate
     are_nan = []
-    for module in (reference_fp8, fp8):
+    for module in (reference, fp8):
         gated, cached = module.swiglu_quantize(hidden_AH, None, power_of_two=False)
         made = module.swiglu_backward_from_codes(grad_AM, cached, torch.ones(3))
         results = [gated.codes.float(), gated.scales, cached.codes.float(), cached.scales, *made]

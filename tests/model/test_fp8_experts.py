@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from comm.dispatch.expert_order import SortedChoices
-from kernels.grouped_gemm import reference_fp8
+from kernels.grouped_gemm import reference as grouped_reference
 from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
@@ -152,7 +152,7 @@ def test_received_rows_and_gradients_are_operands_without_conversion(monkeypatch
     It quantizes no row.
     """
     experts, seen, num_quantized = make_experts(False), list[int](), list[int]()
-    grouped_rows_fp8, quantize_1x128 = reference_fp8.grouped_rows_fp8, reference.quantize_1x128
+    grouped_rows_fp8, quantize_1x128 = grouped_reference.grouped_rows_fp8, reference.quantize_1x128
 
     def grouped_rows(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
         seen.extend(each.untyped_storage().data_ptr() for each in rows)
@@ -162,7 +162,7 @@ def test_received_rows_and_gradients_are_operands_without_conversion(monkeypatch
         num_quantized.append(rows_ND.shape[1])
         return quantize_1x128(rows_ND, power_of_two=power_of_two, min_amax=min_amax)
 
-    monkeypatch.setattr(reference_fp8, "grouped_rows_fp8", grouped_rows)
+    monkeypatch.setattr(grouped_reference, "grouped_rows_fp8", grouped_rows)
     monkeypatch.setattr(reference, "quantize_1x128", quantize)
     x = randn(4, HIDDEN, seed=3, dtype=torch.float32).requires_grad_()
     packed_AB, slope_AB = (pack_rows(randn(4, HIDDEN, seed=n)).packed for n in (1, 2))

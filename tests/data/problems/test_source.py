@@ -14,9 +14,9 @@ from data.problems.source import ProblemsSource, split_problems
 from data.registry import DATA_SOURCES
 from data.samples.pack import WEIGHTS
 from data.samples.show import sample_lines
-from tests.data.test_arithmetic import config_of as arithmetic_config
 from tests.data.chat.conversations import chat_tokenizer
 from tests.data.chat.test_sources import config_of, write_lines
+from tests.data.test_arithmetic import config_of as arithmetic_config
 
 L = 40
 
