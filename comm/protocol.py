@@ -70,6 +70,15 @@ class Handle(Protocol):
         ...
 
 
+HandleT = TypeVar("HandleT", bound=Handle)
+
+
+def own_handle(handle: Handle, kind: type[HandleT]) -> HandleT:
+    """Returns a handle that must be one of the dispatcher's own, of this type."""
+    assert isinstance(handle, kind)
+    return handle
+
+
 class RowOrder(Protocol):
     """Order in which copies of tokens go to experts, and its inverse."""
 

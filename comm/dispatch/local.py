@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices
-from comm.protocol import Arrived, CompletedWork, Handle, Label, RowOrder, Work
+from comm.protocol import Arrived, CompletedWork, Handle, Label, RowOrder, Work, own_handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,38 +34,33 @@ class LocalDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Copies each token's row, with its weight, for each of the token's experts."""
-        local = _own(handle)
+        local = own_handle(handle, LocalHandle)
         rows_AD = local.order.copy_rows(rows_TD.detach())
         return CompletedWork(Arrived(rows_AD, local.order.copy_weights(weights_TK.detach()), local.counts))
 
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Copies each token's row for each of the token's experts; AD."""
-        return CompletedWork(_own(handle).order.copy_rows(rows_TD.detach()))
+        return CompletedWork(own_handle(handle, LocalHandle).order.copy_rows(rows_TD.detach()))
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD."""
-        return CompletedWork(_own(handle).order.sum_rows(rows_AD.detach()))
+        return CompletedWork(own_handle(handle, LocalHandle).order.sum_rows(rows_AD.detach()))
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
-        order = _own(handle).order
+        order = own_handle(handle, LocalHandle).order
         return CompletedWork((order.sum_rows(grad_rows_AD.detach()), order.restore_weights(grad_weights_A.detach())))
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Copies each token's gradient for each of its experts' rows; AD."""
-        return CompletedWork(_own(handle).order.copy_rows(grad_rows_TD.detach()))
+        return CompletedWork(own_handle(handle, LocalHandle).order.copy_rows(grad_rows_TD.detach()))
 
     def local_order(self, handle: Handle) -> tuple[tuple[int, ...], RowOrder]:
         """Returns each expert's number of rows and their order, for a model that copies rows itself."""
-        local = _own(handle)
+        local = own_handle(handle, LocalHandle)
         return local.counts, local.order
 
     def close(self) -> None:
         """Does nothing: there is nothing to free."""
-
-
-def _own(handle: Handle) -> LocalHandle:
-    assert isinstance(handle, LocalHandle)
-    return handle

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import ClipCount
-from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
+from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work, own_handle
 
 _MOST_NAMED = 8
 
@@ -185,23 +185,23 @@ class ClippingDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, and the renormalized weight, to each of its kept experts."""
-        own = _own(handle)
+        own = own_handle(handle, ClippedHandle)
         own.weights_TK = weights_TK.detach()
         return self._inner.dispatch(rows_TD, own.renormalization.forward(own.weights_TK), own.inner)
 
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's row to each of its kept experts; AD."""
-        return self._inner.dispatch_again(rows_TD, _own(handle).inner)
+        return self._inner.dispatch_again(rows_TD, own_handle(handle, ClippedHandle).inner)
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's kept experts; TD."""
-        return self._inner.combine(rows_AD, _own(handle).inner)
+        return self._inner.combine(rows_AD, own_handle(handle, ClippedHandle).inner)
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of the last `dispatch`'s weights (TK)."""
-        own = _own(handle)
+        own = own_handle(handle, ClippedHandle)
         weights_TK = own.weights_TK
         assert weights_TK is not None, "dispatch_backward needs an earlier dispatch"
 
@@ -212,16 +212,11 @@ class ClippingDispatcher:
 
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a copy of each token's gradient to each of its kept experts' rows; AD."""
-        return self._inner.combine_backward(grad_rows_TD, _own(handle).inner)
+        return self._inner.combine_backward(grad_rows_TD, own_handle(handle, ClippedHandle).inner)
 
     def close(self) -> None:
         """Closes the inner dispatcher."""
         self._inner.close()
-
-
-def _own(handle: Handle) -> ClippedHandle:
-    assert isinstance(handle, ClippedHandle)
-    return handle
 
 
 def _nodes_of_choices(ids_TK: Tensor, node_of_expert_E: Tensor, num_nodes: int) -> Tensor:

@@ -5,38 +5,19 @@
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.all_to_all.plan import AllToAllCounts, AllToAllPlanner, AllToAllRoute
+from comm.dispatch.all_to_all.plan import AllToAllCounts, AllToAllPlanner, AllToAllRoute, PlannedHandle
 from comm.dispatch.expert_order import dense
 from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.row_format import RowFormat, bytes_of
 from comm.dispatch.traffic import Spread
 from comm.lane import Lane
 from comm.layout import Layout
-from comm.protocol import Arrived, Handle, Label, Work
+from comm.protocol import Arrived, Handle, Label, Work, own_handle
 from kernels.permute import permute
 
 
-class AllToAllHandle:
-    """Routing of one micro-batch. Owns its index tensors, which only the lane uses."""
-
-    def __init__(self, num_tokens: int, label: Label | None, work: Work[AllToAllCounts]) -> None:
-        self.label = label
-        self._num_tokens = num_tokens
-        self._work: Work[AllToAllCounts] | None = work
-        self._route: AllToAllRoute | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of this rank, T."""
-        return self._num_tokens
-
-    def route(self, planner: AllToAllPlanner) -> AllToAllRoute:
-        """Completes the plan at first use, the only host synchronization on CUDA. Called on the lane."""
-        if self._route is None:
-            assert self._work is not None
-            self._route = planner.complete(self._work.wait(), self.label)
-            self._work = None
-        return self._route
+class AllToAllHandle(PlannedHandle[AllToAllCounts, AllToAllRoute]):
+    """Handle of an `AllToAllDispatcher`."""
 
 
 class AllToAllDispatcher:
@@ -73,10 +54,10 @@ class AllToAllDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
-        own = _own(handle)
+        own = own_handle(handle, AllToAllHandle)
 
         def run() -> Arrived:
-            route = own.route(self._planner)
+            route = own.route(self._planner.complete)
             # Pack each copy with its weight, sorted by expert: SB.
             weights_S1 = route.order.copy_weights(weights_TK)[:, None]
             form = RowFormat.of(rows_TD, weights_S1)
@@ -97,10 +78,10 @@ class AllToAllDispatcher:
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts, in the order of its choices; TD."""
-        own = _own(handle)
+        own = own_handle(handle, AllToAllHandle)
 
         def run() -> Tensor:
-            route = own.route(self._planner)
+            route = own.route(self._planner.complete)
             form = RowFormat.of(rows_AD)
             bytes_SB = self._send_back("combine", own, form, bytes_of(_reorder(rows_AD, route.arrival_A)))
             return route.order.sum_rows(form.part(bytes_SB, 0))
@@ -111,10 +92,10 @@ class AllToAllDispatcher:
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
-        own = _own(handle)
+        own = own_handle(handle, AllToAllHandle)
 
         def run() -> tuple[Tensor, Tensor]:
-            route = own.route(self._planner)
+            route = own.route(self._planner.complete)
             form = RowFormat.of(grad_rows_AD, grad_weights_A[:, None])
             bytes_AB = form.allocate(len(grad_rows_AD), grad_rows_AD.device)
             _reorder(grad_rows_AD, route.arrival_A, form.part(bytes_AB, 0))
@@ -134,10 +115,10 @@ class AllToAllDispatcher:
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends rows of the tokens without weights; AD."""
-        own = _own(handle)
+        own = own_handle(handle, AllToAllHandle)
 
         def run() -> Tensor:
-            route = own.route(self._planner)
+            route = own.route(self._planner.complete)
             form = RowFormat.of(rows_TD)
             bytes_AB = self._send(name, own, form, bytes_of(route.order.copy_rows(rows_TD)))
             return _reorder(form.part(bytes_AB, 0), route.sorted_A)
@@ -146,12 +127,12 @@ class AllToAllDispatcher:
 
     def _send(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_SB: Tensor) -> Tensor:
         """Sends copies of tokens to their experts' ranks; AB."""
-        route = own.route(self._planner)
+        route = own.route(self._planner.complete)
         return self._exchange(name, own, form, bytes_SB, route.sent, route.received)
 
     def _send_back(self, name: str, own: AllToAllHandle, form: RowFormat, bytes_AB: Tensor) -> Tensor:
         """Sends rows back to their tokens' ranks; SB."""
-        route = own.route(self._planner)
+        route = own.route(self._planner.complete)
         return self._exchange(name, own, form, bytes_AB, route.received, route.sent)
 
     def _exchange(
@@ -163,15 +144,10 @@ class AllToAllDispatcher:
         sent: tuple[int, ...],
         received: tuple[int, ...],
     ) -> Tensor:
-        group, least = self._group, own.route(self._planner).min_rows_across_nodes
+        group, least = self._group, own.route(self._planner.complete).min_rows_across_nodes
         layer = None if own.label is None else own.label.layer
         self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.place), form.bytes_per_row, least)
         return group.start(bytes_NB, sent, received, name, own.label).wait()
-
-
-def _own(handle: Handle) -> AllToAllHandle:
-    assert isinstance(handle, AllToAllHandle)
-    return handle
 
 
 def _reorder(rows_ND: Tensor, source_N: Tensor | None, out_ND: Tensor | None = None) -> Tensor:

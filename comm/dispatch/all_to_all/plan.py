@@ -3,8 +3,9 @@
 # Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of
 # the layer, L = E / R local experts, N nodes of the group.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,33 @@ from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import Traffic
-from comm.protocol import Label
+from comm.protocol import Label, Work
+
+CountsT = TypeVar("CountsT")
+RouteT = TypeVar("RouteT")
+
+
+class PlannedHandle(Generic[CountsT, RouteT]):
+    """Routing of one micro-batch. Owns its index tensors, which only the lane uses."""
+
+    def __init__(self, num_tokens: int, label: Label | None, work: Work[CountsT]) -> None:
+        self.label = label
+        self._num_tokens = num_tokens
+        self._work: Work[CountsT] | None = work
+        self._route: RouteT | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of this rank, T."""
+        return self._num_tokens
+
+    def route(self, complete: Callable[[CountsT, Label | None], RouteT]) -> RouteT:
+        """Completes the plan at first use, the only host synchronization on CUDA. Called on the lane."""
+        if self._route is None:
+            assert self._work is not None
+            self._route = complete(self._work.wait(), self.label)
+            self._work = None
+        return self._route
 
 
 class DispatchError(ValueError):

@@ -24,7 +24,7 @@ from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.traffic import Spread
 from comm.lane import ClosesOnSuccess, Lane
 from comm.layout import Layout
-from comm.protocol import Arrived, Handle, Label, Work
+from comm.protocol import Arrived, Handle, Label, Work, own_handle
 from comm.watchdog.collective_log import group_name
 
 _BYTES_PER_CHOICE = 8  # an id and a weight are sent with each row in both directions
@@ -122,7 +122,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
-        own = _own(handle)
+        own = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_TD, "dispatch", may_be_codes=True)
         self._buffer.check_weights(weights_TK, "dispatch")
 
@@ -140,7 +140,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts, TD; rounded per rank, node and in all."""
-        own = _own(handle)
+        own = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_AD, "combine", may_be_codes=False)
         return self._lane.submit(lambda: self._to_tokens(own, rows_AD, None, "combine")[0])
 
@@ -148,7 +148,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token like `combine` (TD), and of weights (TK)."""
-        own = _own(handle)
+        own = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(grad_rows_AD, "dispatch backward", may_be_codes=False)
         self._buffer.check_weights(grad_weights_A, "dispatch backward")
 
@@ -165,7 +165,7 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends rows of the tokens without weights; AD."""
-        own = _own(handle)
+        own = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_TD, name, may_be_codes=True)
 
         def run() -> Tensor:
@@ -242,8 +242,3 @@ class DeepEPDispatcher(ClosesOnSuccess):
         members, log = self._group.members, self._observers.log
         with log.awaiting(log.start(group_name("deepep", members), members, name, own.label)):
             yield
-
-
-def _own(handle: Handle) -> DeepEPHandle:
-    assert isinstance(handle, DeepEPHandle)
-    return handle

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.config import TwoHopDispatchConfig
-from comm.dispatch.all_to_all.plan import num_local_experts
+from comm.dispatch.all_to_all.plan import PlannedHandle, num_local_experts
 from comm.dispatch.expert_order import ExpertOrder, dense, restore_values
 from comm.dispatch.process_group import ExchangeGroup, Observers
 from comm.dispatch.row_format import RowFormat, RowPart
@@ -29,7 +29,7 @@ from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.partitions import node_partition, rail_partition
-from comm.protocol import Arrived, Handle, Label, Work
+from comm.protocol import Arrived, Handle, Label, Work, own_handle
 from comm.relays import Relays
 from kernels.permute import permute, unpermute
 
@@ -56,32 +56,16 @@ class TwoHopGroups:
             distributed.destroy_process_group(group)
 
 
-class TwoHopHandle:
-    """Routing of one micro-batch. Owns its index tensors, which only the lane uses.
+class TwoHopHandle(PlannedHandle[TwoHopCounts, TwoHopRoute]):
+    """Handle of a `TwoHopDispatcher`.
 
     The first dispatch also sends expert ids. The order derived from them is reused for all later exchanges.
     """
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
-        self.label = label
+        super().__init__(num_tokens, label, work)
         self.relay_orders: list[RelayOrder] = []
         self._expansion: ExpertOrder | None = None
-        self._num_tokens = num_tokens
-        self._work: Work[TwoHopCounts] | None = work
-        self._route: TwoHopRoute | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of this rank, T."""
-        return self._num_tokens
-
-    def route(self, planner: TwoHopPlanner) -> TwoHopRoute:
-        """Completes the plan at first use, the only host synchronization on CUDA. Called on the lane."""
-        if self._route is None:
-            assert self._work is not None
-            self._route = planner.complete(self._work.wait(), self.label)
-            self._work = None
-        return self._route
 
     def expand(self, make: Callable[[], ExpertOrder]) -> ExpertOrder:
         """Returns the order of the experts' rows; the first dispatch makes it."""
@@ -136,10 +120,10 @@ class TwoHopDispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a copy of each token's row, with its weight, to each of the token's experts."""
-        own = _own(handle)
+        own = own_handle(handle, TwoHopHandle)
 
         def run() -> Arrived:
-            route = own.route(self._planner)
+            route = own.route(self._planner.complete)
             # The ids are sent with the rows: relays and experts' ranks derive their order from them.
             form = RowFormat.of(rows_TD, weights_TK, route.shifted_TK)
             arrived_XB = self._send_to_experts("dispatch", own, form, (rows_TD, weights_TK, route.shifted_TK))
@@ -155,14 +139,14 @@ class TwoHopDispatcher:
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Returns the unweighted sum over each token's experts; TD."""
-        own = _own(handle)
+        own = own_handle(handle, TwoHopHandle)
         return self._lane.submit(lambda: self._return_to_tokens("combine", own, rows_AD, None)[0])
 
     def dispatch_backward(
         self, grad_rows_AD: Tensor, grad_weights_A: Tensor, handle: Handle
     ) -> Work[tuple[Tensor, Tensor]]:
         """Computes the gradients of rows, summed per token (TD), and of weights (TK)."""
-        own = _own(handle)
+        own = own_handle(handle, TwoHopHandle)
 
         def run() -> tuple[Tensor, Tensor]:
             grad_rows_TD, grad_weights_TK = self._return_to_tokens(
@@ -182,7 +166,7 @@ class TwoHopDispatcher:
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends rows of the tokens without weights and ids; AD."""
-        own = _own(handle)
+        own = own_handle(handle, TwoHopHandle)
 
         def run() -> Tensor:
             form = RowFormat.of(rows_TD)
@@ -193,7 +177,7 @@ class TwoHopDispatcher:
 
     def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
         """Sends rows to their experts' ranks, once to each; bytes_XB. The first exchange must include the ids."""
-        route, dense_parts = own.route(self._planner), [dense(part) for part in parts]
+        route, dense_parts = own.route(self._planner.complete), [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
             if len(own.relay_orders) == chunk:
@@ -209,7 +193,7 @@ class TwoHopDispatcher:
         self, name: str, own: TwoHopHandle, rows_AD: Tensor, weights_A: Tensor | None
     ) -> list[Tensor]:
         """Returns rows to their tokens with a partial sum at each hop; TD. With weights, also those; TK."""
-        route = own.route(self._planner)
+        route = own.route(self._planner.complete)
         rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
         extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
@@ -232,7 +216,7 @@ class TwoHopDispatcher:
         return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
 
     def _chunked(self, name: str, own: TwoHopHandle) -> ChunkedExchange:
-        counts = own.route(self._planner).counts
+        counts = own.route(self._planner.complete).counts
         return ChunkedExchange(self._rail, self._node, counts.across, counts.within, name, own.label)
 
     def _expand(self, route: TwoHopRoute, shifted_XK: Tensor) -> ExpertOrder:
@@ -240,8 +224,3 @@ class TwoHopDispatcher:
 
     def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self._partial_sums == "float32" and dtype.itemsize < 4 else dtype
-
-
-def _own(handle: Handle) -> TwoHopHandle:
-    assert isinstance(handle, TwoHopHandle)
-    return handle
