@@ -13,8 +13,7 @@ from infer.engines.local import LocalEngine
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from infer.protocol import NumberedPrompt, Request, Rollouts
 from infer.reward import score_answers
-from kernels.cross_entropy.greedy import greedy_scores
-from kernels.cross_entropy.reference import IGNORE
+from kernels.cross_entropy.reference import IGNORE, greedy_scores
 from model.transformer import Transformer
 
 PADDING = 0

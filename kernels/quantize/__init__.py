@@ -3,7 +3,7 @@
 # Shape legend: as in kernels/quantize/layout.py.
 
 from kernels.operation import operation
-from kernels.quantize import reference, reference_columns, reference_e5m6
+from kernels.quantize import reference, reference_columns
 
 quantize_1x128 = operation(reference.quantize_1x128, cuda="triton")
 dequantize_1x128 = operation(reference.dequantize_1x128, cuda="triton")
@@ -11,5 +11,5 @@ quantize_columns = operation(reference_columns.quantize_columns, cuda="triton_co
 requantize_columns = operation(reference_columns.requantize_columns, cuda="triton_columns")
 quantize_128x128 = operation(reference.quantize_128x128, cuda="triton")
 transpose_blocks = operation(reference.transpose_blocks, cuda="triton")
-pack_e5m6 = operation(reference_e5m6.pack_e5m6, cuda="triton_e5m6")
-unpack_e5m6 = operation(reference_e5m6.unpack_e5m6, cuda="triton_e5m6")
+pack_e5m6 = operation(reference.pack_e5m6, cuda="triton_e5m6")
+unpack_e5m6 = operation(reference.unpack_e5m6, cuda="triton_e5m6")

@@ -1,4 +1,4 @@
-"""Rows in 12 bits per number with a scale per 128 columns, in Triton: bit-equal to reference_e5m6.py.
+"""Rows in 12 bits per number with a scale per 128 columns, in Triton: bit-equal to reference.py.
 
 Both kernels are memory-bound: each number is read once and written once.
 
@@ -123,7 +123,7 @@ def unpack_kernel(
 
 
 def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> PackedE5M6:
-    """Implements `reference_e5m6.pack_e5m6` for contiguous columns; `block_rows` rows per program."""
+    """Implements `reference.pack_e5m6` for contiguous columns; `block_rows` rows per program."""
     check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
     pairs, tiles = num_pairs(num_columns), num_tiles(num_columns)
@@ -152,7 +152,7 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
 def unpack_e5m6(
     packed: PackedE5M6, num_columns: int, dtype: torch.dtype, *, block_rows: int = 16, num_warps: int = 4
 ) -> Tensor:
-    """Implements `reference_e5m6.unpack_e5m6` for contiguous columns; `block_rows` rows per program."""
+    """Implements `reference.unpack_e5m6` for contiguous columns; `block_rows` rows per program."""
     check_packed(packed, num_columns)
     codes_NB, scales_NT = packed
     num_rows = codes_NB.shape[0]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from kernels.cross_entropy.reference import RowScores
 from kernels.distillation import linear_distillation
-from kernels.distillation.divergence import Divergence
-from kernels.distillation.reference import Teacher, TeacherStates, TeacherTopK
+from kernels.distillation.reference import Divergence, Teacher, TeacherStates, TeacherTopK
 from model.head import score_rows
 from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss, depth_name, loss_names
 from model.precision.linear import WeightSink

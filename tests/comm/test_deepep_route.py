@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from comm.dispatch.deepep.route import DeepEPRoute
+from comm.dispatch.deepep.buffer import DeepEPRoute
 
 
 def test_route_sorts_received_rows_by_expert_source_and_token() -> None:

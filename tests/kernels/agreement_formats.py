@@ -11,7 +11,6 @@ from torch import Tensor
 
 import kernels.quantize.reference as reference_blocks
 import kernels.quantize.reference_columns as reference_columns
-import kernels.quantize.reference_e5m6 as reference_e5m6
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, PackedE5M6, Quantized, QuantizedBlocks
 from kernels.quantize.reference import quantize_1x128
 from tests.kernels.agreement import assert_same_bits, layouts, wild_rows
@@ -84,13 +83,13 @@ def check_e5m6(module: ModuleType, device: str, num_rows: int, num_columns: int,
     wide_ND[15::16] = torch.nextafter(wide_ND[7:8, :1], torch.tensor(1.0))
     wide_ND = wide_ND.to(dtype)
     for rows_ND, there_ND in zip(layouts(wide_ND), layouts(wide_ND.to(device)), strict=True):
-        expected = reference_e5m6.pack_e5m6(rows_ND)
+        expected = reference_blocks.pack_e5m6(rows_ND)
         assert_same_pair(module.pack_e5m6(there_ND), expected)
     any_codes = torch.randint(0, 256, expected.codes.shape, generator=generator, dtype=torch.uint8)
     for codes in (expected.codes, any_codes):
         wide = torch.cat([codes, codes], 1).to(device)
         there = PackedE5M6(wide[:, codes.shape[1] :], expected.scales.to(device))
-        back_ND = reference_e5m6.unpack_e5m6(PackedE5M6(codes, expected.scales), num_columns, dtype)
+        back_ND = reference_blocks.unpack_e5m6(PackedE5M6(codes, expected.scales), num_columns, dtype)
         assert_same_bits(module.unpack_e5m6(there, num_columns, dtype), back_ND, any_nan=True)
 
 

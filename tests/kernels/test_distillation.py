@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.distillation import linear_distillation
-from kernels.distillation.divergence import Divergence, DivergenceKind
-from kernels.distillation.reference import Teacher, TeacherStates, TeacherTopK
+from kernels.distillation.reference import Divergence, DivergenceKind, Teacher, TeacherStates, TeacherTopK
 from tests.kernels.agreement_fused import some_targets
 from tests.kernels.plain import randn
 

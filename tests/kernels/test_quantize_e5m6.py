@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize.layout import PackedE5M6
-from kernels.quantize.reference import CHUNK_NUMBERS
-from kernels.quantize.reference_e5m6 import pack_e5m6, unpack_e5m6
+from kernels.quantize.reference import CHUNK_NUMBERS, pack_e5m6, unpack_e5m6
 from tests.kernels.agreement import assert_same_bits, wild_rows
 from tests.kernels.agreement_formats import assert_same_pair
 

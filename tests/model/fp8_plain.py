@@ -14,11 +14,12 @@ from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, Quantized
 from kernels.quantize.reference import (
     dequantize_1x128,
     dequantize_128x128,
+    pack_e5m6,
     quantize_1x128,
     quantize_128x128,
+    unpack_e5m6,
 )
 from kernels.quantize.reference_columns import quantize_columns
-from kernels.quantize.reference_e5m6 import pack_e5m6, unpack_e5m6
 from tests.model.against_plain import assert_near
 
 TOLERANCE = 3e-3

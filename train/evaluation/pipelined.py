@@ -14,7 +14,7 @@ from infer.engines.pipelined.engine import CohortSizes, PipelinedEngine
 from infer.evaluate.local import MOST_TOKENS, PADDING, pad
 from infer.evaluate.protocol import StopToken, TargetScores, TargetSequence
 from infer.protocol import NumberedPrompt, Request, Rollouts
-from kernels.cross_entropy.greedy import greedy_scores
+from kernels.cross_entropy.reference import greedy_scores
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
 from model.objectives.ranking import KeepScores
 from model.precision.linear import WeightSink

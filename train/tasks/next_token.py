@@ -12,7 +12,7 @@ from torch import Tensor
 from data.loader import IGNORE, Batch
 from data.samples.pack import WEIGHTS
 from kernels.attention.documents import Documents
-from kernels.distillation.divergence import Divergence
+from kernels.distillation.reference import Divergence
 from model.objective import (
     BALANCE,
     MAIN,

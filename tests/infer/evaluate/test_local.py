@@ -8,7 +8,7 @@ import torch
 
 from infer.evaluate.local import LocalModel
 from infer.evaluate.protocol import TargetScores, TargetSequence
-from kernels.cross_entropy.greedy import greedy_scores
+from kernels.cross_entropy.reference import greedy_scores
 from model.hf.convert import load_hf
 from tests.infer.models import make_model
 from tests.model.hf_checkpoints import random_tokens, reference_model
