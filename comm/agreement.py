@@ -1,8 +1,8 @@
 """Agrees on small facts over all ranks, such as errors, without an object per rank in memory.
 
-`torch.distributed.all_gather_object` puts one object of every rank on every rank, each as long as the longest. Here
-ranks exchange numbers, and then the objects of the few ranks that have one. All ranks of a group, by default the world,
-call each function at the same point. Objects are pickled, so they must come from ranks of the same job.
+Unlike in `torch.distributed.all_gather_object`, ranks exchange numbers, then the objects of the few ranks that have
+one. All ranks of a group, by default the world, call each function at the same point. Objects are pickled, so they must
+come from ranks of the same job.
 """
 
 import pickle

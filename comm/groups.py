@@ -58,8 +58,7 @@ class Groups:
     ) -> None:
         """Creates all groups. Every rank calls it once, at the same point, after `start`.
 
-        `embedding` holds the pipeline indices that hold the embedding. Raises ClusterError if the world has another
-        size than the layout.
+        `embedding` holds the pipeline indices that hold the embedding. Raises ClusterError for a world of another size.
         """
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
@@ -127,8 +126,7 @@ def start(cluster: ClusterConfig, store: Store | None = None) -> torch.device:
     """Initializes `torch.distributed` from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in the environment.
 
     Returns the device of this process. With gloo, ranks share devices if there are fewer devices than ranks. `store` is
-    that of the job if one is open already. Raises ClusterError if the environment names no rank, or the rank has no
-    device.
+    that of the job if one is open already.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:

@@ -59,8 +59,7 @@ class ThreadHostCopies(HostCopies):
 class StreamHostCopies(HostCopies):
     """Copies of a CUDA device: one stream for each direction, through pinned host memory.
 
-    The current stream waits for the copies, so a tensor can be freed as soon as `wait` has returned: its memory is used
-    again only by work that the current stream runs later.
+    The current stream waits for the copies, so a tensor can be freed as soon as `wait` has returned.
     """
 
     def __init__(self, device: torch.device) -> None:

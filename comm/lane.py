@@ -20,8 +20,7 @@ T = TypeVar("T")
 class ClosesOnSuccess(ABC):
     """Context manager that closes only if the body raised no error.
 
-    After an error no thread is joined: a thread may be inside a collective whose peers wait for this rank, and the
-    process must be able to report the error and exit.
+    After an error no thread is joined: it may be inside a collective whose peers wait for this rank, which must exit.
     """
 
     @abstractmethod
@@ -136,8 +135,8 @@ class _StreamWork(Generic[T]):
 class StreamLane(ClosesOnSuccess):
     """CUDA stream and a thread that enqueues on it, each function after the work queued at its submission.
 
-    The thread is needed for functions that wait for the device: an exchange must read the number of incoming rows.
-    Meanwhile the submitter enqueues the computation that hides the exchange.
+    Functions may wait for the device, as an exchange must read the number of incoming rows; meanwhile the submitter
+    enqueues the computation that hides the exchange.
     """
 
     def __init__(self, device: torch.device, name: str = "comm") -> None:

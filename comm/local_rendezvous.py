@@ -1,7 +1,7 @@
 """Implements a rendezvous for torch's elastic launcher on one machine that opens no port.
 
-The launcher keeps its records in memory, and ranks use a store in a file of a private folder. torch's `c10d` and
-`static` rendezvous start a TCP server that listens on all addresses of the machine and accepts any connection.
+Ranks use a store in a file of a private folder. torch's own rendezvous start a TCP server that listens on all addresses
+of the machine and accepts any connection.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,4 @@
-"""Enumerates the groups into which the world is split, as slices of ranks.
-
-Every rank creates every group of a partition in one order (see `comm.groups.make_group`). No rank holds a partition as
-a whole: it is computed from the mesh one group at a time.
-"""
+"""Enumerates the groups into which the world is split, as slices of ranks, one group at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise

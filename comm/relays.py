@@ -1,7 +1,7 @@
 """Computes which rank of a node relays another rank's rows: the one with the same index in its node.
 
-A rank sends its rows for another node to one rank there, the relay, which forwards them within the node. Nodes may hold
-different numbers of the group's ranks, which are given by their index in the group. Does not import torch.
+The relay forwards them within the node. Nodes may hold different numbers of the group's ranks, which are given by their
+index in the group. Does not import torch.
 """
 
 from collections.abc import Sequence

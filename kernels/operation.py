@@ -21,13 +21,7 @@ class ChosenFunction(Generic[P, R]):
     """A function with implementations of one signature; a call runs the one that suits its operands."""
 
     def __init__(self, reference: Callable[P, R], modules: Mapping[str, str], choose: Callable[..., str]) -> None:
-        """Names the implementations.
-
-        Args:
-            reference: the function in plain PyTorch, which defines signature and results.
-            modules: module of each implementation, imported at its first call.
-            choose: function of the operands that returns the name of an implementation.
-        """
+        """Names the implementations' modules, imported at their first call; `choose` maps operands to a name."""
         self.modules = modules
         self.choose = choose
         self._name = reference.__name__

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from comm.node_limit import limit_groups
 from comm.protocol import Label
 from kernels.attention.documents import Documents

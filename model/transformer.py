@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention, AttentionForm, attention_form
@@ -71,7 +70,7 @@ class Transformer(nn.Module):
         dtype: type of every weight, uninitialized until `initialize_weights`; the router bias stays float32.
         part: part of the model; None means the whole.
         context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
-            (`comm.context.parts`), documents are those of whole sequences. Decoding ignores it.
+            (`comm.context.protocol`), documents are those of whole sequences. Decoding ignores it.
     """
 
     def __init__(

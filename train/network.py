@@ -7,9 +7,7 @@ from typing import Literal
 import torch
 
 from comm.config import DispatchConfig
-from comm.context.alone import ALONE
-from comm.context.parts import SequenceParts, zigzag_parts
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup, SequenceParts, zigzag_parts
 from comm.dispatch.requirements import TokenSizes
 from comm.protocol import Dispatcher
 from model.config import Computing, ModelConfig

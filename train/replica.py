@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from comm.context.parts import SequenceParts
+from comm.context.protocol import SequenceParts
 from comm.dispatch.process_group import Observers
 from comm.protocol import Dispatcher
 from dualpipe.ir import Schedule, ScheduleError

@@ -25,13 +25,8 @@ def forecast_context_bytes(
     """Predicts what a rank sends. Each of c ranks holds T / c tokens of each sequence.
 
     With an all-gather, a rank sends the rows of its tokens to c - 1 ranks, and in the backward one part of the gradient
-    to each of them: (c - 1) / c of all tokens in each direction. In a ring it forwards c - 1 messages as large as its
-    own rows, and as many again in the backward, with as many sums of gradients.
-
-    Args:
-        num_tokens: tokens of all sequences of the micro-batch, on all ranks of the group together.
-        row_bytes: bytes of a token's row: latent and rotated key, 576 values for DeepSeek-V3.
-        wide_gradient_bytes: bytes of the gradient of a token's row in float32 or wider.
+    to each of them. In a ring it forwards c - 1 messages as large as its own rows, and as many again in the backward,
+    with as many sums of gradients in `wide_gradient_bytes` per token. `num_tokens` are those of all ranks of the group.
     """
     sent = num_tokens // size * (size - 1)
     if is_ring:

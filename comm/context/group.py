@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.context.alone import ALONE
 from comm.context.forecast import MOST_GATHERED_RANKS
-from comm.context.parts import SequenceParts, zigzag_parts
-from comm.context.protocol import ContextGroup, Contribution, Rows
+from comm.context.protocol import ALONE, ContextGroup, Contribution, Rows, SequenceParts, zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Spread
 from comm.layout import Layout

@@ -14,11 +14,9 @@ class Fp8Dispatcher:
     """Wrapper of a dispatcher that sends rows to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
 
     Each 128 columns of a row share a power-of-two scale. `dispatch` and `dispatch_again` quantize rows, and
-    `combine_backward` quantizes the gradients of the experts' outputs. Results have the rows' own dtype again.
-    `combine` and `dispatch_backward` send rows unchanged. A NaN or an infinity turns its 128 columns into NaN.
-
-    The backward treats quantization as the identity (straight-through): `dispatch_backward` returns the gradient of the
-    arrived rows as the gradient of the input rows, and experts get the quantized gradient of their outputs.
+    `combine_backward` quantizes the gradients of the experts' outputs. Results have the rows' own dtype again. The
+    backward treats quantization as the identity (straight-through). A NaN or an infinity turns its 128 columns into
+    NaN.
     """
 
     num_local_experts: int

@@ -39,8 +39,7 @@ def verify_cap(
 ) -> None:
     """Raises NodeCapError on all ranks of a group if one has a token over the cap.
 
-    `num_over_R` counts such tokens on each member. The error names this rank's tokens, for which it waits for the
-    device, or else the first rank with some.
+    The error names this rank's tokens, for which it waits for the device, or else the first rank with some.
     """
     if not any(num_over_R):
         return
@@ -106,8 +105,7 @@ def clip(
 class Renormalization:
     """Scaling of kept weights such that each clipped token's weights keep their sum: w' = w S / S_kept.
 
-    If the kept weights of a token sum to 0, they are not scaled. Weights of tokens that were not clipped stay bitwise
-    equal.
+    Kept weights that sum to 0 are not scaled. Weights of tokens that were not clipped stay bitwise equal.
     """
 
     valid_TK: Tensor  # mask of the choices before clipping
@@ -159,8 +157,8 @@ class ClippedHandle:
 class ClippingDispatcher:
     """Wrapper of a dispatcher that clips each token's choices to its best nodes before planning.
 
-    `dispatch` sends the renormalized weights, which the expert's rank applies. `dispatch_backward` returns the exact
-    gradient of the original weights. The choice of nodes has no gradient, as in any gate.
+    Experts' ranks apply renormalized weights; their gradient is exact, and the choice of nodes has none, as in any
+    gate.
     """
 
     num_local_experts: int

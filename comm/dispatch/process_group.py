@@ -63,10 +63,9 @@ class ExchangeGroup:
         label: Label | None,
         into_MB: Tensor | None = None,
     ) -> "PendingExchange":
-        """Starts to send rows in their order: the first `sent[0]` rows to member 0, and so on. Does not block.
+        """Starts to send the first `sent[0]` rows to member 0, and so on; a group of one rank sends nothing.
 
-        Rows are uint8, contiguous, and must not change until the exchange is complete. `into_MB` receives rows; None
-        makes a new tensor. A group of one rank sends nothing, so it logs no collective.
+        Rows are uint8, contiguous, and must not change until the exchange is complete. `into_MB` receives rows.
         """
         assert rows_NB.dtype == torch.uint8
         assert len(rows_NB) == sum(sent)

@@ -45,7 +45,7 @@ def host_links(
     """Opens the links of pipeline rank `index` with its peers in `pairs`, by source, destination and kind.
 
     All links share a communicator and differ by their tags, because each gloo communicator runs a thread that wakes a
-    hundred times a second. See `comm.transfers.transport.PipelineTransport` for the arguments.
+    hundred times a second.
     """
     links: dict[tuple[int, int, str], HostLink] = {}
     for (members,) in pipeline_partition(layout):
@@ -81,10 +81,9 @@ def _batch_priority_threads() -> Iterator[None]:
 class HostLink:
     """One link over gloo and host memory. A header carries a small payload or is followed by a large one.
 
-    Receive buffers for both are posted in advance, so the sender never waits for a reply, and both are sent and
-    received on the caller's thread. gloo aborts the process if a message is larger than its buffer, but this cannot
-    happen. The first buffer of each message fits the largest header with an inline payload. The tag of a large payload
-    is derived from its header, so the payload never matches the buffer of another message.
+    Receive buffers for both are posted in advance, so the sender never waits for a reply. gloo aborts the process if a
+    message is larger than its buffer. This cannot happen: the first buffer of each message fits the largest header with
+    an inline payload, and the tag of a large payload is derived from its header.
     """
 
     def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device, log: LinkLog) -> None:

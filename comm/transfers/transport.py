@@ -58,17 +58,14 @@ class PipelineTransport(ClosesOnSuccess):
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
         """Posts the receive of a message, in the order in which the link's messages are sent.
 
-        Returns work whose `wait` returns the tensor on the transport's device, or, except on NCCL, raises
-        `TransferError` if another message arrived. Raises ValueError if there is no such link.
+        The work's `wait` returns the tensor on the transport's device. Except on NCCL, it raises `TransferError` if
+        another message arrived.
         """
         assert key.destination == self._index
         return self._link(key).receive(key, tuple(shape), dtype)
 
     def send(self, key: MessageKey, tensor: Tensor) -> None:
-        """Sends a tensor with any strides without waiting. The tensor must not change until `flush`.
-
-        Raises ValueError if there is no such link, or the tensor's dtype cannot be sent.
-        """
+        """Sends a tensor with any strides without waiting. The tensor must not change until `flush`."""
         assert key.source == self._index
         self._link(key).send(key, tensor)
 

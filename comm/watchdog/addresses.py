@@ -1,8 +1,7 @@
 """Holds the addresses of all ranks in arrays, and fetches after the start those that a rank misses.
 
-They take 6 bytes for each rank, and one text for each machine. The addresses come down the tree from rank 0 as
-datagrams: a request names a block, and the reply holds up to 16 consecutive blocks. A job of one block sends nothing,
-because its ranks have all addresses from the start.
+They take 6 bytes for each rank. They come down the tree from rank 0 as datagrams: a request names a block, and the
+reply holds up to 16 consecutive blocks. A job of one block sends nothing, because its ranks have all addresses.
 """
 
 from array import array

@@ -47,11 +47,7 @@ class Inquiry:
         *,
         short: bool,
     ) -> None:
-        """Prepares requests of `rank` to other `ranks` with known addresses.
-
-        `followed` holds the longest wait of this rank, or nothing. `short`: ranks that have reached the followed
-        collective may reply only that.
-        """
+        """Prepares requests of `rank` to `ranks` with known addresses; `short`: ranks may reply only `Reached`."""
         self.reason = reason
         self.begun = begun
         self.followed = followed
@@ -141,8 +137,7 @@ class Inquiry:
     def lost(self, refused: Collection[int], departed: Mapping[int, Departure], log: CollectiveLog) -> dict[int, str]:
         """Returns the lost ranks with reasons: those with closed ports, and some that announced to leave.
 
-        A rank that finished and left counts as lost only if this rank waits for it in a collective of its log. After
-        SIGTERM only ended processes count.
+        One that finished counts only if this rank waits for it; after SIGTERM only ended processes count.
         """
         lost = dict.fromkeys(refused, "its process has ended")
         if self.reason is Reason.SIGNAL:
@@ -195,10 +190,9 @@ class Inquiry:
 class InquiryTurn:
     """Turn of one rank of a large job to hold an inquiry, so that not all ranks do at a common deadline.
 
-    In a job of one block each rank holds its own at once. In a larger one, rank r starts later by as many tenths of a
-    second as r has binary digits, plus some jitter, and only if no other rank has announced an inquiry in the last
-    three seconds. So the lowest rank that waits starts first, and higher ranks replace it if it is lost. Among 100,352
-    ranks the last ones start after 1.7 s.
+    Rank r starts later by as many tenths of a second as r has binary digits, plus some jitter, and only if no other
+    rank has announced an inquiry in the last three seconds. So the lowest rank that waits starts first, and higher
+    ranks replace it if it is lost. Among 100,352 ranks the last ones start after 1.7 s.
     """
 
     def __init__(self, rank: int, tree: RankTree, relay: Relay) -> None:

@@ -81,8 +81,7 @@ class Termination:
 class JobStart:
     """Wait for other ranks at the start of a job, with a deadline.
 
-    `key` authenticates the verdict in the store, None until it is known. `note` is added to a verdict about absent
-    ranks.
+    `key`, once known, authenticates the verdict in the store; `note` is added to its text about absent ranks.
     """
 
     def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:

@@ -1,9 +1,8 @@
 """Reads a rank's membership in its job from the environment, and the secret key of an attempt.
 
 The built-in launcher sends a random key through the fork server's pipe. Under torchrun or Slurm the user can set
-`DUALPIPE_JOB_KEY`. Without it, rank 0 writes a random key into a file in `out_dir` that only its owner can read. It
-publishes the file's name, which contains a hash of the key, and removes the file after all ranks have read it. Does not
-import torch.
+`DUALPIPE_JOB_KEY`. Without it, rank 0 writes a random key into a file in `out_dir` that only its owner can read, and
+removes the file after all ranks have read it. It publishes the file's name, which contains a hash of the key.
 """
 
 import hashlib

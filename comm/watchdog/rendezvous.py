@@ -69,14 +69,9 @@ def join(
     """Waits for all other ranks and starts the watchdog. Every rank calls it on its main thread.
 
     After that, SIGTERM makes the watchdog check whether a rank was lost. If none was, the earlier handler of the
-    process handles the signal. Without such a handler, the watchdog ends the process. Raises AbsentError if not all
-    ranks joined in time, and JobKeyError if the ranks have no common key.
-
-    Args:
-        deadline_seconds: longest wait for other ranks.
-        crash_report: see `Watchdog`.
-        start_seconds: longest wait at the start; `deadline_seconds` by default.
-        key_folder: folder in which rank 0 writes the file with the job's key, if it must.
+    process handles the signal, or, without one, the watchdog ends the process. Raises AbsentError if not all ranks
+    joined in `start_seconds`, by default `deadline_seconds`, and JobKeyError if the ranks have no common key. In
+    `key_folder` rank 0 writes the file with the job's key, if it must.
     """
     watchdog_socket = WatchdogSocket(member.rank, _LOOPBACK if member.is_one_machine else member.host)
     termination = Termination()

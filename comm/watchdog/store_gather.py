@@ -106,8 +106,7 @@ class StoreGather:
     def confirm(self) -> None:
         """Announces that this rank has what it needs, after the ranks below it or some seconds.
 
-        So a record that another process replaces at the end is written again. If an announcement itself is replaced,
-        the leader only waits longer.
+        So a record that another process replaces at the end is written again.
         """
         self._start.await_confirmations(self._store, self._key, _READY, _READY_SECONDS, rewrite=self._rewrite)
         self._store.set(name := f"{_READY}/{self._rank}", seal_object(self._key, name, {}))
@@ -192,10 +191,9 @@ class StoreGather:
         return [_decode(values) for values in open_records(self._store, self._key, keys)]
 
     def _absent(self) -> list[int]:
-        """Returns the ranks that keep the root's record from appearing.
+        """Returns the ranks that keep the root's record from appearing, found from the root downwards.
 
-        They are found from the root downwards, through groups without a record: the ranks without a record, or, if all
-        have one, those whose record is not authentic.
+        These are the ranks without a record, or, if all have one, those whose record is not authentic.
         """
         missing: list[int] = []
         forged: list[int] = []

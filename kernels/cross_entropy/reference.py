@@ -4,8 +4,8 @@ Every objective that scores tokens is computed here: its gradient in a row's hid
 times the gradient of the row's cross-entropy, -log p.
 """
 
-# Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row, M
-# rows whose target has the largest logit.
+# Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row, M rows whose target has
+# the largest logit.
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,8 @@
 The gradients are computed in the forward, chunk by chunk, as in kernels/cross_entropy.
 """
 
-# Shape legend: N rows, C rows of a chunk, B buckets of a distribution, D hidden size, V vocabulary, S hidden size of the
-# teacher, K kept tokens of the teacher.
+# Shape legend: N rows, C rows of a chunk, B buckets of a distribution, D hidden size, V vocabulary, S hidden size of
+# the teacher, K kept tokens of the teacher.
 
 import math
 from dataclasses import dataclass

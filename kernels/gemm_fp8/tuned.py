@@ -62,13 +62,10 @@ class TunedProduct(Generic[P]):
         candidates: Sequence[Tiling],
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Creates the product without any tuned shape.
+        """Creates the product. `key_of` returns what the fastest tiling depends on, None if only the default suits.
 
-        Args:
-            product: launcher that also takes `tiling`; None for its default.
-            key_of: function of the operands: what the fastest tiling depends on; None if only the default suits.
-            candidates: tilings to choose from; the default comes first.
-            milliseconds: measures a call; by default `stream_milliseconds`, and only on CUDA tensors.
+        The default is the first of `candidates`. `milliseconds` measures a call: `stream_milliseconds`, only on CUDA
+        tensors.
         """
         self._product = product
         self._key_of = key_of

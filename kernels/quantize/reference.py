@@ -1,8 +1,8 @@
 """FP8 codes with a scale per 1 x 128 of rows or 128 x 128 of weights, and rows in 12 bits per number."""
 
 # Shape legend: E matrices, N rows, D columns, T tiles in a row, M blocks in a column, R rows processed at a time (128
-# of a block), C columns of a tile (128); values of any leading dimensions have no suffix. E5M6: B
-# bytes of a packed row, V numbers of a row (D, or D + 1 if D is odd).
+# of a block), C columns of a tile (128); values of any leading dimensions have no suffix. E5M6: B bytes of a packed
+# row, V numbers of a row (D, or D + 1 if D is odd).
 
 import torch
 from torch import Tensor

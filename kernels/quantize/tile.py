@@ -36,11 +36,10 @@ def compute_scales(amax_bits: tl.tensor, min_amax: tl.tensor, POWER_OF_TWO: tl.c
 def compute_codes(values: tl.tensor, scales: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     """Computes e4m3 codes: float32 `value / scale` to nearest even, then to e4m3 to nearest even.
 
-    No quotient rounds to more than 448, so nothing saturates. If scales, from 2**-126 to 2**120 or NaN, are not powers
-    of two, a division per number would cost more than its memory traffic. Instead, one reciprocal per scale is used,
-    and its remainder, exact in fused arithmetic, is divided again. For every scale in [1, 2) this gives the bits of the
-    division near all numbers at which codes change, as a test of all 2**23 scales shows; powers of two extend this to
-    all scales.
+    No quotient rounds to more than 448. If scales are not powers of two, a division per number would cost more than its
+    memory traffic. Instead, one reciprocal per scale is used, and its remainder, exact in fused arithmetic, is divided
+    again. For every scale in [1, 2) this gives the bits of the division near all numbers at which codes change, as a
+    test of all 2**23 scales shows; powers of two extend this to all scales, from 2**-126 to 2**120.
     """
     scale_bits = scales.to(tl.int32, bitcast=True)
     inverse_power = (-(scale_bits & INFINITY_BITS) + RECIPROCAL_BITS).to(tl.float32, bitcast=True)

@@ -202,13 +202,7 @@ def tiling(
 ) -> RowTiling:
     """Returns as many rows as fit a program, and as many warps as hold them without spilling.
 
-    Args:
-        subject: operation and name of the rows, for the message.
-        block_rows: rows that a program processes at a time, a power of two, or None.
-        has_sums: whether a program loops over blocks of rows and also holds their sums per column.
-
-    Raises:
-        ValueError: rows are too long for the registers of a program.
+    `has_sums`: a program also holds sums per column. Raises ValueError if rows are too long for the registers.
     """
     if num_columns > LARGEST_COLUMNS:
         raise ValueError(

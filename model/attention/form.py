@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.kv_cache import CacheView
 from model.config import ModelConfig

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.absorbed import (
     add_attention_over_cache,

@@ -11,8 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.form import Attention
 from model.config import ModelConfig

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from comm.protocol import Dispatcher, Label
 from kernels.attention.documents import Documents
 from model.block import Attended, Block

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
-from comm.context.alone import ALONE
 from comm.context.forecast import MOST_GATHERED_RANKS, ContextBytes, forecast_context_bytes, num_kept_ranks
 from comm.context.group import ContextExchange, from_bytes, open_context, to_bytes
-from comm.context.parts import segment_tokens, segments_of, zigzag_parts
-from comm.context.protocol import ContextGroup, Rows
+from comm.context.protocol import ALONE, ContextGroup, Rows, segment_tokens, segments_of, zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic, TrafficSnapshot
 from comm.layout import Layout

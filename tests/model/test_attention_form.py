@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from comm.context.alone import ALONE
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from comm.dispatch.local import LocalDispatcher
 from infer.decoder import Decoder
 from kernels.attention.documents import Documents

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from comm.config import ParallelismConfig
-from comm.context.alone import ALONE
 from comm.context.forecast import forecast_context_bytes
 from comm.context.group import ContextExchange, open_context
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.layout import Layout

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
-from comm.context.alone import ALONE
 from comm.context.forecast import num_kept_ranks
 from comm.context.group import ContextExchange, open_context
-from comm.context.protocol import ContextGroup
+from comm.context.protocol import ALONE, ContextGroup
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comm.context.parts import SequenceParts, zigzag_parts
-from comm.context.protocol import Contribution, Rows
+from comm.context.protocol import Contribution, Rows, SequenceParts, zigzag_parts
 from comm.protocol import Work
 from kernels.attention.documents import Documents
 from tests.context_parts import join_held, take_held

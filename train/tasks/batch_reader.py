@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from comm.context.parts import SequenceParts
+from comm.context.protocol import SequenceParts
 from data.loader import Batch
 from model.objective import MicroBatch, find_target_rows
 from train.errors import PreemptedError

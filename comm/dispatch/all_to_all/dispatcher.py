@@ -23,7 +23,8 @@ class AllToAllHandle(PlannedHandle[AllToAllCounts, AllToAllRoute]):
 class AllToAllDispatcher:
     """Dispatcher over an expert group with one all-to-all. Member i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, independent of timing.
+    Rows of one local expert arrive by source rank, then by token, independent of timing. If a token reaches more than
+    `max_nodes` nodes, the first use of its plan raises NodeCapError on all ranks. Every member of the group builds one.
     """
 
     def __init__(
@@ -35,12 +36,6 @@ class AllToAllDispatcher:
         observers: Observers,
         max_nodes: int | None = None,
     ) -> None:
-        """Builds the dispatcher of one member. Every member of the group builds one.
-
-        Only this lane may use `group`, the ranks that share a layer's experts. If a token reaches more than `max_nodes`
-        nodes, the first use of its plan raises NodeCapError on all ranks. Raises DispatchError if the ranks do not
-        divide the experts.
-        """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self._planner = AllToAllPlanner(self._group, num_experts, max_nodes, observers.traffic)
         self.num_local_experts = self._planner.num_local_experts

@@ -71,8 +71,8 @@ class DeepEPHandle:
 class DeepEPDispatcher(ClosesOnSuccess):
     """Dispatcher over an expert group with DeepEP's kernels. Member i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, independently of timing. Rows are bfloat16. Rows to
-    experts may also be uint8: `hidden_size` codes of float8_e4m3fn, then float32 scales. Weights are float32.
+    Rows of one local expert arrive by source rank, then by token. They are bfloat16; those to experts may also be
+    uint8: `hidden_size` codes of float8_e4m3fn, then float32 scales. Weights are float32.
     """
 
     def __init__(
@@ -88,16 +88,9 @@ class DeepEPDispatcher(ClosesOnSuccess):
     ) -> None:
         """Builds the dispatcher of one member. All members build and close theirs at the same points.
 
-        Raises DispatchError if the number of ranks does not divide the experts, and DeepEPError if the package is
-        missing or too old.
-
-        Args:
-            group: process group of the ranks that share a layer's experts; only this lane may use it.
-            observers: counters and log of the exchanges. DeepEP does not report what it sends, so rows and bytes are
-                only predicted, on the rank that owns the tokens.
-            max_nodes: maximum number of nodes of a token, or None. Over it, the first dispatch of the plan raises
-                NodeCapError on all ranks.
-            library: replacement of the installed package.
+        DeepEP does not report what it sends, so rows and bytes are only predicted, on the rank that owns the tokens. If
+        a token reaches more than `max_nodes` nodes, the first dispatch of the plan raises NodeCapError on all ranks.
+        `library` replaces the installed package.
         """
         self._group = ExchangeGroup("expert", group, layout, observers)
         self.num_local_experts = num_local_experts(num_experts, len(self._group.members))

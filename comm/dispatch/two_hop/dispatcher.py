@@ -83,8 +83,8 @@ class TwoHopHandle(PlannedHandle[TwoHopCounts, TwoHopRoute]):
 class TwoHopDispatcher:
     """Dispatcher over an expert group with two hops. Member i holds experts i*L to (i+1)*L - 1.
 
-    Rows of one local expert arrive by source rank, then by token, for any timing and number of chunks. The expert's
-    rank, the relay and the token's rank each sum in one fixed order.
+    Rows of one local expert arrive by source rank, then by token, for any timing and number of chunks. Every rank sums
+    in one fixed order. Wrappers implement `payload` and clipping. Every member of the group builds one.
     """
 
     def __init__(
@@ -96,7 +96,6 @@ class TwoHopDispatcher:
         observers: Observers,
         config: TwoHopDispatchConfig,
     ) -> None:
-        """Builds the dispatcher of one member, as all members do; wrappers implement `payload` and clipping."""
         expert = ExchangeGroup("expert", groups.expert, layout, observers)
         self._rail = ExchangeGroup("rail", groups.rail, layout, observers)
         self._node = ExchangeGroup("node", groups.node, layout, observers)

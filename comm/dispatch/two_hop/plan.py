@@ -120,8 +120,8 @@ class TwoHopPlanner:
     def _order(self, touched: Tensor) -> Selection:
         """Orders the sent rows: by chunk, node and token across nodes, then by rank and token within the node.
 
-        Takes a mask of the partial sums that each padded token needs, C Q by P. Returns the token of each sent row,
-        followed by unused values, and the position of each token's rows among them, C Q by P.
+        Takes a mask of the partial sums of each padded token, C Q by P. Returns the token of each sent row, followed by
+        unused values, and the position of each token's rows among them, C Q by P.
         """
         num_padded, num_places = touched.shape
         num_others = self._relays.num_nodes - 1
