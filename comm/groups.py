@@ -35,14 +35,12 @@ class Groups:
     and `embedding` from the lane of reductions; the context group and the world from the compute lane.
 
     Attributes:
-        rank: global rank of this process.
         expert: ranks that together hold every routed expert of this rank's stages, ordered by expert index.
         stage: ranks that hold the same non-expert parameters.
         expert_data: ranks that hold the same routed experts.
-        embedding: ranks that hold the embedding. It is `stage` itself if these are the same ranks, and on ranks that
-            do not hold the embedding.
+        embedding: ranks that hold the embedding. It is `stage` itself if these are the same ranks, and on ranks that do
+            not hold the embedding.
         context: ranks that share each sequence, ordered by context index; None if each rank holds whole sequences.
-        world: all ranks of the job.
     """
 
     rank: int

@@ -71,15 +71,6 @@ class Layout:
         """Returns the index within the expert group: the rank's slice of each layer's routed experts."""
         return self.member_index(rank) % self.parallelism.expert
 
-    def expert_data_index(self, rank: int) -> int:
-        """Returns the index of the rank's expert group among those at its pipeline index."""
-        return self.member_index(rank) // self.parallelism.expert
-
-    def mirror_rank(self, rank: int) -> int:
-        """Returns the rank at the mirrored pipeline index, with the same data and context indices."""
-        index = self.pipeline_index(rank)
-        return rank + (self.parallelism.pipeline - 1 - 2 * index) * self.parallelism.stage_ranks
-
     def node_of(self, rank: int) -> int:
         """Returns the node that the rank runs on."""
         return rank // self.ranks_per_node

@@ -118,7 +118,6 @@ class Arrived:
     """Rows that arrived at their experts' rank, sorted by local expert.
 
     Attributes:
-        rows_AD: the rows.
         weights_A: routing weight of each row, float.
         counts: number of rows of each local expert, on the host.
     """

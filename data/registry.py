@@ -91,8 +91,6 @@ class DataSourceEntry:
     The functions take the source's configuration first.
 
     Attributes:
-        summary: one-line description for users.
-        config: its configuration class, a subclass of `DataSource`.
         files: returns its files, each once, in an order that depends only on their names. The cache of encoded text is
             valid until the path, the size or the modification time of a file changes. A source that generates its
             samples has no files, and a `check`.

@@ -14,7 +14,7 @@ from comm.context.protocol import ALONE, ContextGroup, Contribution, Rows, Seque
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Spread
 from comm.layout import Layout
-from comm.protocol import CompletedWork, Work
+from comm.protocol import CompletedWork, MappedWork, Work
 from comm.watchdog.collective_log import group_name
 
 _ALIGNMENT_BYTES = 16
@@ -161,18 +161,9 @@ class GatherContext(LinkedContext):
         """Implements `ContextGroup.collect`."""
         parts = [contribute(index, rows if index == self.index else kept[index]) for index in range(self.size)]
         stacked = torch.stack(parts)
+        shape, dtype = stacked.shape, stacked.dtype
         work, received = self._link.start_exchange(stacked.view(self.size, -1).view(torch.uint8))
-        return _SummedWork(work, received, stacked)
-
-
-class _SummedWork:
-    def __init__(self, work: Work[None], received: Tensor, like: Tensor) -> None:
-        self._work, self._received, self._shape, self._dtype = work, received, like.shape, like.dtype
-
-    def wait(self) -> Tensor:
-        """Waits for the gradients and adds them in the order of the members."""
-        self._work.wait()
-        return ordered_sum(list(self._received.view(self._dtype).view(self._shape)))
+        return MappedWork(work, lambda _: ordered_sum(list(received.view(dtype).view(shape))))
 
 
 def ordered_sum(parts: Sequence[Tensor]) -> Tensor:

@@ -23,10 +23,7 @@ class DispatcherParts:
 
     Attributes:
         num_experts: experts of a layer over all ranks.
-        layout: layout of the world.
         group: process group of the ranks that share a layer's experts, `layout.expert_group`.
-        lane: lane that runs the exchanges.
-        observers: counters and log of the exchanges.
         timeout_seconds: timeout of each collective in groups that the dispatcher creates.
         tokens: sizes of a rank's micro-batch, for which a dispatcher may allocate buffers.
     """

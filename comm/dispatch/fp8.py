@@ -2,6 +2,8 @@
 
 # Shape legend: A arrived rows, B bytes of a packed row.
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from comm.dispatch.expert_order import dense
@@ -32,7 +34,7 @@ class Fp8Dispatcher:
 
     def dispatch(self, rows_TD: Tensor, weights_TK: Tensor, handle: Handle) -> Work[Arrived]:
         """Sends a quantized copy of each token's row, and the unchanged weight, to each of its experts."""
-        restore = _Restore(rows_TD)
+        restore = _restore_like(rows_TD)
 
         def finish(arrived: Arrived) -> Arrived:
             return Arrived(restore(arrived.rows_AD), arrived.weights_A, arrived.counts)
@@ -42,7 +44,7 @@ class Fp8Dispatcher:
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a quantized copy of each token's row to each of its experts; AD."""
         packed_TB = self._packed(rows_TD, ROWS_MIN_AMAX)
-        return MappedWork(self._inner.dispatch_again(packed_TB, handle), _Restore(rows_TD))
+        return MappedWork(self._inner.dispatch_again(packed_TB, handle), _restore_like(rows_TD))
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:
         """Calls the inner dispatcher: these rows are never quantized."""
@@ -57,7 +59,7 @@ class Fp8Dispatcher:
     def combine_backward(self, grad_rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
         """Sends a quantized copy of each token's gradient to each of its experts' rows; AD."""
         packed_TB = self._packed(grad_rows_TD, GRADIENTS_MIN_AMAX)
-        return MappedWork(self._inner.combine_backward(packed_TB, handle), _Restore(grad_rows_TD))
+        return MappedWork(self._inner.combine_backward(packed_TB, handle), _restore_like(grad_rows_TD))
 
     def close(self) -> None:
         """Closes the inner dispatcher."""
@@ -67,12 +69,7 @@ class Fp8Dispatcher:
         return pack(quantize_1x128(dense(rows_TD.detach()), power_of_two=True, min_amax=min_amax))
 
 
-class _Restore:
-    """Conversion of packed bytes to rows of the input's width and dtype. Keeps no tensor alive."""
-
-    def __init__(self, rows_TD: Tensor) -> None:
-        self._hidden_size = rows_TD.shape[1]
-        self._dtype = rows_TD.dtype
-
-    def __call__(self, packed_AB: Tensor) -> Tensor:
-        return dequantize_1x128(unpack(packed_AB, self._hidden_size), self._dtype)
+def _restore_like(rows_TD: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the conversion of packed bytes to rows of the input's width and dtype. It keeps no tensor alive."""
+    hidden_size, dtype = rows_TD.shape[1], rows_TD.dtype
+    return lambda packed_AB: dequantize_1x128(unpack(packed_AB, hidden_size), dtype)

@@ -25,7 +25,6 @@ class RowBytes:
     """Rows of one layer and micro-batch on one rank.
 
     Attributes:
-        num_tokens: tokens of the rank.
         num_arrived: rows that arrive at its experts if every expert receives equally many.
         to_experts: bytes of a row that is sent to experts.
         from_experts: bytes of a row that returns from experts.
@@ -76,7 +75,6 @@ class Contract:
         fields: required fields of the config, without `kind`, `payload` and those of the node cap.
         row_types: names of the supported torch dtypes of rows.
         weights_type: name of the dtype of routing weights.
-        hidden_size: a supported width of rows.
         package: package that the dispatcher needs; the suite uses an emulation if it is not installed.
     """
 
@@ -94,13 +92,10 @@ class DispatcherEntry:
 
     Attributes:
         name: value of `dispatch.kind`.
-        summary: one line for users.
-        config: class of its configuration, a subclass of `DispatchConfig`.
         build: function that builds it; all ranks of an expert group call it at the same point.
         requirements: functions that raise `DispatchRequirementError` if the dispatcher cannot be used for the run.
         memory: function that predicts its memory. It assumes the largest counts that a routing can have: a token of K
             experts reaches K ranks, and as many nodes as the cap allows.
-        contract: parameters of the contract suite.
     """
 
     name: str

@@ -47,7 +47,7 @@ class Inquiry:
         *,
         short: bool,
     ) -> None:
-        """Prepares requests of `rank` to `ranks` with known addresses; `short`: ranks may reply only `Reached`."""
+        """Prepares requests of `rank` to `ranks` with known addresses; `short`: they may reply `Reached`."""
         self.reason = reason
         self.begun = begun
         self.followed = followed

@@ -44,7 +44,6 @@ class AttentionKernel:
 
     Attributes:
         attend: the function, which imports torch and its package when it is called.
-        devices: device types that it runs on.
         package: import name of the package that must be installed.
         dtypes: torch's names of the supported types; empty for all.
         pads_values: function of the device type: whether values must be padded to the width of keys.

@@ -62,7 +62,7 @@ class TunedProduct(Generic[P]):
         candidates: Sequence[Tiling],
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Creates the product. `key_of` returns what the fastest tiling depends on, None if only the default suits.
+        """Creates the product; `key_of` returns what its fastest tiling depends on, None for the default.
 
         The default is the first of `candidates`. `milliseconds` measures a call: `stream_milliseconds`, only on CUDA
         tensors.
@@ -116,20 +116,14 @@ def round_up(num_rows: int) -> int:
     return triton.next_power_of_2(num_rows) if num_rows else 0
 
 
-def gemm_key(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Hashable | None:
-    """Returns sizes and type of `gemm_fp8`."""
-    return _key(left.codes, right.codes, dtype)
-
-
-def columns_key(left: QuantizedColumns, right: QuantizedColumns) -> Hashable | None:
-    """Returns the sizes of `gemm_fp8_columns`."""
-    return _key(left.codes, right.codes, torch.float32)
-
-
-def _key(left: Tensor, right: Tensor, dtype: torch.dtype) -> Hashable | None:
-    sizes = (round_up(len(left)), len(right), left.shape[1])
+def gemm_key(
+    left: Quantized | QuantizedColumns, right: QuantizedBlocks | QuantizedColumns, dtype: torch.dtype = torch.float32
+) -> Hashable | None:
+    """Returns sizes and type of a product."""
+    num_outputs, depth = right.codes.shape
+    sizes = (round_up(len(left.codes)), num_outputs, depth)
     # Results that are not stored by descriptor need addresses, which take registers that other tilings do not have.
-    is_stored_by_mask = len(right) * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
+    is_stored_by_mask = num_outputs * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
     return None if is_stored_by_mask or 0 in sizes else (dtype, *sizes)
 
 
@@ -149,4 +143,4 @@ COLUMN_CANDIDATES = (
     Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
 )
 gemm_fp8 = TunedProduct(kernel.gemm_fp8, gemm_key, CANDIDATES)
-gemm_fp8_columns = TunedProduct(kernel.gemm_fp8_columns, columns_key, COLUMN_CANDIDATES)
+gemm_fp8_columns = TunedProduct(kernel.gemm_fp8_columns, gemm_key, COLUMN_CANDIDATES)

@@ -65,12 +65,20 @@ def test_tiles_cover_every_visible_pair_once(size: int, is_packed: bool) -> None
             }
             tiles = visible_tiles(cut, queries, keys)
             seen = [pair for tile in tiles for pair in pairs_of(tile, queries, keys)]
-            assert len(seen) == len(set(seen)) == sum(tile.num_scores for tile in tiles)
+            assert len(seen) == len(set(seen)) == sum(num_scores(tile) for tile in tiles)
             assert set(seen) == expected, f"rank {index} of {size}, keys of rank {other}, seed {seed}"
 
 
 def tokens_of(segments: Sequence[int]) -> list[int]:
     return [segment * SEGMENT + place for segment in segments for place in range(SEGMENT)]
+
+
+def num_scores(tile: VisibleTile) -> int:
+    """Returns the number of pairs of a query and a key that it sees."""
+    queries, keys = (end - start for start, end in (tile.queries, tile.keys))
+    length = queries // tile.num_documents
+    pairs = tile.num_documents * length * (length + 1) // 2 if tile.is_causal else queries * keys
+    return (tile.sequences[1] - tile.sequences[0]) * pairs
 
 
 def pairs_of(tile: VisibleTile, queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -91,7 +99,7 @@ def test_attention_work_is_equal_on_all_ranks(size: int) -> None:
     cut = SegmentCut(num_sequences=1, edges=tuple(range(0, (2 * size + 1) * 512, 512)), starts=None)
 
     def work(queries: list[int], keys: list[list[int]]) -> int:
-        return sum(tile.num_scores for each in keys for tile in visible_tiles(cut, queries, each))
+        return sum(num_scores(tile) for each in keys for tile in visible_tiles(cut, queries, each))
 
     held_by = [zigzag(index, size) for index in range(size)]
     works = [work(queries, held_by) for queries in held_by]

@@ -91,7 +91,7 @@ def test_interpreted_tuner_measures_all_candidates_once_for_a_shape() -> None:
         lengths.append(len(measured))
     product(*operands((7, 24, 128)), torch.float64)
     assert [*lengths, len(measured)] == [2, 2, 4, 4, 4, 4]
-    columns = TunedProduct(gemm_fp8_columns, tuned.columns_key, candidates, milliseconds)
+    columns = TunedProduct(gemm_fp8_columns, tuned.gemm_key, candidates, milliseconds)
     check_columns(columns, "cpu", (5, 24, 128))
     assert len(measured) == 6
     assert {*product._chosen.values(), *columns._chosen.values()} == {Tiling(rows=32, outputs=32)}

@@ -18,14 +18,6 @@ class VisibleTile:
     num_documents: int = 1
     is_causal: bool = False  # whether a query sees only the keys up to its place
 
-    @property
-    def num_scores(self) -> int:
-        """Number of pairs of a query and a key that it sees."""
-        queries, keys = (end - start for start, end in (self.queries, self.keys))
-        length = queries // self.num_documents
-        pairs = self.num_documents * length * (length + 1) // 2 if self.is_causal else queries * keys
-        return (self.sequences[1] - self.sequences[0]) * pairs
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentCut:
