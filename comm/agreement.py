@@ -127,7 +127,6 @@ def _global_rank(rank: int, group: ProcessGroup | None) -> int:
 
 
 def _device(group: ProcessGroup | None) -> torch.device:
-    """Returns where a group's tensors must be: the current GPU for NCCL, else the host."""
     if distributed.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

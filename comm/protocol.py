@@ -38,7 +38,6 @@ class MappedWork(Generic[SourceT, ResultT]):
     """Work whose result is a function of other work's result; it runs in `wait`, on the compute lane."""
 
     def __init__(self, work: Work[SourceT], function: Callable[[SourceT], ResultT]) -> None:
-        """Stores `function`. It runs at every `wait`, without recording gradients."""
         self._work = work
         self._function = function
 

@@ -14,7 +14,6 @@ class Relays:
     members_of: tuple[tuple[int, ...], ...]  # members of each node by their index in the group, ascending
 
     def __init__(self, member_nodes: Sequence[int]) -> None:
-        """Groups members by node; `member_nodes` holds the node of each member."""
         nodes = sorted(set(member_nodes))
         self.node_of = tuple(nodes.index(node) for node in member_nodes)
         self.members_of = tuple(

@@ -1,7 +1,4 @@
-"""Generates problems of arithmetic: sort or reverse the digits of a number. Imports no torch.
-
-A problem is held out by the hash of its text. So held-out problems never occur in training, for any seed.
-"""
+"""Generates arithmetic problems, held out by the hash of their text for any seed. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from data.chat.messages import Conversation, assistant, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, hash_unit
 from data.problems.records import ProblemRecord
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
+from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
 from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -189,11 +186,6 @@ def _conversation(problem: ArithmeticProblem, answer: str) -> Conversation:
     return Conversation(messages=(user(problem.prompt), assistant(answer)))
 
 
-def _documents(source: ArithmeticSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
-    """Yields no documents, because there are no files."""
-    yield from ()
-
-
 def _check(source: ArithmeticSource, tokenizer: Tokenizer | None) -> None:
     check_domains(source.domains, "data.domains")
     if tokenizer is not None:
@@ -206,7 +198,7 @@ DATA_SOURCES.register(
         summary="generated problems: sort or reverse the digits of a number",
         config=ArithmeticSource,
         files=lambda source: (),
-        read=_documents,
+        read=lambda source, file, limit_bytes: iter(()),  # there are no files
         place=lambda source: "data.kind: 'arithmetic'",
         settings=lambda source: [
             *(source.form, source.template, list(source.domains), source.num_digits, source.num_samples),

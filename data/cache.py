@@ -60,7 +60,6 @@ def open_or_build(cache_dir: Path, name: str, build: Callable[[Path], Mapping[st
 
 
 def _open(folder: Path) -> CacheEntry | None:
-    """Returns the entry if it is complete, otherwise None."""
     try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in meta["file_bytes"].items())

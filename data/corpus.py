@@ -46,8 +46,8 @@ class FilesSource(DataSource):
 def list_files(source: DataSource) -> tuple[CorpusFile, ...]:
     """Returns the files of a source, each once, in an order that depends only on their names.
 
-    Hidden files and folders in searched folders are skipped. Symbolic links to folders are not followed. Raises
-    DataError if a path is missing, has an unknown suffix, or is a folder without readable files.
+    Hidden files, and links to folders, are skipped. Raises DataError for a path that is missing or has no readable
+    file.
     """
     return DATA_SOURCES.get(source.kind).files(source)
 

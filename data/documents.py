@@ -48,11 +48,7 @@ class LongDocuments:
 def pack_long_first(
     tokens: NDArray[np.integer], lengths: NDArray[np.int64], length: int, pad_id: int, config: LongDocumentsConfig
 ) -> tuple[Packed, dict[str, int]]:
-    """Packs documents so that sequences with long ones come first.
-
-    Returns the sequences, and the counts from which `LongDocuments` is opened. Raises DataError if no document is long,
-    or if all of them are and the share is below 1.
-    """
+    """Packs sequences with long documents first; returns also the counts that `LongDocuments` needs."""
     is_long = lengths >= config.min_document_tokens
     if not is_long.any():
         raise DataError(
@@ -78,11 +74,7 @@ def pack_long_first(
 
 
 def count_token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Returns the UTF-8 bytes of text of each token id; special tokens have none.
-
-    A byte-level token may hold a part of a character, whose bytes count too. For other tokenizers, the bytes are those
-    of the text that the token alone decodes to.
-    """
+    """Returns the UTF-8 bytes of text behind each token id, parts of characters too; none of special ones."""
     special = {*tokenizer.special.all_ids, *tokenizer.placed_names}
     is_byte_level = tokenizer.is_byte_level
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)

@@ -58,11 +58,7 @@ class Prepared:
 
 
 def check_config(config: DataConfig) -> int:
-    """Rejects invalid data settings in less than a second, and returns the size of the vocabulary.
-
-    Every token id is below it. Raises DataError if a value is out of range, the source or the tokenizer cannot be read,
-    or the token that ends a document is unknown.
-    """
+    """Rejects invalid data settings in less than a second; token ids are below the returned vocabulary."""
     entry = DATA_SOURCES.get(config.source.kind)
     if config.tokenizer is None:
         if entry.tokenizer is None:

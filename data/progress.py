@@ -1,8 +1,4 @@
-"""What a person sees of a command: progress as a bar or as lines, and text without control sequences.
-
-A terminal shows control characters from models, files and other machines as escapes. Files and pipes get the text
-unchanged, because programs read it there. Imports no torch.
-"""
+"""What a person sees of a command: progress, and text without control characters. No torch here."""
 
 import re
 import sys

@@ -168,11 +168,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, key: str = "tokenizer", names: SpecialNames = NAMES_FROM_FILES) -> "Tokenizer":
-        """Loads a tokenizer that `save` wrote, or a published one with the files next to it.
-
-        The path is a `tokenizer.json` or a `tiktoken.model`. Raises DataError if it is missing or not a tokenizer, or
-        the token that ends a document is unknown.
-        """
+        """Loads a `tokenizer.json` or `tiktoken.model` with the files next to it, or raises DataError."""
         sidecars = read_sidecar_files(path.parent, key)
         try:
             if not path.is_file() or path.stat().st_size > LARGEST_BYTES:

@@ -54,11 +54,7 @@ def other_tokenizer(folder: Path) -> str:
 
 
 def read_tiktoken(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Returns the tokenizer of a `tiktoken.model`.
-
-    Raises ValueError if the file is invalid or `config` names another kind of tokenizer, whose pattern is unknown, and
-    OSError if the file cannot be read.
-    """
+    """Returns the tokenizer of a `tiktoken.model`; ValueError if it is invalid or of an unknown pattern."""
     if config.get("tokenizer_class") != _CLASS:
         raise ValueError(
             f"tokenizer_config.json next to it must have tokenizer_class {_CLASS}, as for Kimi and Moonlight, has "

@@ -41,10 +41,7 @@ def make_describable(matrices: Tensor) -> Tensor:
 
 
 def allow_descriptors(device: torch.device) -> None:
-    """Lets this thread's next kernel launches create descriptors; must be called before each such launch.
-
-    Triton's allocator is set per thread, and autograd runs a backward pass in its own thread.
-    """
+    """Lets this thread create descriptors in its next kernel launch; must be called before each launch."""
     if device.type == "meta":
         return
     import triton

@@ -190,7 +190,6 @@ def _import(path: Path, name: str, text: bytes) -> ModuleType:
 
 
 def _plugin_entries() -> list[tuple[Registry[Any], str]]:
-    """Returns what code outside this project has registered so far."""
     return [(registry, name) for registry in _registries for name in registry.from_plugins()]
 
 

@@ -52,7 +52,6 @@ class LoggedWork:
     """Pending communication whose wait the collective log sees."""
 
     def __init__(self, link: "ContextLink", name: str, works: Sequence[distributed.Work], buffers: Rows) -> None:
-        """Logs the start of a collective; `buffers` stay in memory until it is complete."""
         self._log = link.observers.log
         self._collective = self._log.start(link.name, link.members, name)
         self._works, self._buffers = works, buffers
@@ -69,7 +68,6 @@ class ContextLink:
     """Process group of a context group. Used only from the compute lane."""
 
     def __init__(self, group: ProcessGroup, layout: Layout, observers: Observers) -> None:
-        """Wraps a process group; `layout` says on which node each rank is."""
         self.members = tuple(distributed.get_process_group_ranks(group))
         self.index = distributed.get_rank(group)
         self.name = group_name("context", self.members)

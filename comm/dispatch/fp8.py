@@ -24,7 +24,6 @@ class Fp8Dispatcher:
     num_local_experts: int
 
     def __init__(self, inner: Dispatcher) -> None:
-        """Wraps `inner`, which sends packed rows as uint8."""
         self.num_local_experts = inner.num_local_experts
         self._inner = inner
 

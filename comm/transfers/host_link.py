@@ -87,7 +87,6 @@ class HostLink:
     """
 
     def __init__(self, group: ProcessGroup, peer: int, kind: MessageKind, device: torch.device, log: LinkLog) -> None:
-        """Opens one end; `peer` is the other end's rank within `group`."""
         self._group = group
         self._peer = peer
         self._header_tag = MESSAGE_KINDS.index(kind)

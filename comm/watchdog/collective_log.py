@@ -58,7 +58,6 @@ class CollectiveLog:
     """Log of one rank's collectives. Threads of the rank write to it and its watchdog reads it."""
 
     def __init__(self, num_kept: int = 512) -> None:
-        """Creates an empty log; `num_kept` is the number of collectives that `recent` returns."""
         self._mark: StreamMark | None = None
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, Collective]] = deque(maxlen=num_kept)

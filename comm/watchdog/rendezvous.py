@@ -47,7 +47,6 @@ class Job:
     """Job of a rank: the store for process groups, and the watchdog."""
 
     def __init__(self, store: Store, watchdog: Watchdog, restore: Callable[[], None]) -> None:
-        """Stores the parts; `restore` reinstalls the earlier handler of SIGTERM."""
         self.store = store
         self.watchdog = watchdog
         self._restore = restore
@@ -105,7 +104,6 @@ class AddressExchange:
     """Exchange of keys and addresses, as run by one rank."""
 
     def __init__(self, start: JobStart, store: Store, watchdog_socket: WatchdogSocket, folder: Path | None) -> None:
-        """Stores the arguments; in `folder` rank 0 writes the file with the key, if it must."""
         self._start = start
         self._store = store
         self._socket = watchdog_socket

@@ -217,7 +217,6 @@ def _write_turn(
 
 
 def _tool_lines(tools: Sequence[ToolDefinition]) -> Iterator[str]:
-    """Yields the paragraphs of the system text that describe the tools."""
     if tools:
         yield TOOLS_HEADING
     for tool in tools:

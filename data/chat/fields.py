@@ -101,11 +101,7 @@ class JsonRecord(Generic[T]):
 def read_json_lines(
     file: CorpusFile, read: Callable[[Mapping[str, Any], str], T], limit_bytes: int | None, what: str
 ) -> Iterator[JsonRecord[T]]:
-    """Yields the records of a `.jsonl` file; a limit is about the number of bytes to read.
-
-    `read` receives a line's object and place. `what` is the plural of what a line holds, for errors. Raises DataError
-    if the file has another suffix or cannot be read, or a line is invalid.
-    """
+    """Yields the records of a `.jsonl` file, of about `limit_bytes`; `what` they are is for errors."""
     if file.path.suffix.lower() != ".jsonl":
         raise DataError(
             f"data.paths: {file.path} ends in {file.path.suffix!r}; a file of {what} must end in .jsonl; nearest: "

@@ -89,7 +89,6 @@ def _no_form(values: Mapping[str, Any], place: str, form: str, missing: str, nam
 
 
 def _check(conversation: Conversation, place: str) -> None:
-    """Rejects messages out of order, and conversations without an answer."""
     messages = conversation.messages
     problem = order_problem(messages)
     if problem is not None:

@@ -15,7 +15,7 @@ from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.problems.records import ProblemRecord
 from data.problems.source import prompt_sample
-from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
+from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
 from data.samples.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt
@@ -74,11 +74,6 @@ def _samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[TrainingSample
     return (prompt_sample(record, template, tokenizer) for record in _problems(source))
 
 
-def _documents(source: GymSource, file: CorpusFile, limit_bytes: int | None) -> Iterator[Document]:
-    """Yields no documents, because there are no files."""
-    yield from ()
-
-
 def _check(source: GymSource, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         raise DataError(
@@ -102,7 +97,7 @@ DATA_SOURCES.register(
         summary="problems that the library reasoning-gym generates",
         config=GymSource,
         files=lambda source: (),
-        read=_documents,
+        read=lambda source, file, limit_bytes: iter(()),  # there are no files
         place=lambda source: f"data.dataset: {source.dataset!r}",
         settings=lambda source: [
             *(source.dataset, source.count, source.generator_seed, source.template),

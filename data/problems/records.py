@@ -49,11 +49,7 @@ class ProblemRecord:
 
 
 def read_problem(values: Mapping[str, Any], key: str, place: str, *, needs_answer: bool) -> ProblemRecord:
-    """Returns the problem of an object.
-
-    A misspelled field is found, because the answer or the tests must be there; if `needs_answer` is set, not null.
-    DataError names the place, the field, the rule, the value and the nearest valid choice.
-    """
+    """Returns the problem of an object with a field for answer or tests; if `needs_answer`, not null."""
     if "prompt" not in values:
         raise _missing(values, place, "prompt")
     if all(values.get(name) is None if needs_answer else name not in values for name in ("answer", "tests")):

@@ -101,11 +101,7 @@ DATA_SOURCES.register(
 
 
 def split_problems(config: DataConfig) -> tuple[list[ProblemRecord], list[ProblemRecord]]:
-    """Returns the problems to train on, and those that are held out, each in the source's order.
-
-    A problem is held out exactly if its sample is. Raises DataError if the source has no problems, cannot be read, or
-    the training part would be empty.
-    """
+    """Returns the problems to train on and those that are held out, split as the source's samples are."""
     entry = DATA_SOURCES.get(config.source.kind)
     if entry.problems is None:
         valid = [name for name, each in DATA_SOURCES.items() if each.problems is not None]

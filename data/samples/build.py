@@ -28,11 +28,7 @@ def has_samples(config: DataConfig) -> bool:
 def build_samples(
     config: DataConfig, known: Tokenizer | None, sequence_length_tokens: int, folder: Path, progress: Progress
 ) -> dict[str, int | float | str]:
-    """Writes `tokenizer.json` and each part's packed samples into a folder; returns values of `meta.json`.
-
-    If no tokenizer is known, one is trained on the samples' text. Raises DataError if the source cannot be read, or the
-    training part would be empty.
-    """
+    """Writes `tokenizer.json`, trained if none is known, and each part's packed samples into a folder."""
     tokenizer = known or train_tokenizer(config, 0, progress)
     tokenizer.save(folder / "tokenizer.json")
     digest = hashlib.sha256()

@@ -112,7 +112,6 @@ def _count_targets(piece: SamplePiece) -> int:
 
 
 def _count_numbers(sample: TrainingSample) -> int:
-    """Returns the largest number of a pair or an answer in a sample; 0 if it has none."""
     numbered = (piece.values[name] for piece in sample.pieces for name in NUMBERED if name in piece.values)
     return max((int(np.abs(value).max(initial=0)) for value in numbered), default=0)
 

@@ -38,11 +38,7 @@ def sample_lines(prepared: Prepared, sequence: int, *, reads_weights: bool) -> I
 
 
 def piece_lines(piece: ShownPiece, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields the lines of a piece. Each run of targets, and of other tokens, begins a line.
-
-    Special tokens appear by name. Text that spells one has a backslash before it. Characters that do not print are
-    escaped.
-    """
+    """Yields a piece's lines, a run of targets or others each; text that spells a token has a backslash."""
     start = 0
     for is_target, run in groupby(piece.is_target.tolist()):
         end = start + len(list(run))

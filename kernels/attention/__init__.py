@@ -32,10 +32,7 @@ class CausalAttention(Protocol):
     def __call__(
         self, query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
     ) -> Tensor:
-        """Returns the mean of values weighted by the softmax of scaled scores over visible keys, BHTV.
-
-        V equals Q if the kernel pads values. Without `documents` every token sees all tokens up to itself.
-        """
+        """Returns the mean of values weighted by the softmax of scaled scores over visible keys, BHTV."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,10 +120,7 @@ def add_gradients(
     targets_N: Tensor,
     row_slopes: RowSlopes | None,
 ) -> None:
-    """Adds a chunk's part to the gradients that `scores` holds. The first chunk must begin at row 0.
-
-    Rows without a target are excluded. `slopes_CV`: derivatives of -log p in each logit, in the rows' type.
-    """
+    """Adds a chunk's part to the gradients in `scores`; `slopes_CV`: derivatives of -log p in the logits."""
     rows_CD, is_ignored_C1 = rows_ND[chunk], targets_N[chunk, None] == IGNORE
     slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]
     if callable(row_slopes):

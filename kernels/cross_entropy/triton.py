@@ -118,10 +118,7 @@ def linear_cross_entropy(
     block_columns: int = 8192,
     num_warps: int = 8,
 ) -> RowScores:
-    """Implements `reference.linear_cross_entropy`; the gradients overwrite the logits of a chunk.
-
-    Logits are in the rows' type, about `chunk_logits` at a time. torch excludes those of tokens that are not kept.
-    """
+    """Implements `reference.linear_cross_entropy`; gradients overwrite a chunk's logits, in rows' type."""
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
     check_kept_ids(kept_ids_NK, rows_ND)
     num_rows, vocab_size = len(rows_ND), len(head_VD)

@@ -1,6 +1,3 @@
-"""Computes divergences of a linear head from a teacher, and their gradients.
-
-There is only the reference, on every device: its products are torch's, and the rest is bound by memory.
-"""
+"""Computes divergences of a linear head from a teacher, and their gradients, in plain PyTorch."""
 
 from kernels.distillation.reference import linear_distillation as linear_distillation

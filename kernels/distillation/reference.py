@@ -1,7 +1,4 @@
-"""Divergence of a linear head's distribution from a teacher's, without storing all logits.
-
-The gradients are computed in the forward, chunk by chunk, as in kernels/cross_entropy.
-"""
+"""Divergence of a linear head's distribution from a teacher's, chunk by chunk, with its gradients."""
 
 # Shape legend: N rows, C rows of a chunk, B buckets of a distribution, D hidden size, V vocabulary, S hidden size of
 # the teacher, K kept tokens of the teacher.
@@ -30,11 +27,7 @@ class Divergence:
 
 
 def divergence_terms(log_p_CB: Tensor, log_q_CB: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
-    """Returns D(p, q) of each row, [C], and dD/du, [C, B], where q = softmax(u); ignores the temperature.
-
-    `log_p_CB` and `log_q_CB` are log-probabilities of teacher and student. The teacher's may be minus infinity for
-    forward_kl and jensen_shannon.
-    """
+    """Returns D(p, q), [C], and dD/du, [C, B], of the log-probabilities, where q = softmax(u)."""
     q_CB = log_q_CB.exp()
     match form.kind:
         case "forward_kl":
@@ -139,7 +132,6 @@ def linear_distillation(
 
 
 def _student_terms(teacher: Teacher, chunk: slice, logs_CV: Tensor, form: Divergence) -> tuple[Tensor, Tensor]:
-    """Returns the divergences of a chunk, and their derivatives in the student's scaled logits, [C, V]."""
     if isinstance(teacher, TeacherStates):
         logits_CV = (teacher.rows_NS[chunk] @ teacher.head_VS.t()).to(logs_CV.dtype)
         return divergence_terms(torch.log_softmax(logits_CV / form.temperature, -1), logs_CV, form)

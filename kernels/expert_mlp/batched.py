@@ -22,8 +22,6 @@ MOST_FILLED = 4
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Positions of rows after padding."""
-
     rows_S: Tensor  # row of each slot
     filled: Tensor  # slots without a row
     places_A: Tensor  # slot of each row

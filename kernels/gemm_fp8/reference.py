@@ -38,10 +38,7 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
 
 
 def gemm_fp8_columns(left: QuantizedColumns, right: QuantizedColumns) -> Tensor:
-    """Multiplies over all groups' rows, `left right^T`: a weight's gradient (arXiv:2412.19437, 3.3.2).
-
-    Both have scales by 128 of P. Returns float32 [M, N]; zeros if P is 0.
-    """
+    """Multiplies over all groups' rows, `left right^T`: float32 [M, N], a weight's gradient (3.3.2)."""
     check_columns("gemm_fp8_columns", left, right)
     left_MP, right_NP = (dequantize_1x128(Quantized(*operand), torch.float32) for operand in (left, right))
     return torch.mm(left_MP, right_NP.t())

@@ -81,8 +81,6 @@ def supports_weight(grad: QuantizedColumns, rows: QuantizedColumns) -> bool:
 
 
 class _Layout(NamedTuple):
-    """Layout of rows that the package requires."""
-
     groups_P: Tensor  # group of each row, -1 for padding
     sources_P: Tensor | None  # source row of each padded row; None if rows keep their places
     places_A: Tensor | None  # padded place of each row; None if rows keep their places

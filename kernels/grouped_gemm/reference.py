@@ -120,10 +120,7 @@ def _check_alike(subject: str, name: str, tensor: Tensor, rows: Tensor) -> None:
 
 
 def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Computes `gemm_fp8` of each group's rows with its matrix: [A, N] (arXiv:2412.19437, section 3.3.2).
-
-    `rows` have scales by 1 x 128, `weights` by 128 x 128; results are rounded once, to `dtype`. Counts may be 0.
-    """
+    """Computes `gemm_fp8` of each group's rows with its matrix, AN (arXiv:2412.19437, section 3.3.2)."""
     num_rows, _, num_outputs, _ = check_rows_fp8("grouped_rows_fp8", rows, weights, counts)
     out_AN = rows.scales.new_empty(num_rows, num_outputs, dtype=dtype)
     first = 0
@@ -137,10 +134,7 @@ def grouped_rows_fp8(rows: Quantized, weights: QuantizedBlocks, counts: Sequence
 
 
 def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: Sequence[int]) -> Tensor:
-    """Computes `gemm_fp8_columns` of each group: the gradient of its matrix (arXiv:2412.19437, 3.3.2).
-
-    Both have scales by 128 of P. Returns float32 [E, N, K]; zeros for a group without rows.
-    """
+    """Computes `gemm_fp8_columns` of each group, ENK: its matrix's gradient; zeros without rows."""
     _, num_groups, num_outputs, num_inputs = check_weight_fp8("grouped_weight_fp8", grad, rows, counts)
     out_ENK = grad.scales.new_zeros(num_groups, num_outputs, num_inputs)
     first = 0

@@ -148,7 +148,6 @@ def transpose_blocks(quantized: QuantizedBlocks) -> QuantizedBlocks:
 
 
 def _matrices(stacked: Tensor) -> Tensor:
-    """Returns stacked_END: all leading dimensions merged into one."""
     return stacked.reshape(-1, *stacked.shape[-2:])
 
 

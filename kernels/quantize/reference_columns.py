@@ -24,10 +24,7 @@ CHUNK_TILES = 2
 def quantize_columns(
     rows_ND: Tensor, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
-    """Quantizes the transpose by tiles of 128 rows of a group (arXiv:2412.19437, section 3.3.2).
-
-    This equals `quantize_1x128` of the transpose after every group is padded with zeros to a multiple of 128 rows.
-    """
+    """Quantizes the transpose by tiles of 128 rows of a group, as `quantize_1x128` with padded groups."""
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     check_counts("quantize_columns", counts, rows_ND.shape[0])
     quantized = quantize_1x128(_pad_groups(rows_ND, counts).t(), power_of_two=power_of_two, min_amax=min_amax)

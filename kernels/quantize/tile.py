@@ -13,10 +13,7 @@ RECIPROCAL_BITS = tl.constexpr(0x7F000000)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def largest_bits(values: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    """Returns the bits of the largest float32 magnitude along AXIS, int32; keeps the axis with length 1.
-
-    Bits of non-negative floats have their order, and those of a NaN are the largest. A float maximum may drop a NaN.
-    """
+    """Returns the bits, int32, of the largest float32 magnitude along AXIS, kept with length 1; NaN wins."""
     return tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE_BITS, axis=AXIS, keep_dims=True)
 
 

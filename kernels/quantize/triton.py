@@ -303,7 +303,6 @@ def transpose_blocks(quantized: QuantizedBlocks, *, num_warps: int = 8) -> Quant
 
 
 def _matrices(stacked: Tensor) -> Tensor:
-    """Returns stacked_END: all leading dimensions merged into one."""
     return stacked.reshape(-1, *stacked.shape[-2:])
 
 

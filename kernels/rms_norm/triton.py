@@ -200,10 +200,7 @@ def normalize_backward(
 def tiling(
     subject: str, num_columns: int, block_rows: int | None, num_warps: int | None, *, has_sums: bool = False
 ) -> RowTiling:
-    """Returns as many rows as fit a program, and as many warps as hold them without spilling.
-
-    `has_sums`: a program also holds sums per column. Raises ValueError if rows are too long for the registers.
-    """
+    """Returns as many rows as fit a program, with sums per column if `has_sums`, and warps to hold them."""
     if num_columns > LARGEST_COLUMNS:
         raise ValueError(
             f"{subject} must have at most {LARGEST_COLUMNS} columns, got {num_columns}; nearest: {LARGEST_COLUMNS}"

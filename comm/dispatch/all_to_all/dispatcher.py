@@ -109,7 +109,6 @@ class AllToAllDispatcher:
         """Does nothing: there is nothing to free."""
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends rows of the tokens without weights; AD."""
         own = own_handle(handle, AllToAllHandle)
 
         def run() -> Tensor:

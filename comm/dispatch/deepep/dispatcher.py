@@ -156,7 +156,6 @@ class DeepEPDispatcher(ClosesOnSuccess):
         return self._send_rows("combine backward", grad_rows_TD, handle)
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends rows of the tokens without weights; AD."""
         own = own_handle(handle, DeepEPHandle)
         self._buffer.check_rows(rows_TD, name, may_be_codes=True)
 

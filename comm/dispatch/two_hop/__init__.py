@@ -29,7 +29,6 @@ def _build(config: TwoHopDispatchConfig, parts: "DispatcherParts") -> "Dispatche
 
 
 def _memory(config: TwoHopDispatchConfig, site: DispatchSite, rows: RowBytes) -> DispatchMemory:
-    """Predicts the bytes of index tensors and row buffers, for the largest counts of any routing."""
     num_ranks, num_tokens, num_choices = site.parallelism.expert, rows.num_tokens, site.tokens.num_choices
     per_node = min(num_ranks, site.cluster.ranks_per_node)
     num_nodes = -(-num_ranks // per_node)

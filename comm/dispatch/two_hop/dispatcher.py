@@ -164,7 +164,6 @@ class TwoHopDispatcher:
         self._groups.close()
 
     def _send_rows(self, name: str, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends rows of the tokens without weights and ids; AD."""
         own = own_handle(handle, TwoHopHandle)
 
         def run() -> Tensor:

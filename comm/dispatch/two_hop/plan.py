@@ -141,7 +141,6 @@ class TwoHopPlanner:
         return Selection(selection.values_S, torch.cat([other_places, home_places], 1))
 
     def _tables_on(self, device: torch.device) -> _Tables:
-        """Returns the tables. They are made once, when the device is known."""
         if self._tables is None or self._tables.send_indices.device != device:
             self._tables = self._make_tables(device)
         return self._tables
