@@ -16,9 +16,8 @@ class Fp8Dispatcher:
     """Wrapper of a dispatcher that sends rows to experts as e4m3 codes (arXiv:2412.19437, section 3.3).
 
     Each 128 columns of a row share a power-of-two scale. `dispatch` and `dispatch_again` quantize rows, and
-    `combine_backward` quantizes the gradients of the experts' outputs. Results have the rows' own dtype again. The
-    backward treats quantization as the identity (straight-through). A NaN or an infinity turns its 128 columns into
-    NaN.
+    `combine_backward` quantizes the gradients of the experts' outputs. The backward treats quantization as the identity
+    (straight-through). Results have the rows' own dtype; a NaN or an infinity turns its 128 columns into NaN.
     """
 
     num_local_experts: int

@@ -121,8 +121,8 @@ class Renormalization:
     def backward(self, gradients_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Computes the gradients of the weights w before clipping, TK, from those after it, g.
 
-        Let S be the sum of all weights, R the sum of the kept ones, and c the sum of g w over kept choices. Then dL/dw
-        = c / R for every choice, plus g S / R - c S / R^2 for a kept one. g is 0 for choices that were not sent.
+        With S the sum of all weights, R of the kept ones, and c of g w over kept choices, every choice has the
+        gradient c / R, and a kept one also g S / R - c S / R^2. g is 0 for choices that were not sent.
         """
         sum_T1, kept_T1 = self._sums(weights_TK)
         factor_T1, share_TK = sum_T1 / kept_T1, gradients_TK / kept_T1
