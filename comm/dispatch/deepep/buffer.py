@@ -1,4 +1,4 @@
-"""Wraps DeepEP's buffer: the typed calls that the dispatcher makes, checks of the rows, and their order.
+"""Wraps DeepEP's buffer: the typed calls that the dispatcher makes, checks of rows, and their order.
 
 It uses the interface of deep_ep 2.1.0 (github.com/deepseek-ai/DeepEP). `ElasticBuffer.dispatch` runs without expansion,
 first with choices and weights and later with the cached `EPHandle`. `async_with_compute_stream` stays off, so every

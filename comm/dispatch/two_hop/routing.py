@@ -47,7 +47,7 @@ class RowRouter:
         return RelayOrder(rows_S, places.view(touched_GM.shape).T)
 
     def expand(self, shifted_XK: Tensor, by_source_X: Tensor, num_rows: int) -> ExpertOrder:
-        """Orders the `num_rows` rows of this rank's experts, copies of arrived rows: by expert, source and token."""
+        """Orders the `num_rows` copies of arrived rows for experts of this rank: by expert, source, token."""
         # The local expert of each choice, X K; L if the expert is on another rank.
         self._local = self._local.to(shifted_XK.device)
         num_arrived, num_choices = shifted_XK.shape
