@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.context.alone import ALONE
-from comm.context.group import GatherContext, LinkedContext, Shift
-from comm.context.protocol import ContextGroup
-from comm.context.ring import RingContext
+from comm.context.group import GatherContext, LinkedContext, RingContext, Shift
+from comm.context.protocol import ALONE, ContextGroup
 from comm.protocol import Arrived, CompletedWork, Dispatcher, Label, Work
 
 
