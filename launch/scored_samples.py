@@ -19,7 +19,7 @@ from data.chat.messages import ChatMessage
 from data.chat.templates import ChatTemplate
 from data.corpus import decode_json
 from data.special_tokens import END_THINK, THINK
-from infer.scoring.pass_rates import PassRates, compute_pass_rates
+from infer.scoring.ratings import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Score, TextAnswer
 from kernels.ranges import PositiveInt, Share

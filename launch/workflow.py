@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from infer.scoring.pass_rates import PassRates
+from infer.scoring.ratings import PassRates
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.help.command import command, plain_text

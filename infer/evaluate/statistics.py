@@ -67,28 +67,28 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     """Compares two evaluations of the same samples in the same order."""
     is_binary = all(measure.weight == 1 and measure.value in (0, 1) for measure in (*first, *second))
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
-    number = len(first)
-    both = (estimate(first).value, estimate(second).value)
-    if both[0] is None or both[1] is None:
-        return PairedComparison(
-            difference=None, standard_error=None, p_value=None, test=test, interval=None, num_samples=number
-        )
-    difference = both[0] - both[1]
-    error = _paired_error(first, second, both[0], both[1])
-    interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
-    if is_binary:
-        gained = sum(mine.value > other.value for mine, other in zip(first, second, strict=True))
-        lost = sum(mine.value < other.value for mine, other in zip(first, second, strict=True))
-        p_value: float | None = mcnemar(gained, lost)
-    else:
-        p_value, interval = _bootstrap(first, second, seed) if number > 1 else (None, None)
+    ours, theirs = estimate(first).value, estimate(second).value
+    difference: float | None = None
+    error: float | None = None
+    p_value: float | None = None
+    interval: tuple[float, float] | None = None
+    if ours is not None and theirs is not None:
+        difference = ours - theirs
+        error = _paired_error(first, second, ours, theirs)
+        if is_binary:
+            gained = sum(mine.value > other.value for mine, other in zip(first, second, strict=True))
+            lost = sum(mine.value < other.value for mine, other in zip(first, second, strict=True))
+            p_value = mcnemar(gained, lost)
+            interval = None if error is None else (difference - 1.96 * error, difference + 1.96 * error)
+        elif len(first) > 1:
+            p_value, interval = _bootstrap(first, second, seed)
     return PairedComparison(
         difference=difference,
         standard_error=error,
         p_value=p_value,
         test=test,
         interval=interval,
-        num_samples=number,
+        num_samples=len(first),
     )
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from infer.config import GenerateError
-from infer.engines.pipelined.cohort import NOTHING, Cohort
 from infer.engines.pipelined.engine import CohortSizes
-from infer.engines.pipelined.plan import RoundFormat, RoundPlan
+from infer.engines.pipelined.plan import NOTHING, Cohort, RoundFormat, RoundPlan
 from model.attention.kv_cache import KvCache
 
 

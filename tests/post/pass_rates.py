@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.arithmetic import problems
-from infer.scoring.pass_rates import PassRates, compute_pass_rates
+from infer.scoring.ratings import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Answer, TextAnswer
 from tests.post.recipes import LoadedRun

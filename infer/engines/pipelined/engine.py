@@ -20,8 +20,15 @@ from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCond
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder
 from infer.engines.local import start_sequences, to_rollouts
-from infer.engines.pipelined.cohort import NOTHING, Cohort, CohortDecoder, Round
-from infer.engines.pipelined.plan import DecodePipeline, RoundFormat, assign_prompt
+from infer.engines.pipelined.plan import (
+    NOTHING,
+    Cohort,
+    CohortDecoder,
+    DecodePipeline,
+    Round,
+    RoundFormat,
+    assign_prompt,
+)
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
 from infer.routes import RouteStore, join_routes
 

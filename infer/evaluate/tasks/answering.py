@@ -27,7 +27,7 @@ from infer.evaluate.protocol import (
     Text,
 )
 from infer.evaluate.registry import EvaluationTaskConfig
-from infer.scoring.pass_rates import pass_at_k
+from infer.scoring.ratings import pass_at_k
 from infer.scoring.score import SCORERS, VERDICTS, Answer, Problem, Score, TextAnswer
 from kernels.ranges import NonNegativeFloat, PositiveInt
 

@@ -17,7 +17,7 @@ from infer.evaluate.protocol import EvaluationError
 from infer.evaluate.tasks.questions import OWN_PROGRAMS
 from infer.scoring.code import find
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
-from infer.scoring.pass_rates import pass_at_k
+from infer.scoring.ratings import pass_at_k
 from tests.data.chat.conversations import chat_tokenizer
 from tests.infer.evaluate.mutants import MUTANTS
 from tests.infer.evaluate.stand_ins import SayingModel, evaluate, open_task

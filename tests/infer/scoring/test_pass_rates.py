@@ -1,6 +1,6 @@
 """Tests pass rates against values that were counted by hand."""
 
-from infer.scoring.pass_rates import PassRates, compute_pass_rates
+from infer.scoring.ratings import PassRates, compute_pass_rates
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Outcome, TextAnswer
 
