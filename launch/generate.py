@@ -176,29 +176,29 @@ class Transcript:
 Form = Literal["live", "blocks", "json"]
 
 
+@dataclass(slots=True)
 class ContinuationWriter:
     """Writes a single continuation as it grows, or complete ones in the order of their prompts."""
 
-    def __init__(self, transcripts: Sequence[Transcript], file: TextIO, form: Form) -> None:
-        self._transcripts = transcripts
-        self._file = file
-        self._form = form
-        self._position = 0
+    transcripts: Sequence[Transcript]
+    file: TextIO
+    form: Form
+    position: int = 0
 
     def update(self) -> None:
         """Writes what is new: text, or the complete continuations whose predecessors are written."""
-        if self._form == "live":
-            (transcript,) = self._transcripts
+        if self.form == "live":
+            (transcript,) = self.transcripts
             text = transcript.in_form_of_prompt
-            print(text[self._position :], end="\n" if transcript.finish else "", file=self._file, flush=True)
-            self._position = len(text)
+            print(text[self.position :], end="\n" if transcript.finish else "", file=self.file, flush=True)
+            self.position = len(text)
             return
-        while self._position < len(self._transcripts) and self._transcripts[self._position].finish is not None:
-            transcript = self._transcripts[self._position]
-            self._position += 1
-            heading = f"== {self._position} of {len(self._transcripts)}: {transcript.prompt.given!r}\n"
+        while self.position < len(self.transcripts) and self.transcripts[self.position].finish is not None:
+            transcript = self.transcripts[self.position]
+            self.position += 1
+            heading = f"== {self.position} of {len(self.transcripts)}: {transcript.prompt.given!r}\n"
             block = f"{heading}{transcript.in_form_of_prompt}"
-            print(transcript.json_line() if self._form == "json" else block, file=self._file, flush=True)
+            print(transcript.json_line() if self.form == "json" else block, file=self.file, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

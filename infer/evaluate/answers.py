@@ -7,6 +7,7 @@ The rules for token ids are those of lm-evaluation-harness (EleutherAI, `Templat
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from data.tokenizer import Tokenizer
@@ -33,14 +34,14 @@ NumberedRequest = tuple[int, EvaluationRequest]
 """A request after its number among all requests of a task, which decides its random numbers."""
 
 
+@dataclass(frozen=True, slots=True)
 class Answerer:
-    """A model with its tokenizer, which answers requests."""
+    """A model of `max_tokens` positions with its tokenizer, which answers requests. `end_ids` end a generation."""
 
-    def __init__(self, model: EvaluatedModel, tokenizer: Tokenizer, end_ids: Sequence[int], max_tokens: int) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._end_ids = frozenset(end_ids)
-        self._max_tokens = max_tokens
+    model: EvaluatedModel
+    tokenizer: Tokenizer
+    end_ids: Sequence[int]
+    max_tokens: int
 
     def answer(self, requests: Sequence[NumberedRequest]) -> list[EvaluationAnswer]:
         """Returns the answer to each request. On several ranks, all call it with the same requests.
@@ -62,12 +63,12 @@ class Answerer:
         num_dropped: dict[int, int] = {}
         for position, (_, request) in enumerate(requests):
             if isinstance(request, ContinuationRequest):
-                sequence, num_dropped[position] = target_sequence(self._tokenizer, request, self._max_tokens)
+                sequence, num_dropped[position] = target_sequence(self.tokenizer, request, self.max_tokens)
                 sequences[position] = [sequence]
             elif isinstance(request, DocumentRequest):
-                sequences[position] = list(document_windows(self._tokenizer, request, self._max_tokens))
+                sequences[position] = list(document_windows(self.tokenizer, request, self.max_tokens))
         together = [sequence for group in sequences.values() for sequence in group]
-        scores = iter(self._model.score(together) if together else [])
+        scores = iter(self.model.score(together) if together else [])
         return {
             position: _likelihood(requests[position][1], [next(scores) for _ in group], num_dropped.get(position, 0))
             for position, group in sequences.items()
@@ -76,7 +77,7 @@ class Answerer:
     def _rate(self, requests: Sequence[NumberedRequest]) -> dict[int, float]:
         """Answers the requests for scores of a reward model in one call of the model."""
         rated = {n: request.tokens for n, (_, request) in enumerate(requests) if isinstance(request, RatingRequest)}
-        scores = self._model.rate(list(rated.values())) if rated else []
+        scores = self.model.rate(list(rated.values())) if rated else []
         for score in scores:
             if not math.isfinite(score):
                 raise EvaluationError(f"ckpt: scores of answers must be finite, one is {score}")
@@ -96,9 +97,9 @@ class Answerer:
             streams[number].push(token)
             return streams[number].is_stopped
 
-        rollouts = self._model.generate(
+        rollouts = self.model.generate(
             [prompt for group in prompts.values() for prompt in group],
-            Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=self._end_ids),
+            Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(self.end_ids)),
             is_stopped,
         )
         by_prompt = {rollout.prompt: rollout for rollout in rollouts.rollouts}
@@ -110,22 +111,22 @@ class Answerer:
     def _prompts(self, number: int, request: GenerationRequest) -> list[NumberedPrompt]:
         """Returns the prompt of each continuation, each with its own number, and so its own random numbers."""
         tokens = self._prompt_tokens(request)
-        room = self._max_tokens - request.max_new_tokens
+        room = self.max_tokens - request.max_new_tokens
         if room < 1:
             raise EvaluationError(
-                f"max_new_tokens: must be below model.max_position_tokens={self._max_tokens}, is "
-                f"{request.max_new_tokens}; nearest valid: {self._max_tokens - 1}"
+                f"max_new_tokens: must be below model.max_position_tokens={self.max_tokens}, is "
+                f"{request.max_new_tokens}; nearest valid: {self.max_tokens - 1}"
             )
         prompt = tuple(tokens[max(0, len(tokens) - room) :])
         first = number * request.samples
         return [NumberedPrompt(number=first + sample, tokens=prompt) for sample in range(request.samples)]
 
     def _prompt_tokens(self, request: GenerationRequest) -> Sequence[int]:
-        return context_tokens(self._tokenizer, request.prompt) if isinstance(request.prompt, str) else request.prompt
+        return context_tokens(self.tokenizer, request.prompt) if isinstance(request.prompt, str) else request.prompt
 
     def _stream(self, request: GenerationRequest, prompt: Sequence[int]) -> TextStream:
-        decode = partial(self._tokenizer.decode, skip_special_tokens=not request.shows_special)
-        return TextStream(decode, request.stop, self._tokenizer.text_context(prompt))
+        decode = partial(self.tokenizer.decode, skip_special_tokens=not request.shows_special)
+        return TextStream(decode, request.stop, self.tokenizer.text_context(prompt))
 
     def _generated(
         self, request: GenerationRequest, prompts: Sequence[NumberedPrompt], rollouts: Sequence[Sample]
@@ -134,7 +135,7 @@ class Answerer:
         continuations = []
         for prompt, rollout in zip(prompts, rollouts, strict=True):
             stream = self._stream(request, prompt.tokens)
-            ids = rollout.tokens[:-1] if rollout.tokens and rollout.tokens[-1] in self._end_ids else rollout.tokens
+            ids = rollout.tokens[:-1] if rollout.tokens and rollout.tokens[-1] in self.end_ids else rollout.tokens
             text = "".join([stream.push(token) for token in ids])
             continuations.append(text + stream.close())
         return GenerationAnswer(

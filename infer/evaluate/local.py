@@ -55,33 +55,34 @@ def by_length(
         first += size
 
 
+@dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A whole model that is evaluated."""
+    """A whole model that is evaluated, on at most `batch_size` sequences together, which changes no result."""
 
-    def __init__(self, model: Transformer, batch_size: int) -> None:
-        self._model, self._batch_size = model, batch_size
+    model: Transformer
+    batch_size: int
 
     @torch.no_grad()
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
         """Implements `EvaluatedModel.score`."""
         scores: dict[int, TargetScores] = {}
-        with self._model.weights_unchanged():
-            for numbers in by_length(sequences, self._batch_size):
+        with self.model.weights_unchanged():
+            for numbers in by_length(sequences, self.batch_size):
                 together = self._score([sequences[number] for number in numbers])
                 scores |= dict(zip(numbers, together, strict=True))
         return [scores[number] for number in range(len(sequences))]
 
     def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Implements `EvaluatedModel.rate`."""
-        return score_answers(self._model, sequences, self._batch_size)
+        return score_answers(self.model, sequences, self.batch_size)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request, stop_condition: StopToken) -> Rollouts:
         """Implements `EvaluatedModel.generate`."""
-        engine = LocalEngine(self._model, speculative=False, batch_size=self._batch_size, stop_condition=stop_condition)
+        engine = LocalEngine(self.model, speculative=False, batch_size=self.batch_size, stop_condition=stop_condition)
         return engine.generate(prompts, request)
 
     def _score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
-        model, batch = self._model, pad(sequences)
+        model, batch = self.model, pad(sequences)
         device = model.head_weight.device
         states_BTD = model.final_states(batch.inputs_BT.to(device))
         # Only rows with a target are multiplied with the head. The host's copy finds them without waiting for a device.

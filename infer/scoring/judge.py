@@ -97,17 +97,15 @@ class JudgePrompt:
     other: int
 
 
+@dataclass(frozen=True, slots=True)
 class Judge:
-    """Builds the prompts of a judge, and reads its verdicts. It owns no model."""
+    """Builds the prompts of a judge, of at most `max_tokens`, and reads its verdicts. It owns no model."""
 
-    def __init__(
-        self, config: JudgeConfig, template: ChatTemplate, tokenizer: Tokenizer, constitution: str, max_tokens: int
-    ) -> None:
-        self._config = config
-        self._template = template
-        self._tokenizer = tokenizer
-        self._constitution = constitution
-        self._max_tokens = max_tokens
+    config: JudgeConfig
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    constitution: str
+    max_tokens: int
 
     def prompts(self, groups: Sequence[AnswerGroup], numbers: Sequence[int]) -> list[JudgePrompt]:
         """Returns the prompts of all groups, in order, given the numbers of the groups' prompts in the job.
@@ -121,9 +119,9 @@ class Judge:
             for first, second in self._pairs(finals):
                 text = self._question(group.problem.prompt, finals[first], finals[second])
                 tokens = tuple(
-                    encode_prompt([user(text)], self._template, self._tokenizer, thinking=self._config.thinking)
+                    encode_prompt([user(text)], self.template, self.tokenizer, thinking=self.config.thinking)
                 )
-                if len(tokens) <= self._max_tokens:
+                if len(tokens) <= self.max_tokens:
                     number = (group_number * size + first) * size + second
                     prompt = NumberedPrompt(number=number, tokens=tokens)
                     prompts.append(JudgePrompt(prompt=prompt, group=index, answer=first, other=second))
@@ -131,10 +129,10 @@ class Judge:
 
     def request(self, seed: int, step: int, stop: frozenset[int]) -> Request:
         """Returns how an engine continues the prompts."""
-        sampling = Sampling(temperature=self._config.temperature, seed=(seed + JUDGE_SEED) % 2**63)
+        sampling = Sampling(temperature=self.config.temperature, seed=(seed + JUDGE_SEED) % 2**63)
         return Request(
-            samples=self._config.samples,
-            max_new_tokens=self._config.max_new_tokens,
+            samples=self.config.samples,
+            max_new_tokens=self.config.max_new_tokens,
             sampling=sampling,
             step=step,
             stop=stop,
@@ -146,7 +144,7 @@ class Judge:
         """Returns the scores of every group's answers, given the critiques prompt by prompt."""
         votes: dict[tuple[int, int], list[bool | None]] = defaultdict(list)
         for number, critique in enumerate(critiques):
-            prompt = prompts[number // self._config.samples]
+            prompt = prompts[number // self.config.samples]
             vote = self._vote(critique)
             votes[prompt.group, prompt.answer].append(vote)
             if prompt.other != prompt.answer:
@@ -160,7 +158,7 @@ class Judge:
         pairs = list(self._pairs(finals))
         scores = []
         for number, text in enumerate(finals):
-            wanted = sum(number in pair for pair in pairs) * self._config.samples
+            wanted = sum(number in pair for pair in pairs) * self.config.samples
             cast = votes[index, number]
             # Prompts that are too long were not judged.
             abstentions: list[bool | None] = [None] * (wanted - len(cast))
@@ -170,7 +168,7 @@ class Judge:
     def _pairs(self, finals: Sequence[str]) -> Iterator[tuple[int, int]]:
         """Yields which answer of a group is judged against which, itself if it is judged alone."""
         judged = [number for number, text in enumerate(finals) if text]
-        if self._config.form == "single":
+        if self.config.form == "single":
             yield from ((number, number) for number in judged)
             return
         compared = zip(judged, [*judged[1:], *judged[:1]], strict=True) if len(judged) > 2 else [tuple(judged)]
@@ -180,15 +178,15 @@ class Judge:
 
     def _question(self, prompt: str, answer: str, other: str) -> str:
         # One pass, because an answer may contain the names of fields.
-        values = {"constitution": self._constitution, "prompt": prompt, "answer": answer, "other": other}
-        return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self._config.question)
+        values = {"constitution": self.constitution, "prompt": prompt, "answer": answer, "other": other}
+        return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self.config.question)
 
     def _vote(self, critique: Sample) -> bool | None:
         """Returns the verdict of a critique; None if it is cut or has no clear one."""
         if critique.finish != "stop":
             return None
-        text = self._tokenizer.decode(critique.tokens[:-1])
-        return parse_verdict(THINK + text if self._config.thinking else text, self._config)
+        text = self.tokenizer.decode(critique.tokens[:-1])
+        return parse_verdict(THINK + text if self.config.thinking else text, self.config)
 
 
 def parse_verdict(text: str, config: JudgeConfig) -> bool | None:

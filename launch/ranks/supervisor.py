@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,6 +123,7 @@ class VanishedError(RuntimeError):
     """Ranks ended with exit code 0 without returning a result."""
 
 
+@dataclass(slots=True)
 class RankCheck:
     """Detects ranks that ended with exit code 0 but without a result, which torch's launcher ignores.
 
@@ -129,27 +131,26 @@ class RankCheck:
     exit code, and a rank with a result waits for all others. So a rank that is missing in two calls has vanished.
     """
 
-    def __init__(self, world_size: int, supervisor: RankSupervisor) -> None:
-        self._world_size = world_size
-        self._supervisor = supervisor
-        self._num_missing = 0
+    world_size: int
+    supervisor: RankSupervisor
+    num_missing: int = 0
 
     def __call__(self) -> None:
         """Checks the ranks once."""
         alive = {child.pid for child in multiprocessing.active_children()}
-        num_missing = self._world_size - len(alive)
-        if num_missing > 0 and self._num_missing > 0:
-            self._supervisor.vanished_at = time.monotonic()  # ends the others after a few seconds
+        num_missing = self.world_size - len(alive)
+        if num_missing > 0 and self.num_missing > 0:
+            self.supervisor.vanished_at = time.monotonic()  # ends the others after a few seconds
             from comm.watchdog.ranks import name_ranks
 
             ranks = name_ranks(self._ranks_without(alive))
             raise VanishedError(f"{ranks} ended with exit code 0 before the run was done")
-        self._num_missing = num_missing
+        self.num_missing = num_missing
 
     def _ranks_without(self, alive: set[int | None]) -> list[int]:
         return sorted(
             int(path.read_text())
-            for path in self._supervisor.scratch.glob(f"{PID_PREFIX}*")
+            for path in self.supervisor.scratch.glob(f"{PID_PREFIX}*")
             if pid_of(path) not in alive
         )
 

@@ -43,24 +43,25 @@ class CohortStage(Protocol):
         """Runs a cohort's round, given the packed value of the previous stage, and returns the packed result."""
 
 
+@dataclass(frozen=True, slots=True)
 class InnerStage:
     """A stage before the last one."""
 
-    def __init__(
-        self, decoders: Sequence[PartDecoder], form: RoundFormat, *, is_first: bool, shares_experts: bool
-    ) -> None:
-        self._decoders, self._form, self._is_first, self._shares_experts = decoders, form, is_first, shares_experts
+    decoders: Sequence[PartDecoder]
+    form: RoundFormat
+    is_first: bool
+    shares_experts: bool
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
         """Implements `CohortStage.run`."""
-        decoder, form = self._decoders[cohort], self._form
+        decoder, form = self.decoders[cohort], self.form
         plan, payload = form.unpack(value)
         if not plan.num_tokens:
-            if self._shares_experts:
+            if self.shares_experts:
                 decoder.run_idle_layers()
             return form.pack(plan, None, value.device)
         decoder.arrange(plan.sources, plan.lengths, plan.counts, plan.places)
-        hidden_ND = decoder.embed(form.token_ids(payload)) if self._is_first else form.hidden(payload)
+        hidden_ND = decoder.embed(form.token_ids(payload)) if self.is_first else form.hidden(payload)
         views = decoder.views(plan.kind, plan.rows, [plan.counts[row] for row in plan.rows])
         return form.pack(plan, decoder.run_layers(hidden_ND, views), value.device)
 
