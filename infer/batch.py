@@ -20,6 +20,11 @@ StopCondition = Callable[[int, int], bool]
 """Called with each new token (prompt's number, token); returns true to end the sequence after that token."""
 
 
+def never_stop(index: int, token: int) -> bool:
+    """Ends no sequence."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class ChosenToken:
     """A token, its log-probability (`infer.sample.log_probs`) and those that sampling kept, if recorded."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from infer.batch import StopCondition
+from infer.batch import StopCondition, never_stop
 from infer.config import Finish, Sampling, Speculative, Statistics, as_token_ids
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request
@@ -51,16 +51,14 @@ class Stream:
         stop: Iterable[int] = (),
         speculative: Speculative = "auto",
         batch_size: int = BATCH_SIZE,
-        stop_condition: StopCondition | None = None,
+        stop_condition: StopCondition = never_stop,
     ) -> None:
         """Checks the arguments, which are those of `generate`. Generation starts with the iteration."""
         numbered = [
             NumberedPrompt(number=number, tokens=tuple(prompt)) for number, prompt in enumerate(as_token_ids(prompts))
         ]
         self._request = Request(samples=1, max_new_tokens=max_new_tokens, sampling=sampling, stop=frozenset(stop))
-        self._engine = LocalEngine(
-            model, speculative=speculative, batch_size=batch_size, stop_condition=stop_condition or _never_stop
-        )
+        self._engine = LocalEngine(model, speculative=speculative, batch_size=batch_size, stop_condition=stop_condition)
         self._sequences = self._engine.start(numbered, self._request)
 
     @property
@@ -86,7 +84,7 @@ def generate(
     stop: Iterable[int] = (),
     speculative: Speculative = "auto",
     batch_size: int = BATCH_SIZE,
-    stop_condition: StopCondition | None = None,
+    stop_condition: StopCondition = never_stop,
 ) -> Generation:
     """Continues every prompt. Returns the continuations in the prompts' order, and statistics.
 
@@ -121,7 +119,3 @@ def generate(
         finish[piece.index] = piece.finish or finish[piece.index]
     made = (Continuation(tuple(ids), why) for ids, why in zip(tokens, finish, strict=True))
     return Generation(tuple(made), stream.statistics)
-
-
-def _never_stop(index: int, token: int) -> bool:
-    return False

@@ -148,20 +148,16 @@ def _run_local(config: TrainConfig) -> int:
         print(f"{config.name}: starting {config.parallelism.world_size} ranks", flush=True)
         prepare_corpus(config, progress_on())
         with locked_run_folder(config, datetime.now()) as (config, _):
-            _report_breaks(Path(config.out_dir))
+            report_breaks(partial(_log_broken_output, Path(config.out_dir)))
             return run_ranks(Path(config.out_dir), config.parallelism.world_size, train_rank)
     finally:
         stop_fork_server()
 
 
-def _report_breaks(out_dir: Path) -> None:
-    """Logs an event if this process' output pipe breaks. Rank 0 does the same for the ranks."""
-
-    def note(text: str) -> None:
-        known = read_status(out_dir)
-        try_append_event(out_dir, "output_broken", 0 if known is None else known.step, f"the command's {text}")
-
-    report_breaks(note)
+def _log_broken_output(out_dir: Path, text: str) -> None:
+    """Logs that this process' output pipe broke. Rank 0 does the same for the ranks."""
+    status = read_status(out_dir)
+    try_append_event(out_dir, "output_broken", 0 if status is None else status.step, f"the command's {text}")
 
 
 def _run_as_rank(config: TrainConfig) -> int:

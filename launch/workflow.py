@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from infer.scoring.ratings import PassRates
@@ -155,14 +154,10 @@ def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
 @contextmanager
 def _terminated_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Passes SIGTERM on to a command, so that it does not outlive this process."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition
+from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
 from infer.config import Speculative, Statistics, check
 from infer.decoder import Decoder
 from infer.protocol import NumberedPrompt, Request, Rollouts, Sample
@@ -28,7 +28,7 @@ class LocalEngine:
         speculative: Speculative = "auto",
         batch_size: int = 64,
         prefill_tokens: int = PROMPT_TOKENS,
-        stop_condition: StopCondition = lambda index, token: False,
+        stop_condition: StopCondition = never_stop,
     ) -> None:
         self._stop_condition = stop_condition
         self._model = model

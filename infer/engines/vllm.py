@@ -46,7 +46,10 @@ class VllmEngine:
         Raises `GenerateError` for the first tensor that differs or is missing, or if tensors are sharded over several
         GPUs.
         """
-        ours = {name: tensor for name, tensor in tensors if not self._is_mtp(name)}
+        layers = tuple(f"model.layers.{layer}." for layer in range(self._config.num_layers))
+        ours = {
+            name: tensor for name, tensor in tensors if name.startswith(layers) or not name.startswith("model.layers.")
+        }
         workers = self._llm.apply_model(ServedDigests({name: tuple(tensor.shape) for name, tensor in ours.items()}))
         if len(workers) > 1:
             raise GenerateError(
@@ -93,10 +96,6 @@ class VllmEngine:
             logprobs=0,
             detokenize=False,
         )
-
-    def _is_mtp(self, name: str) -> bool:
-        parts = name.split(".")
-        return parts[:2] == ["model", "layers"] and int(parts[2]) >= self._config.num_layers
 
 
 def _import() -> ModuleType:

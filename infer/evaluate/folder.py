@@ -27,10 +27,14 @@ class EvaluationFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(path, os.O_RDONLY)
         try:
-            self._take_lock()
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._compare(json.loads(json.dumps(identity)))
-        except BaseException:
+        except BaseException as error:
             os.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                raise EvaluationError(
+                    f"out: another process evaluates into {str(path)!r}; wait for it, or choose another folder"
+                ) from None
             raise
 
     def __enter__(self) -> "EvaluationFolder":
@@ -67,14 +71,6 @@ class EvaluationFolder:
         partial = self.path / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(
-                f"out: another process evaluates into {str(self.path)!r}; wait for it, or choose another folder"
-            ) from None
 
     def _compare(self, identity: dict[str, Any]) -> None:
         path = self.path / IDENTITY_NAME

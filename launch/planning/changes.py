@@ -74,15 +74,11 @@ def split_changes(text: str) -> list[str]:
 def _parse_change(text: str) -> Change:
     found = re.fullmatch(r"([^=]*?)\s*=\s*(.*)", text, re.DOTALL) or re.fullmatch(r"(.*?)\s*[*/]\s*([^*/]*)", text)
     if found is None or not found[1] or not re.fullmatch(r"[\w.*/\-]+", found[1]):
-        raise ConfigError(f"{text}: {_FORM}, is {text!r}; nearest valid: {_nearest_form(text)}")
+        key = re.match(r"[A-Za-z_][\w.]*", text)
+        raise broken(text, _FORM, repr(text), f"{key[0]}*2" if key else EXAMPLE)
     operator = text[len(found[1]) :].strip()[0]
     kinds: dict[str, Literal["=", "*", "/"]] = {"=": "=", "*": "*", "/": "/"}
     return Change(key=found[1], operator=kinds[operator], operand=found[2])
-
-
-def _nearest_form(text: str) -> str:
-    key = re.match(r"[A-Za-z_][\w.]*", text)
-    return f"{key[0]}*2" if key else EXAMPLE
 
 
 def _split(item: str, *, is_item: bool) -> Iterator[str]:
@@ -125,19 +121,17 @@ def _matching_keys(change: Change, values: Mapping[str, Any]) -> list[str]:
     known = dict(dotted_keys(values))
     if change.key in known:
         return [change.key]
-    parts = change.key.split(".")
     found = [
         key
         for key, value in known.items()
-        if "*" in change.key and not isinstance(value, dict) and _matches(key.split("."), parts)
+        if "*" in change.key
+        and not isinstance(value, dict)
+        and key.count(".") == change.key.count(".")
+        and all(map(fnmatchcase, key.split("."), change.key.split(".")))
     ]
     if not found:
         raise ConfigError(f"{change.key}: unknown key; {nearest_key(change.key, list(known))}")
     return found
-
-
-def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _multiplied(change: Change, key: str, value: object, typed: object) -> int | float:

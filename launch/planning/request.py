@@ -112,7 +112,8 @@ def _compared_config(own: PlanOptions, values: Mapping[str, Any], overrides: Seq
 
 def plan_values(overrides: Sequence[str]) -> dict[str, Any]:
     """Composes a plan's values, with rates and factor of the file that `rates=` names, if it names one."""
-    path = _path_of(overrides)
+    chosen = [text.partition("=")[2].strip("'\"") for text in overrides if key_of(text) == _RATES]
+    path = chosen[-1] if chosen and chosen[-1] not in options(_RATES) else None
     options_only = overrides if path is None else [text for text in overrides if key_of(text) != _RATES]
     values = compose("plan", options_only, UNREAD)
     if values["run"] is not None and not _sets(overrides, _RATES):
@@ -169,12 +170,6 @@ def _check_known_files(config: TrainConfig, unread: Sequence[str]) -> None:
         unknown: tuple[Acceptance, ...] = ("small_tokenizer",) if "data.tokenizer" in unread else ()
         known = replace(config, accept=(*config.accept, *unknown))
         check_text(known, check_data(known))
-
-
-def _path_of(overrides: Sequence[str]) -> str | None:
-    """Returns the value of `rates=` if it is not an option's name."""
-    chosen = [text.partition("=")[2].strip("'\"") for text in overrides if key_of(text) == _RATES]
-    return chosen[-1] if chosen and chosen[-1] not in options(_RATES) else None
 
 
 def _read_plan(path: Path) -> Mapping[str, Any]:

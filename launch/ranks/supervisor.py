@@ -143,16 +143,10 @@ class RankCheck:
             self.supervisor.vanished_at = time.monotonic()  # ends the others after a few seconds
             from comm.watchdog.ranks import name_ranks
 
-            ranks = name_ranks(self._ranks_without(alive))
+            files = self.supervisor.scratch.glob(f"{PID_PREFIX}*")
+            ranks = name_ranks(sorted(int(path.read_text()) for path in files if pid_of(path) not in alive))
             raise VanishedError(f"{ranks} ended with exit code 0 before the run was done")
         self.num_missing = num_missing
-
-    def _ranks_without(self, alive: set[int | None]) -> list[int]:
-        return sorted(
-            int(path.read_text())
-            for path in self.supervisor.scratch.glob(f"{PID_PREFIX}*")
-            if pid_of(path) not in alive
-        )
 
 
 def write_pid_file(scratch: Path, pid: int, rank: int) -> None:

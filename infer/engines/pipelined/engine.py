@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualpipe.runtime.execute import Execution
 from dualpipe.runtime.protocols import ForwardOnlyRun, Lane, PipelineStage
-from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition
+from infer.batch import PROMPT_TOKENS, ActiveSequence, GenerationBatch, StopCondition, never_stop
 from infer.config import GenerateError, Speculative, check, sum_statistics
 from infer.decoder import PartDecoder
 from infer.engines.local import start_sequences, to_rollouts
@@ -97,16 +97,13 @@ class LastStage:
             if self._shares_experts:
                 decoder.run_idle_layers()
         if self._shares_experts and self._with_mtp:
-            self._pad_mtp(decoder, decoder.mtp_calls - calls)
+            # The MTP module runs as often as on all ranks that share its experts.
+            num_calls = decoder.mtp_calls - calls
+            assert num_calls <= MTP_CALLS_PER_ROUND, f"the MTP module ran {num_calls} times in a round"
+            for _ in range(MTP_CALLS_PER_ROUND - num_calls):
+                decoder.run_idle_mtp()
         self.next_rounds[cohort] = self._pack(found, value.device)
         return self.next_rounds[cohort]
-
-    @staticmethod
-    def _pad_mtp(decoder: CohortDecoder, num_calls: int) -> None:
-        """Runs the MTP module as often as on all ranks that share its experts."""
-        assert num_calls <= MTP_CALLS_PER_ROUND, f"the MTP module ran {num_calls} times in a round"
-        for _ in range(MTP_CALLS_PER_ROUND - num_calls):
-            decoder.run_idle_mtp()
 
     def _pack(self, found: Round, device: torch.device) -> Tensor:
         plan, tokens_N = found
@@ -203,7 +200,7 @@ class PipelinedEngine:
         *,
         speculative: Speculative = "auto",
         sizes: CohortSizes = CohortSizes(),
-        stop_condition: StopCondition = lambda index, token: False,
+        stop_condition: StopCondition = never_stop,
         min_seconds: float = 0.0,
     ) -> None:
         """Stores the arguments, which are equal on all ranks.

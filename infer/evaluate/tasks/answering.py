@@ -86,7 +86,10 @@ def build_answers(
     """Builds a task from functions that read its problems and open their verifier, which it owns."""
     _check_settings(name, config, context)
     questions = read(config, context)[: config.limit]
-    prompts = [_prompt(question, config, context) for question in questions]
+    prompts: list[Text] = [question.text for question in questions]
+    if config.chat_template is not None:
+        template = CHAT_TEMPLATES.get(config.chat_template)
+        prompts = [tuple(encode_prompt(question.messages, template, context.tokenizer)) for question in questions]
     verifier = open_verifier(config)
     samples = [
         EvaluationSample(key=question.key, requests=(_request(prompt, verifier, config, context),), source=question)
@@ -102,12 +105,6 @@ def build_answers(
         num_shots=getattr(config, "num_shots", 0),
         close=verifier.close,
     )
-
-
-def _prompt(question: Question, config: AnswerTaskConfig, context: TaskContext) -> Text:
-    if config.chat_template is None:
-        return question.text
-    return tuple(encode_prompt(question.messages, CHAT_TEMPLATES.get(config.chat_template), context.tokenizer))
 
 
 def _request(prompt: Text, verifier: Verifier, config: AnswerTaskConfig, context: TaskContext) -> GenerationRequest:

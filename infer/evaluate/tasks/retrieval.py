@@ -23,7 +23,6 @@ from infer.evaluate.protocol import (
     EvaluationTask,
     GenerationAnswer,
     GenerationRequest,
-    LikelihoodAnswer,
     Measure,
     Record,
     ResultGrid,
@@ -93,7 +92,11 @@ def build_needle(config: NeedleConfig, context: TaskContext) -> EvaluationTask:
     return EvaluationTask(
         metrics=(EvaluationMetric(name="accuracy"), EvaluationMetric(name="loglikelihood")),
         samples=lambda: samples,
-        record=_needle_record,
+        record=lambda sample, answers: {
+            **sample.source,
+            "is_right": answers[0].is_greedy,
+            "loglikelihood": answers[0].log_likelihood,
+        },
         measures=lambda record: {
             "accuracy": Measure(value=float(record["is_right"])),
             "loglikelihood": Measure(value=record["loglikelihood"]),
@@ -120,10 +123,6 @@ def _needle(
     source = {"length": length, "depth": depth, "actual_depth": prompt.depths[0], "name": name, "value": value}
     request = ContinuationRequest(context=prompt.ids, continuation=answer, place=f"needle {number}")
     return EvaluationSample(key=f"{length}-{depth:g}-{number}", requests=(request,), source=source)
-
-
-def _needle_record(sample: EvaluationSample, answers: Sequence[LikelihoodAnswer]) -> Record:
-    return {**sample.source, "is_right": answers[0].is_greedy, "loglikelihood": answers[0].log_likelihood}
 
 
 def _needle_details(config: NeedleConfig, records: Sequence[Mapping[str, Any]]) -> TaskDetails:
