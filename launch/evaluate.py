@@ -70,12 +70,6 @@ def _compare_with(
     return comparisons
 
 
-def _as_plain(folder: str, comparisons: Comparisons) -> dict[str, Any]:
-    identity = json.loads((Path(folder).expanduser() / IDENTITY_NAME).read_text(encoding="utf-8"))
-    tasks = {name: {metric: asdict(pair) for metric, pair in metrics.items()} for name, metrics in comparisons.items()}
-    return {"folder": folder, "checkpoint": identity.get("ckpt"), "tasks": tasks}
-
-
 def write_outcome(
     job: EvaluationJob,
     tasks: Sequence[OpenTask],
@@ -98,7 +92,14 @@ def write_outcome(
         "date": time.time(),
     }
     if other is not None and compared is not None:
-        facts["comparison"] = _as_plain(other, compared)
+        identity_of_other = json.loads((Path(other).expanduser() / IDENTITY_NAME).read_text(encoding="utf-8"))
+        facts["comparison"] = {
+            "folder": other,
+            "checkpoint": identity_of_other.get("ckpt"),
+            "tasks": {
+                name: {metric: asdict(pair) for metric, pair in pairs.items()} for name, pairs in compared.items()
+            },
+        }
     settings = {each.name: encode(each.config) for each in tasks}
     shown = {**checkpoint, "dtype": dtype, "seed": job.config.seed, "compared with": other}
     title = f"Evaluation of {job.source.folder.name}"

@@ -106,7 +106,11 @@ class WorkerPool:
             worker.kill()
             text = f"did not reply within {self._seconds:g} s" if isinstance(error, WorkerTimeoutError) else str(error)
             reason = f"worker {worker.number} {text}"
-            self._count_failure(error, reason)
+            with self._lock:
+                self.num_restarts += 1
+                self._num_failures += self._counts_timeouts or not isinstance(error, WorkerTimeoutError)
+                self._last_failure = reason
+            self._check_failures()
             if isinstance(error, WorkerTimeoutError | WorkerDiedError):
                 raise type(error)(reason) from error
             raise
@@ -115,13 +119,6 @@ class WorkerPool:
         with self._lock:
             self._num_failures = 0
         return reply
-
-    def _count_failure(self, error: BaseException, reason: str) -> None:
-        with self._lock:
-            self.num_restarts += 1
-            self._num_failures += self._counts_timeouts or not isinstance(error, WorkerTimeoutError)
-            self._last_failure = reason
-        self._check_failures()
 
     def _check_failures(self) -> None:
         limit = MAX_FAILURES * self._size

@@ -139,16 +139,12 @@ class LanguageConfig(ScorerConfig):
 def score_language(config: LanguageConfig, answer: Answer, problem: Problem) -> Score:
     """Returns the share of letters of an answer, with its thoughts, in the language's scripts.
 
-    Words, which DeepSeek-R1 counts (arXiv:2501.12948, section 2.3.2), need a dictionary.
+    It is 1 if only code, formulas or addresses have letters. Words, which DeepSeek-R1 counts (arXiv:2501.12948, section 2.3.2), need a dictionary.
     """
-    return Score(value=language_share(answer.text, config.language), outcome="rated")
-
-
-def language_share(text: str, language: Language) -> float:
-    """Returns the share of letters in a language, or 1 if only code, formulas or addresses have some."""
-    expected = _SCRIPTS.get(language, {language.upper()})
-    scripts = [_script(letter) for letter in _NEUTRAL.sub(" ", text) if letter.isalpha()]
-    return sum(script in expected for script in scripts) / len(scripts) if scripts else 1.0
+    expected = _SCRIPTS.get(config.language, {config.language.upper()})
+    scripts = [_script(letter) for letter in _NEUTRAL.sub(" ", answer.text) if letter.isalpha()]
+    share = sum(script in expected for script in scripts) / len(scripts) if scripts else 1.0
+    return Score(value=share, outcome="rated")
 
 
 @lru_cache(maxsize=65536)
@@ -199,14 +195,9 @@ class RepetitionConfig(ScorerConfig):
 
 def score_repetition(config: RepetitionConfig, answer: Answer, problem: Problem) -> Score:
     """Returns minus the share of n-grams that occurred before."""
-    return Score(value=-repeated_share(answer.text, config.ngram_words) + 0.0, outcome="rated")
-
-
-def repeated_share(text: str, ngram_words: int) -> float:
-    """Returns the share of a text's n-grams that occurred before in it, or 0 if it is shorter than one."""
-    words = _WORDS.findall(text)
-    ngrams = [tuple(words[at : at + ngram_words]) for at in range(len(words) - ngram_words + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    words = _WORDS.findall(answer.text)
+    ngrams = [tuple(words[at : at + config.ngram_words]) for at in range(len(words) - config.ngram_words + 1)]
+    return Score(value=len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0, outcome="rated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -121,7 +121,12 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
     groups = default_groups(command)
     parsed = [_parse(text) for text in overrides]
     if has_plugins(command):
-        _load_plugins(parsed)
+        # Plugin files of the command line or its experiment can add options to groups.
+        for override in parsed:
+            if override.key_or_group == "experiment":
+                load_plugin_files(read_option("experiment", override.get_value_string()).get(PLUGINS))
+            elif override.key_or_group == PLUGINS:
+                load_plugin_files(override.value())
     for override in parsed:
         _check_override(override, groups)
     try:
@@ -129,15 +134,6 @@ def _checked(command: str, overrides: Sequence[str], *, with_hydra: bool = False
     except _LIBRARY_ERRORS as error:
         _raise_unknown_key(command, groups, parsed)
         raise ConfigError(_inapplicable(command, groups, parsed)) from error
-
-
-def _load_plugins(parsed: Sequence[Override]) -> None:
-    """Loads the plugin files of the command line or its experiment, which can add options to groups."""
-    for override in parsed:
-        if override.key_or_group == "experiment":
-            load_plugin_files(read_option("experiment", override.get_value_string()).get(PLUGINS))
-        elif override.key_or_group == PLUGINS:
-            load_plugin_files(override.value())
 
 
 def _string_keys(values: object) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def check_attention(config: TrainConfig) -> None:
     if name == AUTO:
         return
     kernel = ATTENTION.get(name)
-    suiting = [AUTO, *(other for other, spec in ATTENTION.items() if _suits(spec, device, precision))]
+    installed = [name for name, spec in ATTENTION.items() if spec.package is None and device in spec.devices]
+    suiting = [AUTO, *(other for other in installed if _takes(ATTENTION.get(other), precision))]
     if device not in kernel.devices:
         rule = f"{name} needs cluster.device={' or '.join(kernel.devices)}"
         raise broken("attention", rule, f"{name} with cluster.device={device}", " or ".join(suiting))
@@ -109,10 +110,6 @@ def check_attention(config: TrainConfig) -> None:
             "are merged"
         )
         raise broken("attention", rule, name, " or ".join(valid))
-
-
-def _suits(kernel: AttentionKernel, device: str, precision: str) -> bool:
-    return device in kernel.devices and _takes(kernel, precision) and kernel.package is None
 
 
 def _takes(kernel: AttentionKernel, precision: str) -> bool:

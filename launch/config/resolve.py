@@ -151,8 +151,12 @@ def check_files(config: TrainConfig) -> None:
     problems = DATA_SOURCES.get(config.data.source.kind).problems
     if config.reward is not None and problems is not None:
         check_problems(config.reward, partial(problems, config.data.source))
-    if not _check_resume(config):
-        _check_start(config)
+    if _check_resume(config) or config.initial_weights is None:
+        return
+    if config.resume not in (None, AUTO):
+        rule = f"must be null with resume={config.resume}, which has its own weights"
+        raise broken("init_from", rule, repr(config.init_from), "init_from=null")
+    check_initial(config)
 
 
 def check_data(config: TrainConfig) -> int:
@@ -229,15 +233,6 @@ def check_weights(config: TrainConfig) -> None:
     random = f"init_from={RANDOM}, which confirms a start from random weights"
     near = f"init_from=FOLDER of a run or of Hugging Face weights, or {random}"
     raise broken("init_from", f"must name trained weights with task={kind}", "null", near)
-
-
-def _check_start(config: TrainConfig) -> None:
-    if config.initial_weights is None:
-        return
-    if config.resume not in (None, AUTO):
-        rule = f"must be null with resume={config.resume}, which has its own weights"
-        raise broken("init_from", rule, repr(config.init_from), "init_from=null")
-    check_initial(config)
 
 
 def _check_evaluation(config: TrainConfig) -> None:

@@ -4,7 +4,7 @@ import importlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,7 +77,10 @@ def read_options(command: str, values: Mapping[str, Any], chosen: Mapping[str, s
 def other_options(chosen: Mapping[str, str]) -> list[Option]:
     """Returns the groups of a command, and the keys of all their options but experiments."""
     found: dict[str, Option] = {}
-    for group in _with_nested(chosen):
+    folders = [folder / group for group in chosen for folder in config_dirs()]
+    # Groups may stand in the folders of others, such as `task/loss`.
+    nested = [path.relative_to(folder.parent).as_posix() for folder in folders for path in folder.glob("*/")]
+    for group in dict.fromkeys([*chosen, *nested]):
         for option in options(group):
             source = _Source.of_option(group, option)
             found[f"{group}={option}"] = Option(key=group, value=option, comment=_heading(source), is_leaf=False)
@@ -90,13 +93,6 @@ def other_options(chosen: Mapping[str, str]) -> list[Option]:
                     known = found.get(key, first)
                     found[key] = replace(known, choices=(*known.choices, option))
     return list(found.values())
-
-
-def _with_nested(groups: Iterable[str]) -> list[str]:
-    """Returns groups and the groups in their folders, such as `task/loss`."""
-    folders = [folder / group for group in groups for folder in config_dirs()]
-    nested = [path.relative_to(folder.parent).as_posix() for folder in folders for path in folder.glob("*/")]
-    return list(dict.fromkeys([*groups, *nested]))
 
 
 def _comments(source: _Source) -> Iterator[tuple[str, str]]:
@@ -269,7 +265,10 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
         whole = _page(command, keys, chosen, columns, is_short=False)
         is_short = not words and len(whole) > MOST_LINES
         return "\n".join(_page(command, keys, chosen, columns, is_short=True) if is_short else whole)
-    kinds = {option: _type_of(command, option, values) for option in _all_options(keys, chosen)}
+    leaves = {option.key for option in keys if option.is_leaf}
+    candidates = [option for option in keys if option.key not in chosen]
+    candidates += [option for option in other_options(chosen) if option.key not in leaves]
+    kinds = {option: _type_of(command, option, values) for option in candidates}
     matches = _search(command, words, kinds)
     lines = [line for option in matches[:_MOST_MATCHES] for line in _row(option, columns, kinds[option])]
     if len(matches) > _MOST_MATCHES:
@@ -340,12 +339,6 @@ def _title(option: Option, columns: int) -> list[str]:
 def _one_line(lines: Sequence[str], columns: int) -> list[str]:
     """Returns the first line, which ends with dots if there are more."""
     return [*lines] if len(lines) == 1 else [f"{lines[0][: columns - 4].rpartition(' ')[0].rstrip(' |')} ..."]
-
-
-def _all_options(keys: Sequence[Option], chosen: Mapping[str, str]) -> list[Option]:
-    names = {option.key for option in keys if option.is_leaf}
-    others = [option for option in other_options(chosen) if option.key not in names]
-    return [option for option in keys if option.key not in chosen] + others
 
 
 def _type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:

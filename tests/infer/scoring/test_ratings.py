@@ -5,17 +5,19 @@ import pytest
 from infer.scoring.ratings import (
     ExactConfig,
     FormatConfig,
+    LanguageConfig,
     NoPlurality,
     Plurality,
     PluralityConfig,
     PluralityScorer,
+    RepetitionConfig,
     Ties,
     find_plurality,
     format_problem,
-    language_share,
     length_penalty,
-    repeated_share,
     score_exact,
+    score_language,
+    score_repetition,
 )
 from infer.scoring.reward import Reward, RewardConfig, joint_outcome
 from infer.scoring.score import SCORERS, Answer, Problem, ScoringError, TextAnswer
@@ -108,7 +110,8 @@ def test_format_of_boxes_code_and_ends_is_judged_as_in_the_table(text: str, chan
     ],
 )
 def test_language_share_is_as_in_the_table(text: str, language: str, share: float) -> None:
-    assert language_share(text, language) == share
+    config = LanguageConfig(kind="language", weight=1.0, language=language)
+    assert score_language(config, answer(text), Problem(prompt="")).value == share
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,8 @@ def test_length_penalty_is_as_in_the_table(num_tokens: int, limit: int, buffer: 
     ],
 )
 def test_repeated_share_is_as_in_the_table(text: str, ngram_words: int, share: float) -> None:
-    assert repeated_share(text, ngram_words) == pytest.approx(share)
+    config = RepetitionConfig(kind="repetition", weight=1.0, ngram_words=ngram_words)
+    assert score_repetition(config, answer(text), Problem(prompt="")).value == pytest.approx(-share)
 
 
 @pytest.mark.parametrize(
