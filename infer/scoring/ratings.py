@@ -139,7 +139,8 @@ class LanguageConfig(ScorerConfig):
 def score_language(config: LanguageConfig, answer: Answer, problem: Problem) -> Score:
     """Returns the share of letters of an answer, with its thoughts, in the language's scripts.
 
-    It is 1 if only code, formulas or addresses have letters. Words, which DeepSeek-R1 counts (arXiv:2501.12948, section 2.3.2), need a dictionary.
+    It is 1 if only code, formulas or addresses have letters. Words, which DeepSeek-R1 counts (arXiv:2501.12948,
+    section 2.3.2), need a dictionary.
     """
     expected = _SCRIPTS.get(config.language, {config.language.upper()})
     scripts = [_script(letter) for letter in _NEUTRAL.sub(" ", answer.text) if letter.isalpha()]
