@@ -5,15 +5,14 @@ if not __package__:
 
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.help.command import command, plain_text
+from launch.ranks.interrupt import signals_handled
 from train.checkpoint.sources import Conversion, WeightsForm, is_hf_folder, source_config
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken
@@ -25,7 +24,9 @@ def main(overrides: Sequence[str]) -> int:
     If weights cannot be read or written, nothing is left at `to`.
     """
     config = _read(overrides)
-    with system_errors(), _signals_unwind():
+    # A signal that is ignored, as under nohup, stays ignored.
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    with system_errors(), signals_handled(dict.fromkeys(ending, _unwind)):
         _check(config)
         # Printed first: importing torch takes a second or more.
         print(f"reading {config.path}", file=sys.stderr, flush=True)
@@ -35,24 +36,10 @@ def main(overrides: Sequence[str]) -> int:
     return 0
 
 
-@contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into SystemExit, so that cleanup code removes partial files."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
-        raise SystemExit(128 + number)
-
-    ending = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    # A signal that is ignored, as under nohup, stays ignored.
-    before = {number: signal.getsignal(number) for number in ending if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        for number in before:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """Turns a signal into SystemExit, so that cleanup code removes partial files."""
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+    raise SystemExit(128 + number)
 
 
 def _read(overrides: Sequence[str]) -> Conversion:

@@ -8,10 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from infer.scoring.ratings import PassRates
 from launch.config.compose import compose
 from launch.config.errors import system_errors
 from launch.help.command import command, plain_text
+from launch.ranks.interrupt import signals_handled
 from launch.scored_samples import JOURNAL_SUFFIX, measured_rates, read_samples
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken
@@ -140,7 +139,8 @@ def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
     began, code = time.monotonic(), -1
     process = subprocess.Popen([sys.executable, "-m", *line.arguments])
     try:
-        with _terminated_with(process):
+        # The command must not outlive this process.
+        with signals_handled({signal.SIGTERM: lambda number, frame: process.send_signal(number)}):
             code = process.wait()
     except KeyboardInterrupt:
         # A terminal sends Ctrl-C to both processes. The command saves what it has.
@@ -149,19 +149,6 @@ def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
     finally:
         progress.add(line, time.monotonic() - began, is_done=code == 0)
     return code if code >= 0 else 128 - code
-
-
-@contextmanager
-def _terminated_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Passes SIGTERM on to a command, so that it does not outlive this process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def read_workflow(overrides: Sequence[str]) -> WorkflowCommandConfig:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,9 +159,14 @@ class ServedDigests:
 
     def __call__(self, model: nn.Module) -> dict[str, TensorDigest]:
         """Returns the digests of the tensors that the model holds, by name."""
-        found = (pair for name, parameter in _tensors(model) for pair in _split(name, parameter, self.shapes))
-        held = ((name, part) for name, part in found if name in self.shapes)
-        return {name: TensorDigest.of(_unpadded(part, self.shapes[name])) for name, part in held}
+        digests = {}
+        for fused_name, fused in chain(model.named_parameters(), model.named_buffers()):
+            for name, tensor in _split(fused_name, fused, self.shapes):
+                if name in self.shapes:
+                    shape = self.shapes[name]
+                    # A parameter may be padded with rows.
+                    digests[name] = TensorDigest.of(tensor[: shape[0]] if tensor.shape[1:] == shape[1:] else tensor)
+        return digests
 
 
 def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[str, TensorDigest]]) -> None:
@@ -175,11 +181,6 @@ def check_digests(ours: Iterable[tuple[str, Tensor]], workers: Iterable[Mapping[
                     f"weights: worker {number} must hold {name} as {_shown(expected)}, holds "
                     f"{'no such tensor' if found is None else _shown(found)}"
                 )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _split(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
@@ -205,11 +206,6 @@ def _rows(
     if first in shapes:
         yield first, tensor[: shapes[first][0]]
         yield second, tensor[shapes[first][0] :]
-
-
-def _unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns the first rows of a parameter whose other sizes fit."""
-    return tensor[: shape[0]] if tensor.shape[1:] == shape[1:] else tensor
 
 
 def _shown(digest: TensorDigest) -> str:

@@ -5,7 +5,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -20,6 +21,18 @@ def exit_on_interrupt() -> None:
     is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_plain and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _end)
+
+
+@contextmanager
+def signals_handled(handlers: Mapping[int, Callable[[int, FrameType | None], object]]) -> Iterator[None]:
+    """Handles signals until exit. Does nothing in other threads than the main one, which alone can."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()} if is_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupts:

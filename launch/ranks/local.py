@@ -14,8 +14,8 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from multiprocessing import connection, forkserver, process, resource_tracker
@@ -29,6 +29,7 @@ from kernels.registry import loaded_plugins
 from launch.config.errors import user_errors
 from launch.config.groups import load_plugin_files
 from launch.ranks.environment import apply_rank_environment, local_rank_environment
+from launch.ranks.interrupt import signals_handled
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.ranks.supervisor import (
     RankCheck,
@@ -120,7 +121,7 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     preemption and the ranks did not end in time.
     """
     config, request = read_folder(folder), Preemption()
-    with _requests_received(request):
+    with signals_handled(dict.fromkeys(handled_signals(), request)):
         for restart in range(config.cluster.max_restarts + 1):
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
             if code not in VERDICT_CODES or request.is_requested or restart == config.cluster.max_restarts:
@@ -164,16 +165,6 @@ def _run_once(
         reason = f"{request.signal_name} was received, and ranks did not end within {cluster.grace_seconds:g} s"
         return 128 + signal.Signals[request.signal_name], reason
     return code, reason
-
-
-@contextmanager
-def _requests_received(request: Preemption) -> Iterator[None]:
-    plain = {number: signal.signal(number, request) for number in handled_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in plain.items():
-            signal.signal(number, handler)
 
 
 def _write_status(folder: Path, code: int, reason: str) -> None:
