@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from model.config import ModelConfig
 
@@ -18,8 +18,17 @@ Speculative = Literal[True, False, "auto"]
 """Whether an MTP module drafts tokens that the main model verifies; auto: if the model has an MTP module."""
 
 
-class GenerateError(ValueError):
-    """Invalid request. The message states the key, the rule, the value and the nearest valid choice."""
+class RuleError(ValueError):
+    """Invalid value. The message states the key, the rule, the value and the nearest valid choice."""
+
+    @classmethod
+    def broken(cls, key: str, rule: str, value: object, near: object) -> Self:
+        """Returns the error about a key whose value breaks a rule."""
+        return cls(f"{key}: {rule}, is {value}; nearest valid: {near}")
+
+
+class GenerateError(RuleError):
+    """Invalid request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,10 +53,8 @@ class VllmEngine:
         }
         workers = self._llm.apply_model(ServedDigests({name: tuple(tensor.shape) for name, tensor in ours.items()}))
         if len(workers) > 1:
-            raise GenerateError(
-                f"vllm: tensor_parallel_size must be 1 to compare weights, because shards have other hashes, is "
-                f"{len(workers)}; nearest valid: 1"
-            )
+            rule = "tensor_parallel_size must be 1 to compare weights, because shards have other hashes"
+            raise GenerateError.broken("vllm", rule, len(workers), "1")
         check_digests(ours.items(), workers)
 
     def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
@@ -113,10 +111,8 @@ def _check_sampling(sampling: Sampling) -> None:
     plain = Sampling(temperature=sampling.temperature, seed=sampling.seed)
     changed = next((name for name in Sampling.__slots__ if getattr(sampling, name) != getattr(plain, name)), None)
     if changed is not None:
-        raise GenerateError(
-            f"{changed}: must be {getattr(plain, changed)} with vllm, which reports log-probabilities after it, is "
-            f"{getattr(sampling, changed)}; nearest valid: {getattr(plain, changed)}"
-        )
+        rule = f"must be {getattr(plain, changed)} with vllm, which reports log-probabilities after it"
+        raise GenerateError.broken(changed, rule, getattr(sampling, changed), getattr(plain, changed))
 
 
 def _rollout(prompt: NumberedPrompt, sample: int, output: Any) -> Sample:

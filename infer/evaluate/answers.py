@@ -113,10 +113,8 @@ class Answerer:
         tokens = self._prompt_tokens(request)
         room = self.max_tokens - request.max_new_tokens
         if room < 1:
-            raise EvaluationError(
-                f"max_new_tokens: must be below model.max_position_tokens={self.max_tokens}, is "
-                f"{request.max_new_tokens}; nearest valid: {self.max_tokens - 1}"
-            )
+            rule = f"must be below model.max_position_tokens={self.max_tokens}"
+            raise EvaluationError.broken("max_new_tokens", rule, request.max_new_tokens, self.max_tokens - 1)
         prompt = tuple(tokens[max(0, len(tokens) - room) :])
         first = number * request.samples
         return [NumberedPrompt(number=first + sample, tokens=prompt) for sample in range(request.samples)]

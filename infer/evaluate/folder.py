@@ -92,10 +92,8 @@ class EvaluationFolder:
             ) from error
         if different:
             key = different[0]
-            raise EvaluationError(
-                f"{key}: must be as in {str(path)!r}, which has {written.get(key)!r}, is {identity.get(key)!r}; "
-                "nearest valid: another out, or remove this folder"
-            )
+            rule = f"must be as in {str(path)!r}, which has {written.get(key)!r}"
+            raise EvaluationError.broken(key, rule, repr(identity.get(key)), "another out, or remove this folder")
 
 
 def samples_name(task: str) -> str:

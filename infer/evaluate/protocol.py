@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data.tokenizer import Tokenizer
-from infer.config import Finish, Sampling
+from infer.config import Finish, RuleError, Sampling
 from infer.protocol import NumberedPrompt, Request, Rollouts
 
 Text = str | tuple[int, ...]
@@ -19,8 +19,8 @@ StopToken = Callable[[int, int], bool]
 Record = dict[str, Any]
 
 
-class EvaluationError(ValueError):
-    """Invalid evaluation. The message states the key, the rule, the value and the nearest valid choice."""
+class EvaluationError(RuleError):
+    """Invalid evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -164,11 +164,8 @@ class LengthConfig(ScorerConfig):
 
     def __post_init__(self) -> None:
         if self.buffer_tokens > self.limit_tokens:
-            raise ScoringError(
-                f"reward.parts, kind length: buffer_tokens must be at most limit_tokens "
-                f"({self.limit_tokens}), is {self.buffer_tokens}; "
-                f"nearest valid: {self.limit_tokens}"
-            )
+            rule = f"buffer_tokens must be at most limit_tokens ({self.limit_tokens})"
+            raise ScoringError.broken("reward.parts, kind length", rule, self.buffer_tokens, self.limit_tokens)
 
 
 def score_length(config: LengthConfig, answer: Answer, problem: Problem) -> Score:

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from data.problems.records import ProblemRecord, StdinTest
+from infer.config import RuleError
 from kernels.registry import Registry
 
 Outcome = Literal["correct", "wrong", "missing", "timeout", "unknown", "error", "rated", "skipped"]
@@ -23,7 +24,7 @@ VERDICTS: tuple[Outcome, ...] = ("correct", "wrong", "missing", "timeout")
 """Outcomes that say something about the answer. The others must not be trained on as if the answer were wrong."""
 
 
-class ScoringError(ValueError):
+class ScoringError(RuleError):
     """A scorer's configuration that is not valid, or a machine that cannot run it, with advice."""
 
 

@@ -165,26 +165,20 @@ def _check_settings(name: str, config: AnswerTaskConfig, context: TaskContext) -
     """Rejects settings that exclude each other, and a template that the tokenizer cannot write."""
     most = context.max_tokens - 1
     if config.max_new_tokens > most:
-        raise EvaluationError(
-            f"{name}.max_new_tokens: must be below model.max_position_tokens={context.max_tokens}, is "
-            f"{config.max_new_tokens}; nearest valid: {most}"
-        )
+        rule = f"must be below model.max_position_tokens={context.max_tokens}"
+        raise EvaluationError.broken(f"{name}.max_new_tokens", rule, config.max_new_tokens, most)
     for k in config.pass_at:
         if k > config.samples:
-            raise EvaluationError(
-                f"{name}.pass_at: must be at most {name}.samples={config.samples}, is {k}; nearest valid: "
-                f"{config.samples}"
+            raise EvaluationError.broken(
+                f"{name}.pass_at", f"must be at most {name}.samples={config.samples}", k, config.samples
             )
     if len(set(config.pass_at)) < len(config.pass_at):
-        raise EvaluationError(
-            f"{name}.pass_at: must have each value once, is {list(config.pass_at)}; nearest valid: "
-            f"{sorted(set(config.pass_at))}"
+        raise EvaluationError.broken(
+            f"{name}.pass_at", "must have each value once", list(config.pass_at), sorted(set(config.pass_at))
         )
     if config.samples > 1 and config.temperature == 0:
-        raise EvaluationError(
-            f"{name}.temperature: must be above 0 if {name}.samples={config.samples}, is 0, with which all answers "
-            f"are equal; nearest valid: 0.8"
-        )
+        rule = f"must be above 0 if {name}.samples={config.samples}"
+        raise EvaluationError.broken(f"{name}.temperature", rule, "0, with which all answers are equal", "0.8")
     if config.chat_template is not None:
         template = CHAT_TEMPLATES.get(config.chat_template)
         check_tokens(template.required_tokens, config.chat_template, context.tokenizer, f"{name}.chat_template")

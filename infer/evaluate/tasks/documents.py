@@ -65,9 +65,8 @@ def build_bits_per_byte(config: BitsPerByteConfig, context: TaskContext) -> Eval
     documents = read_documents("bits_per_byte.path", needed_path("bits_per_byte.path", config.path, _DOCUMENT_EXAMPLE))
     window = min(config.window_tokens or context.max_tokens, context.max_tokens)
     if (config.stride_tokens or window) > window:
-        raise EvaluationError(
-            f"bits_per_byte.stride_tokens: must be at most the window's {window} tokens, is "
-            f"{config.stride_tokens}; nearest valid: {window}"
+        raise EvaluationError.broken(
+            "bits_per_byte.stride_tokens", f"must be at most the window's {window} tokens", config.stride_tokens, window
         )
     samples = [
         EvaluationSample(

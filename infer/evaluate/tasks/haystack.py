@@ -179,12 +179,9 @@ def check_lengths(key: str, lengths: Sequence[int] | None, max_tokens: int) -> t
         return tuple(sorted({max(1, max_tokens // part) for part in (8, 4, 2, 1)}))
     for length in lengths:
         if length > max_tokens:
-            raise EvaluationError(
-                f"{key}: must be at most model.max_position_tokens={max_tokens}, is {length}; nearest valid: "
-                f"{max_tokens}"
+            raise EvaluationError.broken(
+                key, f"must be at most model.max_position_tokens={max_tokens}", length, max_tokens
             )
     if not lengths or len(set(lengths)) < len(lengths):
-        raise EvaluationError(
-            f"{key}: must have at least one length, each once, is {list(lengths)}; nearest valid: [{max_tokens}]"
-        )
+        raise EvaluationError.broken(key, "must have at least one length, each once", list(lengths), f"[{max_tokens}]")
     return tuple(lengths)

@@ -183,22 +183,18 @@ class MathsTaskConfig(AnswerTaskConfig):
 def _read_maths(config: MathsTaskConfig, context: TaskContext) -> list[Question]:
     problems = _maths_problems(config, context.seed)
     if config.num_shots and config.chat_template is not None:
-        raise EvaluationError(
-            f"maths.num_shots: must be 0 with maths.chat_template={config.chat_template}, is {config.num_shots}; "
-            f"nearest valid: 0"
+        raise EvaluationError.broken(
+            "maths.num_shots", f"must be 0 with maths.chat_template={config.chat_template}", config.num_shots, "0"
         )
     if len(problems) <= config.num_shots:
-        raise EvaluationError(
-            f"maths.num_shots: must be below the number of questions, {len(problems)}, is {config.num_shots}; "
-            f"nearest valid: {len(problems) - 1}"
-        )
+        rule = f"must be below the number of questions, {len(problems)}"
+        raise EvaluationError.broken("maths.num_shots", rule, config.num_shots, len(problems) - 1)
     form = config.prompt
     if form is None:
         form = PLACE if config.chat_template is not None else f"Question: {PLACE}\nAnswer:"
     if PLACE not in form:
-        raise EvaluationError(
-            f"maths.prompt: must have {PLACE} in it, is {form!r}; nearest valid: 'Question: {PLACE} Answer:'"
-        )
+        rule = f"must have {PLACE} in it"
+        raise EvaluationError.broken("maths.prompt", rule, repr(form), f"'Question: {PLACE} Answer:'")
     prompts = [form.replace(PLACE, problem.prompt) for _, problem in problems]
     shots = zip(prompts, problems[: config.num_shots], strict=False)
     prefix = "".join(f"{text} {problem.answer}\n\n" for text, (_, problem) in shots)

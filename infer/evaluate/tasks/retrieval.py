@@ -78,9 +78,8 @@ class RulerConfig(EvaluationTaskConfig):
 def build_needle(config: NeedleConfig, context: TaskContext) -> EvaluationTask:
     """Builds the task `needle`, with all prompts."""
     if not config.depths or len(set(config.depths)) < len(config.depths):
-        raise EvaluationError(
-            f"needle.depths: must have at least one depth, each once, is {list(config.depths)}; nearest valid: [50]"
-        )
+        rule = "must have at least one depth, each once"
+        raise EvaluationError.broken("needle.depths", rule, list(config.depths), "[50]")
     lengths = check_lengths("needle.lengths", config.lengths, context.max_tokens)
     filler = read_filler("needle.path", config.path, context.tokenizer, context.seed)
     samples = [
@@ -116,9 +115,8 @@ def _needle(
     facts = [_secret(name, value, depth / 100)]
     prompt = hide(context.tokenizer, filler, facts, question, length - len(answer), draws.below(2**32))
     if prompt is None:
-        raise EvaluationError(
-            f"needle.lengths: must have room for needle and question, is {length}; nearest valid: "
-            f"{min(2 * length, context.max_tokens)}"
+        raise EvaluationError.broken(
+            "needle.lengths", "must have room for needle and question", length, min(2 * length, context.max_tokens)
         )
     source = {"length": length, "depth": depth, "actual_depth": prompt.depths[0], "name": name, "value": value}
     request = ContinuationRequest(context=prompt.ids, continuation=answer, place=f"needle {number}")
@@ -176,9 +174,8 @@ def _grid(
 def build_ruler(config: RulerConfig, context: TaskContext) -> EvaluationTask:
     """Builds the task `ruler`, with all prompts."""
     if not config.subtasks or len(set(config.subtasks)) < len(config.subtasks):
-        raise EvaluationError(
-            f"ruler.subtasks: must have at least one subtask, each once, is {list(config.subtasks)}; nearest "
-            f"valid: [multi_key]"
+        raise EvaluationError.broken(
+            "ruler.subtasks", "must have at least one subtask, each once", list(config.subtasks), "[multi_key]"
         )
     lengths = check_lengths("ruler.lengths", config.lengths, context.max_tokens)
     filler = read_filler("ruler.path", config.path, context.tokenizer, context.seed)

@@ -44,11 +44,8 @@ class CodeConfig(ScorerConfig):
 
     def __post_init__(self) -> None:
         if self.wall_seconds < self.cpu_seconds:
-            raise ScoringError(
-                f"wall_seconds: of kind code must be at least cpu_seconds "
-                f"({self.cpu_seconds:g}), is {self.wall_seconds:g}; "
-                f"nearest valid: {self.cpu_seconds:g}"
-            )
+            rule = f"of kind code must be at least cpu_seconds ({self.cpu_seconds:g})"
+            raise ScoringError.broken("wall_seconds", rule, f"{self.wall_seconds:g}", f"{self.cpu_seconds:g}")
 
 
 class CodeScorer:
