@@ -125,10 +125,7 @@ class GenerationBatch:
             yield self.admit(admitted) if admitted else self.advance()
 
     def admit(self, sequences: Sequence[ActiveSequence]) -> list[tuple[ActiveSequence, list[int]]]:
-        """Reads prompts and generates the first token of each. Returns the same as `advance`.
-
-        A prompt with several continuations is read once, as long as one of them is active.
-        """
+        """Reads prompts, each once, and generates the first token of each. Returns the same as `advance`."""
         rows = [self._decoder.add(sequence.place) for sequence in sequences]
         unread = {
             sequence.index: row

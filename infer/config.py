@@ -1,7 +1,4 @@
-"""Configuration and checks of text generation.
-
-Imports no torch, so that commands check before they read a model.
-"""
+"""Configuration and checks of text generation. Imports no torch, so that commands check early."""
 
 import math
 import operator

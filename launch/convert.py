@@ -19,10 +19,7 @@ from train.config.errors import ConfigError, broken
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Converts weights tensor by tensor, prints progress to stderr, and returns the exit code, 0.
-
-    If weights cannot be read or written, nothing is left at `to`.
-    """
+    """Converts weights tensor by tensor. If they cannot be read or written, nothing is left at `to`."""
     config = _read(overrides)
     # A signal that is ignored, as under nohup, stays ignored.
     ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]

@@ -117,10 +117,7 @@ def _search_output(result: SearchResult, form: str) -> str:
 
 
 def search_space(request: PlanRequest) -> SearchSpace:
-    """Returns all layouts of a request's run with `search=true`, if their time can be predicted.
-
-    Rates that a run measured hold for its precision and dispatch, so only layouts of these are compared.
-    """
+    """Returns all layouts of a run; with measured rates, only those of its precision and dispatch."""
     config = request.config
     if config.schedule.slices > 1:
         rule = "must be 1 with search=true, which compares layouts of whole sequences"

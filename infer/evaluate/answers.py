@@ -195,10 +195,7 @@ def encode_continuation(tokenizer: Tokenizer, request: ContinuationRequest) -> t
 
 
 def target_sequence(tokenizer: Tokenizer, request: ContinuationRequest, max_tokens: int) -> tuple[TargetSequence, int]:
-    """Returns the sequence that scores a continuation, and how many tokens of the context it drops.
-
-    Tokens at the start are dropped if the sequence without its last token exceeds the model's positions.
-    """
+    """Returns the sequence that scores a continuation, and how many tokens of the context it drops."""
     before, after = encode_continuation(tokenizer, request)
     if len(after) > max_tokens:
         raise EvaluationError(

@@ -1,7 +1,4 @@
-"""Registers evaluation tasks by name. Imports no torch.
-
-A task is a frozen dataclass and a function that builds an `EvaluationTask` from it. A plugin file can register one.
-"""
+"""Registers evaluation tasks by name, as a plugin file can, too. Imports no torch."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass

@@ -1,7 +1,4 @@
-"""Runs evaluation tasks: answers give records, and records give results. Imports no torch.
-
-Results also have the schema of lm-evaluation-harness.
-"""
+"""Runs evaluation tasks: answers give records, and these results, also in lm-eval's schema. No torch."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Sums the scores of an answer, and reports each part by its name.
-
-Models score on all ranks of a run, and the other parts in one process; `combine` joins them.
-"""
+"""Sums the scores of an answer: models score on all ranks of a run, the other parts in one process."""
 
 import math
 from collections import Counter

@@ -1,7 +1,4 @@
-"""Defines answers, problems and scores, and registers scorers by name. Imports no torch.
-
-A scorer is a pure function of an answer and its problem; a reward is a weighted sum of scorers.
-"""
+"""Defines answers, problems and scores, and registers scorers, pure functions of both. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass

@@ -1,7 +1,4 @@
-"""Composes a command's YAML and command-line overrides into plain values.
-
-The only module that uses Hydra.
-"""
+"""Composes a command's YAML and overrides into plain values. The only module that uses Hydra."""
 
 import json
 import re

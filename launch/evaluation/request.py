@@ -107,10 +107,7 @@ def identity(job: EvaluationJob, checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_checkpoint(source: WeightsSource) -> dict[str, Any]:
-    """Returns folder, kind, step and hash of weights.
-
-    The hash of a checkpoint follows from its manifest. All files of a Hugging Face folder are read.
-    """
+    """Returns folder, kind, step and hash of weights; all files of a Hugging Face folder are read."""
     if source.is_hf:
         paths = sorted(path for path in source.folder.iterdir() if path.suffix in _HASHED_SUFFIXES)
         with ThreadPoolExecutor() as pool:

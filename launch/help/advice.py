@@ -37,10 +37,7 @@ def aliases() -> Mapping[str, str]:
 
 
 def alias_overrides(command: str, key: str, value: str = "...") -> tuple[str, list[str]] | None:
-    """Returns why a key of another trainer does not exist, and the overrides that replace it.
-
-    Returns None if there is no such alias, or if the command has no such keys. The key's last part is looked up too.
-    """
+    """Returns why a key of another trainer does not exist, and overrides instead; None without an alias."""
     name = key.lower().replace("-", "_")
     advice = aliases().get(name) or aliases().get(name.rpartition(".")[2])
     if advice is None:

@@ -1,7 +1,4 @@
-"""Reads what-ifs: changes of a plan's configuration, such as `cluster.inter_node_bytes_per_second*2`.
-
-All functions raise ConfigError for a change that does not apply.
-"""
+"""Reads what-ifs: changes of a plan's configuration, which raise ConfigError if they do not apply."""
 
 import math
 import re
@@ -100,10 +97,7 @@ def _split(item: str, *, is_item: bool) -> Iterator[str]:
 
 
 def changed_values(values: Mapping[str, Any], typed: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """Returns nested values with changes of keys applied in their order.
-
-    `typed` has the same keys as far as known, decoded: whole numbers in it must stay whole.
-    """
+    """Returns nested values with changes applied in order. Whole numbers of `typed` must stay whole."""
     result = deepcopy(dict(values))
     decoded = dict(dotted_keys(typed))
     for change in changes:

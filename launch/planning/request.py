@@ -141,10 +141,7 @@ def _sets(overrides: Sequence[str], group: str) -> bool:
 
 
 def run_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Decodes and checks a run's composed values, without memory and files.
-
-    Reads data only if `task.epochs` is the length of the run.
-    """
+    """Decodes and checks a run's composed values. Reads data only to count the steps of `task.epochs`."""
     task = values.get("task")
     unread = _unread(values)
     if isinstance(task, Mapping) and task.get("steps") is None and (unread or task.get("epochs") is None):

@@ -56,10 +56,7 @@ def plan_what_if(request: PlanRequest, base: JobPlan, run: ChangedRun, *, keeps_
 
 
 def advise_hardware(request: PlanRequest, base: JobPlan) -> dict[str, Any]:
-    """Returns what better hardware would gain for a run, in its public form.
-
-    A changed run keeps the order and the cut of the run if they apply, so that the gain is that of the hardware alone.
-    """
+    """Returns what better hardware would gain for a run that keeps its order and its cut if they apply."""
     require_time(base)
     rows: list[AdviceRow] = []
     unknown: list[Wish] = []

@@ -36,10 +36,7 @@ def signals_handled(handlers: Mapping[int, Callable[[int, FrameType | None], obj
 
 
 class Interrupts:
-    """Handler for Ctrl-C while a command runs.
-
-    The first Ctrl-C raises KeyboardInterrupt, so that the command cleans up.
-    """
+    """Handler for Ctrl-C while a command runs. The first one raises KeyboardInterrupt for a cleanup."""
 
     def __init__(self) -> None:
         self.is_interrupted = False

@@ -1,7 +1,4 @@
-"""Checks whether this machine can run the ranks that are about to start. Does not initialize CUDA.
-
-The cheap checks come first: a missing driver and a torch without CUDA are found without importing torch.
-"""
+"""Checks whether this machine can run the ranks, the cheap checks first. Does not initialize CUDA."""
 
 import ctypes
 import os

@@ -79,10 +79,7 @@ def _check_holds(config: TrainConfig, folder: Path) -> None:
 
 @contextmanager
 def locked_run_folder(config: TrainConfig, now: datetime) -> Iterator[tuple[TrainConfig, RunLock]]:
-    """Creates the run's folder, writes the resolved configuration into it, and holds its lock until exit.
-
-    Yields the configuration with the folder as `out_dir`, and the lock.
-    """
+    """Creates and locks a run's folder; yields the configuration with it as `out_dir`, and the lock."""
     with _system_refusals(config):
         folder = _make(config, now)
         lock = RunLock(folder, partial(print, file=sys.stderr, flush=True))

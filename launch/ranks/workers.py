@@ -1,7 +1,4 @@
-"""Runs a function on local processes that are the ranks of one job, and returns the result of rank 0.
-
-Imports torch only on the ranks, so that all checks run before.
-"""
+"""Runs a function on local ranks of one job, which import torch, and returns the result of rank 0."""
 
 import multiprocessing
 import os

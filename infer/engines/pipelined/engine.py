@@ -188,10 +188,11 @@ class CohortSizes:
 
 
 class PipelinedEngine:
-    """An engine whose weights stay where training left them. Every rank of the job has one.
+    """An engine whose weights stay where training left them. Every rank of the job has an equal one.
 
     Prompts are spread over pipelines and directions, and in each over cohorts, which are in different stages at a time.
-    A cohort is continued by the same program as the batch of `LocalEngine`, on the rank of its last stage.
+    A cohort is continued by the same program as the batch of `LocalEngine`, on the rank of its last stage, which also
+    calls the stop condition.
     """
 
     def __init__(
@@ -203,10 +204,6 @@ class PipelinedEngine:
         stop_condition: StopCondition = never_stop,
         min_seconds: float = 0.0,
     ) -> None:
-        """Stores the arguments, which are equal on all ranks.
-
-        `stop_condition` is called on the rank that chooses the token, with every token that is no stop token.
-        """
         self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
         self._stop_condition, self._min_seconds = stop_condition, min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative

@@ -1,7 +1,4 @@
-"""Evaluates answers that a model generates: accuracy, and pass@k of several answers. Imports no torch.
-
-A task is problems with prompts, and a verifier, which is a scorer of rewards (`infer.scoring`).
-"""
+"""Evaluates answers that a model generates, with scorers of rewards as verifiers. Imports no torch."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""Builds prompts of an exact number of tokens: facts hidden in filler text. Imports no torch.
-
-Everything is put together from token ids, so lengths are exact and a fact has the same tokens wherever it is.
-"""
+"""Builds prompts of an exact number of tokens: facts hidden in filler text. Imports no torch."""
 
 import hashlib
 import io
@@ -152,10 +149,7 @@ def num_begin(tokenizer: Tokenizer) -> int:
 def hide(
     tokenizer: Tokenizer, filler: Filler, facts: Sequence[Fact], question: str, size: int, start: int
 ) -> HaystackPrompt | None:
-    """Returns a prompt with facts in filler and a question at its end, or None if they do not fit.
-
-    Facts at one place stay in order. The prompt has `size` tokens with the begin of sentence.
-    """
+    """Returns a prompt of `size` tokens with facts in filler and a question, or None if they do not fit."""
     encoded = iter(tokenizer.encode_batch([*(part for fact in facts for part in fact.parts), question]))
     hidden = [[token for _ in fact.parts for token in next(encoded)] for fact in facts]
     end = next(encoded)

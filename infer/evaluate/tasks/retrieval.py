@@ -243,10 +243,7 @@ def _subtask(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Problem:
-    """A problem of `ruler`: facts in filler text, a question at the end, and names to answer with.
-
-    If there are words, these are the most frequent ones of a list that replaces the filler.
-    """
+    """A problem of `ruler`: facts in filler, or frequent words in a list that replaces it, and answers."""
 
     facts: tuple[Fact, ...]
     question: str
