@@ -8,8 +8,7 @@ from typing import Any, Literal, Self
 
 from model.config import ModelConfig
 
-Finish = Literal["stop", "length"]
-"""Why a sequence ended: a stop token or the stop condition, or the maximum length."""
+Finish = Literal["stop", "length"]  # why a sequence ended: a stop token or the stop condition, or the maximum length
 
 Speculative = Literal[True, False, "auto"]
 """Whether an MTP module drafts tokens that the main model verifies; auto: if the model has an MTP module."""

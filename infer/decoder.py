@@ -19,8 +19,7 @@ from model.mlp import Mlp
 from model.precision.linear import widen
 from model.transformer import Transformer
 
-Views = Callable[[int], CacheView]
-"""Maps a layer's index within its cache to its view of the cache in one pass."""
+Views = Callable[[int], CacheView]  # maps a layer's index within its cache to its view of the cache in one pass
 
 PassKind = Literal["prompts", "chunk", "step"]
 """New tokens of a pass: whole prompts in empty rows, the next part of one row's prompt, or tokens of all rows."""

@@ -14,11 +14,9 @@ from infer.config import Finish, GenerateError, Sampling, Statistics
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Problem
 
-PROMPT_SAMPLE = -1
-"""Sample number of the record of a prompt, which all of its continuations share."""
+PROMPT_SAMPLE = -1  # sample number of the record of a prompt, which all of its continuations share
 
-UNSCORED = ScoreSheet(total=0.0, outcome="skipped", parts={})
-"""Scores of an answer that no scorer has seen."""
+UNSCORED = ScoreSheet(total=0.0, outcome="skipped", parts={})  # scores of an answer that no scorer has seen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,15 +25,14 @@ from launch.evaluation.request import EvaluationJob, describe_checkpoint, identi
 from launch.help.command import command, plain_text
 from launch.job import PRELOADED, load_model, local_cluster, open_ranks
 from launch.ranks.environment import apply_rank_environment, is_other_rank, is_torchrun
-from launch.ranks.workers import Send, run_on_local_ranks
+from launch.ranks.workers import run_on_local_ranks
 from train.config import InferenceConfig
 from train.config.decode import encode
 from train.config.errors import ConfigError
 from train.evaluation.page import PAGE_NAME, page
 
 _PACKAGES = ("torch", "tokenizers", "numpy")
-Comparisons = Mapping[str, Mapping[str, PairedComparison]]
-"""The comparison of each metric, by task and metric."""
+Comparisons = Mapping[str, Mapping[str, PairedComparison]]  # the comparison of each metric, by task and metric
 
 
 def check_compared(folder: str, tasks: Sequence[OpenTask]) -> None:
@@ -190,9 +189,9 @@ def _evaluate(job: EvaluationJob, tasks: Sequence[OpenTask]) -> None:
             _evaluate_as_rank(job, network, done, write)
         else:
             preloaded = [*PRELOADED, "train.evaluation.pipelined", "launch.evaluation.request"]
-            function = partial(_evaluate_as_local_rank, job, network, done)
+            function = partial(_evaluate_as_rank, job, network, done)
             num_ranks = network.parallelism.world_size
-            run_on_local_ranks(function, network.cluster, num_ranks, preloaded, lambda sent: write(*sent))
+            run_on_local_ranks(function, network.cluster, num_ranks, preloaded, write)
         print(write_outcome(job, tasks, records, checkpoint, folder), flush=True)
 
 
@@ -208,10 +207,6 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
     local, tokenizer = LocalModel(model, job.config.batch_size), source.needed_tokenizer("tasks")
     answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)
     run_tasks(tasks, answerer, done, write)
-
-
-def _evaluate_as_local_rank(job: EvaluationJob, network: InferenceConfig, done: Done, send: Send) -> None:
-    _evaluate_as_rank(job, network, done, lambda *record: send(record))
 
 
 def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done | None, write: Write) -> None:

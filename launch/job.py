@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bf16"]
-PRELOADED = ("train.post.inference", "launch.job")
-"""Modules that ranks import once, before they are forked."""
+PRELOADED = ("train.post.inference", "launch.job")  # modules that ranks import once, before they are forked
 _TIMEOUT_SECONDS = 1800.0
 
 

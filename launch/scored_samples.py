@@ -26,8 +26,7 @@ from kernels.ranges import PositiveInt, Share
 from train.config.errors import ConfigError, broken
 
 FORMAT = 1
-JOURNAL_SUFFIX = ".samples"
-"""Of the file of all samples, after the name of the file of those that are kept."""
+JOURNAL_SUFFIX = ".samples"  # of the file of all samples, after the name of that of selected ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

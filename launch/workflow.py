@@ -24,8 +24,7 @@ from train.config.decode import decode, encode
 from train.config.errors import ConfigError, broken
 
 STATE_NAME = "workflow.json"
-_NUM_COLUMNS = 3
-"""Of each evaluation in the table: pass@1, maj@n and tokens."""
+_NUM_COLUMNS = 3  # columns of each evaluation in the table: pass@1, maj@n and tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,8 +24,7 @@ from infer.evaluate.protocol import (
 )
 from infer.evaluate.run import REQUESTS_TOGETHER
 
-MAX_NEW_TOKENS = 256
-"""Maximum number of new tokens if a task does not say it, as in the package's `hf` model."""
+MAX_NEW_TOKENS = 256  # maximum number of new tokens if a task does not say it, as in the package's `hf` model
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

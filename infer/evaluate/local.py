@@ -17,8 +17,7 @@ from kernels.cross_entropy.reference import IGNORE, greedy_scores
 from model.transformer import Transformer
 
 PADDING = 0
-MOST_TOKENS = 2**13
-"""Tokens, with padding, that are computed together if there are several sequences."""
+MOST_TOKENS = 2**13  # tokens, with padding, that are computed together if there are several sequences
 
 
 @dataclass(frozen=True, slots=True)

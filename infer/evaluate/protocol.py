@@ -12,8 +12,7 @@ from data.tokenizer import Tokenizer
 from infer.config import Finish, RuleError, Sampling
 from infer.protocol import NumberedPrompt, Request, Rollouts
 
-Text = str | tuple[int, ...]
-"""A text, or its token ids."""
+Text = str | tuple[int, ...]  # a text, or its token ids
 StopToken = Callable[[int, int], bool]
 """Called with each new token (prompt's number, token); returns whether the continuation ends after it."""
 Record = dict[str, Any]
@@ -102,8 +101,7 @@ class GenerationAnswer:
     num_dropped: int = 0
 
 
-EvaluationAnswer = LikelihoodAnswer | GenerationAnswer | float
-"""The answer to a `RatingRequest` is a number."""
+EvaluationAnswer = LikelihoodAnswer | GenerationAnswer | float  # the answer to a `RatingRequest` is a number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,7 @@ from infer.evaluate.statistics import Estimate, estimate
 REQUESTS_TOGETHER = 512
 """Requests whose records are written together. More of them would waste less padding, and lose more if interrupted."""
 
-Write = Callable[[str, list[Record]], None]
-"""Takes the name of a task and records of its next samples."""
+Write = Callable[[str, list[Record]], None]  # takes the name of a task and records of its next samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,8 +101,7 @@ def read(text: str) -> MathsValue:
 _SEPARATORS = {",": ",", ";": ",", '"or"': "or", '"and"': ","}
 _RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "≤", r"\ge": "≥", r"\ne": "≠", r"\in": "∈"}
 _FLIPPED = {">": "<", "≥": "≤"}
-_DEEPEST = 30
-"""More brackets in brackets are no answer. The parser takes minutes for them."""
+_DEEPEST = 30  # more brackets in brackets are no answer. The parser takes minutes for them.
 
 
 def _split(text: str, marks: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -23,16 +23,13 @@ from infer.scoring.score import (
 )
 from kernels.ranges import PositiveInt
 
-ANSWER_SECONDS = 60.0
-"""Time of a scorer that sets no deadline itself, for one answer or group."""
-_LARGEST_VALUE = 1e30
-"""Bound of a score, from which sums, squares and weights are far from overflow."""
+ANSWER_SECONDS = 60.0  # time of a scorer that sets no deadline itself, for one answer or group
+_LARGEST_VALUE = 1e30  # bound of a score, from which sums, squares and weights are far from overflow
 
 # If several parts have an outcome, the first of these counts: an answer is correct only if no part disagrees.
 _PRECEDENCE: tuple[Outcome, ...] = ("error", "unknown", "timeout", "missing", "wrong", "correct", "skipped")
 _FAULTS: tuple[Outcome, ...] = ("error", "unknown")
-ModelScores = Mapping[str, Sequence[Sequence[Score]]]
-"""Scores by the kind of the part, then by group and answer."""
+ModelScores = Mapping[str, Sequence[Sequence[Score]]]  # scores by the kind of the part, then by group and answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -141,8 +141,7 @@ class GymScorer:
         self._verifier.close()
 
 
-LONGEST_ANSWER = 2000
-"""Longer boxes are no answers. Parsers take minutes for them."""
+LONGEST_ANSWER = 2000  # longer boxes are no answers. Parsers take minutes for them.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

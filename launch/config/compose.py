@@ -35,8 +35,7 @@ CONFIG_ONLY = "config_only"
 DRY_RUN = "dry_run"
 """Key of `launch.train`: with `true`, the command prints a training sample with its targets and does nothing else."""
 
-MISSING = "???"
-"""What a value without a default is written as."""
+MISSING = "???"  # what a value without a default is written as
 
 # Examples for error messages about values without a default.
 _EXAMPLES = {

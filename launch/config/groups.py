@@ -8,8 +8,7 @@ import yaml
 from kernels.registry import PluginError, load_plugins, loaded_plugins
 from train.config.errors import ConfigError
 
-PLUGINS = "plugins"
-"""Key for Python files that register schedules, dispatchers, tasks and more."""
+PLUGINS = "plugins"  # key for Python files that register schedules, dispatchers, tasks and more
 
 
 def config_dir() -> Path:

@@ -10,8 +10,7 @@ from train.memory import JobMemory, fitted_config, parts, predict_memory
 from train.planner.space import context_sizes
 
 Rules = Callable[[TrainConfig], None]
-Change = tuple[str, TrainConfig]
-"""Overrides as a user writes them, and the resulting configuration."""
+Change = tuple[str, TrainConfig]  # overrides as a user writes them, and the resulting configuration
 
 _GB = 1e9
 

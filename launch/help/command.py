@@ -21,8 +21,7 @@ from train.files.secrets import redact
 _HELP = ("-h", "--help", "help")
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
-Main = Callable[[Sequence[str]], int]
-"""A command's main function: takes the overrides, returns the exit code."""
+Main = Callable[[Sequence[str]], int]  # a command's main function: takes the overrides, returns the exit code
 Preview = Callable[[Sequence[str]], str]
 """Takes the overrides, returns what the command prints instead of running, such as its configuration as YAML."""
 Previews = Mapping[str, Preview | None]

@@ -20,10 +20,8 @@ from launch.config.groups import load_plugin_files
 from launch.ranks.environment import apply_rank_environment, local_rank_environment
 from launch.ranks.local import die_with_parent
 
-Send = Callable[[Any], None]
-"""Sends a message to the parent; on all ranks except rank 0 it does nothing."""
-RankFunction = Callable[[Send], Any]
-"""What every rank runs. Its module is imported on the ranks; pickle sends it."""
+Send = Callable[..., None]  # sends a message to the parent; on all ranks except rank 0 it does nothing
+RankFunction = Callable[[Send], Any]  # what every rank runs. Its module is imported on the ranks; pickle sends it.
 
 
 class RankError(RuntimeError):
@@ -35,7 +33,7 @@ def run_on_local_ranks(
     cluster: ClusterConfig,
     num_ranks: int,
     preloaded: Sequence[str],
-    receive: Callable[[Any], None] = lambda message: None,
+    receive: Callable[..., None] = lambda *message: None,
 ) -> Any:
     """Starts ranks on this machine and returns the result of rank 0. No rank outlives the call."""
     apply_rank_environment(cluster)
@@ -61,7 +59,7 @@ def run_on_local_ranks(
                 process.join()
 
 
-def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[[Any], None]) -> Any:
+def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[..., None]) -> Any:
     """Waits for the results of all ranks and returns that of rank 0. Raises the first error."""
     result: Any = None
     while ends:
@@ -72,7 +70,7 @@ def _await_results(ends: "dict[connection.Connection, int]", receive: Callable[[
             except (EOFError, ConnectionResetError) as error:
                 raise RankError(f"rank {ends[end]} died before it returned") from error
             if kind == "message":
-                receive(found)
+                receive(*found)
                 continue
             rank = ends.pop(end)
             if isinstance(found, ValueError) and kind == "user error":
@@ -93,7 +91,7 @@ def _run_rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= local_rank_environment(Path(store_file))
 
-    def send(message: Any) -> None:
+    def send(*message: Any) -> None:
         if rank == 0:
             end.send(("message", message))
 

@@ -157,8 +157,7 @@ class _StageRun(ForwardOnlyRun):
         return value
 
 
-MAX_ROUNDS = 32
-"""Rounds after which the ranks agree on whether to continue."""
+MAX_ROUNDS = 32  # rounds after which the ranks agree on whether to continue
 
 _FAILED = 1 << 40
 
