@@ -4,7 +4,7 @@ The score is the probability of the approving verdict. Source: arXiv:2412.19437,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from data.chat.encode import encode_conversations
@@ -27,9 +27,6 @@ class CritiqueForm:
     no: str = " no"
 
 
-FORM = CritiqueForm()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedAnswer:
     """An answer with a critique of it, and, for training, whether the critique approves."""
@@ -38,7 +35,7 @@ class JudgedAnswer:
     answer: str
     critique: str
     approves: bool = True
-    form: CritiqueForm = field(default=FORM)
+    form: CritiqueForm = CritiqueForm()
 
     def record(self) -> Mapping[str, Any]:
         """Returns the line of a `.jsonl` file that `data=chat` reads, to train a judge."""

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,13 +35,6 @@ MTP_CALLS_PER_ROUND = 2
 """Maximum number of runs of the MTP module in a round: over new prompts, and over the newest tokens."""
 
 
-class CohortStage(Protocol):
-    """A stage of one direction for all of its cohorts."""
-
-    def run(self, cohort: int, value: Tensor) -> Tensor:
-        """Runs a cohort's round, given the packed value of the previous stage, and returns the packed result."""
-
-
 @dataclass(frozen=True, slots=True)
 class InnerStage:
     """A stage before the last one."""
@@ -53,7 +45,7 @@ class InnerStage:
     shares_experts: bool
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
-        """Implements `CohortStage.run`."""
+        """Runs a cohort's round, given the packed value of the previous stage; returns the packed result."""
         decoder, form = self.decoders[cohort], self.form
         plan, payload = form.unpack(value)
         if not plan.num_tokens:
@@ -85,7 +77,7 @@ class LastStage:
         self.next_rounds = [self._pack(cohort.start(), decoder.device) for cohort, decoder in starts]
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
-        """Implements `CohortStage.run`."""
+        """Does the same as `InnerStage.run`, and keeps the result as the cohort's next round."""
         decoder, form = self._decoders[cohort], self._form
         plan, payload = form.unpack(value)
         calls = decoder.mtp_calls
@@ -108,6 +100,9 @@ class LastStage:
     def _pack(self, found: Round, device: torch.device) -> Tensor:
         plan, tokens_N = found
         return self._form.pack(plan, tokens_N, device)
+
+
+CohortStage = InnerStage | LastStage
 
 
 class DirectedStages:
