@@ -145,7 +145,6 @@ class GenerationBatch:
         return made
 
     def _read_prompts(self, unread: Sequence[tuple[int, ActiveSequence]]) -> None:
-        """Reads the prompts of sequences in empty rows, and keeps what follows their last tokens."""
         short = [(row, sequence) for row, sequence in unread if len(sequence.prompt) <= self._prefill_tokens]
         if short:
             self._read_short_prompts([row for row, _ in short], [sequence for _, sequence in short])
@@ -195,7 +194,6 @@ class GenerationBatch:
         return self._choose(active, logits_B1V[:, 0])
 
     def _choose(self, sequences: Sequence[ActiveSequence], logits_BV: Tensor) -> list[list[ChosenToken]]:
-        """Chooses one token for each sequence from the main model's logits."""
         adjusted_BV = penalize(logits_BV, self._history(sequences), self._sampling)
         target_BV = distribution(adjusted_BV, self._sampling)
         tokens_B = draw(target_BV, self._uniform(sequences, 1)[:, 0])

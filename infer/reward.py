@@ -108,7 +108,6 @@ def _in_batches(
 
 
 def _check(config: ModelConfig, head: str, sequences: Sequence[Sequence[int]]) -> None:
-    """Rejects another head, and sequences that the model cannot read."""
     if config.head != head:
         nearest = "judge_answers" if head == "score" else "score_answers"
         raise GenerateError(f"model.head: must be {head}, is {config.head}; nearest valid: infer.reward.{nearest}")

@@ -386,7 +386,6 @@ def _write_rollouts(job: GenerateJob, request: Request, rollouts: Rollouts, file
 
 
 def _generate_on_local_ranks(job: GenerateJob, network: InferenceConfig) -> Rollouts:
-    """Starts ranks on this machine and returns their rollouts. No rank outlives the call."""
     num_ranks = network.parallelism.world_size
     print(f"{num_ranks} ranks read the weights of {job.source.folder}", file=sys.stderr, flush=True)
     preloaded = [*PRELOADED, "infer.engines.pipelined.engine"]

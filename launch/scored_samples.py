@@ -40,7 +40,6 @@ class SampleJournal:
     """The file of samples, open for appending. Use it as a context manager."""
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
-        """Opens or creates the file, and reads the samples that it has."""
         self._path = path
         self.samples: dict[int, tuple[ScoredSample, ...]] = {}
         try:

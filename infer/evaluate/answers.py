@@ -58,7 +58,6 @@ class Answerer:
         return [answers[position] for position in range(len(requests))]
 
     def _score(self, requests: Sequence[NumberedRequest]) -> dict[int, LikelihoodAnswer]:
-        """Answers the requests for log-likelihoods in one call of the model."""
         sequences: dict[int, list[TargetSequence]] = {}
         num_dropped: dict[int, int] = {}
         for position, (_, request) in enumerate(requests):
@@ -75,7 +74,6 @@ class Answerer:
         }
 
     def _rate(self, requests: Sequence[NumberedRequest]) -> dict[int, float]:
-        """Answers the requests for scores of a reward model in one call of the model."""
         rated = {n: request.tokens for n, (_, request) in enumerate(requests) if isinstance(request, RatingRequest)}
         scores = self.model.rate(list(rated.values())) if rated else []
         for score in scores:

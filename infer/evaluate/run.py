@@ -132,7 +132,6 @@ def as_json(
 
 
 def _as_harness(name: str, result: TaskResult) -> dict[str, Any]:
-    """Returns the results of a task with the names of lm-evaluation-harness."""
     values: dict[str, Any] = {"alias": name, "sample_len": result.num_samples}
     for metric, measured in result.estimates.items():
         values[f"{metric},none"] = measured.value

@@ -102,7 +102,6 @@ def mcnemar(gained: int, lost: int) -> float:
 def _paired_error(
     first: Sequence[Measure], second: Sequence[Measure], ratio: float, other_ratio: float
 ) -> float | None:
-    """Returns the standard error of a difference of two ratios over the same samples."""
     number = len(first)
     if number < 2:
         return None
@@ -116,7 +115,6 @@ def _paired_error(
 
 
 def _bootstrap(first: Sequence[Measure], second: Sequence[Measure], seed: int) -> tuple[float, tuple[float, float]]:
-    """Returns the p-value and the 95 % interval of a difference over resampled samples."""
     random = np.random.default_rng(seed)
     values = np.array(
         [(mine.value, mine.weight, other.value, other.weight) for mine, other in zip(first, second, strict=True)]

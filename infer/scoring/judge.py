@@ -182,7 +182,6 @@ class Judge:
         return re.sub(r"\{(constitution|prompt|answer|other)\}", lambda match: values[match[1]], self.config.question)
 
     def _vote(self, critique: Sample) -> bool | None:
-        """Returns the verdict of a critique; None if it is cut or has no clear one."""
         if critique.finish != "stop":
             return None
         text = self.tokenizer.decode(critique.tokens[:-1])

@@ -173,7 +173,6 @@ class _Worker:
             raise
 
     def request(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Sends a message and returns the reply."""
         assert self._socket is not None
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)  # of all data together

@@ -123,7 +123,6 @@ def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str
 
 
 def _own_tokenizer(weights: str | None, values: Mapping[str, Any]) -> Path | None:
-    """Returns the tokenizer file of the resumed run or of the weights, if there is one."""
     resume, out_dir = values.get("resume"), values.get("out_dir")
     if resume == AUTO:
         has_folder = isinstance(out_dir, str) and bool(out_dir)
@@ -197,7 +196,6 @@ def check_text(config: TrainConfig, num_tokens: int) -> None:
 
 
 def _is_tokenizer_of_weights(config: TrainConfig) -> bool:
-    """Returns whether the tokenizer is in the folder of the initial weights or of the resumed run."""
     resumed = config.out_dir if config.resume == AUTO else config.resume
     folders = [Path(folder).expanduser().resolve() for folder in (config.init_from, resumed) if folder]
     tokenizer = config.data.tokenizer

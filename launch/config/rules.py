@@ -157,7 +157,6 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
 
 
 def _check_ramp(config: TrainConfig) -> None:
-    """Rejects a batch ramp with a size that does not fit the ranks, the micro-batches or the schedule."""
     ramp, last = config.batch.ramp, config.batch.global_sequences
     if ramp is None:
         return

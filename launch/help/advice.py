@@ -104,7 +104,6 @@ def _meant(command: str, key: str, value: str) -> str:
 
 
 def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
-    """Returns advice for an argument that is not key=value, or None."""
     text, before, after = arguments[index], arguments[index - 1] if index else "", [*arguments[index + 1 :], ""]
     spaced = re.fullmatch(r"([\w./@-]+) *= *(.*)", text)
     if spaced and " =" in text:
@@ -146,7 +145,6 @@ def _hub_advice(key: str, value: str) -> str:
 
 
 def _known_keys(command: str) -> Mapping[str, Any]:
-    """Returns every dotted key and every group of a command, with its default."""
     return {**known_keys(command), **default_groups(command), **dict.fromkeys(switches(command), True)}
 
 

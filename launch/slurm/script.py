@@ -172,7 +172,6 @@ def _options(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> list[str]:
 
 
 def _num_gpus(config: TrainConfig, slurm: SlurmConfig, ranks: int) -> int:
-    """Returns the number of GPUs that the ranks of a node use."""
     return (slurm.gpus_per_node or ranks) if config.cluster.device == "cuda" else 0
 
 

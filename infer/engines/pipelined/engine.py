@@ -131,8 +131,6 @@ class DirectedStages:
 
 
 class _StageRun(ForwardOnlyRun):
-    """One round of a cohort in one stage."""
-
     def __init__(self, stage: CohortStage, cohort: int, value: Tensor | None, min_seconds: float) -> None:
         self._stage, self._cohort, self._value, self._min_seconds = stage, cohort, value, min_seconds
 
@@ -325,7 +323,6 @@ class PipelinedEngine:
     def _collect(
         self, prompts: Sequence[NumberedPrompt], request: Request, work: "_RankWork", seconds: float
     ) -> Rollouts:
-        """Gathers the rollouts of all ranks in the order of the prompts."""
         own = [to_rollouts(sequences, keeps_sets=request.keeps_sets) for sequences in work.sequences.values()]
         counts = sum_statistics([batch.statistics(0.0) for batch in work.batches], seconds)
         # Only the last stages continue sequences; the other ranks have nothing to send.
@@ -362,7 +359,6 @@ class _RankWork:
         return min(MAX_ROUNDS, 1 << (longest.bit_length() - 1)) if longest else 0
 
     def error(self) -> str:
-        """Returns the message of a program that failed, or an empty text."""
         return next((str(cohort.error) for cohort in self.cohorts if cohort.error is not None), "")
 
     def collect_routes(self, rollouts: Sequence[Sample]) -> SampledRoutes | None:

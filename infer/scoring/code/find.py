@@ -127,7 +127,6 @@ def _check(sandbox: Sandbox) -> None:
 
 
 def _unused_uid() -> int:
-    """Returns a user id without an account and without a process."""
     used = set()
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():

@@ -137,7 +137,6 @@ class Sandbox:
         return guests
 
     def _bubblewrap(self, mounted: Mapping[str, int], limits: GuestLimits, info_writer: int) -> list[str]:
-        """Returns the command line of bubblewrap, up to the filter."""
         # All namespaces are new. /proc is not mounted: no test needs it, and containers often forbid it.
         # The guest is the first process of its namespace, which ends with it: no daemon survives, and bubblewrap exits
         # only after all processes are gone.
@@ -163,7 +162,6 @@ class Sandbox:
 
 
 def _pack_modules() -> bytes:
-    """Returns a ZIP archive of the guest's modules, which Python can import."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for package in _PACKAGE.parents[:-1]:
