@@ -53,7 +53,10 @@ def main(overrides: Sequence[str]) -> int:
     if is_torchrun(os.environ):
         return _run_as_rank(config)
     check_folder(config)
-    _check_named(config)
+    # A checkpoint that `resume` names is verified here; the ranks search those of a run together.
+    if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
+        with system_errors():
+            locate(config.resume, check=partial(verify, progress=progress_on()))
     return _run_local(config)
 
 
@@ -111,13 +114,6 @@ def handle_signals() -> None:
 
     for number in handled_signals():
         signal.signal(number, leave)
-
-
-def _check_named(config: TrainConfig) -> None:
-    """Verifies the files of a checkpoint that `resume` names directly, rather than a run's folder."""
-    if config.resume is not None and (Path(config.resume).expanduser() / MANIFEST_NAME).is_file():
-        with system_errors():
-            locate(config.resume, check=partial(verify, progress=progress_on()))
 
 
 def export_exit_code(code: int, environment: Mapping[str, str]) -> int:

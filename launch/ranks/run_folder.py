@@ -116,11 +116,18 @@ def _system_refusals(config: TrainConfig) -> Iterator[None]:
 
 
 def _make(config: TrainConfig, now: datetime) -> Path:
-    if not config.out_dir:
-        return _make_unique(Path("outputs") / config.name / now.strftime("%Y-%m-%d_%H-%M-%S"))
-    folder = Path(config.out_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if config.out_dir:
+        folder = Path(config.out_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = Path("outputs") / config.name / now.strftime("%Y-%m-%d_%H-%M-%S")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The name ends in a number if others have it already.
+    for candidate in chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2))):
+        with suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+    raise AssertionError("unreachable: candidates never end")
 
 
 def read_folder(folder: Path) -> TrainConfig:
@@ -152,15 +159,6 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
-def _make_unique(folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for candidate in chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2))):
-        with suppress(FileExistsError):
-            candidate.mkdir()
-            return candidate
-    raise AssertionError("unreachable: candidates never end")
-
-
 def check_content(folder: Path) -> None:
     """Rejects a folder in which a name that a run writes is a link, a pipe or a device.
 
@@ -171,30 +169,20 @@ def check_content(folder: Path) -> None:
         if name in _FILES or name.endswith((".partial", ".takeover")):
             _check_file(entry)
         elif name in _FOLDERS:
-            _check_folder(entry)
+            is_own_link = entry.is_symlink() and entry.is_dir() and entry.stat().st_uid == os.geteuid()
+            if not entry.is_dir(follow_symlinks=False) and not is_own_link:
+                raise _refusal(entry, "folder")
     if (folder / "log").is_dir():
-        _check_rank_files(folder / "log")
-
-
-def _check_rank_files(folder: Path) -> None:
-    """Checks the entries of a folder with a file for each rank; large jobs have a subfolder for each node."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if is_node_folder(entry.name) and entry.is_dir(follow_symlinks=False):
-            for inner in os.scandir(entry):
-                _check_file(inner)
-        else:
-            _check_file(entry)
+        # Large jobs have a subfolder for each node.
+        for entry in sorted(os.scandir(folder / "log"), key=lambda entry: entry.name):
+            is_node = is_node_folder(entry.name) and entry.is_dir(follow_symlinks=False)
+            for file in os.scandir(entry) if is_node else (entry,):
+                _check_file(file)
 
 
 def _check_file(entry: "os.DirEntry[str]") -> None:
     if not entry.is_file(follow_symlinks=False):
         raise _refusal(entry, "file")
-
-
-def _check_folder(entry: "os.DirEntry[str]") -> None:
-    is_own_link = entry.is_symlink() and entry.is_dir() and entry.stat().st_uid == os.geteuid()
-    if not entry.is_dir(follow_symlinks=False) and not is_own_link:
-        raise _refusal(entry, "folder")
 
 
 def _refusal(entry: "os.DirEntry[str]", wanted: str) -> ConfigError:

@@ -77,19 +77,16 @@ class RankSupervisor:
 
     def _supervise(self) -> None:
         while not self._is_over.wait(_LOOK_SECONDS):
-            self._find_ranks()
+            for path in self.scratch.glob(f"{PID_PREFIX}*"):
+                if path not in self._ranks:
+                    # The kernel may reuse a pid for another process, but never an open pidfd.
+                    with suppress(ProcessLookupError):
+                        self._ranks[path] = os.pidfd_open(pid_of(path))
             if self._request.is_requested:
                 self._forward_request()
             if self._is_time_up():
                 for descriptor in self._ranks.values():
                     _send(descriptor, signal.SIGKILL)
-
-    def _find_ranks(self) -> None:
-        for path in self.scratch.glob(f"{PID_PREFIX}*"):
-            if path not in self._ranks:
-                # The kernel may reuse a pid for another process, but never an open pidfd.
-                with suppress(ProcessLookupError):
-                    self._ranks[path] = os.pidfd_open(pid_of(path))
 
     def _forward_request(self) -> None:
         if self._requested_at is None:
