@@ -53,9 +53,7 @@ class PartDecoder:
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
         cos, sin = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
         self._cos_TP, self._sin_TP = cos.to(weight.device), sin.to(weight.device)
-        self.recorder = None
-        if routes is not None:
-            self.recorder = RouteRecorder(config, self._layers, max_sequences, capacity, weight.device, routes)
+        self.recorder = RouteRecorder(config, self._layers, max_sequences, capacity, weight.device, routes)
 
     @property
     def device(self) -> torch.device:
@@ -70,14 +68,12 @@ class PartDecoder:
     def add(self, place: int = 0) -> int:
         """Adds an empty sequence. Returns its row, which is the same in both caches."""
         self.mtp.add()
-        if self.recorder is not None:
-            self.recorder.add(place)
+        self.recorder.add(place)
         return self.main.add()
 
     def remove(self, row: int) -> None:
         """Removes a sequence and moves the last row into its place."""
-        if self.recorder is not None:
-            self.recorder.remove(row, self.main.lengths)
+        self.recorder.remove(row, self.main.lengths)
         self.mtp.remove(row)
         self.main.remove(row)
 
@@ -85,16 +81,14 @@ class PartDecoder:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of both caches."""
         self.main.copy_start(source, target, num_tokens)
         self.mtp.copy_start(source, target, num_tokens - 1)
-        if self.recorder is not None:
-            self.recorder.copy_start(source, target, num_tokens)
+        self.recorder.copy_start(source, target, num_tokens)
 
     def arrange(
         self, sources: Sequence[int], lengths: Sequence[int], counts: Sequence[int], places: Sequence[int]
     ) -> None:
         """Replaces the sequences before a pass: a source is the row that held the tokens, or -1 if it is new."""
         self.main.arrange(sources, lengths)
-        if self.recorder is not None:
-            self.recorder.arrange(sources, lengths, counts, places)
+        self.recorder.arrange(sources, lengths, counts, places)
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """Returns the embeddings of tokens, ND."""
@@ -182,7 +176,7 @@ class PartDecoder:
         if isinstance(block.mlp, Mlp):
             return block.mlp.decode(residual_ND, block.post_attention_layernorm)
         attended = block.route(residual_ND[None])
-        if self.recorder is not None and layer is not None:
+        if layer is not None:
             self.recorder.write(layer, view, attended.routing.ids_TK)
         return self._run_experts(block, block.mlp, attended)
 

@@ -50,7 +50,7 @@ class RouteStore:
 
 
 class RouteRecorder:
-    """Records the experts of the tokens in the rows of a decoder's cache of the main model."""
+    """Records the experts of the tokens in the rows of a decoder's main cache; none without a store."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class RouteRecorder:
         max_sequences: int,
         capacity: int,
         device: torch.device,
-        store: RouteStore,
+        store: RouteStore | None,
     ) -> None:
-        self._layers = tuple(layer for layer in layers if layer >= config.num_dense_layers)
+        self._layers = tuple(layer for layer in layers if store is not None and layer >= config.num_dense_layers)
         self._store = store
         self._dtype = expert_id_dtype(config.num_routed_experts)
         num_choices = config.num_experts_per_token
@@ -112,7 +112,7 @@ class RouteRecorder:
 
     def _keep(self, row: int, length: int) -> None:
         ids = [self._rows.read(layer, slice(row, row + 1), length)[0] for layer in range(len(self._layers))]
-        if ids:
+        if self._store is not None and ids:
             self._store.add(self._places[row], self._layers, torch.stack(ids))
 
 

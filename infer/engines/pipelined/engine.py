@@ -364,8 +364,7 @@ class _RankWork:
     def collect_routes(self, rollouts: Sequence[Sample]) -> SampledRoutes | None:
         """Returns this rank's records of routes, or None if they are not recorded, given all rollouts."""
         for decoder in self.inner_decoders:
-            if decoder.recorder is not None:
-                decoder.recorder.finish()
+            decoder.recorder.finish()
         return join_routes(self.stores.values(), rollouts) if self.stores else None
 
     def close(self) -> None:
