@@ -247,10 +247,8 @@ class GenerationBatch:
         if not self._sampling.has_penalties:
             return None
         decoder = self._decoder
-        histories = [
-            TokenHistory.of(each.prompt, each.tokens, decoder.vocab_size, decoder.device) for each in sequences
-        ]
-        return TokenHistory.join(histories)
+        size, device = decoder.vocab_size, decoder.device
+        return TokenHistory.join([TokenHistory.of(row.prompt, row.tokens, size, device) for row in sequences])
 
     def _read_pairs(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], states: Sequence[Tensor]) -> None:
         """Runs the MTP module over the pairs (state, next token) within prompts."""

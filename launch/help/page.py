@@ -179,7 +179,7 @@ _COMMENT_COLUMN = 42
 _MOST_MATCHES = 20
 _CONFIGS = {
     "convert": "train.checkpoint.sources Conversion",
-    "evaluate": "launch.evaluation.request EvaluateCommandConfig",
+    "evaluate": "launch.evaluate EvaluateCommandConfig",
     "generate": "launch.generate GenerateCommandConfig",
     "redraw": "launch.redraw RedrawConfig",
     "sample": "launch.sample SampleCommandConfig",
