@@ -9,10 +9,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from data.chat.messages import ChatMessage
@@ -36,7 +36,7 @@ class ScoredSample(TextAnswer):
     sheet: ScoreSheet
 
 
-class SampleJournal:
+class SampleJournal(AbstractContextManager["SampleJournal"]):
     """The file of samples, open for appending. Use it as a context manager."""
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
@@ -54,12 +54,7 @@ class SampleJournal:
             self._file.close()
             raise
 
-    def __enter__(self) -> "SampleJournal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def append(self, number: int, samples: tuple[ScoredSample, ...]) -> None:

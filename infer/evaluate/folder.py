@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ IDENTITY_NAME = "evaluation.json"
 RESULTS_NAME = "results.json"
 
 
-class EvaluationFolder:
+class EvaluationFolder(AbstractContextManager["EvaluationFolder"]):
     """The folder of an evaluation, locked. Use it as a context manager."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -37,9 +38,6 @@ class EvaluationFolder:
                 ) from None
             raise
 
-    def __enter__(self) -> "EvaluationFolder":
-        return self
-
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
 
@@ -50,11 +48,9 @@ class EvaluationFolder:
 
     def read(self, task: str) -> list[Record]:
         """Returns the records of a task as `read_records`, and removes a line that an interruption cut."""
-        path = self.path / samples_name(task)
-        if not path.exists():
-            return []
         records = read_records(self.path, task)
-        content = path.read_bytes()
+        path = self.path / samples_name(task)
+        content = path.read_bytes() if path.exists() else b"\n"
         if not content.endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)
         return records

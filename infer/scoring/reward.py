@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, NoReturn, Protocol
@@ -104,7 +105,7 @@ class GroupSheets:
         return next((sheet.outcome for sheet in self.sheets if not sheet.is_verdict), None)
 
 
-class Reward:
+class Reward(AbstractContextManager["Reward"]):
     """Scorers with weights. Use it as a context manager, which ends the scorers' processes."""
 
     def __init__(self, config: RewardConfig, seconds: float = ANSWER_SECONDS) -> None:
@@ -119,9 +120,6 @@ class Reward:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> "Reward":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
