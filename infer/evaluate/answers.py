@@ -36,7 +36,7 @@ NumberedRequest = tuple[int, EvaluationRequest]
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """A model of `max_tokens` positions with its tokenizer, which answers requests. `end_ids` end a generation."""
+    """A model of `max_tokens` positions, and its tokenizer. `end_ids` are tokens that end a generation."""
 
     model: EvaluatedModel
     tokenizer: Tokenizer

@@ -56,7 +56,7 @@ def by_length(
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A whole model that is evaluated, on at most `batch_size` sequences together, which changes no result."""
+    """A whole model that is evaluated. At most `batch_size` sequences together change no result."""
 
     model: Transformer
     batch_size: int

@@ -78,7 +78,7 @@ def other_options(chosen: Mapping[str, str]) -> list[Option]:
     """Returns the groups of a command, and the keys of all their options but experiments."""
     found: dict[str, Option] = {}
     folders = [folder / group for group in chosen for folder in config_dirs()]
-    # Groups may stand in the folders of others, such as `task/loss`.
+    # Some groups are in the folders of others, such as `task/loss`.
     nested = [path.relative_to(folder.parent).as_posix() for folder in folders for path in folder.glob("*/")]
     for group in dict.fromkeys([*chosen, *nested]):
         for option in options(group):
