@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from comm.context.protocol import ALONE, ContextGroup
 from comm.protocol import Dispatcher
 from kernels.attention.documents import Documents
-from model.attention.form import Attention, AttentionForm, attention_form
+from model.attention.form import Attention, AttentionForm
+from model.attention.mla import LATENT_ATTENTION
 from model.block import Block, run_block
-from model.config import Computing, ModelConfig
+from model.config import LAYER, Computing, ModelConfig
 from model.experts import RoutedExperts
 from model.head import Embedding, MtpBlock
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
 from model.precision.linear import Projection, WeightSink, widen
-from model.precision.linears import Linears, build_linears
+from model.precision.linears import Linears
 from model.router import Router
 
 BIAS = "e_score_correction_bias"
@@ -35,6 +36,18 @@ class Part:
     experts: range
     embedding: bool
     head: bool
+
+
+def build_linears(computing: Computing) -> Linears:
+    """Returns the implementation that a model's `computing.products` selects."""
+    if computing.products == "own":
+        from model.precision.plain.linears import PlainLinears
+
+        return PlainLinears(computing.recomputed)
+    from model.precision.fp8.linears import Fp8Linears
+
+    is_rounded = computing.products == "fp8_power_of_two"
+    return Fp8Linears(power_of_two=is_rounded, recomputes_layers=LAYER in computing.recomputed)
 
 
 def whole(config: ModelConfig) -> Part:
@@ -90,7 +103,7 @@ class Transformer(nn.Module):
         self.dispatcher = dispatcher
         part = part or whole(config)
         self._linears = build_linears(computing)
-        self.attention = attention or attention_form(config)
+        self.attention = attention or LATENT_ATTENTION
         build = partial(self.attention.build, config, dtype, computing.attention, self._linears)
         self.model = Trunk(config, part, dtype, build, self._linears)
         head = Projection(config.hidden_size, config.num_head_rows, dtype) if part.head else None

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 
 from kernels.attention import choose_attention
 from model.attention.heads import HeadLayout
-from model.attention.projections import LatentLinears, LatentOptions, LatentWeights
+from model.precision.latents import LatentLinears, LatentOptions, LatentWeights
 from model.precision.linears import Linears
 
 Heads = tuple[Tensor, Tensor, Tensor]

@@ -6,7 +6,6 @@ Another form is one file with a subclass of `Attention` and an `AttentionForm`. 
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,7 @@ from model.attention.kv_cache import CacheView
 from model.config import ModelConfig
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
-
-if TYPE_CHECKING:
-    from model.precision.linears import Linears
+from model.precision.linears import Linears
 
 
 class Attention(nn.Module):
@@ -53,12 +50,5 @@ class AttentionForm:
     """A form of attention: how it is built, and how many values a layer's cache holds of a token."""
 
     name: str
-    build: Callable[[ModelConfig, torch.dtype, str, "Linears"], Attention]
+    build: Callable[[ModelConfig, torch.dtype, str, Linears], Attention]
     values_per_token: Callable[[ModelConfig], int]
-
-
-def attention_form(config: ModelConfig) -> AttentionForm:
-    """Returns the form of an architecture. Everything that `ModelConfig` describes has latent attention."""
-    from model.attention.mla import LATENT_ATTENTION
-
-    return LATENT_ATTENTION

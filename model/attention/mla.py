@@ -1,51 +1,63 @@
 """Multi-head latent attention: expanded in training, absorbed in decoding unless products are in FP8.
 
-Source: arXiv:2412.19437, section 2.1.1. Shape legend: N new tokens, C cached values per token, X = C plus queries.
+Source: arXiv:2412.19437, section 2.1.1. In the absorbed form, the keys' up-projection is applied to the queries and the
+values' up-projection after the mixing. Every head then reads the same cached latent (arXiv:2405.04434, section 2.1.2).
+Shape legend: S new tokens of each sequence, N new tokens of all, T positions, C cached values per token, X = C plus
+queries, Q query values per head, L latent size, R rotated values.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from comm.context.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
-from model.attention.absorbed import (
-    add_attention_over_cache,
-    attend_absorbed,
-    attend_cached,
-    attend_expanded,
-    compute_latent_rows,
-    pad_tokens,
-)
 from model.attention.context import mix_in_context
 from model.attention.core import mix
-from model.attention.form import AttentionForm
+from model.attention.form import Attention, AttentionForm
 from model.attention.kv_cache import CacheView, PromptView, StepView
-from model.attention.projections import LATENT_NORM_EPS, LatentOptions, LatentProjections, LatentShape, LatentWeights
-from model.attention.rope import rotation_table, softmax_scale
+from model.attention.rope import Rotation, rotate_, rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.norm import RmsNorm
-from model.precision.linear import WeightSink
+from model.precision.latents import LatentOptions, LatentShape, LatentWeights, rows_of_heads
+from model.precision.linear import Projection, WeightSink, widen
 from model.precision.linears import Linears
 
 # From so many new tokens of a sequence on, keys and values of all positions are computed once, which then costs less
 # than scores between every head's query and the latents.
 EXPANDED_TOKENS = 64
+# The released code uses its class default for these two norms, independent of the model's eps.
+LATENT_NORM_EPS = 1e-6
+_KEYS = 16
+"""Keys whose weights a kernel sums as one vector."""
 
 
-class LatentAttention(LatentProjections):
-    """Attention with low-rank queries, and keys and values from a latent and a rotated key of all heads."""
+class LatentAttention(Attention):
+    """Attention with low-rank queries, and keys and values from a latent and a rotated key of all heads.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        kernel: str,
-        linears: Linears,
-    ) -> None:
-        super().__init__(config, dtype)
+    The weights have the released checkpoint's names.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
+        super().__init__()
+        self._config = config
+        heads, hidden = config.num_heads, config.hidden_size
+        query_size = heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Projection(hidden, query_size, dtype)
+        else:
+            self.q_a_proj = Projection(hidden, config.q_lora_rank, dtype)
+            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype)
+            self.q_b_proj = Projection(config.q_lora_rank, query_size, dtype)
+        latent = config.kv_lora_rank
+        self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
+        self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
+        self.kv_b_proj = Projection(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
+        self.o_proj = Projection(heads * config.v_head_dim, hidden, dtype)
         self._linears = linears
         self._shape = LatentShape(
             num_heads=config.num_heads,
@@ -98,17 +110,88 @@ class LatentAttention(LatentProjections):
         if self._linears.decodes_as_trained:
             return self._decode_as_trained(hidden_ND, norm, view)
         x_ND: Tensor = norm(hidden_ND)
-        values_NC = compute_latent_rows(self, self._config, x_ND, view.rotation)
+        values_NC = self.latent_rows(x_ND, view.rotation)
         view.write(values_NC)
-        given = (self, self._config, x_ND, view.rotation)
         match view:
             case PromptView():
-                return hidden_ND + attend_expanded(*given, values_NC, view.counts)
+                return hidden_ND + self.attend_expanded(x_ND, view.rotation, values_NC, view.counts)
             case StepView() if view.positions_BS.shape[1] >= EXPANDED_TOKENS:
                 assert view.future_BST is not None
-                return hidden_ND + attend_cached(*given, view.read(), view.future_BST)
+                return hidden_ND + self._attend_cached(x_ND, view.rotation, view.read(), view.future_BST)
             case StepView():
-                return hidden_ND + attend_absorbed(*given, view.read(), view.future_BST)
+                return hidden_ND + self.attend_absorbed(x_ND, view.rotation, view.read(), view.future_BST)
+
+    def latent_rows(self, x_ND: Tensor, rotation: Rotation) -> Tensor:
+        """Computes what the cache keeps of each token: normalized latent and rotated shared key, NC."""
+        both_NC = functional.linear(x_ND, self.kv_a_proj_with_mqa.weight)
+        latent_NL, key_NR = both_NC.split([self._config.kv_lora_rank, self._config.qk_rope_head_dim], -1)
+        return torch.cat((self.kv_a_layernorm(latent_NL), rotation.turn(key_NR[:, None])[:, 0]), -1)
+
+    def attend_absorbed(
+        self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor | None
+    ) -> Tensor:
+        """Computes attention of S new tokens of each sequence over the cache, which already holds them, ND.
+
+        Args:
+            x_ND: normalized hidden states, N = B S, sequence by sequence.
+            future_BST: True if a token must not see a position; None if every token sees every position.
+        """
+        num_sequences, num_heads, rank = len(cached_BTC), self._config.num_heads, self._config.kv_lora_rank
+        up_HKL = self.kv_b_proj.weight.view(num_heads, -1, rank)
+        key_up_HKL, value_up_HVL = up_HKL.split([self._config.qk_nope_head_dim, self._config.v_head_dim], 1)
+        plain_NHK, rope_NHR = self._query(x_ND, rotation)
+        latent_HNL = torch.bmm(plain_NHK.transpose(0, 1), key_up_HKL)
+        query_HNC = torch.cat((latent_HNL, rope_NHR.transpose(0, 1)), -1) * self._shape.scale
+        query_BMC = query_HNC.view(num_heads, num_sequences, -1, query_HNC.shape[-1]).transpose(0, 1).flatten(1, 2)
+        scores_BHST = widen(torch.bmm(query_BMC, cached_BTC.transpose(1, 2))).unflatten(1, (num_heads, -1))
+        if future_BST is not None:
+            scores_BHST = scores_BHST.masked_fill(future_BST[:, None], -torch.inf)
+        weights_BMT = scores_BHST.softmax(-1).to(x_ND.dtype).flatten(1, 2)
+        mixed_BHSL = torch.bmm(weights_BMT, cached_BTC[..., :rank]).unflatten(1, (num_heads, -1))
+        mixed_HNL = mixed_BHSL.transpose(0, 1).flatten(1, 2)
+        out_HNV = torch.bmm(mixed_HNL, value_up_HVL.transpose(1, 2))
+        return functional.linear(out_HNV.transpose(0, 1).flatten(1), self.o_proj.weight)
+
+    def attend_expanded(self, x_ND: Tensor, rotation: Rotation, cached_NC: Tensor, counts: Sequence[int]) -> Tensor:
+        """Computes causal attention within each of several consecutive prompts of `counts` tokens, ND."""
+        query_NHQ = torch.cat(self._query(x_ND, rotation), -1)
+        tensors = (query_NHQ, *self._expand(cached_NC))
+        prompts = zip(*(tensor.split(list(counts)) for tensor in tensors), strict=True)
+        mixed = [self._mix_heads(*prompt, None) for prompt in prompts]
+        return functional.linear(torch.cat(mixed), self.o_proj.weight)
+
+    def _attend_cached(self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor) -> Tensor:
+        """Computes `attend_absorbed` from expanded keys and values, for many new tokens, ND."""
+        query_BSHQ = torch.cat(self._query(x_ND, rotation), -1).unflatten(0, (len(cached_BTC), -1))
+        sequences = zip(query_BSHQ, cached_BTC, future_BST, strict=True)
+        mixed = [self._mix_heads(query, *self._expand(cached), future) for query, cached, future in sequences]
+        return functional.linear(torch.cat(mixed), self.o_proj.weight)
+
+    def _mix_heads(self, query_SHQ: Tensor, key_THQ: Tensor, value_THV: Tensor, future_ST: Tensor | None) -> Tensor:
+        """Mixes the values of one sequence, [S, H V]; causal if nothing is masked."""
+        query_1HSQ, key_1HTQ, value_1HTV = (x.transpose(0, 1)[None] for x in (query_SHQ, key_THQ, value_THV))
+        mask_ST = None if future_ST is None else ~future_ST
+        mixed_1HSV = functional.scaled_dot_product_attention(
+            query_1HSQ, key_1HTQ, value_1HTV, mask_ST, is_causal=mask_ST is None, scale=self._shape.scale
+        )
+        return mixed_1HSV[0, ..., : self._shape.value].transpose(0, 1).flatten(1)
+
+    def _expand(self, cached_NC: Tensor) -> tuple[Tensor, Tensor]:
+        latent_NL, shared_NR = cached_NC.split([self._config.kv_lora_rank, self._config.qk_rope_head_dim], -1)
+        up_NE = functional.linear(latent_NL, self.kv_b_proj.weight)
+        return _to_heads(up_NE, shared_NR, self._shape.num_heads, self._shape.value)
+
+    def _query(self, x_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Computes each head's query: the part without position, and the rotated part."""
+        config = self._config
+        if config.q_lora_rank is None:
+            query = functional.linear(x_ND, self.q_proj.weight)
+        else:
+            low = self.q_a_layernorm(functional.linear(x_ND, self.q_a_proj.weight))
+            query = functional.linear(low, self.q_b_proj.weight)
+        query_NHQ = query.unflatten(-1, (config.num_heads, config.qk_head_dim))
+        plain_NHK, rope_NHR = query_NHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        return plain_NHK, rotation.turn(rope_NHR)
 
     def _decode_as_trained(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
         """Decodes with the products of training, which start from latents before their norm."""
@@ -120,18 +203,50 @@ class LatentAttention(LatentProjections):
         rotation = (view.rotation.cos_NP, view.rotation.sin_NP)
         options = self._options(rotation=rotation, documents=None, sink=None, records=False)
         if isinstance(view, StepView):
-            given = (weights, options, self._linears)
-            return add_attention_over_cache(hidden_ND, compressed_NX, view.read(), view.future_BST, *given)
-        split, prompts = (
-            [each.split(list(view.counts)) for each in (hidden_ND, compressed_NX, *rotation)],
-            list[Tensor](),
-        )
-        for parts in zip(*split, strict=True):
-            hidden_TD, compressed_TX, *turns = (pad_tokens(each) for each in parts)
+            return self._add_over_cache(hidden_ND, compressed_NX, view, weights, options)
+        prompts: list[Tensor] = []
+        tensors = (hidden_ND, compressed_NX, *rotation)
+        for parts in zip(*(tensor.split(list(view.counts)) for tensor in tensors), strict=True):
+            hidden_TD, compressed_TX, *turns = map(_pad_tokens, parts)
             own = replace(options, rotation=(turns[0], turns[1]))
             mixed_1TD = mix(hidden_TD[None], compressed_TX[None], weights, own, self._linears)
             prompts.append(mixed_1TD[0, : len(parts[0])])
         return torch.cat(prompts)
+
+    def _add_over_cache(
+        self,
+        hidden_ND: Tensor,
+        compressed_NX: Tensor,
+        view: StepView,
+        weights: LatentWeights,
+        options: LatentOptions,
+    ) -> Tensor:
+        """Returns hidden + attention of S new tokens of each sequence over the cache as in training, ND.
+
+        Keys and values of all positions are expanded in each pass. The absorbed form would round other numbers, and FP8
+        magnifies any difference. The cache holds latents before their norm and rotated shared keys.
+        """
+        cached_BTC, future_BST, shape = view.read(), view.future_BST, self._shape
+        num_sequences, num_positions = cached_BTC.shape[:2]
+        if future_BST is None:
+            future_BST = cached_BTC.new_zeros(num_sequences, 1, num_positions, dtype=torch.bool)
+        cached_BTC = _pad_tokens(cached_BTC)
+        mask_B1ST = ~functional.pad(future_BST, (0, cached_BTC.shape[1] - num_positions), value=True)[:, None]
+        heads = (num_sequences, -1, shape.num_heads)
+        new = self._linears.compress_latents(compressed_NX[None], weights, options)
+        query_NHQ = compressed_NX.new_empty(len(compressed_NX), shape.num_heads, shape.nope + shape.rope)
+        new.queries(query_NHQ.flatten(1))
+        rotate_(query_NHQ[..., shape.nope :], *options.rotation)
+        # Rows of the cache have no queries before their latents.
+        cached = self._linears.compress_latents(cached_BTC, weights._replace(query_norm=None, query_up=None), options)
+        key_NHQ, value_NHV = _to_heads(
+            cached.keys_and_values(), cached.shared_key().flatten(0, 1), shape.num_heads, shape.value
+        )
+        query, key, value = (
+            tensor.view(*heads, tensor.shape[-1]).transpose(1, 2) for tensor in (query_NHQ, key_NHQ, value_NHV)
+        )
+        mixed_BHSV = functional.scaled_dot_product_attention(query, key, value, mask_B1ST, scale=shape.scale)
+        return new.add(hidden_ND, rows_of_heads(mixed_BHSV, shape.value))
 
     def _rotation(self, x_BTD: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of all positions of the sequences, of which this rank may hold a part."""
@@ -142,6 +257,21 @@ class LatentAttention(LatentProjections):
             cos, sin = rotation_table(self._config, num_positions, dtype)
             self._tables = {key: (cos.to(x_BTD.device), sin.to(x_BTD.device))}
         return self._tables[key]
+
+
+def _pad_tokens(values: Tensor) -> Tensor:
+    """Appends tokens of zeros, so that sums over whole vectors of keys are those of longer sequences."""
+    return functional.pad(values, (0, 0, 0, -values.shape[-2] % _KEYS))
+
+
+def _to_heads(up_NE: Tensor, shared_NR: Tensor, num_heads: int, value: int) -> tuple[Tensor, Tensor]:
+    """Returns keys, NHQ, and padded values from the up-projections and the rotated shared key."""
+    up_NHK = up_NE.unflatten(-1, (num_heads, -1))
+    key_NHK, value_NHV = up_NHK[..., :-value], up_NHK[..., -value:]
+    key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, num_heads, -1)), -1)
+    # Flash kernels require heads of one size: values are padded with zeros, and results are cut again.
+    padding = key_NHQ.shape[-1] - value
+    return key_NHQ, functional.pad(value_NHV, (0, padding)) if padding > 0 else value_NHV
 
 
 def values_per_token(config: ModelConfig) -> int:

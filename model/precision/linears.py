@@ -11,9 +11,8 @@ from typing import NamedTuple, Protocol, Self
 from torch import Tensor
 
 from comm.protocol import RowOrder
-from model.attention.projections import LatentLinears, LatentOptions, LatentWeights
-from model.config import LAYER, Computing
 from model.norm import NormSource, RmsNorm
+from model.precision.latents import LatentLinears, LatentOptions, LatentWeights
 from model.precision.linear import WeightSink
 
 
@@ -135,15 +134,3 @@ class Linears(Protocol):
     def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
         """Returns the layers of keys and values alone of any rank's tokens, from `LatentLinears.saved_keys`."""
         ...
-
-
-def build_linears(computing: Computing) -> Linears:
-    """Returns the implementation that a model's `computing.products` selects."""
-    if computing.products == "own":
-        from model.precision.plain.linears import PlainLinears
-
-        return PlainLinears(computing.recomputed)
-    from model.precision.fp8.linears import Fp8Linears
-
-    is_rounded = computing.products == "fp8_power_of_two"
-    return Fp8Linears(power_of_two=is_rounded, recomputes_layers=LAYER in computing.recomputed)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention.absorbed import attend_absorbed, attend_expanded, compute_latent_rows
 from model.attention.kv_cache import KvCache
 from model.attention.mla import LatentAttention, values_per_token
 from model.attention.rope import Rotation, rotation_table
@@ -52,14 +51,14 @@ def trained_form(block: Block, hidden_TD: Tensor) -> Tensor:
     return out
 
 
-def absorb(attention: LatentAttention, config: ModelConfig, x_TD: Tensor, rotation: Rotation, first: int) -> Tensor:
+def absorb(attention: LatentAttention, x_TD: Tensor, rotation: Rotation, first: int) -> Tensor:
     """Decodes the tokens from `first` on at once, over a cache with every token and garbage behind them."""
-    cached = compute_latent_rows(attention, config, x_TD, rotation)
+    cached = attention.latent_rows(x_TD, rotation)
     cached_1TC = torch.cat((cached, torch.full_like(cached[:2], 3.0)))[None]
     positions = torch.arange(first, TOKENS)
     future = torch.arange(TOKENS + 2) > positions[None, :, None]
     tail = Rotation(rotation.cos_NP[first:], rotation.sin_NP[first:])
-    return attend_absorbed(attention, config, x_TD[first:], tail, cached_1TC, future)
+    return attention.attend_absorbed(x_TD[first:], tail, cached_1TC, future)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -70,11 +69,11 @@ def test_absorbed_equals_expanded_and_training_form(shape: str, dtype: torch.dty
     block, hidden_TD, x_TD, rotation = rows(config, dtype)
     attention = block.self_attn
     assert isinstance(attention, LatentAttention)
-    cached = compute_latent_rows(attention, config, x_TD, rotation)
-    whole = attend_expanded(attention, config, x_TD, rotation, cached, [TOKENS])
+    cached = attention.latent_rows(x_TD, rotation)
+    whole = attention.attend_expanded(x_TD, rotation, cached, [TOKENS])
     torch.testing.assert_close(whole, trained_form(block, hidden_TD), rtol=tolerance, atol=tolerance)
     for first in (0, TOKENS - 2, TOKENS - 1):
-        made = absorb(attention, config, x_TD, rotation, first)
+        made = absorb(attention, x_TD, rotation, first)
         torch.testing.assert_close(made, whole[first:], rtol=tolerance, atol=tolerance)
 
 
@@ -85,12 +84,8 @@ def test_expanded_prompts_do_not_see_each_other() -> None:
     assert isinstance(attention, LatentAttention)
     first = Rotation(rotation.cos_NP[:4], rotation.sin_NP[:4])
     both = Rotation(*(torch.cat((table[:4], table[: TOKENS - 4])) for table in (rotation.cos_NP, rotation.sin_NP)))
-    made = attend_expanded(
-        attention, MODEL, x_TD, both, compute_latent_rows(attention, MODEL, x_TD, both), [4, TOKENS - 4]
-    )
-    alone = attend_expanded(
-        attention, MODEL, x_TD[:4], first, compute_latent_rows(attention, MODEL, x_TD[:4], first), [4]
-    )
+    made = attention.attend_expanded(x_TD, both, attention.latent_rows(x_TD, both), [4, TOKENS - 4])
+    alone = attention.attend_expanded(x_TD[:4], first, attention.latent_rows(x_TD[:4], first), [4])
     torch.testing.assert_close(made[:4], alone, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(made[4:], trained_form(block, hidden_TD[4:]), rtol=1e-12, atol=1e-12)
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
-from model.attention.mla import LatentAttention
-from model.attention.projections import LATENT_NORM_EPS
+from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.config import Computing, ModelConfig, Recomputed
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
-from model.precision.linears import build_linears
+from model.transformer import build_linears
 from tests.kernels import plain
 from tests.kernels.flash_attn_emulation import Calls, emulated
 from tests.kernels.plain import randn, strided

@@ -12,7 +12,7 @@ from comm.context.protocol import ALONE, ContextGroup
 from comm.dispatch.local import LocalDispatcher
 from infer.decoder import Decoder
 from kernels.attention.documents import Documents
-from model.attention.form import Attention, AttentionForm, attention_form
+from model.attention.form import Attention, AttentionForm
 from model.attention.kv_cache import CacheView, PromptView
 from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig, Products
@@ -92,8 +92,9 @@ def make_model(dtype: torch.dtype = torch.float64, products: Products = "own") -
 
 
 def test_a_configuration_has_latent_attention() -> None:
-    assert attention_form(MODEL).name == "mla"
-    assert attention_form(MODEL).build is LatentAttention
+    latent = Transformer(MODEL, LocalDispatcher(MODEL.num_routed_experts), torch.float64)
+    assert latent.attention.name == "mla"
+    assert isinstance(latent.block(0).self_attn, LatentAttention)
     assert isinstance(make_model().block(0).self_attn, MultiHeadAttention)
 
 

@@ -21,7 +21,7 @@ from model.attention.mla import LatentAttention, values_per_token
 from model.config import Computing, ModelConfig, Recomputed
 from model.gradients import GradientStore, WeightQueue
 from model.norm import RmsNorm
-from model.precision.linears import build_linears
+from model.transformer import build_linears
 from tests.context_parts import join_held, take_held
 from tests.kernels.plain import randn
 from tests.model.against_plain import assert_near, randomize

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention.mla import LatentAttention
-from model.attention.projections import LATENT_NORM_EPS
+from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.attention.rope import rotate, rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.gradients import GradientStore, WeightQueue

@@ -17,7 +17,7 @@ from model.attention.mla import LatentAttention
 from model.config import Computing
 from model.head import Embedding, MtpBlock, score_tokens
 from model.precision.linear import Projection, WeightSink
-from model.precision.linears import build_linears
+from model.transformer import build_linears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomize

@@ -11,7 +11,7 @@ from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig
 from model.head import MtpBlock
 from model.norm import RmsNorm
-from model.precision.linears import build_linears
+from model.transformer import build_linears
 from tests.tiny import MODEL
 
 

@@ -2,7 +2,7 @@
 
 It keeps the inputs of the up-projections in FP8, from which queries, keys and values are recomputed bit for bit, and
 the heads' output in 12 bits (E5M6), which the backward of attention reads too (arXiv:2412.19437, section 3.3.3). Shape
-legend: as in model/attention/projections.py; F numbers without a norm.
+legend: as in model/precision/latents.py; F numbers without a norm.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
-from model.attention.projections import LatentOptions, LatentWeights, NormAndUpGradients
 from model.precision.fp8.maps import Fp8Maps, deliver_gradient
+from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients
 
 
 class _Normal(NamedTuple):

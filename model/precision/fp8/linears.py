@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from comm.protocol import RowOrder
-from model.attention.projections import LatentOptions, LatentWeights
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8 import experts as fp8_experts
 from model.precision.fp8 import norm as fp8_norm
 from model.precision.fp8.latents import Fp8LatentLinears
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows
+from model.precision.latents import LatentOptions, LatentWeights
 from model.precision.linear import WeightSink
 from model.precision.linears import ExpertWeights, Rows
 

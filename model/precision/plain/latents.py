@@ -1,7 +1,7 @@
 """Linear layers before and after the heads of latent attention, in the weights' own type.
 
 It keeps the compressed values, and outputs of norms if they are not recomputed. Shape legend: as in
-model/attention/projections.py.
+model/precision/latents.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
-from model.attention.projections import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
 from model.config import Recomputed
+from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
 from model.precision.linear import deliver_gradient
 
 

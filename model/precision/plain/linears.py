@@ -17,9 +17,9 @@ from kernels.expert_mlp import (
     gate_up_gradient,
 )
 from kernels.swiglu import swiglu, swiglu_backward
-from model.attention.projections import LatentOptions, LatentWeights
 from model.config import LAYER, Recomputed
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
+from model.precision.latents import LatentOptions, LatentWeights
 from model.precision.linear import WeightSink, deliver_gradient
 from model.precision.linears import ExpertWeights, Rows
 from model.precision.plain.latents import PlainLatentLinears

@@ -1,4 +1,4 @@
-"""Compressed values of latent attention, and the linear maps before and after the heads.
+"""Interface of the linear layers before and after the heads of latent attention, in any precision.
 
 Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: L latent size, R latent size of queries (or H Q if
 they have none), C = L plus the rotated key's size, X = R + C, Q size of a query or key, V size of all heads' values,
@@ -8,39 +8,11 @@ E = size of all heads' keys without position, and values.
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from comm.context.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
-from model.attention.form import Attention
-from model.config import ModelConfig
-from model.norm import RmsNorm
-from model.precision.linear import Projection, WeightSink
-
-# The released code uses its class default for these two norms, independent of the model's eps.
-LATENT_NORM_EPS = 1e-6
-
-
-class LatentProjections(Attention):
-    """The weights of latent attention, under the released checkpoint's names."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._config = config
-        heads, hidden = config.num_heads, config.hidden_size
-        query_size = heads * config.qk_head_dim
-        if config.q_lora_rank is None:
-            self.q_proj = Projection(hidden, query_size, dtype)
-        else:
-            self.q_a_proj = Projection(hidden, config.q_lora_rank, dtype)
-            self.q_a_layernorm = RmsNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype)
-            self.q_b_proj = Projection(config.q_lora_rank, query_size, dtype)
-        latent = config.kv_lora_rank
-        self.kv_a_proj_with_mqa = Projection(hidden, latent + config.qk_rope_head_dim, dtype)
-        self.kv_a_layernorm = RmsNorm(latent, LATENT_NORM_EPS, dtype)
-        self.kv_b_proj = Projection(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype)
-        self.o_proj = Projection(heads * config.v_head_dim, hidden, dtype)
+from model.precision.linear import WeightSink
 
 
 class NormAndUpGradients(NamedTuple):
