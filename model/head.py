@@ -166,8 +166,6 @@ class _ScoreTokens(torch.autograd.Function):
         grad_head = None
         if found_VD is not None:
             grad_head = deliver_gradient(head_VD, lambda: found_VD.mul_(factor), ctx.sink)
-        if grad_head is not None:
-            grad_head = grad_head.to(head_VD.dtype)
         grad_ND = grad_ND.mul_(factor)
         if rows_R is not None:
             grad_ND = grad_ND.new_zeros(ctx.num_rows, grad_ND.shape[1]).index_copy_(0, rows_R, grad_ND)

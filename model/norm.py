@@ -5,7 +5,6 @@ Shape legend: A rows, N outputs of a linear map.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms, normalize
-from model.precision.linear import WeightSink, deliver_gradient
+from model.precision.linear import WeightSink, deliver_parts
 
 
 class RmsNorm(nn.Module):
@@ -87,8 +86,7 @@ class _NormedLinear(torch.autograd.Function):
             part_AD = grad_AN @ _join(weights_ND, grad_AN.dtype)
             grad_AD = part_AD.add_(grad_AD) if options.gives_normal else part_AD
             normal = _normal(x_AD, scale_A1, norm_weight_D, kept)
-            gradient = cache(lambda: grad_AN.t() @ normal().to(grad_AN.dtype))
-            grad_weights = _deliver_parts(weights_ND, gradient, options.sink)
+            grad_weights = deliver_parts(weights_ND, lambda: grad_AN.t() @ normal().to(grad_AN.dtype), options.sink)
         grad_x_AD, grad_norm_D = normalize_backward(grad_AD, x_AD, scale_A1, norm_weight_D)
         return grad_x_AD.view(ctx.shape), grad_norm_D, None, *grad_weights
 
@@ -115,7 +113,7 @@ class _LinearOfNormal(torch.autograd.Function):
                 normal_AD = normalize(kept_AD, inverse_rms(kept_AD, options.eps), norm_weight_D)
             return grad_AN.t() @ normal_AD
 
-        grad_weights = _deliver_parts(weights_ND, cache(gradient), options.sink)
+        grad_weights = deliver_parts(weights_ND, gradient, options.sink)
         grad = (grad_AN @ _join(weights_ND, grad_AN.dtype)).view(ctx.shape)
         return grad, None, None, None, *grad_weights
 
@@ -127,21 +125,6 @@ def _join(weights_ND: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequence[Tensor]) -> Callable[[], Tensor]:
     return lambda: kept[0] if kept else normalize(x_AD, scale_A1, norm_weight_D)
-
-
-def _deliver_parts(
-    weights_ND: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
-) -> list[Tensor | None]:
-    given, first = list[Tensor | None](), 0
-    for weight_ND in weights_ND:
-        rows = slice(first, first + len(weight_ND))
-        given.append(deliver_gradient(weight_ND, partial(_part, gradient, rows, weight_ND.dtype), sink))
-        first += len(weight_ND)
-    return given
-
-
-def _part(gradient: Callable[[], Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
-    return gradient()[rows].to(dtype)
 
 
 def normed_linear(

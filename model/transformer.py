@@ -41,7 +41,7 @@ class Part:
 def build_linears(computing: Computing) -> Linears:
     """Returns the implementation that a model's `computing.products` selects."""
     if computing.products == "own":
-        from model.precision.plain.linears import PlainLinears
+        from model.precision.plain import PlainLinears
 
         return PlainLinears(computing.recomputed)
     from model.precision.fp8.linears import Fp8Linears

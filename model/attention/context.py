@@ -231,6 +231,4 @@ class _LatentBackward:
         up, total = self._weights.latent_up, self._up.total
         if total is None:
             return NormAndUpGradients(self._norm, None)
-        sink = self._options.sink
-        given = total if sink is not None else total.to(up.dtype)
-        return NormAndUpGradients(self._norm, deliver_gradient(up, lambda: given, sink))
+        return NormAndUpGradients(self._norm, deliver_gradient(up, lambda: total, self._options.sink))

@@ -59,7 +59,7 @@ class _RankScores(torch.autograd.Function):
 
         def gradient() -> Tensor:
             grad_D: Tensor = slopes_BT.flatten() @ widen(normal_BTD).flatten(0, 1)
-            return grad_D[None].to(weight_1D.dtype)
+            return grad_D[None]
 
         grad_weight = deliver_gradient(weight_1D, gradient, ctx.sink)
         return (slopes_BT[..., None] * widen(weight_1D)).to(normal_BTD.dtype), grad_weight, None, None

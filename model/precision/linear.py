@@ -3,7 +3,8 @@
 Shape legend: A rows, K inputs, N outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +21,31 @@ class WeightSink(Protocol):
 
 
 def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
-    """Returns a weight's gradient to autograd, or None if it is deferred to the sink or not required."""
+    """Returns a weight's gradient in its type, or None if it is deferred to the sink or not required."""
     if not weight.requires_grad:
         return None
     if sink is None:
-        return gradient()
+        return gradient().to(weight.dtype)
     sink.defer(weight, gradient)
     return None
+
+
+def deliver_parts(
+    weights_NK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
+) -> list[Tensor | None]:
+    """Delivers to each of several maps of one input its rows of a joint gradient, which is computed once."""
+    joint = cache(gradient)
+    gradients: list[Tensor | None] = []
+    first = 0
+    for weight_NK in weights_NK:
+        rows = slice(first, first + len(weight_NK))
+        gradients.append(deliver_gradient(weight_NK, partial(_rows_of, joint, rows), sink))
+        first = rows.stop
+    return gradients
+
+
+def _rows_of(gradient: Callable[[], Tensor], rows: slice) -> Tensor:
+    return gradient()[rows]
 
 
 class _SplitLinear(torch.autograd.Function):

@@ -16,7 +16,7 @@ from model.phases.block import Lane, Phase, block_lanes
 from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
 from model.precision.linear import WeightSink
-from model.precision.plain.linears import PlainRows, PlainWire
+from model.precision.plain import PlainRows, PlainWire
 from model.stage import StageRun
 from model.values import ExpertOutput, Hidden, Received, Routed
 from tests.bench.blocks import SleepBlock, SleepLog

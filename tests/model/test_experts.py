@@ -11,7 +11,7 @@ from model.config import Recomputed
 from model.experts import RoutedExperts
 from model.norm import NormSource
 from model.precision.linear import WeightSink
-from model.precision.plain.linears import PlainLinears, PlainRows
+from model.precision.plain import PlainLinears, PlainRows
 from tests.kernels.plain import expert_rows, randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomize
 

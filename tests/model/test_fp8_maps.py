@@ -12,8 +12,8 @@ from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.gradients import GradientStore, WeightQueue
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8.experts import gated_down
+from model.precision.fp8.linears import Fp8Linears
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.norm import linear_of_rows, normed_linear
 from model.precision.fp8.rows import pack_rows
 from model.precision.linear import WeightSink
 from tests.kernels.plain import randn
@@ -60,7 +60,7 @@ def weight_gradients(
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_maps_of_a_norm_equal_the_formula(power_of_two: bool, is_split: bool, outputs: tuple[int, ...]) -> None:
     """Outputs are cut into tiles map by map, or over all maps if each of them begins a tile."""
-    codes, maps, norm = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), make_norm()
+    codes, linears, norm = InFp8(power_of_two), Fp8Linears(power_of_two=power_of_two), make_norm()
     weights = [parameter(size, HIDDEN, seed=index) for index, size in enumerate(outputs)]
     # Small slopes, as gradients are: below the bound that is right for inputs.
     x, slope = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32), 1e-6 * randn(*SHAPE, sum(outputs), seed=9)
@@ -68,7 +68,7 @@ def test_maps_of_a_norm_equal_the_formula(power_of_two: bool, is_split: bool, ou
     outs: list[Tensor] = []
 
     def run(sink: WeightSink | None) -> None:
-        outs.append(normed_linear(x, norm, weights, sink, maps))
+        outs.append(linears.normed_linear(x, norm, weights, sink))
         outs[0].backward(slope.float())
 
     gradients = weight_gradients(weights, is_split, run)
@@ -122,7 +122,7 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
 
     The rows are recomputed from x for the gradients of the maps.
     """
-    codes, maps, norm = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), make_norm()
+    codes, linears, norm = InFp8(power_of_two), Fp8Linears(power_of_two=power_of_two), make_norm()
     weights = [parameter(48, HIDDEN, seed=index) for index in range(2)]
     x, slope = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32), randn(*SHAPE, 96, seed=9)
     normal = norm(x).detach().requires_grad_()
@@ -134,7 +134,7 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
         assert rows.values.untyped_storage().nbytes() == 4
         kept = unpack(rows.packed, HIDDEN)
         assert kept.scales.frexp().mantissa.unique().tolist() == [0.5]
-        outs.append(linear_of_rows(rows, NormSource.of(x, norm), weights, sink, maps))
+        outs.append(linears.linear_of_rows(rows, NormSource.of(x, norm), weights, sink))
         outs[0].backward(slope.float())
 
     gradients = weight_gradients(weights, is_split, run)
@@ -178,9 +178,9 @@ def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, .
     down = parameter(HIDDEN, sum(outputs) // 2, seed=2)
     found: list[list[Tensor]] = []
     for slope in (torch.ones(()).expand(*SHAPE, HIDDEN), torch.ones(*SHAPE, HIDDEN)):
-        maps, x = Fp8Maps(power_of_two=False), randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
-        gated_down(x, normed_linear(x, norm, weights, None, maps), down, None, maps).backward(slope)
-        normed_linear(x, norm, weights, None, maps).backward(slope[..., :1].expand(*SHAPE, sum(outputs)))
+        linears, x = Fp8Linears(power_of_two=False), randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
+        linears.gated_down(x, linears.normed_linear(x, norm, weights, None), down, None).backward(slope)
+        linears.normed_linear(x, norm, weights, None).backward(slope[..., :1].expand(*SHAPE, sum(outputs)))
         each = (x, norm.weight, *weights, down)
         found.append([tensor.grad for tensor in each if tensor.grad is not None])
         for tensor in each:
@@ -190,11 +190,11 @@ def test_gradients_may_have_no_rows_of_their_own_in_memory(outputs: tuple[int, .
 
 
 def test_a_frozen_weight_gets_no_gradient_and_others_do() -> None:
-    maps, norm = Fp8Maps(power_of_two=False), make_norm()
+    linears, norm = Fp8Linears(power_of_two=False), make_norm()
     weights = [parameter(128, HIDDEN, seed=0), parameter(40, HIDDEN, seed=1)]
     weights[0].requires_grad_(False)
     x = randn(*SHAPE, HIDDEN, seed=8, dtype=torch.float32).requires_grad_()
-    normed_linear(x, norm, weights, None, maps).sum().backward()
+    linears.normed_linear(x, norm, weights, None).sum().backward()
     assert weights[0].grad is None
     assert weights[1].grad is not None
 

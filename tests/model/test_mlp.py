@@ -10,7 +10,7 @@ from model.config import Recomputed
 from model.mlp import Mlp
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
-from model.precision.plain.linears import PlainLinears
+from model.precision.plain import PlainLinears
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomize

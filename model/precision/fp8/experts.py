@@ -18,9 +18,9 @@ from kernels.quantize import quantize_columns, requantize_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.norm import NormSource
-from model.precision.fp8.maps import Fp8Maps, deliver_gradient
+from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, placeholder, repack
-from model.precision.linear import WeightSink
+from model.precision.linear import WeightSink, deliver_gradient
 from model.precision.linears import ExpertWeights
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
-from model.precision.fp8.maps import Fp8Maps, deliver_gradient
+from model.precision.fp8.maps import Fp8Maps
 from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients
+from model.precision.linear import deliver_gradient
 
 
 class _Normal(NamedTuple):

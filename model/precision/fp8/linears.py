@@ -1,23 +1,28 @@
 """Linear layers, SwiGLU networks and experts in FP8 (arXiv:2412.19437, section 3.3).
 
 A backward recomputes everything possible and ignores `Computing.recomputed`. The products' inputs in FP8 are kept
-instead. Shape legend: as in model/precision/linears.py.
+instead, or the norm's input if that is kept anyway (section 3.3.3). The norm is computed in float32; its backward reads
+the kept codes. Shape legend: A rows, B bytes of a row, N outputs.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from comm.protocol import RowOrder
+from kernels.quantize.layout import Quantized, unpack
+from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8 import experts as fp8_experts
-from model.precision.fp8 import norm as fp8_norm
 from model.precision.fp8.latents import Fp8LatentLinears
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows
+from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
 from model.precision.latents import LatentOptions, LatentWeights
-from model.precision.linear import WeightSink
+from model.precision.linear import WeightSink, deliver_parts
 from model.precision.linears import ExpertWeights, Rows
 
 
@@ -37,7 +42,9 @@ class Fp8Linears:
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
         """Implements `Linears.normed_linear`; keeps the codes of norm(x)."""
-        return fp8_norm.normed_linear(x, norm, weights_ND, sink, self._maps)
+        options = _NormOptions(eps=norm.eps, sink=sink, maps=self._maps)
+        out: Tensor = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
+        return out
 
     def make_rows(self, normal: Tensor) -> Fp8Rows:
         """Returns the norm's output in FP8."""
@@ -47,7 +54,12 @@ class Fp8Linears:
         self, rows: Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None
     ) -> Tensor:
         """Implements `Linears.linear_of_rows`; keeps the source."""
-        return fp8_norm.linear_of_rows(as_fp8(rows), source, weights_ND, sink, self._maps)
+        options = _NormOptions(eps=source.eps, sink=sink, maps=self._maps)
+        own_rows = as_fp8(rows)
+        out: Tensor = _LinearOfRows.apply(  # type: ignore[no-untyped-call]
+            own_rows.values, own_rows.packed, source.x.detach(), source.norm_weight_D.detach(), options, *weights_ND
+        )
+        return out
 
     def gated_down(
         self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
@@ -100,3 +112,58 @@ class Fp8Linears:
     def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> Fp8LatentLinears:
         """Implements `Linears.restore_keys`."""
         return Fp8LatentLinears.restore_keys(saved, weights, options, self._maps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _NormOptions:
+    eps: float
+    sink: WeightSink | None
+    maps: Fp8Maps
+
+
+class _NormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _NormOptions, *weights_ND: Tensor) -> Tensor:
+        x_AD, maps = x.flatten(0, -2), options.maps
+        operand, inverse_A1 = rms_norm_quantize(x_AD, norm_weight_D, options.eps, power_of_two=maps.power_of_two)
+        out_AN = maps.forward(operand, weights_ND)
+        ctx.save_for_backward(*operand, inverse_A1, norm_weight_D, *weights_ND)
+        ctx.options = options
+        return out_AN.view(*x.shape[:-1], out_AN.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, inverse_A1, norm_weight_D, *weights_ND = ctx.saved_tensors
+        operand, grad_AN, maps = Quantized(codes, scales), grads[0].flatten(0, -2), ctx.options.maps
+        grad_AD = maps.input_gradient(grad_AN, weights_ND)
+        given = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
+        grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
+        grad_x = grad_x_AD.view(*grads[0].shape[:-1], grad_x_AD.shape[1])
+        return grad_x, grad_norm_D.to(norm_weight_D.dtype), None, *given
+
+
+class _LinearOfRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        packed_AB: Tensor,
+        x: Tensor,
+        norm_weight_D: Tensor,
+        options: _NormOptions,
+        *weights_ND: Tensor,
+    ) -> Tensor:
+        out_AN = options.maps.forward(unpack(packed_AB, x.shape[-1]), weights_ND)
+        ctx.save_for_backward(x, norm_weight_D, *weights_ND)
+        ctx.options = options
+        return out_AN.view(*x.shape[:-1], out_AN.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight_D, *weights_ND = ctx.saved_tensors
+        options: _NormOptions = ctx.options
+        maps, grad_AN = options.maps, grads[0].flatten(0, -2)
+        normal_AD = recompute_norm(x, norm_weight_D, options.eps)
+        gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
+        given = deliver_parts(weights_ND, gradient, options.sink)
+        return maps.input_gradient(grad_AN, weights_ND).view_as(x), None, None, None, None, *given

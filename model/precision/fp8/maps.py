@@ -7,7 +7,6 @@ weights have one for every 128 x 128. Shape legend: A rows, K inputs, N outputs.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from kernels.quantize import (
     transpose_blocks,
 )
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, TILE, Quantized, QuantizedBlocks
-from model.precision.linear import WeightSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,28 +128,3 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].dtype == torch.float8_e4m3fn:
         return torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     return torch.cat(tuple(parts))
-
-
-def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:
-    """Returns a float32 gradient in the weight's type, or defers it to the sink and returns None."""
-    if not weight.requires_grad:
-        return None
-    if sink is None:
-        return gradient().to(weight.dtype)
-    sink.defer(weight, gradient)
-    return None
-
-
-def deliver_parts(
-    weights_TK: Sequence[Tensor], gradient: Callable[[], Tensor], sink: WeightSink | None
-) -> list[Tensor | None]:
-    """Applies `deliver_gradient` to the rows of several maps, whose joint gradient is computed once."""
-    once, given, first = cache(gradient), list[Tensor | None](), 0
-    for weight in weights_TK:
-        given.append(deliver_gradient(weight, partial(_rows, once, slice(first, first + len(weight))), sink))
-        first += len(weight)
-    return given
-
-
-def _rows(gradient: Callable[[], Tensor], rows: slice) -> Tensor:
-    return gradient()[rows]
