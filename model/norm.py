@@ -53,7 +53,6 @@ class _Options:
     is_wide: bool
 
     def type_of(self, weight_ND: Tensor) -> torch.dtype:
-        """Returns the type in which the maps are computed."""
         return torch.promote_types(weight_ND.dtype, torch.float32) if self.is_wide else weight_ND.dtype
 
 

@@ -111,11 +111,9 @@ class Objective(Protocol):
     @property
     def balance(self) -> float:
         """Factor of the sequence-wise balance loss, which is summed over sequences and layers."""
-        ...
 
     def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
         """Computes a micro-batch's loss at the head's depth from the states after the final norm."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,11 +22,9 @@ class HostMemoryLink(Protocol):
 
     def to_host(self, tensors: Sequence[Tensor]) -> Work[Sequence[Tensor]]:
         """Starts to copy tensors to host memory. They must stay unchanged until the work is complete."""
-        ...
 
     def to_device(self, hosts: Sequence[Tensor], tensors: Sequence[Tensor]) -> Work[None]:
         """Starts to copy host tensors into tensors of the same shape."""
-        ...
 
 
 def graph_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:

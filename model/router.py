@@ -199,7 +199,6 @@ class Routes(Protocol):
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
         """Routes one micro-batch in the layer that the label names."""
-        ...
 
 
 def expert_id_dtype(num_experts: int) -> torch.dtype:

@@ -28,11 +28,9 @@ class Values(Protocol):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the tensors that take gradients; all other values are passed on unchanged."""
-        ...
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
         """Returns the same values with these tensors replaced."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,6 @@ class _Picture:
             self.parts += [f'<g class="copies {style}">', *drawn, "</g>"]
 
     def notes(self) -> list[str]:
-        """Returns notes on what the picture omits."""
         if self.plain:
             return ["numbers and tooltips omitted: too many operations"]
         return [f"{self.unlabeled} numbers omitted that do not fit: see tooltips"] if self.unlabeled else []

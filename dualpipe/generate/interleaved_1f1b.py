@@ -107,7 +107,7 @@ class _PolicySearch:
             self._found = {policy: makespan, **self._found}
 
     def _order(self, pipeline: InterleavedPipeline, policy: Policy) -> ChunkOrder:
-        """Returns the order of chunks with the policy's rounds, or with smaller ones that fit the memory cap."""
+        """Returns the order with the policy's rounds, or with smaller ones that fit the memory cap."""
         count, chunks = pipeline.shape.num_micro_batches, pipeline.chunks
         num_rounds = max(1, round(count / max(1, pipeline.shape.num_ranks + policy.round_change)))
         while num_rounds < count and -(-count // num_rounds) > _round_size(pipeline) + max(policy.round_change, 1):

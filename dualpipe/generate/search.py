@@ -175,7 +175,6 @@ class _Level:
         self._pipeline = Pipeline(self._few, best.costs, cap)
 
     def run(self) -> None:
-        """Builds orders with the presets, and considers the best ones until one is valid."""
         found: list[_Found] = []
         unsteady: dict[Preset, float] = {}  # whose order of few micro-batches has no steady state
         left, limit = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT, self._limit()
@@ -213,10 +212,7 @@ class _Level:
         return _Found(order, steady, simulation.makespan + periods * steady.time)
 
     def _consider(self, found: Sequence[_Found]) -> None:
-        """Considers orders from the shortest to the longest while they may be the best.
-
-        Large ones are not built in full to compare orders of equal makespan.
-        """
+        """Considers orders from the shortest on while they may be the best; large ones not on a tie."""
         margin = -_TOLERANCE if _is_large(self._best.shape) else _TOLERANCE
         for item in sorted(found, key=lambda item: item.makespan):
             if item.makespan > self._best.makespan * (1 + margin):
@@ -225,10 +221,7 @@ class _Level:
             self._best.consider(item.schedule if steady is None else extend(item.schedule, steady, count))
 
     def _run_whole(self, presets: Sequence[Preset]) -> None:
-        """Builds orders of all micro-batches, because none of few has a steady state.
-
-        This takes long. So if there is a schedule already, only the first preset is tried.
-        """
+        """Builds orders of all micro-batches, which takes long: the first preset if there is a schedule."""
         pipeline = Pipeline(self._best.shape, self._best.costs, self._pipeline.cap)
         for preset in (*presets, *PRESETS) if self._best.schedule is None else presets[:1]:
             attempt = build_order(pipeline, preset, self._best.makespan)

@@ -49,7 +49,6 @@ class _HillClimb:
         self._best = self._measure(start, float("inf"))
 
     def climb(self) -> Schedule:
-        """Returns the fused schedule."""
         for self._most_members in _SIZES:
             self._rejected.clear()
             for _ in range(_MAX_SWEEPS):

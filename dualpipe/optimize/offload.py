@@ -92,7 +92,6 @@ class _RankPlan:
         self._chosen: dict[_Activation, _Move] = {}
 
     def run(self) -> tuple[Group, ...] | None:
-        """Returns the rank's groups with copies, or None if they cannot keep the cap."""
         moves = self._moves()
         while full := [group for group, alive in enumerate(self._alive(moves)) if alive > self._cap]:
             if not self._choose(full[0]):

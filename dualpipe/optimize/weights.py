@@ -50,7 +50,6 @@ class _WeightPlacement:
         self._events = [(0.0, rank) for rank in range(len(bare))]
 
     def run(self) -> tuple[tuple[Group, ...], ...] | None:
-        """Returns each rank's groups, or None. Ranks are processed in the order of time."""
         while self._events:
             time, rank = heappop(self._events)
             self._clock[rank] = time

@@ -14,11 +14,9 @@ class Clock(Protocol[MarkT]):
 
     def mark(self) -> MarkT:
         """Records a mark without waiting."""
-        ...
 
     def seconds(self, marks: Sequence[MarkT]) -> list[float]:
         """Waits for the last mark and returns the seconds from the first mark to each mark."""
-        ...
 
 
 class HostClock:

@@ -44,7 +44,6 @@ class _LocalReceive:
         self._tensor = tensor
 
     def wait(self) -> Tensor:
-        """Returns the tensor."""
         return self._tensor
 
 

@@ -23,51 +23,39 @@ class Run(Protocol):
 
         The first stage of a network that decodes takes the tokens that the last stage chose.
         """
-        ...
 
     def output(self) -> "Tensor":
         """Returns the activation for the next stage, or chosen tokens of the last, and drops its reference."""
-        ...
 
     def set_output_gradient(self, gradient_BTD: "Tensor", /) -> None:
         """Takes the gradient of the next stage, which may be on this rank. The tensor is not shared."""
-        ...
 
     def input_gradient(self) -> "Tensor":
         """Returns the gradient for the previous stage and drops its reference."""
-        ...
 
     def forward(self, phase: int) -> None:
         """Runs the forward of a phase, or starts it on the comm lane."""
-        ...
 
     def backward(self, phase: int) -> None:
         """Runs the backward for inputs of a phase, or starts it on the comm lane."""
-        ...
 
     def weight(self, phase: int) -> None:
         """Runs the backward for weights of a computation."""
-        ...
 
     def wait(self) -> None:
         """Completes the pending phase on the comm lane."""
-        ...
 
     def offload(self) -> None:
         """Starts to copy what the forward keeps for the backward to host memory."""
-        ...
 
     def release(self) -> None:
         """Completes the copy to host memory, and frees what was copied."""
-        ...
 
     def reload(self) -> None:
         """Allocates again what `release` freed, and starts to copy it back."""
-        ...
 
     def restore(self) -> None:
         """Completes the copy back; must be called before the backward."""
-        ...
 
 
 class ForwardOnlyRun:
@@ -86,11 +74,9 @@ class PipelineStage(Protocol):
     @property
     def lanes(self) -> Sequence[Lane]:
         """Lane of each phase, in forward order."""
-        ...
 
     def start(self, direction: int, micro_batch: int) -> Run:
         """Starts the run of a micro-batch. Activations have the shape that the transport expects."""
-        ...
 
 
 class PendingReceive(Protocol):
@@ -98,7 +84,6 @@ class PendingReceive(Protocol):
 
     def wait(self) -> "Tensor":
         """Waits for the message and returns its tensor."""
-        ...
 
 
 class Transport(Protocol):
@@ -106,12 +91,9 @@ class Transport(Protocol):
 
     def post_receive(self, message: Message, /) -> PendingReceive:
         """Posts the receive of a message, in the order in which the link's messages are sent."""
-        ...
 
     def send(self, message: Message, tensor: "Tensor", /) -> None:
         """Sends a tensor without waiting for the receiver."""
-        ...
 
     def flush(self) -> None:
         """Waits until all messages have been sent."""
-        ...

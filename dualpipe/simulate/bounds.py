@@ -202,11 +202,9 @@ class _Lane:
     time: Callable[[StageCosts, Op], float]
 
     def work(self, shares: Sequence[_HeldStage]) -> float:
-        """Returns the time of all operations of a rank."""
         return sum(share.count * self.time_of(share.costs, *_HALVES) for share in shares)
 
     def time_of(self, costs: StageCosts, *kinds: Op) -> float:
-        """Returns the time of one operation of each kind in a stage."""
         return sum(self.time(costs, kind) for kind in kinds)
 
 

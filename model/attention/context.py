@@ -52,7 +52,6 @@ class _Saved:
         return (*self.weights, *self.ends, *self.log_sums, *others)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "_Saved":
-        """Reverses `tensors`."""
         left = iter(tensors)
         weights = LatentWeights(*(next(left) for _ in self.weights))
         ends, log_sums = (tuple(next(left) for _ in each) for each in (self.ends, self.log_sums))
@@ -143,7 +142,6 @@ class _Blocks:
         return cos, sin
 
     def tiles(self, index: int) -> list[VisibleTile]:
-        """Returns the tiles of this rank's queries and a rank's keys."""
         return visible_tiles(self._cut, self.parts.held[self._options.context.index], self.parts.held[index])
 
     def backward(self, ends: LatentLinears, kept: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
@@ -191,7 +189,6 @@ class _UpGradient:
         self.total: Tensor | None = None
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """Implements `WeightSink`."""
         part = gradient()
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         self.total = part if self.total is None else self.total.add_(part)
@@ -227,7 +224,6 @@ class _LatentBackward:
         return grad_BTC
 
     def gradients(self) -> NormAndUpGradients:
-        """Returns the gradients of the latents' norm and up-projection, or defers the second one to the sink."""
         up, total = self._weights.latent_up, self._up.total
         if total is None:
             return NormAndUpGradients(self._norm, None)

@@ -169,7 +169,6 @@ class _Kernel:
         self.layout = HeadLayout(like_BTX, shape, (max(size, value),) * 2 if is_padded else (size, value))
 
     def fill(self, ends: LatentLinears, into: Heads | None) -> Heads:
-        """Computes queries, keys and values, into the given memory if there is any."""
         layout, rotation = self.layout, self._options.rotation
         heads = (layout.new_query(), layout.new_query(), layout.new_value()) if into is None else into
         query, key, value = heads
@@ -178,6 +177,5 @@ class _Kernel:
         return heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Runs the kernel, BHTW."""
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return self._attend(query, key, value, self._options.shape.scale, self._options.documents)

@@ -92,19 +92,16 @@ class _BlockParts:
         return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink)))
 
     def add_mlp_again(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
-        """Computes what the backward of `add_mlp` needs."""
         return Computed(Hidden(self.block.add_mlp(hidden.hidden_BTD, sink, for_backward=True)))
 
     def dense(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Hidden]:
         return Computed(Hidden(self.block.dense(hidden.hidden_BTD, sink, self.documents, self.context)))
 
     def attend(self, hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
-        """Runs attention and router, and records the balance loss."""
         attended = self.block.attend(hidden.hidden_BTD, sink, self.documents, self.choose, self.context)
         return self._routed(attended, self.balance.record)
 
     def route(self, hidden: Hidden) -> Routed:
-        """Runs the router after attention, and records the balance loss."""
         return self._routed(self.block.route(hidden.hidden_BTD, self.choose), self.balance.record).values
 
     def route_again(self, hidden: Hidden, ids_TK: Tensor) -> Computed[Routed]:
@@ -119,7 +116,6 @@ class _BlockParts:
         return Computed(self.block.apply_experts(received, sink))
 
     def experts_again(self, received: Received, sink: WeightSink | None) -> Computed[ExpertOutput]:
-        """Computes what the backward of `experts` needs."""
         return Computed(self.block.apply_experts(received, sink, for_backward=True))
 
     def _routed(self, attended: Attended, loss: Callable[[Tensor], Tensor]) -> Computed[Routed]:

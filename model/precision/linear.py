@@ -17,7 +17,6 @@ class WeightSink(Protocol):
 
     def defer(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
         """Stores `gradient`, which computes the gradient of `weight` for one micro-batch when it is called."""
-        ...
 
 
 def deliver_gradient(weight: Tensor, gradient: Callable[[], Tensor], sink: WeightSink | None) -> Tensor | None:

@@ -22,11 +22,9 @@ class Rows(Protocol):
     @property
     def values(self) -> Tensor:
         """Tensor that takes the rows' gradient, [..., D]. In FP8 it is a placeholder without memory."""
-        ...
 
     def with_values(self, values: Tensor) -> Self:
         """Returns the same rows with another tensor that takes the gradient."""
-        ...
 
 
 class Wire(Protocol):
@@ -34,19 +32,15 @@ class Wire(Protocol):
 
     def pack(self, rows: Rows) -> Tensor:
         """Returns what dispatch sends, one row for each token."""
-        ...
 
     def unpack(self, received: Tensor, sent: Rows) -> Rows:
         """Returns the rows that dispatch delivered, AD."""
-        ...
 
     def pack_gradient(self, grad_ND: Tensor) -> Tensor:
         """Returns what the backward of combine sends, one row for each token."""
-        ...
 
     def unpack_gradient(self, received: Tensor, grad_ND: Tensor) -> Tensor:
         """Returns the gradient of the experts' output for autograd, AD, for the gradient that was sent."""
-        ...
 
 
 class ExpertWeights(NamedTuple):
@@ -69,27 +63,22 @@ class Linears(Protocol):
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Returns a context in which no weight changes, so that each is converted only once."""
-        ...
 
     def normed_linear(self, x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None) -> Tensor:
         """Returns the outputs of several linear layers of norm(x), [..., D], side by side."""
-        ...
 
     def make_rows(self, normal: Tensor) -> Rows:
         """Returns the input of routed and shared experts from the norm's output, [..., D]."""
-        ...
 
     def linear_of_rows(
         self, rows: Rows, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None
     ) -> Tensor:
         """Returns linear layers of rows, [..., D], side by side; `source` may recompute the rows."""
-        ...
 
     def gated_down(
         self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
     ) -> Tensor:
         """Returns base + (silu(gate) * up) down^T, [..., D], from hidden, [..., H]."""
-        ...
 
     def experts(
         self,
@@ -102,7 +91,6 @@ class Linears(Protocol):
         for_backward: bool = False,
     ) -> Tensor:
         """Returns the experts' results for received rows, AD; weights are multiplied before `down`."""
-        ...
 
     def apply_local_experts(
         self,
@@ -117,20 +105,15 @@ class Linears(Protocol):
 
         Each expert reads its rows from the tokens in an order, so rows are neither copied nor kept.
         """
-        ...
 
     def wire(self) -> Wire:
         """Returns the conversions of one layer's exchange for one micro-batch."""
-        ...
 
     def compress_latents(self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions) -> LatentLinears:
         """Returns the linear layers before and after the heads of latent attention, in a forward."""
-        ...
 
     def restore_latents(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
         """Returns these layers in a backward, from what `LatentLinears.saved` returned."""
-        ...
 
     def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> LatentLinears:
         """Returns the layers of keys and values alone of any rank's tokens, from `LatentLinears.saved_keys`."""
-        ...

@@ -58,7 +58,7 @@ class PlainWire:
         return received
 
 
-class PlainLatentLinears:
+class _LatentLinears:
     """Implements `LatentLinears` in the weights' own type."""
 
     frees_mixed = False
@@ -89,26 +89,21 @@ class PlainLatentLinears:
             self._normal_query = _normal(self._query.flatten(0, 1), weights.query_norm, eps, normals[1:])
 
     def queries(self, out: Tensor) -> None:
-        """Implements `LatentLinears.queries`."""
         if self._weights.query_up is None:
             out.copy_(self._query.flatten(0, 1))
         else:
             torch.mm(self._normal_query(), self._weights.query_up.t(), out=out)
 
     def keys_and_values(self) -> Tensor:
-        """Implements `LatentLinears.keys_and_values`."""
         return self._normal_latent() @ self._weights.latent_up.t()
 
     def shared_key(self) -> Tensor:
-        """Implements `LatentLinears.shared_key`."""
         return self._key
 
     def add(self, x_ND: Tensor, mixed_NV: Tensor) -> Tensor:
-        """Implements `LatentLinears.add`."""
         return torch.addmm(x_ND, mixed_NV, self._weights.out.t())
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
-        """Implements `LatentLinears.saved`: compressed values, heads' output, and norms' outputs if kept."""
         if not self._keeps_normals:
             return self._compressed, mixed_BHTW
         normals = () if self._options.context.size > 1 else (self._normal_latent(),)
@@ -117,21 +112,17 @@ class PlainLatentLinears:
         return self._compressed, mixed_BHTW, *normals, self._normal_query()
 
     def saved_keys(self) -> tuple[Tensor, ...]:
-        """Implements `LatentLinears.saved_keys`: latents before their norm, then the shared key, side by side."""
         return (self._compressed[..., -self._options.shape.latent - self._options.shape.rope :],)
 
     def mixed(self) -> Tensor:
-        """Implements `LatentLinears.mixed`."""
         assert self._mixed_NV is not None
         return self._mixed_NV
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Implements `LatentLinears.add_backward`."""
         out = self._weights.out
         return grad_ND @ out, deliver_gradient(out, lambda: grad_ND.t() @ self.mixed(), self._options.sink)
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
-        """Implements `LatentLinears.queries_backward`."""
         weights = self._weights
         if weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
@@ -139,7 +130,6 @@ class PlainLatentLinears:
         return self._backward(grad, self._query, weights.query_norm, weights.query_up, self._normal_query, out_BTR)
 
     def keys_and_values_backward(self, grad_TE: Tensor, out_BTL: Tensor) -> NormAndUpGradients:
-        """Implements `LatentLinears.keys_and_values_backward`."""
         weights = self._weights
         return self._backward(
             grad_TE, self._latent, weights.latent_norm, weights.latent_up, self._normal_latent, out_BTL
@@ -236,23 +226,21 @@ class PlainLinears:
 
     def compress_latents(
         self, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions
-    ) -> PlainLatentLinears:
+    ) -> _LatentLinears:
         """Implements `Linears.compress_latents`."""
-        return PlainLatentLinears(compressed_BTX, weights, options, self._recomputed)
+        return _LatentLinears(compressed_BTX, weights, options, self._recomputed)
 
     def restore_latents(
         self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions
-    ) -> PlainLatentLinears:
+    ) -> _LatentLinears:
         """Implements `Linears.restore_latents`."""
-        return PlainLatentLinears(saved[0], weights, options, self._recomputed, saved[1:])
+        return _LatentLinears(saved[0], weights, options, self._recomputed, saved[1:])
 
-    def restore_keys(
-        self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions
-    ) -> PlainLatentLinears:
+    def restore_keys(self, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions) -> _LatentLinears:
         """Implements `Linears.restore_keys`."""
         (rows_BTC,) = saved
         keys = weights._replace(query_norm=None, query_up=None)
-        return PlainLatentLinears(rows_BTC, keys, options, self._recomputed)
+        return _LatentLinears(rows_BTC, keys, options, self._recomputed)
 
 
 class _GatedDown(torch.autograd.Function):
@@ -306,7 +294,6 @@ class _Options:
 
     @property
     def tokens_A(self) -> Tensor | None:
-        """Token of each row if rows are given by token."""
         return None if self.order is None else self.order.tokens_A
 
 
