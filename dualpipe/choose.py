@@ -176,21 +176,14 @@ class Alternatives:
         change: Callable[[Schedule], Schedule] | None = None,
         most_stages: int | None = None,
     ) -> None:
-        """Stores kinds that the model cannot use with reasons, and the maximum number of stages.
-
-        Args:
-            change: function by which the run changes its own schedule before timing, or None.
-        """
+        """Stores excluded kinds with reasons; `change` is what the run does to its schedule."""
         self._excluded = excluded
         self._change = change
         self._most_stages = math.inf if most_stages is None else most_stages
         self._made: dict[str, Schedule | UnavailableSchedule] = {}
 
     def timed(self, schedule: Schedule, costs: CostModel) -> list[TimedSchedule | UnavailableSchedule]:
-        """Times every other kind under the costs of the run's stages, or says why it is not available.
-
-        A kind keeps the number of chunks that is best under the costs of the first call.
-        """
+        """Times every other kind, with its best number of chunks of the first call, or says why it cannot."""
         rows: list[TimedSchedule | UnavailableSchedule] = []
         for kind in candidates():
             if kind == schedule.kind:

@@ -39,10 +39,7 @@ class Op(StrEnum):
 
 
 class Operation(NamedTuple):
-    """Forward, backward, offload or reload of one micro-batch (counted in its direction) in one stage.
-
-    Schedules have up to millions of operations. A tuple is several times faster than a dataclass.
-    """
+    """One operation of one micro-batch (counted in its direction), a tuple as there are up to millions."""
 
     kind: Op
     direction: int

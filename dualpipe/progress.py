@@ -35,11 +35,8 @@ class _Action(Enum):
 class _Link:
     """One-way FIFO queue between two ranks for one kind of value.
 
-    Attributes:
-        sent: numbers of the values in the order in which the source sends them.
-        received: numbers of the values in the order in which the destination receives them.
-        num_taken: messages for which the destination has waited.
-        num_held: messages that the link delivers before their receive is posted.
+    `sent` and `received` are numbers of the values in the order of each end. `num_taken` counts messages for which the
+    destination has waited, `num_held` those that the link delivers before their receive is posted.
     """
 
     source: int

@@ -28,10 +28,7 @@ class SizeLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleFormula:
-    """Published formula for every rank's idle time, from the number of ranks and the costs of model/P.
-
-    It holds at least for F = I = W without exchange and latency, and for 2P or more micro-batches.
-    """
+    """Published idle time of every rank, from P and the costs of model/P, for 2P or more micro-batches."""
 
     text: str
     assumes: str

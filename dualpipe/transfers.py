@@ -12,10 +12,7 @@ _LOCAL = (Op.BACKWARD_WEIGHT, Op.OFFLOAD, Op.RELOAD)
 
 
 class Value(NamedTuple):
-    """Value that `stage` makes for another one: F's output, or the gradient of its input.
-
-    In a schedule that decodes, it is also the tokens that the last stage chose for the first stage.
-    """
+    """Value that `stage` makes for another one: F's output, its input's gradient, or chosen tokens."""
 
     kind: ValueKind
     direction: int

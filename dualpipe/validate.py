@@ -187,10 +187,7 @@ def _check_tokens(schedule: Schedule, located: _Located) -> None:
 
 
 def _check_slices(schedule: Schedule, located: _Located) -> None:
-    """Checks that forwards of the slices of a sequence run in order, and backwards in reverse order.
-
-    An activation that later slices attend to must stay on the device, so none is offloaded.
-    """
+    """Checks the order of slices, and that none is offloaded: later slices attend to it."""
     backwards = (Op.BACKWARD, Op.BACKWARD_INPUT)
     for key, index in located.items():
         op, rank = Operation(*key), schedule.rank_of(key[1], key[2])
@@ -210,10 +207,7 @@ def _check_slices(schedule: Schedule, located: _Located) -> None:
 
 
 def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[Op, int, int]]:
-    """Returns what (kind, direction, stage) operations of a key need, if one rank runs both.
-
-    A schedule has B or I of a micro-batch, so one of both is missing. It has R only if the micro-batch is offloaded.
-    """
+    """Returns what (kind, direction, stage) operations of a key may need, if one rank runs both."""
     kind, direction, stage = key
     found = [(needed, direction, stage) for needed in _NEEDS[kind]]
     forward, row = kind is Op.FORWARD, schedule.placement[direction]

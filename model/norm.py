@@ -129,10 +129,7 @@ def _normal(x_AD: Tensor, scale_A1: Tensor, norm_weight_D: Tensor, kept: Sequenc
 def normed_linear(
     x: Tensor, norm: RmsNorm, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Returns linear maps of norm(x), [..., D], side by side; a backward may recompute norm(x).
-
-    The sink takes the maps' weight gradients; that of the norm goes through autograd.
-    """
+    """Returns linear maps of norm(x), [..., D], side by side; a backward may recompute norm(x)."""
     options = _Options(eps=norm.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     (out,) = _NormedLinear.apply(x, norm.weight, options, *weights_ND)  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
@@ -141,10 +138,7 @@ def normed_linear(
 def linear_of_normal(
     normal: Tensor, source: NormSource, weights_ND: Sequence[Tensor], sink: WeightSink | None, *, keeps_normal: bool
 ) -> Tensor:
-    """Returns linear layers of a norm's output, [..., D], side by side, which takes the gradient.
-
-    It keeps the norm's input, which gets no gradient here, and recomputes the output unless it is kept.
-    """
+    """Returns linear layers of a norm's output side by side, from whose input it may be recomputed."""
     options = _Options(eps=source.eps, sink=sink, keeps_normal=keeps_normal, gives_normal=False, is_wide=False)
     out: Tensor = _LinearOfNormal.apply(  # type: ignore[no-untyped-call]
         normal, source.x, source.norm_weight_D, options, *weights_ND
@@ -153,10 +147,7 @@ def linear_of_normal(
 
 
 def norm_and_map(x: Tensor, norm: RmsNorm, weight_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns norm(x), [..., D], and, in float32 or wider, its product with the weight, [..., N].
-
-    Keeps only x. The weight's gradient goes through autograd.
-    """
+    """Returns norm(x) and, in float32 or wider, its product with the weight, [..., N]; keeps only x."""
     options = _Options(eps=norm.eps, sink=None, keeps_normal=False, gives_normal=True, is_wide=True)
     normal, out = _NormedLinear.apply(x, norm.weight, options, weight_ND)  # type: ignore[no-untyped-call]
     return normal, out

@@ -165,10 +165,7 @@ def weights_of_depths(weights_BT: Tensor, num_depths: int) -> Tensor:
 
 @dataclass(slots=True)
 class LossSums:
-    """Undivided sums of losses of one rank in one step; added up over ranks they give the step's losses.
-
-    `log_probs` are the main targets' by (direction, micro-batch); None if they are not recorded.
-    """
+    """Undivided sums of losses of one rank in one step, and log-probabilities by micro-batch if recorded."""
 
     names: tuple[str, ...]
     log_probs: dict[tuple[int, int], Tensor] | None = None

@@ -99,10 +99,7 @@ class ActivationOffload:
 
 
 def movable_storages(kept: Iterable[Tensor], shared: Iterable[Tensor]) -> list[torch.UntypedStorage]:
-    """Returns the memory of kept tensors that may move, each once: neither shared nor small.
-
-    Memory that torch did not allocate stays too, such as that of a message in its receive buffer.
-    """
+    """Returns the memory of kept tensors, each once, that torch allocated and that is not shared or small."""
     fixed = {tensor.untyped_storage().data_ptr() for tensor in shared}
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in kept:

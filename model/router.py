@@ -192,10 +192,7 @@ class Router(nn.Module):
 
 
 class Routes(Protocol):
-    """Chooses experts in place of the routers, or records their choices; passed with a run.
-
-    A rollout's choices, replayed in training, keep both passes on the same experts (arXiv:2510.11370).
-    """
+    """Chooses experts in place of routers, or records their choices (replay: arXiv:2510.11370)."""
 
     def route(self, label: Label, router: Router, logits_BTE: Tensor) -> Routing:
         """Routes one micro-batch in the layer that the label names."""
@@ -221,10 +218,7 @@ class RecordedRoutes:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedRoutes:
-    """Sends tokens to given experts (-1: the router chooses), with weights from the scores of this run.
-
-    MTP modules come after `num_layers` layers, and their routers choose. None: they have ids, too.
-    """
+    """Sends tokens to given experts (-1: the router's), MTP modules after `num_layers` excepted."""
 
     ids: Mapping[Label, Tensor]
     num_layers: int | None = None

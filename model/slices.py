@@ -92,8 +92,7 @@ class SliceContext:
     def balance(self, normal_NE: Tensor, numbers_N: Tensor, counts_SE: Tensor, slopes_S: Tensor) -> Tensor:
         """Returns the balance loss of whole sequences with the last slice, and 0 with those before it.
 
-        Every slice has its part of the gradient. It needs the counts of all slices, which are known in the backwards.
-        `slopes_S` are factors of each sequence's counts; 0 if it has no part in the loss.
+        Every slice has its part of the gradient, from the counts of all slices, which are known in the backwards.
         """
         found: Tensor = _SliceBalance.apply(normal_NE, self, numbers_N, counts_SE, slopes_S)  # type: ignore[no-untyped-call]
         return found

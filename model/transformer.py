@@ -254,10 +254,7 @@ def routers(model: Transformer) -> dict[int, Router]:
 
 
 def initialize_weights(model: Transformer, seed: int) -> None:
-    """Sets norms to one, router bias and a score head to zero, all others to N(0, initializer_range^2).
-
-    Values depend only on the seed and the released name, so a seed gives the same weights under every layout.
-    """
+    """Draws N(0, initializer_range^2) by seed and name; norms are 1, router bias and score head 0."""
     for name, weight in named_tensors(model).items():
         if name.endswith("norm.weight"):
             weight.fill_(1.0)

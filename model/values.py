@@ -143,11 +143,7 @@ class ExpertGradients(Gradients):
 
 @dataclass(frozen=True, slots=True)
 class ExpertOutput:
-    """Output of the experts: from `experts` to `combine`.
-
-    `routed_AD` are weighted results of received rows. `base_BTD` is the residual plus shared experts of the rank's
-    rows.
-    """
+    """Output of the experts: weighted results of received rows, and residual plus shared experts."""
 
     routed_AD: Tensor
     base_BTD: Tensor

@@ -82,11 +82,7 @@ class UnavailableSchedule:
 def time_schedule(
     schedule: Schedule, costs: Costs | CostModel, memory_cap: float | None = None, measured: Measured | None = None
 ) -> TimedSchedule:
-    """Simulates a valid schedule and computes its lower bound.
-
-    Args:
-        costs: costs of each stage, or of model/P if all stages are equal; in seconds if there was a run.
-        memory_cap: memory cap of all schedules that it is compared with; see `bounds.lower_bound`.
+    """Simulates a valid schedule and computes its lower bound, in seconds if there was a run.
 
     Raises:
         ScheduleError: if ranks deadlock, or no schedule fits the cap.

@@ -81,10 +81,7 @@ def planned_cells(schedule: Schedule, simulation: Simulation) -> list[Cell]:
 
 
 def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], list[Strip]]:
-    """Returns a cell for each group that ran, and its waits, in seconds from the first rank's start.
-
-    A cell begins when the group's first message has arrived. Time between cells is a wait or overhead.
-    """
+    """Returns a cell for each group that ran from its first message on, and its waits, in seconds."""
     cells: list[Cell] = []
     strips: list[Strip] = []
     origin = measured.start_seconds
@@ -141,10 +138,7 @@ def svg(
 ) -> str:
     """Returns the picture as one `<svg>` element, with its styles if it is standalone.
 
-    Args:
-        measured: spans of a run in seconds, drawn below on the same time scale.
-        bound: lower bound, drawn as a dashed line.
-        scale: common scale of several pictures; by default the natural scale of this one.
+    The spans of a run, in seconds, are drawn below on the same scale, by default the natural one of this picture.
     """
     panel_scale = scale or natural_scale(schedule, simulation, measured)
     picture = _Picture(

@@ -46,11 +46,8 @@ def trace(
 ) -> str:
     """Returns the trace as JSON: planned time and, if there was a run, measured time.
 
-    Arrows lead from the operation that makes a message to the operation that needs it. The costs give the length of
-    exchanges but not their position within a group, so they are drawn in sequence from its start.
-
-    Args:
-        seconds_per_unit: seconds for one unit of the costs; 1 if they are in seconds.
+    Arrows lead from the operation that makes a message to the operation that needs it. Exchanges are drawn in sequence
+    from the start of a group, as the costs do not give their position.
     """
     scale = seconds_per_unit * 1e6
     events = [*_metadata(schedule, has_measured=measured is not None)]

@@ -97,10 +97,7 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 
 
 def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
-    """Yields lockstep orders whose W fill idle time.
-
-    With many micro-batches it yields the best order of few, extended, or one of all if that has no steady state.
-    """
+    """Yields lockstep orders whose W fill idle time; of many micro-batches the best of few, extended."""
     ranks, count = shape.num_ranks, shape.num_micro_batches
     is_short = count <= _MOST_PERIODS * ranks
     few = shape if is_short else replace(shape, num_micro_batches=count % ranks + _FEW_PERIODS * ranks)

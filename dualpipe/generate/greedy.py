@@ -152,10 +152,8 @@ class InterleavedPipeline:
     """Pipeline in one direction that is to be scheduled, with costs and memory cap.
 
     Attributes:
-        classes: class of each rank's chunks; stages of one class have equal costs.
-        memory: memory of one activation, by class.
+        classes: class of each rank's chunks; stages of one class have equal costs, `memory` and `lanes`.
         lanes: computation and exchange of F, I and W, by class.
-        latency: time from the end of a group to the arrival of its outputs at the next rank.
         unit: mean computation of an operation, and 1 if there is none.
         lone: mean time of an F or I alone.
     """

@@ -128,8 +128,8 @@ class _PolicySearch:
 def _round_size(pipeline: InterleavedPipeline) -> int:
     """Returns the number of micro-batches in a round: that of ranks, or fewer if the memory cap is small.
 
-    The activations of a round stay alive until its first micro-batch reaches the last chunk. Those of twice as many
-    micro-batches as ranks are on their way through the last chunk and back.
+    A round stays alive until its first micro-batch reaches the last chunk, where twice as many as ranks are on their
+    way.
     """
     ranks, chunks = pipeline.shape.num_ranks, pipeline.chunks
     way = min(2 * ranks, pipeline.room / 2)
@@ -139,10 +139,7 @@ def _round_size(pipeline: InterleavedPipeline) -> int:
 
 
 def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Schedule]:
-    """Returns the valid orders with Megatron-LM's warm-up and then F and I in pairs or alternating.
-
-    Under a small cap each round has fewer micro-batches than ranks, and the steps of the others are empty.
-    """
+    """Returns the valid orders with Megatron-LM's warm-up and then F and I in pairs or alternating."""
     found: list[Schedule] = []
     shape = pipeline.shape
     most = min(float(shape.num_ranks), pipeline.room // (pipeline.chunks + 1) + 1)
@@ -160,9 +157,7 @@ def _fixed_orders(pipeline: InterleavedPipeline, costs: CostModel) -> list[Sched
 def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int) -> Iterator[Group]:
     """Yields a rank's groups: the forwards of the warm-up, F and I, then the remaining I, each with its W.
 
-    Args:
-        size: number of micro-batches in a round.
-        ahead: 1 for one more forward in the warm-up, with which F and I form pairs; else 0.
+    With `ahead`, the warm-up has one more forward, with which F and I form pairs.
     """
     ranks, count = pipeline.shape.num_ranks, pipeline.shape.num_micro_batches
     num_rounds = -(-count // size)

@@ -15,11 +15,7 @@ class Rendezvous:
     """
 
     def __init__(self, num_ranks: int, most_pending: int) -> None:
-        """Starts with no groups.
-
-        If `most_pending`, the maximum number of a link's messages without a posted receive, is positive, two ranks
-        never both have two such messages for each other, because they often deadlock later.
-        """
+        """Starts with no groups; `most_pending` bounds a link's messages without a posted receive."""
         self._num_ranks = num_ranks
         self._most_pending = most_pending
         self._pending = [0] * (2 * num_ranks)

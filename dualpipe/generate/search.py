@@ -123,10 +123,7 @@ def check_cap(shape: Schedule, costs: CostModel, cap: float) -> None:
 
 
 def in_sequence(shape: Schedule) -> Schedule:
-    """Returns the schedule in which each rank runs one micro-batch after the other, which fits every cap.
-
-    Directions alternate, so a micro-batch enters the ranks that the one before it has left.
-    """
+    """Returns the schedule in which each rank runs one micro-batch after the other, which fits every cap."""
     ranks: list[list[tuple[Operation, ...]]] = [[] for _ in range(shape.num_ranks)]
     stages = range(shape.num_stages)
     back = [(kind, stage) for stage in reversed(stages) for kind in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]

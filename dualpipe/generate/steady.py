@@ -35,10 +35,7 @@ def lengthen(schedule: Schedule, costs: CostModel, num_micro_batches: int, shift
 
 
 def find_steady_state(schedule: Schedule, simulation: Simulation, shift: int) -> SteadyState | None:
-    """Returns the last period on each rank after which it repeats its groups, or None if the times differ.
-
-    The periods of ranks may start at different micro-batches, so the extended schedule must be validated.
-    """
+    """Returns each rank's last period that repeats, or None. The extended schedule must be validated."""
     found = [_last_period(schedule, simulation, rank, shift) for rank in range(schedule.num_ranks)]
     periods = [period for period in found if period is not None]
     if len(periods) < len(found):

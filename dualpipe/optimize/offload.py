@@ -100,10 +100,7 @@ class _RankPlan:
         return self._with_copies(moves)
 
     def _choose(self, full: int) -> bool:
-        """Chooses one more activation to be away during a group, and returns whether there was one.
-
-        Of those that the link can copy in time, it takes the one whose backward is last. Otherwise the rank waits.
-        """
+        """Chooses one more activation to be away during a group: the one needed last that is in time."""
         live = [each for each in self._activations if each.copy is not None and each.made < full < each.used]
         live.sort(key=lambda each: -each.used)
         moves = self._moves()

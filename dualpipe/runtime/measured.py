@@ -98,10 +98,7 @@ class RankBusyTime:
 
 
 def measured_bubble(measured: Measured) -> float:
-    """Returns the fraction of all ranks' time without computation or exchange in the main thread.
-
-    Most of it is waiting for messages, from the first rank's start to the last rank's end.
-    """
+    """Returns the fraction of all ranks' time without computation or exchange in the main thread."""
     return _unused_fraction(measured, _USED)
 
 

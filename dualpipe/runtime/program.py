@@ -69,10 +69,7 @@ def with_reductions(program: Program) -> Program:
 
 
 def reduction_order(schedule: Schedule) -> tuple[int, ...]:
-    """Returns all stages, ordered by the end of their last backward on the rank that finishes it last.
-
-    Ends are counted in groups from the end of a rank's list, because all ranks end at about the same time.
-    """
+    """Returns all stages by the end of their last backward, counted in groups from the end of a rank."""
     kinds = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
     num_after = {
         (rank, op.stage): len(groups) - index

@@ -141,10 +141,7 @@ def _last_gradient_ends(stage: StageCosts, starts: Sequence[float]) -> list[floa
 
 
 def _ends(starts: Sequence[float], compute: float, exchange: float, weights: float = 0.0) -> list[float]:
-    """Returns the earliest k-th ends of operations in a stage from their earliest k-th starts.
-
-    If `weights` is not 0, these are the ends of their backwards for weights, which a full backward includes.
-    """
+    """Returns the earliest k-th ends of operations, or of W in a full backward, from their k-th starts."""
     ends: list[float] = []
     computed = exchanged = 0.0
     for start in starts:
@@ -274,10 +271,7 @@ def _rank_bounds(rank: int, shares: Sequence[_HeldStage], memory_cap: float) -> 
 
 
 def _lane_bound(rank: int, shares: Sequence[_HeldStage], memory_cap: float, lane: _Lane) -> Bound:
-    """Returns the work of a lane plus what it loses at both ends.
-
-    If the work fits into both ends together, they could overlap, and only the larger loss counts.
-    """
+    """Returns the work of a lane plus what it loses at both ends, or at one if the ends may overlap."""
     work = lane.work(shares)
     heads = [LostTime(), *_lost_at_begin(shares, memory_cap, lane)]
     tails = [LostTime(), *_lost_at_end(shares, memory_cap, lane)]

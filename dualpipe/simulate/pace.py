@@ -18,14 +18,10 @@ _GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPace:
-    """Use of one rank in the steady state, shares in its middle half.
+    """Use of one rank in the steady state, per micro-batch or as fractions of its middle half.
 
-    Attributes:
-        groups: shortest sequence of groups that repeats, by kind, direction and stage; empty if none does.
-        work: computation per micro-batch.
-        length: time per micro-batch.
-        waiting: fraction of the time in which it runs no group.
-        losses: time without computation in head, steady state and tail.
+    `groups` is the shortest sequence that repeats, by kind, direction and stage; `losses` are times without computation
+    in head, steady state and tail.
     """
 
     groups: tuple[Group, ...]

@@ -47,9 +47,6 @@ def simulate(schedule: Schedule, costs: Costs | CostModel) -> Simulation:
     rank in one direction run one after the other. An offload ends with its copy, and a backward starts after the copy
     of its reload.
 
-    Args:
-        costs: costs of each stage, or of model/P if all stages are equal.
-
     Raises:
         ScheduleError: if ranks deadlock, or the schedule offloads activations and the costs do not allow it.
     """
@@ -112,8 +109,8 @@ def _check_finished(schedule: Schedule, ranks: list[list[NumberedGroup]], ended:
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     """Returns the maximum number of live activations, each of one stage and micro-batch, on each rank.
 
-    An activation is alive from the start of F to the end of B or W, except between the end of its offload and the start
-    of its reload. In a forward-only schedule it is alive during its group.
+    An activation is alive from the start of F to the end of B or W, except between its offload and its reload. In a
+    forward-only schedule it is alive during its group.
     """
     weights = (1.0,) * schedule.num_stages
     return tuple(round(_peak(groups, weights)) for groups in schedule.ranks)
@@ -158,10 +155,7 @@ def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
 
 
 def peak_host_memory(groups: Sequence[Group], costs: CostModel) -> float:
-    """Returns the peak host memory of a rank's offloaded activations, in activations' units.
-
-    An activation takes host memory from the end of its forward, when its copy starts, until its backward starts.
-    """
+    """Returns the peak host memory of offloaded activations: from the end of F to the start of I."""
     offloaded = {op[1:] for group in groups for op in group if op.kind is Op.OFFLOAD}
     alive = peak = 0.0
     for group in groups:

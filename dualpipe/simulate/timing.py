@@ -169,10 +169,7 @@ class Timing:
         return True
 
     def _run_copies(self, rank: int, group: NumberedGroup, time: float, progress: TimingProgress) -> float:
-        """Runs the copies of a group that the rank has finished at `time`, and returns when the rank is free.
-
-        The copies of one rank in one direction run one after the other. The end of a reload is the end of its copy.
-        """
+        """Runs the copies of a group that the rank has finished at `time`, and returns when it is free."""
         first = group[0]
         if first not in self._copies:
             for number in group:

@@ -34,13 +34,7 @@ def mix_in_context(
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """What a backward needs, in one tuple of tensors.
-
-    Attributes:
-        ends: from `LatentLinears.saved`.
-        log_sums: logarithms of the sums of exponentials, and queries if they are not recomputed.
-        others: from `LatentLinears.saved_keys` of each rank whose rows are kept.
-    """
+    """What a backward needs, in one tuple of tensors; `others` are kept rows of other ranks."""
 
     weights: LatentWeights
     ends: tuple[Tensor, ...]
@@ -180,10 +174,7 @@ class _KeysAndValues:
 
 
 class _UpGradient:
-    """Sums the gradients of one weight over ranks' latents as soon as they exist.
-
-    Deferred, each would keep the gradients of keys and values until W: of all tokens, not of this rank's.
-    """
+    """Sums the gradients of one weight at once: deferred, each would keep those of all tokens until W."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None

@@ -23,11 +23,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 def mix(
     x_BTD: Tensor, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, linears: Linears
 ) -> Tensor:
-    """Returns x + attention, from compressed queries, keys and values, BTD.
+    """Returns x + attention, BTD, from compressed queries (R), keys and values and the shared key (C).
 
-    Args:
-        compressed_BTX: compressed query before its norm, or whole queries before rotation (R); compressed keys and
-            values before their norm, then the shared key before rotation (C).
+    Queries are before their norm, or whole ones before rotation; keys and values before their norm; the key before
+    rotation.
     """
     out: Tensor = _MixHeads.apply(x_BTD, compressed_BTX, options, linears, *weights)  # type: ignore[no-untyped-call]
     return out

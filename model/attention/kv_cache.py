@@ -73,10 +73,7 @@ class KvCache:
         self.resize(target, length)
 
     def arrange(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
-        """Replaces the held sequences: row i continues the tokens of row `sources[i]`; -1: it is empty.
-
-        A row may be the source of several.
-        """
+        """Replaces the held sequences: row i continues the tokens of row `sources[i]`; -1: it is empty."""
         assert len(sources) <= self._values.shape[1], "more sequences than the cache has rows"
         moves = [row for row, source in enumerate(sources) if source not in (row, -1)]
         # A row may be read after it is overwritten, so all that move are copied first.

@@ -70,12 +70,7 @@ def parse_config(keys: Mapping[str, Any], path: Path) -> ModelConfig:
 def write_config(
     config: ModelConfig, *, dtype: StoredDtype, fp8: bool, carried: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Returns the content of `config.json` for an architecture.
-
-    Args:
-        carried: keys that do not describe the architecture, from `known_keys.carried_keys`; a `quantization_config`
-            among them replaces the usual one if weights are in FP8.
-    """
+    """Returns the content of `config.json`, with keys of another checkpoint (`known_keys.carried_keys`)."""
     carried = carried or {}
     keys: dict[str, Any] = {
         "use_cache": True,

@@ -46,8 +46,7 @@ class Stored:
 def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dict[str, Stored]:
     """Returns every tensor of an architecture's released checkpoint, in the order of the network.
 
-    Correction biases and scales are float32. A model without shared experts has theirs without rows, as `transformers`
-    writes them. With `fp8`, projections are in FP8 (E4M3), each followed by its scales.
+    Biases and scales are float32. Shared experts have no rows if there are none, as `transformers` writes them.
     """
     stored: dict[str, Stored] = {}
     for name, shape in weights(config):

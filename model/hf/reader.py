@@ -27,14 +27,7 @@ CHUNK_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfSource:
-    """Storage of a checkpoint's tensors, recorded so that they can be written in the same form.
-
-    Attributes:
-        dtypes: type of each tensor by name, including MTP copies and scales.
-        scales: scales of FP8 weights, by the weight's name; float32 [ceil(rows / 128), ceil(columns / 128)].
-        config: keys of config.json that do not describe the architecture.
-        rotary: stored frequencies of the rotary embedding.
-    """
+    """How a checkpoint stores its tensors, scales of FP8 weights included, to write them in the same form."""
 
     dtypes: Mapping[str, StoredDtype]
     scales: Mapping[str, Tensor]
@@ -101,10 +94,7 @@ class HfReader:
         )
 
     def _read_rotary(self, name: str) -> Tensor:
-        """Returns stored frequencies, [R / 2], if they are those that `config.json` determines.
-
-        Under YaRN both are in use: the plain ones and the interpolated ones.
-        """
+        """Returns stored frequencies, [R / 2], if `config.json` determines them, plain or interpolated."""
         entry, config = self._entry(name), self.config
         with _open(entry.file) as file:
             stored = torch.cat([rows for _, rows in _read_runs(file, entry, name)])

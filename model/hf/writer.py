@@ -30,12 +30,7 @@ CHUNK_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8Scales:
-    """Origin of the scales of FP8 weights.
-
-    Attributes:
-        known: scales to keep, by the weight's name; all others are a block's largest magnitude over 448.
-        power_of_two: whether the others are rounded up to a power of two, as `scale_fmt` ue8m0 requires.
-    """
+    """Known scales of FP8 weights by name, and whether other blocks' are rounded up to a power of two."""
 
     known: Mapping[str, Tensor]
     power_of_two: bool

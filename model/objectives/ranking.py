@@ -67,10 +67,7 @@ class _RankScores(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairRanking:
-    """Bradley-Terry loss of pairs of scores c and r: -log sigmoid(c - r - margin) + centre * (c + r)^2.
-
-    `factor` is 1 / (pairs in the global batch), `balance` is divided by the sequences in the global batch.
-    """
+    """Bradley-Terry loss of scores c and r: -log sigmoid(c - r - margin) + centre * (c + r)^2."""
 
     factor: float
     centre: float

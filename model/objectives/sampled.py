@@ -31,10 +31,7 @@ def score_sampled(
     temperature: float,
     records: bool,
 ) -> RowScores:
-    """Computes log-probabilities at the sampler's temperature among its kept tokens, and gradients.
-
-    The rows are divided by the temperature in place of the logits, which are much longer.
-    """
+    """Computes log-probabilities among kept tokens at a temperature, by which rows are divided."""
     scores = linear_cross_entropy(
         *(rows_RD if temperature == 1 else rows_RD / temperature, head_VD, targets_R, slopes),
         wants_rows=records,

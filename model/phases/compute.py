@@ -49,10 +49,7 @@ class _Enter(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Both ends of a computation's graph until its backward. Only the graph holds tensors.
-
-    An end is None if no gradient passes through it. `gradients` is the class of the inputs' gradients.
-    """
+    """Both ends of a computation's graph until its backward. Only the graph holds tensors."""
 
     entry: _Entry
     ends: tuple[GradientEdge | None, ...]

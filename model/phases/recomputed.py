@@ -111,12 +111,7 @@ class RecomputedAttend(RecomputedPhase[Routed]):
         id_dtype: torch.dtype,
         store: GradientStore,
     ) -> None:
-        """Stores the arguments.
-
-        Args:
-            route: norm and router, which counts its choices and records its balance loss.
-            route_again: norm and router for choices that are made, TK, without counting and recording.
-        """
+        """Stores the arguments; `route` counts and records its choices, `route_again` does not."""
 
         def first(hidden: Hidden, sink: WeightSink | None) -> Computed[Routed]:
             return Computed(route(hidden))

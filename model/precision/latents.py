@@ -47,13 +47,7 @@ class LatentWeights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentOptions:
-    """Arguments of latent attention that are not tensors of the graph.
-
-    Attributes:
-        rotation: cos and sin of each position of a whole sequence.
-        documents: documents of whole packed sequences.
-        records: whether a backward follows.
-    """
+    """Arguments that are not tensors of the graph; rotation and documents are of whole sequences."""
 
     shape: LatentShape
     kernel: str

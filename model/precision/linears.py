@@ -101,10 +101,7 @@ class Linears(Protocol):
         counts: Sequence[int],
         order: RowOrder,
     ) -> Tensor:
-        """Dispatches, applies the experts and combines on one rank, if all experts are there, ND.
-
-        Each expert reads its rows from the tokens in an order, so rows are neither copied nor kept.
-        """
+        """Applies experts that are all on one rank, which read their rows from the tokens, ND."""
 
     def wire(self) -> Wire:
         """Returns the conversions of one layer's exchange for one micro-batch."""

@@ -281,10 +281,7 @@ class _GatedDown(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Options:
-    """Arguments of an experts' pass that are not tensors.
-
-    With an order, rows stay on this rank: they are given, and results are summed, by token. None: rows were received.
-    """
+    """Arguments of an experts' pass that are not tensors; with an order, rows are given by token."""
 
     counts: Sequence[int]
     sink: WeightSink | None

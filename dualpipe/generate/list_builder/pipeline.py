@@ -161,10 +161,8 @@ class BuilderRank:
 class PartialOrder:
     """Operations that are placed, and what the ranks may run next.
 
-    Attributes:
-        following: position of the next operation of each queue.
-        arrivals: for each queue, the time at which the input of each operation arrives.
-        reserve: memory that a direction needs so that its first block can run.
+    `following` is the position of each queue's next operation. `reserve` is the memory that the first block of a
+    direction needs.
     """
 
     def __init__(self, pipeline: Pipeline, preferences: Preferences) -> None:

@@ -96,10 +96,7 @@ def read_presets(text: str) -> tuple[Preset, ...]:
 
 
 def default_block(num_ranks: int, num_directions: int) -> int:
-    """Returns the number of ranks that share a direction.
-
-    If a block has as many micro-batches, the last one enters when the first one has reached the last rank.
-    """
+    """Returns the ranks of a direction: the last micro-batch enters when the first is at the last rank."""
     return max(1, -(-num_ranks // num_directions))
 
 

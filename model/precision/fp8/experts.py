@@ -71,13 +71,7 @@ def gated_down(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Options:
-    """Arguments of an experts' pass that are not tensors.
-
-    Attributes:
-        order: order of rows that stay on this rank and are given by token; None for received rows.
-        slot: holds the output gradient of received rows; None for rows that stay on this rank.
-        eps: eps of the norm whose output is recomputed for rows that stay on this rank.
-    """
+    """Arguments of an experts' pass: an order for rows that stay on this rank, a slot for received ones."""
 
     counts: Sequence[int]
     sink: WeightSink | None

@@ -39,11 +39,7 @@ class _Piece:
 
 
 class Fp8Maps:
-    """Products of FP8 operands for the linear maps of one model.
-
-    If scales are powers of two, the conversion from tiles of columns to tiles of rows, which the weight gradient needs,
-    does not round again.
-    """
+    """Products of FP8 operands for one model; scales that are powers of two are never rounded again."""
 
     def __init__(self, *, power_of_two: bool) -> None:
         self.power_of_two = power_of_two
@@ -84,11 +80,7 @@ class Fp8Maps:
     def weight_gradient(
         self, grad_AN: Tensor, rows: Quantized | Tensor, *, power_of_two: bool | None = None
     ) -> Callable[[], Tensor]:
-        """Returns a closure that computes the gradient of the weights of all those maps, NK in float32.
-
-        Until it is called, both operands wait in FP8. `power_of_two` is that of the input's scales; None: as for all
-        others.
-        """
+        """Returns a closure for the gradient of all those maps, NK in float32; operands wait in FP8."""
         counts = (len(grad_AN),)
         rounds = self.power_of_two if power_of_two is None else power_of_two
         grad = quantize_columns(_dense(grad_AN), counts, power_of_two=self.power_of_two, min_amax=GRADIENTS_MIN_AMAX)

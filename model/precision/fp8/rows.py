@@ -38,10 +38,7 @@ class GradientSlot:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Rows:
-    """Rows in FP8 with power-of-two scales: codes and scales in uint8, NB or AB.
-
-    `values` is a placeholder that takes the gradient; `slot` holds the output gradient of received rows.
-    """
+    """Codes and power-of-two scales, uint8 NB or AB; `values` takes the gradient, `slot` the output's."""
 
     values: Tensor
     packed: Tensor
