@@ -15,7 +15,7 @@ from infer.routes import RouteRecorder, RouteStore
 from model.attention.kv_cache import CacheView, KvCache, PromptView, StepView
 from model.attention.rope import Rotation, rotation_table
 from model.block import Attended, Block, Moe
-from model.mlp import Mlp
+from model.feed_forward import Mlp
 from model.precision.linear import widen
 from model.transformer import Transformer
 

@@ -14,8 +14,7 @@ from comm.protocol import Dispatcher, Handle, RankLocalDispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention
 from model.config import ModelConfig
-from model.experts import RoutedExperts
-from model.mlp import Mlp
+from model.feed_forward import Mlp, RoutedExperts
 from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linear import WeightSink
 from model.precision.linears import Linears, Rows, Wire

@@ -16,7 +16,7 @@ from model.attention.form import Attention, AttentionForm
 from model.attention.mla import LATENT_ATTENTION
 from model.block import Block, run_block
 from model.config import LAYER, Computing, ModelConfig
-from model.experts import RoutedExperts
+from model.feed_forward import RoutedExperts
 from model.head import Embedding, MtpBlock
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
@@ -166,22 +166,6 @@ class Transformer(nn.Module):
         for layer in range(self.config.num_layers):
             hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, documents)
         return hidden
-
-    def mtp_logits(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
-        """Computes each MTP module's logits, B(T-k)V: module k at position i predicts token i + k + 1."""
-        hidden, found = self.embed(tokens_BT, None), list[Tensor]()
-        for depth in range(self.config.mtp_depth + 1):
-            if depth:
-                embedded = self.embed(tokens_BT[:, depth:], None)
-                hidden = self.mtp_block(depth).merge(embedded, hidden[:, :-1], None)
-            for layer in self._layers(depth):
-                hidden, _ = run_block(self.block(layer), self.dispatcher, hidden, None)
-            normal = self.final_norm(depth)(hidden)
-            if depth:
-                found.append(widen(torch.nn.functional.linear(normal, self.head_weight)))
-            if self.config.mtp_hidden == "post_norm":
-                hidden = normal
-        return tuple(found)
 
     def head_loss(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from comm.dispatch.expert_order import SortedChoices
 from model.config import Recomputed
-from model.experts import RoutedExperts
+from model.feed_forward import RoutedExperts
 from model.norm import NormSource
 from model.precision.linear import WeightSink
 from model.precision.plain import PlainLinears, PlainRows

@@ -12,7 +12,7 @@ from kernels.grouped_gemm import reference as grouped_reference
 from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
-from model.experts import RoutedExperts
+from model.feed_forward import RoutedExperts
 from model.gradients import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.precision.fp8.linears import Fp8Linears

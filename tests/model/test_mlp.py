@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import Recomputed
-from model.mlp import Mlp
+from model.feed_forward import Mlp
 from model.norm import RmsNorm
 from model.precision.linear import WeightSink
 from model.precision.plain import PlainLinears

@@ -12,6 +12,7 @@ from model.gradients import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
 from model.stage import Stage, StageRun
 from model.transformer import Transformer, initialize_weights, routers, whole
+from tests.model.mtp_logits import mtp_logits
 from tests.tiny import MODEL
 
 
@@ -155,7 +156,7 @@ def test_mtp_logits_are_those_of_the_loss(mtp_hidden: str) -> None:
     config = replace(MODEL, mtp_depth=2, mtp_hidden=mtp_hidden)  # type: ignore[arg-type]
     model = make_model(config)
     tokens = torch.randint(config.vocab_size, (2, 15), generator=torch.Generator().manual_seed(5))
-    logits = model.mtp_logits(tokens)
+    logits = mtp_logits(model, tokens)
     assert [tuple(each.shape) for each in logits] == [(2, 14, 320), (2, 13, 320)]
     depths = range(3)
     targets = [tokens[:, depth + 1 : depth + 1 + 12] for depth in depths]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from model.experts import RoutedExperts
+from model.feed_forward import RoutedExperts
 from model.transformer import Transformer
 from train.checkpoint.state import Slice
 

@@ -19,6 +19,7 @@ from kernels.registry import load_plugins
 from model.transformer import Transformer, initialize_weights
 from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import MarkedSource
+from tests.model.mtp_logits import mtp_logits
 from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
@@ -113,7 +114,7 @@ def plain_autograd(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]
     start_biases(model, 0)
     batch = open_loader(config).batch(0, 0, config.batch.global_sequences)
     losses = []
-    for depth, logits_BTV in enumerate((model(batch.tokens_BT), *model.mtp_logits(batch.tokens_BT))):
+    for depth, logits_BTV in enumerate((model(batch.tokens_BT), *mtp_logits(model, batch.tokens_BT))):
         targets_BT = batch.targets(depth + 1)[:, : logits_BTV.shape[1]]
         nats_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none", ignore_index=-100)
         weights_BT = torch.where(targets_BT % 2 == 0, WEIGHT, 1.0) * (targets_BT >= 0)
