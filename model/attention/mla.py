@@ -157,7 +157,7 @@ class LatentAttention(Attention):
         query_NHQ = torch.cat(self._query(x_ND, rotation), -1)
         tensors = (query_NHQ, *self._expand(cached_NC))
         prompts = zip(*(tensor.split(list(counts)) for tensor in tensors), strict=True)
-        mixed = [self._mix_heads(*prompt, None) for prompt in prompts]
+        mixed = [self._mix_heads(query, key, value, None) for query, key, value in prompts]
         return functional.linear(torch.cat(mixed), self.o_proj.weight)
 
     def _attend_cached(self, x_ND: Tensor, rotation: Rotation, cached_BTC: Tensor, future_BST: Tensor) -> Tensor:
