@@ -24,7 +24,7 @@ from launch.config.model_rules import check_expert_ranks, check_experts
 from launch.ranks.environment import check_world_size, is_torchrun
 from model.config import CutError, InferencePrecision, ModelConfig, cut_at, cut_layers, products_of
 from model.hf.config import CONFIG_NAME
-from model.hf.json_file import read_json
+from model.hf.files import read_json
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import read_precision
 from train.checkpoint.sources import is_hf_folder, source_config, source_folder

@@ -23,7 +23,7 @@ def user_errors() -> tuple[type[ValueError], ...]:
     from infer.config import GenerateError
     from infer.evaluate.protocol import EvaluationError
     from infer.scoring.score import ScoringError
-    from model.hf.errors import HfError
+    from model.hf.files import HfError
     from train.checkpoint.manifest import CheckpointError
     from train.files.run_lock import LockedError
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.hf.config import CONFIG_NAME, DTYPE_NAMES, parse_config
-from model.hf.errors import HfError, nearest, shown
+from model.hf.files import HfError, nearest, read_json, shown
 from model.hf.header import TensorEntry, read_header
-from model.hf.json_file import read_json
 from model.hf.known_keys import carried_keys, unknown_keys
 from model.hf.names import (
     BLOCK,

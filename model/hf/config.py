@@ -10,8 +10,7 @@ from typing import Any
 
 from model.config import HeadKind, ModelConfig
 from model.hf.config_values import ConfigValues
-from model.hf.errors import shown
-from model.hf.json_file import read_json
+from model.hf.files import read_json, shown
 from model.hf.known_keys import READ_KEYS, check_unknown_keys
 from model.hf.names import BLOCK, StoredDtype
 from model.hf.rope import read_rope, write_rope

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.hf.errors import HfError, nearest, shown
+from model.hf.files import HfError, nearest, shown
 
 LARGEST_WHOLE = 2**63 - 1
 

@@ -11,8 +11,7 @@ from comm.dispatch.local import LocalDispatcher
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference import codes_128x128, dequantize_128x128
 from model.config import ModelConfig
-from model.hf.dtypes import TORCH_DTYPES, stored_dtype
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.names import (
     BLOCK,
     EMBEDDING,
@@ -24,7 +23,7 @@ from model.hf.names import (
     weights,
     with_scales,
 )
-from model.hf.reader import HfReader, HfSource
+from model.hf.reader import TORCH_DTYPES, HfReader, HfSource, stored_dtype
 from model.hf.writer import MAX_SHARD_BYTES, Extras, Fp8Scales, write_hf
 from model.transformer import Transformer, named_tensors
 

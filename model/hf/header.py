@@ -13,9 +13,7 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from model.hf.errors import HfError, shown
-from model.hf.folder import check_kind
-from model.hf.json_file import parse_json
+from model.hf.files import HfError, check_kind, parse_json, shown
 from model.hf.names import Stored, StoredDtype
 
 LARGEST_HEADER_BYTES = 100_000_000

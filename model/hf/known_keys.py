@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.hf.config_values import ConfigValues
-from model.hf.errors import shown
+from model.hf.files import shown
 
 
 def _words(text: str) -> frozenset[str]:

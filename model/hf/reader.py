@@ -17,12 +17,20 @@ from kernels.quantize.reference import dequantize_128x128
 from model.attention.rope import inverse_frequencies
 from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, open_checkpoint
-from model.hf.dtypes import TORCH_DTYPES
-from model.hf.errors import HfError, nearest, shown
+from model.hf.files import HfError, nearest, shown
 from model.hf.header import TensorEntry
 from model.hf.names import BLOCK, StoredDtype, copied_from, is_rotary, scale_name, weights
 
 CHUNK_BYTES = 2**24
+TORCH_DTYPES: dict[StoredDtype, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,3 +207,11 @@ def _read_bytes(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[bytea
         if num_read != len(chunk):
             raise HfError(entry.file, name, f"must have {entry.num_bytes} bytes, file ends early")
         yield chunk
+
+
+def stored_dtype(dtype: torch.dtype) -> StoredDtype:
+    """Returns the name that safetensors uses for a torch type, or raises a `ValueError`."""
+    for word, candidate in TORCH_DTYPES.items():
+        if candidate == dtype:
+            return word
+    raise ValueError(f"dtype: must be one of {', '.join(map(str, TORCH_DTYPES.values()))}, is {dtype}")

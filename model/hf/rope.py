@@ -10,7 +10,7 @@ from typing import Any, Literal, assert_never
 
 from model.config import PlainRope, RopeScaling, YarnRope
 from model.hf.config_values import ConfigValues
-from model.hf.errors import shown
+from model.hf.files import shown
 
 _PRECISION = 1e-9
 

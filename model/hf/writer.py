@@ -18,11 +18,10 @@ from kernels.quantize.reference import codes_128x128, quantize_128x128
 from model.config import ModelConfig
 from model.hf.checkpoint import INDEX_NAME, SINGLE_NAME
 from model.hf.config import CONFIG_NAME, write_config
-from model.hf.dtypes import TORCH_DTYPES
-from model.hf.errors import HfError
-from model.hf.folder import create_folder_atomically, write_synced
+from model.hf.files import HfError, create_folder_atomically, write_synced
 from model.hf.header import ITEM_BYTES, lay_out
 from model.hf.names import EMBEDDING, SCALE_SUFFIX, Stored, StoredDtype, copied_from, scale_name, scale_shape
+from model.hf.reader import TORCH_DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 2**24

@@ -17,7 +17,7 @@ from dualpipe.ir import to_json
 from launch.convert import main as convert
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.redraw import main as redraw
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from tests.attacks import hostile
 from tests.commands import run_command
 from tests.launch.checkpoints import write_run

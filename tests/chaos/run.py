@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from comm.exit_codes import EXIT_PREEMPTED
-from model.hf.dtypes import TORCH_DTYPES
+from model.hf.reader import TORCH_DTYPES
 from tests.chaos.attempt import NUM_STEPS, Attempt, Command, run_attempt
 from tests.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment
 from tests.chaos.rank import DAMAGED_NAME, FILLER_NAME, INJECTED_NAME, PLAN_NAME, notes_of

@@ -17,7 +17,7 @@ from comm.dispatch.local import LocalDispatcher
 from data.chat.jinja import template_jinja
 from data.chat.templates import CHAT_TEMPLATES
 from model.config import ModelConfig
-from model.hf.dtypes import TORCH_DTYPES
+from model.hf.reader import TORCH_DTYPES
 from model.transformer import Transformer, named_tensors
 from tests.launch.test_config import build
 from tests.launch.weight_folders import ROOT, TOKENIZER, convert, make_sources

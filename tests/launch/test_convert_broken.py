@@ -13,7 +13,7 @@ from zlib import crc32
 import pytest
 import torch
 
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.header import read_header
 from tests.attacks import hostile
 from tests.launch.weight_folders import ROOT, convert, make_sources, run_command

@@ -25,7 +25,7 @@ from launch.generate import main
 from launch.job import find_weights, load_model
 from model.config import InferencePrecision
 from model.hf.convert import save_hf
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from tests.infer.models import SMALL, make_foresighted, make_model
 from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run
 from train.checkpoint.load import load_whole

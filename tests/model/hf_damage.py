@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.hf.convert import load_hf
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from tests.model.hf_checkpoints import edit_json, read_tensors, save_checkpoint, write_tensors
 
 Damage = Callable[[Path], Any]

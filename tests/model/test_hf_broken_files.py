@@ -9,7 +9,7 @@ import torch
 
 from model.hf.checkpoint import open_checkpoint
 from model.hf.convert import load_hf
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from tests.model.hf_damage import (
     CONFIG,
     FIRST,

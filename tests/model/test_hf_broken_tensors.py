@@ -8,7 +8,7 @@ from torch import Tensor
 
 import model.hf.reader
 from model.hf.convert import load_hf
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from tests.model.hf_checkpoints import edit_json
 from tests.model.hf_damage import (
     CONFIG,

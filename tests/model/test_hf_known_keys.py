@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from model.config import YarnRope
 from model.hf.checkpoint import open_checkpoint
 from model.hf.config import read_config
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.reader import HfReader
 from tests.model.published_checkpoints import LAYOUTS, config_keys, write_published
 

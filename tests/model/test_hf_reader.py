@@ -11,7 +11,7 @@ from torch import Tensor
 
 import model.hf.reader
 from comm.dispatch.local import LocalDispatcher
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.names import is_quantized
 from model.hf.reader import HfReader
 from model.transformer import Part, Transformer, named_tensors

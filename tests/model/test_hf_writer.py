@@ -15,7 +15,7 @@ from torch import Tensor
 from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig
 from model.hf.convert import load_hf, save_hf
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.header import read_header
 from model.hf.names import copied_from, scale_name, stored_tensors, weights
 from model.hf.writer import Extras, Fp8Scales, write_hf

@@ -11,7 +11,7 @@ import pytest
 from launch.config.run_config import check
 from launch.convert import main as convert
 from model.config import ModelConfig
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.reader import HfReader
 from tests.launch.test_config import build
 from tests.train.test_command import ROOT, run_train

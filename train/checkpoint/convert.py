@@ -14,8 +14,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_files import find_tokenizer_file
 from model.config import ModelConfig
 from model.hf.convert import rotary_plan
-from model.hf.dtypes import TORCH_DTYPES
-from model.hf.folder import create_folder_atomically, write_synced
+from model.hf.files import create_folder_atomically, write_synced
 from model.hf.names import (
     BIAS_SUFFIX,
     EMBEDDING,
@@ -27,7 +26,7 @@ from model.hf.names import (
     stored_tensors,
     weights,
 )
-from model.hf.reader import HfReader
+from model.hf.reader import TORCH_DTYPES, HfReader
 from model.hf.writer import Extras, Fp8Scales, split_into_shards, write_hf
 from train.checkpoint.index import (
     INDEX_NAME,

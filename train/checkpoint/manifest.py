@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import InferencePrecision, ModelConfig
-from model.hf.errors import HfError
-from model.hf.folder import write_synced
-from model.hf.json_file import read_json
+from model.hf.files import HfError, read_json, write_synced
 from train.config import TrainConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError

@@ -16,10 +16,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from model.hf.dtypes import TORCH_DTYPES, stored_dtype
-from model.hf.errors import HfError
+from model.hf.files import HfError
 from model.hf.header import ITEM_BYTES, TensorEntry, lay_out, read_header
 from model.hf.names import Stored
+from model.hf.reader import TORCH_DTYPES, stored_dtype
 from train.checkpoint.index import Index, IndexEntry, TensorPart
 from train.checkpoint.manifest import CheckpointError, Digest
 from train.checkpoint.state import Slice, State, as_slice

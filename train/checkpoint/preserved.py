@@ -19,8 +19,7 @@ from data.registry import DATA_SOURCES
 from data.special_tokens import GENERATION_NAME, TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME
 from data.tokenizer import Tokenizer
 from model.hf.config import TOKEN_ID_KEYS
-from model.hf.errors import HfError
-from model.hf.json_file import parse_json
+from model.hf.files import HfError, parse_json
 from model.hf.reader import HfReader
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.sources import is_hf_folder, is_same_tokenizer, source_config, source_folder

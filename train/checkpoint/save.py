@@ -20,7 +20,7 @@ from comm.agreement import gather_on_first
 from comm.groups import make_host_group
 from data.prepare import Prepared
 from dualpipe.ir import to_json
-from model.hf.folder import sync, write_synced
+from model.hf.files import sync, write_synced
 from train.checkpoint.index import INDEX_NAME, PART_SUFFIX, ROTARY_PREFIX, Index, index_json, merge
 from train.checkpoint.load import PartError, run_on_all
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, step_folder

@@ -9,7 +9,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.hf.checkpoint import open_checkpoint
 from model.hf.config import CONFIG_NAME
-from model.hf.json_file import read_json
+from model.hf.files import read_json
 from model.hf.known_keys import unknown_keys
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.locate import CHECKPOINTS_NAME, locate

@@ -72,7 +72,7 @@ class CheckpointReader:
         """Reads the stored frequencies of the rotary embedding of existing layers, by released name."""
         import torch
 
-        from model.hf.dtypes import TORCH_DTYPES
+        from model.hf.reader import TORCH_DTYPES
 
         num_layers = self.config.num_layers + self.config.mtp_depth
         named: dict[str, Tensor] = {}

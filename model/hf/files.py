@@ -1,0 +1,143 @@
+"""Files of a checkpoint in Hugging Face form: errors on one line, JSON that may contain anything, new folders.
+
+Imports no torch.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+LARGEST_JSON_BYTES = 2**28
+LONGEST_VALUE = 120
+
+
+class HfError(ValueError):
+    """A checkpoint in Hugging Face form cannot be read or written.
+
+    The message is one line: `path: subject: rule, value; nearest`. The subject is a tensor, or a key of a JSON file.
+    """
+
+    def __init__(self, path: Path | str, subject: str, problem: str) -> None:
+        place = f"{path}: {_printable(subject)}: " if subject else f"{path}: "
+        super().__init__(_printable(f"{place}{problem}"))
+        self.path = str(path)
+        self.subject = subject
+
+
+def shown(value: object) -> str:
+    """Formats a value for an error: its literal, truncated if it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Formats the end of an error about a name: `; nearest: ...`, or nothing if no choice is similar."""
+    close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; nearest: {close[0]}" if close else ""
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def read_json(path: Path, largest: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
+    """Returns the object in a JSON file of at most `largest` bytes, or raises an `HfError`."""
+    try:
+        check_kind(path)
+        size = path.stat().st_size
+        if size > largest:
+            raise HfError(path, "", f"must be at most {largest} bytes, has {size}")
+        text = path.read_bytes()
+    except OSError as error:
+        raise HfError(path, "", f"must be a readable file, is not ({error.strerror})") from error
+    return parse_json(text, path, "")
+
+
+def parse_json(text: bytes, path: Path, subject: str) -> dict[str, Any]:
+    """Returns the object in JSON without NaN, Infinity and duplicate keys, or raises an `HfError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in values if keys.count(key) > 1)
+            raise HfError(path, subject, f"must have every key once, has {shown(twice)} twice")
+        return values
+
+    try:
+        read = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse)
+    except HfError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise HfError(path, subject, f"must be JSON in UTF-8, is not ({error})") from error
+    if not isinstance(read, dict):
+        raise HfError(path, subject, f"must be an object of keys and values, is {shown(read)}")
+    return read
+
+
+def _refuse(word: str) -> None:
+    """Raises an error for NaN and Infinity, which Python's reader accepts and others reject."""
+    raise ValueError(f"it holds {word}")
+
+
+@contextmanager
+def create_folder_atomically(path: Path) -> Iterator[Path]:
+    """Yields a folder that becomes `path`, absent or empty, if the body succeeds, else is removed.
+
+    Raises:
+        HfError: something is at `path`, or writing fails.
+    """
+    target = Path(os.path.realpath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise HfError(path, "", f"must be absent or an empty folder, is {'not empty' if path.is_dir() else 'a file'}")
+    # Checked before the work instead of failing in its last step.
+    if target == Path.cwd() or os.path.ismount(target):
+        what = "the working folder" if target == Path.cwd() else "a mount point"
+        raise HfError(path, "", f"must be a folder that can be replaced, is {what}; nearest: a new folder in it")
+    missing = [folder for folder in target.parents if not folder.exists()]
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise HfError(path, "", f"must be writable, is not ({error.strerror or error})") from error
+        raise
+
+
+def check_kind(path: Path) -> None:
+    """Raises an error for pipes and devices, on which reading could block or never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder gives the clearest error
+        raise HfError(path, "", "must be a file, is a pipe or a device")
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a new file, and waits until its content is on disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
