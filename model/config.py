@@ -3,6 +3,7 @@
 Imports no torch: commands read this and reject an invalid split before any process starts.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,6 +34,12 @@ class YarnRope:
 
 
 RopeScaling = PlainRope | YarnRope
+
+
+def yarn_temperature(factor: float, mscale: float) -> float:
+    """Returns the temperature by which YaRN scales, 1 without an extension."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
 
 Recomputed = Literal["norm", "mla_up", "swiglu", "layer"]
 RECOMPUTED: tuple[Recomputed, ...] = ("norm", "mla_up", "swiglu")

@@ -10,7 +10,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, PlainRope, YarnRope
+from model.config import ModelConfig, PlainRope, YarnRope, yarn_temperature
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -39,29 +39,26 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64)
             assert_never(other)
 
 
+def _temperatures(config: ModelConfig) -> tuple[float, float]:
+    """Returns YaRN's temperatures of cos and sin, before the division by that of scores, and of scores."""
+    match config.rope_scaling:
+        case YarnRope(factor=factor, mscale=mscale, mscale_all_dim=all_dim):
+            return yarn_temperature(factor, mscale), yarn_temperature(factor, all_dim)
+        case _:
+            return 1.0, 1.0
+
+
 def softmax_scale(config: ModelConfig) -> float:
     """Returns the factor of attention scores: qk_head_dim^-0.5, times YaRN's squared temperature."""
-    scale = 1 / math.sqrt(config.qk_head_dim)
-    match config.rope_scaling:
-        case YarnRope(factor=factor, mscale_all_dim=mscale) if factor > 1:
-            temperature = 0.1 * mscale * math.log(factor) + 1
-            return scale * temperature * temperature
-        case _:
-            return scale
-
-
-def _attention_factor(config: ModelConfig) -> float:
-    match config.rope_scaling:
-        case YarnRope(factor=factor, mscale=mscale, mscale_all_dim=all_dim) if factor > 1:
-            return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
-        case _:
-            return 1.0
+    _, temperature = _temperatures(config)
+    return 1 / math.sqrt(config.qk_head_dim) * temperature * temperature
 
 
 def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of every position and pair, [T, R / 2] each, computed in their type."""
     angles = torch.arange(num_positions, dtype=dtype)[:, None] * inverse_frequencies(config, dtype)
-    factor = _attention_factor(config)
+    temperature, of_scores = _temperatures(config)
+    factor = temperature / of_scores
     return angles.cos() * factor, angles.sin() * factor
 
 

@@ -140,18 +140,15 @@ def _check_names(folder: Path, config: ModelConfig, entries: Mapping[str, Tensor
     layers = config.num_layers + config.mtp_depth
     for name, entry in entries.items():
         if is_rotary(name) and (layer_of(name) or 0) < layers:
-            _check_rotary_shape(name, entry, config.qk_rope_head_dim // 2)
+            size = config.qk_rope_head_dim // 2
+            if entry.shape != (size,) or entry.dtype not in ("F32", "BF16", "F16", "F64"):
+                found = f"{entry.dtype} {list(entry.shape)}"
+                raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {found}")
         elif name not in known:
             near = _nearest_in_layer(name, known)
             if _is_mtp_tensor(name, config):
                 near += "; to load the checkpoint without MTP modules: init_mtp=drop, in launch.convert mtp=drop"
             raise HfError(entry.file, name, f"must be a tensor of the architecture, is none{near}")
-
-
-def _check_rotary_shape(name: str, entry: TensorEntry, size: int) -> None:
-    if entry.shape != (size,) or entry.dtype not in ("F32", "BF16", "F16", "F64"):
-        found = f"{entry.dtype} {list(entry.shape)}"
-        raise HfError(entry.file, name, f"must be F32, BF16, F16 or F64 [{size}], is {found}")
 
 
 def _nearest_in_layer(name: str, others: Iterable[str]) -> str:

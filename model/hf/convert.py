@@ -74,7 +74,9 @@ def save_hf(
         HfError: the model is a part, a value is not finite, or writing fails. Nothing is left behind.
     """
     named, config = named_tensors(model), model.config
-    _check_whole(config, named, path)
+    for name, shape in weights(config):
+        if 0 not in shape and (copied_from(name) or name) not in named:
+            raise HfError(path, name, "must be in the model that is written, is not: the model is a part")
     source = model.source if isinstance(model, LoadedTransformer) else NO_SOURCE
     if dtype == "fp8":
         plan = stored_tensors(config, dtype="BF16", fp8=True)
@@ -99,12 +101,6 @@ def save_hf(
 def rotary_plan(rotary: Mapping[str, Tensor]) -> dict[str, Stored]:
     """Returns the plan for stored rotary frequencies: written in the type in which they were found."""
     return {name: Stored(tuple(values.shape), stored_dtype(values.dtype)) for name, values in rotary.items()}
-
-
-def _check_whole(config: ModelConfig, named: Mapping[str, Tensor], path: Path | str) -> None:
-    for name, shape in weights(config):
-        if 0 not in shape and (copied_from(name) or name) not in named:
-            raise HfError(path, name, "must be in the model that is written, is not: the model is a part")
 
 
 def _as_found(

@@ -163,15 +163,13 @@ class HfReader:
     def _check_copies(self, named: Collection[str]) -> None:
         for copy, _ in weights(self.config):
             original = copied_from(copy)
-            if original is not None and original in named:
-                self._check_copy(original, copy)
-
-    def _check_copy(self, original: str, copy: str) -> None:
-        first, second = self._entry(original), self._entry(copy)
-        with _open(first.file) as one, _open(second.file) as other:
-            pairs = zip(_read_bytes(one, first, original), _read_bytes(other, second, copy), strict=True)
-            if any(ours != theirs for ours, theirs in pairs):
-                raise HfError(second.file, copy, f"must equal {original} byte for byte, differs")
+            if original is None or original not in named:
+                continue
+            first, second = self._entry(original), self._entry(copy)
+            with _open(first.file) as one, _open(second.file) as other:
+                pairs = zip(_read_bytes(one, first, original), _read_bytes(other, second, copy), strict=True)
+                if any(ours != theirs for ours, theirs in pairs):
+                    raise HfError(second.file, copy, f"must equal {original} byte for byte, differs")
 
 
 def _open(path: Path) -> BinaryIO:

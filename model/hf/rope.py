@@ -8,7 +8,7 @@ mscale_all_dim L + 1)^2 if `mscale_all_dim` is given.
 import math
 from typing import Any, Literal, assert_never
 
-from model.config import PlainRope, RopeScaling, YarnRope
+from model.config import PlainRope, RopeScaling, YarnRope, yarn_temperature
 from model.hf.config_values import ConfigValues
 from model.hf.files import shown
 
@@ -58,7 +58,7 @@ def write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
                 "mscale": yarn.mscale,
                 "mscale_all_dim": yarn.mscale_all_dim,
             }
-            factor = _temperature(yarn.factor, yarn.mscale) / _temperature(yarn.factor, yarn.mscale_all_dim)
+            factor = yarn_temperature(yarn.factor, yarn.mscale) / yarn_temperature(yarn.factor, yarn.mscale_all_dim)
             if factor != _default_factor(yarn.factor, yarn.mscale, yarn.mscale_all_dim):
                 keys["attention_factor"] = factor
             return {"rope_theta": theta, "rope_scaling": keys}
@@ -128,23 +128,19 @@ def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
         wanted = _default_factor(factor, mscale, all_dim)
     else:
         wanted = inner.number("attention_factor")
-        own = _temperature(factor, mscale) / _temperature(factor, all_dim)
+        own = yarn_temperature(factor, mscale) / yarn_temperature(factor, all_dim)
         if math.isclose(wanted, own, rel_tol=_PRECISION):
             return mscale, all_dim
-    if not all_dim and wanted == _temperature(factor, 1.0):
+    if not all_dim and wanted == yarn_temperature(factor, 1.0):
         return 1.0, 0.0
-    least = 1 / _temperature(factor, all_dim)
+    least = 1 / yarn_temperature(factor, all_dim)
     if factor == 1 or wanted < least:
         rule = "must be 1 with factor 1" if factor == 1 else f"must be at least {least}, as mscale is not negative"
         raise inner.error("attention_factor", f"{rule}, is {wanted}")
-    return (wanted * _temperature(factor, all_dim) - 1) / (0.1 * math.log(factor)), all_dim
+    return (wanted * yarn_temperature(factor, all_dim) - 1) / (0.1 * math.log(factor)), all_dim
 
 
 def _default_factor(factor: float, mscale: float, all_dim: float) -> float:
     if mscale and all_dim:
-        return _temperature(factor, mscale) / _temperature(factor, all_dim)
-    return _temperature(factor, 1.0)
-
-
-def _temperature(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+        return yarn_temperature(factor, mscale) / yarn_temperature(factor, all_dim)
+    return yarn_temperature(factor, 1.0)

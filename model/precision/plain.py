@@ -337,15 +337,9 @@ class _ExpertMlp(torch.autograd.Function):
 
         gated_AM = kept[0] if kept else None
 
-        def of_gate_up() -> Tensor:
-            return gate_up_gradient(rest[0], in_order(rows_ND), counts)
-
-        def of_down() -> Tensor:
-            return down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM)
-
-        grad_gate_up, grad_down = (
-            deliver_gradient(gate_up_EHD, of_gate_up, sink),
-            deliver_gradient(down_EDM, of_down, sink),
+        grad_gate_up = deliver_gradient(gate_up_EHD, lambda: gate_up_gradient(rest[0], in_order(rows_ND), counts), sink)
+        grad_down = deliver_gradient(
+            down_EDM, lambda: down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM), sink
         )
         return grad_rows, grad_weights, grad_gate_up, grad_down, None
 
