@@ -11,7 +11,6 @@ from kernels.quantize import reference, reference_columns
 from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.gradients import GradientStore, WeightQueue
 from model.norm import NormSource, RmsNorm
-from model.precision.fp8.experts import gated_down
 from model.precision.fp8.linears import Fp8Linears
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import pack_rows
@@ -91,7 +90,7 @@ def test_maps_of_a_norm_equal_the_formula(power_of_two: bool, is_split: bool, ou
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_second_half_of_a_network_equals_the_formula(power_of_two: bool, is_split: bool) -> None:
     """The gate's backward reads codes of its input, in tiles that hold the last gates and the first ups."""
-    codes, maps, width = InFp8(power_of_two), Fp8Maps(power_of_two=power_of_two), 200
+    codes, linears, width = InFp8(power_of_two), Fp8Linears(power_of_two=power_of_two), 200
     down = parameter(HIDDEN, width, seed=0)
     base, slope = randn(*SHAPE, HIDDEN, seed=1, dtype=torch.float32), randn(*SHAPE, HIDDEN, seed=3)
     hidden = randn(*SHAPE, 2 * width, seed=2, dtype=torch.float32)
@@ -100,7 +99,7 @@ def test_second_half_of_a_network_equals_the_formula(power_of_two: bool, is_spli
     outs: list[Tensor] = []
 
     def run(sink: WeightSink | None) -> None:
-        outs.append(gated_down(base, hidden, down, sink, maps))
+        outs.append(linears.gated_down(base, hidden, down, sink))
         outs[0].backward(slope.float())
 
     (made,) = weight_gradients([down], is_split, run)

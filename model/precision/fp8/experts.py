@@ -19,12 +19,13 @@ from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.norm import NormSource
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, placeholder, repack
+from model.precision.fp8.rows import GradientSlot, pack_gradient, placeholder, repack
 from model.precision.linear import WeightSink, deliver_gradient
-from model.precision.linears import ExpertWeights
 
 
-class _GatedDown(torch.autograd.Function):
+class GatedDown(torch.autograd.Function):
+    """Computes base + (silu(gate) * up) down^T, [..., D], from gate and up side by side, [..., H]."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -35,6 +36,7 @@ class _GatedDown(torch.autograd.Function):
         maps: Fp8Maps,
         for_backward: bool,  # noqa: FBT001
     ) -> Tensor:
+        """Keeps gate and up in FP8. `for_backward`: only the backward is needed; the result has no numbers."""
         gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
         ctx.save_for_backward(*kept, down_DM)
         ctx.sink, ctx.maps, ctx.shape = sink, maps, hidden.shape
@@ -44,6 +46,7 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Applies the gate again."""
         codes, scales, down_DM = ctx.saved_tensors
         (grad,), maps = grads, ctx.maps
         grad_AD = grad.flatten(0, -2)
@@ -53,24 +56,8 @@ class _GatedDown(torch.autograd.Function):
         return grad, grad_AH.view(ctx.shape), grad_down, None, None, None
 
 
-def gated_down(
-    base: Tensor,
-    hidden: Tensor,
-    down_DM: Tensor,
-    sink: WeightSink | None,
-    maps: Fp8Maps,
-    *,
-    for_backward: bool = False,
-) -> Tensor:
-    """Returns base + (silu(gate) * up) down^T, [..., D], from gate and up side by side, [..., H]."""
-    out: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
-        base, hidden, down_DM, sink, maps, for_backward
-    )
-    return out
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Options:
+class ExpertOptions:
     """Arguments of an experts' pass: an order for rows that stay on this rank, a slot for received ones."""
 
     counts: Sequence[int]
@@ -92,7 +79,9 @@ def _sort(packed: Tensor, order: RowOrder | None) -> Tensor:
     return packed if order is None else order.copy_rows(packed)
 
 
-class _ExpertMlp(torch.autograd.Function):
+class ExpertMlp(torch.autograd.Function):
+    """Applies experts to received rows, whose codes it keeps, or to rows of this rank, whose norm's input."""
+
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: Any,
@@ -101,10 +90,11 @@ class _ExpertMlp(torch.autograd.Function):
         weights: Tensor,
         gate_up_EHD: Tensor,
         down_EDM: Tensor,
-        options: _Options,
+        options: ExpertOptions,
         x: Tensor | None,
         norm_weight_D: Tensor | None,
     ) -> Tensor:
+        """Keeps gate and up in FP8; routing weights are multiplied before `down`, as rows are narrower there."""
         maps, order, counts, dtype = options.maps, options.order, options.counts, gate_up_EHD.dtype
         weights_A = weights if order is None else order.copy_weights(weights)
         # Gate and up, AH; gated and weighted in codes, AM; the result, AD.
@@ -121,8 +111,9 @@ class _ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Reads the output gradient from the slot of received rows."""
         weights_A, codes, scales, gate_up_EHD, down_EDM, *source = ctx.saved_tensors
-        options: _Options = ctx.options
+        options: ExpertOptions = ctx.options
         maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
         dtype, power_of_two = gate_up_EHD.dtype, maps.power_of_two
         # Codes of the rows (AB, or NB if they stay on this rank) and of the output gradient (AD, in the experts'
@@ -152,47 +143,3 @@ class _ExpertMlp(torch.autograd.Function):
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
         given = deliver_gradient(gate_up_EHD, gate_up_gradient, sink), deliver_gradient(down_EDM, down_gradient, sink)
         return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None, None, None
-
-
-def received_experts(
-    rows: Fp8Rows,
-    weights_A: Tensor,
-    experts: ExpertWeights,
-    counts: Sequence[int],
-    sink: WeightSink | None,
-    maps: Fp8Maps,
-    *,
-    for_backward: bool = False,
-) -> Tensor:
-    """Applies experts to received rows and keeps the received codes, AD."""
-    assert rows.slot is not None
-    options = _Options(
-        counts=counts, sink=sink, maps=maps, slot=rows.slot, order=None, eps=0.0, for_backward=for_backward
-    )
-    out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
-        rows.values, rows.packed, weights_A, *experts, options, None, None
-    )
-    return out
-
-
-def apply_local_experts(
-    rows: Fp8Rows,
-    source: NormSource,
-    weights_TK: Tensor,
-    experts: ExpertWeights,
-    counts: Sequence[int],
-    order: RowOrder,
-    maps: Fp8Maps,
-) -> Tensor:
-    """Applies experts to rows that stay on this rank, and keeps their source, ND."""
-    options = _Options(counts=counts, sink=None, maps=maps, slot=None, order=order, eps=source.eps)
-    out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
-        rows.values.flatten(0, -2),
-        rows.packed,
-        weights_TK,
-        *experts,
-        options,
-        source.x.detach(),
-        source.norm_weight_D.detach(),
-    )
-    return out

@@ -18,7 +18,7 @@ from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from model.norm import NormSource, RmsNorm
-from model.precision.fp8 import experts as fp8_experts
+from model.precision.fp8.experts import ExpertMlp, ExpertOptions, GatedDown
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
 from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients
@@ -189,7 +189,10 @@ class Fp8Linears:
         self, base: Tensor, hidden: Tensor, down_DM: Tensor, sink: WeightSink | None, *, for_backward: bool = False
     ) -> Tensor:
         """Implements `Linears.gated_down`; keeps gate and up in FP8."""
-        return fp8_experts.gated_down(base, hidden, down_DM, sink, self._maps, for_backward=for_backward)
+        out: Tensor = GatedDown.apply(  # type: ignore[no-untyped-call]
+            base, hidden, down_DM, sink, self._maps, for_backward
+        )
+        return out
 
     def experts(
         self,
@@ -202,8 +205,15 @@ class Fp8Linears:
         for_backward: bool = False,
     ) -> Tensor:
         """Implements `Linears.experts`; keeps the received codes, and gate and up in FP8."""
-        given = (as_fp8(rows), weights_A, experts, counts, sink, self._maps)
-        return fp8_experts.received_experts(*given, for_backward=for_backward)
+        codes = as_fp8(rows)
+        assert codes.slot is not None
+        options = ExpertOptions(
+            counts=counts, sink=sink, maps=self._maps, slot=codes.slot, order=None, eps=0.0, for_backward=for_backward
+        )
+        out: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
+            codes.values, codes.packed, weights_A, *experts, options, None, None
+        )
+        return out
 
     def apply_local_experts(
         self,
@@ -215,7 +225,12 @@ class Fp8Linears:
         order: RowOrder,
     ) -> Tensor:
         """Implements `Linears.apply_local_experts`; keeps the source, and gate and up in FP8."""
-        return fp8_experts.apply_local_experts(as_fp8(rows), source, weights_TK, experts, counts, order, self._maps)
+        options = ExpertOptions(counts=counts, sink=None, maps=self._maps, slot=None, order=order, eps=source.eps)
+        codes, norm = as_fp8(rows), (source.x.detach(), source.norm_weight_D.detach())
+        out: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
+            codes.values.flatten(0, -2), codes.packed, weights_TK, *experts, options, *norm
+        )
+        return out
 
     def wire(self) -> Fp8Wire:
         """Returns conversions to and from FP8."""
