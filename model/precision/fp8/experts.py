@@ -80,7 +80,7 @@ def _sort(packed: Tensor, order: RowOrder | None) -> Tensor:
 
 
 class ExpertMlp(torch.autograd.Function):
-    """Applies experts to received rows, whose codes it keeps, or to rows of this rank, whose norm's input."""
+    """Applies experts to received rows, keeping their codes, or to own rows, keeping the norm's input."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
