@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.feed_forward import Mlp, RoutedExperts
 from model.norm import NormSource, RmsNorm, norm_and_map
 from model.precision.linear import WeightSink
-from model.precision.linears import Linears, Rows, Wire
+from model.precision.linears import Linears, LocalRows, Rows, Wire
 from model.router import Route, Router, Routing
 from model.values import ExpertOutput, Received
 
@@ -192,8 +192,8 @@ def run_block(
     handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)
-        source = NormSource.of(residual_BTD, block.post_attention_layernorm)
-        summed_ND = block.moe.experts.apply_locally(rows, source, routing.weights_TK, counts, order)
+        local = LocalRows(NormSource.of(residual_BTD, block.post_attention_layernorm), order)
+        summed_ND = block.moe.experts(rows, routing.weights_TK, counts, None, local)
         base_BTD = block.add_shared(residual_BTD, rows, None)
         return base_BTD + summed_ND.view_as(base_BTD), routing
     wire, found = block.wire(), list[tuple[Rows, tuple[int, ...]]]()

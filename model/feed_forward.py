@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from comm.protocol import RowOrder
 from kernels.swiglu.reference import swiglu
 from model.norm import NormSource, RmsNorm
 from model.precision.linear import Projection, WeightSink
-from model.precision.linears import ExpertWeights, Linears, Rows
+from model.precision.linears import ExpertWeights, Linears, LocalRows, Rows
 
 
 class Mlp(nn.Module):
@@ -67,24 +66,16 @@ class RoutedExperts(nn.Module):
     def forward(
         self,
         rows: Rows,
-        weights_A: Tensor,
+        weights: Tensor,
         counts: Sequence[int],
         sink: WeightSink | None,
+        local: LocalRows | None = None,
         *,
         for_backward: bool = False,
     ) -> Tensor:
-        """Returns the experts' results for received rows, times their routing weights, AD."""
-        return self._linears.experts(rows, weights_A, self._weights, counts, sink, for_backward=for_backward)
-
-    def apply_locally(
-        self, rows: Rows, source: NormSource, weights_TK: Tensor, counts: Sequence[int], order: RowOrder
-    ) -> Tensor:
-        """Dispatches, applies the experts and combines on one rank, if all experts are there, ND."""
-        return self._linears.apply_local_experts(rows, source, weights_TK, self._weights, counts, order)
-
-    @property
-    def _weights(self) -> ExpertWeights:
-        return ExpertWeights(self.gate_up_proj, self.down_proj)
+        """Returns the experts' results times their routing weights, as `Linears.experts`."""
+        experts = ExpertWeights(self.gate_up_proj, self.down_proj)
+        return self._linears.experts(rows, weights, experts, counts, sink, local, for_backward=for_backward)
 
     def per_expert(self) -> list[tuple[str, Tensor]]:
         """Returns (released name below `experts.`, view of its matrix) for each expert of this rank."""

@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
@@ -50,6 +51,14 @@ class ExpertWeights(NamedTuple):
     down_EDM: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class LocalRows:
+    """How rows reach experts of their own rank: norm and input from which they may be recomputed, and order."""
+
+    source: NormSource
+    order: RowOrder
+
+
 class Linears(Protocol):
     """Linear layers with the operations around them, computed in one precision.
 
@@ -83,25 +92,18 @@ class Linears(Protocol):
     def experts(
         self,
         rows: Rows,
-        weights_A: Tensor,
+        weights: Tensor,
         experts: ExpertWeights,
         counts: Sequence[int],
         sink: WeightSink | None,
+        local: LocalRows | None = None,
         *,
         for_backward: bool = False,
     ) -> Tensor:
-        """Returns the experts' results for received rows, AD; weights are multiplied before `down`."""
+        """Returns the experts' results times their routing weights: AD for received rows.
 
-    def apply_local_experts(
-        self,
-        rows: Rows,
-        source: NormSource,
-        weights_TK: Tensor,
-        experts: ExpertWeights,
-        counts: Sequence[int],
-        order: RowOrder,
-    ) -> Tensor:
-        """Applies experts that are all on one rank, which read their rows from the tokens, ND."""
+        With `local`, all experts are on this rank and read rows and weights by token; results are summed, ND.
+        """
 
     def wire(self) -> Wire:
         """Returns the conversions of one layer's exchange for one micro-batch."""

@@ -24,7 +24,7 @@ from model.config import LAYER, Recomputed
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
 from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
 from model.precision.linear import WeightSink, deliver_gradient
-from model.precision.linears import ExpertWeights, Rows
+from model.precision.linears import ExpertWeights, LocalRows, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,31 +194,26 @@ class PlainLinears:
     def experts(
         self,
         rows: Rows,
-        weights_A: Tensor,
+        weights: Tensor,
         experts: ExpertWeights,
         counts: Sequence[int],
         sink: WeightSink | None,
+        local: LocalRows | None = None,
         *,
         for_backward: bool = False,
     ) -> Tensor:
         """Implements `Linears.experts`; keeps rows, and gate and up before the gate is applied."""
         options = _Options(
-            counts=counts, sink=sink, keeps_gated=self._keeps_gated, order=None, for_backward=for_backward
+            counts=counts,
+            sink=sink,
+            keeps_gated=self._keeps_gated,
+            order=None if local is None else local.order,
+            for_backward=for_backward,
         )
-        return _run_experts(rows.values, weights_A, experts, options)
-
-    def apply_local_experts(
-        self,
-        rows: Rows,
-        source: NormSource,
-        weights_TK: Tensor,
-        experts: ExpertWeights,
-        counts: Sequence[int],
-        order: RowOrder,
-    ) -> Tensor:
-        """Implements `Linears.apply_local_experts`; keeps rows by token."""
-        options = _Options(counts=counts, sink=None, keeps_gated=self._keeps_gated, order=order)
-        return _run_experts(rows.values.flatten(0, -2), weights_TK, experts, options)
+        out: Tensor = _ExpertMlp.apply(  # type: ignore[no-untyped-call]
+            rows.values.flatten(0, -2), weights, *experts, options
+        )
+        return out
 
     def wire(self) -> PlainWire:
         """Returns conversions that change nothing."""
@@ -342,8 +337,3 @@ class _ExpertMlp(torch.autograd.Function):
             down_EDM, lambda: down_gradient(in_order(grad_ND), weights_A, hidden_AH, counts, gated_AM), sink
         )
         return grad_rows, grad_weights, grad_gate_up, grad_down, None
-
-
-def _run_experts(rows: Tensor, weights: Tensor, experts: ExpertWeights, options: _Options) -> Tensor:
-    out: Tensor = _ExpertMlp.apply(rows, weights, *experts, options)  # type: ignore[no-untyped-call]
-    return out

@@ -11,6 +11,7 @@ from model.config import Recomputed
 from model.feed_forward import RoutedExperts
 from model.norm import NormSource
 from model.precision.linear import WeightSink
+from model.precision.linears import LocalRows
 from model.precision.plain import PlainLinears, PlainRows
 from tests.kernels.plain import expert_rows, randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomize
@@ -68,7 +69,7 @@ def test_local_experts_equal_row_by_row(
 
     def call(experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None) -> tuple[Tensor]:
         source = NormSource(inputs[0], torch.ones(6), 1e-6)  # rows in the weights' type are kept, not made again
-        return (experts.apply_locally(PlainRows(inputs[0]), source, inputs[1], counts, order),)
+        return (experts(PlainRows(inputs[0]), inputs[1], counts, None, LocalRows(source, order)),)
 
     def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         rows_ND, weights_TK = inputs

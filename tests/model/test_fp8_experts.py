@@ -17,6 +17,7 @@ from model.gradients import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.precision.fp8.linears import Fp8Linears
 from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, pack_rows, placeholder
+from model.precision.linears import LocalRows
 from tests.kernels.plain import randn
 from tests.model.fp8_plain import Gate, InFp8, expect
 
@@ -126,7 +127,7 @@ def test_local_experts_equal_the_formula(power_of_two: bool) -> None:
     x_ND.requires_grad_()
     weights_TK = randn(tokens, 2, seed=4, dtype=torch.float32).requires_grad_()
     slope_ND = randn(tokens, HIDDEN, seed=5)
-    made = experts.apply_locally(pack_rows(x_ND), source, weights_TK, counts, order)
+    made = experts(pack_rows(x_ND), weights_TK, counts, None, LocalRows(source, order))
     made.backward(slope_ND.float())
     total, grad_x = torch.zeros(2, tokens, HIDDEN, dtype=torch.float64)
     grad_weights = torch.zeros(tokens, 2, dtype=torch.float64)

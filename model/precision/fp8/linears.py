@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from comm.protocol import RowOrder
 from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
@@ -23,7 +22,7 @@ from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
 from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients
 from model.precision.linear import WeightSink, deliver_gradient, deliver_parts
-from model.precision.linears import ExpertWeights, Rows
+from model.precision.linears import ExpertWeights, LocalRows, Rows
 
 
 class _Normal(NamedTuple):
@@ -197,38 +196,30 @@ class Fp8Linears:
     def experts(
         self,
         rows: Rows,
-        weights_A: Tensor,
+        weights: Tensor,
         experts: ExpertWeights,
         counts: Sequence[int],
         sink: WeightSink | None,
+        local: LocalRows | None = None,
         *,
         for_backward: bool = False,
     ) -> Tensor:
-        """Implements `Linears.experts`; keeps the received codes, and gate and up in FP8."""
+        """Implements `Linears.experts`; keeps received codes or the source, and gate and up in FP8."""
         codes = as_fp8(rows)
-        assert codes.slot is not None
+        assert (codes.slot is None) == (local is not None), "received rows have a slot for their output gradient"
+        source = None if local is None else local.source
         options = ExpertOptions(
-            counts=counts, sink=sink, maps=self._maps, slot=codes.slot, order=None, eps=0.0, for_backward=for_backward
+            counts=counts,
+            sink=sink,
+            maps=self._maps,
+            slot=codes.slot,
+            order=None if local is None else local.order,
+            eps=0.0 if source is None else source.eps,
+            for_backward=for_backward,
         )
+        norm = (None, None) if source is None else (source.x.detach(), source.norm_weight_D.detach())
         out: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
-            codes.values, codes.packed, weights_A, *experts, options, None, None
-        )
-        return out
-
-    def apply_local_experts(
-        self,
-        rows: Rows,
-        source: NormSource,
-        weights_TK: Tensor,
-        experts: ExpertWeights,
-        counts: Sequence[int],
-        order: RowOrder,
-    ) -> Tensor:
-        """Implements `Linears.apply_local_experts`; keeps the source, and gate and up in FP8."""
-        options = ExpertOptions(counts=counts, sink=None, maps=self._maps, slot=None, order=order, eps=source.eps)
-        codes, norm = as_fp8(rows), (source.x.detach(), source.norm_weight_D.detach())
-        out: Tensor = ExpertMlp.apply(  # type: ignore[no-untyped-call]
-            codes.values.flatten(0, -2), codes.packed, weights_TK, *experts, options, *norm
+            codes.values.flatten(0, -2), codes.packed, weights, *experts, options, *norm
         )
         return out
 
