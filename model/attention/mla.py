@@ -208,8 +208,8 @@ class LatentAttention(Attention):
         tensors = (hidden_ND, compressed_NX, *rotation)
         for parts in zip(*(tensor.split(list(view.counts)) for tensor in tensors), strict=True):
             hidden_TD, compressed_TX, *turns = map(_pad_tokens, parts)
-            own = replace(options, rotation=(turns[0], turns[1]))
-            mixed_1TD = mix(hidden_TD[None], compressed_TX[None], weights, own, self._linears)
+            prompt_options = replace(options, rotation=(turns[0], turns[1]))
+            mixed_1TD = mix(hidden_TD[None], compressed_TX[None], weights, prompt_options, self._linears)
             prompts.append(mixed_1TD[0, : len(parts[0])])
         return torch.cat(prompts)
 

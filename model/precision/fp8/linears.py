@@ -178,9 +178,9 @@ class Fp8Linears:
     ) -> Tensor:
         """Implements `Linears.linear_of_rows`; keeps the source."""
         options = _NormOptions(eps=source.eps, sink=sink, maps=self._maps)
-        own_rows = as_fp8(rows)
+        codes = as_fp8(rows)
         out: Tensor = _LinearOfRows.apply(  # type: ignore[no-untyped-call]
-            own_rows.values, own_rows.packed, source.x.detach(), source.norm_weight_D.detach(), options, *weights_ND
+            codes.values, codes.packed, source.x.detach(), source.norm_weight_D.detach(), options, *weights_ND
         )
         return out
 
