@@ -122,8 +122,8 @@ class Block(nn.Module):
     def apply_experts(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> ExpertOutput:
         """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
         assert isinstance(self.mlp, Moe)
-        given = (received.received, received.weights_A, received.counts, sink)
-        routed_AD = self.mlp.experts(*given, for_backward=for_backward)
+        rows, weights_A, counts = received.received, received.weights_A, received.counts
+        routed_AD = self.mlp.experts(rows, weights_A, counts, sink, for_backward=for_backward)
         base_BTD = self.add_shared(received.residual_BTD, received.own, sink, for_backward=for_backward)
         return ExpertOutput(routed_AD, base_BTD)
 
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Autograd function of `Dispatcher.dispatch`. `found` takes the arrived values without gradient."""
+    """Autograd function of `Dispatcher.dispatch`. `arrivals` takes values without gradient."""
 
     @staticmethod
     def forward(
@@ -150,12 +150,12 @@ class _Dispatch(torch.autograd.Function):
         dispatcher: Dispatcher,
         handle: Handle,
         wire: Wire,
-        found: list[tuple[Rows, tuple[int, ...]]],
+        arrivals: list[tuple[Rows, tuple[int, ...]]],
     ) -> tuple[Tensor, Tensor]:
         ctx.dispatcher, ctx.handle, ctx.shape = dispatcher, handle, values_BTD.shape
         arrived = dispatcher.dispatch(wire.pack(rows), weights_TK, handle).wait()
         received = wire.unpack(arrived.rows_AD, rows)
-        found.append((received, arrived.counts))
+        arrivals.append((received, arrived.counts))
         return received.values, arrived.weights_A
 
     @staticmethod
@@ -196,12 +196,13 @@ def run_block(
         summed_ND = block.moe.experts(rows, routing.weights_TK, counts, None, local)
         base_BTD = block.add_shared(residual_BTD, rows, None)
         return base_BTD + summed_ND.view_as(base_BTD), routing
-    wire, found = block.wire(), list[tuple[Rows, tuple[int, ...]]]()
+    wire = block.wire()
+    arrivals: list[tuple[Rows, tuple[int, ...]]] = []
     values_AD, weights_A = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        rows.values, rows, routing.weights_TK, dispatcher, handle, wire, found
+        rows.values, rows, routing.weights_TK, dispatcher, handle, wire, arrivals
     )
-    ((received, counts),) = found
-    given = Received(residual_BTD, rows, received.with_values(values_AD), weights_A, counts)
-    made = block.apply_experts(given, None)
-    summed_ND = _Combine.apply(made.routed_AD, dispatcher, handle, wire)  # type: ignore[no-untyped-call]
-    return made.base_BTD + summed_ND.view_as(made.base_BTD), routing
+    ((received, counts),) = arrivals
+    expert_input = Received(residual_BTD, rows, received.with_values(values_AD), weights_A, counts)
+    output = block.apply_experts(expert_input, None)
+    summed_ND = _Combine.apply(output.routed_AD, dispatcher, handle, wire)  # type: ignore[no-untyped-call]
+    return output.base_BTD + summed_ND.view_as(output.base_BTD), routing

@@ -59,9 +59,14 @@ class _Saved:
 class _MixInContext(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, compressed: Tensor, options: LatentOptions, linears: Linears, *given: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        compressed: Tensor,
+        options: LatentOptions,
+        linears: Linears,
+        *latent_weights: Tensor | None,
     ) -> Tensor:
-        weights, context = LatentWeights(*given), options.context  # type: ignore[arg-type]
+        weights, context = LatentWeights(*latent_weights), options.context  # type: ignore[arg-type]
         ends = linears.compress_latents(compressed, weights, options)
         blocks = _Blocks(compressed, options)
         layout, keys_and_values = blocks.layout, _KeysAndValues(blocks)

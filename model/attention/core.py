@@ -61,9 +61,14 @@ class _HeadGraph:
 class _MixHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, compressed: Tensor, options: LatentOptions, linears: Linears, *given: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        compressed: Tensor,
+        options: LatentOptions,
+        linears: Linears,
+        *latent_weights: Tensor | None,
     ) -> Tensor:
-        weights = LatentWeights(*given)  # type: ignore[arg-type]
+        weights = LatentWeights(*latent_weights)  # type: ignore[arg-type]
         ends = linears.compress_latents(compressed, weights, options)
         kernel = _Kernel(compressed, options)
         # Queries, keys (BTHQ) and values (BTHW), expanded from the compressed ones.
@@ -86,7 +91,7 @@ class _MixHeads(torch.autograd.Function):
             ctx.keeps_mixed = not ends.frees_mixed
             kept = ends.saved(mixed_BHTW.detach())
             ctx.num_ends = len(kept)
-            ctx.save_for_backward(*given, *kept)
+            ctx.save_for_backward(*latent_weights, *kept)
             mixed_bytes = _free(mixed_BHTW) if ends.frees_mixed else 0
             ctx.heads = _HeadGraph(heads, mixed_BHTW, head_bytes, mixed_bytes)
             ctx.inner_tensors = (*heads, mixed_BHTW)

@@ -302,8 +302,8 @@ class _ExpertMlp(torch.autograd.Function):
             ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM)
             return rows_ND.new_zeros(()).expand_as(rows_ND)
         gated_AM = rows_ND.new_empty(len(weights_A), width) if options.keeps_gated else None
-        given = (rows_ND, weights_A, gate_up_EHD, down_EDM, options.counts, options.tokens_A, gated_AM)
-        out_AD, hidden_AH = expert_mlp(*given)
+        operands = (rows_ND, weights_A, gate_up_EHD, down_EDM)
+        out_AD, hidden_AH = expert_mlp(*operands, options.counts, options.tokens_A, gated_AM)
         kept = () if gated_AM is None else (gated_AM,)
         ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept)
         return out_AD if order is None else order.sum_rows(out_AD)
@@ -315,10 +315,10 @@ class _ExpertMlp(torch.autograd.Function):
         counts, sink, order = options.counts, options.sink, options.order
         # Without a split, all gradients are computed expert by expert; hidden gradients never exist for all experts.
         grad_ND = grads[0].contiguous()
-        given = (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
+        operands = (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
         is_at_once = sink is None and gate_up_EHD.requires_grad and down_EDM.requires_grad
         rows = rows_ND if is_at_once else None
-        grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *given, rows_ND=rows)
+        grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *operands, rows_ND=rows)
         # Gradients by row become gradients by token, ND and NK.
         if order is not None:
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)

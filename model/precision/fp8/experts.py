@@ -141,5 +141,6 @@ class ExpertMlp(torch.autograd.Function):
         grad_weights = grad_weights_A
         if order is not None:
             grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
-        given = deliver_gradient(gate_up_EHD, gate_up_gradient, sink), deliver_gradient(down_EDM, down_gradient, sink)
-        return grad_rows, None, grad_weights.to(ctx.weights_dtype), *given, None, None, None
+        grad_gate_up = deliver_gradient(gate_up_EHD, gate_up_gradient, sink)
+        grad_down = deliver_gradient(down_EDM, down_gradient, sink)
+        return grad_rows, None, grad_weights.to(ctx.weights_dtype), grad_gate_up, grad_down, None, None, None

@@ -266,10 +266,10 @@ class _NormedLinear(torch.autograd.Function):
         codes, scales, inverse_A1, norm_weight_D, *weights_ND = ctx.saved_tensors
         operand, grad_AN, maps = Quantized(codes, scales), grads[0].flatten(0, -2), ctx.options.maps
         grad_AD = maps.input_gradient(grad_AN, weights_ND)
-        given = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
+        grad_weights = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
         grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
         grad_x = grad_x_AD.view(*grads[0].shape[:-1], grad_x_AD.shape[1])
-        return grad_x, grad_norm_D.to(norm_weight_D.dtype), None, *given
+        return grad_x, grad_norm_D.to(norm_weight_D.dtype), None, *grad_weights
 
 
 class _LinearOfRows(torch.autograd.Function):
@@ -295,5 +295,5 @@ class _LinearOfRows(torch.autograd.Function):
         maps, grad_AN = options.maps, grads[0].flatten(0, -2)
         normal_AD = recompute_norm(x, norm_weight_D, options.eps)
         gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
-        given = deliver_parts(weights_ND, gradient, options.sink)
-        return maps.input_gradient(grad_AN, weights_ND).view_as(x), None, None, None, None, *given
+        grad_weights = deliver_parts(weights_ND, gradient, options.sink)
+        return maps.input_gradient(grad_AN, weights_ND).view_as(x), None, None, None, None, *grad_weights
