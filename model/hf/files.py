@@ -1,4 +1,4 @@
-"""Files of a checkpoint in Hugging Face form: errors on one line, JSON that may contain anything, new folders.
+"""Files of a checkpoint in Hugging Face form: errors on one line, untrusted JSON, and new folders.
 
 Imports no torch.
 """

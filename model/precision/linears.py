@@ -53,7 +53,7 @@ class ExpertWeights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LocalRows:
-    """How rows reach experts of their own rank: norm and input from which they may be recomputed, and order."""
+    """How rows reach experts of the same rank: the source of a recomputation, and the order."""
 
     source: NormSource
     order: RowOrder
