@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.operation import META_IS_CUDA
+
 ALIGNMENT_BYTES = 16
 LARGEST_DESCRIBED_BYTES = 4  # of a number
 
@@ -69,7 +71,20 @@ def count_programs(num_tiles: int, programs_per_sm: int, device: torch.device) -
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Makes launchers of Triton's kernels allocate their results but launch nothing on meta tensors."""
+    """Makes operations on meta tensors allocate what they do on CUDA; they launch nothing.
+
+    Outside, they run the references.
+    """
+    token = META_IS_CUDA.set(True)
+    try:
+        with _meta_launches_skipped():
+            yield
+    finally:
+        META_IS_CUDA.reset(token)
+
+
+@contextmanager
+def _meta_launches_skipped() -> Iterator[None]:
     if find_spec("triton") is None:
         _import_launchers()
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import cache, update_wrapper
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 if TYPE_CHECKING:
     import torch
 
+META_IS_CUDA = ContextVar("META_IS_CUDA", default=False)
+"""Whether operations on tensors without memory run as on CUDA (`launch.without_launches`)."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -56,12 +59,16 @@ def operation(
 
     def choose(first: Any, *others: Any) -> str:
         device: torch.device = (first[0] if isinstance(first, tuple) else first).device
-        # On tensors without memory, Triton's launchers allocate what they do on CUDA (`launch.without_launches`).
-        if device.type not in ("cuda", "meta") or not fits(first, *others):
+        if not runs_as_on_cuda(device) or not fits(first, *others):
             return "reference"
         return "deep_gemm" if hopper is not None and has_deep_gemm(device) else "triton"
 
     return ChosenFunction(reference, modules, choose)
+
+
+def runs_as_on_cuda(device: torch.device) -> bool:
+    """Returns whether operations on a device run the kernels for CUDA."""
+    return device.type == "cuda" or (device.type == "meta" and META_IS_CUDA.get())
 
 
 @cache

@@ -1,6 +1,7 @@
 """Counts the tiles of quantized numbers. Imports no torch."""
 
 TILE = 128
+CHUNK_NUMBERS = 2**19  # of rows that are summed at a time on a CPU: 2 MB of float32 stay in the cache
 
 
 def num_tiles(num_columns: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.grouped_gemm.reference import check_rows, check_weight
+from kernels.operation import runs_as_on_cuda
 
 
 def grouped_rows(rows_AK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
@@ -36,7 +37,7 @@ def grouped_weight(grad_AN: Tensor, rows_AK: Tensor, counts: Sequence[int]) -> T
 
 def supports(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     """Whether torch's grouped product supports rows of these widths."""
-    return device.type in ("cuda", "meta") and dtype == torch.bfloat16 and all(width * 2 % 16 == 0 for width in widths)
+    return runs_as_on_cuda(device) and dtype == torch.bfloat16 and all(width * 2 % 16 == 0 for width in widths)
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.operands import check_operand
+from kernels.tiles import CHUNK_NUMBERS
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-CHUNK_NUMBERS = 2**19  # gathered at a time: 2 MB of float32 stay in the cache
 
 INDICES = (torch.int32, torch.int64)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.permute.reference import CHUNK_NUMBERS, permute, unpermute
+from kernels.permute.reference import permute, unpermute
+from kernels.tiles import CHUNK_NUMBERS
 from tests.kernels.agreement import assert_same_bits, random_bits, random_indices
 
 DTYPES = [

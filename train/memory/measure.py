@@ -1,11 +1,12 @@
 """Measures what each phase keeps, by running the model on tensors without memory.
 
-No formula repeats the model: its blocks run forward and backward on torch's meta device, where Triton's launchers
-allocate but launch nothing, and the storages that are alive are counted.
+No formula repeats the model: its blocks run forward and backward on torch's meta device, where launchers of kernels for
+CUDA allocate but launch nothing, and the storages that are alive are counted.
 """
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -39,7 +40,9 @@ def measure_part(by_slice: Sequence[Sizes], part: PartName) -> list[list[PhaseBy
 
     A dispatcher's buffers are not among them.
     """
-    with torch.device("meta"), without_launches():
+    # References in FP8 read numbers on the host.
+    on_cpu = by_slice[0].device == "cpu" and not by_slice[0].is_fp8
+    with torch.device("meta"), nullcontext() if on_cpu else without_launches():
         runs = _PartRuns(by_slice, part)
         with runs.model.weights_unchanged():
             # What is made once and stays, rotations and FP8 weights, is there then.

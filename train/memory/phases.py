@@ -49,7 +49,7 @@ def hidden_bytes(sizes: Sizes, cache_dir: Path | None = None) -> int:
 
 def _without_exchange(sizes: Sizes) -> Sizes:
     """Returns sizes without a dispatcher's buffers, for which a measurement is made."""
-    return replace(sizes, routing=0, to_experts=0, from_experts=0)
+    return replace(sizes, routing=0, to_experts=0, from_experts=0, summing=0)
 
 
 def _with_exchange(phase: PhaseBytes, sizes: Sizes) -> PhaseBytes:
@@ -59,7 +59,7 @@ def _with_exchange(phase: PhaseBytes, sizes: Sizes) -> PhaseBytes:
             phase,
             routing=sizes.routing,
             forward_peak=phase.forward_peak + sizes.routing + sizes.to_experts,
-            backward_peak=phase.backward_peak + sizes.from_experts,
+            backward_peak=phase.backward_peak + sizes.from_experts + sizes.summing,
         )
     if phase.kind == "combine":
         # A recomputed layer sends its rows again during the exchange of gradients.

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from comm.context.forecast import num_kept_ranks
-from comm.dispatch.registry import DISPATCHERS, RowBytes
+from comm.dispatch.registry import DISPATCHERS, INDEX_BYTES, RowBytes
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.program import with_reductions
 from kernels.attention import pads_values
-from kernels.tiles import num_tiles
+from kernels.tiles import CHUNK_NUMBERS, num_tiles
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.memory.phases import hidden_bytes, sizes_folder, stage_phases
@@ -179,9 +179,21 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
         routing=exchange.routing,
         to_experts=exchange.to_experts,
         from_experts=exchange.from_experts,
+        summing=_summing_bytes(config, sequences * tokens, value_bytes),
         context=config.parallelism.context,
         kept_ranks=num_kept_ranks(config.parallelism.context),
     )
+
+
+def _summing_bytes(config: TrainConfig, num_tokens: int, value_bytes: int) -> int:
+    """Returns the bytes inside a sum of gradients of tokens' rows on a CPU: gathered rows, indices and sums."""
+    if config.cluster.device == "cuda":
+        return 0
+    hidden, choices = config.model.hidden_size, config.model.num_experts_per_token
+    wide_bytes = max(4, value_bytes)
+    narrow_bytes = value_bytes if value_bytes != wide_bytes else 0
+    gathered = choices * (hidden * (wide_bytes + narrow_bytes) + 3 * INDEX_BYTES)
+    return min(num_tokens, max(1, CHUNK_NUMBERS // (hidden * choices))) * (gathered + hidden * wide_bytes)
 
 
 @lru_cache(maxsize=64)

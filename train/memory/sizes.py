@@ -25,6 +25,7 @@ class Sizes:
         routing: bytes of a dispatcher's index tensors, from dispatch to the end of the micro-batch.
         to_experts: bytes inside an exchange to the experts, in addition to its input and output.
         from_experts: bytes inside an exchange from the experts, in addition to its input and output.
+        summing: bytes inside a sum of the gradients of each token's rows, beyond those.
         context: ranks that share each sequence.
         kept_ranks: other ranks of these whose rows are kept, 0 if rows pass around a ring.
     """
@@ -41,6 +42,7 @@ class Sizes:
     routing: int = 0
     to_experts: int = 0
     from_experts: int = 0
+    summing: int = 0
     context: int = 1
     kept_ranks: int = 0
 
