@@ -99,10 +99,7 @@ def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> l
 
 
 def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[ValueT] | None:
-    """Returns the values of all ranks on the group's first rank, in the order of ranks, else None.
-
-    Only the first rank needs memory for the others, which is as much as if all were as long as the longest.
-    """
+    """Returns all ranks' values, in order, on the group's first rank, which alone needs memory for them."""
     content, device = pickle.dumps(value), _device(group)
     longest = -_smallest(-len(content), group)
     row = torch.zeros(longest, dtype=torch.uint8)

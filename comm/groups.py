@@ -54,10 +54,7 @@ class Groups:
     def __init__(
         self, layout: Layout, *, mirrored: bool, timeout_seconds: float, embedding: Sequence[int] = (0,)
     ) -> None:
-        """Creates all groups. Every rank calls it once, at the same point, after `start`.
-
-        `embedding` holds the pipeline indices that hold the embedding. Raises ClusterError for a world of another size.
-        """
+        """Creates all groups. All ranks call it once, at the same point; `embedding` has pipeline indices."""
         if distributed.get_world_size() != layout.world_size:
             raise ClusterError(
                 f"cluster: pipeline x data x context must equal the number of ranks started, "
@@ -149,7 +146,6 @@ def stop() -> None:
 
 
 def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
-    """Returns the device of a local rank and makes it current."""
     if cluster.device == "cpu":
         if cluster.backend == "nccl":
             raise ClusterError("cluster.backend: nccl needs cluster.device=cuda, is cpu; nearest valid: gloo")

@@ -18,17 +18,11 @@ class HostCopies(ClosesOnSuccess):
 
     @abstractmethod
     def to_host(self, tensors: Sequence[Tensor]) -> Work[Sequence[Tensor]]:
-        """Starts to copy tensors to host memory, after everything submitted to the compute lane.
-
-        The caller keeps the tensors and does not change them until it has waited.
-        """
+        """Starts to copy tensors, which must not change, to host memory, after the compute lane's work."""
 
     @abstractmethod
     def to_device(self, hosts: Sequence[Tensor], tensors: Sequence[Tensor]) -> Work[None]:
-        """Starts to copy host tensors into tensors of the same shape, after everything on the compute lane.
-
-        The caller keeps both and does not read `tensors` until it has waited.
-        """
+        """Starts to copy host tensors into tensors of the same shape, after the compute lane's work."""
 
 
 class ThreadHostCopies(HostCopies):
@@ -57,10 +51,7 @@ class ThreadHostCopies(HostCopies):
 
 
 class StreamHostCopies(HostCopies):
-    """Copies of a CUDA device: one stream for each direction, through pinned host memory.
-
-    The current stream waits for the copies, so a tensor can be freed as soon as `wait` has returned.
-    """
+    """Copies of a CUDA device through pinned memory, on two streams, for which the current stream waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -116,8 +116,6 @@ class ThreadLane(ClosesOnSuccess):
 
 
 class _StreamWork(Generic[T]):
-    """Work that a thread enqueues on a stream, completed by an event on that stream."""
-
     def __init__(self, job: Work[tuple[T, torch.cuda.Event]]) -> None:
         self._job = job
 

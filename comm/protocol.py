@@ -152,10 +152,7 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch_again(self, rows_TD: Tensor, handle: Handle) -> Work[Tensor]:
-        """Sends rows again, without weights, after `dispatch`: for a backward that did not keep arrived rows.
-
-        Returns AD in the same order.
-        """
+        """Sends rows again without weights, in the same order, AD, for a backward that kept no arrived rows."""
         ...
 
     def combine(self, rows_AD: Tensor, handle: Handle) -> Work[Tensor]:

@@ -1,8 +1,4 @@
-"""Computes which rank of a node relays another rank's rows: the one with the same index in its node.
-
-The relay forwards them within the node. Nodes may hold different numbers of the group's ranks, which are given by their
-index in the group. Does not import torch.
-"""
+"""Computes the relay of another rank's rows: the rank with the same index in its node. No torch here."""
 
 from collections.abc import Sequence
 

@@ -102,7 +102,6 @@ def _exclusive(cache_dir: Path) -> Iterator[None]:
 
 
 def _renamed(building: Path, folder: Path) -> bool:
-    """Renames the folder. Returns False if another folder has the name."""
     try:
         building.rename(folder)
     except OSError as error:

@@ -27,8 +27,7 @@ class FimParts:
 def cut_for_fim(text: str, rate: float, seed: int, index: int) -> FimParts | None:
     """Decides by seed and index whether a document is rearranged, and cuts it at two random characters.
 
-    The cuts are between characters, not tokens, so that a model learns to continue from the middle of a word. Parts may
-    be empty; None for a document that is not rearranged. The report's rate is 0.1.
+    Cuts are between characters, not tokens, so that a model learns to continue from the middle of a word.
     """
     if hash_unit("fim", seed, str(index)) >= rate:
         return None
@@ -175,7 +174,6 @@ def _encode_documents(
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """Yields lists of documents, large enough for the tokenizer's threads and small enough for memory."""
     batch: list[str] = []
     characters = 0
     for document in documents:

@@ -53,10 +53,9 @@ class Batch:
 
 
 class SampleOrder:
-    """Order of the training sequences: a new permutation of all sequences in each epoch.
+    """Order of the training sequences: a new permutation in each epoch, from their number and the seed.
 
-    The order depends only on the number of sequences and the seed. So no layout of ranks and no resumed run repeats or
-    skips a sample. The permutation sorts raw Philox output, which numpy guarantees to stay the same.
+    The permutation sorts raw Philox output, which numpy guarantees to stay the same.
     """
 
     def __init__(self, num_sequences: int, seed: int) -> None:

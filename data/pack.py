@@ -31,11 +31,7 @@ def pack_documents(
     pad_id: int,
     is_chosen: NDArray[np.bool_] | None = None,
 ) -> Packed:
-    """Cuts documents that are longer than a sequence, and packs all pieces by best fit, longest first.
-
-    Empty documents are skipped, and those that are not in `is_chosen`. Source: arXiv:2404.10830 (best-fit packing),
-    used by arXiv:2412.19437, section 4.1.
-    """
+    """Cuts long documents, and packs all pieces by best fit, longest first (arXiv:2404.10830)."""
     length = sequence_length_tokens
     starts, piece_lengths = cut_pieces(lengths_tokens, length)
     if is_chosen is not None:

@@ -111,10 +111,9 @@ def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None
 
 
 def estimate_tokens(config: DataConfig, enough: float) -> float | None:
-    """Returns about how many tokens the files of a source hold, rather too many than too few.
+    """Returns about how many tokens a source's files hold, rather too many; None without files.
 
-    Reads the sizes of the files, and at most the first 256 KiB of text. Returns None if the files certainly hold
-    `enough`, or if the source has no files. Raises DataError as `check_config`.
+    Reads the sizes of files, and at most the first 256 KiB of text. None also means that they certainly hold `enough`.
     """
     entry, size = DATA_SOURCES.get(config.source.kind), 0
     files = entry.files(config.source)

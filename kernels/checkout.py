@@ -8,11 +8,7 @@ _COMM = Path(__file__).parents[1] / "comm"
 
 
 def share_comm() -> None:
-    """Extends Jupyter's package `comm`, if it is loaded, so that it also finds this project's modules.
-
-    Every package calls this, because a notebook's kernel imports Jupyter's `comm`, which stays usable, before the first
-    cell runs.
-    """
+    """Extends Jupyter's package `comm`, which a notebook's kernel has loaded, by this project's modules."""
     loaded = sys.modules.get("comm") or importlib.import_module("comm")
     if str(_COMM) not in loaded.__path__:
         loaded.__path__.append(str(_COMM))

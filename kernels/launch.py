@@ -131,10 +131,7 @@ class _AbsentTriton(ModuleType):
 
 @cache
 def _import_launchers() -> None:
-    """Imports all modules of Triton's kernels on a machine without Triton.
-
-    Nothing else can import them there.
-    """
+    """Imports all modules of Triton's kernels on a machine without Triton, where nothing else can."""
     names = ("triton", "triton.language")
     sys.modules |= dict.fromkeys(names, _AbsentTriton("triton"))
     try:

@@ -194,7 +194,6 @@ def _plugin_entries() -> list[tuple[Registry[Any], str]]:
 
 
 def _line(error: BaseException, path: Path) -> str:
-    """Returns the last line of the file that an error passed through."""
     if isinstance(error, SyntaxError):
         return f" at line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -43,10 +43,7 @@ def open_lane(device: torch.device, name: str = "comm") -> Lane:
 
 
 def build_dispatcher(config: DispatchConfig, parts: DispatcherParts) -> Dispatcher:
-    """Builds the dispatcher that `config` names. Every rank of the job calls it at the same point.
-
-    The innermost dispatcher sends rows. A wrapper around it clips choices, and the outermost wrapper quantizes rows.
-    """
+    """Builds the dispatcher of `config`, wrapped to clip or quantize. All ranks call it at the same point."""
     dispatcher = DISPATCHERS.get(config.kind).build(config, parts)
     if isinstance(config, CappedDispatchConfig) and config.node_cap == "clip":
         nodes = [parts.layout.node_of(rank) for rank in distributed.get_process_group_ranks(parts.group)]

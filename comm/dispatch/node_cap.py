@@ -37,10 +37,7 @@ class NodeCapError(ValueError):
 def verify_cap(
     num_over_R: Sequence[int], group: ExchangeGroup, touched_TN: Tensor, max_nodes: int, label: Label | None
 ) -> None:
-    """Raises NodeCapError on all ranks of a group if one has a token over the cap.
-
-    The error names this rank's tokens, for which it waits for the device, or else the first rank with some.
-    """
+    """Raises NodeCapError on all ranks if one has a token over the cap; names this rank's tokens first."""
     if not any(num_over_R):
         return
     rank = group.members[group.place]
@@ -103,10 +100,7 @@ def clip(
 
 @dataclass(frozen=True, slots=True)
 class Renormalization:
-    """Scaling of kept weights such that each clipped token's weights keep their sum: w' = w S / S_kept.
-
-    Kept weights that sum to 0 are not scaled. Weights of tokens that were not clipped stay bitwise equal.
-    """
+    """Scaling w' = w S / S_kept of clipped tokens' weights, unless their kept weights sum to 0."""
 
     valid_TK: Tensor  # mask of the choices before clipping
     kept_TK: Tensor  # mask of the choices after clipping
@@ -155,11 +149,7 @@ class ClippedHandle:
 
 
 class ClippingDispatcher:
-    """Wrapper of a dispatcher that clips each token's choices to its best nodes before planning.
-
-    Experts' ranks apply renormalized weights; their gradient is exact, and the choice of nodes has none, as in any
-    gate.
-    """
+    """Wrapper of a dispatcher that clips tokens to their best nodes; experts get renormalized weights."""
 
     num_local_experts: int
 

@@ -63,9 +63,9 @@ class ExchangeGroup:
         label: Label | None,
         into_MB: Tensor | None = None,
     ) -> "PendingExchange":
-        """Starts to send the first `sent[0]` rows to member 0, and so on; a group of one rank sends nothing.
+        """Starts to send uint8 rows in order, `sent[0]` of them to member 0, and so on. Does not block.
 
-        Rows are uint8, contiguous, and must not change until the exchange is complete. `into_MB` receives rows.
+        They must not change until the exchange is complete. `into_MB` receives rows.
         """
         assert rows_NB.dtype == torch.uint8
         assert len(rows_NB) == sum(sent)

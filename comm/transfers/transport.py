@@ -33,10 +33,7 @@ class _Link(Protocol):
 
 
 class PipelineTransport(ClosesOnSuccess):
-    """Links of one pipeline rank: a FIFO for each (source, destination, kind), independent of the others.
-
-    On NCCL each link has its own communicator; on gloo all links share one and differ by their tags.
-    """
+    """Links of one pipeline rank: FIFOs by source, destination and kind, each a communicator on NCCL."""
 
     def __init__(
         self,
@@ -56,11 +53,7 @@ class PipelineTransport(ClosesOnSuccess):
         )
 
     def post_receive(self, key: MessageKey, shape: Sequence[int], dtype: torch.dtype) -> Work[Tensor]:
-        """Posts the receive of a message, in the order in which the link's messages are sent.
-
-        The work's `wait` returns the tensor on the transport's device. Except on NCCL, it raises `TransferError` if
-        another message arrived.
-        """
+        """Posts receives in the order of sends; `wait` raises TransferError for another message, not on NCCL."""
         assert key.destination == self._index
         return self._link(key).receive(key, tuple(shape), dtype)
 
@@ -100,7 +93,6 @@ def _device_links(
     log: CollectiveLog,
     kinds: Sequence[MessageKind],
 ) -> dict[tuple[int, int, str], "_DeviceLink"]:
-    """Opens the links of a rank over NCCL, with a communicator for each link."""
     links: dict[tuple[int, int, str], _DeviceLink] = {}
     # All ranks use one order, which prevents deadlocks. Sorted by parity so that neighboring pairs can start at once.
     ordered = sorted(pairs, key=lambda pair: (pair[0] % 2, pair))

@@ -79,10 +79,7 @@ class Termination:
 
 
 class JobStart:
-    """Wait for other ranks at the start of a job, with a deadline.
-
-    `key`, once known, authenticates the verdict in the store; `note` is added to its text about absent ranks.
-    """
+    """Wait for other ranks at the start of a job, until a deadline; `note` is added to a verdict's text."""
 
     def __init__(self, member: Membership, deadline_seconds: float, termination: Termination) -> None:
         self.member = member
@@ -219,9 +216,8 @@ class JobStart:
     ) -> None:
         """Waits until the ranks below this one, except absent ones, have written records under `name`.
 
-        Args:
-            seconds: longest wait for each level of the tree that this rank leads.
-            rewrite: writes records again, at each look, which ends with SIGTERM; None to wait in any case.
+        The longest wait is `seconds` for each level that this rank leads. `rewrite` writes records again at each look,
+        and lets SIGTERM end the wait.
         """
         keys = [f"{name}/{rank}" for rank in self.tree.children(self.member.rank) if rank not in absent]
         until = time.monotonic() + len(self.tree.led_levels(self.member.rank)) * seconds

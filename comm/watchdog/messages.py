@@ -142,10 +142,7 @@ class Relay:
                 self._send(rank, kind, encode_fields(message))
 
     def route(self, sender: int, values: Mapping[str, Any]) -> Route:
-        """Returns the way of a message, without a turn if it came directly.
-
-        Raises `MessageError` if the sender is not the one that forwards this message to this rank.
-        """
+        """Returns the way of a message; raises MessageError if its sender does not forward it to this rank."""
         if _RELAY not in values:
             return Route(sender, None)
         route = decode_fields(Route, values[_RELAY], self._tree.world_size)

@@ -59,12 +59,10 @@ class StoreGather:
         check: Callable[[], None],
         published: dict[str, str],
     ) -> None:
-        """Stores the arguments; `run` does the work.
+        """Stores the arguments; `run` does the work. The keys of records start with `name`.
 
-        Args:
-            key: key that authenticates the records, whose keys start with `name`.
-            check: called before each look into the store; ends the gather if it raises.
-            published: records that this rank has published so far, which receives those of this gather.
+        `check` is called before each look into the store, and may raise. `published` receives the records of this
+        gather.
         """
         self.book = AddressBook(start.tree)
         self.digest = ""
@@ -122,10 +120,7 @@ class StoreGather:
         return Record(digests, encode_addresses(addresses))
 
     def accept(self, path: Sequence[Record]) -> None:
-        """Follows the digests of this rank's groups from its record to the root, and keeps the addresses.
-
-        Raises `MessageError` if the records are malformed, or do not lead from this rank's record to the root.
-        """
+        """Follows the digests from this rank's record to the root, or raises MessageError; keeps addresses."""
         digest = self._record.digest(self._key, 0)
         groups: list[list[SocketAddress]] = []
         for level, record in enumerate(path, 1):

@@ -104,11 +104,7 @@ def encode_prompt(
     thinking: bool | None = None,
     tools: Sequence[ToolDefinition] = (),
 ) -> list[int]:
-    """Returns the token ids after which the assistant answers a user's message or a tool's output.
-
-    `thinking`: whether the assistant thinks first; None follows the template. Raises DataError if the messages are out
-    of order, the tokenizer lacks a token, or the template has no thoughts.
-    """
+    """Returns the token ids after which the assistant answers; `thinking`: None follows the template."""
     problem = order_problem(tuple(messages))
     if problem is not None:
         number, rule, valid = problem
@@ -247,10 +243,9 @@ def _encode(conversations: Sequence[_Parts], tokenizer: Tokenizer) -> list[Encod
 
 
 def pair_sample(key: str, chosen: EncodedChat, rejected: EncodedChat, margin: float = 0.0) -> TrainingSample:
-    """Returns a sample of two pieces: the prompt with the preferred answer, and with the other one.
+    """Returns a sample of two pieces, a prompt with the preferred answer and with the other, with values.
 
-    Values of each token, [T]: `weights` (float32), `pair` and `score` (int16), `margin` (float32); see
-    `data.samples.pack`. Answers are found by position, because an end of sentence may also be part of a prompt.
+    Answers are found by position, because an end of sentence may also be part of a prompt.
     """
     pieces = (_piece(chosen, 1, margin), _piece(rejected, -1, 0.0))
     return TrainingSample(key=key, pieces=pieces, may_be_cut=False)

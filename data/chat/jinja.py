@@ -118,6 +118,5 @@ def template_of(folder: Path) -> str | None:
 
 
 def _literal(pieces: Pieces) -> str:
-    """Returns pieces as a Jinja expression; the tokenizer's own tokens are variables."""
     names = {BEGIN_OF_SENTENCE: "(bos_token or '')", END_OF_SENTENCE: "eos_token"}
     return " + ".join(names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces) or "''"

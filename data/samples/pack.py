@@ -80,11 +80,7 @@ def pack_samples(
     *,
     has_targets: bool = True,
 ) -> PackedSamples:
-    """Packs samples, which have the same values, by best fit, longest first, each into one sequence.
-
-    A sample that is longer than a sequence is cut at its end if it may be, or else dropped. `vocab_size` decides the
-    type of the tokens. `has_targets`: samples without a target are dropped.
-    """
+    """Packs samples by best fit, longest first, each into one sequence; longer ones are cut or dropped."""
     length, part = sequence_length_tokens, _PartSamples(has_targets)
     for sample in samples:
         part.add(sample, length)

@@ -1,7 +1,7 @@
 """AdamW over float32 weights whose two moments are stored in bf16, in plain PyTorch.
 
-Every operation rounds once to float32, so the result does not depend on the device, on the memory address or on the
-rank's shard. A division by a number common to all elements is a multiplication by its inverse, as in torch on CUDA.
+Every operation rounds once to float32, so the result depends on no device, address or shard. Divisions by a common
+number are multiplications by its inverse, as in torch on CUDA.
 """
 
 # Shape legend: N numbers, in any shape.

@@ -1,7 +1,4 @@
-"""Attention on tensors without memory: allocates what fused kernels allocate.
-
-Shape legend: as in kernels/attention/__init__.py.
-"""
+"""Attention on tensors without memory: allocates what fused kernels allocate."""
 
 import torch
 from torch import Tensor

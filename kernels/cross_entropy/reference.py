@@ -25,10 +25,7 @@ RowSlopes = Tensor | SlopeFunction
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """Log-probabilities of targets, 0 if a target is -100, and gradients, None if they were not requested.
-
-    All are float32, or float64 for float64 rows, except `rows_ND`, which has the type of the rows.
-    """
+    """Log-probabilities, 0 for a target of -100, in float32 or wider, and the requested gradients."""
 
     log_probs_N: Tensor
     rows_ND: Tensor | None

@@ -29,8 +29,7 @@ _LONGEST_CAUSE = 200  # characters
 def stream_milliseconds(call: Callable[[], Any]) -> float:
     """Returns the median time of a compiled call on the current stream, with overlapping launches.
 
-    It waits only for this stream: Triton's benchmark waits for the whole device, and another stream may hold a message
-    that another rank answers after this product.
+    It waits only for this stream: another one may hold a message that another rank answers after this product.
     """
     for _ in range(_NUM_WARM_UPS):
         call()
@@ -62,11 +61,7 @@ class TunedProduct(Generic[P]):
         candidates: Sequence[Tiling],
         milliseconds: Milliseconds | None = None,
     ) -> None:
-        """Creates the product; `key_of` returns what its fastest tiling depends on, None for the default.
-
-        The default is the first of `candidates`. `milliseconds` measures a call: `stream_milliseconds`, only on CUDA
-        tensors.
-        """
+        """Creates the product; `key_of` returns what its fastest tiling depends on, None for the default."""
         self._product = product
         self._key_of = key_of
         self._candidates = candidates

@@ -67,10 +67,7 @@ def choose_tiling(subject: str, dtype: torch.dtype, num_columns: int) -> Grouped
 def locate_row_tile(
     tile: tl.tensor, places: tl.tensor, num_tile_columns: tl.tensor, BLOCK_ROWS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Returns group, first row, end of the group's rows, and column of a tile, from `plan_row_tiles`.
-
-    The order is down a block of tile rows, then the next column, so that concurrent programs share a group's matrix.
-    """
+    """Returns group, first row, end of the group's rows, and column of a tile; a block shares a matrix."""
     # Every tile row of the block stores the start of the block.
     place = places + tile // num_tile_columns * PLACES
     first_tile_row, height = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)

@@ -34,11 +34,7 @@ def quantize_columns(
 def requantize_columns(
     quantized: Quantized, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
 ) -> QuantizedColumns:
-    """Applies `quantize_columns` to FP8 rows, sorted by group; a value is code times scale in float32.
-
-    This is exact if all scales are powers of two and the range of exponents in a column of a tile permits it. Every
-    tile that holds a NaN becomes NaN.
-    """
+    """Applies `quantize_columns` to FP8 rows; exact if scales are powers of two and exponents permit."""
     check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized
     num_rows, num_columns = codes_ND.shape
@@ -55,7 +51,6 @@ def requantize_columns(
 
 
 def _pad_groups(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns rows_PD: every group padded with zeros to a multiple of 128 rows."""
     if all(count % TILE == 0 for count in counts):
         return rows_ND
     rows_PD = rows_ND.new_zeros(padded_rows(counts), rows_ND.shape[1])

@@ -128,10 +128,7 @@ class ExpertBuffer:
             )
 
     def check_rows(self, rows: Tensor, name: str, *, may_be_codes: bool) -> None:
-        """Raises DeepEPError unless DeepEP supports the rows.
-
-        Rows are bfloat16 with D columns, or, if `may_be_codes`, uint8: D codes of float8_e4m3fn, then float32 scales.
-        """
+        """Raises DeepEPError unless rows are D bfloat16, or, if `may_be_codes`, D codes and scales as uint8."""
         hidden_size = self._shape.hidden_size
         scales_bytes = rows.shape[1] - hidden_size
         is_full = rows.dtype == torch.bfloat16 and scales_bytes == 0
@@ -152,10 +149,7 @@ class ExpertBuffer:
             )
 
     def dispatch(self, rows: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> ReceivedRows:
-        """Exchanges counts, waits for them on the host, and sends each row to its experts' ranks.
-
-        `ids_TK` holds global expert ids of dtype `ids_dtype`, contiguous, -1 for no expert; weights are float32.
-        """
+        """Exchanges counts, waits for them on the host, and sends each row to its experts' ranks."""
         received, ids_RK, weights_RK, handle, _ = self._buffer.dispatch(
             self._pack(rows),
             topk_idx=ids_TK,

@@ -1,7 +1,7 @@
 """Implements the dispatcher over DeepEP's kernels, which send a row once to each rank of its experts.
 
-DeepEP exchanges the counts in its first dispatch. A plan only prepares the choices, and that dispatch is the host
-synchronization. DeepEP's handle is made once for a plan and used for every later exchange.
+Counts are exchanged, and the host waits for them, in the first dispatch of a plan. It makes the handle that every later
+exchange uses.
 """
 
 # Shape legend: R rows received (one for each token with experts here), A arrived rows (one for each of those experts),

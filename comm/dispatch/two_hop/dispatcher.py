@@ -57,10 +57,7 @@ class TwoHopGroups:
 
 
 class TwoHopHandle(PlannedHandle[TwoHopCounts, TwoHopRoute]):
-    """Handle of a `TwoHopDispatcher`.
-
-    The first dispatch also sends expert ids. The order derived from them is reused for all later exchanges.
-    """
+    """Handle of a `TwoHopDispatcher`; its first dispatch sends expert ids, whose order is used again."""
 
     def __init__(self, num_tokens: int, label: Label | None, work: Work[TwoHopCounts]) -> None:
         super().__init__(num_tokens, label, work)

@@ -16,7 +16,6 @@ class MergedAttention:
     """Attention of some queries, merged over the tiles that were added."""
 
     def __init__(self, query_BTHQ: Tensor, value_width: int) -> None:
-        """Starts without any key; `value_width` is the size of a value in memory."""
         wide = torch.promote_types(query_BTHQ.dtype, torch.float32)
         shape = query_BTHQ.shape[:3]
         self._dtype = query_BTHQ.dtype

@@ -48,11 +48,7 @@ def forward(
 def backward(
     grad_SHLV: Tensor, heads: Heads, mixed_SHLV: Tensor, log_sums_SHL: Tensor, scale: float, is_causal: bool
 ) -> Heads:
-    """Returns the gradients of queries, keys and values, `heads`.
-
-    `mixed_SHLV` and `log_sums_SHL` are the values and logarithms merged over all blocks, and `grad_SHLV` is the
-    gradient of those values. If `is_causal`, query l sees keys up to l, and there are as many keys as queries.
-    """
+    """Returns the gradients of `heads`, given values and logarithms that are merged over all blocks."""
     query, key, value = heads
     grad_query, grad_key, grad_value = (torch.zeros_like(_wide(each)) for each in heads)
     for rows in _parts(query, key):
