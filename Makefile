@@ -10,8 +10,8 @@ INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Tests with deadlines of seconds or comparisons of times run alone. All others spend most of their time waiting, so
 # they run two at a time, files with slow tests first.
 ALONE := tests/bench $(wildcard tests/comm/test_watchdog*.py) \
-	$(addprefix tests/comm/test_,groups.py lane.py transport.py) \
-	$(addprefix tests/train/test_,decoding_idle.py failure.py failure_order.py probe.py corpus.py) tests/launch/test_local.py \
+	$(addprefix tests/comm/test_,lane.py transport.py) \
+	$(addprefix tests/train/test_,decoding_idle.py failure.py probe.py) tests/launch/test_local.py \
 	tests/infer/scoring/test_sleepers.py
 LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py) \
 	tests/train/planner/measured/test_sleeping_run.py

@@ -75,7 +75,6 @@ class OneAnswer:
 
 
 def plain_answers(log_probs_BT: Tensor, extras: dict[str, Tensor]) -> Iterator[OneAnswer]:
-    """Yields the answers of a batch."""
     for row, numbers in enumerate(extras["answer"]):
         for number in range(1, int(numbers.max()) + 1):
             place = (row, numbers == number)

@@ -19,9 +19,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import resource_tracker, util
 from pathlib import Path
 
+from tests import ROOT
 from tests.ranks import fork_context
-
-ROOT = Path(__file__).parents[1]
 
 
 def run_command(
@@ -31,15 +30,10 @@ def run_command(
 
     Args:
         command: `-m`, a module and its arguments, optionally after the path of Python.
-        cwd: working directory.
         env: complete environment; by default that of this process.
-        timeout: seconds after which the command is killed.
 
     Returns:
         The exit code (negative for a signal) and the output.
-
-    Raises:
-        subprocess.TimeoutExpired: the command was killed after the timeout.
     """
     started = StartedCommand(command, cwd=cwd, env=env)
     try:
@@ -72,11 +66,6 @@ class StartedCommand:
         self.pid = self._process.pid
 
     def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
-        """Waits until the command ends.
-
-        Raises:
-            subprocess.TimeoutExpired: the command still runs.
-        """
         self._process.join(timeout)
         stdout, stderr = (Path(path).read_text() if Path(path).exists() else "" for path in self._outputs)
         if self._process.exitcode is None:
@@ -130,9 +119,7 @@ def _fork_server(path: str | bytes, arguments: Sequence[str | bytes], passed: Se
     """Forks the server of a command's ranks instead of starting it, because this process has imported its modules.
 
     Args:
-        path: path of Python.
         arguments: arguments of Python; the last one is the server's program.
-        passed: file descriptors that the server needs.
 
     Returns:
         The server's process.

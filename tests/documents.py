@@ -71,8 +71,6 @@ def browse(page: str, folder: Path, *options: str, script: str = "") -> str:
     """Returns a page after its scripts, as headless Chromium prints it. Requires that it logs no error.
 
     Args:
-        page: its HTML.
-        folder: for the page and the browser's files.
         options: of the browser, such as `--window-size=400,900`.
         script: runs after the page's own; the policy gets its digest.
     """

@@ -11,8 +11,6 @@ from tests.commands import run_command
 from train.checkpoint.load import load_whole
 from train.network import weight_dtype
 
-ROOT = Path(__file__).parents[1]
-
 
 def choices(folder: Path, name: str, num_steps: int) -> list[str]:
     """Returns the overrides of a float64 run with four ranks, two per node, on the text in `folder`."""
@@ -32,7 +30,6 @@ def run_bare(folder: Path, name: str, num_steps: int) -> None:
 
 
 def num_steps_recorded(run: Path) -> int:
-    """Returns the number of steps that a run has done."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 

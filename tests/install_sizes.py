@@ -2,14 +2,14 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from packaging.markers import Marker
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PROJECT = "dualpipe-trainer"
 CPU_TORCH_BYTES = 160_289_084
 """Size of torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl, which is on torch's own index alone."""
@@ -31,7 +31,6 @@ _LINUX = {
 
 
 def locked() -> list[dict[str, Any]]:
-    """Returns the packages of `uv.lock`."""
     packages: list[dict[str, Any]] = tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))["package"]
     return packages
 

@@ -24,7 +24,6 @@ class MarkedSource(DataSource):
     """Samples of 2 to 24 tokens.
 
     Attributes:
-        num_samples: their number.
         unmarked: one of this many samples has no token that is a target, but fills a sequence alone.
         has_fractions: whether weights are fractions instead of 0 and 1.
     """

@@ -78,7 +78,6 @@ def kill_idle_ranks() -> None:
 
 
 def _take_rank() -> _Rank:
-    """Returns an idle rank or a new one."""
     while _idle:
         rank = _idle.pop()
         if rank.process.is_alive():
@@ -98,18 +97,13 @@ def run_ranks(
     """Calls `function(rank, world_size, *args)` on every rank of a fresh world, one thread each.
 
     Args:
-        world_size: number of processes.
         function: importable by name; its process group is initialized before and destroyed after the call.
         args: arguments for every rank, sent by pickle.
         timeout_seconds: seconds after which ranks that have not returned are killed and named in the error.
-        backend: backend of `torch.distributed.init_process_group`.
         fresh: whether every rank is a new process that ends with the call.
 
     Returns:
         The result of each rank, in rank order, sent by pickle.
-
-    Raises:
-        RanksFailedError: soon after the first rank fails; the others are killed.
     """
     job = pickle.dumps((function, args))
     ranks: list[_Rank] = []

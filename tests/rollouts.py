@@ -114,13 +114,11 @@ def answer_of(sample: int = 0, tokens: tuple[int, ...] = (1,), **values: Any) ->
 
 
 def group_of(*answers: Sample, number: int = 7, tokens: tuple[int, ...] = (1,), **values: Any) -> Group:
-    """Returns the group of answers to a problem."""
     known: dict[str, Any] = {"key": "key", "problem": Problem(prompt="")}
     return Group(number=number, tokens=tokens, answers=answers, **{**known, **values})
 
 
 def header_of(step: int = 1, **values: Any) -> RolloutHeader:
-    """Returns the header of a rollout."""
     known: dict[str, Any] = {"rollout": step - 1, "weights": "w", "settings": "s", "next_prompt": 2}
     return RolloutHeader(step=step, **{**known, **values})
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PACKAGES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
 FIRST_LINE_CHARACTERS = 100
 
@@ -80,7 +81,6 @@ def prose_files() -> list[Path]:
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the line and the text of each docstring."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 TESTS = """
 import subprocess, sys, tempfile, time
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from comm.config import AllToAllDispatchConfig, ClusterConfig, ParallelismConfig
 from data.config import DataConfig
@@ -92,6 +93,22 @@ CHECKPOINTING = CheckpointingConfig(every_steps=0, keep=None)
 SAMPLES = SamplesConfig(prompt="", held_out=0, tokens=0, temperature=0.0)
 
 
+def data_config(folder: Path, **changes: Any) -> DataConfig:
+    config = DataConfig(
+        source=FilesSource(kind="files", paths=(str(folder / "text"),), text_field="text"),
+        tokenizer=None,
+        tokenizer_bos=None,
+        tokenizer_eos=None,
+        tokenizer_pad=None,
+        tokenizer_vocab_size=300,
+        validation_fraction=0.2,
+        fim_rate=0.0,
+        seed=0,
+        cache_dir=str(folder / "cache"),
+    )
+    return replace(config, **changes)
+
+
 def tiny_config(folder: Path, **changes: object) -> TrainConfig:
     """Returns the configuration of a float64 run in `folder` on the CPU, with one rank by default."""
     config = TrainConfig(
@@ -117,18 +134,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         parallelism=ParallelismConfig(pipeline=1, data=1, expert=1),
         dispatch=AllToAllDispatchConfig(kind="all_to_all", payload="full", max_nodes=4, node_cap="verify"),
         model=MODEL,
-        data=DataConfig(
-            source=FilesSource(kind="files", paths=(str(folder / "text"),), text_field="text"),
-            tokenizer=None,
-            tokenizer_bos=None,
-            tokenizer_eos=None,
-            tokenizer_pad=None,
-            tokenizer_vocab_size=320,
-            validation_fraction=0.2,
-            fim_rate=0.5,
-            seed=3,
-            cache_dir=str(folder / "cache"),
-        ),
+        data=data_config(folder, tokenizer_vocab_size=320, fim_rate=0.5, seed=3),
         task=TASK,
         batch=BATCH,
         validation=VALIDATION,

@@ -43,7 +43,6 @@ def delete(run: Path) -> None:
 
 
 def fill(run: Path) -> None:
-    """Fills the disk of the folder."""
     with (run / "filler").open("wb", buffering=0) as file:
         try:
             while True:
@@ -82,7 +81,6 @@ def _damage_later(case: str, run: Path) -> None:
 
 
 def run_case(folder: Path, case: str) -> int:
-    """Runs one case. Returns its exit code."""
     run = folder / case
     if case == "full":
         run.mkdir()
@@ -97,7 +95,6 @@ def run_case(folder: Path, case: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the cases."""
     folder, *cases = Path(arguments[0]), *arguments[1:]
     config = compose_run([*choices(folder), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))

@@ -50,7 +50,6 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the index."""
     path = folder / INDEX_NAME
     record = json.loads(path.read_text())
     change(record)
@@ -58,7 +57,6 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the header of a safetensors file."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])

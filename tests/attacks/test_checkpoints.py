@@ -39,7 +39,6 @@ Spoil = Callable[[Path], object]
 
 
 def change_index(**values: object) -> Spoil:
-    """Replaces keys of the index."""
     return lambda folder: hostile.edit_index(folder, lambda record: record.update(values))
 
 

@@ -1,6 +1,8 @@
-"""Tests of other untrusted files (weights, tokenizers, files of a run's folder): each is rejected or has no effect."""
+"""Untrusted files run no code, and no source reads a file in a way that can execute it."""
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +20,7 @@ from launch.convert import main as convert
 from launch.ranks.run_folder import read_folder, write_run_folder
 from launch.redraw import main as redraw
 from model.hf.files import HfError
+from tests import ROOT
 from tests.attacks import hostile
 from tests.commands import run_command
 from tests.launch.checkpoints import write_run
@@ -164,6 +167,7 @@ def claimed(tmp_path: Path) -> Path:
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
 )
+
 CONFIGS: list[tuple[str, Callable[[Path], object], str]] = [
     ("an unknown key", lambda path: append(path, "shell: rm\n"), "shell: unknown key"),
     ("a tag that calls", lambda path: append(path, "x: !!python/object/apply:os.system ['touch proof']\n"),
@@ -315,3 +319,82 @@ def test_a_hostile_schedule_of_a_checkpoint_is_rejected(spoil: Callable[[Path, s
     assert str(refused.value).startswith(f"resume: {path} must be a valid schedule of 2 pipeline ranks")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "proof").exists()
+
+
+PACKAGES = ("comm", "data", "dualpipe", "infer", "kernels", "launch", "model", "train")
+
+PATTERNS = (
+    r"\bc?[pP]ickle\b",
+    r"\bdill\b",
+    r"\bmarshal\b",
+    r"\bshelve\b",
+    r"\btorch\.load\b",
+    r"\bweights_only=False\b",
+    r"\ballow_pickle\b",
+    r"\byaml\.(load|full_load|unsafe_load)\b",
+    r"(?<![\w.])eval\(",
+    r"(?<![\w.])exec\(",
+    r"\bshell=True\b",
+    r"\bos\.(system|popen)\b",
+    r"\bdcp_load\(",
+    r"\bDefaultLoadPlanner\(",
+    r"\bFileSystemReader\(",
+)
+
+ALLOWED = {
+    # A name in a path: torch writes this file, nothing here reads it.
+    ("train/records/profile.py", "pickle"),
+    # With a loader that makes plain values alone and refuses aliases.
+    ("launch/ranks/run_folder.py", "yaml.load"),
+    # Between ranks of one process group, as torch's collectives of objects do; never a file or a datagram.
+    ("comm/agreement.py", "pickle"),
+    # From this process to its child.
+    ("train/planner/built_ranks.py", "pickle"),
+    # Plugin files that the command line or conf/ names, never one that a file of a run or a checkpoint does.
+    ("kernels/registry.py", "exec("),
+    # Generated programs and their tests, which run in the sandbox alone (tests/infer/scoring/test_code.py).
+    ("infer/scoring/code/guest/candidate.py", "exec("),
+    ("infer/scoring/code/guest/script.py", "exec("),
+    ("infer/scoring/code/guest/tests.py", "exec("),
+}
+
+
+def uses(source: str) -> set[str]:
+    """Returns each pattern's matches in a source's code, without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [each for each in body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+    # A base class is written as a call would be.
+    code = re.sub(r"class \w+\((\w+)\)", r"\1()", ast.unparse(tree))
+    return {found.group() for pattern in PATTERNS for found in re.finditer(pattern, code)}
+
+
+def test_sources_run_nothing_that_a_file_holds() -> None:
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(files) > 100
+    found = {(path.relative_to(ROOT).as_posix(), use) for path in files for use in uses(path.read_text("utf-8"))}
+    assert found - ALLOWED == set(), "a use that is not listed"
+    assert ALLOWED - found == set(), "listed, and no longer there"
+
+
+@pytest.mark.parametrize(
+    ("source", "use"),
+    [
+        ("import pickle", "pickle"),
+        ("from pickle import load", "pickle"),
+        ("x = torch.load(path, weights_only=False)", "weights_only=False"),
+        ("x = numpy.load(path, allow_pickle=True)", "allow_pickle"),
+        ("x = yaml.unsafe_load(text)", "yaml.unsafe_load"),
+        ("x = eval (text)", "eval("),
+        ("subprocess.run(x, shell = True)", "shell=True"),
+    ],
+)
+def test_sources_a_use_is_found(source: str, use: str) -> None:
+    assert use in uses(source)
+
+
+def test_sources_words_in_docstrings_are_no_use() -> None:
+    assert uses('"""pickle"""\n# pickle\nmodel.eval()\nre.compile("a")') == set()

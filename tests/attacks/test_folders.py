@@ -18,6 +18,7 @@ import pytest
 
 from launch.config.errors import user_errors
 from launch.ranks.run_folder import check_folder, locked_run_folder
+from tests import ROOT
 from tests.attacks.folder_runs import OTHER_HOST, choices
 from tests.commands import run_command
 from tests.launch.test_config import build
@@ -29,7 +30,6 @@ from train.files.json_lines import read_events
 from train.files.run_lock import LOCK_NAME, Owner
 from train.files.status import read_status
 
-ROOT = Path(__file__).parents[2]
 SECRETS = {
     "WANDB_API_KEY": "0123456789wandbsecret",
     "MY_HUB_TOKEN": "hub-token-0123456789",
@@ -66,7 +66,6 @@ def default_config() -> TrainConfig:
 
 
 def run_in(out_dir: Path, resume: str | None = None) -> TrainConfig:
-    """Returns the default run in a folder."""
     return replace(default_config(), out_dir=str(out_dir), resume=resume)
 
 

@@ -24,13 +24,13 @@ from torch import distributed
 
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.wire import DatagramCodec
+from tests import ROOT
 from tests.comm.watched_ranks import WatchedRanks
 from tests.finished_run import losses
 from tests.tiny import write_text
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
 # A flood has at least so many datagrams and lasts for several periods of a watchdog's thread.
 NUM_FLOOD, FLOOD_SECONDS = 200_000, 3.0
 VERDICT = {"code": 0, "text": "forged", "judge": 1, "culprits": [[0, 1, 1]]}

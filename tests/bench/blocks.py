@@ -38,8 +38,6 @@ class Workload:
 
 
 class DeferredGradients:
-    """Deferred weight gradients of one backward."""
-
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
@@ -67,9 +65,7 @@ class Block(Protocol):
     """Computation of a stage, shared by its micro-batches."""
 
     @property
-    def weights(self) -> list[Tensor]:
-        """Parameters of the block."""
-        ...
+    def weights(self) -> list[Tensor]: ...
 
     def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
         """Returns the output. Its backward computes the input gradient and defers the weight gradients."""
@@ -89,12 +85,10 @@ class SleepLog:
         self._late_seconds = 0.0
 
     def clear(self) -> None:
-        """Resets the counts."""
         self.counts.clear()
         self.slept_seconds = 0.0
 
     def sleep(self, kind: str, seconds: float) -> None:
-        """Sleeps for a time and counts it."""
         begun = time.perf_counter()
         time.sleep(max(0.0, seconds - self._late_seconds))
         slept = time.perf_counter() - begun
@@ -138,7 +132,6 @@ class SleepBlock:
         self._log.sleep(kind, self._seconds)
 
     def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
-        """Sleeps and returns the input plus one."""
         out: Tensor = _Sleep.apply(x_TD, self.weights[0], self, sink)  # type: ignore[no-untyped-call]
         return out
 

@@ -57,23 +57,19 @@ class BlockRun:
         self._gradient_TD = gradient_TD
 
     def input_gradient(self) -> Tensor:
-        """Returns the gradient for the previous stage."""
         assert self._input_TD.grad is not None
         return self._input_TD.grad
 
     def forward(self, phase: int) -> None:
-        """Runs F."""
         self._output_TD = self._block.forward(self._input_TD, self._deferred)
 
     def backward(self, phase: int) -> None:
-        """Runs I."""
         assert self._output_TD is not None
         torch.autograd.backward([self._output_TD], [self._gradient_TD])
         self._output_TD = None
         self._weight = self._deferred.take()
 
     def weight(self, phase: int) -> None:
-        """Runs W."""
         assert self._weight is not None
         self._weight()
 
@@ -81,44 +77,49 @@ class BlockRun:
         """Does nothing: no phase is ever pending."""
 
 
-class SleepRun:
-    """Run that sleeps in F, I and W and forwards its inputs."""
+class PassingRun:
+    """Run that passes its inputs on. Its F, I and W are calls of `perform` with their kind and phase."""
 
-    def __init__(self, block: SleepBlock, like_TD: Tensor) -> None:
-        self._block = block
-        self._hidden_TD = like_TD
-        self._gradient_TD = like_TD
+    def __init__(self, like_TD: Tensor, perform: Callable[[str, int], None]) -> None:
+        self._hidden_TD = self._gradient_TD = like_TD
+        self._perform = perform
 
     def set_input(self, hidden_TD: Tensor, /) -> None:
-        """Stores the activation of the previous stage."""
         self._hidden_TD = hidden_TD
 
     def output(self) -> Tensor:
-        """Returns the activation for the next stage."""
         return self._hidden_TD
 
     def set_output_gradient(self, gradient_TD: Tensor, /) -> None:
-        """Stores the gradient of the next stage."""
         self._gradient_TD = gradient_TD
 
     def input_gradient(self) -> Tensor:
-        """Returns the gradient for the previous stage."""
         return self._gradient_TD
 
     def forward(self, phase: int) -> None:
-        """Runs F."""
-        self._block.sleep("F")
+        self._perform("F", phase)
 
     def backward(self, phase: int) -> None:
-        """Runs I."""
-        self._block.sleep("I")
+        self._perform("I", phase)
 
     def weight(self, phase: int) -> None:
-        """Runs W."""
-        self._block.sleep("W")
+        self._perform("W", phase)
 
     def wait(self) -> None:
         """Does nothing: no phase is ever pending."""
+
+
+class PassingStage:
+    """Pipeline stage of one computation that passes its inputs on."""
+
+    lanes: tuple[Lane, ...] = ("compute",)
+
+    def __init__(self, like_TD: Tensor, perform: Callable[[str, int], None]) -> None:
+        self._like_TD = like_TD
+        self._perform = perform
+
+    def start(self, direction: int, micro_batch: int) -> PassingRun:
+        return PassingRun(self._like_TD, self._perform)
 
 
 class BlockStage:
@@ -130,10 +131,10 @@ class BlockStage:
         self._block = block
         self._like_TD = like_TD
 
-    def start(self, direction: int, micro_batch: int) -> SleepRun | BlockRun:
-        """Starts a micro-batch."""
+    def start(self, direction: int, micro_batch: int) -> PassingRun | BlockRun:
         if isinstance(self._block, SleepBlock):
-            return SleepRun(self._block, self._like_TD)
+            block = self._block
+            return PassingRun(self._like_TD, lambda kind, phase: block.sleep(kind))
         return BlockRun(self._block, self._like_TD)
 
 
@@ -145,11 +146,9 @@ class Links:
         self._like_TD = like_TD
 
     def post_receive(self, message: Message, /) -> Work[Tensor]:
-        """Posts the receive of a message."""
         return self._transport.post_receive(message_key(message), self._like_TD.shape, self._like_TD.dtype)
 
     def send(self, message: Message, tensor: Tensor, /) -> None:
-        """Sends a message without waiting."""
         self._transport.send(message_key(message), tensor)
 
     def flush(self) -> None:

@@ -65,12 +65,7 @@ def skewed_imbalance(gate: Gate, ranks_per_node: int, num_draws: int = 9) -> tup
 
 
 def forecast_text(num_tokens: int = 4096, num_draws: int = 9) -> str:
-    """Returns tables for 8 nodes of 8 ranks and for 4 nodes of 2 ranks, with and without a cap.
-
-    Args:
-        num_tokens: number of tokens on each rank.
-        num_draws: number of draws of the skew of experts' popularity.
-    """
+    """Returns tables for 8 nodes of 8 ranks and for 4 nodes of 2 ranks, with and without a cap."""
     lines = [
         f"Exchange, forecast and not run: V3's gate over random scores, 8 of 256 experts, {num_tokens} tokens a rank",
         f"{'':26}{'rows':>8}{'least':>8}{'nodes':>7}{'imbalance':>11}{'skewed':>8}{'FP8 ms':>15}{'BF16 ms':>15}",

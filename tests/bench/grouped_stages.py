@@ -30,7 +30,7 @@ from dualpipe.simulate.costs import CostModel, StageCosts, resampled
 from dualpipe.simulate.simulate import simulate
 from dualpipe.transfers import linked_pairs
 from tests.bench.blocks import SleepLog
-from tests.bench.contenders import Links
+from tests.bench.contenders import Links, PassingRun
 from tests.bench.measure import timed_step
 from tests.bench.planned_stages import uneven_costs
 from tests.ranks import run_ranks
@@ -45,11 +45,7 @@ class GroupedCase:
     """Schedule of stages that sleep.
 
     Attributes:
-        kind: kind of the schedule.
-        chunks: stages of a rank for one direction.
         exchange: exchange of F, and of I, relative to the computation of F.
-        is_uneven: whether stages differ.
-        blocks: blocks of a stage.
     """
 
     kind: str
@@ -130,34 +126,11 @@ def grouped_text(steps: Sequence[GroupedStep]) -> str:
     return "\n".join(lines)
 
 
-class _LaneRun:
-    """Run whose phases sleep, each on its lane."""
-
+class _LaneRun(PassingRun):
     def __init__(self, stage: "_LaneStage") -> None:
+        super().__init__(stage.like_TD, self._sleep)
         self._stage = stage
-        self._hidden_TD = self._gradient_TD = stage.like_TD
         self._pending: Work[None] | None = None
-
-    def set_input(self, hidden_TD: torch.Tensor, /) -> None:
-        self._hidden_TD = hidden_TD
-
-    def output(self) -> torch.Tensor:
-        return self._hidden_TD
-
-    def set_output_gradient(self, gradient_TD: torch.Tensor, /) -> None:
-        self._gradient_TD = gradient_TD
-
-    def input_gradient(self) -> torch.Tensor:
-        return self._gradient_TD
-
-    def forward(self, phase: int) -> None:
-        self._pass("F", phase, self._stage.costs.forward, self._stage.costs.forward_exchange)
-
-    def backward(self, phase: int) -> None:
-        self._pass("I", phase, self._stage.costs.backward_input, self._stage.costs.backward_exchange)
-
-    def weight(self, phase: int) -> None:
-        self._stage.log.sleep("W", self._stage.share * self._stage.costs.backward_weight)
 
     def wait(self) -> None:
         assert self._pending is not None
@@ -169,9 +142,10 @@ class _LaneRun:
 
     release = reload = restore = offload
 
-    def _pass(self, kind: str, phase: int, compute: float, exchange: float) -> None:
+    def _sleep(self, kind: str, phase: int) -> None:
         stage = self._stage
-        if stage.lanes[phase] == "compute":
+        compute, exchange = stage.seconds[kind]
+        if kind == "W" or stage.lanes[phase] == "compute":
             stage.log.sleep(kind, stage.share * compute)
         else:
             self._pending = stage.comm.submit(partial(stage.comm_log.sleep, "X", stage.share * exchange))
@@ -183,7 +157,11 @@ class _LaneStage:
     def __init__(
         self, costs: StageCosts, blocks: int, comm: ThreadLane, logs: Sequence[SleepLog], like_TD: torch.Tensor
     ) -> None:
-        self.costs = costs
+        self.seconds = {
+            "F": (costs.forward, costs.forward_exchange),
+            "I": (costs.backward_input, costs.backward_exchange),
+            "W": (costs.backward_weight, 0.0),
+        }
         self.lanes = _BLOCK * blocks
         self.share = 1 / (2 * blocks)
         self.comm = comm
@@ -237,13 +215,7 @@ def _run_rank(
 
 
 def measure_spans(schedule: Schedule, costs: CostModel, blocks: int) -> Measured:
-    """Runs a step whose stages sleep, and returns the spans of all ranks.
-
-    Args:
-        schedule: what the ranks run.
-        costs: seconds of each stage.
-        blocks: blocks of four phases in a stage.
-    """
+    """Runs a step whose stages sleep, and returns the spans of all ranks."""
     ranks = run_ranks(schedule.num_ranks, _record_rank, schedule, costs, blocks, timeout_seconds=900.0)
     return Measured(ranks=tuple(ranks))
 

@@ -50,7 +50,6 @@ def growth_of(samples: Sequence[tuple[float, int]], seconds: float) -> tuple[flo
 
 
 def by_minute(samples: Sequence[tuple[float, int]]) -> list[float]:
-    """Returns the mean bytes of each minute."""
     minutes = sorted({int(at // 60) for at, _ in samples})
     return [statistics.mean(size for at, size in samples if int(at // 60) == minute) for minute in minutes]
 

@@ -44,8 +44,6 @@ class RankSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Step of all ranks."""
-
     ranks: tuple[RankSample, ...]
 
     @property
@@ -100,7 +98,6 @@ def _measure_rank(rank: int, num_ranks: int, plan: Plan, schedules: dict[str, Sc
 
 
 def timed_step(step: Step, log: SleepLog) -> RankSample:
-    """Runs a step that all ranks begin together."""
     log.clear()
     # The ranks share a clock and start at a time that rank 0 chose.
     start = torch.tensor([time.monotonic() + _START_DELAY_SECONDS], dtype=torch.float64)

@@ -50,7 +50,6 @@ class OverlapPlan:
 
     @property
     def layout(self) -> Layout:
-        """Layout of the eight ranks."""
         return Layout(ParallelismConfig(pipeline=2, data=4, expert=4), ranks_per_node=2)
 
 
@@ -75,13 +74,7 @@ def all_to_all_plan(num_micro_batches: int, num_rounds: int) -> OverlapPlan:
 
 @dataclass(frozen=True, slots=True)
 class PairTimes:
-    """Seconds of one F&B group on one rank, from its first step to its last.
-
-    Attributes:
-        compute: seconds of steps that compute.
-        exchange: seconds of starting exchanges and waiting for them.
-        transfer: seconds of waiting for pipeline messages.
-    """
+    """Seconds of one F&B group on one rank, from its first step to its last."""
 
     total: float
     compute: float
@@ -103,11 +96,6 @@ class Overlap:
 
     Attributes:
         compute: computation of a pair; the minimum over both modes.
-        exchange: exchange of a pair in sequence.
-        in_sequence: a pair whose operations run in sequence.
-        overlapped: an overlapped pair, including all waits.
-        step_in_sequence: a whole step in sequence.
-        step_overlapped: a whole overlapped step.
     """
 
     compute: float
@@ -124,7 +112,6 @@ class Overlap:
 
     @property
     def hidden_share(self) -> float:
-        """Fraction of the exchanges that is hidden."""
         return (self.compute + self.exchange - self.overlapped) / self.exchange
 
 

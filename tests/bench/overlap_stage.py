@@ -92,7 +92,6 @@ class EmulatedStage:
         self._store = GradientStore(weight for block in self._sleepers for weight in block.weights)
 
     def start(self, direction: int, micro_batch: int) -> StageRun:
-        """Starts a micro-batch."""
         phases: list[Phase] = []
         for index in range(self._model.blocks_per_stage):
             phases += self._block(index, Label(self._first_layer + index, direction, micro_batch))

@@ -51,12 +51,7 @@ def quickstart(*overrides: str) -> TrainConfig:
 
 
 def measure_cpu(config: TrainConfig, num_steps: int) -> list[CpuTime]:
-    """Probes CPU time, runs steps, and compares the medians of each pipeline rank.
-
-    Args:
-        config: with a listed cut.
-        num_steps: measured steps, after an unmeasured one.
-    """
+    """Probes CPU time, runs steps, and compares the medians of each pipeline rank."""
     ranks = run_ranks(config.parallelism.world_size, _run_rank, config, num_steps, timeout_seconds=600.0)
     times: LayerTimes = ranks[0][0]
     schedule = planning_schedule(config, config.num_micro_batches)

@@ -62,11 +62,7 @@ class LayoutTime:
 
 
 def small_layouts(folder: Path) -> Layouts:
-    """Returns six layouts of four ranks, for one model and one global batch.
-
-    Args:
-        folder: of the data, which is written.
-    """
+    """Returns six layouts of four ranks, for one model and one global batch."""
     write_text(folder)
     model = replace(MODEL, num_layers=6, num_dense_layers=1, mtp_depth=1)
 
@@ -100,7 +96,6 @@ def measure_layouts(layouts: Layouts, num_rounds: int, seconds_per_sequence: flo
     """Probes one layout, predicts all, and runs a step of each in turn.
 
     Args:
-        layouts: what is compared.
         num_rounds: measured steps of each; each also has an unmeasured one.
         seconds_per_sequence: least time of F of a phase of computation, for each sequence of a micro-batch; 0: phases
             take as long as they compute.
@@ -125,25 +120,13 @@ def measure_layouts(layouts: Layouts, num_rounds: int, seconds_per_sequence: flo
 
 
 def predicted_step(rates: MeasuredRates, config: TrainConfig) -> float:
-    """Returns the planned time of a layout's step, with the schedule and the cut that its ranks use.
-
-    Args:
-        rates: of the probe.
-        config: of the layout.
-    """
+    """Returns the planned time of a layout's step, with the schedule and the cut that its ranks use."""
     schedule = configured_schedule(config)
     listed = with_cut(config, run_cut(config, schedule.placement))
     return time_plan(rates, EfficiencyConfig(unexplained=1.0), listed, schedule=schedule).time.step
 
 
 def rates_of(config: TrainConfig, times: LayerTimes, outside_seconds: float) -> MeasuredRates:
-    """Returns the rates of a probe.
-
-    Args:
-        config: of the probed layout.
-        times: of the model's parts.
-        outside_seconds: time of a step outside the passes.
-    """
     return MeasuredRates(
         kind="measured",
         precision=config.precision.kind,
@@ -163,11 +146,7 @@ def rates_of(config: TrainConfig, times: LayerTimes, outside_seconds: float) -> 
 
 
 def ordered_pairs(times: Sequence[LayoutTime]) -> tuple[int, int]:
-    """Returns how many pairs whose medians differ by more than 5 % are predicted in the right order, and their number.
-
-    Args:
-        times: of the layouts.
-    """
+    """Returns how many pairs whose medians differ by over 5 % are predicted in the right order, and their number."""
     right = total = 0
     for one, other in combinations(times, 2):
         if max(one.median, other.median) > (1 + LEAST_APART) * min(one.median, other.median):
@@ -177,11 +156,6 @@ def ordered_pairs(times: Sequence[LayoutTime]) -> tuple[int, int]:
 
 
 def layouts_text(times: Sequence[LayoutTime]) -> str:
-    """Formats a table of all layouts.
-
-    Args:
-        times: of the layouts.
-    """
     right, total = ordered_pairs(times)
     lines = [
         "A step of six layouts of four ranks, whose computation sleeps: predicted from one probe, and measured",

@@ -20,12 +20,11 @@ from dualpipe.registry import SCHEDULES
 from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import execute
-from dualpipe.runtime.protocols import Lane
 from dualpipe.simulate.costs import CostModel, StageCosts, resampled
 from dualpipe.simulate.simulate import simulate
 from dualpipe.transfers import linked_pairs
-from tests.bench.blocks import SleepBlock, SleepLog
-from tests.bench.contenders import Links, SleepRun, Step
+from tests.bench.blocks import SleepLog
+from tests.bench.contenders import Links, PassingStage, Step
 from tests.bench.measure import timed_step
 from tests.ranks import run_ranks
 
@@ -59,7 +58,6 @@ def uneven_costs(num_ranks: int, unit_seconds: float) -> CostModel:
     """Returns costs of uneven stages with I longer and W shorter than F, without exchange.
 
     Args:
-        num_ranks: stages, at most eight.
         unit_seconds: seconds of F of a stage with the relative work 1.
     """
     stages = tuple(
@@ -107,28 +105,10 @@ def planned_text(steps: Sequence[PlannedStep]) -> str:
     return "\n".join(lines)
 
 
-class _UnevenBlock(SleepBlock):
-    """Block whose F, I and W sleep as long as its stage's costs say."""
-
-    def __init__(self, costs: StageCosts, log: SleepLog) -> None:
-        super().__init__(costs.forward, log)
-        self._own_log = log
-        self._each = {"F": costs.forward, "I": costs.backward_input, "W": costs.backward_weight}
-
-    def sleep(self, kind: str) -> None:
-        """Sleeps for the time of one of F, I and W."""
-        self._own_log.sleep(kind, self._each[kind])
-
-
-class _UnevenStage:
-    lanes: tuple[Lane, ...] = ("compute",)
-
-    def __init__(self, costs: StageCosts, log: SleepLog, like_TD: torch.Tensor) -> None:
-        self._block = _UnevenBlock(costs, log)
-        self._like_TD = like_TD
-
-    def start(self, direction: int, micro_batch: int) -> SleepRun:
-        return SleepRun(self._block, self._like_TD)
+def _uneven_stage(costs: StageCosts, log: SleepLog, like_TD: torch.Tensor) -> PassingStage:
+    """Returns a stage whose F, I and W sleep as long as its costs say."""
+    seconds = {"F": costs.forward, "I": costs.backward_input, "W": costs.backward_weight}
+    return PassingStage(like_TD, lambda kind, phase: log.sleep(kind, seconds[kind]))
 
 
 def _run_rank(
@@ -141,7 +121,7 @@ def _run_rank(
         links, steps = Links(transport, like_TD), dict[str, Step]()
         for kind, schedule in schedules.items():
             held = {stage for _, stage in schedule.stages_of(rank)}
-            stages = {stage: _UnevenStage(costs[kind].stages[stage], log, like_TD) for stage in held}
+            stages = {stage: _uneven_stage(costs[kind].stages[stage], log, like_TD) for stage in held}
             program = compile_rank(schedule, rank, dict.fromkeys(held, ("compute",)), pairing.overlapped)
             steps[kind] = partial(execute, program, stages, links)  # type: ignore[assignment]
         for step in steps.values():

@@ -44,7 +44,6 @@ SHARES = (0.0, 0.1, 0.2)
 
 
 def _overlapped_step(learner: Learner, config: TrainConfig, loader: Any, step: int) -> float:
-    """Runs a step of training."""
     return train_step(learner, config.task, loader, step).grad_norm
 
 
@@ -114,7 +113,6 @@ def _delayed(plain: Callable[..., Any], seconds: Callable[..., float]) -> Callab
 
 
 def main() -> int:
-    """Measures and prints."""
     with tempfile.TemporaryDirectory(prefix="reduction-") as name:
         folder = Path(name)
         write_text(folder)

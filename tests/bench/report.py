@@ -73,7 +73,6 @@ def products_rows(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
 
 
 def sleep_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
-    """Formats the table of `sleep_rows`."""
     lines = [
         f"Step time: {plan.num_ranks} gloo ranks, {plan.num_micro_batches} micro-batches, F, I and W sleep "
         f"{plan.workload.seconds * 1e3:g} ms each, medians of {plan.num_rounds} interleaved rounds",
@@ -94,7 +93,6 @@ def sleep_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def products_text(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
-    """Formats the table of `products_rows`."""
     work = plan.workload
     alone = next(row for row in rows if row["contender"] == ALONE)
     one = alone["cpu_seconds"] / (3 * plan.num_ranks * plan.num_micro_batches)

@@ -29,14 +29,8 @@ class Case:
     """A size with costs of model/P, and the overheads to compare with.
 
     Attributes:
-        num_ranks: P.
-        num_micro_batches: M.
-        times: F, I and W.
-        exchange: of one F, and of one I.
-        latency: of a link.
         first: added to F, I and W of the first of P stages.
         last: added to F, I and W of the last of P stages.
-        most_chunks: maximum number of chunks.
         target: overhead to reach at a peak of P + 2 activations, or None.
         stretch: overhead to reach at a peak of 1.5 P activations, or None.
         before: overhead of `dualpipe_split` before there were several chunks and groups of three.
@@ -165,7 +159,6 @@ def _found(case: Case, kind: str, chunks: int, cap: float) -> Found:
 
 
 def most_work(schedule: Schedule, costs: CostModel) -> float:
-    """Returns the computation of the rank that has most of it."""
     return max(sum(costs.compute_of(op) for group in groups for op in group) for groups in schedule.ranks)
 
 

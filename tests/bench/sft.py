@@ -5,14 +5,12 @@ A step is everything between two updates: the batch, forward, loss of the answer
 
 import tempfile
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from data.prepare import Prepared
-from tests.bench.turns import Steps, StepSample, measure_in_turns, trl_text
+from tests.bench.turns import StepSample, measure_in_turns, serve_here, serve_trl, trl_settings, trl_text, trl_tokenizer
 
 MOST_OF_TRL = 0.85
 SAMPLES, SAMPLE_TOKENS, PROMPT_TOKENS = 64, 21, 12
@@ -26,13 +24,11 @@ def measure_sft(num_rounds: int) -> dict[str, StepSample]:
 
 
 def sft_text(samples: dict[str, StepSample]) -> str:
-    """Formats the table."""
     subject = f"supervised fine-tuning: {SAMPLES} samples of {SAMPLE_TOKENS} tokens, 0.75M weights"
     return trl_text(subject, samples, MOST_OF_TRL)
 
 
 def _prepared() -> Prepared:
-    """Returns the samples of the recipe."""
     from launch.config.run_config import compose_run
     from train.corpus import prepare_corpus
 
@@ -63,16 +59,9 @@ def transformers_model() -> torch.nn.Module:
 
 
 def _serve_here(num_steps: int, pipe: Connection) -> None:
-    """Trains with the project's own step on one rank."""
     torch.set_num_threads(1)
-    from torch import distributed as dist
-
     from launch.config.run_config import compose_run
-    from launch.ranks.environment import apply_rank_environment
-    from tests.train.job import close_job, open_job, open_loader
-    from train.step import train_step
 
-    # Settings for one rank on a CPU, and the environment that the launcher sets for it.
     config = compose_run(
         [
             *("experiment=arithmetic_sft", "parallelism=one_rank", "schedule=1f1b", f"task.steps={num_steps}"),
@@ -82,66 +71,31 @@ def _serve_here(num_steps: int, pipe: Connection) -> None:
             *("task.bias_update_rate=0", "task.balance_loss_weight=0", "recompute=[]", "optim.sharding=replicated"),
         ]
     )
-    apply_rank_environment(config.cluster)
-    steps = Steps(pipe)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    learner, loader = open_job(config), open_loader(config)
-    for step in range(num_steps):
-        steps.start()
-        steps.end(train_step(learner, config.task, loader, step).losses.main)
-    close_job(learner)
-    dist.destroy_process_group()
+    serve_here(config, pipe)
 
 
 def _serve_trl(num_steps: int, pipe: Connection) -> None:
-    """Trains with TRL's trainer on the same samples, one in a row; all rows have the same length."""
+    """Trains on the same samples, one in a row; all rows have the same length."""
     torch.set_num_threads(1)
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    steps = Steps(pipe)
-
-    class Serve(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *rest: Any, **values: Any) -> None:
-            steps.start()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
-            steps.end(float("nan"))
-            if state.global_step < num_steps:
-                steps.start()
 
     prepared = _prepared()
     with tempfile.TemporaryDirectory() as folder:
-        prepared.tokenizer.save(Path(folder) / "tokenizer.json")
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=f"{folder}/tokenizer.json",
-            eos_token="<｜end▁of▁sentence｜>",
-            pad_token="<｜▁pad▁｜>",
-        )
+        tokenizer = trl_tokenizer(prepared.tokenizer, folder)
         arguments = SFTConfig(
-            output_dir=folder,
+            **trl_settings(folder, num_steps),
             per_device_train_batch_size=SAMPLES,
-            max_steps=num_steps,
             learning_rate=_LEARNING_RATE,
-            lr_scheduler_type="constant",
             weight_decay=0.1,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
             dataset_kwargs={"skip_prepare_dataset": True},
         )
-        trainer = SFTTrainer(
+        serve_trl(
+            SFTTrainer,
+            num_steps,
+            pipe,
             model=transformers_model(),
             args=arguments,
             train_dataset=Dataset.from_dict(_rows(prepared, num_steps)),
             processing_class=tokenizer,
-            callbacks=[Serve()],
         )
-        trainer.train()

@@ -6,18 +6,20 @@ The configuration has 11.5M weights, 4.6M of them at work on a token. A step is 
 backward, clipping of the gradient norm and torch's fused AdamW.
 """
 
-import multiprocessing
 import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from tests.bench.turns import steps_in_turns
 
 Precision = Literal["float32", "bf16"]
 
@@ -80,7 +82,6 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second by the median."""
         return SEQUENCES * TOKENS / self.seconds
 
 
@@ -97,28 +98,13 @@ def contenders(precision: Precision) -> list[Contender]:
 
 def measure_training(precision: Precision, num_rounds: int) -> dict[Contender, Sample]:
     """Runs steps of all contenders in turn, after two unmeasured ones."""
-    context = multiprocessing.get_context("spawn")
-    started = []
-    for contender in contenders(precision):
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(contender, there), daemon=True)
-        process.start()
-        there.close()
-        started.append((contender, process, here))
-    times: dict[Contender, list[tuple[float, float]]] = {contender: [] for contender, _, _ in started}
-    for turn in range(2 + num_rounds):
-        for contender, _, pipe in started:
-            pipe.send(True)
-            taken = pipe.recv()
-            if turn >= 2:
-                times[contender].append(taken)
+    serves = {contender: partial(_serve, contender) for contender in contenders(precision)}
     samples = {}
-    for contender, process, pipe in started:
-        pipe.send(False)
-        peak, loss = pipe.recv()
-        process.join()
-        seconds, cpu = zip(*times[contender], strict=True)
-        samples[contender] = Sample(statistics.median(seconds), min(seconds), statistics.median(cpu), peak, loss)
+    for contender, steps in steps_in_turns(2, num_rounds, serves).items():
+        seconds, cpu, peaks, losses = zip(*steps, strict=True)
+        samples[contender] = Sample(
+            statistics.median(seconds), min(seconds), statistics.median(cpu), peaks[-1], losses[-1]
+        )
     return samples
 
 
@@ -155,16 +141,16 @@ def training_rows(samples: dict[Contender, Sample]) -> list[dict[str, Any]]:
     ]
 
 
-def _serve(contender: Contender, pipe: Connection) -> None:
-    """Serves a contender's process: runs a step for every True, then sends peak memory and last loss."""
+def _serve(contender: Contender, num_steps: int, pipe: Connection) -> None:
+    """Runs steps in turn, and reports seconds, CPU seconds, peak memory and loss of each."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     tokens = torch.randint(VOCAB, (SEQUENCES, TOKENS + 1), generator=torch.Generator().manual_seed(1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     loss_of, model = _build(contender)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    loss = torch.zeros(())
-    while pipe.recv():
+    for _ in range(num_steps):
+        pipe.recv()
         started, cpu = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=contender.type == "autocast"):
             loss = loss_of(inputs, targets)
@@ -172,8 +158,10 @@ def _serve(contender: Contender, pipe: Connection) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        pipe.send((time.perf_counter() - started, time.process_time() - cpu))
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, float(loss.detach())))
+        seconds = time.perf_counter() - started
+        cpu_seconds = time.process_time() - cpu
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send((seconds, cpu_seconds, peak_bytes, float(loss.detach())))
 
 
 def _build(contender: Contender) -> tuple[Callable[[Tensor, Tensor], Tensor], torch.nn.Module]:

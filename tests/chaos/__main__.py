@@ -1,8 +1,4 @@
-"""Injects faults into runs, which must end with the results of an uninterrupted run.
-
-`python -m tests.chaos [--faults 100] [--seed 0] [--only INDEX...] [--keep FOLDER]` prints a line for each run and a
-table. The exit code is 0 if every run was right. Full disks need root on Linux and are skipped otherwise.
-"""
+"""Prints the outcomes of runs with faults."""
 
 import argparse
 import os
@@ -13,12 +9,54 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from launch.config.run_config import compose_run
 from launch.ranks.local import preload_modules, start_fork_server
 from tests.chaos.attempt import LAYOUTS
 from tests.chaos.faults import KINDS, Begin, draw
+from tests.chaos.run import Outcome
 from tests.tiny import write_text
 from tests.train.faults import choices
+
+
+def line_of(outcome: Outcome) -> str:
+    fault = outcome.fault
+    where = f"{fault.name} (turn {fault.count}) of a {'new' if fault.begin == 'new' else 'resumed'} run"
+    codes = " -> ".join(map(str, outcome.codes))
+    restarts = ", restarts" if fault.restarts else ""
+    resumed = "" if outcome.resumed_from is None else f", resumed from step {outcome.resumed_from}"
+    verdict = "right" if not outcome.problems else "; ".join(outcome.problems)
+    return (
+        f"{fault.index:>3}  {fault.kind:<11} {fault.target:<7}  {where}; {fault.layout}{restarts}: "
+        f"exit code {codes}, {outcome.seconds:.1f} s{resumed}: {verdict}"
+    )
+
+
+def print_table(outcomes: Sequence[Outcome], seconds: float) -> None:
+    table = Table(
+        "fault", "runs", "right", "exit codes of the attempt with the fault", "slowest end", "phases", box=None
+    )
+    for kind, hits_command in KINDS:
+        mine = [each for each in outcomes if (each.fault.kind, each.fault.hits_command) == (kind, hits_command)]
+        if not mine:
+            continue
+        codes = [each.codes[0] for each in mine]
+        counts = ", ".join(f"{code} x {codes.count(code)}" for code in sorted(set(codes)))
+        # A run that restarts its ranks has one exit code, its last.
+        right = sum(not each.problems for each in mine)
+        phases = len({each.fault.name for each in mine})
+        target = "command" if hits_command else "rank"
+        slowest = max(each.seconds for each in mine)
+        table.add_row(f"{kind}, {target}", str(len(mine)), str(right), counts, f"{slowest:.1f} s", str(phases))
+    Console(width=120).print(table)
+    right = sum(not each.problems for each in outcomes)
+    print(
+        f"{right} of {len(outcomes)} runs ended in time with the documented exit code, and reached the uninterrupted "
+        f"run's weights, moments and average bitwise, with every sample once; {seconds:.0f} s"
+    )
+
 
 _HAS_MOUNTS = "CHAOS_HAS_MOUNTS"
 
@@ -55,8 +93,8 @@ def _run(folder: Path, given: argparse.Namespace) -> int:
     config = compose_run([*choices(folder), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))
     # Imported after the start of the fork server, because it imports torch.
+    from tests.chaos.__main__ import line_of, print_table
     from tests.chaos.run import UninterruptedRun, run_fault, run_uninterrupted
-    from tests.chaos.table import line_of, print_table
 
     kinds = KINDS
     if not os.environ.get(_HAS_MOUNTS):

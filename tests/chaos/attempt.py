@@ -19,6 +19,7 @@ from pathlib import Path
 from launch.config.run_config import check, compose_run
 from launch.ranks.local import preload_modules, run_ranks, start_fork_server
 from launch.ranks.run_folder import check_folder, write_run_folder
+from tests import ROOT
 from tests.chaos.rank import notes_of, started_at
 from tests.train.faults import choices
 from train.config import TrainConfig
@@ -35,7 +36,6 @@ LAYOUTS: dict[str, list[str]] = {
     ],
 }
 
-_ROOT = Path(__file__).parents[2]
 _GONE_SECONDS = 5.0
 
 
@@ -45,10 +45,6 @@ class Attempt:
 
     Attributes:
         code: exit code; 128 + n if signal n ended it.
-        output: output of the command and its ranks.
-        ended: end on the wall clock in seconds.
-        is_hung: whether it hung and was killed.
-        surviving_ranks: ranks that were alive after its end.
     """
 
     code: int
@@ -70,7 +66,6 @@ class Command:
 
     @property
     def out_dir(self) -> Path:
-        """Run folder."""
         return self.folder / self.name
 
     def overrides(self) -> list[str]:
@@ -94,7 +89,6 @@ def run_attempt(command: Command, *, in_separate_process: bool = False) -> Attem
     """Runs a command to its end.
 
     Args:
-        command: command to run.
         in_separate_process: whether to run it in a separate process, which may be killed.
     """
     notes = notes_of(command.out_dir)
@@ -126,7 +120,7 @@ def _run_in_separate_process(command: Command, limit: "_Limit") -> tuple[int, st
     scratch.mkdir(exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.chaos.attempt", *arguments, str(command.timeout_seconds)],
-        cwd=_ROOT,
+        cwd=ROOT,
         env={**os.environ, "TMPDIR": str(scratch)},  # a killed process leaves temporary files
         stderr=subprocess.PIPE,
         text=True,
@@ -180,7 +174,6 @@ def _is_alive(path: Path) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command in this process."""
     from tests.chaos.rank import rank_of_chaos
 
     folder, name, layout, restarts, timeout = arguments

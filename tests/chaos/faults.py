@@ -61,9 +61,7 @@ class Fault:
     Attributes:
         hits_command: whether the signal is sent to the command that started the ranks.
         begin: whether the run is new or resumes after its third step.
-        restarts: `cluster.max_restarts`.
         share: from 0 to 1: position of the damage in a file, or part of a checkpoint that still fits on a full disk.
-        expected: exit codes of the run with the fault.
     """
 
     index: int
@@ -85,7 +83,6 @@ class Fault:
 
     @property
     def target(self) -> str:
-        """Target of the fault as text."""
         return "command" if self.hits_command else f"rank {self.rank}"
 
 

@@ -39,7 +39,6 @@ def started_at(pid: int) -> str | None:
 
 
 def rank_of_chaos(config: TrainConfig) -> int:
-    """Runs one rank until the fault."""
     from train.run import main as run
 
     out_dir, rank = Path(config.out_dir), int(os.environ["RANK"])

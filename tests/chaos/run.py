@@ -41,8 +41,6 @@ class UninterruptedRun:
 
     Attributes:
         folder: run folder at the start; None for a new run.
-        moments: moments of each rank from the start on.
-        end: run folder at the end.
     """
 
     folder: Path | None
@@ -55,11 +53,8 @@ class Outcome:
     """Result of a run with a fault.
 
     Attributes:
-        fault: the fault.
-        codes: exit codes of its attempts, in order.
         seconds: seconds from the fault to the end of that attempt's last rank.
         resumed_from: step from which the next attempt resumed; None if there was none.
-        problems: descriptions of all problems.
     """
 
     fault: Fault
@@ -163,7 +158,6 @@ def _attempt_problems(attempt: Attempt) -> Iterator[str]:
 
 
 def _fault_problems(command: Command, fault: Fault, attempts: list[Attempt], outcome: Outcome) -> Iterator[str]:
-    """Yields problems of the attempt with the fault."""
     injected = notes_of(command.out_dir) / INJECTED_NAME
     if not injected.exists():
         yield f"the fault was not injected: {attempts[0].output[-500:]!r}"
@@ -284,7 +278,6 @@ def _weight_problems(ours: Path, uninterrupted: Path) -> Iterator[str]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Loads all tensors of a checkpoint."""
     index = read_index(checkpoint, read_model(checkpoint))
     state: State = {
         name: torch.zeros(entry.stored.shape, dtype=TORCH_DTYPES[entry.stored.dtype]) for name, entry in index.items()

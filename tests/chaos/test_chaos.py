@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
 from tests.attacks.hostile import rehash
 from tests.chaos.__main__ import can_mount
 from tests.chaos.attempt import NUM_STEPS, Command
@@ -19,7 +20,6 @@ from tests.chaos.run import differences, tensors_of
 from tests.launch.checkpoints import write_tensors
 from train.checkpoint.locate import step_folder
 
-ROOT = Path(__file__).parents[2]
 LAYOUT = "DualPipeV 2 x 1"
 TRACE = [Moment(name, name != "syncing") for name in ("start", "sum of targets", "dispatch", "syncing", "dispatch")]
 

@@ -55,7 +55,6 @@ class Problem:
         return scores_TE.masked_fill(~mask_TE, -torch.inf).topk(self.num_choices, -1).indices
 
     def forecast(self, max_nodes: int) -> Forecast:
-        """Forecasts the rows from the ids."""
         ranks = range(self.layout.world_size)
         ids = [self.ids(rank, max_nodes) for rank in ranks]
         return forecast(ids, self.num_experts, [self.layout.node_of(rank) for rank in ranks])
@@ -270,7 +269,6 @@ def exchange_text() -> str:
 
 
 def main() -> None:
-    """Measures and prints."""
     reason = missing()
     if reason is not None:
         sys.exit(f"exchange: left out: {reason}")

@@ -27,7 +27,6 @@ _TIMEOUT_SECONDS = 60.0
 
 
 def run_rank(rank: int, namespace: str, master: str, out_dir: str) -> None:
-    """Runs one rank, with the environment of torchrun."""
     enter(namespace)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": "0"}
@@ -86,7 +85,6 @@ def run_case(case: Case, folder: Path, cluster: Cluster) -> Outcome:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the cases."""
     folder, *names = arguments
     config = compose_run(choices(Path(folder)))
     start_fork_server(config.cluster, preload_modules(config.cluster))

@@ -14,28 +14,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests import ROOT
 from tests.cluster.namespaces import missing
 from tests.tiny import write_text
 from tests.train.faults import CASES, DEADLINE_SECONDS, GRACE_SECONDS, Case, Outcome, from_json
 
-_ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_SECONDS = 600.0
 
 
 def run_cases(cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
-    """Runs the cases of nodes and of one machine concurrently, because they mostly wait.
-
-    Args:
-        cases: cases to run.
-        folder: working folder.
-    """
+    """Runs the cases of nodes and of one machine concurrently, because they mostly wait."""
     write_text(folder)
     cut = [case for case in cases if case.how == "disconnected"]
     others = [case for case in cases if case.how != "disconnected"]
     started = [
         (
             module,
-            subprocess.Popen([sys.executable, "-m", module, str(folder), *map(str, chosen)], cwd=_ROOT, stdout=log),
+            subprocess.Popen([sys.executable, "-m", module, str(folder), *map(str, chosen)], cwd=ROOT, stdout=log),
         )
         for module, chosen in (("tests.train.failing_run", others), ("tests.cluster.failing_nodes", cut))
         if chosen
@@ -49,7 +44,6 @@ def run_cases(cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
-    """Prints one line for each outcome."""
     table = Table("rank", "fails at", "exit code", "seconds", "named", "message of the other ranks", box=None)
     for outcome in outcomes:
         case = outcome.case

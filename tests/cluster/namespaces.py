@@ -47,7 +47,6 @@ class Links:
     frame_bytes: int = 9000
 
     def bytes_per_second(self, name: LinkName) -> float:
-        """Returns the rate of a link in bytes per second."""
         return {"eth0": self.eth0_megabits, "lo": self.lo_megabits}[name] * 125000.0
 
 
@@ -59,7 +58,6 @@ class Counted:
     received_bytes: int
 
     def __sub__(self, before: "Counted") -> "Counted":
-        """Returns the bytes since `before`."""
         return Counted(self.sent_bytes - before.sent_bytes, self.received_bytes - before.received_bytes)
 
 
@@ -91,11 +89,7 @@ class Namespace:
         return _in_thread(run)
 
     def run(self, tool: Literal["ip", "tc"], *lines: str) -> None:
-        """Runs commands of one of the kernel's tools inside.
-
-        Raises:
-            NamespaceError: if a command failed.
-        """
+        """Runs commands of one of the kernel's tools inside."""
         given = "".join(f"{line}\n" for line in lines)
         done = self.call(
             lambda: subprocess.run([tool, "-batch", "-"], input=given, capture_output=True, text=True, check=False)
@@ -104,7 +98,6 @@ class Namespace:
             raise NamespaceError(f"{tool} {'; '.join(lines)}: {done.stderr.strip() or done.stdout.strip()}")
 
     def counted(self, name: LinkName) -> Counted:
-        """Returns the counters of a link."""
         return self.call(lambda: read_counted(name))
 
     def close(self) -> None:
@@ -161,11 +154,7 @@ def open_cluster(num_nodes: int, links: Links | None = None) -> Iterator[Cluster
     """Creates a cluster and closes it in any case.
 
     Args:
-        num_nodes: number of nodes.
         links: rates of the links; None for 200 Mbit/s between nodes and 640 Mbit/s within.
-
-    Raises:
-        NamespaceError: if it cannot be created; see `missing`.
     """
     with ExitStack() as stack:
 
@@ -195,14 +184,7 @@ def missing() -> str | None:
 
 
 def enter(path: str) -> None:
-    """Moves the calling thread, and threads and processes that it starts later, into a namespace.
-
-    Args:
-        path: path of the namespace, `Namespace.path`.
-
-    Raises:
-        OSError: if there is none, or the caller has no permission.
-    """
+    """Moves the calling thread, and threads and processes that it starts later, into a namespace."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _call_kernel("setns", file, _NEW_NETWORK)

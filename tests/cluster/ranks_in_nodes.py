@@ -60,9 +60,6 @@ class RanksInNodes:
     """Running ranks, `ranks_per_node` consecutive ones in each node.
 
     The context manager kills the remaining ones.
-
-    Attributes:
-        pids: process ids in rank order.
     """
 
     def __init__(
@@ -78,13 +75,10 @@ class RanksInNodes:
         """Starts the ranks.
 
         Args:
-            cluster: cluster with any number of nodes.
-            ranks_per_node: number of ranks in each node.
             function: called as `function(rank, world_size, *args)` on one thread of torch, within a gloo process
                 group that is initialized before and destroyed after it; importable by name.
             args: arguments of every rank, sent by pickle.
             timeout_seconds: time after which a rank that has not returned is killed.
-            collective_timeout_seconds: timeout of the world's process group.
             preloaded: modules that are imported once for all ranks; only the first call in a process has an effect.
         """
         self._timeout_seconds = timeout_seconds
@@ -128,7 +122,6 @@ class RanksInNodes:
         self.close()
 
     def close(self) -> None:
-        """Kills the remaining ranks."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -186,11 +179,7 @@ class RanksInNodes:
 def run_in_nodes(
     cluster: Cluster, ranks_per_node: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0
 ) -> list[Any]:
-    """Calls a function on ranks in all nodes and returns the results in rank order. See `RanksInNodes`.
-
-    Raises:
-        RanksFailedError: soon after the first rank failed; it names every failed rank.
-    """
+    """Calls a function on ranks in all nodes and returns the results in rank order. See `RanksInNodes`."""
     with RanksInNodes(cluster, ranks_per_node, function, *args, timeout_seconds=timeout_seconds) as ranks:
         outcomes = ranks.outcomes(_GRACE_SECONDS)
     failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome.failure is not None]

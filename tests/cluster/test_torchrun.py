@@ -16,8 +16,9 @@ import pytest
 
 from launch.ranks.environment import rank_environment
 from launch.ranks.run_folder import read_folder
+from tests import ROOT
 from tests.cluster.namespaces import Cluster, Namespace, open_cluster
-from tests.finished_run import ROOT, assert_same_end, choices, logs, num_steps_recorded, run_bare
+from tests.finished_run import assert_same_end, choices, logs, num_steps_recorded, run_bare
 from tests.tiny import write_text
 
 pytestmark = pytest.mark.long
@@ -29,7 +30,6 @@ PORT = 29557
 
 @pytest.fixture(scope="module")
 def nodes(allowed: None) -> Iterator[Cluster]:
-    """Opens a cluster of two nodes."""
     with open_cluster(2) as made:
         yield made
 
@@ -74,7 +74,6 @@ def torchruns(cluster: Cluster, folder: Path, name: str, *overrides: str, max_re
 
 
 def start(node: Namespace, command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Starts a process inside a node."""
     with log.open("wb") as out:
         return node.call(
             lambda: subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)

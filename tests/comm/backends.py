@@ -41,13 +41,11 @@ class Setting:
 
     @property
     def layout(self) -> "GivenLayout":
-        """Layout of the world."""
         mesh = ParallelismConfig(pipeline=1, data=len(self.nodes), expert=len(self.nodes))
         return GivenLayout(mesh, 1, self.nodes)
 
     @property
     def entry(self) -> DispatcherEntry:
-        """Registry entry of the dispatcher."""
         return DISPATCHERS.get(self.kind)
 
     @property
@@ -83,7 +81,6 @@ def capped_kinds() -> list[str]:
 
 
 def watching() -> Observers:
-    """Returns new observers."""
     return Observers(Traffic(), CollectiveLog())
 
 

@@ -39,13 +39,8 @@ class Bench:
     """Inputs of a law on one rank.
 
     Attributes:
-        make: builder of a dispatcher on a lane.
-        nodes: node of each member of the group.
-        place: index of this rank in the group.
         row_types: dtypes of rows that the dispatcher supports.
         weights_type: dtype of routing weights.
-        hidden_size: width of a row.
-        device: device of all tensors.
     """
 
     make: Callable[[Lane], Dispatcher]
@@ -65,7 +60,6 @@ class Bench:
 
     @property
     def num_experts(self) -> int:
-        """Number of experts of the layer."""
         return num_experts_for(len(self.nodes))
 
     @property
@@ -74,7 +68,6 @@ class Bench:
         return self.num_experts // len(self.nodes)
 
     def dispatcher(self) -> Dispatcher:
-        """Builds a dispatcher on the bench's lane."""
         return self.make(self.lane)
 
     def mine(self, case: str, dtype: torch.dtype | None = None, hidden_size: int | None = None) -> Routing:

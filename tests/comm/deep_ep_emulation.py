@@ -61,8 +61,6 @@ class Emulation:
 
 
 class ElasticBuffer:
-    """Buffer of one group."""
-
     def __init__(
         self,
         group: ProcessGroup,

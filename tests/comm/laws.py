@@ -271,7 +271,6 @@ LAWS = {
 
 
 def check_laws(bench: Bench) -> dict[str, str]:
-    """Returns the failures by law."""
     failures = {}
     for name, law in LAWS.items():
         try:

@@ -1,21 +1,28 @@
 """Every registered dispatcher keeps the contract on real ranks, with emulations of missing packages."""
 
-from collections.abc import Iterator
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
+import kernels.permute.reference
 from comm.dispatch.all_to_all.plan import DispatchError
 from comm.dispatch.registry import DISPATCHERS
-from comm.lane import ThreadLane
+from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher
-from kernels.registry import load_plugins
+from kernels.registry import UnknownNameError, load_plugins
+from tests import ROOT
 from tests.comm.backends import Setting, capped_kinds, emulated, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.laws import LAWS, check_laws
+from tests.host_reads import Reads
 from tests.ranks import run_ranks
 
 
@@ -35,14 +42,6 @@ def _settings() -> Iterator[object]:
 
 
 def check_contract(rank: int, world_size: int, setting: Setting, plugins: tuple[str, ...]) -> Findings:
-    """Checks all laws on one rank.
-
-    Args:
-        rank: rank of this process.
-        world_size: number of ranks of the expert group.
-        setting: setting of the dispatcher.
-        plugins: files that register dispatchers.
-    """
     load_plugins(plugins)
     observers, world, contract = watching(), distributed.group.WORLD, setting.entry.contract
     assert world is not None
@@ -125,3 +124,136 @@ def _refuse(rank: int, world_size: int, kind: str, plugins: tuple[str, ...]) -> 
         except DispatchError as error:
             return str(error)
     return ""
+
+
+def _permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> Tensor:
+    """Permutes rows like the GPU kernel, which does not read the indices on the host."""
+    rows_AD = rows_ND.index_select(0, source_A.clamp(min=0)).masked_fill(source_A[:, None] < 0, 0)
+    return rows_AD if out_AD is None else out_AD.copy_(rows_AD)
+
+
+def _unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    rows_KND = torch.stack([_permute(rows_AD, places_N) for places_N in places_TK.unbind(1)])
+    return rows_KND.sum(0).to(dtype or rows_AD.dtype)
+
+
+def _count_reads(rank: int, world_size: int, setting: Setting) -> tuple[list[str], list[int]]:
+    """Counts the reads in the exchanges of one handle, and the numbers that plans read."""
+    kernels.permute.reference.permute, kernels.permute.reference.unpermute = _permute, _unpermute
+    read: list[int] = []
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor: Any) -> Any:
+        read.append(tensor.numel())
+        return tolist(tensor)
+
+    generator = torch.Generator().manual_seed(rank)
+    ids_TK = torch.rand(20, 12, generator=generator).topk(4, -1).indices.masked_fill(torch.rand(20, 4) < 0.2, -1)
+    rows_TD, weights_TK = torch.rand(20, 6, generator=generator), torch.rand(20, 4, generator=generator)
+    dispatcher = maker(setting, 12, watching())(InlineLane())
+    reads = Reads()
+    setattr(Tensor, "tolist", counted)  # noqa: B010
+    with reads:
+        handle = dispatcher.plan(ids_TK)
+        arrived = dispatcher.dispatch(rows_TD, weights_TK, handle).wait()
+        dispatcher.combine(arrived.rows_AD, handle).wait()
+        dispatcher.combine_backward(rows_TD, handle).wait()
+        dispatcher.dispatch_backward(arrived.rows_AD, arrived.weights_A, handle).wait()
+    assert reads.num_seen > 100
+    return reads.found, read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["all_to_all", "two_hop"])
+def test_exchange_reads_from_the_device_once(backend: str) -> None:
+    for found, read in run_ranks(4, _count_reads, Setting(backend, (0, 0, 1, 1), {"chunks": 2}, max_nodes=2)):
+        assert found == []
+        assert len(read) == 1
+
+
+@pytest.mark.slow
+def test_reads_are_found() -> None:
+    marked, lengths = torch.tensor([True, False]), torch.tensor([1, 2])
+    reading: list[Callable[[], object]] = [
+        lambda: lengths[marked],
+        lambda: marked.nonzero(),
+        lambda: lengths.max().item(),
+        lambda: bool(marked.any()),
+        lambda: lengths.repeat_interleave(lengths),
+    ]
+    for read in reading:
+        with Reads() as reads:
+            read()
+        assert reads.found
+    with Reads() as reads:
+        lengths.repeat_interleave(lengths, output_size=3)
+    assert not reads.found
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """Writes the wrapper of docs/extend.md and its YAML file."""
+    page = (ROOT / "docs" / "extend.md").read_text("utf-8")
+    blocks = [block for block in re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL) if "counting" in block]
+    path, values = tmp_path / "counting.py", tmp_path / "conf" / "dispatch" / "counting.yaml"
+    values.parent.mkdir(parents=True)
+    path.write_text(blocks[0], "utf-8")
+    values.write_text(blocks[1], "utf-8")
+    return path
+
+
+def test_dispatchers_are_in_order_and_their_configs_name_them() -> None:
+    assert DISPATCHERS.names()[:4] == ("local", "all_to_all", "two_hop", "deepep")
+    for name, entry in DISPATCHERS.items():
+        assert entry.name == name
+        assert get_args(get_type_hints(entry.config)["kind"]) == (name,)
+        assert entry.contract.settings
+
+
+def test_unknown_dispatcher_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"dispatch.kind: must be one of local, .*, is .two_hops.; did you mean"):
+        DISPATCHERS.get("two_hops")
+
+
+def test_reading_dispatchers_needs_no_torch() -> None:
+    code = (
+        "import sys; from comm.dispatch.registry import DISPATCHERS; print(DISPATCHERS.names(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split(")")[1].strip() == "False"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("change", "num_broken"), [("", 0), (" * 2", len(LAWS))], ids=["right", "wrong"])
+def test_contract_suite_runs_over_a_dispatcher_from_a_file_outside(
+    change: str, num_broken: int, counting: Path
+) -> None:
+    """A correct wrapper keeps all laws on two ranks; one that doubles rows breaks each of them."""
+    text = counting.read_text("utf-8")
+    counting.write_text(text.replace("inner.dispatch(rows_TD", f"inner.dispatch(rows_TD{change}"), "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"--plugins={counting}",
+    ]
+    tests = ["tests/comm/test_dispatch.py", "-m", "not slow", "-k", "counting"]
+    done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == (1 if num_broken else 0), done.stdout + done.stderr
+    counts = done.stdout.splitlines()[-1]
+    assert int(counts.split(" passed")[0].split()[-1]) == len(LAWS) + 3 - num_broken, done.stdout
+
+
+def test_run_takes_a_dispatcher_from_a_file_outside(counting: Path) -> None:
+    command = [sys.executable, "-m", "launch.train", f"plugins=[{counting}]", "dispatch=counting", "config_only=true"]
+    done = subprocess.run(
+        [*command, "dispatch.print_every=7"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kind: counting" in done.stdout
+    assert "print_every: 7" in done.stdout

@@ -82,7 +82,6 @@ class WatchedRanks:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a rank has failed yet."""
         return (Path(self._folder.name) / "failed").exists()
 
     def terminate(self) -> None:

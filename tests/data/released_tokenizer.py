@@ -20,9 +20,6 @@ def write_released(
 
     Args:
         path: the file; its folder must exist.
-        documents: text to train the merges on.
-        without: special tokens that are left out.
-        highest_id: highest token id.
     """
     Tokenizer.train(documents, 300).save(path)
 

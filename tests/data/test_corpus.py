@@ -1,21 +1,32 @@
-"""Tests of the corpus: files, documents, parts, and rejected sources."""
+"""The corpus, its held-out part, and progress of preparation."""
 
+import io
+import itertools
 import json
 import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data.chat.fields import read_json_lines
+from data.chat.sources import ChatSource, PreferencesSource
+from data.config import with_parts
 from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
+from data.prepare import check_config, prepare
+from data.problems.source import ProblemsSource, split_problems
+from data.progress import ProgressLines, progress_on, progress_text, seconds_text
+from data.registry import DataSource
 from infer.evaluate.folder import read_records
 from infer.evaluate.lines import read_lines
 from launch.generate import read_prompts
 from launch.sample import FileProblemsConfig, load_problems
 from launch.scored_samples import read_samples
+from tests.data.chat.conversations import chat_tokenizer
+from tests.data.chat.test_sources import config_of
 
 EMBEDDED = EmbeddedSource(kind="embedded")
 
@@ -198,3 +209,112 @@ def test_split_has_its_fraction_grows_with_it_and_follows_the_seed() -> None:
     assert abs(len(small) - 1000) < 5 * (20_000 * 0.05 * 0.95) ** 0.5
     assert abs(len(large) - 4000) < 5 * (20_000 * 0.2 * 0.8) ** 0.5
     assert len(small & other) < 0.2 * len(small)
+
+
+RECORDS = {
+    "chat": {"prompt": "a", "answer": "b"},
+    "preferences": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "problems": {"prompt": "a", "answer": "b"},
+    "files": {"text": "some text"},
+}
+
+
+def source_of(kind: str, path: Path) -> DataSource:
+    paths = (str(path),)
+    match kind:
+        case "chat":
+            return ChatSource(kind=kind, paths=paths, template="v3", too_long="cut")
+        case "preferences":
+            return PreferencesSource(kind=kind, paths=paths, template="v3")
+        case "problems":
+            return ProblemsSource(kind=kind, paths=paths, template="v3")
+        case _:
+            return FilesSource(kind=kind, paths=paths, text_field="text")
+
+
+def write(path: Path, kind: str, count: int) -> Path:
+    path.write_text("".join(f"{json.dumps(RECORDS[kind])}\n" for _ in range(count)), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", [*RECORDS])
+def test_validation_paths_are_the_whole_held_out_part(kind: str, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", kind, 40)
+    held_out = str(write(tmp_path / "held_out.jsonl", kind, 3))
+    by_share = config_of(source_of(kind, train), tmp_path, chat_tokenizer(), validation_fraction=0.5)
+    config = replace(by_share, validation_paths=(held_out,))
+    check_config(config)
+    parts = [(part, document.key.partition(":")[0]) for part, document in with_parts(config, read_documents)]
+    assert parts == [("train", "train.jsonl")] * 40 + [("validation", "held_out.jsonl")] * 3
+    prepared, other = prepare(config, 32), prepare(by_share, 32)
+    assert prepared.train_tokens > other.train_tokens
+    assert 0 < prepared.validation_tokens < other.validation_tokens
+    if kind == "problems":
+        assert [len(each) for each in split_problems(config)] == [40, 3]
+    elif kind != "files":
+        assert [prepared.counts[part].kept for part in ("train", "validation")] == [40, 3]
+
+
+def test_validation_paths_that_cannot_be_held_out_are_refused(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", "chat", 4)
+    config = config_of(source_of("chat", train), tmp_path, chat_tokenizer())
+    with pytest.raises(
+        DataError, match=r"data\.validation_paths: must name files that data\.paths does not, names .*train"
+    ):
+        check_config(replace(config, validation_paths=(str(tmp_path),)))
+    with pytest.raises(DataError, match=r"^data\.validation_paths: '.*absent\.jsonl' does not exist"):
+        check_config(replace(config, validation_paths=(str(tmp_path / "absent.jsonl"),)))
+    with pytest.raises(DataError, match=r"data\.validation_paths: must be null with data\.kind=embedded"):
+        check_config(replace(config, source=EmbeddedSource(kind="embedded"), validation_paths=(str(train),)))
+
+
+def shown(num_items: int, seconds_each: float) -> list[str]:
+    """Returns the progress lines of work on items of a megabyte."""
+    now, lines = [0.0], []
+
+    def work() -> object:
+        for _ in range(num_items):
+            now[0] += seconds_each
+            yield 10**6
+
+    progress = ProgressLines(lines.append, lambda: now[0])
+    assert list(progress.over("reading", work(), num_items * 10**6, int)) == [10**6] * num_items
+    return lines
+
+
+def test_quick_work_is_not_mentioned() -> None:
+    assert shown(100, 0.005) == []
+
+
+def test_long_work_has_a_line_every_five_seconds_with_the_time_left() -> None:
+    lines = shown(200, 0.1)
+    assert re.fullmatch(r"reading: (9|10|11).0 MB of 200.0 MB, \d+ %, \d+ s left", lines[0])
+    assert len(lines) == 5
+    assert lines[-1] == "reading: done, 200.0 MB in 20 s"
+
+
+def test_many_small_items_do_not_flood() -> None:
+    assert len(shown(100_000, 0.0001)) <= 4
+
+
+def test_lines_go_to_what_is_no_terminal() -> None:
+    assert isinstance(progress_on(io.StringIO()), ProgressLines)
+
+
+def test_texts_are_short() -> None:
+    assert progress_text(0, 10**9, 1.0) == "0.0 MB of 1.0 GB, 0 %"
+    assert progress_text(5 * 10**8, 10**9, 100.0) == "500.0 MB of 1.0 GB, 50 %, 1 min left"
+    assert seconds_text(7260) == "2 h 1 min"
+
+
+def test_progress_counts_phases() -> None:
+    said: list[str] = []
+    clock = itertools.count().__next__
+    assert list(ProgressLines(said.append, clock).over("first step", range(4), 4, lambda _: 1, "phases")) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert said[0] == "first step: 1 of 4 phases, 25 %, 3 s left"
+    assert said[-1] == "first step: done, 4 phases in 5 s"

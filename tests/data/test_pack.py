@@ -1,12 +1,37 @@
-"""Tests of packing: no token is lost, no document is cut needlessly, and no target crosses a border."""
+"""Packing, fill-in-the-middle, and what a terminal shows of a sample."""
 
+import dataclasses
+import io
+import json
+import os
+import pty
+import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.chat.sources import ChatSource, PreferencesSource
+from data.encode import cut_for_fim, join_fim_tokens
 from data.pack import best_fit_decreasing, cut_pieces, pack_documents
+from data.prepare import prepare
+from data.progress import EscapedStream, escape_terminals, printable, progress_on
+from data.samples.pack import WEIGHTS
+from data.samples.show import sample_lines
+from data.tokenizer import Tokenizer
+from launch import train
+from launch.help.command import command
+from tests import ROOT
+from tests.data.chat.conversations import SPELLED, chat_tokenizer, draw_text
+from tests.data.chat.test_sources import L, config_of, write_lines
+from train.config.errors import ConfigError
+from train.records.display import Display, open_console
+from train.records.terminal import guard_terminal
 
 PAD = 2
 
@@ -84,3 +109,192 @@ def test_fifty_thousand_pieces_are_packed_quickly_and_tightly() -> None:
     # About 0.1 s alone on a core; a quadratic search takes minutes.
     assert time.monotonic() - begin < 3.0
     assert num_bins <= 1.01 * sum(lengths) / 4096 + 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(), st.integers(0, 2**63), st.integers(0, 10**9))
+def test_fim_keeps_every_character(text: str, seed: int, index: int) -> None:
+    parts = cut_for_fim(text, 1.0, seed, index)
+    assert parts is not None
+    assert parts.prefix + parts.middle + parts.suffix == text
+    assert parts == cut_for_fim(text, 1.0, seed, index)
+    assert cut_for_fim(text, 0.0, seed, index) is None
+
+
+def test_fim_turns_its_share_and_a_higher_rate_turns_more_of_the_same() -> None:
+    text = "0123456789" * 20
+    turned = {rate: {n for n in range(20_000) if cut_for_fim(text, rate, 5, n)} for rate in (0.1, 0.5)}
+    # Five standard deviations of a binomial count.
+    assert abs(len(turned[0.1]) - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5
+    assert turned[0.1] < turned[0.5]
+    assert turned[0.1] != {n for n in range(20_000) if cut_for_fim(text, 0.1, 6, n)}
+
+
+def test_fim_cuts_are_uniform_over_all_places() -> None:
+    seen = set()
+    for index in range(2000):
+        parts = cut_for_fim("abc", 1.0, 0, index)
+        assert parts is not None
+        seen.add((len(parts.prefix), len(parts.middle)))
+    assert seen == {(begin, end - begin) for begin in range(4) for end in range(begin, 4)}
+
+
+def test_fim_tokens_are_in_psm_order_and_decode_to_the_text() -> None:
+    tokenizer = Tokenizer.train(["one two three four"], 270)
+    prefix, suffix, middle = (tokenizer.encode(text) for text in ("one ", " four", "two three"))
+    ids = join_fim_tokens(tokenizer, prefix_ids=prefix, suffix_ids=suffix, middle_ids=middle)
+    assert tokenizer.decode(ids) == "<｜fim▁begin｜>one <｜fim▁hole｜> four<｜fim▁end｜>two three"
+
+
+def test_every_target_is_marked_in_every_sequence(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    lines = [{"prompt": f"{n} {draw_text(rng)}", "answer": draw_text(rng)} for n in range(30)]
+    path = write_lines(tmp_path / "chats.jsonl", lines)
+    source = ChatSource(kind="chat", paths=(str(path),), template="v3", too_long="cut")
+    prepared = prepare(config_of(source, tmp_path, chat_tokenizer()), L)
+    texts = {line["answer"] for line in lines}
+    for row in range(len(prepared.train_tokens_NL)):
+        shown = list(sample_lines(prepared, row, reads_weights=True))
+        header = next(line for line in shown if line.startswith("piece: "))
+        size = int(header.split()[1])
+        assert f", {int(prepared.train_values[WEIGHTS][row, :size].sum())} targets" in header
+        marked = [line.removeprefix("target | ") for line in shown if line.startswith("target | ")]
+        answer = "\n".join(marked).removesuffix("<｜end▁of▁sentence｜>")
+        for name in SPELLED:
+            # Only special tokens that are placed appear without a backslash.
+            assert answer.replace(f"\\{name}", "").count(name) == 0
+            answer = answer.replace(f"\\{name}", name)
+        assert answer in texts
+        everything = list(sample_lines(prepared, row, reads_weights=False))
+        assert next(line for line in everything if "|" in line) == "       | <｜begin▁of▁sentence｜>"
+
+
+def test_pairs_show_both_answers_and_hostile_text_is_escaped(tmp_path: Path) -> None:
+    line = {"prompt": "a\x1b[2Jb\u202e", "chosen": "right", "rejected": "wrong\r"}
+    path = write_lines(tmp_path / "pairs.jsonl", [line, line])
+    source = PreferencesSource(kind="preferences", paths=(str(path),), template="v3")
+    config = dataclasses.replace(config_of(source, tmp_path, chat_tokenizer()), validation_fraction=0.001)
+    shown = list(sample_lines(prepare(config, L), 0, reads_weights=True))
+    prompt = "       | <｜begin▁of▁sentence｜><｜User｜>a\\x1b[2Jb\\u202e<｜Assistant｜>"
+    assert [line for line in shown if "|" in line] == [
+        prompt,
+        "target | right<｜end▁of▁sentence｜>",
+        prompt,
+        "target | wrong\\r<｜end▁of▁sentence｜>",
+    ]
+    assert [line.partition(":")[0] for line in shown if line.startswith(("chosen", "rejected"))] == [
+        "chosen",
+        "rejected",
+    ]
+
+
+def test_dry_run_prints_a_sample_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}", "answer": "yes"}) + "\n" for n in range(40)))
+    arguments = [
+        "task=sft",
+        "batch.document_mask=true",
+        "data=chat",
+        f"data.paths=[{path}]",
+        "data.validation_fraction=0.01",
+    ]
+    arguments += [f"data.cache_dir={tmp_path / 'cache'}", f"out_dir={tmp_path / 'run'}", "validation.sequences=0"]
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "dry_run=true"])
+    assert command("train", train.main, train.preview, dry_run=train.dry_run) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "target | yes<｜end▁of▁sentence｜>\n" in shown
+    assert "train samples: 40 kept (0 cut at their end), 0 dropped, 80 targets\n" in shown
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "dry_run=maybe"])
+    assert command("train", train.main, train.preview, dry_run=train.dry_run) == 2
+    assert "dry_run: must be true or false, is 'maybe'; nearest valid: dry_run=true" in capsys.readouterr().err
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\u202eabc\u2066"
+
+SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\u202eabc\u2066"
+
+FORBIDDEN = ("\x1b]0;", "\x1b[2J", "\x9b", "\x07", "\x7f", "\u202e", "\u2066")
+
+
+class Terminal:
+    """A pseudo-terminal as standard output and error of this process; `text` is what it got."""
+
+    def __enter__(self) -> "Terminal":
+        self._before = (sys.stdout, sys.stderr)
+        self._reader, writer = pty.openpty()
+        sys.stdout = sys.stderr = self._stream = open(writer, "w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.stdout, sys.stderr = self._before
+        self._stream.write("end\n")
+        self._stream.flush()
+        output = b""  # the kernel passes on what was written in parts, each when it gets to it
+        while not output.endswith(b"end\r\n"):
+            output += os.read(self._reader, 65536)
+        self.text = output.decode()
+        self._stream.close()
+        os.close(self._reader)
+
+
+def test_every_control_character_but_tab_and_line_break_is_escaped() -> None:
+    controls = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    for number in controls:
+        shown = printable(chr(number))
+        assert shown == chr(number) if chr(number) in "\t\n" else shown.isascii(), hex(number)
+        assert shown.isprintable() or shown in "\t\n"
+    plain = "é中 🦊 a\tb\n\u200d{}\\x1b"
+    assert printable(plain) == plain
+
+
+def test_command_escapes_output_and_errors_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate"])
+
+    def main(overrides: object) -> int:
+        sys.stdout.write(HOSTILE)
+        sys.stdout.writelines([HOSTILE])
+        print("é", file=sys.stderr)
+        raise ConfigError(f"ckpt: {HOSTILE.replace(chr(13), '')} must be a folder")
+
+    with Terminal() as terminal:
+        assert command("generate", main) == 2
+    text = terminal.text
+    assert text.count(SHOWN) == 2
+    assert SHOWN.replace(r"\r", "") in text
+    assert "é" in text
+    assert not any(part in text for part in FORBIDDEN)
+
+
+def test_rank_escapes_on_a_terminal_with_a_guard_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "300")
+    with Terminal() as terminal:
+        escape_terminals()
+        guard_terminal()
+        guard_terminal()
+        print(HOSTILE)
+        display = Display(open_console(sys.stdout), 2, 0, 1)
+        display.show(HOSTILE)
+        print(HOSTILE, file=sys.stderr)
+        display.close()
+        list(progress_on(sys.stderr).over(HOSTILE, [1], 1, lambda item: item, "batches"))
+    text = terminal.text
+    # Bars are redrawn, so their description may appear more than once.
+    assert text.count(SHOWN) >= 4
+    assert not any(part in text for part in FORBIDDEN), repr(text)
+
+
+def test_pipes_and_files_get_the_text_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys; from launch.help.command import command\n"
+        f"sys.exit(command('generate', lambda overrides: print({HOSTILE!r}) or 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, timeout=60)
+    assert done.stdout.decode() == HOSTILE + "\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    escape_terminals()
+    assert not isinstance(sys.stdout, EscapedStream)

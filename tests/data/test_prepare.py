@@ -16,6 +16,7 @@ from data.corpus import DataError, EmbeddedSource, FilesSource, is_validation, r
 from data.encode import encode_part, train_tokenizer
 from data.pack import entropy_nats
 from data.prepare import Prepared, check_config, prepare
+from tests.tiny import data_config
 
 NUM_FILES = 40
 
@@ -27,18 +28,7 @@ def config(tmp_path: Path) -> DataConfig:
     for number in range(NUM_FILES):
         words = [f"word{(number * 7 + place) % 31} é数" for place in range(5 + number * 3)]
         (folder / f"file_{number:02}.txt").write_text(" ".join(words), encoding="utf-8")
-    return DataConfig(
-        source=FilesSource(kind="files", paths=(str(folder),), text_field="text"),
-        tokenizer=None,
-        tokenizer_bos=None,
-        tokenizer_eos=None,
-        tokenizer_pad=None,
-        tokenizer_vocab_size=300,
-        validation_fraction=0.2,
-        fim_rate=0.3,
-        seed=0,
-        cache_dir=str(tmp_path / "cache"),
-    )
+    return data_config(tmp_path, fim_rate=0.3)
 
 
 def texts_of(prepared: Prepared, part: str) -> list[str]:
@@ -303,18 +293,8 @@ def test_preparing_needs_no_torch() -> None:
 
 @pytest.mark.slow
 def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
-    config = DataConfig(
-        source=EmbeddedSource(kind="embedded"),
-        tokenizer=None,
-        tokenizer_bos=None,
-        tokenizer_eos=None,
-        tokenizer_pad=None,
-        tokenizer_vocab_size=4096,
-        validation_fraction=0.02,
-        fim_rate=0.1,
-        seed=0,
-        cache_dir=str(tmp_path),
-    )
+    source = EmbeddedSource(kind="embedded")
+    config = data_config(tmp_path, source=source, tokenizer_vocab_size=4096, validation_fraction=0.02, fim_rate=0.1)
     begin = time.process_time()
     prepared = prepare(config, 256)
     cold_seconds = time.process_time() - begin

@@ -101,11 +101,7 @@ def _copy_python(folder: Path) -> None:
 
 
 def local_torch_index(folder: Path) -> str | None:
-    """Builds a package index for `PIP_FIND_LINKS` with this machine's wheel of torch; None if there is no wheel.
-
-    Args:
-        folder: to write the index into.
-    """
+    """Builds a package index for `PIP_FIND_LINKS` with this machine's wheel of torch; None if there is no wheel."""
     for given in os.environ.get("PIP_FIND_LINKS", "").split():
         wheels = sorted(Path(given).glob(f"torch-*-cp{sys.version_info.major}{sys.version_info.minor}-*.whl"))
         if wheels:

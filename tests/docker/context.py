@@ -22,7 +22,6 @@ def copy_context(folder: Path, own_pins: bool) -> Path:
     """Copies the checkout and adds `DECOYS`.
 
     Args:
-        folder: folder for the copy.
         own_pins: whether to pin the versions of this environment instead of the recorded ones, so that pip has
             nothing to install if it finds this environment's packages.
     """

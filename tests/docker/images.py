@@ -44,11 +44,6 @@ class Images:
     driver: str
 
     def call(self, *arguments: str) -> str:
-        """Runs buildah. Returns its output.
-
-        Raises:
-            ImageError: with the end of what it printed.
-        """
         command = ["buildah", f"--root={self.folder}/storage", f"--runroot={self.folder}/run"]
         command += [f"--storage-driver={self.driver}", *arguments]
         done = subprocess.run(
@@ -65,15 +60,7 @@ class Images:
         return done.stdout.strip()
 
     def build(self, name: str, context: Path, dockerfile: str, values: Sequence[str], volumes: Sequence[str]) -> str:
-        """Builds an image on `BASE`. Returns the output of its instructions.
-
-        Args:
-            name: name of the image.
-            context: build context.
-            dockerfile: path of the Dockerfile in the context.
-            values: build arguments, `NAME=value`.
-            volumes: mounts during each instruction, `from:to:options`.
-        """
+        """Builds an image on `BASE`. Returns the output of its instructions."""
         options = [f"--build-arg={value}" for value in (f"BASE_IMAGE={BASE}", *values)]
         options += [f"--volume={volume}" for volume in volumes]
         options += ["--format=docker", "--pull=never", f"--file={context / dockerfile}", f"--tag={name}"]
@@ -109,11 +96,7 @@ class Container:
     root: Path
 
     def run(self, command: Sequence[str], volumes: Sequence[str], user: str | None = None) -> str:
-        """Runs a command as the image's user or another one. Returns its output. `volumes` are as in `Images.build`.
-
-        Raises:
-            ImageError: it ended with another code than 0.
-        """
+        """Runs a command as the image's user or another one. Returns its output. `volumes` are as in `Images.build`."""
         options = [f"--volume={volume}" for volume in volumes]
         options += [] if user is None else [f"--user={user}"]
         return self.images.call("run", *options, self.number, "--", *command)

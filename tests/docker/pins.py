@@ -8,13 +8,13 @@ that it was built with, and torch for CPUs needs none.
 import tomllib
 from collections.abc import Iterable
 from importlib.metadata import distribution
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 PINS = ROOT / "docker" / "requirements.txt"
 HEADER = "# Written by `make docker-pins` from the tested environment: change pyproject.toml, not this file."
 
@@ -31,11 +31,7 @@ def is_left_out(name: str) -> bool:
 
 
 def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
-    """Returns the versions of these packages and all their dependencies, without local parts such as `+cpu`.
-
-    Raises:
-        PackageNotFoundError: one of them is not installed here.
-    """
+    """Returns the versions of these packages and all their dependencies, without local parts such as `+cpu`."""
     found: dict[str, str] = {}
     waiting = [(requirement, "") for requirement in requirements]
     seen = set()
@@ -54,7 +50,6 @@ def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
 
 
 def pins_text() -> str:
-    """Returns the content of the file."""
     lines = [f"{name}=={version}" for name, version in sorted(installed(dependencies()).items())]
     return "\n".join([HEADER, *lines, ""])
 

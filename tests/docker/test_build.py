@@ -25,7 +25,6 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
-    """Yields a storage with the image."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -39,7 +38,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
 
 @pytest.fixture(scope="module")
 def container(images: Images) -> Iterator[Container]:
-    """Yields a container of the image."""
     with images.container(NAME) as made:
         yield made
 

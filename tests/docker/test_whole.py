@@ -28,7 +28,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def images() -> Iterator[Images]:
-    """Yields a storage with the base."""
     reason = missing()
     if shutil.which("mmdebstrap") is None:
         reason = reason or "whole images are built on a base by mmdebstrap: apt-get install mmdebstrap"

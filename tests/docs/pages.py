@@ -5,7 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 _COMMENT = re.compile(r"^<!-- (checked|shortened|not run): (.+) -->$")
 _PAGE_COMMENT = re.compile(r"^<!-- page: run by (.+) -->$", re.MULTILINE)

@@ -43,7 +43,6 @@ SCHEDULES = PUBLISHED + RANDOM + OFFLOADED
 
 
 def name_of(schedule: object) -> str | None:
-    """Returns the name of a test case."""
     if not isinstance(schedule, Schedule):
         return None
     shape = f"{schedule.num_directions}x{schedule.num_stages}"

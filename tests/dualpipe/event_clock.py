@@ -30,17 +30,10 @@ class EventClock:
     """Plays a schedule, event by event.
 
     Attributes:
-        ends: end of each group of each rank.
         peaks: peak memory of each rank, in the unit of `StageCosts.activation`.
-        makespan: end of the last group.
     """
 
     def __init__(self, schedule: Schedule, costs: CostModel) -> None:
-        """Plays the schedule to its end.
-
-        Raises:
-            AssertionError: a group never starts.
-        """
         self._schedule = schedule
         self._costs = costs
         self._events: list[tuple[float, int, int, Result | None]] = []

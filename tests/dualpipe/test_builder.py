@@ -1,18 +1,24 @@
-"""Orders of the list builder are valid, fit memory and have the returned makespan."""
+"""The list builder, the search and its cache: valid orders within memory caps, made once for their inputs."""
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from dualpipe.generate.dualpipe_interleaved import empty
+from dualpipe.generate import cache
+from dualpipe.generate.cache import load_or_make
+from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, dualpipe_split, empty
 from dualpipe.generate.list_builder.builder import build_order
 from dualpipe.generate.list_builder.pipeline import Pipeline
 from dualpipe.generate.list_builder.preferences import PRESETS, read_presets
-from dualpipe.ir import Schedule, straight_placement
+from dualpipe.generate.search import in_sequence
+from dualpipe.ir import MemoryCapError, Schedule, straight_placement
+from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
+from kernels.registry import load_plugins
 from tests.bench import presets
 from tests.dualpipe.random_schedules import random_costs
 
@@ -72,3 +78,138 @@ def test_builder_keeps_the_cap(cap: int) -> None:
     assert orders
     for order in orders:
         validate(order, cap)
+
+
+COSTS = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 2, 2)
+
+OTHER = uniform(Costs(forward=1, backward_input=2, backward_weight=1, exchange=0, latency=0), 2, 2)
+
+
+class Counting:
+    """Generator that records its calls."""
+
+    __name__ = "counting"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int, CostModel, float | None]] = []
+
+    def __call__(self, num_ranks: int, num_micro_batches: int, costs: CostModel, cap: float | None) -> Schedule:
+        self.calls.append((num_ranks, num_micro_batches, costs, cap))
+        return dualpipe_split(num_ranks, num_micro_batches, costs, cap)
+
+
+def test_cache_makes_once_for_the_same_inputs_and_again_for_others(tmp_path: Path) -> None:
+    make = Counting()
+    expected = [(2, 4, COSTS, None), (2, 5, COSTS, None), (2, 4, OTHER, None), (2, 4, COSTS, 2.0)]
+    first = [load_or_make(make, *inputs, tmp_path / "new") for inputs in expected]
+    again = [load_or_make(make, *inputs, tmp_path / "new") for inputs in expected]
+    assert make.calls == expected
+    assert first == again
+    assert len(list((tmp_path / "new").iterdir())) == len(expected)
+
+
+def test_cache_of_another_program_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Counting()
+    load_or_make(make, 2, 4, COSTS, None, tmp_path)
+    monkeypatch.setattr(cache, "_program_digest", lambda make: "another")
+    load_or_make(make, 2, 4, COSTS, None, tmp_path)
+    assert len(make.calls) == 2
+
+
+def test_cache_of_a_plugin_that_was_edited_is_not_used(tmp_path: Path) -> None:
+    text = """
+from dualpipe.generate.dualpipe_interleaved import dualpipe_split
+from dualpipe.registry import SCHEDULES, ScheduleSpec
+
+calls = []
+
+def mine(*inputs):
+    calls.append(inputs)
+    return dualpipe_split(*inputs)
+
+SCHEDULES.register("mine", ScheduleSpec(name="mine", summary="a copy", generate=mine, takes_costs=True))
+"""
+    path = tmp_path / "mine.py"
+    try:
+        for edit in ("", "# edited\n"):
+            path.write_text(text + edit)
+            for _ in range(2):
+                (plugin,) = load_plugins([path])
+                load_or_make(SCHEDULES.get("mine").generate, 2, 4, COSTS, None, tmp_path / "kept")
+            assert len(plugin.calls) == 1
+    finally:
+        SCHEDULES.remove(["mine"])
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "swapped", "empty"])
+def test_cache_replaces_an_invalid_file(damage: str, tmp_path: Path) -> None:
+    make = Counting()
+    kept = load_or_make(make, 2, 4, COSTS, None, tmp_path)
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    path.write_text({"cut": text[:-40], "swapped": text.replace('"I"', '"W"', 1), "empty": ""}[damage])
+    assert load_or_make(make, 2, 4, COSTS, None, tmp_path) == kept
+    assert len(make.calls) == 2
+    assert path.read_text() == text
+
+
+def test_cache_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    make = Counting()
+    for _ in range(2):
+        load_or_make(make, 2, 4, COSTS, None, tmp_path / "file" / "below")
+    assert len(make.calls) == 2
+
+
+SEARCH_COSTS = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.9, latency=0.05)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_search_with_a_larger_cap_is_never_longer(chunks: int) -> None:
+    costs = uniform(SEARCH_COSTS, 4, 4 * chunks)
+    before = float("inf")
+    for cap in (1, 1.5, 2, 2.7, 3, 4, 4.5, 5, 6, 7, 9, 40):
+        schedule = dualpipe_interleaved(4, 13, costs, cap)
+        validate(schedule, cap)
+        makespan = simulate(schedule, costs).makespan
+        assert makespan <= before + 1e-9, f"a cap of {cap} gives {makespan}, a smaller one {before}"
+        before = makespan
+
+
+def test_search_extends_a_steady_state_to_many_micro_batches() -> None:
+    costs = uniform(SEARCH_COSTS, 4, 8)
+    many = dualpipe_interleaved(4, 400, costs)
+    validate(many, 6)
+    few = simulate(dualpipe_interleaved(4, 32, costs), costs).makespan - 3 * 32
+    assert simulate(many, costs).makespan - 3 * 400 <= 2 * few
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_in_sequence_keeps_one_micro_batch(num_ranks: int) -> None:
+    validate(in_sequence(empty(num_ranks, 7, 2)), 1)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_least_memory_is_one_activation(num_ranks: int, chunks: int) -> None:
+    """When the last stage runs F, all stages hold the micro-batch, so no schedule keeps less than one."""
+    costs = uniform(SEARCH_COSTS, num_ranks, num_ranks * chunks)
+    schedule = dualpipe_interleaved(num_ranks, 5, costs, 1)
+    validate(schedule, 1)
+    with pytest.raises(MemoryCapError) as refused:
+        dualpipe_interleaved(num_ranks, 5, costs, 0.99)
+    assert refused.value.least == 1
+
+
+def test_one_rank_runs_one_micro_batch_at_a_time_without_waiting() -> None:
+    costs = uniform(SEARCH_COSTS, 1, 1)
+    schedule = dualpipe_interleaved(1, 6, costs, 1)
+    assert max(simulate(schedule, costs).peaks) == 1
+    assert simulate(schedule, costs).idle == (0.0,)
+
+
+def test_in_sequence_sends_gradients_before_weight_gradients() -> None:
+    """A step of 4 ranks is a third shorter than if each micro-batch waited for every W of the one before it."""
+    costs = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 4, 4)
+    assert simulate(in_sequence(empty(4, 8, 1)), costs).makespan == 51

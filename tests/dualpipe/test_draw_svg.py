@@ -1,8 +1,10 @@
 """The SVG is well-formed and self-contained, with a readable shape per operation as wide as its time."""
 
+import json
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
+from math import dist
 from xml.etree import ElementTree
 
 import pytest
@@ -11,15 +13,20 @@ from dualpipe.build import build
 from dualpipe.draw import style
 from dualpipe.draw.entry import time_schedule
 from dualpipe.draw.svg import Scale, natural_scale, svg
+from dualpipe.draw.text import grid, summary
+from dualpipe.draw.trace import trace
 from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.runtime.measured import measured_bubble
-from dualpipe.simulate.costs import Costs
+from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import Simulation, simulate
 from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+
 UNEVEN = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)
+
 SECONDS = Costs(forward=0.008, backward_input=0.008, backward_weight=0.008, exchange=0.006, latency=0.0005)
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -268,3 +275,115 @@ def test_svg_explains_overlap_by_what_the_schedule_overlaps() -> None:
     present = {f"{op.kind.value}{op.direction}" for groups in schedule.ranks for group in groups for op in group}
     swatches = set(re.findall(r'<rect class="([FBIW][01])"', drawn))
     assert swatches <= present
+
+
+SLOW = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0, offload=3)
+
+
+def moved() -> Schedule:
+    schedule = build("1f1b", 3, 6, uniform(SLOW, 3, 3), 2.0)
+    assert schedule.has_offload
+    return schedule
+
+
+def test_svg_draws_every_copy_below_its_rank() -> None:
+    schedule = moved()
+    simulation = simulate(schedule, SLOW)
+    scale = natural_scale(schedule, simulation)
+    root = ElementTree.fromstring(svg(schedule, simulation))
+    drawn = {
+        (shape.findtext(f"{SVG}title") or "").split(",")[0]: (float(shape.get("x", "")), float(shape.get("width", "")))
+        for group in root.iter(f"{SVG}g")
+        if (group.get("class") or "").startswith("copies")
+        for shape in group.iter(f"{SVG}rect")
+    }
+    copies = [(rank, copy) for rank, spans in enumerate(simulation.copies) for copy in spans]
+    assert len(drawn) == len(copies) > 4
+    for rank, copy in copies:
+        x, width = drawn[f"{copy.operation}: copy of rank {rank}"]
+        assert x == pytest.approx(scale.x(copy.start), abs=0.01)
+        assert width == pytest.approx(scale.pixels * (copy.end - copy.start), abs=0.01)
+
+
+def test_trace_has_every_copy_on_the_thread_of_its_direction() -> None:
+    schedule = moved()
+    shown = time_schedule(schedule, SLOW)
+    events = json.loads(trace(schedule, shown.simulation, shown.costs))["traceEvents"]
+    names = {(each["pid"], each["tid"]): each["args"]["name"] for each in events if each["name"] == "thread_name"}
+    found = [each for each in events if each["ph"] == "X" and each["name"].startswith("copy ")]
+    assert len(found) == sum(map(len, shown.simulation.copies))
+    for each in found:
+        way = "to" if each["name"].startswith("copy O") else "from"
+        assert names[each["pid"], each["tid"]] == f"planned copies {way} host memory"
+        assert each["dur"] == pytest.approx(3000)
+
+
+def test_text_shows_waits_for_copies_and_counts_what_is_offloaded() -> None:
+    schedule = moved()
+    simulation = simulate(schedule, SLOW)
+    waits = [
+        end - start
+        for rank, groups in enumerate(schedule.ranks)
+        for (op, *_), start, end in zip(groups, simulation.starts[rank], simulation.ends[rank], strict=True)
+        if op.kind is Op.OFFLOAD
+    ]
+    assert max(waits) > 0
+    assert "O" in "".join(line.split("|")[1] for line in grid(schedule, simulation).splitlines() if "|" in line)
+    count = sum(len(spans) for spans in simulation.copies) // 2
+    assert f"{count} of 18 activations" in summary(schedule, simulation, SLOW, 2.0)
+
+
+def test_measured_run_with_copies_is_drawn() -> None:
+    schedule = moved()
+    run = measured_run(schedule)
+    picture = svg(schedule, simulate(schedule, SLOW), run)
+    assert "measured: " in picture
+    kinds = {span.operation.kind for spans in run.ranks for span in spans if span.lane == "copy"}
+    assert kinds == {Op.FORWARD, Op.OFFLOAD, Op.RELOAD, Op.BACKWARD}
+
+
+def linear(color: str) -> list[float]:
+    values = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    return [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+
+
+def lightness_and_hue(rgb: list[float]) -> tuple[float, float, float]:
+    """Converts to CIE L*a*b* under D65."""
+    red, green, blue = (min(1.0, max(0.0, value)) for value in rgb)
+    x = (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505
+    y = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    z = (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089
+    roots = [value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z)]
+    return 116 * roots[1] - 16, 500 * (roots[0] - roots[1]), 200 * (roots[1] - roots[2])
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1: deuteranopia, protanopia, tritanopia.
+EYES = {
+    "any": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "deuteranope": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "protanope": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "tritanope": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("eye", EYES)
+def test_colors_are_distinct_with_color_blindness(eye: str) -> None:
+    colors = [*style.LIGHT.values(), *style.DARK.values(), *style.COPIES.values()]
+    seen = [
+        lightness_and_hue([sum(a * b for a, b in zip(row, linear(color), strict=True)) for row in EYES[eye]])
+        for color in colors
+    ]
+    assert min(dist(one, two) for one, two in combinations(seen, 2)) >= 20
+
+
+def test_numbers_have_contrast_to_their_cells() -> None:
+    def luminance(color: str) -> float:
+        red, green, blue = linear(color)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    assert all(
+        (luminance(color) + 0.05) / (luminance("#16181b") + 0.05) >= 4.5
+        for color in (style.LIGHT | style.COPIES).values()
+    )
+    # 4.3 for the lightest of the dark ones: a darker olive would be too similar to the brown next to it.
+    assert all(1.05 / (luminance(color) + 0.05) >= 4.3 for color in style.DARK.values())

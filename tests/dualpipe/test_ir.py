@@ -1,18 +1,22 @@
-"""Schedules are converted to their public JSON form and back, and malformed JSON is rejected."""
+"""The public JSON form, costs as the command reads them, and the choice of a schedule."""
 
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from dualpipe.build import build
-from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
-
-ROOT = Path(__file__).resolve().parents[2]
+from dualpipe.choose import MARGIN, best_of_kind, choose, survey
+from dualpipe.config import ModelCosts, StageEntry
+from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
+from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError, from_json, to_json
+from dualpipe.registry import AUTO_CHUNKS, SCHEDULES, candidates
+from dualpipe.simulate.costs import CostModel, Costs, uniform
+from dualpipe.simulate.simulate import simulate
+from tests import ROOT
 
 
 def test_json_round_trip_gives_the_same_schedule() -> None:
@@ -115,3 +119,175 @@ def test_schedule_draws_itself_in_a_notebook() -> None:
 def test_schedule_that_cannot_run_has_no_picture() -> None:
     schedule = build("1f1b", 1, 1)
     assert replace(schedule, ranks=(schedule.ranks[0][::-1],))._repr_html_() is None
+
+
+def model_costs(*stages: Any, weights: float = 0.0, offload: float | None = None) -> ModelCosts:
+    entries = tuple(map(StageEntry.from_plain, stages))
+    return ModelCosts(
+        forward=1,
+        backward_input=2,
+        backward_weight=3,
+        exchange=4,
+        latency=0.5,
+        offload=offload,
+        stages=entries,
+        weights=weights,
+    )
+
+
+def test_stages_share_the_time_of_a_copy_to_host_memory() -> None:
+    assert [stage.offload for stage in model_costs(1, 2, offload=3).of_stages(2, 2).stages] == [3, 6]
+    assert [stage.offload for stage in model_costs(1, 2, offload=3).of_stages(2, 4).stages] == [1.5, 1.5, 3, 3]
+    assert not model_costs(1, 2).of_stages(2, 4).can_offload
+
+
+@pytest.mark.parametrize("num_stages", [4, 8, 12])
+def test_stages_without_entries_are_equal(num_stages: int) -> None:
+    costs = model_costs()
+    assert costs.of_stages(4, num_stages) == uniform(costs, 4, num_stages)
+    assert model_costs(1, 1, 1, 1).of_stages(4, 4) == costs.of_stages(4, 4)
+
+
+def test_stage_with_a_factor_scales_every_cost() -> None:
+    first, last = model_costs(1, 1.5).of_stages(2, 2).stages
+    assert last.forward == 1.5 * first.forward == 1.5
+    assert last.backward_weight == 4.5
+    assert last.forward_exchange == last.backward_exchange == 6
+    assert last.activation == 1.5
+
+
+def test_stage_with_named_costs_keeps_the_others() -> None:
+    first, last = model_costs(1, {"forward": 7, "activation": 0}).of_stages(2, 2).stages
+    assert (last.forward, last.activation) == (7, 0)
+    assert last.backward_input == first.backward_input
+
+
+def test_stages_of_another_number_are_parts_of_the_same_model() -> None:
+    costs = model_costs(1, 1, 1, 3)
+    for num_stages in (2, 4, 8):
+        stages = costs.of_stages(2, num_stages).stages
+        assert len(stages) == num_stages
+        assert sum(stage.forward for stage in stages) == pytest.approx(sum((0.5, 0.5, 0.5, 1.5)))
+        assert sum(stage.activation for stage in stages) == pytest.approx(3)
+    assert [stage.forward for stage in costs.of_stages(2, 2).stages] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [1.5, {"forward": 2.0}, {"activation": 0.5, "forward_exchange": 0.0}])
+def test_stage_entry_is_written_as_it_is_read(value: Any) -> None:
+    assert StageEntry.from_plain(value).to_plain() == value
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        (-1, ["a number, or costs by name", "at least 0", "-1"]),
+        ("fast", ["'fast'"]),
+        (True, ["True"]),
+        (float("nan"), ["nan"]),
+        ([1], ["[1]"]),
+        ({"forwards": 1}, ["forwards", "nearest: forward,"]),
+        ({"forward": None}, ["forward must be a number", "None"]),
+    ],
+)
+def test_stage_entry_rejects(value: Any, parts: list[str]) -> None:
+    with pytest.raises(ScheduleError) as refused:
+        StageEntry.from_plain(value)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_number_of_stages_must_be_a_multiple_of_the_ranks() -> None:
+    with pytest.raises(
+        ScheduleError, match=r"costs.stages: .*multiple of num_ranks=4, has 6; nearest: 4 or 8, or \[\]"
+    ):
+        model_costs(*[1] * 6).of_stages(4, 4)
+
+
+EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
+
+
+def with_weights(weights: float, num_stages: int) -> CostModel:
+    return replace(uniform(EQUAL, 4, num_stages), weights=weights)
+
+
+def timed(rows: tuple[TimedSchedule | UnavailableSchedule, ...]) -> dict[str, TimedSchedule]:
+    return {row.schedule.kind: row for row in rows if isinstance(row, TimedSchedule)}
+
+
+def test_survey_has_one_row_for_each_kind_with_its_best_number_of_chunks() -> None:
+    rows = survey(4, 8, lambda kind, num_stages: uniform(EQUAL, 4, num_stages))
+    assert len(rows) == len(candidates())
+    for kind, row in timed(rows).items():
+        spec = SCHEDULES.get(kind)
+        assert row.chunks in spec.chunks
+        for chunks in spec.chunk_choices(None):
+            costs = uniform(EQUAL, 4, 4 * chunks)
+            assert row.simulation.makespan <= simulate(build(kind, 4, 8, costs), costs).makespan + 1e-9
+
+
+def test_survey_gives_the_reason_of_a_kind_without_the_number_of_chunks() -> None:
+    rows = survey(4, 8, lambda kind, num_stages: uniform(EQUAL, 4, num_stages), chunks=2)
+    assert {row.chunks for row in timed(rows).values()} == {2}
+    reasons = {row.kind: row.reason for row in rows if isinstance(row, UnavailableSchedule)}
+    assert "schedule.chunks: schedule 'dualpipe' holds 1 stages per rank" in reasons["dualpipe"]
+
+
+def test_best_of_kind_has_no_more_stages_than_layers() -> None:
+    asked: list[int] = []
+
+    def costs_of(kind: str, num_stages: int) -> CostModel:
+        asked.append(num_stages)
+        return uniform(EQUAL, 4, num_stages)
+
+    for kind, spec in candidates().items():
+        best_of_kind(kind, 4, 8, costs_of, most_stages=4 * spec.chunks[0])
+    assert max(asked) <= 4 * max(spec.chunks[0] for spec in candidates().values())
+    assert AUTO_CHUNKS * 4 not in asked
+
+
+def test_choice_with_weights_prefers_one_copy_within_the_margin() -> None:
+    light, heavy = (
+        survey(4, 128, lambda kind, num_stages, weights=weights: with_weights(weights, num_stages))
+        for weights in (0.0, 10.0)
+    )
+    assert choose(light).schedule.num_directions == 2
+    choice = choose(heavy)
+    chosen, shortest = timed(heavy)[choice.schedule.kind], choose(light).schedule
+    assert chosen.copies == 1
+    best = timed(heavy)[shortest.kind].simulation.makespan
+    assert best < chosen.simulation.makespan <= best * (1 + MARGIN)
+    assert f"{shortest.kind}" in choice.reason
+    assert "weights included" in choice.reason
+
+
+def test_choice_with_weights_does_not_exceed_the_margin() -> None:
+    rows = survey(4, 8, lambda kind, num_stages: with_weights(10.0, num_stages))
+    shortest = min(row.simulation.makespan for row in timed(rows).values())
+    chosen = timed(rows)[choose(rows).schedule.kind]
+    assert chosen.simulation.makespan <= shortest * (1 + MARGIN)
+
+
+def test_memory_cap_counts_the_copies_of_the_weights() -> None:
+    rows = survey(4, 8, lambda kind, num_stages: with_weights(3.0, num_stages), memory_cap=8)
+    assert timed(rows)
+    for row in timed(rows).values():
+        assert row.memory == row.peak + row.copies * 3.0 <= 8
+        assert row.bound.value <= row.simulation.makespan + 1e-9
+    reasons = {row.kind: row.reason for row in rows if isinstance(row, UnavailableSchedule)}
+    assert "the cap is 2; nearest: 5" in reasons["dualpipe"]
+    assert "2 x 3 of weights" in reasons["dualpipe"]
+
+
+def test_memory_cap_below_the_weights_names_the_least_that_fits() -> None:
+    with pytest.raises(MemoryCapError, match="2 x 5 of weights leave no memory for activations") as refused:
+        build("dualpipe", 4, 8, with_weights(5.0, 4), memory_cap=9)
+    assert refused.value.least == 11
+    with pytest.raises(MemoryCapError, match="no schedule of 4 ranks fits the cap, which is 4") as refused:
+        survey(4, 8, lambda kind, num_stages: with_weights(5.0, num_stages), memory_cap=4)
+    # One direction needs less.
+    assert 5 < refused.value.least < 10
+
+
+def test_choice_without_a_kind_gives_every_reason() -> None:
+    with pytest.raises(ScheduleError, match="no kind is available: 1f1b: too slow"):
+        choose([UnavailableSchedule(kind="1f1b", reason="too slow")])

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dualpipe.ir import from_json
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "registered and gpipe": ["tests/dualpipe/test_registered.py", "tests/train/test_equality.py"],
-    "gpipe and few": ["tests/train/test_nominal.py"],
+    "gpipe and few": ["tests/train/test_plan.py"],
 }
 
 
@@ -53,7 +53,7 @@ def test_schedule_of_a_plugin_that_is_wrong_fails_the_suites(gpipe: Path, tmp_pa
     output = run_suite(wrong, "valid and gpipe", ["tests/dualpipe/test_registered.py"])
     assert "which it needs" in output, output
     wrong.write_text(text.replace("grows=True", "grows=False"), "utf-8")
-    output = run_suite(wrong, "few and gpipe", ["tests/train/test_nominal.py"])
+    output = run_suite(wrong, "few and gpipe", ["tests/train/test_plan.py"])
     assert "failed" in output, output
 
 

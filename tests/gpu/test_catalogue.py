@@ -16,7 +16,6 @@ MOST = 0.01
 
 
 def tensors_in(result: object) -> Iterator[Tensor]:
-    """Returns all tensors of a nested result."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, tuple | list):

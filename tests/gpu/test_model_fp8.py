@@ -41,7 +41,6 @@ def make_model(products: Products, dtype: torch.dtype) -> Transformer:
 
 
 def on(device: str, batch: MicroBatch) -> MicroBatch:
-    """Returns the same tokens on a device."""
     inputs, targets = (tuple(each.to(device) for each in part) for part in (batch.inputs_BT, batch.targets_BT))
     return replace(batch, inputs_BT=inputs, targets_BT=targets)
 
@@ -56,7 +55,6 @@ def eagerly(model: Transformer, device: str) -> dict[str, Tensor]:
 
 
 def by_phases(model: Transformer, device: str) -> dict[str, Tensor]:
-    """Gradients by phases, likewise."""
     model = model.to(device)
     store = GradientStore(model.parameters())
     run_stage(model, on(device, make_batch(TOKENS)), store, lambda moment: None)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 NUM_STEPS = 6
 CHOICES = (
     *("model=tiny", "model.mtp_depth=0", "parallelism=one_rank", "schedule=1f1b", "dispatch=local"),

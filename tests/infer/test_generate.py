@@ -1,18 +1,28 @@
-"""Tests of generation: greedy tokens are the argmax, no result depends on its batch, and each ends correctly."""
+"""Generation, passes with a cache, penalties and text streams."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from data.tokenizer import Tokenizer
 from infer.config import GenerateError, Sampling, Speculative
+from infer.decoder import Decoder
 from infer.generate import Stream, generate
+from infer.sample import TokenHistory, penalize
+from infer.text import REPLACEMENT, TextStream
+from model.hf.convert import load_hf
 from model.transformer import Transformer
-from tests.infer.models import SMALL, make_foresighted, make_model
+from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model, whole_pass
+from tests.model.hf_checkpoints import YARN, mtp_tensors, random_tokens, read_tensors, reference_model, write_tensors
 
 PROMPTS = [[5, 9], [1, 2, 3, 4, 5, 6, 7], [8], [100, 200, 300], [7, 7, 7, 7]]
+
 WARM = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=4)
 
 
@@ -218,3 +228,206 @@ def test_prompts_may_be_rows_of_numbers_of_any_kind(as_given: Callable[[list[int
 def test_prompt_that_is_no_list_of_ids_is_rejected(prompt: object) -> None:
     with pytest.raises(GenerateError, match=r"^prompt 2: must be a list of token ids"):
         generate(make_model(), [[1], prompt], max_new_tokens=2)  # type: ignore[list-item]
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+LENGTHS = (1, 9, 4)
+
+STEPS = (1, 2, 1, 2, 2)
+
+
+def texts(model: Transformer, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    drawn = torch.randint(0, model.config.vocab_size, (len(LENGTHS), length), generator=generator)
+    return [[int(token) for token in text] for text in drawn]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_cached_passes_equal_whole_ones(shape: str, dtype: torch.dtype) -> None:
+    model, close = make_model(SHAPES[shape], dtype), {"rtol": 0.0, "atol": TOLERANCE[dtype]}
+    text = texts(model, max(LENGTHS) + sum(STEPS) + 1)
+    expected = [whole_pass(model, tokens) for tokens in text]
+    decoder = Decoder(model, len(LENGTHS), len(text[0]) + 1, with_mtp=True)
+    rows = [decoder.add() for _ in LENGTHS]
+    states, logits = decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
+    next_tokens = [tokens[1 : n + 1] for tokens, n in zip(text, LENGTHS, strict=True)]
+    decoder.read_prompts_mtp(rows, next_tokens, torch.cat(list(states)))
+    for row, length in enumerate(LENGTHS):
+        decoder.main.resize(row, length)
+        decoder.mtp.resize(row, length)
+        torch.testing.assert_close(logits[row], expected[row][0][length - 1], **close)
+    lengths = list(LENGTHS)
+    for width in STEPS:
+        new = torch.tensor([tokens[at : at + width] for tokens, at in zip(text, lengths, strict=True)])
+        after = torch.tensor([tokens[at + 1 : at + width + 1] for tokens, at in zip(text, lengths, strict=True)])
+        state_BSD, logits_BSV = decoder.step(new)
+        chosen = torch.tensor([row % width for row in rows])
+        drafted_BV = decoder.step_mtp(after, state_BSD, chosen)
+        for row, at in enumerate(lengths):
+            main, mtp = expected[row]
+            torch.testing.assert_close(logits_BSV[row], main[at : at + width], **close)
+            torch.testing.assert_close(drafted_BV[row], mtp[at + row % width], **close)
+            lengths[row] += width
+            decoder.main.resize(row, lengths[row])
+            decoder.mtp.resize(row, lengths[row])
+
+
+@torch.no_grad()
+def test_whole_pass_of_these_tests_is_the_models_own() -> None:
+    for config in SHAPES.values():
+        model = make_model(config)
+        (tokens, *_) = texts(model, 13)
+        torch.testing.assert_close(model(torch.tensor([tokens]))[0], whole_pass(model, tokens)[0], rtol=0, atol=1e-11)
+
+
+def begun(model: Transformer, text: list[list[int]], capacity: int) -> Decoder:
+    """Returns a decoder with a row for each of `LENGTHS`, which has read that many tokens."""
+    decoder = Decoder(model, len(LENGTHS), capacity, with_mtp=False)
+    rows = [decoder.add() for _ in LENGTHS]
+    decoder.read_prompts(rows, [tokens[:n] for tokens, n in zip(text, LENGTHS, strict=True)])
+    for row, length in enumerate(LENGTHS):
+        decoder.main.resize(row, length)
+    return decoder
+
+
+@torch.no_grad()
+def test_tokens_taken_back_leave_no_trace() -> None:
+    """Writes wrong tokens past a row's length, then the right ones, as after a rejected draft."""
+    model = make_model()
+    text = texts(model, 20)
+    decoder = begun(model, text, 21)
+    right = torch.tensor([tokens[n : n + 2] for tokens, n in zip(text, LENGTHS, strict=True)])
+    clean = decoder.step(right)[1]
+    decoder.step((right + 7) % model.config.vocab_size)
+    torch.testing.assert_close(decoder.step(right)[1], clean, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_rows_move_when_another_leaves() -> None:
+    model = make_model()
+    text = texts(model, 12)
+    decoder = begun(model, text, 13)
+    decoder.remove(0)
+    assert decoder.main.lengths == (LENGTHS[2], LENGTHS[1])
+    logits = decoder.step(torch.tensor([[text[2][LENGTHS[2]]], [text[1][LENGTHS[1]]]]))[1][:, 0]
+    for logits_V, sequence in zip(logits, (2, 1), strict=True):
+        expected = whole_pass(model, text[sequence][: LENGTHS[sequence] + 1])[0][-1]
+        torch.testing.assert_close(logits_V, expected, rtol=0, atol=1e-10)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_q_lora": {"q_lora_rank": None},
+    "yarn": {"rope_scaling": YARN, "max_position_embeddings": 128},
+}
+
+
+@pytest.mark.parametrize("shape", CHANGES)
+@torch.no_grad()
+def test_greedy_continuations_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
+    reference = reference_model(3, **CHANGES[shape])
+    prompts = random_tokens(3, 9)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = reference.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, 9:].tolist()
+    reference.save_pretrained(tmp_path)
+    write_tensors(tmp_path, {**read_tensors(tmp_path), **mtp_tensors(tmp_path)})
+    model = load_hf(tmp_path, torch.float32)
+    assert model.config.mtp_depth == 1
+    for speculative in (False, True):
+        made = generate(model, prompts.tolist(), max_new_tokens=24, speculative=speculative)
+        assert [list(continuation.tokens) for continuation in made.continuations] == expected
+        assert bool(made.statistics.drafts_offered) == speculative
+
+
+CPU = torch.device("cpu")
+
+
+def test_penalties_change_logits_of_tokens_that_occurred() -> None:
+    sampling = Sampling(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
+    history = TokenHistory.of([0, 1, 1], [1, 3, 3], 5, CPU)
+    logits = torch.tensor([[4.0, -4.0, 1.0, 3.0, -1.0]])
+    expected = [4 / 2, -4 * 2 - 0.5 - 0.25, 1, 3 / 2 - 2 * 0.5 - 0.25, -1]
+    assert penalize(logits, history, sampling).tolist() == [expected]
+    after = penalize(logits, history.after(torch.tensor([4])), sampling)
+    assert after.tolist() == [[*expected[:4], -1 * 2 - 0.5 - 0.25]]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_greedy_text_follows_the_penalized_logits(speculative: Speculative, batch_size: int) -> None:
+    model, prompts = make_foresighted(), [[5, 9], [7, 7, 7], [1, 2, 3, 4]]
+    sampling = Sampling(repetition_penalty=0.8, presence_penalty=-3.0, frequency_penalty=1.5)
+    made = generate(
+        model, prompts, max_new_tokens=12, sampling=sampling, speculative=speculative, batch_size=batch_size
+    )
+    plain = generate(model, prompts, max_new_tokens=12, speculative=speculative)
+    assert made.continuations != plain.continuations
+    for prompt, continuation in zip(prompts, made.continuations, strict=True):
+        tokens = list(continuation.tokens)
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
+        for at, token in enumerate(tokens):
+            history = TokenHistory.of(prompt, tokens[:at], logits_TV.shape[1], CPU)
+            assert int(penalize(logits_TV[at : at + 1], history, sampling).argmax()) == token, at
+
+
+TOKENIZER = Tokenizer.train(["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9, 290)
+
+TEXTS = ["def g(y): return 2", "žluťoučký kůň", "日本語🙂🙂 e\u0301", "a\ufffdb", "", "<｜User｜>"]
+
+
+def pieces_of(stream: TextStream, tokens: list[int]) -> list[str]:
+    return [*(stream.push(token) for token in tokens), stream.close()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_text_and_whole_characters(text: str) -> None:
+    tokens = TOKENIZER.encode(text)
+    pieces = pieces_of(TextStream(TOKENIZER.decode), tokens)
+    assert "".join(pieces) == text
+    assert REPLACEMENT in text or not any(REPLACEMENT in piece for piece in pieces)
+    assert all("".join(pieces[: at + 1]) == text[: len("".join(pieces[: at + 1]))] for at in range(len(pieces)))
+
+
+def test_character_comes_with_its_last_byte() -> None:
+    tokens = TOKENIZER.encode("ů")
+    assert len(tokens) == 2
+    stream = TextStream(TOKENIZER.decode)
+    assert [stream.push(token) for token in tokens] == ["", "ů"]
+
+
+def test_pieces_of_any_tokens_are_their_text() -> None:
+    """The texts have special tokens, invalid bytes, and incomplete characters at the end."""
+    chance = random.Random(5)
+    for _ in range(300):
+        tokens = [chance.randrange(TOKENIZER.vocab_size) for _ in range(chance.randrange(30))]
+        pieces = pieces_of(TextStream(TOKENIZER.decode), tokens)
+        assert "".join(pieces) == TOKENIZER.decode(tokens)
+
+
+def test_stop_string_ends_as_in_the_whole_text() -> None:
+    chance = random.Random(6)
+    stopped = 0
+    for _ in range(400):
+        text = "".join(chance.choice("abů") for _ in range(chance.randrange(20)))
+        stops = ["".join(chance.choice("abů") for _ in range(chance.randrange(1, 5))) for _ in range(2)]
+        stream = TextStream(TOKENIZER.decode, stops)
+        pieces = pieces_of(stream, TOKENIZER.encode(text))
+        # The stop text that is complete first ends the text; of several the one that begins first.
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        first = min(ends)[0] if ends else 0
+        begins = [text[:first].find(stop) for stop in stops if stop in text[:first]]
+        assert stream.is_stopped == bool(ends)
+        assert "".join(pieces) == (text[: min(begins)] if ends else text)
+        stopped += stream.is_stopped
+    assert 100 < stopped < 400
+
+
+def test_what_may_become_a_stop_string_is_held_back() -> None:
+    stream = TextStream(lambda ids: "".join(chr(number) for number in ids), ["\n\ndef"])
+    assert [stream.push(ord(letter)) for letter in "x\n\ny\n\nde"] == ["x", "", "", "\n\ny", "", "", "", ""]
+    assert not stream.is_stopped
+    assert stream.close() == "\n\nde"

@@ -1,13 +1,19 @@
-"""Tests of sampling: distributions equal a plain reference, and samples follow their distribution."""
+"""Sampling equals a plain reference, and drafts change neither greedy tokens nor distributions."""
 
 import re
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from infer.config import GenerateError, Sampling
-from infer.sample import SequenceRandom, distribution, draw, log_probs
-from tests.infer.models import chi_square
+from infer.generate import generate
+from infer.sample import SequenceRandom, distribution, draw, log_probs, verify
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.infer.models import SHAPES, SMALL, chi_square, make_foresighted, make_model, whole_pass
 
 
 def plainly(logits: list[float], sampling: Sampling) -> list[float]:
@@ -139,3 +145,148 @@ def test_log_probs_are_those_of_all_tokens_at_the_temperature(temperature: float
 def test_min_p_and_penalties_out_of_range_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(GenerateError, match=f"^{re.escape(message)}$"):
         Sampling(**values)
+
+
+VOCAB = 8
+
+LETTERS = replace(SMALL, vocab_size=VOCAB)
+
+FILTERS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_k=4),
+    Sampling(temperature=1.3, top_p=0.8),
+]
+
+
+def prompts_of(config: ModelConfig, count: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(0, config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_speculative_greedy_is_greedy_on_fifty_prompts(dtype: torch.dtype) -> None:
+    model = make_foresighted(dtype=dtype)
+    prompts = prompts_of(model.config, 50, 1)
+    plain = generate(model, prompts, max_new_tokens=16, stop=[3, 77], speculative=False)
+    drafted = generate(model, prompts, max_new_tokens=16, stop=[3, 77], speculative=True)
+    assert drafted.continuations == plain.continuations
+    statistics = drafted.statistics
+    assert 0.1 < statistics.acceptance_rate < 0.9
+    assert statistics.tokens == plain.statistics.passes
+    assert statistics.tokens - statistics.passes > 0.1 * statistics.tokens
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_speculative_greedy_is_greedy_for_every_shape_and_a_bad_drafter(shape: str) -> None:
+    for model in (make_foresighted(SHAPES[shape]), make_model(SHAPES[shape], seed=9)):
+        prompts = prompts_of(model.config, 6, 2)
+        plain = generate(model, prompts, max_new_tokens=9, speculative=False)
+        assert generate(model, prompts, max_new_tokens=9, speculative=True).continuations == plain.continuations
+
+
+def test_statistics_count_what_happened() -> None:
+    """The first of 9 tokens takes a pass. Each later pass yields one token, or two if its draft is accepted."""
+    model = make_foresighted()
+    for prompt in prompts_of(model.config, 8, 3):
+        statistics = generate(model, [prompt], max_new_tokens=9, speculative=True).statistics
+        assert statistics.tokens == 9
+        assert statistics.passes == 9 - statistics.drafts_accepted
+        # A pass for only the last token cannot use a draft.
+        assert statistics.passes - 2 <= statistics.drafts_offered <= statistics.passes - 1
+        assert statistics.tokens - statistics.passes == statistics.drafts_accepted
+        assert f"({statistics.drafts_accepted} of {statistics.drafts_offered})" in statistics.summary()
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, mtp_hidden="pre_norm")])
+def test_drafts_are_those_of_whole_passes(config: ModelConfig) -> None:
+    """The accepted drafts equal those of the MTP module's best tokens over the whole text without a cache."""
+    model = make_foresighted(config)
+    prompts = prompts_of(config, 12, 4)
+    offered = accepted = 0
+    for prompt in prompts:
+        tokens = list(generate(model, [prompt], max_new_tokens=15, speculative=False).continuations[0].tokens)
+        drafts = whole_pass(model, [*prompt, *tokens])[1].argmax(-1).tolist()
+        at = 1  # of the token to draft; its draft follows the pair that ends one token before
+        while at < len(tokens):
+            is_right = drafts[len(prompt) + at - 2] == tokens[at]
+            if at + 1 < len(tokens):
+                offered += 1
+                accepted += is_right
+            at += 1 + is_right
+    statistics = generate(model, prompts, max_new_tokens=15, speculative=True, batch_size=5).statistics
+    assert (statistics.drafts_offered, statistics.drafts_accepted) == (offered, accepted)
+    assert 0.1 < statistics.acceptance_rate < 0.9
+
+
+def test_verified_tokens_are_distributed_as_without_drafts() -> None:
+    """The first token follows p, and the second the main model's distribution, for different p and q with zeros."""
+    rows = 200_000
+    generator = torch.Generator().manual_seed(8)
+    target = torch.tensor([0.5, 0.2, 0.0, 0.05, 0.25], dtype=torch.float64)
+    draft = torch.tensor([0.1, 0.5, 0.2, 0.0, 0.2], dtype=torch.float64)
+    after = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    drafts = torch.multinomial(draft, rows, replacement=True, generator=generator)
+    uniform = torch.rand(rows, 2, generator=generator, dtype=torch.float64)
+    spread = [x.expand(rows, 5) for x in (target, draft, after)]
+    kept, tokens = verify(spread[0], spread[1], drafts, spread[2], uniform)
+    first = torch.where(kept, drafts, tokens)
+    statistic, limit = chi_square(torch.bincount(first, minlength=5), target)
+    assert statistic < limit
+    # The acceptance rate is the overlap of p and q.
+    overlap = float(torch.minimum(target, draft).sum())
+    assert float(kept.double().mean()) == pytest.approx(overlap, abs=5 * (overlap * (1 - overlap) / rows) ** 0.5)
+    # What follows a kept draft does not depend on which draft it was.
+    pairs = torch.bincount((drafts * 5 + tokens)[kept], minlength=25).view(5, 5)
+    shares = pairs.sum(1, keepdim=True) / pairs.sum()
+    statistic, limit = chi_square(pairs, shares * after)
+    assert statistic < limit
+
+
+def test_verify_of_one_hot_distributions_keeps_the_right_draft_alone() -> None:
+    best, other, last = torch.eye(3)[[0, 1, 2]]
+    target, draft, after = torch.stack((best, best)), torch.stack((best, other)), torch.stack((last, last))
+    kept, tokens = verify(
+        target, draft, torch.tensor([0, 1]), after, torch.full((2, 2), 1 - 2**-53, dtype=torch.float64)
+    )
+    assert kept.tolist() == [True, False]
+    assert tokens.tolist() == [2, 0]
+
+
+def test_verify_equal_distributions_always_keep() -> None:
+    same = torch.tensor([[0.3, 0.7]]).expand(1000, 2)
+    uniform = torch.rand(1000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert verify(same, same, torch.ones(1000, dtype=torch.int64), same, uniform)[0].all()
+
+
+@torch.no_grad()
+def exactly(model: Transformer, prompt: list[int], num_tokens: int, sampling: Sampling) -> Tensor:
+    """Returns the probability of every continuation, [V] * num_tokens, from whole passes."""
+    continuations = list(product(range(VOCAB), repeat=num_tokens - 1))
+    logits = model(torch.tensor([[*prompt, *tokens] for tokens in continuations]))[:, len(prompt) - 1 :]
+    steps = distribution(logits, sampling)
+    joint = torch.ones((VOCAB,) * num_tokens, dtype=torch.float64)
+    for row, tokens in enumerate(continuations):
+        path = 1.0
+        for step, token in enumerate(tokens):
+            path *= float(steps[row, step, token])
+        joint[tokens] = path * steps[row, -1]
+    return joint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", FILTERS, ids=["warm", "top_k", "top_p"])
+@pytest.mark.parametrize("speculative", [True, False], ids=["drafts", "plain"])
+def test_sampled_continuations_follow_the_models_distribution(sampling: Sampling, speculative: bool) -> None:
+    """Compares the frequencies of continuations of three tokens with their exact probabilities."""
+    model, count = make_foresighted(LETTERS, seed=5), 4000
+    generation = generate(
+        model, [[1, 6, 2]] * count, max_new_tokens=3, sampling=sampling, speculative=speculative, batch_size=1000
+    )
+    if speculative:
+        assert 0.1 < generation.statistics.acceptance_rate < 0.95
+    counts = torch.zeros((VOCAB,) * 3, dtype=torch.float64)
+    for continuation in generation.continuations:
+        counts[continuation.tokens] += 1
+    statistic, limit = chi_square(counts, exactly(model, [1, 6, 2], 3, sampling))
+    assert statistic < limit

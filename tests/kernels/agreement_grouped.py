@@ -51,7 +51,6 @@ def column_operands(counts: Counts, num_outputs: int, depth: int) -> tuple[Quant
 
 
 def segments(counts: Counts) -> list[slice]:
-    """Returns the rows of each group."""
     ends = [sum(counts[: group + 1]) for group in range(len(counts))]
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
@@ -93,7 +92,6 @@ def check_weight_fp8(
 
 
 def on(device: str, operand: Operand) -> Operand:
-    """Codes and scales on a device."""
     return type(operand)(*(each.to(device) for each in operand))
 
 

@@ -32,9 +32,6 @@ class Compiled:
     """A kernel compiled for sm_90.
 
     Attributes:
-        ptx: the assembly, as text.
-        cubin: the machine code.
-        registers: per thread.
         spill_bytes: stored to and loaded from local memory per thread, because registers ran out.
         shared_bytes: shared memory of a program, the compiled-in part and the one given at the launch.
         num_warps: of a program, with those that the compiler adds to load ahead.
@@ -64,11 +61,9 @@ class Specialization:
     """Compiler's view of a launch: launches with equal specializations run the same machine code.
 
     Attributes:
-        kernel: its name.
         signature: type of every parameter that is not a constant, in Triton's words (`*bf16`, `i32`, `fp32`).
         constants: values of the `tl.constexpr` parameters, and of others known to be 1.
         aligned: parameters known to be multiples of 16.
-        options: `num_warps`, `num_stages` and others.
     """
 
     kernel: str
@@ -82,8 +77,6 @@ def compile_launch(module: ModuleType, kernel_name: str, launcher: Callable[[], 
     """Compiles for sm_90 exactly what a launcher would run, from tensors on the CPU.
 
     Args:
-        module: that holds the kernel and the launcher.
-        kernel_name: the kernel's name there.
         launcher: called without arguments, launches that kernel once; the launch is recorded instead of run.
     """
     found = specialization_of(module, kernel_name, launcher)
@@ -140,7 +133,6 @@ def compile_for_hopper(
         signature: type of every parameter that is not a constant, in Triton's words (`*bf16`, `i32`, `fp32`).
         constants: values of the `tl.constexpr` parameters, and of others known to be 1.
         aligned: parameters known to be multiples of 16, as a launch finds out from the arguments.
-        options: `num_warps`, `num_stages` and what else a launch may give.
     """
     import triton
     from triton.backends.compiler import GPUTarget

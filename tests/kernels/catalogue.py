@@ -77,7 +77,6 @@ def quantize_columns(counts: tuple[int, ...], *, from_codes: bool) -> Launch:
 
 
 def quantize_weights(num_weights: int, num_rows: int, num_columns: int) -> Launch:
-    """Weights to FP8."""
     return launch(
         "quantize.triton",
         "quantize_blocks",

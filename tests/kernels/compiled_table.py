@@ -31,16 +31,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: of the kernel.
-        shape: of the launch that was compiled, in words.
-        product: that it computes, if any.
         failure: why it was not compiled; empty if it was.
-        registers: per thread.
-        spill_bytes: per thread.
-        shared_bytes: of a program.
-        num_warps: of a program.
         tensor_cores: the types that they multiply, as in `wgmma e4m3`; empty if they are not used.
-        tma: what is moved by descriptor: `load`, `store` or both.
     """
 
     name: str
@@ -55,7 +47,6 @@ class Row:
     tma: str = ""
 
     def broken_rules(self) -> list[str]:
-        """Returns the rules that it breaks."""
         broken: list[str] = []
         subject = f"{self.name}, {self.shape}"
         if self.failure:
@@ -71,7 +62,6 @@ class Row:
         return broken
 
     def cells(self) -> tuple[str, ...]:
-        """Returns the row's text."""
         if self.failure:
             return (self.name, self.shape, f"failed: {self.failure}", *("",) * 5)
         numbers = (self.registers, self.spill_bytes, self.shared_bytes, self.num_warps)
@@ -92,7 +82,6 @@ def recorded_launches() -> list[Launch]:
 
 
 def row_of(launch: Launch) -> Row:
-    """Compiles one launch."""
     module = import_module(launch.module)
     row = Row(name=launch.name, shape=launch.shape, product=launch.product)
     try:

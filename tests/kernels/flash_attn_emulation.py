@@ -15,8 +15,6 @@ from torch import Tensor
 
 
 class Calls:
-    """Number of calls of each function."""
-
     def __init__(self) -> None:
         self.num_whole = 0
         self.num_packed = 0

@@ -35,7 +35,6 @@ class Tensors:
     """Arguments for launches.
 
     Args:
-        device: device of the tensors.
         is_filled: whether they hold numbers, or only have a shape; by default on a GPU alone.
     """
 
@@ -93,11 +92,8 @@ class Product:
     """The product that a launch computes, or the products of groups that follow each other in rows or depth.
 
     Attributes:
-        num_rows: of all groups together, or of a weight's gradient.
-        num_columns: of the result.
         depth: that is summed over; of all groups together in a weight's gradient.
         counts: rows, or depth, of each group; empty: one product.
-        is_gradient: of a weight: summed over rows.
         is_fp8: operands in FP8, else bf16.
     """
 
@@ -110,7 +106,6 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions."""
         return 2 * self.num_rows * self.num_columns * self.depth
 
 
@@ -119,14 +114,9 @@ class Launch:
     """One launch of one kernel.
 
     Attributes:
-        module: module of kernel and launcher.
-        kernel: name of the function that `triton.jit` made.
-        shape: in words, for a table.
-        bytes_moved: read and written at the least.
         prepare: given a module, or what else has its functions, and a maker of tensors, gives a function that launches
             the kernel once.
         reference: module with the same function in plain PyTorch, if there is one.
-        product: what is multiplied.
         is_timed: whether it is a launch of its own, not one that a tuner tries.
     """
 
@@ -149,14 +139,12 @@ class Launch:
         """Returns a function that launches the kernel once, with arguments on a device.
 
         Args:
-            device: of the tensors.
             functions: what has them as attributes; by default the kernel's own module.
         """
         return self.prepare(import_module(self.module) if functions is None else functions, Tensors(device))
 
 
 def quantized_bytes(num_rows: int, num_columns: int) -> int:
-    """Returns the bytes of codes and scales of rows."""
     return num_rows * (num_columns + 4 * num_tiles(num_columns))
 
 
@@ -181,7 +169,6 @@ def launch(
     """Returns the launch by a function of a module of `kernels`; the reference's module has the same function.
 
     Args:
-        arguments: makes the positional arguments.
         tiling: that a tuner tries; None if the product chooses it itself.
     """
     if tiling is not None:

@@ -28,7 +28,6 @@ def near(actual: Tensor, expected: Tensor, roundings: float, sums: float = 0.0, 
     """Asserts the same shape, and values as close as the type of `actual` allows.
 
     Args:
-        actual: of any floating type.
         expected: float64.
         roundings: to the type, one after the other, of each number.
         sums: roundings of numbers as large as the largest, that were summed before.

@@ -1,4 +1,4 @@
-"""An operation runs the implementation that suits its operands; Triton and DeepGEMM are not loaded for another one."""
+"""An operation runs the implementation that suits its operands, and all refuse ill-fitting ones in the same words."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from inspect import signature
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +15,33 @@ from torch import Tensor
 import kernels.rms_norm as norm
 from kernels import operation
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
+from kernels.gemm_fp8.tiling import Tiling
+from kernels.grouped_gemm import grouped_rows, grouped_rows_fp8, grouped_weight
+from kernels.grouped_gemm.tiles import GroupedTiling
+from kernels.grouped_gemm.triton import grouped_rows as triton_rows
 from kernels.launch import without_launches
 from kernels.operation import ChosenFunction, has_deep_gemm
-from kernels.quantize import quantize_1x128, quantize_128x128, quantize_columns, requantize_columns
-from kernels.quantize.layout import GRADIENTS_MIN_AMAX
+from kernels.permute import permute, unpermute
+from kernels.quantize import (
+    dequantize_1x128,
+    pack_e5m6,
+    quantize_1x128,
+    quantize_128x128,
+    quantize_columns,
+    requantize_columns,
+    transpose_blocks,
+    unpack_e5m6,
+)
+from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns
+from kernels.quantize.reference import dequantize_128x128
+from kernels.quantize.triton import dequantize_128x128 as triton_dequantize_128x128
+from kernels.rms_norm import normalize_backward, rms_norm, rms_norm_backward_from_codes, rms_norm_quantize
+from kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_from_codes, swiglu_quantize
+from tests import ROOT
 from tests.kernels.deep_gemm_emulation import Calls, emulated
 from tests.kernels.plain import randn
 
 DEVICES = {"cpu": "reference", "meta": "reference", "cuda:1": "triton"}
-ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = {
     name: function
     for folder in ("adamw", "cross_entropy", "gemm_fp8", "grouped_gemm", "permute", "quantize", "rms_norm", "swiglu")
@@ -167,3 +185,219 @@ def test_the_reference_loads_neither_triton_nor_deep_gemm_and_attention_no_torch
         "assert 'triton' not in sys.modules and 'deep_gemm' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+Case = tuple[ChosenFunction[..., Any], tuple[Any, ...], str]
+
+EPS = 1e-6
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+OTHER = torch.float8_e5m2
+
+BY_TWO = {"power_of_two": True}
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape)
+
+
+def turned(pair: Any) -> Any:
+    """Codes and scales of the transpose, neither contiguous."""
+    return type(pair)(pair[0].t(), pair[1].t())
+
+
+VALUES = ones(3, 200)
+
+ROWS = quantize_1x128(VALUES, power_of_two=True)
+
+BLOCKS = quantize_128x128(ones(2, 130, 200), power_of_two=True)
+
+WEIGHT = QuantizedBlocks(BLOCKS.codes[0], BLOCKS.scales[0])
+
+COLUMNS = quantize_columns(VALUES, [3], power_of_two=True)
+
+PACKED = pack_e5m6(VALUES)
+
+NORMAL, INVERSE = rms_norm_quantize(VALUES, ones(200), EPS, power_of_two=True)
+
+_, HIDDEN = swiglu_quantize(ones(3, 400), None, power_of_two=True)
+
+AS_BYTES = Quantized(ROWS.codes.view(torch.uint8), ROWS.scales)
+
+INDEX = torch.tensor([2, 0])
+
+EVERYWHERE: list[Case] = [
+    (quantize_1x128, (VALUES.int(),), "rows_ND must be floating point, got torch.int32"),
+    (quantize_1x128, (VALUES[0],), "rows_ND must have 2 dimensions, got 1"),
+    (dequantize_1x128, (Quantized(ROWS.codes.to(OTHER), ROWS.scales), F32), "codes must be torch.float8_e4m3fn, got"),
+    (dequantize_1x128, (Quantized(ROWS.codes, ROWS.scales[:, :1]), F32), "scales must be [3, 2], got [3, 1]"),
+    (dequantize_1x128, (Quantized(ROWS.codes, ROWS.scales[:1]), F32), "scales must be [3, 2], got [1, 2]"),
+    (dequantize_1x128, (Quantized(ROWS.codes, ROWS.scales.bfloat16()), F32), "scales must be torch.float32, got"),
+    (dequantize_1x128, (Quantized(ROWS.codes, ROWS.scales.to("meta")), F32), "scales must be on cpu, where the codes"),
+    (quantize_columns, (VALUES.int(), [3]), "rows_ND must be floating point, got torch.int32"),
+    (quantize_columns, (VALUES, [2]), "counts must add up to the number of rows, 3, got 2"),
+    (requantize_columns, (Quantized(ROWS.codes, ROWS.scales[:, :1]), [3]), "scales must be [3, 2], got [3, 1]"),
+    (quantize_128x128, (VALUES[0],), "values must have at least 2 dimensions, got 1"),
+    (transpose_blocks, (QuantizedBlocks(BLOCKS.codes, BLOCKS.scales[:, :1]),), "scales must be [2, 2, 2], got [2, 1"),
+    (pack_e5m6, (VALUES.int(),), "rows_ND must be floating point, got torch.int32"),
+    (unpack_e5m6, (PackedE5M6(PACKED.codes.view(torch.int8), PACKED.scales), 200, F32), "codes must be torch.uint8"),
+    (unpack_e5m6, (PackedE5M6(PACKED.codes, PACKED.scales[:1]), 200, F32), "scales must be [3, 2], got [1, 2]"),
+    (gemm_fp8, (Quantized(ROWS.codes.to(OTHER), ROWS.scales), WEIGHT, F32), "left.codes must be torch.float8_e4m3fn"),
+    (
+        gemm_fp8,
+        (ROWS, QuantizedBlocks(WEIGHT.codes, WEIGHT.scales.double()), F32),
+        "right.scales must be torch.float32",
+    ),
+    (
+        gemm_fp8,
+        (ROWS, QuantizedBlocks(*(part.to("meta") for part in WEIGHT)), F32),
+        "right.codes must be on cpu, where",
+    ),
+    (
+        gemm_fp8,
+        (ROWS, QuantizedBlocks(WEIGHT.codes, WEIGHT.scales[:1]), F32),
+        "right.scales must be [2, 2], got [1, 2]",
+    ),
+    (
+        gemm_fp8_columns,
+        (COLUMNS, QuantizedColumns(COLUMNS.codes.view(torch.uint8), COLUMNS.scales)),
+        "right.codes must be torch.float8_e4m3fn, got",
+    ),
+    (grouped_rows_fp8, (AS_BYTES, BLOCKS, [1, 2], F32), "the matrices must be torch.uint8, as rows are, got"),
+    (
+        grouped_rows_fp8,
+        (AS_BYTES, QuantizedBlocks(BLOCKS.codes.view(torch.uint8), BLOCKS.scales), [1, 2], F32),
+        "rows.codes must be torch.float8_e4m3fn",
+    ),
+    (
+        grouped_rows_fp8,
+        (ROWS, QuantizedBlocks(BLOCKS.codes, BLOCKS.scales[:, :1]), [1, 2], F32),
+        "weights.scales must be [2, 2, 2], got [2, 1, 2]",
+    ),
+    (grouped_rows, (ones(4, 5), ones(2, 3, 5), (1, 2)), "counts must add up to the number of rows, 4, got 3"),
+    (grouped_weight, (ones(3, 5), ones(4, 5), (1, 3)), "grad must have as many rows as rows, 4, got 3"),
+    (swiglu, (ones(3, 8), ones(1, 8)), "up must be [3, 8], got [1, 8]"),
+    (swiglu, (ones(3, 8), ones(3, 8).bfloat16()), "up must be torch.float32, as the other operands are, got torch.bfl"),
+    (swiglu, (ones(3, 8), ones(3, 8).to("meta")), "up must be on cpu, where the other operands are, got meta"),
+    (swiglu_backward, (ones(1, 8), ones(3, 16)), "hidden_AH must be [1, 16], got [3, 16]"),
+    (
+        swiglu_backward,
+        (ones(4, 4), ones(4, 4)),
+        "hidden_AH must have twice the gradient's 4 columns, got 4; nearest: 8",
+    ),
+    (swiglu_quantize, (ones(3, 400), ones(1)), "weights_A must be [3], got [1]"),
+    (swiglu_quantize, (ones(4, 3), None), "hidden_AH must have an even number of columns, got 3; nearest: 2"),
+    (swiglu_backward_from_codes, (ones(3, 200), HIDDEN, ones(1)), "weights_A must be [3], got [1]"),
+    (swiglu_backward_from_codes, (ones(4, 200), HIDDEN, None), "codes must be [4, 400], got [3, 400]"),
+    (
+        swiglu_backward_from_codes,
+        (ones(3, 200), HIDDEN._replace(scales=HIDDEN.scales[:, :1]), None),
+        "scales must be [3, 4], got [3, 1]",
+    ),
+    (
+        swiglu_backward_from_codes,
+        (ones(3, 4), HIDDEN, None),
+        "hidden must have twice the gradient's 4 columns, got 400",
+    ),
+    (rms_norm, (ones(3, 8), ones(1), EPS), "weight_D must be [8], got [1]"),
+    (normalize_backward, (ones(2, 8), ones(3, 8), ones(3, 1), ones(8)), "grad must be [3, 8], got [2, 8]"),
+    (normalize_backward, (ones(3, 8), ones(3, 8), ones(1, 1), ones(8)), "scale must be [3, 1], got [1, 1]"),
+    (normalize_backward, (ones(3, 8), ones(3, 8), ones(3, 1), ones(1)), "weight_D must be [8], got [1]"),
+    (rms_norm_quantize, (VALUES, ones(1), EPS), "weight_D must be [200], got [1]"),
+    (rms_norm_backward_from_codes, (ones(4, 200), NORMAL, INVERSE, ones(200)), "codes must be [4, 200], got [3, 200]"),
+    (
+        rms_norm_backward_from_codes,
+        (VALUES, NORMAL._replace(scales=NORMAL.scales[:, :1]), INVERSE, ones(200)),
+        "scales must be [3, 2], got",
+    ),
+    (rms_norm_backward_from_codes, (VALUES, NORMAL, INVERSE[:1], ones(200)), "inverse_A1 must be [3, 1], got [1, 1]"),
+    (permute, (ones(3, 8), INDEX, ones(3, 8)), "out_AD must be [2, 8], got [3, 8]"),
+    (
+        permute,
+        (ones(3, 8), INDEX, ones(2, 8).bfloat16()),
+        "out_AD must be torch.float32, as the other operands are, got",
+    ),
+    (permute, (ones(3, 8), INDEX.float()), "source_A must be int32 or int64 of 1 dimensions"),
+    (unpermute, (ones(3, 8), INDEX), "places_TK must be int32 or int64 of 2 dimensions"),
+    (unpermute, (ones(3, 8).int(), INDEX[None]), "rows_AD must be floating point, got torch.int32"),
+]
+
+SQUARE, ALONG = ones(4, 4), "must be contiguous along its columns, got strides"
+
+BY_COLUMN = Quantized(SQUARE.to(torch.float8_e4m3fn).t(), ones(4, 1))
+
+ONE_BLOCK = quantize_128x128(ones(256, 3), power_of_two=True)
+
+UNDER_TRITON: list[Case] = [
+    (permute, (ones(3, 4).t(), INDEX), f"rows_ND {ALONG} (1, 4)"),
+    (permute, (ones(4, 3), INDEX, ones(2, 6)[:, ::2]), f"out_AD {ALONG} (6, 2)"),
+    (unpermute, (ones(3, 4).t(), INDEX[None]), f"rows_AD {ALONG} (1, 4)"),
+    (quantize_1x128, (SQUARE.t(),), f"rows_ND {ALONG} (1, 4)"),
+    (dequantize_1x128, (BY_COLUMN, F32), f"codes {ALONG} (1, 4)"),
+    (quantize_columns, (ones(256, 3).t(), [3]), f"rows_ND {ALONG} (1, 3)"),
+    (requantize_columns, (BY_COLUMN, [4]), f"codes {ALONG} (1, 4)"),
+    (quantize_128x128, (ones(256, 3).t(),), f"values {ALONG} (1, 3)"),
+    (transpose_blocks, (turned(ONE_BLOCK),), f"codes {ALONG} (1, 3)"),
+    (pack_e5m6, (SQUARE.t(),), f"rows_ND {ALONG} (1, 4)"),
+    (unpack_e5m6, (PackedE5M6(PACKED.codes.t().contiguous().t(), PACKED.scales), 200, F32), f"codes {ALONG} (1, 3)"),
+    (swiglu, (SQUARE.t(), SQUARE), f"gate {ALONG} (1, 4)"),
+    (swiglu_quantize, (SQUARE.t(), None), f"hidden_AH {ALONG} (1, 4)"),
+    (rms_norm, (SQUARE.t(), SQUARE[0], EPS), f"x {ALONG} (1, 4)"),
+    (rms_norm, (ones(1, 8193), ones(8193), EPS), "x must have at most 8192 columns, got 8193; nearest: 8192"),
+    (normalize_backward, (SQUARE, SQUARE.t(), SQUARE[:, :1], SQUARE[0]), f"x {ALONG} (1, 4)"),
+    (rms_norm_quantize, (SQUARE.t(), SQUARE[0], EPS), f"x_AD {ALONG} (1, 4)"),
+    (rms_norm_backward_from_codes, (SQUARE, BY_COLUMN, SQUARE[:, :1], SQUARE[0]), f"codes {ALONG} (1, 4)"),
+    (
+        grouped_rows,
+        (ones(4, 5).double(), ones(2, 3, 5).double(), (1, 3)),
+        "the type must be one of bfloat16, float16, float32, got torch.float64; nearest: float32",
+    ),
+]
+
+CASES = [(kind, *case) for kind in ("reference", "triton") for case in EVERYWHERE]
+
+CASES += [("triton", *case) for case in UNDER_TRITON]
+
+
+@pytest.mark.parametrize(("kind", "function", "operands", "rule"), CASES)
+def test_operands_that_do_not_fit_are_named(
+    kind: str, function: ChosenFunction[..., Any], operands: tuple[Any, ...], rule: str
+) -> None:
+    name = function.__name__
+    takes_scales = name in ("pack_e5m6", "swiglu_backward_from_codes", "rms_norm_backward_from_codes")
+    options = BY_TWO if "quantize" in name and "dequantize" not in name and not takes_scales else {}
+    with pytest.raises(ValueError, match=r".") as raised:
+        function.by(kind)(*operands, **options)
+    assert str(raised.value).startswith(f"{name}: {rule}")
+
+
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("function", "operands"),
+    [
+        (quantize_1x128, (VALUES,)),
+        (quantize_columns, (VALUES, [3])),
+        (requantize_columns, (ROWS, [3])),
+        (quantize_128x128, (VALUES,)),
+    ],
+)
+def test_a_bound_from_which_scales_underflow_is_rejected(
+    function: ChosenFunction[..., Any], operands: tuple[Any, ...], kind: str
+) -> None:
+    with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 1e-40"):
+        function.by(kind)(*operands, power_of_two=True, min_amax=1e-40)
+
+
+def test_blocks_and_tilings_that_do_not_fit_are_named() -> None:
+    for function in (dequantize_128x128, triton_dequantize_128x128):
+        with pytest.raises(ValueError, match=r"dequantize_128x128: scales must be \[2, 2, 2\], got \[2, 1, 2\]"):
+            function(QuantizedBlocks(BLOCKS.codes, BLOCKS.scales[:, :1]), F32)
+    with pytest.raises(ValueError, match=rf"dequantize_128x128: codes {ALONG}"):
+        triton_dequantize_128x128(turned(ONE_BLOCK), F32)
+    with pytest.raises(ValueError, match=r"Tiling: rows must be a power of two in \[16, 128\], got 100; nearest: 128"):
+        Tiling(rows=100)
+    with pytest.raises(ValueError, match=r"Tiling: outputs must be a power of two .*, got 256; nearest: 128"):
+        Tiling(outputs=256)
+    with pytest.raises(ValueError, match=r"GroupedTiling: depth must be a power .*, got 48; nearest: 32"):
+        triton_rows(ones(4, 5), ones(2, 3, 5), (1, 3), tiling=GroupedTiling(depth=48))

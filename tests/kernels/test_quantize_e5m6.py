@@ -46,7 +46,6 @@ def expected_tile(tile: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def packed_row(codes: np.ndarray) -> np.ndarray:
-    """Bytes of a row of codes, one by one."""
     codes = np.append(codes, [0] * (len(codes) % 2))
     lower = [code % 256 for code in codes]
     upper = [codes[place] // 256 + codes[place + 1] // 256 * 16 for place in range(0, len(codes), 2)]

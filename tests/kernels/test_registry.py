@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kernels.registry import PluginError, Registry, UnknownNameError, closest, list_modules, load_plugins
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COLOURS = Registry[int]("paint.colour")
 HERE = f"from {__name__} import COLOURS\n"
 

@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 ENVIRONMENTS = ROOT / ".cache" / "triton"
 VERSIONS = {
     "3.6.0": "pinned by torch 2.10, the oldest supported one, and by torch 2.11",
@@ -25,15 +26,7 @@ VERSIONS = {
 
 
 def environment(version: str, folder: Path = ENVIRONMENTS) -> Path:
-    """Returns the folder with a Triton version, which is downloaded if it is missing.
-
-    Args:
-        version: of Triton.
-        folder: holds one environment for each version.
-
-    Raises:
-        subprocess.CalledProcessError: pip could not install it.
-    """
+    """Returns the folder with a Triton version, which is downloaded if it is missing."""
     target = folder / version
     if not target.exists():
         partial = folder / f"{version}.partial.{os.getpid()}"

@@ -70,7 +70,6 @@ def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, in
 
 
 def peak_of(folder: Path, source: str, target: str, form: Literal["hf", "checkpoint"], shard_bytes: int) -> int:
-    """Returns the peak in bytes of one conversion."""
     conversion = Conversion(
         source="checkpoint" if source == "checkpoint" else "hf",
         path=str(folder / source),

@@ -19,9 +19,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from launch.config.compose import compose_defaults, known_keys
 from launch.config.groups import default_groups
+from tests import ROOT
 from train.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 3.0
 """Within which a refusal must come."""
 _BASES = ("experiment=quickstart", "experiment=two_nodes", "experiment=four_nodes")

@@ -1,13 +1,34 @@
-"""Tests of composition: overrides become plain values, and every error of Hydra is replaced by our message."""
+"""Overrides become plain values, and every error of composition, of weights and of memory is one line."""
 
+import itertools
 import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
+from data.corpus import DataError
+from launch import train
 from launch.config.compose import chosen_options, compose, compose_defaults, key_of
-from launch.config.groups import default_groups, included_roots, options, own_keys
-from launch.config.run_config import check, compose_run
+from launch.config.groups import config_dir, default_groups, included_roots, options, own_keys
+from launch.config.memory_rules import check_memory
+from launch.config.rules import check_rules
+from launch.config.run_config import check, compose_run, read_config, write_config
+from launch.help.command import user_errors
+from tests import ROOT
+from tests.data.released_tokenizer import VOCAB_SIZE, write_released
+from tests.launch.fuzz import SECONDS, invalid_configurations, misused_keys, problem_of, refusal_of
+from tests.launch.test_config import build, place_weights
+from train.checkpoint.manifest import CheckpointError, write_manifest
+from train.checkpoint.verify import check_compatible
+from train.config import TrainConfig, sized_config
 from train.config.errors import ConfigError
+from train.memory import memory_lines, predict_memory
+from train.memory.predict import ramp_memory_cap
 
 
 def test_compose_gives_plain_values() -> None:
@@ -137,3 +158,291 @@ def test_one_message_names_all_that_a_run_lacks(overrides: list[str], keys: list
     parts = str(refused.value).split(". Also ")
     assert [part.partition(":")[0] for part in parts] == keys
     assert all("; " in part for part in parts)
+
+
+TEXTS = ["def f(x):\n    return x + 1\n"] * 9
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Creates converted weights with a tokenizer, with only the files that these tests need."""
+    folder = Path(place_weights(tmp_path / "weights"))
+    write_released(folder / "tokenizer.json", TEXTS)
+    return folder
+
+
+def place_checkpoint(run: Path, config: TrainConfig) -> Path:
+    folder = run / "checkpoints" / "step-00000005"
+    folder.mkdir(parents=True)
+    write_released(folder / "tokenizer.json", TEXTS)
+    write_manifest(folder, 5, config, "f00d")
+    return folder
+
+
+def chosen(*overrides: str) -> str | None:
+    config = build(*overrides)
+    assert read_config(write_config(config)) == config
+    return config.data.tokenizer
+
+
+def test_tokenizer_of_the_weights_is_taken_unless_another_is_named(weights: Path, tmp_path: Path) -> None:
+    own = str(weights / "tokenizer.json")
+    assert chosen() is None
+    assert chosen(f"init_from={weights}") == own
+    assert chosen(f"init_from={weights}", "data.tokenizer=null") is None
+    other = write_released(tmp_path / "other.json", TEXTS)
+    assert chosen(f"init_from={weights}", f"data.tokenizer={other}") == str(other)
+    assert chosen(f"data.tokenizer={weights}") == own
+    (weights / "tokenizer.json").unlink()
+    assert chosen(f"init_from={weights}") is None
+
+
+def test_tokenizer_of_a_run_is_that_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    own = str(place_checkpoint(tmp_path / "run", build()) / "tokenizer.json")
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000005", own):
+        assert chosen(f"data.tokenizer={place}") == own
+    assert chosen(f"init_from={tmp_path / 'run'}") == own
+
+
+def test_tokenizer_of_a_resumed_run_is_the_given_one(weights: Path, tmp_path: Path) -> None:
+    given, trained = build(f"init_from={weights}"), build()
+    own = place_checkpoint(tmp_path / "given", replace(given, init_from=None)) / "tokenizer.json"
+    place_checkpoint(tmp_path / "trained", trained)
+    for name, tokenizer in (("given", str(own)), ("trained", None)):
+        config = build(f"resume={tmp_path / name}")
+        assert config.data.tokenizer == tokenizer
+        check_compatible(tmp_path / name / "checkpoints" / "step-00000005", config)
+    # What was ignored before may differ now.
+    check_compatible(own.parent, build(f"resume={tmp_path / 'given'}", "data.tokenizer_vocab_size=300"))
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer is given there and None here"):
+        check_compatible(own.parent, build(f"resume={tmp_path / 'given'}", "data.tokenizer=null"))
+
+
+def test_tokenizer_must_fit_the_model(weights: Path) -> None:
+    choices = ("data.tokenizer_vocab_size=99999", "task.steps=1")  # the size is ignored
+    check(replace(build(f"init_from={weights}", f"model.vocab_size={VOCAB_SIZE}", *choices), init_from=None))
+    with pytest.raises(ConfigError) as refused:
+        check(build(f"data.tokenizer={weights}", *choices))
+    for part in ("data.tokenizer: must have at most model.vocab_size=2048", f"has {VOCAB_SIZE}", "data.tokenizer=null"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "parts"),
+    [
+        ("absent.json", ["data.tokenizer: must be auto, null", "absent.json", "nearest valid: auto"]),
+        ("weights/tokeniser.json", ["did you mean tokenizer.json"]),
+        ("empty", ["data.tokenizer: ", "must hold a tokenizer.json, holds none"]),
+        ("", ["data.tokenizer: must be auto, null", "is ''"]),
+    ],
+)
+def test_tokenizer_that_is_not_there_is_rejected(place: str, parts: list[str], weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        build(f"data.tokenizer={tmp_path / place if place else ''}")
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_tokenizer_that_is_none_is_rejected(weights: Path) -> None:
+    (weights / "tokenizer.json").write_text("{}")
+    for choice in ("init_from", "data.tokenizer"):
+        with pytest.raises(DataError, match=r"^data\.tokenizer: .*must be a saved tokenizer"):
+            check(build(f"{choice}={weights}"))
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: must be text"):
+        build("data.tokenizer=3")
+
+
+@pytest.mark.long
+def test_two_hundred_invalid_configurations_are_rejected_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "start_fork_server", lambda *_: pytest.fail("a process was about to start"))
+    for invalid in islice(invalid_configurations(seed=0), 200):
+        with pytest.raises(user_errors()) as refused:
+            train.main(invalid.overrides)
+        assert problem_of(invalid, f"error: {refused.value}\n") == "", (invalid, str(refused.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", [path.stem for path in sorted(config_dir().glob("*.yaml"))])
+def test_no_library_speaks_to_the_user_of_a_command(command: str) -> None:
+    for invalid in islice(misused_keys(command, seed=0), 40):
+        with pytest.raises(ConfigError) as refused:
+            compose(command, invalid.overrides)
+        assert problem_of(invalid, f"error: {refused.value}\n") == "", (invalid, str(refused.value))
+
+
+@pytest.mark.slow
+def test_the_command_rejects_invalid_configurations_soon(tmp_path: Path) -> None:
+    for invalid in islice(invalid_configurations(seed=1), 6):
+        done, seconds = refusal_of(invalid, tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert problem_of(invalid, done.stderr) == ""
+        assert seconds < SECONDS
+    assert list(tmp_path.iterdir()) == []
+
+
+V3 = (
+    "model=v3_671b",
+    "cluster=h800",
+    "parallelism=v3_2048_ranks",
+    "precision=fp8",
+    "optim=adamw_v3",
+    "dispatch=two_hop",
+    "batch.sequence_length_tokens=4096",
+    "batch.global_sequences=15360",
+    "validation.sequences=0",
+    "batch.micro_sequences=1",
+)
+
+RAMP = "batch.ramp={start_sequences:3072,end_tokens:469000000000,num_sizes:5}"
+
+
+def make_config(*overrides: str) -> TrainConfig:
+    return compose_run(overrides)
+
+
+def refusal(config: TrainConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_memory(config, check_rules)
+    return str(caught.value)
+
+
+def test_deepseek_v3_fits_80_gb_with_one_sequence_and_not_with_two() -> None:
+    check_memory(make_config(*V3), check_rules)
+    message = refusal(make_config(*V3, "batch.micro_sequences=2"))
+    assert message.startswith("memory: rank 1 needs 126.5 GB of 84.9 (activations 86.5, ")
+    assert message.endswith("; nearest: batch.micro_sequences=1")
+
+
+@pytest.mark.long
+def test_deepseek_v3_at_128k_names_the_ranks_that_must_share_a_sequence() -> None:
+    message = refusal(make_config(*V3, "batch.sequence_length_tokens=131072"))
+    assert re.match(r"memory: rank \d+ needs 16\d\d\.\d GB of 84\.9 \(activations 1456\.3, ", message), message
+    nearest = message.rpartition("; nearest: ")[2].split()
+    assert any(text.startswith("parallelism.context=") for text in nearest), message
+    check_memory(make_config(*V3, "batch.sequence_length_tokens=131072", *nearest), check_rules)
+
+
+def test_deepseek_v3_is_measured_once_and_takes_less_than_two_seconds_and_no_torch_then(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; "
+        "from launch.config.run_config import compose_run; "
+        "from train.memory import memory_lines; config = compose_run(sys.argv[1:]); "
+        "start = time.process_time(); lines = memory_lines(config); "
+        "print(time.process_time() - start, 'torch' in sys.modules, lines)"
+    )
+    cache = f"data.cache_dir={tmp_path}"
+
+    def predict() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *V3, cache], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        )
+        return done.stdout.split(maxsplit=2)
+
+    _, has_torch, measured = predict()
+    assert has_torch == "True"
+    seconds, has_torch, read = predict()
+    assert float(seconds) < 2
+    assert has_torch == "False"
+    assert read == measured
+    # Files that were cut or changed are measured again.
+    files = sorted((tmp_path / "sizes").iterdir())
+    whole = [file.read_text() for file in files]
+    for file, change in zip(
+        files, itertools.cycle(('{"a": 1}', "[[{}]]", "[[", '[[{"kept": 1e300}]]', "null", "[[5]]"))
+    ):
+        file.write_text(change)
+    assert predict()[1:] == ["True", measured]
+    assert [file.read_text() for file in files] == whole
+
+
+def test_a_machine_without_triton_measures_the_same(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules |= {'triton': None} if sys.argv[1] == 'absent' else {}; "
+        "from launch.config.run_config import compose_run; from train.memory import memory_lines; "
+        "print(memory_lines(compose_run(sys.argv[2:])))"
+    )
+    lines = []
+    for triton in ("present", "absent"):
+        command = [sys.executable, "-c", code, triton, *V3, f"data.cache_dir={tmp_path / triton}"]
+        lines.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_the_start_of_a_ramp_is_scheduled_so_that_it_fits() -> None:
+    """With fewer than two micro-batches per rank, more W operations are deferred, which needs 81 GB on rank 0."""
+    config = make_config(*V3, RAMP)
+    first = sized_config(config, 3072)
+    assert 80e9 < predict_memory(first).worst.total < 84e9
+    larger = replace(first, cluster=replace(first.cluster, memory_bytes=90_000_000_000))
+    assert ramp_memory_cap(larger) is None
+    # A cap costs little, so a size takes at most 95 % of the memory if one allows that.
+    assert predict_memory(replace(first, memory_cap=ramp_memory_cap(first))).worst.total <= 0.95 * 84.9e9
+    smaller = replace(first, cluster=replace(first.cluster, memory_bytes=75_000_000_000))
+    cap = ramp_memory_cap(smaller)
+    assert cap is not None
+    assert predict_memory(replace(smaller, memory_cap=cap)).worst.total <= 75e9
+    check_memory(config, check_rules)
+
+
+def test_without_memory_bytes_nothing_is_checked() -> None:
+    config = make_config(*V3, "batch.micro_sequences=2", "cluster.memory_bytes=null")
+    started = time.process_time()
+    check_memory(config, check_rules)
+    assert time.process_time() - started < 0.05
+
+
+@pytest.mark.parametrize(
+    ("share", "overrides", "nearest"),
+    [
+        (
+            0.99,
+            ("recompute=[norm]", "batch.micro_sequences=1", "batch.sequence_length_tokens=1024"),
+            "recompute=[norm,mla_up,swiglu]",
+        ),
+        (0.95, ("precision=bf16", "batch.micro_sequences=1"), "optim.moments=bf16"),
+        (0.5, ("batch.micro_sequences=1",), "none; closest "),
+    ],
+)
+def test_nearest_changes_are_computed(share: float, overrides: tuple[str, ...], nearest: str) -> None:
+    """Each suggested change is predicted again and fits."""
+    config = make_config("model=quickstart", "parallelism.cut=even", *overrides)
+    needed = predict_memory(config).worst.total
+    tight = replace(config, cluster=replace(config.cluster, memory_bytes=round(needed * share)))
+    assert f"nearest: {nearest}" in refusal(tight)
+
+
+def test_a_nearest_change_passes_when_it_is_made() -> None:
+    config = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=200000000")
+    text = refusal(config).partition("nearest: ")[2]
+    again = make_config("model=quickstart", "batch.micro_sequences=4", "cluster.memory_bytes=200000000", text)
+    check_memory(again, check_rules)
+
+
+def test_the_command_rejects_with_one_line_and_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.train", "experiment=quickstart", "cluster.memory_bytes=1000000"]
+    done = subprocess.run(
+        [*command, f"out_dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: memory: rank ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reserve_as_large_as_the_memory_is_rejected() -> None:
+    message = refusal(make_config("cluster.memory_bytes=1000", "cluster.memory_reserve_bytes=1000"))
+    assert message.startswith("cluster.memory_reserve_bytes: must be below cluster.memory_bytes=1000, is 1000; nearest")
+
+
+def test_the_table_has_a_row_for_each_rank() -> None:
+    lines = memory_lines(make_config("experiment=two_nodes"))
+    assert lines[0].startswith("memory: rank ")
+    assert [line.split()[0] for line in lines[2:6]] == ["0", "1", "2", "3"]
+    assert lines[-1].startswith("experts are taken to receive equally many rows; 10 % more")

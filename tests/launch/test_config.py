@@ -119,7 +119,7 @@ def test_config_every_shipped_option_composes_and_passes(choice: str, tmp_path: 
         assert config.model == build().model
         check(replace(config, init_from=None))
     elif choice == "task=long_context":
-        # Its other half, with weights, is in tests/train/tasks/test_long_context.py.
+        # Its other half, with weights, is in tests/train/tasks/test_sft.py.
         with pytest.raises(ConfigError, match="init_from: must name trained weights with task=long_context, is null"):
             check(build(choice))
     elif choice == "dispatch=deepep" and find_spec("deep_ep") is None:
@@ -447,7 +447,6 @@ def test_context_multiplies_ranks_and_divides_a_rank_s_tokens() -> None:
 
 
 def find_all_but_deepspeed(name: str) -> ModuleSpec | None:
-    """Returns a spec for every package but one."""
     return None if name == "deepspeed" else ModuleSpec(name, None)
 
 

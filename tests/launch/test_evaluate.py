@@ -14,10 +14,10 @@ from infer.evaluate import run as evaluation_run
 from infer.evaluate.protocol import EvaluationError
 from infer.evaluate.registry import EVALUATION_TASKS
 from launch.evaluate import main
+from tests import ROOT
 from tests.documents import check_policy
 from train.config.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = [
     {"id": f"q{number}", "context": context, "choices": choices, "answer": number % 2}
     for number, (context, choices) in enumerate(
@@ -51,7 +51,6 @@ def arguments(run: Path, folder: Path, out: str = "out") -> list[str]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

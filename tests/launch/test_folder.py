@@ -1,14 +1,26 @@
-"""Tests of a run's folder: it is created once, has the configuration of its ranks, and overwrites nothing."""
+"""A run's folder, Ctrl-C at any moment, temporary folders of ended commands, and a rank's environment."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from comm.preemption import SIGNALS, handled_signals
+from launch.ranks.environment import rank_environment
 from launch.ranks.run_folder import check_folder, read_folder, write_run_folder
+from launch.ranks.supervisor import remove_leftovers, scratch_folder
+from tests import ROOT
 from tests.launch.test_config import build
+from tests.launch.test_local import members, wait_for
+from tests.train.test_run_lock import dead_owner
 from train.config.errors import ConfigError
+from train.files.run_lock import Owner
 
 NOW = datetime(2024, 2, 3, 4, 5, 6)
 
@@ -84,3 +96,212 @@ def test_folder_that_cannot_be_written_is_rejected_and_keeps_what_it_held(
     # One that was left so before anything was in it is as good as empty.
     (tmp_path / "run" / "config.yaml").unlink()
     check_folder(replace(config, resume=None))
+
+
+def restore_interrupt() -> None:
+    """A test run in the background of a shell inherits a Ctrl-C that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Starts a command in its own session and waits until it imports the project."""
+    process = subprocess.Popen(
+        [sys.executable, "-v", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=restore_interrupt, env={**os.environ, "HOME": str(folder)},
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("import 'launch'"):
+            break
+    return process
+
+
+@pytest.mark.parametrize(
+    ("name", "delays"),
+    [("train", (0.0, 0.1, 0.4, 0.9, 1.6)), ("generate", (0.0, 0.3)), ("convert", (0.2,)), ("submit", (0.5,))],
+)
+def test_interrupt_while_a_command_is_imported_is_one_line(
+    name: str, delays: tuple[float, ...], tmp_path: Path
+) -> None:
+    for delay in delays:
+        process = start(["-m", f"launch.{name}", f"out_dir={tmp_path / 'run'}", "no_such_key=1"], tmp_path)
+        time.sleep(delay)
+        if process.poll() is not None:
+            continue  # refused already: a fast machine
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (2, 130), err
+        # Among the lines of python -v, which are written by pieces.
+        assert "Traceback" not in err, err
+        assert err.count("interrupted\n") == (process.returncode == 130), err
+        assert wait_for(lambda: not members(process.pid), 20), members(process.pid)  # noqa: B023
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupt_that_a_library_answers_with_its_own_error_is_one_line() -> None:
+    script = "import os, signal, time\nfrom launch.help.command import command\nimport sys\n"
+    script += "def main(arguments):\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n"
+    script += "    except KeyboardInterrupt as error:\n        raise ImportError('half a module') from error\n"
+    script += "sys.exit(command('train', main))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_second_interrupt_at_once_leaves_the_cleaning_up_alone() -> None:
+    script = "import os, signal, sys, time\nfrom launch.help.command import command\ndef main(arguments):\n    try:\n"
+    script += "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(5)\n    finally:\n"
+    script += "        os.kill(os.getpid(), signal.SIGINT)\n        print('cleaned up')\n"
+    script += "sys.exit(command('train', main))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
+
+
+def test_import_of_the_package_changes_no_handler() -> None:
+    code = "import signal, launch, launch.help.command; print(signal.getsignal(signal.SIGINT).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=restore_interrupt
+    )
+    assert done.stdout == "default_int_handler\n"
+
+
+def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> None:
+    assert handled_signals() == SIGNALS
+    assert signal.SIGHUP in SIGNALS
+    code = "import signal; from comm.preemption import Preemption; made = Preemption.of_process(); "
+    code += "import os; os.kill(os.getpid(), signal.SIGHUP); print(made.is_requested)"
+    for ignore, expected in ((False, "True\n"), (True, "False\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+            preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignore else None,
+        )  # fmt: skip
+        assert done.stdout == expected, done.stderr
+
+
+def place(folder: Path, name: str, text: str | None) -> Path:
+    made = folder / f"launch-{name}"
+    (made / "below").mkdir(parents=True)
+    if text is not None:
+        (made / "owner.json").write_text(text)
+    return made
+
+
+def test_leftovers_of_dead_commands_alone_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precious, dead = tmp_path / "precious", dead_owner()
+    precious.mkdir()
+    (precious / "file").touch()
+    (precious / "owner.json").write_text(dead.to_text())
+    left = place(tmp_path, "left", dead.to_text())
+    (left / "below" / "link").symlink_to(precious)
+    kept = [
+        place(tmp_path, "alive", Owner.of_this_process().to_text()),
+        place(tmp_path, "elsewhere", replace(dead, machine="another").to_text()),
+        place(tmp_path, "unknown", None),
+        place(tmp_path, "garbage", "garbage"),
+    ]
+    (tmp_path / "launch-link").symlink_to(precious)
+    pipe = place(tmp_path, "pipe", None)
+    os.mkfifo(pipe / "owner.json")
+    (tmp_path / "other-left").mkdir()
+    (tmp_path / "other-left" / "owner.json").write_text(dead.to_text())
+    if os.geteuid() == 0:
+        kept.append(place(tmp_path, "of-another", dead.to_text()))
+        os.chown(kept[-1], 65534, 65534)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch_folder() as scratch:
+        assert not left.exists()
+        remove_leftovers(tmp_path)
+        assert scratch.parent == tmp_path
+        assert scratch.is_dir()
+    assert not scratch.exists()
+    assert all(folder.is_dir() for folder in (*kept, pipe, tmp_path / "other-left"))
+    assert (tmp_path / "launch-link").is_symlink()
+    assert (precious / "file").exists()
+    remove_leftovers(tmp_path / "nowhere")
+
+
+# Starts threads that all hold memory at the same time, then prints glibc's information about its heaps.
+_HEAPS = """
+import ctypes, threading
+from launch.ranks.environment import apply_rank_environment
+from tests.launch.test_config import build
+
+apply_rank_environment(build().cluster)
+libc, barrier = ctypes.CDLL(None), threading.Barrier(8)
+
+def hold():
+    kept = [bytearray(10_000) for _ in range(100)]
+    barrier.wait()
+    del kept
+
+threads = [threading.Thread(target=hold) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+def test_environment_follows_threads_and_yields_to_the_user_in_the_rest() -> None:
+    cluster = build().cluster
+    set_by_user = {"OMP_NUM_THREADS": "64", "OMP_WAIT_POLICY": "ACTIVE", "HOME": "/"}
+    chosen = rank_environment(cluster, set_by_user)
+    assert chosen["OMP_NUM_THREADS"] == str(cluster.threads_per_rank)
+    assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert chosen["DS_ACCELERATOR"] == "cpu"
+    assert "HOME" not in chosen
+
+
+def test_environment_leaves_torchs_own_record_to_nccl() -> None:
+    cluster = build().cluster
+    assert rank_environment(cluster, {})["TORCH_FR_BUFFER_SIZE"] == "0"
+    assert rank_environment(cluster, {"TORCH_FR_BUFFER_SIZE": "9"})["TORCH_FR_BUFFER_SIZE"] == "9"
+    assert "TORCH_FR_BUFFER_SIZE" not in rank_environment(replace(cluster, device="cuda", backend="nccl"), {})
+
+
+# Allocates and frees 24 MiB in parts twice; prints the page faults of the second time.
+_FAULTS = """
+import resource, sys
+from launch.ranks.environment import apply_rank_environment
+from tests.launch.test_config import build
+
+if sys.argv[1] == "set":
+    apply_rank_environment(build().cluster)
+
+def fill():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    parts = [bytearray(b"1") * 2**20 for _ in range(24)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fill(), fill()
+print(fill())
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="pages are kept by glibc's allocator, which is Linux's"
+)
+def test_environment_keeps_the_pages_of_freed_tensors() -> None:
+    def faults(mode: str) -> int:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        command = [sys.executable, "-c", _FAULTS, mode]
+        return int(subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("unset") > 1000
+    assert faults("set") < 100
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="heaps of threads are glibc's, which is Linux's")
+@pytest.mark.parametrize(("by_user", "most"), [(None, 1), ("3", 3)])
+def test_environment_gives_a_ranks_threads_one_heap_unless_the_user_chose(by_user: str | None, most: int) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    environment = inherited if by_user is None else inherited | {"MALLOC_ARENA_MAX": by_user}
+    done = subprocess.run(
+        [sys.executable, "-c", _HEAPS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert done.count("<heap nr=") == most

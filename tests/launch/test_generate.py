@@ -26,6 +26,7 @@ from launch.job import find_weights, load_model
 from model.config import InferencePrecision
 from model.hf.convert import save_hf
 from model.hf.files import HfError
+from tests import ROOT
 from tests.infer.models import SMALL, make_foresighted, make_model
 from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run
 from train.checkpoint.load import load_whole
@@ -33,8 +34,6 @@ from train.checkpoint.locate import locate
 from train.checkpoint.manifest import CheckpointError, read_model
 from train.config import Fp8PrecisionConfig
 from train.config.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from launch.help.page import (
     unknown_command,
 )
 from launch.planning.request import UNREAD
+from tests import ROOT
 from train.config.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from launch.convert import main as convert
+from tests import ROOT
 from tests.docs.pages import blocks
 from tests.launch.checkpoints import write_run
 
 jupyter_client = pytest.importorskip("jupyter_client")
 pytest.importorskip("ipykernel_launcher")
-ROOT = Path(__file__).parents[2]
 COMMANDS = [path for path in sorted((ROOT / "launch").glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
 
 IMPORTS = """
@@ -53,8 +53,6 @@ except CallbackError as error:
 
 
 class Kernel:
-    """Handle to a running kernel."""
-
     def __init__(self, client: "jupyter_client.BlockingKernelClient") -> None:
         self._client = client
         self.comm_messages: list[str] = []

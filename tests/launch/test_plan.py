@@ -1,21 +1,33 @@
-"""The command launch.plan: output, exit codes, one-line errors, no torch, and a quick start."""
+"""The command launch.plan: output, search, measured runs, one-line errors, and what others refuse by it."""
 
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from launch import plan
+from launch.config.run_config import check, compose_run
+from launch.help.command import command as search_command
 from launch.help.page import help_text
+from launch.plan import main, preview
+from launch.planning.request import read_request
+from launch.ranks import machine
+from launch.ranks.machine import check_device_memory, device_memory_bytes, has_driver
+from tests import ROOT
+from tests.train.planner.measured.runs import write_run, write_times
 from tests.train.planner.planned import PUBLISHED, SMALL
+from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.memory import fitted_config, predict_memory
+from train.planner.config import MeasuredRates
 
-ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "launch.plan"]
 
 
@@ -165,3 +177,271 @@ def test_dry_run_of_the_quickstart_equals_arithmetic(capsys: pytest.CaptureFixtu
         for rank in kind["pipeline_ranks"]:
             for key in ("parameters", "weights_bytes", "gradients_bytes", "optimiser_bytes"):
                 assert kind[key] == ranks[rank][key], f"rank {rank}"
+
+
+LARGE = ("cluster=h100", "cluster.memory_bytes=200000000", "cluster.memory_reserve_bytes=0", "model=quickstart")
+
+LARGE += ("batch.micro_sequences=4",)
+
+MESSAGE = "error: memory: rank "
+
+
+def command(name: str, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    arguments = [sys.executable, "-m", f"launch.{name}", *overrides]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("train", ()), ("submit", ("dry_run=true",)), ("train", ("config_only=true",))]
+)
+def test_command_refuses_with_the_plans_message(name: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    done = command(name, *LARGE, *more, f"out_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(MESSAGE)
+    assert "; nearest: batch.micro_sequences=" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_gives_the_reason_of_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(compose_run(LARGE))
+    assert main([*LARGE, "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reasons"] == [str(refused.value)]
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has NVIDIA's driver")
+def test_train_without_the_check_goes_on_to_the_machine(tmp_path: Path) -> None:
+    done = command("train", *LARGE, "plan.check=false", f"out_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cluster.device: cuda needs a GPU")
+
+
+def test_submit_without_the_check_prints_a_job_that_skips_it_too(tmp_path: Path) -> None:
+    done = command("submit", *LARGE, "plan.check=false", "dry_run=true", f"out_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "plan.check=false" in done.stdout
+
+
+def one_gpu(*overrides: str) -> TrainConfig:
+    return compose_run(["cluster=one_gpu", "model=quickstart", "parallelism=four_ranks", *overrides])
+
+
+def with_devices(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> None:
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda: sizes)
+
+
+def test_memory_of_the_gpus_is_asked_if_the_cluster_does_not_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = one_gpu()
+    needed = predict_memory(fitted_config(config)).worst.total
+    with_devices(monkeypatch, 4 * needed)
+    check_device_memory(config, 4)
+    with_devices(monkeypatch, needed, needed, needed, needed)
+    check_device_memory(config, 4)
+    with_devices(monkeypatch, 2 * needed)
+    check_device_memory(config, 2)
+    with pytest.raises(ConfigError, match=r"^memory: rank \d needs .* GB of .*; nearest: "):
+        check_device_memory(config, 4)
+    check_device_memory(replace(config, plan=replace(config.plan, check=False)), 4)
+
+
+@pytest.mark.parametrize("override", ["cluster=laptop", "cluster.memory_bytes=1000", "plan.check=false"])
+def test_gpus_are_not_asked_without_need(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device_memory_bytes", lambda: pytest.fail("asks the driver"))
+    check_device_memory(one_gpu(override), 4)
+
+
+def test_machine_without_the_library_or_with_another_one_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_memory_bytes(["lib-unknown.so.1"]) == ()
+    assert device_memory_bytes(["libc.so.6"]) == ()
+    with_devices(monkeypatch)
+    check_device_memory(one_gpu(), 4)
+
+
+@pytest.mark.skipif(not has_driver(), reason="this machine has no driver of NVIDIA")
+def test_driver_knows_the_memory_of_its_gpus() -> None:
+    assert all(total > 2**30 for total in device_memory_bytes())
+    assert device_memory_bytes()
+
+
+SEARCH_SMALL = (
+    "experiment=v2_lite_16b",
+    "search=true",
+    "ranks=4",
+    "batch.global_sequences=8",
+    "validation.sequences=8",
+    "cluster.memory_bytes=180000000000",
+)
+
+
+def run_search(tmp_path: Path, *overrides: str) -> str:
+    out = tmp_path / "plan.out"
+    assert main([*overrides, f"data.cache_dir={tmp_path}", f"out={out}"]) == 0
+    return out.read_text()
+
+
+@pytest.mark.slow
+def test_candidates_are_plans_of_their_overrides(tmp_path: Path) -> None:
+    found = json.loads(run_search(tmp_path, *SEARCH_SMALL, "format=json"))
+    assert {"candidates", "rejected"} <= found.keys()
+    steps = [each["time"]["step_seconds"] for each in found["candidates"]]
+    assert steps
+    assert steps == sorted(steps)
+    assert found["candidates"][0]["pareto"]
+    for each in found["rejected"]:
+        assert each["layout"]["ranks"] == 4
+        assert each["reason"]
+    for each in found["candidates"][:2]:
+        overrides = [text for text in SEARCH_SMALL if not text.startswith(("search", "ranks"))]
+        plan = json.loads(run_search(tmp_path, *overrides, *each["overrides"], "format=json"))
+        assert plan["fits"]
+        assert plan["layout"] == each["layout"]
+        assert plan["time"]["step_seconds"] == pytest.approx(each["time"]["step_seconds"], rel=1e-9)
+        assert plan["memory"]["peak_bytes"] == each["memory"]["peak_bytes"]
+
+
+@pytest.mark.long
+def test_text_has_at_most_100_columns(tmp_path: Path) -> None:
+    lines = run_search(tmp_path, *SEARCH_SMALL).splitlines()
+    assert lines[0].startswith("best of")
+    wide = [line for line in lines if len(line) > 100 and "parallelism.pipeline=" not in line]
+    assert not wide
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["experiment=v2_lite_16b", "ranks=2000000"],
+            "ranks: must be at most 1048576, is 2000000; nearest valid: 1048576",
+        ),
+        (["experiment=v2_lite_16b", "cluster.peak_flops=null"], "cluster.peak_flops: must be known"),
+        (["experiment=v2_lite_16b", "format=html"], "format: must be text or json with search=true"),
+        (["experiment=v2_lite_16b", "ranks=0"], "ranks: must be"),
+    ],
+)
+def test_wrong_search_ends_with_one_line(
+    overrides: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["plan", "search=true", *overrides])
+    assert search_command("plan", main, preview) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 1
+    assert words in shown[0]
+
+
+RUN = ("experiment=quickstart", "parallelism=four_ranks", "batch.global_sequences=8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = compose_run(RUN)
+    write_run(tmp_path / "run", config, [3.0, *[0.5] * 40])
+    return tmp_path / "run"
+
+
+def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, Any]:
+    assert main([*overrides, "format=json"]) == 0
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_run_is_compared_with_its_own_rates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = planned(capsys, f"run={folder}")
+    compared = values["compared"]
+    assert values["rates"]["kind"] == "measured"
+    assert values["efficiency"] == {"unexplained": 1.0}
+    assert compared["step_seconds"]["measured"] == 0.5
+    assert compared["step_seconds"]["predicted"] == values["time"]["step_seconds"]
+    assert compared["factor"] == pytest.approx(0.5 / values["time"]["step_seconds_without_factor"])
+    again = planned(capsys, f"run={folder}", f"efficiency.unexplained={compared['factor']}")
+    assert again["time"]["step_seconds"] == pytest.approx(0.5)
+    assert again["compared"]["step_seconds"]["factor"] == pytest.approx(1.0)
+
+
+def test_text_has_the_comparison_within_100_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"run={folder}"]) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("compared with 40 steps") :].splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["step", "bubble", "exposed exchange", "outside the passes"]
+    assert any(line.startswith("factor that closes the gap of the step: efficiency.unexplained=") for line in lines)
+
+
+def test_rates_of_a_run_plan_another_layout_and_can_be_read_back(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = planned(capsys, *RUN, f"rates={folder}")
+    assert own["efficiency"] == {"unexplained": 1.0}
+    other = planned(capsys, *RUN, f"rates={folder}", "batch.micro_sequences=2")
+    assert other["layout"]["num_micro_batches"] == own["layout"]["num_micro_batches"] // 2
+    assert other["time"]["step_seconds"] != own["time"]["step_seconds"]
+    (tmp_path / "plan.json").write_text(json.dumps(own))
+    again = planned(capsys, *RUN, f"rates={tmp_path / 'plan.json'}")
+    assert {**again, "assumptions": None} == {**own, "assumptions": None}
+    sources = {each["name"]: each["source"] for each in own["assumptions"]}
+    assert "measured.json, step 7, on cpu" in sources["rates.moe.forward"]
+
+
+def test_overrides_may_repeat_the_run_and_change_devices_and_prices(folder: Path) -> None:
+    request = read_request([*RUN, f"run={folder}", "cluster.dollars_per_gpu_hour=3", "cluster.memory_bytes=1000000000"])
+    assert request.config.cluster.dollars_per_gpu_hour == 3
+    assert request.config.cluster.memory_bytes == 10**9
+    assert request.config.name == "quickstart"
+    assert isinstance(request.planner.rates, MeasuredRates)
+    assert read_request([f"run={folder}", "cluster=h800"]).config.cluster.memory_bytes == 84943110144
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("run=missing",), ["run: must be the folder of a run, which holds config.yaml, is 'missing'"]),
+        (("rates=missing",), ["rates: must be one of h800_trace, a run's folder or a plan in JSON, is 'missing'"]),
+        (("run=EMPTY",), ["run: must be the folder of a run, which holds config.yaml"]),
+        (
+            ("rates=EMPTY",),
+            ["rates: a run's folder must hold probe.json or measured.json", "nearest"],
+        ),
+        (("run=RUN", "search=true"), ["run: must be null with search", "nearest valid: rates="]),
+        (("run=RUN", "what_if=['batch.micro_sequences=2']"), ["run: must be null with what_if"]),
+        (("run=RUN", "advice=true"), ["run: must be null with advice"]),
+        (("run=RUN", "batch.micro_sequences=2"), ["run: batch.micro_sequences must be that of the run, is 2", "=1"]),
+        (("run=RUN", "model=tiny"), ["run: model.", "must be that of the run"]),
+        (("run=RUN", "experiment=two_nodes"), ["must be that of the run"]),
+        (("rates=RUN", "experiment=v3_671b"), []),
+    ],
+)
+def test_wrong_use_is_one_line(
+    overrides: tuple[str, ...], parts: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    texts = [text.replace("EMPTY", str(tmp_path / "empty")).replace("RUN", str(folder)) for text in overrides]
+    if not parts:  # memory is planned, and the time is unknown
+        values = planned(capsys, *texts)
+        assert values["time"] is None
+        assert values["time_unknown"].startswith("rates: must be of the run's layers")
+        return
+    with pytest.raises(ConfigError) as refused:
+        main(texts)
+    assert "\n" not in str(refused.value)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_hostile_folder_ends_with_one_line_and_code_2(folder: Path) -> None:
+    (folder / "measured.json").write_text('{"schedule": {}, "tokens": ' + "9" * 5000 + "}")
+    command = [sys.executable, "-m", "launch.plan", f"run={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: rates: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_command_does_not_import_torch_again(folder: Path) -> None:
+    write_times(folder, compose_run(RUN), is_probe=True)
+    code = "import sys; from launch.plan import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, f"run={folder}"]
+    # The first one measures what the model keeps.
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr

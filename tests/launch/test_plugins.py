@@ -1,7 +1,9 @@
-"""Tests of plugins: files outside the checkout register names, and their errors are one line with exit code 2."""
+"""Plugins: files outside the checkout register names, as docs/extend.md shows."""
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,12 +14,11 @@ import pytest
 from launch.config import groups
 from launch.config.compose import compose
 from launch.config.run_config import compose_run
+from tests import ROOT
 from tests.commands import run_command
 from tests.tiny import write_text
 from train.config.errors import ConfigError
 from train.optim.learning_rate import LR_SCHEDULES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 RATE = '''
 from dataclasses import dataclass
@@ -39,9 +40,13 @@ def rate(schedule, course, tokens):
 
 LR_SCHEDULES.register("halved", RateSpec(summary="halves again and again", config=HalvedRate, rate=rate))
 '''
+
 RATE_YAML = "# Halves again and again.\nkind: halved\nwarmup: 0\nhalf_life_steps: 2  # of the rate\n"
+
 SMALL = ["model=tiny", "data.tokenizer_vocab_size=300", "batch.global_sequences=4", "validation.sequences=0"]
+
 SMALL += ["parallelism=two_ranks", "task.steps=3", "samples.tokens=0", "batch.sequence_length_tokens=32"]
+
 SMALL += ["data=files", "data.paths=[text]"]
 
 
@@ -157,3 +162,52 @@ def test_plugins_of_an_experiment_are_loaded(tmp_path: Path, monkeypatch: pytest
         for name in set(sys.modules) - before:
             if name.startswith("plugin_"):
                 del sys.modules[name]
+
+
+TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+
+FILES = re.findall(r"`([\w/]+\.(?:py|yaml))`[^`]*\n\n```(?:python|yaml)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+COMMANDS = re.findall(r"^python -m .*$", TEXT, re.MULTILINE)
+
+LAUNCHES = [command for command in COMMANDS if " launch." in command]
+
+# The suites are run by tests/dualpipe/test_registered.py and tests/comm/test_dispatch.py.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("my_folder")
+    for name, content in FILES:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(content, encoding="utf-8")
+    return made
+
+
+def run_in_folder(command: str, cwd: Path) -> str:
+    words = [sys.executable, *shlex.split(command)[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_extend_has_an_example_of_each_kind() -> None:
+    names = {name for name, _ in FILES}
+    assert names >= {"sawtooth.py", "gpipe.py", "counting.py"}
+    assert all(any(f"plugins=[{name}]" in command for command in LAUNCHES) for name in names if name.endswith(".py"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_extend_command_works_as_printed(command: str, folder: Path) -> None:
+    shown = run_in_folder(command, folder)
+    if "sawtooth" in command:
+        runs = sorted((folder / "outputs/run").glob("*/metrics.jsonl"))
+        rates = [float(rate) for rate in re.findall(r'"lr": ([\d.e-]+)', runs[0].read_text(encoding="utf-8"))]
+        # Two steps of warm-up, then three teeth over four steps.
+        assert rates == pytest.approx([0.0015, 0.003, 0.003, 0.000975, 0.00165, 0.002325])
+    if "launch.schedule" in command:
+        assert "gpipe" in shown
+    if "counting" in command:
+        assert re.search(r"\d+ dispatches", shown)

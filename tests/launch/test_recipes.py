@@ -47,6 +47,7 @@ SIZES = {
     "ladder_100m": (1, 1, 2 * 10**9),
 }
 EXTENSIONS = ("v3_32k", "v3_128k")
+PHASES_OF_V3 = (*EXTENSIONS, "v3_sft", "v3_grpo")
 T = 10**12
 
 
@@ -206,7 +207,14 @@ def extension(folder: Path, name: str) -> TrainConfig:
     return compose_run([f"experiment={name}", f"init_from={weights}", *given])
 
 
-@pytest.mark.parametrize("name", [*(name for name in options("experiment") if name != "none"), "v3_sft interleaved"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in options("experiment") if name not in (*PHASES_OF_V3, "none")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in PHASES_OF_V3),
+        "v3_sft interleaved",
+    ],
+)
 def test_recipe_is_the_same_run_for_train_plan_and_submit(
     folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,10 +11,10 @@ from dualpipe.build import build
 from dualpipe.ir import ScheduleError, from_json
 from dualpipe.registry import SCHEDULES, candidates
 from launch.schedule import main
+from tests import ROOT
 from train.config.errors import ConfigError
 
 KINDS = SCHEDULES.names()
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("kind", "ranks", "micro_batches"), [("dualpipe", 8, 20), ("dualpipe", 2, 4), ("1f1b", 3, 5)])

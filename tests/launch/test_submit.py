@@ -17,9 +17,9 @@ from launch.config.groups import own_keys
 from launch.slurm.script import seconds_of
 from launch.submit import job_overrides, main, with_cluster
 from launch.train import export_exit_code
+from tests import ROOT
 from train.config.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
 

@@ -12,12 +12,11 @@ import pytest
 
 from launch import train
 from launch.help.command import command
+from tests import ROOT
 from tests.commands import run_command
 from tests.launch.test_config import build
 from train.checkpoint.manifest import write_manifest
 from train.config import TrainConfig
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_train(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

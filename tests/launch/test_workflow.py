@@ -24,9 +24,7 @@ class FakeCommand:
     """A command that ends at once. `launch.sample` leaves a right and a wrong answer.
 
     Attributes:
-        started: modules and folders of the commands that were started.
         fails_at: number of commands after which one fails or is interrupted; None: none does.
-        failure: its exit code, or `interrupt`.
     """
 
     started: list[tuple[str, ...]]

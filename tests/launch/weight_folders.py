@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 from launch.convert import main
+from tests import ROOT
 from tests.model.hf_checkpoints import save_checkpoint
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = '{"of": "no concern"}'
 
 
 def convert(arguments: str) -> int:
-    """Runs `launch.convert` in this process."""
     return main(arguments.split())
 
 

@@ -40,11 +40,7 @@ def assert_equals_plain(
 
     Args:
         module: whose weights are used, in a copy; their type is that of the tolerance.
-        call: the module's way: module, inputs and sink to outputs.
         plain: weights by name and inputs, in float64, to outputs, under ordinary autograd.
-        inputs: floating ones get gradients.
-        is_split: weight gradients go through a sink to a store.
-        frozen: names of weights that require no gradient.
     """
     module = deepcopy(module)
     weights = dict(module.named_parameters())

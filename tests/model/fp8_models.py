@@ -110,7 +110,6 @@ def by_phases(
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Asserts bitwise equality."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.isfinite().all(), name

@@ -68,7 +68,6 @@ def random_tokens(num_sequences: int = 2, num_tokens: int = 19, seed: int = 1) -
 
 @torch.no_grad()
 def reference_logits(model: DeepseekV3ForCausalLM, tokens_BT: Tensor) -> Tensor:
-    """Returns the logits of transformers for the tokens, BTV."""
     logits: Tensor = model(tokens_BT).logits
     return logits
 

@@ -114,8 +114,6 @@ def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], N
 
 
 def put(value: float) -> Callable[[Tensor], Tensor]:
-    """Puts a value in the middle."""
-
     def change(tensor: Tensor) -> Tensor:
         tensor.view(-1)[tensor.numel() // 2] = value
         return tensor

@@ -58,11 +58,8 @@ class Layout:
     """One published layout.
 
     Attributes:
-        keys: of `config.json`, in place of the usual ones.
         fp8: type of the scales of FP8 weights; None: weights in bfloat16.
         mtp: whether the files hold the MTP module, with copies of embedding and head.
-        rotary: whether the files hold `rotary_emb.inv_freq` for every layer.
-        num_files: one, or shards with an index.
     """
 
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -123,7 +120,6 @@ def write_published(name: str, folder: Path) -> dict[str, Tensor]:
 
 
 def config_keys(layout: Layout) -> dict[str, Any]:
-    """Returns the keys of a layout's `config.json`."""
     return {
         **BESIDE,
         "model_type": "deepseek_v3",

@@ -1,4 +1,4 @@
-"""Ranking and preference objectives: closed forms, invariances, and gradients held against autograd on whole logits."""
+"""Preference and ranking objectives in closed form, and scores of sampled tokens."""
 
 import math
 from collections.abc import Callable
@@ -10,14 +10,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.loader import Batch
-from model.objective import MicroBatch, OutputHead
+from model.objective import CrossEntropy, MicroBatch, Objective, OutputHead
 from model.objectives.pairs import AnswerValues, PairIndex
+from model.objectives.policy import PolicyGradient
+from model.objectives.policy_loss import PolicyLossConfig
 from model.objectives.preference import PAIR, REFERENCE, Preference
 from model.objectives.ranking import MARGIN, SCORE, PairRanking
+from model.objectives.sampled import AnswerIndex
+from tests.answers import GRPO, draw_answers
+from tests.answers import drawn as sampled_drawn
+from tests.model.live_memory import LiveMemory
+from tests.model.test_policy import gradients
 from tests.pairs import batch_of, draw_pairs, swapped
 from train.tasks.next_token import to_micro_batch
 
 HIDDEN, VOCAB, LENGTH = 5, 11, 40
+
 RANKING = PairRanking(factor=1.0, centre=0.0, balance=0.0)
 
 
@@ -34,16 +42,6 @@ def pairs_batch(seed: int, rows: tuple[int, ...] = (2, 1, 0)) -> Batch:
     """Sequences with several pairs, one pair, and none."""
     drawn_pairs = iter(draw_pairs(seed, sum(rows), VOCAB))
     return batch_of([[next(drawn_pairs) for _ in range(number)] for number in rows], LENGTH)
-
-
-def gradients(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Gradients in the states and the head's matrix, and the loss."""
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    value = loss(hidden, weight)
-    value.backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return hidden.grad, weight.grad, float(value.detach())
 
 
 def rank(batch: MicroBatch, objective: PairRanking = RANKING) -> Callable[[Tensor, Tensor], Tensor]:
@@ -165,3 +163,80 @@ def test_a_batch_without_pairs_has_loss_and_gradient_zero() -> None:
         assert grads[2] == 0
         assert not grads[0].any()
         assert not grads[1].any()
+
+
+V3_VOCABULARY, NUM_ROWS, SAMPLED_HIDDEN = 129_280, 130, 8
+
+FEW = CrossEntropy(factors=(1.0,), balance=0.0)
+
+
+def objective(form: PolicyLossConfig) -> PolicyGradient:
+    return PolicyGradient(targets=FEW, form=form, factor=1.0, max_new_tokens=NUM_ROWS, temperature=0.6)
+
+
+def drawn_batch(rows: tuple[int, ...], length: int) -> MicroBatch:
+    batch = draw_answers(3, rows, length, 11)
+    return to_micro_batch(batch, 0, torch.device("cpu"), masks_documents=True, weights_BT=batch.extras["weights"])
+
+
+def test_sums_of_answers_are_those_of_loops() -> None:
+    batch = drawn_batch((3, 0, 2), 40)
+    answer_BT, values_BT = batch.extras["answer"], sampled_drawn(1, 3, 40)
+    expected_BT = torch.zeros(3, 40, dtype=torch.float64)
+    for row in range(3):
+        for number in range(1, int(answer_BT[row].max()) + 1):
+            place = answer_BT[row] == number
+            expected_BT[row, place] = values_BT[row, place].sum()
+    is_answer_BT = answer_BT > 0
+    few = batch.rows(0)
+    assert few is not None
+    for rows in (few, torch.arange(answer_BT.numel())):
+        answers = AnswerIndex(batch, rows if rows is few else None)
+        values_R, is_answer_R, expected_R = (each.flatten()[rows] for each in (values_BT, is_answer_BT, expected_BT))
+        assert torch.allclose(answers.sums(values_R)[is_answer_R], expected_R[is_answer_R], rtol=1e-14)
+        assert int(answers.count()) == 5
+    cut = replace(batch, targets_BT=(batch.targets_BT[0].masked_fill(answer_BT == 2, -100),))
+    assert int(AnswerIndex(cut, None).count()) == 3
+
+
+def one_answer(*, has_old: bool, has_kept: bool) -> MicroBatch:
+    """One sequence that is one answer to V3's vocabulary."""
+    shape = (1, NUM_ROWS)
+    targets = torch.randint(0, V3_VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+    extras = {
+        "answer": torch.ones(shape, dtype=torch.int64),
+        "weights": torch.ones(shape),
+        "advantage": torch.full(shape, -0.5),
+        "sampler_log_probs": torch.full(shape, -11.0),
+        "reference_log_probs": torch.full(shape, -12.0),
+    }
+    if has_old:
+        extras["old_log_probs"] = torch.full(shape, -11.5)
+    if has_kept:
+        extras["kept_ids"] = torch.cat([targets[..., None], torch.arange(49).expand(*shape, 49)], -1)
+    return MicroBatch(inputs_BT=(targets,), targets_BT=(targets,), extras=extras)
+
+
+def peak_bytes(loss: Objective, batch: MicroBatch) -> int:
+    """Peak bytes that operators allocate in forward and backward, with gradients and without inputs."""
+    hidden = sampled_drawn(1, 1, NUM_ROWS, SAMPLED_HIDDEN).float().requires_grad_()
+    weight = torch.full((V3_VOCABULARY, SAMPLED_HIDDEN), 0.01).requires_grad_()
+    with LiveMemory() as memory:
+        loss.loss(hidden, OutputHead(0, weight), batch, None).loss.backward()
+    found: int = memory.peak_bytes
+    return found
+
+
+@pytest.mark.slow
+def test_head_of_policy_gradients_takes_as_little_memory_as_that_of_cross_entropy() -> None:
+    """Law A7: at most 1.1 times as much, also if the head is computed twice or among kept tokens."""
+    plain = peak_bytes(FEW, one_answer(has_old=False, has_kept=False))
+    assert plain < 4 * NUM_ROWS * V3_VOCABULARY * 2
+    for name, form, has_old, has_kept in (
+        ("one sweep", replace(GRPO, kl="reverse", kl_weight=0.1), True, False),
+        ("two sweeps", replace(GRPO, ratio="sequence_mean"), True, False),
+        ("kept tokens", replace(GRPO, off_policy_limit=0.1), False, True),
+    ):
+        found = peak_bytes(objective(form), one_answer(has_old=has_old, has_kept=has_kept))
+        print(f"{name}: {found / plain:.3f} of {plain / 2**20:.0f} MiB")
+        assert found <= 1.1 * plain, name

@@ -1,6 +1,5 @@
 """A layer that is recomputed gives the same bits, keeps what is declared, and leaves nothing."""
 
-import gc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Dispatcher
-from kernels.attention.documents import Documents
 from model.attention.core import _Kernel
 from model.config import LAYER, RECOMPUTED, Computing, ModelConfig, Products, Recomputed
 from model.gradients import GradientStore
@@ -22,6 +20,8 @@ from model.stage import Stage
 from model.transformer import Transformer, initialize_weights, routers
 from tests.model.fp8_models import Away
 from tests.model.live_memory import LiveMemory, counted_bytes, kept_bytes
+from tests.model.test_phases import make_batch
+from tests.model.test_stage import run_phases, run_weights
 from tests.tiny import MODEL
 
 CONFIG = replace(MODEL, num_layers=3)
@@ -49,34 +49,15 @@ def make_model(
     return model
 
 
-def make_batch(size: int = 16, *, is_packed: bool = False) -> MicroBatch:
-    tokens = torch.randint(CONFIG.vocab_size, (2, size + 2), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(size).remainder(5).expand(2, size)
-    return MicroBatch(
-        inputs_BT=(tokens[:, :size], tokens[:, 1 : size + 1]),
-        targets_BT=(tokens[:, 1 : size + 1], tokens[:, 2:]),
-        documents=Documents.from_positions(positions) if is_packed else None,
-    )
-
-
 def run(model: Transformer, batch: MicroBatch, store: GradientStore, routes: Routes | None = None) -> Iterator[Tensor]:
     """Runs forward, backward and weights of the whole model; yields nothing after the forward, then the sums."""
     stage = Stage(model, range(model.config.num_layers), first=True, last=True)
     sums = LossSums(loss_names(1))
     one = stage.start(batch, OBJECTIVE, sums, store, routes=routes)
-    phases = list(enumerate(stage.lanes))
-    for phase, lane in phases:
-        one.forward(phase)
-        if lane == "comm":
-            one.wait()
+    run_phases(one, stage, backward=False)
     yield torch.empty(0)
-    for phase, lane in reversed(phases):
-        one.backward(phase)
-        if lane == "comm":
-            one.wait()
-    for phase, lane in phases:
-        if lane == "compute":
-            one.weight(phase)
+    run_phases(one, stage, backward=True)
+    run_weights(one, stage)
     yield sums.settle()
 
 
@@ -103,8 +84,6 @@ def test_a_recomputed_layer_changes_no_bit(case: str, is_packed: bool) -> None:
 
 
 class Counted(Away):
-    """Dispatcher that counts its calls."""
-
     def __init__(self, inner: Dispatcher) -> None:
         super().__init__(inner)
         self.calls: Counter[str] = Counter()
@@ -155,15 +134,6 @@ def test_account_counts_what_a_recomputed_layer_keeps(case: str) -> None:
     model, batch, (dtype, products) = make_model(LAYERS, case), make_batch(), CASES[case]
     computing = Computing(recomputed=frozenset(LAYERS), products=products)
     assert kept_bytes(model, batch) == counted_bytes(CONFIG, dtype, computing, 16)
-
-
-@pytest.fixture
-def _garbage_collection_disabled() -> Iterator[None]:
-    """Disables garbage collection, so that reference cycles stay alive."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("_garbage_collection_disabled")

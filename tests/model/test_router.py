@@ -1,11 +1,26 @@
-"""The gate against a plain reading of the paper, token by token."""
+"""The gate against a plain reading of the paper, token by token, and routed experts against one row after the other."""
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from comm.context.protocol import Contribution, Rows, SequenceParts, zigzag_parts
+from comm.dispatch.expert_order import SortedChoices
+from comm.protocol import Work
+from kernels.attention.documents import Documents
+from model.config import Recomputed
+from model.feed_forward import RoutedExperts
+from model.norm import NormSource
+from model.precision.linear import WeightSink
+from model.precision.linears import LocalRows
+from model.precision.plain import PlainLinears, PlainRows
 from model.router import RouteError, Router
+from tests.context_parts import join_held, take_held
+from tests.kernels.plain import expert_rows, randn, strided
+from tests.model.against_plain import Weights, assert_equals_plain, randomize
 from tests.tiny import MODEL
 
 
@@ -144,3 +159,159 @@ def test_router_chooses_for_tokens_without_forced_ids() -> None:
 def test_invalid_forced_ids_are_rejected(forced: list[list[float]], said: str) -> None:
     with pytest.raises(RouteError, match=said):
         make_router().route(torch.zeros(1, 2, 8, dtype=torch.float64), torch.tensor(forced))
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedContext:
+    """One of several ranks that share sequences. The sum over the group is known from a first pass."""
+
+    size: int
+    index: int
+    given: list[Tensor]
+    total: Tensor | None = None
+    keeps_rows = True
+
+    def parts(self, own_tokens: int) -> SequenceParts:
+        """Returns the zig-zag parts."""
+        return zigzag_parts(own_tokens * self.size, self.size)
+
+    def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Is not called by the router."""
+        raise AssertionError
+
+    def collect(self, rows: Rows, kept: Mapping[int, Rows], contribute: Contribution) -> Work[Tensor]:
+        """Is not called by the router."""
+        raise AssertionError
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Records this rank's part, and returns the known sum."""
+        self.given.append(values)
+        return values if self.total is None else self.total
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(size: int, masked: bool) -> None:
+    router, x = make_router(), randn(2, 16, 32, seed=4)
+    # Uneven documents across the parts of ranks, and padding at the end of each sequence.
+    lengths = ((5, 7, 1), (3, 9))
+    positions = torch.full((2, 16), -1)
+    for sequence, documents in enumerate(lengths):
+        start = 0
+        for length in documents:
+            positions[sequence, start : start + length] = torch.arange(length)
+            start += length
+    documents = Documents.from_positions(positions) if masked else None
+    whole = x.clone().requires_grad_()
+    expected = router(whole).balance(documents)
+    expected.backward()
+
+    def part(index: int, parts: list[Tensor], total: Tensor | None) -> tuple[Tensor, Tensor]:
+        own = take_held(x, index, size).clone().requires_grad_()
+        found = router(own).balance(documents, RecordedContext(size, index, parts, total))
+        found.backward()
+        assert own.grad is not None
+        return found.detach(), own.grad
+
+    parts: list[Tensor] = []
+    for index in range(size):
+        part(index, parts, None)
+    total = torch.stack(parts).sum(0)
+    found = [part(index, [], total) for index in range(size)]
+    torch.testing.assert_close(torch.stack([loss for loss, _ in found]).sum(), expected.detach(), rtol=1e-13, atol=0)
+    assert whole.grad is not None
+    gradient = join_held([gradient for _, gradient in found])
+    torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-16)
+
+
+SUBSETS: list[frozenset[Recomputed]] = [frozenset(), frozenset({"swiglu"})]
+
+FROZEN: list[tuple[str, ...]] = [(), ("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")]
+
+COUNTS = [(3, 0, 4, 1), (0, 0, 6, 0), (0, 0, 0, 0), (1, 0, 0, 0)]
+
+
+def make_experts(dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> RoutedExperts:
+    experts = RoutedExperts(6, 5, range(4, 8), dtype, PlainLinears(recomputed))
+    randomize(experts, 1)
+    return experts
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("recomputed", SUBSETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_experts_of_arrived_rows_equal_row_by_row(
+    dtype: torch.dtype, recomputed: frozenset[Recomputed], is_split: bool, frozen: tuple[str, ...]
+) -> None:
+    experts = make_experts(dtype, recomputed)
+    for counts in COUNTS:
+
+        def call(
+            experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None, counts: tuple[int, ...] = counts
+        ) -> tuple[Tensor]:
+            return (experts(PlainRows(inputs[0]), inputs[1], counts, sink),)
+
+        def plainly(weights: Weights, inputs: Sequence[Tensor], counts: tuple[int, ...] = counts) -> tuple[Tensor]:
+            rows_AD = expert_rows(inputs[0], inputs[1], weights["gate_up_proj"], weights["down_proj"], counts)
+            # Where no row came, gradients are zeros and not missing.
+            return (rows_AD + sum(each.sum() * 0 for each in (*inputs, *weights.values())),)
+
+        rows, routed = randn(sum(counts), 6, seed=2, dtype=dtype), randn(sum(counts), seed=3, dtype=dtype)
+        for given in (rows, strided(rows)):
+            assert_equals_plain(experts, call, plainly, [given, routed], is_split=is_split, frozen=frozen)
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("recomputed", SUBSETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("choices", ["spread", "one expert", "no token"])
+def test_local_experts_equal_row_by_row(
+    choices: str, dtype: torch.dtype, recomputed: frozenset[Recomputed], frozen: tuple[str, ...]
+) -> None:
+    experts, num_tokens = make_experts(dtype, recomputed), 0 if choices == "no token" else 7
+    generator = torch.Generator().manual_seed(4)
+    ids_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(7)])[:num_tokens]
+    if choices == "one expert":
+        ids_TK = torch.full((7, 1), 2)
+    order = SortedChoices.sort(ids_TK).keep(0)
+    counts = tuple(torch.bincount(ids_TK.flatten(), minlength=4).tolist())
+
+    def call(experts: RoutedExperts, inputs: Sequence[Tensor], sink: WeightSink | None) -> tuple[Tensor]:
+        source = NormSource(inputs[0], torch.ones(6), 1e-6)  # rows in the weights' type are kept, not made again
+        return (experts(PlainRows(inputs[0]), inputs[1], counts, None, LocalRows(source, order)),)
+
+    def plainly(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+        rows_ND, weights_TK = inputs
+        total_ND = rows_ND * 0 + weights_TK.sum() * 0 + sum(each.sum() * 0 for each in weights.values())
+        for expert in range(4):
+            tokens, places = (ids_TK == expert).nonzero().unbind(1)
+            made = expert_rows(
+                rows_ND[tokens],
+                weights_TK[tokens, places],
+                weights["gate_up_proj"][expert, None],
+                weights["down_proj"][expert, None],
+                (len(tokens),),
+            )
+            total_ND = total_ND.index_add(0, tokens, made)
+        return (total_ND,)
+
+    rows, routed = randn(num_tokens, 6, seed=2, dtype=dtype), randn(*ids_TK.shape, seed=3, dtype=dtype)
+    assert_equals_plain(experts, call, plainly, [rows, routed], is_split=False, frozen=frozen)
+
+
+def test_experts_keep_routing_weights_gradient_in_their_own_type() -> None:
+    experts = make_experts(torch.bfloat16, frozenset())
+    rows, weights = randn(3, 6, seed=0, dtype=torch.bfloat16), randn(3, seed=1, dtype=torch.float32).requires_grad_()
+    experts(PlainRows(rows), weights, (1, 0, 2, 0), None).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.dtype == torch.float32
+
+
+def test_experts_have_views_under_released_names() -> None:
+    experts = make_experts(torch.float32, frozenset())
+    named = dict(experts.per_expert())
+    assert list(named) == [f"{e}.{part}_proj.weight" for e in range(4, 8) for part in ("gate", "up", "down")]
+    assert torch.equal(named["5.up_proj.weight"], experts.gate_up_proj[1, 5:])
+    assert isinstance(experts.down_proj, nn.Parameter)
+    assert named["7.down_proj.weight"].data_ptr() == experts.down_proj[3].data_ptr()

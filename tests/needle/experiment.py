@@ -146,7 +146,6 @@ def measure(model: Transformer, samples: int = 36, lengths: tuple[int, ...] = LE
     """Measures a network on rows that are the same for every network.
 
     Args:
-        samples: questions per length and depth.
         lengths: lengths that are asked at; at others the accuracy is 0.
     """
     rows = Rows(_NEEDLE_SEED)

@@ -44,7 +44,6 @@ def read_corpus() -> Corpus:
 
 
 def is_key(tokens: Tensor) -> Tensor:
-    """Returns which tokens are keys."""
     return (tokens >= _FIRST_KEY) & (tokens < _FIRST_VALUE)
 
 
@@ -71,7 +70,6 @@ class Rows:
         """Returns held-out text with one pair at a depth and its key at the end, and the value to answer with.
 
         Args:
-            length: tokens of the row.
             depth: 0 for the beginning of the row, 1 for its end.
         """
         keys, values = self._pairs(1)

@@ -1,17 +1,14 @@
-"""Trains recipes of arithmetic, lets their models answer, and checks a law for several seeds."""
+"""Trains recipes of arithmetic, and measures how many held-out problems their checkpoints solve."""
 
-import argparse
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.arithmetic import ArithmeticProblem
+from data.arithmetic import ArithmeticProblem, problems
 from data.chat.encode import encode_prompt
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES
@@ -19,6 +16,9 @@ from data.tokenizer import Tokenizer
 from infer.config import Sampling
 from infer.engines.local import LocalEngine
 from infer.protocol import NumberedPrompt, Request, Sample
+from infer.scoring.ratings import PassRates, compute_pass_rates
+from infer.scoring.reward import ScoreSheet
+from infer.scoring.score import Answer, TextAnswer
 from model.transformer import Transformer
 from train.checkpoint.load import load_whole
 from train.checkpoint.locate import locate
@@ -28,11 +28,7 @@ LONGEST_ANSWER_TOKENS = 12
 
 
 def run_command(name: str, *overrides: str) -> str:
-    """Runs a command of this project in a process, and returns what it printed.
-
-    Raises:
-        RuntimeError: it failed; the message has the end of its output.
-    """
+    """Runs a command of this project in a process, and returns what it printed."""
     command = [sys.executable, "-m", f"launch.{name}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -79,7 +75,6 @@ class LoadedRun:
     def sample(
         self, chosen: Sequence[ArithmeticProblem], samples: int, seed: int, temperature: float = 1.0
     ) -> list[list[Sample]]:
-        """Returns several answers to each problem."""
         prompts = [
             NumberedPrompt(number=number, tokens=self.prompt_tokens(problem.prompt))
             for number, problem in enumerate(chosen)
@@ -101,19 +96,50 @@ class LoadedRun:
         ]
 
 
-def check_seeds(module: str, description: str | None, check: Callable[[Path, int], list[str]]) -> int:
-    """Checks a law for the seeds of the command line, and returns 1 if it does not hold for one of them.
+NUM_PROBLEMS, NUM_SAMPLES = 100, 8
 
-    Args:
-        check: prints what it measures in a folder with a seed, and returns what the law lacks.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    num_broken = 0
-    for seed in parser.parse_args().seeds:
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            problems = check(Path(folder), seed)
-        num_broken += bool(problems)
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s  {'; '.join(problems) or 'holds'}", flush=True)
-    return int(num_broken > 0)
+EVALUATION_SEED = 1_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeRates:
+    """Shares of problems that are solved: by a sample at temperature 1, by any of 8, by their plurality, greedily."""
+
+    pass_at_1: float
+    pass_at_8: float
+    maj_at_8: float
+    greedy: float
+
+    def __str__(self) -> str:
+        return (
+            f"pass@1 {self.pass_at_1:.3f}  pass@8 {self.pass_at_8:.2f}  maj@8 {self.maj_at_8:.2f}  "
+            f"greedy {self.greedy:.2f}"
+        )
+
+
+def measure_pass_rates(folder: Path, num_digits: int = 8) -> RecipeRates:
+    """Lets the newest checkpoint of a run answer held-out problems, 8 times each at temperature 1 and once greedily."""
+    run = LoadedRun.of(folder)
+    chosen = problems(EVALUATION_SEED, NUM_PROBLEMS, num_digits)
+
+    def rates(samples: int, temperature: float) -> PassRates:
+        groups = [
+            [TextAnswer(text=run.tokenizer.decode(each.tokens[:-1]), num_tokens=len(each.tokens)) for each in group]
+            for group in run.sample(chosen, samples, EVALUATION_SEED, temperature)
+        ]
+        sheets = [
+            [_sheet(answer, problem.answer) for answer in group] for group, problem in zip(groups, chosen, strict=True)
+        ]
+        return compute_pass_rates(groups, sheets)
+
+    sampled = rates(NUM_SAMPLES, 1.0)
+    return RecipeRates(
+        pass_at_1=sampled.pass_at_1,
+        pass_at_8=sampled.pass_at_n,
+        maj_at_8=sampled.maj_at_n,
+        greedy=rates(1, 0.0).pass_at_1,
+    )
+
+
+def _sheet(answer: Answer, expected: str) -> ScoreSheet:
+    return ScoreSheet(total=0.0, outcome="correct" if answer.text == expected else "wrong", parts={})

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.post.distill import problems_of_distillation
-from tests.post.grpo import Stage, problems_of_collapse, problems_of_grpo
-from tests.post.pass_rates import RecipeRates, measure_pass_rates
-from tests.post.recipes import train_recipe
-from tests.post.sft import problems_of_sft
-from tests.post.votes import VoteRates, problems_of_votes, rate_votes
+from tests.post.policies import (
+    Stage,
+    VoteRates,
+    problems_of_collapse,
+    problems_of_distillation,
+    problems_of_grpo,
+    problems_of_sft,
+    problems_of_votes,
+    rate_votes,
+)
+from tests.post.recipes import RecipeRates, measure_pass_rates, train_recipe
 
 
 @pytest.mark.long

@@ -30,11 +30,7 @@ _TIMEOUT_SECONDS = 60.0
 
 
 def published_layout(num_ranks: int) -> Layout:
-    """Returns the published layout (arXiv:2412.19437, section 3.2) with as many data-parallel ranks as needed.
-
-    Raises:
-        ValueError: if the number of ranks is no multiple of 16 x 64.
-    """
+    """Returns the published layout (arXiv:2412.19437, section 3.2) with as many data-parallel ranks as needed."""
     if num_ranks % (_PIPELINE * _EXPERT):
         raise ValueError(f"ranks: must be a multiple of {_PIPELINE * _EXPERT}, is {num_ranks}")
     return Layout(ParallelismConfig(pipeline=_PIPELINE, data=num_ranks // _PIPELINE, expert=_EXPERT), _RANKS_PER_NODE)

@@ -84,7 +84,6 @@ class Simulation:
         self._termination = Termination()
 
     def run(self) -> Work:
-        """Runs the rendezvous and returns the work of the store."""
         tree, stride = self._tree, -(-self._tree.world_size // _MAX_SIMULATED)
         self._store.set(_ANNOUNCEMENT, "x" * 200)
         ranks = range(tree.world_size)

@@ -112,7 +112,6 @@ def training_messages(num_ranks: int) -> dict[Kind, int]:
 
 
 def _sizes(messages: dict[Kind, Message], num_ranks: int) -> dict[Kind, int]:
-    """Returns the bytes of messages that a rank forwards."""
     codec = wire.DatagramCodec(_KEY, num_ranks - 1, num_ranks)
     relay = {"relay": {"origin": num_ranks - 1, "turn": 63}}
     return {kind: len(codec.encode(0, kind, wire.encode_fields(each) | relay)) for kind, each in messages.items()}
@@ -124,11 +123,7 @@ def _random_text(noise: random.Random, num_characters: int) -> str:
 
 
 class PlayedRanks:
-    """All other ranks of a job on one socket: each has reached every collective and waits for it, except one.
-
-    Attributes:
-        num_datagrams: datagrams by kind, requests and their replies together.
-    """
+    """All other ranks of a job on one socket: each has reached every collective and waits for it, except one."""
 
     def __init__(self, num_ranks: int, silent: int) -> None:
         """Starts the process that plays the ranks; rank `silent` replies nothing."""
@@ -147,7 +142,6 @@ class PlayedRanks:
 
     @property
     def address(self) -> SocketAddress:
-        """Address of the socket."""
         host, port = self._socket.getsockname()
         return host, port
 

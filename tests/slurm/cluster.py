@@ -74,11 +74,7 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """A cluster with the nodes n1 and n2, created by `open_slurm`.
-
-    Attributes:
-        base: folder of its configuration, state and logs.
-    """
+    """A cluster with the nodes n1 and n2, created by `open_slurm`."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -101,11 +97,6 @@ class Slurm:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def run(self, *command: str, **environment: str) -> str:
-        """Runs a command in the cluster and returns its output.
-
-        Raises:
-            SlurmError: it failed.
-        """
         done = self.attempt(*command, **environment)
         if done.returncode:
             raise SlurmError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")
@@ -124,11 +115,6 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
-        """Waits until a condition is true.
-
-        Raises:
-            SlurmError: it is still false after `seconds`.
-        """
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
@@ -192,11 +178,7 @@ class Slurm:
 
 @contextmanager
 def open_slurm(base: Path) -> Iterator[Slurm]:
-    """Starts a cluster, and stops all of it on exit.
-
-    Args:
-        base: a folder that does not exist.
-    """
+    """Starts a cluster, and stops all of it on exit."""
     slurm = Slurm(base)
     try:
         slurm.start()

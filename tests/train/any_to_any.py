@@ -49,7 +49,6 @@ class Place:
 
     @property
     def world_size(self) -> int:
-        """Ranks in the job."""
         return self.pipeline * self.data * self.context
 
     def __str__(self) -> str:
@@ -114,7 +113,6 @@ class WatchedLoader(Loader):
         return self.samples
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        """Returns a batch like `Loader`, and records it."""
         batch = super().batch(step, first, count)
         for index, tokens in enumerate(batch.tokens_BT):
             self.samples[step, first + index] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

@@ -46,7 +46,6 @@ def run_case(case: Case, folder: Path) -> Outcome:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the cases."""
     folder, *names = arguments
     config = compose_run(choices(Path(folder)))
     start_fork_server(config.cluster, preload_modules(config.cluster))

@@ -26,8 +26,6 @@ class Case:
     """A failure of rank `rank` before the `count`-th operation named `name`.
 
     Attributes:
-        phase: description of the phase of the run.
-        of: start of the operation's label.
         after: name of an operation after which the others are counted.
     """
 
@@ -162,5 +160,4 @@ def read_reports(out_dir: Path) -> dict[int, tuple[str, int]]:
 
 
 def from_json(values: dict[str, Any]) -> Outcome:
-    """Builds an outcome from the JSON values of `dataclasses.asdict`."""
     return Outcome(**{**values, "case": Case(**values["case"])})

@@ -81,7 +81,6 @@ def open_job(config: TrainConfig, schedule: Schedule | None = None) -> Learner:
     """Opens world, replica and learner of this rank in the test harness' process group.
 
     Args:
-        config: of the run.
         schedule: that is followed; None: the configured one.
     """
     schedule = configured_schedule(config) if schedule is None else schedule
@@ -102,7 +101,6 @@ def make_world(config: TrainConfig, schedule: Schedule) -> World:
 
 
 def configured_schedule(config: TrainConfig) -> Schedule:
-    """Builds the schedule that a run names."""
     assert config.schedule.kind != "auto"
     if config.schedule.slices > 1:
         return sliced_1f1b(config.parallelism.pipeline, config.num_micro_batches, config.schedule.slices)
@@ -110,7 +108,6 @@ def configured_schedule(config: TrainConfig) -> Schedule:
 
 
 def task_of(config: TrainConfig) -> Task:
-    """Builds the task of a run."""
     return open_task(config.task, config.model, config.batch)
 
 
@@ -267,7 +264,6 @@ def load_teacher(config: TrainConfig) -> Transformer | None:
 
 @torch.no_grad()
 def with_states(batch: MicroBatch, teacher: Transformer) -> MicroBatch:
-    """Returns the micro-batch with the states of the plain teacher."""
     states_BTS = teacher.final_states(batch.inputs_BT[0], batch.documents)
     return replace(batch, extras={**batch.extras, TEACHER_STATES: states_BTS})
 

@@ -37,7 +37,6 @@ class SignalCase:
     Attributes:
         again: an operation; before the next one of this name, the rank receives the signal twice more.
         attempts: number of attempts, within one command, in which the rank receives the signal.
-        restarts: `cluster.max_restarts` of the command.
     """
 
     rank: int
@@ -130,7 +129,6 @@ class _Signals:
 
 
 def run_attempt(folder: Path, chain: str, case: SignalCase | None) -> Ended:
-    """Runs one command and returns how it ended."""
     # Ranks import this module by its full name, and here it runs as __main__.
     from tests.train import preempted_run
 
@@ -163,7 +161,6 @@ def run_choices(folder: Path, chain: str = "uninterrupted") -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the chains."""
     folder, *names = arguments
     config = compose_run([*run_choices(Path(folder)), f"out_dir={folder}/any"])
     start_fork_server(config.cluster, preload_modules(config.cluster))

@@ -23,13 +23,6 @@ from tests.train.any_to_any import (
 from train.config import PrecisionConfig
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("any_to_any")
-    write_text(folder)
-    return folder
-
-
 @pytest.mark.slow
 def test_any_to_any_sampled_pairs_resume_as_if_uninterrupted(folder: Path) -> None:
     """Among them two whose first and last stage, and so the embedding and its copy, are on different ranks."""

@@ -1,19 +1,144 @@
-"""Whole runs of the command, as a user starts them: real ranks, real files, the documented exit codes."""
+"""Whole runs of the command, as a user starts them, also in FP8 and for fine-tuning."""
 
 import json
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from launch.config.run_config import check, compose_run
+from tests import ROOT
 from tests.commands import run_command
 from tests.ports import reserved_port
-from tests.tiny import write_text
-from tests.train.wandb_file import flat, read_history
+from train.checkpoint.manifest import CheckpointError
+from train.config import Fp8PrecisionConfig, TrainConfig
+from train.config.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+SMALL = (
+    *("experiment=arithmetic_sft", "parallelism=one_rank", "batch.global_sequences=4", "batch.micro_sequences=2"),
+    *("data.num_samples=300", "data.validation_fraction=0.2", "validation.sequences=4", "model.hidden_size=32"),
+)
+
+
+def choices(folder: Path, *others: str) -> list[str]:
+    return [*SMALL, f"data.cache_dir={folder / 'cache'}", *others]
+
+
+@pytest.mark.slow
+def test_run_of_epochs_answers_held_out_prompts_and_belongs_to_its_task(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = choices(tmp_path, "task.steps=null", "task.epochs=0.5", "samples.held_out=3", "samples.tokens=12")
+    given = [*given, "samples.prompt=def"]
+    done = run_command(["-m", "launch.train", *given, f"out_dir={run}"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    # About 240 samples, eight in a sequence: half an epoch is 15 sequences, so 4 steps of 4.
+    config = compose_run(given)
+    assert config.task.steps == 4
+    assert "samples: " in done.stdout
+    assert "4 steps are 0.5" in " ".join(done.stdout.split()), "long lines are folded"
+    assert "continuation of" not in done.stdout, "a model of chats continues no plain text"
+    answers = json.loads((run / "answers.json").read_text(encoding="utf-8"))
+    assert len(answers) == 3
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for answer in answers:
+        digits = answer["prompt"].partition("<｜User｜>")[2].partition("=")[0]
+        assert len(digits) == 8, answer
+        assert answer["reference"].endswith("<｜end▁of▁sentence｜>"), answer
+        assert len(answer["reference"].partition("<")[0]) == 8, answer
+        assert f"{digits}=" in page
+        assert repr(answer["prompt"]) in done.stdout
+    plain = [*choices(tmp_path, "task=pretrain", "task.steps=9"), f"resume={run}"]
+    with pytest.raises(CheckpointError, match=r"task\.kind: must be sft, the task of .*, is pretrain; nearest valid"):
+        check(compose_run(plain))
+    check(compose_run([*plain[:-1], f"init_from={run}"]))
+
+
+@pytest.mark.slow
+def test_scores_of_a_teacher_are_written_whole_and_train_a_student(tmp_path: Path) -> None:
+    run, scores = tmp_path / "run", tmp_path / "scores"
+    done = run_command(["-m", "launch.train", *choices(tmp_path, "task.steps=1", f"out_dir={run}", "samples.tokens=0")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = choices(tmp_path, f"teacher={run}", f"scores={scores}", "kept=8", "temperature=2")
+    done = run_command(["-m", "launch.score_teacher", *given])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "targets scored in" in done.stdout
+    ids = np.load(scores / "train_teacher_ids_NLK.npy")
+    log_probs = np.load(scores / "train_teacher_log_probs_NLK.npy")
+    meta = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+    assert (meta["kept"], meta["temperature"], meta["vocab_size"]) == (8, 2.0, 32)
+    # Nine targets of each of about 240 samples, whose probabilities sum to at most 1 and decrease.
+    is_target = log_probs.any(-1)
+    assert 9 * 200 < is_target.sum() < 9 * 280
+    assert (np.diff(log_probs[is_target]) <= 0).all()
+    assert (np.exp(log_probs[is_target]).sum(-1) <= 1 + 1e-5).all()
+    assert all(len(set(row)) == 8 for row in ids[is_target].tolist())
+    refused = run_command(["-m", "launch.score_teacher", *given])
+    assert refused.returncode == 2
+    assert "scores: must be a folder that does not exist" in refused.stderr
+    student = [
+        "task=distill",
+        "init_from=random",
+        f"task.teacher={scores}",
+        "task.temperature=2",
+        "task.steps=2",
+        "samples.tokens=0",
+    ]
+    done = run_command(["-m", "launch.train", *choices(tmp_path, *student, f"out_dir={tmp_path / 'student'}")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = (tmp_path / "student" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(records[-1])["divergence"] > 0
+
+
+_HEADER_BYTES, _BLOCK_BYTES = 7, 32_768
+
+_ENDS = (1, 4)  # a whole record, or the last piece of one
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Returns one object per logged step, with nested keys joined by dots and without wandb's own (`_step`)."""
+    from wandb.proto import wandb_internal_pb2
+
+    history = []
+    for payload in _payloads(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "history":
+            items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            history.append(flat({key: value for key, value in items.items() if not key.startswith("_")}))
+    return history
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _payloads(content: bytes) -> Iterator[bytes]:
+    assert content[:4] == b":W&B"
+    place, payload = _HEADER_BYTES, b""
+    while place + _HEADER_BYTES <= len(content):
+        left = _BLOCK_BYTES - place % _BLOCK_BYTES
+        if left < _HEADER_BYTES:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        if (size, kind) == (0, 0):
+            return
+        place += _HEADER_BYTES
+        payload += content[place : place + size]
+        place += size
+        if kind in _ENDS:
+            yield payload
+            payload = b""
 
 
 def choices_of(folder: Path, name: str, *overrides: str) -> list[str]:
@@ -35,15 +160,9 @@ def read_metrics(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("command")
-    write_text(folder)
-    return folder
-
-
 # Spans in steps: in shares of the run they would follow each run's own length.
 SPANS = ("optim.schedule.warmup=1 steps", "optim.schedule.decay_end=4 steps")
+
 FLOAT64 = ("precision=float64", "optim.sharding=replicated", "samples.prompt=", "validation.every_steps=2", *SPANS)
 
 
@@ -194,3 +313,62 @@ def test_torchrun_over_two_nodes_equals_the_built_in_launcher(folder: Path, whol
     ours, theirs = read_metrics(folder, "torchrun"), whole[:2]
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
     assert ours[-1]["validation_loss"] == theirs[-1]["validation_loss"]
+
+
+def composed(*overrides: str) -> TrainConfig:
+    config = compose_run(["precision=fp8", *overrides])
+    check(config)
+    return config
+
+
+def test_fp8_is_composed_with_scales_of_either_kind() -> None:
+    assert composed().precision == Fp8PrecisionConfig(kind="fp8", scales="float32")
+    assert composed().computing.products == "fp8"
+    assert composed("precision.scales=power_of_two").computing.products == "fp8_power_of_two"
+    assert compose_run(["precision=bf16"]).computing.products == "own"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("precision.scales=powers", ["precision.scales", "float32, power_of_two", "'powers'"]),
+        ("precision.scale=float32", ["precision.scale", "precision.scales"]),
+        ("optim.sharding=replicated", ["optim.sharding", "fp8", "zero1", "replicated"]),
+        ("recompute=[norm]", ["recompute", "fp8", "[norm]", "[norm,mla_up,swiglu]"]),
+        ("optim.moments=aut", ["optim.moments", "auto, float32, bf16", "'aut'", "did you mean auto?"]),
+        ("optim.moments=null", ["optim.moments", "auto, float32, bf16", "None"]),
+    ],
+)
+def test_configuration_that_fp8_does_not_support_is_refused(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        composed(override)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def train(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Trains one rank of the tiny model on the text in `folder`."""
+    command = [
+        *(sys.executable, "-m", "launch.train", f"name={name}", f"out_dir={folder / name}", "model=tiny"),
+        *("parallelism=one_rank", "schedule=1f1b", "dispatch=local", "data=files", f"data.paths=[{folder / 'text'}]"),
+        *(f"data.cache_dir={folder / 'cache'}", "data.tokenizer_vocab_size=320", "data.validation_fraction=0.2"),
+        *("batch.sequence_length_tokens=32", "batch.global_sequences=8", "batch.micro_sequences=4"),
+        *("validation.sequences=0", "validation.every_steps=0", "samples.prompt=", *overrides),
+    ]
+    return run_command(command)
+
+
+@pytest.mark.slow
+def test_resumed_command_equals_uninterrupted_bitwise(folder: Path) -> None:
+    done = train(folder, "fp8", "precision=fp8", "task.steps=2", "checkpointing.every_steps=1")
+    assert done.returncode == 0, done.stderr
+    from_first = f"resume={folder / 'fp8' / 'checkpoints' / 'step-00000001'}"
+    done = train(folder, "fp8_again", "precision=fp8", "task.steps=2", from_first)
+    assert done.returncode == 0, done.stderr
+    uninterrupted, again = read_metrics(folder, "fp8"), read_metrics(folder, "fp8_again")
+    assert [line["step"] for line in again] == [2]
+    for line, expected in zip(again, uninterrupted[1:], strict=True):
+        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
+            assert line[key] == expected[key], key

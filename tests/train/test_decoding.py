@@ -144,7 +144,6 @@ def config_of(layout: Layout, folder: Path) -> TrainConfig:
 def run(
     rank: int, world_size: int, folder: Path, layouts: Sequence[Layout], requests: Sequence[tuple[Request, bool]]
 ) -> list[list[Seen]]:
-    """Returns what this rank saw of each request under each layout."""
     return [_run_one(config_of(layout, folder), layout, requests) for layout in layouts]
 
 

@@ -1,4 +1,4 @@
-"""Tests the output of a run on a terminal and in a pipe: whole lines, a bar with a rate, one line per second."""
+"""Output of a run on a terminal and in a pipe, and output that breaks."""
 
 import io
 import os
@@ -7,14 +7,19 @@ import re
 import select
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.problems.source import split_problems
+from tests import ROOT
+from tests.rollouts import GRPO, ROLLOUT, rollout_config
+from train.corpus import prepare_corpus
 from train.records.display import Display, PhaseLines, folded, open_console, step_line
+from train.records.run_summary import corpus_lines
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys, time
 from train.records.display import Display, PhaseLines, open_console
@@ -206,3 +211,60 @@ def test_phase_of_a_second_gets_one_line_and_a_short_or_failed_one_none() -> Non
     assert lines == ["preparation of the data: 1 min"]
     with PhaseLines(None).timed("of another rank"):
         pass
+
+
+TERMINAL_PROGRAM = """
+import os, sys, warnings, logging
+from train.records.terminal import guard_terminal, report_breaks
+guard_terminal()
+said = []
+report_breaks(said.append)
+from rich.console import Console
+from rich.progress import track
+for number in range(2000):
+    print("line", number, "x" * 50)
+Console(file=sys.stdout).print("rich", soft_wrap=True)
+print("to stderr", file=sys.stderr, flush=True)
+warnings.warn("a warning")
+logging.getLogger("x").error("logged")
+os.write(1, b"below python")
+sys.stdout.flush()
+report_breaks(said.append)
+open(sys.argv[1], "w").write("|".join(dict.fromkeys(said)))
+print("at the end")
+"""
+
+
+@pytest.mark.parametrize("redirection", ["| head -1", ">/dev/full", ">&- 2>&-", "2>/dev/full", ">/dev/full 2>&1"])
+def test_broken_output_does_not_end_a_run(tmp_path: Path, redirection: str) -> None:
+    script = f'set -o pipefail; "$0" -c "$1" "$2" {redirection}'
+    command = ["bash", "-c", script, sys.executable, TERMINAL_PROGRAM, str(tmp_path / "said")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    said = (tmp_path / "said").read_text()
+    assert said.count("|") == (">/dev/full 2>&1" in redirection)
+    if redirection == "| head -1":
+        assert said == "stdout cannot be written (Broken pipe); the run continues without it"
+    if redirection == ">&- 2>&-":
+        assert said == ""  # it was closed on purpose
+
+
+def test_character_that_a_terminal_cannot_show_is_replaced() -> None:
+    code = "from train.records.terminal import guard_terminal; guard_terminal(); print('\\u00e9\\u4e2d')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout) == (0, "??\n"), done.stderr
+
+
+def test_epochs_of_a_run_that_answers_problems_count_its_prompts(tmp_path: Path) -> None:
+    """Its batches are packed answers, whose number says nothing about problems."""
+    config = rollout_config(tmp_path, task=replace(GRPO, steps=12), rollout=replace(ROLLOUT, prompts=8, updates=2))
+    prepared, (problems, held_out) = prepare_corpus(config), split_problems(config.data)
+    assert len(problems) + len(held_out) == 60
+    line = next(each for each in corpus_lines(config, prepared) if "epochs" in each)
+    size = len(problems)
+    assert line == (
+        f"problems: {size} for training; an epoch is {size / 4:.1f} steps, 12 steps are {12 * 4 / size:.2f} epochs"
+    )

@@ -19,7 +19,7 @@ from dualpipe.simulate.costs import Costs, uniform
 from model.config import cut_at
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, straight, v_shaped
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import Job, Seen, run_jobs, run_plain
 from train.config import PrecisionConfig, TrainConfig
 from train.schedule.cut import with_cut
@@ -31,13 +31,6 @@ def split(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Returns dualpipe_split for costs under which neighbors are fused."""
     costs = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
     return build("dualpipe_split", num_ranks, num_micro_batches, uniform(costs, num_ranks, num_ranks))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("equality")
-    write_text(folder)
-    return folder
 
 
 def layout_config(folder: Path, pipeline: int, data: int, expert: int) -> TrainConfig:
@@ -85,6 +78,27 @@ def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:
             assert torch.equal(gradient, other.gradients[name]), name
 
 
+def assert_equal_one_rank(
+    ranks: Sequence[list[Seen]], config: TrainConfig, starved: int = 0, tolerance: float = 1e-10
+) -> list[Seen]:
+    """Compares each step of all ranks with the whole model in this process, whose steps are returned."""
+    plain = run_plain(config, starved, len(ranks[0]))
+    for step, expected in enumerate(plain):
+        assert_equal([rank[step] for rank in ranks], expected, tolerance)
+    return plain
+
+
+def assert_starved_equal_one_rank(config: TrainConfig, starved: list[int]) -> None:
+    """Compares runs in which so many experts get no tokens, and the last one with a run in sequence."""
+    jobs = [Job(config=config, starved=number) for number in starved]
+    jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
+    results = run_ranks(config.parallelism.world_size, run_jobs, jobs, STEPS)
+    for index, number in enumerate(starved):
+        assert_equal_one_rank([rank[index] for rank in results], config, number)
+    for rank in results:
+        assert_same(rank[len(starved) - 1], rank[-1])
+
+
 def in_sequence(config: TrainConfig) -> TrainConfig:
     """The same, the members of a group one after the other."""
     return replace(config, schedule=replace(config.schedule, pairing="sequential"))
@@ -108,15 +122,7 @@ def test_many_ranks_equal_one_rank(folder: Path, pipeline: int, data: int, exper
     starved = [0, 1, min(4, config.model.num_routed_experts // expert)]
     if pipeline * data == 8:
         del starved[:2]  # smaller worlds cover no expert and one
-    jobs = [Job(config=config, starved=number) for number in starved]
-    jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
-    results = run_ranks(pipeline * data, run_jobs, jobs, STEPS)
-    for index, number in enumerate(starved):
-        plain = run_plain(config, number, STEPS)
-        for step in range(STEPS):
-            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
-    for rank in results:
-        assert_same(rank[len(starved) - 1], rank[-1])
+    assert_starved_equal_one_rank(config, starved)
 
 
 @pytest.mark.slow
@@ -130,9 +136,7 @@ def test_other_depths_and_single_direction_equal_one_rank(
     model = replace(config.model, mtp_depth=depth, mtp_hidden="pre_norm", q_lora_rank=None, num_shared_experts=0)
     config = replace(config, schedule=replace(config.schedule, kind=kind), model=model)
     results = run_ranks(pipeline, run_jobs, [Job(config=config)], STEPS)
-    plain = run_plain(config, 0, STEPS)
-    for step in range(STEPS):
-        assert_equal([rank[0][step] for rank in results], plain[step], 1e-10)
+    assert_equal_one_rank([rank[0] for rank in results], config)
 
 
 def scheduled(folder: Path, schedule: Schedule, data: int = 1, expert: int = 1) -> Job:
@@ -153,9 +157,7 @@ def assert_schedules_equal_one_rank(world_size: int, jobs: Sequence[Job]) -> Non
     repeated = [replace(jobs[index], config=in_sequence(jobs[index].config)) for index in again]
     results = run_ranks(world_size, run_jobs, [*jobs, *repeated], STEPS)
     for index, job in enumerate(jobs):
-        plain = run_plain(job.config, job.starved, STEPS)
-        for step in range(STEPS):
-            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
+        assert_equal_one_rank([rank[index] for rank in results], job.config, job.starved)
     for rank in results:
         for place, index in enumerate(again):
             assert_same(rank[index], rank[len(jobs) + place])
@@ -330,6 +332,5 @@ def zero1(config: TrainConfig) -> TrainConfig:
 
 def assert_zero1_equal(results: list[list[list[Seen]]], configs: Sequence[TrainConfig]) -> None:
     for index, config in enumerate(configs):
-        plain = run_plain(replace(config, optim=replace(config.optim, sharding="replicated")), 1, STEPS)
-        for step in range(STEPS):
-            assert_equal([rank[index][step] for rank in results], plain[step], 1e-5)
+        replicated = replace(config, optim=replace(config.optim, sharding="replicated"))
+        assert_equal_one_rank([rank[index] for rank in results], replicated, 1, 1e-5)

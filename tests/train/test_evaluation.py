@@ -1,6 +1,8 @@
-"""Tests of evaluation on a pipeline: every layout gives the scores of one process."""
+"""Evaluation on a pipeline and losses by position: every layout gives those of one process."""
 
+import json
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +11,26 @@ import torch
 
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
+from data.documents import count_token_bytes
+from data.loader import IGNORE, Loader
+from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from infer.evaluate.local import LocalModel
 from infer.evaluate.protocol import TargetScores, TargetSequence
 from model.config import ModelConfig
+from model.objective import MicroBatch
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, tiny_config
-from tests.train.job import configured_schedule, make_world
+from tests.tiny import MODEL, tiny_config, write_text
+from tests.train.job import close_job, configured_schedule, make_world, open_job
 from train.config import TrainConfig
+from train.corpus import prepare_corpus
 from train.evaluation.pipelined import PipelinedModel
+from train.files.json_lines import JsonLines
+from train.listeners.validation import Validation, validate
 from train.network import ReplicaConfig
+from train.records.by_position import LossByPosition
+from train.records.run_summary import corpus_lines
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 
@@ -43,7 +54,6 @@ def fill(model: Transformer) -> None:
 
 
 def score(rank: int, world_size: int, folder: Path, layouts: list[ParallelismConfig]) -> list[list[TargetScores]]:
-    """Returns the scores under each layout, with two sizes of batches."""
     found = []
     for layout in layouts:
         base, kind = tiny_config(folder), "dualpipe" if layout.pipeline > 1 else "1f1b"
@@ -65,14 +75,12 @@ def score(rank: int, world_size: int, folder: Path, layouts: list[ParallelismCon
 
 
 def local_scores(model: ModelConfig) -> list[TargetScores]:
-    """Returns the scores of one process."""
     whole = Transformer(replace(model, mtp_depth=0), LocalDispatcher(model.num_routed_experts), torch.float64)
     fill(whole)
     return LocalModel(whole, 5).score(sequences())
 
 
 def layout(pipeline: int, data: int, expert: int, context: int = 1) -> ParallelismConfig:
-    """Returns a mesh."""
     base = tiny_config(Path()).parallelism
     return replace(base, pipeline=pipeline, data=data, expert=expert, context=context)
 
@@ -91,3 +99,114 @@ def test_scores_are_those_of_one_process(world_size: int, layouts: list[Parallel
             for at, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
                 assert mine.log_probs == pytest.approx(theirs.log_probs, abs=1e-9), (rank, number, at)
                 assert mine.are_greedy == theirs.are_greedy, (rank, number, at)
+
+
+FIRST_RANGE, BASE = 4, 10
+
+RANGES = ("0-3", "4-7", "8-15", "16-31")
+
+NUM_SEQUENCES = 16
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("by_position")
+    write_text(folder)
+    config = tiny_config(folder)
+    data = replace(config.data, validation_fraction=0.5)
+    return replace(config, data=data)
+
+
+def run_validation(rank: int, world_size: int, config: TrainConfig) -> Validation:
+    """Validates the initial weights on one rank of a job."""
+    learner, prepared = open_job(config), prepare_corpus(config)
+    loader = Loader(prepared, sizes=config.batch_sizes, seed=config.data.seed)
+    by_position = LossByPosition(config.batch.sequence_length_tokens, BASE, prepared.tokenizer, FIRST_RANGE)
+    found = validate(learner.replica, config.task, loader, NUM_SEQUENCES, by_position=by_position)
+    close_job(learner)
+    return found
+
+
+@pytest.mark.slow
+def test_every_layout_has_the_same_means_and_they_are_those_of_the_tokens(config: TrainConfig) -> None:
+    """The mean of all ranges is the validation loss."""
+    alone = run_ranks(1, run_validation, config)[0]
+    schedule = ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
+    meshes = ({"pipeline": 2, "data": 2, "expert": 2}, {"pipeline": 2, "context": 2, "expert": 2})
+    wide = [replace(config, parallelism=replace(config.parallelism, **mesh), schedule=schedule) for mesh in meshes]
+    assert alone.by_position is not None
+    assert list(alone.by_position.losses) == list(RANGES)
+    for found in (found for each in wide for found in run_ranks(4, run_validation, each)):
+        assert found.by_position is not None
+        assert found.by_position.losses == pytest.approx(alone.by_position.losses, rel=1e-10)
+        assert found.by_position.bits_per_byte == pytest.approx(alone.by_position.bits_per_byte, rel=1e-10)
+    counts = count_targets(config)
+    total = sum(alone.by_position.losses[name] * count for name, count in counts.items())
+    assert total / sum(counts.values()) == pytest.approx(alone.loss, rel=1e-10)
+
+
+def count_targets(config: TrainConfig) -> Counter[str]:
+    """Counts the targets of each range, token by token."""
+    loader = Loader(prepare_corpus(config), sizes=config.batch_sizes, seed=config.data.seed)
+    batch = loader.validation_batch(0, NUM_SEQUENCES)
+    counts = Counter[str]()
+    for row, targets in zip(batch.positions_BT.tolist(), batch.targets(1).tolist(), strict=True):
+        for position, target in zip(row, targets, strict=True):
+            if target != IGNORE:
+                counts[next(name for name in RANGES if position + 1 <= int(name.split("-")[1]))] += 1
+    return counts
+
+
+def test_default_ranges_begin_at_128_and_double() -> None:
+    tokenizer = Tokenizer.train(["some text"], 320)
+    measured = LossByPosition(1025, 128, tokenizer)
+    tokens = torch.zeros(1, 1025, dtype=torch.int64)
+    batch = MicroBatch(inputs_BT=(tokens,), targets_BT=(tokens,), extras={"positions": torch.arange(1025)[None] - 1})
+    measured.add(batch, torch.full((1, 1025), -1.0))
+    found = measured.means(OneRank())  # type: ignore[arg-type]
+    assert found.losses == dict.fromkeys(["0-127", "128-255", "256-511", "512-1023", "1024-2047"], 1.0)
+    assert found.record() == {"loss_by_position": found.losses}
+
+
+class OneRank:
+    """A world in which sums are complete."""
+
+    def reduce(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        return values
+
+
+def test_bytes_of_tokens_add_up_to_those_of_the_text() -> None:
+    """Also for characters of several bytes, which byte-level tokens split."""
+    tokenizer = Tokenizer.train(["naïve café, 中文"] * 3, 300)
+    counts = count_token_bytes(tokenizer)
+    for text in ("naïve café", "中文字符", "plain text\n  with spaces", "\u00a0x"):
+        assert counts[tokenizer.encode(text)].sum() == len(text.encode("utf-8"))
+    assert counts[[tokenizer.end_of_sentence_id, tokenizer.pad_id]].sum() == 0
+
+
+def test_validation_part_below_a_batch_is_read_whole_and_said(tmp_path: Path) -> None:
+    write_text(tmp_path, 20)
+    config = tiny_config(tmp_path)
+    batch, validation = replace(config.batch, global_sequences=512), replace(config.validation, sequences=512)
+    prepared = prepare_corpus(replace(config, batch=batch, validation=validation))
+    found = len(prepared.validation_tokens_NL)
+    assert 0 < found < 512
+    lines = list(corpus_lines(replace(config, batch=batch, validation=validation), prepared))
+    assert f"validation: reads {found} of validation.sequences=512, because the held-out part has only {found}" in lines
+    whole = replace(config.validation, sequences=found)
+    assert not any("validation: " in line for line in corpus_lines(replace(config, validation=whole), prepared))
+
+
+def test_resumed_run_removes_later_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for first_step, steps in ((0, range(1, 7)), (4, range(5, 9))):
+        lines = JsonLines(path, first_step)
+        for step in steps:
+            lines.record({"step": step, "after": first_step})
+        lines.close()
+        if first_step == 0:
+            with path.open("a") as file:
+                file.write('{"step": 7, "cut of')
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [record["after"] for record in records] == [0] * 4 + [4] * 4

@@ -13,8 +13,8 @@ from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.config import ScheduleConfig
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, tiny_config, write_text
-from tests.train.job import Job, close_job, open_job, open_loader, run_jobs, run_plain
-from tests.train.test_equality import assert_equal, assert_same, in_sequence
+from tests.train.job import close_job, open_job, open_loader
+from tests.train.test_equality import assert_starved_equal_one_rank
 from train.config import TrainConfig
 from train.records.step_record import exchange_metrics
 from train.step import accumulate, rates_of
@@ -54,15 +54,7 @@ def test_training_in_two_hops_equals_one_rank(
     starved = [0, min(4, config.model.num_routed_experts // expert)]
     if pipeline * expert == 8:
         del starved[0]  # smaller worlds cover it
-    jobs = [Job(config=config, starved=number) for number in starved]
-    jobs.append(Job(config=in_sequence(config), starved=starved[-1]))
-    results = run_ranks(pipeline * expert, run_jobs, jobs, 2)
-    for index, number in enumerate(starved):
-        plain = run_plain(config, number, 2)
-        for step in range(2):
-            assert_equal([rank[index][step] for rank in results], plain[step], 1e-10)
-    for rank in results:
-        assert_same(rank[len(starved) - 1], rank[-1])
+    assert_starved_equal_one_rank(config, starved)
 
 
 def _count_one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,21 +1,34 @@
-"""Tests that an error or failure of one rank ends all ranks within seconds."""
+"""A failure of one rank ends all ranks within seconds, in an agreed order, also while a corpus is prepared."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from comm.config import DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
+from comm.watchdog.collective_log import CollectiveLog
+from data.corpus import DataError
+from dualpipe.config import ScheduleConfig
+from tests import ROOT
 from tests.commands import run_command
 from tests.ports import reserved_port
-from tests.tiny import write_text
+from tests.ranks import run_ranks
+from tests.tiny import VALIDATION, tiny_config, write_text
 from tests.train.failing_rank import CAUSE
 from tests.train.faults import CASES, choices, read_reports, write_case
-
-ROOT = Path(__file__).parents[2]
+from tests.train.job import close_job, open_job, open_loader
+from train.config import TrainConfig
+from train.corpus import State, build_together
+from train.listeners.validation import validate
+from train.step import train_step
 
 
 @pytest.mark.slow
@@ -60,3 +73,122 @@ def test_lost_rank_under_torchrun_is_named_by_every_other_rank(tmp_path: Path) -
         assert f"error: rank {rank} ends: {text}\n" in ended.stderr
         operations = (tmp_path / "run" / "log" / f"rank_{rank:05d}.operations.jsonl").read_text().splitlines()
         assert {"time", "group", "number", "operation", "of", "state", "ranks"} == json.loads(operations[-1]).keys()
+
+
+TWO_HOP = TwoHopDispatchConfig(
+    kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"
+)
+
+Seen = tuple[dict[str, str], dict[str, tuple[int, ...]], set[str]]
+
+
+def _steps(rank: int, world_size: int, config: TrainConfig) -> Seen:
+    """Hashes and members of every group after two steps and a validation, and the names of what was done."""
+    learner, loader = open_job(config), open_loader(config)
+    for step in range(2):
+        train_step(learner, config.task, loader, step)
+    validate(learner.replica, config.task, loader, config.validation.sequences)
+    close_job(learner)
+    log = learner.world.log
+    recent = [operation for _, operation in log.recent()]
+    return log.order_hashes(), {each.group: each.ranks for each in recent}, {each.name for each in recent}
+
+
+def _check_order(seen: list[Seen]) -> set[str]:
+    """The groups, each with one hash on all its ranks."""
+    members = {group: ranks for _, groups, _ in seen for group, ranks in groups.items()}
+    for group, ranks in members.items():
+        held = {rank for rank, (hashes, _, _) in enumerate(seen) if group in hashes}
+        assert held == set(ranks), group
+        assert len({seen[rank][0][group] for rank in ranks}) == 1, group
+    return set(members)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "dispatch"), [(2, None), (4, TWO_HOP)], ids=["all_to_all", "two_hop"])
+def test_operations_of_every_group_have_one_order_on_all_its_ranks(
+    tmp_path: Path, data: int, dispatch: DispatchConfig | None
+) -> None:
+    write_text(tmp_path)
+    config = tiny_config(
+        tmp_path,
+        parallelism=ParallelismConfig(pipeline=2, data=data, expert=data),
+        schedule=ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped"),
+        validation=replace(VALIDATION, sequences=16),
+    )
+    config = replace(config, data=replace(config.data, validation_fraction=0.5))  # enough for a validation pass
+    seen = run_ranks(2 * data, _steps, config if dispatch is None else replace(config, dispatch=dispatch))
+    groups, names = _check_order(seen), set().union(*(names for _, _, names in seen))
+    world = list(range(2 * data))
+    links = {(0, data), (data - 1, 2 * data - 1), (data, 0), (2 * data - 1, data - 1)}
+    assert {f"{kind} {source}->{end}" for kind in ("activation", "gradient") for source, end in links} <= groups
+    assert {f"world {world}", f"stage {world}"} <= groups
+    assert {"transfer", "sum of targets", "sum of losses", "update of the weights", "sum of router loads"} <= names
+    assert len([group for group in groups if "->" not in group]) > 2  # those of the experts' exchange
+
+
+def test_order_hashes_detect_a_rank_with_another_order() -> None:
+    seen: list[Seen] = []
+    for names in (("one", "other"), ("other", "one")):
+        log = CollectiveLog()
+        for name in names:
+            log.start("world", (0, 1), name)
+        seen.append((log.order_hashes(), {"world": (0, 1)}, set(names)))
+    with pytest.raises(AssertionError, match="world"):
+        _check_order(seen)
+
+
+def ends(folder: Path, seconds: float, port: int) -> list[tuple[int, str]]:
+    """Runs two ranks, each in a separate process, with a timeout of 5 seconds. Returns exit codes and outputs."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "tests.train.preparing_rank", str(seconds), str(folder)]
+
+    def run(rank: int) -> tuple[int, str]:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+        ended = run_command(command, env={**os.environ, **common, **own}, timeout=200)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path)
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
+
+
+def test_preparation_longer_than_the_timeout_is_no_hang(folder: Path, port: int) -> None:
+    for rank, (code, text) in enumerate(ends(folder, 8.0, port)):
+        assert code == 0, f"rank {rank}: {text[-3000:]}"
+
+
+def test_rank_lost_while_another_prepares_is_detected(folder: Path, port: int) -> None:
+    (folder / "victim").write_text("1")
+    (code, _), (lost, _) = ends(folder, 60.0, port)
+    assert lost == -9
+    assert code == 78
+    words = (folder / "run" / "log" / "rank_00000.error.log").read_text()
+    assert words.startswith("rank 1 is lost")
+
+
+def test_every_rank_raises_the_error_of_one_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks exchange states; here the other one's are played."""
+    config = tiny_config(tmp_path)  # without text
+
+    def exchange(state: State) -> State:
+        return state
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match=r"data\.paths: .* does not exist"):
+        build_together(config, exchange)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(DataError, match="no text there"):
+        build_together(config, lambda state: (True, "no text there"))

@@ -1,4 +1,4 @@
-"""Training in FP8 over gloo ranks: one result under every order, exchange and number of ranks; bytes as predicted."""
+"""Training in FP8 and with recomputed layers over gloo ranks: one result under every order, exchange and layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +10,18 @@ import torch
 from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.row_format import RowFormat, RowPart
 from data.prepare import prepare
+from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
+from dualpipe.registry import SCHEDULES, candidates
 from kernels.quantize.layout import packed_bytes
+from model.config import LAYER
+from tests.dualpipe.random_schedules import bidirectional, offloaded, random_schedule
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, MODEL, OPTIM, tiny_config
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, save_checkpoint
-from tests.train.test_equality import assert_same, in_sequence, relative_error
+from tests.train.test_equality import assert_same, in_sequence, layout_config, relative_error, scheduled
 from tests.train.test_exchange import _count_one_step as count_one_step
-from tests.train.test_optim_resume import copied
+from tests.train.test_optim import copied
 from train.checkpoint.load import load
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.verify import check_compatible
@@ -33,17 +37,11 @@ SHAPE = replace(
     kv_lora_rank=32,
     expert_intermediate_size=40,
 )
+
 # A node's rows are summed in float32, not in their own type, so that rounding does not depend on the dispatcher.
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="float32"
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fp8")
-    write_text(folder)
-    return folder
 
 
 def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> TrainConfig:
@@ -67,12 +65,10 @@ def masked(config: TrainConfig) -> TrainConfig:
 
 
 def is_expert(name: str) -> bool:
-    """A routed one."""
     return ".experts." in name
 
 
 def total(ranks: list[Seen], name: str) -> torch.Tensor:
-    """A gradient over all ranks."""
     return torch.stack([seen.gradients[name] for seen in ranks if name in seen.gradients]).sum(0)
 
 
@@ -126,7 +122,6 @@ def test_one_rank_gives_the_same_bits_over_every_exchange(folder: Path) -> None:
 
 
 def nodes_of_one(config: TrainConfig) -> TrainConfig:
-    """Each rank is a separate node."""
     return replace(config, cluster=replace(config.cluster, ranks_per_node=1))
 
 
@@ -197,3 +192,90 @@ def test_resumed_run_equals_uninterrupted_bitwise_and_bf16_cannot_resume_it(fold
     check_compatible(found[0][2], later)
     with pytest.raises(CheckpointError, match=r"precision\.kind is fp8 there and bf16 here"):
         check_compatible(found[0][2], replace(later, precision=PrecisionConfig(kind="bf16")))
+
+
+RECOMPUTED_TWO_HOP = TwoHopDispatchConfig(
+    kind="two_hop", payload="full", max_nodes=2, node_cap="clip", chunks=2, partial_sums="rows"
+)
+
+
+def recomputed(job: Job) -> Job:
+    return replace(job, config=replace(job.config, recompute=(LAYER,)))
+
+
+def check_bits(num_ranks: int, jobs: list[Job], steps: int = 2) -> None:
+    """Compares losses, gradients, weights and router biases of every step with and without recomputed layers."""
+    results = run_ranks(num_ranks, run_jobs, [*jobs, *map(recomputed, jobs)], steps)
+    for rank in results:
+        for kept, again in zip(rank[: len(jobs)], rank[len(jobs) :], strict=True):
+            assert_same(kept, again)
+
+
+def masked_recomputed(config: TrainConfig) -> TrainConfig:
+    """Documents do not see each other."""
+    return replace(config, batch=replace(config.batch, document_mask=True, sequence_length_tokens=40))
+
+
+def test_recomputed_layers_change_no_bit_over_exchanges(folder: Path) -> None:
+    """Two ranks share the experts: in one hop, in FP8, and over two nodes with choices that are clipped."""
+    plain = layout_config(folder, 1, 2, 2)
+    nodes = replace(
+        plain, cluster=replace(plain.cluster, ranks_per_node=1), dispatch=replace(RECOMPUTED_TWO_HOP, max_nodes=1)
+    )
+    bf16 = replace(
+        masked_recomputed(nodes), precision=PrecisionConfig(kind="bf16"), optim=replace(OPTIM, sharding="zero1")
+    )
+    bf16 = replace(bf16, dispatch=replace(RECOMPUTED_TWO_HOP, payload="fp8"))
+    fp8 = make_config(folder, 1, 2, batch=replace(BATCH, global_sequences=4))
+    check_bits(
+        2, [Job(config=plain, starved=4), Job(config=nodes), Job(config=bf16), Job(config=fp8, starved=1)], steps=1
+    )
+
+
+def test_recomputed_layers_change_no_bit_in_a_pipeline(folder: Path) -> None:
+    """Both directions with MTP, I and W apart, activations offloaded, documents masked, members in sequence."""
+    schedule = random_schedule(bidirectional(2), 4, 0, split_share=0.5)
+    job = scheduled(folder, schedule)
+    job = replace(job, config=masked_recomputed(job.config))
+    away = replace(job, schedule=offloaded(schedule, 0, share=1.0))
+    wide = replace(away, config=replace(away.config, model=replace(away.config.model, hidden_size=128)))
+    check_bits(2, [job, wide, replace(job, config=in_sequence(job.config))])
+
+
+@pytest.mark.long
+def test_recomputed_layers_change_no_bit_of_ranks_that_share_sequences(folder: Path) -> None:
+    """The balance loss is summed over the context group again, so that all its ranks make the same calls."""
+    config = layout_config(folder, 1, 2, 2)
+    batch = replace(config.batch, global_sequences=4, sequence_length_tokens=48)
+    mesh = ParallelismConfig(pipeline=1, data=1, context=2, expert=2)
+    shared = replace(config, parallelism=mesh, batch=batch)
+    check_bits(2, [Job(config=shared, starved=1), Job(config=masked_recomputed(shared), starved=1)], steps=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", candidates())
+def test_recomputed_layers_change_no_bit_under_a_schedule(folder: Path, kind: str) -> None:
+    sizes = (number for number in range(3, 9) if SCHEDULES.get(kind).limit(2, number) is None)
+    check_bits(2, [scheduled(folder, build(kind, 2, next(sizes)))], steps=1)
+
+
+def test_rows_of_recomputed_layers_are_sent_once_more_without_weights(folder: Path) -> None:
+    """Bytes as the plan predicts them and as they were counted, in FP8 and in bf16."""
+    hidden = 256
+    model = replace(SHAPE, num_layers=2, hidden_size=hidden)
+    batch = replace(BATCH, global_sequences=2, sequence_length_tokens=12)
+    fp8 = make_config(folder, 1, 2, model=model, batch=batch)
+    fp8 = replace(fp8, cluster=replace(fp8.cluster, ranks_per_node=1))
+    bf16 = replace(fp8, precision=PrecisionConfig(kind="bf16"))
+    configs = [replace(each, recompute=kinds) for each in (fp8, bf16) for kinds in (fp8.recompute, (LAYER,))]
+    kept_fp8, again_fp8, kept_bf16, again_bf16 = run_ranks(2, count_each, configs)[0]
+    packed, plain = RowPart(packed_bytes(hidden), torch.uint8), RowPart(hidden, torch.bfloat16)
+    for kept, again, sent in ((kept_fp8, again_fp8, packed), (kept_bf16, again_bf16, plain)):
+        assert set(kept) == set(again) == {"layer_1", "layer_2"}
+        for layer, before in kept.items():
+            more, (rows, left) = again[layer], divmod(before["rows_across_nodes"], 4)
+            assert (rows > 0, left) == (True, 0)
+            assert more["rows_across_nodes"] == 5 * rows
+            extra = rows * RowFormat.of_parts(sent).bytes_per_row
+            assert more["bytes_across_nodes"] == before["bytes_across_nodes"] + extra
+            assert more["bytes_across_nodes"] == more["predicted_bytes_across_nodes"]

@@ -19,7 +19,7 @@ from dualpipe.config import ScheduleConfig
 from model.gradients import GradientStore
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config, write_text
+from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config
 from tests.train.job import close_job, open_job
 from train.checkpoint.state import Slice
 from train.config import (
@@ -89,7 +89,6 @@ class Job:
     Attributes:
         bad: steps whose gradients one rank spoils, whenever they come: that rank and what it multiplies them with; at
             -1 - step, its losses.
-        left_out: steps that are not taken.
         bad_weights: steps whose weights are refused before the passes, as a limit of rollouts does; the weights before
             them are good.
     """
@@ -195,13 +194,6 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
 KINDS = ("float64", "bf16")
 BAD = {3: (2, math.nan)}
 """In step 4, on rank 2 alone."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("guard")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,43 @@
-"""Tests from which checkpoints a run may resume."""
+"""From which checkpoints a run may resume, and where the files of ranks are."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from torch import Tensor
 
+from comm.config import ParallelismConfig
+from comm.exit_codes import EXIT_HANG
+from data.prepare import prepare
+from launch.ranks.run_folder import check_content
+from model.transformer import named_tensors
 from tests.launch.test_config import build
+from tests.ranks import run_ranks
+from tests.tiny import BATCH, tiny_config, write_text
+from tests.train.job import close_job, open_job, save_checkpoint
+from tests.train.test_optim import copied
+from train.checkpoint import load as checkpoint
+from train.checkpoint.load import verify_together
 from train.checkpoint.locate import locate
 from train.checkpoint.manifest import (
     CheckpointError,
+    is_file_name,
     layout_record,
     read_manifest,
     read_step,
     write_manifest,
 )
+from train.checkpoint.state import state_of
 from train.checkpoint.verify import check_compatible
+from train.checkpoint.weights import CheckpointReader
+from train.config import TrainConfig
+from train.config.errors import ConfigError
+from train.errors import ExitReason, find_errors, find_verdict, write_error
+from train.files.rank_files import RankFiles, find_rank_files
 
 
 def save(run: Path, step: int, *overrides: str, complete: bool = True) -> Path:
@@ -155,3 +177,122 @@ def test_manifest_without_a_model_is_another_architecture(tmp_path: Path) -> Non
     (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 4, "step": 3}))
     with pytest.raises(CheckpointError, match="another architecture"):
         check_compatible(tmp_path, replace(build(), name="x"))
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (1024, 8), (1032, 8), (100_352, 8)])
+def test_names_of_all_ranks_sort_by_rank_and_folders_are_small(num_ranks: int, ranks_per_node: int) -> None:
+    parent = Path("log")
+    files = [RankFiles(rank, num_ranks, ranks_per_node) for rank in range(num_ranks)]
+    paths = [str(each.folder(parent) / f"{each.stem}.log") for each in files]
+    assert paths == sorted(paths)
+    if num_ranks <= 1024:
+        assert paths[3] == "log/rank_00003.log"
+    else:
+        assert paths[17] == "log/node_000002/rank_000017.log"
+        assert len({each.subfolder for each in files}) == num_ranks // ranks_per_node
+
+
+def test_errors_of_a_large_job_are_found_in_the_folders_of_nodes(tmp_path: Path) -> None:
+    places = [RankFiles(rank, 2048, 8) for rank in (1500, 3)]
+    write_error(tmp_path, places[0], ExitReason("rank 7 is lost", EXIT_HANG), "details")
+    write_error(tmp_path, places[1], ExitReason("other", 1), "details")
+    assert [path.name for path in find_errors(tmp_path)] == ["rank_001500.error.log", "rank_000003.error.log"]
+    assert find_rank_files(tmp_path / "log", "*.error.log")[0].parent.name in ("node_000187", "node_000000")
+    verdict = find_verdict(tmp_path)
+    assert verdict is not None
+    assert verdict[1] == ExitReason("rank 7 is lost", EXIT_HANG)
+    check_content(tmp_path)
+    with pytest.raises(FileNotFoundError):  # a deleted folder of a run is not created again
+        write_error(tmp_path / "gone", places[0], ExitReason("", 1), "")
+
+
+@pytest.mark.parametrize(("name", "makes_link"), [("node_000001", True), ("node_1", False), ("other", False)])
+def test_folder_of_logs_contains_files_and_folders_of_nodes_alone(tmp_path: Path, name: str, makes_link: bool) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "outside").mkdir()
+    if makes_link:
+        (tmp_path / "log" / name).symlink_to(tmp_path / "outside")
+    else:
+        (tmp_path / "log" / name).mkdir()
+    with pytest.raises(ConfigError, match=f"{name} in it must be a file"):
+        check_content(tmp_path)
+
+
+def test_link_in_the_folder_of_a_node_is_rejected(tmp_path: Path) -> None:
+    folder = RankFiles(9, 2048, 8).make_folder(tmp_path / "log")
+    (folder / "rank_000009.log").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match=r"rank_000009.log in it must be a file, .* is a symbolic link"):
+        check_content(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_allowed"),
+    [
+        ("rank_00000.safetensors", True),
+        ("node_000012/rank_000099.safetensors", True),
+        ("node_000012/../../secret", False),
+        ("../node_000012/file", False),
+        ("node_000012/..", False),
+        ("node_000012/", False),
+        ("node_12/file", False),
+        ("node_000012/node_000012/file", False),
+        ("/node_000012/file", False),
+        ("/etc/passwd", False),
+        ("..", False),
+        (".", False),
+        ("", False),
+        ("file\0", False),
+        ("node_00001\u0662/file", False),
+    ],
+)
+def test_file_names_of_a_checkpoint_stay_in_its_folder(name: str, is_allowed: bool) -> None:
+    assert is_file_name(name) is is_allowed
+
+
+def _config(folder: Path, name: str) -> TrainConfig:
+    return tiny_config(
+        folder,
+        out_dir=str(folder / name),
+        parallelism=ParallelismConfig(pipeline=2, data=2, expert=2),
+        batch=replace(BATCH, global_sequences=8, micro_sequences=2),
+    )
+
+
+def _save_and_load(rank: int, world_size: int, config: TrainConfig, most_flat: int) -> tuple[bool, str]:
+    """Saves in the layout of a job with more than `most_flat` ranks, and loads in that of a small one."""
+    learner = open_job(config)
+    for tensor in named_tensors(learner.replica.model).values():
+        tensor.mul_(1.5)  # other weights than those of the seed
+    saved = copied(state_of(learner, {}))
+    with mock.patch("train.files.rank_files.MOST_FLAT_RANKS", most_flat):
+        place = save_checkpoint(config, learner, 1, prepare(config.data, config.batch.sequence_length_tokens))
+    verify_together(place)
+    other = open_job(config)
+    was_same = _equal(copied(state_of(other, {})), saved)
+    checkpoint.load(other, place)
+    is_same = not was_same and _equal(copied(state_of(other, {})), saved)
+    close_job(learner)
+    close_job(other)
+    return is_same, str(place)
+
+
+def _equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("most_flat", [1024, 3])
+def test_checkpoint_of_a_large_job_has_a_folder_per_node_and_loads_like_a_flat_one(
+    tmp_path: Path, most_flat: int
+) -> None:
+    write_text(tmp_path)
+    (tmp_path / "run").mkdir()
+    ended = run_ranks(4, _save_and_load, _config(tmp_path, "run"), most_flat)
+    assert [is_same for is_same, _ in ended] == [True] * 4
+    place = Path(ended[0][1])
+    names = {name for name in read_manifest(place)["files"] if name.endswith(".safetensors")}
+    flat = {f"rank_{rank:05d}.safetensors" for rank in range(4)}
+    of_nodes = {f"node_{rank // 2:06d}/rank_{rank:06d}.safetensors" for rank in range(4)}
+    assert names == (flat if most_flat == 1024 else of_nodes)
+    assert {path.relative_to(place).as_posix() for path in place.rglob("*.safetensors")} == names
+    reader = CheckpointReader(place, "resume")  # one process reads the whole model
+    assert reader.tensor("model.embed_tokens.weight", torch.float32).isfinite().all()

@@ -1,9 +1,13 @@
-"""Tests what a run reports about its time: the bubble of every step, and pictures of plan and measurement."""
+"""What a run reports about its time: bubbles, profiles and the metrics of a step."""
 
+import gzip
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import pytest
@@ -16,15 +20,17 @@ from dualpipe.config import ScheduleConfig
 from dualpipe.draw.svg import measured_cells
 from dualpipe.ir import Schedule
 from dualpipe.runtime.measured import LaneSpan, Measured, RankBusyTime, measured_bubble, rank_spans
+from launch.config.run_config import compose_run
 from launch.ranks.run_folder import read_folder
 from tests.dualpipe.clockwork import measured_run
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader
 from tests.train.test_command import read_metrics, run_train
-from train.config import TrainConfig
+from train.config import ProfileConfig, TrainConfig
 from train.learner import Learner
 from train.planner.compare import compared_run
+from train.records.metrics import Wandb, mfu
 from train.records.pictures import (
     PAGE_NAME,
     SVG_NAME,
@@ -34,11 +40,14 @@ from train.records.pictures import (
     window_slots,
     write_pictures,
 )
+from train.records.profile import StepProfiler, profile_notice
 from train.schedule.measured import MEASURED_NAME, read_measured, stage_phases
 from train.step import StepResult, train_step
 
 SVG = "{http://www.w3.org/2000/svg}"
+
 PICTURES = {SVG_NAME, TRACE_NAME, PAGE_NAME}
+
 FILES = {*PICTURES, MEASURED_NAME}
 
 
@@ -204,3 +213,120 @@ def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) 
     # The run's own times explain most of its steps, also on a busy machine.
     assert 0.5 < comparison.factor < 2
     assert "Predicted and measured</h2>" in (run / "report.html").read_text()
+
+
+CPU = torch.device("cpu")
+
+
+def _config(folder: Path, **changes: object) -> TrainConfig:
+    chosen = ProfileConfig(steps=(2, 4), ranks=(0, 3), trace=True, memory_snapshot=True)
+    config = tiny_config(folder, profile=replace(chosen, **changes))  # type: ignore[arg-type]
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def test_profile_writes_a_trace_of_each_chosen_step_of_each_chosen_rank(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    for rank in range(4):
+        profiler = StepProfiler(config.profile, Path(config.out_dir), rank, CPU)
+        for done in range(1, 6):
+            with profiler.step(done):
+                (torch.ones(31, 17) @ torch.ones(17, 7)).sum()
+    written = sorted(path.name for path in (Path(config.out_dir) / "profile").iterdir())
+    assert written == [f"step-0000000{step}_rank-0000{rank}.trace.json.gz" for step in (2, 4) for rank in (0, 3)]
+    with gzip.open(profiler.path(4, "trace.json.gz")) as file:
+        events = json.load(file)["traceEvents"]
+    product = next(event for event in events if event.get("name") == "aten::mm")
+    assert product["args"]["Input Dims"][:2] == [[31, 17], [17, 7]]
+
+
+@pytest.mark.parametrize("changes", [{"steps": ()}, {"trace": False}, {"ranks": ()}])
+def test_profile_of_nothing_writes_nothing(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = _config(tmp_path, **changes)
+    profiler = StepProfiler(config.profile, Path(config.out_dir), 0, CPU)
+    for done in range(1, 6):
+        with profiler.step(done):
+            pass
+    assert not list(Path(config.out_dir).glob("profile/*"))
+
+
+def test_profile_does_not_hide_an_error_of_the_step(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    profiler = StepProfiler(config.profile, Path(config.out_dir), 0, CPU)
+    with pytest.raises(ArithmeticError), profiler.step(2):
+        raise ArithmeticError
+    with profiler.step(4):
+        pass
+    assert profiler.path(4, "trace.json.gz").is_file()
+    assert not profiler.path(2, "trace.json.gz").exists()
+
+
+def test_profile_prints_what_is_recorded_and_what_a_cpu_cannot(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    cuda = replace(config, cluster=replace(config.cluster, device="cuda"))
+    assert profile_notice(config) == (
+        "profile: traces of steps 2, 4 on ranks 0, 3 in profile/; "
+        "memory snapshots need cluster.device=cuda, and are not written on the CPU"
+    )
+    assert profile_notice(cuda) == "profile: traces and memory snapshots of steps 2, 4 on ranks 0, 3 in profile/"
+    assert profile_notice(_config(tmp_path, steps=())) == ""
+
+
+def test_profile_that_is_off_imports_nothing() -> None:
+    """Checks for the module of event tables, because torch itself imports `torch.profiler`."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import train.records.profile; "
+        "print([name for name in set(sys.modules) - before if 'profiler' in name])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_profile_on_cuda_records_memory_only_during_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, calls = _config(tmp_path, trace=False), []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: calls.append(how))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)
+    profiler = StepProfiler(config.profile, Path(config.out_dir), 3, torch.device("cuda"))
+    for done in (1, 2, 3):
+        with profiler.step(done):
+            calls.append(done)
+    begun, ended = {"max_entries": 1_000_000}, {"enabled": None}
+    snapshot = str(Path(config.out_dir) / "profile" / "step-00000002_rank-00003.memory.pickle")
+    assert calls == [1, begun, 2, snapshot, ended, 3]
+
+
+def test_mfu_of_deepseek_v3_is_what_its_report_implies() -> None:
+    """2.788M H800 hours, 2,664K of them for 14.8T tokens: 1,543 tokens a second and GPU (section 1)."""
+    choices = ["model=v3_671b", "parallelism=v3_2048_ranks", "cluster=h800", "batch.sequence_length_tokens=4096"]
+    config = compose_run(choices)
+    tokens_per_second = 14.8e12 / (2664e3 * 3600) * 2048
+    assert config.cluster.peak_flops is not None
+    peak = config.cluster.peak_flops * config.parallelism.world_size
+    assert mfu(config.model, 4096, tokens_per_second, peak) == {"mfu": pytest.approx(0.39, abs=0.003)}
+
+
+def test_mfu_is_left_out_if_the_peak_is_unknown() -> None:
+    assert mfu(MODEL, 24, 1000.0, None) == {}
+    assert mfu(MODEL, 24, 2000.0, 1e9)["mfu"] == 2 * mfu(MODEL, 24, 1000.0, 1e9)["mfu"] > 0
+
+
+def test_wandb_receives_the_same_record_offline_and_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, list[tuple[dict[str, Any], int]]] = {}
+
+    def init(*, mode: str, **_: object) -> object:
+        def log(values: dict[str, Any], step: int) -> None:
+            logged.setdefault(mode, []).append((values, step))
+
+        return SimpleNamespace(config={}, log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **_: None))
+    modes: tuple[Literal["offline", "online"], ...] = ("offline", "online")
+    for mode in modes:
+        run = Wandb(replace(tiny_config(tmp_path).track, wandb=mode), "tiny", tmp_path, {})
+        for step in (1, 2):
+            run.record({"step": step, "loss": 1.5 / step, "router": {"layer_1": {"bias_most": 0.1}}})
+        run.close()
+    assert logged["offline"] == logged["online"]
+    assert [step for _, step in logged["online"]] == [1, 2]

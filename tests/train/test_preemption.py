@@ -13,6 +13,7 @@ import torch
 
 from launch.ranks.run_folder import read_folder
 from model.transformer import named_tensors
+from tests import ROOT
 from tests.tiny import write_text
 from tests.train.preempted_run import CHAINS, NUM_STEPS, SignalCase, run_choices
 from tests.train.test_command import read_metrics
@@ -21,8 +22,6 @@ from train.checkpoint.locate import step_folder
 from train.files.status import read_status
 
 pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

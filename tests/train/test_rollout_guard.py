@@ -201,7 +201,6 @@ def judged(kind: str, number: int, *, value: float = 1.0, outcome: Outcome | Non
 
 
 def metrics_of(*answers: Sample) -> dict[str, Any]:
-    """Returns the metrics of a rollout of one group."""
     sheets = GroupSheets(sheets=tuple(answer.sheet for answer in answers))
     group = group_of(*answers, dropped="" if sheets.dropped is None else f"{NO_VERDICT}: {sheets.dropped}")
     groups = (with_advantages(group, "centered", drop_equal=True),)

@@ -1,8 +1,12 @@
-"""Tests that saving in the background changes neither run nor checkpoint, and that older checkpoints are removed."""
+"""Saving in the background, slices under any layout, and damaged checkpoints that the manifest reveals."""
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,27 +16,25 @@ from torch import Tensor
 
 from comm.config import ParallelismConfig
 from data.prepare import prepare
+from tests.launch.test_config import build
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, CHECKPOINTING, OPTIM, tiny_config, write_text
+from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, tiny_config
 from tests.train.job import close_job, open_job, open_loader, save_checkpoint
-from tests.train.test_optim_resume import copied
+from tests.train.test_command import ROOT
+from tests.train.test_optim import copied
 from train.checkpoint import load as checkpoint
-from train.checkpoint import save
+from train.checkpoint import parts, save
+from train.checkpoint.index import INDEX_NAME, Index, index_json, merge, read_index
 from train.checkpoint.load import resolve_resume
-from train.checkpoint.locate import newest_whole
+from train.checkpoint.locate import locate, newest_whole
+from train.checkpoint.manifest import CheckpointError, write_manifest
+from train.checkpoint.parts import PartReader, index_of, write_part
 from train.checkpoint.save import CheckpointSaver, replace_folder
-from train.checkpoint.state import state_of
-from train.checkpoint.verify import is_whole
+from train.checkpoint.state import Slice, State, as_slice, state_of
+from train.checkpoint.verify import is_whole, verify, verify_sizes
 from train.config import PrecisionConfig, TrainConfig
 from train.learner import Learner
 from train.step import train_step
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saver")
-    write_text(folder)
-    return folder
 
 
 def config_of(folder: Path, name: str) -> TrainConfig:
@@ -186,3 +188,196 @@ def test_name_always_exists_if_folders_can_be_exchanged(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the name was free for a moment"))
     replace_folder(made, place)
     assert (place / "file").read_text() == "new"
+
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64)
+
+Layout = tuple[int, int]
+
+"""Ranks over which each tensor is cut, and ranks that hold the same slices."""
+
+
+def draw_tensors() -> dict[str, Tensor]:
+    """Returns tensors of all types, one of them without dimensions and one empty."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{place}.{dtype}": (torch.randn(100 + 37 * place, generator=generator) * 8).to(dtype)
+        for place in range(3)
+        for dtype in DTYPES
+    }
+    return {**tensors, "scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "matrix": torch.arange(12.0).view(3, 4)}
+
+
+def cut(tensors: dict[str, Tensor], layout: Layout) -> list[State]:
+    """Returns the state of each rank: slices of flat tensors, and the whole of others."""
+    num_slices, num_copies = layout
+    states: list[State] = []
+    for rank in range(num_slices * num_copies):
+        state: State = {}
+        for name, values in tensors.items():
+            if values.ndim == 1:
+                first, end = (len(values) * (rank % num_slices + place) // num_slices for place in (0, 1))
+                state[name] = Slice(len(values), first, values[first:end].clone())
+            else:
+                state[name] = values.clone()
+        states.append(state)
+    return states
+
+
+def write(folder: Path, states: list[State]) -> Index:
+    files = [f"rank_{rank:05}.safetensors" for rank in range(len(states))]
+    held = [index_of(state, file) for state, file in zip(states, files, strict=True)]
+    index = merge(held)
+    written: list[Index] = []
+    for state, file, own in zip(states, files, held, strict=True):
+        chosen = {name: own[name] for name, entry in index.items() if file in (part.file for part in entry.parts)}
+        written.append(write_part(folder, file, chosen, lambda name, state=state: as_slice(state[name]).local)[1])  # type: ignore[misc]
+    (folder / INDEX_NAME).write_text(index_json(merge(written)))
+    return read_index(folder, MODEL)
+
+
+def bits(values: Slice | Tensor) -> list[int]:
+    return as_slice(values).local.view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("written", [(1, 1), (4, 1), (3, 2), (8, 2)], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [2**24, 64])
+def test_slices_of_any_layout_load_bitwise_under_any_other(
+    written: Layout, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "CHUNK_BYTES", chunk_bytes)
+    tensors = draw_tensors()
+    index = write(tmp_path, cut(tensors, written))
+    size = sum(values.numel() * values.element_size() for values in tensors.values())
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in tmp_path.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) == size + headers
+    blank = {name: torch.zeros_like(values) for name, values in tensors.items()}
+    for layout in ((1, 1), (2, 1), (5, 1), (8, 2)):
+        for state, expected in zip(cut(blank, layout), cut(tensors, layout), strict=True):
+            PartReader(tmp_path, index).fill(state)
+            for name, values in state.items():
+                assert bits(values) == bits(expected[name]), name
+
+
+def test_writers_of_replicated_slices_write_equally_much(tmp_path: Path) -> None:
+    write(tmp_path, cut({f"t{place}": torch.zeros(1000) for place in range(16)}, (1, 4)))
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    assert len(sizes) == 4
+    assert max(sizes) - min(sizes) < 100
+
+
+def test_values_are_converted_to_the_type_that_they_fill(tmp_path: Path) -> None:
+    tensors = {"a": torch.tensor([1.0009765625, -2.5])}
+    index = write(tmp_path, cut(tensors, (2, 1)))
+    state: State = {"a": Slice(2, 0, torch.zeros(2, dtype=torch.bfloat16))}
+    PartReader(tmp_path, index).fill(state)
+    assert as_slice(state["a"]).local.tolist() == [1.0, -2.5]
+
+
+def test_ranks_that_hold_other_slices_of_a_tensor_are_refused() -> None:
+    halves = [index_of({"a": Slice(4, first, torch.zeros(2))}, "f") for first in (0, 1)]
+    with pytest.raises(CheckpointError, match="a: a part must begin at element 2"):
+        merge(halves)
+    with pytest.raises(CheckpointError, match=r"a: must be Stored\(shape=\(4,\), dtype='F32'\) on all ranks"):
+        merge([halves[0], index_of({"a": Slice(4, 2, torch.zeros(2, dtype=torch.int64))}, "f")])
+
+
+def test_a_rank_reads_only_the_files_of_its_slices(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(8.0)}
+    index = write(tmp_path, cut(tensors, (4, 1)))
+    assert len(json.loads((tmp_path / INDEX_NAME).read_text())["files"]) == 4
+    for rank in (0, 3):
+        (tmp_path / f"rank_{rank:05}.safetensors").unlink()
+    state: State = {"a": Slice(8, 3, torch.zeros(3))}
+    PartReader(tmp_path, index).fill(state)
+    assert as_slice(state["a"]).local.tolist() == [3.0, 4.0, 5.0]
+
+
+PART = "rank_00000.safetensors"
+
+
+def place(run: Path, step: int) -> Path:
+    """A checkpoint of three files."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    for name in (PART, "index.json", "schedule.json"):
+        (folder / name).write_bytes(f"{name} of step {step} ".encode() * 50)
+    write_manifest(folder, step, build(), "f00d")
+    return folder
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def state_another_step(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 99}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda folder: (folder / PART).unlink(), f"{PART} must be there"),
+    "truncated": (lambda folder: (folder / "schedule.json").write_bytes(b"x"), "schedule.json must have"),
+    "longer": (lambda folder: (folder / "index.json").open("ab").write(b"x"), "index.json must have"),
+    "flipped": (
+        lambda folder: flip(folder / PART, 333),
+        f"{PART} must have the hash",
+    ),
+    "half": (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
+    "manifest cut": (lambda folder: (folder / "manifest.json").write_text('{"step": 4'), "manifest.json"),
+    "manifest changed": (state_another_step, "manifest.json must have the hash"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_integrity_newest_whole_checkpoint_is_used_and_the_damaged_one_is_reported(damage: str, tmp_path: Path) -> None:
+    old, newest = place(tmp_path, 20), place(tmp_path, 100)
+    verify(newest)
+    assert newest_whole(tmp_path) == newest
+    hurt, words = DAMAGES[damage]
+    hurt(newest)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        verify(newest)
+    assert newest_whole(tmp_path) == old
+    resumed = locate(str(tmp_path), check=verify)
+    assert resumed.folder == old
+    (line,) = resumed.rejected
+    assert line.startswith("step-00000100: ")
+    assert words in line
+    with pytest.raises(CheckpointError, match=r"^resume: .*step-00000100") as refused:
+        locate(str(newest), check=verify)
+    assert "\n" not in str(refused.value)
+    hurt(old)
+    assert newest_whole(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"holds no (whole|complete) checkpoint"):
+        locate(str(tmp_path), check=verify)
+
+
+def test_integrity_sizes_alone_do_not_detect_a_flipped_bit(tmp_path: Path) -> None:
+    folder = place(tmp_path, 20)
+    flip(folder / PART, 5)
+    assert is_whole(folder, verify_sizes)
+    assert not is_whole(folder)
+
+
+def test_integrity_command_refuses_a_named_damaged_checkpoint(tmp_path: Path) -> None:
+    folder = place(tmp_path, 20)
+    flip(folder / PART, 5)
+    command = [sys.executable, "-m", "launch.train", f"resume={folder}", f"out_dir={tmp_path / 'new'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert f"{PART} must have the hash" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_integrity_a_run_of_an_older_release_does_not_begin_again(tmp_path: Path) -> None:
+    path = place(tmp_path, 20) / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match=r"^resume: .* must have format_version 4, has 3 of an older release"):
+        newest_whole(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^resume: .* has 3 of an older release; nearest valid: init_from="):
+        locate(str(tmp_path), check=verify)
+    newest = place(tmp_path, 40)
+    assert newest_whole(tmp_path) == newest

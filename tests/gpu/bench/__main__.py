@@ -28,13 +28,7 @@ DEVICE = torch.device("cuda")
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Results of a benchmark run.
-
-    Attributes:
-        rows: figures of the kernels that ran.
-        refusals: a line for each contender that did not run.
-        failures: a line for each kernel that failed.
-    """
+    """Results of a benchmark run."""
 
     rows: list[report.Row] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)

@@ -41,16 +41,7 @@ Make = Callable[[torch.device], Call]
 
 
 def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[str, Make]]) -> Contenders:
-    """Returns our own call, and for each of the others the first that the device supports; each runs once.
-
-    Args:
-        launch: to be timed.
-        device: of its tensors.
-        makers: others, as from `others_of`.
-
-    Raises:
-        Exception: any error that our own kernel raises.
-    """
+    """Returns our own call, and for each of the others the first that the device supports; each runs once."""
     is_fp8_product = launch.product is not None and launch.product.is_fp8
     found = Contenders({OURS: launch.call(device, _tuned() if is_fp8_product else None)}, [])
     found.calls[OURS]()
@@ -80,7 +71,6 @@ def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
     """Returns the contenders of a launch; of each dictionary the first that works is timed.
 
     Args:
-        launch: to be timed.
         has_deep_gemm: whether the package is installed and made for the device.
     """
     found: list[dict[str, Make]] = []

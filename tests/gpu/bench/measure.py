@@ -23,7 +23,6 @@ class Roofs:
     """The most that the device did.
 
     Attributes:
-        copy_bytes_per_second: read and written by a large copy.
         bf16_per_second: multiplications and additions of `torch.matmul` in bf16, 8192 on each side.
         fp8_per_second: the same for `torch._scaled_mm` with one scale; twice that of bf16 if torch does not support it.
     """

@@ -14,11 +14,6 @@ class Row:
     """One launch as measured.
 
     Attributes:
-        kernel: name.
-        shape: in words.
-        seconds: median of each contender, by its name.
-        floor_seconds: the least that the device could need.
-        bytes_moved: at the least.
         operations: of a product, else 0.
     """
 
@@ -51,9 +46,6 @@ class Target:
     """Speed that a kernel must reach.
 
     Attributes:
-        subject: in words.
-        kernel: name of the launch.
-        shape: how the launch's shape begins.
         than: the contender that it must be quicker than; None: its floor.
         least: times as quick, or share of the floor.
     """

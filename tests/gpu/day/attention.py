@@ -23,9 +23,6 @@ class Setting:
     """Shapes and types of one measurement.
 
     Attributes:
-        device: that runs it.
-        num_tokens: of one sequence.
-        num_heads: of the model.
         kernels: torch's name of each kernel, with the width that values are padded to for it.
     """
 

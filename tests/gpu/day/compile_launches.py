@@ -23,7 +23,6 @@ def compile_all(indices: Sequence[int], num_processes: int) -> dict[int, list[st
     """Compiles launches and returns each one's problems.
 
     Args:
-        indices: of launches in the catalogue.
         num_processes: that compile at the same time; with one, a compiler that ends its process is a problem of the
             launch that it compiled.
     """

@@ -54,7 +54,6 @@ class Bench:
     laps: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def synchronize(self) -> None:
-        """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # host sync
 
@@ -92,13 +91,7 @@ def read_choices(precision: str, device: torch.device) -> TrainConfig:
 
 
 def make_bench(config: TrainConfig, device: torch.device, num_tokens: int) -> Bench:
-    """Builds the model on the device, with random weights, and one micro-batch.
-
-    Args:
-        config: of the model and its precision.
-        device: that runs it.
-        num_tokens: of the micro-batch's one sequence.
-    """
+    """Builds the model on the device, with random weights, and one micro-batch."""
     shape = config.model
     experts = range(shape.num_routed_experts)
     part = Part(layers=(0, 1), experts=experts, embedding=True, head=True)

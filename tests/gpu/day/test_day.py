@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.gpu.day import compile_launches, losses
 from tests.kernels.compiled_table import Row
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "tests" / "gpu" / "day.sh"
 
 

@@ -141,7 +141,6 @@ def open_task(name: str, tokenizer: Tokenizer, max_tokens: int = 512, seed: int 
 def evaluate(
     opened: OpenTask, model: object, tokenizer: Tokenizer, max_tokens: int = 512
 ) -> tuple[list[Record], TaskResult]:
-    """Returns a task's records and its results, and closes the task."""
     records: list[Record] = []
     answerer = Answerer(model, tokenizer, [tokenizer.end_of_sentence_id], max_tokens)  # type: ignore[arg-type]
     run_tasks([opened], answerer, {}, lambda _, fresh: records.extend(fresh))

@@ -1,21 +1,41 @@
-"""Tests of scores of a whole model: equal to transformers, and independent of batches and of the order."""
+"""Scores of a whole model, ids of requests, the task `reward`, standard errors and paired tests."""
 
+import json
+import math
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from comm.dispatch.local import LocalDispatcher
+from data.arithmetic import arithmetic_tokenizer
+from data.corpus import DataError
+from data.tokenizer import Tokenizer
+from infer.evaluate.answers import document_windows, encode_continuation, target_sequence
 from infer.evaluate.local import LocalModel
-from infer.evaluate.protocol import TargetScores, TargetSequence
+from infer.evaluate.protocol import (
+    ContinuationRequest,
+    DocumentRequest,
+    EvaluationError,
+    Measure,
+    TargetScores,
+    TargetSequence,
+)
+from infer.evaluate.statistics import compare, estimate, mcnemar
+from infer.reward import score_answers
 from kernels.cross_entropy.reference import greedy_scores
 from model.hf.convert import load_hf
+from model.transformer import Transformer, initialize_weights, named_tensors
+from tests.infer.evaluate.stand_ins import evaluate, open_task
 from tests.infer.models import make_model
 from tests.model.hf_checkpoints import random_tokens, reference_model
+from tests.tiny import MODEL
 
 
 def sequences(vocab_size: int, number: int = 23) -> list[TargetSequence]:
-    """Returns sequences of many lengths."""
     chance = random.Random(5)
     found = []
     for _ in range(number):
@@ -26,7 +46,6 @@ def sequences(vocab_size: int, number: int = 23) -> list[TargetSequence]:
 
 
 def assert_close(found: list[TargetScores], expected: list[TargetScores], tolerance: float) -> None:
-    """Compares scores."""
     assert [len(each.log_probs) for each in found] == [len(each.log_probs) for each in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.log_probs == pytest.approx(theirs.log_probs, abs=tolerance)
@@ -64,3 +83,182 @@ def test_greedy_is_the_first_of_equal_logits_and_ignored_rows_have_no_score() ->
     assert are_greedy_N.tolist() == [True, False, False, False]
     expected = torch.log_softmax(torch.tensor([0.0, 2.0, 2.0, 1.0]), -1)[[1, 2, 3]].tolist()
     assert log_probs_N.tolist() == pytest.approx([*expected, 0.0])
+
+
+DOCUMENTS = ["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(DOCUMENTS, 320)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [("def f(x):", " return"), ("def f(x): ", "return"), ("", "def"), ("  ", "x"), ("日", "本語"), ("re", "turn x")],
+)
+def test_context_and_choice_have_the_tokens_of_the_whole(tokenizer: Tokenizer, context: str, continuation: str) -> None:
+    before, after = encode_continuation(
+        tokenizer, ContinuationRequest(context=context, continuation=continuation, place="")
+    )
+    assert before[0] == tokenizer.begin_of_sentence_id
+    assert after
+    whole = tokenizer.prompt(context + continuation)
+    assert whole[-len(after) :] == after
+    # White space at the end of a context belongs to the choice.
+    assert before == tokenizer.prompt(context.rstrip())[: len(before)]
+
+
+def test_choice_that_merges_with_the_context_has_the_last_token(tokenizer: Tokenizer) -> None:
+    # "return" is one token, and so is a beginning of it. The whole has no more tokens than the context.
+    context = next("return"[:size] for size in range(5, 0, -1) if len(tokenizer.encode(" " + "return"[:size])) == 1)
+    request = ContinuationRequest(context=" " + context, continuation="return"[len(context) :], place="")
+    before, after = encode_continuation(tokenizer, request)
+    assert (before, after) == ([tokenizer.begin_of_sentence_id], tokenizer.encode(" return"))
+
+
+def test_long_contexts_lose_their_first_tokens(tokenizer: Tokenizer) -> None:
+    request = ContinuationRequest(context=(5, 6, 7, 8, 9), continuation=(1, 2), place="choices[0]")
+    sequence, num_dropped = target_sequence(tokenizer, request, 4)
+    # Of begin of sentence and five tokens, two and the first token of the choice are inputs with the last one dropped.
+    assert (sequence.tokens, sequence.num_targets, num_dropped) == ((7, 8, 9, 1, 2), 2, 3)
+    with pytest.raises(EvaluationError, match=r"choices\[0\]: must have at most .*=1 tokens, has 2"):
+        target_sequence(tokenizer, request, 1)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (4, None), (4, 1), (5, 3), (100, 7), (1, 1)])
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 17])
+def test_windows_score_each_token_once(
+    tokenizer: Tokenizer, window: int | None, stride: int | None, length: int
+) -> None:
+    tokens = tuple(range(30, 30 + length))
+    windows = list(document_windows(tokenizer, DocumentRequest(text=tokens, window=window, stride=stride), 16))
+    scored = [token for each in windows for token in each.tokens[len(each.tokens) - each.num_targets :]]
+    assert scored == list(tokens)
+    most = min(window or 16, 16)
+    for number, each in enumerate(windows):
+        assert len(each.tokens) <= most + 1
+        assert 1 <= each.num_targets <= (most if number == 0 or stride is None else min(stride, most))
+        # Context is as long as it can be: a window begins with the document, or is full.
+        assert each.tokens[0] == tokenizer.begin_of_sentence_id or len(each.tokens) == most + 1
+
+
+PAIRS = [
+    {"id": 1, "subset": "sort", "prompt": "21=", "chosen": "12", "rejected": "21"},
+    {"id": 2, "subset": "sort", "prompt": "31=", "chosen": "13", "rejected": "3"},
+    {"id": 3, "subset": "reverse", "messages": [{"role": "user", "content": "=12"}], "chosen": "21", "rejected": "1"},
+    {"id": "d", "prompt": "=13", "chosen": "31", "rejected": "13"},
+]
+
+
+class Rated:
+    """A model whose scores are given, in the order of the answers."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.scores = list(scores)
+
+    def rate(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        assert len(sequences) == len(self.scores)
+        return self.scores
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return path
+
+
+def test_reward_accuracy_is_by_subset_and_ties_count_half(path: Path) -> None:
+    tokenizer = arithmetic_tokenizer()
+    opened = open_task("reward", tokenizer, 64, path=str(path))
+    _, result = evaluate(opened, Rated([1, 0, 0, 2, 3, 3, 5, 4]), tokenizer, 64)
+    assert result.estimates["accuracy"].value == (1 + 0 + 0.5 + 1) / 4
+    assert result.estimates["margin"].value == (1 - 2 + 0 + 1) / 4
+    subsets = result.details.values["subsets"]
+    assert {name: each["accuracy"] for name, each in subsets.items()} == {"all": 1.0, "reverse": 0.5, "sort": 0.5}
+    assert subsets["sort"]["standard_error"] == pytest.approx(0.5)
+    assert result.details.values["mean_accuracy_of_subsets"] == pytest.approx(2 / 3)
+
+
+def test_reward_scores_are_those_of_the_last_token(path: Path) -> None:
+    tokenizer = arithmetic_tokenizer()
+    model = Transformer(
+        replace(MODEL, head="score", mtp_depth=0), LocalDispatcher(MODEL.num_routed_experts), torch.float32
+    )
+    initialize_weights(model, 3)
+    named_tensors(model)["score.weight"].normal_(0.0, 0.2, generator=torch.Generator().manual_seed(4))
+    opened = open_task("reward", tokenizer, 64, path=str(path))
+    records, _ = evaluate(opened, LocalModel(model, 3), tokenizer, 64)
+    for sample, record in zip(opened.task.samples(), records, strict=True):
+        for name, request in zip(("chosen", "rejected"), sample.requests, strict=True):
+            assert request.tokens[-1] == tokenizer.end_of_sentence_id
+            assert record[name] == pytest.approx(score_answers(model, [request.tokens])[0], abs=1e-6)
+    assert len({record["chosen"] for record in records}) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ({"id": 1, "prompt": "a", "chosen": "b"}, "line 1: rejected: must be given"),
+        ({"id": 1, "prompt": "a", "chosen": "b", "rejected": "b"}, "line 1: rejected: must differ from chosen"),
+        ({"id": 1, "subset": 3, "prompt": "a", "chosen": "b", "rejected": "c"}, "line 1: subset: must be"),
+        ({"id": 1, "prompt": "a", "chosen": "1" * 70, "rejected": "c"}, "line 1: must have at most .* with chosen"),
+    ],
+)
+def test_reward_rejects_what_is_not_valid(tmp_path: Path, line: dict, rule: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises((EvaluationError, DataError), match=rule):
+        open_task("reward", arithmetic_tokenizer(), 64, path=str(path))
+
+
+def test_mean_has_the_usual_standard_error() -> None:
+    found = estimate([Measure(value=value) for value in (1.0, 0.0, 1.0, 1.0)])
+    assert found.value == 0.75
+    assert found.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert estimate([Measure(value=3.0)]).standard_error is None
+    assert estimate([]).value is None
+
+
+def test_ratio_weighs_samples() -> None:
+    found = estimate([Measure(value=2.0, weight=4.0), Measure(value=9.0, weight=6.0), Measure(value=0.0, weight=0.0)])
+    assert found.value == 1.1
+    assert found.standard_error == pytest.approx(math.sqrt((2.4**2 + 2.4**2) * 3 / 2) / 10)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(5, 5) == 1
+    assert mcnemar(1, 8) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar(8, 1) == mcnemar(1, 8)
+
+
+def test_binary_measures_are_compared_by_mcnemar() -> None:
+    first = [Measure(value=float(at < 14)) for at in range(20)]
+    second = [Measure(value=float(at >= 13 or at < 2)) for at in range(20)]
+    found = compare(first, second)
+    assert (found.test, found.num_samples) == ("mcnemar_exact", 20)
+    assert found.difference == pytest.approx(14 / 20 - 9 / 20)
+    assert found.p_value == pytest.approx(mcnemar(11, 6))
+    differences = [mine.value - other.value for mine, other in zip(first, second, strict=True)]
+    assert found.standard_error == pytest.approx(estimate([Measure(value=each) for each in differences]).standard_error)
+
+
+def test_bootstrap_finds_a_difference_only_if_there_is_one() -> None:
+    chance = random.Random(2)
+    weights = [chance.randint(100, 900) for _ in range(60)]
+    second = [Measure(value=weight * chance.gauss(2, 0.3), weight=weight) for weight in weights]
+    better = [Measure(value=each.value - each.weight * chance.gauss(0.1, 0.1), weight=each.weight) for each in second]
+    noise = [Measure(value=each.value + each.weight * chance.gauss(0, 0.1), weight=each.weight) for each in second]
+    found = compare(better, second)
+    assert found.test == "paired_bootstrap"
+    assert found.p_value is not None
+    assert found.interval is not None
+    assert found.p_value < 0.01
+    assert found.interval[1] < 0
+    assert found == compare(better, second)
+    same = compare(noise, second)
+    assert same.p_value is not None
+    assert same.p_value > 0.05
+    assert same.standard_error == pytest.approx(0.1 / math.sqrt(60), rel=0.5)

@@ -17,10 +17,10 @@ from infer.scoring.code import find
 from infer.scoring.code.sandbox import Sandbox, seccomp_filter
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.score import ScoringError
+from tests import ROOT
 from tests.infer.scoring.twelve_attacks import TWELVE
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[3]
 # Not used by any other run of these tests at the same time: the ordinary user's, and that of root's guests.
 USER, GUEST = 30000 + os.getpid() % 4096, 61184 + os.getpid() % 4096
 MOUNTS = {"/mnt/python": os.path.realpath(sys.base_prefix), "/mnt/checkout": str(ROOT)}

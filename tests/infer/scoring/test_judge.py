@@ -42,7 +42,6 @@ PAIRS = replace(CONFIG, form="pairs", question="{prompt}|{answer}|{other}|")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A tokenizer of single bytes."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocab = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *CHAT_TOKENS, *sorted(alphabet)))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,14 +1,25 @@
-"""Tests of the scorer that calls a user's function: no misbehaviour becomes a score or stops a run."""
+"""User functions, reasoning-gym, pools of calls, and pass rates by hand."""
 
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from infer.scoring.reward import AnswerGroup, Reward, RewardConfig
-from infer.scoring.score import Problem, Score, ScoringError, TextAnswer
-from infer.scoring.scorers import PythonConfig, PythonScorer
+from data.corpus import DataError
+from data.prepare import check_config, prepare
+from data.problems.gym import GymSource
+from data.problems.source import split_problems
+from infer.scoring import scorers
+from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError, score_in_threads
+from infer.scoring.ratings import PassRates, compute_pass_rates
+from infer.scoring.reward import AnswerGroup, Reward, RewardConfig, ScoreSheet
+from infer.scoring.score import Outcome, Problem, Score, ScoringError, TextAnswer, failure, problem_of
+from infer.scoring.scorers import GymScorer, GymScorerConfig, PythonConfig, PythonScorer
+from tests.data.chat.conversations import chat_tokenizer
+from tests.data.chat.test_sources import config_of as gym_config_of
 from tests.infer.scoring.groups import TextGroup
 
 SOURCE = """
@@ -160,3 +171,228 @@ def test_reward_loses_the_groups_of_failed_workers_and_ends_if_all_fail(tmp_path
         with pytest.raises(ScoringError, match=r"kind python \(.*my_reward.py: score\): its workers failed 10 times"):
             reward.score_groups([group(*["die"] * 100)])
         assert time.monotonic() - began < 20
+
+
+LIBRARY = """
+from types import SimpleNamespace
+
+class Sums:
+    def __init__(self, seed, size):
+        self.seed, self.size = seed, size
+
+    def __getitem__(self, index):
+        number = (self.seed + index) % 50
+        return {"question": f"{number} + {number} =", "answer": str(2 * number), "metadata": {}}
+
+    def score_answer(self, answer, entry):
+        return 1.0 if answer == entry["answer"] else 0.25 if answer and answer.isdigit() else 0.0
+
+DATASETS = {"sums": Sums}
+
+def create_dataset(name, **config):
+    return DATASETS[name](**config)
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Writes a library next to a copy of the verifier, and provides their folder."""
+    folder = tmp_path / "library"
+    (folder / "reasoning_gym").mkdir(parents=True)
+    (folder / "reasoning_gym" / "factory.py").write_text(LIBRARY)
+    (folder / "reasoning_gym" / "__init__.py").write_text("from .factory import create_dataset\n")
+    (folder / "gym_verifier.py").write_text(scorers.VERIFIER.read_text())
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(scorers, "VERIFIER", folder / "gym_verifier.py")
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield folder
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        sys.modules.pop(name, None)
+
+
+def source_of(**changes: object) -> GymSource:
+    values = {"dataset": "sums", "count": 60, "generator_seed": 3, "template": "v3", **changes}
+    return GymSource(kind="reasoning_gym", **values)  # type: ignore[arg-type]
+
+
+def scorer_config() -> GymScorerConfig:
+    return GymScorerConfig(kind="reasoning_gym", weight=1.0, boxed=False, seconds=5.0, num_workers=1)
+
+
+def test_gym_problems_are_different_and_their_verifier_finds_them(library: Path, tmp_path: Path) -> None:
+    config = gym_config_of(source_of(), tmp_path, chat_tokenizer())
+    check_config(config)
+    train, held_out = split_problems(config)
+    records = [*train, *held_out]
+    assert len({record.prompt for record in records}) == len(records) == 50
+    assert prepare(config, 64).counts["train"].kept == len(train)
+    scorer = GymScorer(scorer_config())
+    try:
+        found = {
+            text: scorer.score(TextAnswer(text=text, num_tokens=1), problem_of(records[7]))
+            for text in (f"<think>?</think> {records[7].answer}\n", "99999", "none", "<think>cut")
+        }
+        assert [(each.value, each.outcome) for each in found.values()] == [
+            (1.0, "correct"),
+            (0.25, "wrong"),
+            (0.0, "wrong"),
+            (0.0, "missing"),
+        ]
+        assert scorer.score(TextAnswer(text="1", num_tokens=1), Problem(prompt="1", answer="1")).outcome == "skipped"
+        other = Problem(prompt="another", origin=records[7].origin)
+        assert "generates another question" in scorer.score(TextAnswer(text="1", num_tokens=1), other).detail
+    finally:
+        scorer.close()
+
+
+def test_gym_data_set_that_is_unknown_and_a_missing_tokenizer_are_refused(library: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.dataset: must be one of the 1 data sets .* nearest valid: sums"):
+        check_config(gym_config_of(source_of(dataset="sumz"), tmp_path, chat_tokenizer()))
+    with pytest.raises(DataError, match=r"data\.tokenizer: must be given with data=reasoning_gym"):
+        check_config(gym_config_of(source_of(), tmp_path))
+
+
+def test_gym_library_that_is_missing_or_broken_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
+) -> None:
+    (library / "reasoning_gym" / "__init__.py").write_text("import drawsvg_missing\n")
+    with pytest.raises(
+        DataError, match=r"cannot be imported: No module named 'drawsvg_missing'; .* pip install '\.\[reasoning\]'"
+    ) as data:
+        split_problems(gym_config_of(source_of(), tmp_path))
+    with pytest.raises(ScoringError, match=r"kind reasoning_gym: .*No module named 'drawsvg_missing'") as scoring:
+        GymScorer(scorer_config())
+    assert "\n" not in f"{data.value}{scoring.value}"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ScoringError, match=r"pip install '\.\[reasoning\]'"):
+        GymScorer(scorer_config())
+
+
+@pytest.fixture
+def hang() -> Iterator[threading.Event]:
+    """Yields an event that hanging calls wait for, so that their threads end after the test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_threads_return_results_in_the_order_of_the_calls() -> None:
+    calls = [lambda n=n: time.sleep(0.001 * (5 - n % 5)) or n for n in range(20)]
+    assert score_in_threads("test", calls, 4, 10.0) == list(range(20))
+    assert score_in_threads("test", [], 4, None) == []
+
+
+def test_threads_abandon_calls_that_hang_and_keep_the_others(hang: threading.Event) -> None:
+    def fail() -> int:
+        raise ValueError("broken")
+
+    first, one, broken, second, two = score_in_threads(
+        "test", [hang.wait, lambda: 1, fail, hang.wait, lambda: 2], 2, 0.2
+    )
+    assert (one, two) == (1, 2)
+    assert broken == failure("error", "test: ValueError: broken")
+    assert {score.outcome for score in (first, second)} == {"unknown"}
+
+
+def test_threads_give_up_if_only_abandoned_calls_follow_each_other(hang: threading.Event) -> None:
+    began = time.monotonic()
+    with pytest.raises(ScoringError, match=r"kind test: must score an answer within 0\.05 s, does not for 4 answers"):
+        score_in_threads("test", [hang.wait] * 100, 2, 0.05)
+    assert time.monotonic() - began < 5
+
+
+def test_threads_end_with_the_first_fatal_error() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise ScoringError("fatal")
+
+    with pytest.raises(ScoringError, match="fatal"):
+        score_in_threads("test", [fail, *(lambda: time.sleep(0.01) or done.append(1) for _ in range(500))], 1, None)
+    assert len(done) < 500
+
+
+PROGRAM = """
+import json, os, sys, time
+print("{}", flush=True)
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["do"] == "hang":
+        if os.fork() == 0:
+            time.sleep(600)
+        time.sleep(600)
+    if message["do"] == "die":
+        os._exit(3)
+    print(json.dumps({"pid": os.getpid(), "size": len(message.get("data", ""))}), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_worker_pool_replaces_workers_that_hang_or_die(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    pool = WorkerPool(WorkerProgram(path), size=2, seconds=1.0, name="test")
+    results: list[object] = []
+
+    def ask(message: dict[str, object]) -> None:
+        try:
+            results.append(pool.request(message)["size"])
+        except (WorkerTimeoutError, WorkerDiedError) as error:
+            results.append(type(error))
+
+    messages = [{"do": "echo", "data": "x" * 300000}, {"do": "hang"}, {"do": "die"}] * 3
+    threads = [threading.Thread(target=ask, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, results)) == sorted(map(str, [300000, WorkerTimeoutError, WorkerDiedError] * 3))
+    assert pool.num_restarts == 6
+    pid = pool.request({"do": "echo"})["pid"]
+    pool.close()
+    assert not Path(f"/proc/{pid}").exists()
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(4)")
+    with pytest.raises(WorkerDiedError, match="worker 1 ended with code 4"):
+        WorkerPool(WorkerProgram(broken), size=1, seconds=1.0, name="test").request({})
+
+
+def rates_of(*groups: list[tuple[str, Outcome]]) -> PassRates:
+    """Returns the rates of groups of answers with their outcomes. A text that ends with `...` was cut."""
+    answers = [
+        [TextAnswer(text=text, num_tokens=len(text), is_finished=not text.endswith("...")) for text, _ in group]
+        for group in groups
+    ]
+    sheets = [[ScoreSheet(total=0.0, outcome=outcome, parts={}) for _, outcome in group] for group in groups]
+    return compute_pass_rates(answers, sheets)
+
+
+def test_pass_rates_count_answers_problems_and_votes() -> None:
+    found = rates_of(
+        [("12", "correct"), ("21", "wrong"), (" 12\n", "correct"), ("1", "wrong")],
+        [("3", "wrong"), ("4", "correct"), ("3", "wrong"), ("5", "unknown")],
+        [("6...", "missing"), ("6...", "missing"), ("7", "correct"), ("8", "wrong")],
+        [("9", "wrong"), ("9", "wrong"), ("", "missing"), ("9", "wrong")],
+    )
+    assert found == PassRates(
+        num_samples=4,
+        pass_at_1=4 / 15,
+        pass_at_n=3 / 4,
+        maj_at_n=2 / 4,
+        mean_tokens=26 / 16,
+        cut_share=2 / 16,
+    )
+
+
+def test_votes_are_about_boxes_and_not_about_thoughts() -> None:
+    found = rates_of(
+        [
+            (r"<think>a</think>so \boxed{2}", "correct"),
+            (r"<think>b</think>thus \boxed{2}", "correct"),
+            (r"\boxed{3}", "wrong"),
+        ]
+    )
+    assert found.maj_at_n == 1.0
+    nothing = rates_of([("a...", "missing"), ("a...", "missing")])
+    assert (nothing.maj_at_n, nothing.cut_share) == (0.0, 1.0)

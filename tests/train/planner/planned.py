@@ -22,12 +22,10 @@ SMALL = (
 
 @cache
 def request_of(*overrides: str) -> PlanRequest:
-    """Returns what is planned."""
     return read_request(overrides)
 
 
 @cache
 def plan_of(*overrides: str) -> JobPlan:
-    """Returns a plan, computed once."""
     request = request_of(*overrides)
     return plan_job(request.config, request.planner)

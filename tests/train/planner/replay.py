@@ -31,15 +31,10 @@ class Machine:
 
     Attributes:
         products: on products in FP8, scores and heads excluded.
-        casts: on casts and transposes.
-        memory: on casts, transposes and all else.
-        taken: SMs that communicate.
         head_taken: SMs that do not compute heads, or None for `taken`.
         link: rate of the link between nodes over 50 GB/s.
         within: rate of the link within a node over 160 GB/s.
         rows: rows of a token that cross nodes, and that move within a node.
-        combine: on both sums over experts.
-        latency: on the latency of the pipeline.
         saved: milliseconds of a layer's I that are not recomputed, in attention and in experts.
     """
 
@@ -57,7 +52,6 @@ class Machine:
 
 
 def published_orders(num_ranks: int, num_micro_batches: int) -> Orders:
-    """Returns the groups of each rank in the published order of DualPipe."""
     return [_published_order(rank, num_ranks, num_micro_batches // 2) for rank in range(num_ranks)]
 
 
@@ -112,7 +106,6 @@ def step_seconds(machine: Machine, cut: Sequence[int], orders: Orders) -> float:
     """Returns the time of a step with the optimizer.
 
     Args:
-        machine: of the replay.
         cut: layers of each stage; the last one also has the MTP module and both heads.
         orders: groups of each rank; stage s of direction 0 is on rank s, of direction 1 on its mirror.
     """
@@ -170,9 +163,7 @@ def count_rows(*, limit: int, once: bool, tokens: int = 1500) -> tuple[float, fl
     """Counts rows across nodes and within nodes: 256 experts, 8 of them for a token, on 64 ranks of 8 nodes.
 
     Args:
-        limit: nodes that a token may use.
         once: whether a token is sent to a node once and forwarded there.
-        tokens: number of random tokens.
     """
     draw, across, within = random.Random(1), 0, 0
     for token in range(tokens):
@@ -241,5 +232,4 @@ def _duration(members: Sequence[tuple[float, float]], alone: float) -> float:
 
 
 def without_heads(machine: Machine) -> Machine:
-    """Returns a machine whose heads are as fast as in the trace."""
     return replace(machine, head_taken=TAKEN)

@@ -80,7 +80,6 @@ class Planned:
     plan: JobPlan
 
     def gain(self, change: str) -> float:
-        """Returns the gain of a what-if."""
         gain = plan_what_if(self.request, self.plan, changed_run(self.request, change)).gain
         assert gain is not None
         return gain

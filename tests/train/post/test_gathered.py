@@ -127,7 +127,6 @@ def error_after_flip(engine: GatheredEngine, target: Tensor, rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[EngineResults]]:
-    """Results of each rank in each layout."""
     return run_ranks(2, sample_layouts, tmp_path_factory.mktemp("gathered"))
 
 

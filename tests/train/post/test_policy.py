@@ -1,21 +1,44 @@
-"""Steps that learn from rewards: many ranks equal one, and rollouts do not depend on the layout."""
+"""Steps that learn from sampled answers: many ranks equal one, and passes over packed answers are exact."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from numpy.random import Generator, Philox
+from torch import distributed as dist
 
-from infer.protocol import Group
+from data.loader import Batch, Loader
+from data.samples.pack import WEIGHTS
+from data.tokenizer import Tokenizer
+from infer.config import Sampling, Statistics
+from infer.engines.pipelined.engine import PipelinedEngine
+from infer.protocol import Group, NumberedPrompt, Request, Rollouts, Sample, SampledRoutes
+from model.transformer import routers
+from tests.answers import VARIANTS as REPLAYED_VARIANTS
 from tests.answers import VARIANTS as VARIANTS_OF_LOSS
+from tests.marked_samples import sft_config
 from tests.ranks import run_ranks
-from tests.rollouts import GRPO, LOSS, REWARD, ROLLOUT, EvenConfig, rollout_config
+from tests.rollouts import GRPO, LOSS, REWARD, ROLLOUT, EvenConfig, answer_of, group_of, header_of, rollout_config
 from tests.train.job import Job, Seen, run_jobs, task_of
+from tests.train.tasks.test_distillation import TASK
+from tests.train.tasks.test_policy_gradient import run_config
+from tests.train.test_decoding import PROMPTS, opened, sorted_ids
 from tests.train.test_equality import assert_equal
 from train.config import TrainConfig
-from train.post.journal import read_journal
+from train.corpus import prepare_corpus
+from train.post.journal import read_journal, write_journal
+from train.post.pack import BatchShape, PackedStep, answer_log_probs, find_prompts, pack_step
+from train.post.routes import load_rollout_routes, save_rollout_routes
+from train.post.sample import RolloutRoutes, ScoredRollout
 from train.post.statistics import has_equal_rewards
+from train.post.student import StudentSampler
 
 STEPS = 3
+
 VARIANTS = {
     "plain": {},
     "two_updates": {"rollout": replace(ROLLOUT, updates=2)},
@@ -28,6 +51,7 @@ VARIANTS = {
         ),
     },
 }
+
 LAYOUTS = [
     (2, 1, 1),
     pytest.param((1, 2, 1), marks=pytest.mark.long),
@@ -95,8 +119,11 @@ def test_policy_of_many_ranks_is_that_of_one(
 
 
 SPARSE = replace(REWARD, parts=(EvenConfig(kind="sparse", weight=1.0),))
+
 FEW_GROUPS = replace(ROLLOUT, prompts=8, samples=3, held_out=0)
+
 UPDATES = {"gspo": 2}
+
 """Updates per rollout of variants that have several."""
 
 
@@ -128,3 +155,183 @@ def test_dropped_groups_of_equal_rewards_leave_the_gradient_as_it_is_except_with
         # Reported means are those of the trained tokens.
         main_loss = [replace(each, losses=each.losses[:1]) for each in (after, before)]
         assert_equal([main_loss[0]], main_loss[1], 1e-12)
+
+
+STUDENT = replace(TASK, answers="student", cross_entropy_weight=0.0, max_new_tokens=5)
+
+
+def unstable_ids(tokenizer: Tokenizer, generator: Generator) -> tuple[int, ...]:
+    """Returns ids that become other ids if their text is encoded again."""
+    while True:
+        ids = generator.integers(0, tokenizer.vocab_size, 5).tolist()
+        if tokenizer.encode(tokenizer.decode(ids)) != ids:
+            return tuple(ids)
+
+
+class ScriptedEngine:
+    """An engine that answers with unstable ids, and keeps what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.asked: list[tuple[Sequence[NumberedPrompt], Request]] = []
+        self.made: dict[int, tuple[int, ...]] = {}
+        self._tokenizer, self._generator = tokenizer, Generator(Philox(8))
+
+    def generate(self, prompts: Sequence[NumberedPrompt], request: Request) -> Rollouts:
+        self.asked.append((prompts, request))
+        self.made = {each.number: unstable_ids(self._tokenizer, self._generator) for each in prompts}
+        rollouts = [
+            Sample(prompt=number, sample=0, tokens=ids, log_probs=(0.0,) * 5, finish="length")
+            for number, ids in self.made.items()
+        ]
+        return Rollouts(rollouts=tuple(rollouts), statistics=Statistics())
+
+    def close(self) -> None:
+        pass
+
+
+def pieces(batch: Batch) -> list[tuple[int, ...]]:
+    """Returns the token ids of every piece of a batch, sorted."""
+    found = []
+    for tokens, positions in zip(batch.tokens_BT.tolist(), batch.positions_BT.tolist(), strict=True):
+        starts = [at for at, position in enumerate(positions) if position == 0]
+        used = sum(position >= 0 for position in positions)
+        found += [tuple(tokens[start:end]) for start, end in pairwise([*starts, used])]
+    return sorted(found)
+
+
+def test_sampled_ids_are_trained_as_they_are(tmp_path: Path) -> None:
+    """Answers whose text would be encoded otherwise reach the batch unchanged."""
+    config = sft_config(tmp_path, num_samples=400)
+    prepared = prepare_corpus(config)
+    loader = Loader(
+        prepared, sizes=replace(config, batch=replace(config.batch, global_sequences=24)).batch_sizes, seed=1
+    )
+    engine = ScriptedEngine(prepared.tokenizer)
+    sampler, num_ids = StudentSampler(engine, STUDENT, 9), 0
+    for step in range(8):
+        given = find_prompts(loader.batch(step, 0, 24))
+        batch, metrics = sampler.sample(loader, step)
+        prompts, request = engine.asked[-1]
+        assert [each.number for each in prompts] == list(range(len(given)))
+        assert (request.step, request.sampling.seed, request.max_new_tokens) == (step, 9, 5)
+        assert request.stop == {prepared.tokenizer.end_of_sentence_id}
+        whole = [(prompt.tokens + engine.made[prompt.number])[:24] for prompt in prompts]
+        kept = len(given) - int(metrics["left_out"])
+        assert pieces(batch) == sorted(whole[:kept])
+        assert (metrics["answers"], metrics["cut_share"], metrics["mean_tokens"]) == (len(given), 1.0, 5.0)
+        num_ids += kept
+    assert num_ids >= 200
+
+
+def test_share_of_the_student_depends_on_seed_step_and_prompt_alone(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, num_samples=400)
+    prepared = prepare_corpus(config)
+    loader = Loader(
+        prepared, sizes=replace(config, batch=replace(config.batch, global_sequences=24)).batch_sizes, seed=1
+    )
+
+    def chosen(seed: int, step: int, share: float) -> set[int]:
+        engine = ScriptedEngine(prepared.tokenizer)
+        StudentSampler(engine, replace(STUDENT, student_share=share), seed).sample(loader, step)
+        return {each.number for each in engine.asked[-1][0]} if engine.asked else set()
+
+    total = sum(len(find_prompts(loader.batch(step, 0, 24))) for step in range(8))
+    few, most = ([chosen(9, step, share) for step in range(8)] for share in (0.3, 0.8))
+    assert few == [chosen(9, step, 0.3) for step in range(8)]
+    assert all(some <= more for some, more in zip(few, most, strict=True))
+    # Within four standard deviations of the binomial distribution.
+    for share, sets in ((0.3, few), (0.8, most)):
+        assert abs(sum(map(len, sets)) / total - share) < 4 * np.sqrt(share * (1 - share) / total)
+    assert chosen(10, 0, 0.3) != few[0] != few[1]
+    assert chosen(9, 0, 1e-9) == set()
+
+
+def test_prompt_ends_before_the_last_run_of_targets() -> None:
+    tokens = torch.arange(10, 26).view(1, 16)
+    positions = torch.tensor([[*range(8), *range(4), *range(2), -1, -1]])
+    # Piece 1 has two answers, piece 2 a weight at a token that predicts nothing, piece 3 a single target.
+    weights = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0.5, 0, 0, 0]])
+    batch = Batch(tokens_BT=tokens, positions_BT=positions, pad_id=0, extras={WEIGHTS: weights})
+    found = [(prompt.number, prompt.tokens, answer.tokens) for prompt, answer in find_prompts(batch)]
+    assert found == [(0, (10, 11, 12, 13, 14, 15), (16, 17)), (1, (22,), (23,))]
+
+
+SHAPE = BatchShape(num_sequences=8, length=18, pad_id=0)
+
+TEMPERATURE = 0.8
+
+REQUEST = Request(
+    samples=3,
+    max_new_tokens=7,
+    stop=frozenset(range(0, 320, 8)),
+    sampling=Sampling(temperature=TEMPERATURE, top_k=40, top_p=0.9, seed=4),
+    record_routes=True,
+    record_kept=True,
+)
+
+
+def to_rollout(rollouts: Sequence[Sample], routes: SampledRoutes) -> ScoredRollout:
+    """Returns rollouts as the rollout of a step, without rewards."""
+    groups = [
+        group_of(
+            *(replace(each, sheet=answer_of().sheet) for each in rollouts if each.prompt == prompt.number),
+            number=prompt.number,
+            tokens=prompt.tokens,
+        )
+        for prompt in PROMPTS
+    ]
+    requests = (tuple(prompt.number for prompt in PROMPTS),)
+    routes_of_all = RolloutRoutes(sampled=routes, requests=requests)
+    return ScoredRollout(header=header_of(next_prompt=6), groups=tuple(groups), routes=routes_of_all)
+
+
+def run(rank: int, world_size: int, config: TrainConfig, folder: Path) -> dict[str, float]:
+    """Returns the largest difference of log-probabilities from the sampler's, by kind of pass."""
+    with opened(config) as (replica, pipeline):
+        made = PipelinedEngine(pipeline, speculative=True).generate(PROMPTS, REQUEST)
+        assert made.routes is not None
+        rollout = to_rollout(made.rollouts, made.routes)
+        save_rollout_routes(replica, folder, rollout)
+        if rank == 0:
+            write_journal(folder, rollout, np.float64)
+        dist.barrier()
+        read = read_journal(folder, 1)
+        assert read == rollout
+        routes = load_rollout_routes(replica, folder, read)
+        assert routes is not None
+        assert sorted_ids(routes.sampled) == sorted_ids(made.routes)
+        other = replace(read, header=replace(read.header, weights="others"))
+        assert load_rollout_routes(replica, folder, other) is None
+        answers = [(group, answer) for group in reversed(read.groups) for answer in group.answers]
+        bare = [(group, replace(answer, kept=())) for group, answer in answers]
+        with_routes = pack_step(replica, answers, 0, None, routes)
+        assert len(with_routes.batch.reads) == len(with_routes.batch.routes) > 1
+
+        def difference(packed: PackedStep, temperature: float) -> float:
+            found = answer_log_probs(replica, task_of(config), packed, temperature)
+            pairs = zip(found, answers, strict=True)
+            return max(float(np.abs(np.subtract(ours, answer.log_probs)).max(initial=0)) for ours, (_, answer) in pairs)
+
+        differences = {
+            "replayed": difference(with_routes, TEMPERATURE),
+            "free": difference(pack_step(replica, answers, 0, None, None), TEMPERATURE),
+            "other temperature": difference(with_routes, 1.0),
+            "all tokens": difference(pack_step(replica, bare, 0, None, routes), TEMPERATURE),
+        }
+        # Other biases change the choice of experts, and nothing else.
+        for gate in routers(replica.model).values():
+            gate.e_score_correction_bias.copy_(gate.e_score_correction_bias.flip(0) + 0.1 * gate.weight[:, 0])
+        differences["replayed under other biases"] = difference(with_routes, TEMPERATURE)
+        differences["free under other biases"] = difference(pack_step(replica, answers, 0, None, None), TEMPERATURE)
+    return differences
+
+
+@pytest.mark.slow
+def test_replayed_passes_have_the_log_probs_of_the_sampler(tmp_path: Path) -> None:
+    config = run_config(tmp_path, REPLAYED_VARIANTS["grpo"], (2, 1, 1, "dualpipe"))
+    sizes = replace(config.batch, global_sequences=SHAPE.num_sequences, sequence_length_tokens=SHAPE.length)
+    for rank, found in enumerate(run_ranks(2, run, replace(config, batch=sizes), tmp_path)):
+        for name in ("replayed", "free", "replayed under other biases"):
+            assert found[name] < 1e-12, (rank, name, found)
+        for name in ("other temperature", "all tokens", "free under other biases"):
+            assert found[name] > 1e-3, (rank, name, found)

@@ -1,9 +1,10 @@
-"""Tests the page of sampled answers: offline, of limited size, and safe whatever an answer holds."""
+"""The page of sampled answers, the groups that it reads, and what the report shows of rewards."""
 
 import json
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 
 from data.arithmetic import arithmetic_tokenizer
 from data.tokenizer import Tokenizer
+from launch.redraw import main as redraw
 from tests.documents import browse, check_policy
 from tests.train.report.journal_run import place_rollouts
+from tests.train.report.test_page import Page, place_run
 from train.figures import embedded_json
-from train.post.journal import journal_path
-from train.report.journals import JournalGroup
+from train.post.journal import journal_path, read_journal
+from train.report.journals import JournalGroup, choose_evenly, choose_groups
 from train.report.viewer import RolloutViewer, TokenPieces, answer_data, find_tokenizer, group_data, shorten
+from train.report.write import Report
 
 
 def test_pieces_are_the_text_of_the_answer_token_by_token() -> None:
@@ -53,6 +57,7 @@ def test_newest_checkpoint_has_the_tokenizer_and_else_the_configuration(tmp_path
 
 
 PIECES = TokenPieces(arithmetic_tokenizer())
+
 SAMPLE = {
     "sample": 0,
     "tokens": [19, 20, 1],
@@ -293,3 +298,149 @@ def test_browser_runs_nothing_of_hostile_answers(tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=" in body
     assert "[U+202E]desrever[U+2066] [U+200B] hidden" in body
     assert "a\u2400b\u241b[31m" in body
+
+
+def test_choice_is_even_and_has_the_first_and_the_last() -> None:
+    assert choose_evenly(3, 5) == [0, 1, 2]
+    assert choose_evenly(9, 3) == [0, 4, 8]
+    assert choose_evenly(7, 1) == [6]
+    for count in range(1, 40):
+        for most in range(2, 12):
+            chosen = choose_evenly(count, most)
+            assert chosen == sorted(set(chosen))
+            assert len(chosen) == min(count, most)
+            assert (chosen[0], chosen[-1]) == (0, count - 1)
+
+
+def test_small_run_is_read_whole_with_its_log_probabilities(tmp_path: Path) -> None:
+    place_rollouts(tmp_path, range(1, 4))
+    choice = choose_groups(tmp_path, 10**6)
+    assert (choice.num_rollouts, choice.num_rollouts_of_run, choice.num_groups) == (3, 3, 6)
+    assert [(group.step, group.values["group"]) for group in choice.groups] == [
+        (s, g) for s in (1, 2, 3) for g in (0, 1)
+    ]
+    for group in choice.groups:
+        written = read_journal(tmp_path, group.step).groups[group.values["group"]]
+        assert group.log_probs == [list(answer.log_probs) for answer in written.answers]
+
+
+def test_large_run_is_chosen_evenly(tmp_path: Path) -> None:
+    place_rollouts(tmp_path, range(1, 13), groups=4)
+    choice = choose_groups(tmp_path, 10_000)
+    steps = sorted({group.step for group in choice.groups})
+    assert (steps[0], steps[-1]) == (1, 12)
+    assert choice.num_rollouts == len(steps) < 12
+    assert 8 <= len(choice.groups) < 48
+    for group in choice.groups:
+        written = read_journal(tmp_path, group.step).groups[group.values["group"]]
+        assert group.log_probs == [list(answer.log_probs) for answer in written.answers]
+
+
+def test_groups_within_a_large_rollout_are_chosen_evenly(tmp_path: Path) -> None:
+    place_rollouts(tmp_path, range(1, 2), groups=64)
+    numbers = [group.values["group"] for group in choose_groups(tmp_path, 1).groups]
+    assert numbers[0] == 0
+    assert len(numbers) == 8
+    assert all(6 <= later - earlier <= 10 for earlier, later in pairwise(numbers))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"[" * 10**5),
+        lambda path: path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n" + b'{"group": [1]}\n[]\n\xff\n'),
+        lambda path: path.write_text('{"format": 1, "step": 1e999, "rollout": -1, "counts": {"groups": "many"}}\n'),
+        lambda path: path.write_text('{"format": 1, "step": 1, "rollout": 1, "counts": 3}\n'),
+    ],
+)
+def test_journal_of_another_form_is_left_out(tmp_path: Path, spoil: object) -> None:
+    place_rollouts(tmp_path, range(1, 3))
+    spoil(journal_path(tmp_path, 1))  # type: ignore[operator]
+    assert {group.step for group in choose_groups(tmp_path, 10**6).groups} == {2}
+
+
+def test_torn_journal_shows_its_whole_lines(tmp_path: Path) -> None:
+    place_rollouts(tmp_path, range(1, 2))
+    path = journal_path(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-400])
+    assert [group.values["group"] for group in choose_groups(tmp_path, 10**6).groups] == [0]
+
+
+def test_log_probabilities_of_other_answers_are_unknown(tmp_path: Path) -> None:
+    place_rollouts(tmp_path, range(1, 2))
+    place_rollouts(tmp_path / "other", range(1, 2), digits=5)
+    source, target = (journal_path(folder, 1).with_suffix(".safetensors") for folder in (tmp_path / "other", tmp_path))
+    for content in (source.read_bytes(), b"\xff" * 100, json.dumps({}).encode()):
+        target.write_bytes(content)
+        assert [group.log_probs for group in choose_groups(tmp_path, 10**6).groups] == [None, None]
+    target.unlink()
+    assert [group.log_probs for group in choose_groups(tmp_path, 10**6).groups] == [None, None]
+
+
+def place_rewards(folder: Path, rollouts: dict[str, Any], **values: float) -> Path:
+    """A run's folder with three steps that learn from rewards."""
+    run = Path(place_run(folder, range(0)).out_dir)
+    steps = {f"{part}_seconds": 1.0 for part in ("sampling", "scoring", "compute", "other")} | {"saving_seconds": 0.0}
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, 4):
+            record = {"step": step, "main_loss": -1e-18, "rollouts": rollouts, "step_time": steps, **values}
+            held_out = {"validation_pass_at_1": 0.5, "validation_pass_at_8": 0.75, "validation_reward": 0.625}
+            file.write(json.dumps(record | (held_out if step == 3 else {})) + "\n")
+    return run
+
+
+def test_report_shows_rewards_their_parts_and_the_policy(tmp_path: Path) -> None:
+    rollouts = {"reward": 0.5, "parts": {"exact": 0.25, "length": -0.5}, "equal_share": 0.125, "cut_share": 0.25}
+    rollouts |= {"no_verdict_groups": 0.5, "no_verdict_share": 0.25, "skipped_share": 0.0}
+    policy = {"kl": 0.01, "entropy": 0.5, "clip_fraction": 0.02, "off_policy_share": 0.0, "sampler_difference": 1e-7}
+    run = place_rewards(tmp_path, {**rollouts, "mean_tokens": 9.0, "most_tokens": 12}, **policy)
+    assert redraw([f"run={run}"]) == 0
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    read = {title: page.reading(title, 3) for title in page.charts}
+    assert read["Mean reward of an answer"] == {"training": 0.5, "held out": 0.625}
+    assert read["Parts of the reward before weights"] == {"exact": 0.25, "length": -0.5}
+    assert read["Held-out problems"] == {"pass@1": 0.5, "pass@8": 0.75}
+    assert read["KL from the reference"] == {"KL": 0.01}
+    assert read["Entropy of the policy, estimated from its answers"] == {"entropy": 0.5}
+    assert read["Clipped tokens"] == {"clipped": 0.02}
+    assert read["Sampler against trainer"] == {"|log-probability|": 1e-7}
+    assert read["Length of an answer"] == {"mean": 9.0, "longest": 12}
+    assert read["Answers cut at the limit of tokens"] == {"training": 0.25}
+    assert read["Groups from which nothing is learned"] == {"equal rewards": 0.125, "no verdict": 0.5}
+    assert read["Answers that no check has judged"] == {"no verdict": 0.25, "skipped": 0.0}
+    assert "Answers too far off the policy" not in read
+    assert "<dt>last held-out pass@1</dt><dd>50 %</dd>" in text
+    assert "last loss, main head" not in text
+    assert "</i>sampling<small>" in text
+    assert "</i>saving<small>" not in text  # it took no time
+    assert page.links == []  # there is no journal
+
+
+def test_report_has_no_charts_of_what_is_0_in_all_steps_but_of_what_is_solved(tmp_path: Path) -> None:
+    shares = {"equal_share": 0.0, "no_verdict_groups": 0.0, "no_verdict_share": 0.0, "skipped_share": 0.0}
+    rollouts = {"reward": 0.0, "correct_share": 0.0, "cut_share": 0.0, "mean_tokens": 3.0, **shares}
+    run = place_rewards(tmp_path, rollouts, kl=0.0, entropy=0.0, clip_fraction=0.0, sampler_difference=0.0)
+    redraw([f"run={run}"])
+    titles = list(Page((run / "report.html").read_text()).charts)
+    assert titles[:4] == [
+        *("Mean reward of an answer", "Held-out problems", "Length of an answer", "Correct answers in training"),
+    ]
+
+
+def test_redraw_writes_the_answers_and_links_them(tmp_path: Path) -> None:
+    run = place_rewards(tmp_path, {"reward": 0.5})
+    place_rollouts(run, range(1, 4))
+    redraw([f"run={run}"])
+    assert Page((run / "report.html").read_text()).links == ["rollouts.html"]
+    assert "6 groups of 3 rollouts" in (run / "rollouts.html").read_text()
+
+
+def test_report_is_written_if_the_answers_cannot_be_drawn(tmp_path: Path) -> None:
+    config = place_run(tmp_path, range(1, 3))
+    run = Path(config.out_dir)
+    place_rollouts(run, range(1, 2))
+    (run / "rollouts.html").mkdir()
+    Report(config).try_to_write()
+    assert "<h2>Learning</h2>" in (run / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Policy gradients on many ranks: equal to one process, which equals autograd on whole logits, for every variant."""
+"""Policy gradients on many ranks equal one process, and configurations and sources that tasks refuse."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +13,17 @@ from comm.dispatch.local import LocalDispatcher
 from data.loader import Batch
 from dualpipe.config import ScheduleConfig
 from kernels.attention.documents import Documents
+from launch.config.run_config import check, compose_run
 from model.objective import LossSums
 from model.objectives.policy_loss import PolicyLossConfig
 from model.transformer import Transformer, initialize_weights
-from tests.answers import VARIANTS, draw_answers, drawn, plain_answers, plain_loss
+from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
 from tests.train.job import by_released_name, close_job, configured_schedule, make_world
 from tests.train.test_equality import relative_error
 from train.config import TrainConfig
+from train.config.errors import ConfigError
 from train.config.token_schedule import TokenSchedule
 from train.learner import open_learner
 from train.network import ReplicaConfig
@@ -30,10 +32,12 @@ from train.schedule.cut import run_cut
 from train.step import accumulate
 from train.tasks.grpo import GrpoConfig
 from train.tasks.hook import StepBatch
-from train.tasks.registry import StepRates, open_task
+from train.tasks.registry import TASKS, StepRates, open_task
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)
+
 LAYOUTS = [(2, 1, 1, "dualpipe"), (2, 1, 1, "zb_v"), (1, 2, 2, "1f1b"), (2, 1, 1, "dualpipe_split")]
+
 RATES = StepRates(learning_rate=0.0, mtp_loss_weight=0.3, bias_update=0.0)
 
 
@@ -107,8 +111,6 @@ class Found:
 
 
 def run_policies(rank: int, world_size: int, configs: list[TrainConfig], batch: Batch) -> list[Found]:
-    """Runs the passes of one batch for each configuration on this rank."""
-
     def read(first: int, count: int) -> Batch:
         place = slice(first, first + count)
         extras = {name: extra[place] for name, extra in batch.extras.items()}
@@ -182,3 +184,44 @@ def test_ranks_equal_one_process_under_several_schedules(tmp_path: Path) -> None
             for name in set().union(*(rank.gradients for rank in ranks))
         }
         assert_near(gradients, expected.gradients)
+
+
+WEIGHTED = VARIANTS["cispo"]
+
+
+@pytest.mark.parametrize(
+    ("form", "rule"),
+    [
+        (replace(GRPO, kl_weight=0.1), "task.loss.kl_weight: must be 0 with task.loss.kl=none, is 0.1"),
+        (replace(WEIGHTED, clip_low=0.2), "task.loss.clip_low: must be null with task.loss.surrogate=weighted"),
+        (replace(WEIGHTED, clip_high=0.2), "task.loss.clip_high: must be null with task.loss.surrogate=weighted"),
+        (replace(GRPO, largest_ratio=1.1), "task.loss.largest_ratio: must be 1.2 or above"),
+        (replace(WEIGHTED, largest_ratio=0.5), "task.loss.largest_ratio: must be 1 or above"),
+    ],
+)
+def test_loss_with_a_value_without_effect_is_refused(tmp_path: Path, form: PolicyLossConfig, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        TASKS.get("grpo").check(run_config(tmp_path, form))
+
+
+def test_every_variant_is_valid_and_says_whether_it_has_a_reference(tmp_path: Path) -> None:
+    has_reference = []
+    for name, form in VARIANTS.items():
+        config = run_config(tmp_path, form)
+        TASKS.get("grpo").check(config)
+        assert isinstance(config.task, GrpoConfig)
+        assert config.task.advantage == form.advantage
+        if TASKS.get("grpo").has_reference(config.task):
+            has_reference.append(name)
+    assert has_reference == ["grpo", "r1", "v3", "v3_2"]
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward_model"])
+def test_task_on_pairs_rejects_demonstrations(task: str) -> None:
+    given = ["experiment=arithmetic_sft", f"task={task}", "init_from=random", "data.form=preferences"]
+    check(compose_run([*given, "model.mtp_depth=0"]))
+    with pytest.raises(
+        ConfigError,
+        match=rf"^data\.kind: must be a source whose samples have the value (pair|score) for task\.kind={task}, is ",
+    ):
+        check(compose_run([*given[:3], "data.form=demonstrations"]))

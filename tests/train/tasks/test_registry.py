@@ -17,6 +17,7 @@ from comm.dispatch.local import LocalDispatcher
 from dualpipe.config import ScheduleConfig
 from kernels.registry import load_plugins
 from model.transformer import Transformer, initialize_weights
+from tests import ROOT
 from tests.launch.checkpoints import write_checkpoint
 from tests.marked_samples import MarkedSource
 from tests.model.mtp_logits import mtp_logits
@@ -24,12 +25,11 @@ from tests.pairs import on_pairs
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import Job, Seen, by_released_name, open_loader, run_jobs, run_plain, start_biases
-from tests.train.test_equality import assert_equal, relative_error
+from tests.train.test_equality import assert_equal_one_rank, relative_error
 from train.config import TrainConfig
 from train.config.decode import decode
 from train.tasks.registry import TASKS
 
-ROOT = Path(__file__).resolve().parents[3]
 STEPS = 2
 WEIGHT = 3.5
 MTP_WEIGHT = 0.3
@@ -101,10 +101,8 @@ def test_registered_task_on_two_ranks_equals_one_rank(tmp_path: Path, kind: str)
     write_text(tmp_path)
     config = dualpipe_config(tmp_path, 1)
     plugins = [str(module.__file__) for module in list(sys.modules.values()) if "__plugin__" in vars(module)]
-    plain = run_plain(with_task(config, kind, plugins, 0.01), 0, STEPS)
     results = run_ranks(2, run_task, config, kind, plugins, 0.01)
-    for step in range(STEPS):
-        assert_equal([rank[step] for rank in results], plain[step], 1e-10)
+    assert_equal_one_rank(results, with_task(config, kind, plugins, 0.01))
 
 
 def plain_autograd(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]:
@@ -129,9 +127,7 @@ def test_weighted_cross_entropy_on_many_ranks_equals_one_rank_and_autograd(tmp_p
     config = dualpipe_config(tmp_path, 2)
     results = run_ranks(4, run_task, config, "weighted", [str(plugin)], 0.0)
     weighted = with_task(config, "weighted", [str(plugin)])
-    plain = run_plain(weighted, 0, STEPS)
-    for step in range(STEPS):
-        assert_equal([rank[step] for rank in results], plain[step], 1e-10)
+    plain = assert_equal_one_rank(results, weighted)
     losses, gradients = plain_autograd(weighted)
     assert plain[0].losses[: len(losses)] == pytest.approx(losses, rel=1e-10)
     assert set(gradients) == set(plain[0].gradients)

@@ -1,28 +1,39 @@
-"""Tests supervised fine-tuning: its targets, and that no layout of ranks changes its loss and gradients."""
+"""Next-token prediction, fine-tuning and longer contexts: targets, weights, and equality under every layout."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from transformers import DeepseekV3ForCausalLM
 
 from comm.dispatch.local import LocalDispatcher
 from data.loader import IGNORE, Batch
 from dualpipe.config import ScheduleConfig
-from model.objective import LossSums, MicroBatch
-from model.transformer import Transformer, initialize_weights
+from launch.config.run_config import check
+from model.config import ModelConfig, PlainRope, YarnRope
+from model.hf.convert import load_hf, save_hf
+from model.objective import LossSums, MicroBatch, weights_of_depths
+from model.transformer import Transformer, initialize_weights, named_tensors
+from tests.launch.test_config import build
 from tests.marked_samples import SFT, sft_config
+from tests.model.hf_checkpoints import random_tokens, reference_logits, reference_model
 from tests.ranks import run_ranks
-from tests.tiny import BATCH, MODEL
+from tests.tiny import BATCH, MODEL, TASK
 from tests.train.job import Job, open_loader, run_jobs, run_plain
 from tests.train.test_equality import assert_equal
+from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
+from train.tasks.long_context import LongContextConfig, check_long_context
+from train.tasks.next_token import NextToken, to_micro_batch
 from train.tasks.registry import TASKS, StepRates, open_task
 
 RATES = StepRates(learning_rate=1.0, mtp_loss_weight=0.1, bias_update=0.0)
+
 CPU = torch.device("cpu")
 
 
@@ -158,3 +169,193 @@ def test_sft_needs_samples_that_do_not_see_each_other(folder: Path, *, is_masked
         config = replace(config, batch=replace(config.batch, document_mask=False))
         with pytest.raises(ConfigError, match=r"batch\.document_mask: must be true for task\.kind=sft"):
             check(config)
+
+
+HAND_RATES = StepRates(learning_rate=1.0, mtp_loss_weight=0.3, bias_update=0.0)
+
+
+def test_micro_batch_shifts_inputs_by_depth_and_targets_by_one_more() -> None:
+    tokens = torch.tensor([[10, 11, 12, 13, 20, 21, 22]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    made = to_micro_batch(Batch(tokens_BT=tokens, positions_BT=positions, pad_id=2), 2, torch.device("cpu"))
+    assert [depth.tolist() for depth in made.inputs_BT] == [
+        [[10, 11, 12, 13, 20, 21, 22]],
+        [[11, 12, 13, 20, 21, 22, 2]],
+        [[12, 13, 20, 21, 22, 2, 2]],
+    ]
+    none = -100
+    assert [depth.tolist() for depth in made.targets_BT] == [
+        [[11, 12, 13, none, 21, 22, none]],
+        [[12, 13, none, none, 22, none, none]],
+        [[13, none, none, none, none, none, none]],
+    ]
+
+
+def test_micro_batch_has_its_documents_if_they_are_masked() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, -1]])
+    batch = Batch(tokens_BT=torch.zeros_like(positions), positions_BT=positions, pad_id=2)
+    masked, plain = (
+        to_micro_batch(batch, 0, torch.device("cpu"), masks_documents=masks_documents)
+        for masks_documents in (True, False)
+    )
+    assert masked.documents is not None
+    assert masked.documents.ids_BT.tolist() == [[1, 1, 1, 1, 2, 2, 3]]
+    assert plain.documents is None
+
+
+def weighted_batch() -> MicroBatch:
+    """Seven tokens in two documents; the last main target of the first document is ignored."""
+    tokens = torch.tensor([[10, 11, 12, 13, 20, 21, 22]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    weights = torch.tensor([[0.5, 1.0, 2.0, 64.0, 4.0, 8.0, 64.0]])
+    batch = Batch(tokens_BT=tokens, positions_BT=positions, pad_id=2, extras={"weights": weights})
+    return to_micro_batch(batch, 2, torch.device("cpu"))
+
+
+def test_counts_are_targets_of_each_depth_and_sequences() -> None:
+    task = NextToken(TASK, 2)
+    assert task.names == ("main", "mtp_1", "mtp_2", "balance")
+    assert task.count(weighted_batch()).tolist() == [5, 3, 1, 1]
+
+
+def test_weights_of_a_depth_are_those_of_the_tokens_that_it_predicts() -> None:
+    task = NextToken(TASK, 2, weights="weights")
+    batch = weighted_batch()
+    batch = replace(batch, extras={"weights": weights_of_depths(batch.extras["weights"], 3)})
+    assert task.count(batch).tolist() == [0.5 + 1 + 2 + 4 + 8, 1 + 2 + 8, 2, 1]
+
+
+def test_objective_divides_by_global_counts() -> None:
+    objective = NextToken(TASK, 2).objective(torch.tensor([50.0, 40.0, 20.0, 16.0]), HAND_RATES)
+    assert objective.factors == pytest.approx((1 / 50, 0.3 / 2 / 40, 0.3 / 2 / 20))
+    assert objective.balance == pytest.approx(0.01 / 16)
+
+
+def test_objective_without_a_target_divides_by_one() -> None:
+    objective = NextToken(TASK, 1).objective(torch.tensor([0.25, 0.0, 16.0]), HAND_RATES)
+    assert objective.factors == (4.0, 0.3)
+
+
+def test_total_weighs_means() -> None:
+    total = NextToken(TASK, 2).total({"main": 4.0, "mtp_1": 5.0, "mtp_2": 7.0, "balance": 2.0}, HAND_RATES)
+    assert total == pytest.approx(4.0 + 0.3 * 6.0 + 0.01 * 2.0)
+
+
+@pytest.mark.parametrize("shape", [MODEL])
+def test_registered_tasks_report_a_main_loss(shape: ModelConfig) -> None:
+    assert "pretrain" in TASKS
+    assert "main" in open_task(TASK, shape, BATCH).names
+
+
+def test_extras_stay_with_their_sequences() -> None:
+    tokens = torch.arange(12).view(4, 3)
+    batch = Batch(tokens_BT=tokens, positions_BT=tokens % 3, pad_id=0, extras={"rewards": tokens[..., None] * 0.5})
+    part = batch.sequences(1, 2)
+    assert part.tokens_BT.tolist() == [[3, 4, 5], [6, 7, 8]]
+    made = to_micro_batch(part, 0, torch.device("cpu"))
+    assert made.extras["rewards"][..., 0].tolist() == [[1.5, 2.0, 2.5], [3.0, 3.5, 4.0]]
+
+
+def extend(weights: str | Path, *overrides: str, model: str = "of_checkpoint") -> TrainConfig:
+    return build("task=long_context", f"model={model}", f"init_from={weights}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_weights_manifest(folder, build().model, {})
+    return folder
+
+
+def test_defaults_are_the_published_values(base: Path) -> None:
+    """They are those of arXiv:2412.19437, section 4.3, as in the released config.json."""
+    released = build("model=v3_671b").model
+    config = extend(base, model="v3_671b_4k")
+    assert config.model == released
+    assert isinstance(config.task, LongContextConfig)
+    assert (config.task.steps, config.task.mtp_loss_weight.at(0), config.task.bias_update_rate.at(0)) == (1000, 0.1, 0)
+
+
+def test_phases_follow_each_other_with_the_same_values(base: Path, tmp_path: Path) -> None:
+    """The second phase starts from weights that have YaRN already."""
+    values = ("task.rope.factor=8", "task.rope.original_max_position_tokens=128", "batch.global_sequences=16")
+    first = extend(base, *values, "batch.sequence_length_tokens=512")
+    write_weights_manifest(tmp_path, first.model, {})
+    second = extend(tmp_path, *values, "batch.sequence_length_tokens=1024")
+    assert first.model == second.model
+    assert (second.model.max_position_tokens, second.model.rope_scaling.kind) == (1024, "yarn")
+    assert replace(
+        second.model, rope_scaling=PlainRope(kind="plain"), max_position_tokens=4096
+    ) == build().model  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task.rope.factor=0.5"], "task.rope.factor: must be at least 1, is 0.5"),
+        (["task.rope.kind=linear"], "task.rope.kind: must be one of plain, yarn, is 'linear'"),
+        (["task.rope.beta_fast=x"], "task.rope.beta_fast"),
+        (
+            ["task.rope.factor=2", "batch.sequence_length_tokens=10000"],
+            "batch.sequence_length_tokens: must be at most model.max_position_tokens=8192, is 10000; nearest valid: 81",
+        ),
+        (
+            ["task.rope.factor=2", "batch.sequence_length_tokens=10000", "task.max_position_tokens=16384"],
+            "task.rope.factor: must be at least batch.sequence_length_tokens / task.rope.original_max_position_tokens "
+            "= 10000 / 4096, is 2; nearest valid: 3, or batch.sequence_length_tokens=8192",
+        ),
+        (
+            ["task.rope.factor=2", "task.max_position_tokens=16384"],
+            "task.rope.factor: must be at least task.max_position_tokens / task.rope.original_max_position_tokens",
+        ),
+        (
+            ["init_from=null", "data.tokenizer=null"],
+            "init_from: must name trained weights with task=long_context",
+        ),
+    ],
+)
+def test_extension_that_cannot_work_is_one_error(base: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(extend(base, *overrides, model="quickstart"))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_model_has_the_rotary_embedding_of_the_task(base: Path) -> None:
+    config = extend(base, "task/rope=plain", "task.max_position_tokens=8192")
+    assert (config.model.rope_scaling, config.model.max_position_tokens) == (PlainRope(kind="plain"), 8192)
+    check_long_context(config)
+    yarn = YarnRope(**{**asdict(build("model=v3_671b").model.rope_scaling), "kind": "yarn"})
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling: must be task\.rope"):
+        check_long_context(replace(config, model=replace(config.model, rope_scaling=yarn)))
+
+
+@torch.no_grad()
+def test_exported_model_is_that_of_transformers_at_four_times_the_base_length(tmp_path: Path) -> None:
+    """The exported config.json has the keys of the released one."""
+    base = 64
+    reference_model(max_position_embeddings=base).save_pretrained(tmp_path / "base")
+    values = ("task.rope.factor=4", f"task.rope.original_max_position_tokens={base}", "data.tokenizer=null")
+    config = extend(tmp_path / "base", *values, f"batch.sequence_length_tokens={4 * base}").model
+    model = Transformer(config, LocalDispatcher(config.num_routed_experts), torch.float32)
+    before = load_hf(tmp_path / "base", torch.float32)
+    for name, tensor in named_tensors(model).items():
+        tensor.copy_(named_tensors(before)[name])
+    save_hf(model, tmp_path / "export")
+    exported = json.loads((tmp_path / "export" / "config.json").read_text(encoding="utf-8"))
+    assert exported["max_position_embeddings"] == 4 * base
+    assert exported["rope_theta"] == 10000
+    assert exported["rope_scaling"] == {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": base,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    tokens_BT = random_tokens(2, 4 * base)
+    ours_BTV = model(tokens_BT)
+    theirs_BTV = reference_logits(DeepseekV3ForCausalLM.from_pretrained(tmp_path / "export"), tokens_BT)
+    torch.testing.assert_close(ours_BTV, theirs_BTV, rtol=0, atol=1e-4)
+    assert (before(tokens_BT) - ours_BTV).abs().amax() > 0.01

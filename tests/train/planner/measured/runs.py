@@ -57,7 +57,6 @@ def write_run(folder: Path, config: TrainConfig, seconds: list[float], device: s
 
 
 def write_steps(folder: Path, config: TrainConfig, seconds: list[float]) -> None:
-    """Writes `metrics.jsonl`."""
     lines = [
         {
             "step": number,

@@ -1,15 +1,24 @@
-"""Comparison of a plan with recorded steps: what is compared, the factor, and the last steps."""
+"""Comparison of a plan with recorded steps, times of a model's parts, and the files that hold them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from comm.config import ParallelismConfig
+from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
-from tests.tiny import tiny_config
-from tests.train.planner.measured.runs import TIMES, write_run, write_steps, write_times
+from dualpipe.ir import Schedule
+from dualpipe.runtime.measured import LaneSpan, Measured
+from dualpipe.simulate.costs import CostModel, StageCosts
+from dualpipe.simulate.simulate import simulate
+from dualpipe.validate import validate_passes
+from tests.dualpipe.clockwork import SECONDS, measured_run
+from tests.tiny import MODEL, tiny_config
+from tests.train.planner.measured.runs import TIMES, facts_of, write_run, write_steps, write_times
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.planner import compare
@@ -19,7 +28,17 @@ from train.planner.job_plan import PlannerConfig, untimed_reason
 from train.planner.text import comparison_text
 from train.report.page import predicted_tables
 from train.report.write import comparison_of
-from train.schedule.measured import PROBE_NAME
+from train.schedule import measured as phases
+from train.schedule.measured import (
+    MEASURED_NAME,
+    PARTS,
+    PROBE_NAME,
+    PhaseTimes,
+    layer_parameters,
+    read_measured,
+    stage_phases,
+    step_times,
+)
 
 
 def config_of(folder: Path) -> TrainConfig:
@@ -165,3 +184,200 @@ def test_comparison_is_shown_as_json_text_and_table(tmp_path: Path) -> None:
     assert "&lt;run&gt;" in page
     assert "500.0 ms" in page
     assert "other" not in page
+
+
+LAYERS = replace(MODEL, num_layers=4, num_dense_layers=0, mtp_depth=0)
+
+
+def blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage is one MoE block, as in the clockwork."""
+    names = ("attend", "dispatch", "experts", "combine")
+    monkeypatch.setattr(phases, "stage_phases", lambda model, cut, stage: tuple(("moe", name) for name in names))
+
+
+def cut_of(schedule: Schedule) -> tuple[range, ...]:
+    return tuple(range(stage, stage + 1) for stage in range(schedule.num_stages))
+
+
+def test_phases_of_stages_are_those_of_their_layers_and_ends() -> None:
+    model = replace(MODEL, num_layers=4, num_dense_layers=1, mtp_depth=2)
+    cut = (range(2), range(2, 4), range(4, 4))
+    block = [("moe", name) for name in ("attend", "dispatch", "experts", "combine")]
+    module = [*(("mtp", name) for _, name in block), ("mtp", "head")]
+    assert list(stage_phases(model, cut, 0)) == [("embedding", "embedding"), ("dense", "block"), *block]
+    assert list(stage_phases(model, cut, 1)) == [*block, *block]
+    assert list(stage_phases(model, cut, 2)) == [("head", "head"), *module, *module]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("dualpipe", 4), ("dualpipe_split", 4), ("1f1b", 3), ("zb_v", 4)])
+def test_times_are_those_of_the_clock(kind: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_only(monkeypatch)
+    schedule = build(kind, size, 4 * size)
+    found = step_times(LAYERS, schedule, cut_of(schedule), measured_run(schedule))
+    compute = 2 * SECONDS["compute"]
+    assert found.alone == pytest.approx(1.0)
+    assert found.times.moe.forward == pytest.approx(compute)
+    assert found.times.moe.backward_input == pytest.approx(compute)
+    assert found.times.moe.backward_weight == pytest.approx(compute)
+    # An exchange that is waited for at once ends on time.
+    assert found.times.moe.forward_exchange == pytest.approx(2 * SECONDS["exchange"], rel=0.1)
+    if kind != "1f1b":  # which only has full backwards, whose W runs before the wait
+        assert found.times.moe.backward_exchange == pytest.approx(2 * SECONDS["exchange"], rel=0.1)
+    assert found.times.latency == pytest.approx(SECONDS["send"] + SECONDS["link"], rel=0.1)
+    assert found.times.dense == found.times.mtp == found.times.head
+    assert {phase.part for phase in found.phases} == {"moe"}
+
+
+def slowed(schedule: Schedule, measured: Measured, factor: float) -> Measured:
+    """Computation in groups of several operations takes longer; only lengths are changed."""
+
+    def change(rank: int, span: LaneSpan) -> LaneSpan:
+        if span.lane != "compute" or len(schedule.ranks[rank][span.group]) == 1:
+            return span
+        return replace(span, end_seconds=span.start_seconds + factor * span.seconds)
+
+    return Measured(
+        ranks=tuple(tuple(change(rank, span) for span in spans) for rank, spans in enumerate(measured.ranks))
+    )
+
+
+def test_computation_next_to_another_operation_is_told_from_that_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_only(monkeypatch)
+    schedule = build("dualpipe", 4, 16)
+    found = step_times(LAYERS, schedule, cut_of(schedule), slowed(schedule, measured_run(schedule), 1.25))
+    assert found.alone == pytest.approx(0.8)
+    assert found.times.moe.forward == pytest.approx(2.5 * SECONDS["compute"])
+    # W runs alone only, and the simulator multiplies it by `alone` again.
+    assert found.alone * found.times.moe.backward_weight == pytest.approx(2 * SECONDS["compute"])
+    both = [phase for phase in found.phases if phase.phase == "attend" and phase.of_pass == "forward"]
+    assert both[0].alone_seconds == pytest.approx(SECONDS["compute"])
+    assert both[0].overlapped_seconds == pytest.approx(1.25 * SECONDS["compute"])
+
+
+@pytest.mark.parametrize(("kind", "most"), [("dualpipe", 0.1), ("dualpipe_split", 0.05), ("1f1b", 0.2), ("zb_v", 0.05)])
+def test_simulation_with_the_times_is_close_to_the_run(kind: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends are not simulated, nor that W hides part of the exchange of a lone full backward."""
+    size = 4
+    blocks_only(monkeypatch)
+    schedule = build(kind, size, 4 * size)
+    validate_passes(schedule)
+    run = measured_run(schedule)
+    times = step_times(LAYERS, schedule, cut_of(schedule), run).times
+    stage = StageCosts(
+        forward=times.moe.forward,
+        backward_input=times.moe.backward_input,
+        backward_weight=times.moe.backward_weight,
+        forward_exchange=times.moe.forward_exchange,
+        backward_exchange=times.moe.backward_exchange,
+        activation=1.0,
+    )
+    costs = CostModel(stages=(stage,) * schedule.num_stages, latency=times.latency)
+    assert simulate(schedule, costs).makespan == pytest.approx(run.makespan_seconds, rel=most)
+
+
+def test_exchange_phases_are_named() -> None:
+    def phase(name: str) -> PhaseTimes:
+        return PhaseTimes(
+            part="moe",
+            phase=name,  # type: ignore[arg-type]
+            of_pass="forward",
+            count=1,
+            alone_seconds=1.0,
+            overlapped_seconds=None,
+        )
+
+    assert [phase(name).is_exchange for name in ("attend", "dispatch", "experts", "combine")] == [0, 1, 0, 1]
+
+
+def two_ranks(folder: Path) -> TrainConfig:
+    return tiny_config(folder, parallelism=ParallelismConfig(pipeline=2, data=1, expert=1))
+
+
+@pytest.mark.parametrize("is_probe", [True, False])
+def test_what_is_written_is_read(is_probe: bool, tmp_path: Path) -> None:
+    config = two_ranks(tmp_path)
+    write_times(tmp_path, config, is_probe=is_probe)
+    name = PROBE_NAME if is_probe else MEASURED_NAME
+    found = read_measured(tmp_path / name)
+    assert found is not None
+    assert [getattr(found.measured, part) for part in PARTS] == [getattr(TIMES, part) for part in PARTS]
+    assert found.measured.kind == ("probe" if is_probe else "step")
+    assert found.measured.cut_ranges == tuple(facts_of(config).cut)
+    assert found.measured.layer_parameters == layer_parameters(config.model)
+    assert found.schedule.num_micro_batches == config.num_micro_batches
+    assert [path.name for path in tmp_path.glob("*.json*")] == [name]
+
+
+def test_missing_file_is_none_and_a_lost_folder_does_not_end_the_run(tmp_path: Path) -> None:
+    assert read_measured(tmp_path / MEASURED_NAME) is None
+    write_times(tmp_path / "gone", two_ranks(tmp_path), is_probe=False)
+    assert not (tmp_path / "gone").exists()
+
+
+def _without(key: str) -> Callable[[dict[str, Any]], object]:
+    return lambda values: values.pop(key)
+
+
+def _with(**changes: object) -> Callable[[dict[str, Any]], object]:
+    return lambda values: values.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (_without("schedule"), "schedule is missing"),
+        (_without("tokens"), "tokens: missing"),
+        (_with(tokens=0), "tokens: must be above 0"),
+        (_with(alone=0), "alone: must be above 0"),
+        (_with(latency_seconds=-1), "latency_seconds: must be 0 or above"),
+        (_with(kind="other"), "kind: must be one of probe, step"),
+        (_with(cut=[4]), "cut: must list"),
+        (_with(cut=[-1, 5]), "cut[0]: must be 0 or above"),
+        (_with(moe={"forward": -1.0}), "moe.forward: must be 0 or above"),
+        (_with(moe={"forward": 1.0, "sideways": 1.0}), "moe.sideways: unknown key"),
+        (_with(phases=[{}]), "phases[0].part: missing"),
+        (_with(surprise=1), "surprise: unknown key"),
+        (_with(schedule={"kind": "dualpipe"}), "is missing"),
+    ],
+)
+def test_wrong_record_is_one_line_with_its_place(
+    change: Callable[[dict[str, Any]], object], rule: str, tmp_path: Path
+) -> None:
+    write_times(tmp_path, two_ranks(tmp_path), is_probe=False)
+    path = tmp_path / MEASURED_NAME
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError) as refused:
+        read_measured(path)
+    assert str(refused.value).startswith(f"rates: {str(path)!r} must be what a run measured, is not: ")
+    assert rule in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_schedule_that_would_deadlock_is_rejected(tmp_path: Path) -> None:
+    write_times(tmp_path, two_ranks(tmp_path), is_probe=False)
+    path = tmp_path / MEASURED_NAME
+    values = json.loads(path.read_text())
+    values["schedule"]["ranks"][0].reverse()
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="must be what a run measured"):
+        read_measured(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"text"', "[" * 100_000, "\x00", '{"schedule": 1e999}'])
+def test_other_text_is_rejected(text: str, tmp_path: Path) -> None:
+    path = tmp_path / PROBE_NAME
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="must be what a run measured"):
+        read_measured(path)
+
+
+def test_bytes_and_large_files_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / PROBE_NAME
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match="must be what a run measured"):
+        read_measured(path)
+    monkeypatch.setattr(phases, "_MOST_BYTES", 3)
+    with pytest.raises(ConfigError, match="must have at most 3 bytes, has 4"):
+        read_measured(path)
