@@ -44,10 +44,9 @@ from launch.ranks.environment import apply_rank_environment, is_other_rank, is_t
 from launch.ranks.workers import run_on_local_ranks
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.manifest import MANIFEST_NAME, digest
-from train.config import InferenceConfig
+from train.config import EvaluationTasksConfig, InferenceConfig
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
-from train.config.evaluation import EvaluationTasksConfig
 from train.evaluation.page import PAGE_NAME, page
 
 FORMAT = 1

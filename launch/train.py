@@ -33,7 +33,7 @@ from train.files.status import read_status
 from train.memory.report import memory_lines
 from train.optim.learning_rate import schedule_warnings
 from train.records.terminal import guard_terminal, report_breaks
-from train.schedule.ramp import ramp_notices
+from train.schedule.cut import ramp_notices
 from train.tasks.registry import TASKS
 
 

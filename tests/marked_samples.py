@@ -14,9 +14,8 @@ from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from kernels.ranges import PositiveInt
 from tests.tiny import tiny_config
-from train.config import TrainConfig
-from train.config.token_schedule import TokenSchedule
-from train.tasks.sft import SftConfig
+from train.config import TokenSchedule, TrainConfig
+from train.tasks.samples import SftConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,9 +12,8 @@ from infer.scoring.reward import RewardConfig, ScoreSheet
 from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
 from model.objectives.policy_loss import PolicyLossConfig
 from tests.tiny import BATCH, MODEL, tiny_config
-from train.config import TrainConfig
+from train.config import TokenSchedule, TrainConfig
 from train.config.rollout import RolloutConfig, RolloutLimits
-from train.config.token_schedule import TokenSchedule
 from train.post.sample import RolloutHeader
 from train.tasks.grpo import GrpoConfig
 

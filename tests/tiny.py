@@ -17,12 +17,12 @@ from train.config import (
     PrecisionConfig,
     ProfileConfig,
     SamplesConfig,
+    StopGuardConfig,
+    TokenSchedule,
     TrackConfig,
     TrainConfig,
     ValidationConfig,
 )
-from train.config.guards import StopGuardConfig
-from train.config.token_schedule import TokenSchedule
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import DecayedRate, Duration
 from train.tasks.pretrain import PretrainConfig

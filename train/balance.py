@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from model.config import ModelConfig
 from model.transformer import routers
-from train.files.json_lines import JsonLines
+from train.files.json_lines import LOADS_NAME, JsonLines
 from train.replica import Replica
 
-LOADS_NAME = "loads.jsonl"
 _BIAS = ("bias_least", "bias_most", "bias_std")
 
 
@@ -58,7 +56,8 @@ class Balance:
 def update_router_bias(replica: Replica, rate: float) -> Balance:
     """Updates every router's bias by `rate` for the load of the whole global batch. All ranks call it."""
     world, shape, gates = replica.world, replica.config.model, routers(replica.network)
-    layers = layers_with_routers(shape)
+    # MTP modules are counted after the main layers.
+    layers = range(shape.num_dense_layers, shape.num_layers + shape.mtp_depth)
     rows = [layers.index(layer) for layer in gates]
     load_LE = torch.zeros(len(layers), shape.num_routed_experts, dtype=torch.int64, device=world.device)
     # Rows of layers that this rank does not hold stay -inf, so a maximum over all ranks fills every row.
@@ -77,16 +76,10 @@ def update_router_bias(replica: Replica, rate: float) -> Balance:
     return Balance(layers=layers, load_LE=load_LE.double(), bias_LS=bias_LS)
 
 
-def layers_with_routers(model: ModelConfig) -> range:
-    """Returns the numbers of all MoE layers. MTP modules are counted after the main layers."""
-    return range(model.num_dense_layers, model.num_layers + model.mtp_depth)
-
-
 class LoadLines:
     """The file `loads.jsonl` of rank 0 with the tokens per expert of every `every_steps`-th step."""
 
     def __init__(self, folder: Path, every_steps: int, first_step: int) -> None:
-        """Opens the file and removes lines of steps after `first_step`."""
         self._every = every_steps
         self._lines = JsonLines(folder / LOADS_NAME, first_step) if every_steps else None
 

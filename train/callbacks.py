@@ -31,11 +31,7 @@ class Callbacks:
 
 
 def call_on_first_rank(world: "World", name: str, calls: Callable[[], object] | None) -> None:
-    """Calls a function on rank 0 while the other ranks wait. All ranks call it.
-
-    Raises:
-        CallbackError: on every rank, if the function raised on rank 0.
-    """
+    """Calls a function on rank 0 while the other ranks wait. All ranks call it."""
     from torch import distributed as dist
 
     if calls is None:

@@ -90,7 +90,6 @@ class _Build:
         self._thread.start()
 
     def wait(self, seconds: float) -> State:
-        """Waits for the thread for at most `seconds`, and returns the state after that."""
         self._thread.join(seconds)
         return not self._thread.is_alive(), str(self.error) if isinstance(self.error, DataError) else ""
 

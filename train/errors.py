@@ -1,10 +1,11 @@
 """Defines the errors that end a run on all ranks, and the file in which a rank reports why it failed."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from comm.exit_codes import EXIT_HANG, EXIT_LOST
-from train.files.rank_files import RankFiles, find_rank_files
+from train.files.rank_files import RankFiles, find_rank_files, replace_text
 from train.files.secrets import redact
 
 LOG_FOLDER = "log"
@@ -26,8 +27,8 @@ class StepRefusal:
 
     step: int
     reason: str
-    values: dict[str, float]
-    ranks: tuple[int, ...]
+    values: Mapping[str, float] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
     last_good: int | None = None
     ends_run: bool = False
 
@@ -75,9 +76,7 @@ class ExitReason:
 def write_error(out_dir: Path, files: RankFiles, reason: ExitReason, details: str) -> None:
     """Writes why a rank failed to `rank_NNNNN.error.log`, if the run's folder exists."""
     path = files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.error.log"
-    partial = path.with_suffix(".partial")
-    partial.write_text(redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, redact(f"{reason.text}\nexit code {reason.code}\n\n{details}"))
 
 
 def read_error(path: Path) -> ExitReason:

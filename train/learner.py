@@ -1,22 +1,90 @@
 """Updates a replica: gradients, optimizer and average, with one learner for each size of a ramp."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from comm.dispatch.build import open_lane
 from data.batch_sizes import BatchSizes
 from dualpipe.ir import Schedule
-from dualpipe.runtime.program import first_use_order, reduction_order
 from model.gradients import GradientStore
+from model.transformer import BIAS, Transformer, named_tensors
 from train.config import EmaConfig
 from train.optim.config import OptimConfig
-from train.optim.ema import ParameterEma
-from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
+from train.optim.parameters import units_of
 from train.optim.staged import Background, StagedAdamW, build_optimizer
 from train.post.frozen import NetworkComparison, Reference
 from train.replica import Replica
-from train.tasks.hook import TaskHook
+from train.tasks.batch_reader import TaskHook
 from train.world import World
+
+
+class ParameterEma:
+    """The moving average of the weights that this rank holds (arXiv:2412.19437, section 3.2.3).
+
+    It owns the averages, a copy of the weights on the host, and a thread. After an update, the step waits only for the
+    copy; the thread averages during the next step. The router bias is not a weight and is copied without averaging.
+    """
+
+    def __init__(self, model: Transformer, decay: float) -> None:
+        """Starts with the present weights; `decay`, from 0 to below 1, is the weight of the old average."""
+        self._model = model
+        self._decay = decay
+        weights = named_tensors(model)
+        self._copies = {
+            name: torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+            for name, weight in weights.items()
+        }
+        self._averages = {name: torch.empty(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
+        self._under_way: Future[None] | None = None
+        self.follow_weights()
+
+    def update(self) -> None:
+        """Waits for the average of the previous update, copies the weights, and starts to average them."""
+        self.wait()
+        for name, weight in named_tensors(self._model).items():
+            self._copies[name].copy_(weight, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # host sync
+        self._under_way = self._worker.submit(self._average)
+
+    def wait(self) -> None:
+        """Waits until the averages include the last update, and raises the error of the thread."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the averages by released name, float32 on the host, unchanged until `update`."""
+        self.wait()
+        return self._averages
+
+    def loaded(self) -> None:
+        """Does nothing, because nothing else depends on the tensors of `state`."""
+
+    def follow_weights(self) -> None:
+        """Restarts the averages from the present weights."""
+        self.wait()
+        for name, weight in named_tensors(self._model).items():
+            self._averages[name].copy_(weight)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.wait()
+        self._worker.shutdown()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for name, average in self._averages.items():
+            if name.endswith(BIAS):
+                average.copy_(self._copies[name])
+            else:
+                average.mul_(self._decay).add_(self._copies[name].float(), alpha=1 - self._decay)
+
 
 _NO_NETWORK = NetworkComparison()
 _DATA_ALONE = TaskHook()
@@ -71,13 +139,14 @@ def open_learner(
 ) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
     model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
+    units = units_of(model, replica.stages, replica.schedule, world.groups)
     lane = open_lane(world.device, "reduction")
     background = Background(lane=lane, updates=replica.weight_updates, log=world.log)
     return Learner(
         replica=replica,
         config=optim,
         store=store,
-        optimizer=build_optimizer(_units(replica), store, world.groups.world, optim, background),
+        optimizer=build_optimizer(units, store, world.groups.world, optim, background),
         ema=None if ema.decay is None else ParameterEma(model, ema.decay),
         comparison=comparison,
         hook=hook,
@@ -95,11 +164,7 @@ class LearnersByBatchSize:
     def __init__(
         self, learner: Learner, sizes: BatchSizes, ramp: Mapping[int, Schedule], *, is_proven: bool = False
     ) -> None:
-        """Compiles the programs of the ramp.
-
-        Raises:
-            ScheduleError: a schedule is not valid, or places stages or messages on other ranks than the learner's.
-        """
+        """Compiles the programs of the ramp, whose schedules must place stages and messages as the learner's."""
         self.last = replace(learner, ramp=ramp)
         self._sizes = sizes
         self._sized = {
@@ -116,14 +181,3 @@ class LearnersByBatchSize:
 def _with_schedule(learner: Learner, schedule: Schedule, *, is_proven: bool) -> Learner:
     replica = learner.replica.with_schedule(schedule, is_proven=is_proven)
     return replace(learner, replica=replica, comparison=learner.comparison.with_schedule(schedule))
-
-
-def _units(replica: Replica) -> list[Unit]:
-    groups, schedule = replica.world.groups, replica.schedule
-    return split_into_units(
-        group_parameters(replica.model),
-        ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert),
-        {number: stage.parameters() for number, stage in replica.stages.items()},
-        StageOrders(reduction=reduction_order(schedule), first_use=first_use_order(schedule)),
-        None if groups.embedding is groups.stage else groups.embedding,
-    )

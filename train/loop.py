@@ -20,8 +20,7 @@ from train.guard.recovery import Recovery, RolledBack, Skipped, ends_of_sampling
 from train.learner import LearnersByBatchSize
 from train.listeners.checkpoints import Checkpoints
 from train.listeners.evaluation import Evaluator
-from train.listeners.listener import Done, Listener, Moment, RunParts
-from train.listeners.pictures import MissingVerdicts, Pictures
+from train.listeners.listener import Done, Listener, MissingVerdicts, Moment, Pictures, RunParts
 from train.listeners.samples import Samples
 from train.listeners.validation import Validator
 from train.records.pictures import PipelineTimeline
@@ -48,7 +47,6 @@ class TrainingLoop:
         first_step: int,
         callbacks: Callbacks | None = None,
     ) -> None:
-        """Opens what the loop uses: the loader, the profiler, the guard and the listeners."""
         world = learners.last.world
         out_dir = Path(config.out_dir)
         self.num_done = first_step

@@ -30,11 +30,10 @@ from train.checkpoint.manifest import (
 from train.config import TrainConfig, sized_config
 from train.memory.fitted_cut import fitted_cut
 from train.memory.predict import ramp_memory_cap
-from train.schedule.cut import num_stages, run_chunks, run_cut, with_cut
+from train.schedule.cut import num_stages, run_chunks, run_cut, sized_run, with_cut
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.nominal import nominal_costs
 from train.schedule.probe import measure
-from train.schedule.ramp import sized_run
 
 _LARGEST_SCHEDULE_BYTES = 2**28
 
@@ -62,16 +61,6 @@ class _Broadcast:
     cut: tuple[range, ...]
     ramp: dict[int, str]
     digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    """The schedule of a run, why it was chosen, the cut, and the costs of its stages if measured."""
-
-    schedule: Schedule
-    reason: str
-    cut: tuple[range, ...]
-    costs: CostModel | None = None
 
 
 def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
@@ -119,31 +108,30 @@ def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[
 
 
 def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
-    """Chooses and validates all schedules of a run."""
     begun = _begun(config)
     if begun is not None:
         # These are validated as they are read.
         schedule, reason = read_schedule(begun, config), f"the schedule of {begun.parent}"
         ramp = _begun_ramp(begun.parent, config)
         return Plan(schedule=schedule, reason=reason, cut=read_cut(begun.parent, config, schedule), ramp=ramp)
-    choice = _choose(config, times)
-    kind, chunks = choice.schedule.kind, choice.schedule.num_stages // config.parallelism.pipeline
+    whole, costs = _choose(config, times)
+    kind, chunks = whole.schedule.kind, whole.schedule.num_stages // config.parallelism.pipeline
     named = replace(config, schedule=replace(config.schedule, kind=kind, chunks=chunks))
-    ramp = ramp_schedules(with_cut(named, choice.cut), choice.costs)
-    for schedule in (choice.schedule, *ramp.values()):
+    ramp = ramp_schedules(with_cut(named, whole.cut), costs)
+    for schedule in (whole.schedule, *ramp.values()):
         validate_passes(schedule)
-    return Plan(schedule=choice.schedule, reason=choice.reason, cut=choice.cut, ramp=ramp)
+    return replace(whole, ramp=ramp)
 
 
-def _choose(config: TrainConfig, times: LayerTimes | None) -> _Choice:
-    """Builds the configured schedule, or the best one for measured times."""
+def _choose(config: TrainConfig, times: LayerTimes | None) -> tuple[Plan, CostModel | None]:
+    """Builds the configured schedule, or the best one for measured times, with the costs of its stages."""
     pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
     cache = schedules_folder(config.data.cache_dir)
     if kind != "auto":
         cut = fitted_cut(config, kind)
         costs = nominal_costs(with_cut(config, cut), kind)
         schedule = build(kind, pipeline, micro_batches, costs, config.memory_cap, cache)
-        return _Choice(schedule=schedule, reason="the configured one", cut=cut)
+        return Plan(schedule=schedule, reason="the configured one", cut=cut, ramp={}), None
     assert times is not None
     cuts: dict[tuple[str, int], tuple[range, ...]] = {}
 
@@ -165,7 +153,7 @@ def _choose(config: TrainConfig, times: LayerTimes | None) -> _Choice:
     best = choose(rows, config.memory_cap)
     reason = f"the best for the measured seconds: {best.reason}"
     cut = cuts[best.schedule.kind, best.schedule.num_stages]
-    return _Choice(schedule=best.schedule, reason=reason, cut=cut, costs=stage_costs(times, config, cut))
+    return Plan(schedule=best.schedule, reason=reason, cut=cut, ramp={}), stage_costs(times, config, cut)
 
 
 def _digest(schedule: str, ramp: Mapping[int, str]) -> str:

@@ -3,19 +3,25 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from comm.context.group import open_context
 from comm.context.protocol import SequenceParts
 from comm.dispatch.process_group import Observers
 from comm.protocol import Dispatcher
 from dualpipe.ir import Schedule, ScheduleError
+from dualpipe.passes import forward_only
+from dualpipe.runtime import pairing as pairings
 from dualpipe.runtime.clock import open_clock
+from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.execute import Execution, execute
-from dualpipe.runtime.program import Action, Program, RunKey, Step
+from dualpipe.runtime.program import Action, Program, RunKey, Step, with_reductions
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.transfers import linked_pairs
+from dualpipe.validate import validate_passes
 from model.gradients import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.offload import HostMemoryLink
@@ -35,7 +41,6 @@ from train.network import (
 )
 from train.optim.staged import WeightUpdates
 from train.schedule.links import PipelineLinks, open_links
-from train.schedule.programs import compile_programs
 from train.world import World
 
 Batches = Callable[[int, int], MicroBatch | None]
@@ -157,11 +162,14 @@ class Replica:
         A stage waits for its weights before its first micro-batch.
         """
         steps = () if store is None else self.train_program.steps
-        offloads = _Offloads(
-            runs=frozenset(step.run for step in steps if step.action is Action.OFFLOAD), link=self.world.host_copies
-        )
         step = _StepInputs(
-            batches=batches, objective=objective, sums=sums, store=store, routes=routes, offloads=offloads
+            batches=batches,
+            objective=objective,
+            sums=sums,
+            store=store,
+            routes=routes,
+            offloaded=frozenset(step.run for step in steps if step.action is Action.OFFLOAD),
+            link=self.world.host_copies,
         )
         parts, slices, wait = self.parts, self.schedule.slices, self.weight_updates.wait
         return {
@@ -193,23 +201,16 @@ class Replica:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Offloads:
-    """The runs of a step whose activations are offloaded, and the link to host memory."""
-
-    runs: frozenset[RunKey]
-    link: HostMemoryLink
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _StepInputs:
-    """What all stages of one step share."""
+    """What all stages of one step share, and the runs whose activations the link takes to host memory."""
 
     batches: Batches
     objective: Objective
     sums: LossSums
     store: GradientStore | None
     routes: Routes | None
-    offloads: _Offloads
+    offloaded: frozenset[RunKey]
+    link: HostMemoryLink
 
 
 class _BoundStage:
@@ -229,7 +230,7 @@ class _BoundStage:
         """Starts a micro-batch, after the last update of the stage's weights."""
         self._wait_for_weights()
         step = self._step
-        is_offloaded = RunKey(direction, self._number, micro_batch) in step.offloads.runs
+        is_offloaded = RunKey(direction, self._number, micro_batch) in step.offloaded
         return self._stage.start(
             step.batches(direction, micro_batch),
             step.objective,
@@ -237,7 +238,7 @@ class _BoundStage:
             step.store,
             place=self._places.place(direction, micro_batch),
             routes=step.routes,
-            link=step.offloads.link if is_offloaded else None,
+            link=step.link if is_offloaded else None,
         )
 
 
@@ -254,7 +255,9 @@ def open_replica(
     dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
     part = stage_part(config.model, held, cut, experts)
-    model = build_model(config, dispatcher, part, world.device, world.open_context(observers))
+    model = build_model(
+        config, dispatcher, part, world.device, open_context(world.groups.context, world.layout, observers)
+    )
     stages = build_stages(model, held, cut)
     train_program, forward_program = compile_programs(
         schedule, config.pairing, world.pipeline_index, stages, is_proven=is_proven
@@ -275,3 +278,25 @@ def open_replica(
         dispatcher=dispatcher,
         observers=observers,
     )
+
+
+def compile_programs(
+    schedule: Schedule,
+    pairing: Literal["overlapped", "sequential"],
+    pipeline_rank: int,
+    stages: Mapping[int, Stage],
+    *,
+    is_proven: bool = False,
+) -> tuple[Program, Program]:
+    """Compiles programs for training and for forward alone; validates an unproven schedule.
+
+    Raises:
+        ScheduleError: the schedule is not valid.
+    """
+    if not is_proven:
+        validate_passes(schedule)
+    forwards = forward_only(schedule)
+    order = {"overlapped": pairings.overlapped, "sequential": pairings.sequential}[pairing]
+    lanes = {number: stage.lanes for number, stage in stages.items()}
+    training = with_reductions(compile_rank(schedule, pipeline_rank, lanes, order))
+    return training, compile_rank(forwards, pipeline_rank, lanes, order)

@@ -1,7 +1,11 @@
-"""Runs one rank of a training run, from an empty process to an exit code."""
+"""Runs one rank of a training run, from an empty process to an exit code or a crash report."""
 
+import faulthandler
+import json
+import logging
 import os
 import sys
+import tempfile
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,23 +21,33 @@ from comm.preemption import Preemption
 from comm.watchdog.collective_log import CollectiveLog, cuda_mark
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import JobKeyError, Membership
+from comm.watchdog.ranks import RankSet
 from comm.watchdog.rendezvous import Job, join
+from comm.watchdog.verdict import Verdict
 from data.prepare import Prepared
 from data.progress import printable_on
 from train.callbacks import Callbacks
 from train.checkpoint.load import resolve_resume
 from train.config import TrainConfig
-from train.errors import CallbackError, PreemptedError, RescuedError, StoppedError, UnscoredError
+from train.errors import (
+    LOG_FOLDER,
+    CallbackError,
+    ExitReason,
+    PreemptedError,
+    RescuedError,
+    StoppedError,
+    UnscoredError,
+    write_error,
+)
 from train.files.json_lines import try_append_event
 from train.files.rank_files import RankFiles
-from train.files.status import State, StatusFile
+from train.files.status import State, StatusFile, write_end
 from train.learner import Learner, LearnersByBatchSize, open_learner
 from train.loop import TrainingLoop
 from train.network import ReplicaConfig
 from train.plan import Plan, plan
 from train.post.frozen import open_comparison
 from train.post.sampler import open_hook
-from train.records.crash_report import CrashReporter
 from train.records.display import PhaseLines
 from train.records.reporter import open_reporter
 from train.records.run_summary import print_run_summary
@@ -41,7 +55,6 @@ from train.records.terminal import report_breaks
 from train.replica import open_replica
 from train.report.write import Report
 from train.schedule.measured import MeasuredRun, RunFacts, probed, try_to_write
-from train.schedule.placement import embedding_ranks, is_mirrored
 from train.startup import (
     broadcast_config,
     compare_ranks,
@@ -50,7 +63,10 @@ from train.startup import (
     prepare_corpus_together,
     raise_if_preempted,
 )
-from train.world import World, open_world
+from train.world import World, build_groups, open_world
+
+LOGGER = logging.getLogger("train")
+_MAX_LISTED = 64
 
 
 def main(config: TrainConfig, *, reports_on_stderr: bool = False, callbacks: Callbacks | None = None) -> int:
@@ -90,7 +106,7 @@ def _join(
     config: TrainConfig,
     member: Membership,
     log: CollectiveLog,
-    crash_reporter: CrashReporter,
+    crash_reporter: "CrashReporter",
     *,
     reports_on_stderr: bool,
 ) -> Job:
@@ -134,7 +150,6 @@ class _RunOutcome:
 
     @classmethod
     def of_error(cls, error: PreemptedError | StoppedError | RescuedError | CallbackError) -> "_RunOutcome":
-        """Returns the outcome of a run that ended with an error on all ranks."""
         match error:
             case PreemptedError():
                 return cls("preempted", EXIT_PREEMPTED, str(error))
@@ -155,7 +170,7 @@ class _TrainingRank:
         self,
         job: Job,
         log: CollectiveLog,
-        crash_reporter: CrashReporter,
+        crash_reporter: "CrashReporter",
         preemption: Preemption,
         callbacks: Callbacks | None,
         lines: PhaseLines,
@@ -192,12 +207,7 @@ class _TrainingRank:
             planned = plan(config, layout, device)
         _write_probe(config, planned, device)
         with self._phase("creation of process groups"):
-            groups = Groups(
-                layout,
-                mirrored=is_mirrored(planned.schedule),
-                timeout_seconds=config.cluster.timeout_seconds,
-                embedding=embedding_ranks(planned.schedule, config.model.mtp_depth),
-            )
+            groups = build_groups(layout, planned.schedule, config.model.mtp_depth, config.cluster.timeout_seconds)
         end = _RunOutcome("done", 0)
         try:
             raise_if_preempted(self._preemption, self._log, groups)
@@ -282,3 +292,65 @@ class _TrainingRank:
             raise
         finally:
             reporter.close()
+
+
+class CrashReporter:
+    """The writer of a rank's crash report, which the watchdog calls once."""
+
+    out_dir: Path | None
+
+    def __init__(self, files: RankFiles, log: CollectiveLog, *, reports_on_stderr: bool) -> None:
+        """Writes nothing yet. Without `reports_on_stderr`, the launcher prints the report."""
+        self.out_dir = None
+        self._files = files
+        self._log = log
+        self._reports_on_stderr = reports_on_stderr
+
+    def write(self, verdict: Verdict) -> None:
+        """Writes `log/rank_*.error.log` and `.operations.jsonl`, unless another rank's own error is the cause."""
+        if self._reports_on_stderr:
+            # One write, because all ranks may print at the same time and the launcher gave them one stderr.
+            with suppress(OSError):
+                line = f"error: rank {self._files.rank} ends: {verdict.text}\n"
+                os.write(sys.stderr.fileno(), printable_on(sys.stderr, line).encode())
+        LOGGER.info("ends with exit code %d: %s", verdict.code, verdict.text)
+        if self.out_dir is None or verdict.code == EXIT_OTHER:
+            return
+        if self._files.rank in (0, verdict.judge):
+            # If rank 0 is lost, the rank that detected it writes the status.
+            with suppress(OSError):
+                write_end(self.out_dir, "lost", verdict.code, verdict.text)
+        # A deleted folder is not created again, and an error here must not keep the watchdog from ending the process.
+        with suppress(OSError):
+            self._write_files(self.out_dir, verdict)
+
+    def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
+        waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
+        reason, details = ExitReason(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}"
+        write_error(out_dir, self._files, reason, details)
+        path = self._files.folder(out_dir / LOG_FOLDER) / f"{self._files.stem}.operations.jsonl"
+        path.write_text(self._operations(), encoding="utf-8")
+
+    def _operations(self) -> str:
+        """Returns the last collectives and transfers, one JSON object per line, the oldest first."""
+        awaited, progress = {operation for operation, _ in self._log.awaited()}, self._log.progress()
+        lines = []
+        for started, operation in self._log.recent():
+            is_over = operation not in awaited and operation.number <= progress[operation.group].finished
+            state = "awaited" if operation in awaited else "finished" if is_over else "started"
+            line = {"time": started, "group": operation.group, "number": operation.number, "operation": operation.name}
+            label = None if operation.label is None else str(operation.label)
+            lines.append(json.dumps({**line, "of": label, "state": state, "ranks": _ranks(operation.ranks)}))
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _ranks(ranks: RankSet) -> list[int] | str:
+    """Returns the ranks of a group: as a list, or as progressions in one text if there are many."""
+    return sorted(ranks) if len(ranks) <= _MAX_LISTED else str(ranks)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read()

@@ -18,16 +18,14 @@ from dualpipe.runtime.program import Action, Step
 from model.objective import BALANCE, MAIN, LossSums
 from model.transformer import routers
 from train.balance import Balance, update_router_bias
-from train.config import TaskConfig
-from train.config.guards import StopGuardConfig
+from train.config import StopGuardConfig, TaskConfig
 from train.errors import RefusedStepError
 from train.guard.guard import LOSS, NORM, Guard, describe_refusal
 from train.learner import Learner
 from train.optim.config import OptimConfig
 from train.optim.learning_rate import learning_rate
 from train.replica import Replica
-from train.tasks.batch_reader import BatchReader
-from train.tasks.hook import StepBatch
+from train.tasks.batch_reader import BatchReader, StepBatch
 from train.tasks.registry import StepRates, Task, open_task
 
 _MTP = "mtp_"
@@ -164,7 +162,7 @@ def _update(learner: Learner, guard: Guard, losses: Losses, step: int, rate: flo
             describe_refusal(world, guard, step, reason, norm_here, is_finite_here=losses.is_finite_here)
         )
     if bad is not None:
-        raise RefusedStepError(bad.refusal(step))
+        raise RefusedStepError(bad)
     guard.accept(losses.total, norm)
     return norm
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.config import DispatchConfig
-from comm.context.group import open_context
-from comm.context.protocol import ContextGroup
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.requirements import TokenSizes
@@ -21,7 +19,9 @@ from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
+from dualpipe.ir import Schedule
 from train.files.rank_files import RankFiles
+from train.schedule.cut import embedding_ranks, is_mirrored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +93,6 @@ class World:
         )
         return build_dispatcher(config, parts)
 
-    def open_context(self, observers: Observers) -> ContextGroup:
-        """Opens the group of ranks that share this rank's sequences. All ranks call it at the same point."""
-        return open_context(self.groups.context, self.layout, observers)
-
     def observers(self) -> Observers:
         """Returns new traffic counters that share this process's log. Each replica has its own counters."""
         return Observers(Traffic(), self.log)
@@ -125,4 +121,14 @@ def open_world(
         lane=open_lane(device),
         host_copies=open_host_copies(device),
         preemption=preemption or Preemption(),
+    )
+
+
+def build_groups(layout: Layout, schedule: Schedule, mtp_depth: int, timeout_seconds: float) -> Groups:
+    """Builds this rank's process groups for a schedule's placement. All ranks call it at the same point."""
+    return Groups(
+        layout,
+        mirrored=is_mirrored(schedule),
+        timeout_seconds=timeout_seconds,
+        embedding=embedding_ranks(schedule, mtp_depth),
     )

@@ -26,7 +26,7 @@ from train.schedule import probe
 from train.schedule.layer_times import LayerTimes, stage_costs
 from train.schedule.nominal import planning_schedule
 from train.step import accumulate, rates_of
-from train.tasks.hook import StepBatch
+from train.tasks.batch_reader import StepBatch
 
 MOST_OFF = 0.15
 

@@ -28,7 +28,7 @@ from tests.data.released_tokenizer import write_released
 from train.checkpoint.manifest import CheckpointError, write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError, divisors, multiples
-from train.schedule.ramp import ramp_notices
+from train.schedule.cut import ramp_notices
 
 RAMP_OF_ODD = ("4 to 6", "10", "14")
 RAMP = "{start_sequences:%d,end_tokens:1000,num_sizes:%d}"

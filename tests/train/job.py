@@ -36,15 +36,12 @@ from train.network import ReplicaConfig, weight_dtype
 from train.optim.parameters import group_parameters
 from train.plan import ramp_schedules
 from train.post.frozen import open_comparison
-from train.post.sampler import open_hook
-from train.post.student import StudentSampler
+from train.post.sampler import StudentSampler, open_hook
 from train.replica import open_replica
-from train.schedule.cut import run_cut
-from train.schedule.placement import embedding_ranks, is_mirrored
+from train.schedule.cut import embedding_ranks, is_mirrored, run_cut
 from train.step import Losses, accumulate, rates_of, reduce_losses
-from train.tasks.batch_reader import BatchReader
+from train.tasks.batch_reader import BatchReader, StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
-from train.tasks.hook import StepBatch, TaskHook
 from train.tasks.registry import TASKS, StepRates, Task, open_task
 from train.tasks.scores import is_scores_folder
 from train.world import World, open_world

@@ -25,10 +25,9 @@ from train.config.errors import ConfigError
 from train.memory.fitted_cut import fitted_cut
 from train.memory.predict import predict_memory
 from train.schedule.balanced_cut import CutLimits, balanced_cut
-from train.schedule.chunks import with_chunks
 from train.schedule.cut import run_cut, run_placement, with_cut
 from train.schedule.layer_times import nominal_times, stage_costs
-from train.schedule.nominal import nominal_costs
+from train.schedule.nominal import nominal_costs, with_chunks
 from train.schedule.stage_work import (
     LaneWork,
     ModelWork,

@@ -27,9 +27,8 @@ from train.config import TrainConfig
 from train.corpus import prepare_corpus
 from train.evaluation.pipelined import PipelinedModel
 from train.files.json_lines import JsonLines
-from train.listeners.validation import Validation, validate
+from train.listeners.validation import LossByPosition, Validation, validate
 from train.network import ReplicaConfig
-from train.records.by_position import LossByPosition
 from train.records.run_summary import corpus_lines
 from train.replica import open_replica
 from train.schedule.cut import run_cut

@@ -18,7 +18,7 @@ from tests.train.test_equality import assert_starved_equal_one_rank
 from train.config import TrainConfig
 from train.records.step_record import exchange_metrics
 from train.step import accumulate, rates_of
-from train.tasks.hook import StepBatch
+from train.tasks.batch_reader import StepBatch
 
 TWO_HOP = TwoHopDispatchConfig(
     kind="two_hop", payload="full", max_nodes=4, node_cap="verify", chunks=2, partial_sums="rows"

@@ -23,22 +23,24 @@ from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config
 from tests.train.job import close_job, open_job
 from train.checkpoint.state import Slice
 from train.config import (
+    GuardConfig,
     OptimConfig,
     Precision,
     PrecisionConfig,
+    RollBackGuardConfig,
+    SkipGuardConfig,
+    StopGuardConfig,
     TrainConfig,
 )
-from train.config.guards import GuardConfig, RollBackGuardConfig, SkipGuardConfig, StopGuardConfig
-from train.errors import RefusedStepError, StoppedError
+from train.errors import RefusedStepError, StepRefusal, StoppedError
 from train.files.json_lines import JsonLines, read_events
 from train.files.status import StatusFile
 from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
-from train.guard.rollout_guard import BadWeights
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
 from train.records.reporter import Reporter
-from train.tasks.hook import StepBatch, TaskHook
+from train.tasks.batch_reader import StepBatch, TaskHook
 
 STOP = StopGuardConfig(kind="stop", spike_factor=0.0, spike_window_steps=4)
 SKIP = SkipGuardConfig(kind="skip", spike_factor=0.0, spike_window_steps=3, max_consecutive=2)
@@ -173,7 +175,7 @@ def _run_one(rank: int, job: Job) -> tuple[str, dict[str, Tensor]]:
 
     def judged_batch(hook: TaskHook, loader: Loader, step: int) -> StepBatch:
         if step in job.bad_weights:
-            raise RefusedStepError(BadWeights(reason="bad", values={}, last_good=step - 1).refusal(step))
+            raise RefusedStepError(StepRefusal(step=step, reason="bad", last_good=step - 1))
         return hook.prepare(loader, step)
 
     training._recovery.guard.judged_batch = judged_batch  # type: ignore[method-assign]

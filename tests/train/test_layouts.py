@@ -22,8 +22,7 @@ from tests.tiny import BATCH, tiny_config, write_text
 from tests.train.job import Job, Seen, close_job, open_job, open_loader, run_jobs, run_plain, score_pass, task_of
 from tests.train.test_command import read_metrics, run_train
 from tests.train.test_equality import assert_equal_one_rank, assert_zero1_equal, zero1
-from train.config import TrainConfig
-from train.config.token_schedule import TokenSchedule
+from train.config import TokenSchedule, TrainConfig
 from train.learner import LearnersByBatchSize
 from train.listeners.validation import validate_pass
 from train.step import rates_of

@@ -27,10 +27,9 @@ from train.checkpoint.load import load
 from train.checkpoint.state import Slice
 from train.config import EmaConfig, PrecisionConfig, TrainConfig
 from train.config.errors import ConfigError
-from train.learner import Learner
+from train.learner import Learner, ParameterEma
 from train.optim.adamw import Bf16MomentsAdamW, build_adamw, moments_of
 from train.optim.config import OptimConfig
-from train.optim.ema import ParameterEma
 from train.optim.parameters import ParameterGroups, ReductionGroups, StageOrders, split_into_units
 from train.optim.staged import Background, WeightUpdates, build_optimizer
 from train.step import train_step

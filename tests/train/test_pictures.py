@@ -30,7 +30,6 @@ from tests.train.test_command import read_metrics, run_train
 from train.config import ProfileConfig, TrainConfig
 from train.learner import Learner
 from train.planner.compare import compared_run
-from train.records.metrics import Wandb, mfu
 from train.records.pictures import (
     PAGE_NAME,
     SVG_NAME,
@@ -41,6 +40,8 @@ from train.records.pictures import (
     write_pictures,
 )
 from train.records.profile import StepProfiler, profile_notice
+from train.records.reporter import Wandb
+from train.records.step_record import mfu
 from train.schedule.measured import MEASURED_NAME, read_measured, stage_phases
 from train.step import StepResult, train_step
 

@@ -58,7 +58,7 @@ def _validations(rank: int, world_size: int, config: TrainConfig) -> tuple[int, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.plan.validate_passes", count)
-        patch.setattr("train.schedule.programs.validate_passes", count)
+        patch.setattr("train.replica.validate_passes", count)
         planned = plan(config, Layout(config.parallelism, config.cluster.ranks_per_node), torch.device("cpu"))
         in_plan = len(counted)
         world = make_world(config, planned.schedule)

@@ -23,8 +23,7 @@ from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text
 from tests.train.job import close_job, open_job, open_loader, sequential_step
 from train.checkpoint.state import Slice
-from train.config import PrecisionConfig, TrainConfig
-from train.config.guards import StopGuardConfig
+from train.config import PrecisionConfig, StopGuardConfig, TrainConfig
 from train.errors import RefusedStepError
 from train.guard.guard import Guard
 from train.learner import Learner

@@ -21,8 +21,7 @@ from train.balance import Balance, LoadLines, update_router_bias
 from train.config import TrainConfig
 from train.learner import Learner
 from train.step import accumulate, rates_of
-from train.tasks.batch_reader import BatchReader
-from train.tasks.hook import StepBatch
+from train.tasks.batch_reader import BatchReader, StepBatch
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ from train.files.status import StatusFile
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.records.reporter import Reporter
-from train.schedule.placement import embedding_ranks, is_mirrored
+from train.schedule.cut import embedding_ranks, is_mirrored
 from train.startup import compare_ranks
 
 

@@ -20,8 +20,7 @@ from tests.train.job import close_job, open_job, open_loader, save_checkpoint
 from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.manifest import CheckpointError
-from train.config import TrainConfig
-from train.config.token_schedule import TokenSchedule
+from train.config import TokenSchedule, TrainConfig
 from train.step import train_step
 
 # The last bytes that can be written are in the middle of a tensor, or in its header.

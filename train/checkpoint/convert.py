@@ -222,7 +222,8 @@ class _Counter:
 
     def __init__(self, source: _Source, shard_bytes: int, say: Say) -> None:
         shapes = held_weights(source.config)
-        self._sizes = {name: _num_bytes(shape, source.dtypes[name]) for name, shape in shapes.items()}
+        stored = {name: Stored(shape, source.dtypes[name]) for name, shape in shapes.items()}
+        self._sizes = {name: each.num_elements * TORCH_DTYPES[each.dtype].itemsize for name, each in stored.items()}
         self._source = source
         self._shard_bytes = shard_bytes
         self._say = say
@@ -232,7 +233,6 @@ class _Counter:
         self.num_tensors = 0
 
     def read(self, name: str) -> Tensor:
-        """Reads a tensor of the source, and prints the progress if a shard is complete."""
         tensor = self._source.read(name)
         if name in self._read:  # an MTP module's copy
             return tensor
@@ -244,10 +244,6 @@ class _Counter:
             how_far = progress_text(self.num_bytes, sum(self._sizes.values()), time.monotonic() - self._began)
             self._say(f"read {self.num_tensors} of {len(self._sizes)} tensors, {how_far}")
         return tensor
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: StoredDtype) -> int:
-    return Stored(shape, dtype).num_elements * TORCH_DTYPES[dtype].itemsize
 
 
 def _bytes_text(num_bytes: int) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import distributed as dist
 
-from comm.agreement import Reports, exchange_reports
+from comm.agreement import exchange_reports
 from comm.dispatch.local import LocalDispatcher
 from data.progress import NoProgress, progress_on
 from model.config import Computing, ModelConfig, Products
@@ -29,11 +29,7 @@ _LONGEST_TEXT = 300
 
 
 class PartError(RuntimeError):
-    """Ranks could not save or load their part. Raised on every rank; `reports` says which ranks and why."""
-
-    def __init__(self, reports: Reports) -> None:
-        super().__init__(f"{reports.name_ranks()}: {reports.first_text}")
-        self.reports = reports
+    """Ranks could not save or load their part. Raised on every rank; it says which ranks and why."""
 
 
 def run_on_all(act: Callable[[], ValueT], group: dist.ProcessGroup | None = None) -> ValueT:
@@ -50,7 +46,7 @@ def run_on_all(act: Callable[[], ValueT], group: dist.ProcessGroup | None = None
         problem = error
     reports = exchange_reports(None if problem is None else _first_line(problem), group)
     if reports.total:
-        raise PartError(reports) from problem
+        raise PartError(f"{reports.name_ranks()}: {reports.first_text}") from problem
     return results[0]
 
 
@@ -138,7 +134,6 @@ def load(learner: Learner, folder: Path) -> None:
 
 
 def _stored_extras(folder: Path, learner: Learner, index: Index) -> Extras:
-    """Returns the further state of a learner that the checkpoint holds."""
     prefixes = {name.partition(".")[0] for name in index}
     found: Extras = {prefix: extra for prefix, extra in learner.extras.items() if prefix in prefixes}
     if "reference" in learner.extras and "reference" not in found:

@@ -110,7 +110,6 @@ class PartReader:
         return entry
 
     def _position(self, name: str, part: TensorPart, header: Mapping[str, TensorEntry]) -> TensorEntry:
-        """Returns the position of a part's data in its file."""
         stored = self._index[name].stored_part(part)
         entry = header.get(name)
         if entry is None:

@@ -122,7 +122,6 @@ class CheckpointSaver:
             self._unreported.append(folder)
 
     def _write(self, step: int, copied: State) -> Path:
-        """Writes a checkpoint and returns its folder."""
         final = step_folder(self._root.parent, step)
         partial = final.with_name(final.name + ".partial")
         try:

@@ -10,8 +10,7 @@ from model.transformer import named_tensors
 from train.checkpoint.index import PREFIXES
 
 if TYPE_CHECKING:
-    from train.learner import Learner
-    from train.optim.ema import ParameterEma
+    from train.learner import Learner, ParameterEma
     from train.post.frozen import Reference
 
 OPTIMIZER_PREFIX = "optimizer."

@@ -157,7 +157,6 @@ def check_compatible(
 
 
 def _check_shape(folder: Path, manifest: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
-    """Refuses another architecture, precision or order of samples."""
     model = differences("model", manifest.get("model"), shape["model"])
     if model:
         raise CheckpointError(f"resume: {folder} is a checkpoint of another architecture: {'; '.join(model)}")

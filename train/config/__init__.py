@@ -1,7 +1,9 @@
 """Defines the configuration of a run, whose keys `conf/` explains. No torch here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any, Literal, Self
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS
@@ -10,17 +12,199 @@ from data.batch_sizes import BatchRamp, BatchSizes
 from data.config import DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
+from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskConfig
 from infer.scoring.reward import RewardConfig
 from kernels.attention import ATTENTION
-from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne
+from kernels.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne, ZeroOrAbove
 from model.config import Computing, InferencePrecision, ModelConfig, Products, Recomputed
 from model.size import slice_lengths
-from train.config.evaluation import NO_EVALUATION, RunEvaluationConfig
-from train.config.guards import GuardConfig
+from train.config.decode import decode, encode
+from train.config.errors import ConfigError
 from train.config.rollout import RolloutConfig
-from train.config.token_schedule import TokenSchedule
+from train.config.tasks import TASKS
 from train.optim.config import OptimConfig
-from train.tasks.registry import TASKS
+
+_SCHEDULE_RULE = "must be a number, or a list of {from_tokens, value} whose first has from_tokens: 0"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPoint:
+    """A value, and the number of tokens of the run from which on it is used."""
+
+    from_tokens: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSchedule:
+    """A number, 0 or above, that is piecewise constant over the tokens of the run.
+
+    YAML and the command line write it as a number, or as a list: `[{from_tokens: 0, value: 0.3}, {from_tokens: 10e12,
+    value: 0.1}]`. The value of a step depends only on the tokens that were read before it, not on the layout or on the
+    step from which the run was resumed.
+    """
+
+    points: tuple[TokenPoint, ...]
+
+    @classmethod
+    def constant(cls, value: float) -> Self:
+        """Returns the schedule with one value for the whole run."""
+        return cls(points=(TokenPoint(from_tokens=0, value=value),))
+
+    @classmethod
+    def from_plain(cls, value: object) -> Self:
+        """Reads a schedule from a number or a list."""
+        if not isinstance(value, list | tuple):
+            return cls.constant(_value(value, value))
+        points = tuple(_point(item) for item in value)
+        starts = [point.from_tokens for point in points]
+        if not starts or starts[0] != 0:
+            raise ValueError(f"{_SCHEDULE_RULE}, is {value!r}")
+        if starts != sorted(set(starts)):
+            raise ValueError(f"from_tokens must increase from one to the next, are {', '.join(map(str, starts))}")
+        return cls(points=points)
+
+    def to_plain(self) -> object:
+        """Returns what `from_plain` reads."""
+        if len(self.points) == 1:
+            return self.points[0].value
+        return [{"from_tokens": point.from_tokens, "value": point.value} for point in self.points]
+
+    def at(self, tokens: int) -> float:
+        """Returns the value of a step."""
+        return next(point.value for point in reversed(self.points) if point.from_tokens <= tokens)
+
+
+def _point(item: object) -> TokenPoint:
+    if not isinstance(item, Mapping) or set(item) != {"from_tokens", "value"}:
+        raise ValueError(f"{_SCHEDULE_RULE}, one is {item!r}")
+    tokens = _number(item["from_tokens"])
+    if tokens is None or tokens < 0 or tokens != tokens.to_integral_value():
+        raise ValueError(f"from_tokens must be a whole number of 0 or above, is {item['from_tokens']!r}")
+    return TokenPoint(from_tokens=int(tokens), value=_value(item["value"], item))
+
+
+def _value(value: object, shown: object) -> float:
+    number = _number(value)
+    if number is None:
+        raise ValueError(f"{_SCHEDULE_RULE}, is {shown!r}")
+    if number < 0:
+        raise ValueError(f"must be 0 or above, is {value}")
+    return float(number)
+
+
+def _number(value: object) -> Decimal | None:
+    """Returns a finite number, or None. YAML 1.1 reads numbers such as 14.3e12 as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = Decimal(str(value).replace("_", ""))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+_Names = tuple[Annotated[str, EVALUATION_TASKS], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTasksConfig:
+    """Evaluation tasks, and pairs of a registered task's name and its configuration."""
+
+    tasks: tuple[str, ...]
+    configured: tuple[tuple[str, EvaluationTaskConfig], ...] = ()
+
+    @property
+    def settings(self) -> dict[str, EvaluationTaskConfig]:
+        """The configuration of each registered task that has one, by name."""
+        return dict(self.configured)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "EvaluationTasksConfig":
+        """Decodes the key `tasks` and a group of keys for each task."""
+        names: tuple[str, ...] = decode(_Names, values.get("tasks"), "tasks")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"tasks: must name a task once, is {list(names)}; nearest valid: one {name}")
+        configured = tuple(
+            (name, decode(spec.config, values.get(name, {}), name))
+            for name, spec in EVALUATION_TASKS.items()
+            if name in values or name in names
+        )
+        return cls(tasks=names, configured=configured)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns the values that `from_plain` reads."""
+        return {"tasks": list(self.tasks), **{name: encode(each) for name, each in self.settings.items()}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Interval:
+    every_steps: NonNegativeInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEvaluationConfig:
+    """Evaluations during training."""
+
+    every_steps: int
+    tasks: EvaluationTasksConfig
+
+    @classmethod
+    def from_plain(cls, values: object) -> "RunEvaluationConfig":
+        """Decodes the keys `every_steps` and `tasks`, and a group of keys for each task."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"must hold keys and values, is {values!r}")
+        known = ("tasks", *EVALUATION_TASKS.names())
+        own = {key: value for key, value in values.items() if key not in known}
+        tasks = EvaluationTasksConfig.from_plain({key: values[key] for key in known if key in values})
+        return cls(every_steps=decode(_Interval, own).every_steps, tasks=tasks)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns the values that `from_plain` reads."""
+        return {"every_steps": self.every_steps, **self.tasks.to_plain()}
+
+
+NO_EVALUATION = RunEvaluationConfig(every_steps=0, tasks=EvaluationTasksConfig(tasks=()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopGuardConfig:
+    """A guard that ends the run if a step's loss or gradient norm is not finite, or is a spike.
+
+    A spike is larger than `spike_factor` times the median of the previous `spike_window_steps` steps. Steps before the
+    window is full are not spikes, and with `spike_factor` 0 no step is.
+    """
+
+    kind: Literal["stop"]
+    spike_factor: Annotated[float, ZeroOrAbove(1)]
+    spike_window_steps: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipGuardConfig:
+    """A guard that skips refused steps, and ends the run after more than `max_consecutive` in a row."""
+
+    kind: Literal["skip"]
+    spike_factor: Annotated[float, ZeroOrAbove(1)]
+    spike_window_steps: PositiveInt
+    max_consecutive: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollBackGuardConfig:
+    """A guard that rolls back to the newest checkpoint, and skips the refused batch on the second pass.
+
+    The run ends after more than `max_consecutive` rollbacks without a step beyond the last refused one.
+    """
+
+    kind: Literal["roll_back"]
+    spike_factor: Annotated[float, ZeroOrAbove(1)]
+    spike_window_steps: PositiveInt
+    max_consecutive: PositiveInt
+
+
+GuardConfig = StopGuardConfig | SkipGuardConfig | RollBackGuardConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -79,7 +79,8 @@ def _members(hint: Any) -> dict[Any, Any]:
 
 
 def _by_kind(members: Sequence[Any]) -> dict[Any, Any]:
-    return {kind: member for member in members if is_dataclass(member) for kind in _kinds_of(member)}
+    classes = [member for member in members if is_dataclass(member)]
+    return {kind: member for member in classes for kind in get_args(get_type_hints(member)["kind"])}
 
 
 def _decode(hint: Any, value: object, place: str) -> Any:
@@ -242,11 +243,6 @@ def _in_ranges(number: Any, marks: Sequence[object], place: str) -> Any:
 
 def _registry_in(marks: Sequence[object]) -> Registry[Any] | None:
     return next((mark for mark in marks if isinstance(mark, Registry)), None)
-
-
-def _kinds_of(member: Any) -> tuple[str, ...]:
-    """Returns the valid values of a dataclass's field `kind`."""
-    return get_args(get_type_hints(member)["kind"])
 
 
 def _join(place: str, key: str) -> str:

@@ -36,7 +36,6 @@ svg text{fill:var(--ink);font-size:12.5px}svg .soft{fill:var(--soft)}svg{max-wid
 
 
 def _task(name: str, result: TaskResult, compared: Mapping[str, PairedComparison] | None) -> str:
-    """Returns the section of a task."""
     parts = [f"<h2>{escape(name)}<small>{result.num_samples:,} samples</small></h2>"]
     parts += [f"<p>{escape(note)}</p>" for note in result.details.notes]
     values = {metric: (each.value, each.standard_error) for metric, each in result.estimates.items()}
@@ -82,7 +81,6 @@ def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -
 
 
 def _grid(grid: ResultGrid) -> str:
-    """Returns a heat map with the value in each cell."""
     width, height = _MARGIN + _CELL * len(grid.x) + 10, _CELL * len(grid.y) + 46
     shapes = []
     for row, values in enumerate(grid.values):

@@ -51,7 +51,6 @@ class PipelinedModel:
         pipeline: Callable[[], ReplicaPipeline],
         most_tokens: int = MOST_TOKENS,
     ) -> None:
-        """Limits micro-batches of several sequences by both numbers, which does not change results."""
         self._most_tokens = most_tokens
         self._replica, self._batch_size, self._pipeline = replica, batch_size, pipeline
 
@@ -100,7 +99,6 @@ class PipelinedModel:
             first += slots * num_rows
 
     def _score(self, sequences: Sequence[TargetSequence], num_rows: int) -> list[TargetScores]:
-        """Scores the sequences of one pass."""
         found_ST2 = self._run(sequences, num_rows, GreedyTargets(), (2,))
         scores = []
         for row, each in enumerate(sequences):

@@ -14,8 +14,8 @@ from typing import Any
 from train.files.secrets import redact
 
 LOGGER = logging.getLogger("train")
-EVENTS_NAME = "events.jsonl"
-"""File of a run's folder with events other than steps."""
+METRICS_NAME, LOADS_NAME, EVENTS_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl"
+"""Files of a run's folder: records of steps, loads of experts, and events other than steps."""
 LONGEST_LINE_BYTES = 2**24
 _LARGEST_STEP = 2**53
 _MOST_WAITING = 10_000
@@ -29,7 +29,6 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Opens the file; lines of steps after `first_step` are removed."""
         self._path = path
         self._waiting: list[str] = []
         self._has_failed = False

@@ -1,5 +1,6 @@
-"""Computes where ranks' files are: in one folder, or one for each node in large jobs."""
+"""Computes where ranks' files are, in one folder or in one for each node, and replaces files whole."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,14 @@ class RankFiles:
 def find_rank_files(parent: Path, pattern: str) -> list[Path]:
     """Returns the files of all ranks in a folder of a run whose names match a pattern, in any order."""
     return [*parent.glob(pattern), *parent.glob(f"node_*/{pattern}")]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in place of an earlier one, which stays until the new one is complete."""
+    # Two processes may write the same file, such as `launch.redraw` and the run.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def is_node_folder(name: str) -> bool:

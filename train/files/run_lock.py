@@ -104,7 +104,6 @@ class Owner:
         return self.is_here and _start_time(self.pid) != self.started
 
     def __str__(self) -> str:
-        """Returns the host, pid and command for a message, without control characters."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
         text = f"host {self.host}, pid {self.pid} since {since} (command: {self.command})"
         return "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -157,13 +156,11 @@ class RunLock:
         threading.Thread(target=self._renew_on, name="run lock", daemon=True).start()
 
     def __enter__(self) -> Self:
-        """Returns the lock, which was acquired when it was created."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Releases the lock."""
         self.release()
 
     def release(self) -> None:
@@ -189,18 +186,18 @@ class RunLock:
         if stale is not None:
             self._replace(path, stale, depth)
         elif not self._put(path):  # it was released, but another process created the next lock first
-            raise self._in_use_error(read_lock(path))
+            raise _in_use_error(self._path.parent, read_lock(path))
 
     def _replace(self, path: Path, stale: LockRecord, depth: int) -> None:
         """Replaces a stale lock. A second lock, on the stale lock, ensures that only one process replaces it."""
         if depth == _MOST_TAKEOVERS:
-            raise self._in_use_error(stale)
+            raise _in_use_error(self._path.parent, stale)
         guard = path.with_name(f"{path.name}.{'unknown' if stale.owner is None else stale.owner.id}.takeover")
         self._take(guard, depth + 1)
         try:
             now = read_lock(path)
             if now != stale:
-                raise self._in_use_error(now)
+                raise _in_use_error(self._path.parent, now)
             copy = path.with_name(f"{self._own.name}-{depth}")
             _write_new(copy, self._owner.to_text())
             os.replace(copy, path)
@@ -228,9 +225,6 @@ class RunLock:
         """Returns the lock once it is stale, or None if it was released.
 
         It waits only if the owner runs on another machine, because its process cannot be checked there.
-
-        Raises:
-            LockedError: the owner is alive, or renews the lock.
         """
         first = found = read_lock(path)
         until = time.monotonic() + self._lease_seconds
@@ -239,7 +233,7 @@ class RunLock:
             if found.owner is not None and found.owner.is_gone:
                 return found
             if found.is_alive_here or found != first:
-                raise self._in_use_error(found)
+                raise _in_use_error(self._path.parent, found)
             # A modification time in the future has no age, so its lock is stale if no one renews it during the wait.
             os.utime(self._own)
             now = self._own.stat().st_mtime
@@ -251,9 +245,6 @@ class RunLock:
             time.sleep(min(_LOOK_SECONDS, self._lease_seconds / 10))
             found = read_lock(path)
         return None
-
-    def _in_use_error(self, record: LockRecord | None) -> LockedError:
-        return _in_use_error(self._path.parent, record)
 
 
 class OwnershipCheck:
@@ -275,11 +266,7 @@ class OwnershipCheck:
                 self._lock_id = owner.id if owner is not None and owner.is_here and owner.pid in pids else ""
 
     def problem(self, *, is_urgent: bool = False) -> str:
-        """Returns why the run no longer owns the folder; empty if it does or the lock cannot be read now.
-
-        Args:
-            is_urgent: whether to read the lock now, instead of reusing a recent result.
-        """
+        """Returns why the run no longer owns the folder; empty if it does or the lock cannot be read now."""
         now = time.monotonic()
         if self._lock_id is not None and (is_urgent or now - self._looked_at >= CHECK_SECONDS):
             self._looked_at = now

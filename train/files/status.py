@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from train.files.rank_files import replace_text
 from train.files.secrets import redact
 
 STATUS_NAME = "status.json"
@@ -35,9 +35,7 @@ class Status:
 def write_status(out_dir: Path, status: Status) -> None:
     """Writes the status with the present time, atomically."""
     dated = replace(status, time=time.time(), reason=redact(status.reason))
-    partial = out_dir / f"{STATUS_NAME}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(asdict(dated), indent=2) + "\n", encoding="utf-8")
-    partial.replace(out_dir / STATUS_NAME)
+    replace_text(out_dir / STATUS_NAME, json.dumps(asdict(dated), indent=2) + "\n")
 
 
 def read_status(out_dir: Path) -> Status | None:
@@ -54,7 +52,6 @@ def read_status(out_dir: Path) -> Status | None:
 
 
 def _has_types(status: Status) -> bool:
-    """Returns whether the values of a status have valid types and ranges."""
     is_code = status.exit_code is None or (type(status.exit_code) is int and 0 <= status.exit_code < 256)
     is_step = type(status.step) is int and 0 <= status.step < 2**53
     is_dated = type(status.time) in (int, float) and 0 <= status.time < 2**33

@@ -11,11 +11,11 @@ from torch import distributed as dist
 
 from data.loader import Loader
 from infer.config import GenerateError
-from train.config.guards import GuardConfig
+from train.config import GuardConfig
 from train.errors import RefusedStepError, StepRefusal
 from train.files.json_lines import number_of, read_lines
-from train.guard.rollout_guard import BadWeights, Figures, RolloutGuard
-from train.tasks.hook import StepBatch, TaskHook
+from train.guard.rollout_guard import Figures, RolloutGuard
+from train.tasks.batch_reader import StepBatch, TaskHook
 from train.world import World
 
 LOSS, NORM = "loss", "gradient norm"
@@ -35,7 +35,6 @@ class Guard:
     def __init__(
         self, config: GuardConfig, history: Iterable[LossAndNorm] = (), rollouts: RolloutGuard | None = None
     ) -> None:
-        """Starts with the loss and norm of earlier steps, the oldest first."""
         self.rollouts = rollouts
         self._figures: Figures | None = None
         self._factor = config.spike_factor
@@ -75,22 +74,22 @@ class Guard:
         except GenerateError as error:
             # All ranks raise it: logits that are not finite are a property of the weights.
             reason = f"answers cannot be sampled: {error}"
-            bad = BadWeights(reason=reason, values={}, last_good=max(step - 1, 0))
-            raise RefusedStepError(bad.refusal(step)) from error
+            refusal = StepRefusal(step=step, reason=reason, last_good=max(step - 1, 0))
+            raise RefusedStepError(refusal) from error
         broken = self.judge_rollout(batch.metrics, step)
         if broken is not None:
             hook.finish()
-            raise RefusedStepError(broken.refusal(step))
+            raise RefusedStepError(broken)
         return batch
 
-    def judge_rollout(self, metrics: Figures | None, step: int) -> BadWeights | None:
+    def judge_rollout(self, metrics: Figures | None, step: int) -> StepRefusal | None:
         """Returns the limit that a step's rollout, if it has one, breaks, or None."""
         if self.rollouts is None or metrics is None:
             return None
         self._figures = metrics
         return self.rollouts.judge_rollout(metrics, step)
 
-    def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> BadWeights | None:
+    def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> StepRefusal | None:
         """Returns the limit that the divergence from the reference breaks, or None."""
         return None if self.rollouts is None else self.rollouts.judge_kl(means, step, learning_rate)
 
@@ -128,6 +127,6 @@ def read_loss_and_norm(metrics: Path, num_done: int, window: int) -> list[LossAn
     return list(history)
 
 
-def to_json_values(values: dict[str, float]) -> dict[str, float | str]:
+def to_json_values(values: Mapping[str, float]) -> dict[str, float | str]:
     """Returns numbers as JSON values. Numbers that are not finite become text."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

@@ -18,15 +18,14 @@ from train.checkpoint.load import find_together
 from train.checkpoint.locate import CHECKPOINTS_NAME, checkpoints_in, locate, newest_whole
 from train.checkpoint.manifest import read_step
 from train.checkpoint.verify import Check
-from train.config.guards import GuardConfig
+from train.config import GuardConfig
 from train.config.rollout import RolloutConfig
 from train.errors import StepRefusal, StoppedError, UnscoredError
-from train.files.json_lines import read_events, try_append_event
+from train.files.json_lines import METRICS_NAME, read_events, try_append_event
 from train.guard.guard import Guard, read_loss_and_norm, to_json_values
 from train.guard.rollout_guard import Figures, RolloutGuard, read_figures
 from train.learner import Learner
 
-METRICS_NAME = "metrics.jsonl"
 _ROLLED_BACK = "rolled_back"
 
 
@@ -187,13 +186,11 @@ class Recovery:
         return history
 
     def _broadcast(self, found: list[Any]) -> list[Any]:
-        """Broadcasts what rank 0 found."""
         with self._world.phase("broadcast of the run's history"):
             dist.broadcast_object_list(found, src=0, group=self._world.groups.world)
         return found
 
     def _note(self, kind: str, refusal: StepRefusal, **more: Any) -> None:
-        """Adds the refused batch to `events.jsonl`."""
         if self._is_writer:
             known = {"values": to_json_values(refusal.values), "ranks": list(refusal.ranks)}
             samples = self._loader.sample_ids(refusal.step)

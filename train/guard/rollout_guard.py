@@ -5,7 +5,6 @@ Unlike a loss that is not finite, a broken limit is a property of the weights, n
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +22,10 @@ Figures = Mapping[str, Any]
 """Numbers of a step's rollout by name, as `metrics.jsonl` has them. A reward may lack some, such as correct_share."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BadWeights:
-    """A broken limit."""
-
-    reason: str
-    values: Mapping[str, float]
-    last_good: int
-    ends_run: bool = False
-
-    def refusal(self, step: int) -> StepRefusal:
-        """Returns the refusal of a step, from 0."""
-        return StepRefusal(
-            step=step,
-            reason=self.reason,
-            values=dict(self.values),
-            ranks=(),
-            last_good=self.last_good,
-            ends_run=self.ends_run,
-        )
-
-
 class RolloutGuard:
     """The limits of a run that learns from rewards, whose numbers all ranks have."""
 
     def __init__(self, config: RolloutConfig) -> None:
-        """Starts without earlier steps."""
         self._config, self._limits = config, config.limits
         self._num_kept = max(self._limits.window_steps, self._limits.equal_steps or 0, _NO_VERDICT_STEPS)
         self._first: list[Figures] = []
@@ -69,7 +46,7 @@ class RolloutGuard:
             self._first.append(figures)
         self._last.append(figures)
 
-    def judge_rollout(self, figures: Figures, step: int) -> BadWeights | None:
+    def judge_rollout(self, figures: Figures, step: int) -> StepRefusal | None:
         """Returns the limit that a rollout breaks, or None. `step` is the index of the step, from 0."""
         steps = [*self._last, figures]
         judges = (self._judge_verdicts, self._judge_cut, self._judge_equal, self._judge_entropy, self._judge_reward)
@@ -78,7 +55,7 @@ class RolloutGuard:
                 return found
         return None
 
-    def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> BadWeights | None:
+    def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> StepRefusal | None:
         """Returns the limit that the divergence among a step's losses breaks, or None. `step` counts from 0."""
         limit, kl = self._limits.kl, means.get(KL)
         if limit is None or kl is None:
@@ -88,7 +65,8 @@ class RolloutGuard:
         mean = sum(self._divergences) / _KL_STEPS
         if mean <= limit:
             return None
-        return BadWeights(
+        return StepRefusal(
+            step=step,
             reason=f"KL is {mean:.3g} nats per token over {_KL_STEPS} steps after {step} updates, above "
             f"rollout.limits.kl={limit:g}: the learning rate of {learning_rate:.3g} is probably too high, or "
             f"task.loss.kl_weight too low",
@@ -96,7 +74,7 @@ class RolloutGuard:
             last_good=max(step - _KL_STEPS, 0),
         )
 
-    def _judge_verdicts(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+    def _judge_verdicts(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
         limit = self._limits.no_verdict_share
         shares = _last_values(steps, _NO_VERDICT_STEPS, "no_verdict_share")
         if limit is None or min(shares, default=0.0) < limit:
@@ -105,9 +83,11 @@ class RolloutGuard:
             f"{_percent(shares[-1])} of answers have no verdict, at least rollout.limits.no_verdict_share={limit:g} in "
             f"{_NO_VERDICT_STEPS} steps in a row; {_cause_of_no_verdict(steps)}"
         )
-        return BadWeights(reason=reason, values={"no_verdict_share": shares[-1]}, last_good=step, ends_run=True)
+        return StepRefusal(
+            step=step, reason=reason, values={"no_verdict_share": shares[-1]}, last_good=step, ends_run=True
+        )
 
-    def _judge_cut(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+    def _judge_cut(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
         limit, window = self._limits.cut_share, self._limits.window_steps
         shares = _last_values(steps, window, "cut_share")
         if limit is None or min(shares, default=0.0) < limit:
@@ -116,9 +96,9 @@ class RolloutGuard:
             f"{_percent(shares[-1])} of answers were cut at {self._config.max_new_tokens} tokens, at least "
             f"rollout.limits.cut_share={limit:g} in {window} steps in a row: raise rollout.max_new_tokens"
         )
-        return BadWeights(reason=reason, values={"cut_share": shares[-1]}, last_good=max(step - window, 0))
+        return StepRefusal(step=step, reason=reason, values={"cut_share": shares[-1]}, last_good=max(step - window, 0))
 
-    def _judge_equal(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+    def _judge_equal(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
         window = self._limits.equal_steps
         shares = [] if window is None else _last_values(steps, window, "idle_share")
         if window is None or min(shares, default=0.0) < 1:
@@ -129,7 +109,7 @@ class RolloutGuard:
             f"each group had {what} in {window} steps in a row (rollout.limits.equal_steps), so nothing is "
             f"learned; {self._cause_of_equal(last)}"
         )
-        return BadWeights(reason=reason, values={"idle_share": shares[-1]}, last_good=max(step - window, 0))
+        return StepRefusal(step=step, reason=reason, values={"idle_share": shares[-1]}, last_good=max(step - window, 0))
 
     def _cause_of_equal(self, steps: Sequence[Figures]) -> str:
         config = self._config
@@ -157,12 +137,12 @@ class RolloutGuard:
             f"{config.samples} or rollout.temperature={config.temperature:g}"
         )
 
-    def _judge_entropy(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+    def _judge_entropy(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
         cause = "answers have become nearly the same: the learning rate is probably too high, or task.loss.clip_high "
         cause += "or task.loss.kl_weight too low"
         return self._judge_mean("entropy", self._limits.entropy_share, steps, step, cause)
 
-    def _judge_reward(self, steps: Sequence[Figures], step: int) -> BadWeights | None:
+    def _judge_reward(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
         cut = _mean(steps[-self._limits.window_steps :], "cut_share")
         cause = "the learning rate is probably too high, or its warm-up too short"
         if cut >= _ALMOST_ALL:
@@ -172,7 +152,7 @@ class RolloutGuard:
 
     def _judge_mean(
         self, name: str, limit: float | None, steps: Sequence[Figures], step: int, cause: str
-    ) -> BadWeights | None:
+    ) -> StepRefusal | None:
         """Compares the mean of the last steps with that of the first ones."""
         window = self._limits.window_steps
         if limit is None or not _last_values(self._first, window, name) or not _last_values(steps, window, name):
@@ -184,8 +164,11 @@ class RolloutGuard:
             f"mean {name} of the last {window} steps is {mean:.3g}, below rollout.limits.{name}_share={limit:g} x "
             f"{start:.3g} at the start: {cause}"
         )
-        return BadWeights(
-            reason=reason, values={name: mean, f"{name} at the start": start}, last_good=max(step - window, 0)
+        return StepRefusal(
+            step=step,
+            reason=reason,
+            values={name: mean, f"{name} at the start": start},
+            last_good=max(step - window, 0),
         )
 
 

@@ -20,7 +20,6 @@ class Checkpoints(Listener):
     """The checkpoints of a run."""
 
     def __init__(self, parts: RunParts, num_done: Callable[[], int]) -> None:
-        """Opens the saver. All ranks call it."""
         self._num_done = num_done
         self._num_saved = num_done()
         self._saving_seconds = 0.0
@@ -95,7 +94,6 @@ class Checkpoints(Listener):
         self._num_saved = self._num_done()
 
     def _finish(self) -> None:
-        """Waits until the last checkpoint is complete."""
         with self._parts.reporter.phase("saving"), self._world.phase("checkpoint"):
             self._saver.close()
         self._report()

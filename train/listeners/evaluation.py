@@ -25,7 +25,6 @@ class Evaluator(Listener):
     """Evaluates the tasks of a run. Every rank has one, and all call the same methods at the same points."""
 
     def __init__(self, parts: RunParts) -> None:
-        """Opens the tasks."""
         config = parts.config
         replica = parts.learner.replica
         super().__init__(parts)
@@ -98,7 +97,6 @@ class Evaluator(Listener):
     def _write(
         self, num_steps: int, records: dict[str, list[Record]], results: dict[str, TaskResult], seconds: float
     ) -> None:
-        """Writes records, the page and then the results into the run's folder."""
         folder = Path(self._config.out_dir) / FOLDER_NAME / f"step-{num_steps:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         facts = {

@@ -21,9 +21,9 @@ from train.checkpoint import load as checkpoint
 from train.checkpoint.locate import step_folder
 from train.config import TrainConfig
 from train.files.secrets import redact
-from train.listeners.answers import HeldOutAnswer, write_answers
 from train.listeners.listener import Listener, Moment
 from train.network import weight_dtype
+from train.report.journals import HeldOutAnswer, write_answers
 from train.tasks.registry import TASKS
 
 

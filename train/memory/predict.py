@@ -19,9 +19,8 @@ from train.memory.phases import hidden_bytes, sizes_folder, stage_phases
 from train.memory.sizes import Sizes
 from train.memory.static import batch_bytes, count_replicas, static_bytes, update_bytes, weight_bytes
 from train.memory.walk import PipelineBytes, RunSizes, find_peaks
-from train.schedule.cut import run_cut
+from train.schedule.cut import run_cut, sized_run
 from train.schedule.nominal import few_micro_batches, planning_schedule
-from train.schedule.ramp import sized_run
 from train.second_network import reward_model_runs
 from train.tasks.registry import TASKS
 

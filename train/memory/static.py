@@ -9,7 +9,7 @@ from kernels.attention import makes_dense_masks
 from model.size import HeldParameters
 from train.config import TrainConfig
 from train.memory.sizes import Sizes
-from train.schedule.placement import embedding_ranks, is_mirrored
+from train.schedule.cut import embedding_ranks, is_mirrored
 
 _MASTER_BYTES = 4
 _ID_BYTES = 8

@@ -223,10 +223,6 @@ class V3Rate(RateSchedule):
     last_learning_rate: NonNegativeFloat
 
 
-def _constant_rate(schedule: ConstantRate, context: ScheduleContext, tokens: int) -> float:
-    return context.peak
-
-
 def _cosine_rate(schedule: DecayedRate, context: ScheduleContext, tokens: int) -> float:
     return context.peak * _down_to(schedule.final_ratio, _cosine(_decay_progress(schedule, context, tokens)))
 
@@ -300,40 +296,34 @@ def _early_end(schedule: DecayedRate | V3Rate, context: ScheduleContext) -> tupl
     )
 
 
-LR_SCHEDULES.register(
-    "constant", RateSpec(summary="linear warm-up, then constant", config=ConstantRate, rate=_constant_rate)
-)
-LR_SCHEDULES.register(
-    "cosine",
-    RateSpec(
+_SPECS = {
+    "constant": RateSpec(
+        summary="linear warm-up, then constant",
+        config=ConstantRate,
+        rate=lambda schedule, context, tokens: context.peak,
+    ),
+    "cosine": RateSpec(
         summary="linear warm-up, then half a cosine to final_ratio of the peak",
         config=DecayedRate,
         rate=_cosine_rate,
         check=_check_decay,
         warnings=_early_end,
     ),
-)
-LR_SCHEDULES.register(
-    "linear",
-    RateSpec(
+    "linear": RateSpec(
         summary="linear warm-up, then a straight line to final_ratio of the peak",
         config=DecayedRate,
         rate=_linear_rate,
         check=_check_decay,
         warnings=_early_end,
     ),
-)
-LR_SCHEDULES.register(
-    "wsd",
-    RateSpec(summary="warm-up, stable, decay over the last part of the run", config=WsdRate, rate=_wsd_rate),
-)
-LR_SCHEDULES.register(
-    "v3_tokens",
-    RateSpec(
+    "wsd": RateSpec(summary="warm-up, stable, decay over the last part of the run", config=WsdRate, rate=_wsd_rate),
+    "v3_tokens": RateSpec(
         summary="DeepSeek-V3's: a cosine, then a last, lower rate",
         config=V3Rate,
         rate=_v3_rate,
         check=_check_v3,
         warnings=_early_end,
     ),
-)
+}
+for _name, _spec in _SPECS.items():
+    LR_SCHEDULES.register(_name, _spec)

@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
+from comm.groups import Groups
+from dualpipe.ir import Schedule
+from dualpipe.runtime.program import first_use_order, reduction_order
 from model.feed_forward import RoutedExperts
+from model.stage import Stage
 from model.transformer import Transformer
 from train.checkpoint.state import Slice
 
@@ -101,6 +105,17 @@ class StageOrders:
     def ends(self) -> tuple[int, int]:
         """The first and the last stage."""
         return 0, len(self.reduction) - 1
+
+
+def units_of(model: Transformer, stages: Mapping[int, Stage], schedule: Schedule, groups: Groups) -> list[Unit]:
+    """Splits the parameters of a rank's stages into units in the order of their reductions."""
+    return split_into_units(
+        group_parameters(model),
+        ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert),
+        {number: stage.parameters() for number, stage in stages.items()},
+        StageOrders(reduction=reduction_order(schedule), first_use=first_use_order(schedule)),
+        None if groups.embedding is groups.stage else groups.embedding,
+    )
 
 
 def split_into_units(

@@ -87,7 +87,6 @@ class StagedAdamW:
         world: dist.ProcessGroup,
         background: Background,
     ) -> None:
-        """Starts without gradients; the units are in the order of their reductions."""
         self._units = list(units)
         self._by_first_use = sorted(units, key=lambda each: each[0].first_use)
         self._store = store
@@ -165,7 +164,6 @@ class StagedAdamW:
         self._background.lane.close()
 
     def _start_next(self) -> None:
-        """Starts the reduction of the next unit."""
         unit, optimizer = self._units[len(self._reducing)]
         self._reducing.append(self._background.lane.submit(partial(self._reduce, unit, optimizer)))
 

@@ -130,7 +130,6 @@ class Zero1AdamW:
 
 
 def _build(unit: Unit, config: OptimConfig) -> Any:
-    """Builds DeepSpeed's sharded optimizer around AdamW."""
     import deepspeed
     from deepspeed.utils import logger
     from deepspeed.utils.timer import NoopTimer

@@ -96,7 +96,6 @@ def wishes(config: TrainConfig, rates: Rates) -> Iterator[Wish]:
 
 
 def _facts(config: TrainConfig, rates: Rates) -> dict[str, bool]:
-    """Returns what the rows of `advice.yaml` depend on."""
     is_kernels = isinstance(rates, KernelRates)
     exchanges = config.parallelism.expert > 1
     used = _communication_sms(config, rates) if isinstance(rates, KernelRates) else 0
@@ -232,6 +231,5 @@ def link_balance(config: TrainConfig, rates: Rates) -> LinkBalance:
 
 
 def _moe_exchange(config: TrainConfig, rates: Rates, link: float) -> float:
-    """Returns the exchange of a MoE layer with another link between nodes."""
     cluster = replace(config.cluster, inter_node_bytes_per_second=link)
     return part_seconds(rates, replace(config, cluster=cluster)).moe.work.exchange

@@ -94,10 +94,9 @@ def build_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
 
 
 def _build(plugins: Sequence[Path], pickled_config: bytes) -> tuple[BuiltRank, ...]:
-    """Builds the ranks in this process."""
     from train.planner.fake_world import build_distinct_ranks
 
     load_plugins(plugins)
     config = pickle.loads(pickled_config)
     assert isinstance(config, TrainConfig)
-    return build_distinct_ranks(config)
+    return tuple(BuiltRank(**counts) for counts in build_distinct_ranks(config))

@@ -10,7 +10,7 @@ from dualpipe.ir import Schedule
 from train.config import TrainConfig
 from train.config.decode import encode
 from train.config.errors import ConfigError
-from train.files.json_lines import LONGEST_LINE_BYTES, number_of, read_line
+from train.files.json_lines import LONGEST_LINE_BYTES, METRICS_NAME, number_of, read_line
 from train.memory import JobMemory, predict_memory
 from train.planner.config import EfficiencyConfig, MeasuredRates, RateSource
 from train.planner.job_plan import JobPlan, PlannerConfig, plan_job, require_time
@@ -19,7 +19,6 @@ from train.schedule.cut import with_cut
 from train.schedule.layer_times import PartTimes
 from train.schedule.measured import MEASURED_NAME, PARTS, PROBE_NAME, MeasuredRun, read_measured
 
-METRICS_NAME = "metrics.jsonl"
 _MOST_BYTES = 2**26
 _LAST = 20
 """Steps at the end of a run on which the factor of the steps before them is checked."""
@@ -182,11 +181,7 @@ class LastSteps:
 class Comparison:
     """A run's plan and its recorded steps of the largest batch: medians over steps and means over ranks.
 
-    Attributes:
-        exposed_exchange_seconds: None with sequential pairing, where the plan counts it as computation.
-        memory_bytes: largest peak of a rank without the reserve; None on a CPU, as `memory_note` says.
-        factor: measured step over the predicted one without the declared factor.
-        last_steps: None for a run with few steps.
+    With sequential pairing, the plan counts exposed exchange as computation. `memory_bytes` is without the reserve.
     """
 
     run: str
@@ -210,9 +205,6 @@ class Comparison:
 
 def compare(config: TrainConfig, timed: TimedPlan, memory: JobMemory | None, folder: Path) -> Comparison:
     """Compares a plan with the recorded steps of its run.
-
-    Args:
-        memory: predicted memory; None on a CPU.
 
     Raises:
         ConfigError: the run has recorded no step of its largest batch.
@@ -279,10 +271,9 @@ def compared_run(config: TrainConfig, folder: Path) -> Comparison:
 
 
 def _followed(config: TrainConfig, folder: Path) -> tuple[TrainConfig, Schedule | None, str]:
-    """Returns a run's configuration with the schedule and the cut of its newest record.
+    """Returns a run with the schedule and the cut of its newest record, that schedule, and the device.
 
-    Returns:
-        The configuration; the schedule, None if the record is of another batch size of a ramp; the device.
+    The schedule is None if the record is of another batch size of a ramp.
     """
     run = _required(read_measured(folder / MEASURED_NAME) or read_measured(folder / PROBE_NAME), folder)
     schedule = run.schedule

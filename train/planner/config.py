@@ -100,17 +100,10 @@ class KernelRates:
 class MeasuredRates:
     """Times of a model's parts that a run measured on its own ranks.
 
-    They hold for that model and device. Times scale with the tokens of a micro-batch.
+    They hold for that model and device, and scale with the tokens of a micro-batch on a rank.
 
-    Attributes:
-        layer_parameters: weights that a token uses in a dense and a MoE layer of the measured model.
-        expert: ranks over which its experts were distributed.
-        tokens: tokens of a measured micro-batch on a rank.
-        mtp: all MTP modules with their heads.
-        alone: computation of a lone operation over computation next to another one, which the times above are.
-        latency_seconds: time of an activation from one pipeline rank to the next.
-        optimizer_seconds: time of a step outside the passes.
-        context: ranks that shared each sequence.
+    `alone` is computation of a lone operation over computation next to another one, which the times are.
+    `latency_seconds` is from one pipeline rank to the next; `optimizer_seconds` is a step's time outside the passes.
     """
 
     kind: Literal["measured"]

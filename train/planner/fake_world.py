@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import distributed
@@ -14,7 +15,6 @@ from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from dualpipe.ir import Schedule
-from dualpipe.runtime.program import first_use_order, reduction_order
 from model.attention.mla import LatentAttention
 from model.attention.rope import rotation_table
 from model.gradients import GradientStore
@@ -23,21 +23,20 @@ from train.config import TrainConfig
 from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype
 from train.optim.adamw import MOMENTS, build_adamw, moments_of
 from train.optim.config import OptimConfig
-from train.optim.parameters import ReductionGroups, StageOrders, Unit, group_parameters, split_into_units
-from train.planner.built_ranks import BuiltRank
+from train.optim.parameters import Unit, units_of
 from train.schedule.cut import run_cut
 from train.schedule.nominal import planning_schedule
-from train.schedule.placement import embedding_ranks, is_mirrored
+from train.world import build_groups
 
 
-def build_distinct_ranks(config: TrainConfig) -> tuple[BuiltRank, ...]:
+def build_distinct_ranks(config: TrainConfig) -> list[dict[str, Any]]:
     """Builds one rank for every distinct set of stages; `torch.distributed` is initialized once for each."""
     schedule = planning_schedule(config, config.num_micro_batches)
     holders: dict[frozenset[int], list[int]] = {}
     for pipeline_rank in range(schedule.num_ranks):
         stages = frozenset(stage for _, stage in schedule.stages_of(pipeline_rank))
         holders.setdefault(stages, []).append(pipeline_rank)
-    return tuple(_build_rank(config, schedule, tuple(ranks)) for ranks in holders.values())
+    return [_build_rank(config, schedule, tuple(ranks)) for ranks in holders.values()]
 
 
 @contextmanager
@@ -50,28 +49,23 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def _build_rank(config: TrainConfig, schedule: Schedule, pipeline_ranks: tuple[int, ...]) -> BuiltRank:
+def _build_rank(config: TrainConfig, schedule: Schedule, pipeline_ranks: tuple[int, ...]) -> dict[str, Any]:
     """Builds the first data replica of the first of some pipeline ranks, and counts what it holds."""
     layout = Layout(config.parallelism, config.cluster.ranks_per_node)
     rank = layout.rank(pipeline_ranks[0], 0)
     with _fake_process_group(rank, layout.world_size):
-        groups = Groups(
-            layout,
-            mirrored=is_mirrored(schedule),
-            timeout_seconds=config.cluster.timeout_seconds,
-            embedding=embedding_ranks(schedule, config.model.mtp_depth),
-        )
+        groups = build_groups(layout, schedule, config.model.mtp_depth, config.cluster.timeout_seconds)
         model, units = _build_network(config, layout, schedule, groups)
         store = GradientStore(model.parameters())
-        return BuiltRank(
-            rank=rank,
-            pipeline_rank=pipeline_ranks[0],
-            pipeline_ranks=pipeline_ranks,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            weights=_weight_bytes(config, model),
-            gradients=sum(gradient.nbytes for gradient in store.gradients()),
-            optimizer=sum(_optimizer_bytes(unit, config.optim) for unit in units),
-        )
+        return {
+            "rank": rank,
+            "pipeline_rank": pipeline_ranks[0],
+            "pipeline_ranks": pipeline_ranks,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "weights": _weight_bytes(config, model),
+            "gradients": sum(gradient.nbytes for gradient in store.gradients()),
+            "optimizer": sum(_optimizer_bytes(unit, config.optim) for unit in units),
+        }
 
 
 def _build_network(
@@ -89,14 +83,7 @@ def _build_network(
             stage_part(config.model, held, cut, experts),
             meta,
         )
-    units = split_into_units(
-        group_parameters(model),
-        ReductionGroups(dense=groups.stage, experts=groups.expert_data, expert=groups.expert),
-        {number: stage.parameters() for number, stage in build_stages(model, held, cut).items()},
-        StageOrders(reduction=reduction_order(schedule), first_use=first_use_order(schedule)),
-        None if groups.embedding is groups.stage else groups.embedding,
-    )
-    return model, units
+    return model, units_of(model, build_stages(model, held, cut), schedule, groups)
 
 
 def _weight_bytes(config: TrainConfig, model: Transformer) -> int:

@@ -224,12 +224,6 @@ def job_cost(
     Every step is priced as one of the largest batch: a token of a ramp's smaller batches costs the same. In stages with
     longer sequences, ranks share each sequence, so that a micro-batch has as many tokens on each rank as the run's. The
     layout that DeepSeek-V3 used for them is unknown.
-
-    Args:
-        schedule: order that longer sequences use; None: one is built for their costs.
-
-    Raises:
-        ScheduleError: a schedule for longer sequences cannot be built.
     """
     ranks = config.parallelism.world_size
     goodput = _goodput(config, time)

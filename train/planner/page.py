@@ -209,7 +209,8 @@ def stacked_bars(
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of records; nested keys are joined, and columns without a value are left out."""
     flat = [dict(flatten(_with_short_layout(record))) for record in records[:_MOST_RECORDS]]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if _is_known(flat, key)]
+    columns = dict.fromkeys(key for row in flat for key in row)
+    keys = [key for key in columns if any(row.get(key) not in (None, "", []) for row in flat)]
     if not keys:
         return ""
     rows = [[shown(key, each.get(key)) for key in keys] for each in flat]
@@ -305,10 +306,6 @@ def _with_short_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
         **{key: str(layout[key]) for key in ("schedule", "precision", "dispatch") if key in layout},
     }
     return {**record, "layout": ", ".join(text for text in known.values() if text)}
-
-
-def _is_known(records: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return any(record.get(key) not in (None, "", []) for record in records)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

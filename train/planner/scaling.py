@@ -10,13 +10,16 @@ from functools import cached_property, lru_cache
 import numpy
 from numpy.typing import NDArray
 
+from comm.context.forecast import MOST_GATHERED_RANKS, forecast_context_bytes
 from model.config import LAYER
 from model.size import attention_parameters
 from train.config import TrainConfig
 from train.config.errors import ConfigError
 from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference, Rates
-from train.planner.context_exchange import context_seconds
 from train.schedule.layer_times import LayerTimes, PartTimes
+
+_VALUE_BYTES, _WIDE_BYTES = 2, 4
+
 
 _NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
 _SCALE_BYTES = 4
@@ -181,7 +184,6 @@ class _Scale:
 
     @property
     def dense(self) -> PartTimes:
-        """The MLP of a dense layer."""
         return self._mlp(self.config.model.dense_intermediate_size, self.rates.dense_over_experts)
 
     @property
@@ -203,7 +205,6 @@ class _Scale:
 
     @cached_property
     def exchange(self) -> ExchangeTimes:
-        """The exchanges of one layer."""
         rates = self.rates.exchange
         reference = self.rates.reference
         rows = rows_per_token(self.config)
@@ -327,7 +328,6 @@ def _count_rows(
 
 
 def _mean(is_sent: NDArray[numpy.bool_]) -> float:
-    """Returns the number of rows for each token."""
     return float(is_sent.sum(1).mean())
 
 
@@ -343,3 +343,36 @@ def _route(num_experts: int, num_chosen: int, groups: tuple[int, int]) -> NDArra
         numpy.put_along_axis(by_group, dropped[:, :, None], values=-1.0, axis=1)
     chosen = numpy.argpartition(scores_TE, num_experts - num_chosen, axis=1)[:, num_experts - num_chosen :]
     return chosen.astype(numpy.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextSeconds:
+    """Seconds in which one layer sends a micro-batch's latents, and in the backward their gradients."""
+
+    forward: float
+    backward: float
+
+
+def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSeconds:
+    """Returns the time of a layer's exchange over its context group, if no computation hides it.
+
+    Links within a node and between nodes work at the same time. What the cluster does not say is as on the reference.
+    """
+    size, cluster, model = config.parallelism.context, config.cluster, config.model
+    if size == 1:
+        return ContextSeconds(forward=0.0, backward=0.0)
+    width = model.kv_lora_rank + model.qk_rope_head_dim
+    sent = forecast_context_bytes(
+        size=size,
+        num_tokens=config.batch.micro_sequences * config.batch.sequence_length_tokens,
+        row_bytes=width * _VALUE_BYTES,
+        gradient_bytes=width * _VALUE_BYTES,
+        wide_gradient_bytes=width * _WIDE_BYTES,
+        is_ring=size > MOST_GATHERED_RANKS,
+    )
+    # A context group is a run of ranks, so it fills nodes one after the other.
+    away = max(0, size - cluster.ranks_per_node) / (size - 1)
+    inter = cluster.inter_node_bytes_per_second or reference.inter_node_bytes_per_second
+    intra = cluster.intra_node_bytes_per_second or reference.intra_node_bytes_per_second
+    per_byte = max(away / inter, (1 - away) / intra)
+    return ContextSeconds(forward=sent.forward * per_byte, backward=sent.backward * per_byte)

@@ -114,9 +114,6 @@ def search_layouts(
     """Searches all layouts of a space.
 
     After `most_seconds`, the estimated time for schedules and predictions, layouts remain open.
-
-    Raises:
-        ConfigError: there are too many layouts.
     """
     search = Search(space, planner, rules)
     search.allow(most_seconds)
@@ -139,7 +136,6 @@ def search_layouts(
 
 
 def _own_cost(found: FoundLayout, planner: PlannerConfig) -> JobCost:
-    """Returns the cost of the run's own steps with a layout."""
     cost = replace(found.config.cost, context_extension=(), post_training_gpu_hours=0.0)
     return job_cost(replace(found.config, cost=cost), planner.rates, planner.efficiency, found.time)
 
@@ -282,7 +278,6 @@ class Search:
                     self._reject(broken, partial(self._undecided, setting, schedule))
 
     def _broken_rule(self, config: TrainConfig) -> str | None:
-        """Returns the message of a rule that a configuration breaks, or None."""
         try:
             self._rules(config)
         except ValueError as error:

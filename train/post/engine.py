@@ -42,7 +42,6 @@ class ReplicaEngine:
     """An engine over a replica that is trained between two calls. No weight moves. Every rank has one."""
 
     def __init__(self, replica: Replica) -> None:
-        """Opens the links. All ranks of the job call it at the same point."""
         self._replica = replica
         self._pipeline = ReplicaPipeline(replica)
         # Dispatchers are built for the tokens of a micro-batch.

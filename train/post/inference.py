@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, LocalDispatchConfig
 from comm.dispatch.requirements import TokenSizes
-from comm.groups import Groups, start, stop
+from comm.groups import start, stop
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.membership import STORE_FILE_VARIABLE
@@ -24,8 +24,7 @@ from train.config import BatchConfig, InferenceConfig, PrecisionConfig
 from train.network import ReplicaConfig
 from train.post.pipeline import ReplicaPipeline
 from train.replica import open_replica
-from train.schedule.placement import embedding_ranks, is_mirrored
-from train.world import open_world
+from train.world import build_groups, open_world
 
 
 @contextmanager
@@ -40,12 +39,7 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
     # The schedule only defines the placement; twice as many micro-batches as ranks are valid for every kind.
     schedule = build(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
     layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
-    groups = Groups(
-        layout,
-        mirrored=is_mirrored(schedule),
-        timeout_seconds=seconds,
-        embedding=embedding_ranks(schedule, config.model.mtp_depth),
-    )
+    groups = build_groups(layout, schedule, config.model.mtp_depth, seconds)
     world = open_world(layout, groups, device, seconds, CollectiveLog())
     replica = open_replica(world, _replica_config(config), schedule, config.cut)
     _open_weights(config).fill(named_tensors(replica.model))

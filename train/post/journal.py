@@ -8,7 +8,6 @@ The last line holds digests of both, so that a file that was torn anywhere is no
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -23,6 +22,7 @@ from safetensors.numpy import save as save_tensors
 from infer.protocol import Group, Sample
 from infer.scoring.reward import ScoreSheet
 from infer.scoring.score import Problem, Score
+from model.hf.files import write_synced
 from train.post.sample import RolloutHeader, ScoredRollout
 
 FORMAT = 1
@@ -189,7 +189,6 @@ def _to_answer(prompt: int, values: Mapping[str, Any], found: Mapping[str, tuple
 
 
 def _split_end(content: bytes) -> tuple[bytes, Mapping[str, Any]]:
-    """Returns what precedes the last line, and the last line."""
     cut = content.rfind(b"\n", 0, -1) + 1
     end = json.loads(content[cut:]) if content.endswith(b"\n") else {}
     return content[:cut], end if isinstance(end, dict) else {}
@@ -204,10 +203,8 @@ def _read_bytes(path: Path) -> bytes:
 def _write_whole(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it when it is on the disk."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.unlink(missing_ok=True)
+    write_synced(partial, content)
     partial.replace(path)
 
 

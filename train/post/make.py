@@ -50,7 +50,6 @@ class RolloutMaker:
         advantage: AdvantageKind,
         seed: int,
     ) -> None:
-        """Stores the arguments."""
         self._config = config
         self._engine = engine
         self._rewards = rewards
@@ -107,7 +106,6 @@ class RolloutMaker:
         return self._rewards.begin(answered, step).wait()
 
     def _draw(self, pending: PendingRollout, first: int, count: int) -> None:
-        """Samples answers to prompts from a position on, and starts to score them."""
         began = time.perf_counter()
         step = pending.header.step - 1
         drawn = self._order.take(first, count)
@@ -149,7 +147,6 @@ class RolloutMaker:
         self._spent[part] = self._spent.get(part, 0.0) + spent
 
     def _rewarded(self, group: Group, version: int) -> Group:
-        """Returns a scored group with rewards and advantages."""
         limit = self._config.max_new_tokens
         interval = self._config.length_penalty_tokens
         answers = tuple(

@@ -24,8 +24,7 @@ from model.router import Routes
 from train.post.routes import replay_answers
 from train.post.sample import AnswerPlace, RolloutRoutes
 from train.replica import Replica
-from train.tasks.batch_reader import BatchReader, Read
-from train.tasks.hook import StepBatch
+from train.tasks.batch_reader import BatchReader, Read, StepBatch
 from train.tasks.registry import Task
 
 PromptAndAnswer = tuple[NumberedPrompt, Sample]

@@ -9,7 +9,6 @@ from torch import distributed as dist
 
 from comm.agreement import exchange_reports, gather_present
 from comm.dispatch.process_group import Observers
-from comm.dispatch.traffic import Traffic
 from comm.transfers.message import DECODING_KINDS
 from comm.transfers.transport import PipelineTransport
 from dualpipe.decode import decode
@@ -25,7 +24,7 @@ from dualpipe.validate import validate
 from infer.engines.pipelined.plan import PipelinePlace, RoundFormat
 from model.transformer import Transformer
 from train.replica import Replica
-from train.schedule.links import message_key
+from train.schedule.links import PipelineLinks, message_key
 from train.world import World
 
 ValueT = TypeVar("ValueT")
@@ -38,7 +37,6 @@ class ReplicaPipeline:
     """
 
     def __init__(self, replica: Replica) -> None:
-        """Opens the links. All ranks of the job call it at the same point."""
         self.replica = replica
         world = replica.world
         self.place = PipelinePlace(
@@ -127,17 +125,14 @@ def compile_decode_program(replica: Replica, num_cohorts: int, num_rounds: int) 
     return compile_rank(schedule, replica.world.pipeline_index, lanes, sequential)
 
 
-class DecodeLinks:
+class DecodeLinks(PipelineLinks):
     """The pipeline transport for the interpreter of a program that decodes.
 
     A message is a plan of fixed size, and then the rows that the plan announces. A receive starts when the rank waits
     for it, because the size of the rows is known only then. A sender never waits.
     """
 
-    def __init__(self, transport: PipelineTransport, nodes: Sequence[int], traffic: Traffic) -> None:
-        """Wraps a transport."""
-        self._transport, self._nodes, self._traffic = transport, nodes, traffic
-        self.form: RoundFormat | None = None
+    form: RoundFormat | None = None
 
     def post_receive(self, message: Message, /) -> "_LateReceive":
         """Returns a receive that starts when it is waited for."""
@@ -154,18 +149,8 @@ class DecodeLinks:
         if len(rows):
             self._transport.send(message_key(message), rows)
 
-    def flush(self) -> None:
-        """Waits until all messages have been sent."""
-        self._transport.flush()
-
-    def close(self) -> None:
-        """Closes the links."""
-        self._transport.close()
-
 
 class _LateReceive:
-    """Receive that starts when it is waited for."""
-
     def __init__(self, transport: PipelineTransport, message: Message, form: RoundFormat) -> None:
         self._transport, self._message, self._form = transport, message, form
 
@@ -185,4 +170,4 @@ def open_decode_links(world: World, observers: Observers, schedule: Schedule) ->
     pairs, seconds = linked_pairs(schedule), world.timeout_seconds
     transport = PipelineTransport(layout, pairs, world.device, seconds, log, DECODING_KINDS)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
-    return DecodeLinks(transport, nodes, observers.traffic)
+    return DecodeLinks(transport, nodes, observers.traffic, (), torch.uint8)

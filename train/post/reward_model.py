@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import distributed as dist
 
@@ -29,61 +28,40 @@ from train.tasks.next_token import to_micro_batch
 from train.world import World
 
 
-class SequenceRater(Protocol):
-    """Protocol of a network that rates sequences. All ranks call its methods."""
+@dataclass(frozen=True, slots=True)
+class RewardModelPart:
+    """Scores of answers by a reward model that reads `longest` tokens at most (see `ModelPart`)."""
 
-    @property
-    def longest(self) -> int:
-        """The maximum number of tokens of a prompt with its answer."""
-        ...
+    longest: int
 
     def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Returns the score of each sequence, equal on all ranks and, up to rounding, under every layout."""
-        ...
-
-    def close(self) -> None:
-        """Closes the network. All ranks call it at the same point."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class RewardModelPart:
-    """Scores of a reward model at the last token of each answer (see `ModelPart`)."""
-
-    network: SequenceRater
+        raise NotImplementedError
 
     def score(self, groups: Sequence[Group], step: int) -> list[list[Score]]:
         """Implements `ModelPart.score`. An answer that is longer than the model can read is unknown."""
-        longest = self.network.longest
         sequences = [[(*group.tokens, *answer.tokens) for answer in group.answers] for group in groups]
-        fitting = [each for group in sequences for each in group if len(each) <= longest]
-        scores = iter(self.network.rate(fitting))
-        too_long = failure("unknown", f"has more than the {longest} tokens that the reward model reads")
+        fitting = [each for group in sequences for each in group if len(each) <= self.longest]
+        scores = iter(self.rate(fitting))
+        too_long = failure("unknown", f"has more than the {self.longest} tokens that the reward model reads")
         return [
-            [Score(value=next(scores), outcome="rated") if len(each) <= longest else too_long for each in group]
+            [Score(value=next(scores), outcome="rated") if len(each) <= self.longest else too_long for each in group]
             for group in sequences
         ]
 
     def close(self) -> None:
         """Implements `ModelPart.close`."""
-        self.network.close()
 
 
 @dataclass(frozen=True, slots=True)
-class PipelinedRater:
+class PipelinedRater(RewardModelPart):
     """A frozen network with a score head on all ranks of the job."""
 
     replica: Replica
     pad_id: int
 
-    @property
-    def longest(self) -> int:
-        """The length of a sequence of the job's batches, or the model's range of positions."""
-        config = self.replica.config
-        return min(config.batch.sequence_length_tokens, config.model.max_position_tokens)
-
     def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-        """Implements `SequenceRater.rate`. The answers are packed into as many passes as they need."""
+        """Implements `RewardModelPart.rate`. The answers are packed into as many passes as they need."""
         # Equal answers are computed once.
         unique = list(dict.fromkeys(sequences))
         shape = BatchShape(
@@ -112,23 +90,19 @@ class PipelinedRater:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeRater:
+class WholeRater(RewardModelPart):
     """A whole model on rank 0, None elsewhere, which broadcasts its scores."""
 
     world: World
-    longest: int
     batch_size: int
     model: Transformer | None
 
     def rate(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-        """Implements `SequenceRater.rate`."""
+        """Implements `RewardModelPart.rate`."""
         shared = [score_answers(self.model, sequences, self.batch_size) if self.model is not None else []]
         with self.world.log.collective("world", self.world.groups.world, "scores of answers"):
             dist.broadcast_object_list(shared, src=0, group=self.world.groups.world)
         return shared[0]
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def open_reward_model(
@@ -153,8 +127,9 @@ def open_reward_model(
             dispatcher = LocalDispatcher(run.model.num_routed_experts)
             model = Transformer(run.model, dispatcher, weight_dtype(config.precision)).to(policy.world.device)
             source.fill(named_tensors(model))
-        return RewardModelPart(WholeRater(policy.world, run.model.max_position_tokens, part.batch_size, model))
+        return WholeRater(run.model.max_position_tokens, policy.world, part.batch_size, model)
     cut = run_cut(run, policy.schedule.placement)
     replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)
     source.fill(named_tensors(replica.network))
-    return RewardModelPart(PipelinedRater(replica, tokenizer.pad_id))
+    longest = min(config.batch.sequence_length_tokens, run.model.max_position_tokens)
+    return PipelinedRater(longest, replica, tokenizer.pad_id)

@@ -97,7 +97,6 @@ class RoutePlan:
     """Which records each rank holds and needs, as a pure function of the layout and of all answers."""
 
     def __init__(self, replica: Replica, homes: Mapping[int, Share], answers: Sequence[AnswerPlace]) -> None:
-        """Plans an exchange."""
         self._replica = replica
         self._homes = homes
         self._answers = answers

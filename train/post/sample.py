@@ -45,7 +45,6 @@ class PromptOrder:
     """The order of prompts: a new permutation of all problems in each epoch."""
 
     def __init__(self, problems: Sequence[ProblemRecord], form: PromptForm, seed: int) -> None:
-        """Stores the arguments; there is at least one problem."""
         self._problems = problems
         self._form = form
         self._order = SampleOrder(len(problems), seed)

@@ -1,4 +1,4 @@
-"""Samples and scores the answers that a policy learns from, step by step."""
+"""Samples the answers that a policy or a student learns from, step by step."""
 
 import hashlib
 import json
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from data.loader import Loader
+from data.loader import Batch, Loader
 from data.prepare import Prepared
-from infer.protocol import Group, Sample
+from infer.config import Sampling
+from infer.protocol import Group, Request, Sample
+from infer.sample import SequenceRandom
 from model.hf.names import weights
 from model.objective import MAIN
 from model.objectives.policy_loss import PolicyLossConfig
@@ -36,17 +38,20 @@ from train.post.journal import (
     write_journal,
 )
 from train.post.make import PendingRollout, RolloutMaker
-from train.post.pack import answer_log_probs, pack_step
+from train.post.pack import BatchShape, PromptAndAnswer, answer_log_probs, find_prompts, pack_fitting, pack_step
 from train.post.routes import load_rollout_routes, save_rollout_routes
 from train.post.sample import PromptOrder, RolloutHeader, ScoredRollout, prompt_form, read_problems
 from train.post.score import RolloutRewards, open_model_parts, with_constitutions
 from train.post.statistics import EQUAL, held_out_metrics, rollout_metrics
-from train.post.student import StudentSampler
 from train.replica import Replica
+from train.tasks.batch_reader import StepBatch, TaskHook
 from train.tasks.distill import DistillConfig
 from train.tasks.grpo import GrpoConfig, leaves_out_equal_groups
-from train.tasks.hook import StepBatch, TaskHook
 from train.tasks.registry import Task, open_task
+
+_CHOICE_SAMPLE = 1
+"""Number of the sample whose random numbers choose between student and data. A prompt has only the sample 0."""
+
 
 VALIDATION_STEP = 2**40
 """Number of the request of every validation: equal draws make validations comparable, and no step has them."""
@@ -89,7 +94,6 @@ class PolicySampler(TaskHook):
         config: RolloutConfig,
         loss: PolicyLossConfig,
     ) -> None:
-        """Stores the arguments."""
         self._replica = replica
         self._task = task
         self._maker = maker
@@ -178,7 +182,6 @@ class PolicySampler(TaskHook):
         return self._read(header, weights=header.weights) or self._maker.begin(header, step)
 
     def _header(self, number: int, first_prompt: int) -> RolloutHeader:
-        """Returns what a rollout is made with now."""
         return RolloutHeader(
             rollout=number,
             step=number * self._config.updates + 1,
@@ -238,7 +241,6 @@ class PolicySampler(TaskHook):
         return rollout
 
     def _broadcast(self, shared: list[ValueT]) -> ValueT:
-        """Returns on all ranks what rank 0 shared."""
         world = self._replica.world
         with world.phase("journal of the rollout"):
             dist.broadcast_object_list(shared, src=0, group=world.groups.world)
@@ -262,7 +264,6 @@ class PolicySampler(TaskHook):
         return replace(rollout, groups=tuple(groups))
 
     def _trained(self, group: Group) -> list[Sample]:
-        """Returns the answers of a group that are trained."""
         drops_cut = self._config.cut_answers == "drop"
         return [answer for answer in group.answers if answer.tokens and not (drops_cut and not answer.is_finished)]
 
@@ -378,3 +379,67 @@ def _sum_of_bits(tensor: Tensor) -> int:
         chosen = chosen.view(_INTEGERS[chosen.element_size()])
     factors = torch.arange(len(chosen), device=chosen.device) * 2 + 1
     return int((chosen.to(torch.int64) * factors).sum())  # host sync
+
+
+class StudentSampler(TaskHook):
+    """Replaces answers of a step's samples by those that an engine samples (GKD, arXiv:2306.13649).
+
+    Token ids go from the engine into the batch without being decoded. Draws depend on the seed, the step and the number
+    of the prompt within the global batch.
+    """
+
+    def __init__(self, engine: TrainingEngine, task: DistillConfig, seed: int) -> None:
+        self._engine = engine
+        self._task = task
+        self._seed = seed
+        self._seconds = 0.0
+
+    def sample(self, loader: Loader, step: int) -> tuple[Batch, dict[str, float]]:
+        """Returns a step's batch with the student's answers, and values for its record. All ranks call it."""
+        began = time.perf_counter()
+        num_sequences = loader.sizes.sequences(step)
+        batch = loader.batch(step, 0, num_sequences)
+        answers = find_prompts(batch)
+        sampled = self._generate([each for each in answers if self._is_sampled(step, each)], loader, step)
+        shape = BatchShape(num_sequences=num_sequences, length=batch.tokens_BT.shape[1], pad_id=batch.pad_id)
+        mixed = [(prompt, sampled.get(prompt.number, answer)) for prompt, answer in answers]
+        packed, num_left_out = pack_fitting(mixed, shape)
+        self._seconds = time.perf_counter() - began
+        return packed, {
+            "answers": len(sampled),
+            "mean_tokens": sum(each.num_tokens for each in sampled.values()) / max(len(sampled), 1),
+            "cut_share": sum(not each.is_finished for each in sampled.values()) / max(len(sampled), 1),
+            "left_out": num_left_out,
+            "seconds": self._seconds,
+        }
+
+    def prepare(self, loader: Loader, step: int) -> StepBatch:
+        """Implements `TaskHook.prepare`."""
+        batch, metrics = self.sample(loader, step)
+        return StepBatch((batch.sequences,), metrics)
+
+    def finish(self, earlier_seconds: float = 0.0) -> Mapping[str, float]:
+        """Implements `TaskHook.finish`. Nothing is written."""
+        return {"sampling": self._seconds, "earlier_batches": earlier_seconds}
+
+    def close(self) -> None:
+        """Implements `TaskHook.close`."""
+        self._engine.close()
+
+    def _is_sampled(self, step: int, answer: PromptAndAnswer) -> bool:
+        share = self._task.student_share
+        random = SequenceRandom(self._seed, answer[0].number, _CHOICE_SAMPLE, step)
+        return share >= 1 or float(random.uniform(1)) < share
+
+    def _generate(self, answers: Sequence[PromptAndAnswer], loader: Loader, step: int) -> dict[int, Sample]:
+        """Samples an answer to each prompt, by the number of the prompt."""
+        request = Request(
+            samples=1,
+            max_new_tokens=self._task.max_new_tokens,
+            sampling=Sampling(temperature=self._task.sampling_temperature, seed=self._seed),
+            step=step,
+            stop=frozenset([loader.end_of_sentence_id]),
+        )
+        # All ranks have the same prompts, so either all or none of them generate.
+        made = self._engine.generate([prompt for prompt, _ in answers], request).rollouts if answers else ()
+        return {each.prompt: each for each in made}

@@ -34,7 +34,6 @@ class PhaseLines:
     """Prints one line for each phase of a run that takes at least a second."""
 
     def __init__(self, say: Callable[[str], object] | None, clock: Clock = time.monotonic) -> None:
-        """Prints nothing yet. `say` is None on ranks that print nothing."""
         self._print = say or (lambda line: None)
         self._clock = clock
 
@@ -168,7 +167,6 @@ def folded(line: str) -> Iterator[str]:
 
 
 def _update(values: Mapping[str, Any]) -> str:
-    """Returns gradient norm and learning rate."""
     return f"grad {values['grad_norm']:.3g}  lr {values['lr']:.1e}".replace("e-0", "e-")
 
 

@@ -30,6 +30,7 @@ from dualpipe.runtime.measured import (
     rank_spans,
     step_lanes,
 )
+from train.files.rank_files import replace_text
 from train.files.secrets import redact
 from train.plan import excluded_schedules
 from train.replica import Replica
@@ -119,10 +120,10 @@ def write_pictures(
     """
     costs = measured_costs(schedule, measured)
     shown = time_schedule(schedule, costs, measured=measured)
-    _write(folder / SVG_NAME, svg(schedule, shown.simulation, measured, title, bound=shown.bound))
-    _write(folder / TRACE_NAME, trace(schedule, shown.simulation, costs, measured, seconds_per_unit=1.0))
+    replace_text(folder / SVG_NAME, svg(schedule, shown.simulation, measured, title, bound=shown.bound) + "\n")
+    replace_text(folder / TRACE_NAME, trace(schedule, shown.simulation, costs, measured, seconds_per_unit=1.0) + "\n")
     others = [] if alternatives is None else alternatives.timed(schedule, costs)
-    _write(folder / PAGE_NAME, html(by_makespan([shown, *others]), title))
+    replace_text(folder / PAGE_NAME, html(by_makespan([shown, *others]), title) + "\n")
     return shown
 
 
@@ -146,9 +147,3 @@ def bubble_of(used_seconds: float, slots: Sequence[float], ranks_per_pipeline: i
 def pipeline_seconds(slots: Sequence[float]) -> float:
     """Returns the sum of all pipelines' times from the maximum of all `window_slots`."""
     return sum(end + negated for negated, end in zip(slots[::2], slots[1::2], strict=True))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)

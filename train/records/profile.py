@@ -17,7 +17,6 @@ class StepProfiler:
     """The profiler of one rank. Steps that are not chosen cost nothing."""
 
     def __init__(self, config: ProfileConfig, out_dir: Path, rank: int, device: torch.device) -> None:
-        """Opens nothing yet."""
         self._config = config
         self._folder = out_dir / FOLDER_NAME
         self._device = device

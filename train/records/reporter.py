@@ -3,22 +3,94 @@
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import distributed as dist
 
 from train.balance import Balance, LoadLines
-from train.config import TrainConfig
+from train.config import TrackConfig, TrainConfig
 from train.errors import LOG_FOLDER
-from train.files.json_lines import JsonLines
+from train.files.json_lines import METRICS_NAME, JsonLines
 from train.files.rank_files import RankFiles
-from train.files.secrets import redact
+from train.files.secrets import redact, redact_values
 from train.records.display import Display, open_console
-from train.records.metrics import Recorder, Wandb
 from train.report.write import Report
+
+LOGGER = logging.getLogger("train")
+Record = Mapping[str, Any]
+
+
+class Recorder(Protocol):
+    """The protocol of an output for the metrics of steps."""
+
+    def record(self, values: Record) -> None:
+        """Records the metrics of one step, including the key `step`."""
+        ...
+
+    def roll_back(self, step: int) -> None:
+        """Removes the records of steps after this one, which will be repeated."""
+        ...
+
+    def amend(self, values: Record) -> None:
+        """Replaces the record of the last step by one with further values."""
+        ...
+
+    def close(self) -> None:
+        """Writes pending records and closes the output."""
+        ...
+
+
+class Wandb:
+    """A wandb run, offline unless configured otherwise, with its files in the run's folder."""
+
+    def __init__(self, config: TrackConfig, name: str, out_dir: Path, resolved: Record) -> None:
+        import wandb
+
+        # wandb records the command line from sys.argv, so secrets are hidden there.
+        sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]
+        self._run = wandb.init(
+            project=config.project,
+            name=redact(name),
+            dir=out_dir,
+            mode="online" if config.wandb == "online" else "offline",
+            settings=wandb.Settings(silent=True, disable_git=True),
+        )
+        self._run.config.update(redact_values(resolved))
+        self._last_step = 0
+        self._has_failed = False
+
+    def record(self, values: Record) -> None:
+        """Logs a step, unless wandb already has it, because wandb cannot replace it."""
+        if values["step"] > self._last_step:
+            self._last_step = values["step"]
+            self._log(values)
+
+    def roll_back(self, step: int) -> None:
+        """Does nothing, because a wandb run cannot remove steps."""
+
+    def amend(self, values: Record) -> None:
+        """Logs the record again with further values, also in a wandb run that was started after the step."""
+        self._last_step = max(self._last_step, values["step"])
+        self._log(values)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._try(self._run.finish)
+
+    def _log(self, values: Record) -> None:
+        self._try(lambda: self._run.log(dict(values), step=values["step"]))
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        """Calls wandb. An error of wandb is logged once and does not end the run."""
+        try:
+            act()
+        except Exception as error:
+            if not self._has_failed:
+                LOGGER.warning("wandb: %s: %s", type(error).__name__, error)
+            self._has_failed = True
 
 
 class Reporter:
@@ -91,7 +163,6 @@ class _RankLog(logging.FileHandler):
     """The log file of a rank. Lines that a full disk refuses are lost without a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line without secrets."""
         return redact(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -109,7 +180,7 @@ def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     if rank != 0:
         return Reporter(None, [])
     display = Display(open_console(sys.stdout), config.task.steps, first_step, config.track.log_every_steps)
-    recorders: list[Recorder] = [JsonLines(out_dir / "metrics.jsonl", first_step), display]
+    recorders: list[Recorder] = [JsonLines(out_dir / METRICS_NAME, first_step), display]
     if config.track.wandb != "disabled":
         recorders.append(Wandb(config.track, config.name, out_dir, dataclasses.asdict(config)))
     loads = LoadLines(out_dir, config.track.loads_every_steps, first_step)

@@ -14,8 +14,7 @@ from train.plan import Plan
 from train.records.profile import profile_notice
 from train.records.reporter import Reporter
 from train.replica import Replica
-from train.schedule.cut import with_cut
-from train.schedule.ramp import ramp_notices
+from train.schedule.cut import ramp_notices, with_cut
 
 LOGGER = logging.getLogger("train")
 
@@ -55,7 +54,6 @@ def print_run_summary(
 
 
 def _log_place(replica: Replica) -> None:
-    """Logs this rank's coordinates and what it holds."""
     world = replica.world
     LOGGER.info(
         "rank %d, node %d: pipeline index %d with stages %s, data index %d, context index %d, expert index %d, "

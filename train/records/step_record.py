@@ -14,8 +14,9 @@ from torch.distributed import ProcessGroup
 
 from comm.dispatch.traffic import LayerTraffic, TrafficSnapshot
 from dualpipe.runtime.measured import RankBusyTime
+from model.config import ModelConfig
 from model.objective import BALANCE
-from train.records.metrics import mfu
+from model.size import training_flops_per_token
 from train.records.pictures import PipelineTimeline, bubble_of, pipeline_seconds, window_slots
 from train.replica import Replica
 from train.step import StepResult
@@ -58,6 +59,18 @@ def record_of(
     }
 
 
+def mfu(
+    model: ModelConfig, sequence_length_tokens: int, tokens_per_second: float, peak_flops: float | None
+) -> dict[str, float]:
+    """Returns the model FLOPs utilization under the key `mfu`, or nothing if the peak is unknown.
+
+    It counts the main model's forward and backward with causal attention halved, and no recomputation.
+    """
+    if peak_flops is None:
+        return {}
+    return {"mfu": training_flops_per_token(model, sequence_length_tokens) * tokens_per_second / peak_flops}
+
+
 def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[str, object]:
     """Returns peak memory, the bubble and the parts of the step's time, over all ranks."""
     mesh, mine = world.layout.parallelism, _peak_memory_bytes(world.device)
@@ -94,7 +107,6 @@ def _step_time(result: StepResult, used: float, exposed: float, pipelines: float
 
 
 def _reduce(world: World, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
-    """Reduces numbers over all ranks, in float64."""
     reduced: list[float] = world.reduce(torch.tensor(values, dtype=torch.float64), "the step's record", how).tolist()
     return reduced
 

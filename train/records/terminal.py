@@ -52,7 +52,6 @@ class GuardedStream:
             report(self._problem)
 
     def __getattr__(self, name: str) -> Any:
-        """Returns any other attribute of the stream."""
         return getattr(self._stream, name)
 
     def _break(self, error: Exception) -> None:

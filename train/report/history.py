@@ -36,7 +36,6 @@ class History:
     """Buckets of equal width. If there would be too many, neighbors are merged in pairs."""
 
     def __init__(self, most_buckets: int = MOST_BUCKETS) -> None:
-        """Starts empty. `most_buckets` is even."""
         self.firsts: list[int] = []
         self.lasts: list[int] = []
         self.loads: list[Loads] = []

@@ -1,11 +1,11 @@
-"""Reads some groups of some rollouts of a run, evenly chosen.
+"""Reads some groups of some rollouts of a run, and its answers to held-out prompts.
 
 What is read is limited however many and large the journals are, and nothing in them is trusted.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from train.files.rank_files import replace_text
 from train.post.journal import FOLDER_NAME, LENGTHS, LOG_PROBS, read_header
+
+ANSWERS_NAME = "answers.json"
+_LARGEST_FILE_BYTES = 2**22
+
 
 _MOST_STEPS, _MOST_GROUPS, _LEAST_GROUPS = 100, 1000, 8
 _MOST_READ_BYTES = 2**28
@@ -181,3 +186,37 @@ class _LogProbs:
             return None
         ends = np.cumsum([0, *counts]).tolist()
         return [found[first:last] for first, last in pairwise(ends)] if len(found) == ends[-1] else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutAnswer:
+    """A held-out prompt, the answer of the data, and the model's answer, as text with special tokens."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"held-out prompt {self.prompt!r}\n  reference {self.reference!r}\n  answer    {self.answer!r}"
+
+
+def write_answers(folder: Path, answers: Sequence[HeldOutAnswer]) -> None:
+    """Writes `answers.json` into a run's folder, from which the report reads it."""
+    text = json.dumps([asdict(answer) for answer in answers], indent=1)
+    replace_text(folder / ANSWERS_NAME, f"{text}\n")
+
+
+def read_answers(folder: Path) -> list[HeldOutAnswer]:
+    """Returns the answers of a run's folder; none if there is no file of this form."""
+    path = folder / ANSWERS_NAME
+    if not path.is_file() or path.stat().st_size > _LARGEST_FILE_BYTES:
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    return [_answer(record) for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+
+def _answer(record: Mapping[str, Any]) -> HeldOutAnswer:
+    return HeldOutAnswer(**{name: str(record.get(name, "")) for name in ("prompt", "reference", "answer")})

@@ -14,11 +14,10 @@ from dualpipe.draw.style import STYLE
 from train.errors import LOG_FOLDER, find_errors
 from train.figures import num_bytes, plain, short, table
 from train.files.status import read_status
-from train.listeners.answers import read_answers
 from train.planner.compare import Comparison
 from train.planner.text import COMPARED_HEADER, comparison_notes, comparison_rows
 from train.report.charts import ChartedRun, ChartWriter, block
-from train.report.journals import has_journals
+from train.report.journals import has_journals, read_answers
 from train.report.layers import card, legend_gradient, overview
 from train.report.source import RunSource
 from train.report.summary import step_time, summary
@@ -52,17 +51,14 @@ class DrawnRun:
     about: str
     comparison: Comparison | None = None
 
-    def charted(self) -> ChartedRun:
-        """Returns what charts show of it."""
-        return ChartedRun(name=self.name, history=self.source.history, marks=self.source.marks())
-
 
 def html(drawn: Sequence[DrawnRun], title: str, differences: Sequence[Sequence[str]] = ()) -> str:
     """Returns the page of a run, or of several runs that are compared.
 
     Sources have followed their folders. `differences` are keys of the configuration, each with the value of every run.
     """
-    charts = ChartWriter([run.charted() for run in drawn])
+    runs = [ChartedRun(name=run.name, history=run.source.history, marks=run.source.marks()) for run in drawn]
+    charts = ChartWriter(runs)
     sections = [
         _section(
             "Different settings", table(["key", *(run.name for run in drawn)], differences) if differences else ""

@@ -11,10 +11,10 @@ import numpy as np
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.checkpoint.manifest import MANIFEST_NAME
 from train.config.decode import flatten
-from train.files.json_lines import LONGEST_LINE_BYTES, read_line
+from train.files.json_lines import EVENTS_NAME, LOADS_NAME, LONGEST_LINE_BYTES, METRICS_NAME, read_line
 from train.report.history import MOST_BUCKETS, History, Loads
 
-METRICS_NAME, LOADS_NAME, EVENTS_NAME, PICTURE_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl", "schedule.svg"
+PICTURE_NAME = "schedule.svg"
 _LARGEST_PICTURE_BYTES = 2**26
 _LOADS_PER_BUCKET = 4
 _LARGEST_NUMBER = 2**53
@@ -106,11 +106,9 @@ class _Tail:
         return self.offset > 0 and (found.st_ino != self.identity or found.st_size < self.offset)
 
     def rewind(self) -> None:
-        """Starts at the first line again."""
         self.offset = self.num_lines = 0
 
     def lines(self) -> Iterator[bytes]:
-        """Yields the whole lines since the last call."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:

@@ -38,7 +38,6 @@ class TokenPieces:
     """The text of each token of a tokenizer, decoded once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """`tokenizer`: decodes."""
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
 
@@ -136,6 +135,7 @@ def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int)
     """Returns a group for the page's script in about `most_bytes`; long answers lose their middle."""
     values = group.values
     samples = values.get("samples")
+    expected = values.get("answer")
     answers = [sample for sample in (samples if isinstance(samples, list) else []) if isinstance(sample, dict)]
     shown = choose_evenly(len(answers), _MOST_ANSWERS)
     known = group.log_probs if group.log_probs is not None else [None] * len(answers)
@@ -146,7 +146,7 @@ def group_data(group: JournalGroup, pieces: TokenPieces | None, most_bytes: int)
         "prompt": _whole(values.get("prompt")),
         "problem": shorten(_string(values.get("problem")), most_bytes // 32),
         "text": shorten(_string(values.get("text")), most_bytes // 8),
-        "expected": _optional(values.get("answer"), most_bytes // 16),
+        "expected": shorten(expected, most_bytes // 16) if isinstance(expected, str) else None,
         "dropped": shorten(_string(values.get("dropped")), most_bytes // 32),
         "stats": _statistics(answers),
         "answers": [answer_data(answers[place], known[place], pieces, share) for place in shown],
@@ -246,10 +246,6 @@ def _parts(parts: object, most_bytes: int) -> Iterator[list[Any]]:
 
 def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _optional(value: object, most_bytes: int) -> str | None:
-    return shorten(value, most_bytes) if isinstance(value, str) else None
 
 
 def _number(value: object) -> float | None:

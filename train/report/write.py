@@ -1,12 +1,12 @@
 """Writes `report.html` and `rollouts.html` into a run's folder, during the run and at its end."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.config import TrainConfig
 from train.config.decode import encode, flatten
+from train.files.rank_files import replace_text
 from train.files.secrets import redact, redact_values
 from train.planner.compare import Comparison, compared_run
 from train.report.page import REPORT_NAME, DrawnRun, html
@@ -22,7 +22,6 @@ class Report:
     """Follows a run's folder and draws it, with limited time and memory however long the run is."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """`config`: of the run; its `out_dir` is the folder."""
         self._config = config
         self._source = RunSource(Path(config.out_dir))
         self._viewer = RolloutViewer(self._source.folder, config.data.tokenizer)
@@ -34,9 +33,10 @@ class Report:
         """
         self._source.follow()
         run = _drawn(self._config, self._source, self._config.name)
-        path = _replace(self._source.folder / REPORT_NAME, html([run], run.name))
+        path = self._source.folder / REPORT_NAME
+        replace_text(path, html([run], run.name))
         if self._viewer.has_rollouts:
-            _replace(self._source.folder / VIEWER_NAME, self._viewer.html(run.name, run.about))
+            replace_text(self._source.folder / VIEWER_NAME, self._viewer.html(run.name, run.about))
         return path
 
     def try_to_write(self) -> None:
@@ -55,7 +55,9 @@ def compare(configs: Sequence[TrainConfig]) -> Path:
         source.follow()
         drawn.append(_drawn(config, source, name))
     title = " and ".join(run.name for run in drawn)
-    return _replace(drawn[0].source.folder / COMPARISON_NAME, html(drawn, title, differing_settings(configs)))
+    path = drawn[0].source.folder / COMPARISON_NAME
+    replace_text(path, html(drawn, title, differing_settings(configs)))
+    return path
 
 
 def _drawn(config: TrainConfig, source: RunSource, name: str) -> DrawnRun:
@@ -90,15 +92,6 @@ def _names(configs: Sequence[TrainConfig]) -> list[str]:
     if len(set(names)) < len(names):
         names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return names
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Writes a page in place of an earlier one, which stays until the new one is complete."""
-    # `launch.redraw` may draw while the run does.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
 def about(config: TrainConfig) -> str:

@@ -147,7 +147,6 @@ def _score(sizes: Sequence[int], model: ModelWork, placement: Placement, most: f
 
 
 def _relative(times: Sequence[float]) -> list[float]:
-    """Returns the times divided by their mean."""
     mean = sum(times) / len(times) or 1.0
     return [time / mean for time in times]
 

@@ -1,17 +1,17 @@
-"""Returns the layers of each stage of a run: as listed, even, or balanced by work. No torch here."""
+"""Places stages: their layers and ranks, and ramp sizes that keep the placement. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 
 from comm.config import Cut
-from dualpipe.ir import Placement
-from dualpipe.registry import FALLBACK, SCHEDULES
+from dualpipe.ir import Placement, Schedule, ScheduleError
+from dualpipe.registry import FALLBACK, SCHEDULES, kind_for_size
 from model.config import CutError, ModelConfig, cut_at, cut_layers
-from train.config import TrainConfig
+from train.config import TrainConfig, sized_config
 from train.schedule.balanced_cut import balanced_cut
 from train.schedule.layer_times import LayerTimes, model_work, nominal_times
-from train.schedule.stage_work import ModelWork
 
 _KEY = "parallelism.cut"
 
@@ -66,9 +66,7 @@ def with_cut(config: TrainConfig, cut: Sequence[range]) -> TrainConfig:
     return replace(config, parallelism=replace(config.parallelism, cut=listed))
 
 
-@lru_cache(maxsize=256)
-def _cached_cut(work: ModelWork, placement: Placement) -> tuple[int, ...] | None:
-    return balanced_cut(work, placement)
+_cached_cut = lru_cache(maxsize=256)(balanced_cut)
 
 
 def _check_listed(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> None:
@@ -106,3 +104,56 @@ def _nearest(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> tu
 
 def _text(sizes: Sequence[int]) -> str:
     return f"[{','.join(map(str, sizes))}]"
+
+
+def is_mirrored(schedule: Schedule) -> bool:
+    """Returns whether pipeline ranks p and P-1-p hold the same stages.
+
+    Raises:
+        ScheduleError: ranks that are no mirror pair share a stage, so their gradients would not be summed.
+    """
+    down, *up = schedule.placement
+    mirrored = tuple(schedule.num_ranks - 1 - rank for rank in down)
+    if any(row != mirrored for row in up):
+        raise ScheduleError(
+            f"placement: the second direction must hold every stage on rank P-1-r, where r is the rank that holds it "
+            f"for the first direction, is {schedule.placement}"
+        )
+    return bool(up)
+
+
+def embedding_ranks(schedule: Schedule, mtp_depth: int) -> tuple[int, ...]:
+    """Returns the ranks that hold the embedding: those of the first stage and, with MTP, of the last one."""
+    ends = (0, schedule.num_stages - 1) if mtp_depth else (0,)
+    return tuple(sorted({row[stage] for row in schedule.placement for stage in ends}))
+
+
+def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:
+    """Returns the configuration of a run with one size of its batch ramp, and no ramp.
+
+    If the configured schedule does not accept the size, another one with the same placement is configured.
+
+    Raises:
+        ScheduleError: no schedule with this placement accepts the size.
+    """
+    sized, kind, pipeline = sized_config(config, sequences), config.schedule.kind, config.parallelism.pipeline
+    if kind == "auto":
+        return sized
+    chunks = run_stages(config, kind) // pipeline
+    other = kind_for_size(kind, pipeline, sized.num_micro_batches, chunks, micro_batches_key="batch.ramp")
+    if other == kind:
+        return sized
+    return replace(sized, schedule=replace(config.schedule, kind=other, chunks=chunks))
+
+
+def ramp_notices(config: TrainConfig) -> Iterator[str]:
+    """Yields a line for consecutive sizes of the ramp that do not use the configured schedule."""
+    kinds = [(size, sized_run(config, size).schedule.kind) for size in config.batch_sizes.sizes]
+    for kind, group in groupby(kinds, key=lambda item: item[1]):
+        if kind != config.schedule.kind:
+            sizes = [size for size, _ in group]
+            span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+            yield (
+                f"batch.ramp: steps of {span} sequences use schedule {kind}, which has the same placement, because "
+                f"{config.schedule.kind} is not defined for their number of micro-batches"
+            )

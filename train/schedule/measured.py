@@ -17,6 +17,7 @@ from model.config import ModelConfig, cut_at
 from model.size import attention_parameters
 from train.config.decode import decode, encode
 from train.config.errors import ConfigError
+from train.files.rank_files import replace_text
 from train.schedule.layer_times import LayerTimes, PartTimes
 
 PositiveShare = Annotated[float, Above(0), Between(0, 1)]
@@ -269,10 +270,8 @@ def try_to_write(folder: Path, run: MeasuredRun) -> None:
     """Writes the record into a run's existing folder, in place of an earlier one. An error is only logged."""
     path = folder / (PROBE_NAME if run.measured.kind == "probe" else MEASURED_NAME)
     values = {**encode(run.measured), _SCHEDULE_KEY: json.loads(to_json(run.schedule))}
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(values) + "\n")
     except OSError as error:
         LOGGER.warning("%s cannot be written: %s", path.name, error)
 

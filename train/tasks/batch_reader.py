@@ -1,14 +1,17 @@
-"""Reads the micro-batches of one rank in one step."""
+"""Prepares the batches of a step, and reads the micro-batches of one rank."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from comm.context.protocol import SequenceParts
-from data.loader import Batch
+from data.loader import Batch, Loader
 from model.objective import MicroBatch, find_target_rows
+from model.router import Routes
 from train.errors import PreemptedError
 from train.replica import Replica
 from train.tasks.registry import Task
@@ -97,3 +100,38 @@ def held_part(whole: MicroBatch, parts: SequenceParts, index: int) -> MicroBatch
         extras={name: parts.take(extra, index) for name, extra in whole.extras.items()},
         target_rows=tuple(find_target_rows(targets_BT) for targets_BT in targets) if whole.target_rows else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The batches of a step, whose gradients add up to one update; `metrics` is None without rollouts."""
+
+    reads: tuple[Read, ...]
+    metrics: Mapping[str, Any] | None = None
+    routes: tuple[Routes | None, ...] = (None,)
+    more_counts: Mapping[str, float] = field(default_factory=dict)
+
+
+class TaskHook:
+    """What a task does in a step besides its passes. This base class trains on the data alone.
+
+    All ranks have one and call its methods at the same points.
+    """
+
+    def prepare(self, loader: Loader, step: int) -> StepBatch:
+        """Returns the batches of a step, whose index counts from 0."""
+        return StepBatch((partial(loader.batch, step),))
+
+    def finish(self, earlier_seconds: float = 0.0) -> Mapping[str, float]:
+        """Completes what must be on the disk before the update, and returns seconds by part."""
+        return {}
+
+    def validate(self) -> Mapping[str, float] | None:
+        """Returns measurements of answers to held-out problems by name; None if held-out data are validated."""
+        return None
+
+    def roll_back(self, num_done: int) -> None:
+        """Forgets what was prepared after `num_done` steps."""
+
+    def close(self) -> None:
+        """Closes what the hook opened. All ranks call it at the same point."""

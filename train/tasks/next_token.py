@@ -5,6 +5,7 @@ Source: arXiv:2412.19437, section 2.2. Shape legend: B sequences, T tokens.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,9 +29,11 @@ from model.objectives.policy import PolicyGradient, policy_names
 from model.objectives.policy_terms import OFF_POLICY
 from model.objectives.sampled import AnswerIndex
 from train.config import TaskConfig
-from train.tasks.distill import DistillConfig
-from train.tasks.grpo import GrpoConfig
 from train.tasks.registry import StepRates
+
+if TYPE_CHECKING:
+    from train.tasks.distill import DistillConfig
+    from train.tasks.grpo import GrpoConfig
 
 
 class NextToken:
@@ -87,7 +90,7 @@ class NextToken:
 class DistillationTask:
     """The task of distillation. Its batches have the teacher's scores or states as extras."""
 
-    def __init__(self, config: DistillConfig, mtp_depth: int, *, masks_documents: bool) -> None:
+    def __init__(self, config: "DistillConfig", mtp_depth: int, *, masks_documents: bool) -> None:
         """Builds the task; the arguments are those of `NextToken`."""
         self.names = distillation_names(mtp_depth)
         self._targets = NextToken(config, mtp_depth, masks_documents=masks_documents, weights=WEIGHTS)
@@ -117,7 +120,7 @@ class DistillationTask:
 class PolicyGradientTask:
     """The task of policy gradients. Its batches have the values of sampled tokens as extras."""
 
-    def __init__(self, config: GrpoConfig, mtp_depth: int) -> None:
+    def __init__(self, config: "GrpoConfig", mtp_depth: int) -> None:
         """Builds the task for a model with `mtp_depth` MTP modules, which learn the sampled tokens."""
         self.names = policy_names(mtp_depth, has_reference=config.has_reference)
         self._targets = NextToken(config, mtp_depth, masks_documents=True, weights=WEIGHTS)

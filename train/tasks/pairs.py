@@ -1,6 +1,7 @@
 """Tasks that compare the answers of pairs: ranking by a score, and direct preference optimization."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from model.objective import BALANCE, MAIN, MicroBatch, depth_name, depth_weights
 from model.objectives.pairs import PairIndex
 from model.objectives.preference import PAIR, SFT, Preference, preference_losses
 from model.objectives.ranking import CENTRE, RANKING_LOSSES, SCORE, PairRanking
-from train.tasks.dpo import DpoConfig
 from train.tasks.next_token import to_micro_batch
 from train.tasks.registry import StepRates
-from train.tasks.reward_model import RewardModelConfig
+
+if TYPE_CHECKING:
+    from train.tasks.preferences import DpoConfig, RewardModelConfig
 
 
 class Ranking:
@@ -21,8 +23,7 @@ class Ranking:
 
     names = RANKING_LOSSES
 
-    def __init__(self, config: RewardModelConfig) -> None:
-        """Stores the configuration."""
+    def __init__(self, config: "RewardModelConfig") -> None:
         self._config = config
 
     def read(self, batch: Batch, device: torch.device) -> MicroBatch:
@@ -51,7 +52,7 @@ class Ranking:
 class DirectPreference:
     """The task of preferring the chosen answer of each pair more than the reference does."""
 
-    def __init__(self, config: DpoConfig, mtp_depth: int) -> None:
+    def __init__(self, config: "DpoConfig", mtp_depth: int) -> None:
         """Builds the task for a model with `mtp_depth` MTP modules, which predict chosen answers."""
         self.names = preference_losses(mtp_depth)
         self._config = config

@@ -1,16 +1,19 @@
-"""Defines what tasks that learn from samples share. No torch here."""
+"""Defines what tasks on samples share, and registers supervised fine-tuning. No torch here."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data.registry import DATA_SOURCES
+from data.samples.pack import WEIGHTS
 from kernels.ranges import PositiveFloat
-from train.config import TaskConfig
+from model.config import ModelConfig
+from train.config import BatchConfig, TaskConfig
 from train.config.errors import ConfigError
-from train.tasks.registry import TASKS
+from train.tasks.registry import TASKS, TaskSpec
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
+    from train.tasks.next_token import NextToken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,3 +52,29 @@ def check_samples(config: "TrainConfig") -> None:
             f"batch.document_mask: must be true for task.kind={task}, because samples that are packed into one "
             f"sequence must not attend to each other, is false; nearest valid: true"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftConfig(SampleTaskConfig):
+    """The configuration of supervised fine-tuning, whose targets are the tokens that the samples mark."""
+
+
+def build_sft(config: SftConfig, model: ModelConfig, batch: BatchConfig) -> "NextToken":
+    """Builds the task of supervised fine-tuning."""
+    from train.tasks.next_token import NextToken
+
+    return NextToken(config, model.mtp_depth, masks_documents=batch.document_mask, weights=WEIGHTS)
+
+
+TASKS.register(
+    "sft",
+    TaskSpec(
+        summary="next-token prediction of the answers in samples",
+        config=SftConfig,
+        build=build_sft,
+        example={"epochs": None},
+        check=check_samples,
+        values=(WEIGHTS,),
+        splits_sequences=True,
+    ),
+)

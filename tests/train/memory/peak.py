@@ -18,7 +18,7 @@ from tests.train.memory.live import NUMBER_BYTES
 from train.config import TrainConfig
 from train.schedule.nominal import planning_schedule
 from train.step import accumulate, rates_of
-from train.tasks.hook import StepBatch
+from train.tasks.batch_reader import StepBatch
 
 
 def measure_peaks(rank: int, world_size: int, jobs: list[TrainConfig]) -> list[int]:

@@ -28,10 +28,9 @@ from train.memory import fitted_config, predict_memory
 from train.memory.predict import rank_memory
 from train.planner.built_ranks import BuiltRank, build_ranks, compared_kind
 from train.planner.config import KernelRates, MeasuredRates
-from train.planner.context_exchange import context_seconds
 from train.planner.fake_world import build_distinct_ranks
 from train.planner.job_plan import plan_job, require_time, untimed_reason
-from train.planner.scaling import part_seconds, scaled_times
+from train.planner.scaling import context_seconds, part_seconds, scaled_times
 from train.planner.space import context_sizes
 from train.planner.text import built_text
 from train.schedule.cut import run_cut
@@ -97,7 +96,7 @@ def count_differences(
             expected = arithmetic(config)
         except (ScheduleError, CutError):
             continue  # this kind has no schedule or cut of that size
-        built = build_distinct_ranks(config)
+        built = [BuiltRank(**sizes) for sizes in build_distinct_ranks(config)]
         assert sorted(rank for each in built for rank in each.pipeline_ranks) == list(range(pipeline))
         for rank, each in [(rank, one) for one in built for rank in one.pipeline_ranks]:
             num_ranks += 1

@@ -26,14 +26,12 @@ from train.checkpoint import load as checkpoint
 from train.checkpoint.initial_weights import load_initial
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.verify import check_compatible
-from train.config import PrecisionConfig, TrainConfig
+from train.config import PrecisionConfig, TokenSchedule, TrainConfig
 from train.config.errors import ConfigError
-from train.config.token_schedule import TokenSchedule
 from train.listeners.validation import validate
 from train.post.frozen import NetworkComparison
 from train.step import train_step
-from train.tasks.dpo import DpoConfig
-from train.tasks.reward_model import RewardModelConfig
+from train.tasks.preferences import DpoConfig, RewardModelConfig
 
 SHARED = {
     "steps": 2,

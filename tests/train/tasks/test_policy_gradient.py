@@ -22,16 +22,15 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config
 from tests.train.job import by_released_name, close_job, configured_schedule, make_world
 from tests.train.test_equality import relative_error
-from train.config import TrainConfig
+from train.config import TokenSchedule, TrainConfig
 from train.config.errors import ConfigError
-from train.config.token_schedule import TokenSchedule
 from train.learner import open_learner
 from train.network import ReplicaConfig
 from train.replica import open_replica
 from train.schedule.cut import run_cut
 from train.step import accumulate
+from train.tasks.batch_reader import StepBatch
 from train.tasks.grpo import GrpoConfig
-from train.tasks.hook import StepBatch
 from train.tasks.registry import TASKS, StepRates, open_task
 
 LENGTH, LONGEST, ROWS = 40, 6, (3, 1, 0, 2, 4, 1, 2, 0)

@@ -28,8 +28,8 @@ from tests.train.test_equality import assert_equal
 from train.checkpoint.manifest import write_weights_manifest
 from train.config import TrainConfig
 from train.config.errors import ConfigError
-from train.tasks.long_context import LongContextConfig, check_long_context
 from train.tasks.next_token import NextToken, to_micro_batch
+from train.tasks.pretrain import LongContextConfig, check_long_context
 from train.tasks.registry import TASKS, StepRates, open_task
 
 RATES = StepRates(learning_rate=1.0, mtp_loss_weight=0.1, bias_update=0.0)
