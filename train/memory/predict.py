@@ -185,7 +185,7 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
 
 
 def _summing_bytes(config: TrainConfig, num_tokens: int, value_bytes: int) -> int:
-    """Returns the bytes inside a sum of gradients of tokens' rows on a CPU: gathered rows, indices and sums."""
+    """Returns the bytes inside a sum of tokens' rows on a CPU: gathered rows, indices and sums."""
     if config.cluster.device == "cuda":
         return 0
     hidden, choices = config.model.hidden_size, config.model.num_experts_per_token
