@@ -131,5 +131,5 @@ def open_reward_model(
     cut = run_cut(run, policy.schedule.placement)
     replica = open_replica(policy.world, ReplicaConfig.of_run(run), policy.schedule, cut, is_proven=True)
     source.fill(named_tensors(replica.network))
-    longest = min(config.batch.sequence_length_tokens, run.model.max_position_tokens)
+    longest = min(run.batch.sequence_length_tokens, run.model.max_position_tokens)
     return PipelinedRater(longest, replica, tokenizer.pad_id)
