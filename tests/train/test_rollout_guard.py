@@ -78,7 +78,7 @@ def test_kl_above_its_limit_over_three_steps_names_the_learning_rate() -> None:
         "KL is 0.4 nats per token over 3 steps after 8 updates, above rollout.limits.kl=0.3: the learning rate of "
         "0.0005 is probably too high, or task.loss.kl_weight too low"
     )
-    assert found.refusal(8).last_good == 5
+    assert found.last_good == 5
     guard.replace_history([])
     assert guard.judge_kl({"kl": 0.85}, 6, 5e-4) is None
 
@@ -158,7 +158,7 @@ def test_answers_without_verdict_end_the_run_with_the_reason_whatever_the_guard(
     assert reason(open_guard(UNJUDGED, GOOD | {"no_verdict_share": 0.4}, no_verdict_share=0.5), UNJUDGED) == ""
     found = open_guard(UNJUDGED, UNJUDGED, no_verdict_share=0.5).judge_rollout(UNJUDGED, 20)
     assert found is not None
-    assert found.refusal(20).ends_run
+    assert found.ends_run
     assert found.reason == (
         "50 % of answers have no verdict, at least rollout.limits.no_verdict_share=0.5 in 3 steps in a row; the first "
         "of them: bad.py: score: ValueError: no idea"

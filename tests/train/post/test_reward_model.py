@@ -100,7 +100,7 @@ def layout_scores(
         schedule = configured_schedule(config)
         world, cut = make_world(config, schedule), run_cut(config, schedule.placement)
         policy = open_replica(world, ReplicaConfig.of_run(config), schedule, cut)
-        model = open_reward_model(config, scorer, policy, arithmetic_tokenizer()).network
+        model = open_reward_model(config, scorer, policy, arithmetic_tokenizer())
         assert model.longest == {"pipeline": LENGTH, "first_rank": REWARD_MODEL.max_position_tokens}[scorer.place]
         found.append(model.rate(answers))
         assert model.rate([]) == []
