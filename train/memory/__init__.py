@@ -1,6 +1,6 @@
 """Predicts the memory of every rank before any process starts.
 
-No torch here; docs/memory.md has the formulas.
+Imports torch only to measure new sizes. docs/memory.md says how.
 """
 
 from train.memory.fitted_cut import fitted_config
