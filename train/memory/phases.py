@@ -80,11 +80,14 @@ def _measured(by_slice: tuple[Sizes, ...], part: PartName, cache_dir: Path | Non
     inputs = json.dumps([[asdict(sizes) for sizes in by_slice], part], default=sorted)
     path = cache_dir / f"{part}-{hashlib.sha256((_program_digest() + inputs).encode()).hexdigest()[:24]}.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [[PhaseBytes.of_row(row) for row in phases] for phases in rows]
-    except (OSError, ValueError, TypeError, LookupError):  # a truncated or changed file is replaced
-        measured = _measure(by_slice, part)
-    write_if_possible(path, json.dumps([[asdict(phase) for phase in phases] for phases in measured]))
+        checksum, text = path.read_text(encoding="utf-8").split("\n")
+        if checksum == hashlib.sha256(text.encode()).hexdigest():
+            return [[PhaseBytes(**row) for row in phases] for phases in json.loads(text)]
+    except (OSError, ValueError):  # not there, or not what was written
+        pass
+    measured = _measure(by_slice, part)
+    text = json.dumps([[asdict(phase) for phase in phases] for phases in measured])
+    write_if_possible(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     return measured
 
 

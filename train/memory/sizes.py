@@ -1,8 +1,7 @@
 """Sizes of a micro-batch on one rank, and what its phases keep. Imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 from model.config import Computing, ModelConfig
 
@@ -98,15 +97,3 @@ class PhaseBytes:
     def lane(self) -> Literal["compute", "comm"]:
         """Lane on which the phase runs."""
         return "compute" if self.kind == "compute" else "comm"
-
-    @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> "PhaseBytes":
-        """Returns the bytes that a file holds.
-
-        Raises:
-            KeyError, TypeError: the row does not hold a kind and whole numbers.
-        """
-        numbers = {field.name: row[field.name] for field in fields(cls) if field.name != "kind"}
-        if row["kind"] not in get_args(PhaseKind) or any(type(number) is not int for number in numbers.values()):
-            raise TypeError(f"not the bytes of a phase: {row}")
-        return cls(kind=row["kind"], **numbers)
