@@ -59,7 +59,8 @@ def sum_over_ranks(numbers: Sequence[int], group: ProcessGroup | None = None) ->
 def exchange_reports(own: str | None, group: ProcessGroup | None = None) -> Reports:
     """Exchanges reports of ranks, such as errors, cut to 4000 characters; without any, one all-reduce."""
     (total,) = sum_over_ranks([own is not None], group)
-    rank, size = distributed.get_rank(group), distributed.get_world_size(group)
+    rank = distributed.get_rank(group)
+    size = distributed.get_world_size(group)
     found: list[RankReport] = []
     for _ in range(min(total, MOST_REPORTS)):
         # The lowest rank with a report that was not exchanged yet.
@@ -81,12 +82,15 @@ def compare_with_first_rank(own: str, group: ProcessGroup | None = None) -> tupl
 def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> list[ValueT]:
     """Returns the values of the ranks that have one on every rank, in order, none padded to the longest."""
     content = b"" if value is None else pickle.dumps(value)
-    rank, size, device = distributed.get_rank(group), distributed.get_world_size(group), _device(group)
+    rank = distributed.get_rank(group)
+    size = distributed.get_world_size(group)
+    device = _device(group)
     lengths_R = torch.zeros(size, dtype=torch.int64, device=device)
     lengths_R[rank] = len(content)
     distributed.all_reduce(lengths_R, group=group)
     lengths_R = lengths_R.cpu()  # host sync
-    total, first = int(lengths_R.sum()), int(lengths_R[:rank].sum())
+    total = int(lengths_R.sum())
+    first = int(lengths_R[:rank].sum())
     if total == 0:
         return []
     # Each rank fills its own part of the result and leaves zeros elsewhere, so a sum joins all parts.
@@ -100,7 +104,8 @@ def gather_present(value: ValueT | None, group: ProcessGroup | None = None) -> l
 
 def gather_on_first(value: ValueT, group: ProcessGroup | None = None) -> list[ValueT] | None:
     """Returns all ranks' values, in order, on the group's first rank, which alone needs memory for them."""
-    content, device = pickle.dumps(value), _device(group)
+    content = pickle.dumps(value)
+    device = _device(group)
     longest = -_smallest(-len(content), group)
     row = torch.zeros(longest, dtype=torch.uint8)
     row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -28,7 +28,8 @@ class Relays:
 
     def relay(self, place: int, node: int) -> int:
         """Returns the member that relays rows of member `place` into a node; on its own node, itself."""
-        own, there = self.members_of[self.node_of[place]], self.members_of[node]
+        own = self.members_of[self.node_of[place]]
+        there = self.members_of[node]
         return there[own.index(place) % len(there)]
 
     def sources(self, relay: int) -> tuple[int, ...]:
@@ -44,7 +45,8 @@ class Relays:
         unseen = set(range(len(self.node_of)))
         found = []
         while unseen:
-            rail, pending = set(), [min(unseen)]
+            rail = set()
+            pending = [min(unseen)]
             while pending:
                 place = pending.pop()
                 if place not in rail:

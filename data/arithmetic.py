@@ -92,7 +92,8 @@ def problems(
 
 def wrong_answer(answer: str, draw: int) -> str:
     """Returns an answer with one wrong digit; the random number `draw` chooses the place and the digit."""
-    place, digit = draw % len(answer), draw // len(answer) % 9
+    place = draw % len(answer)
+    digit = draw // len(answer) % 9
     wrong = digit + (digit >= int(answer[place]))
     return f"{answer[:place]}{wrong}{answer[place + 1 :]}"
 
@@ -152,7 +153,8 @@ def _chosen_problems(source: ArithmeticSource) -> Iterator[tuple[ArithmeticProbl
 
 
 def _samples(source: ArithmeticSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
-    template, chosen = CHAT_TEMPLATES.get(source.template), _chosen_problems(source)
+    template = CHAT_TEMPLATES.get(source.template)
+    chosen = _chosen_problems(source)
     while batch := list(islice(chosen, ENCODE_BATCH)):
         first = encode_conversations(
             [_conversation(problem, answer) for problem, answer, _ in batch], template, tokenizer

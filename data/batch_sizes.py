@@ -74,11 +74,14 @@ def _spans(sequences: int, length: int, ramp: BatchRamp | None) -> tuple[_Span, 
     if ramp is None:
         return (_Span(0, 0, sequences),)
     *growing, last = ramp_sizes(sequences, ramp)
-    spans, step, read = [], 0, 0
+    spans = []
+    step = 0
+    read = 0
     for place, size in enumerate(growing, 1):
         until = -(-ramp.end_tokens * place // len(growing))
         num_steps = max(0, -(-(until - read * length) // (size * length)))
         if num_steps:
             spans.append(_Span(step, read, size))
-        step, read = step + num_steps, read + num_steps * size
+        step = step + num_steps
+        read = read + num_steps * size
     return (*spans, _Span(step, read, last))

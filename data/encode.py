@@ -110,7 +110,8 @@ def measure_parts(config: DataConfig, progress: Progress = NO_PROGRESS) -> dict[
             raise _empty_train_error(config, num_documents["validation"], *units)
         # A single document is used for training, even if its hash selects validation.
         for sizes in (num_documents, text_bytes):
-            sizes["train"], sizes["validation"] = sizes["validation"], 0
+            sizes["train"] = sizes["validation"]
+            sizes["validation"] = 0
     return {part: PartSize(num_documents=num_documents[part], text_bytes=text_bytes[part]) for part in num_documents}
 
 
@@ -181,7 +182,8 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
         characters += len(document.text)
         if characters >= ENCODE_BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 

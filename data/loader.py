@@ -39,7 +39,8 @@ class Batch:
         """Returns the targets for predicting `shift` tokens ahead, int64 BT; `IGNORE` across pieces."""
         targets_BT = torch.full_like(self.tokens_BT, IGNORE)
         keep = max(self.tokens_BT.shape[1] - shift, 0)
-        here, ahead = self.positions_BT[:, :keep], self.positions_BT[:, shift:]
+        here = self.positions_BT[:, :keep]
+        ahead = self.positions_BT[:, shift:]
         valid = (here >= 0) & (ahead == here + shift)
         targets_BT[:, :keep] = torch.where(valid, self.tokens_BT[:, shift:], IGNORE)
         return targets_BT
@@ -158,7 +159,8 @@ class Loader:
         """Returns sequences from `first` of the validation part, in a fixed order, empty ones at the end."""
         _check_slice("validation part", first, count, max(self.num_validation_sequences, self.sizes.sizes[-1]))
         indices = self._validation_order[first : first + count]
-        prepared, found = self._prepared, len(indices)
+        prepared = self._prepared
+        found = len(indices)
         arrays = prepared.validation_tokens_NL, prepared.validation_positions_NL, prepared.validation_values
         batch = self._gather(*arrays, np.pad(indices, (0, count - found)))
         batch.tokens_BT[found:] = batch.pad_id

@@ -36,7 +36,8 @@ def pack_documents(
     starts, piece_lengths = cut_pieces(lengths_tokens, length)
     if is_chosen is not None:
         kept = np.repeat(is_chosen, -(-lengths_tokens // length))
-        starts, piece_lengths = starts[kept], piece_lengths[kept]
+        starts = starts[kept]
+        piece_lengths = piece_lengths[kept]
     bins, num_bins = best_fit_decreasing(piece_lengths.tolist(), length)
     tokens_NL = np.full((num_bins, length), pad_id, dtype=tokens.dtype)
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
@@ -83,7 +84,9 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[int
             if not bins_by_space[space]:
                 spaces ^= 1 << space
         else:
-            space, chosen, num_bins = capacity, num_bins, num_bins + 1
+            space = capacity
+            chosen = num_bins
+            num_bins = num_bins + 1
         bins[item] = chosen
         left = space - lengths[item]
         if left:

@@ -97,7 +97,8 @@ def _check_validation_paths(config: DataConfig, known: Tokenizer | None) -> None
     """Rejects held-out files that cannot be read, or that are also trained on."""
     if config.validation_paths is None:
         return
-    key, kind = "data.validation_paths", config.source.kind
+    key = "data.validation_paths"
+    kind = config.source.kind
     if not hasattr(config.source, "paths"):
         raise DataError(f"{key}: must be null with data.kind={kind}, which has no paths; nearest: null")
     assert config.validation_source is not None
@@ -115,7 +116,8 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
 
     Reads the sizes of files, and at most the first 256 KiB of text. None also means that they certainly hold `enough`.
     """
-    entry, size = DATA_SOURCES.get(config.source.kind), 0
+    entry = DATA_SOURCES.get(config.source.kind)
+    size = 0
     files = entry.files(config.source)
     for file in files:
         size += size_bytes(file)
@@ -126,7 +128,8 @@ def estimate_tokens(config: DataConfig, enough: float) -> float | None:
     tokenizer = read_tokenizer(config)
     if tokenizer is None or entry.samples is not None:
         return float(size)  # at most one token for each byte
-    documents, read = list[str](), 0
+    documents = list[str]()
+    read = 0
     for file in files:
         documents += [document.text for document in entry.read(config.source, file, _SAMPLE_BYTES - read)]
         read += size_bytes(file)

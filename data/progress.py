@@ -93,14 +93,17 @@ class ProgressLines:
     ) -> Iterator[Item]:
         """Yields the items; see `Progress`."""
         began = self._clock()
-        due, done, has_said = began + _FIRST_SECONDS, 0, False
+        due = began + _FIRST_SECONDS
+        done = 0
+        has_said = False
         for item in items:
             yield item
             done += size(item)
             now = self._clock()
             if now >= due:
                 self._say(f"{what}: {progress_text(done, total, now - began, unit)}")
-                due, has_said = now + _EVERY_SECONDS, True
+                due = now + _EVERY_SECONDS
+                has_said = True
         if has_said:
             self._say(f"{what}: done, {amount_text(done, unit)} in {seconds_text(self._clock() - began)}")
 

@@ -174,7 +174,8 @@ class Tokenizer:
             if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
                 raise ValueError(f"it must be a file of at most {LARGEST_BYTES} bytes")
             if path.name == TIKTOKEN_NAME:
-                content, backend = None, read_tiktoken(path, sidecars.values.get(TOKENIZER_CONFIG_NAME, {}))
+                content = None
+                backend = read_tiktoken(path, sidecars.values.get(TOKENIZER_CONFIG_NAME, {}))
             else:
                 content = path.read_bytes()
                 backend = tokenizers.Tokenizer.from_str(content.decode())

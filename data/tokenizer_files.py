@@ -20,7 +20,8 @@ NUM_SPECIAL = 256
 _LARGEST_BYTES = 2**26
 _CLASS = "TikTokenTokenizer"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+_LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 # Runs of Han characters; words, which end where capitals begin; numbers; punctuation; line breaks; white space.
 _PATTERN = "|".join(
     (
@@ -94,7 +95,8 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     found: list[tuple[int, int, int, bytes, bytes]] = []
     for token, rank in ranks.items():
         for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
+            left = token[:place]
+            right = token[place:]
             if left in ranks and right in ranks:
                 found.append((rank, ranks[left], ranks[right], left, right))
     return [(left, right) for *_, left, right in sorted(found)]

@@ -101,7 +101,8 @@ def best_of_kind(
         costs = costs_of(kind, num_stages)
         count = num_micro_batches
         if costs.slices > 1 and not spec.takes_slices:
-            count, costs = num_micro_batches // costs.slices, costs.of_whole_sequences()
+            count = num_micro_batches // costs.slices
+            costs = costs.of_whole_sequences()
         try:
             schedule = build(kind, num_ranks, count, costs, memory_cap, cache_dir)
         except ScheduleError as error:
@@ -151,7 +152,8 @@ def _reason(best: TimedSchedule, ranked: Sequence[TimedSchedule], memory_cap: fl
 
 
 def _compared(best: TimedSchedule, other: TimedSchedule) -> str:
-    mine, its = best.simulation.makespan, other.simulation.makespan
+    mine = best.simulation.makespan
+    its = other.simulation.makespan
     if its < mine - 1e-9:
         less = f"{100 * (1 - its / mine):.2f} % shorter"
         return f"{_name(other)} is {less} but needs {number(other.memory)} of memory, weights included"
@@ -198,7 +200,9 @@ class Alternatives:
         return rows
 
     def _make(self, kind: str, schedule: Schedule, costs: CostModel) -> Schedule | UnavailableSchedule:
-        num_ranks, num_micro_batches, spec = schedule.num_ranks, schedule.num_micro_batches, candidates()[kind]
+        num_ranks = schedule.num_ranks
+        num_micro_batches = schedule.num_micro_batches
+        spec = candidates()[kind]
         if kind in self._excluded:
             return UnavailableSchedule(kind=kind, reason=self._excluded[kind])
         hint = f"num_ranks={num_ranks} num_micro_batches={num_micro_batches}"
@@ -220,7 +224,8 @@ class Alternatives:
             made = made if self._change is None else self._change(made)
             makespan = simulate(made, own_costs).makespan
             if makespan < shortest * (1 - _ROUNDING):
-                best, shortest = made, makespan
+                best = made
+                shortest = makespan
         return best or UnavailableSchedule(kind=kind, reason=reason)
 
 

@@ -52,9 +52,12 @@ def decode(placement: Placement, cohorts: int, rounds: int) -> Schedule:
 def _next(
     placement: Placement, op: Operation, cohorts: int, rounds: int, time: int
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
-    row, stage, micro_batch = placement[op.direction], op.stage + 1, op.micro_batch
+    row = placement[op.direction]
+    stage = op.stage + 1
+    micro_batch = op.micro_batch
     if stage == len(row):
-        stage, micro_batch = 0, micro_batch + cohorts
+        stage = 0
+        micro_batch = micro_batch + cohorts
     if micro_batch >= cohorts * rounds:
         return []
     return [(row[stage], (time, -stage, op.direction, micro_batch))]

@@ -103,7 +103,8 @@ def _ends(schedule: Schedule) -> tuple[_Ends, _Ends]:
 
     def connect(kind: ValueKind, direction: int, stage: int, user: int, delay: int = 0) -> None:
         """Connects a stage with the user of its values, which uses them `delay` micro-batches later."""
-        row, count = schedule.placement[direction], len(schedule.micro_batches_of(direction))
+        row = schedule.placement[direction]
+        count = len(schedule.micro_batches_of(direction))
         key = row[stage], row[user], kind
         link = links.setdefault(key, _Link(source=key[0], destination=key[1], kind=kind, num_held=held))
         first = (direction * schedule.num_stages + stage) * schedule.num_micro_batches
@@ -164,7 +165,8 @@ def _value(schedule: Schedule, link: _Link, number: int) -> Value:
 
 def _run(program: Sequence[_Step], at: int, unblocked: set[int]) -> int:
     """Runs a rank from step `at` on and returns the step that must wait. Adds the ranks that may continue."""
-    post, wait = _Action.POST, _Action.WAIT
+    post = _Action.POST
+    wait = _Action.WAIT
     for index in range(at, len(program)):
         action, link = program[index]
         if action is post:

@@ -110,7 +110,8 @@ def _misplaced(schedule: Schedule, rank: int, op: Operation) -> str:
 
 
 def _check_complete(schedule: Schedule, located: _Located, *, forward_only: bool) -> None:
-    every, complete = tuple(Op), set[tuple[Op, ...]]()
+    every = tuple(Op)
+    complete = set[tuple[Op, ...]]()
     for direction, row in enumerate(schedule.placement):
         for stage, rank in enumerate(row):
             for micro_batch in schedule.micro_batches_of(direction):
@@ -190,7 +191,8 @@ def _check_slices(schedule: Schedule, located: _Located) -> None:
     """Checks the order of slices, and that none is offloaded: later slices attend to it."""
     backwards = (Op.BACKWARD, Op.BACKWARD_INPUT)
     for key, index in located.items():
-        op, rank = Operation(*key), schedule.rank_of(key[1], key[2])
+        op = Operation(*key)
+        rank = schedule.rank_of(key[1], key[2])
         if op.kind.is_copy:
             raise ScheduleError(f"rank {rank}: group {index} has {op}; slices of sequences cannot be offloaded")
         is_forward = op.kind is Op.FORWARD
@@ -210,7 +212,8 @@ def _makers_on_rank(schedule: Schedule, key: tuple[Op, int, int]) -> list[tuple[
     """Returns what (kind, direction, stage) operations of a key may need, if one rank runs both."""
     kind, direction, stage = key
     found = [(needed, direction, stage) for needed in _NEEDS[kind]]
-    forward, row = kind is Op.FORWARD, schedule.placement[direction]
+    forward = kind is Op.FORWARD
+    row = schedule.placement[direction]
     neighbor = stage - 1 if forward else stage + 1
     needs_neighbor = kind in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT)
     if needs_neighbor and neighbor in range(len(row)) and row[neighbor] == row[stage]:

@@ -104,9 +104,12 @@ class GenerationBatch:
         speculative: bool,
         prefill_tokens: int = PROMPT_TOKENS,
     ) -> None:
-        self._decoder, self._request, self._stop_condition = decoder, request, stop_condition
+        self._decoder = decoder
+        self._request = request
+        self._stop_condition = stop_condition
         self._sampling = request.sampling
-        self._speculative, self._prefill_tokens = speculative, prefill_tokens
+        self._speculative = speculative
+        self._prefill_tokens = prefill_tokens
         self._active: list[ActiveSequence] = []
         self._prompt_ends: dict[int, PromptEnd] = {}  # by prompt number, of the active sequences
         self._counts = {"passes": 0, "tokens": 0, "drafts_offered": 0, "drafts_accepted": 0}
@@ -165,7 +168,8 @@ class GenerationBatch:
 
     def _read_long_prompt(self, row: int, prompt: Sequence[int]) -> PromptEnd:
         """Reads a prompt chunk by chunk, so that no pass has more than `prefill_tokens` tokens."""
-        decoder, size = self._decoder, self._prefill_tokens
+        decoder = self._decoder
+        size = self._prefill_tokens
         for first in range(0, len(prompt), size):
             tokens = prompt[first : first + size]
             states_TD, last_1D = decoder.read_chunk(row, tokens)
@@ -215,7 +219,9 @@ class GenerationBatch:
 
     def _advance_with_drafts(self, active: Sequence[ActiveSequence]) -> list[list[ChosenToken]]:
         # Draft one token for each sequence.
-        sampling, uniform_B3, history = self._sampling, self._uniform(active, 3), self._history(active)
+        sampling = self._sampling
+        uniform_B3 = self._uniform(active, 3)
+        history = self._history(active)
         draft_BV = distribution(penalize(self._read_new_pairs(active), history, sampling), sampling)
         drafts_B = draw(draft_BV, uniform_B3[:, 0])
         # Run the main model over [last token, draft], and accept or replace the draft.
@@ -247,7 +253,8 @@ class GenerationBatch:
         if not self._sampling.has_penalties:
             return None
         decoder = self._decoder
-        size, device = decoder.vocab_size, decoder.device
+        size = decoder.vocab_size
+        device = decoder.device
         return TokenHistory.join([TokenHistory.of(row.prompt, row.tokens, size, device) for row in sequences])
 
     def _read_pairs(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], states: Sequence[Tensor]) -> None:

@@ -45,14 +45,18 @@ class PartDecoder:
         routes: RouteStore | None = None,
     ) -> None:
         """Allocates the caches for the layers that run here, by default all."""
-        config, weight = model.config, next(model.parameters())
-        self._model, self._config, self._dtype = model, config, weight.dtype
+        config = model.config
+        weight = next(model.parameters())
+        self._model = model
+        self._config = config
+        self._dtype = weight.dtype
         self._layers = tuple(range(config.num_layers) if layers is None else layers)
         width = model.attention.values_per_token(config)
         self.main = KvCache(width, len(self._layers), max_sequences, capacity, weight.dtype, weight.device)
         self.mtp = KvCache(width, int(with_mtp), max_sequences, capacity, weight.dtype, weight.device)
         cos, sin = rotation_table(config, capacity, torch.promote_types(weight.dtype, torch.float32))
-        self._cos_TP, self._sin_TP = cos.to(weight.device), sin.to(weight.device)
+        self._cos_TP = cos.to(weight.device)
+        self._sin_TP = sin.to(weight.device)
         self.recorder = RouteRecorder(config, self._layers, max_sequences, capacity, weight.device, routes)
 
     @property
@@ -189,8 +193,11 @@ class PartDecoder:
 
     def _run_experts(self, block: Block, moe: Moe, attended: Attended) -> Tensor:
         """Dispatches rows to the routed experts, adds the shared experts, and combines; ND."""
-        dispatcher, wire, routing = self._model.dispatcher, block.wire(), attended.routing
-        base_1ND, rows = attended.residual_BTD, attended.rows
+        dispatcher = self._model.dispatcher
+        wire = block.wire()
+        routing = attended.routing
+        base_1ND = attended.residual_BTD
+        rows = attended.rows
         handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
         arrived = dispatcher.dispatch(wire.pack(rows), routing.weights_TK, handle).wait()
         routed_AD = moe.experts(wire.unpack(arrived.rows_AD, rows), arrived.weights_A, arrived.counts, None)

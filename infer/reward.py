@@ -77,7 +77,8 @@ def judge_answers(model: Transformer, judged: Sequence[VerdictTokens], batch_siz
     def score(tokens_BT: Tensor, numbers: Sequence[int]) -> Tensor:
         targets_BT = torch.full_like(tokens_BT, _IGNORE)
         for row, number in enumerate(numbers):
-            first, length = len(judged[number // 2].prompt), len(sequences[number])
+            first = len(judged[number // 2].prompt)
+            length = len(sequences[number])
             targets_BT[row, first - 1 : length - 1] = tokens_BT[row, first:length]
         return score_log_probs(model.final_states(tokens_BT), model.head_weight, targets_BT).sum(1).exp()
 

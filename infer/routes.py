@@ -21,12 +21,14 @@ class RouteStore:
     """Records of the sequences of one direction on this rank."""
 
     def __init__(self, prompts: Sequence[NumberedPrompt], samples: int) -> None:
-        self._prompts, self._samples = prompts, samples
+        self._prompts = prompts
+        self._samples = samples
         self._ids: dict[RouteKey, NDArray[np.generic]] = {}
 
     def add(self, place: int, layers: Sequence[int], ids_LTK: Tensor) -> None:
         """Adds the record of a sequence that is complete. A part of a prompt is ignored."""
-        prompt, sample = self._prompts[place // self._samples], place % self._samples
+        prompt = self._prompts[place // self._samples]
+        sample = place % self._samples
         length = len(prompt.tokens)
         if ids_LTK.shape[1] < length:
             return

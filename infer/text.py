@@ -35,15 +35,20 @@ class TextStream:
         text = decode_after(self._decode, self._before, self._open)
         # Bytes of an incomplete character are decoded as one or more U+FFFD at the end. All text before them is final.
         decided = text.rstrip(REPLACEMENT)
-        fresh, self._done = decided[self._done :], max(self._done, len(decided))
+        fresh = decided[self._done :]
+        self._done = max(self._done, len(decided))
         if decided == text:
-            self._before, self._open, self._done = self._open, [], 0
+            self._before = self._open
+            self._open = []
+            self._done = 0
         return self._pass_on(fresh)
 
     def close(self) -> str:
         """Returns the rest of the text. Call it when no token follows."""
         rest = decode_after(self._decode, self._before, self._open)[self._done :] if self._open else ""
-        self._before, self._open, self._done = self._open, [], 0
+        self._before = self._open
+        self._open = []
+        self._done = 0
         text = self._pass_on(rest) + self._held
         self._held = ""
         return text
@@ -55,7 +60,8 @@ class TextStream:
         text = self._held + fresh
         found = [place for place in (text.find(stop) for stop in self._stop_strings) if place >= 0]
         if found:
-            self.is_stopped, self._held = True, ""
+            self.is_stopped = True
+            self._held = ""
             return text[: min(found)]
         begun = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - begun :]

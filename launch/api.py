@@ -108,7 +108,8 @@ def _check_ranks(config: TrainConfig) -> None:
 @contextmanager
 def _only_rank(cluster: ClusterConfig) -> Iterator[None]:
     """Makes this process the only rank of a job. Restores environment, signal and log handlers on exit."""
-    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     log_handlers = list(logging.getLogger().handlers)
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
         place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

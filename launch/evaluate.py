@@ -80,7 +80,8 @@ class EvaluationJob:
 
     def open_tasks(self) -> list[OpenTask]:
         """Builds the tasks, which check all of their files."""
-        source, tokenizer = self.source, self.source.needed_tokenizer("tasks")
+        source = self.source
+        tokenizer = self.source.needed_tokenizer("tasks")
         for name in self.tasks.tasks:
             heads = EVALUATION_TASKS.get(name).heads
             if source.model.head not in heads:
@@ -88,7 +89,8 @@ class EvaluationJob:
                     f"tasks: {name} needs weights with model.head={' or '.join(heads)}, {source.folder} has "
                     f"{source.model.head}; nearest valid: other tasks or weights"
                 )
-        limit, seed = source.model.max_position_tokens, self.config.seed
+        limit = source.model.max_position_tokens
+        seed = self.config.seed
         context = TaskContext(tokenizer=tokenizer, max_tokens=limit, seed=seed)
         return open_tasks(self.tasks.tasks, self.tasks.settings, context)
 
@@ -142,7 +144,8 @@ def describe_checkpoint(source: WeightsSource) -> dict[str, Any]:
         return {"folder": str(source.folder), "kind": "huggingface", "step": None, "weights": "trained", **_sum(hashes)}
     manifest = json.loads((source.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     hashes = {name: str(file["sha256"]) for name, file in manifest["files"].items()}
-    folder, step = str(source.folder.resolve()), manifest["step"]
+    folder = str(source.folder.resolve())
+    step = manifest["step"]
     return {"folder": folder, "kind": "checkpoint", "step": step, "weights": source.weights, **_sum(hashes)}
 
 
@@ -183,7 +186,8 @@ def _compare_with(
         comparisons[opened.name] = {}
         for name in (metric.name for metric in opened.task.metrics):
             both = [(ours[name], theirs[name]) for ours, theirs in pairs if name in ours and name in theirs]
-            values, other_values = [pair[0] for pair in both], [pair[1] for pair in both]
+            values = [pair[0] for pair in both]
+            other_values = [pair[1] for pair in both]
             comparisons[opened.name][name] = compare(values, other_values, seed)
     return comparisons
 
@@ -323,7 +327,8 @@ def _evaluate_here(job: EvaluationJob, tasks: Sequence[OpenTask], done: Done, wr
     model = load_model(source, job.config.dtype, job.config.device)
     from infer.evaluate.local import LocalModel
 
-    local, tokenizer = LocalModel(model, job.config.batch_size), source.needed_tokenizer("tasks")
+    local = LocalModel(model, job.config.batch_size)
+    tokenizer = source.needed_tokenizer("tasks")
     answerer = Answerer(local, tokenizer, source.end_ids, source.model.max_position_tokens)
     run_tasks(tasks, answerer, done, write)
 
@@ -332,12 +337,14 @@ def _evaluate_as_rank(job: EvaluationJob, network: InferenceConfig, done: Done |
     """Evaluates as one rank of the job. `done` and `write` of rank 0 are used."""
     from train.evaluation.pipelined import PipelinedModel, share_done
 
-    source, tasks = job.source, job.open_tasks()
+    source = job.source
+    tasks = job.open_tasks()
     try:
         with open_ranks(network) as pipeline:
             world = pipeline.replica.world
             model = PipelinedModel(pipeline.replica, job.config.batch_size, lambda: pipeline)
-            limit, tokenizer = source.model.max_position_tokens, source.needed_tokenizer("tasks")
+            limit = source.model.max_position_tokens
+            tokenizer = source.needed_tokenizer("tasks")
             answerer = Answerer(model, tokenizer, source.end_ids, limit)
             run_tasks(tasks, answerer, share_done(world, done), write if world.rank == 0 else None)
     finally:

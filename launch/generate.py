@@ -271,7 +271,8 @@ def main(overrides: Sequence[str]) -> int:
         # Without drafts, ranks do not read the MTP modules.
         source = job.source.without_mtp() if config.speculative is False else job.source
         network = spread_over_ranks(source, config.dtype, config.device, config.parallelism, config.schedule)
-        request, rollouts = job.request, None
+        request = job.request
+        rollouts = None
         if network is not None and is_torchrun(os.environ):
             apply_rank_environment(network.cluster)
             rollouts = _generate_as_rank(job, network)
@@ -348,7 +349,8 @@ def _open_writer(job: GenerateJob, transcripts: Sequence[Transcript], file: Text
 
 
 def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
-    config, transcripts = job.config, job.transcripts()
+    config = job.config
+    transcripts = job.transcripts()
     writer = _open_writer(job, transcripts, file)
     model = load_model(job.source, config.dtype, config.device)
     from infer.generate import Stream
@@ -364,7 +366,8 @@ def _stream(job: GenerateJob, request: Request, file: TextIO) -> Statistics:
         stop_condition=lambda index, token: transcripts[index].push(token),
     )
     # Standard output shows text as it is generated; a file shows nothing.
-    progress, most = progress_on() if config.out else NoProgress(), len(job.prompts) * config.max_new_tokens
+    progress = progress_on() if config.out else NoProgress()
+    most = len(job.prompts) * config.max_new_tokens
     for piece in progress.over("generating", stream, most, lambda piece: len(piece.tokens), "tokens"):
         if piece.finish is not None:
             transcripts[piece.index].end(piece.finish)

@@ -83,7 +83,9 @@ def find_weights(ckpt: str, weights: WeightsKind, *, drop_mtp: bool, needs_token
 
     Dropped MTP modules are not checked. An unreadable tokenizer is an error only if it is needed.
     """
-    folder, is_hf, end_ids = source_folder(ckpt, "ckpt"), is_hf_folder(ckpt), list[int]()
+    folder = source_folder(ckpt, "ckpt")
+    is_hf = is_hf_folder(ckpt)
+    end_ids = list[int]()
     drop_mtp = drop_mtp and is_hf
     model = source_config(ckpt, "ckpt", drop_mtp=drop_mtp)
     if is_hf and weights == "ema":

@@ -304,7 +304,8 @@ def load_problems(config: ProblemsConfig) -> list[ProblemRecord]:
             return _read_file(Path(path).expanduser())
         case ArithmeticProblemsConfig():
             check_domains(config.domains, "problems.domains")
-            seed, count = config.generator_seed, config.count
+            seed = config.generator_seed
+            count = config.count
             problems = arithmetic_problems(seed, count, config.num_digits, config.part, config.domains)
             return [
                 ProblemRecord(

@@ -86,7 +86,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
     elif kind == "auto":
         rows = _survey(config, cache_dir)
         choice = choose(rows, config.memory_cap)
-        schedule, reason = choice.schedule, choice.reason
+        schedule = choice.schedule
+        reason = choice.reason
     else:
         schedule = _best_of_kind(config, cache_dir).schedule
     # Building the schedule has kept the memory cap, by the costs of each stage.
@@ -120,7 +121,8 @@ def _shown(config: ScheduleCommandConfig) -> str:
 
 def _decode_schedule(config: ScheduleCommandConfig) -> Schedule:
     """Builds the schedule that decodes. By default, 2 cohorts for each rank are in flight."""
-    num_ranks, num_micro_batches = config.num_ranks, config.num_micro_batches
+    num_ranks = config.num_ranks
+    num_micro_batches = config.num_micro_batches
     for name, value in (("num_ranks", num_ranks), ("num_micro_batches", num_micro_batches)):
         if value < 1:
             raise ScheduleError(f"{name}: program=decode needs at least 1, has {value}; nearest: 1")

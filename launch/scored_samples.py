@@ -182,7 +182,8 @@ def to_message(text: str, template: ChatTemplate, *, thinking: bool) -> ChatMess
         if not mark:
             return None
         lead, _, tail = "".join(template.thoughts.end).partition(END_THINK)
-        thoughts, text = before.removesuffix(lead), text.removeprefix(tail)
+        thoughts = before.removesuffix(lead)
+        text = text.removeprefix(tail)
     if any(name in part for name in template.special_names for part in (text, thoughts or "")):
         return None
     return ChatMessage(role="assistant", content=text, thoughts=thoughts) if text.strip() else None

@@ -112,17 +112,20 @@ def _with_text_time(slurm: object) -> object:
 
 def predicted_lines(plan: JobPlan, slurm: SlurmConfig) -> list[str]:
     """Returns lines about predicted memory, days and GPU-hours, and about the time limit."""
-    room, ranks = plan.config.cluster.memory_bytes, plan.config.parallelism.world_size
+    room = plan.config.cluster.memory_bytes
+    ranks = plan.config.parallelism.world_size
     of = "" if room is None else f" of {gigabytes(room)}"
     lines = [f"predicted: the largest rank needs {gigabytes(plan.memory.worst.total)}{of}"]
     if plan.timed is None or plan.cost is None:
         return [*lines, f"predicted: no days and GPU-hours: {plan.untimed}"]
-    run, rates = plan.cost.stages[0], default_groups("plan")["rates"]
+    run = plan.cost.stages[0]
+    rates = default_groups("plan")["rates"]
     lines.append(
         f"predicted with rates={rates} of launch.plan, not measured on this cluster: {plan.timed.time.step:.2f} s a "
         f"step, {run.days:.1f} days and {run.gpu_hours:,.0f} GPU-hours on {ranks:,} GPUs, without time in the queue"
     )
-    seconds, limit = run.days * 86400, slurm.limit_seconds - slurm.signal_seconds
+    seconds = run.days * 86400
+    limit = slurm.limit_seconds - slurm.signal_seconds
     if seconds <= limit:
         return lines
     if slurm.requeue:
@@ -155,7 +158,9 @@ def _submit(config: TrainConfig, script: str, overrides: Sequence[str]) -> str:
     if sbatch is None:
         raise ConfigError("slurm: sbatch must be on PATH, is not; dry_run=true prints the script")
     folder = Path(config.out_dir)
-    is_new, log, path = not folder.exists(), folder / LOG_FOLDER, folder / SCRIPT_NAME
+    is_new = not folder.exists()
+    log = folder / LOG_FOLDER
+    path = folder / SCRIPT_NAME
     # The lock is held only while writing, because the job locks the folder when it starts.
     with locked_run_folder(config, datetime.now()):
         log.mkdir(exist_ok=True)

@@ -135,7 +135,8 @@ def preview(overrides: Sequence[str]) -> str:
 
 def _run(line: WorkflowCommand, progress: WorkflowProgress) -> int:
     """Runs a command and returns its exit code. Its seconds are kept if this process is interrupted."""
-    began, code = time.monotonic(), -1
+    began = time.monotonic()
+    code = -1
     process = subprocess.Popen([sys.executable, "-m", *line.arguments])
     try:
         # The command must not outlive this process.

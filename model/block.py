@@ -27,7 +27,9 @@ class Moe(nn.Module):
 
     def __init__(self, config: ModelConfig, experts: range, dtype: torch.dtype, linears: Linears) -> None:
         super().__init__()
-        hidden, narrow, shared = config.hidden_size, config.expert_intermediate_size, config.num_shared_experts
+        hidden = config.hidden_size
+        narrow = config.expert_intermediate_size
+        shared = config.num_shared_experts
         self.gate = Router(config, dtype)
         self.experts = RoutedExperts(hidden, narrow, experts, dtype, linears)
         self.shared_experts = Mlp(hidden, shared * narrow, dtype, linears) if shared else None
@@ -49,7 +51,8 @@ class Block(nn.Module):
         self, config: ModelConfig, experts: range | None, dtype: torch.dtype, attention: Attention, linears: Linears
     ) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.norm_eps
+        hidden = config.hidden_size
+        eps = config.norm_eps
         self._linears = linears
         self.input_layernorm = RmsNorm(hidden, eps, dtype)
         self.self_attn = attention
@@ -122,7 +125,9 @@ class Block(nn.Module):
     def apply_experts(self, received: Received, sink: WeightSink | None, *, for_backward: bool = False) -> ExpertOutput:
         """Runs routed experts on received rows, and adds residual and shared experts of the rank's own rows."""
         assert isinstance(self.mlp, Moe)
-        rows, weights_A, counts = received.received, received.weights_A, received.counts
+        rows = received.received
+        weights_A = received.weights_A
+        counts = received.counts
         routed_AD = self.mlp.experts(rows, weights_A, counts, sink, for_backward=for_backward)
         base_BTD = self.add_shared(received.residual_BTD, received.own, sink, for_backward=for_backward)
         return ExpertOutput(routed_AD, base_BTD)
@@ -132,7 +137,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """Returns the residual plus shared experts of its norm, BTD."""
         assert isinstance(self.mlp, Moe)
-        experts, norm = self.mlp.shared_experts, self.post_attention_layernorm
+        experts = self.mlp.shared_experts
+        norm = self.post_attention_layernorm
         if experts is None:
             return residual_BTD
         return experts.add_to(residual_BTD, rows, norm, sink, for_backward=for_backward)
@@ -152,7 +158,9 @@ class _Dispatch(torch.autograd.Function):
         wire: Wire,
         arrivals: list[tuple[Rows, tuple[int, ...]]],
     ) -> tuple[Tensor, Tensor]:
-        ctx.dispatcher, ctx.handle, ctx.shape = dispatcher, handle, values_BTD.shape
+        ctx.dispatcher = dispatcher
+        ctx.handle = handle
+        ctx.shape = values_BTD.shape
         arrived = dispatcher.dispatch(wire.pack(rows), weights_TK, handle).wait()
         received = wire.unpack(arrived.rows_AD, rows)
         arrivals.append((received, arrived.counts))
@@ -167,12 +175,15 @@ class _Dispatch(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_AD: Tensor, dispatcher: Dispatcher, handle: Handle, wire: Wire) -> Tensor:
-        ctx.dispatcher, ctx.handle, ctx.wire = dispatcher, handle, wire
+        ctx.dispatcher = dispatcher
+        ctx.handle = handle
+        ctx.wire = wire
         return dispatcher.combine(rows_AD, handle).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_ND, wire = grads[0], ctx.wire
+        grad_ND = grads[0]
+        wire = ctx.wire
         received = ctx.dispatcher.combine_backward(wire.pack_gradient(grad_ND), ctx.handle).wait()
         return wire.unpack_gradient(received, grad_ND), None, None, None
 
@@ -188,7 +199,9 @@ def run_block(
     if block.moe is None:
         return block.dense(hidden_BTD, None, documents, context), None
     attended = block.attend(hidden_BTD, None, documents, context=context)
-    residual_BTD, rows, routing = attended.residual_BTD, attended.rows, attended.routing
+    residual_BTD = attended.residual_BTD
+    rows = attended.rows
+    routing = attended.routing
     handle = dispatcher.plan(routing.ids_TK, routing.weights_TK)
     if isinstance(dispatcher, RankLocalDispatcher):
         counts, order = dispatcher.local_order(handle)

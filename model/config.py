@@ -153,7 +153,8 @@ def ladder(size: int) -> ModelConfig:
     shared expert; a router that keeps half of the groups; one MTP module.
     """
     assert size >= 1
-    hidden, num_layers = _WIDTH * size, size + 2
+    hidden = _WIDTH * size
+    num_layers = size + 2
     experts, per_token, groups, limited = next((each for limit, each in _EXPERTS if size < limit), _MANY_EXPERTS)
     width = 2 * hidden // per_token
     return ModelConfig(
@@ -207,7 +208,8 @@ def cut_layers(num_layers: int, num_stages: int, mtp_depth: int = 0, *, stages_p
         )
     last = max(1, min(num_layers - (num_stages - 1), (num_layers + mtp_depth) // num_stages - mtp_depth))
     sizes = [num_layers] if num_stages == 1 else [*_share(num_layers - last, num_stages - 1), last]
-    stages, first = [], 0
+    stages = []
+    first = 0
     for size in sizes:
         stages.append(range(first, first + size))
         first += size

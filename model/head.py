@@ -82,13 +82,15 @@ class _Merge(torch.autograd.Function):
         sink: WeightSink | None,
     ) -> Tensor:
         ctx.save_for_backward(embedded, hidden, enorm_D, hnorm_D, projection_DE)
-        ctx.eps, ctx.sink = eps, sink
+        ctx.eps = eps
+        ctx.sink = sink
         return functional.linear(_normalize_both(embedded, hidden, enorm_D, hnorm_D, eps), projection_DE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         embedded, hidden, enorm_D, hnorm_D, projection_DE = ctx.saved_tensors
-        grad, eps = grads[0], ctx.eps
+        grad = grads[0]
+        eps = ctx.eps
 
         def gradient() -> Tensor:
             both = _normalize_both(embedded, hidden, enorm_D, hnorm_D, eps)
@@ -112,7 +114,8 @@ class MtpBlock(Block):
         self, config: ModelConfig, experts: range, dtype: torch.dtype, attention: Attention, linears: Linears
     ) -> None:
         super().__init__(config, experts, dtype, attention, linears)
-        hidden, eps = config.hidden_size, config.norm_eps
+        hidden = config.hidden_size
+        eps = config.norm_eps
         self.enorm = RmsNorm(hidden, eps, dtype)
         self.hnorm = RmsNorm(hidden, eps, dtype)
         self.eh_proj = Projection(2 * hidden, hidden, dtype)
@@ -145,16 +148,19 @@ class _ScoreTokens(torch.autograd.Function):
         scoring: _Scoring,
         records: bool,  # noqa: FBT001
     ) -> tuple[Tensor, Tensor]:
-        rows_R, num_rows = scoring.rows_R, len(normal_ND)
+        rows_R = scoring.rows_R
+        num_rows = len(normal_ND)
         if rows_R is not None:
-            normal_ND, targets_N = normal_ND[rows_R], targets_N[rows_R]
+            normal_ND = normal_ND[rows_R]
+            targets_N = targets_N[rows_R]
         scores = scoring.score(normal_ND, head_VD, targets_N, records)
         log_probs_N = scores.log_probs_N
         if rows_R is not None:
             log_probs_N = log_probs_N.new_zeros(num_rows).index_copy_(0, rows_R, log_probs_N)
         if records:
             ctx.save_for_backward(scores.rows_ND, scores.head_VD, head_VD, rows_R)
-            ctx.sink, ctx.num_rows = scoring.sink, num_rows
+            ctx.sink = scoring.sink
+            ctx.num_rows = num_rows
         ctx.mark_non_differentiable(log_probs_N)
         ctx.set_materialize_grads(False)
         return scoring.value(log_probs_N), log_probs_N
@@ -257,10 +263,12 @@ def score_log_probs(
         temperature: divisor of the logits. The states are divided, which are much shorter.
         kept_ids_BTK: tokens among which a sampler drew the target, as in `kernels.cross_entropy`.
     """
-    normal_ND, targets_N = normal_BTD.flatten(0, 1), targets_BT.flatten()
+    normal_ND = normal_BTD.flatten(0, 1)
+    targets_N = targets_BT.flatten()
     kept_ids_NK = None if kept_ids_BTK is None else kept_ids_BTK.flatten(0, 1)
     if rows is not None:
-        normal_ND, targets_N = normal_ND[rows], targets_N[rows]
+        normal_ND = normal_ND[rows]
+        targets_N = targets_N[rows]
         kept_ids_NK = None if kept_ids_NK is None else kept_ids_NK[rows]
     normal_ND = normal_ND if temperature == 1 else normal_ND / temperature
     log_probs_N = linear_cross_entropy(

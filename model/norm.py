@@ -65,7 +65,9 @@ class _NormedLinear(torch.autograd.Function):
         normal_AD, scale_A1 = rms_norm(x_AD, norm_weight_D, options.eps)
         kept = (normal_AD,) if options.keeps_normal else ()
         ctx.save_for_backward(x_AD, scale_A1, norm_weight_D, *weights_ND, *kept)
-        ctx.options, ctx.shape, ctx.num_weights = options, x.shape, len(weights_ND)
+        ctx.options = options
+        ctx.shape = x.shape
+        ctx.num_weights = len(weights_ND)
         outs = [normal_AD.view_as(x)] if options.gives_normal else []
         if weights_ND:
             weight_ND = _join(weights_ND, options.type_of(weights_ND[0]))
@@ -77,9 +79,11 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_AD, scale_A1, norm_weight_D, *rest = ctx.saved_tensors
         options: _Options = ctx.options
-        weights_ND, kept = rest[: ctx.num_weights], rest[ctx.num_weights :]
+        weights_ND = rest[: ctx.num_weights]
+        kept = rest[ctx.num_weights :]
         given = [grad.flatten(0, -2) for grad in grads]
-        grad_AD, grad_weights = given[0], list[Tensor | None]()
+        grad_AD = given[0]
+        grad_weights = list[Tensor | None]()
         if weights_ND:
             grad_AN = given[-1]
             part_AD = grad_AN @ _join(weights_ND, grad_AN.dtype)
@@ -97,14 +101,16 @@ class _LinearOfNormal(torch.autograd.Function):
     ) -> Tensor:
         normal_AD = normal.flatten(0, -2)
         ctx.save_for_backward(normal_AD if options.keeps_normal else x.flatten(0, -2), norm_weight_D, *weights_ND)
-        ctx.options, ctx.shape = options, normal.shape
+        ctx.options = options
+        ctx.shape = normal.shape
         out_AN = normal_AD @ _join(weights_ND, normal.dtype).t()
         return out_AN.view(*normal.shape[:-1], out_AN.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept_AD, norm_weight_D, *weights_ND = ctx.saved_tensors
-        options, grad_AN = ctx.options, grads[0].flatten(0, -2)
+        options = ctx.options
+        grad_AN = grads[0].flatten(0, -2)
 
         def gradient() -> Tensor:
             normal_AD: Tensor = kept_AD

@@ -18,7 +18,8 @@ from kernels.cross_entropy.reference import IGNORE
 from model.head import score_tokens
 from model.precision.linear import WeightSink
 
-MAIN, BALANCE = "main", "balance"
+MAIN = "main"
+BALANCE = "balance"
 _LARGEST_TARGET_SHARE = 0.9
 
 

@@ -32,7 +32,8 @@ def graph_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
 
     A custom function names those that it keeps outside `save_for_backward` in the context's attribute `inner_tensors`.
     """
-    left, seen = list(nodes), set[Node]()
+    left = list(nodes)
+    seen = set[Node]()
     while left:
         node = left.pop()
         if node in seen:
@@ -81,7 +82,8 @@ class ActivationOffload:
     def release(self) -> None:
         """Waits for the copy, and frees the memory on the device."""
         assert self._to_host is not None
-        self._hosts, self._to_host = self._to_host.wait(), None
+        self._hosts = self._to_host.wait()
+        self._to_host = None
         for storage in self._storages:
             storage.resize_(0)
 
@@ -95,7 +97,9 @@ class ActivationOffload:
         """Waits for the copy back, and frees the memory on the host."""
         assert self._to_device is not None
         self._to_device.wait()
-        self._storages, self._hosts, self._to_device = [], (), None
+        self._storages = []
+        self._hosts = ()
+        self._to_device = None
 
 
 def movable_storages(kept: Iterable[Tensor], shared: Iterable[Tensor]) -> list[torch.UntypedStorage]:

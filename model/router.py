@@ -48,8 +48,10 @@ class Routing:
             return self._balance_of_slice(documents, context)
         if documents is not None:
             return self._balance_of_documents(documents, context)
-        scores_BTE, num_experts_per_token = self.scores_BTE, self.ids_TK.shape[1]
-        num_experts, tokens = scores_BTE.shape[2], context.parts(scores_BTE.shape[1]).num_tokens
+        scores_BTE = self.scores_BTE
+        num_experts_per_token = self.ids_TK.shape[1]
+        num_experts = scores_BTE.shape[2]
+        tokens = context.parts(scores_BTE.shape[1]).num_tokens
         top_BTK = scores_BTE.detach().topk(num_experts_per_token, -1, sorted=False).indices
         counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
             1, top_BTK.flatten(1), torch.ones_like(top_BTK.flatten(1), dtype=scores_BTE.dtype)
@@ -59,7 +61,8 @@ class Routing:
         return (frequency_BE * share_BE).sum()
 
     def _balance_of_documents(self, documents: Documents, context: ContextGroup) -> Tensor:
-        scores_NE, (num_experts, num_chosen) = self.scores_BTE.flatten(0, 1), self._sizes
+        scores_NE = self.scores_BTE.flatten(0, 1)
+        num_experts, num_chosen = self._sizes
         # Padding counts as one further document until its factor is set to 0.
         parts = context.parts(self.scores_BTE.shape[1])
         numbers_N = parts.take(documents.numbers_BT, context.index).flatten()
@@ -71,7 +74,8 @@ class Routing:
         return (factors[numbers_N] * (scores_NE / scores_NE.sum(-1, keepdim=True))).sum()
 
     def _balance_of_slice(self, documents: Documents | None, context: SliceContext) -> Tensor:
-        scores_NE, (num_experts, num_chosen) = self.scores_BTE.flatten(0, 1), self._sizes
+        scores_NE = self.scores_BTE.flatten(0, 1)
+        num_experts, num_chosen = self._sizes
         parts = context.parts(self.scores_BTE.shape[1])
         if documents is None:
             batch, tokens = self.scores_BTE.shape[:2]
@@ -91,7 +95,8 @@ class Routing:
 
     def _count_choices(self, numbers_N: Tensor, num_sequences: int) -> Tensor:
         """Counts how often the tokens of each sequence choose each expert, given each token's sequence."""
-        scores_NE, (num_experts, num_chosen) = self.scores_BTE.detach().flatten(0, 1), self._sizes
+        scores_NE = self.scores_BTE.detach().flatten(0, 1)
+        num_experts, num_chosen = self._sizes
         places_NK = numbers_N[:, None] * num_experts + scores_NE.topk(num_chosen, -1, sorted=False).indices
         counts = scores_NE.new_zeros(num_sequences * num_experts)
         counts.scatter_add_(0, places_NK.flatten(), torch.ones_like(places_NK.flatten(), dtype=counts.dtype))

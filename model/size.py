@@ -71,7 +71,9 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageShape], num_local
     layers = [layer for stage in stages for layer in stage.layers]
     dense = sum(layer < config.num_dense_layers for layer in layers)
     sparse = len(layers) - dense + modules
-    attention, mlp, expert = _attention_maps(config), _dense_maps(config), _expert_maps(config)
+    attention = _attention_maps(config)
+    mlp = _dense_maps(config)
+    expert = _expert_maps(config)
     shared = _mlp_maps(hidden, config.num_shared_experts * config.expert_intermediate_size)
 
     ordinary = (dense + sparse) * (attention_parameters(config) + 2 * hidden) + dense * _num_weights(mlp)
@@ -101,7 +103,9 @@ def attention_parameters(config: ModelConfig) -> int:
 
 def _attention_maps(config: ModelConfig) -> list[tuple[int, int]]:
     """Returns outputs and inputs of the linear maps of attention."""
-    hidden, heads, rank = config.hidden_size, config.num_heads, config.q_lora_rank
+    hidden = config.hidden_size
+    heads = config.num_heads
+    rank = config.q_lora_rank
     queries = heads * config.qk_head_dim
     maps = [
         (queries if rank is None else rank, hidden),
@@ -226,7 +230,8 @@ def count_work(config: ModelConfig, sequence_length_tokens: int, *, is_fp8: bool
         is_fp8: whether products of linear maps in layers are in FP8. Those of heads never are.
         context: ranks that share each sequence; each expands the keys and values of all tokens.
     """
-    hidden, expert = config.hidden_size, _num_weights(_expert_maps(config))
+    hidden = config.hidden_size
+    expert = _num_weights(_expert_maps(config))
     products = _FP8_PRODUCTS if is_fp8 else _OWN_PRODUCTS
     scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length_tokens / 2
     expanded = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank

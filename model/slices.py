@@ -56,8 +56,10 @@ class SliceContext:
     keeps_rows = True
 
     def __init__(self, parts: SequenceParts, index: int, layer: _SharedLayer) -> None:
-        self.size, self.index = len(parts.held), index
-        self._parts, self._layer = parts, layer
+        self.size = len(parts.held)
+        self.index = index
+        self._parts = parts
+        self._layer = layer
 
     def parts(self, own_tokens: int) -> SequenceParts:
         """Implements `ContextGroup.parts`."""
@@ -99,7 +101,8 @@ class SliceContext:
 
     def record_balance(self, counts_SE: Tensor, shares_SE: Tensor) -> bool:
         """Records a slice's part, again if it is recomputed, and returns whether the slice is the last."""
-        self._layer.counts[self.index], self._layer.shares[self.index] = counts_SE, shares_SE
+        self._layer.counts[self.index] = counts_SE
+        self._layer.shares[self.index] = shares_SE
         return self.index == self.size - 1
 
     def factors(self, slopes_S: Tensor) -> Tensor:
@@ -142,7 +145,8 @@ class SlicedRuns:
     """Sequences of one stage whose slices have begun but not all of them."""
 
     def __init__(self, parts: SequenceParts, slices: int) -> None:
-        self._parts, self._slices = parts, slices
+        self._parts = parts
+        self._slices = slices
         self._begun: dict[tuple[int, int], SlicedSequences] = {}
 
     def place(self, direction: int, micro_batch: int) -> RunPlace:

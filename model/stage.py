@@ -47,7 +47,8 @@ class StageRun:
 
     def output(self) -> Tensor:
         """Returns the hidden state for the next stage, and releases it."""
-        values, self._values = self._values, NoValues()
+        values = self._values
+        self._values = NoValues()
         assert isinstance(values, Hidden)
         return values.hidden_BTD
 
@@ -57,7 +58,8 @@ class StageRun:
 
     def input_gradient(self) -> Tensor:
         """Returns the gradient of the input, for the stage before, and releases it."""
-        gradients, self._gradients = self._gradients, Gradients()
+        gradients = self._gradients
+        self._gradients = Gradients()
         assert isinstance(gradients, HiddenGradients)
         assert gradients.hidden_BTD is not None
         return gradients.hidden_BTD
@@ -99,7 +101,8 @@ class StageRun:
     def wait(self) -> None:
         """Completes the exchange that is running."""
         assert self._under_way is not None
-        complete, self._under_way = self._under_way, None
+        complete = self._under_way
+        self._under_way = None
         complete()
 
     def kept(self) -> Iterator[Tensor]:
@@ -157,7 +160,8 @@ class Stage:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yields the parameters that the stage reads, some of them twice. Others may read the embedding too."""
-        model, depth = self._model, self._model.config.mtp_depth
+        model = self._model
+        depth = self._model.config.mtp_depth
         modules: list[nn.Module | None] = [model.block(layer) for layer in self._layers]
         if self._last:
             modules += [model.model.norm, model.output_head, *(model.mtp_block(each + 1) for each in range(depth))]
@@ -188,10 +192,12 @@ class Stage:
         """
         documents = None if batch is None else batch.documents
 
-        balance, model = BalanceLoss(objective.balance, sums), self._model
+        balance = BalanceLoss(objective.balance, sums)
+        model = self._model
 
         def add_block(block: Block, layer: int) -> None:
-            label, slices = Label(layer, place.direction, place.micro_batch), place.sequences
+            label = Label(layer, place.direction, place.micro_batch)
+            slices = place.sequences
             context = model.context if slices is None else slices.context(layer, place.index)
             phases.extend(block_phases(block, model.dispatcher, store, balance, label, documents, routes, context))
 

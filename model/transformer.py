@@ -198,7 +198,8 @@ class Transformer(nn.Module):
 
     def loss(self, batch: MicroBatch, objective: Objective, sums: LossSums) -> Tensor:
         """Computes the micro-batch's part of the step's loss through plain autograd; needs the whole model."""
-        hidden, total = self.embed(batch.inputs_BT[0], None), torch.zeros((), dtype=torch.float64)
+        hidden = self.embed(batch.inputs_BT[0], None)
+        total = torch.zeros((), dtype=torch.float64)
         for depth in range(self.config.mtp_depth + 1):
             for layer in self._layers(depth):
                 hidden, routing = run_block(self.block(layer), self.dispatcher, hidden, batch.documents, self.context)

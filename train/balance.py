@@ -55,7 +55,9 @@ class Balance:
 
 def update_router_bias(replica: Replica, rate: float) -> Balance:
     """Updates every router's bias by `rate` for the load of the whole global batch. All ranks call it."""
-    world, shape, gates = replica.world, replica.config.model, routers(replica.network)
+    world = replica.world
+    shape = replica.config.model
+    gates = routers(replica.network)
     # MTP modules are counted after the main layers.
     layers = range(shape.num_dense_layers, shape.num_layers + shape.mtp_depth)
     rows = [layers.index(layer) for layer in gates]

@@ -36,13 +36,15 @@ def call_on_first_rank(world: "World", name: str, calls: Callable[[], object] | 
 
     if calls is None:
         return
-    problem, cause = [""], None
+    problem = [""]
+    cause = None
     with world.phase(f"callback {name}"):
         if world.rank == 0:
             try:
                 calls()
             except Exception as error:
-                problem, cause = [f"{type(error).__name__}: {error}"], error
+                problem = [f"{type(error).__name__}: {error}"]
+                cause = error
         dist.broadcast_object_list(problem, src=0, group=world.groups.world)
     if problem[0]:
         raise CallbackError(f"{name}: {problem[0]}") from cause

@@ -43,13 +43,16 @@ def check_repeats(config: TrainConfig, num_sequences: float) -> None:
 
     Prompts of runs that sample their answers may be read any number of times.
     """
-    sizes, steps, most = config.batch_sizes, config.task.steps, MOST_REPEATS * num_sequences
+    sizes = config.batch_sizes
+    steps = config.task.steps
+    most = MOST_REPEATS * num_sequences
     read = sizes.sequences_before(steps)
     if read <= most or "repeated_corpus" in config.accept or TASKS.get(config.task.kind).has_rollouts:
         return
     valid = sizes.steps_for(most)
     valid -= sizes.sequences_before(valid) > most
-    tokens, source = num_sequences * config.batch.sequence_length_tokens, config.data.source
+    tokens = num_sequences * config.batch.sequence_length_tokens
+    source = config.data.source
     raise DataError(
         f"{DATA_SOURCES.get(source.kind).place(source)}: a run must read its corpus at most {MOST_REPEATS} times, "
         f"task.steps={steps} reads about {tokens:,.0f} tokens {read / num_sequences:,.0f} times; "

@@ -55,7 +55,8 @@ class ParameterEma:
     def wait(self) -> None:
         """Waits until the averages include the last update, and raises the error of the thread."""
         if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
+            under_way = self._under_way
+            self._under_way = None
             under_way.result()
 
     def state(self) -> dict[str, Tensor]:
@@ -138,7 +139,9 @@ def open_learner(
     hook: TaskHook = _DATA_ALONE,
 ) -> Learner:
     """Builds the gradient store, the optimizer and, if configured, the moving average. All ranks call it."""
-    model, world, store = replica.model, replica.world, GradientStore(replica.model.parameters())
+    model = replica.model
+    world = replica.world
+    store = GradientStore(replica.model.parameters())
     units = units_of(model, replica.stages, replica.schedule, world.groups)
     lane = open_lane(world.device, "reduction")
     background = Background(lane=lane, updates=replica.weight_updates, log=world.log)

@@ -61,7 +61,8 @@ def sequence_parts(config: ReplicaConfig, context: int, slices: int) -> Sequence
 
 def link_shapes(config: ReplicaConfig, parts: SequenceParts, slices: int) -> tuple[tuple[int, int, int], ...]:
     """Returns the shapes of hidden states: of each slice, or of a rank's part of sequences."""
-    batch, hidden = config.batch.micro_sequences, config.model.hidden_size
+    batch = config.batch.micro_sequences
+    hidden = config.model.hidden_size
     return tuple((batch, parts.tokens_of(index), hidden) for index in range(slices))
 
 

@@ -78,7 +78,8 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
     sent: list[_Broadcast | None] = [None]
     if dist.get_rank() == 0:
         chosen = _choose_proven(config, times)
-        whole, ramp = to_json(chosen.schedule), {size: to_json(made) for size, made in chosen.ramp.items()}
+        whole = to_json(chosen.schedule)
+        ramp = {size: to_json(made) for size, made in chosen.ramp.items()}
         sent[0] = _Broadcast(
             schedule=whole, reason=chosen.reason, cut=chosen.cut, ramp=ramp, digest=_digest(whole, ramp)
         )
@@ -95,7 +96,8 @@ def plan(config: TrainConfig, layout: Layout, device: torch.device) -> Plan:
 
 def ramp_schedules(config: TrainConfig, costs: CostModel | None = None) -> dict[int, Schedule]:
     """Returns the schedule of every size of the batch ramp except the last, by sequences."""
-    pipeline, cache = config.parallelism.pipeline, schedules_folder(config.data.cache_dir)
+    pipeline = config.parallelism.pipeline
+    cache = schedules_folder(config.data.cache_dir)
     *smaller, _ = config.batch_sizes.sizes
     made = {}
     for sequences in smaller:
@@ -111,11 +113,13 @@ def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
     begun = _begun(config)
     if begun is not None:
         # These are validated as they are read.
-        schedule, reason = read_schedule(begun, config), f"the schedule of {begun.parent}"
+        schedule = read_schedule(begun, config)
+        reason = f"the schedule of {begun.parent}"
         ramp = _begun_ramp(begun.parent, config)
         return Plan(schedule=schedule, reason=reason, cut=read_cut(begun.parent, config, schedule), ramp=ramp)
     whole, costs = _choose(config, times)
-    kind, chunks = whole.schedule.kind, whole.schedule.num_stages // config.parallelism.pipeline
+    kind = whole.schedule.kind
+    chunks = whole.schedule.num_stages // config.parallelism.pipeline
     named = replace(config, schedule=replace(config.schedule, kind=kind, chunks=chunks))
     ramp = ramp_schedules(with_cut(named, whole.cut), costs)
     for schedule in (whole.schedule, *ramp.values()):
@@ -125,7 +129,9 @@ def _choose_proven(config: TrainConfig, times: LayerTimes | None) -> Plan:
 
 def _choose(config: TrainConfig, times: LayerTimes | None) -> tuple[Plan, CostModel | None]:
     """Builds the configured schedule, or the best one for measured times, with the costs of its stages."""
-    pipeline, micro_batches, kind = config.parallelism.pipeline, config.num_micro_batches, config.schedule.kind
+    pipeline = config.parallelism.pipeline
+    micro_batches = config.num_micro_batches
+    kind = config.schedule.kind
     cache = schedules_folder(config.data.cache_dir)
     if kind != "auto":
         cut = fitted_cut(config, kind)
@@ -181,7 +187,8 @@ def _begun_ramp(folder: Path, config: TrainConfig) -> dict[int, Schedule]:
 
 def read_schedule(path: Path, config: TrainConfig) -> Schedule:
     """Reads a checkpoint's schedule and refuses an invalid one, under which ranks would deadlock."""
-    ranks, micro_batches = config.parallelism.pipeline, config.num_micro_batches
+    ranks = config.parallelism.pipeline
+    micro_batches = config.num_micro_batches
     rule = f"must be a valid schedule of {ranks} pipeline ranks and {micro_batches} micro-batches"
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_SCHEDULE_BYTES:

@@ -73,7 +73,8 @@ class Replica:
     @property
     def loss_directions(self) -> tuple[int, ...]:
         """The directions whose last stage, and so whose losses, are on this rank."""
-        last, directions = self.schedule.num_stages - 1, range(self.schedule.num_directions)
+        last = self.schedule.num_stages - 1
+        directions = range(self.schedule.num_directions)
         return tuple(d for d in directions if self.schedule.rank_of(d, last) == self.world.pipeline_index)
 
     @property
@@ -171,7 +172,9 @@ class Replica:
             offloaded=frozenset(step.run for step in steps if step.action is Action.OFFLOAD),
             link=self.world.host_copies,
         )
-        parts, slices, wait = self.parts, self.schedule.slices, self.weight_updates.wait
+        parts = self.parts
+        slices = self.schedule.slices
+        wait = self.weight_updates.wait
         return {
             number: _BoundStage(number, stage, step, SlicedRuns(parts, slices), partial(wait, number))
             for number, stage in self.stages.items()
@@ -251,7 +254,8 @@ def open_replica(
     """
     assert schedule.num_ranks == world.layout.parallelism.pipeline
     assert schedule.num_stages == len(cut)
-    observers, held = world.observers(), {stage for _, stage in schedule.stages_of(world.pipeline_index)}
+    observers = world.observers()
+    held = {stage for _, stage in schedule.stages_of(world.pipeline_index)}
     dispatcher = world.open_dispatcher(config.dispatch, config.model.num_routed_experts, observers, config.tokens)
     experts = held_experts(config.model, world.layout.parallelism.expert, world.layout.expert_index(world.rank))
     part = stage_part(config.model, held, cut, experts)

@@ -250,7 +250,8 @@ class _TrainingRank:
 
     def _open_status(self, config: TrainConfig) -> StatusFile:
         """Opens `status.json`. From here on, the run's folder also receives crash reports and output errors."""
-        out_dir, is_first = Path(config.out_dir), dist.get_rank() == 0
+        out_dir = Path(config.out_dir)
+        is_first = dist.get_rank() == 0
         self._crash_reporter.out_dir = out_dir
         status = StatusFile(out_dir, is_writer=is_first)
         status.starting()
@@ -326,14 +327,16 @@ class CrashReporter:
 
     def _write_files(self, out_dir: Path, verdict: Verdict) -> None:
         waits = [f"awaited for {seconds:.1f} s: {operation}\n" for operation, seconds in self._log.awaited()]
-        reason, details = ExitReason(verdict.text, verdict.code), f"{''.join(waits)}\n{_stacks()}"
+        reason = ExitReason(verdict.text, verdict.code)
+        details = f"{''.join(waits)}\n{_stacks()}"
         write_error(out_dir, self._files, reason, details)
         path = self._files.folder(out_dir / LOG_FOLDER) / f"{self._files.stem}.operations.jsonl"
         path.write_text(self._operations(), encoding="utf-8")
 
     def _operations(self) -> str:
         """Returns the last collectives and transfers, one JSON object per line, the oldest first."""
-        awaited, progress = {operation for operation, _ in self._log.awaited()}, self._log.progress()
+        awaited = {operation for operation, _ in self._log.awaited()}
+        progress = self._log.progress()
         lines = []
         for started, operation in self._log.recent():
             is_over = operation not in awaited and operation.number <= progress[operation.group].finished

@@ -24,7 +24,8 @@ def check_second_network(config: TrainConfig, path: str, key: str, role: str) ->
     second = source_config(path, key, drop_mtp=True)
     if second.vocab_size != config.model.vocab_size:
         raise ConfigError(vocabulary_problem(config, second, path, key, role))
-    stages, experts = config.parallelism.pipeline * (config.schedule.chunks or 1), config.parallelism.expert
+    stages = config.parallelism.pipeline * (config.schedule.chunks or 1)
+    experts = config.parallelism.expert
     if second.num_layers < stages:
         raise ConfigError(
             f"{key}: must have at least {stages} layers, one for each stage of the pipeline, {path} has "

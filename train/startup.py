@@ -45,7 +45,8 @@ def compare_ranks(config: TrainConfig) -> str:
 
     The result names nodes, keys and values that differ. Other ranks than rank 0 may leave `out_dir` empty.
     """
-    own, node = _identity(config), f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
+    own = _identity(config)
+    node = f"node {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
     first = [hashlib.sha256(json.dumps(own).encode()).hexdigest(), str(Path(config.out_dir).expanduser())]
     digest = first[0]
     dist.broadcast_object_list(first, src=0)
@@ -94,7 +95,8 @@ def broadcast_config(config: TrainConfig) -> tuple[TrainConfig, int | None]:
 
     Returns the exit code of a run that has already ended, too: torchrun restarts all ranks after any exit code.
     """
-    is_first, restarts = dist.get_rank() == 0, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    is_first = dist.get_rank() == 0
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     sent = [_resolve_auto_resume(config) if is_first else None]
     dist.broadcast_object_list(sent, src=0)
     assert sent[0] is not None

@@ -54,14 +54,16 @@ class LoggedWork:
     def __init__(self, link: "ContextLink", name: str, works: Sequence[distributed.Work], buffers: Rows) -> None:
         self._log = link.observers.log
         self._collective = self._log.start(link.name, link.members, name)
-        self._works, self._buffers = works, buffers
+        self._works = works
+        self._buffers = buffers
 
     def wait(self) -> None:
         """Waits for all parts; on CUDA only the current stream waits."""
         with self._log.awaiting(self._collective):
             for work in self._works:
                 work.wait()
-        self._works, self._buffers = (), ()
+        self._works = ()
+        self._buffers = ()
 
 
 class ContextLink:
@@ -93,8 +95,10 @@ class ContextLink:
 
     def start_shift(self, sent: Tensor, name: str) -> "Shift":
         """Starts to send a tensor to the next member and to receive an equally large one from the one before."""
-        size, received = len(self.members), torch.empty_like(sent)
-        after, before = (self.index + 1) % size, (self.index - 1) % size
+        size = len(self.members)
+        received = torch.empty_like(sent)
+        after = (self.index + 1) % size
+        before = (self.index - 1) % size
         self._count([sent.nbytes if member == after else 0 for member in range(size)])
         # One batch, because NCCL would deadlock if every member sent first.
         works = distributed.batch_isend_irecv(
@@ -130,7 +134,8 @@ class LinkedContext:
 
     def __init__(self, link: ContextLink) -> None:
         self._link = link
-        self.size, self.index = len(link.members), link.index
+        self.size = len(link.members)
+        self.index = link.index
 
     def parts(self, own_tokens: int) -> SequenceParts:
         """Implements `ContextGroup.parts`."""
@@ -159,14 +164,16 @@ class GatherContext(LinkedContext):
         """Implements `ContextGroup.collect`."""
         parts = [contribute(index, rows if index == self.index else kept[index]) for index in range(self.size)]
         stacked = torch.stack(parts)
-        shape, dtype = stacked.shape, stacked.dtype
+        shape = stacked.shape
+        dtype = stacked.dtype
         work, received = self._link.start_exchange(stacked.view(self.size, -1).view(torch.uint8))
         return MappedWork(work, lambda _: ordered_sum(list(received.view(dtype).view(shape))))
 
 
 def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
     """Adds tensors in their order, in float32 if their type is narrower."""
-    total, dtype = parts[0], parts[0].dtype
+    total = parts[0]
+    dtype = parts[0].dtype
     if dtype.is_floating_point:
         total = total.to(torch.promote_types(dtype, torch.float32))
     for part in parts[1:]:
@@ -186,7 +193,8 @@ class RingContext(LinkedContext):
 
     def visit(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Implements `ContextGroup.visit`."""
-        message, pending = to_bytes(rows), None
+        message = to_bytes(rows)
+        pending = None
         for distance in range(self.size):
             if pending is not None:
                 pending.work.wait()
@@ -203,7 +211,8 @@ class RingContext(LinkedContext):
             part = contribute(index, visited)
             wide = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
             if own is None:
-                own, dtype = wide, part.dtype
+                own = wide
+                dtype = part.dtype
                 continue
             if pending is not None:
                 pending.work.wait()

@@ -69,5 +69,6 @@ class Fp8Dispatcher:
 
 def _restore_like(rows_TD: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the conversion of packed bytes to rows like these, of which it keeps none alive."""
-    hidden_size, dtype = rows_TD.shape[1], rows_TD.dtype
+    hidden_size = rows_TD.shape[1]
+    dtype = rows_TD.dtype
     return lambda packed_AB: dequantize_1x128(unpack(packed_AB, hidden_size), dtype)

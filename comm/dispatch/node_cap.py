@@ -119,7 +119,8 @@ class Renormalization:
         gradient c / R, and a kept one also g S / R - c S / R^2. g is 0 for choices that were not sent.
         """
         sum_T1, kept_T1 = self._sums(weights_TK)
-        factor_T1, share_TK = sum_T1 / kept_T1, gradients_TK / kept_T1
+        factor_T1 = sum_T1 / kept_T1
+        share_TK = gradients_TK / kept_T1
         # c / R, for every choice; T1. Then the part of kept choices; TK.
         common_T1 = torch.where(self.kept_TK, share_TK * weights_TK, 0).sum(1, keepdim=True)
         own_TK = torch.where(self.kept_TK, (gradients_TK - common_T1) * factor_T1, 0)

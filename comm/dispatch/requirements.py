@@ -47,7 +47,8 @@ def require_node_cap(config: CappedDispatchConfig, site: DispatchSite) -> None:
     """Raises DispatchRequirementError if the router can exceed a verified node cap, as that ends the run."""
     if config.node_cap != "verify":
         return
-    parallelism, ranks_per_node = site.parallelism, site.cluster.ranks_per_node
+    parallelism = site.parallelism
+    ranks_per_node = site.cluster.ranks_per_node
     layout = Layout(parallelism, ranks_per_node)
     most = max(
         most_nodes(
@@ -78,7 +79,8 @@ def most_nodes(
     `member_nodes` is ascending, and all members hold equally many consecutive experts.
     """
     assert list(member_nodes) == sorted(member_nodes)
-    per_group, per_member = num_experts // num_groups, num_experts // len(member_nodes)
+    per_group = num_experts // num_groups
+    per_member = num_experts // len(member_nodes)
     numbers = {node: number for number, node in enumerate(sorted(set(member_nodes)))}
     spans = [
         (numbers[member_nodes[first // per_member]], numbers[member_nodes[(first + per_group - 1) // per_member]])

@@ -58,7 +58,8 @@ class RowFormat:
 
     def part(self, bytes_NB: Tensor, index: int) -> Tensor:
         """Returns a view of one part of each row; NK."""
-        part, begin = self.parts[index], self.begins[index]
+        part = self.parts[index]
+        begin = self.begins[index]
         return bytes_NB[:, begin : begin + part.num_bytes].view(part.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:

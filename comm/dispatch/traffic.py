@@ -85,7 +85,8 @@ class Spread:
     @classmethod
     def of(cls, per_member: Sequence[int], nodes: Sequence[int], place: int) -> Self:
         """Sums numbers by distance."""
-        home, here = nodes[place], 0
+        home = nodes[place]
+        here = 0
         for number, node in zip(per_member, nodes, strict=True):
             if node == home:
                 here += number
@@ -155,9 +156,12 @@ class Traffic:
     def take(self) -> TrafficSnapshot:
         """Returns the counts since the last call and resets them to zero."""
         with self._lock:
-            layers, self._layers = self._layers, {}
-            (within, across), self._messages = self._messages, [0, 0]
-            context, self._context = self._context, [0, 0]
+            layers = self._layers
+            self._layers = {}
+            within, across = self._messages
+            self._messages = [0, 0]
+            context = self._context
+            self._context = [0, 0]
         return TrafficSnapshot(
             layers={layer: LayerTraffic(**counts) for layer, counts in layers.items()},
             num_message_bytes_within_node=within,
@@ -185,5 +189,6 @@ class ClipCount:
 
     def take(self) -> dict[int | None, int]:
         """Returns the clipped tokens of each layer since the last call and resets them. Waits for the device."""
-        clipped, self._clipped = self._clipped, {}
+        clipped = self._clipped
+        self._clipped = {}
         return {layer: int(number) for layer, number in clipped.items()}  # host sync

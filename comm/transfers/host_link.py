@@ -148,8 +148,10 @@ class HostLink:
 
     def flush(self) -> None:
         """Waits until all messages have been sent."""
-        sent, self._sent = self._sent, []
-        pending_sends, self._pending_sends = self._pending_sends, []
+        sent = self._sent
+        self._sent = []
+        pending_sends = self._pending_sends
+        self._pending_sends = []
         for collective, work in sent:
             with self._log.awaiting(collective):
                 work.wait()

@@ -156,9 +156,11 @@ class RankTree:
     @property
     def num_levels(self) -> int:
         """Number of levels above the ranks. The group of the last level is led by rank 0."""
-        level, reach = 1, self.fanout
+        level = 1
+        reach = self.fanout
         while reach < self.world_size:
-            level, reach = level + 1, reach * self.fanout
+            level = level + 1
+            reach = reach * self.fanout
         return level
 
     @property

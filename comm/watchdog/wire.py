@@ -241,7 +241,8 @@ class DatagramCodec:
         """
         if len(data) < _TAG_BYTES + _HEADER.size:
             raise MessageError("truncated")
-        tag, covered = data[:_TAG_BYTES], data[_TAG_BYTES:]
+        tag = data[:_TAG_BYTES]
+        covered = data[_TAG_BYTES:]
         kind, sender, recipient, counter = _HEADER.unpack_from(covered)
         # The cheap checks come before the hash.
         if recipient != self._rank or sender == self._rank or sender >= self._world_size or kind >= len(_KINDS):

@@ -79,7 +79,8 @@ def template_jinja(template: ChatTemplate) -> str:
     `enable_thinking`), which chooses the generation prompt. As in released templates, only the last message shows its
     thoughts (`reasoning_content`), and an answer's text up to the end of its thoughts is cut.
     """
-    thoughts, tools = template.thoughts, template.tools
+    thoughts = template.thoughts
+    tools = template.tools
     values = {
         "THINKS": json.dumps(template.thinks),
         "TOOLS_HEADING": json.dumps(TOOLS_HEADING),

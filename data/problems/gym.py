@@ -50,7 +50,8 @@ def _open(source: GymSource) -> Any:
 
 
 def _problems(source: GymSource) -> Iterator[ProblemRecord]:
-    made, seen = _open(source), set()
+    made = _open(source)
+    seen = set()
     for index in range(source.count):
         entry = made[index]
         question = str(entry["question"])

@@ -65,7 +65,8 @@ def _write_part(folder: Path, part: Part, packed: PackedSamples) -> Iterator[NDA
 
 def read_values(folder: Path, part: Part) -> dict[str, NDArray[np.generic]]:
     """Returns the values of a part's tokens by name, memory-mapped."""
-    start, end = f"{part}_value-", "_NL.npy"
+    start = f"{part}_value-"
+    end = "_NL.npy"
     paths = sorted(folder.glob(f"{start}*{end}"))
     return {path.name.removeprefix(start).removesuffix(end): np.load(path, mmap_mode="r") for path in paths}
 

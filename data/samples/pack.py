@@ -81,7 +81,8 @@ def pack_samples(
     has_targets: bool = True,
 ) -> PackedSamples:
     """Packs samples by best fit, longest first, each into one sequence; longer ones are cut or dropped."""
-    length, part = sequence_length_tokens, _PartSamples(has_targets)
+    length = sequence_length_tokens
+    part = _PartSamples(has_targets)
     for sample in samples:
         part.add(sample, length)
     bins, num_bins = best_fit_decreasing([sample.num_tokens for sample in part.samples], length)
@@ -89,7 +90,8 @@ def pack_samples(
     positions_NL = np.full((num_bins, length), PADDING_POSITION, dtype=np.int32)
     first = part.samples[0].pieces[0].values if part.samples else {}
     values = {name: np.zeros((num_bins, length, *value.shape[1:]), dtype=value.dtype) for name, value in first.items()}
-    filled, numbers = [0] * num_bins, [0] * num_bins
+    filled = [0] * num_bins
+    numbers = [0] * num_bins
     for row, sample in zip(bins, part.samples, strict=True):
         for piece in sample.pieces:
             place = slice(filled[row], filled[row] + len(piece.tokens))

@@ -13,7 +13,8 @@ from data.samples.pack import PAIR, WEIGHTS
 from data.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 4000
-CONTEXT, TARGET = "       | ", "target | "
+CONTEXT = "       | "
+TARGET = "target | "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,7 +63,8 @@ def _count_lines(prepared: Prepared) -> Iterator[str]:
 
 
 def _pieces(prepared: Prepared, sequence: int, *, reads_weights: bool) -> list[ShownPiece]:
-    tokens, positions = prepared.train_tokens_NL[sequence], prepared.train_positions_NL[sequence]
+    tokens = prepared.train_tokens_NL[sequence]
+    positions = prepared.train_positions_NL[sequence]
     is_target = positions >= 1
     if reads_weights and WEIGHTS in prepared.train_values:
         is_target[1:] &= prepared.train_values[WEIGHTS][sequence][:-1] != 0

@@ -148,5 +148,6 @@ def needs_stage_label(schedule: Schedule, rank: int, direction: int) -> bool:
 
 def size(schedule: Schedule) -> str:
     """Formats the size, as in `8 ranks, 20 micro-batches`."""
-    ranks, batches = schedule.num_ranks, schedule.num_micro_batches
+    ranks = schedule.num_ranks
+    batches = schedule.num_micro_batches
     return f"{ranks} rank{'s' * (ranks != 1)}, {batches} micro-batch{'es' * (batches != 1)}"

@@ -77,12 +77,14 @@ def _next_best(entry: TimedSchedule, others: Sequence[TimedSchedule]) -> str:
 
 def _difference(entry: TimedSchedule, other: TimedSchedule) -> str:
     """Returns how much longer another schedule is, and in which part most of the difference arises."""
-    mine, its = entry.simulation.makespan, other.simulation.makespan
+    mine = entry.simulation.makespan
+    its = other.simulation.makespan
     change = its / mine - 1 if mine else 0.0
     words = "as long" if abs(change) < 5e-4 else f"{percent(abs(change))} {'longer' if change > 0 else 'shorter'}"
     text = f"{other.schedule.kind} with {other.chunks} chunk{'s' * (other.chunks != 1)}: {words}"
     text += f", peak {number(other.peak)}, weights {other.copies}x"
-    before, after = entry.steady_state, other.steady_state
+    before = entry.steady_state
+    after = other.steady_state
     if before is None or after is None or abs(change) < 5e-4:
         return text
     pairs = zip(before.ranks[before.busiest].losses, after.ranks[after.busiest].losses, strict=True)

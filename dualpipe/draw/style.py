@@ -23,7 +23,8 @@ DARK = {
     Op.BACKWARD_WEIGHT: "#004741",
 }
 COPIES = {Op.OFFLOAD: "#ba9fb8", Op.RELOAD: "#788873"}
-_SWATCH_WIDTH, _SWATCH_HEIGHT = 26.0, 14.0
+_SWATCH_WIDTH = 26.0
+_SWATCH_HEIGHT = 14.0
 _LETTER = 6.5
 _GAP = 22.0
 
@@ -89,14 +90,16 @@ def legend(
 ) -> tuple[list[str], int]:
     """Returns the legend's elements, from (0, 0) and within a width in pixels, and its number of lines."""
     parts: list[str] = []
-    x, line = 0.0, 0
+    x = 0.0
+    line = 0
     for item in [
         *_kinds(schedule),
         *_marks(schedule, has_measured=has_measured, has_bound=has_bound),
         *(_Item((), note) for note in notes),
     ]:
         if x > 0 and x + item.width - _GAP > width:
-            x, line = 0.0, line + 1
+            x = 0.0
+            line = line + 1
         parts += _drawn(item, x, line * 22.0)
         x += item.width
     return parts, line + 1

@@ -13,14 +13,22 @@ from dualpipe.runtime.measured import LaneSpan, Measured, measured_bubble, measu
 from dualpipe.simulate.bounds import Bound
 from dualpipe.simulate.simulate import Simulation
 
-_LEFT, _RIGHT, _TOP = 68.0, 24.0, 44.0
-_ROW, _ROW_GAP = 30.0, 4.0
+_LEFT = 68.0
+_RIGHT = 24.0
+_TOP = 44.0
+_ROW = 30.0
+_ROW_GAP = 4.0
 _COPY = 2.0  # height of a copy, which is drawn in the gap below its rank
-_HEADING, _HEADING_LINE, _AXIS, _LEGEND_LINE = 26.0, 17.0, 48.0, 22.0
-_LEAST_WIDTH, _MOST_WIDTH = 900.0, 12_000.0
+_HEADING = 26.0
+_HEADING_LINE = 17.0
+_AXIS = 48.0
+_LEGEND_LINE = 22.0
+_LEAST_WIDTH = 900.0
+_MOST_WIDTH = 12_000.0
 _LEGEND_WIDTH = 1_150.0
 _TICK = 90.0
-_LETTER, _HEADING_LETTER = 6.2, 6.7
+_LETTER = 6.2
+_HEADING_LETTER = 6.7
 _LEAST_LABEL_HEIGHT = 11.0
 _MAX_LABELED = 8_000  # panels with more operations have no numbers and tooltips: the file would be too large
 
@@ -98,7 +106,8 @@ def measured_cells(schedule: Schedule, measured: Measured) -> tuple[list[Cell], 
 
 def _cell(rank: int, members: Group, spans: list[LaneSpan], origin: float) -> tuple[Cell, list[Strip]]:
     working = [span for span in spans if span.lane != "wait"] or spans
-    start, end = working[0].start_seconds, max(span.end_seconds for span in working)
+    start = working[0].start_seconds
+    end = max(span.end_seconds for span in working)
     strips = [
         Strip(
             rank=rank,
@@ -232,7 +241,8 @@ class _Picture:
             self.parts.append(f'<text class="heading" x="24" y="{self.y + 12:g}">{escape(line)}</text>')
             self.y += _HEADING_LINE
         self.y += _HEADING - _HEADING_LINE
-        top, bottom = self.y, self.y + self.schedule.num_ranks * (_ROW + _ROW_GAP)
+        top = self.y
+        bottom = self.y + self.schedule.num_ranks * (_ROW + _ROW_GAP)
         for rank in range(self.schedule.num_ranks):
             self._track(rank, top, end)
         ticks = self._axis(top, bottom)
@@ -250,7 +260,8 @@ class _Picture:
         shapes: dict[str, list[str]] = defaultdict(list)
         for rank, copies in enumerate(simulation.copies):
             for copy in copies:
-                x, width = self.scale.x(copy.start), (copy.end - copy.start) * self.scale.pixels
+                x = self.scale.x(copy.start)
+                width = (copy.end - copy.start) * self.scale.pixels
                 y = top + rank * (_ROW + _ROW_GAP) + _ROW + (_COPY if copy.operation.kind is Op.RELOAD else 0.0)
                 times = f"{self.unit.shown(copy.start)} to {self.unit.shown(copy.end)}"
                 shapes[style_of(copy.operation.kind, 0)].append(
@@ -290,7 +301,8 @@ class _Picture:
         shapes: dict[str, list[str]] = defaultdict(list)
         numbers: dict[int, list[str]] = {0: [], 1: []}
         for cell in cells:
-            x, width = self.scale.x(cell.start), (cell.end - cell.start) * self.scale.pixels
+            x = self.scale.x(cell.start)
+            width = (cell.end - cell.start) * self.scale.pixels
             height = _ROW / len(cell.members)
             for index, op in enumerate(cell.members):
                 y = top + cell.rank * (_ROW + _ROW_GAP) + index * height
@@ -317,7 +329,8 @@ class _Picture:
     def _strips(self, strips: list[Strip], top: float) -> None:
         shapes: dict[str, list[str]] = {"exposed": [], "message": []}
         for strip in strips:
-            x, width = self.scale.x(strip.start), (strip.end - strip.start) * self.scale.pixels
+            x = self.scale.x(strip.start)
+            width = (strip.end - strip.start) * self.scale.pixels
             if width < 0.5:
                 continue
             y = top + strip.rank * (_ROW + _ROW_GAP)

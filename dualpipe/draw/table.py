@@ -78,7 +78,8 @@ _TEMPLATE, _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind 
 def html(entries: Sequence[TimedSchedule | UnavailableSchedule], title: str = "Pipeline schedules") -> str:
     """Returns the page, which works offline. If a schedule was run, the others are compared with it."""
     shown = [entry for entry in entries if isinstance(entry, TimedSchedule)]
-    scale, is_run = _common_scale(shown), any(entry.measured for entry in shown)
+    scale = _common_scale(shown)
+    is_run = any(entry.measured for entry in shown)
     body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         definitions=DEFINITIONS,
@@ -115,7 +116,8 @@ def _comparison(shown: Sequence[TimedSchedule]) -> str:
     others = [entry for entry in shown if entry is not run]
     if run is None or not others:
         return ""
-    best, planned = min(others, key=lambda entry: entry.simulation.makespan), run.simulation.makespan
+    best = min(others, key=lambda entry: entry.simulation.makespan)
+    planned = run.simulation.makespan
     change = best.simulation.makespan / planned - 1 if planned else 0.0
     words = "as long" if abs(change) < 5e-4 else f"{percent(abs(change))} {'longer' if change > 0 else 'shorter'}"
     return (

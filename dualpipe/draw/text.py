@@ -114,7 +114,8 @@ def _scale(schedule: Schedule, simulation: Simulation) -> float:
 def _row(schedule: Schedule, simulation: Simulation, rank: int, scale: float) -> str:
     row = ""
     for group, start, end in zip(schedule.ranks[rank], simulation.starts[rank], simulation.ends[rank], strict=True):
-        first, last = round(start * scale), round(end * scale)
+        first = round(start * scale)
+        last = round(end * scale)
         row = row.ljust(first, ".") + _cell(_label(schedule, rank, group), last - first)
     return row.ljust(round(simulation.makespan * scale), ".")
 

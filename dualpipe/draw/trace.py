@@ -67,7 +67,8 @@ def _metadata(schedule: Schedule, *, has_measured: bool) -> Iterator[_Event]:
         yield _named("process_name", rank, 0, {"name": f"rank {rank}"})
         yield _named("process_sort_index", rank, 0, {"sort_index": rank})
         for thread, name in _THREADS.items():
-            is_measured, is_copy = thread in (_RUN, _RUN_EXCHANGE), thread in (_TO_HOST, _FROM_HOST)
+            is_measured = thread in (_RUN, _RUN_EXCHANGE)
+            is_copy = thread in (_TO_HOST, _FROM_HOST)
             if (has_measured or not is_measured) and (schedule.has_offload or not is_copy):
                 yield _named("thread_name", rank, thread, {"name": name})
                 yield _named("thread_sort_index", rank, thread, {"sort_index": thread})

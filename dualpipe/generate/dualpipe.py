@@ -145,7 +145,8 @@ class _OrderWriter:
 
 
 def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Group, ...]:
-    down, up = rank, 2 * num_ranks - 1 - rank
+    down = rank
+    up = 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
     writer = _OrderWriter()
 
@@ -180,7 +181,8 @@ def _rank_groups(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[Gro
 
 def _drain(writer: _OrderWriter, rank: int, num_ranks: int) -> None:
     """Writes the final backwards. The second half is split, with deferred W that fill the end."""
-    down, up = rank, 2 * num_ranks - 1 - rank
+    down = rank
+    up = 2 * num_ranks - 1 - rank
     # 6. Backwards of both stages; from the middle on, their W are deferred.
     for index in range(2 * (rank + 1)):
         stage = down if index % 2 else up

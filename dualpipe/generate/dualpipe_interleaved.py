@@ -22,10 +22,12 @@ from dualpipe.simulate.simulate import makespan_of, peak_memory
 _MOST_CHUNKS = 64
 _PATIENCE = (0.0, 1.0, 0.5)
 # Enough micro-batches that a steady state remains between the fused ends.
-_FEW_PER_RANK, _MARGIN = 3, 4
+_FEW_PER_RANK = 3
+_MARGIN = 4
 _SHIFTS = (1, 2, 4)
 # Without exchange, up to this number of micro-batches per rank all are ordered; above it few, and extended.
-_MOST_PERIODS, _FEW_PERIODS = 8, 6
+_MOST_PERIODS = 8
+_FEW_PERIODS = 6
 # Maximum number of ranks for which more than one order is fused.
 _MOST_FUSED = 12
 
@@ -98,7 +100,8 @@ def known_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterat
 
 def _filled_orders(shape: Schedule, costs: CostModel, memory_cap: float) -> Iterator[Schedule]:
     """Yields lockstep orders whose W fill idle time; of many micro-batches the best of few, extended."""
-    ranks, count = shape.num_ranks, shape.num_micro_batches
+    ranks = shape.num_ranks
+    count = shape.num_micro_batches
     is_short = count <= _MOST_PERIODS * ranks
     few = shape if is_short else replace(shape, num_micro_batches=count % ranks + _FEW_PERIODS * ranks)
     order = lockstep(few, paired=False)

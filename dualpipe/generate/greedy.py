@@ -134,7 +134,8 @@ class ChunkOrder:
 
     def _rounds(self) -> list[range]:
         share, rest = divmod(self.num_micro_batches, self.num_rounds)
-        rounds, start = [], 0
+        rounds = []
+        start = 0
         for index in range(self.num_rounds):
             size = share + (index >= self.num_rounds - rest)
             rounds.append(range(start, start + size))
@@ -214,7 +215,8 @@ class GreedyRun:
         self._order = order
         self._policy = policy
         self._known: dict[_Situation, list[_Choice]] = {}
-        ranks, total = range(pipeline.shape.num_ranks), len(order.forwards)
+        ranks = range(pipeline.shape.num_ranks)
+        total = len(order.forwards)
         # Arrival of each position's input at each rank. Inputs of the first stage are there from the start.
         self._forward_at = [[_NEVER] * total for _ in ranks]
         self._forward_at[0] = [_NEVER if chunk else 0.0 for chunk, _ in order.forwards]
@@ -300,8 +302,12 @@ class GreedyRun:
                 return
 
     def _situation(self, rank: int, now: float) -> _Situation:
-        order, classes, limit = self._order, self._pipeline.classes[rank], now + _EPSILON
-        arrivals, position, room = self._forward_at[rank], self._forwards[rank], self._room[rank]
+        order = self._order
+        classes = self._pipeline.classes[rank]
+        limit = now + _EPSILON
+        arrivals = self._forward_at[rank]
+        position = self._forwards[rank]
+        room = self._room[rank]
         forwards: tuple[int, ...] = ()
         for index in range(position, min(position + 2, len(arrivals))):
             number = classes[order.forwards[index][0]]
@@ -309,7 +315,8 @@ class GreedyRun:
             if arrivals[index] > limit or room < 0:
                 break
             forwards += (number,)
-        arrivals, started = self._backward_at[rank], self._backwards[rank]
+        arrivals = self._backward_at[rank]
+        started = self._backwards[rank]
         backwards: tuple[int, ...] = ()
         for index in range(started, min(started + 2, len(arrivals))):
             if arrivals[index] > limit:
@@ -343,9 +350,11 @@ class GreedyRun:
         last = len(self._free) - 1
         if last == 0 or choice.forwards + choice.backwards == 0:
             return set()
-        forwards, backwards = (choice.forwards, choice.forwards), (choice.backwards, choice.backwards)
+        forwards = (choice.forwards, choice.forwards)
+        backwards = (choice.backwards, choice.backwards)
         if rank in (0, last):
-            order, position = self._order, self._forwards[rank]
+            order = self._order
+            position = self._forwards[rank]
             chunks = [chunk for chunk, _ in order.forwards[position : position + choice.forwards]]
             ends = chunks.count(0), chunks.count(self._pipeline.chunks - 1)
             forwards = len(chunks) - ends[0] * (rank == 0), len(chunks) - ends[1] * (rank == last)
@@ -378,7 +387,8 @@ class GreedyRun:
             for kind, (held, count) in enumerate(zip(kinds, numbers, strict=True))
             for number in held[:count]
         ]
-        time, alone = overlapped_time(lanes), sum(map(sum, lanes))
+        time = overlapped_time(lanes)
+        alone = sum(map(sum, lanes))
         if is_useful and len(lanes) > 1 and time >= alone - _EPSILON:
             return None
         if is_useful and situation.is_lead and situation.backwards:
@@ -400,7 +410,9 @@ class GreedyRun:
         return value - (policy.exposed * exposed + _HURRY * choice.time) / self._pipeline.unit
 
     def _start(self, rank: int, end: float, choice: _Choice) -> None:
-        order, classes, memory = self._order, self._pipeline.classes[rank], self._pipeline.memory
+        order = self._order
+        classes = self._pipeline.classes[rank]
+        memory = self._pipeline.memory
         for position in range(self._forwards[rank], self._forwards[rank] + choice.forwards):
             self._room[rank] -= memory[classes[order.forwards[position][0]]]
             self._send_forward(rank, position, end)
@@ -418,7 +430,8 @@ class GreedyRun:
         heappush(self._events, (end, rank))
 
     def _send_forward(self, rank: int, position: int, end: float) -> None:
-        last, arrival = len(self._free) - 1, end + self._pipeline.latency
+        last = len(self._free) - 1
+        arrival = end + self._pipeline.latency
         if rank < last:
             self._forward_at[rank + 1][position] = arrival
             heappush(self._events, (arrival, rank + 1))
@@ -429,7 +442,8 @@ class GreedyRun:
             self._backward_at[rank][self._order.turn[position]] = end
 
     def _send_backward(self, rank: int, position: int, end: float) -> None:
-        last, arrival = len(self._free) - 1, end + self._pipeline.latency
+        last = len(self._free) - 1
+        arrival = end + self._pipeline.latency
         if rank > 0:
             self._backward_at[rank - 1][position] = arrival
             heappush(self._events, (arrival, rank - 1))

@@ -108,7 +108,8 @@ class _PolicySearch:
 
     def _order(self, pipeline: InterleavedPipeline, policy: Policy) -> ChunkOrder:
         """Returns the order with the policy's rounds, or with smaller ones that fit the memory cap."""
-        count, chunks = pipeline.shape.num_micro_batches, pipeline.chunks
+        count = pipeline.shape.num_micro_batches
+        chunks = pipeline.chunks
         num_rounds = max(1, round(count / max(1, pipeline.shape.num_ranks + policy.round_change)))
         while num_rounds < count and -(-count // num_rounds) > _round_size(pipeline) + max(policy.round_change, 1):
             num_rounds += 1
@@ -131,7 +132,8 @@ def _round_size(pipeline: InterleavedPipeline) -> int:
     A round stays alive until its first micro-batch reaches the last chunk, where twice as many as ranks are on their
     way.
     """
-    ranks, chunks = pipeline.shape.num_ranks, pipeline.chunks
+    ranks = pipeline.shape.num_ranks
+    chunks = pipeline.chunks
     way = min(2 * ranks, pipeline.room / 2)
     if chunks == 1 or pipeline.room >= (chunks - 1) * ranks + way:
         return ranks
@@ -159,7 +161,8 @@ def _fixed_rank(pipeline: InterleavedPipeline, rank: int, size: int, ahead: int)
 
     With `ahead`, the warm-up has one more forward, with which F and I form pairs.
     """
-    ranks, count = pipeline.shape.num_ranks, pipeline.shape.num_micro_batches
+    ranks = pipeline.shape.num_ranks
+    count = pipeline.shape.num_micro_batches
     num_rounds = -(-count // size)
     order = ChunkOrder(num_rounds * ranks, pipeline.chunks, num_rounds)
 

@@ -37,7 +37,8 @@ class Rendezvous:
         Returns:
             Ranks that may run groups now which could deadlock before, or None if the group is not appended.
         """
-        following, previous = (rank + 1) % self._num_ranks, (rank - 1) % self._num_ranks
+        following = (rank + 1) % self._num_ranks
+        previous = (rank - 1) % self._num_ranks
         receives = [2 * previous] * forwards[0] + [2 * following + 1] * backwards[0]
         sends = [2 * rank] * forwards[1] + [2 * rank + 1] * backwards[1]
         pending = self._after(receives, sends)
@@ -88,7 +89,8 @@ class Rendezvous:
 
     def _advance(self, rank: int) -> set[int]:
         """Runs the rank, and then every rank that it unblocks, and returns the ranks that may have moved."""
-        waiting, moved = [rank], set()
+        waiting = [rank]
+        moved = set()
         while waiting:
             current = waiting.pop()
             moved.add(current)
@@ -118,7 +120,8 @@ class Rendezvous:
             self._num_sent[rank] += 1
             woken.append(self._destination(link))
         self._blocked[rank].popleft()
-        self._has_posted[rank], self._num_sent[rank] = False, 0
+        self._has_posted[rank] = False
+        self._num_sent[rank] = 0
         return woken
 
     def _waits_for(self, rank: int) -> int | None:

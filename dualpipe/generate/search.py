@@ -18,13 +18,15 @@ from dualpipe.simulate.simulate import Simulation, makespan_of, peak_memory, sim
 from dualpipe.validate import validate
 
 # Maximum number of groups placed for one memory cap, over all preferences: of small pipelines, and of large ones.
-_EFFORT, _LARGE_EFFORT = 45_000, 8_000
+_EFFORT = 45_000
+_LARGE_EFFORT = 8_000
 _LARGE = 1_500
 """Number of stages times micro-batches from which a pipeline is large."""
 _LEAST_ATTEMPTS = 4
 _TOLERANCE = 1e-9
 # Up to this number of periods, orders are built for all micro-batches; above it for few, and extended.
-_MOST_PERIODS, _FEW_PERIODS = 8, 6
+_MOST_PERIODS = 8
+_FEW_PERIODS = 6
 _LEAST_MICRO_BATCHES = 32
 # Orders of equal makespan are compared under links with this additional latency, relative to a stage's work.
 _LATENCY_SHARE = 0.02
@@ -63,7 +65,9 @@ class BestSchedule:
             validate(schedule)
         except ScheduleError:
             return False
-        self.schedule, self.makespan, self._peak = schedule, makespan, peak
+        self.schedule = schedule
+        self.makespan = makespan
+        self._peak = peak
         return True
 
     def _slowed(self, schedule: Schedule | None) -> float:
@@ -73,7 +77,8 @@ class BestSchedule:
             slowed = round(makespan_of(schedule, self._slow_links), 9)
             if schedule is not self.schedule:
                 return slowed
-            self._slowed_schedule, self._slowed_makespan = schedule, slowed
+            self._slowed_schedule = schedule
+            self._slowed_makespan = slowed
         return self._slowed_makespan
 
 
@@ -174,7 +179,8 @@ class _Level:
     def run(self) -> None:
         found: list[_Found] = []
         unsteady: dict[Preset, float] = {}  # whose order of few micro-batches has no steady state
-        left, limit = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT, self._limit()
+        left = _LARGE_EFFORT if _is_large(self._best.shape) else _EFFORT
+        limit = self._limit()
         attempts = 0
         for preset in PRESETS:
             shift = preset.steady.blocks(self._few.num_ranks, self._few.num_directions).forward
@@ -214,7 +220,8 @@ class _Level:
         for item in sorted(found, key=lambda item: item.makespan):
             if item.makespan > self._best.makespan * (1 + margin):
                 break
-            steady, count = item.steady, self._best.shape.num_micro_batches
+            steady = item.steady
+            count = self._best.shape.num_micro_batches
             self._best.consider(item.schedule if steady is None else extend(item.schedule, steady, count))
 
     def _run_whole(self, presets: Sequence[Preset]) -> None:

@@ -49,8 +49,10 @@ def find_steady_state(schedule: Schedule, simulation: Simulation, shift: int) ->
 
 def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: int) -> tuple[int, int, float] | None:
     """Returns first group, number of groups and time of the last period of a rank that is repeated."""
-    groups, starts = schedule.ranks[rank], simulation.starts[rank]
-    stage, held = schedule.placement[0].index(rank), len(schedule.stages_of(rank))
+    groups = schedule.ranks[rank]
+    starts = simulation.starts[rank]
+    stage = schedule.placement[0].index(rank)
+    held = len(schedule.stages_of(rank))
     at = {
         op.micro_batch: index
         for index, group in enumerate(groups)
@@ -58,7 +60,8 @@ def _last_period(schedule: Schedule, simulation: Simulation, rank: int, shift: i
         if op.kind is Op.FORWARD and op.direction == 0 and op.stage == stage
     }
     for first in reversed(range(len(schedule.micro_batches_of(0)) - 2 * shift + 1)):
-        start, end = at[first], at[first + shift]
+        start = at[first]
+        end = at[first + shift]
         block = groups[start:end]
         if _is_whole(block, shift * held) and _repeats(groups, start, end - start, shift):
             return start, end - start, starts[end] - starts[start]

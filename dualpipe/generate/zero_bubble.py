@@ -60,7 +60,8 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
 
 def _zb_v_rank(rank: int, num_ranks: int, num_micro_batches: int) -> list[Operation]:
     """Returns the order of F and I: that of infinitely many micro-batches, truncated to M."""
-    down, up = rank, 2 * num_ranks - 1 - rank
+    down = rank
+    up = 2 * num_ranks - 1 - rank
     to_turn = num_ranks - 1 - rank
     slots = [(Op.FORWARD, down)] * (2 * to_turn)
     slots += [(Op.FORWARD, down), (Op.FORWARD, up)] * (rank + 1)
@@ -119,7 +120,8 @@ def _repeat_block(
     i_up = i_down + down_step * last + turns[2]
     orders = []
     for rank in range(num_ranks):
-        down, up = rank, 2 * num_ranks - 1 - rank
+        down = rank
+        up = 2 * num_ranks - 1 - rank
         starts = {
             (Op.FORWARD, down): down_step * rank,
             (Op.FORWARD, up): f_up + last - rank,

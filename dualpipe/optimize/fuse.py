@@ -87,7 +87,8 @@ class _HillClimb:
         new = {rank: [*own[:index], own[index] + own[index + 1], *own[index + 2 :]] for rank, own in old.items()}
         if any(self._peak(groups) > self._caps[rank] + 1e-9 for rank, groups in new.items()):
             return False
-        duration, left = self._timing.duration, {rank: before.left[rank] for rank in ranks}
+        duration = self._timing.duration
+        left = {rank: before.left[rank] for rank in ranks}
         for rank, (first, second) in ((rank, own[index : index + 2]) for rank, own in old.items()):
             self._ranks[rank] = new[rank]
             before.left[rank] -= duration(first) + duration(second) - duration(first + second)
@@ -96,7 +97,8 @@ class _HillClimb:
             self._best = found
             return True
         for rank in ranks:
-            self._ranks[rank], before.left[rank] = old[rank], left[rank]
+            self._ranks[rank] = old[rank]
+            before.left[rank] = left[rank]
         if self._is_large:
             self._rejected.add(pair)
         return False
@@ -111,7 +113,8 @@ class _HillClimb:
         return round(max(progress.clock), 9), round(sum(progress.clock), 9)
 
     def _peak(self, groups: list[NumberedGroup]) -> float:
-        made, freed = self._made, self._freed
+        made = self._made
+        freed = self._freed
         alive = peak = 0.0
         for group in groups:
             for number in group:
@@ -133,6 +136,7 @@ def _mirror_pairs(schedule: Schedule) -> list[tuple[int, ...]]:
     pairs = [(rank, last - rank) for rank in range(schedule.num_ranks // 2)]
     has_mirrors = schedule.num_directions == 2 and schedule.num_ranks % 2 == 0
     for rank, mirror in pairs if has_mirrors else ():
-        own, other = schedule.ranks[rank], schedule.ranks[mirror]
+        own = schedule.ranks[rank]
+        other = schedule.ranks[mirror]
         has_mirrors = has_mirrors and len(own) == len(other) and all(map(is_mirror, own, other))
     return [*pairs] if has_mirrors else [(rank,) for rank in range(schedule.num_ranks)]

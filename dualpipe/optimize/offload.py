@@ -55,7 +55,8 @@ def _in_order(schedule: Schedule, costs: CostModel, memory_cap: float) -> Schedu
         if max(peak_memory(found, costs)) > memory_cap + _ROUNDING or simulation.makespan >= best_makespan - _ROUNDING:
             return best
         # Waits for copies change the times of groups. Another round plans with these times.
-        best, best_makespan = found, simulation.makespan
+        best = found
+        best_makespan = simulation.makespan
     return best
 
 
@@ -178,7 +179,8 @@ def _activations(groups: Sequence[Group], costs: CostModel) -> list[_Activation]
         used = at.get(op.with_kind(Op.BACKWARD), -1)
         freed = used
         if used < 0:
-            used, freed = at[op.with_kind(Op.BACKWARD_INPUT)], at[op.with_kind(Op.BACKWARD_WEIGHT)]
+            used = at[op.with_kind(Op.BACKWARD_INPUT)]
+            freed = at[op.with_kind(Op.BACKWARD_WEIGHT)]
         stage = costs.stages[op.stage]
         found.append(_Activation(op, index, used, freed, stage.activation, stage.offload))
     return found

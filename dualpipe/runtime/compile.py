@@ -132,7 +132,8 @@ def _atoms(
 def _passage(op: Operation, action: Action, order: Iterable[int], lanes: Sequence[Lane]) -> list[Atom]:
     """Returns the phases in order. The phase after an exchange, or a final atom, waits for the exchange."""
     atoms: list[Atom] = []
-    pending, run = False, run_key(op)
+    pending = False
+    run = run_key(op)
     for phase in order:
         step = Step(action, run, phase)
         steps = (Step(Action.WAIT, run), step) if pending else (step,)

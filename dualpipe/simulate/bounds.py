@@ -87,10 +87,12 @@ class LostTime:
 def stage_waves(schedule: Schedule, costs: CostModel, direction: int) -> list[StageWaves]:
     """Returns the waves of every stage for the micro-batches of a direction, which has at least one."""
     depth = min(_DEPTH, len(schedule.micro_batches_of(direction)))
-    row, stages = schedule.placement[direction], costs.stages
+    row = schedule.placement[direction]
+    stages = costs.stages
     hops = [costs.latency if one != other else 0.0 for one, other in pairwise(row)]
     # The latency before each stage, for waves in the order of the stages and for those against it.
-    ordered, reverse = list(zip(stages, [0.0, *hops], strict=True)), list(zip(stages, [*hops, 0.0], strict=True))[::-1]
+    ordered = list(zip(stages, [0.0, *hops], strict=True))
+    reverse = list(zip(stages, [*hops, 0.0], strict=True))[::-1]
     forwards = _wave([0.0] * depth, ordered, _forward_ends)
     gradients = _wave([span.end for span in forwards[-1]], reverse, _gradient_ends)[::-1]
     # Seen from the end, gradients pass the stages in order, each after its weights, and forwards against it.
@@ -117,7 +119,8 @@ def _wave(
     stages: Sequence[tuple[StageCosts, float]],
     ends_of: Callable[[StageCosts, Sequence[float]], list[float]],
 ) -> list[list[Span]]:
-    spans, ends = [], list(begin)
+    spans = []
+    ends = list(begin)
     for stage, latency in stages:
         starts = [end + latency for end in ends]
         ends = ends_of(stage, starts)
@@ -135,7 +138,8 @@ def _gradient_ends(stage: StageCosts, starts: Sequence[float]) -> list[float]:
 
 def _last_gradient_ends(stage: StageCosts, starts: Sequence[float]) -> list[float]:
     """Returns the ends in time before the end of the schedule, by when W is done too."""
-    compute, exchange = stage.backward_input + stage.backward_weight, stage.backward_exchange
+    compute = stage.backward_input + stage.backward_weight
+    exchange = stage.backward_exchange
     ends = _gradient_ends(stage, starts)
     return [max(end, count * compute, compute + exchange) for count, end in enumerate(ends, start=1)]
 
@@ -145,7 +149,8 @@ def _ends(starts: Sequence[float], compute: float, exchange: float, weights: flo
     ends: list[float] = []
     computed = exchanged = 0.0
     for start in starts:
-        computed, exchanged = max(computed, start) + compute, max(exchanged, start) + exchange
+        computed = max(computed, start) + compute
+        exchanged = max(exchanged, start) + exchange
         ends.append(max(computed + weights, exchanged, start + compute + exchange + weights))
     return ends
 

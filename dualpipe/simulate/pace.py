@@ -63,7 +63,8 @@ def pace_of(
 
 
 def _window(schedule: Schedule, simulation: Simulation) -> tuple[float, float] | None:
-    start, end = 0.0, simulation.makespan
+    start = 0.0
+    end = simulation.makespan
     for rank, groups in enumerate(schedule.ranks):
         backwards = [index for index, group in enumerate(groups) if any(op.kind in _GRADIENTS for op in group)]
         forwards = [index for index, group in enumerate(groups) if any(op.kind is Op.FORWARD for op in group)]
@@ -93,7 +94,8 @@ def _rank_state(
         return sum(map(costs.compute_of, group))
 
     # Ranks reach their full pace some groups after the begin, so the middle half shows it.
-    first, last = start + (end - start) / 4, end - (end - start) / 4
+    first = start + (end - start) / 4
+    last = end - (end - start) / 4
     span = last - first
     busy = inside(costs.duration_of, first, last)
     computing = inside(compute, first, last)

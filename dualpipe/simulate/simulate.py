@@ -89,7 +89,8 @@ def _group_spans(timing: Timing, groups: list[NumberedGroup], ended: list[float]
     """Returns start and end of each group of a rank. A copy starts when the previous group has ended."""
     spans: list[tuple[float, float]] = []
     for group in groups:
-        kind, end = timing.operations[group[0]][0], ended[group[0]]
+        kind = timing.operations[group[0]][0]
+        end = ended[group[0]]
         if kind is Op.OFFLOAD or kind is Op.RELOAD:
             start = spans[-1][1] if spans else 0.0
             spans.append((start, end if kind is Op.OFFLOAD else start))
@@ -138,7 +139,9 @@ def activation_cap(memory_cap: float | None, num_directions: int, costs: CostMod
 
 
 def _peak(groups: tuple[Group, ...], weights: Sequence[float]) -> float:
-    forward, reload, frees = Op.FORWARD, Op.RELOAD, (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.OFFLOAD)
+    forward = Op.FORWARD
+    reload = Op.RELOAD
+    frees = (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.OFFLOAD)
     has_backwards = any(op.kind is not forward for group in groups for op in group)
     alive = peak = 0.0
     for group in groups:

@@ -131,17 +131,25 @@ class Timing:
             until: number of groups after which every rank stops; None for all.
             limit: time by which all ranks must end; the call stops when a rank cannot, and returns False.
         """
-        ends, left, clock, position = progress.ends, progress.left, progress.clock, progress.position
-        known, duration_of, copies = self._durations, self.duration, self._copies
-        known_inputs, inputs_of = self._known_inputs, self._inputs_of
+        ends = progress.ends
+        left = progress.left
+        clock = progress.clock
+        position = progress.position
+        known = self._durations
+        duration_of = self.duration
+        copies = self._copies
+        known_inputs = self._known_inputs
+        inputs_of = self._inputs_of
         blocked: dict[int, list[int]] = {}
         waiting = list(range(len(ranks)))[::-1]
         while waiting:
             rank = waiting.pop()
-            groups, time = ranks[rank], clock[rank]
+            groups = ranks[rank]
+            time = clock[rank]
             for index in range(position[rank], len(groups) if until is None else min(until, len(groups))):
                 group = groups[index]
-                start, missing = time, -1
+                start = time
+                missing = -1
                 # As in `ready`, without a call for each group.
                 for number, lag in known_inputs[group] if group in known_inputs else inputs_of(group):
                     arrival = ends[number]
@@ -228,9 +236,11 @@ class Timing:
 
     def _edges(self, schedule: Schedule, latency: float) -> tuple[list[int], list[float]]:
         """Returns the operation of a neighboring stage that each operation needs, and the latency from it."""
-        numbers, last = self._numbers, schedule.num_stages - 1
+        numbers = self._numbers
+        last = schedule.num_stages - 1
         lags_of = [[latency if rank != after else 0.0 for rank, after in pairwise(row)] for row in schedule.placement]
-        needed, lags = [], []
+        needed = []
+        lags = []
         for own, (kind, direction, stage, micro_batch) in enumerate(self.operations):
             # If no operation makes the value, the operation waits for itself and never runs.
             source = None if schedule.cohorts is None else schedule.token_source(self.operations[own])

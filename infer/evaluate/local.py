@@ -81,7 +81,8 @@ class LocalModel:
         return engine.generate(prompts, request)
 
     def _score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
-        model, batch = self.model, pad(sequences)
+        model = self.model
+        batch = pad(sequences)
         device = model.head_weight.device
         states_BTD = model.final_states(batch.inputs_BT.to(device))
         # Only rows with a target are multiplied with the head. The host's copy finds them without waiting for a device.

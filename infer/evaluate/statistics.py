@@ -67,7 +67,8 @@ def compare(first: Sequence[Measure], second: Sequence[Measure], seed: int = 0) 
     """Compares two evaluations of the same samples in the same order."""
     is_binary = all(measure.weight == 1 and measure.value in (0, 1) for measure in (*first, *second))
     test: Literal["mcnemar_exact", "paired_bootstrap"] = "mcnemar_exact" if is_binary else "paired_bootstrap"
-    ours, theirs = estimate(first).value, estimate(second).value
+    ours = estimate(first).value
+    theirs = estimate(second).value
     difference: float | None = None
     error: float | None = None
     p_value: float | None = None

@@ -30,7 +30,9 @@ class FunctionError(Exception):
 def main() -> None:
     """Answers requests until the input ends."""
     requests, replies = _take_streams()
-    path, name, digest = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    path = Path(sys.argv[1])
+    name = sys.argv[2]
+    digest = sys.argv[3]
     try:
         function = load_function(path, name, digest)
     except FunctionError as error:

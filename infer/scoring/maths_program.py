@@ -72,7 +72,8 @@ class MathsValue:
 
 def compare(expected: str, found: str) -> dict[str, str]:
     """Compares two answers: correct, wrong, or error if the expected answer cannot be read."""
-    left, right = read(expected), read(found)
+    left = read(expected)
+    right = read(found)
     if left.kind == "text" and left != right and (not left.label or re.search(r"[\\{}^]", left.label)):
         return {"outcome": "error", "detail": "the expected answer cannot be parsed"}
     return {"outcome": "correct" if are_equal(left, right) else "wrong", "detail": ""}
@@ -106,7 +107,9 @@ _DEEPEST = 30  # more brackets in brackets are no answer. The parser takes minut
 
 def _split(text: str, marks: dict[str, str]) -> tuple[list[str], list[str]]:
     """Splits a text at marks outside of brackets; returns the parts and the marks' meanings."""
-    parts, meanings, depth = [""], [], 0
+    parts = [""]
+    meanings = []
+    depth = 0
     for match in re.finditer(r'"[^"]*"|\\[A-Za-z]+ ?|\\.|.', text):
         piece = match[0].replace(" ", "")
         depth += (piece in ("(", "[", "{", r"\{", r"\langle")) - (piece in (")", "]", "}", r"\}", r"\rangle"))
@@ -187,14 +190,19 @@ def _relate(parts: Sequence[str], marks: list[str]) -> MathsValue:
     if len(numbers) != len(parts):
         raise UnreadableError(parts)
     if marks[0] in _FLIPPED:
-        sides, numbers, marks = sides[::-1], numbers[::-1], [_FLIPPED.get(mark, mark) for mark in marks[::-1]]
+        sides = sides[::-1]
+        numbers = numbers[::-1]
+        marks = [_FLIPPED.get(mark, mark) for mark in marks[::-1]]
     relation = MathsValue(kind="relation", expression=numbers[0] - numbers[1], label=marks[0])
     # x < 3 is an interval.
     names = [_name(side) for side in sides]
     if len(numbers) == 2 and names[0] and not numbers[1].free_symbols:
-        names, numbers, marks = ["", *names], [-sympy.oo, *numbers], ["<", *marks]
+        names = ["", *names]
+        numbers = [-sympy.oo, *numbers]
+        marks = ["<", *marks]
     elif len(numbers) == 2 and names[1] and not numbers[0].free_symbols:
-        numbers, marks = [*numbers, sympy.oo], [*marks, "<"]
+        numbers = [*numbers, sympy.oo]
+        marks = [*marks, "<"]
     if len(numbers) == 3 and names[1] and set(marks) <= {"<", "≤"}:
         ends = tuple(MathsValue(kind="number", expression=number) for number in numbers[::2])
         label = ("(" if marks[0] == "<" else "[") + (")" if marks[1] == "<" else "]")
@@ -316,7 +324,8 @@ def _mixed(whole: str, upper: str, lower: str) -> str:
 def _exact(number: str) -> str:
     """Returns a decimal as a fraction. Digits under a line repeat."""
     whole, decimals, period = re.findall(r"(\d*)\.?(\d*)(?:\D+(\d+)\})?$", number)[0]
-    upper, lower = int(f"0{whole}{decimals}{period}"), 10 ** len(decimals)
+    upper = int(f"0{whole}{decimals}{period}")
+    lower = 10 ** len(decimals)
     if period:
         upper -= int(f"0{whole}{decimals}")
         lower *= 10 ** len(period) - 1
@@ -331,13 +340,16 @@ def _canonical(text: str) -> str:
         raise UnreadableError(text)
     for pattern, form in _FORMS:
         text = re.sub(pattern, form, text)
-    canonical, codes, at = "", "", 0
+    canonical = ""
+    codes = ""
+    at = 0
     while at < len(text.rstrip()):
         match = _TOKEN.match(text, at)
         kind = match.lastgroup if match else None
         if match is None or kind is None:
             raise UnreadableError(text)
-        token, at = match[kind], match.end()
+        token = match[kind]
+        at = match.end()
         code = {"constant": "s", "times": "*", "left": "(", "right": ")", "sign": token}.get(kind, kind)
         if kind == "n":
             token = _exact(token)

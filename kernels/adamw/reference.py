@@ -60,7 +60,8 @@ def adamw_bf16_moments(
     """
     check_step(weights, gradients, means, squares)
     size = min(CHUNK_ELEMENTS, weights.numel())
-    scratch, roots_N = weights.new_empty(3, size), weights.new_empty(size, dtype=torch.float64)
+    scratch = weights.new_empty(3, size)
+    roots_N = weights.new_empty(size, dtype=torch.float64)
     parts = (tensor.view(-1).split(CHUNK_ELEMENTS) for tensor in (weights, gradients, means, squares))
     for weight_N, gradient_N, mean_N, square_N in zip(*parts, strict=True):
         part = slice(len(weight_N))

@@ -96,7 +96,8 @@ class Documents:
     def runs(self) -> tuple[DocumentRun, ...]:
         """Runs of consecutive documents of one length. A host sync unless the documents are on the host."""
         lengths, counts = torch.unique_consecutive(self.starts.diff(), return_counts=True)
-        runs, start = list[DocumentRun](), 0
+        runs = list[DocumentRun]()
+        start = 0
         for length, num_documents in zip(lengths.tolist(), counts.tolist(), strict=True):
             runs.append(DocumentRun(start=start, length=length, num_documents=num_documents))
             start += length * num_documents
@@ -165,7 +166,8 @@ class _AttendByDocument(torch.autograd.Function):
         parts = [_flash(*heads, 0.0, True, scale=scale) for heads in _by_run(runs, query, key, value)]
         mixed_BHTV = _merge([part[0] for part in parts], value)
         ctx.save_for_backward(query, key, value, mixed_BHTV, *(part[1] for part in parts))
-        ctx.scale, ctx.runs = scale, runs
+        ctx.scale = scale
+        ctx.runs = runs
         return mixed_BHTV
 
     @staticmethod

@@ -66,7 +66,8 @@ def flash_attention(
     if documents is None:
         mixed: Tensor = flash_attn_func(*rows_BTH, softmax_scale=scale, causal=True)
         return mixed.transpose(1, 2)
-    starts, longest = documents.starts, documents.longest
+    starts = documents.starts
+    longest = documents.longest
     packed: Tensor = flash_attn_varlen_func(
         *(tensor.flatten(0, 1) for tensor in rows_BTH),
         cu_seqlens_q=starts,

@@ -118,7 +118,8 @@ def add_gradients(
     row_slopes: RowSlopes | None,
 ) -> None:
     """Adds a chunk's part to the gradients in `scores`; `slopes_CV`: derivatives of -log p in the logits."""
-    rows_CD, is_ignored_C1 = rows_ND[chunk], targets_N[chunk, None] == IGNORE
+    rows_CD = rows_ND[chunk]
+    is_ignored_C1 = targets_N[chunk, None] == IGNORE
     slopes_C = None if row_slopes is None or callable(row_slopes) else row_slopes[chunk]
     if callable(row_slopes):
         slopes_C = row_slopes(scores.log_probs_N[chunk], chunk)

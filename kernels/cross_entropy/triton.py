@@ -69,7 +69,8 @@ def slopes_kernel(
     if HAS_SLOPES:
         factor = 1 / total
         for first in tl.range(0, num_columns, BLOCK_COLUMNS):
-            places, inside = logits + first + columns, first + columns < num_columns
+            places = logits + first + columns
+            inside = first + columns < num_columns
             values = tl.load(places, mask=inside, other=float("-inf")).to(WIDE)
             slopes = tl.exp(values - largest) * factor - tl.where(first + columns == target, 1.0, 0.0)
             slopes = tl.where(is_counted, slopes, 0.0)
@@ -121,14 +122,16 @@ def linear_cross_entropy(
     """Implements `reference.linear_cross_entropy`; gradients overwrite a chunk's logits, in rows' type."""
     check_operands(rows_ND, head_VD, targets_N, row_slopes)
     check_kept_ids(kept_ids_NK, rows_ND)
-    num_rows, vocab_size = len(rows_ND), len(head_VD)
+    num_rows = len(rows_ND)
+    vocab_size = len(head_VD)
     has_slopes = wants_rows or wants_head
     scores = empty_scores(rows_ND, head_VD, wants_rows=wants_rows, wants_head=wants_head)
     size = max(1, min(num_rows, chunk_logits // vocab_size))
     logits_CV = rows_ND.new_empty(size if num_rows else 0, vocab_size)
     for first in range(0, num_rows, size):
         chunk = slice(first, first + size)
-        rows_CD, nats_C = rows_ND[chunk], scores.log_probs_N[chunk]
+        rows_CD = rows_ND[chunk]
+        nats_C = scores.log_probs_N[chunk]
         slopes_CV = logits_CV[: len(rows_CD)]
         torch.mm(rows_CD, head_VD.t(), out=slopes_CV)
         if kept_ids_NK is not None:

@@ -38,7 +38,8 @@ def divergence_terms(log_p_CB: Tensor, log_q_CB: Tensor, form: Divergence) -> tu
             value_C = (q_CB * ratio_CB).sum(-1)
             return value_C, q_CB * (ratio_CB - value_C[:, None])
         case "jensen_shannon":
-            p_CB, beta = log_p_CB.exp(), form.beta
+            p_CB = log_p_CB.exp()
+            beta = form.beta
             log_m_CB = torch.logaddexp(log_p_CB + math.log(beta), log_q_CB + math.log1p(-beta))
             value_C = beta * _kl(p_CB, log_p_CB, log_m_CB) + (1 - beta) * _kl(q_CB, log_q_CB, log_m_CB)
             # dD/dq = (1 - beta) log(q / m), up to a constant that the softmax removes.
@@ -110,7 +111,8 @@ def linear_distillation(
     size = max(1, chunk_rows(len(rows_ND), len(head_VD), rows_ND.dtype))
     for first in range(0, len(rows_ND), size):
         chunk = slice(first, first + size)
-        is_ignored_C, targets_C1 = targets_N[chunk] == IGNORE, targets_N[chunk, None]
+        is_ignored_C = targets_N[chunk] == IGNORE
+        targets_C1 = targets_N[chunk, None]
         places_C1 = targets_C1.masked_fill(targets_C1 == IGNORE, 0)
         logits_CV = (rows_ND[chunk] @ head_VD.t()).to(wide)
         logs_CV = torch.log_softmax(logits_CV, -1)
@@ -135,7 +137,8 @@ def _student_terms(teacher: Teacher, chunk: slice, logs_CV: Tensor, form: Diverg
     if isinstance(teacher, TeacherStates):
         logits_CV = (teacher.rows_NS[chunk] @ teacher.head_VS.t()).to(logs_CV.dtype)
         return divergence_terms(torch.log_softmax(logits_CV / form.temperature, -1), logs_CV, form)
-    ids_CK, log_p_CK = teacher.ids_NK[chunk], teacher.log_probs_NK[chunk].to(logs_CV.dtype)
+    ids_CK = teacher.ids_NK[chunk]
+    log_p_CK = teacher.log_probs_NK[chunk].to(logs_CV.dtype)
     log_q_CK = logs_CV.gather(1, ids_CK)
     if ids_CK.shape[1] == logs_CV.shape[1]:
         values_C, slopes_CK = divergence_terms(log_p_CK, log_q_CK, form)

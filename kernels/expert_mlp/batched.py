@@ -82,9 +82,11 @@ def expert_mlp_backward(
     if slots is None:
         given = (grad_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, tokens_A)
         return reference.expert_mlp_backward(*given, rows_ND=rows_ND)
-    grad_ECD, hidden_ECH = slots.scatter(grad_ND, tokens_A), slots.scatter(hidden_AH)
+    grad_ECD = slots.scatter(grad_ND, tokens_A)
+    hidden_ECH = slots.scatter(hidden_AH)
     weights_EC1 = slots.scatter(weights_A[:, None])
-    grad_gated_ECM, plain_ECM = grad_ECD @ down_EDM, swiglu(*hidden_ECH.chunk(2, 2))
+    grad_gated_ECM = grad_ECD @ down_EDM
+    plain_ECM = swiglu(*hidden_ECH.chunk(2, 2))
     grad_weights_A = slots.gather((plain_ECM * grad_gated_ECM).sum(2, keepdim=True))[:, 0]
     grad_gated_SM = grad_gated_ECM.mul_(weights_EC1).flatten(0, 1)
     grad_hidden_ECH = swiglu_backward(grad_gated_SM, hidden_ECH.flatten(0, 1)).view_as(hidden_ECH)
@@ -117,7 +119,8 @@ def down_gradient(
 
 def _fill(counts: Sequence[int]) -> _Slots | None:
     """Returns the slots for these counts, or None if too many would be empty or there are no rows."""
-    total, num_experts = sum(counts), len(counts)
+    total = sum(counts)
+    num_experts = len(counts)
     size = -(-max(counts, default=0) // STEP_ROWS) * STEP_ROWS
     if not total or size * num_experts > MOST_FILLED * max(total, num_experts * STEP_ROWS):
         return None

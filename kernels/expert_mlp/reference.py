@@ -31,12 +31,17 @@ class ExpertBlock:
 
 def cut_into_blocks(counts: Sequence[int], width: int) -> list[ExpertBlock]:
     """Returns blocks of whole experts whose values between products, `width` per row, stay in the cache."""
-    most, first, blocks = max(1, BLOCK_NUMBERS // width), 0, list[ExpertBlock]()
-    members, size = list[tuple[int, slice]](), 0
+    most = max(1, BLOCK_NUMBERS // width)
+    first = 0
+    blocks = list[ExpertBlock]()
+    members = list[tuple[int, slice]]()
+    size = 0
     for expert, count in (*enumerate(counts), (len(counts), most + 1)):
         if members and size + count > most:
             blocks.append(ExpertBlock(slice(first, first + size), tuple(members)))
-            first, members, size = first + size, [], 0
+            first = first + size
+            members = []
+            size = 0
         if count:
             members.append((expert, slice(size, size + count)))
             size += count
@@ -60,8 +65,10 @@ def expert_mlp(
         tokens_A: given row of each place; see the module.
         gated_AM: buffer for silu(gate) * up * weight; None discards it.
     """
-    width, size = down_EDM.shape[2], len(weights_A)
-    out_AD, hidden_AH = rows_ND.new_empty(size, rows_ND.shape[1]), rows_ND.new_empty(size, 2 * width)
+    width = down_EDM.shape[2]
+    size = len(weights_A)
+    out_AD = rows_ND.new_empty(size, rows_ND.shape[1])
+    hidden_AH = rows_ND.new_empty(size, 2 * width)
     for block in cut_into_blocks(counts, 2 * width):
         hidden_RH = hidden_AH[block.rows]
         _products(_gather(rows_ND, tokens_A, block), gate_up_EHD.transpose(1, 2), hidden_RH, block)
@@ -97,13 +104,16 @@ def expert_mlp_backward(
     gradient of hidden (AH), which `gate_up_gradient` needs, replaces them. `grad_ND` is the gradient of the output, or
     of the sum per token if `tokens_A` is given.
     """
-    width, size = down_EDM.shape[2], len(weights_A)
-    grad_rows_AD, grad_weights_A = grad_ND.new_empty(size, grad_ND.shape[1]), torch.empty_like(weights_A)
+    width = down_EDM.shape[2]
+    size = len(weights_A)
+    grad_rows_AD = grad_ND.new_empty(size, grad_ND.shape[1])
+    grad_weights_A = torch.empty_like(weights_A)
     likes = (hidden_AH,) if rows_ND is None else (gate_up_EHD, down_EDM)
     rest = tuple(torch.empty_like(like) for like in likes)
     for block in cut_into_blocks(counts, 2 * width):
         gate_RM, up_RM = hidden_AH[block.rows].split(width, 1)
-        factors_R1, grad_RD = weights_A[block.rows, None], _gather(grad_ND, tokens_A, block)
+        factors_R1 = weights_A[block.rows, None]
+        grad_RD = _gather(grad_ND, tokens_A, block)
         grad_gated_RM = _products(grad_RD, down_EDM, grad_RD.new_empty(block.size, width), block)
         silu_RM = functional.silu(gate_RM)
         plain_RM = silu_RM * up_RM

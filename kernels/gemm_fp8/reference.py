@@ -33,7 +33,8 @@ def gemm_fp8(left: Quantized, right: QuantizedBlocks, dtype: torch.dtype) -> Ten
         right: codes [N, K] with scales by 128 x 128, of a weight or its transpose.
     """
     check_rows_by_blocks("gemm_fp8", left, right)
-    left_MK, right_NK = dequantize_1x128(left, torch.float32), dequantize_128x128(right, torch.float32)
+    left_MK = dequantize_1x128(left, torch.float32)
+    right_NK = dequantize_128x128(right, torch.float32)
     return torch.mm(left_MK, right_NK.t()).to(dtype)
 
 
@@ -49,7 +50,8 @@ def check_rows_by_blocks(subject: str, left: Quantized, right: QuantizedBlocks) 
     num_rows, depth = _matrix(subject, "left.codes", left.codes)
     num_outputs, _ = _matrix(subject, "right.codes", right.codes)
     _check_codes(subject, left.codes, right.codes)
-    device, tiles = left.codes.device, num_tiles(depth)
+    device = left.codes.device
+    tiles = num_tiles(depth)
     check_scales(f"{subject}: left.scales", left.scales, (num_rows, tiles), device)
     check_scales(f"{subject}: right.scales", right.scales, (num_tiles(num_outputs), tiles), device)
     return num_rows, num_outputs, depth
@@ -63,7 +65,8 @@ def check_columns(subject: str, left: QuantizedColumns, right: QuantizedColumns)
     if depth % TILE:
         nearest = TILE * num_tiles(depth)
         raise ValueError(f"{subject}: left.codes must have a multiple of 128 columns, got {depth}; nearest: {nearest}")
-    device, tiles = left.codes.device, depth // TILE
+    device = left.codes.device
+    tiles = depth // TILE
     check_scales(f"{subject}: left.scales", left.scales, (num_rows, tiles), device)
     check_scales(f"{subject}: right.scales", right.scales, (num_outputs, tiles), device)
     return num_rows, num_outputs, depth
@@ -77,7 +80,8 @@ def _matrix(subject: str, name: str, codes: Tensor) -> tuple[int, int]:
 
 
 def _check_codes(subject: str, left: Tensor, right: Tensor) -> None:
-    depth, right_depth = left.shape[1], right.shape[1]
+    depth = left.shape[1]
+    right_depth = right.shape[1]
     if depth != right_depth:
         raise ValueError(f"{subject}: right.codes must have as many columns as left.codes, {depth}, got {right_depth}")
     if left.device != right.device:

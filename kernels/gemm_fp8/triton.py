@@ -144,7 +144,8 @@ def _launch(
     if out_MN.numel() == 0 or depth == 0:
         out_MN.zero_()
         return
-    left_MK, right_NK = make_describable(left.codes), make_describable(right.codes)
+    left_MK = make_describable(left.codes)
+    right_NK = make_describable(right.codes)
     left_scales, right_scales = (make_rows_contiguous(scales) for scales in (left.scales, right.scales))
     store_by_descriptor = is_describable(out_MN) and out_MN.element_size() <= LARGEST_DESCRIBED_BYTES
     by_blocks = isinstance(right, QuantizedBlocks)

@@ -93,7 +93,8 @@ def _layout_of(counts: Sequence[int], device: torch.device) -> _Layout:
     groups_A = torch.arange(len(counts)).repeat_interleave(counts_E)
     if torch.equal(counts_E, padded_E):
         return _Layout(_copied(groups_A.int(), device), None, None)
-    num_rows, num_padded = sum(counts), padded_rows(counts)
+    num_rows = sum(counts)
+    num_padded = padded_rows(counts)
     shifts_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
     places_A = torch.arange(num_rows) + shifts_E[groups_A]
     groups_P = torch.full((num_padded,), OF_NO_GROUP).scatter_(0, places_A, groups_A)

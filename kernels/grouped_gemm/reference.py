@@ -88,7 +88,8 @@ def check_rows_fp8(subject: str, rows: Quantized, weights: QuantizedBlocks, coun
     sizes = check_rows(subject, rows.codes, weights.codes, counts)
     tiles = num_tiles(sizes.depth)
     check_codes(f"{subject}: rows.codes", rows.codes)
-    device, blocks = rows.codes.device, (sizes.num_groups, num_tiles(sizes.num_outputs), tiles)
+    device = rows.codes.device
+    blocks = (sizes.num_groups, num_tiles(sizes.num_outputs), tiles)
     check_scales(f"{subject}: rows.scales", rows.scales, (sizes.num_rows, tiles), device)
     check_scales(f"{subject}: weights.scales", weights.scales, blocks, device)
     return sizes
@@ -141,7 +142,8 @@ def grouped_weight_fp8(grad: QuantizedColumns, rows: QuantizedColumns, counts: S
     for group, count in enumerate(counts):
         size = padded_rows([count])
         if count:
-            part, tiles = slice(first, first + size), slice(first // TILE, (first + size) // TILE)
+            part = slice(first, first + size)
+            tiles = slice(first // TILE, (first + size) // TILE)
             left, right = (QuantizedColumns(each.codes[:, part], each.scales[:, tiles]) for each in (grad, rows))
             out_ENK[group] = gemm_fp8_columns(left, right)
         first += size

@@ -70,8 +70,11 @@ def locate_row_tile(
     """Returns group, first row, end of the group's rows, and column of a tile; a block shares a matrix."""
     # Every tile row of the block stores the start of the block.
     place = places + tile // num_tile_columns * PLACES
-    first_tile_row, height = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
-    first_row, end, group = tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
+    first_tile_row = tl.load(place).to(tl.int64)
+    height = tl.load(place + 1).to(tl.int64)
+    first_row = tl.load(place + 2)
+    end = tl.load(place + 3)
+    group = tl.load(place + 4)
     in_block = tile - first_tile_row * num_tile_columns
     row = first_row + (in_block % height).to(tl.int32) * BLOCK_ROWS
     return group, row, end, (in_block // height).to(tl.int32)
@@ -88,7 +91,8 @@ def locate_matrix_tile(
     first_row = in_matrix // tiles_of_block * HEIGHT
     height = tl.minimum(num_tile_rows - first_row, HEIGHT)
     in_block = in_matrix % tiles_of_block
-    row, column = first_row + in_block % height, in_block // height
+    row = first_row + in_block % height
+    column = in_block // height
     return (tile // tiles_of_matrix).to(tl.int32), row.to(tl.int32), column.to(tl.int32)
 
 
@@ -134,11 +138,14 @@ def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: 
     places: list[tuple[int, ...]] = []
     first_row = 0
     for group, count in enumerate(counts):
-        left, row, end = triton.cdiv(count, block_rows), first_row, first_row + count
+        left = triton.cdiv(count, block_rows)
+        row = first_row
+        end = first_row + count
         while left:
             tiles = min(height, left)
             places += [(len(places), tiles, row, end, group)] * tiles
-            left, row = left - tiles, row + tiles * block_rows
+            left = left - tiles
+            row = row + tiles * block_rows
         first_row = end
     return copy_to_device(places, device)
 

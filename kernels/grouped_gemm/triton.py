@@ -118,19 +118,24 @@ def grouped_weight_kernel(
     num_tile_columns = tl.cast(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         group, tile_row, tile_column = locate_matrix_tile(tile, num_tile_rows, num_tile_columns, HEIGHT)
-        first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS
-        begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
+        first_output = tile_row * BLOCK_OUTPUTS
+        first_input = tile_column * BLOCK_INPUTS
+        begin = tl.load(bounds + group)
+        end = tl.load(bounds + group + 1)
         num_steps = (end - begin) // BLOCK_DEPTH
         total = tl.zeros((BLOCK_OUTPUTS, BLOCK_INPUTS), tl.float32)
         for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
             first = begin + step * BLOCK_DEPTH
-            left, right = grad_tiles.load([first, first_output]), rows_tiles.load([first, first_input])
+            left = grad_tiles.load([first, first_output])
+            right = rows_tiles.load([first, first_input])
             total = tl.dot(left.T, right, total, input_precision="ieee")
         first = begin + num_steps * BLOCK_DEPTH
         if first < end:
             inside = (first + tl.arange(0, BLOCK_DEPTH) < end)[:, None]
-            left, right = grad_tiles.load([first, first_output]), rows_tiles.load([first, first_input])
-            left, right = tl.where(inside, left, 0.0), tl.where(inside, right, 0.0)
+            left = grad_tiles.load([first, first_output])
+            right = rows_tiles.load([first, first_input])
+            left = tl.where(inside, left, 0.0)
+            right = tl.where(inside, right, 0.0)
             total = tl.dot(left.T, right, total, input_precision="ieee")
         outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
         matrix = out + group.to(tl.int64) * num_outputs * num_inputs
@@ -187,7 +192,8 @@ def grouped_weight(
     out_ENK = grad_AN.new_empty(num_groups, num_outputs, num_inputs)
     if out_ENK.numel() == 0 or num_rows == 0:
         return out_ENK.zero_()
-    grad, rows = make_describable(grad_AN), make_describable(rows_AK)
+    grad = make_describable(grad_AN)
+    rows = make_describable(rows_AK)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.columns)
     allow_descriptors(out_ENK.device)
     grouped_weight_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](

@@ -123,7 +123,8 @@ def grouped_weight_fp8_kernel(
     num_tile_columns = tl.cast(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.int64)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
         group, tile_row, tile_column = locate_matrix_tile(tile, num_tile_rows, num_tile_columns, HEIGHT)
-        first_output, first_input = tile_row * BLOCK_OUTPUTS, tile_column * BLOCK_INPUTS
+        first_output = tile_row * BLOCK_OUTPUTS
+        first_input = tile_column * BLOCK_INPUTS
         outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
         inputs = first_input + tl.arange(0, BLOCK_INPUTS)
         output_scales = grad_scales + outputs.to(tl.int64) * grad_scales_stride
@@ -155,7 +156,8 @@ def grouped_rows_fp8(
     if out_AN.numel() == 0 or depth == 0:
         return out_AN.zero_()
     tiling = tiling or (OF_ROWS if is_stored_at_once(num_outputs) else STORED_BY_MASK)
-    rows_AK, weights_ENK = make_describable(rows.codes), make_describable(weights.codes)
+    rows_AK = make_describable(rows.codes)
+    weights_ENK = make_describable(weights.codes)
     rows_scales = make_rows_contiguous(rows.scales)
     places_T5 = plan_row_tiles(counts, tiling.rows, tiling.group, out_AN.device)
     num_tiles = len(places_T5) * triton.cdiv(num_outputs, tiling.outputs)
@@ -192,8 +194,10 @@ def grouped_weight_fp8(
     out_ENK = grad.codes.new_empty(num_groups, num_outputs, num_inputs, dtype=torch.float32)
     if out_ENK.numel() == 0 or depth == 0:
         return out_ENK.zero_()
-    grad_NP, rows_KP = make_describable(grad.codes), make_describable(rows.codes)
-    grad_scales, rows_scales = make_rows_contiguous(grad.scales), make_rows_contiguous(rows.scales)
+    grad_NP = make_describable(grad.codes)
+    rows_KP = make_describable(rows.codes)
+    grad_scales = make_rows_contiguous(grad.scales)
+    rows_scales = make_rows_contiguous(rows.scales)
     num_tiles = num_groups * triton.cdiv(num_outputs, tiling.rows) * triton.cdiv(num_inputs, tiling.outputs)
     allow_descriptors(out_ENK.device)
     grouped_weight_fp8_kernel[(count_programs(num_tiles, tiling.programs_per_sm, out_ENK.device),)](

@@ -26,7 +26,8 @@ def permute(rows_ND: Tensor, source_A: Tensor, out_AD: Tensor | None = None) -> 
     if out_AD is None:
         out_AD = rows_ND.new_empty(source_A.shape[0], rows_ND.shape[1])
     word = WORDS[rows_ND.element_size()]  # torch cannot index every dtype
-    words_ND, words_AD = rows_ND.view(word), out_AD.view(word)
+    words_ND = rows_ND.view(word)
+    words_AD = out_AD.view(word)
     absent_A = source_A < 0
     if not absent_A.any():
         torch.index_select(words_ND, 0, source_A, out=words_AD)

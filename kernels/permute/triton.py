@@ -100,7 +100,8 @@ def permute(
 ) -> Tensor:
     """Implements `reference.permute`, without its IndexError, for contiguous columns."""
     check_permute(rows_ND, source_A, out_AD)
-    num_sources, num_columns = source_A.shape[0], rows_ND.shape[1]
+    num_sources = source_A.shape[0]
+    num_columns = rows_ND.shape[1]
     if out_AD is None:
         out_AD = rows_ND.new_empty(num_sources, num_columns)
     if num_sources == 0 or num_columns == 0:
@@ -111,7 +112,8 @@ def permute(
     word = WORDS[granularity]
     # Narrow words are loaded one at a time, so a tile of the same width in bytes would take too many registers.
     block_words = block_bytes if granularity == 16 else block_bytes // 8
-    rows_NW, out_AW = _as_words(rows_ND, word), _as_words(out_AD, word)
+    rows_NW = _as_words(rows_ND, word)
+    out_AW = _as_words(out_AD, word)
     num_words = rows_NW.shape[1]
     block_words = min(block_words, triton.next_power_of_2(num_words))
     permute_kernel[(triton.cdiv(num_sources, block_rows), triton.cdiv(num_words, block_words))](

@@ -195,7 +195,8 @@ def unpack_e5m6(packed: PackedE5M6, num_columns: int, dtype: torch.dtype) -> Ten
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))
     for first in range(0, num_rows if num_columns else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
-        lower_RV, pairs_RV = codes_NB[chunk, :num_lower].short(), codes_NB[chunk, num_lower:].short()
+        lower_RV = codes_NB[chunk, :num_lower].short()
+        pairs_RV = codes_NB[chunk, num_lower:].short()
         upper_RV = torch.stack([pairs_RV & 0xF, pairs_RV >> 4], dim=2).flatten(1)
         # The shift moves the sign to bit 15, which gives IEEE half precision.
         halves_RV = (upper_RV << 12 | lower_RV << 4).view(torch.float16)

@@ -43,7 +43,8 @@ def requantize_columns(
     codes_DP = codes_ND.new_empty(num_columns, num_padded)
     scales_DT = scales_NT.new_empty(num_columns, num_padded // TILE)
     for first in range(0, max(1, num_columns), CHUNK_TILES * TILE):
-        chunk, tiles = slice(first, first + CHUNK_TILES * TILE), slice(first // TILE, first // TILE + CHUNK_TILES)
+        chunk = slice(first, first + CHUNK_TILES * TILE)
+        tiles = slice(first // TILE, first // TILE + CHUNK_TILES)
         rows_NC = dequantize_1x128(Quantized(codes_ND[:, chunk], scales_NT[:, tiles]), torch.float32)
         made = quantize_columns(rows_NC, counts, power_of_two=power_of_two, min_amax=min_amax)
         codes_DP[chunk], scales_DT[chunk] = made

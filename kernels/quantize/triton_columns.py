@@ -44,7 +44,8 @@ def _rows_of(
     bounds: tl.tensor, num_rows: tl.tensor, GROUPED: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Returns the rows of a program's tile, and the mask of valid ones."""
-    first, end = tl.program_id(1).to(tl.int64) * BLOCK_ROWS, num_rows
+    first = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
+    end = num_rows
     if GROUPED:
         first = tl.load(bounds + 2 * tl.program_id(1)).to(tl.int64)
         end = tl.load(bounds + 2 * tl.program_id(1) + 1)
@@ -222,7 +223,8 @@ def requantize_columns(
 
 
 def _empty(rows_ND: Tensor, counts: Sequence[int]) -> QuantizedColumns:
-    num_columns, num_padded = rows_ND.shape[1], padded_rows(counts)
+    num_columns = rows_ND.shape[1]
+    num_padded = padded_rows(counts)
     return QuantizedColumns(
         rows_ND.new_empty(num_columns, num_padded, dtype=torch.float8_e4m3fn),
         rows_ND.new_empty(num_columns, num_padded // TILE, dtype=torch.float32),
@@ -233,7 +235,8 @@ def _bounds(counts: Sequence[int], device: torch.device) -> Tensor | None:
     """Returns bounds_T2, int32: first row of each tile, end of its group; None for a single group."""
     if len(counts) <= 1:
         return None
-    bounds, first = [], 0
+    bounds = []
+    first = 0
     for count in counts:
         bounds += [(first + TILE * tile, first + count) for tile in range(num_tiles(count))]
         first += count

@@ -118,7 +118,8 @@ def pack_e5m6(rows_ND: Tensor, *, block_rows: int = 16, num_warps: int = 4) -> P
     """Implements `reference.pack_e5m6` for contiguous columns; `block_rows` rows per program."""
     check_numbers("pack_e5m6: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
-    pairs, tiles = num_pairs(num_columns), num_tiles(num_columns)
+    pairs = num_pairs(num_columns)
+    tiles = num_tiles(num_columns)
     codes_NB = rows_ND.new_empty(num_rows, 3 * pairs, dtype=torch.uint8)
     scales_NT = rows_ND.new_empty(num_rows, tiles, dtype=torch.float32)
     if num_rows == 0 or num_columns == 0:

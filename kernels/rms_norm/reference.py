@@ -34,7 +34,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def normalize_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the gradients of `normalize` in x, [..., D], and the weight, [D], in the type of `scale`."""
     check_backward("normalize_backward", grad, x, scale, weight_D)
-    wide, wide_grad, weight = x.to(scale.dtype), grad.to(scale.dtype), weight_D.to(scale.dtype)
+    wide = x.to(scale.dtype)
+    wide_grad = grad.to(scale.dtype)
+    weight = weight_D.to(scale.dtype)
     # torch's fused backward of layer norm, with a mean of 0; the term that it subtracts for the mean is added back.
     grad_x, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
         wide_grad, wide, [x.shape[-1]], torch.zeros_like(scale), scale, weight, None, [True, True, False]
@@ -97,7 +99,8 @@ def rms_norm_backward_from_codes(
     """
     check_backward_from_codes("rms_norm_backward_from_codes", grad_AD, normal, inverse_A1, weight_D)
     size, num_columns = grad_AD.shape
-    grad_x_AD, grad_weight_D = torch.empty_like(grad_AD), grad_AD.new_zeros(num_columns, dtype=torch.float32)
+    grad_x_AD = torch.empty_like(grad_AD)
+    grad_weight_D = grad_AD.new_zeros(num_columns, dtype=torch.float32)
     weight_D = weight_D.float()
     divisor_D = weight_D.masked_fill(weight_D == 0, torch.inf)  # dividing by infinity gives 0, and NaN stays NaN
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, num_columns))

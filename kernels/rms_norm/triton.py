@@ -70,7 +70,8 @@ def rms_norm_kernel(
     """Normalizes BLOCK_ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
-    in_rows, in_columns = row < num_rows, column < num_columns
+    in_rows = row < num_rows
+    in_columns = column < num_columns
     inside = in_rows[:, None] & in_columns[None, :]
     values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
     scale = inverse_root(tl.sum(values * values, axis=1) / num_columns + eps)
@@ -170,7 +171,8 @@ def normalize_backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight_D)
-    grad_AD, x_AD = grad.reshape(-1, num_columns), x.reshape(-1, num_columns)
+    grad_AD = grad.reshape(-1, num_columns)
+    x_AD = x.reshape(-1, num_columns)
     check_columns("normalize_backward: grad", grad_AD)
     check_columns("normalize_backward: x", x_AD)
     shares = tiling("normalize_backward: x", num_columns, block_rows, num_warps, has_sums=True)

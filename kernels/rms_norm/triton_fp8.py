@@ -49,7 +49,8 @@ def rms_norm_quantize_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.arange(0, BLOCK_TILES)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    in_rows, in_columns = row < num_rows, column < num_columns
+    in_rows = row < num_rows
+    in_columns = column < num_columns
     inside = in_rows[:, None, None] & in_columns[None, :, :]
     places = row[:, None, None] * x_stride + column[None, :, :]
     values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)

@@ -104,12 +104,14 @@ def swiglu_backward_from_codes(
     """
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
-    grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), torch.empty_like(grad_AM)
+    grad_hidden_AH = grad_AM.new_empty(size, 2 * width)
+    gated_AM = torch.empty_like(grad_AM)
     grad_weights_A = None if weights_A is None else grad_AM.new_zeros(size, dtype=torch.float32)
     chunk_rows = max(1, CHUNK_NUMBERS // max(1, 2 * width))
     for first in range(0, size if width else 0, chunk_rows):
         chunk = slice(first, first + chunk_rows)
-        grad_RM, out_RH = grad_AM[chunk].float(), grad_hidden_AH[chunk]
+        grad_RM = grad_AM[chunk].float()
+        out_RH = grad_hidden_AH[chunk]
         hidden_RH = dequantize_1x128(Quantized(hidden.codes[chunk], hidden.scales[chunk]), torch.float32)
         gate_RM, up_RM = hidden_RH.split(width, 1)
         silu_RM = functional.silu(gate_RM)

@@ -93,7 +93,8 @@ def swiglu(gate: Tensor, up: Tensor, *, block_rows: int = 4, block_columns: int 
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    gate_AM, up_AM = gate.reshape(-1, num_columns), up.reshape(-1, num_columns)
+    gate_AM = gate.reshape(-1, num_columns)
+    up_AM = up.reshape(-1, num_columns)
     check_columns("swiglu: gate", gate_AM)
     check_columns("swiglu: up", up_AM)
     num_rows = len(gate_AM)

@@ -187,7 +187,8 @@ def swiglu_backward_from_codes(
     """Implements `reference.swiglu_backward_from_codes` for contiguous columns."""
     size, width = grad_AM.shape
     check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
-    grad_hidden_AH, gated_AM = grad_AM.new_empty(size, 2 * width), grad_AM.new_empty(size, width)
+    grad_hidden_AH = grad_AM.new_empty(size, 2 * width)
+    gated_AM = grad_AM.new_empty(size, width)
     sums_AT = None if weights_A is None else grad_AM.new_empty(size, num_tiles(width), dtype=torch.float32)
     if size and width:
         check_columns("swiglu_backward_from_codes: grad_AM", grad_AM)

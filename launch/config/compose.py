@@ -191,7 +191,8 @@ def _check_not_nested_group(override: Override, groups: Mapping[str, str]) -> No
     key = override.key_or_group
     group = key.replace(".", "/")
     if group in groups:
-        text, names = override.get_value_string(), options(group)
+        text = override.get_value_string()
+        names = options(group)
         hint = f"write {group}={text}" if text in names else nearest(text, names)
         raise ConfigError(f"{key}: is a group of keys; {hint} (options: {', '.join(names)})")
 
@@ -258,7 +259,8 @@ def _inapplicable(command: str, groups: Mapping[str, str], parsed: Sequence[Over
 
 def _broken_rule(override: Override, known: Mapping[str, Any]) -> str:
     """Returns the error of an override that cannot be applied to values with these dotted keys."""
-    key, text = override.key_or_group, (override.input_line or "").partition("=")[2]
+    key = override.key_or_group
+    text = (override.input_line or "").partition("=")[2]
     present = json.dumps(known.get(key)).replace('"', "").replace(" ", "").replace(MISSING, "...")
     if override.is_delete() and key in known:
         rule = "must name a key with a value to delete, and that value or none"
@@ -292,7 +294,8 @@ def _unresolved(key: str, known: Mapping[str, Any]) -> str:
 
 def _lower(override: Override, groups: Mapping[str, str]) -> str:
     """Returns an override with its key in lower case, and its value too if that is an option of a group."""
-    key, value = override.key_or_group.lower(), override.get_value_string()
+    key = override.key_or_group.lower()
+    value = override.get_value_string()
     is_option = key in groups and value.lower() in options(key)
     return f"{key}={value.lower() if is_option else value}"
 
@@ -301,7 +304,8 @@ def _other_options(key: str) -> str:
     """Returns the options that have the key, of the innermost such group that the key names."""
     parts = key.split(".")
     for depth in range(len(parts) - 1, 0, -1):
-        group, rest = "/".join(parts[:depth]), ".".join(parts[depth:])
+        group = "/".join(parts[:depth])
+        rest = ".".join(parts[depth:])
         found = [option for option in options(group) if rest in dict(dotted_keys(read_option(group, option)))]
         if found:
             return ", ".join(f"{group}={option}" for option in found)

@@ -62,7 +62,8 @@ def _changes(config: TrainConfig) -> Iterator[Change]:
     yield from _ramp(config)
     yield from _layouts(config)
     yield from _precision(config)
-    overrides, cheap = list[str](), config
+    overrides = list[str]()
+    cheap = config
     for changes in (_micro_batches, _recomputation):
         for text, changed in list(changes(cheap))[-1:]:
             overrides.append(text)
@@ -97,7 +98,9 @@ def _moments(config: TrainConfig) -> Iterator[Change]:
 
 def _ramp(config: TrainConfig) -> Iterator[Change]:
     """Yields a ramp whose first step has two micro-batches per rank; with fewer, W is deferred longer."""
-    batch, ramp, parallelism = config.batch, config.batch.ramp, config.parallelism
+    batch = config.batch
+    ramp = config.batch.ramp
+    parallelism = config.parallelism
     start = 2 * parallelism.pipeline * parallelism.data * batch.micro_sequences
     if ramp is not None and ramp.start_sequences < start < batch.global_sequences:
         changed = replace(config, batch=replace(batch, ramp=replace(ramp, start_sequences=start)))

@@ -35,8 +35,10 @@ def check_model(model: ModelConfig) -> None:
 
 def check_experts(model: ModelConfig, expert: int) -> None:
     """Rejects a number of experts that does not fit the expert groups, the gate or the expert ranks."""
-    experts, top_k = model.num_routed_experts, model.num_experts_per_token
-    groups, limit = model.num_expert_groups, model.num_limited_groups
+    experts = model.num_routed_experts
+    top_k = model.num_experts_per_token
+    groups = model.num_expert_groups
+    limit = model.num_limited_groups
     if experts % expert:
         near = f"{multiples(experts, expert)}, or parallelism.expert={divisors(experts, expert)}"
         rule = f"must be divisible by parallelism.expert={expert}"
@@ -64,7 +66,8 @@ def check_expert_ranks(mesh: ParallelismConfig) -> None:
 
 def check_optim(config: TrainConfig) -> None:
     """Rejects a learning rate schedule, a sharding or moments that do not fit the run."""
-    optim, precision = config.optim, config.precision.kind
+    optim = config.optim
+    precision = config.precision.kind
     try:
         check_schedule(optim, config.batch_sizes, config.task.steps)
     except RateError as error:
@@ -91,7 +94,9 @@ def check_optim(config: TrainConfig) -> None:
 
 def check_attention(config: TrainConfig) -> None:
     """Rejects an attention kernel that does not support the device or the precision."""
-    name, device, precision = config.attention, config.cluster.device, config.precision.kind
+    name = config.attention
+    device = config.cluster.device
+    precision = config.precision.kind
     if name == AUTO:
         return
     kernel = ATTENTION.get(name)

@@ -34,7 +34,9 @@ _LEAST_TOKENIZER_SHARE = 0.9
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fills in the composed values of a run that depend on its weights or on the resumed run."""
     resolved = dict(values)
-    plugins, model, data = values.get("plugins"), values.get("model"), values.get("data")
+    plugins = values.get("plugins")
+    model = values.get("model")
+    data = values.get("data")
     weights = named_weights(values.get("init_from"))
     if isinstance(plugins, list | tuple) and all(isinstance(path, str) for path in plugins):
         # Absolute paths, because ranks and later runs may have another working directory.
@@ -57,7 +59,8 @@ def expand_model(model: Mapping[str, Any], init_from: object, init_mtp: object =
     """
     if "kind" not in model:
         return dict(model)
-    kind, kinds = model["kind"], {"ladder": ("kind", "size"), "of_checkpoint": ("kind",)}
+    kind = model["kind"]
+    kinds = {"ladder": ("kind", "size"), "of_checkpoint": ("kind",)}
     if kind not in kinds:
         raise ConfigError(
             f"model.kind: must be one of {', '.join(kinds)}, is {kind!r}; {nearest(str(kind), list(kinds))}"
@@ -104,7 +107,8 @@ def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str
     """
     if not isinstance(tokenizer, str):
         return tokenizer
-    path, rule = Path(tokenizer).expanduser(), f"must be auto, null, a {TOKENIZER_NAME} or a folder that holds one"
+    path = Path(tokenizer).expanduser()
+    rule = f"must be auto, null, a {TOKENIZER_NAME} or a folder that holds one"
     if tokenizer == "auto":
         file = _own_tokenizer(weights, values)
         return None if file is None else str(file)
@@ -123,7 +127,8 @@ def expand_tokenizer(tokenizer: object, weights: str | None, values: Mapping[str
 
 
 def _own_tokenizer(weights: str | None, values: Mapping[str, Any]) -> Path | None:
-    resume, out_dir = values.get("resume"), values.get("out_dir")
+    resume = values.get("resume")
+    out_dir = values.get("out_dir")
     if resume == AUTO:
         has_folder = isinstance(out_dir, str) and bool(out_dir)
         newest = newest_whole(Path(str(out_dir)).expanduser(), check=verify_sizes) if has_folder else None
@@ -160,7 +165,8 @@ def check_files(config: TrainConfig) -> None:
 
 def check_data(config: TrainConfig) -> int:
     """Rejects unreadable data and too large tokenizers; returns the size of the tokenizer's vocabulary."""
-    tokens, model = check_config(config.data), config.model.vocab_size
+    tokens = check_config(config.data)
+    model = config.model.vocab_size
     if tokens <= model:
         return tokens
     kind = config.data.source.kind
@@ -179,7 +185,8 @@ def check_text(config: TrainConfig, num_tokens: int) -> None:
 
     The size of a tokenizer that belongs to the weights or to the source is what it must be.
     """
-    data, rows = config.data, config.model.vocab_size
+    data = config.data
+    rows = config.model.vocab_size
     is_own = DATA_SOURCES.get(data.source.kind).tokenizer is not None or _is_tokenizer_of_weights(config)
     if num_tokens < _LEAST_TOKENIZER_SHARE * rows and not is_own and "small_tokenizer" not in config.accept:
         is_trained = data.tokenizer is None
@@ -223,7 +230,8 @@ def _check_resume(config: TrainConfig) -> bool:
 
 def check_weights(config: TrainConfig) -> None:
     """Rejects random weights for a task that needs trained ones, unless `init_from=random` confirms them."""
-    kind, out_dir = config.task.kind, config.out_dir
+    kind = config.task.kind
+    out_dir = config.out_dir
     if config.init_from is not None or not TASKS.get(kind).needs_weights or config.resume not in (None, AUTO):
         return
     if config.resume == AUTO and out_dir and newest_whole(Path(out_dir).expanduser(), check=verify_sizes) is not None:

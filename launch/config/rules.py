@@ -63,8 +63,11 @@ def _check_sizes(config: TrainConfig) -> None:
 
 
 def _check_batch(config: TrainConfig) -> None:
-    batch, model, sequences = config.batch, config.model, config.validation.sequences
-    length, context = batch.sequence_length_tokens, config.parallelism.context
+    batch = config.batch
+    model = config.model
+    sequences = config.validation.sequences
+    length = batch.sequence_length_tokens
+    context = config.parallelism.context
     share = _micro_batch_sequences(config)
     if batch.global_sequences % share:
         rule = f"must be divisible by parallelism.data x batch.micro_sequences = {share}"
@@ -91,7 +94,9 @@ def _micro_batch_sequences(config: TrainConfig) -> int:
 
 
 def _check_task(config: TrainConfig) -> None:
-    kind, model, context = config.task.kind, config.model, config.parallelism.context
+    kind = config.task.kind
+    model = config.model
+    context = config.parallelism.context
     spec = TASKS.get(kind)
     if model.head != spec.head:
         raise broken("model.head", f"must be {spec.head} with task={kind}", model.head, spec.head)
@@ -122,7 +127,9 @@ def _check_schedule(config: TrainConfig) -> None:
 
 
 def _check_slices(config: TrainConfig) -> None:
-    slices, length, context = config.schedule.slices, config.batch.sequence_length_tokens, config.parallelism.context
+    slices = config.schedule.slices
+    length = config.batch.sequence_length_tokens
+    context = config.parallelism.context
     check_slices(config.schedule.kind, config.num_micro_batches, slices)
     if slices == 1:
         return
@@ -142,7 +149,8 @@ def _splitting_tasks() -> str:
 
 
 def _check_kind(config: TrainConfig, kind: str) -> None:
-    pipeline, count = config.parallelism.pipeline, config.num_micro_batches
+    pipeline = config.parallelism.pipeline
+    count = config.num_micro_batches
     try:
         check_size(kind, pipeline, count, ranks_key="parallelism.pipeline", micro_batches_key=_BATCH)
     except ScheduleError as error:
@@ -156,7 +164,8 @@ def _check_kind(config: TrainConfig, kind: str) -> None:
 
 
 def _check_ramp(config: TrainConfig) -> None:
-    ramp, last = config.batch.ramp, config.batch.global_sequences
+    ramp = config.batch.ramp
+    last = config.batch.global_sequences
     if ramp is None:
         return
     if not 2 <= ramp.num_sizes <= last:
@@ -181,7 +190,9 @@ def _check_ramp(config: TrainConfig) -> None:
 
 
 def _check_ranks(config: TrainConfig) -> None:
-    cluster, parallelism, world = config.cluster, config.parallelism, config.parallelism.world_size
+    cluster = config.cluster
+    parallelism = config.parallelism
+    world = config.parallelism.world_size
     check_expert_ranks(parallelism)
     if world > cluster.ranks_per_node and world % cluster.ranks_per_node:
         rule = f"must divide the {world} ranks (parallelism.{parallelism.axes('=')})"
@@ -202,7 +213,9 @@ def _check_ranks(config: TrainConfig) -> None:
 
 
 def _check_profile(config: TrainConfig) -> None:
-    steps, last_rank, profile = config.task.steps, config.parallelism.world_size - 1, config.profile
+    steps = config.task.steps
+    last_rank = config.parallelism.world_size - 1
+    profile = config.profile
     for key, least, most, chosen in (
         ("profile.steps", 1, steps, profile.steps),
         ("profile.ranks", 0, last_rank, profile.ranks),
@@ -242,7 +255,8 @@ _SIZE_RULES: tuple[Callable[[TrainConfig], None], ...] = (
 
 def check_rollouts(config: TrainConfig) -> None:
     """Rejects rollouts that a task does not use or lacks, and sizes that do not fit."""
-    kind, rollouts = config.task.kind, config.rollout
+    kind = config.task.kind
+    rollouts = config.rollout
     if TASKS.get(kind).has_rollouts:
         if rollouts is None:
             raise broken("rollout", f"must have values with task={kind}", "null", "rollout=default")
@@ -286,7 +300,8 @@ def _check_source(config: TrainConfig) -> None:
 
 
 def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
-    place, most = "reward.parts, kind judge", config.model.max_position_tokens
+    place = "reward.parts, kind judge"
+    most = config.model.max_position_tokens
     if judge.weights == "reference" and not TASKS.get(config.task.kind).has_reference(config.task):
         rule = "weights must be policy if the run has no reference"
         raise broken(place, rule, "reference", "policy, or task.loss.kl_weight above 0")
@@ -302,7 +317,8 @@ def _check_judge(config: TrainConfig, judge: JudgeConfig) -> None:
 
 
 def _check_rollout_sizes(config: TrainConfig) -> None:
-    rollout, length = config.rollout, config.batch.sequence_length_tokens
+    rollout = config.rollout
+    length = config.batch.sequence_length_tokens
     assert rollout is not None
     if rollout.samples < 2:
         rule = "must be at least 2, because an answer is compared with the others to its prompt"
@@ -312,7 +328,8 @@ def _check_rollout_sizes(config: TrainConfig) -> None:
         rule = f"must be below batch.sequence_length_tokens={length}, which also holds the prompt"
         raise broken("rollout.max_new_tokens", rule, limit, length - 1)
     if rollout.prompts % rollout.updates:
-        rule, near = f"must divide rollout.prompts={rollout.prompts}", divisors(rollout.prompts, rollout.updates)
+        rule = f"must divide rollout.prompts={rollout.prompts}"
+        near = divisors(rollout.prompts, rollout.updates)
         raise broken("rollout.updates", rule, rollout.updates, near)
     if rollout.length_penalty_tokens > limit:
         rule = f"must be at most rollout.max_new_tokens={limit}"

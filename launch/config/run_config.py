@@ -74,7 +74,9 @@ def _with_steps(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 def read_config(values: Mapping[str, Any]) -> TrainConfig:
     """Decodes a run's configuration from resolved values, as in a run's `config.yaml`. Reads no files."""
-    data, optim, precision = values.get("data"), values.get("optim"), values.get("precision")
+    data = values.get("data")
+    optim = values.get("optim")
+    precision = values.get("precision")
     if isinstance(optim, Mapping) and "moments" in optim:
         # Decoded by itself, because an error must list `auto` as a choice, which the run's configuration is not.
         moments: str = decode(_MOMENTS, optim["moments"], "optim.moments")  # type: ignore[arg-type]

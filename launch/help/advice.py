@@ -104,7 +104,9 @@ def _meant(command: str, key: str, value: str) -> str:
 
 
 def _advise_bare(command: str, arguments: Sequence[str], index: int) -> str | None:
-    text, before, after = arguments[index], arguments[index - 1] if index else "", [*arguments[index + 1 :], ""]
+    text = arguments[index]
+    before = arguments[index - 1] if index else ""
+    after = [*arguments[index + 1 :], ""]
     spaced = re.fullmatch(r"([\w./@-]+) *= *(.*)", text)
     if spaced and " =" in text:
         return f"{text}: no spaces before =; nearest valid: {_shell_word(f'{spaced[1]}={spaced[2]}')}"

@@ -88,7 +88,8 @@ def _start(name: str, main: Main, previews: Previews, arguments: Sequence[str], 
         refuse_flags(name, arguments)
         for note in () if quiet else repeated_notes(arguments):
             print(redact(note), file=sys.stderr, flush=True)
-        overrides, chosen = list(arguments), None
+        overrides = list(arguments)
+        chosen = None
         for switch, preview in previews.items():
             overrides, is_on = split_switch(overrides, switch)
             chosen = preview if is_on and chosen is None else chosen
@@ -119,7 +120,8 @@ def discard_output() -> None:
 
 def split_switch(arguments: Sequence[str], name: str = CONFIG_ONLY) -> tuple[list[str], bool]:
     """Returns the arguments without a switch, and its value."""
-    rest, is_on = [], False
+    rest = []
+    is_on = False
     for argument in arguments:
         key, has_value, value = argument.lstrip("+").partition("=")
         if key != name or not has_value:

@@ -100,7 +100,8 @@ def _comments(source: _Source) -> Iterator[tuple[str, str]]:
 
     A comment on a separate line continues the comment of the line above if it is indented further than any key.
     """
-    root, lines = yaml.compose("\n".join(source.lines), Loader=yaml.SafeLoader), source.lines
+    root = yaml.compose("\n".join(source.lines), Loader=yaml.SafeLoader)
+    lines = source.lines
     keys = list(_key_ends(root, source.prefix))
     starts = {line for _, line, _ in keys}
     for key, line, column in keys:

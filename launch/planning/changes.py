@@ -20,7 +20,9 @@ from train.config.errors import ConfigError, broken, nearest_key
 _FORM = "must be NAME*FACTOR, NAME/FACTOR or NAME=VALUE, several joined with ' + '"
 _MOST_SHOWN = 60
 EXAMPLE = "cluster.inter_node_bytes_per_second*2"
-_OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
+_OPENING = "[{("
+_CLOSING = "]})"
+_QUOTES = "'\""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,8 @@ from train.planner.job_plan import PlannerConfig
 from train.schedule.nominal import with_chunks
 
 _WHAT_IF = "what_if"
-_RATES, _EFFICIENCY = "rates", "efficiency"
+_RATES = "rates"
+_EFFICIENCY = "efficiency"
 _PLANNER = (_RATES, _EFFICIENCY)
 _MOST_BYTES = 2**26
 _UNREAD = "unread"

@@ -12,7 +12,8 @@ from train.config.errors import ConfigError
 
 HEAPS = "MALLOC_ARENA_MAX"
 # Bytes from which an allocation gets its own pages, and free bytes at the heap's end from which pages are returned.
-OWN_PAGES, RETURNED = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"
+OWN_PAGES = "MALLOC_MMAP_THRESHOLD_"
+RETURNED = "MALLOC_TRIM_THRESHOLD_"
 _OPTIONS = {HEAPS: -8, OWN_PAGES: -3, RETURNED: -1}  # glibc, malloc.h
 
 
@@ -69,7 +70,8 @@ def is_torchrun(environment: Mapping[str, str]) -> bool:
 
 def check_world_size(parallelism: ParallelismConfig, environment: Mapping[str, str]) -> None:
     """Rejects a number of ranks other than the one that torchrun started."""
-    world, started = parallelism.world_size, int(environment["WORLD_SIZE"])
+    world = parallelism.world_size
+    started = int(environment["WORLD_SIZE"])
     if world != started:
         raise ConfigError(
             f"parallelism: {parallelism.axes('=')} makes {world} ranks, but torchrun started "

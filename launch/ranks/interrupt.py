@@ -54,7 +54,8 @@ class Interrupts:
             if time.monotonic() - self._interrupted_at > _CLEANUP_SECONDS:
                 _end(number, frame)
             return
-        self.is_interrupted, self._interrupted_at = True, time.monotonic()
+        self.is_interrupted = True
+        self._interrupted_at = time.monotonic()
         # Libraries that are interrupted during an import or in a destructor would print long messages.
         sys.unraisablehook = lambda unraisable: None
         raise KeyboardInterrupt

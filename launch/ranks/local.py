@@ -120,7 +120,8 @@ def run_ranks(folder: Path, world_size: int, entry: Entry) -> int:
     Returns a rank's own exit code, 78 if a signal ended a rank, or 128 + n if signal n ended this process or requested
     preemption and the ranks did not end in time.
     """
-    config, request = read_folder(folder), Preemption()
+    config = read_folder(folder)
+    request = Preemption()
     with signals_handled(dict.fromkeys(handled_signals(), request)):
         for restart in range(config.cluster.max_restarts + 1):
             code, reason = _run_once(folder, world_size, entry, config.cluster, request)
@@ -240,7 +241,8 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
         code = EXIT_CONFIGURATION if isinstance(error, user_errors()) else 1
         text = str(error) if code == EXIT_CONFIGURATION else f"{type(error).__name__}: {error}"
         first_line = next(iter(text.splitlines()), type(error).__name__)
-        rank, details = int(os.environ["RANK"]), "".join(traceback.format_exception(error))
+        rank = int(os.environ["RANK"])
+        details = "".join(traceback.format_exception(error))
         files = RankFiles(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
         try:
             write_error(Path(folder), files, ExitReason(first_line, code), details)
@@ -252,7 +254,8 @@ def _rank(entry: Entry, folder: str, scratch: str, key: str, plugins: Sequence[P
 
 def die_with_parent() -> None:
     """Ends this rank when the launcher or the fork server ends, which it would otherwise outlive."""
-    parent, fork_server = process.parent_process(), os.getppid()
+    parent = process.parent_process()
+    fork_server = os.getppid()
     if parent is not None:
         while os.getppid() == fork_server and not connection.wait([parent.sentinel], _NOTICE_SECONDS):
             pass

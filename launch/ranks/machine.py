@@ -66,7 +66,8 @@ def check_gpus(config: TrainConfig, num_local_ranks: int) -> None:
         return
     import torch
 
-    seen, found = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = torch.cuda.device_count()
     place = "this machine has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} shows"
     if found == 0:
         raise MachineError(f"cluster.device: cuda needs a GPU, {place} none, is cuda; {_NO_GPU}")
@@ -129,7 +130,8 @@ def _device_memories(nvml: ctypes.CDLL) -> list[_Memory]:
             return []
         memories = []
         for index in range(count.value):
-            device, memory = ctypes.c_void_p(), _Memory()
+            device = ctypes.c_void_p()
+            memory = _Memory()
             is_found = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) == 0
             if is_found and nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0 and memory.total:
                 memories.append(memory)

@@ -39,7 +39,8 @@ def run_on_local_ranks(
     apply_rank_environment(cluster)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", *preloaded])
-    processes, ends = [], dict[connection.Connection, int]()
+    processes = []
+    ends = dict[connection.Connection, int]()
     with tempfile.TemporaryDirectory(prefix="ranks") as scratch:
         try:
             for rank in range(num_ranks):

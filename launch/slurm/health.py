@@ -21,8 +21,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
     Arguments are `gpus=N`, `ranks=N`, `rank_bytes=N` (predicted need of a rank), `folder=PATH`, `master=HOST:PORT`.
     """
     given = dict(argument.split("=", 1) for argument in arguments)
-    node, index = environment.get("SLURMD_NODENAME", socket.gethostname()), int(environment["SLURM_NODEID"])
-    ranks, num_gpus, rank_bytes = int(given["ranks"]), int(given["gpus"]), int(given["rank_bytes"])
+    node = environment.get("SLURMD_NODENAME", socket.gethostname())
+    index = int(environment["SLURM_NODEID"])
+    ranks = int(given["ranks"])
+    num_gpus = int(given["gpus"])
+    rank_bytes = int(given["rank_bytes"])
     problems = [
         *gpu_problems(num_gpus, -(-ranks // max(num_gpus, 1)) * rank_bytes, environment),
         *host_problems(ranks * (_PYTHON_BYTES + (0 if num_gpus else rank_bytes))),
@@ -69,7 +72,8 @@ def reach_problems(
 ) -> Iterator[str]:
     """Yields a problem if this node does not reach node 0, or if node 0 is not reached by all."""
     host, _, port = master.rpartition(":")
-    until, seen = time.monotonic() + seconds, set[bytes]()
+    until = time.monotonic() + seconds
+    seen = set[bytes]()
     error: OSError | None = None
     while index and time.monotonic() < until:
         try:

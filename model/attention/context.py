@@ -69,7 +69,8 @@ class _MixInContext(torch.autograd.Function):
         weights, context = LatentWeights(*latent_weights), options.context  # type: ignore[arg-type]
         ends = linears.compress_latents(compressed, weights, options)
         blocks = _Blocks(compressed, options)
-        layout, keys_and_values = blocks.layout, _KeysAndValues(blocks)
+        layout = blocks.layout
+        keys_and_values = _KeysAndValues(blocks)
         others: dict[int, Rows] = {}
         merged: MergedAttention | None = None
         for index, rows in context.visit(ends.saved_keys()):
@@ -94,8 +95,12 @@ class _MixInContext(torch.autograd.Function):
             saved = _Saved(weights, ends.saved(mixed_BHTW), log_sums, others)
             ctx.save_for_backward(*saved.tensors())
             # For `model.attention.core.recompute_result`.
-            ctx.keeps_mixed, ctx.num_ends = not ends.frees_mixed, len(saved.ends)
-            ctx.saved, ctx.options, ctx.linears, ctx.shape = saved.without_tensors(), options, linears, compressed.shape
+            ctx.keeps_mixed = not ends.frees_mixed
+            ctx.num_ends = len(saved.ends)
+            ctx.saved = saved.without_tensors()
+            ctx.options = options
+            ctx.linears = linears
+            ctx.shape = compressed.shape
         return out_ND.view_as(x)
 
     @staticmethod
@@ -103,7 +108,9 @@ class _MixInContext(torch.autograd.Function):
         (grad_BTD,) = grads
         if ctx.saved is None:
             raise RuntimeError("attention: a second backward of one forward; the ranks exchange gradients only once")
-        saved, options, linears = ctx.saved.with_tensors(ctx.saved_tensors), ctx.options, ctx.linears
+        saved = ctx.saved.with_tensors(ctx.saved_tensors)
+        options = ctx.options
+        linears = ctx.linears
         ctx.saved = None
         ends = linears.restore_latents(saved.ends, saved.weights, options)
         # The output projection: the gradient of what the heads mixed, NV, and of its weight.
@@ -127,7 +134,8 @@ class _Blocks:
 
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
         """Reads sizes from the options, and shape, type and device from compressed values or their like."""
-        self._options, shape = options, options.shape
+        self._options = options
+        shape = options.shape
         self.kernel: BlockKernel = choose_block_kernel(options.kernel, like_BTX.device, like_BTX.dtype)
         self.layout = HeadLayout(like_BTX, shape, self.kernel.widths(shape.nope + shape.rope, shape.value))
         batch, tokens = like_BTX.shape[:2]
@@ -145,7 +153,8 @@ class _Blocks:
 
     def backward(self, ends: LatentLinears, kept: Sequence[Tensor], grad_NV: Tensor) -> MergedBackward:
         """Starts a backward of the heads; `kept` is `_Saved.log_sums`."""
-        layout, log_sums_BTH = self.layout, kept[0]
+        layout = self.layout
+        log_sums_BTH = kept[0]
         if len(kept) == 2:
             query = kept[1]
         else:
@@ -172,7 +181,8 @@ class _KeysAndValues:
         self._memory: tuple[Tensor, Tensor] | None = None
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
-        tokens, layout = self._blocks.parts.tokens_of(index), self._blocks.layout
+        tokens = self._blocks.parts.tokens_of(index)
+        layout = self._blocks.layout
         if self._memory is None or self._memory[0].shape[1] != tokens:
             self._memory = layout.new_query(tokens), layout.new_value(tokens)
         return self._memory
@@ -199,14 +209,19 @@ class _LatentBackward:
         weights: LatentWeights,
         options: LatentOptions,
     ) -> None:
-        self._blocks, self._backward, self._linears, self._weights = blocks, backward, linears, weights
-        self._options, self._up = options, _UpGradient()
+        self._blocks = blocks
+        self._backward = backward
+        self._linears = linears
+        self._weights = weights
+        self._options = options
+        self._up = _UpGradient()
         self._norm: Tensor | None = None
         self._keys_and_values = _KeysAndValues(blocks)
 
     def contribute(self, index: int, rows: Rows) -> Tensor:
         """Returns this rank's part of the gradient of a rank's rows, BTC."""
-        layout, rotation = self._blocks.layout, self._blocks.rotation(index)
+        layout = self._blocks.layout
+        rotation = self._blocks.rotation(index)
         key, value = self._keys_and_values.of(index)
         keys = self._linears.restore_keys(rows, self._weights, replace(self._options, sink=self._up))
         layout.fill_key_and_value(keys, rotation, key, value)
@@ -220,7 +235,8 @@ class _LatentBackward:
         return grad_BTC
 
     def gradients(self) -> NormAndUpGradients:
-        up, total = self._weights.latent_up, self._up.total
+        up = self._weights.latent_up
+        total = self._up.total
         if total is None:
             return NormAndUpGradients(self._norm, None)
         return NormAndUpGradients(self._norm, deliver_gradient(up, lambda: total, self._options.sink))

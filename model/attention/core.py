@@ -86,7 +86,9 @@ class _MixHeads(torch.autograd.Function):
         # x plus the output projection, ND.
         out_ND = ends.add(x.flatten(0, 1), kernel.layout.rows(mixed_BHTW.detach()))
         if options.records:
-            ctx.options, ctx.linears, ctx.shape = options, linears, compressed.shape
+            ctx.options = options
+            ctx.linears = linears
+            ctx.shape = compressed.shape
             # Rounded heads would not give the same result again.
             ctx.keeps_mixed = not ends.frees_mixed
             kept = ends.saved(mixed_BHTW.detach())
@@ -164,16 +166,19 @@ def _saved_tensor_hooks_disabled() -> AbstractContextManager[None]:
 class _Kernel:
     def __init__(self, like_BTX: Tensor, options: LatentOptions) -> None:
         """Reads sizes from the options, and shape, type and device from compressed values or their like."""
-        self._options, shape = options, options.shape
+        self._options = options
+        shape = options.shape
         is_packed = options.documents is not None
         kernel = choose_attention(options.kernel, like_BTX.device, like_BTX.dtype, is_packed=is_packed)
         self._attend = kernel.attend
-        size, value = shape.nope + shape.rope, shape.value
+        size = shape.nope + shape.rope
+        value = shape.value
         is_padded = kernel.pads_values(like_BTX.device.type)
         self.layout = HeadLayout(like_BTX, shape, (max(size, value),) * 2 if is_padded else (size, value))
 
     def fill(self, ends: LatentLinears, into: Heads | None) -> Heads:
-        layout, rotation = self.layout, self._options.rotation
+        layout = self.layout
+        rotation = self._options.rotation
         heads = (layout.new_query(), layout.new_query(), layout.new_value()) if into is None else into
         query, key, value = heads
         layout.fill_query(ends, rotation, query)
@@ -181,5 +186,7 @@ class _Kernel:
         return heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query = query.transpose(1, 2)
+        key = key.transpose(1, 2)
+        value = value.transpose(1, 2)
         return self._attend(query, key, value, self._options.shape.scale, self._options.documents)

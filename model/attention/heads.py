@@ -18,7 +18,9 @@ class HeadLayout:
 
     def __init__(self, like_BTX: Tensor, shape: LatentShape, widths: tuple[int, int]) -> None:
         """Stores a tensor like the compressed values, and the widths of queries and of values in memory."""
-        self._like, self._shape, self._widths = like_BTX, shape, widths
+        self._like = like_BTX
+        self._shape = shape
+        self._widths = widths
 
     @property
     def value_width(self) -> int:
@@ -39,7 +41,8 @@ class HeadLayout:
 
     def fill_query(self, ends: LatentLinears, rotation: Rotated, query: Tensor) -> None:
         """Computes queries into the given memory."""
-        shape, (cos, sin) = self._shape, rotation
+        shape = self._shape
+        cos, sin = rotation
         size = shape.nope + shape.rope
         # Queries are projected directly to their place unless padding separates them; then their end is rotated.
         if size == query.shape[-1]:
@@ -53,7 +56,8 @@ class HeadLayout:
 
     def fill_key_and_value(self, ends: LatentLinears, rotation: Rotated, key: Tensor, value: Tensor) -> None:
         """Computes keys and values into the given memory."""
-        shape, (cos, sin) = self._shape, rotation
+        shape = self._shape
+        cos, sin = rotation
         size = shape.nope + shape.rope
         # A head's key is its own part without position, then the rotated key that all heads share.
         expanded = ends.keys_and_values().view(*key.shape[:3], shape.nope + shape.value)
@@ -70,7 +74,8 @@ class HeadLayout:
 
     def fill_mixed(self, rows_NV: Tensor, mixed_BHTW: Tensor) -> None:
         """Reverses `rows`, into the given memory."""
-        mixed_BTHW, value = mixed_BHTW.transpose(1, 2), self._shape.value
+        mixed_BTHW = mixed_BHTW.transpose(1, 2)
+        value = self._shape.value
         mixed_BTHW[..., :value] = rows_NV.view(*mixed_BTHW.shape[:3], value)
         mixed_BTHW[..., value:] = 0
 
@@ -86,14 +91,16 @@ class HeadLayout:
 
     def query_gradient(self, grad_BTHQ: Tensor, rotation: Rotated) -> Tensor:
         """Computes the gradient of queries before rotation, [N, H Q]."""
-        shape, (cos, sin) = self._shape, rotation
+        shape = self._shape
+        cos, sin = rotation
         grad_BTHQ = grad_BTHQ[..., : shape.nope + shape.rope]
         rotate_(grad_BTHQ[..., shape.nope :], cos, -sin)
         return grad_BTHQ.flatten(2).flatten(0, 1)
 
     def key_gradient(self, grad_key: Tensor, grad_value: Tensor, rotation: Rotated, out_key: Tensor) -> Tensor:
         """Computes the gradient of keys without position and of values, NE, and writes that of the shared key."""
-        shape, (cos, sin) = self._shape, rotation
+        shape = self._shape
+        cos, sin = rotation
         expanded = grad_key.new_empty(*grad_key.shape[:3], shape.nope + shape.value)
         expanded[..., : shape.nope] = grad_key[..., : shape.nope]
         expanded[..., shape.nope :] = grad_value[..., : shape.value]

@@ -45,7 +45,8 @@ class LatentAttention(Attention):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, kernel: str, linears: Linears) -> None:
         super().__init__()
         self._config = config
-        heads, hidden = config.num_heads, config.hidden_size
+        heads = config.num_heads
+        hidden = config.hidden_size
         query_size = heads * config.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = Projection(hidden, query_size, dtype)
@@ -136,7 +137,9 @@ class LatentAttention(Attention):
             x_ND: normalized hidden states, N = B S, sequence by sequence.
             future_BST: True if a token must not see a position; None if every token sees every position.
         """
-        num_sequences, num_heads, rank = len(cached_BTC), self._config.num_heads, self._config.kv_lora_rank
+        num_sequences = len(cached_BTC)
+        num_heads = self._config.num_heads
+        rank = self._config.kv_lora_rank
         up_HKL = self.kv_b_proj.weight.view(num_heads, -1, rank)
         key_up_HKL, value_up_HVL = up_HKL.split([self._config.qk_nope_head_dim, self._config.v_head_dim], 1)
         plain_NHK, rope_NHR = self._query(x_ND, rotation)
@@ -226,7 +229,9 @@ class LatentAttention(Attention):
         Keys and values of all positions are expanded in each pass. The absorbed form would round other numbers, and FP8
         magnifies any difference. The cache holds latents before their norm and rotated shared keys.
         """
-        cached_BTC, future_BST, shape = view.read(), view.future_BST, self._shape
+        cached_BTC = view.read()
+        future_BST = view.future_BST
+        shape = self._shape
         num_sequences, num_positions = cached_BTC.shape[:2]
         if future_BST is None:
             future_BST = cached_BTC.new_zeros(num_sequences, 1, num_positions, dtype=torch.bool)
@@ -267,7 +272,8 @@ def _pad_tokens(values: Tensor) -> Tensor:
 def _to_heads(up_NE: Tensor, shared_NR: Tensor, num_heads: int, value: int) -> tuple[Tensor, Tensor]:
     """Returns keys, NHQ, and padded values from the up-projections and the rotated shared key."""
     up_NHK = up_NE.unflatten(-1, (num_heads, -1))
-    key_NHK, value_NHV = up_NHK[..., :-value], up_NHK[..., -value:]
+    key_NHK = up_NHK[..., :-value]
+    value_NHV = up_NHK[..., -value:]
     key_NHQ = torch.cat((key_NHK, shared_NR[:, None].expand(-1, num_heads, -1)), -1)
     # Flash kernels require heads of one size: values are padded with zeros, and results are cut again.
     padding = key_NHQ.shape[-1] - value

@@ -80,7 +80,8 @@ def _is_mtp_tensor(name: str, config: ModelConfig) -> bool:
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    single = folder / SINGLE_NAME
+    index = folder / INDEX_NAME
     if index.exists() and single.exists():
         raise HfError(folder, SINGLE_NAME, f"must not exist next to {INDEX_NAME}, does")
     if not index.exists():
@@ -180,7 +181,8 @@ def _check_tensor(
     if scales is None:
         raise HfError(entry.file, scale_name(name), f"must be in the checkpoint, as {name} is F8_E4M3; is missing")
     if scales.dtype not in ("F32", "F8_E8M0") or scales.shape != scale_shape(shape):
-        wanted, found = f"F32 or F8_E8M0 {list(scale_shape(shape))}", f"{scales.dtype} {list(scales.shape)}"
+        wanted = f"F32 or F8_E8M0 {list(scale_shape(shape))}"
+        found = f"{scales.dtype} {list(scales.shape)}"
         raise HfError(scales.file, scale_name(name), f"must be {wanted}, is {found}")
 
 

@@ -194,7 +194,9 @@ def _check_token_ids(values: ConfigValues) -> None:
 
 
 def _check(values: ConfigValues, config: ModelConfig) -> None:
-    experts, groups, limit = config.num_routed_experts, config.num_expert_groups, config.num_limited_groups
+    experts = config.num_routed_experts
+    groups = config.num_expert_groups
+    limit = config.num_limited_groups
     for key, size in (
         ("num_key_value_heads", config.num_heads),
         ("qk_head_dim", config.qk_head_dim),

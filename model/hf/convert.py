@@ -73,7 +73,8 @@ def save_hf(
     Raises:
         HfError: the model is a part, a value is not finite, or writing fails. Nothing is left behind.
     """
-    named, config = named_tensors(model), model.config
+    named = named_tensors(model)
+    config = model.config
     for name, shape in weights(config):
         if 0 not in shape and (copied_from(name) or name) not in named:
             raise HfError(path, name, "must be in the model that is written, is not: the model is a part")

@@ -69,7 +69,8 @@ def lay_out(tensors: Mapping[str, Stored]) -> tuple[dict[str, int], bytes]:
     """Returns where each tensor's data begins in a file, widest types first, and the file's first bytes."""
     ordered = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin, begins = 0, {}
+    begin = 0
+    begins = {}
     for name in ordered:
         stored = tensors[name]
         end = begin + stored.num_elements * ITEM_BYTES[stored.dtype]
@@ -99,7 +100,8 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    dtype, (begin, end) = value["dtype"], value["data_offsets"]
+    dtype = value["dtype"]
+    begin, end = value["data_offsets"]
     if dtype not in get_args(StoredDtype):
         raise HfError(path, name, f"dtype must be one of {', '.join(get_args(StoredDtype))}, is {shown(dtype)}")
     return TensorEntry(path, tuple(value["shape"]), dtype, start + begin, end - begin)

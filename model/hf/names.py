@@ -59,7 +59,8 @@ def stored_tensors(config: ModelConfig, *, dtype: StoredDtype, fp8: bool) -> dic
 
 def weights(config: ModelConfig) -> Named:
     """Yields (name, shape) of every weight and correction bias, and of the MTP modules' copies."""
-    vocab, hidden = config.vocab_size, config.hidden_size
+    vocab = config.vocab_size
+    hidden = config.hidden_size
     yield EMBEDDING, (vocab, hidden)
     for layer in range(config.num_layers):
         yield from _layer(config, layer, moe=layer >= config.num_dense_layers)
@@ -114,7 +115,8 @@ def layer_of(name: str) -> int | None:
 
 
 def _layer(config: ModelConfig, layer: int, *, moe: bool) -> Named:
-    prefix, hidden = f"model.layers.{layer}.", config.hidden_size
+    prefix = f"model.layers.{layer}."
+    hidden = config.hidden_size
     yield prefix + "input_layernorm.weight", (hidden,)
     for name, shape in _attention(config):
         yield f"{prefix}self_attn.{name}.weight", shape
@@ -131,7 +133,9 @@ def _layer(config: ModelConfig, layer: int, *, moe: bool) -> Named:
 
 
 def _attention(config: ModelConfig) -> Named:
-    hidden, heads, latent = config.hidden_size, config.num_heads, config.kv_lora_rank
+    hidden = config.hidden_size
+    heads = config.num_heads
+    latent = config.kv_lora_rank
     queries = heads * config.qk_head_dim
     if config.q_lora_rank is None:
         yield "q_proj", (queries, hidden)

@@ -103,7 +103,8 @@ class HfReader:
 
     def _read_rotary(self, name: str) -> Tensor:
         """Returns stored frequencies, [R / 2], if `config.json` determines them, plain or interpolated."""
-        entry, config = self._entry(name), self.config
+        entry = self._entry(name)
+        config = self.config
         with _open(entry.file) as file:
             stored = torch.cat([rows for _, rows in _read_runs(file, entry, name)])
         plain = inverse_frequencies(replace(config, rope_scaling=PlainRope(kind="plain")))
@@ -149,7 +150,8 @@ class HfReader:
             target[first : first + len(rows)].copy_(values)
 
     def _scales(self, name: str) -> Tensor:
-        entry, scaled = self._entry(scale_name(name)), scale_name(name)
+        entry = self._entry(scale_name(name))
+        scaled = scale_name(name)
         with _open(entry.file) as file:
             runs = [rows for _, rows in _read_runs(file, entry, scaled)]
         scales_MT = torch.cat(runs).float()  # E8M0 exponents become powers of two, exactly
@@ -165,7 +167,8 @@ class HfReader:
             original = copied_from(copy)
             if original is None or original not in named:
                 continue
-            first, second = self._entry(original), self._entry(copy)
+            first = self._entry(original)
+            second = self._entry(copy)
             with _open(first.file) as one, _open(second.file) as other:
                 pairs = zip(_read_bytes(one, first, original), _read_bytes(other, second, copy), strict=True)
                 if any(ours != theirs for ours, theirs in pairs):
@@ -181,7 +184,8 @@ def _open(path: Path) -> BinaryIO:
 
 def _read_runs(file: BinaryIO, entry: TensorEntry, name: str) -> Iterator[tuple[int, Tensor]]:
     """Yields (first row, rows) of a tensor; runs begin at multiples of `BLOCK` rows."""
-    row_shape, num_rows = entry.shape[1:], entry.shape[0]
+    row_shape = entry.shape[1:]
+    num_rows = entry.shape[0]
     first = 0
     for chunk in _read_bytes(file, entry, name):
         rows = torch.frombuffer(chunk, dtype=TORCH_DTYPES[entry.dtype]).reshape(-1, *row_shape)

@@ -16,7 +16,8 @@ from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss, dept
 from model.precision.linear import WeightSink
 
 DIVERGENCE = "divergence"
-TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
+TEACHER_IDS = "teacher_ids"
+TEACHER_LOG_PROBS = "teacher_log_probs"
 """Extras with the most probable tokens of a teacher at each target, and their log-probabilities, [B, T, K]."""
 TEACHER_STATES = "teacher_states"
 """Extra with the input of the teacher's head, [B, T, S]."""
@@ -54,7 +55,8 @@ class Distillation:
         if head.depth:
             return self.targets.loss(hidden_BTD, head, batch, sink)
         wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        rows, mix = batch.rows(0), (1 - self.cross_entropy_weight, self.cross_entropy_weight)
+        rows = batch.rows(0)
+        mix = (1 - self.cross_entropy_weight, self.cross_entropy_weight)
         weights_N = None
         if self.targets.weights is not None:
             weights_N = batch.extras[self.targets.weights][..., 0].flatten().to(wide)

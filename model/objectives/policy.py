@@ -25,7 +25,9 @@ from model.objectives.preference import REFERENCE
 from model.objectives.sampled import KEPT, AnswerIndex, flat_rows, score_sampled
 from model.precision.linear import WeightSink
 
-ADVANTAGE, SAMPLER, OLD = "advantage", "sampler_log_probs", "old_log_probs"
+ADVANTAGE = "advantage"
+SAMPLER = "sampler_log_probs"
+OLD = "old_log_probs"
 """Names of extras, each BT at the positions that predict answers' tokens: the advantage, and log-probabilities under
 the sampler and under the policy before the rollout's first update. Without the last one it is the policy's own."""
 
@@ -64,7 +66,8 @@ class PolicyGradient:
         """Computes the micro-batch's part of the loss at one depth."""
         if head.depth:
             return self.targets.loss(hidden_BTD, head, batch, sink)
-        targets_BT, rows_R = batch.targets_BT[0], batch.rows(0)
+        targets_BT = batch.targets_BT[0]
+        rows_R = batch.rows(0)
         sums: dict[str, Tensor] = {}
 
         def score(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, records: bool) -> RowScores:  # noqa: FBT001
@@ -83,7 +86,8 @@ class PolicyGradient:
     def _score(
         self, rows_RD: Tensor, head_VD: Tensor, targets_R: Tensor, batch: MicroBatch, *, records: bool
     ) -> tuple[RowScores, dict[str, Tensor]]:
-        rows_R, kept = batch.rows(0), batch.extras.get(KEPT)
+        rows_R = batch.rows(0)
+        kept = batch.extras.get(KEPT)
         kept_ids_RK = None if kept is None else flat_rows(kept, rows_R)
         answers = AnswerIndex(batch, rows_R)
         tokens = self._tokens(batch, answers, targets_R != IGNORE)
@@ -108,7 +112,8 @@ class PolicyGradient:
         return scores, {name: torch.stack([part[name] for part in sums]).sum() for name in sums[0]}
 
     def _tokens(self, batch: MicroBatch, answers: AnswerIndex, is_token_R: Tensor) -> AnswerTokens:
-        extras, rows_R = batch.extras, batch.rows(0)
+        extras = batch.extras
+        rows_R = batch.rows(0)
         is_token_R = is_token_R.double()
         length_R = torch.ones_like(is_token_R)
         form = self.form
@@ -147,7 +152,8 @@ class PolicyGradient:
 
     def _compare_answers(self, tokens: AnswerTokens, answers: AnswerIndex, log_probs_R: Tensor) -> AnswerTokens:
         """Adds the ratio and sampler factor of each answer, and whether it is near enough to its sampler."""
-        form, log_probs_R = self.form, log_probs_R.double()
+        form = self.form
+        log_probs_R = log_probs_R.double()
         if form.ratio != "token" and tokens.old_R is not None:
             log_ratio_R = answers.sums(log_probs_R - tokens.old_R)
             if form.ratio == "sequence_mean":

@@ -14,8 +14,12 @@ from torch import Tensor
 from model.objective import MAIN
 from model.objectives.policy_loss import PolicyLossConfig
 
-KL, ENTROPY, CLIPPED, RATIO = "kl", "entropy", "clip_fraction", "ratio_deviation"
-SAMPLER_DIFFERENCE, OFF_POLICY = "sampler_difference", "off_policy_share"
+KL = "kl"
+ENTROPY = "entropy"
+CLIPPED = "clip_fraction"
+RATIO = "ratio_deviation"
+SAMPLER_DIFFERENCE = "sampler_difference"
+OFF_POLICY = "off_policy_share"
 TOKEN_MEANS = (ENTROPY, CLIPPED, RATIO, SAMPLER_DIFFERENCE)
 """Names of reported means over tokens. With a reference, the divergence is another one."""
 _LARGEST_LOG_RATIO = 20.0
@@ -81,7 +85,8 @@ def policy_terms(form: PolicyLossConfig, tokens: AnswerTokens, log_probs_R: Tens
     ratio_R = own_ratio_R if tokens.ratio_R is None else tokens.ratio_R
     surrogate, is_clipped_R = _surrogate(form, tokens, ratio_R, log_probs_R)
     factor_R = _surrogate_factor(form, tokens, old_R)
-    loss_R, slope_R = -factor_R * surrogate.value_R, factor_R * surrogate.slope_R
+    loss_R = -factor_R * surrogate.value_R
+    slope_R = factor_R * surrogate.slope_R
     means: dict[str, Tensor] = {}
     if tokens.reference_R is not None:
         log_q_R = tokens.reference_R - log_probs_R
@@ -113,7 +118,8 @@ def bounded_exp(logs: Tensor) -> Tensor:
 def _surrogate(
     form: PolicyLossConfig, tokens: AnswerTokens, ratio_R: Tensor, log_probs_R: Tensor
 ) -> tuple[_Term, Tensor]:
-    advantage_R, largest = tokens.advantage_R, math.inf if form.largest_ratio is None else form.largest_ratio
+    advantage_R = tokens.advantage_R
+    largest = math.inf if form.largest_ratio is None else form.largest_ratio
     bounded_R = ratio_R.clamp_max(largest)
     if form.surrogate == "weighted":
         slope_R = bounded_R * advantage_R

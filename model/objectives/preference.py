@@ -24,10 +24,15 @@ from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
 from model.objectives.sampled import KEPT
 from model.precision.linear import WeightSink
 
-PAIR, REFERENCE = "pair", "reference_log_probs"
+PAIR = "pair"
+REFERENCE = "reference_log_probs"
 """Names of extras: the pair of the answer whose token a position predicts (+k chosen, -k rejected, else 0), and that
 token's log-probability under the reference model."""
-ACCURACY, MARGIN, CHOSEN, REJECTED, SFT = "accuracy", "margin", "chosen_log_prob", "rejected_log_prob", "sft"
+ACCURACY = "accuracy"
+MARGIN = "margin"
+CHOSEN = "chosen_log_prob"
+REJECTED = "rejected_log_prob"
+SFT = "sft"
 
 
 def preference_losses(mtp_depth: int) -> tuple[str, ...]:
@@ -62,8 +67,10 @@ class Preference:
         """Computes the micro-batch's part of the loss at one depth."""
         if head.depth:
             return self._predict_further(hidden_BTD, head, batch, sink)
-        targets_BT, rows = batch.targets_BT[0], batch.rows(0)
-        pairs, reference_BT = PairIndex.of(batch.extras[PAIR]), batch.extras[REFERENCE]
+        targets_BT = batch.targets_BT[0]
+        rows = batch.rows(0)
+        pairs = PairIndex.of(batch.extras[PAIR])
+        reference_BT = batch.extras[REFERENCE]
         # A slope depends on the log-probabilities of all tokens of both answers. So the head is computed twice.
         found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT, rows)
         compared = self.compare(pairs, found_BT, reference_BT)
@@ -82,8 +89,11 @@ class Preference:
 
     def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> PairLoss:
         """Computes the summed loss of pairs, its slopes, and reported sums, in float64."""
-        is_pair_BK, beta, smoothing = pairs.is_pair_BK, self.beta, self.smoothing
-        log_probs, ratios = pairs.sums(log_probs_BT), pairs.sums(log_probs_BT.double() - reference_BT.double())
+        is_pair_BK = pairs.is_pair_BK
+        beta = self.beta
+        smoothing = self.smoothing
+        log_probs = pairs.sums(log_probs_BT)
+        ratios = pairs.sums(log_probs_BT.double() - reference_BT.double())
         lengths_BK = pairs.sums(torch.ones_like(log_probs_BT)).chosen_BK.clamp_min(1)
         margin_BK = beta * (ratios.chosen_BK - ratios.rejected_BK)
         losses_BK = -(1 - smoothing) * functional.logsigmoid(margin_BK) - smoothing * functional.logsigmoid(-margin_BK)

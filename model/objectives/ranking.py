@@ -26,10 +26,13 @@ from model.objective import (
 from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
 from model.precision.linear import WeightSink, deliver_gradient, widen
 
-SCORE, MARGIN = "score", "margin"
+SCORE = "score"
+MARGIN = "margin"
 """Names of extras: the pair whose answer ends at a token (+k chosen, -k rejected, else 0), and the margin by which the
 chosen answer must win, at its last token."""
-ACCURACY, MARGIN_SUM, CENTRE = "accuracy", "margin", "centre"
+ACCURACY = "accuracy"
+MARGIN_SUM = "margin"
+CENTRE = "centre"
 RANKING_LOSSES = (MAIN, CENTRE, ACCURACY, MARGIN_SUM, BALANCE)
 
 
@@ -118,8 +121,10 @@ class KeepScores:
 
 def rank_pairs(pairs: PairIndex, scores_BT: Tensor, margin_BK: Tensor | None, centre: float) -> PairLoss:
     """Computes the summed loss of pairs and its derivative in every score; only last tokens' are read."""
-    scores, is_pair_BK = pairs.sums(scores_BT), pairs.is_pair_BK
-    apart_BK, together_BK = scores.chosen_BK - scores.rejected_BK, scores.chosen_BK + scores.rejected_BK
+    scores = pairs.sums(scores_BT)
+    is_pair_BK = pairs.is_pair_BK
+    apart_BK = scores.chosen_BK - scores.rejected_BK
+    together_BK = scores.chosen_BK + scores.rejected_BK
     won_BK = apart_BK if margin_BK is None else apart_BK - margin_BK
     ranking = (-functional.logsigmoid(won_BK) * is_pair_BK).sum()
     centring = (together_BK.square() * is_pair_BK).sum()

@@ -10,7 +10,8 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.reference import IGNORE, RowScores, RowSlopes
 from model.objective import MicroBatch
 
-ANSWER, KEPT = "answer", "kept_ids"
+ANSWER = "answer"
+KEPT = "kept_ids"
 """Names of extras: number of the answer whose token a position predicts (from 1 within its sequence, else 0), and the
 tokens among which the sampler drew it, int64 [B, T, K] as in `kernels.cross_entropy`."""
 

@@ -69,7 +69,8 @@ class Recording:
             seeds.append(torch.ones_like(self.loss))
         torch.autograd.backward(roots, seeds)
         # Closures that wait for W may still hold the graph, and with it the entry.
-        tensors, self.entry.gradients = self.entry.gradients, ()
+        tensors = self.entry.gradients
+        self.entry.gradients = ()
         return self.gradients(*tensors)
 
     def kept(self) -> Iterator[Tensor]:
@@ -117,7 +118,8 @@ class ComputePhase(Generic[In, Out]):
     def backward(self, gradients: Gradients) -> Gradients:
         """Returns the gradients of the inputs; weight gradients of linear layers wait in the queue."""
         assert self._recorded is not None
-        recorded, self._recorded = self._recorded, None
+        recorded = self._recorded
+        self._recorded = None
         return recorded.backward(gradients)
 
     def kept(self) -> Iterator[Tensor]:

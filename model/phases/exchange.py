@@ -60,16 +60,19 @@ class DispatchPhase:
 
     def send_again(self, routed: Routed) -> Work[Rows]:
         """Starts another exchange of the same rows, before the backward, if those that arrived were not kept."""
-        wire, rows = self._exchange.wire, routed.rows
+        wire = self._exchange.wire
+        rows = routed.rows
         work = self._exchange.dispatcher.dispatch_again(wire.pack(rows), self._exchange.planned())
         return MappedWork(work, lambda received: wire.unpack(received, rows))
 
     def backward(self, gradients: ReceivedGradients) -> Work[RoutedGradients]:
         """Starts the return of the gradients of rows and weights to their tokens."""
-        residual_BTD, own_BTD = gradients.residual_BTD, gradients.own_BTD
+        residual_BTD = gradients.residual_BTD
+        own_BTD = gradients.own_BTD
 
         def finish(back: tuple[Tensor, Tensor]) -> RoutedGradients:
-            rows_BTD, weights_TK = back[0].view_as(residual_BTD), back[1]
+            rows_BTD = back[0].view_as(residual_BTD)
+            weights_TK = back[1]
             return RoutedGradients(residual_BTD, rows_BTD if own_BTD is None else own_BTD + rows_BTD, weights_TK)
 
         handle = self._exchange.planned()
@@ -91,7 +94,8 @@ class CombinePhase:
 
     def backward(self, gradients: HiddenGradients) -> Work[ExpertGradients]:
         """Starts the exchange of a copy of each token's gradient for each of its experts."""
-        grad_BTD, exchange = gradients.hidden_BTD, self._exchange
+        grad_BTD = gradients.hidden_BTD
+        exchange = self._exchange
         assert grad_BTD is not None
         grad_ND = grad_BTD.flatten(0, 1)
 

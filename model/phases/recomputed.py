@@ -72,7 +72,8 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
     def recompute(self) -> Out:
         """Records the rest of the phase and returns its values, before the backward or in it."""
         assert self._source is not None
-        source, self._source = self._source, None
+        source = self._source
+        self._source = None
         made, self._recorded = record(self._rest_again(), Hidden(source.residual()), self._queue)
         return made
 
@@ -82,7 +83,8 @@ class RecomputedPhase(ComputePhase[Hidden, Out]):
             self.recompute()
         gradients = super().backward(gradients)
         assert self._attention is not None
-        attention, self._attention = self._attention, None
+        attention = self._attention
+        self._attention = None
         return attention.backward(gradients)
 
     def kept(self) -> Iterator[Tensor]:
@@ -136,7 +138,8 @@ class RecomputedAttend(RecomputedPhase[Routed]):
 
     def _rest_again(self) -> Function[Routed]:
         assert self._ids_TK is not None
-        ids_TK, self._ids_TK = self._ids_TK.to(torch.int64), None
+        ids_TK = self._ids_TK.to(torch.int64)
+        self._ids_TK = None
         route_again = self._route_again
         return lambda hidden, sink: route_again(hidden, ids_TK)
 
@@ -159,20 +162,23 @@ class RecomputedExperts(ComputePhase[Received, ExpertOutput]):
 
     def forward(self, values: Received) -> ExpertOutput:
         """Returns the experts' output without recording it."""
-        self._weights_A, self._counts = values.weights_A, values.counts
+        self._weights_A = values.weights_A
+        self._counts = values.counts
         with torch.no_grad():
             return self._function(values, None).values
 
     def receive(self, routed: Routed, received: Rows) -> None:
         """Takes the recomputed input: the rank's own tokens, and the rows that arrived again."""
         assert self._weights_A is not None
-        weights_A, self._weights_A = self._weights_A, None
+        weights_A = self._weights_A
+        self._weights_A = None
         self._received = Received(routed.residual_BTD, routed.rows, received, weights_A, self._counts)
 
     def backward(self, gradients: Gradients) -> Gradients:
         """Computes the experts again, and returns the gradients of their input."""
         assert self._received is not None
-        received, self._received = self._received, None
+        received = self._received
+        self._received = None
         self._recorded = record(self._again, received, self._queue)[1]
         del received
         return super().backward(gradients)
@@ -232,7 +238,8 @@ class RecomputedHead(ComputePhase[Hidden, Out]):
     def backward(self, gradients: Gradients) -> Gradients:
         """Computes the head again, and returns the gradients of its input."""
         assert self._hidden is not None
-        hidden, self._hidden = self._hidden, None
+        hidden = self._hidden
+        self._hidden = None
         self._recorded = record(self._again, hidden, self._queue)[1]
         return super().backward(gradients)
 

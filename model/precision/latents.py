@@ -59,7 +59,8 @@ class LatentOptions:
 
     def split(self, compressed_BTX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries (BTR), latents (BTL), and the shared key before rotation."""
-        latent, rope = self.shape.latent, self.shape.rope
+        latent = self.shape.latent
+        rope = self.shape.rope
         return (
             compressed_BTX[..., : -latent - rope],
             compressed_BTX[..., -latent - rope : -rope],

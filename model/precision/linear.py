@@ -58,7 +58,8 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,) = grads
         x, weight_NK = ctx.saved_tensors
-        grad_AN, x_AK = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_AN = grad.flatten(0, -2)
+        x_AK = x.flatten(0, -2)
         deliver_gradient(weight_NK, lambda: grad_AN.t() @ x_AK, ctx.sink)
         return (grad @ weight_NK if ctx.needs_input_grad[0] else None), None, None
 

@@ -76,12 +76,15 @@ class _LatentLinears:
         `kept`: in a backward, the heads' output as the kernel returned it, then the norms' outputs if they were kept.
         If ranks share sequences, latents of all of them are normalized again, so only the queries' norm is kept.
         """
-        self._compressed, self._weights, self._options = compressed_BTX, weights, options
+        self._compressed = compressed_BTX
+        self._weights = weights
+        self._options = options
         self._keeps_normals = "norm" not in recomputed
         self.frees_heads = "mla_up" in recomputed
         self._mixed_NV = rows_of_heads(kept[0], options.shape.value) if kept else None
         self._query, self._latent, self._key = options.split(compressed_BTX)
-        eps, normals = options.shape.eps, list[Tensor | None](kept[1:])
+        eps = options.shape.eps
+        normals = list[Tensor | None](kept[1:])
         if options.context.size > 1:
             normals.insert(0, None)
         self._normal_latent = _normal(self._latent.flatten(0, 1), weights.latent_norm, eps, normals[:1])
@@ -252,7 +255,8 @@ class _GatedDown(torch.autograd.Function):
         for_backward: bool,  # noqa: FBT001
     ) -> Tensor:
         hidden_AH = hidden.flatten(0, -2)
-        ctx.sink, ctx.shape = sink, hidden.shape
+        ctx.sink = sink
+        ctx.shape = hidden.shape
         if for_backward and not keeps:
             ctx.save_for_backward(hidden_AH, down_DM)
             return base.new_zeros(()).expand_as(base)
@@ -294,9 +298,11 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(
         ctx: Any, rows_ND: Tensor, weights: Tensor, gate_up_EHD: Tensor, down_EDM: Tensor, options: _Options
     ) -> Tensor:
-        order, width = options.order, down_EDM.shape[2]
+        order = options.order
+        width = down_EDM.shape[2]
         weights_A = (weights if order is None else order.copy_weights(weights)).to(rows_ND.dtype)
-        ctx.options, ctx.weights_dtype = options, weights.dtype
+        ctx.options = options
+        ctx.weights_dtype = weights.dtype
         if options.for_backward and order is None and not options.keeps_gated:
             hidden_AH = expert_hidden(rows_ND, gate_up_EHD, options.counts)
             ctx.save_for_backward(rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM)
@@ -312,7 +318,9 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weights_A, hidden_AH, gate_up_EHD, down_EDM, *kept = ctx.saved_tensors
         options: _Options = ctx.options
-        counts, sink, order = options.counts, options.sink, options.order
+        counts = options.counts
+        sink = options.sink
+        order = options.order
         # Without a split, all gradients are computed expert by expert; hidden gradients never exist for all experts.
         grad_ND = grads[0].contiguous()
         operands = (weights_A, hidden_AH, gate_up_EHD, down_EDM, counts, options.tokens_A)
@@ -321,7 +329,8 @@ class _ExpertMlp(torch.autograd.Function):
         grad_rows, grad_weights, rest = expert_mlp_backward(grad_ND, *operands, rows_ND=rows)
         # Gradients by row become gradients by token, ND and NK.
         if order is not None:
-            grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
+            grad_rows = order.sum_rows(grad_rows)
+            grad_weights = order.restore_weights(grad_weights)
         grad_weights = grad_weights.to(ctx.weights_dtype)
         if is_at_once:
             return grad_rows, grad_weights, *rest, None

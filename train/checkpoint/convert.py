@@ -96,8 +96,10 @@ def convert(conversion: Conversion, say: Say) -> str:
 
 
 def _open(conversion: Conversion) -> _Source:
-    path, drop_mtp = conversion.path, conversion.drop_mtp
-    folder, preserved = source_folder(path, "path"), read_preserved(path, "path")
+    path = conversion.path
+    drop_mtp = conversion.drop_mtp
+    folder = source_folder(path, "path")
+    preserved = read_preserved(path, "path")
     if is_hf_folder(path):
         reader = HfReader(folder, drop_mtp=drop_mtp)
         stored = reader.source()
@@ -185,7 +187,8 @@ def _write_hf(conversion: Conversion, source: _Source, read: Callable[[str], Ten
 
 
 def _plan_hf(conversion: Conversion, source: _Source) -> tuple[dict[str, Stored], Fp8Scales]:
-    config, quantization = source.config, source.preserved.config.get("quantization_config") or {}
+    config = source.config
+    quantization = source.preserved.config.get("quantization_config") or {}
     scales = Fp8Scales(known=source.scales, power_of_two=quantization.get("scale_fmt") == "ue8m0")
     if conversion.dtype is not None:
         return stored_tensors(config, dtype=_WORDS[conversion.dtype], fp8=conversion.dtype == "fp8"), scales

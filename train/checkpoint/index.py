@@ -28,7 +28,8 @@ WeightsKind = Literal["trained", "ema"]
 PREFIXES: dict[WeightsKind, str] = {"trained": "weights.", "ema": "ema."}
 """First part of the names of a checkpoint's weights and of their average, before the released names."""
 
-_LEAST_BYTES, _LARGEST_BYTES = 2**20, 2**29
+_LEAST_BYTES = 2**20
+_LARGEST_BYTES = 2**29
 _BYTES_PER_WEIGHT = 2**13
 _MOST_WEIGHTS = _LARGEST_BYTES // _BYTES_PER_WEIGHT
 _MOST_DIMENSIONS = 8
@@ -114,7 +115,8 @@ def read_index(folder: Path, config: ModelConfig) -> Index:
         record = read_json(folder / INDEX_NAME, min(_LEAST_BYTES + num_weights * _BYTES_PER_WEIGHT, _LARGEST_BYTES))
     except HfError as error:
         raise CheckpointError(f"{str(error).removeprefix(f'{folder}/')}") from error
-    files, tensors = record.get("files"), record.get("tensors")
+    files = record.get("files")
+    tensors = record.get("tensors")
     if not isinstance(files, list) or not isinstance(tensors, dict):
         raise _error("", "must hold a list of files and an object of tensors, does not")
     for file in files:

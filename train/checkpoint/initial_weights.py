@@ -56,14 +56,17 @@ def load_initial(config: TrainConfig, learner: "Learner", tokenizer: Tokenizer) 
 
 def _compare(config: TrainConfig, source: ModelConfig) -> list[str]:
     """Refuses differences in architecture; returns a line for each difference that is allowed."""
-    there, here = asdict(source), asdict(config.model)
-    head_there, head = there.pop("head"), here.pop("head")
+    there = asdict(source)
+    here = asdict(config.model)
+    head_there = there.pop("head")
+    head = here.pop("head")
     if head_there == "score" and head != "score":
         raise CheckpointError(
             f"init_from: {config.init_from} must have an output head for tokens, is a reward model, which has a head "
             f"for scores; nearest valid: task=reward_model"
         )
-    depth_there, depth = there.pop("mtp_depth"), here.pop("mtp_depth")
+    depth_there = there.pop("mtp_depth")
+    depth = here.pop("mtp_depth")
     for shape in (there, here):
         del shape["initializer_range"]  # no weights are drawn
     free = [line for key in _FREE_KEYS for line in differences(f"model.{key}", there.pop(key), here.pop(key))]

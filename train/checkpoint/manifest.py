@@ -169,7 +169,8 @@ def read_step(folder: Path) -> int:
 
 def shape_record(config: TrainConfig) -> dict[str, Any]:
     """Returns the configuration that a checkpoint and the run that resumes from it must share."""
-    data, batch = config.data, config.batch
+    data = config.data
+    batch = config.batch
     # The content of a given tokenizer is compared by the fingerprint of the samples.
     is_given = data.tokenizer is not None
     tokenizer = {"tokenizer": "given"} if is_given else {"tokenizer_vocab_size": data.tokenizer_vocab_size}

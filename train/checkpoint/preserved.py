@@ -90,13 +90,16 @@ def preserved_by_run(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMeta
 
 def _preserved_of_source(config: TrainConfig, tokenizer: Tokenizer) -> PreservedMetadata:
     """Returns the metadata of the initial weights and of a given tokenizer's folder that still apply."""
-    data, given = config.data, config.data.tokenizer
+    data = config.data
+    given = config.data.tokenizer
     own_files = {} if given is None else read_files(Path(given).expanduser().parent, _TOKENIZER_PATTERNS)
     path, key = (config.resume, "resume") if config.resume is not None else (config.initial_weights, "init_from")
     if path is None:
         return PreservedMetadata(config={}, rotary={}, files=own_files)
-    before, folder = read_preserved(path, key), source_folder(path, key)
-    ids, files = before.config, before.files
+    before = read_preserved(path, key)
+    folder = source_folder(path, key)
+    ids = before.config
+    files = before.files
     if not is_same_tokenizer(folder, tokenizer):
         ids = {name: value for name, value in ids.items() if name not in TOKEN_ID_KEYS}
         files = {**read_files(folder, _LICENCE_PATTERNS), **own_files}
@@ -142,7 +145,8 @@ def read_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 def server_files(tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, int], dict[str, bytes]]:
     """Returns the keys of `config.json` and the files from which inference servers read special tokens."""
-    names, special = tokenizer.token_names, tokenizer.special
+    names = tokenizer.token_names
+    special = tokenizer.special
     numbers = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
     ids = {key: number for key, number in numbers.items() if number is not None}
     config = {

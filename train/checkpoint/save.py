@@ -93,7 +93,8 @@ class CheckpointSaver:
             self._thread.join()
             self._thread = None
         if self._error is not None:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
             raise error
         return self._last
 
@@ -196,7 +197,8 @@ class CheckpointSaver:
             write_synced(partial / name, content)
         for path in self._prepared.tokenizer.save(partial / TOKENIZER_NAME):
             sync(path)
-        config, keys = self._config, self._preserved.config
+        config = self._config
+        keys = self._preserved.config
         write_manifest(partial, step, config, self._prepared.fingerprint, files, keys, self._learner.replica.cut)
         sync(partial)
         replace_folder(partial, final)

@@ -75,7 +75,8 @@ def _listed_files(folder: Path) -> dict[str, Digest]:
         record = read_manifest(folder)
     except CheckpointError as error:
         raise type(error)(str(error).removeprefix("resume: ")) from error
-    stated, listed = record.pop("sha256", None), record.get("files")
+    stated = record.pop("sha256", None)
+    listed = record.get("files")
     if stated != record_hash(record) or not isinstance(listed, dict):
         raise CheckpointError(f"{MANIFEST_NAME} must have the hash that it states, has another")
     files = {name: _listed_digest(name, entry) for name, entry in listed.items()}
@@ -130,7 +131,8 @@ def check_compatible(
     Raises:
         CheckpointError: a key differs, no step is left, there are only weights, or the run read other samples.
     """
-    manifest, shape = read_manifest(folder), shape_record(config)
+    manifest = read_manifest(folder)
+    shape = shape_record(config)
     if manifest.get("holds") == "weights":
         raise CheckpointError(
             f"resume: {folder} must be a run's checkpoint, holds weights without optimizer state; "

@@ -455,7 +455,8 @@ class TrainConfig:
     @property
     def part_lengths(self) -> tuple[int, ...]:
         """The tokens of each slice of a sequence, or of a rank's part if it is not cut into slices."""
-        length, slices = self.batch.sequence_length_tokens, self.schedule.slices
+        length = self.batch.sequence_length_tokens
+        slices = self.schedule.slices
         if slices > 1:
             return slice_lengths(self.model, length, slices, is_fp8=self.precision.kind == "fp8")
         return (length // self.parallelism.context,)

@@ -43,7 +43,8 @@ def nearest_key(key: str, choices: Sequence[str]) -> str:
 
 def multiples(value: int, of: int) -> str:
     """Returns the multiples of `of` that are nearest to `value`, at least `of`, as in `4 or 8`."""
-    below, above = value // of * of, -(-value // of) * of
+    below = value // of * of
+    above = -(-value // of) * of
     return _either(sorted({max(below, of), max(above, of)}))
 
 

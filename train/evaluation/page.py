@@ -11,8 +11,12 @@ from infer.evaluate.statistics import PairedComparison
 from train.figures import plain, table
 
 PAGE_NAME = "report.html"
-_WIDTH, _ROW, _LABEL, _VALUE = 720, 30, 190, 150
-_CELL, _MARGIN = 44, 110
+_WIDTH = 720
+_ROW = 30
+_LABEL = 190
+_VALUE = 150
+_CELL = 44
+_MARGIN = 110
 
 
 def page(
@@ -61,7 +65,8 @@ def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -
     # Shares are drawn from 0 to 1.
     high = 1.0 if low == 0 and 0.2 < high <= 1 else high
     scale = (_WIDTH - _LABEL - _VALUE) / ((high - low) or 1.0)
-    zero, shapes = _LABEL - low * scale, list[str]()
+    zero = _LABEL - low * scale
+    shapes = list[str]()
     for row, (name, (value, error)) in enumerate(known.items()):
         y = row * _ROW
         left, right = sorted((zero, zero + value * scale))
@@ -81,7 +86,8 @@ def _bars(title: str, values: Mapping[str, tuple[float | None, float | None]]) -
 
 
 def _grid(grid: ResultGrid) -> str:
-    width, height = _MARGIN + _CELL * len(grid.x) + 10, _CELL * len(grid.y) + 46
+    width = _MARGIN + _CELL * len(grid.x) + 10
+    height = _CELL * len(grid.y) + 46
     shapes = []
     for row, values in enumerate(grid.values):
         y = row * _CELL

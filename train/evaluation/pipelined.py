@@ -52,7 +52,9 @@ class PipelinedModel:
         most_tokens: int = MOST_TOKENS,
     ) -> None:
         self._most_tokens = most_tokens
-        self._replica, self._batch_size, self._pipeline = replica, batch_size, pipeline
+        self._replica = replica
+        self._batch_size = batch_size
+        self._pipeline = pipeline
 
     @torch.no_grad()
     def score(self, sequences: Sequence[TargetSequence]) -> list[TargetScores]:
@@ -119,7 +121,8 @@ class PipelinedModel:
     def _sized(self, length: int, num_rows: int) -> Replica:
         """Returns the replica for micro-batches of another size, with the same weights and links."""
         replica = self._replica
-        context, slices = replica.world.layout.parallelism.context, replica.schedule.slices
+        context = replica.world.layout.parallelism.context
+        slices = replica.schedule.slices
         multiple = 2 * context if context > 1 else 1
         length = max(-(-length // multiple) * multiple, slices)
         batch = replace(replica.config.batch, sequence_length_tokens=length, micro_sequences=num_rows)
@@ -132,7 +135,8 @@ class _Batches:
     """The micro-batches of one pass. Each is made once."""
 
     def __init__(self, replica: Replica, sequences: Sequence[TargetSequence]) -> None:
-        self._replica, self._sequences = replica, sequences
+        self._replica = replica
+        self._sequences = sequences
         self._known: dict[tuple[int, int], MicroBatch] = {}
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch:
@@ -143,7 +147,8 @@ class _Batches:
         return self._known[key]
 
     def _make(self, direction: int, micro_batch: int) -> MicroBatch:
-        replica, batch = self._replica, self._replica.config.batch
+        replica = self._replica
+        batch = self._replica.config.batch
         first = replica.first_sequence(direction, micro_batch)
         own = self._sequences[first : first + batch.micro_sequences]
         padded = pad(own, (batch.micro_sequences, batch.sequence_length_tokens))

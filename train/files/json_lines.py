@@ -14,7 +14,9 @@ from typing import Any
 from train.files.secrets import redact
 
 LOGGER = logging.getLogger("train")
-METRICS_NAME, LOADS_NAME, EVENTS_NAME = "metrics.jsonl", "loads.jsonl", "events.jsonl"
+METRICS_NAME = "metrics.jsonl"
+LOADS_NAME = "loads.jsonl"
+EVENTS_NAME = "events.jsonl"
 """Files of a run's folder: records of steps, loads of experts, and events other than steps."""
 LONGEST_LINE_BYTES = 2**24
 _LARGEST_STEP = 2**53
@@ -88,7 +90,8 @@ class JsonLines:
 
     def _append(self, data: bytes) -> None:
         """Writes all data or, on a full disk, none."""
-        before, rest = os.fstat(self._file.fileno()).st_size, memoryview(data)
+        before = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(data)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -65,7 +65,8 @@ def redact_values(values: Any, name: str = "") -> Any:
 
 
 def _hide(match: re.Match[str]) -> str:
-    name, sign = match["name"], match["sign"]
+    name = match["name"]
+    sign = match["sign"]
     value = match["value"].rstrip(",)]}")
     tail = match["value"][len(value) :]
     if not is_secret_name(name):

@@ -18,7 +18,8 @@ from train.guard.rollout_guard import Figures, RolloutGuard
 from train.tasks.batch_reader import StepBatch, TaskHook
 from train.world import World
 
-LOSS, NORM = "loss", "gradient norm"
+LOSS = "loss"
+NORM = "gradient norm"
 LossAndNorm = tuple[float, float]
 """A step's loss and gradient norm."""
 
@@ -45,7 +46,8 @@ class Guard:
 
     def replace_history(self, history: Iterable[LossAndNorm]) -> None:
         """Replaces the earlier steps with which later steps are compared."""
-        losses, norms = deque[float](maxlen=self._window), deque[float](maxlen=self._window)
+        losses = deque[float](maxlen=self._window)
+        norms = deque[float](maxlen=self._window)
         for loss, norm in history:
             losses.append(loss)
             norms.append(norm)
@@ -121,7 +123,8 @@ def read_loss_and_norm(metrics: Path, num_done: int, window: int) -> list[LossAn
     """Reads the loss and norm of up to `window` steps before `num_done` from a `metrics.jsonl`."""
     history: deque[LossAndNorm] = deque(maxlen=window)
     for values in read_lines(metrics):
-        loss, norm = number_of(values, "loss"), number_of(values, "grad_norm")
+        loss = number_of(values, "loss")
+        norm = number_of(values, "grad_norm")
         if values["step"] <= num_done and loss is not None and norm is not None:
             history.append((loss, norm))
     return list(history)

@@ -179,7 +179,8 @@ class Recovery:
 
     def _read_loss_and_norm(self, num_done: int) -> list[Any]:
         """Returns the loss and norm of this run's steps, or of the run from which it was resumed."""
-        window, resume = self._config.spike_window_steps, self._resume
+        window = self._config.spike_window_steps
+        resume = self._resume
         history = read_loss_and_norm(self._out_dir / METRICS_NAME, num_done, window)
         if not history and resume is not None:
             history = read_loss_and_norm(locate(resume).folder.parents[1] / METRICS_NAME, num_done, window)

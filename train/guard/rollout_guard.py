@@ -26,7 +26,8 @@ class RolloutGuard:
     """The limits of a run that learns from rewards, whose numbers all ranks have."""
 
     def __init__(self, config: RolloutConfig) -> None:
-        self._config, self._limits = config, config.limits
+        self._config = config
+        self._limits = config.limits
         self._num_kept = max(self._limits.window_steps, self._limits.equal_steps or 0, _NO_VERDICT_STEPS)
         self._first: list[Figures] = []
         self._last: deque[Figures] = deque(maxlen=self._num_kept)
@@ -57,7 +58,8 @@ class RolloutGuard:
 
     def judge_kl(self, means: Mapping[str, float], step: int, learning_rate: float) -> StepRefusal | None:
         """Returns the limit that the divergence among a step's losses breaks, or None. `step` counts from 0."""
-        limit, kl = self._limits.kl, means.get(KL)
+        limit = self._limits.kl
+        kl = means.get(KL)
         if limit is None or kl is None:
             return None
         self._divergences.append(kl)
@@ -88,7 +90,8 @@ class RolloutGuard:
         )
 
     def _judge_cut(self, steps: Sequence[Figures], step: int) -> StepRefusal | None:
-        limit, window = self._limits.cut_share, self._limits.window_steps
+        limit = self._limits.cut_share
+        window = self._limits.window_steps
         shares = _last_values(steps, window, "cut_share")
         if limit is None or min(shares, default=0.0) < limit:
             return None
@@ -113,8 +116,10 @@ class RolloutGuard:
 
     def _cause_of_equal(self, steps: Sequence[Figures]) -> str:
         config = self._config
-        cut, skipped = _mean(steps, "cut_share"), _mean(steps, "skipped_share")
-        reward, correct = f"{_mean(steps, 'reward'):.3g}", _mean(steps, "correct_share")
+        cut = _mean(steps, "cut_share")
+        skipped = _mean(steps, "skipped_share")
+        reward = f"{_mean(steps, 'reward'):.3g}"
+        correct = _mean(steps, "correct_share")
         if _mean(steps, "no_verdict_groups") >= _ALMOST_ALL:
             return _cause_of_no_verdict(steps)
         if cut >= _ALMOST_ALL:
@@ -157,7 +162,8 @@ class RolloutGuard:
         window = self._limits.window_steps
         if limit is None or not _last_values(self._first, window, name) or not _last_values(steps, window, name):
             return None
-        start, mean = _mean(self._first, name), _mean(steps[-window:], name)
+        start = _mean(self._first, name)
+        mean = _mean(steps[-window:], name)
         if start <= 0 or mean >= limit * start:
             return None
         reason = (

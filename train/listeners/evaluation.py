@@ -35,7 +35,8 @@ class Evaluator(Listener):
         most = config.model.max_position_tokens
         if config.dispatch.kind == "deepep":
             most = min(most, replica.config.tokens.max_tokens)
-        tokenizer, wanted = parts.prepared.tokenizer, config.evaluation.tasks
+        tokenizer = parts.prepared.tokenizer
+        wanted = config.evaluation.tasks
         context = TaskContext(tokenizer=tokenizer, max_tokens=most, seed=config.seed)
         self._tasks: Sequence[OpenTask] = open_tasks(wanted.tasks, wanted.settings, context)
         model = PipelinedModel(
@@ -64,7 +65,8 @@ class Evaluator(Listener):
 
     def _evaluate(self, num_steps: int) -> dict[str, TaskResult]:
         """Evaluates all tasks; rank 0 writes and returns the results by task."""
-        began, records = time.perf_counter(), {each.name: list[Record]() for each in self._tasks}
+        began = time.perf_counter()
+        records = {each.name: list[Record]() for each in self._tasks}
         is_writer = self._replica.world.rank == 0
         run_tasks(
             self._tasks, self._answerer, {}, (lambda name, fresh: records[name].extend(fresh)) if is_writer else None

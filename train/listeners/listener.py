@@ -83,7 +83,8 @@ class Pictures(Listener):
 
     def run(self, moment: Moment) -> Mapping[str, Any]:
         """Implements `Listener.run`."""
-        step, outcome = moment.num_done, moment.outcome
+        step = moment.num_done
+        outcome = moment.outcome
         if isinstance(outcome, Done) and self._timeline.draw(moment.replica, outcome.result.execution, step):
             self._parts.reporter.say(
                 f"step {step:>5}  planned and measured time in {SVG_NAME}, {PAGE_NAME}, {TRACE_NAME}"

@@ -89,7 +89,9 @@ def sample_text(config: TrainConfig, prepared: Prepared, model: Transformer) -> 
 
 def answer_held_out(config: TrainConfig, prepared: Prepared, model: Transformer) -> list[HeldOutAnswer]:
     """Answers held-out prompts with the whole model, as `samples` says."""
-    samples, tokenizer, limit = config.samples, prepared.tokenizer, config.model.max_position_tokens
+    samples = config.samples
+    tokenizer = prepared.tokenizer
+    limit = config.model.max_position_tokens
     exchanges = [each for each in _held_out(prepared, samples.held_out) if len(each.prompt) < limit]
     generation = generate(
         model,

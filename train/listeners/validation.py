@@ -30,7 +30,8 @@ from train.tasks.registry import TASKS, StepRates, open_task
 from train.world import World
 
 FIRST_RANGE_TOKENS = 128
-LOSS_BY_POSITION, BITS_PER_BYTE = "loss_by_position", "bits_per_byte"
+LOSS_BY_POSITION = "loss_by_position"
+BITS_PER_BYTE = "bits_per_byte"
 _POSITIONS = "positions"
 
 
@@ -110,7 +111,8 @@ def validate(
     size = replica.global_sequences
     # A part that is smaller than a global batch is one pass, filled with empty sequences.
     passes = max(min(num_sequences, loader.num_validation_sequences) // size, 1)
-    totals, counts = defaultdict[str, float](float), defaultdict[str, float](float)
+    totals = defaultdict[str, float](float)
+    counts = defaultdict[str, float](float)
     for index in range(passes):
         read = partial(_read_validation, loader, index * size)
         losses, denominators = validate_pass(replica, task, read, comparison, by_position)
@@ -180,7 +182,8 @@ class LossByPosition:
     """
 
     def __init__(self, length: int, base: int, tokenizer: Tokenizer, first_range: int = FIRST_RANGE_TOKENS) -> None:
-        self._base, self._first_range = base, first_range
+        self._base = base
+        self._first_range = first_range
         self._bytes_V = torch.from_numpy(count_token_bytes(tokenizer))
         num_ranges = 1 + max(length - 1, 1).bit_length() - (first_range - 1).bit_length()
         self._sums_2R = torch.zeros(2, max(num_ranges, 1), dtype=torch.float64)

@@ -63,8 +63,11 @@ def _tightened(
 
     A rank first moves layers to later stages, of which it keeps fewer activations, then gives them away.
     """
-    groups, work = rank_groups(placement), model_work(times or nominal_times(config), config)
-    most, late, cut = dict[int, int](), frozenset[int](), best
+    groups = rank_groups(placement)
+    work = model_work(times or nominal_times(config), config)
+    most = dict[int, int]()
+    late = frozenset[int]()
+    cut = best
     for _ in range(2 * config.model.num_layers):
         over = _ranks_over(config, cut)
         if not over:
@@ -88,7 +91,8 @@ def _ranks_over(config: TrainConfig, cut: tuple[range, ...]) -> frozenset[int] |
     config, room = with_cut(config, cut), config.cluster.memory_bytes
     try:
         if config.memory_cap is not None:
-            kind, cache = config.schedule.kind, schedules_folder(config.data.cache_dir)
+            kind = config.schedule.kind
+            cache = schedules_folder(config.data.cache_dir)
             costs = nominal_costs(config, kind)
             build(kind, config.parallelism.pipeline, config.num_micro_batches, costs, config.memory_cap, cache)
         if room is None:

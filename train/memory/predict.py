@@ -113,7 +113,8 @@ def predict_memory(config: TrainConfig) -> JobMemory:
         length = few_micro_batches(config.parallelism.pipeline, sized.num_micro_batches, config.schedule.slices)
         shown.setdefault(length, sized)
     whole, *others = shown.values()
-    jobs, room = [_predict(whole)], config.cluster.memory_bytes
+    jobs = [_predict(whole)]
+    room = config.cluster.memory_bytes
     if room is None or jobs[0].worst.total <= room:
         jobs += [_predict(replace(sized, memory_cap=ramp_memory_cap(sized))) for sized in others]
     return max(jobs, key=lambda job: job.worst.total)
@@ -128,7 +129,8 @@ def ramp_memory_cap(config: TrainConfig) -> float | None:
     Args:
         config: of the run, with this batch size and no ramp.
     """
-    room, most = config.cluster.memory_bytes, config.parallelism.pipeline + 1
+    room = config.cluster.memory_bytes
+    most = config.parallelism.pipeline + 1
     kind = FALLBACK if config.schedule.kind == "auto" else config.schedule.kind
     if room is None or config.memory_cap is not None or not SCHEDULES.get(kind).takes_costs:
         return config.memory_cap
@@ -152,7 +154,8 @@ def planning_sizes(config: TrainConfig, load: float = 1.0, tokens: int | None = 
         load: rows that arrive at the rank's experts, relative to an even load.
         tokens: tokens of each sequence in the micro-batch; None: the most that any micro-batch has.
     """
-    model, sequences = config.model, config.batch.micro_sequences
+    model = config.model
+    sequences = config.batch.micro_sequences
     value_bytes = {"float64": 8, "float32": 4}.get(config.precision.kind, 2)
     tokens = config.rank_sequence_tokens if tokens is None else tokens
     expert_rows = round(sequences * tokens * model.num_experts_per_token * load)
@@ -188,7 +191,8 @@ def _summing_bytes(config: TrainConfig, num_tokens: int, value_bytes: int) -> in
     """Returns the bytes inside a sum of tokens' rows on a CPU: gathered rows, indices and sums."""
     if config.cluster.device == "cuda":
         return 0
-    hidden, choices = config.model.hidden_size, config.model.num_experts_per_token
+    hidden = config.model.hidden_size
+    choices = config.model.num_experts_per_token
     wide_bytes = max(4, value_bytes)
     narrow_bytes = value_bytes if value_bytes != wide_bytes else 0
     gathered = choices * (hidden * (wide_bytes + narrow_bytes) + 3 * INDEX_BYTES)
@@ -226,7 +230,8 @@ def rank_memory(
         shapes: all stages of the model.
         peaks: peak of all passes, and of those next to reductions.
     """
-    sizes, replicas = planning_sizes(config), count_replicas(config, schedule, rank)
+    sizes = planning_sizes(config)
+    replicas = count_replicas(config, schedule, rank)
     held = _held(config, schedule, rank, shapes)
     weights, gradients, optimizer = static_bytes(config, held, sizes, replicas)
     ends = {0, schedule.num_stages - 1}
@@ -253,13 +258,16 @@ def _with_frozen_networks(
 
     A teacher also leaves its last hidden states on ranks that compute losses.
     """
-    task, rank, batch = TASKS.get(config.task.kind), memory.pipeline_rank, memory.batch
+    task = TASKS.get(config.task.kind)
+    rank = memory.pipeline_rank
+    batch = memory.batch
     networks = [(run, stage_shapes(run_cut(run, schedule.placement))) for run in reward_model_runs(config)]
     if task.has_reference(config.task):
         networks.append((replace(config, model=replace(config.model, mtp_depth=0)), shapes))
     if (teacher := task.teacher_run(config)) is not None:
         networks.append((teacher, stage_shapes(run_cut(teacher, schedule.placement))))
-        last, directions = schedule.num_stages - 1, range(schedule.num_directions)
+        last = schedule.num_stages - 1
+        directions = range(schedule.num_directions)
         scored = sum(schedule.rank_of(direction, last) == rank for direction in directions)
         batch += (
             teacher.num_micro_batches
@@ -286,7 +294,8 @@ def imbalance_bytes(config: TrainConfig, job: JobMemory) -> int:
     if sequences < config.batch.global_sequences:
         sized = replace(sized, memory_cap=ramp_memory_cap(sized))
     schedule = planning_schedule(sized, job.num_micro_batches)
-    runs, worst = run_sizes(config, stage_shapes(run_cut(config, schedule.placement)), _IMBALANCE), job.worst
+    runs = run_sizes(config, stage_shapes(run_cut(config, schedule.placement)), _IMBALANCE)
+    worst = job.worst
     peak, _ = pipeline_peaks(config, schedule, worst.pipeline_rank, runs)
     return peak.total - worst.pipeline.total
 

@@ -32,7 +32,8 @@ class ReplicaCounts:
 
 def count_replicas(config: TrainConfig, schedule: Schedule, pipeline_rank: int) -> ReplicaCounts:
     """Counts the ranks that hold the same parameters as a pipeline rank."""
-    layout, mirrored = Layout(config.parallelism, config.cluster.ranks_per_node), is_mirrored(schedule)
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    mirrored = is_mirrored(schedule)
     rank = layout.rank(pipeline_rank, 0)
     return ReplicaCounts(
         dense=len(layout.stage_group(rank, mirrored=mirrored)),

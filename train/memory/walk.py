@@ -52,11 +52,16 @@ def find_peaks(program: Program, sizes: RunSizes, *, keeps_sent: bool) -> tuple[
     Args:
         keeps_sent: whether a message stays on the device until the next one is sent over the same link.
     """
-    before, largest, is_reducing, rank = PipelineBytes(), 0, False, RankBytes(sizes, keeps_sent=keeps_sent)
+    before = PipelineBytes()
+    largest = 0
+    is_reducing = False
+    rank = RankBytes(sizes, keeps_sent=keeps_sent)
     for step in program.steps:
         rank.perform(step)
         if step.action is Action.REDUCE and not is_reducing:
-            is_reducing, before, largest = True, rank.peak, rank.peak_total
+            is_reducing = True
+            before = rank.peak
+            largest = rank.peak_total
             rank.forget_peak()
             rank.observe()
     if not is_reducing:

@@ -48,7 +48,8 @@ class Duration:
         match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
         if match is None:
             raise ValueError(f"{rule}, is {value!r}")
-        amount, unit = Decimal(match[1].replace("_", "")), match[2].lower()
+        amount = Decimal(match[1].replace("_", ""))
+        unit = match[2].lower()
         if unit == "%":
             if amount > 100:
                 raise ValueError(f"must be at most 100 % of the run, is {value!r}; nearest valid: 100 %")
@@ -167,7 +168,9 @@ def check_schedule(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> 
 
 def schedule_warnings(config: "OptimConfig", sizes: BatchSizes, num_steps: int) -> tuple[str, ...]:
     """Returns a line for each part of the schedule that does not fit the run's length."""
-    schedule, context, lines = config.schedule, _context(config, sizes, num_steps), []
+    schedule = config.schedule
+    context = _context(config, sizes, num_steps)
+    lines = []
     if context.warmup > context.total:
         lines.append(
             f"{PLACE}.warmup: is longer than the run, so the learning rate never reaches its peak: is "

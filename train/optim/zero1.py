@@ -105,12 +105,14 @@ class Zero1AdamW:
 
     def _runs(self, index: int) -> Iterator[tuple[str, int, slice]]:
         """Yields each parameter in a group's shard: name, first element, place, as DeepSpeed has them."""
-        optimizer, size = self._optimizer, self._masters[index].numel()
+        optimizer = self._optimizer
+        size = self._masters[index].numel()
         start = dist.get_rank(optimizer.real_dp_process_group[index]) * size
         names = {id(parameter): name for name, parameter in self._groups.all().items()}
         places = zip(optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index], strict=True)
         for parameter, offset in places:
-            first, end = max(offset, start), min(offset + parameter.numel(), start + size)
+            first = max(offset, start)
+            end = min(offset + parameter.numel(), start + size)
             if first < end:
                 yield names[id(parameter)], first - offset, slice(first - start, end - start)
 
@@ -141,7 +143,8 @@ def _build(unit: Unit, config: OptimConfig) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
 
-    groups, replicas = unit.groups, unit.replicas
+    groups = unit.groups
+    replicas = unit.replicas
     bucket = min(config.bucket_elements, sum(parameter.numel() for parameter in groups.all().values()))
     bucket += bucket % 2  # DeepSpeed needs an even size
     return _global_norm_optimizer()(

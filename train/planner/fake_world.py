@@ -96,7 +96,8 @@ def _weight_bytes(config: TrainConfig, model: Transformer) -> int:
 
 def _optimizer_bytes(unit: Unit, config: OptimConfig) -> int:
     """Returns the bytes of this rank's state of a unit, as the configured AdamW makes it."""
-    groups, replicas = unit.groups, unit.replicas
+    groups = unit.groups
+    replicas = unit.replicas
     if config.sharding == "replicated":
         return sum(_moment_bytes(parameter.numel(), parameter.dtype, config) for parameter in unit.parameters)
     total = 0

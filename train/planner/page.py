@@ -16,7 +16,8 @@ from train.figures import num_bytes, plain, seconds, short, table
 from train.planner.timing import TimedPlan
 
 _STYLE = Path(__file__).with_name("page.css")
-_PAIR, _UPDATE = "pair", "update"
+_PAIR = "pair"
+_UPDATE = "update"
 """Classes of a forward with a backward, and of the optimizer."""
 _MEMORY_PARTS = {
     "weights_bytes": ("weights", "p1"),

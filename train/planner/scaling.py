@@ -18,7 +18,8 @@ from train.config.errors import ConfigError
 from train.planner.config import ExchangeTimes, KernelRates, KernelTimes, PassTimes, RateReference, Rates
 from train.schedule.layer_times import LayerTimes, PartTimes
 
-_VALUE_BYTES, _WIDE_BYTES = 2, 4
+_VALUE_BYTES = 2
+_WIDE_BYTES = 4
 
 
 _NOTHING = KernelTimes(products=0.0, scores=0.0, casts=0.0, other=0.0)
@@ -358,7 +359,9 @@ def context_seconds(config: TrainConfig, reference: RateReference) -> ContextSec
 
     Links within a node and between nodes work at the same time. What the cluster does not say is as on the reference.
     """
-    size, cluster, model = config.parallelism.context, config.cluster, config.model
+    size = config.parallelism.context
+    cluster = config.cluster
+    model = config.model
     if size == 1:
         return ContextSeconds(forward=0.0, backward=0.0)
     width = model.kv_lora_rank + model.qk_rope_head_dim

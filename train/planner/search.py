@@ -37,9 +37,11 @@ MOST_SECONDS = 16.0
 """CPU seconds of a search, as estimated before each step, so that a result depends on no clock; half for the front."""
 _MOST_BUILD_SECONDS = 3.0
 """Maximum of one schedule."""
-_LEAST_BUILD_SECONDS, _BUILD_SECONDS = 0.1, 1 / 40_000
+_LEAST_BUILD_SECONDS = 0.1
+_BUILD_SECONDS = 1 / 40_000
 """CPU seconds of any searched order, and for each micro-batch, stage and rank: about 0.9 s for (16, 120)."""
-_TIMING_SECONDS, _MEMORY_SECONDS = 0.005, 0.025
+_TIMING_SECONDS = 0.005
+_MEMORY_SECONDS = 0.025
 """CPU seconds of a layout's time and of its memory for each pipeline rank, as estimated."""
 _MOST_GROUPS = 40
 """Number of reasons for rejections that are returned."""

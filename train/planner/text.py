@@ -16,7 +16,8 @@ from train.planner.job_plan import JobPlan
 COLUMNS = 100
 _INDENT = 11
 _NAME = 57
-_GB, _MB = 1e9, 1e6
+_GB = 1e9
+_MB = 1e6
 _MEMORY_COLUMNS = (
     "ranks",
     "weights",

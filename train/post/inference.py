@@ -33,12 +33,14 @@ def open_pipeline(config: InferenceConfig) -> Iterator[ReplicaPipeline]:
 
     Every rank calls it, and calls the same collectives inside.
     """
-    store_file, world_size = os.environ.get(STORE_FILE_VARIABLE), config.parallelism.world_size
+    store_file = os.environ.get(STORE_FILE_VARIABLE)
+    world_size = config.parallelism.world_size
     store = dist.FileStore(store_file, world_size) if store_file else None  # type: ignore[attr-defined]
     device = start(config.cluster, store)
     # The schedule only defines the placement; twice as many micro-batches as ranks are valid for every kind.
     schedule = build(config.kind, config.parallelism.pipeline, 2 * config.parallelism.pipeline)
-    layout, seconds = Layout(config.parallelism, config.cluster.ranks_per_node), config.cluster.timeout_seconds
+    layout = Layout(config.parallelism, config.cluster.ranks_per_node)
+    seconds = config.cluster.timeout_seconds
     groups = build_groups(layout, schedule, config.model.mtp_depth, seconds)
     world = open_world(layout, groups, device, seconds, CollectiveLog())
     replica = open_replica(world, _replica_config(config), schedule, config.cut)
@@ -59,7 +61,8 @@ def _open_weights(config: InferenceConfig) -> HfReader | CheckpointReader:
 
 
 def _replica_config(config: InferenceConfig) -> ReplicaConfig:
-    model, products = config.model, products_of(config.dtype)
+    model = config.model
+    products = products_of(config.dtype)
     dispatch: DispatchConfig = (
         AllToAllDispatchConfig(
             kind="all_to_all", payload="full", max_nodes=config.parallelism.expert, node_cap="verify"

@@ -27,8 +27,11 @@ from train.post.sample import RolloutHeader, ScoredRollout
 
 FORMAT = 1
 FOLDER_NAME = "rollouts"
-LOG_PROBS, _OLD, LENGTHS = "log_probs", "old_log_probs", "lengths"
-_KEPT, _NUM_KEPT = "kept_ids", "num_kept"
+LOG_PROBS = "log_probs"
+_OLD = "old_log_probs"
+LENGTHS = "lengths"
+_KEPT = "kept_ids"
+_NUM_KEPT = "num_kept"
 _HEADER = ("rollout", "step", "weights", "settings", "next_prompt", "seconds", "counts")
 _LARGEST_FILE_BYTES = 2**34
 

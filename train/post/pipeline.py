@@ -144,7 +144,8 @@ class DecodeLinks(PipelineLinks):
         assert self.form is not None
         across = self._nodes[message.source] != self._nodes[message.destination]
         self._traffic.add_message(tensor.nbytes, across_nodes=across)
-        head, rows = tensor[: self.form.plan_bytes], tensor[self.form.plan_bytes :]
+        head = tensor[: self.form.plan_bytes]
+        rows = tensor[self.form.plan_bytes :]
         self._transport.send(message_key(message), head)
         if len(rows):
             self._transport.send(message_key(message), rows)
@@ -152,11 +153,14 @@ class DecodeLinks(PipelineLinks):
 
 class _LateReceive:
     def __init__(self, transport: PipelineTransport, message: Message, form: RoundFormat) -> None:
-        self._transport, self._message, self._form = transport, message, form
+        self._transport = transport
+        self._message = message
+        self._form = form
 
     def wait(self) -> Tensor:
         """Receives the plan, then the rows, and returns both as one packed value."""
-        key, form = message_key(self._message), self._form
+        key = message_key(self._message)
+        form = self._form
         head = self._transport.post_receive(key, [form.plan_bytes], torch.uint8).wait()
         size = form.num_payload_bytes(self._message.kind, head)
         if not size:
@@ -166,8 +170,10 @@ class _LateReceive:
 
 def open_decode_links(world: World, observers: Observers, schedule: Schedule) -> DecodeLinks:
     """Opens this rank's links for programs that decode. All ranks of the job call it at the same point."""
-    layout, log = world.layout, observers.log
-    pairs, seconds = linked_pairs(schedule), world.timeout_seconds
+    layout = world.layout
+    log = observers.log
+    pairs = linked_pairs(schedule)
+    seconds = world.timeout_seconds
     transport = PipelineTransport(layout, pairs, world.device, seconds, log, DECODING_KINDS)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
     return DecodeLinks(transport, nodes, observers.traffic, (), torch.uint8)

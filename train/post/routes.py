@@ -40,7 +40,8 @@ Records = Mapping[RouteKey, NDArray[np.generic]]
 Share = tuple[int, int]
 """Data index and direction: the ranks of a pipeline that run a sequence."""
 
-_PROMPT, _ORIGIN = "prompt", "origin"
+_PROMPT = "prompt"
+_ORIGIN = "origin"
 
 
 def replay_answers(replica: Replica, routes: RolloutRoutes, answers: Sequence[AnswerPlace]) -> "TrainedRoutes":
@@ -103,7 +104,7 @@ class RoutePlan:
         self._layers = moe_layers(replica)
         self._needed: dict[Share, dict[tuple[int, int], int]] = defaultdict(dict)
         for answer in answers:
-            (share, _, _) = self._destination(answer.row)
+            share, _, _ = self._destination(answer.row)
             for sample, _, num_tokens in answer.records():
                 self._needed[share][answer.prompt, sample] = num_tokens
 

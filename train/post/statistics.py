@@ -15,7 +15,8 @@ from infer.scoring.score import SCORERS, VERDICTS
 from train.post.sample import ScoredRollout
 
 AdvantageKind = Literal["standardized", "centered"]
-EQUAL, NO_VERDICT = "equal rewards", "no verdict"
+EQUAL = "equal rewards"
+NO_VERDICT = "no verdict"
 PASS_AT_1 = "pass_at_1"
 _LONGEST_REASON = 200
 

@@ -82,7 +82,8 @@ class Display:
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Shows a step if it is due. A terminal gets at most one line per second, and always the last step's."""
-        step, now = values["step"], self._clock()
+        step = values["step"]
+        now = self._clock()
         self._times.append((step, now))
         if self._progress is not None:
             self._progress.update(self._task, completed=step, rate=self._rate(values["tokens_per_second"]))
@@ -132,7 +133,8 @@ class Display:
 
     def _rate(self, tokens_per_second: float) -> str:
         """Returns time per step, tokens per second and the remaining time, by the recent steps."""
-        (first, since), (last, now) = self._times[0], self._times[-1]
+        first, since = self._times[0]
+        last, now = self._times[-1]
         seconds = (now - since) / max(last - first, 1)
         left = seconds_text(seconds * (self._num_steps - last))
         return f"{seconds:.3g} s/step  {float(f'{tokens_per_second:.3g}'):,.10g} tokens/s  {left} left"
@@ -143,7 +145,9 @@ def step_line(values: Mapping[str, Any]) -> str:
     rollouts = values.get("rollouts", {})
     if "equal_share" in rollouts:
         return _reward_line(values, rollouts)
-    main, mtp, violation = values["main_loss"], values["mtp_loss"], values["max_violation"]
+    main = values["main_loss"]
+    mtp = values["mtp_loss"]
+    violation = values["max_violation"]
     parts = f"{main:#.4g}/{mtp:#.4g}" if mtp else f"{main:#.4g}"
     return (
         f"step {values['step']:>5}  loss {values['loss']:#.4g} ({parts})  {_update(values)}  "

@@ -38,7 +38,9 @@ from train.schedule.measured import MeasuredRun, RunFacts, drawn, step_times, tr
 from train.world import World
 
 LOGGER = logging.getLogger("train")
-SVG_NAME, TRACE_NAME, PAGE_NAME = "schedule.svg", "trace.json", "schedule.html"
+SVG_NAME = "schedule.svg"
+TRACE_NAME = "trace.json"
+PAGE_NAME = "schedule.html"
 
 
 class PipelineTimeline:
@@ -76,7 +78,8 @@ class PipelineTimeline:
             return False
         title = f"{redact(self._name)}, step {step}: {schedule.kind}, {size(schedule)}"
         try:
-            measured, others = Measured(ranks=tuple(gathered)), self._alternatives_of(replica)
+            measured = Measured(ranks=tuple(gathered))
+            others = self._alternatives_of(replica)
             self._write_times(replica, schedule, measured, step)
             write_pictures(self._folder, title, schedule, measured, others)
         except OSError as error:  # the folder was deleted or the disk is full, which must not end the run
@@ -86,7 +89,9 @@ class PipelineTimeline:
 
     def _write_times(self, replica: Replica, drawn_schedule: Schedule, measured: Measured, step: int) -> None:
         """Writes the times of the model's parts, from which `launch.plan` predicts steps."""
-        config, batch, mesh = replica.config, replica.config.batch, replica.world.layout.parallelism
+        config = replica.config
+        batch = replica.config.batch
+        mesh = replica.world.layout.parallelism
         facts = RunFacts(
             model=config.model,
             precision=config.precision.kind,

@@ -171,7 +171,8 @@ class _RankLog(logging.FileHandler):
 
 def open_reporter(config: TrainConfig, first_step: int) -> Reporter:
     """Opens this rank's log and, on rank 0, all outputs of the run."""
-    rank, out_dir = dist.get_rank(), Path(config.out_dir)
+    rank = dist.get_rank()
+    out_dir = Path(config.out_dir)
     files = RankFiles.of_run(config, rank)
     log = _RankLog(files.make_folder(out_dir / LOG_FOLDER) / f"{files.stem}.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -78,9 +78,12 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
         f"{_long_documents(prepared)}"
     )
     if counts := prepared.counts.get("train"):
-        steps, sizes, rollout = config.task.steps, config.batch_sizes, config.rollout
+        steps = config.task.steps
+        sizes = config.batch_sizes
+        rollout = config.rollout
         if rollout is None:
-            size, step_size = len(prepared.train_tokens_NL), float(sizes.sequences(steps - 1))
+            size = len(prepared.train_tokens_NL)
+            step_size = float(sizes.sequences(steps - 1))
             read = float(sizes.sequences_before(steps))
             found = (
                 f"samples: {counts.kept:,} for training ({counts.cut:,} cut at their end, {counts.dropped:,} dropped) "
@@ -88,10 +91,13 @@ def corpus_lines(config: TrainConfig, prepared: Prepared) -> Iterator[str]:
             found += f"in {size:,} sequences"
         else:
             # Such a run reads problems, and its batches are made of sampled answers, not of the data's samples.
-            size, step_size = counts.kept + counts.dropped, rollout.prompts / rollout.updates
-            read, found = steps * step_size, f"problems: {size:,} for training"
+            size = counts.kept + counts.dropped
+            step_size = rollout.prompts / rollout.updates
+            read = steps * step_size
+            found = f"problems: {size:,} for training"
         yield f"{found}; an epoch is {size / step_size:.1f} steps, {steps:,} steps are {read / size:.2f} epochs"
-    given, size = config.data.tokenizer, prepared.tokenizer.vocab_size
+    given = config.data.tokenizer
+    size = prepared.tokenizer.vocab_size
     made = "trained on the corpus" if DATA_SOURCES.get(config.data.source.kind).tokenizer is None else "of data.kind"
     origin = made if given is None else f"from {given}; data.tokenizer_vocab_size is not used"
     yield f"tokenizer: {origin}; ids below {size:,}{_special_notes(config, prepared)}"
@@ -110,7 +116,8 @@ def _special_notes(config: TrainConfig, prepared: Prepared) -> str:
     """Returns how documents begin and end under a given tokenizer, as the end of a line."""
     if config.data.tokenizer is None:
         return ""
-    names, special = prepared.tokenizer.token_names, prepared.tokenizer.special
+    names = prepared.tokenizer.token_names
+    special = prepared.tokenizer.special
     begin = "nothing" if special.bos is None else repr(names["bos_token"])
     notes = f"; a document begins with {begin} and ends with {names['eos_token']!r}"
     if special.fim is None and config.data.fim_rate > 0:

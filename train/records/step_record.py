@@ -30,12 +30,17 @@ def record_of(
     replica: Replica, watch: PipelineTimeline, done: int, result: StepResult, peak_flops: float | None
 ) -> dict[str, Any]:
     """Returns the record of step `done`, from 1. All ranks call it. `peak_flops` is that of each rank."""
-    world, model, mesh = replica.world, replica.config.model, replica.world.layout.parallelism
-    traffic, use = replica.observers.traffic.take(), watch.use(replica, result.execution)
+    world = replica.world
+    model = replica.config.model
+    mesh = replica.world.layout.parallelism
+    traffic = replica.observers.traffic.take()
+    use = watch.use(replica, result.execution)
     with world.log.collective("world", world.groups.world, "sum of traffic"):
-        clipped, num_layers = replica.observers.clips.take(), model.num_layers + model.mtp_depth
+        clipped = replica.observers.clips.take()
+        num_layers = model.num_layers + model.mtp_depth
         exchange = exchange_metrics(traffic, clipped, num_layers, world.groups.world, world.device)
-    speed, length = result.tokens / result.seconds, replica.config.batch.sequence_length_tokens
+    speed = result.tokens / result.seconds
+    length = replica.config.batch.sequence_length_tokens
     losses = result.losses
     return {
         "step": done,
@@ -73,7 +78,8 @@ def mfu(
 
 def _usage_metrics(world: World, use: RankBusyTime, result: StepResult) -> dict[str, object]:
     """Returns peak memory, the bubble and the parts of the step's time, over all ranks."""
-    mesh, mine = world.layout.parallelism, _peak_memory_bytes(world.device)
+    mesh = world.layout.parallelism
+    mine = _peak_memory_bytes(world.device)
     sums = [use.busy_seconds, use.exposed_seconds, mine]
     used_seconds, exposed, memory = _reduce(world, sums, dist.ReduceOp.SUM)
     largest = [mine, *window_slots(use, world.layout.member_index(world.rank), mesh.stage_ranks)]
@@ -130,7 +136,8 @@ def exchange_metrics(
     NIC imbalance is the most bytes that a rank received from other nodes over the mean of the ranks that took part.
     """
     job = _gather_traffic(traffic, clipped, num_layers, world, device)
-    whole, received = job.traffic, job.traffic.total.num_bytes_from_nodes
+    whole = job.traffic
+    received = job.traffic.total.num_bytes_from_nodes
     return {
         "nodes_per_token": whole.total.nodes_per_token or 1.0,
         "inter_node_bytes": whole.num_bytes_across_nodes,

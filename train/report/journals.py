@@ -21,7 +21,9 @@ ANSWERS_NAME = "answers.json"
 _LARGEST_FILE_BYTES = 2**22
 
 
-_MOST_STEPS, _MOST_GROUPS, _LEAST_GROUPS = 100, 1000, 8
+_MOST_STEPS = 100
+_MOST_GROUPS = 1000
+_LEAST_GROUPS = 8
 _MOST_READ_BYTES = 2**28
 _MOST_ANSWERS = 2**24
 """Largest number of answers of a journal whose log-probabilities are read."""
@@ -102,7 +104,8 @@ def _open(path: Path) -> _Journal | None:
 
 def _read_groups(journal: _Journal, most: int, longest: int) -> Iterator[JournalGroup]:
     """Yields at most `most` groups of a journal whose lines have at most `longest` bytes."""
-    log_probs, seen = _LogProbs(journal), set()
+    log_probs = _LogProbs(journal)
+    seen = set()
     for line in _lines(journal, most, longest):
         values = _decode(line)
         number = values.get("group")
@@ -164,7 +167,8 @@ class _LogProbs:
                 (count,) = file.get_slice(LENGTHS).get_shape()
                 if count <= _MOST_ANSWERS and count % self._num_groups == 0:
                     lengths = file.get_tensor(LENGTHS)
-                    self._lengths, self._ends = lengths.tolist(), np.cumsum(lengths)
+                    self._lengths = lengths.tolist()
+                    self._ends = np.cumsum(lengths)
         except Exception:  # safetensors raises its own kinds of errors
             self._ends = None
 

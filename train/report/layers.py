@@ -14,9 +14,14 @@ from train.report.charts import Chart, ChartWriter
 from train.report.history import History
 
 _ROW, _LEAST_MAP, _MOST_MAP = 9.0, 96.0, 260.0  # pixels
-_LEAST_ROW, _MOST_ROW, _OVERVIEW, _MOST_NAMES = 8.0, 22.0, 160.0, 12
+_LEAST_ROW = 8.0
+_MOST_ROW = 22.0
+_OVERVIEW = 160.0
+_MOST_NAMES = 12
 # Load over the mean, from a quarter (or less) to four times (or more), by its logarithm.
-_COLD, _EVEN, _HOT = (33, 99, 201), (240, 240, 236), (178, 34, 0)
+_COLD = (33, 99, 201)
+_EVEN = (240, 240, 236)
+_HOT = (178, 34, 0)
 _SHADES = 65
 _OCTAVES = 2.0
 
@@ -26,7 +31,9 @@ def overview(history: History, name: str = "") -> str:
     latest = next((bucket for bucket in reversed(range(len(history.loads))) if history.loads[bucket]), None)
     if latest is None:
         return ""
-    loads, first, last = history.loads[latest], history.firsts[latest], history.lasts[latest]
+    loads = history.loads[latest]
+    first = history.firsts[latest]
+    last = history.lasts[latest]
     layers = [layer for layer in history.layers() if layer in loads]
     share_RC = np.stack([_share(loads[layer]) for layer in layers])
     rows, experts = share_RC.shape

@@ -52,7 +52,8 @@ class RunSource:
     def follow(self) -> None:
         """Reads what was added since the last call, or everything if a file was replaced."""
         if self._metrics.is_new() or self._loads.is_new():
-            self.history, self._last_line = History(), b""
+            self.history = History()
+            self._last_line = b""
             self._metrics.rewind()
             self._loads.rewind()
         for line in self._metrics.lines():

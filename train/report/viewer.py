@@ -26,8 +26,10 @@ _STYLE = Path(__file__).with_name("viewer.css")
 _MOST_DATA_BYTES = 4_500_000
 """Size of the data of a page, which has at most 5 MB."""
 Values = Mapping[str, Any]
-_MOST_ANSWERS, _MOST_PARTS = 64, 16
-_LEAST_TOKEN_BYTES, _LOG_PROB_BYTES = 6, 8
+_MOST_ANSWERS = 64
+_MOST_PARTS = 16
+_LEAST_TOKEN_BYTES = 6
+_LOG_PROB_BYTES = 8
 _LEFT_OUT = " [...] "
 _DIGITS = 4
 _NOT_UTF8 = "\ufffd"
@@ -72,7 +74,8 @@ class RolloutViewer:
 
     def __init__(self, folder: Path, tokenizer: str | None) -> None:
         """Reads nothing yet. `tokenizer` is the configured one, used until there is a checkpoint."""
-        self._folder, self._given = folder, tokenizer
+        self._folder = folder
+        self._given = tokenizer
         self._path: Path | None = None
         self._pieces: TokenPieces | None = None
 
@@ -83,7 +86,8 @@ class RolloutViewer:
 
     def html(self, name: str, about: str) -> str:
         """Returns the page of a run, with a plain name and a plain line on it."""
-        choice, pieces = choose_groups(self._folder, _MOST_DATA_BYTES), self._open_pieces()
+        choice = choose_groups(self._folder, _MOST_DATA_BYTES)
+        pieces = self._open_pieces()
         data, num_shown = _group_list(choice, pieces)
         title = f"Rollouts of {name}"
         body = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -109,7 +113,8 @@ class RolloutViewer:
 def _group_list(choice: JournalChoice, pieces: TokenPieces | None) -> tuple[str, int]:
     """Returns the groups as a JSON list of at most `_MOST_DATA_BYTES`, and their number."""
     most_bytes = _MOST_DATA_BYTES // max(len(choice.groups), 1)
-    found, num_bytes = [], 2
+    found = []
+    num_bytes = 2
     for group in choice.groups:
         text = embedded_json(group_data(group, pieces, most_bytes))
         num_bytes += len(text.encode("utf-8")) + 1

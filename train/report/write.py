@@ -96,7 +96,8 @@ def _names(configs: Sequence[TrainConfig]) -> list[str]:
 
 def about(config: TrainConfig) -> str:
     """A line on a run: its ranks, its batch, its folder."""
-    mesh, batch = config.parallelism, config.batch
+    mesh = config.parallelism
+    batch = config.batch
     return (
         f"{mesh.world_size} ranks ({mesh.axes()}, experts over {mesh.expert}), "
         f"schedule {config.schedule.kind}, {config.precision.kind}, {batch.global_sequences} sequences of "

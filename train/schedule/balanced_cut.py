@@ -74,7 +74,8 @@ def balanced_cut(model: ModelWork, placement: Placement, limits: CutLimits | Non
         # Layers of one kind need no search.
         model = replace(model, num_dense=0, num_moe=model.num_dense, moe=model.dense)
     limits = limits or CutLimits()
-    num_stages, found = len(placement[0]), list[tuple[int, ...]]()
+    num_stages = len(placement[0])
+    found = list[tuple[int, ...]]()
     for dense in islice(_dense_sizes(model.num_dense, num_stages, model.num_layers / num_stages), _MOST_TRIED):
         filling = _Filling(model, placement, limits, dense)
         if filling.run():
@@ -92,7 +93,8 @@ def _climb(
     sizes: tuple[int, ...], model: ModelWork, placement: Placement, limits: CutLimits, most: float
 ) -> tuple[int, ...]:
     """Moves single layers from one stage to another while that improves the score."""
-    groups, score = rank_groups(placement), _score(sizes, model, placement, most)
+    groups = rank_groups(placement)
+    score = _score(sizes, model, placement, most)
     while True:
         sources = _sources(sizes, model, placement)
         moves = ((_score(moved, model, placement, most), moved) for moved in _moves(sizes, groups, limits, sources))
@@ -107,7 +109,8 @@ def _sources(sizes: tuple[int, ...], model: ModelWork, placement: Placement) -> 
     if len(sizes) <= _FEW_STAGES:
         return list(range(len(sizes)))
     works = stage_works(sizes, model)
-    times, largest = times_of_ranks(works, placement), max(work.time for work in works)
+    times = times_of_ranks(works, placement)
+    largest = max(work.time for work in works)
     heavy = {rank for rank, time in enumerate(times) if time >= max(times) * (1 - _NEARLY)}
     if runs_in_lockstep(placement):
         loads = [max(slots) for slots in lockstep_loads(works, placement)]
@@ -138,9 +141,11 @@ def _score(sizes: Sequence[int], model: ModelWork, placement: Placement, most: f
     """Returns what is compared between cuts, the less the better; from `most` on only the pace counts."""
     works = stage_works(sizes, model)
     times = times_of_ranks(works, placement)
-    ranks, stages = _relative(times), _relative([work.time for work in works])
+    ranks = _relative(times)
+    stages = _relative([work.time for work in works])
     squares = sum((time - 1) ** 2 for each in (ranks, stages) for time in each) / len(stages)
-    time, even = pace(works, placement), sum(times) / len(times) or 1.0
+    time = pace(works, placement)
+    even = sum(times) / len(times) or 1.0
     value = time / even + _LARGEST_STAGE * max(stages) + _UNEVENNESS * squares
     early = sum(size * (len(sizes) - stage) for stage, size in enumerate(sizes))
     return round(max(0.0, time / most - 1), _DIGITS) if most else 0.0, round(value, _DIGITS), early
@@ -199,7 +204,8 @@ class _Filling:
 
     def _cost_with_another(self, stage: int) -> tuple[float, ...]:
         """Returns the time of the stage's rank, then of the stage, with one more MoE layer."""
-        group, moe = self._groups[stage], self._model.moe
+        group = self._groups[stage]
+        moe = self._model.moe
         total = self._totals[group] + moe * self._held[stage]
         own = 0.0 if group in self._limits.late else (self._stages[stage] + moe).time
         return round(total.time, _DIGITS), group, round(own, _DIGITS), -stage

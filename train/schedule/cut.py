@@ -35,7 +35,8 @@ def run_chunks(config: TrainConfig) -> int | None:
 
 def run_placement(config: TrainConfig, kind: str) -> Placement:
     """Returns the placement of the run's stages under a kind of schedule, for `auto` that of `FALLBACK`."""
-    kind, pipeline = FALLBACK if kind == "auto" else kind, config.parallelism.pipeline
+    kind = FALLBACK if kind == "auto" else kind
+    pipeline = config.parallelism.pipeline
     return SCHEDULES.get(kind).placement(pipeline, run_stages(config, kind) // pipeline)
 
 
@@ -47,7 +48,9 @@ def run_cut(config: TrainConfig, placement: Placement, times: LayerTimes | None 
     Raises:
         CutError: the model has fewer layers than stages, or the list does not fit the model and the stages.
     """
-    model, cut, num_stages = config.model, config.parallelism.cut, len(placement[0])
+    model = config.model
+    cut = config.parallelism.cut
+    num_stages = len(placement[0])
     if cut.kind == "listed":
         _check_listed(cut.layers, config, num_stages)
         return cut_at(cut.layers)
@@ -71,7 +74,8 @@ _cached_cut = lru_cache(maxsize=256)(balanced_cut)
 
 def _check_listed(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> None:
     """Rejects a list that does not fit the model and the number of stages."""
-    layers, last = config.model.num_layers, len(sizes) - 1
+    layers = config.model.num_layers
+    last = len(sizes) - 1
     shown = f"is {_text(sizes)}; nearest valid: {_text(_nearest(sizes, config, num_stages))}"
     if len(sizes) != num_stages:
         raise CutError(
@@ -90,7 +94,8 @@ def _check_listed(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) 
 
 def _nearest(sizes: tuple[int, ...], config: TrainConfig, num_stages: int) -> tuple[int, ...]:
     """Returns the list with as few changes as possible, or the even cut for another number of stages."""
-    model, last = config.model, num_stages - 1
+    model = config.model
+    last = num_stages - 1
     least = [int(stage not in (0, last)) for stage in range(num_stages)]
     if len(sizes) != num_stages or sum(least) > model.num_layers:
         return tuple(map(len, cut_layers(model.num_layers, num_stages, model.mtp_depth)))
@@ -136,7 +141,9 @@ def sized_run(config: TrainConfig, sequences: int) -> TrainConfig:
     Raises:
         ScheduleError: no schedule with this placement accepts the size.
     """
-    sized, kind, pipeline = sized_config(config, sequences), config.schedule.kind, config.parallelism.pipeline
+    sized = sized_config(config, sequences)
+    kind = config.schedule.kind
+    pipeline = config.parallelism.pipeline
     if kind == "auto":
         return sized
     chunks = run_stages(config, kind) // pipeline

@@ -64,7 +64,8 @@ def nominal_times(config: TrainConfig) -> LayerTimes:
 
     Exchange takes time only if experts are sharded, and only in MoE layers.
     """
-    model, costs = config.model, config.costs
+    model = config.model
+    costs = config.costs
     work = count_work(
         model,
         config.batch.sequence_length_tokens,

@@ -73,7 +73,8 @@ def open_links(
     world: World, observers: Observers, schedule: Schedule, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 ) -> PipelineLinks:
     """Opens this rank's links of one replica. All ranks of the job call it at the same point."""
-    layout, log = world.layout, observers.log
+    layout = world.layout
+    log = observers.log
     transport = PipelineTransport(layout, linked_pairs(schedule), world.device, world.timeout_seconds, log)
     nodes = [layout.node_of(member) for member in layout.pipeline_group(world.rank)]
     return PipelineLinks(transport, nodes, observers.traffic, shapes, dtype)

@@ -173,7 +173,8 @@ def _latency(schedule: Schedule, measured: Measured) -> float:
     return max(0.0, median(hops)) if hops else 0.0
 
 
-PROBE_NAME, MEASURED_NAME = "probe.json", "measured.json"
+PROBE_NAME = "probe.json"
+MEASURED_NAME = "measured.json"
 LOGGER = logging.getLogger("train")
 _MOST_BYTES = 2**27
 _SCHEDULE_KEY = "schedule"

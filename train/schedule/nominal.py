@@ -39,7 +39,8 @@ def nominal_costs(config: TrainConfig, kind: str) -> CostModel:
         CutError: the model cannot be cut into the stages.
     """
     cut = run_cut(config, run_placement(config, kind))
-    estimated, equal = stage_costs(nominal_times(config), config, cut), _equal_costs(config, len(cut))
+    estimated = stage_costs(nominal_times(config), config, cut)
+    equal = _equal_costs(config, len(cut))
     return replace(equal if _are_near(estimated, equal) else estimated, slices=config.schedule.slices)
 
 
@@ -49,7 +50,8 @@ def _equal_costs(config: TrainConfig, num_stages: int) -> CostModel:
     if config.parallelism.expert == 1:
         costs = replace(costs, exchange=0.0)
     if config.schedule.pairing == "sequential":
-        forward, backward = costs.forward + costs.exchange, costs.backward_input + costs.exchange
+        forward = costs.forward + costs.exchange
+        backward = costs.backward_input + costs.exchange
         costs = replace(costs, forward=forward, backward_input=backward, exchange=0.0)
     return uniform(costs, config.parallelism.pipeline, num_stages)
 
@@ -94,7 +96,8 @@ def _is_published_order(config: TrainConfig, num_micro_batches: int, costs: Cost
     It does if stages are equal, and F, I, W and exchange take equal times: then W fills no gap. That avoids building
     dualpipe_split itself, which takes seconds for many ranks.
     """
-    pipeline, parallelism = config.parallelism.pipeline, config.parallelism
+    pipeline = config.parallelism.pipeline
+    parallelism = config.parallelism
     equal = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
     return (
         config.costs == equal
@@ -117,7 +120,8 @@ def with_chunks(config: TrainConfig) -> TrainConfig:
     kind = config.schedule.kind
     if kind == "auto" or run_chunks(config) is not None:
         return config
-    pipeline, layers = config.parallelism.pipeline, config.model.num_layers
+    pipeline = config.parallelism.pipeline
+    layers = config.model.num_layers
     possible = [chunks for chunks in SCHEDULES.get(kind).chunk_choices(None) if pipeline * chunks <= layers]
     if len(possible) < 2:
         return config
@@ -132,7 +136,8 @@ def with_chunks(config: TrainConfig) -> TrainConfig:
 
 def _makespan(config: TrainConfig) -> float:
     """Returns the simulated time of a step, or of a shorter one if it has many micro-batches."""
-    kind, pipeline = config.schedule.kind, config.parallelism.pipeline
+    kind = config.schedule.kind
+    pipeline = config.parallelism.pipeline
     try:
         count = config.num_micro_batches
         most = _MOST_PER_RANK * pipeline

@@ -88,7 +88,8 @@ class _Parts:
         device: torch.device,
         context: ContextGroup,
     ) -> None:
-        shape, last = config.model, config.model.num_layers - 1
+        shape = config.model
+        last = config.model.num_layers - 1
         mtp_modules = range(shape.num_layers, shape.num_layers + shape.mtp_depth)
         experts = held_experts(shape, layout.parallelism.expert, layout.expert_index(dist.get_rank()))
         part = Part(layers=tuple({0, last, *mtp_modules}), experts=experts, embedding=True, head=True)

@@ -69,8 +69,10 @@ def lockstep_loads(works: Sequence[LaneWork], placement: Placement) -> list[list
     and both last for P slots, so each F or I meets the same others in every block. F is taken as a third of the work.
     Slots are rounded to a quarter of P, as ranks may be a slot ahead or behind. A pair's mean is its ranks' work.
     """
-    num_stages, num_ranks = len(works), max(placement[0]) + 1
-    chunks, unit = num_stages // num_ranks, max(1, num_ranks // 4)
+    num_stages = len(works)
+    num_ranks = max(placement[0]) + 1
+    chunks = num_stages // num_ranks
+    unit = max(1, num_ranks // 4)
     loads = []
     for pair in range(-(-num_ranks // 2)):
         lanes = [[0.0] * (num_stages + 1) for _ in range(2)]
@@ -110,7 +112,8 @@ def pace(works: Sequence[LaneWork], placement: Placement) -> float:
 
 def stage_works(sizes: Sequence[int], model: ModelWork) -> list[LaneWork]:
     """Returns the work of every stage."""
-    first, works = 0, []
+    first = 0
+    works = []
     for stage, size in enumerate(sizes):
         dense = max(0, min(size, model.num_dense - first))
         work = model.dense * dense + model.moe * (size - dense)

@@ -36,7 +36,9 @@ class BatchReader:
 
     def __call__(self, direction: int, micro_batch: int) -> MicroBatch | None:
         """Returns the micro-batch, or None if this rank does not need it."""
-        replica, batch, model = self._replica, self._replica.config.batch, self._replica.network
+        replica = self._replica
+        batch = self._replica.config.batch
+        model = self._replica.network
         if model.model.embed_tokens is None and model.output_head is None and not batch.document_mask:
             return None
         key = (direction, micro_batch)
@@ -47,8 +49,10 @@ class BatchReader:
 
     def _take_parts(self, direction: int, first: int, sequences: Batch) -> None:
         """Keeps what this rank holds of sequences, as one micro-batch or a slice in each, and their counts."""
-        replica, parts = self._replica, self._replica.parts
-        world, is_whole = replica.world, len(parts.held) == 1
+        replica = self._replica
+        parts = self._replica.parts
+        world = replica.world
+        is_whole = len(parts.held) == 1
         # Sequences are split on the host, where target rows can be found without waiting for the device.
         whole = self._task.read(sequences, world.device if is_whole else torch.device("cpu"))
         if direction in replica.loss_directions and world.context_index == 0:
@@ -70,7 +74,8 @@ class BatchReader:
         Raises:
             PreemptedError: on every rank, if one of them was preempted. No pass of the batch has started.
         """
-        replica, world = self._replica, self._replica.world
+        replica = self._replica
+        world = self._replica.world
         counts = torch.zeros(len(self._task.names), dtype=torch.float64)
         for direction in replica.loss_directions:
             for micro_batch in replica.schedule.micro_batches_of(direction):

@@ -45,7 +45,8 @@ def leaves_out_equal_groups(config: "TrainConfig") -> bool:
 
     Their advantage is 0. So they change no gradient without a divergence, balance or MTP modules that learn.
     """
-    task, rollouts = config.task, config.rollout
+    task = config.task
+    rollouts = config.rollout
     assert isinstance(task, GrpoConfig)
     assert rollouts is not None
     is_replaced = task.loss.equal_groups == "leave_out" or rollouts.max_draws > 1
@@ -64,7 +65,8 @@ def build_grpo(config: GrpoConfig, model: ModelConfig, batch: BatchConfig) -> "P
 def check_policy_loss(config: "TrainConfig") -> None:
     """Rejects values of the loss that have no effect next to others."""
     assert isinstance(config.task, GrpoConfig)
-    loss, key = config.task.loss, "task.loss"
+    loss = config.task.loss
+    key = "task.loss"
     if loss.kl == "none" and loss.kl_weight:
         raise ConfigError(f"{key}.kl_weight: must be 0 with {key}.kl=none, is {loss.kl_weight:g}; nearest valid: 0")
     for name in ("clip_low", "clip_high"):

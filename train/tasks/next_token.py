@@ -66,7 +66,8 @@ class NextToken:
 
     def objective(self, counts: Tensor, rates: StepRates) -> CrossEntropy:
         """Builds the step's cross-entropy. Each depth is a mean over its targets; MTP depths share one weight."""
-        depth, numbers = self._mtp_depth, counts.tolist()
+        depth = self._mtp_depth
+        numbers = counts.tolist()
         weights = [1.0] + [rates.mtp_loss_weight / max(depth, 1)] * depth
         return CrossEntropy(
             factors=tuple(weight / (count or 1) for weight, count in zip(weights, numbers[:-1], strict=True)),

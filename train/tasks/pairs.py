@@ -65,7 +65,8 @@ class DirectPreference:
 
     def count(self, batch: MicroBatch) -> Tensor:
         """Counts pairs, targets of chosen answers at each MTP depth, and answers for the balance loss."""
-        pair_BT, depths = batch.extras[PAIR], range(1, self._mtp_depth + 1)
+        pair_BT = batch.extras[PAIR]
+        depths = range(1, self._mtp_depth + 1)
         chosen = [
             float((depth_weights(pair_BT > 0, depth) & (batch.targets_BT[depth] != IGNORE)).sum())  # host sync
             for depth in depths
@@ -75,7 +76,9 @@ class DirectPreference:
 
     def objective(self, counts: Tensor, rates: StepRates) -> Preference:
         """Builds the step's preference loss, a mean over pairs; MTP depths share one weight."""
-        depth, config, numbers = self._mtp_depth, self._config, counts.tolist()
+        depth = self._mtp_depth
+        config = self._config
+        numbers = counts.tolist()
         weight = rates.mtp_loss_weight / max(depth, 1)
         return Preference(
             factor=1 / (numbers[0] or 1),
@@ -88,7 +91,8 @@ class DirectPreference:
 
     def total(self, means: Mapping[str, float], rates: StepRates) -> float:
         """Returns the loss that the step minimized."""
-        depth, config = self._mtp_depth, self._config
+        depth = self._mtp_depth
+        config = self._config
         mtp = sum(means[depth_name(each + 1)] for each in range(depth)) / max(depth, 1)
         balance = config.balance_loss_weight * means[BALANCE]
         return means[MAIN] + config.sft_weight * means[SFT] + rates.mtp_loss_weight * mtp + balance

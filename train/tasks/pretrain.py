@@ -65,7 +65,9 @@ def extended_model(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_long_context(config: "TrainConfig") -> None:
     """Rejects a model with another rotary embedding, and a length beyond YaRN's factor."""
-    task, model, length = config.task, config.model, config.batch.sequence_length_tokens
+    task = config.task
+    model = config.model
+    length = config.batch.sequence_length_tokens
     assert isinstance(task, LongContextConfig)
     if model.rope_scaling != task.rope:
         raise ConfigError(f"model.rope_scaling: must be {_ROPE}={task.rope}, is {model.rope_scaling}")
@@ -86,7 +88,8 @@ def check_long_context(config: "TrainConfig") -> None:
 
 def base_length(config: "TrainConfig") -> int:
     """Returns the length before an extension; without YaRN, that of the run's sequences."""
-    rope, length = config.model.rope_scaling, config.batch.sequence_length_tokens
+    rope = config.model.rope_scaling
+    length = config.batch.sequence_length_tokens
     return min(rope.original_max_position_tokens, length) if isinstance(rope, YarnRope) else length
 
 

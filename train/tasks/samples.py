@@ -25,7 +25,8 @@ class SampleTaskConfig(TaskConfig):
 
 def check_samples(config: "TrainConfig") -> None:
     """Rejects data without the samples and values that the task reads, and samples without a mask."""
-    kind, task = config.data.source.kind, config.task.kind
+    kind = config.data.source.kind
+    task = config.task.kind
     entry = DATA_SOURCES.get(kind)
     if entry.samples is None:
         valid = [f"data={name}" for name, entry in DATA_SOURCES.items() if entry.samples and entry.has_targets]

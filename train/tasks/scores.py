@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SCORES_NAME = "scores.json"
-IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"
+IDS = "teacher_ids"
+LOG_PROBS = "teacher_log_probs"
 PARTS: tuple[Part, ...] = ("train", "validation")
 FORMAT_VERSION = 1
 
@@ -84,7 +85,8 @@ def with_scores(path: str, prepared: Prepared) -> Prepared:
     Raises:
         DataError: the scores belong to other samples, or a file is missing or of another shape.
     """
-    meta, folder = read_meta(path), Path(path).expanduser()
+    meta = read_meta(path)
+    folder = Path(path).expanduser()
     if meta.fingerprint != prepared.fingerprint:
         raise DataError(
             f"task.teacher: {path} must have the scores of these samples, whose fingerprint is {prepared.fingerprint}, "
@@ -207,5 +209,6 @@ def _top(states_RD: "Tensor", head_VD: "Tensor", meta: ScoresMeta) -> "tuple[Ten
         chunk = slice(first, first + size)
         logits_CV = (states_RD[chunk] @ head_VD.t()).to(wide) / meta.temperature
         top = logits_CV.log_softmax(-1).topk(meta.kept, -1)
-        ids_RK[chunk], log_probs_RK[chunk] = top.indices, top.values
+        ids_RK[chunk] = top.indices
+        log_probs_RK[chunk] = top.values
     return ids_RK, log_probs_RK

@@ -138,7 +138,8 @@ class AllToAllDispatcher:
         sent: tuple[int, ...],
         received: tuple[int, ...],
     ) -> Tensor:
-        group, least = self._group, own.route(self._planner.complete).min_rows_across_nodes
+        group = self._group
+        least = own.route(self._planner.complete).min_rows_across_nodes
         layer = None if own.label is None else own.label.layer
         self._traffic.add_predicted(layer, Spread.of(sent, group.nodes, group.place), form.bytes_per_row, least)
         return group.start(bytes_NB, sent, received, name, own.label).wait()

@@ -110,10 +110,13 @@ class AllToAllPlanner:
 
     def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:
         """Reads the counts, a host sync, and derives the route; raises NodeCapError on all ranks over the cap."""
-        num_experts, num_local, num_ranks = self._num_experts, self.num_local_experts, len(self._group.members)
+        num_experts = self._num_experts
+        num_local = self.num_local_experts
+        num_ranks = len(self._group.members)
         numbers = counted.numbers.tolist()  # host sync
         # [dropped | rows for each expert, E | tokens that touch each node, N | from each rank, L + 1]
-        counts_E, table = numbers[1 : 1 + num_experts], numbers[1 + num_experts + self._num_nodes :]
+        counts_E = numbers[1 : 1 + num_experts]
+        table = numbers[1 + num_experts + self._num_nodes :]
         rows = _rows(table, num_local + 1)
         touched_N = numbers[1 + num_experts : 1 + num_experts + self._num_nodes]
         num_over_R = [row.pop() for row in rows]

@@ -98,7 +98,8 @@ class DeepEPDispatcher(ClosesOnSuccess):
         self._num_sources = shape.max_tokens * len(self._group.members)
         self._lane = lane
         self._observers = observers
-        device, self._num_nodes = self._buffer.device, len(set(self._group.nodes))
+        device = self._buffer.device
+        self._num_nodes = len(set(self._group.nodes))
         self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
         self._member_of_expert_E = nodes_of_experts(num_experts, range(len(self._group.members))).to(device)
         self._node_of_expert_E = nodes_of_experts(num_experts, self._group.nodes).to(device)
@@ -197,9 +198,12 @@ class DeepEPDispatcher(ClosesOnSuccess):
 
     def _complete(self, planned: _Planned, label: Label | None) -> _PlannedTraffic:
         """Verifies the node cap on all ranks, and predicts the rows of an exchange."""
-        num_members, nodes, home = len(self._group.members), self._group.nodes, self._group.nodes[self._group.place]
+        num_members = len(self._group.members)
+        nodes = self._group.nodes
+        home = self._group.nodes[self._group.place]
         numbers = planned.numbers.tolist()
-        per_member, per_node = numbers[:num_members], numbers[num_members:-num_members]
+        per_member = numbers[:num_members]
+        per_node = numbers[num_members:-num_members]
         verify_cap(numbers[-num_members:], self._group, planned.touched_TN, self._max_nodes, label)
         layer = None if label is None else label.layer
         self._observers.traffic.add_plan(layer, len(planned.ids_TK), sum(per_node))
@@ -227,9 +231,11 @@ class DeepEPDispatcher(ClosesOnSuccess):
     def _exchanging(self, own: DeepEPHandle, rows: Tensor, name: str) -> Iterator[None]:
         """Counts the predicted rows of an exchange, and logs it while inside."""
         assert own.traffic is not None
-        layer, num_choices = None if own.label is None else own.label.layer, own.planned().ids_TK.shape[1]
+        layer = None if own.label is None else own.label.layer
+        num_choices = own.planned().ids_TK.shape[1]
         bytes_per_row = rows.shape[1] * rows.itemsize + _BYTES_PER_CHOICE * num_choices
         self._observers.traffic.add_predicted(layer, own.traffic.rows, bytes_per_row, own.traffic.min_rows_across_nodes)
-        members, log = self._group.members, self._observers.log
+        members = self._group.members
+        log = self._observers.log
         with log.awaiting(log.start(group_name("deepep", members), members, name, own.label)):
             yield

@@ -29,7 +29,9 @@ def _build(config: TwoHopDispatchConfig, parts: "DispatcherParts") -> "Dispatche
 
 
 def _memory(config: TwoHopDispatchConfig, site: DispatchSite, rows: RowBytes) -> DispatchMemory:
-    num_ranks, num_tokens, num_choices = site.parallelism.expert, rows.num_tokens, site.tokens.num_choices
+    num_ranks = site.parallelism.expert
+    num_tokens = rows.num_tokens
+    num_choices = site.tokens.num_choices
     per_node = min(num_ranks, site.cluster.ranks_per_node)
     num_nodes = -(-num_ranks // per_node)
     # A row is sent to the other nodes of its experts, and from there to every rank of its experts.

@@ -93,7 +93,8 @@ class CountLayout:
         touched_N = [sum(own[self._num_ranks + node :: self._stride]) for node in range(self._relays.num_nodes)]
         chunks = range(self.num_chunks if self._relays.num_nodes > 1 else 0)
         runs = self._runs(rows, chunks)
-        num_chunks, end = self.num_chunks, self._relay_begin - 1
+        num_chunks = self.num_chunks
+        end = self._relay_begin - 1
         return PlanCounts(
             across=tuple(self._across(own, rows, chunk) for chunk in chunks),
             within=(*(self._within(rows, chunk) for chunk in chunks), self._home(own, rows)),
@@ -105,7 +106,8 @@ class CountLayout:
         )
 
     def _indices_for(self, member: int) -> list[int]:
-        stride, zero = self._stride, self._num_own - 1
+        stride = self._stride
+        zero = self._num_own - 1
         node = self._relays.node_of[member]
         chunks = [chunk * stride for chunk in range(self.num_chunks)]
         first = self._num_counted + member * self._num_local
@@ -126,7 +128,9 @@ class CountLayout:
 
     def _across(self, own: Sequence[int], rows: Sequence[Sequence[int]], chunk: int) -> Hop:
         """Returns the splits of a chunk between nodes: to this member's relays, from its sources."""
-        sent, received, begin = [], [], chunk * self._stride + self._num_ranks
+        sent = []
+        received = []
+        begin = chunk * self._stride + self._num_ranks
         for member in self._rail:
             node = self._relays.node_of[member]
             is_relay = node != self._node and self._relays.relay(self._place, node) == member
@@ -164,7 +168,8 @@ def shifts_by_source(runs: Sequence[RowRun]) -> list[int]:
     """Returns by how many positions each run moves from the order of arrival into (source, chunk) order."""
     begins = list(accumulate((run.num_rows for run in runs), initial=0))[:-1]
     in_order = sorted(range(len(runs)), key=lambda index: (runs[index].source, runs[index].chunk))
-    shifts, begin = [0] * len(runs), 0
+    shifts = [0] * len(runs)
+    begin = 0
     for index in in_order:
         shifts[index] = begin - begins[index]
         begin += runs[index].num_rows

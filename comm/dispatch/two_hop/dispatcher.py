@@ -172,7 +172,8 @@ class TwoHopDispatcher:
 
     def _send_to_experts(self, name: str, own: TwoHopHandle, form: RowFormat, parts: Sequence[Tensor]) -> Tensor:
         """Sends rows to their experts' ranks, once to each; bytes_XB. The first exchange must include the ids."""
-        route, dense_parts = own.route(self._planner.complete), [dense(part) for part in parts]
+        route = own.route(self._planner.complete)
+        dense_parts = [dense(part) for part in parts]
 
         def relay(chunk: int, crossed_MB: Tensor) -> Tensor:
             if len(own.relay_orders) == chunk:
@@ -189,7 +190,8 @@ class TwoHopDispatcher:
     ) -> list[Tensor]:
         """Returns rows to their tokens with a partial sum at each hop; TD. With weights, also those; TK."""
         route = own.route(self._planner.complete)
-        rows, dtype = dense(rows_AD), self._sum_dtype(rows_AD.dtype)
+        rows = dense(rows_AD)
+        dtype = self._sum_dtype(rows_AD.dtype)
         places = own.expansion.places_TK.split([sum(hop.received) for hop in route.counts.within])
         extras = () if weights_A is None else (RowPart(route.shifted_TK.shape[1], weights_A.dtype),)
         form = RowFormat.of_parts(RowPart(rows.shape[1], dtype), *extras)

@@ -72,7 +72,8 @@ class TwoHopPlanner:
 
     def exchange(self, ids_TK: Tensor, label: Label | None) -> TwoHopCounts:
         """Counts rows of each chunk for each rank and node, and sends each rank the counts that it needs."""
-        num_tokens, num_ranks = len(ids_TK), len(self._group.members)
+        num_tokens = len(ids_TK)
+        num_ranks = len(self._group.members)
         tables = self._tables_on(ids_TK.device)
         # Ids are shifted by one so that row 0 of each table means "no expert".
         shifted_TK = ids_TK + 1
@@ -146,7 +147,8 @@ class TwoHopPlanner:
         return self._tables
 
     def _make_tables(self, device: torch.device) -> _Tables:
-        num_ranks, home = len(self._group.members), self._relays.node_of[self._group.place]
+        num_ranks = len(self._group.members)
+        home = self._relays.node_of[self._group.place]
         ranks_E = nodes_of_experts(self._num_experts, range(num_ranks))
         nodes_E = nodes_of_experts(self._num_experts, self._relays.node_of)
         nothing = torch.zeros(1, dtype=torch.int64)

@@ -70,7 +70,8 @@ class GroupChooser:
         self._largest = max(pipeline.activations)
 
     def _operation_values(self) -> tuple[list[float], list[float]]:
-        wish, num_stages = self._preferences, self._pipeline.shape.num_stages
+        wish = self._preferences
+        num_stages = self._pipeline.shape.num_stages
         depths = [stage / num_stages for stage in range(num_stages)]
         forwards = [wish.forward + wish.deep_forward * depth for depth in depths]
         return forwards, [3.0 + wish.deep_backward * (1.0 - depth) for depth in depths]
@@ -94,17 +95,23 @@ class GroupChooser:
     def _candidates(self, state: BuilderRank) -> list[Candidate]:
         """Returns the next operations of the rank's queues whose inputs are on the way or there."""
         found: list[Candidate] = []
-        values, leader, activations = self._values, self._preferences.leader, self._pipeline.activations
-        order, links = self._order, self._order.links
+        values = self._values
+        leader = self._preferences.leader
+        activations = self._pipeline.activations
+        order = self._order
+        links = self._order.links
         most_waiting = 2 if self._preferences.posts_ahead else 1
         for number in state.queues:
-            queue, index = order.queues[number], order.following[number]
+            queue = order.queues[number]
+            index = order.following[number]
             if index >= len(queue.stages):
                 continue
             arrival = order.arrivals[number][index]
             if arrival == NEVER:
                 continue
-            source, link, stage = queue.sources[index], queue.links[index], queue.stages[index]
+            source = queue.sources[index]
+            link = queue.links[index]
+            stage = queue.stages[index]
             if source != NONE and links[source].waiting[0] != (number, index):
                 continue
             if link != NONE and len(links[link].waiting) >= most_waiting:
@@ -125,14 +132,17 @@ class GroupChooser:
 
     def _add_second(self, found: list[Candidate], number: int, index: int, value: float) -> None:
         """Adds the second operation of a queue whose first one neither receives nor sends."""
-        queue, arrival = self._order.queues[number], self._order.arrivals[number][index]
+        queue = self._order.queues[number]
+        arrival = self._order.arrivals[number][index]
         if arrival == NEVER or queue.links[index] != NONE or queue.sources[index] != NONE:
             return
-        stage, target = queue.stages[index], queue.targets[index]
+        stage = queue.stages[index]
+        target = queue.targets[index]
         found.append(Candidate(number, index, queue.kind, queue.direction, stage, arrival, value, NONE, NONE, target))
 
     def _best(self, state: BuilderRank, now: float, candidates: list[Candidate]) -> GroupChoice | None:
-        following, better = self._order.following, self._better
+        following = self._order.following
+        better = self._better
         best = better(None, state, now, (), 0) if state.weights else None
         for number, one in enumerate(candidates):
             if one.position != following[one.queue]:
@@ -154,7 +164,10 @@ class GroupChooser:
         self, best: GroupChoice | None, state: BuilderRank, now: float, members: tuple[Candidate, ...], forwards: int
     ) -> GroupChoice | None:
         """Returns the group of these members, without or with a W, if it is possible and has a higher value."""
-        wish, start, value, key = self._preferences, now, 0.0, 0
+        wish = self._preferences
+        start = now
+        value = 0.0
+        key = 0
         for member in members:
             value += member.value
             key = key * self._num_classes + member.stage * 2 + member.kind + 1
@@ -178,7 +191,9 @@ class GroupChooser:
 
     def _duration(self, key: int, weight: int, members: tuple[Candidate, ...]) -> tuple[float, float]:
         """Returns the time of a group, and the penalty for its exposed exchange less the value of its W."""
-        wish, computes, exchanges = self._preferences, self._pipeline.computes, self._pipeline.exchanges
+        wish = self._preferences
+        computes = self._pipeline.computes
+        exchanges = self._pipeline.exchanges
         lanes = [(computes[member.kind][member.stage], exchanges[member.kind][member.stage]) for member in members]
         penalty = 0.0
         if weight != NONE:
@@ -257,7 +272,8 @@ class _Run:
 
     def run(self) -> Attempt:
         """Processes events in the order of time until everything is placed or a rank cannot end in time."""
-        events, end = self._events, 0.0
+        events = self._events
+        end = 0.0
         while events:
             now, rank = event = heappop(events)
             self._scheduled.discard(event)
@@ -281,7 +297,8 @@ class _Run:
         return self._steady if state.forwards_left > self._last else self._cool_down
 
     def _start(self, rank: int, state: BuilderRank, now: float, choice: GroupChoice) -> float:
-        pipeline, group = self._pipeline, []
+        pipeline = self._pipeline
+        group = []
         for member in choice.members:
             queue = self._order.queues[member.queue]
             micro_batch = queue.micro_batches[member.position]

@@ -65,7 +65,8 @@ class Pipeline:
         return self._queues[blocks]
 
     def _make_queues(self, blocks: Blocks) -> list[OperationQueue]:
-        shape, directions = self.shape, range(self.shape.num_directions)
+        shape = self.shape
+        directions = range(self.shape.num_directions)
         orders: dict[tuple[int, int], _Order] = {}
         for direction in directions:
             count = len(shape.micro_batches_of(direction))
@@ -96,8 +97,11 @@ class Pipeline:
         places: dict[tuple[int, int], dict[tuple[int, int], int]],
     ) -> None:
         """Fills in where each operation's input comes from and its output goes."""
-        shape, kind, direction = self.shape, queue.kind, queue.direction
-        row, top = shape.placement[direction], shape.num_stages - 1
+        shape = self.shape
+        kind = queue.kind
+        direction = queue.direction
+        row = shape.placement[direction]
+        top = shape.num_stages - 1
         step, first, last = (1, 0, top) if kind == FORWARD else (-1, top, 0)
         for stage, micro_batch in zip(queue.stages, queue.micro_batches, strict=True):
             queue.sources.append(NONE if stage == first else self._link(row[stage - step], queue.rank, kind))
@@ -120,11 +124,13 @@ class Pipeline:
 def _order(micro_batches: int, chunks: int, first: int, block: int) -> _Order:
     """Returns the order of (chunk, micro-batch) pairs of one direction, block by block."""
     order: _Order = []
-    start, size = 0, first
+    start = 0
+    size = first
     while start < micro_batches:
         end = min(start + size, micro_batches)
         order += [(chunk, micro_batch) for chunk in range(chunks) for micro_batch in range(start, end)]
-        start, size = end, block
+        start = end
+        size = block
     return order
 
 

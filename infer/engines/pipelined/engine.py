@@ -46,7 +46,8 @@ class InnerStage:
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
         """Runs a cohort's round, given the packed value of the previous stage; returns the packed result."""
-        decoder, form = self.decoders[cohort], self.form
+        decoder = self.decoders[cohort]
+        form = self.form
         plan, payload = form.unpack(value)
         if not plan.num_tokens:
             if self.shares_experts:
@@ -71,14 +72,19 @@ class LastStage:
         with_mtp: bool,
         shares_experts: bool,
     ) -> None:
-        self._cohorts, self._decoders, self._form = cohorts, decoders, form
-        self._is_first, self._with_mtp, self._shares_experts = is_first, with_mtp, shares_experts
+        self._cohorts = cohorts
+        self._decoders = decoders
+        self._form = form
+        self._is_first = is_first
+        self._with_mtp = with_mtp
+        self._shares_experts = shares_experts
         starts = zip(cohorts, decoders, strict=True)
         self.next_rounds = [self._pack(cohort.start(), decoder.device) for cohort, decoder in starts]
 
     def run(self, cohort: int, value: Tensor) -> Tensor:
         """Does the same as `InnerStage.run`, and keeps the result as the cohort's next round."""
-        decoder, form = self._decoders[cohort], self._form
+        decoder = self._decoders[cohort]
+        form = self._form
         plan, payload = form.unpack(value)
         calls = decoder.mtp_calls
         if plan.num_tokens:
@@ -118,12 +124,15 @@ class DirectedStages:
         min_seconds: float = 0.0,
     ) -> None:
         """Stores the arguments. `first_rounds` returns a cohort's packed first round; None if not stage 0."""
-        self._stages, self._num_cohorts, self._first_rounds = stages, num_cohorts, first_rounds
+        self._stages = stages
+        self._num_cohorts = num_cohorts
+        self._first_rounds = first_rounds
         self._min_seconds = min_seconds
 
     def start(self, direction: int, micro_batch: int) -> "_StageRun":
         """Starts a cohort's round. Its first round in a program does not arrive by a message."""
-        stage, cohort = self._stages[direction], micro_batch % self._num_cohorts
+        stage = self._stages[direction]
+        cohort = micro_batch % self._num_cohorts
         first = None
         if self._first_rounds is not None and micro_batch < self._num_cohorts:
             first = self._first_rounds(direction, cohort)
@@ -132,7 +141,10 @@ class DirectedStages:
 
 class _StageRun(ForwardOnlyRun):
     def __init__(self, stage: CohortStage, cohort: int, value: Tensor | None, min_seconds: float) -> None:
-        self._stage, self._cohort, self._value, self._min_seconds = stage, cohort, value, min_seconds
+        self._stage = stage
+        self._cohort = cohort
+        self._value = value
+        self._min_seconds = min_seconds
 
     def set_input(self, hidden_BTD: Tensor, /) -> None:
         self._value = hidden_BTD
@@ -146,7 +158,8 @@ class _StageRun(ForwardOnlyRun):
 
     def output(self) -> Tensor:
         assert self._value is not None
-        value, self._value = self._value, None
+        value = self._value
+        self._value = None
         return value
 
 
@@ -196,8 +209,11 @@ class PipelinedEngine:
         stop_condition: StopCondition = never_stop,
         min_seconds: float = 0.0,
     ) -> None:
-        self._pipeline, self._wanted, self._sizes = pipeline, speculative, sizes
-        self._stop_condition, self._min_seconds = stop_condition, min_seconds
+        self._pipeline = pipeline
+        self._wanted = speculative
+        self._sizes = sizes
+        self._stop_condition = stop_condition
+        self._min_seconds = min_seconds
         self._speculative = pipeline.model.config.mtp_depth > 0 if speculative == "auto" else speculative
         directions = len(pipeline.place.placement)
         ranks = 1 + max(pipeline.place.placement[0])
@@ -212,7 +228,9 @@ class PipelinedEngine:
         config = self._pipeline.model.config
         tokens = [prompt.tokens for prompt in prompts]
         check(config, tokens, request.max_new_tokens, self._wanted, self._sizes.max_rows)
-        began, self.executions, self.num_rounds = time.perf_counter(), [], 0
+        began = time.perf_counter()
+        self.executions = []
+        self.num_rounds = 0
         work = self._start(prompts, request)
         self.plan_bytes = work.form.plan_bytes
         try:
@@ -262,7 +280,8 @@ class PipelinedEngine:
         return [prompt for prompt, share in zip(prompts, shares, strict=True) if share == (place.data_index, direction)]
 
     def _inner_stage(self, stage: int, work: "_RankWork", capacity: int, routes: RouteStore | None) -> InnerStage:
-        pipeline, form = self._pipeline, work.form
+        pipeline = self._pipeline
+        form = work.form
         layers = pipeline.place.cut[stage]
         decoders = [
             PartDecoder(pipeline.model, form.max_rows, capacity, with_mtp=False, layers=layers, routes=routes)
@@ -273,9 +292,11 @@ class PipelinedEngine:
 
     def _last_stage(self, direction: int, request: Request, work: "_RankWork", capacity: int) -> LastStage:
         """Builds the last stage of a direction, whose cohorts share one queue of sequences."""
-        pipeline, form = self._pipeline, work.form
+        pipeline = self._pipeline
+        form = work.form
         waiting = deque(sequence for sequence in work.sequences[direction] if sequence.num_left > 0)
-        cohorts, decoders = [], []
+        cohorts = []
+        decoders = []
         for number in range(self.num_cohorts):
             decoder = CohortDecoder(
                 pipeline.model,

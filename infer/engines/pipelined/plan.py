@@ -279,9 +279,11 @@ class CohortDecoder(Decoder):
     def remove(self, row: int) -> None:
         """Removes a sequence and moves the last row into its place, in all stages from the next round on."""
         super().remove(row)
-        last, last_place = self._sources.pop(), self._places.pop()
+        last = self._sources.pop()
+        last_place = self._places.pop()
         if row < len(self._sources):
-            self._sources[row], self._places[row] = last, last_place
+            self._sources[row] = last
+            self._places[row] = last_place
 
     def copy_prompt(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a sequence, which are its prompt, to an empty row of all stages."""

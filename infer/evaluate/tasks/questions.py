@@ -227,7 +227,8 @@ def _sums(seed: int, count: int, num_digits: int) -> list[tuple[str, str]]:
     while len(answers) < count:
         left, right, number = (int(value) for value in generator.random_raw(3))
         symbol = tuple(_OPERATIONS)[number % len(_OPERATIONS)]
-        left, right = left % 10**num_digits, right % 10**num_digits
+        left = left % 10**num_digits
+        right = right % 10**num_digits
         answers.setdefault(f"What is {left} {symbol} {right}?", str(_OPERATIONS[symbol](left, right)))
     return list(answers.items())
 

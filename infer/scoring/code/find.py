@@ -59,7 +59,8 @@ def _build_bubblewrap() -> Sandbox:
         raise _MissingError("the sandbox needs Linux")
     if shutil.which("bwrap") is None:
         raise _MissingError("bubblewrap is not installed")
-    interpreter, prefix = _this_interpreter(), _with_equal_addresses()
+    interpreter = _this_interpreter()
+    prefix = _with_equal_addresses()
     if os.geteuid() != 0:
         return Sandbox("bubblewrap", prefix, interpreter)
     prefix = [*_as_unused_user(), *prefix]
@@ -69,13 +70,15 @@ def _build_bubblewrap() -> Sandbox:
         outer = ["bwrap", "--die-with-parent", *("--bind", "/", "/"), *("--tmpfs", "/mnt")]
         outer += ["--perms", "0755", "--dir", _STAGED]
         outer += ["--ro-bind", interpreter.program, staged.program, "--ro-bind", interpreter.library, staged.library]
-        interpreter, prefix = staged, [*outer, "--", *prefix]
+        interpreter = staged
+        prefix = [*outer, "--", *prefix]
     return Sandbox("bubblewrap", prefix, interpreter)
 
 
 def _build_limits() -> Sandbox:
     """Returns a sandbox of limits alone. As root it runs as an unused user if that is possible."""
-    interpreter, prefix = _this_interpreter(), _with_equal_addresses()
+    interpreter = _this_interpreter()
+    prefix = _with_equal_addresses()
     if shutil.which("setpriv") is not None:
         if os.geteuid() == 0 and _is_open_to_all(interpreter):
             prefix = [*_as_unused_user(), *prefix]

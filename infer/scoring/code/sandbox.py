@@ -87,8 +87,10 @@ class Sandbox:
     def __init__(self, isolation: Isolation, prefix: Sequence[str], interpreter: Interpreter) -> None:
         """Packs the guest's modules. `prefix` is a command that runs before bubblewrap or the interpreter."""
         self.isolation = isolation
-        self._prefix, self._interpreter = tuple(prefix), interpreter
-        self._modules, self._filter = _pack_modules(), seccomp_filter()
+        self._prefix = tuple(prefix)
+        self._interpreter = interpreter
+        self._modules = _pack_modules()
+        self._filter = seccomp_filter()
 
     def start(self, program: GuestProgram) -> StartedGuest:
         """Starts a guest. Its standard output and error are pipes of the returned process."""
@@ -219,9 +221,16 @@ def memory_file(opened: ExitStack, content: bytes) -> int:
     return descriptor
 
 
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_EPERM, _ENOSYS = 1, 38
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW = 0x7FFF0000
+_ERRNO = 0x00050000
+_KILL = 0x80000000
+_EPERM = 1
+_ENOSYS = 38
+_LOAD = 0x20
+_EQUAL = 0x15
+_AT_LEAST = 0x35
+_ANY_BIT = 0x45
+_RETURN = 0x06
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 _X32 = 0x40000000
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET

@@ -78,7 +78,8 @@ class Guest:
 
     def measure(self) -> float:
         """Updates the processor time. Returns how long threads waited for a processor since then."""
-        old, self.times = self.times, _read_times(self.process.pid)
+        old = self.times
+        self.times = _read_times(self.process.pid)
         gone = sum(times.own + times.children for pid, times in old.items() if pid not in self.times)
         reported = sum(times.children - old[pid].children for pid, times in self.times.items() if pid in old)
         self.lost_seconds += max(0.0, gone - max(0.0, reported))
@@ -112,11 +113,13 @@ class _Activity:
     def measure(self, guests: Sequence[Guest]) -> None:
         """Adds the time since the last call."""
         delay = sum(guest.measure() for guest in guests if guest.is_running)
-        cpu_seconds, now = sum(guest.cpu_seconds for guest in guests), time.monotonic()
+        cpu_seconds = sum(guest.cpu_seconds for guest in guests)
+        now = time.monotonic()
         idle = max(0.0, now - self.measured_at - (cpu_seconds - self.cpu_seconds))
         self.delayed += min(idle, delay)
         self.slept += idle - min(idle, delay)
-        self.measured_at, self.cpu_seconds = now, cpu_seconds
+        self.measured_at = now
+        self.cpu_seconds = cpu_seconds
 
 
 def wait_for_guests(guests: Sequence[StartedGuest], cpu_limits: Sequence[float], wall_seconds: float) -> Finished:

@@ -29,7 +29,8 @@ class MergedAttention:
             parts = _rows(query, tile, tile.queries), _rows(key, tile, tile.keys), _rows(value, tile, tile.keys)
             mixed_SHLV, log_sums_SHL = kernel.forward(*parts, scale, tile.is_causal)
             # Views of the merged result and logarithm, S L H V and S L H.
-            merged, merged_sums = _place(self._mixed_BTHV, tile), _place(self._log_sums_BTH, tile)
+            merged = _place(self._mixed_BTHV, tile)
+            merged_sums = _place(self._log_sums_BTH, tile)
             log_sums = log_sums_SHL.transpose(1, 2)
             total = torch.logaddexp(merged_sums, log_sums)
             # The part of the new keys in the sum of exponentials is the weight of their mixed values.
@@ -56,7 +57,8 @@ class MergedBackward:
 
     def add(self, tiles: Iterable[VisibleTile], key_BTHQ: Tensor, value_BTHV: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of keys and values of some tiles, and adds those of the queries."""
-        grad_key, grad_value = torch.zeros_like(key_BTHQ), torch.zeros_like(value_BTHV)
+        grad_key = torch.zeros_like(key_BTHQ)
+        grad_value = torch.zeros_like(value_BTHV)
         for tile in tiles:
             query, grad, mixed = (
                 _rows(each, tile, tile.queries) for each in (self.query_BTHQ, self.grad_mixed_BTHV, self.mixed_BTHV)

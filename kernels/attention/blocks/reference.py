@@ -35,7 +35,8 @@ def forward(
     query_SHLQ: Tensor, key_SHKQ: Tensor, value_SHKV: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the mixed values, SHLV, and logarithms of sums of exponentials, SHL, in float32 or wider."""
-    mixed, log_sums = [], []
+    mixed = []
+    log_sums = []
     for rows in _parts(query_SHLQ, key_SHKQ):
         scores_SHlK = _scores(query_SHLQ, key_SHKQ, scale, rows, is_causal=is_causal)
         log_sums_SHl = scores_SHlK.logsumexp(-1)

@@ -72,7 +72,8 @@ def _tiles_of_documents(
     cut: SegmentCut, sequence: int, query: tuple[int, int], key: tuple[int, int]
 ) -> Iterator[VisibleTile]:
     """Yields the tiles of one segment's queries and one's keys, both given by place in memory and number."""
-    (row, query_segment), (column, key_segment) = query, key
+    row, query_segment = query
+    column, key_segment = key
     if key_segment > query_segment:
         return
     assert cut.starts is not None
@@ -83,9 +84,11 @@ def _tiles_of_documents(
     if key_segment < query_segment:
         # Documents are consecutive, so only the one that holds the segment's last key can reach the queries.
         index = bisect_right(cut.starts, end_key - 1) - 1
-        start, end = max(cut.starts[index], first_key), min(cut.starts[index + 1], end_query)
+        start = max(cut.starts[index], first_key)
+        end = min(cut.starts[index + 1], end_query)
         if end > first_query:
-            rows, columns = (row, row + end - first_query), (column + start - first_key, column + end_key - first_key)
+            rows = (row, row + end - first_query)
+            columns = (column + start - first_key, column + end_key - first_key)
             yield VisibleTile(sequences=sequences, queries=rows, keys=columns)
         return
     # Documents inside the segment, cut at its ends; neighbors of equal length share a tile.

@@ -39,7 +39,9 @@ class GatedDown(torch.autograd.Function):
         """Keeps gate and up in FP8. `for_backward`: only the backward is needed; the result has no numbers."""
         gated, kept = swiglu_quantize(hidden.flatten(0, -2), None, power_of_two=maps.power_of_two)
         ctx.save_for_backward(*kept, down_DM)
-        ctx.sink, ctx.maps, ctx.shape = sink, maps, hidden.shape
+        ctx.sink = sink
+        ctx.maps = maps
+        ctx.shape = hidden.shape
         if for_backward:
             return placeholder(base.shape, base)
         return maps.forward(gated, (down_DM,)).view_as(base).add_(base)
@@ -48,7 +50,8 @@ class GatedDown(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Applies the gate again."""
         codes, scales, down_DM = ctx.saved_tensors
-        (grad,), maps = grads, ctx.maps
+        (grad,) = grads
+        maps = ctx.maps
         grad_AD = grad.flatten(0, -2)
         grad_AM = maps.input_gradient(grad_AD, (down_DM,))
         grad_AH, gated_AM, _ = swiglu_backward_from_codes(grad_AM, Quantized(codes, scales), None)
@@ -95,7 +98,10 @@ class ExpertMlp(torch.autograd.Function):
         norm_weight_D: Tensor | None,
     ) -> Tensor:
         """Keeps gate and up in FP8; routing weights are multiplied before `down`, as rows are narrower there."""
-        maps, order, counts, dtype = options.maps, options.order, options.counts, gate_up_EHD.dtype
+        maps = options.maps
+        order = options.order
+        counts = options.counts
+        dtype = gate_up_EHD.dtype
         weights_A = weights if order is None else order.copy_weights(weights)
         # Gate and up, AH; gated and weighted in codes, AM; the result, AD.
         operand = unpack(_sort(packed, order), gate_up_EHD.shape[2])
@@ -103,7 +109,8 @@ class ExpertMlp(torch.autograd.Function):
         gated, kept = swiglu_quantize(hidden_AH, weights_A, power_of_two=maps.power_of_two)
         source = (packed,) if x is None else (x, norm_weight_D)
         ctx.save_for_backward(weights_A, *kept, gate_up_EHD, down_EDM, *source)
-        ctx.options, ctx.weights_dtype = options, weights.dtype
+        ctx.options = options
+        ctx.weights_dtype = weights.dtype
         if options.for_backward:
             return placeholder(rows.shape, rows)
         out_AD = grouped_rows_fp8(gated, maps.codes(down_EDM).forward, counts, dtype)
@@ -114,8 +121,12 @@ class ExpertMlp(torch.autograd.Function):
         """Reads the output gradient from the slot of received rows."""
         weights_A, codes, scales, gate_up_EHD, down_EDM, *source = ctx.saved_tensors
         options: ExpertOptions = ctx.options
-        maps, counts, order, sink = options.maps, options.counts, options.order, options.sink
-        dtype, power_of_two = gate_up_EHD.dtype, maps.power_of_two
+        maps = options.maps
+        counts = options.counts
+        order = options.order
+        sink = options.sink
+        dtype = gate_up_EHD.dtype
+        power_of_two = maps.power_of_two
         # Codes of the rows (AB, or NB if they stay on this rank) and of the output gradient (AD, in the experts'
         # order).
         packed = source[0] if order is None else repack(NormSource(source[0], source[1], options.eps))
@@ -140,7 +151,8 @@ class ExpertMlp(torch.autograd.Function):
         assert grad_weights_A is not None
         grad_weights = grad_weights_A
         if order is not None:
-            grad_rows, grad_weights = order.sum_rows(grad_rows), order.restore_weights(grad_weights)
+            grad_rows = order.sum_rows(grad_rows)
+            grad_weights = order.restore_weights(grad_weights)
         grad_gate_up = deliver_gradient(gate_up_EHD, gate_up_gradient, sink)
         grad_down = deliver_gradient(down_EDM, down_gradient, sink)
         return grad_rows, None, grad_weights.to(ctx.weights_dtype), grad_gate_up, grad_down, None, None, None

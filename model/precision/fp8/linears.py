@@ -62,12 +62,17 @@ class _LatentLinears:
         options: LatentOptions,
         maps: Fp8Maps,
     ) -> None:
-        self._kept, self._mixed, self._weights, self._options, self._maps = kept, mixed, weights, options, maps
+        self._kept = kept
+        self._mixed = mixed
+        self._weights = weights
+        self._options = options
+        self._maps = maps
 
     @classmethod
     def compress(cls, compressed_BTX: Tensor, weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
         query, latent, key = options.split(compressed_BTX)
-        eps, rounds = options.shape.eps, maps.power_of_two
+        eps = options.shape.eps
+        rounds = maps.power_of_two
 
         def normal(x_BTL: Tensor, weight: Tensor) -> _Normal:
             operand, inverse = rms_norm_quantize(x_BTL.flatten(0, 1), weight, eps, power_of_two=rounds)
@@ -83,7 +88,9 @@ class _LatentLinears:
     @classmethod
     def restore(cls, saved: Sequence[Tensor], weights: LatentWeights, options: LatentOptions, maps: Fp8Maps) -> Self:
         plain_BTF, *others = saved
-        mixed, latent, query = PackedE5M6(*others[:2]), _Normal(*others[2:5]), others[5:]
+        mixed = PackedE5M6(*others[:2])
+        latent = _Normal(*others[2:5])
+        query = others[5:]
         return cls(_SavedLatents(plain_BTF, latent, _Normal(*query) if query else None), mixed, weights, options, maps)
 
     def saved(self, mixed_BHTW: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +109,8 @@ class _LatentLinears:
         return cls(_SavedLatents(key, _Normal(*latent), None), None, weights, options, maps)
 
     def queries(self, out: Tensor) -> None:
-        kept, query_up = self._kept, self._weights.query_up
+        kept = self._kept
+        query_up = self._weights.query_up
         if kept.query is None or query_up is None:
             out.copy_(kept.plain_BTF[..., : -self._options.shape.rope].flatten(0, 1))
         else:
@@ -121,16 +129,19 @@ class _LatentLinears:
 
     def mixed(self) -> Tensor:
         assert self._mixed is not None
-        width, plain = self._options.shape.num_heads * self._options.shape.value, self._kept.plain_BTF
+        width = self._options.shape.num_heads * self._options.shape.value
+        plain = self._kept.plain_BTF
         return unpack_e5m6(self._mixed, width, plain.dtype)
 
     def add_backward(self, grad_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        maps, out = self._maps, self._weights.out
+        maps = self._maps
+        out = self._weights.out
         gradient = maps.weight_gradient(grad_ND, self.mixed(), power_of_two=True)
         return maps.input_gradient(grad_ND, (out,)), deliver_gradient(out, gradient, self._options.sink)
 
     def queries_backward(self, grad: Tensor, out_BTR: Tensor) -> NormAndUpGradients:
-        weights, query = self._weights, self._kept.query
+        weights = self._weights
+        query = self._kept.query
         if query is None or weights.query_up is None or weights.query_norm is None:
             out_BTR.copy_(grad.view_as(out_BTR))
             return NormAndUpGradients(None, None)
@@ -254,7 +265,8 @@ class _NormOptions:
 class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight_D: Tensor, options: _NormOptions, *weights_ND: Tensor) -> Tensor:
-        x_AD, maps = x.flatten(0, -2), options.maps
+        x_AD = x.flatten(0, -2)
+        maps = options.maps
         operand, inverse_A1 = rms_norm_quantize(x_AD, norm_weight_D, options.eps, power_of_two=maps.power_of_two)
         out_AN = maps.forward(operand, weights_ND)
         ctx.save_for_backward(*operand, inverse_A1, norm_weight_D, *weights_ND)
@@ -264,7 +276,9 @@ class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, scales, inverse_A1, norm_weight_D, *weights_ND = ctx.saved_tensors
-        operand, grad_AN, maps = Quantized(codes, scales), grads[0].flatten(0, -2), ctx.options.maps
+        operand = Quantized(codes, scales)
+        grad_AN = grads[0].flatten(0, -2)
+        maps = ctx.options.maps
         grad_AD = maps.input_gradient(grad_AN, weights_ND)
         grad_weights = deliver_parts(weights_ND, maps.weight_gradient(grad_AN, operand), ctx.options.sink)
         grad_x_AD, grad_norm_D = rms_norm_backward_from_codes(grad_AD, operand, inverse_A1, norm_weight_D)
@@ -292,7 +306,8 @@ class _LinearOfRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight_D, *weights_ND = ctx.saved_tensors
         options: _NormOptions = ctx.options
-        maps, grad_AN = options.maps, grads[0].flatten(0, -2)
+        maps = options.maps
+        grad_AN = grads[0].flatten(0, -2)
         normal_AD = recompute_norm(x, norm_weight_D, options.eps)
         gradient = maps.weight_gradient(grad_AN, normal_AD, power_of_two=True)
         grad_weights = deliver_parts(weights_ND, gradient, options.sink)

@@ -103,7 +103,8 @@ class Fp8Maps:
         found = [quantize_128x128(weight.detach(), power_of_two=self.power_of_two) for weight in weights]
         if len(found) > 1 and all(weight.shape[0] % TILE == 0 for weight in weights[:-1]):
             found = [QuantizedBlocks(_join([each.codes for each in found]), _join([each.scales for each in found]))]
-        pieces, first = list[_Piece](), 0
+        pieces = list[_Piece]()
+        first = 0
         for blocks in found:
             outputs = slice(first, first + blocks.codes.shape[-2])
             pieces.append(_Piece(outputs, WeightCodes(blocks, transpose_blocks(blocks))))

@@ -31,7 +31,8 @@ class GradientSlot:
 
     def take(self) -> Tensor:
         """Returns the stored gradient and clears the slot."""
-        packed_AB, self._packed_AB = self._packed_AB, None
+        packed_AB = self._packed_AB
+        self._packed_AB = None
         assert packed_AB is not None, "experts: a backward without the gradient of the output in FP8"
         return packed_AB
 

@@ -17,7 +17,9 @@ def main(limits: str, verdict_fd: str = "") -> None:
     values = json.loads(limits)
     source = read_source(values, "program.py")
     if verdict_fd:
-        tests, nonce, write = read_source(values, "tests.py"), sys.stdin.readline().strip(), os.write
+        tests = read_source(values, "tests.py")
+        nonce = sys.stdin.readline().strip()
+        write = os.write
         sys.stdout = Discarded()
         module = sys.modules["solution"] = ModuleType("solution")
     else:

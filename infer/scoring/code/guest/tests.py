@@ -40,7 +40,9 @@ _JUDGED = (*COMPARISONS, *ARITHMETIC, "__contains__")
 _PREDICATES = {name for kind in CONTENT for name in dir(kind) if name.startswith("is") or name.endswith("swith")}
 _DESCRIPTIONS = ("__name__", "__qualname__", "__doc__", "__module__")
 _STATE_BYTES = 256
-_STARTED, _ASKING, _TESTING = "started", "asking", "testing"
+_STARTED = "started"
+_ASKING = "asking"
+_TESTING = "testing"
 
 
 def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
@@ -57,9 +59,11 @@ def main(limits: str, request_fd: str, reply_fd: str, verdict_fd: str) -> None:
     peer = _TestPeer(os.fdopen(int(reply_fd), "rb"), os.fdopen(int(request_fd), "wb"), int(verdict_fd))
     outcome, detail = _run(source, peer)
     if peer.problem:
-        outcome, detail = "wrong", peer.problem
+        outcome = "wrong"
+        detail = peer.problem
     if peer.is_tainted and outcome == "correct":
-        outcome, detail = "error", peer.doubt
+        outcome = "error"
+        detail = peer.doubt
     message = {"nonce": nonce, "outcome": outcome, "detail": detail[:200], "doubt": peer.doubt[:200]}
     os.ftruncate(int(verdict_fd), 0)
     os.pwrite(int(verdict_fd), json.dumps(message).encode(), 0)
@@ -203,7 +207,8 @@ class _TestPeer(Peer):
         """
         if name not in _JUDGED or self.is_remote(arguments[0]):
             return super().operate(target, name, arguments, named)
-        operand, is_named = arguments[0], isinstance(target, (ProxyClass, *self.named_classes))
+        operand = arguments[0]
+        is_named = isinstance(target, (ProxyClass, *self.named_classes))
         if isinstance(target, CONTENT) and not is_named:
             return getattr(next(kind for kind in type(target).__mro__ if kind in CONTENT), name)(target, operand)
         if name in ("__eq__", "__ne__") and (content := self.ask("content", target._number)) is not None:

@@ -51,7 +51,8 @@ class Peer:
 
     def __init__(self, incoming: BinaryIO, outgoing: BinaryIO, parity: int) -> None:
         """Starts without shared objects. The numbers that a side gives to its objects have its parity."""
-        self._incoming, self._outgoing = incoming, outgoing
+        self._incoming = incoming
+        self._outgoing = outgoing
         self._next_number = parity
         self._numbers: dict[int, int] = {}  # by id, of own objects and of shared containers
         self._objects: dict[int, Any] = {}  # own objects, which stay alive
@@ -118,9 +119,11 @@ class Peer:
                 self.decode(change)
             target = None if message["on"] is None else self._objects[message["on"]]
             try:
-                outcome, result = "value", self.perform(message["do"], target, arguments, named)
+                outcome = "value"
+                result = self.perform(message["do"], target, arguments, named)
             except (Exception, SystemExit) as error:
-                outcome, result = "error", error
+                outcome = "error"
+                result = error
             self._sent.clear()
             reply = {outcome: self.encode(result), "changes": self._encode_changes()}
             self.send({**reply, "printed": self.take_printed()})
@@ -311,7 +314,9 @@ class Peer:
         return self.ask("await", number)
 
     def _iterate(self, number: int) -> Generator[Any, Any, Any]:
-        count, sent, is_over = 0, None, False
+        count = 0
+        sent = None
+        is_over = False
         while not is_over:
             size = 1 if count < _SINGLE_ITEMS else min(count, 1024)
             items, is_over, result = self.ask("next", number, sent, size)
@@ -356,9 +361,11 @@ class _Shared:
         """Returns whether an item is another object than it was."""
         if self._snapshot is None:
             return False
-        old, new = self._snapshot, self._items()
+        old = self._snapshot
+        new = self._items()
         if isinstance(self.container, dict):
-            old, new = [part for pair in old for part in pair], [part for pair in new for part in pair]
+            old = [part for pair in old for part in pair]
+            new = [part for pair in new for part in pair]
         return len(old) != len(new) or not all(map(operator.is_, old, new))
 
     def _items(self) -> list[Any]:
