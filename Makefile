@@ -9,11 +9,11 @@ INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Tests with deadlines of seconds or comparisons of times run alone. All others spend most of their time waiting, so
 # they run two at a time, files with slow tests first.
-ALONE := tests/bench $(wildcard tests/comm/test_watchdog*.py) \
+ALONE := tests/programs/bench $(wildcard tests/comm/test_watchdog*.py) \
 	$(addprefix tests/comm/test_,lane.py transport.py) \
 	$(addprefix tests/train/test_,decoding_idle.py failure.py probe.py) tests/launch/test_local.py \
 	tests/infer/scoring/test_sleepers.py
-LONG_ALONE := $(addprefix tests/,chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py) \
+LONG_ALONE := $(addprefix tests/,programs/chaos cluster slurm attacks/test_network.py train/test_preemption.py test_stopping.py) \
 	tests/train/planner/measured/test_sleeping_run.py
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
@@ -56,7 +56,7 @@ cluster-test: .venv/installed-dev
 
 # Step time, CPU time and interpreter overhead, compared with torch's pipelines. Takes minutes; needs an idle machine.
 bench: .venv/installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.bench $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.bench $(ARGS)
 
 # Kills, stops or disconnects a rank in every phase of a step, and prints a table of how each run ends. Takes minutes.
 failures: .venv/installed-dev
@@ -65,7 +65,7 @@ failures: .venv/installed-dev
 # Injects a hundred seeded faults, each into a run that must end with unchanged results, and prints a table. Each takes
 # half a minute on two cores.
 chaos: .venv/installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.chaos $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.chaos $(ARGS)
 
 # Resumes a run in every layout from every other layout's checkpoint: all ordered pairs of 12. Takes about 10 minutes.
 any-to-any: .venv/installed-dev
@@ -78,17 +78,17 @@ triton-table: .venv/installed-dev
 
 # Compares kernels with their references on a CUDA device; skipped with the reason if there is none.
 gpu-test: .venv/installed-dev
-	.venv/bin/python -m pytest tests/gpu -q -rs
+	.venv/bin/python -m pytest tests/programs/gpu -q -rs
 
 # First checks on a GPU, in three parts of at most ten minutes: make gpu-day PART=1. Without a GPU, a dry run.
 PART ?= 1
 
 gpu-day: .venv/installed-dev
-	PART=$(PART) PYTHON=.venv/bin/python bash tests/gpu/day.sh
+	PART=$(PART) PYTHON=.venv/bin/python bash tests/programs/gpu/day.sh
 
 # Compares the time of every kernel on a CUDA device with its lower bound, torch and targets. Without a GPU, exits with 2.
 gpu-bench: .venv/installed-dev
-	.venv/bin/python -m tests.gpu.bench $(ARGS)
+	.venv/bin/python -m tests.programs.gpu.bench $(ARGS)
 
 # Builds images with docker or a compatible ENGINE: `make docker ARGS="--build-arg BASE_IMAGE=..."`.
 ENGINE ?= docker

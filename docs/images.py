@@ -18,7 +18,7 @@ from dualpipe.build import build
 from dualpipe.draw.svg import Cell, measured_cells, planned_cells
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
-from tests.bench.grouped_stages import measure_spans
+from tests.programs.bench.grouped_stages import measure_spans
 
 FOLDER = Path(__file__).parent / "images"
 WIDTH = 880

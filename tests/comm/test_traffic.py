@@ -14,10 +14,10 @@ from comm.dispatch.traffic import LayerTraffic, Spread, Traffic
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Label
 from comm.relays import Relays
-from tests.bench.forecast import Gate, forecast_text, gate_forecast, skewed_imbalance
 from tests.comm.backends import Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.forecast import Forecast, SentRows, forecast
+from tests.programs.bench.forecast import Gate, forecast_text, gate_forecast, skewed_imbalance
 from tests.ranks import run_ranks
 
 _HIDDEN = 5  # of bfloat16: 10 bytes

@@ -19,8 +19,8 @@ from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import peak_memory, simulate
 from dualpipe.validate import validate
 from kernels.registry import load_plugins
-from tests.bench import presets
 from tests.dualpipe.random_schedules import random_costs
+from tests.programs.bench import presets
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0.8, latency=0)
 

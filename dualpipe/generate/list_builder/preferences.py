@@ -103,5 +103,5 @@ def default_block(num_ranks: int, num_directions: int) -> int:
 PRESETS = read_presets(Path(__file__).with_name("presets.json").read_text("utf-8"))
 """Presets that are good for many sizes and costs, the most useful first: a greedy selection by simulation.
 
-`python -m tests.bench.presets` makes such a selection.
+`python -m tests.programs.bench.presets` makes such a selection.
 """

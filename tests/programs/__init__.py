@@ -1,0 +1,1 @@
+"""Programs that are run by hand: benchmarks, a first day on a GPU, faults, arithmetic of post-training, needles."""
