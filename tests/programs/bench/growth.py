@@ -1,8 +1,8 @@
 """Measures whether the memory of any rank grows over a long run.
 
-`python -m tests.programs.bench.growth [MINUTES] [OVERRIDE...]`, 30 by default, trains `experiment=two_nodes` for that time.
-It samples every rank's resident memory every five seconds, and compares the means of the fifth and of the last minute. If
-the run takes less than ten minutes, it compares tenths of the run that start at 1/6 and at 9/10. At the end the run is
+`python -m tests.programs.bench.growth [MINUTES] [OVERRIDE...]`, 30 by default, trains `experiment=two_nodes` for that
+time. It samples every rank's resident memory every five seconds, and compares the means of the fifth and of the last
+minute. If the run takes less than ten minutes, it compares tenths of the run that start at 1/6 and at 9/10. At the end the run is
 preempted and must exit with 75. Needs Linux.
 """
 
