@@ -2,8 +2,8 @@
 
 `python -m tests.programs.bench.growth [MINUTES] [OVERRIDE...]`, 30 by default, trains `experiment=two_nodes` for that
 time. It samples every rank's resident memory every five seconds, and compares the means of the fifth and of the last
-minute. If the run takes less than ten minutes, it compares tenths of the run that start at 1/6 and at 9/10. At the end the run is
-preempted and must exit with 75. Needs Linux.
+minute. If the run takes less than ten minutes, it compares tenths of the run that start at 1/6 and at 9/10. At the
+end the run is preempted and must exit with 75. Needs Linux.
 """
 
 import signal

@@ -1,10 +1,10 @@
 """Measures how much of the reduction of gradients and of the update of weights runs under the passes.
 
 `python -m tests.programs.bench.reduction` prints a line for each link speed. Four ranks run schedules of two
-directions. Schedule, interpreter, optimizer and collectives are those of training. Sleeps emulate
-computation and the time that bytes take on a link, so that few cores can run all ranks. Steps that reduce after all passes and complete the update
-before the next step alternate with those of training. Of all rounds the shortest counts, because other work only makes
-a step longer.
+directions. Schedule, interpreter, optimizer and collectives are those of training. Sleeps emulate computation and the
+time that bytes take on a link, so that few cores can run all ranks. Steps that reduce after all passes and complete
+the update before the next step alternate with those of training. Of all rounds the shortest counts, because other
+work only makes a step longer.
 """
 
 import sys
