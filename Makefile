@@ -18,8 +18,8 @@ LONG_ALONE := $(addprefix tests/,programs/chaos cluster slurm attacks/test_netwo
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train post life test test-fast test-long cluster-test triton-table gpu-test gpu-day gpu-bench failures bench chaos \
-	any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test
+.PHONY: train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
+	failures bench chaos any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test
 
 train: .venv/installed
 	.venv/bin/python -m launch.train experiment=quickstart $(ARGS)
@@ -36,18 +36,22 @@ test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(PYTEST) $(TWO) -m 'not long' --durations=20 $(ALONE:%=--ignore=%)
-	$(PYTEST) -m 'not long' --durations=20 $(ALONE)
+	$(PYTEST) $(TWO) -m 'not long and not exhaustive' --durations=20 $(ALONE:%=--ignore=%)
+	$(PYTEST) -m 'not long and not exhaustive' --durations=20 $(ALONE)
 
 # Long tests: chaos, preemption, attacks on a run, Slurm, network namespaces, images, suites over plugins, a dry run of
 # `gpu-day`, documentation blocks.
 test-long: .venv/installed-dev
-	$(PYTEST) $(TWO) -m long --durations=20 $(LONG_ALONE:%=--ignore=%)
-	$(PYTEST) -m long --durations=20 $(LONG_ALONE)
+	$(PYTEST) $(TWO) -m 'long and not exhaustive' --durations=20 $(LONG_ALONE:%=--ignore=%)
+	$(PYTEST) -m 'long and not exhaustive' --durations=20 $(LONG_ALONE)
+
+# All parameters of tests of which `make test` and `make test-long` run a sample that covers every kind. Takes an hour.
+test-exhaustive: .venv/installed-dev
+	$(PYTEST) $(TWO) -m exhaustive --durations=20
 
 # Quick tests only.
 test-fast: .venv/installed-dev
-	$(PYTEST) $(TWO) -m 'not slow and not long' -x -q --durations=20
+	$(PYTEST) $(TWO) -m 'not slow and not long and not exhaustive' -x -q --durations=20
 
 # Ranks in network namespaces with rate-limited links, and jobs on a real Slurm. Needs Linux and root, and for the jobs
 # slurm-wlm and munge; tests that cannot run are skipped with the reason.

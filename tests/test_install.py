@@ -44,7 +44,7 @@ def test_make_of_a_run_installs_no_extra(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["test", "test-fast", "test-long", "bench", "triton-table", "gpu-test", "docker-pins"]
+    "target", ["test", "test-fast", "test-long", "test-exhaustive", "bench", "triton-table", "gpu-test", "docker-pins"]
 )
 def test_make_of_tests_installs_what_tests_need_after_what_running_needs(target: str, tmp_path: Path) -> None:
     printed = make(tmp_path, target)
