@@ -2,10 +2,12 @@
 
 import signal
 import threading
+from collections import defaultdict
 
 import pytest
 
 from kernels.registry import PluginError, load_plugins
+from tests.covering import covering
 from tests.stopping import Stop, make_folder
 
 _STOP = pytest.StashKey[Stop]()
@@ -17,8 +19,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         item.config.stash[_STOP].install()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves files with slow tests to the front, so that no worker runs a slow file alone at the end."""
+    """Marks parameters outside the covering sample `exhaustive`, and moves files with slow tests to the front."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("covering") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same_test in cases.values():
+        mark = same_test[0].get_closest_marker("covering")
+        assert mark is not None
+        parameters = [item.callspec.params for item in same_test]  # type: ignore[attr-defined]
+        sample = covering(parameters, *mark.args)
+        for index, item in enumerate(same_test):
+            if index not in sample:
+                item.add_marker(pytest.mark.exhaustive)
+    # No worker should run a slow file alone at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
 

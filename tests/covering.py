@@ -1,0 +1,29 @@
+"""Chooses the parameters of a test that `make test` runs: each value, or each pair of values, at least once."""
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+
+def covering(cases: Sequence[Mapping[str, Any]], strength: int = 2) -> set[int]:
+    """Returns positions of few cases that hold every combination of `strength` parameters that any case holds.
+
+    Greedy in a seeded order, so that two runs choose the same cases. Values that print alike are the same value, except
+    if the print shows an address.
+    """
+    combinations_of = [_combinations(case, strength) for case in cases]
+    missing = set().union(*combinations_of)
+    order = random.Random(0).sample(range(len(cases)), len(cases))
+    chosen: set[int] = set()
+    while missing:
+        best = max(order, key=lambda position: len(combinations_of[position] & missing))
+        chosen.add(best)
+        missing -= combinations_of[best]
+    return chosen
+
+
+def _combinations(case: Mapping[str, Any], strength: int) -> set[tuple[tuple[str, str], ...]]:
+    """Returns the combinations of names and values in a case; one with fewer parameters has a single combination."""
+    values = sorted((name, repr(value)) for name, value in case.items())
+    return set(combinations(values, min(strength, len(values))))
