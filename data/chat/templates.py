@@ -2,7 +2,7 @@
 
 A template is data: which tokens begin and end a message of each role. `data.chat.encode` places them as token ids, and
 `data.chat.jinja` writes the same table for inference servers. Source: the `chat_template` of the released
-DeepSeek-V3-0324, R1, R1-Distill and V3.1; docs/post_training.md lists which template is which release.
+DeepSeek-V3-0324, R1, R1-Distill and V3.1; docs/chats.md lists which template is which release.
 """
 
 from dataclasses import dataclass, replace

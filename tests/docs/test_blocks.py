@@ -18,13 +18,15 @@ RUNNABLE = [
 ]
 TRAINS = re.compile(r"-m launch\.(train|submit)\b")
 STARTS_NOTHING = re.compile(r"--help|config_only|dry_run")
+DEPENDS = re.compile(r"(resume|init_from|paths|teacher|path|plugins)=|TIME")
+"""What a command has that reads files of the page's folder."""
 TIME = re.compile(r"outputs/(\w+)/TIME")
 """A run's folder as pages write it; the reader inserts the time."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds what the first training of a page has written, by command, for pages that begin with the same one."""
+    """Holds what trainings that read no files have written, by command, for pages with the same one."""
     return tmp_path_factory.mktemp("trained")
 
 
@@ -71,20 +73,20 @@ def run(block: Block, command: str, folder: Path, shell: dict[str, str], codes: 
 
 
 def run_shortened(block: Block, command: str, folder: Path, shell: dict[str, str], trained: Path) -> None:
-    """Runs a command; a training does two steps, or two more if it resumes. Equal first trainings run once."""
+    """Runs a command; a training does two steps, or two more if it resumes. Equal ones that read no files run once."""
     if command.startswith("make train"):
         command = "python -m launch.train experiment=quickstart"
     if not TRAINS.search(command) or STARTS_NOTHING.search(command):
         run(block, command, folder, shell)
         return
-    kept = trained / re.sub(r"\W+", "_", command)
-    if kept.exists() and not (folder / "outputs").exists():
-        shutil.copytree(kept, folder / "outputs")
+    if DEPENDS.search(command):
+        run(block, _with_override(command, f"task.steps={4 if 'resume=' in command else 2}"), folder, shell)
         return
-    is_first = not any(folder.iterdir())
-    run(block, _with_override(command, f"task.steps={4 if 'resume=' in command else 2}"), folder, shell)
-    if is_first:
-        shutil.copytree(folder / "outputs", kept)
+    first = trained / re.sub(r"\W+", "_", command)
+    if not first.exists():
+        first.mkdir()
+        run(block, _with_override(command, "task.steps=2"), first, shell)
+    shutil.copytree(first, folder, dirs_exist_ok=True)
 
 
 def with_times(text: str, folder: Path) -> str:
