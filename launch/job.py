@@ -16,8 +16,7 @@ from data.chat.encode import check_tokens
 from data.chat.jinja import template_of
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import DataError
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import find_tokenizer_file
+from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import FALLBACK, SCHEDULES, check_size
 from launch.config.model_rules import check_expert_ranks, check_experts

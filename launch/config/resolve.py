@@ -11,7 +11,7 @@ from typing import Any
 
 from data.prepare import check_config, estimate_tokens
 from data.registry import DATA_SOURCES
-from data.tokenizer_files import find_tokenizer_file, other_tokenizer
+from data.tokenizer import find_tokenizer_file, other_tokenizer
 from infer.evaluate.lines import checked_file
 from infer.evaluate.registry import EVALUATION_TASKS
 from infer.scoring.reward import check_problems

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from data.corpus import DataError
 from data.progress import progress_text
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import find_tokenizer_file
+from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
 from model.hf.convert import rotary_plan
 from model.hf.files import create_folder_atomically, write_synced

@@ -12,8 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import TOKENIZER_NAME
+from data.tokenizer import TOKENIZER_NAME, Tokenizer
 from dualpipe.draw.document import document
 from train.checkpoint.locate import CHECKPOINTS_NAME
 from train.figures import embedded_json

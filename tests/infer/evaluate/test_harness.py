@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from comm.dispatch.local import LocalDispatcher
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import TOKENIZER_NAME
+from data.tokenizer import TOKENIZER_NAME, Tokenizer
 from infer.evaluate.protocol import EvaluationError
 from launch.evaluation.harness import open_harness_model
 from model.hf.convert import save_hf
