@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache import open_or_build
 from data.config import DataConfig
 from data.corpus import DataError, EmbeddedSource, FilesSource, is_validation, read_documents
 from data.encode import encode_part, train_tokenizer
 from data.pack import entropy_nats
-from data.prepare import Prepared, check_config, prepare
+from data.prepare import Prepared, check_config, open_or_build, prepare
 from tests.tiny import data_config
 
 NUM_FILES = 40
