@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch_sizes import BatchSizes
 from data.corpus import DataError
-from data.documents import LongDocuments
+from data.pack import LongDocuments
 from data.prepare import Prepared
 
 IGNORE = -100

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, check_source, list_files, size_bytes
-from data.documents import LongDocuments, pack_long_first
 from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
-from data.pack import entropy_nats, pack_documents
+from data.pack import LongDocuments, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Part
 from data.samples.build import build_samples, counts_of, has_samples, read_values

@@ -11,8 +11,8 @@ import torch
 
 from comm.config import ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
-from data.documents import count_token_bytes
 from data.loader import IGNORE, Loader
+from data.pack import count_token_bytes
 from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from infer.evaluate.local import LocalModel

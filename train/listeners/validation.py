@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.documents import count_token_bytes
 from data.loader import IGNORE, Batch, Loader
+from data.pack import count_token_bytes
 from data.tokenizer import Tokenizer
 from model.objective import MAIN, LossSums, MicroBatch
 from train.callbacks import call_on_first_rank
