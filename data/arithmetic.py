@@ -13,9 +13,9 @@ from data.chat.encode import check_tokens, encode_conversations, pair_sample
 from data.chat.messages import Conversation, assistant, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, hash_unit
+from data.pack import PAIR_VALUES, WEIGHTS
 from data.problems.records import ProblemRecord
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
-from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from kernels.ranges import AtLeast, NonNegativeInt, PositiveInt, Share

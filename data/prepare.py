@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, check_source, list_files, size_bytes
 from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
-from data.pack import LongDocuments, entropy_nats, pack_documents, pack_long_first
+from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Part
 from data.samples.build import build_samples, counts_of, has_samples, read_values
-from data.samples.pack import SampleCounts
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
@@ -63,7 +62,7 @@ class Prepared:
     unigram_entropy_nats: float
     bytes_per_token: float  # UTF-8 bytes of text per token of the same part, without begin of sentence
     fingerprint: str  # SHA-256 of the arrays; equal if and only if two machines read the same samples
-    # further values of the training part's tokens by name, each [N, L, ...]; see `data.samples`.
+    # further values of the training part's tokens by name, each [N, L, ...]; see `data.pack`.
     train_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     validation_values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)  # as for training
     # number of samples of each part; empty if the source has documents.

@@ -53,7 +53,7 @@ class SamplePiece:
     Attributes:
         tokens: token ids, [T].
         values: further values by name, each [T, ...]. A value of position i concerns the prediction of token i + 1, or
-            the state of token i. `data.samples.WEIGHTS` is the weight of that prediction in the loss.
+            the state of token i. `data.pack.WEIGHTS` is the weight of that prediction in the loss.
     """
 
     tokens: NDArray[np.integer]

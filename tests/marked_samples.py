@@ -8,8 +8,8 @@ import numpy as np
 
 from comm.config import ParallelismConfig
 from data.corpus import CorpusFile
+from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
-from data.samples.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from kernels.ranges import PositiveInt

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from data.chat.messages import ChatMessage, Conversation, ToolDefinition, order_problem
 from data.chat.templates import ChatTemplate, Pieces
 from data.corpus import DataError
+from data.pack import MARGIN, PAIR, SCORE, WEIGHTS
 from data.registry import SamplePiece, TrainingSample
-from data.samples.pack import MARGIN, PAIR, SCORE, WEIGHTS
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE
 from data.tokenizer import Tokenizer
 

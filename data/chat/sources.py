@@ -11,8 +11,8 @@ from data.chat.messages import AnswerPair, Conversation
 from data.chat.records import read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import CHECKED_BYTES, DataError, check_source
+from data.pack import PAIR_VALUES, WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, TrainingSample
-from data.samples.pack import PAIR_VALUES, WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 

@@ -13,10 +13,10 @@ from data.chat.encode import check_tokens
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
+from data.pack import WEIGHTS
 from data.problems.records import ProblemRecord
 from data.problems.source import prompt_sample
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
-from data.samples.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt
 

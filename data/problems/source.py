@@ -12,9 +12,9 @@ from data.chat.fields import JsonRecord, list_jsonl, read_json_lines
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.config import DataConfig, with_parts
 from data.corpus import DataError, check_source
+from data.pack import WEIGHTS
 from data.problems.records import ProblemRecord, read_problem
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
-from data.samples.pack import WEIGHTS
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import Tokenizer
 

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from data.config import DataConfig, with_parts
 from data.corpus import DataError
 from data.encode import train_tokenizer
-from data.pack import entropy_nats
+from data.pack import WEIGHTS, PackedSamples, SampleCounts, entropy_nats, pack_samples
 from data.progress import Progress
 from data.registry import DATA_SOURCES, Part, TrainingSample
-from data.samples.pack import WEIGHTS, PackedSamples, SampleCounts, pack_samples
 from data.tokenizer import Tokenizer
 
 PARTS: tuple[Part, ...] = ("train", "validation")

@@ -7,9 +7,9 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from data.pack import PAIR, WEIGHTS
 from data.prepare import Prepared
 from data.progress import printable
-from data.samples.pack import PAIR, WEIGHTS
 from data.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 4000

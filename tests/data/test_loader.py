@@ -13,9 +13,9 @@ from data.batch_sizes import BatchRamp, BatchSizes, ramp_sizes
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError
 from data.loader import IGNORE, Batch, Loader, SampleOrder, permutation
+from data.pack import WEIGHTS, pack_samples
 from data.prepare import Prepared, prepare
 from data.registry import SamplePiece, TrainingSample
-from data.samples.pack import WEIGHTS, pack_samples
 from tests.tiny import data_config, tiny_config
 
 

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 from data.chat.sources import ChatSource, PreferencesSource
 from data.encode import cut_for_fim, join_fim_tokens
-from data.pack import best_fit_decreasing, cut_pieces, pack_documents
+from data.pack import WEIGHTS, best_fit_decreasing, cut_pieces, pack_documents
 from data.prepare import prepare
 from data.progress import EscapedStream, escape_terminals, printable, progress_on
-from data.samples.pack import WEIGHTS
 from data.samples.show import sample_lines
 from data.tokenizer import Tokenizer
 from launch import train

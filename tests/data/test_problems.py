@@ -14,10 +14,10 @@ from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
 from data.corpus import DataError
+from data.pack import WEIGHTS
 from data.prepare import Prepared, check_config, prepare
 from data.problems.source import ProblemsSource, split_problems
 from data.registry import DATA_SOURCES
-from data.samples.pack import WEIGHTS
 from data.samples.show import sample_lines
 from data.tokenizer import Tokenizer
 from tests.data.chat.conversations import chat_tokenizer

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from data.pack import WEIGHTS
 from data.prepare import Prepared
 from data.registry import DATA_SOURCES
-from data.samples.pack import WEIGHTS
 from infer.config import Sampling
 from infer.generate import Continuation, generate
 from infer.text import decode_after

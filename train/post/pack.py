@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.loader import Batch
-from data.pack import PADDING_POSITION, best_fit_decreasing
-from data.samples.pack import ANSWER, WEIGHTS
+from data.pack import ANSWER, PADDING_POSITION, WEIGHTS, best_fit_decreasing
 from infer.protocol import NumberedPrompt, Sample
 from model.objectives.policy import ADVANTAGE, OLD, SAMPLER
 from model.objectives.preference import TokenLogProbs

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from data.samples.pack import WEIGHTS
+from data.pack import WEIGHTS
 from kernels.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from model.config import ModelConfig
 from train.config import BatchConfig

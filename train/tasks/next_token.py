@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORE, Batch
-from data.samples.pack import WEIGHTS
+from data.pack import WEIGHTS
 from kernels.attention.documents import Documents
 from kernels.distillation.reference import Divergence
 from model.objective import (

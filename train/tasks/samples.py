@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES
-from data.samples.pack import WEIGHTS
 from kernels.ranges import PositiveFloat
 from model.config import ModelConfig
 from train.config import BatchConfig, TaskConfig

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import DataError
+from data.pack import WEIGHTS
 from data.prepare import Prepared
 from data.progress import Progress
 from data.registry import Part
-from data.samples.pack import WEIGHTS
 from train.config.decode import decode
 from train.config.errors import ConfigError
 

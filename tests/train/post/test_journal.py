@@ -13,7 +13,7 @@ import torch
 from numpy.random import Generator, Philox
 
 from data.loader import Batch
-from data.samples.pack import ANSWER, WEIGHTS
+from data.pack import ANSWER, WEIGHTS
 from infer.protocol import Group, NumberedPrompt, Sample
 from infer.scoring.reward import GroupSheets, ScoreSheet, join_parts
 from infer.scoring.score import SKIPPED, Outcome, Problem, Score, failure, verdict

@@ -12,7 +12,7 @@ from numpy.random import Generator, Philox
 from torch import distributed as dist
 
 from data.loader import Batch, Loader
-from data.samples.pack import WEIGHTS
+from data.pack import WEIGHTS
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Statistics
 from infer.engines.pipelined.engine import PipelinedEngine
