@@ -50,7 +50,7 @@ def build_samples(
         values |= {f"{part}_samples_{name}": count for name, count in asdict(packed.counts).items()}
         if predicted := _predicted_tokens(packed, has_targets=has_targets):
             values["unigram_entropy_nats"] = entropy_nats(np.bincount(predicted).astype(np.int64))
-            values["bytes_per_token"] = max(_text_bytes(tokenizer, predicted), 1) / len(predicted)
+            values["bytes_per_token"] = max(_decoded_bytes(tokenizer, predicted), 1) / len(predicted)
     values["fingerprint"] = digest.hexdigest()
     return values
 
@@ -93,7 +93,7 @@ def _encode_samples(config: DataConfig, tokenizer: Tokenizer) -> dict[Part, list
     return parts
 
 
-def _text_bytes(tokenizer: Tokenizer, tokens: list[int]) -> int:
+def _decoded_bytes(tokenizer: Tokenizer, tokens: list[int]) -> int:
     return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
