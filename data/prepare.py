@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig, LongDocumentsConfig
 from data.corpus import DataError, check_source, list_files, size_bytes
-from data.encode import NO_PROGRESS, build_encoded, own_tokenizer
+from data.encode import NO_PROGRESS, build_encoded, build_samples, counts_of, has_samples, own_tokenizer, read_values
 from data.pack import LongDocuments, SampleCounts, entropy_nats, pack_documents, pack_long_first
 from data.progress import Progress
 from data.registry import DATA_SOURCES, DataSource, Part
-from data.samples.build import build_samples, counts_of, has_samples, read_values
 from data.special_tokens import TOKENIZER_CONFIG_NAME, SpecialNames
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_vocab_size
 
