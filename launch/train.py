@@ -79,7 +79,7 @@ def dry_run(overrides: Sequence[str]) -> str:
         config = compose_run(overrides, checks_weights=False)
         check(config, checks_weights=False)
         from data.loader import SampleOrder
-        from data.samples.show import sample_lines
+        from data.sample_lines import sample_lines
         from train.corpus import prepare_corpus
 
         prepared = prepare_corpus(config, progress_on())

@@ -21,7 +21,7 @@ from data.encode import cut_for_fim, join_fim_tokens
 from data.pack import WEIGHTS, best_fit_decreasing, cut_pieces, pack_documents
 from data.prepare import prepare
 from data.progress import EscapedStream, escape_terminals, printable, progress_on
-from data.samples.show import sample_lines
+from data.sample_lines import sample_lines
 from data.tokenizer import Tokenizer
 from launch import train
 from launch.help.command import command

@@ -1,1 +1,0 @@
-"""Prepares samples of chats, pairs or problems, which are never split."""
