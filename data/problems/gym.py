@@ -31,7 +31,7 @@ class GymSource(DataSource):
     template: Annotated[str, CHAT_TEMPLATES]  # name of the chat template
 
 
-def _open(source: GymSource) -> Any:
+def _open_dataset(source: GymSource) -> Any:
     """Returns the data set. Raises DataError if the library cannot be imported, or has no such data set."""
     try:
         factory = importlib.import_module("reasoning_gym.factory")
@@ -49,8 +49,8 @@ def _open(source: GymSource) -> Any:
     return factory.create_dataset(source.dataset, size=source.count, seed=source.generator_seed)
 
 
-def _problems(source: GymSource) -> Iterator[ProblemRecord]:
-    made = _open(source)
+def _gym_problems(source: GymSource) -> Iterator[ProblemRecord]:
+    made = _open_dataset(source)
     seen = set()
     for index in range(source.count):
         entry = made[index]
@@ -70,19 +70,19 @@ def _problems(source: GymSource) -> Iterator[ProblemRecord]:
         )
 
 
-def _samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
+def _gym_samples(source: GymSource, tokenizer: Tokenizer) -> Iterator[TrainingSample]:
     template = CHAT_TEMPLATES.get(source.template)
-    return (prompt_sample(record, template, tokenizer) for record in _problems(source))
+    return (prompt_sample(record, template, tokenizer) for record in _gym_problems(source))
 
 
-def _check(source: GymSource, tokenizer: Tokenizer | None) -> None:
+def _check_gym(source: GymSource, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         raise DataError(
             "data.tokenizer: must be given with data=reasoning_gym, which has no text to train one on, is null; "
             "nearest valid: data.tokenizer=FOLDER, or auto with init_from"
         )
     check_tokens(CHAT_TEMPLATES.get(source.template).required_tokens, source.template, tokenizer)
-    _open(source)
+    _open_dataset(source)
 
 
 def _library_version() -> str:
@@ -104,11 +104,11 @@ DATA_SOURCES.register(
             *(source.dataset, source.count, source.generator_seed, source.template),
             _library_version(),
         ],
-        samples=_samples,
-        check=_check,
+        samples=_gym_samples,
+        check=_check_gym,
         chat_template=lambda source: source.template,
         values=lambda source: (WEIGHTS,),
-        problems=_problems,
+        problems=_gym_problems,
         has_targets=False,
     ),
 )

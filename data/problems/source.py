@@ -45,7 +45,7 @@ def problem_text(record: ProblemRecord) -> str:
     return "\n".join([*(message.content for message in record.messages), record.answer or ""])
 
 
-def _list(source: ProblemsSource) -> tuple[CorpusFile, ...]:
+def _list_problems(source: ProblemsSource) -> tuple[CorpusFile, ...]:
     return list_jsonl(source.paths, "problems", PROBLEM_EXAMPLE)
 
 
@@ -59,7 +59,7 @@ def _read_file(file: CorpusFile, limit_bytes: int | None) -> Iterator[ProblemRec
 
 
 def _problems(source: ProblemsSource) -> Iterator[ProblemRecord]:
-    for file in _list(source):
+    for file in _list_problems(source):
         yield from _read_file(file, None)
 
 
@@ -85,7 +85,7 @@ DATA_SOURCES.register(
     DataSourceEntry(
         summary="problems in .jsonl files, of which the prompts are encoded",
         config=ProblemsSource,
-        files=_list,
+        files=_list_problems,
         read=_documents,
         place=lambda source: f"data.paths: {list(source.paths)!r}",
         settings=lambda source: source.template,
