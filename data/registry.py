@@ -127,5 +127,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    (*("data.corpus", "data.chat.sources", "data.problems.source", "data.problems.gym", "data.arithmetic"),),
+    (*("data.corpus", "data.chat.sources", "data.problems", "data.problems.gym", "data.arithmetic"),),
 )

@@ -14,8 +14,8 @@ from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.pack import WEIGHTS
+from data.problems import prompt_sample
 from data.problems.records import ProblemRecord
-from data.problems.source import prompt_sample
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
 from data.tokenizer import Tokenizer
 from kernels.ranges import NonNegativeInt, PositiveInt

@@ -17,7 +17,7 @@ from data.chat.sources import ChatSource, PreferencesSource
 from data.config import with_parts
 from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
 from data.prepare import check_config, prepare
-from data.problems.source import ProblemsSource, split_problems
+from data.problems import ProblemsSource, split_problems
 from data.progress import ProgressLines, progress_on, progress_text, seconds_text
 from data.registry import DataSource
 from infer.evaluate.folder import read_records

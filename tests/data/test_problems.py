@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.corpus import DataError
 from data.pack import WEIGHTS
 from data.prepare import Prepared, check_config, prepare
-from data.problems.source import ProblemsSource, split_problems
+from data.problems import ProblemsSource, split_problems
 from data.registry import DATA_SOURCES
 from data.sample_lines import sample_lines
 from data.tokenizer import Tokenizer

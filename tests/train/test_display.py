@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from data.problems.source import split_problems
+from data.problems import split_problems
 from tests import ROOT
 from tests.rollouts import GRPO, ROLLOUT, rollout_config
 from train.corpus import prepare_corpus

@@ -10,8 +10,8 @@ import pytest
 
 from data.corpus import DataError
 from data.prepare import check_config, prepare
+from data.problems import split_problems
 from data.problems.gym import GymSource
-from data.problems.source import split_problems
 from infer.scoring import scorers
 from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError, score_in_threads
 from infer.scoring.ratings import PassRates, compute_pass_rates
