@@ -14,7 +14,7 @@ from data.chat.messages import Conversation, assistant, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError, hash_unit
 from data.pack import PAIR_VALUES, WEIGHTS
-from data.problems.records import ProblemRecord
+from data.problems import ProblemRecord
 from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, TrainingSample
 from data.special_tokens import CHAT_TOKENS
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kernels.registry import Registry
 
 if TYPE_CHECKING:
-    from data.problems.records import ProblemRecord
+    from data.problems import ProblemRecord
     from data.tokenizer import Tokenizer
 
 Part = Literal["train", "validation"]
@@ -127,5 +127,5 @@ class DataSourceEntry:
 
 DATA_SOURCES = Registry[DataSourceEntry](
     "data.kind",
-    (*("data.corpus", "data.chat.sources", "data.problems", "data.problems.gym", "data.arithmetic"),),
+    ("data.corpus", "data.chat.sources", "data.problems", "data.arithmetic"),
 )

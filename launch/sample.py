@@ -18,7 +18,7 @@ from data.chat.fields import decode_line
 from data.chat.messages import ChatMessage, user
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import DataError
-from data.problems.records import ProblemRecord, read_problem
+from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer
 from infer.config import Sampling, Speculative, check

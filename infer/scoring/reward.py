@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, NoReturn, Protocol
 
-from data.problems.records import ProblemRecord
+from data.problems import ProblemRecord
 from infer.scoring.pool import score_in_threads
 from infer.scoring.score import (
     SCORERS,

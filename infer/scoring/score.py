@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from data.problems.records import ProblemRecord, StdinTest
+from data.problems import ProblemRecord, StdinTest
 from infer.config import RuleError
 from kernels.registry import Registry
 

@@ -7,8 +7,7 @@ from data.chat.encode import encode_prompt
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.loader import SampleOrder
 from data.prepare import Prepared
-from data.problems import split_problems
-from data.problems.records import ProblemRecord
+from data.problems import ProblemRecord, split_problems
 from data.registry import DATA_SOURCES
 from data.tokenizer import Tokenizer
 from infer.protocol import PROMPT_SAMPLE, Group, Sample, SampledRoutes

@@ -26,7 +26,7 @@ from data.chat.fields import describe, list_of, text_of
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
-from data.problems.gym import GymSource
+from data.problems import GymSource
 from data.registry import DATA_SOURCES
 from infer.evaluate.answers import target_sequence
 from infer.evaluate.lines import SampleLine, field_of, needed_path, read_samples, text_field

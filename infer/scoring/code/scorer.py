@@ -12,7 +12,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from data.problems.records import StdinTest
+from data.problems import StdinTest
 from infer.scoring.answer_text import final_text, last_code
 from infer.scoring.code.find import IsolationChoice, find_sandbox
 from infer.scoring.code.sandbox import GuestLimits, GuestProgram, Isolation, memory_file, open_pipe

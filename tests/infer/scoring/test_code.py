@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data.problems.records import StdinTest
+from data.problems import StdinTest
 from infer.scoring.code import find, supervise
 from infer.scoring.code.sandbox import GuestLimits, GuestProgram
 from infer.scoring.code.scorer import CodeConfig, CodeScorer

@@ -10,8 +10,7 @@ import pytest
 
 from data.corpus import DataError
 from data.prepare import check_config, prepare
-from data.problems import split_problems
-from data.problems.gym import GymSource
+from data.problems import GymSource, split_problems
 from infer.scoring import scorers
 from infer.scoring.pool import WorkerDiedError, WorkerPool, WorkerProgram, WorkerTimeoutError, score_in_threads
 from infer.scoring.ratings import PassRates, compute_pass_rates

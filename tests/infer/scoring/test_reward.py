@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from data.problems.records import ProblemRecord, read_problem
+from data.problems import ProblemRecord, read_problem
 from infer.scoring.ratings import ExactConfig, PluralityConfig
 from infer.scoring.reward import (
     GroupSheets,

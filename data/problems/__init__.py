@@ -1,1 +1,0 @@
-"""Reads problems: prompts with what a right answer must satisfy. No torch here."""
