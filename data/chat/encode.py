@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.chat.messages import ChatMessage, Conversation, ToolDefinition, order_problem
-from data.chat.templates import ChatTemplate, Pieces
+from data.chat.templates import TOOLS_HEADING, ChatTemplate, Pieces
 from data.corpus import DataError
 from data.pack import MARGIN, PAIR, SCORE, WEIGHTS
 from data.registry import SamplePiece, TrainingSample
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE
 from data.tokenizer import Tokenizer
-
-TOOLS_HEADING = "## Tools\nYou have access to the following tools:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

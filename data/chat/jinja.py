@@ -8,8 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from data.chat.encode import TOOLS_HEADING
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, Pieces
+from data.chat.templates import CHAT_TEMPLATES, TOOLS_HEADING, ChatTemplate, Pieces
 from data.special_tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE, END_THINK
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"

@@ -29,6 +29,7 @@ from kernels.registry import Registry
 Pieces = tuple[str, ...]
 """Special tokens by name, and text. An item is a token if and only if it equals the name of one."""
 
+TOOLS_HEADING = "## Tools\nYou have access to the following tools:"
 _SPECIAL_NAMES = frozenset({BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, *CHAT_TOKENS})
 
 
