@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from comm.config import ClusterConfig, ParallelismConfig
 from data.chat.encode import check_tokens
-from data.chat.jinja import template_of
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate, template_of
 from data.corpus import DataError
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from dualpipe.config import ScheduleConfig

@@ -18,8 +18,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from comm.dispatch.local import LocalDispatcher
-from data.chat.jinja import template_jinja
-from data.chat.templates import CHAT_TEMPLATES
+from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from model.config import ModelConfig
 from model.hf.files import HfError
 from model.hf.header import read_header

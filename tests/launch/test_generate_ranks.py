@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 
 from data.arithmetic import ArithmeticSource, arithmetic_tokenizer
 from data.chat.encode import encode_prompt
-from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja, template_of
 from data.chat.messages import user
 from data.chat.sources import ChatSource
-from data.chat.templates import CHAT_TEMPLATES
+from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja, template_of
 from data.corpus import DataError
 from data.tokenizer import Tokenizer
 from dualpipe.ir import ScheduleError

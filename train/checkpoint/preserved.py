@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja
-from data.chat.templates import CHAT_TEMPLATES
+from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, template_jinja
 from data.registry import DATA_SOURCES
 from data.special_tokens import GENERATION_NAME, TOKENIZER_CONFIG_NAME, TOKENS_MAP_NAME
 from data.tokenizer import Tokenizer

@@ -11,9 +11,8 @@ import transformers
 
 from data.arithmetic import arithmetic_tokenizer
 from data.chat.encode import check_tokens, encode_conversations, encode_prompt, split_views
-from data.chat.jinja import CHAT_TEMPLATE_NAME, template_jinja, template_of
 from data.chat.messages import ChatMessage, Conversation, ToolCall, assistant, user
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.chat.templates import CHAT_TEMPLATE_NAME, CHAT_TEMPLATES, ChatTemplate, template_jinja, template_of
 from data.corpus import DataError
 from data.special_tokens import CHAT_TOKENS, END_OF_SENTENCE
 from data.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
