@@ -22,8 +22,14 @@ from typing import Annotated, Any
 import numpy as np
 
 from data.chat.encode import check_tokens, encode_prompt
-from data.chat.fields import (
+from data.chat.messages import ChatMessage, user
+from data.chat.records import read_prompt
+from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
+from data.config import DataConfig, with_parts
+from data.corpus import (
+    DataError,
     JsonRecord,
+    check_source,
     describe,
     list_jsonl,
     list_of,
@@ -32,11 +38,6 @@ from data.chat.fields import (
     read_json_lines,
     text_of,
 )
-from data.chat.messages import ChatMessage, user
-from data.chat.records import read_prompt
-from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.config import DataConfig, with_parts
-from data.corpus import DataError, check_source
 from data.pack import WEIGHTS
 from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
 from data.special_tokens import CHAT_TOKENS

@@ -14,10 +14,9 @@ from typing import Any, Literal
 from data.arithmetic import Domain, check_domains
 from data.arithmetic import problems as arithmetic_problems
 from data.chat.encode import encode_prompt
-from data.chat.fields import decode_line
 from data.chat.messages import ChatMessage, user
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
-from data.corpus import DataError
+from data.corpus import DataError, decode_line
 from data.problems import ProblemRecord, read_problem
 from data.special_tokens import THINK
 from data.tokenizer import Tokenizer

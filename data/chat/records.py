@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from data.chat.fields import describe, list_of, nearest_name, object_of, text_of
 from data.chat.messages import (
     ROLES,
     AnswerPair,
@@ -23,7 +22,7 @@ from data.chat.messages import (
     ToolDefinition,
     order_problem,
 )
-from data.corpus import DataError
+from data.corpus import DataError, describe, list_of, nearest_name, object_of, text_of
 from data.special_tokens import END_THINK, THINK
 
 THOUGHTS_FIELDS = ("thoughts", "reasoning_content")

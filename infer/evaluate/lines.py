@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from data.chat.fields import decode_line, describe, text_of
-from data.corpus import DataError
+from data.corpus import DataError, decode_line, describe, text_of
 from infer.evaluate.protocol import EvaluationError
 
 LARGEST_FILE_BYTES = 2**31

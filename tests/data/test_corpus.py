@@ -12,10 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from data.chat.fields import read_json_lines
 from data.chat.sources import ChatSource, PreferencesSource
 from data.config import with_parts
-from data.corpus import DataError, EmbeddedSource, FilesSource, check_source, is_validation, list_files, read_documents
+from data.corpus import (
+    DataError,
+    EmbeddedSource,
+    FilesSource,
+    check_source,
+    is_validation,
+    list_files,
+    read_documents,
+    read_json_lines,
+)
 from data.prepare import check_config, prepare
 from data.problems import ProblemsSource, split_problems
 from data.progress import ProgressLines, progress_on, progress_text, seconds_text

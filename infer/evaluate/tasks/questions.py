@@ -22,10 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from data.arithmetic import problems as arithmetic_problems
-from data.chat.fields import describe, list_of, text_of
 from data.chat.messages import user
 from data.chat.templates import CHAT_TEMPLATES
-from data.corpus import DataError
+from data.corpus import DataError, describe, list_of, text_of
 from data.problems import GymSource
 from data.registry import DATA_SOURCES
 from infer.evaluate.answers import target_sequence
