@@ -22,8 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from data.chat.encode import check_tokens, encode_prompt
-from data.chat.messages import ChatMessage, user
-from data.chat.records import read_prompt
+from data.chat.messages import ChatMessage, read_prompt, user
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.config import DataConfig, with_parts
 from data.corpus import (

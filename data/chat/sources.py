@@ -6,8 +6,7 @@ from itertools import islice
 from typing import Annotated, Literal, TypeVar
 
 from data.chat.encode import check_tokens, encode_conversations, pair_sample, special_names, split_views
-from data.chat.messages import AnswerPair, Conversation
-from data.chat.records import read_conversation, read_pair
+from data.chat.messages import AnswerPair, Conversation, read_conversation, read_pair
 from data.chat.templates import CHAT_TEMPLATES, ChatTemplate
 from data.corpus import CHECKED_BYTES, DataError, JsonRecord, check_source, list_jsonl, read_json_lines
 from data.pack import PAIR_VALUES, WEIGHTS

@@ -13,7 +13,7 @@ from torch import Tensor
 from comm.dispatch.local import LocalDispatcher
 from data.arithmetic import arithmetic_tokenizer
 from data.chat.encode import encode_conversations
-from data.chat.records import read_conversation
+from data.chat.messages import read_conversation
 from data.chat.templates import CHAT_TEMPLATES
 from infer.config import GenerateError, Sampling
 from infer.critique import JudgedAnswer

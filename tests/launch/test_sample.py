@@ -9,8 +9,7 @@ import torch
 
 import launch.sample
 from data.chat.encode import encode_prompt
-from data.chat.messages import user
-from data.chat.records import read_conversation
+from data.chat.messages import read_conversation, user
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from data.tokenizer import Tokenizer

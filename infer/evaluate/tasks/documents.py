@@ -14,8 +14,7 @@ from statistics import mean
 from typing import Annotated, Any
 
 from data.chat.encode import check_tokens, encode_conversations
-from data.chat.messages import AnswerPair
-from data.chat.records import read_pair
+from data.chat.messages import AnswerPair, read_pair
 from data.chat.templates import CHAT_TEMPLATES
 from data.corpus import DataError
 from infer.evaluate.lines import SampleLine, checked_file, needed_path, read_samples, read_text, text_field

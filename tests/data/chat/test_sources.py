@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 
 from data.chat.encode import encode_prompt
-from data.chat.messages import ChatMessage, Conversation, ToolCall, ToolDefinition, assistant, user
-from data.chat.records import read_conversation, read_pair
+from data.chat.messages import (
+    ChatMessage,
+    Conversation,
+    ToolCall,
+    ToolDefinition,
+    assistant,
+    read_conversation,
+    read_pair,
+    user,
+)
 from data.chat.sources import ChatSource, PreferencesSource
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import DataConfig
