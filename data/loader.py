@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.batch_sizes import BatchSizes
+from data.config import BatchSizes
 from data.corpus import DataError
 from data.pack import LongDocuments
 from data.prepare import Prepared

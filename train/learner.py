@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from comm.dispatch.build import open_lane
-from data.batch_sizes import BatchSizes
+from data.config import BatchSizes
 from dualpipe.ir import Schedule
 from model.gradients import GradientStore
 from model.transformer import BIAS, Transformer, named_tensors

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch_sizes import BatchSizes
+from data.config import BatchSizes
 from data.loader import Loader
 from data.progress import Progress
 from dualpipe.runtime.execute import Execution

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 
 from comm.dispatch.registry import DISPATCHERS
 from comm.dispatch.requirements import DispatchRequirementError
-from data.batch_sizes import ramp_sizes
 from data.chat.templates import CHAT_TEMPLATES
+from data.config import ramp_sizes
 from data.registry import DATA_SOURCES
 from dualpipe.build import build
 from dualpipe.generate.cache import schedules_folder

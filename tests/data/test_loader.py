@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch_sizes import BatchRamp, BatchSizes, ramp_sizes
-from data.config import DataConfig, LongDocumentsConfig
+from data.config import BatchRamp, BatchSizes, DataConfig, LongDocumentsConfig, ramp_sizes
 from data.corpus import DataError
 from data.loader import IGNORE, Batch, Loader, SampleOrder, permutation
 from data.pack import WEIGHTS, pack_samples

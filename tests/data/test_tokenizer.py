@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from data.batch_sizes import BatchSizes
-from data.config import DataConfig
+from data.config import BatchSizes, DataConfig
 from data.corpus import DataError, FilesSource, read_documents
 from data.loader import Loader
 from data.prepare import check_config, prepare

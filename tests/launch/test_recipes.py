@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.batch_sizes import BatchRamp
+from data.config import BatchRamp
 from data.corpus import DataError
 from launch import plan, submit
 from launch.config.compose import compose, dotted_keys

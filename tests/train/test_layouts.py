@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comm.config import Cut, ParallelismConfig
 from comm.dispatch.local import LocalDispatcher
-from data.batch_sizes import BatchRamp
+from data.config import BatchRamp
 from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
 from dualpipe.ir import ScheduleError

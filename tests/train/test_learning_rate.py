@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from data.batch_sizes import BatchRamp, BatchSizes
+from data.config import BatchRamp, BatchSizes
 from launch.config.run_config import compose_run
 from launch.train import preview
 from tests.tiny import OPTIM

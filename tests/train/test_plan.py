@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from comm.config import Cut, ParallelismConfig
 from comm.layout import Layout
-from data.batch_sizes import BatchRamp
+from data.config import BatchRamp
 from dualpipe.build import build
 from dualpipe.config import ScheduleConfig
 from dualpipe.ir import Op, Schedule, ScheduleError, from_json, to_json

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.registry import DISPATCHERS
 from comm.dispatch.requirements import DispatchSite, TokenSizes
-from data.batch_sizes import BatchRamp, BatchSizes
-from data.config import DataConfig
+from data.config import BatchRamp, BatchSizes, DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs
 from infer.evaluate.registry import EVALUATION_TASKS, EvaluationTaskConfig

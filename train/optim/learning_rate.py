@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self, assert_never
 
-from data.batch_sizes import BatchSizes
+from data.config import BatchSizes
 from kernels.ranges import NonNegativeFloat, Share
 from kernels.registry import Registry
 

@@ -6,7 +6,7 @@ from itertools import combinations, product
 from math import ceil, gcd
 
 from comm.config import Cut, DispatchConfig, ParallelismConfig
-from data.batch_sizes import BatchSizes
+from data.config import BatchSizes
 from dualpipe.config import ScheduleConfig
 from dualpipe.registry import SCHEDULES
 from model.config import LAYER, RECOMPUTED, Recomputed, all_recomputed
