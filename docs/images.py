@@ -2,13 +2,16 @@
 
 `pipeline-*.svg` shows DualPipe next to 1F1B for 8 ranks and 20 micro-batches, from the simulator, and DualPipe as 8
 gloo ranks ran it. The stages of that run sleep for the time of each operation, so that 8 ranks do not compete for the
-cores of one machine; schedule, interpreter and transfers are those of training. `architecture-*.svg` shows the layers
-of the project.
+cores of one machine; schedule, interpreter and transfers are those of training. `ends-*.svg` shows the same two
+schedules on 4 ranks. `pair-*.svg` shows the phases of a forward and a backward on two lanes, in the order that
+`dualpipe/runtime/pairing.py` gives them. `architecture-*.svg` shows the layers of the project. A name as argument
+draws that picture alone.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -16,8 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dualpipe.build import build
 from dualpipe.draw.svg import Cell, measured_cells, planned_cells
+from dualpipe.ir import Op, Operation, Schedule
+from dualpipe.runtime.compile import Pairing, compile_rank
+from dualpipe.runtime.pairing import overlapped, sequential
+from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
+from model.phases.block import block_lanes
 from tests.programs.bench.grouped_stages import measure_spans
 
 FOLDER = Path(__file__).parent / "images"
@@ -56,10 +64,10 @@ THEMES = (
 )
 
 
-def simulated_panel(kind: str) -> "Panel":
+def simulated_panel(kind: str, num_ranks: int = NUM_RANKS, num_micro_batches: int = NUM_MICRO_BATCHES) -> "Panel":
     """Returns the panel of a schedule whose stages are equal and whose exchange takes as long as a forward."""
-    costs = uniform(COSTS, NUM_RANKS, NUM_RANKS)
-    schedule = build(kind, NUM_RANKS, NUM_MICRO_BATCHES, costs)
+    costs = uniform(COSTS, num_ranks, num_ranks)
+    schedule = build(kind, num_ranks, num_micro_batches, costs)
     simulation = simulate(schedule, costs)
     return Panel(
         heading=f"{_TITLES[kind]}, simulated: {simulation.makespan:g} units",
@@ -90,7 +98,7 @@ class Panel:
     cells: list[Cell]
 
 
-def draw_pipeline(panels: Sequence[Panel], title: str, theme: Theme) -> str:
+def draw_pipeline(panels: Sequence[Panel], title: str, theme: Theme, num_ranks: int = NUM_RANKS) -> str:
     """Returns the picture of a pipeline: one panel above the other, on one time scale."""
     span = max(cell.end for panel in panels for cell in panel.cells)
     scale = (WIDTH - _LEFT - 16) / span
@@ -100,15 +108,15 @@ def draw_pipeline(panels: Sequence[Panel], title: str, theme: Theme) -> str:
         parts.append(_text(16, y + 20, panel.heading, theme.soft, 17))
         y += 30
         end = max(cell.end for cell in panel.cells)
-        for rank in range(NUM_RANKS):
+        for rank in range(num_ranks):
             top = y + rank * (_ROW + _GAP)
             parts.append(_text(_LEFT - 8, top + 16, f"rank {rank}", theme.soft, 15, anchor="end"))
             parts.append(_box(_LEFT, top, end * scale, _ROW, theme.track))
         for cell in panel.cells:
             parts += _draw_cell(cell, y, scale, theme)
-        y += NUM_RANKS * (_ROW + _GAP) + 6
+        y += num_ranks * (_ROW + _GAP) + 6
     kinds = {member.kind.value for panel in panels for cell in panel.cells for member in cell.members}
-    parts += _draw_legend(kinds, y, theme)
+    parts += _draw_legend(kinds, y, theme, num_ranks)
     return _svg(WIDTH, y + 84, title, parts, theme)
 
 
@@ -128,16 +136,87 @@ def _draw_cell(cell: Cell, top: float, scale: float, theme: Theme) -> list[str]:
     return parts
 
 
-def _draw_legend(kinds: set[str], y: float, theme: Theme) -> list[str]:
+def _draw_legend(kinds: set[str], y: float, theme: Theme, num_ranks: int) -> list[str]:
     parts, x = [], 16.0
     for kind in (kind for kind in _NAMES if kind in kinds):
         for direction in (0, 1):
             parts.append(_box(x + 20 * direction, y + 6, 20, 18, theme.kinds[kind][direction]))
         parts.append(_text(x + 48, y + 21, _NAMES[kind], theme.soft, 17))
         x += 48 + 8.6 * len(_NAMES[kind]) + 26
-    note = "light: enters at rank 0; dark: enters at rank 7; halves: overlapped; gray: idle"
+    note = f"light: enters at rank 0; dark: enters at rank {num_ranks - 1}; halves: overlapped; gray: idle"
     unit = "1 unit: a forward, a backward for inputs or for weights, or an exchange of one micro-batch on one rank"
     return [*parts, _text(16, y + 48, note, theme.soft, 15), _text(16, y + 70, unit, theme.soft, 15)]
+
+
+_PHASES = ("attend", "dispatch", "experts", "combine")
+_ACTIONS = {Action.FORWARD: "F", Action.BACKWARD: "I", Action.WEIGHT: "W"}
+_NUM_BLOCKS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSpan:
+    """When a phase runs, on which lane, in units of a phase."""
+
+    lane: str
+    name: str
+    kind: str
+    direction: int
+    start: float
+
+
+def phase_spans(pairing: Pairing) -> list[PhaseSpan]:
+    """Returns the phases of a forward and a backward in one group, through MoE blocks, as a rank's program runs them.
+
+    Every phase takes one unit. A computation starts when its lane is free and the exchange that it waits for has ended.
+    """
+    earlier = (Operation(Op.FORWARD, 1, 0, 0),)
+    pair = (Operation(Op.FORWARD, 0, 0, 0), Operation(Op.BACKWARD, 1, 0, 0))
+    whole = Schedule(kind="pair", num_ranks=1, num_micro_batches=2, placement=((0,), (0,)), ranks=((earlier, pair),))
+    lanes = {0: block_lanes(is_dense=False) * _NUM_BLOCKS}
+    steps = compile_rank(whole, 0, lanes, pairing).steps
+    first = next(i for i, step in enumerate(steps) if step.run.direction == 0 or step.action is Action.BACKWARD)
+    spans = []
+    free = {"compute": 0.0, "comm": 0.0}
+    ends: dict[int, float] = {}
+    for step in steps[first:]:
+        if step.action is Action.WAIT:
+            free["compute"] = max(free["compute"], ends[step.run.direction])
+        if step.action in _ACTIONS:
+            lane = lanes[0][step.phase]
+            start = max(free[lane], free["compute"])
+            free[lane] = start + 1
+            ends[step.run.direction] = start + 1
+            name = _PHASES[step.phase % len(_PHASES)]
+            kind = _ACTIONS[step.action]
+            spans.append(PhaseSpan(lane=lane, name=name, kind=kind, direction=step.run.direction, start=start))
+    return spans
+
+
+def draw_pair(theme: Theme) -> str:
+    """Returns the picture of a forward and a backward, one after the other and overlapped, on two lanes."""
+    title = f"A forward and a backward through {_NUM_BLOCKS} MoE blocks on one rank"
+    panels = {"One after the other": phase_spans(sequential), "Overlapped": phase_spans(overlapped)}
+    unit = (WIDTH - _LEFT - 30) / max(span.start + 1 for spans in panels.values() for span in spans)
+    parts = [_text(16, 32, title, theme.text, 21, "600")]
+    y = 44.0
+    for heading, spans in panels.items():
+        end = max(span.start + 1 for span in spans)
+        parts.append(_text(16, y + 20, f"{heading}: {end:g} units", theme.soft, 17))
+        y += 30
+        for row, lane in enumerate(("compute", "comm")):
+            top = y + row * 34
+            parts.append(_text(_LEFT + 6, top + 21, lane, theme.soft, 15, anchor="end"))
+            parts.append(_box(_LEFT + 14, top, end * unit, 30, theme.track))
+            for span in (span for span in spans if span.lane == lane):
+                x = _LEFT + 14 + span.start * unit
+                parts.append(_box(x, top, unit, 30, theme.kinds[span.kind][span.direction], theme.paper))
+                ink = "#ffffff" if span.direction else "#16181b"
+                label = "weights" if span.kind == "W" else span.name
+                parts.append(_text(x + unit / 2, top + 19, label, ink, min(13, unit / 4.6), anchor="middle"))
+        y += 76
+    note = "blue: forward of one micro-batch; brown: backward for inputs of another; green: its weights; gray: idle"
+    parts.append(_text(16, y + 16, note, theme.soft, 15))
+    return _svg(WIDTH, y + 32, title, parts, theme)
 
 
 LAYERS = (
@@ -181,14 +260,32 @@ def _svg(width: float, height: float, name: str, parts: list[str], theme: Theme)
     return "\n".join([head, f"<title>{escape(name)}</title>", background, *parts, "</svg>", ""])
 
 
-def main() -> None:
-    """Writes all pictures next to this file."""
-    panels = [simulated_panel("1f1b"), simulated_panel("dualpipe"), measured_panel("dualpipe")]
+def draw_ends(theme: Theme) -> str:
+    """Returns the picture of 1F1B and DualPipe on few ranks."""
+    panels = [simulated_panel(kind, 4, 8) for kind in ("1f1b", "dualpipe")]
+    return draw_pipeline(panels, "4 ranks, 8 micro-batches", theme, 4)
+
+
+def draw_run(theme: Theme) -> str:
+    """Returns the picture of 1F1B, DualPipe, and DualPipe as ranks ran it."""
     title = f"1F1B and DualPipe, {NUM_RANKS} ranks, {NUM_MICRO_BATCHES} micro-batches"
+    return draw_pipeline(_run_panels(), title, theme)
+
+
+@cache
+def _run_panels() -> tuple[Panel, ...]:
+    return simulated_panel("1f1b"), simulated_panel("dualpipe"), measured_panel("dualpipe")
+
+
+PICTURES = {"pipeline": draw_run, "ends": draw_ends, "pair": draw_pair, "architecture": draw_architecture}
+
+
+def main() -> None:
+    """Writes all pictures, or those that the arguments name, next to this file."""
     FOLDER.mkdir(exist_ok=True)
-    for theme in THEMES:
-        (FOLDER / f"pipeline-{theme.name}.svg").write_text(draw_pipeline(panels, title, theme), "utf-8")
-        (FOLDER / f"architecture-{theme.name}.svg").write_text(draw_architecture(theme), "utf-8")
+    for name in sys.argv[1:] or PICTURES:
+        for theme in THEMES:
+            (FOLDER / f"{name}-{theme.name}.svg").write_text(PICTURES[name](theme), "utf-8")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def help_text(command: str, arguments: Sequence[str] = (), columns: int = MOST_C
     leaves = {option.key for option in keys if option.is_leaf}
     candidates = [option for option in keys if option.key not in chosen]
     candidates += [option for option in other_options(chosen) if option.key not in leaves]
-    kinds = {option: _type_of(command, option, values) for option in candidates}
+    kinds = {option: type_of(command, option, values) for option in candidates}
     matches = _search(command, words, kinds)
     lines = [line for option in matches[:_MOST_MATCHES] for line in _row(option, columns, kinds[option])]
     if len(matches) > _MOST_MATCHES:
@@ -342,7 +342,7 @@ def _one_line(lines: Sequence[str], columns: int) -> list[str]:
     return [*lines] if len(lines) == 1 else [f"{lines[0][: columns - 4].rpartition(' ')[0].rstrip(' |')} ..."]
 
 
-def _type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:
+def type_of(command: str, option: Option, values: Mapping[str, Any]) -> str:
     """Returns type and range of a key; empty if neither a dataclass nor the value has them."""
     if option.choices:
         values = read_option(option.group, option.choices[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs import keys
 from docs.recipes import PAGE, table
 from launch import plan, schedule, submit
 from tests.data.released_tokenizer import write_released
@@ -125,6 +126,10 @@ def test_recipes_table_has_the_steps_and_memory_of_the_present_code() -> None:
     assert [row for row in rows if row not in page] == []
     recipes = [path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if path.stem != "none"]
     assert sorted(row.split("`")[1] for row in rows[2:]) == sorted(recipes)
+
+
+def test_keys_page_is_what_the_commands_say() -> None:
+    assert keys.PAGE.read_text("utf-8") == keys.page(), "python -m docs.keys --write"
 
 
 def test_v3_command_of_the_pages_is_a_run_that_nothing_warns_of(
