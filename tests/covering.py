@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import pytest
+
 
 def covering(cases: Sequence[Mapping[str, Any]], strength: int = 2) -> set[int]:
     """Returns positions of few cases that hold every combination of `strength` parameters that any case holds.
@@ -27,3 +29,11 @@ def _combinations(case: Mapping[str, Any], strength: int) -> set[tuple[tuple[str
     """Returns the combinations of names and values in a case; one with fewer parameters has a single combination."""
     values = sorted((name, repr(value)) for name, value in case.items())
     return set(combinations(values, min(strength, len(values))))
+
+
+def exhaustive(*values: Any) -> list[Any]:
+    """Returns parameters that only `make test-exhaustive` runs."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.exhaustive)
+        for value in values
+    ]

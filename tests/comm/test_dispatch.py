@@ -25,6 +25,9 @@ from tests.comm.laws import LAWS, check_laws
 from tests.host_reads import Reads
 from tests.ranks import run_ranks
 
+RARE = {"two_hop-2", "two_hop-2+2", "two_hop-2+2+2", "two_hop-4+2", "two_hop-1+2+2", "deepep-1", "deepep-4"}
+"""Settings of which `make test` runs a like one: one node, equal nodes, unequal nodes."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -38,6 +41,7 @@ def _settings() -> Iterator[object]:
     for kind, entry in DISPATCHERS.items():
         for name, each in entry.contract.settings.items():
             marks = [pytest.mark.slow] if each.is_slow else []
+            marks += [pytest.mark.exhaustive] if f"{kind}-{name}" in RARE else []
             yield pytest.param(Setting(kind, each.nodes, each.fields), id=f"{kind}-{name}", marks=marks)
 
 

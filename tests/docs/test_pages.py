@@ -119,7 +119,7 @@ def test_readme_figures_are_what_its_commands_print(
         assert figure in readme
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_recipes_table_has_the_steps_and_memory_of_the_present_code() -> None:
     page = PAGE.read_text("utf-8")
     rows = table(page).splitlines()

@@ -21,6 +21,7 @@ from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import peak_activations, simulate
 from dualpipe.validate import validate
+from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import random_schedule, v_shaped
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -295,9 +296,7 @@ def test_interleaved_idles_by_its_formula_without_exchange(num_ranks: int, chunk
     assert overhead(num_ranks, 4 * num_ranks, equal_times(0), chunks) <= most + 1e-9
 
 
-@pytest.mark.parametrize(
-    ("exchange", "most"), [(0.5, 6.0), (1.0, 12.0), pytest.param(1.5, 30.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("exchange", "most"), [(0.5, 6.0), *exhaustive((1.0, 12.0), (1.5, 30.0))])
 def test_interleaved_hides_exchange(exchange: float, most: float) -> None:
     assert overhead(8, 32, equal_times(exchange), 4) <= most
 

@@ -19,6 +19,7 @@ from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
 from dualpipe.simulate.simulate import peak_activations, peak_memory, simulate
 from dualpipe.validate import validate, validate_passes
+from tests.covering import exhaustive
 
 
 def costs_of(exchange: float, latency: float = 0.0, backward_input: float = 1.0) -> Costs:
@@ -38,6 +39,7 @@ def overhead(num_ranks: int, num_micro_batches: int, model: CostModel, memory_ca
     return simulate(schedule, model).makespan - num_micro_batches * sum(work) / num_ranks
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 @pytest.mark.parametrize(("num_ranks", "num_micro_batches"), [(4, 8), (4, 9), (5, 13), (8, 30), (16, 39)])
 def test_interleaved_1f1b_without_exchange_idles_only_until_the_first_forward_arrives(
@@ -52,13 +54,15 @@ def test_interleaved_1f1b_without_exchange_idles_only_until_the_first_forward_ar
     ("chunks", "costs", "most"),
     [
         (2, costs_of(0.5), 11.75),
-        pytest.param(4, costs_of(0.5), 8.0, marks=pytest.mark.long),
-        pytest.param(2, costs_of(1.0), 13.0, marks=pytest.mark.long),
-        pytest.param(4, costs_of(1.0), 10.5, marks=pytest.mark.long),
         (4, costs_of(1.5), 23.75),
-        pytest.param(2, costs_of(1.0, backward_input=1.3), 19.55, marks=pytest.mark.long),
-        pytest.param(4, costs_of(1.0, backward_input=1.3), 16.3, marks=pytest.mark.long),
         (4, costs_of(1.0, latency=0.1), 20.4),
+        *exhaustive(
+            (4, costs_of(0.5), 8.0),
+            (2, costs_of(1.0), 13.0),
+            (4, costs_of(1.0), 10.5),
+            (2, costs_of(1.0, backward_input=1.3), 19.55),
+            (4, costs_of(1.0, backward_input=1.3), 16.3),
+        ),
     ],
 )
 def test_interleaved_1f1b_8_ranks_32_micro_batches_is_at_most_that_long(chunks: int, costs: Costs, most: float) -> None:
@@ -178,9 +182,7 @@ UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency
 EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
 
 
-@pytest.mark.parametrize(
-    "num_ranks", [*range(1, 7), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (7, 8, 9))]
-)
+@pytest.mark.parametrize("num_ranks", [*range(1, 6), *exhaustive(6, 7, 9), pytest.param(8, marks=pytest.mark.slow)])
 def test_lockstep_orders_are_valid_within_one_activation_more_than_ranks(num_ranks: int) -> None:
     costs = uniform(EXCHANGING, num_ranks, num_ranks)
     for num_micro_batches in (*range(1, num_ranks + 1), 2 * num_ranks, 3 * num_ranks + 1):
@@ -192,7 +194,7 @@ def test_lockstep_orders_are_valid_within_one_activation_more_than_ranks(num_ran
             validate(order, num_ranks + 1)
 
 
-@pytest.mark.parametrize("num_ranks", range(1, 17))
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7, 12, *exhaustive(5, 6, 8, 9, 10, 11, 13, 14, 15, 16)])
 def test_lockstep_with_placed_weights_meets_the_lower_bound(num_ranks: int) -> None:
     costs = uniform(UNIT, num_ranks, num_ranks)
     for num_micro_batches in (*range(num_ranks, 3 * num_ranks + 2, max(num_ranks // 3, 1)), 33):
@@ -217,6 +219,7 @@ def test_lockstep_pairs_grow_only_by_work(num_ranks: int) -> None:
     assert overhead(8 * num_ranks + 1) == overhead(4 * num_ranks + 1)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("chunks", [2, 3, 4])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_lockstep_with_chunks_shortens_the_ends(num_ranks: int, chunks: int) -> None:
@@ -241,7 +244,7 @@ def makespan(num_ranks: int, num_micro_batches: int, costs: Costs) -> float:
 
 
 @pytest.mark.parametrize(
-    "num_ranks", [*range(1, 11), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in range(11, 17))]
+    "num_ranks", [*range(1, 6), 8, *exhaustive(6, 7, *range(9, 16)), pytest.param(16, marks=pytest.mark.slow)]
 )
 def test_split_meets_the_lower_bound_for_equal_times_without_exchange(num_ranks: int) -> None:
     counts = {num_ranks, num_ranks + 1, 2 * num_ranks - 1, 2 * num_ranks, 3 * num_ranks + 1, 64, 65}
@@ -251,7 +254,7 @@ def test_split_meets_the_lower_bound_for_equal_times_without_exchange(num_ranks:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [7, 8, 15])
+@pytest.mark.parametrize("num_ranks", [7, *exhaustive(8, 15)])
 def test_split_meets_the_lower_bound_for_hundreds_of_micro_batches(num_ranks: int) -> None:
     for num_micro_batches in (200, 301):
         found = makespan(num_ranks, num_micro_batches, equal_times(0))

@@ -46,6 +46,7 @@ def trained_log_probs(model: Transformer, rollout: Sample, temperature: float) -
 
 
 # Float32 cannot hold a log-probability near -9 better than to 1e-6, so its bound also grows with the value.
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float32, (2**-22, 1e-6)), (torch.float64, (0, 1e-12))])
 @pytest.mark.parametrize(("temperature", "speculative"), [(0.6, False), (1.0, True), (1.5, False)])
 def test_log_probs_are_those_of_a_training_pass(
@@ -70,6 +71,7 @@ def confident_model(products: Products) -> Transformer:
     return model
 
 
+@pytest.mark.covering(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
 @pytest.mark.parametrize("products", ["own", "fp8", "fp8_power_of_two"])
@@ -153,6 +155,7 @@ def test_requests_without_records_have_none() -> None:
     assert all(rollout.kept == () for rollout in made.rollouts)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("kept", [{"top_k": 7}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05}], ids=str)
 def test_log_probs_among_kept_tokens_are_those_of_a_training_pass(speculative: bool, kept: dict[str, float]) -> None:
@@ -218,6 +221,7 @@ def test_request_without_samples_is_rejected() -> None:
         replace(REQUEST, samples=0)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("shape", ["plain", "wide_values"])
 def test_prompts_read_in_chunks_continue_as_whole_ones(speculative: bool, shape: str) -> None:

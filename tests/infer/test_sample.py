@@ -36,6 +36,7 @@ def plainly(logits: list[float], sampling: Sampling) -> list[float]:
     return probabilities
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
@@ -274,6 +275,7 @@ def exactly(model: Transformer, prompt: list[int], num_tokens: int, sampling: Sa
     return joint
 
 
+@pytest.mark.covering(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", FILTERS, ids=["warm", "top_k", "top_p"])
 @pytest.mark.parametrize("speculative", [True, False], ids=["drafts", "plain"])

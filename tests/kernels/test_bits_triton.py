@@ -116,6 +116,7 @@ def compiled_unpermute(dtypes: tuple[torch.dtype, torch.dtype | None], places: i
     return launch
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("num_columns", [7168, 129])
 @pytest.mark.parametrize(
     ("dtypes", "places"),
@@ -201,6 +202,7 @@ def compiled_quantize(dtype: torch.dtype, num_columns: int, power_of_two: bool) 
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("num_columns", [7168, 129])
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -224,6 +226,7 @@ def test_compiled_quantize_casts_in_hardware_and_divides_exactly(
     assert compiled.instructions(r".*\.ftz") == []
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("num_columns", [7168, 129])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_dequantize_casts_in_hardware_and_is_sound(dtype: torch.dtype, num_columns: int) -> None:

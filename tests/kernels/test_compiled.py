@@ -80,7 +80,7 @@ def test_every_kernel_is_compiled_for_the_table() -> None:
 
 @pytest.mark.slow
 def test_sample_of_compiled_kernels_keeps_the_rules_and_is_as_recorded() -> None:
-    """Every sixth launch; the long tests compile all."""
+    """Every sixth launch; `make triton-table` compiles all."""
     found = [row_of(launch) for launch in recorded_launches()[::6]]
     assert [rule for row in found for rule in row.broken_rules()] == []
     if triton.__version__ in VERSIONS:
@@ -89,7 +89,7 @@ def test_sample_of_compiled_kernels_keeps_the_rules_and_is_as_recorded() -> None
         assert [line for line in lines if line not in recorded] == [], "make triton-table ARGS=--write"
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_compiled_kernels_keep_the_rules_and_are_as_recorded() -> None:
     found = rows()
     assert [rule for row in found for rule in row.broken_rules()] == []
@@ -206,6 +206,7 @@ def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, k
     assert compile_launch(module, kernel, launch).spill_bytes == 0
 
 
+@pytest.mark.covering(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_outputs", "depth"), [(1, 130), (130, 1), (1, 1)])
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def compiled(kernel: str, dtype: torch.dtype, num_columns: int, power_of_two: bo
     return compile_launch(fp8, kernel, lambda: fp8.rms_norm_backward_from_codes(x_AD, codes, inverse_A1, weight_D))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("num_columns", [7168, 512, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_rms_norm_reads_once_and_is_sound(dtype: torch.dtype, num_columns: int) -> None:
@@ -135,6 +136,7 @@ def test_compiled_rms_norm_reads_once_and_is_sound(dtype: torch.dtype, num_colum
         assert len(made.instructions(r"st\.global.*v4\.b32")) == moves
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("num_columns", "power_of_two"), [(7168, False), (7168, True), (512, False), (100, False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_rms_norm_quantize_casts_in_hardware_and_is_sound(
@@ -149,6 +151,7 @@ def test_compiled_rms_norm_quantize_casts_in_hardware_and_is_sound(
         assert len(made.instructions(r"ld\.global.*v4\.b32")) == 2 * 32 * dtype.itemsize // 16
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["rms_norm_backward_kernel", "rms_norm_backward_codes_kernel"])
 @pytest.mark.parametrize("num_columns", [7168, 512, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -192,6 +195,7 @@ def test_interpreted_swiglu_is_near_the_reference(dtype: torch.dtype) -> None:
         assert swiglu_plain.swiglu_backward(torch.ones(num_rows, width), empty_AH).shape == empty_AH.shape
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32, torch.bfloat16])
 @interpreted
@@ -255,6 +259,7 @@ def compiled_fp8(kernel: str, dtype: torch.dtype, width: int, power_of_two: bool
     return compile_launch(gated_fp8, kernel, lambda: gated_fp8.swiglu_backward_from_codes(grad_AM, cached, weights_A))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("kernel", "operands"), [("swiglu_kernel", (2, 1)), ("swiglu_backward_kernel", (3, 2))])
 @pytest.mark.parametrize(
     ("dtype", "width"), [(torch.bfloat16, 2048), (torch.float32, 2048), (torch.float64, 100), (torch.bfloat16, 1)]
@@ -272,6 +277,7 @@ def test_compiled_swiglu_moves_16_bytes_at_a_time_and_is_sound(
         assert len(compiled.instructions(r"st\.global.*v4\.b32")) == operands[1] * moves
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("width", [2048, 100])
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_compiled_swiglu_quantize_reads_once_and_casts_in_hardware(width: int, power_of_two: bool) -> None:
@@ -287,6 +293,7 @@ def test_compiled_swiglu_quantize_reads_once_and_casts_in_hardware(width: int, p
         assert len(compiled.instructions(r"st\.global.*v2\.b32")) == 3
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("width", "weights"), [(2048, True), (2048, False), (100, True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_swiglu_backward_from_codes_has_no_atomics_and_is_sound(
@@ -368,6 +375,7 @@ def compiled_slopes(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> Co
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("vocab_size", "has_slopes"), [(129_280, True), (129_280, False), (1003, True), (1, True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_slopes_have_no_atomics_and_are_sound(dtype: torch.dtype, vocab_size: int, has_slopes: bool) -> None:

@@ -24,6 +24,7 @@ from kernels.grouped_gemm.tiles import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows, grouped_weight
 from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
+from tests.covering import exhaustive
 from tests.kernels.agreement_gemm import check_columns, check_empty, check_gemm, check_nan, column_operands, operands
 from tests.kernels.agreement_grouped import (
     check_empty_fp8,
@@ -160,7 +161,7 @@ def assert_pipelined(compiled: Compiled) -> None:
     assert compiled.instructions(r".*\.ftz") == []
 
 
-@pytest.mark.parametrize("candidate", range(5))
+@pytest.mark.parametrize("candidate", [0, 1, *exhaustive(2, 3, 4)])
 def test_compiled_product_is_pipelined_with_any_tiling(candidate: int) -> None:
     compiled = compiled_blocks((4096, 2048, 7168), torch.bfloat16, candidate)
     assert_pipelined(compiled)
@@ -176,7 +177,7 @@ def test_compiled_product_is_pipelined_with_any_tiling(candidate: int) -> None:
     assert compiled.instructions(r"cp\.async\.bulk\.tensor\.2d\.global")
 
 
-@pytest.mark.parametrize("candidate", [None, 1, 2])
+@pytest.mark.parametrize("candidate", [None, *exhaustive(1, 2)])
 def test_compiled_product_over_rows_is_pipelined(candidate: int | None) -> None:
     compiled = compiled_columns(candidate)
     assert_pipelined(compiled)
@@ -379,7 +380,7 @@ def assert_pipelined_compiled(compiled: Compiled, operand: str, depth: int) -> N
     assert compiled.instructions(r".*\.ftz") == []
 
 
-@pytest.mark.parametrize("candidate", range(4))
+@pytest.mark.parametrize("candidate", [0, 1, *exhaustive(2, 3)])
 def test_compiled_product_of_groups_is_pipelined_with_any_tiling(candidate: int) -> None:
     from kernels.grouped_gemm.tuned import CANDIDATES
 
@@ -399,7 +400,7 @@ def test_compiled_product_of_groups_is_pipelined_with_any_tiling(candidate: int)
     assert tiling.programs_per_sm * compiled.registers * 32 * compiled.num_warps <= 2**16
 
 
-@pytest.mark.parametrize("candidate", range(4))
+@pytest.mark.parametrize("candidate", [0, *exhaustive(1, 2, 3)])
 def test_compiled_gradient_of_groups_is_pipelined_with_any_tiling(candidate: int) -> None:
     from kernels.grouped_gemm.tuned import WEIGHT_CANDIDATES
 
@@ -436,6 +437,7 @@ def compiled_weight_16_bits(dtype: torch.dtype, num_inputs: int) -> Compiled:
     return compile_launch(module, "grouped_weight_kernel", partial(module.grouped_weight, grad, rows, LARGE_COUNTS))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("num_outputs", "across"), [(4096, False), (4096, True), (4097, False), (4097, True), (2056, False), (2056, True)]
 )

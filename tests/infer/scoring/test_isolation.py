@@ -117,6 +117,7 @@ print(scorer.isolation, sys.base_prefix, scorer.score_program(program, "assert f
 """
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("user", ["root", "user"])
 @pytest.mark.parametrize("place", PLACES)
 def test_isolation_finds_the_interpreter_in_any_place(needs_root: None, place: str, user: str) -> None:
