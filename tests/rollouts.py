@@ -31,8 +31,7 @@ class EvenScorer(RatingScorer):
 
 
 SCORERS.register(
-    "even",
-    ScorerSpec(summary="even digits", config=EvenConfig, build=lambda config: EvenScorer(), has_verdict=False),
+    "even", ScorerSpec(summary="even digits", config=EvenConfig, build=lambda config: EvenScorer(), has_verdict=False)
 )
 
 

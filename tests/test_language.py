@@ -62,7 +62,7 @@ WORDS = {
 # Uses that are not the private word, by word: the context is removed before the search.
 CONTEXTS: dict[str, tuple[str, ...]] = {
     # The name of a workflow (conf/workflow/life.yaml).
-    "life": (r"(?:make |workflow=|name: |outputs/|\.PHONY: train post )life\b", r"\nlife: \.venv"),
+    "life": (r"(?:make |workflow=|name: |outputs/|\.PHONY: train post )life\b", r"\nlife: \.venv")
 }
 
 PREPOSITIONS = re.compile(

@@ -85,11 +85,8 @@ TASK = PretrainConfig(
 )
 
 BATCH = BatchConfig(sequence_length_tokens=24, global_sequences=16, ramp=None, micro_sequences=1, document_mask=False)
-
 VALIDATION = ValidationConfig(every_steps=0, sequences=0)
-
 CHECKPOINTING = CheckpointingConfig(every_steps=0, keep=None)
-
 SAMPLES = SamplesConfig(prompt="", held_out=0, tokens=0, temperature=0.0)
 
 

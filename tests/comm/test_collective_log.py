@@ -132,7 +132,6 @@ def test_log_keeps_only_the_last_collectives() -> None:
 
 
 _SIZE = 10
-
 _VALUES = {1: ["a", "long value " * 100], 4: {"b": 2}, 9: ("c",)}
 
 

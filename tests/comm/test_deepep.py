@@ -209,7 +209,6 @@ LAWS: dict[str, Callable[[DeepEPBench], None]] = {
 }
 
 HIDDEN = 256
-
 SHAPE = BufferShape(max_tokens=MAX_TOKENS, hidden_size=HIDDEN, num_choices=MAX_CHOICES, timeout_seconds=20.5)
 
 
@@ -269,8 +268,7 @@ def _check(rank: int, world_size: int, machines: Machines) -> dict[str, str]:
 
 
 @pytest.fixture(
-    scope="module",
-    params=[name if name == "2x1" else pytest.param(name, marks=pytest.mark.slow) for name in _MACHINES],
+    scope="module", params=[name if name == "2x1" else pytest.param(name, marks=pytest.mark.slow) for name in _MACHINES]
 )
 def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     machines = _MACHINES[request.param]

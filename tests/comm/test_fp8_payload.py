@@ -108,11 +108,7 @@ def _check_setting(rank: int, world_size: int, setting: Setting) -> str:
 
 @pytest.mark.parametrize(
     "setting",
-    [
-        Setting("local", (0,)),
-        Setting("all_to_all", (0, 0, 1, 1)),
-        Setting("two_hop", (0, 0, 1, 1), {"chunks": 2}),
-    ],
+    [Setting("local", (0,)), Setting("all_to_all", (0, 0, 1, 1)), Setting("two_hop", (0, 0, 1, 1), {"chunks": 2})],
     ids=lambda setting: setting.kind,
 )
 def test_fp8_dispatcher_equals_quantizing_before_the_plain_one(setting: Setting) -> None:

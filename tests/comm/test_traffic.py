@@ -21,9 +21,7 @@ from tests.programs.bench.forecast import Gate, forecast_text, gate_forecast, sk
 from tests.ranks import run_ranks
 
 _HIDDEN = 5  # of bfloat16: 10 bytes
-
 _CASES = ("uneven", "one_rank", "one_node", "dropped", "no_token")
-
 _LABEL = Label(layer=3, direction=0, micro_batch=1)
 
 _SETTINGS = {

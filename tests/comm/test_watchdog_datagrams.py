@@ -26,11 +26,8 @@ from comm.watchdog.wire import DatagramCodec, Kind, MessageError, open_object, s
 from tests.comm.watched_ranks import KEY, full_book, open_sockets, wait_until
 
 WORLD_SIZE = 4
-
 VERDICT: dict[str, Any] = {"code": 78, "text": "rank 2 is lost", "judge": 1, "culprits": [[2, 1, 1]]}
-
 STATE = json.loads(json.dumps(wire.encode_fields(RankState.of(CollectiveLog(), MainThread()))))
-
 WAIT = {"text": "dispatch", "group": "world [0, 1]", "number": 3, "ranks": [[0, 2, 1]], "seconds": 1.5}
 
 JSON = st.recursive(

@@ -93,9 +93,7 @@ def test_validation_is_every_sequence_once_in_a_fixed_order(prepared: Prepared) 
 def test_targets_and_inputs_follow_the_pieces() -> None:
     # Pieces [10 11 12], [20 21], one place of padding.
     batch = Batch(
-        tokens_BT=torch.tensor([[10, 11, 12, 20, 21, 2]]),
-        positions_BT=torch.tensor([[0, 1, 2, 0, 1, -1]]),
-        pad_id=2,
+        tokens_BT=torch.tensor([[10, 11, 12, 20, 21, 2]]), positions_BT=torch.tensor([[0, 1, 2, 0, 1, -1]]), pad_id=2
     )
     no = IGNORE
     assert batch.targets(1).tolist() == [[11, 12, no, 21, no, no]]

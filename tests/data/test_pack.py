@@ -213,9 +213,7 @@ def test_dry_run_prints_a_sample_and_starts_nothing(
 
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\u202eabc\u2066"
-
 SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m\x7f\r\u202eabc\u2066"
-
 FORBIDDEN = ("\x1b]0;", "\x1b[2J", "\x9b", "\x07", "\x7f", "\u202e", "\u2066")
 
 

@@ -26,7 +26,6 @@ from tests.data.released_tokenizer import VOCAB_SIZE, write_released
 from tests.tiny import data_config, write_text
 
 TEXTS = [f"def function_{number}(value):\n    return value + {number * 37}  # 数字 é\n" for number in range(200)]
-
 TOKENIZER = Tokenizer.train(TEXTS, 400)
 
 

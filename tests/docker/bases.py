@@ -16,7 +16,6 @@ _STDLIB = Path(sysconfig.get_path("stdlib"))
 _SYSTEM = ("/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64")
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
-
 PACKAGES = f"{sysconfig.get_path('purelib')}:/usr/local/lib/{_PYTHON}/site-packages:ro"
 """Volume: this environment's packages, where a base's Python looks for its own. pip finds them and installs none."""
 

@@ -19,7 +19,6 @@ from tests.docker.pins import ROOT
 NAME = "localhost/trainer:cpu"
 UID = 10001
 VOLUMES = (*SYSTEM, PACKAGES)
-
 pytestmark = pytest.mark.long
 
 

@@ -17,9 +17,7 @@ from tests.data.released_tokenizer import write_released
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, runners_of
 
 LANGUAGES = {"bash", "console", "python", "text", "yaml", "json"}
-
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 

@@ -41,11 +41,7 @@ def spans_of(programs: list[Program]) -> list[list[tuple[float, float]]]:
 
 
 def _end(
-    rank: int,
-    step: Step,
-    start: float,
-    sent: dict[Message, float],
-    exchanges: dict[tuple[int, RunKey], float],
+    rank: int, step: Step, start: float, sent: dict[Message, float], exchanges: dict[tuple[int, RunKey], float]
 ) -> float:
     match step.action:
         case Action.ACCEPT:

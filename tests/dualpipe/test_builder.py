@@ -81,7 +81,6 @@ def test_builder_keeps_the_cap(cap: int) -> None:
 
 
 COSTS = uniform(Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0), 2, 2)
-
 OTHER = uniform(Costs(forward=1, backward_input=2, backward_weight=1, exchange=0, latency=0), 2, 2)
 
 

@@ -22,11 +22,8 @@ from dualpipe.simulate.simulate import Simulation, simulate
 from tests.dualpipe.clockwork import measured_run
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-
 UNEVEN = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)
-
 SECONDS = Costs(forward=0.008, backward_input=0.008, backward_weight=0.008, exchange=0.006, latency=0.0005)
-
 SVG = "{http://www.w3.org/2000/svg}"
 
 

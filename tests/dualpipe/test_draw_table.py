@@ -20,7 +20,6 @@ from tests.dualpipe.clockwork import measured_run
 from tests.dualpipe.test_simulate import model_of
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-
 REASON = "needs an even number of micro-batches, half for each direction, has 13; nearest: 12 or 14"
 
 

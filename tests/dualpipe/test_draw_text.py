@@ -22,15 +22,8 @@ from tests.dualpipe.clockwork import measured_run
 from tests.dualpipe.messages import transfers
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-
 UNEVEN = Costs(forward=1, backward_input=1.3, backward_weight=0.7, exchange=0.4, latency=0.15)
-
-SIZES: list[tuple[str, int, int]] = [
-    ("dualpipe", 8, 20),
-    ("dualpipe", 12, 30),
-    ("1f1b", 4, 12),
-    ("1f1b", 1, 1),
-]
+SIZES: list[tuple[str, int, int]] = [("dualpipe", 8, 20), ("dualpipe", 12, 30), ("1f1b", 4, 12), ("1f1b", 1, 1)]
 
 
 def rows_of(text: str, num_ranks: int) -> list[str]:

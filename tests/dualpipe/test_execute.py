@@ -83,11 +83,7 @@ def named(schedule: Schedule) -> str:
 
 def two_ranks(first: tuple[Group, ...], second: tuple[Group, ...], num_micro_batches: int = 2) -> Schedule:
     return Schedule(
-        kind="any",
-        num_ranks=2,
-        num_micro_batches=num_micro_batches,
-        placement=((0, 1), (1, 0)),
-        ranks=(first, second),
+        kind="any", num_ranks=2, num_micro_batches=num_micro_batches, placement=((0, 1), (1, 0)), ranks=(first, second)
     )
 
 

@@ -25,11 +25,8 @@ from tests.covering import exhaustive
 from tests.dualpipe.random_schedules import random_schedule, v_shaped
 
 GOLDEN = Path(__file__).parent / "golden"
-
 SHA256: dict[str, str] = json.loads((GOLDEN / "dualpipe_sha256.json").read_text())
-
 SHA256_V: dict[str, str] = json.loads((GOLDEN / "dualpipe_v_sha256.json").read_text())
-
 EQUAL = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 
 
@@ -111,10 +108,7 @@ def test_published_kind_is_valid_within_its_activations(
     ],
 )
 def test_split_backwards_reach_the_published_overhead_and_peak(
-    make: Callable[[int, int], Schedule],
-    overhead: Callable[[int], float],
-    peak: Callable[[int], float],
-    num_ranks: int,
+    make: Callable[[int, int], Schedule], overhead: Callable[[int], float], peak: Callable[[int], float], num_ranks: int
 ) -> None:
     for num_micro_batches in (2 * num_ranks, 2 * num_ranks + 1, 3 * num_ranks + 2, 5 * num_ranks):
         simulation = simulate(make(num_ranks, num_micro_batches), EQUAL)

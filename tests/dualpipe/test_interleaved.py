@@ -178,7 +178,6 @@ def test_sizes_that_slices_do_not_divide_are_refused() -> None:
 
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-
 EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
 
 

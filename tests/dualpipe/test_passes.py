@@ -26,7 +26,6 @@ from tests.dualpipe.adding import SCHEDULES as REDUCTIONS_SCHEDULES
 from tests.dualpipe.adding import SCHEDULES as UNGROUP_SCHEDULES
 
 SCHEDULES = [dualpipe(4, 10), dualpipe(6, 12), dualpipe_v(3, 7), one_f_one_b(4, 9)]
-
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
 
 
@@ -224,7 +223,6 @@ def test_ungroup_gives_the_order_of_a_rank_that_overlaps_nothing(schedule: Sched
 
 
 COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, exchange=1.0, latency=0.0)
-
 SIZES = ((2, 4), (4, 8), (6, 16), (8, 24))
 
 MIRRORED = [

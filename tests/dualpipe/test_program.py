@@ -11,10 +11,7 @@ from dualpipe.transfers import Message
 from tests.dualpipe.adding import PAIRINGS, SCHEDULES, lanes_of, lower, name_of
 from tests.dualpipe.messages import transfers
 
-pytestmark = [
-    pytest.mark.parametrize("pairing", PAIRINGS),
-    pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of),
-]
+pytestmark = [pytest.mark.parametrize("pairing", PAIRINGS), pytest.mark.parametrize("schedule", SCHEDULES, ids=name_of)]
 
 
 def test_program_runs_every_phase_of_every_operation_once(schedule: Schedule, pairing: Pairing) -> None:

@@ -34,7 +34,6 @@ from tests.dualpipe.random_schedules import (
 )
 
 UNIT = Costs(forward=1, backward_input=1, backward_weight=1, exchange=0, latency=0)
-
 EXCHANGING = Costs(forward=1, backward_input=1, backward_weight=1, exchange=1, latency=0)
 
 
@@ -180,9 +179,7 @@ def test_event_clock_agrees_with_the_simulator_on_random_schedules(placement: tu
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
-def test_event_clock_agrees_with_the_simulator_on_copies_to_host_memory(
-    placement: tuple[tuple[int, ...], ...],
-) -> None:
+def test_event_clock_agrees_with_the_simulator_on_copies_to_host_memory(placement: tuple[tuple[int, ...], ...]) -> None:
     waits = 0
     for seed in range(12):
         schedule = offloaded(random_schedule(placement, 4, seed), seed)

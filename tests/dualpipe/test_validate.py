@@ -22,9 +22,7 @@ from tests.dualpipe.enactment import enact
 from tests.dualpipe.random_schedules import bidirectional, looped, offloaded, random_schedule, v_shaped
 
 Lists = list[list[list[Operation]]]
-
 Mutation = Callable[[Lists, random.Random], None]
-
 MUTANTS_PER_SCHEDULE = 20
 
 

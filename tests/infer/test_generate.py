@@ -22,7 +22,6 @@ from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model, whol
 from tests.model.hf_checkpoints import YARN, mtp_tensors, random_tokens, read_tensors, reference_model, write_tensors
 
 PROMPTS = [[5, 9], [1, 2, 3, 4, 5, 6, 7], [8], [100, 200, 300], [7, 7, 7, 7]]
-
 WARM = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=4)
 
 
@@ -231,9 +230,7 @@ def test_prompt_that_is_no_list_of_ids_is_rejected(prompt: object) -> None:
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
 LENGTHS = (1, 9, 4)
-
 STEPS = (1, 2, 1, 2, 2)
 
 
@@ -375,7 +372,6 @@ def test_greedy_text_follows_the_penalized_logits(speculative: Speculative, batc
 
 
 TOKENIZER = Tokenizer.train(["def f(x):\n    return x + 1\n", "naïve café 🙂 日本語 text"] * 9, 290)
-
 TEXTS = ["def g(y): return 2", "žluťoučký kůň", "日本語🙂🙂 e\u0301", "a\ufffdb", "", "<｜User｜>"]
 
 

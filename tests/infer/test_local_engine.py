@@ -32,7 +32,6 @@ from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model
 from tests.model.fp8_models import CONFIDENT, scale_like_trained
 
 PROMPTS = [NumberedPrompt(number=number, tokens=tuple(range(number + 3, 2 * number + 4))) for number in range(8)]
-
 REQUEST = Request(samples=6, max_new_tokens=16, sampling=Sampling(temperature=1.0, seed=3), stop=frozenset((50, 111)))
 
 
@@ -239,7 +238,6 @@ def test_prompts_read_in_chunks_continue_as_whole_ones(speculative: bool, shape:
 
 
 VLLM_PROMPTS = [NumberedPrompt(number=4, tokens=(5, 9)), NumberedPrompt(number=7, tokens=(1, 2, 3))]
-
 VLLM_REQUEST = Request(samples=2, max_new_tokens=5, sampling=Sampling(temperature=0.0), stop=frozenset((50,)))
 
 

@@ -30,7 +30,6 @@ from tests.pairs import batch_of, draw_pairs, scores_at
 from tests.tiny import MODEL
 
 REWARD_MODEL = replace(MODEL, head="score", mtp_depth=0)
-
 END = 1
 
 

@@ -149,14 +149,8 @@ def test_min_p_and_penalties_out_of_range_are_rejected(values: dict[str, float],
 
 
 VOCAB = 8
-
 LETTERS = replace(SMALL, vocab_size=VOCAB)
-
-FILTERS = [
-    Sampling(temperature=1.0),
-    Sampling(temperature=0.7, top_k=4),
-    Sampling(temperature=1.3, top_p=0.8),
-]
+FILTERS = [Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=4), Sampling(temperature=1.3, top_p=0.8)]
 
 
 def prompts_of(config: ModelConfig, count: int, seed: int) -> list[list[int]]:

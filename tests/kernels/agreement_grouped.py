@@ -18,9 +18,7 @@ Counts = Sequence[int]
 RowsFp8 = Callable[[Quantized, QuantizedBlocks, Counts, torch.dtype], Tensor]
 WeightFp8 = Callable[[QuantizedColumns, QuantizedColumns, Counts], Tensor]
 Product = Callable[[Tensor, Tensor, Counts], Tensor]
-
 Operand = TypeVar("Operand", Quantized, QuantizedBlocks, QuantizedColumns)
-
 NAN_BITS = 0x7F
 
 

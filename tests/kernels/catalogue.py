@@ -367,13 +367,7 @@ EXPERT_MAPS = {GATE_UP: (HIDDEN, 2 * EXPERT_WIDTH), "down": (EXPERT_WIDTH, HIDDE
 
 
 def grouped_rows(
-    name: str,
-    inputs: int,
-    outputs: int,
-    tiling: Tiling | None = None,
-    *,
-    is_fp8: bool,
-    is_across: bool = False,
+    name: str, inputs: int, outputs: int, tiling: Tiling | None = None, *, is_fp8: bool, is_across: bool = False
 ) -> Launch:
     """Outputs of all experts' maps; or the gradient of inputs of maps with as many inputs as these have outputs.
 

@@ -166,12 +166,7 @@ def test_documents_move_as_a_whole() -> None:
     ],
 )
 def test_auto_takes_what_is_installed_and_serves(
-    device: str,
-    dtype: torch.dtype,
-    is_packed: bool,
-    is_installed: bool,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, dtype: torch.dtype, is_packed: bool, is_installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kernels.attention.find_spec", lambda name: object() if is_installed else None)
     assert choose_attention("auto", torch.device(device), dtype, is_packed=is_packed) is ATTENTION.get(expected)
@@ -215,11 +210,8 @@ def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: 
 
 
 CPU = torch.device("cpu")
-
 KERNELS = {"fused": fused.CPU_FLASH, "reference": REFERENCE}
-
 SIZES = (1, 2, 3, 4)
-
 SEGMENT = 3
 
 

@@ -23,11 +23,8 @@ from tests.kernels.aot import Compiled, compile_launch
 from tests.kernels.interpreter_casts import interpreted
 
 pytestmark = pytest.mark.slow
-
 OPAQUE_DTYPES = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
-
 PERMUTE_SHAPES = [(9, 31, 1), (9, 31, 129), (2, 3, 1792), (5, 17, 128), (0, 4, 5), (4, 0, 5), (4, 5, 0)]
-
 UNPERMUTE_SHAPES = [(40, 13, 8, 129), (9, 5, 1, 1), (6, 3, 11, 128), (3, 5, 2, 7168), (0, 3, 2, 4), (5, 0, 2, 4)]
 
 UNPERMUTE_DTYPES = [
@@ -81,11 +78,7 @@ def test_interpreted_index_beyond_the_rows_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "padding", "index_dtype"),
-    [
-        (torch.bfloat16, 0, torch.int64),
-        (torch.bfloat16, 16, torch.int32),
-        (torch.float8_e4m3fn, 224, torch.int64),
-    ],
+    [(torch.bfloat16, 0, torch.int64), (torch.bfloat16, 16, torch.int32), (torch.float8_e4m3fn, 224, torch.int64)],
 )
 def test_compiled_permute_moves_16_bytes_at_a_time(dtype: torch.dtype, padding: int, index_dtype: torch.dtype) -> None:
     compiled = compiled_permute(dtype, 7168, padding, index_dtype)
@@ -145,7 +138,6 @@ def test_compiled_unpermute_of_float64_adds_in_float64() -> None:
 
 
 SHAPES = [(32, 1), (33, 127), (16, 128), (18, 129), (16, 300)]
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -240,7 +232,6 @@ def test_compiled_dequantize_casts_in_hardware_and_is_sound(dtype: torch.dtype, 
 
 
 FORMATS_DTYPES = [torch.bfloat16, torch.float32]
-
 COUNTS = [[0, 130, 1, 0, 127, 128, 0], [128]]
 
 

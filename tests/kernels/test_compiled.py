@@ -32,7 +32,6 @@ from tests.kernels.launches import Launch, Product, Tensors
 from tests.kernels.triton_versions import VERSIONS
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-
 PASSES = {"slopes_kernel": 2, "adamw_kernel": 20 / 12}
 
 """Bytes moved per byte of the arguments, for kernels that overwrite their inputs."""
@@ -162,7 +161,6 @@ def test_numbers_for_a_gpu_are_of_their_kinds() -> None:
 
 
 MADE = Tensors(torch.device("cpu"))
-
 COUNTS = (3,)
 
 
@@ -196,8 +194,7 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kernel"),
-    [("gemm_fp8.triton", "gemm_kernel"), ("grouped_gemm.triton_fp8", "grouped_rows_fp8_kernel")],
+    ("name", "kernel"), [("gemm_fp8.triton", "gemm_kernel"), ("grouped_gemm.triton_fp8", "grouped_rows_fp8_kernel")]
 )
 def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, kernel: str) -> None:
     """The tuner tries that tiling, and the compiler's pass for it fails on a loop that is known to run once."""

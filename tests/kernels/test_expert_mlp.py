@@ -236,10 +236,7 @@ def test_what_is_not_a_number_stays_with_its_expert(
         for kept in (
             (slice(0, 1), slice(2, 3))
             if name.startswith(("grad_gate", "grad_down"))
-            else (
-                slice(0, first),
-                slice(last, None),
-            )
+            else (slice(0, first), slice(last, None))
         ):
             assert torch.equal(tensor[kept], expected[kept]), name
 

@@ -36,7 +36,6 @@ from tests.kernels.interpreter_casts import interpreted
 from tests.kernels.plain import near, randn
 
 pytestmark = pytest.mark.slow
-
 SHAPES = [(5, 1), (9, 100), (40, 130), (3, 1024), (70, 128)]
 
 

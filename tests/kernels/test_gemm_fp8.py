@@ -189,7 +189,6 @@ def test_columns_of_a_group_of_rows_are_a_product_of_their_own() -> None:
 
 
 DEFAULT, WIDE, SMALL = Tiling(), Tiling(specialize=True, warps=4), Tiling(rows=64)
-
 CANDIDATES = (DEFAULT, WIDE, SMALL)
 
 FAILURES = [

@@ -34,21 +34,14 @@ from tests.kernels.agreement_grouped import (
     check_weight,
     check_weight_fp8,
 )
-from tests.kernels.agreement_grouped import (
-    check_nan as grouped_check_nan,
-)
-from tests.kernels.agreement_grouped import (
-    column_operands as grouped_column_operands,
-)
-from tests.kernels.agreement_grouped import (
-    operands as grouped_operands,
-)
+from tests.kernels.agreement_grouped import check_nan as grouped_check_nan
+from tests.kernels.agreement_grouped import column_operands as grouped_column_operands
+from tests.kernels.agreement_grouped import operands as grouped_operands
 from tests.kernels.aot import Compiled, compile_launch
 from tests.kernels.interpreter_casts import interpreted
 from tests.kernels.plain import randn
 
 pytestmark = pytest.mark.slow
-
 LARGEST_SHARED_BYTES = 227 * 1024
 
 
@@ -197,7 +190,6 @@ def test_compiled_product_in_float32_is_sound() -> None:
 
 
 COUNTS = (0, 130, 1, 0, 128, 127, 0)
-
 ONE_GROUP = (0, 0, 259)
 
 

@@ -73,9 +73,7 @@ def test_reference_keeps_nan_and_infinity_within_their_group() -> None:
     check_nan(grouped_rows, grouped_weight, "cpu")
 
 
-def test_native_gradient_of_an_empty_group_is_zero(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_native_gradient_of_an_empty_group_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaves_empty_groups(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
         assert left.shape[1] > 0
         out = torch.full((len(offs), len(left), right.shape[1]), torch.nan, dtype=left.dtype)

@@ -188,13 +188,9 @@ def test_the_reference_loads_neither_triton_nor_deep_gemm_and_attention_no_torch
 
 
 Case = tuple[ChosenFunction[..., Any], tuple[Any, ...], str]
-
 EPS = 1e-6
-
 F32, BF16 = torch.float32, torch.bfloat16
-
 OTHER = torch.float8_e5m2
-
 BY_TWO = {"power_of_two": True}
 
 
@@ -208,23 +204,14 @@ def turned(pair: Any) -> Any:
 
 
 VALUES = ones(3, 200)
-
 ROWS = quantize_1x128(VALUES, power_of_two=True)
-
 BLOCKS = quantize_128x128(ones(2, 130, 200), power_of_two=True)
-
 WEIGHT = QuantizedBlocks(BLOCKS.codes[0], BLOCKS.scales[0])
-
 COLUMNS = quantize_columns(VALUES, [3], power_of_two=True)
-
 PACKED = pack_e5m6(VALUES)
-
 NORMAL, INVERSE = rms_norm_quantize(VALUES, ones(200), EPS, power_of_two=True)
-
 _, HIDDEN = swiglu_quantize(ones(3, 400), None, power_of_two=True)
-
 AS_BYTES = Quantized(ROWS.codes.view(torch.uint8), ROWS.scales)
-
 INDEX = torch.tensor([2, 0])
 
 EVERYWHERE: list[Case] = [
@@ -324,9 +311,7 @@ EVERYWHERE: list[Case] = [
 ]
 
 SQUARE, ALONG = ones(4, 4), "must be contiguous along its columns, got strides"
-
 BY_COLUMN = Quantized(SQUARE.to(torch.float8_e4m3fn).t(), ones(4, 1))
-
 ONE_BLOCK = quantize_128x128(ones(256, 3), power_of_two=True)
 
 UNDER_TRITON: list[Case] = [

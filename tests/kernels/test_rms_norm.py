@@ -21,9 +21,7 @@ from tests.kernels.agreement_fused import assert_codes_near, norm_inputs
 from tests.kernels.plain import near, randn, rms_norm, strided
 
 EPS = 1e-6
-
 SHAPES = [(5, 7), (2, 3, 33), (1, 1), (0, 9), (1, 257), (130, 64)]
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 

@@ -13,7 +13,6 @@ from model.precision.linear import WeightSink
 Weights = Mapping[str, Tensor]
 Call = Callable[[Any, Sequence[Tensor], WeightSink | None], Sequence[Tensor]]
 Plain = Callable[[Weights, Sequence[Tensor]], Sequence[Tensor]]
-
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.04}
 """Tolerance for a whole tensor: bf16 rounds each number between two operations, by up to 2^-8."""
 

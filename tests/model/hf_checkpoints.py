@@ -158,12 +158,7 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-FP8_CONFIG = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [128, 128],
-}
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
 def save_checkpoint(folder: Path, *, fp8: bool = False, num_files: int = 1, **changes: Any) -> dict[str, Tensor]:

@@ -144,7 +144,6 @@ def test_ladder_sizes_that_name_no_model_are_rejected(overrides: list[str], part
 
 
 LENGTHS = [[6, 1, 9], [4, 12], [16]]
-
 CPU = torch.device("cpu")
 
 

@@ -35,7 +35,6 @@ from tests.ranks import run_ranks
 from tests.tiny import MODEL
 
 TOKENS = 24
-
 PLACES = [[*range(5), *range(3), *range(12), *range(4)], [*range(1), *range(20), -1, -1, -1]]
 
 
@@ -171,11 +170,8 @@ def test_activations_of_32k_tokens_on_four_ranks_are_those_of_8k_on_one(products
 
 
 SMALL = replace(MODEL, hidden_size=10, num_heads=3, norm_eps=1e-3)
-
 WHOLE_QUERIES = replace(SMALL, q_lora_rank=None, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=16)
-
 ATTENTION_IN_FP8 = replace(MODEL, hidden_size=160, num_heads=3, q_lora_rank=136, kv_lora_rank=48, v_head_dim=20)
-
 FP8 = Computing(products="fp8")
 
 SUBSETS: tuple[frozenset[Recomputed], ...] = (

@@ -25,11 +25,8 @@ from tests.model.fp8_plain import Gate, InFp8, Normed, expect, in_12_bits
 from tests.tiny import MODEL
 
 EPS = 1e-6
-
 SHAPE = (2, 70)  # of rows: not a whole tile of 128, and more than one
-
 HIDDEN = 160  # a tile and a quarter
-
 Maps = list[nn.Parameter]
 
 

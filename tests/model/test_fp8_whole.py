@@ -31,9 +31,7 @@ from tests.model.fp8_plain import Gate, InFp8, expect
 from tests.model.test_stage import make_objective, phased
 
 HIDDEN = 160
-
 WIDTH = 72  # so that a tile of hidden values holds the last gates and the first ups
-
 NUM_EXPERTS = 4
 
 

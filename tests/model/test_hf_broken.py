@@ -133,62 +133,20 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         edit_header(lambda header: header.update(extra=["F32", [0], [0, 0]])),
         (FIRST, "extra", "must have dtype, shape and data_offsets"),
     ),
-    "two tensors in the same bytes": (
-        edit_header(swap_offsets),
-        (FIRST, *UNREADABLE, "invalid offset"),
-    ),
+    "two tensors in the same bytes": (edit_header(swap_offsets), (FIRST, *UNREADABLE, "invalid offset")),
     "unknown type": (edit_entry(NORM, dtype="I16"), (NORM, "dtype must be one of", "'I16'")),
-    "type is a list": (
-        edit_entry(NORM, dtype=[]),
-        (
-            "header",
-            "must be one that safetensors reads",
-        ),
-    ),
-    "other type for the same bytes": (
-        edit_entry(NORM, dtype="F32"),
-        (*UNREADABLE, "data type, or offset"),
-    ),
-    "other shape for the same bytes": (
-        edit_entry(NORM, shape=[25]),
-        (*UNREADABLE, "invalid shape"),
-    ),
-    "shape of negative sizes": (
-        edit_entry(NORM, shape=[-4, -6]),
-        (*UNREADABLE, "integer `-4`"),
-    ),
-    "shape of fractions": (
-        edit_entry(NORM, shape=[24.0]),
-        (*UNREADABLE, "floating point"),
-    ),
-    "shape is a number": (
-        edit_entry(NORM, shape=24),
-        (*UNREADABLE, "expected a sequence"),
-    ),
-    "astronomic shape": (
-        edit_entry(NORM, shape=[2**62, 2**62]),
-        (*UNREADABLE, "overflow"),
-    ),
-    "offsets in disorder": (
-        edit_entry(NORM, data_offsets=[48, 0]),
-        (
-            "header",
-            "must be one that safetensors reads",
-        ),
-    ),
-    "three offsets": (
-        edit_entry(NORM, data_offsets=[0, 24, 48]),
-        (
-            "header",
-            "must be one that safetensors reads",
-        ),
-    ),
+    "type is a list": (edit_entry(NORM, dtype=[]), ("header", "must be one that safetensors reads")),
+    "other type for the same bytes": (edit_entry(NORM, dtype="F32"), (*UNREADABLE, "data type, or offset")),
+    "other shape for the same bytes": (edit_entry(NORM, shape=[25]), (*UNREADABLE, "invalid shape")),
+    "shape of negative sizes": (edit_entry(NORM, shape=[-4, -6]), (*UNREADABLE, "integer `-4`")),
+    "shape of fractions": (edit_entry(NORM, shape=[24.0]), (*UNREADABLE, "floating point")),
+    "shape is a number": (edit_entry(NORM, shape=24), (*UNREADABLE, "expected a sequence")),
+    "astronomic shape": (edit_entry(NORM, shape=[2**62, 2**62]), (*UNREADABLE, "overflow")),
+    "offsets in disorder": (edit_entry(NORM, data_offsets=[48, 0]), ("header", "must be one that safetensors reads")),
+    "three offsets": (edit_entry(NORM, data_offsets=[0, 24, 48]), ("header", "must be one that safetensors reads")),
     "offsets beyond the file": (
         edit_entry(NORM, data_offsets=[2**40, 2**40 + 48]),
-        (
-            "header",
-            "must be one that safetensors reads",
-        ),
+        ("header", "must be one that safetensors reads"),
     ),
 }
 
@@ -275,10 +233,7 @@ TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "tensor in two files": (copy_into_second, (SECOND, "must be in one file", FIRST)),
     "wrong shape": (replace(NORM, lambda tensor: tensor[:23]), (NORM, "must have shape [24], has [23]")),
-    "transposed": (
-        replace(GATE, lambda tensor: tensor.T),
-        ("must have shape [4, 24], has [24, 4]",),
-    ),
+    "transposed": (replace(GATE, lambda tensor: tensor.T), ("must have shape [4, 24], has [24, 4]",)),
     "another number of dims": (replace(NORM, lambda tensor: tensor[None]), (NORM, "has [1, 24]")),
     "no dims": (replace(NORM, lambda tensor: tensor[0]), (NORM, "must have shape [24], has []")),
     "float16 that config.json does not announce": (
@@ -293,10 +248,7 @@ TENSORS_CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "gate in FP8 with scales": (
         edit_tensors(
             lambda tensors: tensors.update(
-                {
-                    GATE: tensors[GATE].to(torch.float8_e4m3fn),
-                    f"{GATE}_scale_inv": torch.ones(1, 1),
-                }
+                {GATE: tensors[GATE].to(torch.float8_e4m3fn), f"{GATE}_scale_inv": torch.ones(1, 1)}
             )
         ),
         (GATE, "must be BF16, F32, is F8_E4M3"),

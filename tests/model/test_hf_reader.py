@@ -38,7 +38,6 @@ from tests.test_floors import ROOT
 from tests.tiny import MODEL
 
 RAGGED: dict[str, Any] = {"hidden_size": 136, "kv_lora_rank": 184, "intermediate_size": 700, "vocab_size": 300}
-
 COPY, NORM = "model.layers.3.embed_tokens.weight", "model.norm.weight"
 
 

@@ -100,7 +100,6 @@ def test_mtp_merge_reads_embedding_first() -> None:
 
 
 EPS = 1e-6
-
 SHAPES = [(2, 3, 6), (1, 1, 6), (0, 4, 6), (7, 6)]
 
 SUBSETS: list[frozenset[Recomputed]] = [
@@ -162,9 +161,7 @@ def test_network_alone_equals_formula(dtype: torch.dtype, is_split: bool) -> Non
 
 
 NORM_EPS = 1e-5
-
 NORM_SHAPES = [(5, 6), (2, 3, 6), (1, 1, 6), (0, 6)]
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 

@@ -195,7 +195,6 @@ def test_extras_are_frozen_and_have_a_value_for_each_token() -> None:
 
 
 V3_VOCABULARY = 129_280
-
 NUM_ROWS = 1024
 
 
@@ -312,7 +311,6 @@ def in_chunks(rows_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 LOSSES: dict[str, Loss] = {"whole logits": whole_logits, "in chunks": in_chunks}
 
 

@@ -25,7 +25,6 @@ from tests.pairs import batch_of, draw_pairs, swapped
 from train.tasks.next_token import to_micro_batch
 
 HIDDEN, VOCAB, LENGTH = 5, 11, 40
-
 RANKING = PairRanking(factor=1.0, centre=0.0, balance=0.0)
 
 
@@ -166,7 +165,6 @@ def test_a_batch_without_pairs_has_loss_and_gradient_zero() -> None:
 
 
 V3_VOCABULARY, NUM_ROWS, SAMPLED_HIDDEN = 129_280, 130, 8
-
 FEW = CrossEntropy(factors=(1.0,), balance=0.0)
 
 

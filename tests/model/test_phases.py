@@ -33,7 +33,6 @@ SUBSETS: list[frozenset[Recomputed]] = [
 ]
 
 CONFIG = replace(MODEL, num_layers=2)
-
 OBJECTIVE = CrossEntropy(factors=(0.1, 0.05), balance=0.05)
 
 

@@ -24,7 +24,6 @@ from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, pl
 from train.tasks.next_token import to_micro_batch
 
 HIDDEN, VOCAB, LENGTH, LONGEST = 5, 11, 40, 6
-
 ROWS = (4, 2, 0)
 
 FORMS = {
@@ -281,9 +280,7 @@ def test_reported_sums_are_those_of_loops() -> None:
 
 
 NUM_ACTIONS = 6
-
 LOGITS, OLD_LOGITS, REFERENCE_LOGITS = (drawn(seed, NUM_ACTIONS) for seed in (1, 2, 3))
-
 KlKind = Literal["reverse", "reverse_squared", "forward", "none"]
 
 
@@ -352,12 +349,7 @@ def divergence_gradient(*, reverse: bool) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "has_old", "is_reverse"),
-    [
-        ("reverse", False, True),
-        ("reverse", True, True),
-        ("reverse_squared", False, True),
-        ("forward", False, False),
-    ],
+    [("reverse", False, True), ("reverse", True, True), ("reverse_squared", False, True), ("forward", False, False)],
 )
 def test_expected_gradient_of_an_estimator_is_that_of_its_divergence(
     kind: KlKind, has_old: bool, is_reverse: bool

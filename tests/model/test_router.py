@@ -225,9 +225,7 @@ def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(size: i
 
 
 SUBSETS: list[frozenset[Recomputed]] = [frozenset(), frozenset({"swiglu"})]
-
 FROZEN: list[tuple[str, ...]] = [(), ("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")]
-
 COUNTS = [(3, 0, 4, 1), (0, 0, 6, 0), (0, 0, 0, 0), (1, 0, 0, 0)]
 
 

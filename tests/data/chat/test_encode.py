@@ -205,11 +205,7 @@ def plain_tools(conversation: Conversation) -> list[dict[str, Any]] | None:
     return [
         {
             "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": json.loads(tool.parameters),
-            },
+            "function": {"name": tool.name, "description": tool.description, "parameters": json.loads(tool.parameters)},
         }
         for tool in conversation.tools
     ] or None

@@ -187,13 +187,9 @@ def test_thoughts_that_a_template_cannot_write_are_refused_by_line(tmp_path: Pat
 
 
 GOOD_CHAT = {"prompt": "a", "answer": "b"}
-
 GOOD_PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
-
 WRONG_STRINGS: tuple[Any, ...] = (3, True, ["x"], {"x": 1})
-
 WRONG_LISTS: tuple[Any, ...] = (3, "x", {"role": "user"}, [])
-
 SECONDS = 3.0
 
 

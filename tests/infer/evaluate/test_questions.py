@@ -70,7 +70,6 @@ MUTANTS = {
 }
 
 __all__ = ["library"]
-
 PROGRAMS = {line["id"]: line for line in map(json.loads, OWN_PROGRAMS.read_text().splitlines())}
 
 needs_judge = pytest.mark.skipif(
@@ -250,7 +249,6 @@ def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, toke
 
 
 QUESTION = {"id": 1, "question": "1?", "answer": "1"}
-
 PROGRAM = {"id": "a", "prompt": "def f():", "tests": "assert f()"}
 
 

@@ -291,8 +291,7 @@ def test_code_verdicts_are_the_same_for_one_and_for_many_at_once(scorer: CodeSco
 def test_code_is_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        ScoringError,
-        match=r"bubblewrap is not installed; .*apt-get install .*isolation=accept_risk",
+        ScoringError, match=r"bubblewrap is not installed; .*apt-get install .*isolation=accept_risk"
     ) as caught:
         build()
     assert "\n" not in str(caught.value)

@@ -156,10 +156,7 @@ def missing() -> Sandbox:
     raise find._MissingError("no bubblewrap here")
 
 
-def test_isolation_limits_alone_need_consent(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_isolation_limits_alone_need_consent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(find, "_build_bubblewrap", missing)
     with pytest.raises(
         ScoringError, match=r"no bubblewrap here.*apt-get install bubblewrap.*accept_risk: gen"

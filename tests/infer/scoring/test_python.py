@@ -375,12 +375,7 @@ def test_pass_rates_count_answers_problems_and_votes() -> None:
         [("9", "wrong"), ("9", "wrong"), ("", "missing"), ("9", "wrong")],
     )
     assert found == PassRates(
-        num_samples=4,
-        pass_at_1=4 / 15,
-        pass_at_n=3 / 4,
-        maj_at_n=2 / 4,
-        mean_tokens=26 / 16,
-        cut_share=2 / 16,
+        num_samples=4, pass_at_1=4 / 15, pass_at_n=3 / 4, maj_at_n=2 / 4, mean_tokens=26 / 16, cut_share=2 / 16
     )
 
 

@@ -48,12 +48,7 @@ def main(canary: str, port: str, uid: str = "") -> None:
     with mock.patch.object(find, "_unused_uid", return_value=int(uid or -1)):
         scorer = CodeScorer(
             CodeConfig(
-                kind="code",
-                weight=1.0,
-                cpu_seconds=CPU_SECONDS,
-                wall_seconds=60.0,
-                memory_mib=512,
-                num_sandboxes=1,
+                kind="code", weight=1.0, cpu_seconds=CPU_SECONDS, wall_seconds=60.0, memory_mib=512, num_sandboxes=1
             )
         )
     found = {"level": scorer.isolation, "uid": os.getuid()}
