@@ -22,8 +22,8 @@ from comm.agreement import (
 )
 from comm.config import ParallelismConfig
 from comm.layout import Layout
+from comm.partitions import Relays
 from comm.protocol import Label
-from comm.relays import Relays
 from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress, group_name
 from comm.watchdog.ranks import MAX_RUNS, RankSet, RankTree, name_ranks
 from comm.watchdog.wire import MessageError

@@ -16,6 +16,7 @@ from comm.dispatch.requirements import most_nodes
 from comm.layout import Layout, LayoutError
 from comm.node_limit import limit_groups
 from comm.partitions import (
+    Relays,
     Slices,
     context_partition,
     distinct_expert_groups,
@@ -26,7 +27,6 @@ from comm.partitions import (
     rail_partition,
     stage_partition,
 )
-from comm.relays import Relays
 
 _PUBLISHED = Layout(ParallelismConfig(pipeline=16, data=128, expert=64), ranks_per_node=8)
 

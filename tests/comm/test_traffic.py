@@ -12,8 +12,8 @@ from torch import Tensor, distributed
 
 from comm.dispatch.traffic import LayerTraffic, Spread, Traffic
 from comm.lane import InlineLane, ThreadLane
+from comm.partitions import Relays
 from comm.protocol import Label
-from comm.relays import Relays
 from tests.comm.backends import Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for
 from tests.comm.forecast import Forecast, SentRows, forecast

@@ -19,8 +19,8 @@ from comm.dispatch.two_hop.counts import CountLayout, Hop, PlanCounts, shifts_by
 from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
 from comm.layout import Layout
+from comm.partitions import Relays
 from comm.protocol import Dispatcher
-from comm.relays import Relays
 from tests.comm.backends import Setting, make_parts, maker, watching
 from tests.ranks import run_ranks
 

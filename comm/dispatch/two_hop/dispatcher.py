@@ -28,9 +28,8 @@ from comm.dispatch.two_hop.routing import RelayOrder, RowRouter
 from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout
-from comm.partitions import node_partition, rail_partition
+from comm.partitions import Relays, node_partition, rail_partition
 from comm.protocol import Arrived, Handle, Label, Work, own_handle
-from comm.relays import Relays
 from kernels.permute import permute, unpermute
 
 _ROWS, _WEIGHTS, _IDS = range(3)  # parts of a dispatched row
