@@ -11,8 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import Store
 
 from comm.config import ClusterConfig
-from comm.layout import Layout
-from comm.partitions import Slices, context_partition, expert_data_partition, expert_partition, stage_partition
+from comm.layout import Layout, Slices, context_partition, expert_data_partition, expert_partition, stage_partition
 
 GROUP_TIMEOUT_MARGIN_SECONDS = 20.0
 """Added to the timeout of process groups, so that the watchdog reports first: it can name the missing rank."""

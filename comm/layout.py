@@ -1,7 +1,8 @@
 """Computes the coordinates and groups of ranks by arithmetic alone, for jobs of any size."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from comm.config import ParallelismConfig
 
@@ -106,3 +107,143 @@ class Layout:
     def _replica_indices(self, rank: int, *, mirrored: bool) -> list[int]:
         index = self.pipeline_index(rank)
         return sorted({index, self.parallelism.pipeline - 1 - index}) if mirrored else [index]
+
+
+class Relays:
+    """Members of an expert group and their nodes, which are renumbered from 0 in ascending order."""
+
+    node_of: tuple[int, ...]  # node of each member
+    members_of: tuple[tuple[int, ...], ...]  # members of each node by their index in the group, ascending
+
+    def __init__(self, member_nodes: Sequence[int]) -> None:
+        nodes = sorted(set(member_nodes))
+        self.node_of = tuple(nodes.index(node) for node in member_nodes)
+        self.members_of = tuple(
+            tuple(place for place, node in enumerate(self.node_of) if node == number) for number in range(len(nodes))
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.members_of)
+
+    @property
+    def num_most_members(self) -> int:
+        """Number of members of the fullest node."""
+        return max(map(len, self.members_of))
+
+    def relay(self, place: int, node: int) -> int:
+        """Returns the member that relays rows of member `place` into a node; on its own node, itself."""
+        own = self.members_of[self.node_of[place]]
+        there = self.members_of[node]
+        return there[own.index(place) % len(there)]
+
+    def sources(self, relay: int) -> tuple[int, ...]:
+        """Returns the members of other nodes whose rows a member relays into its node, ascending."""
+        node = self.node_of[relay]
+        return tuple(
+            place for place, home in enumerate(self.node_of) if home != node and self.relay(place, node) == relay
+        )
+
+    def rails(self) -> tuple[tuple[int, ...], ...]:
+        """Splits the members into most sets that hold their members' relays: one per index if nodes are equal."""
+        # Connected components of the graph "relays rows of".
+        unseen = set(range(len(self.node_of)))
+        found = []
+        while unseen:
+            rail = set()
+            pending = [min(unseen)]
+            while pending:
+                place = pending.pop()
+                if place not in rail:
+                    rail.add(place)
+                    pending += self.sources(place)
+                    pending += [self.relay(place, node) for node in range(self.num_nodes)]
+            unseen -= rail
+            found.append(tuple(sorted(rail)))
+        return tuple(found)
+
+
+Slices = tuple[range, ...]
+"""Ranks of one group as disjoint ascending slices. The groups of a partition are ordered by their lowest rank."""
+
+
+def expert_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields the groups of `Layout.expert_group`."""
+    size = layout.parallelism.expert
+    return ((range(first, first + size),) for first in range(0, layout.world_size, size))
+
+
+def pipeline_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields the groups of `Layout.pipeline_group`."""
+    size = layout.parallelism.stage_ranks
+    return ((range(first, layout.world_size, size),) for first in range(size))
+
+
+def context_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields the groups of `Layout.context_group`."""
+    size = layout.parallelism.context
+    return ((range(first, first + size),) for first in range(0, layout.world_size, size))
+
+
+def stage_partition(layout: Layout, *, mirrored: bool) -> Iterator[Slices]:
+    """Yields the groups of `Layout.stage_group`."""
+    for indices in _replica_indices(layout, mirrored=mirrored):
+        yield tuple(range(layout.rank(index, 0), layout.rank(index + 1, 0)) for index in indices)
+
+
+def expert_data_partition(layout: Layout, *, mirrored: bool) -> Iterator[Slices]:
+    """Yields the groups of `Layout.expert_data_group`."""
+    step = layout.parallelism.expert
+    for indices in _replica_indices(layout, mirrored=mirrored):
+        blocks = [(layout.rank(index, 0), layout.rank(index + 1, 0)) for index in indices]
+        for expert_index in range(step):
+            yield tuple(range(first + expert_index, end, step) for first, end in blocks)
+
+
+def node_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields each expert group split by node."""
+    return _split_expert_groups(layout, lambda relays: relays.members_of)
+
+
+def rail_partition(layout: Layout) -> Iterator[Slices]:
+    """Yields each expert group split by rail. Rows cross nodes only within a rail."""
+    return _split_expert_groups(layout, Relays.rails)
+
+
+def distinct_expert_groups(layout: Layout) -> list[range]:
+    """Returns one expert group for each way to lie on nodes: the first rank's index within its node."""
+    size = layout.parallelism.expert
+    first_by_offset: dict[int, int] = {}
+    for first in range(0, layout.world_size, size):
+        if first_by_offset.setdefault(first % layout.ranks_per_node, first) != first:
+            break  # the offsets repeat from here on
+    return [range(first, first + size) for first in first_by_offset.values()]
+
+
+def _replica_indices(layout: Layout, *, mirrored: bool) -> Iterator[tuple[int, ...]]:
+    """Yields the pipeline indices that hold the same stages: pairs of mirrors, or single indices."""
+    num_indices = layout.parallelism.pipeline
+    for index in range((num_indices + 1) // 2 if mirrored else num_indices):
+        mirror = num_indices - 1 - index if mirrored else index
+        yield (index,) if mirror == index else (index, mirror)
+
+
+def _split_expert_groups(layout: Layout, split: Callable[[Relays], Sequence[Sequence[int]]]) -> Iterator[Slices]:
+    """Yields the parts of each expert group, which `split` returns as indices within the group."""
+    # The parts depend only on how the group lies on nodes, so they are computed once for each such way.
+    parts_by_offset = {}
+    for group in distinct_expert_groups(layout):
+        parts = split(Relays([layout.node_of(rank) for rank in group]))
+        parts_by_offset[group.start % layout.ranks_per_node] = [_as_slices(part) for part in parts]
+    for (group,) in expert_partition(layout):
+        for part in parts_by_offset[group.start % layout.ranks_per_node]:
+            yield tuple(group[each.start : each.stop : each.step] for each in part)
+
+
+def _as_slices(members: Sequence[int]) -> Slices:
+    """Returns ascending numbers as one slice if their distances are equal, else as one for each number."""
+    steps = {high - low for low, high in pairwise(members)} or {1}
+    if len(steps) == 1:
+        return (range(members[0], members[-1] + 1, *steps),)
+    return tuple(range(member, member + 1) for member in members)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from comm.config import CappedDispatchConfig, ClusterConfig, DispatchConfig, ParallelismConfig
-from comm.layout import Layout
-from comm.partitions import distinct_expert_groups
+from comm.layout import Layout, distinct_expert_groups
 
 
 class DispatchRequirementError(ValueError):

@@ -14,8 +14,7 @@ from torch.distributed import ProcessGroup
 
 from comm.groups import make_group
 from comm.lane import ThreadLane
-from comm.layout import Layout
-from comm.partitions import pipeline_partition
+from comm.layout import Layout, pipeline_partition
 from comm.protocol import Work
 from comm.transfers.message import (
     HEADER_BYTES,

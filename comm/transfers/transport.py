@@ -12,8 +12,7 @@ from torch.distributed import ProcessGroup
 
 from comm.groups import make_group
 from comm.lane import ClosesOnSuccess
-from comm.layout import Layout
-from comm.partitions import pipeline_partition
+from comm.layout import Layout, pipeline_partition
 from comm.protocol import Work
 from comm.transfers.host_link import host_links
 from comm.transfers.message import TRAINING_KINDS, LinkLog, MessageKey, MessageKind, as_bytes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes
 from comm.dispatch.traffic import Spread
-from comm.partitions import Relays
+from comm.layout import Relays
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from comm.agreement import (
     sum_over_ranks,
 )
 from comm.config import ParallelismConfig
-from comm.layout import Layout
-from comm.partitions import Relays
+from comm.layout import Layout, Relays
 from comm.protocol import Label
 from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress, group_name
 from comm.watchdog.ranks import MAX_RUNS, RankSet, RankTree, name_ranks

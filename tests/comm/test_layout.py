@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from comm.config import ParallelismConfig
 from comm.dispatch.requirements import most_nodes
-from comm.layout import Layout, LayoutError
-from comm.node_limit import limit_groups
-from comm.partitions import (
+from comm.layout import (
+    Layout,
+    LayoutError,
     Relays,
     Slices,
     context_partition,
@@ -27,6 +27,7 @@ from comm.partitions import (
     rail_partition,
     stage_partition,
 )
+from comm.node_limit import limit_groups
 
 _PUBLISHED = Layout(ParallelismConfig(pipeline=16, data=128, expert=64), ranks_per_node=8)
 

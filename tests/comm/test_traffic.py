@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from comm.dispatch.traffic import LayerTraffic, Spread, Traffic
 from comm.lane import InlineLane, ThreadLane
-from comm.partitions import Relays
+from comm.layout import Relays
 from comm.protocol import Label
 from tests.comm.backends import Setting, maker, watching
 from tests.comm.contract import Bench, num_experts_for

@@ -18,8 +18,7 @@ from comm.dispatch.traffic import ClipCount
 from comm.dispatch.two_hop.counts import CountLayout, Hop, PlanCounts, shifts_by_source
 from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
-from comm.layout import Layout
-from comm.partitions import Relays
+from comm.layout import Layout, Relays
 from comm.protocol import Dispatcher
 from tests.comm.backends import Setting, make_parts, maker, watching
 from tests.ranks import run_ranks

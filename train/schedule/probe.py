@@ -18,8 +18,7 @@ from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
-from comm.layout import Layout
-from comm.partitions import context_partition, expert_partition, pipeline_partition
+from comm.layout import Layout, context_partition, expert_partition, pipeline_partition
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from model.gradients import GradientStore

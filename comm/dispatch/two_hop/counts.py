@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from comm.partitions import Relays
+from comm.layout import Relays
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,7 @@ from comm.dispatch.two_hop.plan import TwoHopCounts, TwoHopPlanner, TwoHopRoute
 from comm.dispatch.two_hop.routing import RelayOrder, RowRouter
 from comm.groups import join_one
 from comm.lane import Lane
-from comm.layout import Layout
-from comm.partitions import Relays, node_partition, rail_partition
+from comm.layout import Layout, Relays, node_partition, rail_partition
 from comm.protocol import Arrived, Handle, Label, Work, own_handle
 from kernels.permute import permute, unpermute
 

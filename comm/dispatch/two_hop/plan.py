@@ -14,7 +14,7 @@ from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import Traffic
 from comm.dispatch.two_hop.counts import CountLayout, PlanCounts, RowRun, shifts_by_source
 from comm.dispatch.two_hop.routing import Selection, select
-from comm.partitions import Relays
+from comm.layout import Relays
 from comm.protocol import Label
 
 

@@ -13,8 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from comm.config import ParallelismConfig
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
 from comm.groups import Groups, join_one
-from comm.layout import Layout
-from comm.partitions import (
+from comm.layout import (
+    Layout,
     expert_data_partition,
     expert_partition,
     node_partition,
