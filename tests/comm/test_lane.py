@@ -21,7 +21,7 @@ from comm.groups import ClusterError, Groups, make_host_group, start
 from comm.lane import InlineLane, Lane, StreamLane, ThreadLane, _tensors_of
 from comm.layout import Layout
 from comm.protocol import Arrived, CompletedWork
-from comm.transfers.transport import PipelineTransport
+from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from tests.ranks import run_ranks
 

@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.transfers.transport import HEADER_BYTES, Header, MessageKey, PipelineTransport, TransferError
+from comm.transfers import HEADER_BYTES, Header, MessageKey, PipelineTransport, TransferError
 from comm.watchdog.collective_log import CollectiveLog, CollectiveProgress
 from tests.ranks import RanksFailedError, run_ranks
 

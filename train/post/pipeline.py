@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from comm.agreement import exchange_reports, gather_present
 from comm.dispatch.process_group import Observers
-from comm.transfers.transport import DECODING_KINDS, PipelineTransport
+from comm.transfers import DECODING_KINDS, PipelineTransport
 from dualpipe.decode import decode
 from dualpipe.ir import Schedule
 from dualpipe.runtime.clock import open_clock

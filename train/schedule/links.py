@@ -8,7 +8,7 @@ from torch import Tensor
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.protocol import Work
-from comm.transfers.transport import MessageKey, PipelineTransport
+from comm.transfers import MessageKey, PipelineTransport
 from dualpipe.ir import Schedule
 from dualpipe.transfers import Message, linked_pairs
 from train.world import World

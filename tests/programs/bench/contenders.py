@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDu
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from comm.protocol import Work
-from comm.transfers.transport import PipelineTransport
+from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Schedule
 from dualpipe.registry import SCHEDULES

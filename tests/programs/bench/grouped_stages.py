@@ -16,7 +16,7 @@ from comm.config import ParallelismConfig
 from comm.lane import ThreadLane
 from comm.layout import Layout
 from comm.protocol import Work
-from comm.transfers.transport import PipelineTransport
+from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.build import build
 from dualpipe.ir import Schedule

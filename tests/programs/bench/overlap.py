@@ -21,7 +21,7 @@ from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import InlineLane, Lane, ThreadLane
 from comm.layout import Layout
-from comm.transfers.transport import PipelineTransport
+from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.build import build
 from dualpipe.ir import Group, Op, Operation, Schedule

@@ -12,7 +12,7 @@ import torch
 
 from comm.config import ParallelismConfig
 from comm.layout import Layout
-from comm.transfers.transport import PipelineTransport
+from comm.transfers import PipelineTransport
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.build import build
 from dualpipe.ir import Schedule

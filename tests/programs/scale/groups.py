@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from comm import transfers
 from comm.config import ParallelismConfig
 from comm.dispatch.two_hop.dispatcher import TwoHopGroups
 from comm.groups import Groups, join_one
@@ -22,7 +23,6 @@ from comm.layout import (
     rail_partition,
     stage_partition,
 )
-from comm.transfers import transport
 from comm.watchdog.collective_log import CollectiveLog
 
 _PIPELINE, _EXPERT, _RANKS_PER_NODE = 16, 64, 8
@@ -79,8 +79,8 @@ def _walk(layout: Layout) -> None:
 def _open_links(layout: Layout) -> None:
     """Opens the links of a bidirectional pipeline, each with its own group as on NCCL."""
     pairs = [(low, low + 1) for low in range(_PIPELINE - 1)]
-    with mock.patch.object(transport.distributed, "get_backend", return_value="nccl"):
-        transport.PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
+    with mock.patch.object(transfers.distributed, "get_backend", return_value="nccl"):
+        transfers.PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
 
 
 @contextmanager
