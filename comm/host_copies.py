@@ -2,15 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from torch import Tensor
 
-from comm.lane import ClosesOnSuccess, ThreadLane
+from comm.lane import ClosesOnSuccess, T, ThreadLane
 from comm.protocol import Work
-
-T = TypeVar("T")
 
 
 class HostCopies(ClosesOnSuccess):
