@@ -13,8 +13,7 @@ from comm.dispatch.process_group import Observers
 from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
-from comm.host_copies import HostCopies, open_host_copies
-from comm.lane import Lane
+from comm.lane import HostCopies, Lane, open_host_copies
 from comm.layout import Layout
 from comm.preemption import Preemption
 from comm.protocol import Dispatcher

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from comm.dispatch.local import LocalDispatcher
-from comm.host_copies import ThreadHostCopies
+from comm.lane import ThreadHostCopies
 from comm.protocol import Label
 from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
