@@ -1,14 +1,24 @@
 """Creates the process groups of one rank, and initializes and destroys `torch.distributed`."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import chain
 
 import torch
 from torch import distributed
-from torch.distributed import ProcessGroup
+from torch.distributed import (
+    HashStore,  # type: ignore[attr-defined]
+    ProcessGroup,
+)
 from torch.distributed.distributed_c10d import Store
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 
 from comm.config import ClusterConfig
 from comm.layout import Layout, Slices, context_partition, expert_data_partition, expert_partition, stage_partition
@@ -160,3 +170,53 @@ def _device(cluster: ClusterConfig, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % num_devices)
     torch.cuda.set_device(device)
     return device
+
+
+BACKEND = "private"
+
+
+class PrivateRendezvous(RendezvousHandler):
+    """Rendezvous of a single launcher, which also checks the ranks each time the launcher does."""
+
+    def __init__(self, run_id: str, check_ranks: Callable[[], None]) -> None:
+        """Creates the rendezvous; it calls `check_ranks`, which may raise, while all ranks are healthy."""
+        self._run_id = run_id
+        self._check_ranks = check_ranks
+        self._store = HashStore()
+
+    def get_backend(self) -> str:
+        """Returns the name under which this rendezvous is registered."""
+        return BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Returns node rank 0 of 1. The address that ranks receive has no listener."""
+        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
+
+    def num_nodes_waiting(self) -> int:
+        """Calls `check_ranks` and returns 0, as no other launcher joins. Called after each check of the ranks."""
+        self._check_ranks()
+        return 0
+
+    def is_closed(self) -> bool:
+        """Returns False: the rendezvous stays open."""
+        return False
+
+    def set_closed(self) -> None:
+        """Does nothing: there is no other launcher to inform."""
+
+    def get_run_id(self) -> str:
+        """Returns the id of the attempt."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """Returns True: nothing is left to close."""
+        return True
+
+
+def register_private_rendezvous() -> None:
+    """Registers the rendezvous with torch's launcher as `BACKEND`; `rdzv_configs` must hold `check_ranks`."""
+    rendezvous_handler_registry.register(BACKEND, _create)
+
+
+def _create(parameters: RendezvousParameters) -> RendezvousHandler:
+    return PrivateRendezvous(parameters.run_id, parameters.config["check_ranks"])

@@ -185,7 +185,7 @@ def _run_elastic(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from comm.local_rendezvous import BACKEND, register_private_rendezvous
+    from comm.groups import BACKEND, register_private_rendezvous
 
     register_private_rendezvous()
     for name in _SILENCED_LOGGERS:
