@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.context.forecast import MOST_GATHERED_RANKS
 from comm.context.protocol import ALONE, ContextGroup, Contribution, Rows, SequenceParts, zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Spread
-from comm.layout import Layout
+from comm.layout import MOST_GATHERED_RANKS, Layout
 from comm.protocol import CompletedWork, MappedWork, Work
 from comm.watchdog.collective_log import group_name
 

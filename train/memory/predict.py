@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from comm.context.forecast import num_kept_ranks
 from comm.dispatch.registry import DISPATCHERS, INDEX_BYTES, RowBytes
+from comm.layout import num_kept_ranks
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.registry import FALLBACK, SCHEDULES
 from dualpipe.runtime import pairing

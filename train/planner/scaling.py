@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 import numpy
 from numpy.typing import NDArray
 
-from comm.context.forecast import MOST_GATHERED_RANKS, forecast_context_bytes
+from comm.layout import MOST_GATHERED_RANKS, forecast_context_bytes
 from model.config import LAYER
 from model.size import attention_parameters
 from train.config import TrainConfig
