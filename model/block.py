@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comm.context.protocol import ALONE, ContextGroup
-from comm.protocol import Dispatcher, Handle, RankLocalDispatcher
+from comm.protocol import ALONE, ContextGroup, Dispatcher, Handle, RankLocalDispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention
 from model.config import ModelConfig

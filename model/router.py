@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comm.context.protocol import ALONE, ContextGroup
 from comm.node_limit import limit_groups
-from comm.protocol import Label
+from comm.protocol import ALONE, ContextGroup, Label
 from kernels.attention.documents import Documents
 from model.config import ModelConfig
 from model.precision.linear import widen

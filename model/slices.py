@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.context.protocol import Contribution, Rows, SequenceParts
-from comm.protocol import CompletedWork, Work
+from comm.protocol import CompletedWork, Contribution, Rows, SequenceParts, Work
 
 
 @dataclass(slots=True)

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from comm.context.protocol import ALONE, ContextGroup
-from comm.protocol import Dispatcher
+from comm.protocol import ALONE, ContextGroup, Dispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention, AttentionForm
 from model.attention.mla import LATENT_ATTENTION
@@ -83,7 +82,7 @@ class Transformer(nn.Module):
         dtype: type of every weight, uninitialized until `initialize_weights`; the router bias stays float32.
         part: part of the model; None means the whole.
         context: ranks that share each sequence. Tokens, targets and hidden states are those that this rank holds
-            (`comm.context.protocol`), documents are those of whole sequences. Decoding ignores it.
+            (`comm.protocol`), documents are those of whole sequences. Decoding ignores it.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from comm.context.protocol import zigzag_parts
+from comm.protocol import zigzag_parts
 
 
 def take_held(values: Tensor, index: int, size: int) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 from tests import ROOT
 
 FLOORS = {"kernels": 0, "comm": 1, "data": 1, "model": 2, "dualpipe": 2, "infer": 3, "train": 4, "launch": 5}
-CONTEXT = ("comm.context.protocol",)
+CONTEXT = ("comm.protocol",)
 """What the model knows of context groups: the protocol, the group of one rank, and which tokens a rank holds."""
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
@@ -131,7 +131,7 @@ def test_floors_a_breach_is_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("model/a.py", "from comm.protocol import Dispatcher\nfrom comm import node_limit"),
-        ("model/a.py", "from comm.context.protocol import ALONE, ContextGroup"),
+        ("model/a.py", "from comm.protocol import ALONE, ContextGroup"),
         ("train/a.py", "from model.config import ModelConfig\nfrom torch import distributed as dist"),
         ("train/a.py", "def f():\n    import wandb"),
         ("dualpipe/runtime/execute.py", "from torch import distributed"),

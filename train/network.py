@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 
 from comm.config import DispatchConfig
-from comm.context.protocol import ALONE, ContextGroup, SequenceParts, zigzag_parts
 from comm.dispatch.requirements import TokenSizes
-from comm.protocol import Dispatcher
+from comm.protocol import ALONE, ContextGroup, Dispatcher, SequenceParts, zigzag_parts
 from model.config import Computing, ModelConfig
 from model.size import slice_lengths, slice_starts
 from model.stage import Stage

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from comm.context.group import open_context
-from comm.context.protocol import SequenceParts
 from comm.dispatch.process_group import Observers
-from comm.protocol import Dispatcher
+from comm.protocol import Dispatcher, SequenceParts
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import forward_only
 from dualpipe.runtime import pairing as pairings

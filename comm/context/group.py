@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from comm.context.protocol import ALONE, ContextGroup, Contribution, Rows, SequenceParts, zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Spread
 from comm.layout import MOST_GATHERED_RANKS, Layout
-from comm.protocol import CompletedWork, MappedWork, Work
+from comm.protocol import (
+    ALONE,
+    CompletedWork,
+    ContextGroup,
+    Contribution,
+    MappedWork,
+    Rows,
+    SequenceParts,
+    Work,
+    zigzag_parts,
+)
 from comm.watchdog.collective_log import group_name
 
 _ALIGNMENT_BYTES = 16

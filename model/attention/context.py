@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.context.protocol import Rows
+from comm.protocol import Rows
 from kernels.attention.blocks import choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
 from kernels.attention.blocks.reference import BlockKernel

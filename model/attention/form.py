@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from comm.context.protocol import ALONE, ContextGroup
+from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.kv_cache import CacheView
 from model.config import ModelConfig

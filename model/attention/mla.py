@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from comm.context.protocol import ALONE, ContextGroup
+from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.context import mix_in_context
 from model.attention.core import mix

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from comm.context.protocol import ALONE, ContextGroup
-from comm.protocol import Dispatcher, Label
+from comm.protocol import ALONE, ContextGroup, Dispatcher, Label
 from kernels.attention.documents import Documents
 from model.block import Attended, Block
 from model.gradients import GradientStore

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from comm.context.protocol import ALONE, ContextGroup
+from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.precision.linear import WeightSink
 

@@ -8,10 +8,10 @@ from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
 from comm.context.group import ContextExchange, from_bytes, open_context, to_bytes
-from comm.context.protocol import ALONE, ContextGroup, Rows, segment_tokens, segments_of, zigzag_parts
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic, TrafficSnapshot
 from comm.layout import MOST_GATHERED_RANKS, ContextBytes, Layout, forecast_context_bytes, num_kept_ranks
+from comm.protocol import ALONE, ContextGroup, Rows, segment_tokens, segments_of, zigzag_parts
 from comm.watchdog.collective_log import CollectiveLog
 from tests.context_parts import join_held, take_held
 from tests.ranks import run_ranks

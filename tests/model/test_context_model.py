@@ -10,11 +10,11 @@ from torch import Tensor, distributed, nn
 
 from comm.config import ParallelismConfig
 from comm.context.group import ContextExchange, open_context
-from comm.context.protocol import ALONE, ContextGroup
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.layout import Layout, forecast_context_bytes, num_kept_ranks
+from comm.protocol import ALONE, ContextGroup
 from comm.watchdog.collective_log import CollectiveLog
 from kernels.attention.documents import Documents
 from launch.config.run_config import compose_run

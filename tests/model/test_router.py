@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.context.protocol import Contribution, Rows, SequenceParts, zigzag_parts
 from comm.dispatch.expert_order import SortedChoices
-from comm.protocol import Work
+from comm.protocol import Contribution, Rows, SequenceParts, Work, zigzag_parts
 from kernels.attention.documents import Documents
 from model.config import Recomputed
 from model.feed_forward import RoutedExperts

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from comm.context.protocol import ALONE, ContextGroup
 from comm.dispatch.local import LocalDispatcher
+from comm.protocol import ALONE, ContextGroup
 from infer.decoder import Decoder
 from kernels.attention.documents import Documents
 from model.attention.form import Attention, AttentionForm

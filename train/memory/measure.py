@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from comm.context.protocol import SequenceParts
+from comm.protocol import SequenceParts
 from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
 from kernels.launch import without_launches
 from model.gradients import GradientStore

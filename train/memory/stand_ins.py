@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from comm.context.group import GatherContext, LinkedContext, RingContext, Shift
-from comm.context.protocol import ALONE, ContextGroup
-from comm.protocol import Arrived, CompletedWork, Dispatcher, Label, Work
+from comm.protocol import ALONE, Arrived, CompletedWork, ContextGroup, Dispatcher, Label, Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,12 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from comm.context.group import open_context
-from comm.context.protocol import ContextGroup
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic
 from comm.groups import join_one
 from comm.layout import Layout, context_partition, expert_partition, pipeline_partition
-from comm.protocol import Dispatcher
+from comm.protocol import ContextGroup, Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from model.gradients import GradientStore
 from model.objective import LossSums, MicroBatch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.context.protocol import SequenceParts
+from comm.protocol import SequenceParts
 from data.loader import Batch, Loader
 from model.objective import MicroBatch, find_target_rows
 from model.router import Routes
