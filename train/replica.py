@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from comm.context.group import open_context
+from comm.context_group import open_context
 from comm.dispatch.process_group import Observers
 from comm.protocol import Dispatcher, SequenceParts
 from dualpipe.ir import Schedule, ScheduleError

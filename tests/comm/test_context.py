@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig
-from comm.context.group import ContextExchange, from_bytes, open_context, to_bytes
+from comm.context_group import ContextExchange, from_bytes, open_context, to_bytes
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic, TrafficSnapshot
 from comm.layout import MOST_GATHERED_RANKS, ContextBytes, Layout, forecast_context_bytes, num_kept_ranks

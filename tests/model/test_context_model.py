@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from comm.config import ParallelismConfig
-from comm.context.group import ContextExchange, open_context
+from comm.context_group import ContextExchange, open_context
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.process_group import Observers
 from comm.dispatch.traffic import Traffic

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comm.context.group import GatherContext, LinkedContext, RingContext, Shift
+from comm.context_group import GatherContext, LinkedContext, RingContext, Shift
 from comm.protocol import ALONE, Arrived, CompletedWork, ContextGroup, Dispatcher, Label, Work
 
 
@@ -66,7 +66,7 @@ class EvenDispatcher(Dispatcher):
 
 
 class _Link:
-    """Replaces `comm.context.group.ContextLink`."""
+    """Replaces `comm.context_group.ContextLink`."""
 
     index = 0
 
