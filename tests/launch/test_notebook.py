@@ -23,9 +23,9 @@ IMPORTS = """
 import sys
 assert "comm" in sys.modules, "the kernel has imported its own before"
 import model.size, infer.config, launch.config.compose, dualpipe.ir, data.tokenizer, train.checkpoint.manifest
-import comm.protocol, comm.exit_codes
+import comm.protocol, comm.preemption
 from comm.layout import Layout
-print(comm.exit_codes.EXIT_LOST, launch.config.groups.options("model")[:1])
+print(comm.preemption.EXIT_LOST, launch.config.groups.options("model")[:1])
 """
 WIDGET = """
 import comm
