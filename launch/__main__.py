@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from comm.preemption import EXIT_CONFIGURATION
+from comm.exits import EXIT_CONFIGURATION
 from data.progress import escape_terminals
 from launch.help.command import EXIT_BROKEN_PIPE, discard_output
 from launch.help.page import listing, split_command, unknown_command

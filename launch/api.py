@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from comm.config import ClusterConfig
-from comm.preemption import SIGNALS
+from comm.exits import SIGNALS
 from comm.watchdog.membership import KEY_VARIABLE, STORE_FILE_VARIABLE
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from comm.preemption import EXIT_PREEMPTED, Preemption, handled_signals
+from comm.exits import EXIT_PREEMPTED, Preemption, handled_signals
 from data.progress import progress_on
 from launch.config.errors import system_errors
 from launch.config.run_config import check, compose_run, write_config

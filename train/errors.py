@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from comm.preemption import EXIT_HANG, EXIT_LOST
+from comm.exits import EXIT_HANG, EXIT_LOST
 from train.files.rank_files import RankFiles, find_rank_files, replace_text
 from train.files.secrets import redact
 

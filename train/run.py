@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from comm.exits import EXIT_CONFIGURATION, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, Preemption
 from comm.groups import Groups, start, stop
 from comm.layout import Layout
-from comm.preemption import EXIT_CONFIGURATION, EXIT_NON_FINITE, EXIT_OTHER, EXIT_PREEMPTED, Preemption
 from comm.watchdog.collective_log import CollectiveLog, cuda_mark
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import JobKeyError, Membership

@@ -14,8 +14,8 @@ from typing import Any
 from torch import distributed as dist
 
 from comm.agreement import compare_with_first_rank, exchange_reports, sum_over_ranks
+from comm.exits import Preemption
 from comm.groups import Groups
-from comm.preemption import Preemption
 from comm.watchdog.collective_log import CollectiveLog
 from data.corpus import DataError
 from data.prepare import Prepared

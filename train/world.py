@@ -12,10 +12,10 @@ from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
 from comm.dispatch.requirements import TokenSizes
 from comm.dispatch.traffic import Traffic
+from comm.exits import Preemption
 from comm.groups import Groups
 from comm.lane import HostCopies, Lane, open_host_copies
 from comm.layout import Layout
-from comm.preemption import Preemption
 from comm.protocol import Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from dualpipe.ir import Schedule

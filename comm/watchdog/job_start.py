@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from comm.preemption import EXIT_HANG, EXIT_LOST
+from comm.exits import EXIT_HANG, EXIT_LOST
 from comm.watchdog import wire
 from comm.watchdog.membership import Membership
 from comm.watchdog.ranks import RankSet, RankTree, name_ranks

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from comm.preemption import EXIT_OTHER
+from comm.exits import EXIT_OTHER
 from comm.watchdog.rank_state import RankState
 from comm.watchdog.ranks import FANOUT, MAX_TURNS, RankSet, RankTree
 from comm.watchdog.verdict import Verdict

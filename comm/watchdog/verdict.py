@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from comm.preemption import EXIT_HANG, EXIT_LOST, EXIT_OTHER
+from comm.exits import EXIT_HANG, EXIT_LOST, EXIT_OTHER
 from comm.watchdog.rank_state import RankState, Wait
 from comm.watchdog.ranks import RankSet, name_ranks
 from comm.watchdog.wire import Rank, Text, printable

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from comm.preemption import EXIT_OTHER
+from comm.exits import EXIT_OTHER
 from comm.watchdog.addresses import AddressFetch
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiry import PATIENT_INQUIRY_SECONDS, Inquiry, InquiryTurn

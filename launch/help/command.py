@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from comm.preemption import EXIT_CONFIGURATION
+from comm.exits import EXIT_CONFIGURATION
 from data.progress import escape_terminals
 from launch.config.compose import CONFIG_ONLY, DRY_RUN, chosen_options
 from launch.config.errors import system_errors, user_errors

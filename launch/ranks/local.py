@@ -22,7 +22,7 @@ from multiprocessing import connection, forkserver, process, resource_tracker
 from pathlib import Path
 
 from comm.config import ClusterConfig
-from comm.preemption import EXIT_CONFIGURATION, EXIT_LOST, SIGNALS, Preemption, handled_signals
+from comm.exits import EXIT_CONFIGURATION, EXIT_LOST, SIGNALS, Preemption, handled_signals
 from comm.watchdog.membership import KEY_VARIABLE
 from kernels.registry import loaded_plugins
 from launch.config.errors import user_errors

@@ -19,7 +19,7 @@ from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from comm.preemption import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, Preemption
+from comm.exits import EXIT_CONFIGURATION, EXIT_HANG, EXIT_LOST, Preemption
 from launch.ranks.interrupt import EXIT_INTERRUPTED
 from train.errors import find_errors, find_verdict, read_error
 from train.files.run_lock import LockedError, Owner, read_lock

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from comm.preemption import EXIT_LOST
+from comm.exits import EXIT_LOST
 from launch.ranks.local import run_ranks, start_fork_server
 from launch.ranks.run_folder import write_run_folder
 from tests.tiny import tiny_config

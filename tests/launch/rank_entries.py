@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from comm.preemption import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED, SIGNALS, Preemption
+from comm.exits import EXIT_HANG, EXIT_LOST, EXIT_PREEMPTED, SIGNALS, Preemption
 from comm.watchdog.membership import STORE_FILE_VARIABLE
 from launch.config.run_config import compose_run
 from launch.help.command import command

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from comm.preemption import SIGNALS, handled_signals
+from comm.exits import SIGNALS, handled_signals
 from launch.ranks.environment import rank_environment
 from launch.ranks.run_folder import check_folder, read_folder, write_run_folder
 from launch.ranks.supervisor import remove_leftovers, scratch_folder
@@ -171,7 +171,7 @@ def test_import_of_the_package_changes_no_handler() -> None:
 def test_closed_terminal_is_a_request_unless_it_is_ignored_as_under_nohup() -> None:
     assert handled_signals() == SIGNALS
     assert signal.SIGHUP in SIGNALS
-    code = "import signal; from comm.preemption import Preemption; made = Preemption.of_process(); "
+    code = "import signal; from comm.exits import Preemption; made = Preemption.of_process(); "
     code += "import os; os.kill(os.getpid(), signal.SIGHUP); print(made.is_requested)"
     for ignore, expected in ((False, "True\n"), (True, "False\n")):
         done = subprocess.run(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from comm.preemption import EXIT_HANG, EXIT_LOST
+from comm.exits import EXIT_HANG, EXIT_LOST
 from tests.train.operation_hooks import watch_operations
 from train.errors import find_errors, read_error
 

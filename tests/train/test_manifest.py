@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from comm.config import ParallelismConfig
-from comm.preemption import EXIT_HANG
+from comm.exits import EXIT_HANG
 from data.prepare import prepare
 from launch.ranks.run_folder import check_content
 from model.transformer import named_tensors

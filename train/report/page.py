@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from comm.preemption import EXIT_PREEMPTED
+from comm.exits import EXIT_PREEMPTED
 from dualpipe.draw.document import document
 from dualpipe.draw.style import STYLE
 from train.errors import LOG_FOLDER, find_errors

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from comm.preemption import EXIT_PREEMPTED
+from comm.exits import EXIT_PREEMPTED
 from train.files.status import read_status
 
 LIMIT = 0.02

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from comm.preemption import EXIT_HANG, EXIT_LOST, EXIT_OTHER, EXIT_PREEMPTED
+from comm.exits import EXIT_HANG, EXIT_LOST, EXIT_OTHER, EXIT_PREEMPTED
 
 Kind = Literal["SIGKILL", "SIGTERM", "SIGUSR1", "SIGSTOP", "full disk", "torn file", "flipped bit"]
 Begin = Literal["new", "half"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comm.preemption import EXIT_PREEMPTED
+from comm.exits import EXIT_PREEMPTED
 from model.hf.reader import TORCH_DTYPES
 from tests.programs.chaos.attempt import NUM_STEPS, Attempt, Command, run_attempt
 from tests.programs.chaos.faults import DAMAGES, STOPPED_SECONDS, Begin, Fault, Moment

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comm.preemption import EXIT_NON_FINITE
+from comm.exits import EXIT_NON_FINITE
 from data.arithmetic import problems
 from infer.scoring.ratings import Plurality, find_plurality
 from tests.programs.post.recipes import (
