@@ -8,9 +8,8 @@ from typing import Any
 from comm.watchdog.addresses import AddressBook
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.messages import Departure, Notice, Reached, Relay, StateRequest
-from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.ranks import RankSet, RankTree
-from comm.watchdog.verdict import InquiryResult, Reason, Verdict, judge, judge_wait
+from comm.watchdog.verdict import InquiryResult, MainThread, RankState, Reason, Verdict, Wait, judge, judge_wait
 from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import encode_fields
 

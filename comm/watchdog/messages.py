@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from comm.exits import EXIT_OTHER
-from comm.watchdog.rank_state import RankState
 from comm.watchdog.ranks import FANOUT, MAX_TURNS, RankSet, RankTree
-from comm.watchdog.verdict import Verdict
+from comm.watchdog.verdict import RankState, Verdict
 from comm.watchdog.wire import Kind, MessageError, Name, Rank, Text, decode_fields, encode_fields
 
 MAX_BLOCKS = 16

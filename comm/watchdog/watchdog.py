@@ -32,8 +32,7 @@ from comm.watchdog.messages import (
     StateRequest,
     decode_message,
 )
-from comm.watchdog.rank_state import MainThread, RankState, Wait
-from comm.watchdog.verdict import Reason, Verdict
+from comm.watchdog.verdict import MainThread, RankState, Reason, Verdict, Wait
 from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import Datagram, Kind, MessageError, encode_fields, printable
 

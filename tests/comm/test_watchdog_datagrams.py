@@ -17,9 +17,8 @@ from comm.watchdog import messages, wire
 from comm.watchdog.addresses import encode_addresses
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.messages import Departure, Message, Reached, StateRequest, decode_message
-from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.ranks import RankSet
-from comm.watchdog.verdict import Verdict
+from comm.watchdog.verdict import MainThread, RankState, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import DatagramCodec, Kind, MessageError, open_object, seal_object

@@ -9,9 +9,8 @@ from comm.watchdog.addresses import AddressBook
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiry import Inquiry, InquiryTurn
 from comm.watchdog.messages import Notice, Reached, Relay, StateRequest
-from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.ranks import RankSet, RankTree, name_ranks
-from comm.watchdog.verdict import InquiryResult, Reason, Verdict, judge, judge_wait
+from comm.watchdog.verdict import InquiryResult, MainThread, RankState, Reason, Verdict, Wait, judge, judge_wait
 from comm.watchdog.watchdog import Watchdog
 from tests.comm.watched_ranks import full_book, open_sockets, wait_until
 

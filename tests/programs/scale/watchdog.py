@@ -19,9 +19,8 @@ from comm.watchdog import wire
 from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.messages import MAX_BLOCKS, AddressReply, Departure, Message, Reached, StateRequest
-from comm.watchdog.rank_state import MainThread, RankState, Wait
 from comm.watchdog.ranks import FANOUT, RankSet, RankTree, name_ranks
-from comm.watchdog.verdict import MAX_CULPRITS, Verdict
+from comm.watchdog.verdict import MAX_CULPRITS, MainThread, RankState, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog
 from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import Kind, SocketAddress
