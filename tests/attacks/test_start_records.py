@@ -20,7 +20,7 @@ from comm.watchdog.job_start import AbsentError, JobStart, Termination
 from comm.watchdog.membership import Membership
 from comm.watchdog.messages import Addresses
 from comm.watchdog.ranks import RankTree
-from comm.watchdog.store_gather import Record, StoreGather
+from comm.watchdog.rendezvous import Record, StoreGather
 from comm.watchdog.wire import MessageError, decode_fields, encode_fields, seal_object
 from tests.comm.test_watchdog_addresses import KEY, Rank, close, run
 

@@ -22,7 +22,7 @@ from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.job_start import WAITS_PER_LOOK, JobStart, Termination
 from comm.watchdog.membership import Membership
 from comm.watchdog.ranks import FANOUT, RankTree
-from comm.watchdog.store_gather import Record, StoreGather
+from comm.watchdog.rendezvous import Record, StoreGather
 
 LIMITED_RANKS, LIMIT_SECONDS = 16_384, 60.0
 """The store may use so much CPU time for a rendezvous of so many ranks."""
