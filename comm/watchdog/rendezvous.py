@@ -28,11 +28,10 @@ from torch.distributed.distributed_c10d import Store
 
 from comm.groups import GROUP_TIMEOUT_MARGIN_SECONDS
 from comm.watchdog import membership, wire
-from comm.watchdog.addresses import AddressBook, decode_addresses, encode_addresses
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import START, WAITS_PER_LOOK, JobStart, Termination, open_records
 from comm.watchdog.membership import KEY_VARIABLE, JobKeyError, Membership
-from comm.watchdog.messages import Addresses
+from comm.watchdog.messages import AddressBook, Addresses, decode_addresses, encode_addresses
 from comm.watchdog.ranks import FANOUT
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog

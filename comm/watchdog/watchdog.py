@@ -18,10 +18,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from comm.exits import EXIT_OTHER
-from comm.watchdog.addresses import AddressFetch
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiry import PATIENT_INQUIRY_SECONDS, Inquiry, InquiryTurn
 from comm.watchdog.messages import (
+    AddressFetch,
     AddressReply,
     AddressRequest,
     Departure,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from comm.watchdog.addresses import AddressBook
+from comm.watchdog.messages import AddressBook
 from comm.watchdog.ranks import RankTree
 from comm.watchdog.wire import MAX_DATAGRAM_BYTES, Datagram, DatagramCodec, Kind, MessageError, SocketAddress
 

@@ -15,10 +15,9 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from comm.watchdog.addresses import decode_addresses, encode_addresses
 from comm.watchdog.job_start import AbsentError, JobStart, Termination
 from comm.watchdog.membership import Membership
-from comm.watchdog.messages import Addresses
+from comm.watchdog.messages import Addresses, decode_addresses, encode_addresses
 from comm.watchdog.ranks import RankTree
 from comm.watchdog.rendezvous import Record, StoreGather
 from comm.watchdog.wire import MessageError, decode_fields, encode_fields, seal_object

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comm.watchdog import messages, wire
-from comm.watchdog.addresses import encode_addresses
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.messages import Departure, Message, Reached, StateRequest, decode_message
+from comm.watchdog.messages import Departure, Message, Reached, StateRequest, decode_message, encode_addresses
 from comm.watchdog.ranks import RankSet
 from comm.watchdog.verdict import MainThread, RankState, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog

@@ -5,10 +5,9 @@ import time
 
 import pytest
 
-from comm.watchdog.addresses import AddressBook
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.inquiry import Inquiry, InquiryTurn
-from comm.watchdog.messages import Notice, Reached, Relay, StateRequest
+from comm.watchdog.messages import AddressBook, Notice, Reached, Relay, StateRequest
 from comm.watchdog.ranks import RankSet, RankTree, name_ranks
 from comm.watchdog.verdict import InquiryResult, MainThread, RankState, Reason, Verdict, Wait, judge, judge_wait
 from comm.watchdog.watchdog import Watchdog

@@ -15,10 +15,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from comm.protocol import Label
-from comm.watchdog.addresses import AddressBook
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
+from comm.watchdog.messages import AddressBook
 from comm.watchdog.ranks import FANOUT, RankTree
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.job_start import WAITS_PER_LOOK, JobStart, Termination
 from comm.watchdog.membership import Membership
+from comm.watchdog.messages import AddressBook, encode_addresses
 from comm.watchdog.ranks import FANOUT, RankTree
 from comm.watchdog.rendezvous import Record, StoreGather
 

@@ -16,9 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from comm.watchdog import wire
-from comm.watchdog.addresses import AddressBook, encode_addresses
 from comm.watchdog.collective_log import CollectiveLog, group_name
-from comm.watchdog.messages import MAX_BLOCKS, AddressReply, Departure, Message, Reached, StateRequest
+from comm.watchdog.messages import (
+    MAX_BLOCKS,
+    AddressBook,
+    AddressReply,
+    Departure,
+    Message,
+    Reached,
+    StateRequest,
+    encode_addresses,
+)
 from comm.watchdog.ranks import FANOUT, RankSet, RankTree, name_ranks
 from comm.watchdog.verdict import MAX_CULPRITS, MainThread, RankState, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog
