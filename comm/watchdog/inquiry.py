@@ -6,10 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.messages import AddressBook, Departure, Notice, Reached, Relay, StateRequest
+from comm.watchdog.messages import AddressBook, Departure, Notice, Reached, Relay, StateRequest, WatchdogSocket
 from comm.watchdog.ranks import RankSet, RankTree
 from comm.watchdog.verdict import InquiryResult, MainThread, RankState, Reason, Verdict, Wait, judge, judge_wait
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import encode_fields
 
 INQUIRY_SECONDS = 1.5

@@ -31,11 +31,10 @@ from comm.watchdog import membership, wire
 from comm.watchdog.collective_log import CollectiveLog
 from comm.watchdog.job_start import START, WAITS_PER_LOOK, JobStart, Termination, open_records
 from comm.watchdog.membership import KEY_VARIABLE, JobKeyError, Membership
-from comm.watchdog.messages import AddressBook, Addresses, decode_addresses, encode_addresses
+from comm.watchdog.messages import AddressBook, Addresses, WatchdogSocket, decode_addresses, encode_addresses
 from comm.watchdog.ranks import FANOUT
 from comm.watchdog.verdict import Verdict
 from comm.watchdog.watchdog import Watchdog
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import MessageError, SocketAddress, decode_fields, derive, encode_fields, seal_object
 
 _LOOPBACK = "127.0.0.1"

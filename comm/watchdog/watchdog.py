@@ -30,10 +30,10 @@ from comm.watchdog.messages import (
     Reached,
     Relay,
     StateRequest,
+    WatchdogSocket,
     decode_message,
 )
 from comm.watchdog.verdict import MainThread, RankState, Reason, Verdict, Wait
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import Datagram, Kind, MessageError, encode_fields, printable
 
 SIGNALLED = 128 + signal.SIGTERM

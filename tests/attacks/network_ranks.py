@@ -62,7 +62,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _record(folder: Path, rank: str) -> None:
-    from comm.watchdog.watchdog_socket import WatchdogSocket
+    from comm.watchdog.messages import WatchdogSocket
     from comm.watchdog.wire import DatagramCodec
 
     encode, receive = DatagramCodec.encode, WatchdogSocket.receive

@@ -22,9 +22,9 @@ from comm.watchdog.membership import (
     take_key_from_environment,
     write_key_file,
 )
+from comm.watchdog.messages import WatchdogSocket
 from comm.watchdog.ranks import FANOUT
 from comm.watchdog.rendezvous import AddressExchange
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from tests.comm.watched_ranks import KEY
 
 

@@ -15,11 +15,18 @@ from hypothesis import strategies as st
 
 from comm.watchdog import messages, wire
 from comm.watchdog.collective_log import CollectiveLog
-from comm.watchdog.messages import Departure, Message, Reached, StateRequest, decode_message, encode_addresses
+from comm.watchdog.messages import (
+    Departure,
+    Message,
+    Reached,
+    StateRequest,
+    WatchdogSocket,
+    decode_message,
+    encode_addresses,
+)
 from comm.watchdog.ranks import RankSet
 from comm.watchdog.verdict import MainThread, RankState, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import DatagramCodec, Kind, MessageError, open_object, seal_object
 from tests.comm.watched_ranks import KEY, full_book, open_sockets, wait_until
 

@@ -18,11 +18,10 @@ from comm.protocol import Label
 from comm.watchdog.collective_log import CollectiveLog, group_name
 from comm.watchdog.job_start import AbsentError
 from comm.watchdog.membership import Membership
-from comm.watchdog.messages import AddressBook
+from comm.watchdog.messages import AddressBook, WatchdogSocket
 from comm.watchdog.ranks import FANOUT, RankTree
 from comm.watchdog.rendezvous import join
 from comm.watchdog.verdict import Verdict
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import SocketAddress, decode_fields, encode_fields
 from tests.ports import reserved_port
 

@@ -25,12 +25,12 @@ from comm.watchdog.messages import (
     Message,
     Reached,
     StateRequest,
+    WatchdogSocket,
     encode_addresses,
 )
 from comm.watchdog.ranks import FANOUT, RankSet, RankTree, name_ranks
 from comm.watchdog.verdict import MAX_CULPRITS, MainThread, RankState, Verdict, Wait
 from comm.watchdog.watchdog import Watchdog
-from comm.watchdog.watchdog_socket import WatchdogSocket
 from comm.watchdog.wire import Kind, SocketAddress
 from tests.comm.watched_ranks import full_book
 from tests.programs.scale.groups import published_layout
