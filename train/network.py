@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from comm.config import DispatchConfig
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import TokenSizes
 from comm.protocol import ALONE, ContextGroup, Dispatcher, SequenceParts, zigzag_parts
 from model.config import Computing, ModelConfig
 from model.size import slice_lengths, slice_starts

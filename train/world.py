@@ -10,7 +10,7 @@ from torch import distributed as dist
 from comm.config import DispatchConfig
 from comm.dispatch.build import DispatcherParts, build_dispatcher, open_lane
 from comm.dispatch.process_group import Observers
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.exits import Preemption
 from comm.groups import Groups

@@ -10,8 +10,7 @@ from comm.config import CappedDispatchConfig, DispatchConfig
 from comm.dispatch.fp8 import Fp8Dispatcher
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.dispatch.process_group import Observers
-from comm.dispatch.registry import DISPATCHERS
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import DISPATCHERS, TokenSizes
 from comm.lane import Lane, StreamLane, ThreadLane
 from comm.layout import Layout
 from comm.protocol import Dispatcher

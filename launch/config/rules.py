@@ -3,8 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from comm.dispatch.registry import DISPATCHERS
-from comm.dispatch.requirements import DispatchRequirementError
+from comm.dispatch.registry import DISPATCHERS, DispatchRequirementError
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import ramp_sizes
 from data.registry import DATA_SOURCES

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.build import DispatcherParts, build_dispatcher
 from comm.dispatch.process_group import Observers
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import TokenSizes
 from comm.dispatch.traffic import LayerTraffic, Traffic
 from comm.groups import make_group
 from comm.lane import ThreadLane

@@ -14,8 +14,7 @@ from torch import distributed
 from comm.config import CappedDispatchConfig, DispatchConfig, ParallelismConfig
 from comm.dispatch.build import DispatcherParts
 from comm.dispatch.process_group import Observers
-from comm.dispatch.registry import DISPATCHERS, DispatcherEntry
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import DISPATCHERS, DispatcherEntry, TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.lane import Lane
 from comm.layout import Layout

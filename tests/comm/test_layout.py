@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comm.config import ParallelismConfig
-from comm.dispatch.requirements import most_nodes
+from comm.dispatch.registry import most_nodes
 from comm.layout import (
     Layout,
     LayoutError,
@@ -296,5 +296,5 @@ def test_most_nodes_is_never_exceeded_by_the_gate_and_is_reached_by_it() -> None
 
 
 def test_node_bound_needs_no_torch() -> None:
-    code = "import sys, comm.dispatch.requirements; sys.exit('torch' in sys.modules)"
+    code = "import sys, comm.dispatch.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

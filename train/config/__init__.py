@@ -6,8 +6,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self
 
 from comm.config import ClusterConfig, DispatchConfig, ParallelismConfig
-from comm.dispatch.registry import DISPATCHERS
-from comm.dispatch.requirements import DispatchSite, TokenSizes
+from comm.dispatch.registry import DISPATCHERS, DispatchSite, TokenSizes
 from data.config import BatchRamp, BatchSizes, DataConfig
 from dualpipe.config import ScheduleConfig
 from dualpipe.simulate.costs import Costs

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from comm.config import AllToAllDispatchConfig, DispatchConfig, LocalDispatchConfig
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import TokenSizes
 from comm.groups import start, stop
 from comm.layout import Layout
 from comm.watchdog.collective_log import CollectiveLog

@@ -11,10 +11,13 @@ from comm.dispatch.registry import (
     ContractSetting,
     DispatcherEntry,
     DispatchMemory,
+    DispatchRequirementError,
+    DispatchSite,
     RowBytes,
+    TokenSizes,
     order_bytes,
+    require_node_cap,
 )
-from comm.dispatch.requirements import DispatchRequirementError, DispatchSite, TokenSizes, require_node_cap
 
 if TYPE_CHECKING:
     from comm.dispatch.build import DispatcherParts

@@ -10,9 +10,10 @@ from comm.dispatch.registry import (
     ContractSetting,
     DispatcherEntry,
     DispatchMemory,
+    DispatchSite,
     RowBytes,
+    require_node_cap,
 )
-from comm.dispatch.requirements import DispatchSite, require_node_cap
 
 if TYPE_CHECKING:
     from comm.dispatch.build import DispatcherParts

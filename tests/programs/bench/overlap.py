@@ -16,7 +16,7 @@ from torch import distributed
 from comm.config import AllToAllDispatchConfig, DispatchConfig, ParallelismConfig, TwoHopDispatchConfig
 from comm.dispatch.build import DispatcherParts, build_dispatcher
 from comm.dispatch.process_group import Observers
-from comm.dispatch.requirements import TokenSizes
+from comm.dispatch.registry import TokenSizes
 from comm.dispatch.traffic import Traffic
 from comm.groups import Groups
 from comm.lane import InlineLane, Lane, ThreadLane
