@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from comm.dispatch.expert_order import dense
+from comm.dispatch.local import dense
 from comm.protocol import Arrived, Dispatcher, Handle, Label, MappedWork, Work
 from kernels.quantize import dequantize_1x128, quantize_1x128
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, pack, unpack

@@ -2,10 +2,83 @@
 
 from dataclasses import dataclass
 
+# Shape legend: N = T K choices, A choices sent.
+from typing import Self
+
+import torch
 from torch import Tensor
 
-from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices
 from comm.protocol import Arrived, CompletedWork, Handle, Label, RowOrder, Work, own_handle
+from kernels.permute import permute, unpermute
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """Choices that are sent, sorted by expert."""
+
+    order_A: Tensor  # choice t * K + k at each sorted position
+    tokens_A: Tensor  # token of each sorted position
+    places_TK: Tensor  # sorted position of each choice, negative if the choice is dropped
+
+    def copy_rows(self, rows_TD: Tensor, out_AD: Tensor | None = None) -> Tensor:
+        """Copies the token row of each choice in sorted order, into `out_AD` if given; AD."""
+        return permute(dense(rows_TD), self.tokens_A, out_AD)
+
+    def copy_weights(self, weights_TK: Tensor) -> Tensor:
+        """Returns the weight of each choice in sorted order; A."""
+        return weights_TK.flatten().index_select(0, self.order_A)
+
+    def sum_rows(self, rows_AD: Tensor) -> Tensor:
+        """Sums the rows of each token in the order of its choices, so the result is deterministic; TD."""
+        return unpermute(dense(rows_AD), self.places_TK)
+
+    def restore_weights(self, weights_A: Tensor) -> Tensor:
+        """Returns the value of each choice, 0 if the choice is dropped; TK."""
+        return restore_values(weights_A, self.places_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class SortedChoices:
+    """Choices sorted by expert, dropped ones first. Their number need not be on the host yet."""
+
+    order_N: Tensor  # choice t * K + k at each sorted position
+    shape_TK: tuple[int, int]  # tokens and choices per token
+
+    @classmethod
+    def sort(cls, ids_TK: Tensor) -> Self:
+        """Sorts the choices of a micro-batch without a host synchronization."""
+        return cls(ids_TK.flatten().argsort(stable=True), (ids_TK.shape[0], ids_TK.shape[1]))
+
+    def keep(self, num_dropped: int) -> ExpertOrder:
+        """Returns the order of the choices that are sent: all except the first `num_dropped`."""
+        order_A = self.order_N[num_dropped:]
+        places_N = inverse_permutation(self.order_N) - num_dropped
+        return ExpertOrder(order_A, order_A // max(1, self.shape_TK[1]), places_N.view(self.shape_TK))
+
+
+def count_choices(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Counts the dropped choices, then the choices of each expert; int64, 1 + E, on the ids' device."""
+    ids_N = ids_TK.flatten()
+    # Ids are shifted by one so that -1, no expert, is counted at index 0.
+    return ids_N.new_zeros(1 + num_experts).scatter_add_(0, ids_N + 1, torch.ones_like(ids_N))
+
+
+def inverse_permutation(order_N: Tensor) -> Tensor:
+    """Returns the position of each index in a permutation."""
+    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+
+def restore_values(values_A: Tensor, places_TK: Tensor) -> Tensor:
+    """Returns the value at each position, 0 for negative positions; TK."""
+    if len(values_A) == 0:
+        return values_A.new_zeros(places_TK.shape)
+    values_TK = values_A.index_select(0, places_TK.flatten().clamp(min=0)).view(places_TK.shape)
+    return values_TK.masked_fill(places_TK < 0, 0)
+
+
+def dense(rows_ND: Tensor) -> Tensor:
+    """Returns rows that are each contiguous, as kernels need them; copies only if they are not."""
+    return rows_ND if rows_ND.stride(1) == 1 or rows_ND.shape[1] == 1 else rows_ND.contiguous()
 
 
 @dataclass(frozen=True, slots=True)

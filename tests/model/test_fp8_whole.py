@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from comm.dispatch.expert_order import SortedChoices
-from comm.dispatch.local import LocalDispatcher
+from comm.dispatch.local import LocalDispatcher, SortedChoices
 from comm.protocol import RankLocalDispatcher
 from kernels.grouped_gemm import reference as grouped_reference
 from kernels.quantize import reference

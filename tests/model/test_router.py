@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comm.dispatch.expert_order import SortedChoices
+from comm.dispatch.local import SortedChoices
 from comm.protocol import Contribution, Rows, SequenceParts, Work, zigzag_parts
 from kernels.attention.documents import Documents
 from model.config import Recomputed

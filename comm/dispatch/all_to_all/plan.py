@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from comm.dispatch.expert_order import ExpertOrder, SortedChoices, count_choices, inverse_permutation
+from comm.dispatch.local import ExpertOrder, SortedChoices, count_choices, inverse_permutation
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import ExchangeGroup
 from comm.dispatch.traffic import Traffic

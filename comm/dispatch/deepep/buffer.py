@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.dispatch.deepep.package import BufferShape, DeepEPError
-from comm.dispatch.expert_order import ExpertOrder
+from comm.dispatch.local import ExpertOrder
 from kernels.permute import permute
 
 Rows = Tensor | tuple[Tensor, Tensor]  # rows in DeepEP's form: bfloat16, or codes of float8_e4m3fn and float32 scales

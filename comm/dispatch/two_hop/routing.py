@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from comm.dispatch.expert_order import ExpertOrder
+from comm.dispatch.local import ExpertOrder
 
 
 @dataclass(frozen=True, slots=True)
