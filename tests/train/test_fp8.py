@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comm.config import DispatchConfig, LocalDispatchConfig, ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.row_format import RowFormat, RowPart
+from comm.dispatch.process_group import RowFormat, RowPart
 from data.prepare import prepare
 from dualpipe.build import build
 from dualpipe.config import ScheduleConfig

@@ -7,8 +7,7 @@ from torch.distributed import ProcessGroup
 
 from comm.dispatch.all_to_all.plan import AllToAllCounts, AllToAllPlanner, AllToAllRoute, PlannedHandle
 from comm.dispatch.local import dense
-from comm.dispatch.process_group import ExchangeGroup, Observers
-from comm.dispatch.row_format import RowFormat, bytes_of
+from comm.dispatch.process_group import ExchangeGroup, Observers, RowFormat, bytes_of
 from comm.dispatch.traffic import Spread
 from comm.lane import Lane
 from comm.layout import Layout

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from comm.dispatch.process_group import ExchangeGroup, PendingExchange
-from comm.dispatch.row_format import RowFormat
+from comm.dispatch.process_group import ExchangeGroup, PendingExchange, RowFormat
 from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.counts import Hop
 from comm.protocol import Label

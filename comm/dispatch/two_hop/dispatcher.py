@@ -19,8 +19,7 @@ from torch.distributed import ProcessGroup
 from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all.plan import PlannedHandle, num_local_experts
 from comm.dispatch.local import ExpertOrder, dense, restore_values
-from comm.dispatch.process_group import ExchangeGroup, Observers
-from comm.dispatch.row_format import RowFormat, RowPart
+from comm.dispatch.process_group import ExchangeGroup, Observers, RowFormat, RowPart
 from comm.dispatch.two_hop.chunks import ChunkedExchange
 from comm.dispatch.two_hop.counts import CountLayout
 from comm.dispatch.two_hop.plan import TwoHopCounts, TwoHopPlanner, TwoHopRoute
