@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.traffic import LayerTraffic
 from comm.lane import InlineLane, ThreadLane

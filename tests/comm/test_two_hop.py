@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from comm.config import ParallelismConfig, TwoHopDispatchConfig
-from comm.dispatch.build import build_dispatcher
-from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.build import Fp8Dispatcher, build_dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.dispatch.traffic import ClipCount

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from comm.agreement import exchange_reports, gather_present
-from comm.dispatch.fp8 import Fp8Dispatcher
+from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Dispatcher
 from infer.batch import PROMPT_TOKENS
