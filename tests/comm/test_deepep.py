@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from comm.config import ParallelismConfig
-from comm.dispatch.all_to_all.plan import DispatchError
+from comm.dispatch.all_to_all.dispatcher import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.deepep.buffer import DeepEPRoute
 from comm.dispatch.deepep.dispatcher import DeepEPDispatcher

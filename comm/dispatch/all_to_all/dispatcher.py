@@ -2,17 +2,162 @@
 
 # Shape legend: S copies sent, A arrived rows, B bytes of a row as sent.
 
+# Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of
+# the layer, L = E / R local experts, N nodes of the group.
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.all_to_all.plan import AllToAllCounts, AllToAllPlanner, AllToAllRoute, PlannedHandle
-from comm.dispatch.local import dense
+from comm.dispatch.local import ExpertOrder, SortedChoices, count_choices, dense, inverse_permutation
+from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap
 from comm.dispatch.process_group import ExchangeGroup, Observers, RowFormat, bytes_of
-from comm.dispatch.traffic import Spread
+from comm.dispatch.traffic import Spread, Traffic
 from comm.lane import Lane
 from comm.layout import Layout
 from comm.protocol import Arrived, Handle, Label, Work, own_handle
 from kernels.permute import permute
+
+CountsT = TypeVar("CountsT")
+RouteT = TypeVar("RouteT")
+
+
+class PlannedHandle(Generic[CountsT, RouteT]):
+    """Routing of one micro-batch. Owns its index tensors, which only the lane uses."""
+
+    def __init__(self, num_tokens: int, label: Label | None, work: Work[CountsT]) -> None:
+        self.label = label
+        self._num_tokens = num_tokens
+        self._work: Work[CountsT] | None = work
+        self._route: RouteT | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of this rank, T."""
+        return self._num_tokens
+
+    def route(self, complete: Callable[[CountsT, Label | None], RouteT]) -> RouteT:
+        """Completes the plan at first use, the only host synchronization on CUDA. Called on the lane."""
+        if self._route is None:
+            assert self._work is not None
+            self._route = complete(self._work.wait(), self.label)
+            self._work = None
+        return self._route
+
+
+class DispatchError(ValueError):
+    """Raised if the ranks of a group cannot share the experts equally."""
+
+
+def num_local_experts(num_experts: int, num_ranks: int) -> int:
+    """Returns L, the experts of each rank; raises DispatchError if the ranks do not divide them."""
+    if num_experts % num_ranks:
+        raise DispatchError(
+            f"dispatch: the expert axis must divide {num_experts} routed experts, has {num_ranks} ranks"
+        )
+    return num_experts // num_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class AllToAllCounts:
+    """Result of an exchange of counts, still on the device."""
+
+    choices: SortedChoices  # sorted choices
+    touched_TN: Tensor  # mask of the nodes that each token touches
+    # concatenation of the dropped choices and the choices of each expert (1 + E), the tokens that touch each node (N),
+    # and what each rank sent here (R (L + 1)): rows for each local expert, then its tokens over the cap.
+    numbers: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AllToAllRoute:
+    """Splits of an exchange, on the host, and the order of arrived rows."""
+
+    order: ExpertOrder  # order in which rows are sent
+    sent: tuple[int, ...]  # rows for each rank
+    received: tuple[int, ...]  # rows from each rank
+    counts: tuple[int, ...]  # rows of each local expert
+    min_rows_across_nodes: int  # rows that must cross nodes
+    # arrival position of each row in (local expert, source rank) order; None if rows arrive in that order.
+    sorted_A: Tensor | None
+    arrival_A: Tensor | None  # inverse of `sorted_A`, or None
+
+
+class AllToAllPlanner:
+    """Planner of routes over one expert group. Used only from the comm lane."""
+
+    def __init__(self, group: ExchangeGroup, num_experts: int, max_nodes: int | None, traffic: Traffic) -> None:
+        self.num_local_experts = num_local_experts(num_experts, len(group.members))
+        self._group = group
+        self._num_experts = num_experts
+        self._node_of_expert_E = nodes_of_experts(num_experts, group.nodes)
+        self._num_nodes = len(set(group.nodes))
+        self._home = sorted(set(group.nodes)).index(group.nodes[group.place])
+        self._max_nodes = self._num_nodes if max_nodes is None else max_nodes
+        self._traffic = traffic
+
+    def exchange(self, ids_TK: Tensor, label: Label | None) -> AllToAllCounts:
+        """Counts rows by (destination rank, local expert) and sends each rank its part."""
+        self._node_of_expert_E = self._node_of_expert_E.to(ids_TK.device)
+        counts = count_choices(ids_TK, self._num_experts)
+        touched_TN = touched_nodes(ids_TK, self._node_of_expert_E, self._num_nodes)
+        num_ranks = len(self._group.members)
+        # Row r: choices of each expert of rank r, then this rank's tokens over the cap; R by L + 1.
+        num_over = (touched_TN.sum(1) > self._max_nodes).sum()
+        counts_RL = counts[1:].view(num_ranks, self.num_local_experts)
+        pending = self._group.start_numbers(torch.cat([counts_RL, num_over.expand(num_ranks, 1)], 1), label)
+        # Sorting overlaps the exchange.
+        choices = SortedChoices.sort(ids_TK)
+        return AllToAllCounts(choices, touched_TN, torch.cat([counts, touched_TN.sum(0), pending.wait().flatten()]))
+
+    def complete(self, counted: AllToAllCounts, label: Label | None) -> AllToAllRoute:
+        """Reads the counts, a host sync, and derives the route; raises NodeCapError on all ranks over the cap."""
+        num_experts = self._num_experts
+        num_local = self.num_local_experts
+        num_ranks = len(self._group.members)
+        numbers = counted.numbers.tolist()  # host sync
+        # [dropped | rows for each expert, E | tokens that touch each node, N | from each rank, L + 1]
+        counts_E = numbers[1 : 1 + num_experts]
+        table = numbers[1 + num_experts + self._num_nodes :]
+        rows = _rows(table, num_local + 1)
+        touched_N = numbers[1 + num_experts : 1 + num_experts + self._num_nodes]
+        num_over_R = [row.pop() for row in rows]
+        verify_cap(num_over_R, self._group, counted.touched_TN, self._max_nodes, label)
+        self._traffic.add_plan(None if label is None else label.layer, len(counted.touched_TN), sum(touched_N))
+        received = tuple(map(sum, rows))
+        # With one rank or one local expert, rows already arrive in expert order.
+        sorted_A = None
+        if num_ranks > 1 and num_local > 1:
+            received_RL = counted.numbers[-len(table) :].view(num_ranks, num_local + 1)[:, :-1]
+            sorted_A = _expert_major(received_RL, sum(received))
+        return AllToAllRoute(
+            order=counted.choices.keep(numbers[0]),
+            sent=tuple(map(sum, _rows(counts_E, num_local))),
+            received=received,
+            counts=tuple(map(sum, zip(*rows, strict=True))),
+            min_rows_across_nodes=sum(touched_N) - touched_N[self._home],
+            sorted_A=sorted_A,
+            arrival_A=None if sorted_A is None else inverse_permutation(sorted_A),
+        )
+
+
+def _rows(numbers: Sequence[int], width: int) -> list[list[int]]:
+    return [list(numbers[begin : begin + width]) for begin in range(0, len(numbers), width)]
+
+
+def _expert_major(received_RL: Tensor, num_arrived: int) -> Tensor:
+    """Returns the arrival positions of rows in (local expert, source rank) order, from the counts."""
+    # Begin of each block (source, expert) in arrival order, listed in (expert, source) order: L R.
+    lengths = received_RL.flatten()
+    starts_LR = (lengths.cumsum(0) - lengths).view_as(received_RL).T.flatten()
+    # Each row moves by the difference between its block's begin in arrival order and in sorted order: L R, then A.
+    lengths_LR = received_RL.T.flatten()
+    shifts_LR = starts_LR - (lengths_LR.cumsum(0) - lengths_LR)
+    places = torch.arange(num_arrived, device=received_RL.device)
+    return places + shifts_LR.repeat_interleave(lengths_LR, output_size=num_arrived)
 
 
 class AllToAllHandle(PlannedHandle[AllToAllCounts, AllToAllRoute]):

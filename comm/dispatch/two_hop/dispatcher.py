@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.config import TwoHopDispatchConfig
-from comm.dispatch.all_to_all.plan import PlannedHandle, num_local_experts
+from comm.dispatch.all_to_all.dispatcher import PlannedHandle, num_local_experts
 from comm.dispatch.local import ExpertOrder, dense, restore_values
 from comm.dispatch.process_group import ExchangeGroup, Observers, RowFormat, RowPart
 from comm.dispatch.two_hop.chunks import ChunkedExchange
