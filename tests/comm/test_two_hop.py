@@ -14,7 +14,7 @@ from comm.dispatch.build import Fp8Dispatcher, build_dispatcher
 from comm.dispatch.local import LocalDispatcher
 from comm.dispatch.node_cap import ClippingDispatcher, nodes_of_experts
 from comm.dispatch.traffic import ClipCount
-from comm.dispatch.two_hop.counts import CountLayout, Hop, PlanCounts, shifts_by_source
+from comm.dispatch.two_hop.plan import CountLayout, Hop, PlanCounts, shifts_by_source
 from comm.groups import Groups
 from comm.lane import InlineLane, ThreadLane
 from comm.layout import Layout, Relays
