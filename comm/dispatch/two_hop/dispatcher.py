@@ -23,8 +23,7 @@ from comm.dispatch.local import ExpertOrder, dense, restore_values
 # Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
 from comm.dispatch.process_group import ExchangeGroup, Observers, PendingExchange, RowFormat, RowPart
 from comm.dispatch.traffic import Spread, Traffic
-from comm.dispatch.two_hop.plan import CountLayout, Hop, TwoHopCounts, TwoHopPlanner, TwoHopRoute
-from comm.dispatch.two_hop.routing import RelayOrder, RowRouter
+from comm.dispatch.two_hop.plan import CountLayout, Hop, RelayOrder, RowRouter, TwoHopCounts, TwoHopPlanner, TwoHopRoute
 from comm.groups import join_one
 from comm.lane import Lane
 from comm.layout import Layout, Relays, node_partition, rail_partition
