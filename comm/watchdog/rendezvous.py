@@ -146,7 +146,7 @@ class AddressExchange:
         addresses.confirm()
         return addresses.book, attempt_key
 
-    def _gather(self, key: bytes, name: str, published: dict[str, str]) -> StoreGather:
+    def _gather(self, key: bytes, name: str, published: dict[str, str]) -> "StoreGather":
         record = Record(self._nonce.hex(), encode_addresses([(self._socket.host, self._socket.port)]))
         return StoreGather(self._start, self._store, key, name, record, self._check_announcement, published)
 

@@ -209,7 +209,7 @@ class TwoHopDispatcher:
         returned_YB = exchange.return_to_tokens(form, pack, relay)
         return form.sum(returned_YB, route.places_TP, rows_AD.dtype)
 
-    def _chunked(self, name: str, own: TwoHopHandle) -> ChunkedExchange:
+    def _chunked(self, name: str, own: TwoHopHandle) -> "ChunkedExchange":
         counts = own.route(self._planner.complete).counts
         return ChunkedExchange(self._rail, self._node, counts.across, counts.within, name, own.label)
 

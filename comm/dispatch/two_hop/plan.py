@@ -291,7 +291,7 @@ class TwoHopPlanner:
             by_source_X=_by_source(counts.runs, counted.shifted_TK.device),
         )
 
-    def _order(self, touched: Tensor) -> Selection:
+    def _order(self, touched: Tensor) -> "Selection":
         """Orders the sent rows: by chunk, node and token across nodes, then by rank and token within the node.
 
         Takes a mask of the partial sums of each padded token, C Q by P. Returns the token of each sent row, followed by
