@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from comm.dispatch.build import DispatcherParts
     from comm.protocol import Dispatcher
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from comm.config import CappedDispatchConfig, ClusterConfig, ParallelismConfig
+from comm.config import AllToAllDispatchConfig, CappedDispatchConfig, ClusterConfig, ParallelismConfig
 from comm.layout import Layout, distinct_expert_groups
+
+if TYPE_CHECKING:
+    from comm.dispatch.build import DispatcherParts
+    from comm.protocol import Dispatcher
 
 
 class DispatchRequirementError(ValueError):
@@ -207,7 +212,7 @@ class DispatcherEntry:
 
 
 DISPATCHERS = Registry[DispatcherEntry](
-    "dispatch.kind", (__name__, "comm.dispatch.all_to_all", "comm.dispatch.two_hop", "comm.dispatch.deepep")
+    "dispatch.kind", (__name__, "comm.dispatch.registry", "comm.dispatch.two_hop", "comm.dispatch.deepep")
 )
 
 
@@ -236,5 +241,44 @@ DISPATCHERS.register(
         requirements=(require_one_expert_rank,),
         memory=_local_memory,
         contract=Contract(settings={"1": ContractSetting(nodes=(0,))}),
+    ),
+)
+
+
+def _build(config: AllToAllDispatchConfig, parts: "DispatcherParts") -> "Dispatcher":
+    from comm.dispatch.all_to_all.dispatcher import AllToAllDispatcher
+
+    max_nodes = config.max_nodes if config.node_cap == "verify" else None
+    return AllToAllDispatcher(parts.group, parts.num_experts, parts.layout, parts.lane, parts.observers, max_nodes)
+
+
+def _memory(config: AllToAllDispatchConfig, site: DispatchSite, rows: RowBytes) -> DispatchMemory:
+    # Rows of several experts arrive by source and are sorted: two more index tensors and a copy.
+    is_sorted = site.parallelism.expert > 1 and site.num_experts > site.parallelism.expert
+    num_sorted = rows.num_arrived if is_sorted else 0
+    num_held = rows.num_tokens * site.tokens.num_choices + num_sorted
+    return DispatchMemory(
+        routing=order_bytes(site, rows) + 2 * INDEX_BYTES * num_sorted,
+        to_experts=num_held * rows.to_experts,
+        from_experts=num_held * rows.from_experts,
+    )
+
+
+DISPATCHERS.register(
+    "all_to_all",
+    DispatcherEntry(
+        name="all_to_all",
+        summary="a copy of each token's row to each of its experts, directly to the expert's rank",
+        config=AllToAllDispatchConfig,
+        build=_build,
+        requirements=(require_node_cap,),
+        memory=_memory,
+        contract=Contract(
+            settings={
+                "1": ContractSetting(nodes=(0,), is_slow=True),
+                "2": ContractSetting(nodes=(0, 0)),
+                "2+2": ContractSetting(nodes=(0, 0, 1, 1)),
+            },
+        ),
     ),
 )
