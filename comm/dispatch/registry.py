@@ -1,25 +1,24 @@
 """Registers dispatchers by name, with their requirements, memory and builder. Does not import torch.
 
-A dispatcher registers in the `__init__` of its folder, except `local`, a single module. A file outside the checkout can
-register another one, often by `dataclasses.replace` of an entry with a new name, a config class and a builder that
-wraps the existing dispatcher.
+A dispatcher of several modules registers in the `__init__` of its folder; `local` and `all_to_all`, each one module,
+register here. A file outside the checkout can register another one, often by `dataclasses.replace` of an entry with a
+new name, a config class and a builder that wraps the existing dispatcher.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from comm.config import DispatchConfig, LocalDispatchConfig
-from kernels.registry import Registry
-
-if TYPE_CHECKING:
-    from comm.dispatch.build import DispatcherParts
-    from comm.protocol import Dispatcher
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from comm.config import AllToAllDispatchConfig, CappedDispatchConfig, ClusterConfig, ParallelismConfig
+from comm.config import (
+    AllToAllDispatchConfig,
+    CappedDispatchConfig,
+    ClusterConfig,
+    DispatchConfig,
+    LocalDispatchConfig,
+    ParallelismConfig,
+)
 from comm.layout import Layout, distinct_expert_groups
+from kernels.registry import Registry
 
 if TYPE_CHECKING:
     from comm.dispatch.build import DispatcherParts
@@ -211,9 +210,7 @@ class DispatcherEntry:
             require(config, site)
 
 
-DISPATCHERS = Registry[DispatcherEntry](
-    "dispatch.kind", (__name__, "comm.dispatch.registry", "comm.dispatch.two_hop", "comm.dispatch.deepep")
-)
+DISPATCHERS = Registry[DispatcherEntry]("dispatch.kind", (__name__, "comm.dispatch.two_hop", "comm.dispatch.deepep"))
 
 
 def order_bytes(site: DispatchSite, rows: RowBytes) -> int:
