@@ -114,7 +114,7 @@ def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:
         ("model/a.py", "from comm.groups import Groups"),
         ("model/a.py", "from comm.dispatch.local import LocalDispatcher"),
         ("model/a.py", "from comm.context_group import GatherContext"),
-        ("model/hf/convert.py", "from comm.dispatch.all_to_all.dispatcher import AllToAllDispatcher"),
+        ("model/hf/convert.py", "from comm.dispatch.all_to_all import AllToAllDispatcher"),
         ("model/a.py", "import torch.distributed as dist"),
         ("dualpipe/simulate/simulate.py", "from torch import distributed"),
         ("train/a.py", "from omegaconf import OmegaConf"),

@@ -243,7 +243,7 @@ DISPATCHERS.register(
 
 
 def _build(config: AllToAllDispatchConfig, parts: "DispatcherParts") -> "Dispatcher":
-    from comm.dispatch.all_to_all.dispatcher import AllToAllDispatcher
+    from comm.dispatch.all_to_all import AllToAllDispatcher
 
     max_nodes = config.max_nodes if config.node_cap == "verify" else None
     return AllToAllDispatcher(parts.group, parts.num_experts, parts.layout, parts.lane, parts.observers, max_nodes)

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 
 from comm.config import ParallelismConfig
-from comm.dispatch.all_to_all.dispatcher import DispatchError
+from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.build import Fp8Dispatcher
 from comm.dispatch.deepep import BufferShape, DeepEPError, check_available, load_package
 from comm.dispatch.deepep.buffer import DeepEPRoute

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 import kernels.permute.reference
-from comm.dispatch.all_to_all.dispatcher import DispatchError
+from comm.dispatch.all_to_all import DispatchError
 from comm.dispatch.registry import DISPATCHERS
 from comm.lane import InlineLane, ThreadLane
 from comm.protocol import Dispatcher

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from comm.dispatch.all_to_all.dispatcher import num_local_experts
+from comm.dispatch.all_to_all import num_local_experts
 from comm.dispatch.deepep import BufferShape, load_package
 from comm.dispatch.deepep.buffer import DeepEPRoute, ExpertBuffer, Library, ReceivedRows
 from comm.dispatch.node_cap import nodes_of_experts, touched_nodes, verify_cap

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from comm.config import TwoHopDispatchConfig
-from comm.dispatch.all_to_all.dispatcher import PlannedHandle, num_local_experts
+from comm.dispatch.all_to_all import PlannedHandle, num_local_experts
 from comm.dispatch.local import ExpertOrder, dense, restore_values
 
 # Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
