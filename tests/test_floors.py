@@ -13,8 +13,6 @@ import pytest
 from tests import ROOT
 
 FLOORS = {"kernels": 0, "comm": 1, "data": 1, "model": 2, "dualpipe": 2, "infer": 3, "train": 4, "launch": 5}
-CONTEXT = ("comm.protocol",)
-"""What the model knows of context groups: the protocol, the group of one rank, and which tokens a rank holds."""
 HEAVY = ("deepspeed", "triton", "wandb", "matplotlib")
 
 
@@ -71,7 +69,7 @@ def breaches(path: str, source: str) -> list[str]:
 def may_know(path: str, module: str) -> bool:
     """Allows the import because `load_hf` returns a model for one process, which needs the local dispatcher."""
     is_home = path == "model/hf/convert.py" and is_in(module, "comm.dispatch.local")
-    return is_home or is_in(module, "comm.protocol", "comm.node_limit", *CONTEXT)
+    return is_home or is_in(module, "comm.protocol", "comm.node_limit")
 
 
 def may_communicate(path: str) -> bool:
