@@ -7,8 +7,8 @@ from itertools import chain
 
 import torch
 from torch import distributed
-from torch.distributed import (
-    HashStore,  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    HashStore,
     ProcessGroup,
 )
 from torch.distributed.distributed_c10d import Store

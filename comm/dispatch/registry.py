@@ -214,7 +214,7 @@ DISPATCHERS = Registry[DispatcherEntry]("dispatch.kind", (__name__, "comm.dispat
 
 
 def order_bytes(site: DispatchSite, rows: RowBytes) -> int:
-    """Returns the bytes of the three indices of each of a rank's choices (`expert_order.ExpertOrder`)."""
+    """Returns the bytes of the three indices of each of a rank's choices (`local.ExpertOrder`)."""
     return 3 * INDEX_BYTES * rows.num_tokens * site.tokens.num_choices
 
 
