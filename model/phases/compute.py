@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from model.gradients import GradientStore, WeightQueue
 from model.offload import graph_tensors
-from model.precision.linear import WeightSink
+from model.precision.linear import GradientStore, WeightQueue, WeightSink
 from model.values import Gradients, Values
 
 In = TypeVar("In", bound=Values)

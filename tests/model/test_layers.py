@@ -16,11 +16,10 @@ from model.attention.mla import LatentAttention
 from model.attention.rope import inverse_frequencies, rotate, rotation_table, softmax_scale
 from model.config import Computing, ModelConfig, Recomputed, RopeScaling, YarnRope
 from model.feed_forward import Mlp
-from model.gradients import GradientStore, WeightQueue
 from model.head import MtpBlock
 from model.hf.config import write_config
 from model.norm import RmsNorm, norm_and_map, normed_linear
-from model.precision.linear import Projection, WeightSink, linear
+from model.precision.linear import GradientStore, Projection, WeightQueue, WeightSink, linear
 from model.precision.plain import PlainLinears
 from model.transformer import build_linears
 from tests.kernels import plain

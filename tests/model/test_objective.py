@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from model.attention.mla import LatentAttention
 from model.config import Computing
-from model.gradients import GradientStore
 from model.head import Embedding, MtpBlock, score_tokens
 from model.objective import (
     BALANCE,
@@ -31,7 +30,7 @@ from model.objective import (
     loss_names,
     weights_of_depths,
 )
-from model.precision.linear import Projection, WeightSink
+from model.precision.linear import GradientStore, Projection, WeightSink
 from model.transformer import build_linears
 from tests import ROOT
 from tests.kernels import plain
