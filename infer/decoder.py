@@ -16,7 +16,7 @@ from model.attention.kv_cache import CacheView, KvCache, PromptView, StepView
 from model.attention.rope import Rotation, rotation_table
 from model.block import Attended, Block, Moe
 from model.feed_forward import Mlp
-from model.precision.linear import widen
+from model.linear import widen
 from model.transformer import Transformer
 
 Views = Callable[[int], CacheView]  # maps a layer's index within its cache to its view of the cache in one pass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from infer.config import Sampling
-from model.precision.linear import widen
+from model.linear import widen
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:

@@ -14,8 +14,8 @@ from kernels.attention.documents import Documents
 from model.attention.form import Attention
 from model.config import ModelConfig
 from model.feed_forward import Mlp, RoutedExperts
+from model.linear import WeightSink
 from model.norm import NormSource, RmsNorm, norm_and_map
-from model.precision.linear import WeightSink
 from model.precision.linears import Linears, LocalRows, Rows, Wire
 from model.router import Route, Router, Routing
 from model.values import ExpertOutput, Received

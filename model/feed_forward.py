@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.swiglu.reference import swiglu
+from model.linear import Projection, WeightSink
 from model.norm import NormSource, RmsNorm
-from model.precision.linear import Projection, WeightSink
 from model.precision.linears import ExpertWeights, Linears, LocalRows, Rows
 
 

@@ -15,8 +15,8 @@ from kernels.rms_norm.reference import inverse_rms
 from model.attention.form import Attention
 from model.block import Block
 from model.config import ModelConfig
+from model.linear import Projection, WeightSink, deliver_gradient, widen
 from model.norm import RmsNorm
-from model.precision.linear import Projection, WeightSink, deliver_gradient, widen
 from model.precision.linears import Linears
 
 ValueFunction = Callable[[Tensor], Tensor]

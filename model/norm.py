@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms, normalize
-from model.precision.linear import WeightSink, deliver_parts
+from model.linear import WeightSink, deliver_parts
 
 
 class RmsNorm(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn import functional
 from kernels.attention.documents import Documents
 from kernels.cross_entropy.reference import IGNORE
 from model.head import score_tokens
-from model.precision.linear import WeightSink
+from model.linear import WeightSink
 
 MAIN = "main"
 BALANCE = "balance"

@@ -15,7 +15,7 @@ from comm.node_limit import limit_groups
 from comm.protocol import ALONE, ContextGroup, Label
 from kernels.attention.documents import Documents
 from model.config import ModelConfig
-from model.precision.linear import widen
+from model.linear import widen
 from model.slices import SliceContext
 
 # Number of biased scores that add up to a group's score, for any number of experts per token, as in the released code.

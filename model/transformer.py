@@ -17,9 +17,9 @@ from model.block import Block, run_block
 from model.config import LAYER, Computing, ModelConfig
 from model.feed_forward import RoutedExperts
 from model.head import Embedding, MtpBlock
+from model.linear import Projection, WeightSink, widen
 from model.norm import RmsNorm, normed_linear
 from model.objective import BALANCE, LossSums, MicroBatch, Objective, OutputHead
-from model.precision.linear import Projection, WeightSink, widen
 from model.precision.linears import Linears
 from model.router import Router
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from comm.dispatch.build import open_lane
 from data.config import BatchSizes
 from dualpipe.ir import Schedule
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, named_tensors
 from train.config import EmaConfig
 from train.optim.config import OptimConfig

@@ -21,9 +21,9 @@ from dualpipe.runtime.program import Action, Program, RunKey, Step, with_reducti
 from dualpipe.runtime.protocols import PipelineStage
 from dualpipe.transfers import linked_pairs
 from dualpipe.validate import validate_passes
+from model.linear import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
 from model.offload import HostMemoryLink
-from model.precision.linear import GradientStore
 from model.router import Routes
 from model.slices import SlicedRuns
 from model.stage import Stage, StageRun

@@ -19,8 +19,8 @@ from kernels.attention.blocks.attend import MergedAttention, MergedBackward
 from kernels.attention.blocks.reference import BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from model.attention.heads import HeadLayout, Rotated
+from model.linear import deliver_gradient
 from model.precision.latents import LatentLinears, LatentOptions, LatentWeights, NormAndUpGradients
-from model.precision.linear import deliver_gradient
 from model.precision.linears import Linears
 
 

@@ -14,8 +14,8 @@ from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.kv_cache import CacheView
 from model.config import ModelConfig
+from model.linear import WeightSink
 from model.norm import RmsNorm
-from model.precision.linear import WeightSink
 from model.precision.linears import Linears
 
 

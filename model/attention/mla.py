@@ -22,9 +22,9 @@ from model.attention.form import Attention, AttentionForm
 from model.attention.kv_cache import CacheView, PromptView, StepView
 from model.attention.rope import Rotation, rotate_, rotation_table, softmax_scale
 from model.config import ModelConfig
+from model.linear import Projection, WeightSink, widen
 from model.norm import RmsNorm
 from model.precision.latents import LatentOptions, LatentShape, LatentWeights, rows_of_heads
-from model.precision.linear import Projection, WeightSink, widen
 from model.precision.linears import Linears
 
 # From so many new tokens of a sequence on, keys and values of all positions are computed once, which then costs less

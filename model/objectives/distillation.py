@@ -12,8 +12,8 @@ from kernels.cross_entropy.reference import RowScores
 from kernels.distillation import linear_distillation
 from kernels.distillation.reference import Divergence, Teacher, TeacherStates, TeacherTopK
 from model.head import score_rows
+from model.linear import WeightSink
 from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss, depth_name, loss_names
-from model.precision.linear import WeightSink
 
 DIVERGENCE = "divergence"
 TEACHER_IDS = "teacher_ids"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.cross_entropy.reference import IGNORE, RowScores
 from model.head import score_rows
+from model.linear import WeightSink
 from model.objective import MAIN, CrossEntropy, MicroBatch, OutputHead, TaskLoss, loss_names
 from model.objectives.policy_loss import PolicyLossConfig
 from model.objectives.policy_terms import (
@@ -23,7 +24,6 @@ from model.objectives.policy_terms import (
 )
 from model.objectives.preference import REFERENCE
 from model.objectives.sampled import KEPT, AnswerIndex, flat_rows, score_sampled
-from model.precision.linear import WeightSink
 
 ADVANTAGE = "advantage"
 SAMPLER = "sampler_log_probs"

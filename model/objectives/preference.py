@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kernels.cross_entropy.reference import IGNORE
 from model.head import score_log_probs, score_tokens
+from model.linear import WeightSink
 from model.objective import (
     BALANCE,
     MAIN,
@@ -22,7 +23,6 @@ from model.objective import (
 )
 from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
 from model.objectives.sampled import KEPT
-from model.precision.linear import WeightSink
 
 PAIR = "pair"
 REFERENCE = "reference_log_probs"

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from model.config import ModelConfig
 from model.head import score_states
+from model.linear import WeightSink, deliver_gradient, widen
 from model.objective import (
     BALANCE,
     MAIN,
@@ -24,7 +25,6 @@ from model.objective import (
     loss_names,
 )
 from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
-from model.precision.linear import WeightSink, deliver_gradient, widen
 
 SCORE = "score"
 MARGIN = "margin"

@@ -10,11 +10,11 @@ from torch import Tensor
 from comm.protocol import ALONE, ContextGroup, Dispatcher, Label
 from kernels.attention.documents import Documents
 from model.block import Attended, Block
+from model.linear import GradientStore, WeightSink
 from model.objective import BALANCE, LossSums
 from model.phases.compute import Computed, ComputePhase
 from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
 from model.phases.recomputed import RecomputedAttend, RecomputedCombine, RecomputedExperts, RecomputedPhase
-from model.precision.linear import GradientStore, WeightSink
 from model.router import Route, Router, Routes, Routing
 from model.values import ExpertOutput, Hidden, Received, Routed
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from model.linear import GradientStore, WeightQueue, WeightSink
 from model.offload import graph_tensors
-from model.precision.linear import GradientStore, WeightQueue, WeightSink
 from model.values import Gradients, Values
 
 In = TypeVar("In", bound=Values)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from comm.protocol import MappedWork, Work
 from model.attention.core import recompute_result, recomputes_result
+from model.linear import GradientStore, WeightSink
 from model.phases.compute import Computed, ComputePhase, Out, Recording, record
 from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
-from model.precision.linear import GradientStore, WeightSink
 from model.precision.linears import Rows
 from model.values import (
     ExpertGradients,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
-from model.precision.linear import WeightSink
+from model.linear import WeightSink
 
 
 class NormAndUpGradients(NamedTuple):

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol, Self
 from torch import Tensor
 
 from comm.protocol import RowOrder
+from model.linear import WeightSink
 from model.norm import NormSource, RmsNorm
 from model.precision.latents import LatentLinears, LatentOptions, LatentWeights
-from model.precision.linear import WeightSink
 
 
 class Rows(Protocol):

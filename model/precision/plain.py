@@ -21,9 +21,9 @@ from kernels.rms_norm import normalize_backward, rms_norm
 from kernels.rms_norm.reference import inverse_rms
 from kernels.swiglu import swiglu, swiglu_backward
 from model.config import LAYER, Recomputed
+from model.linear import WeightSink, deliver_gradient
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
 from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
-from model.precision.linear import WeightSink, deliver_gradient
 from model.precision.linears import ExpertWeights, LocalRows, Rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.precision.linear import GradientStore, WeightQueue, WeightSink
+from model.linear import GradientStore, WeightQueue, WeightSink
 
 Weights = Mapping[str, Tensor]
 Call = Callable[[Any, Sequence[Tensor], WeightSink | None], Sequence[Tensor]]

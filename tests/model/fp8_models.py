@@ -9,8 +9,8 @@ from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Arrived, Dispatcher, Handle, Label, Work
 from kernels.attention.documents import Documents
 from model.config import Computing, ModelConfig, Products
+from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
-from model.precision.linear import GradientStore
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.model.test_stage import make_objective, phased
 from tests.tiny import MODEL

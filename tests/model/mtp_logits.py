@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.block import run_block
-from model.precision.linear import widen
+from model.linear import widen
 from model.transformer import Transformer
 
 

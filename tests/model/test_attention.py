@@ -18,8 +18,8 @@ from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_tok
 from model.attention.rope import Rotation, rotation_table
 from model.block import Block
 from model.config import Computing, ModelConfig, Recomputed, YarnRope
+from model.linear import WeightSink
 from model.norm import RmsNorm
-from model.precision.linear import WeightSink
 from model.transformer import build_linears
 from tests.infer.models import make_model
 from tests.kernels import plain

@@ -20,9 +20,9 @@ from kernels.attention.documents import Documents
 from launch.config.run_config import compose_run
 from model.attention.mla import LatentAttention, values_per_token
 from model.config import RECOMPUTED, Computing, ModelConfig, Products, Recomputed
+from model.linear import GradientStore, WeightQueue
 from model.norm import RmsNorm
 from model.objective import LossSums, MicroBatch, loss_names
-from model.precision.linear import GradientStore, WeightQueue
 from model.transformer import Transformer, build_linears, initialize_weights
 from tests.context_parts import join_held, take_held
 from tests.kernels.plain import randn

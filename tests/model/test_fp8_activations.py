@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
+from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, loss_names
 from model.phases.compute import ComputePhase
 from model.precision.fp8.maps import Fp8Maps
-from model.precision.linear import GradientStore
 from model.size import StageShape
 from model.transformer import Transformer, initialize_weights
 from model.values import Hidden, HiddenGradients

@@ -13,11 +13,11 @@ from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.attention.rope import rotate, rotation_table, softmax_scale
 from model.config import ModelConfig
+from model.linear import GradientStore, WeightQueue, WeightSink
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8.linears import Fp8Linears
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import pack_rows
-from model.precision.linear import GradientStore, WeightQueue, WeightSink
 from tests.kernels.plain import randn
 from tests.model.against_plain import randomize
 from tests.model.fp8_plain import Gate, InFp8, Normed, expect, in_12_bits

@@ -18,8 +18,8 @@ from model.config import Computing, ModelConfig, Recomputed, RopeScaling, YarnRo
 from model.feed_forward import Mlp
 from model.head import MtpBlock
 from model.hf.config import write_config
+from model.linear import GradientStore, Projection, WeightQueue, WeightSink, linear
 from model.norm import RmsNorm, norm_and_map, normed_linear
-from model.precision.linear import GradientStore, Projection, WeightQueue, WeightSink, linear
 from model.precision.plain import PlainLinears
 from model.transformer import build_linears
 from tests.kernels import plain

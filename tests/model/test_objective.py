@@ -17,6 +17,7 @@ from torch.nn import functional
 from model.attention.mla import LatentAttention
 from model.config import Computing
 from model.head import Embedding, MtpBlock, score_tokens
+from model.linear import GradientStore, Projection, WeightSink
 from model.objective import (
     BALANCE,
     MAIN,
@@ -30,7 +31,6 @@ from model.objective import (
     loss_names,
     weights_of_depths,
 )
-from model.precision.linear import GradientStore, Projection, WeightSink
 from model.transformer import build_linears
 from tests import ROOT
 from tests.kernels import plain

@@ -13,8 +13,8 @@ from comm.dispatch.local import LocalDispatcher
 from comm.protocol import Dispatcher
 from model.attention.core import _Kernel
 from model.config import LAYER, RECOMPUTED, Computing, ModelConfig, Products, Recomputed
+from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.precision.linear import GradientStore
 from model.router import RecordedRoutes, ReplayedRoutes, Routes
 from model.stage import Stage
 from model.transformer import Transformer, initialize_weights, routers

@@ -12,8 +12,8 @@ from comm.protocol import Contribution, Rows, SequenceParts, Work, zigzag_parts
 from kernels.attention.documents import Documents
 from model.config import Recomputed
 from model.feed_forward import RoutedExperts
+from model.linear import WeightSink
 from model.norm import NormSource
-from model.precision.linear import WeightSink
 from model.precision.linears import LocalRows
 from model.precision.plain import PlainLinears, PlainRows
 from model.router import RouteError, Router

@@ -16,9 +16,9 @@ from model.attention.form import Attention, AttentionForm
 from model.attention.kv_cache import CacheView, PromptView
 from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig, Products, cut_layers
+from model.linear import GradientStore, Projection, WeightSink
 from model.norm import RmsNorm
 from model.objective import CrossEntropy, LossSums, MicroBatch, Objective, loss_names
-from model.precision.linear import GradientStore, Projection, WeightSink
 from model.precision.linears import Linears
 from model.stage import Stage, StageRun
 from model.transformer import Transformer, initialize_weights, routers, whole

@@ -16,7 +16,7 @@ from comm.config import ParallelismConfig
 from data.loader import Loader, SampleOrder
 from data.prepare import Prepared, prepare
 from dualpipe.config import ScheduleConfig
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from model.transformer import named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, CHECKPOINTING, MODEL, OPTIM, TASK, tiny_config

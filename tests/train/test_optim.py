@@ -18,7 +18,7 @@ from data.prepare import prepare
 from dualpipe.config import ScheduleConfig
 from launch.config.model_rules import check_optim
 from launch.config.run_config import compose_run
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from model.transformer import BIAS, Transformer, initialize_weights, named_tensors
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, MODEL, OPTIM, tiny_config, write_text

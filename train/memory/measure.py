@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from comm.protocol import SequenceParts
 from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
 from kernels.launch import without_launches
+from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
 from model.objectives.ranking import SCORE, head_objective
-from model.precision.linear import GradientStore
 from model.size import slice_starts
 from model.slices import RunPlace, SlicedSequences
 from model.stage import Stage, StageRun

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from kernels.adamw import adamw_bf16_moments, compute_coefficients
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from train.checkpoint.state import Slice
 from train.optim.config import OptimConfig
 from train.optim.parameters import Unit

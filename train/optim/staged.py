@@ -11,7 +11,7 @@ from torch import distributed as dist
 from comm.lane import Lane
 from comm.protocol import Work
 from comm.watchdog.collective_log import CollectiveLog
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from train.checkpoint.state import Slice
 from train.optim.adamw import ReplicatedAdamW
 from train.optim.config import OptimConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from train.checkpoint.state import Slice
 from train.optim.adamw import MOMENTS, build_adamw, moments_of, spread_step
 from train.optim.config import OptimConfig

@@ -17,7 +17,7 @@ from comm.layout import Layout
 from dualpipe.ir import Schedule
 from model.attention.mla import LatentAttention
 from model.attention.rope import rotation_table
-from model.precision.linear import GradientStore
+from model.linear import GradientStore
 from model.transformer import Transformer
 from train.config import TrainConfig
 from train.network import ReplicaConfig, build_model, build_stages, held_experts, stage_part, weight_dtype

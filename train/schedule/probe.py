@@ -20,10 +20,10 @@ from comm.groups import join_one
 from comm.layout import Layout, context_partition, expert_partition, pipeline_partition
 from comm.protocol import ContextGroup, Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
+from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
 from model.objectives.ranking import SCORE, head_objective
 from model.phases.block import block_lanes
-from model.precision.linear import GradientStore
 from model.stage import Stage, StageRun
 from model.transformer import Part
 from train.config import TrainConfig

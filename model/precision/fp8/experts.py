@@ -17,10 +17,10 @@ from kernels.grouped_gemm import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize import quantize_columns, requantize_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
+from model.linear import WeightSink, deliver_gradient
 from model.norm import NormSource
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import GradientSlot, pack_gradient, placeholder, repack
-from model.precision.linear import WeightSink, deliver_gradient
 
 
 class GatedDown(torch.autograd.Function):

@@ -16,12 +16,12 @@ from torch import Tensor
 from kernels.quantize import pack_e5m6, quantize_1x128, unpack_e5m6
 from kernels.quantize.layout import PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
+from model.linear import WeightSink, deliver_gradient, deliver_parts
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8.experts import ExpertMlp, ExpertOptions, GatedDown
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
 from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients
-from model.precision.linear import WeightSink, deliver_gradient, deliver_parts
 from model.precision.linears import ExpertWeights, LocalRows, Rows
 
 

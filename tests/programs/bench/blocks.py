@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from model.precision.linear import WeightSink, linear
+from model.linear import WeightSink, linear
 
 WorkKind = Literal["sleep", "products"]
 _MOST_LATE_SECONDS = 0.001

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import LAYER, RECOMPUTED, ModelConfig
+from model.linear import GradientStore
 from model.objective import MicroBatch
-from model.precision.linear import GradientStore
 from tests.model.live_memory import LiveMemory
 from tests.model.test_recomputed_layer import make_model, run
 from tests.tiny import MODEL

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from comm.dispatch.local import LocalDispatcher
 from model.config import Computing, Products
+from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch, loss_names
-from model.precision.linear import GradientStore
 from model.transformer import BIAS, Transformer, initialize_weights
 from tests.model.test_phases import OBJECTIVE, make_batch, run_stage
 from tests.tiny import MODEL

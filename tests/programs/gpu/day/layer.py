@@ -18,8 +18,8 @@ import torch
 from comm.dispatch.local import LocalDispatcher
 from launch.config.run_config import compose_run
 from model.config import ModelConfig
+from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.precision.linear import GradientStore
 from model.stage import Stage
 from model.transformer import Part, Transformer, initialize_weights
 from train.config import TrainConfig
