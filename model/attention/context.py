@@ -20,8 +20,7 @@ from kernels.attention.blocks.reference import BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from model.attention.heads import HeadLayout, Rotated
 from model.linear import deliver_gradient
-from model.precision.latents import LatentLinears, LatentOptions, LatentWeights, NormAndUpGradients
-from model.precision.linears import Linears
+from model.precision.linears import LatentLinears, LatentOptions, LatentWeights, Linears, NormAndUpGradients
 
 
 def mix_in_context(

@@ -13,8 +13,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 
 from kernels.attention import choose_attention
 from model.attention.heads import HeadLayout
-from model.precision.latents import LatentLinears, LatentOptions, LatentWeights
-from model.precision.linears import Linears
+from model.precision.linears import LatentLinears, LatentOptions, LatentWeights, Linears
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values: BTHQ, BTHQ, BTHW."""

@@ -1,13 +1,13 @@
 """Places queries, keys and values of all heads in memory as attention kernels read them, and back.
 
 If the kernel requires one width W, narrower ones are padded with zeros. Shape legend: as in
-model/precision/latents.py.
+model/precision/linears.py.
 """
 
 from torch import Tensor
 
 from model.attention.rope import rotate, rotate_
-from model.precision.latents import LatentLinears, LatentShape, rows_of_heads
+from model.precision.linears import LatentLinears, LatentShape, rows_of_heads
 
 Rotated = tuple[Tensor, Tensor]
 """Cos and sin of each token's position."""

@@ -24,8 +24,7 @@ from model.attention.rope import Rotation, rotate_, rotation_table, softmax_scal
 from model.config import ModelConfig
 from model.linear import Projection, WeightSink, widen
 from model.norm import RmsNorm
-from model.precision.latents import LatentOptions, LatentShape, LatentWeights, rows_of_heads
-from model.precision.linears import Linears
+from model.precision.linears import LatentOptions, LatentShape, LatentWeights, Linears, rows_of_heads
 
 # From so many new tokens of a sequence on, keys and values of all positions are computed once, which then costs less
 # than scores between every head's query and the latents.

@@ -23,8 +23,15 @@ from kernels.swiglu import swiglu, swiglu_backward
 from model.config import LAYER, Recomputed
 from model.linear import WeightSink, deliver_gradient
 from model.norm import NormSource, RmsNorm, linear_of_normal, normed_linear
-from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients, rows_of_heads
-from model.precision.linears import ExpertWeights, LocalRows, Rows
+from model.precision.linears import (
+    ExpertWeights,
+    LatentOptions,
+    LatentWeights,
+    LocalRows,
+    NormAndUpGradients,
+    Rows,
+    rows_of_heads,
+)
 
 
 @dataclass(frozen=True, slots=True)

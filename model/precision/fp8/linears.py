@@ -2,7 +2,7 @@
 
 A backward recomputes everything possible and ignores `Computing.recomputed`. The products' inputs in FP8 are kept
 instead, or the norm's input if that is kept anyway (section 3.3.3). The norm is computed in float32; its backward reads
-the kept codes. Shape legend: A rows, B bytes of a row, N outputs; latents as in model/precision/latents.py.
+the kept codes. Shape legend: A rows, B bytes of a row, N outputs; latents as in model/precision/linears.py.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,7 @@ from model.norm import NormSource, RmsNorm
 from model.precision.fp8.experts import ExpertMlp, ExpertOptions, GatedDown
 from model.precision.fp8.maps import Fp8Maps
 from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
-from model.precision.latents import LatentOptions, LatentWeights, NormAndUpGradients
-from model.precision.linears import ExpertWeights, LocalRows, Rows
+from model.precision.linears import ExpertWeights, LatentOptions, LatentWeights, LocalRows, NormAndUpGradients, Rows
 
 
 class _Normal(NamedTuple):
