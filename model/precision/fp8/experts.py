@@ -19,8 +19,7 @@ from kernels.quantize.layout import GRADIENTS_MIN_AMAX, Quantized, unpack
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.linear import WeightSink, deliver_gradient
 from model.norm import NormSource
-from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.rows import GradientSlot, pack_gradient, placeholder, repack
+from model.precision.fp8.rows import Fp8Maps, GradientSlot, pack_gradient, placeholder, repack
 
 
 class GatedDown(torch.autograd.Function):

@@ -19,8 +19,7 @@ from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from model.linear import WeightSink, deliver_gradient, deliver_parts
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8.experts import ExpertMlp, ExpertOptions, GatedDown
-from model.precision.fp8.maps import Fp8Maps
-from model.precision.fp8.rows import Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
+from model.precision.fp8.rows import Fp8Maps, Fp8Rows, Fp8Wire, as_fp8, pack_rows, recompute_norm
 from model.precision.linears import ExpertWeights, LatentOptions, LatentWeights, LocalRows, NormAndUpGradients, Rows
 
 
