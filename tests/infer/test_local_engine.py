@@ -92,7 +92,7 @@ def test_log_probs_in_16_and_8_bits_are_near_those_of_a_training_pass(products: 
 def test_weights_are_quantized_once_per_request_and_again_after_an_update() -> None:
     model = confident_model("fp8")
     engine, request = LocalEngine(model, speculative=False), replace(REQUEST, samples=1, max_new_tokens=6)
-    with mock.patch("model.precision.fp8.rows.quantize_128x128", wraps=quantize_128x128) as quantize:
+    with mock.patch("model.precision.fp8_rows.quantize_128x128", wraps=quantize_128x128) as quantize:
         before = engine.generate(PROMPTS, request).rollouts
         num_calls = quantize.call_count
         engine.generate(PROMPTS, replace(request, max_new_tokens=2))

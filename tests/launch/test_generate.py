@@ -157,7 +157,7 @@ def test_weights_of_a_run_in_fp8_have_its_products(
     for dtype in ("auto", "bf16"):
         model = load_model(source, dtype, "cpu")
         assert next(model.parameters()).dtype is torch.bfloat16
-        with mock.patch("model.precision.fp8.rows.quantize_128x128", wraps=quantize_128x128) as quantize:
+        with mock.patch("model.precision.fp8_rows.quantize_128x128", wraps=quantize_128x128) as quantize:
             generate(model, [[0, 5, 9]], max_new_tokens=2)
         rounded = {call.kwargs["power_of_two"] for call in quantize.call_args_list}
         assert rounded == (set() if dtype == "bf16" else {scales == "power_of_two"})

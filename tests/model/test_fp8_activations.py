@@ -18,7 +18,7 @@ from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, loss_names
 from model.phases.compute import ComputePhase
-from model.precision.fp8.rows import Fp8Maps
+from model.precision.fp8_rows import Fp8Maps
 from model.size import StageShape
 from model.transformer import Transformer, initialize_weights
 from model.values import Hidden, HiddenGradients

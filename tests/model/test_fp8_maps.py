@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.linear import GradientStore, WeightQueue, WeightSink
 from model.norm import NormSource, RmsNorm
 from model.precision.fp8.linears import Fp8Linears
-from model.precision.fp8.rows import Fp8Maps, pack_rows
+from model.precision.fp8_rows import Fp8Maps, pack_rows
 from tests.kernels.plain import randn
 from tests.model.against_plain import randomize
 from tests.model.fp8_plain import Gate, InFp8, Normed, expect, in_12_bits

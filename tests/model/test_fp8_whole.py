@@ -22,7 +22,7 @@ from model.linear import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.objective import LossSums, loss_names
 from model.precision.fp8.linears import Fp8Linears
-from model.precision.fp8.rows import Fp8Rows, GradientSlot, pack_gradient, pack_rows, placeholder
+from model.precision.fp8_rows import Fp8Rows, GradientSlot, pack_gradient, pack_rows, placeholder
 from model.precision.linears import LocalRows
 from tests.kernels.plain import randn
 from tests.model.fp8_models import CONFIG, FP8, Away, assert_same, by_phases, compute_eagerly, make_batch, make_model

@@ -21,7 +21,7 @@ from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize
 from kernels.swiglu import swiglu_backward_from_codes, swiglu_quantize
 from model.linear import WeightSink, deliver_gradient, deliver_parts
 from model.norm import NormSource, RmsNorm
-from model.precision.fp8.rows import (
+from model.precision.fp8_rows import (
     Fp8Maps,
     Fp8Rows,
     Fp8Wire,
