@@ -43,7 +43,7 @@ def build_linears(computing: Computing) -> Linears:
         from model.precision.plain import PlainLinears
 
         return PlainLinears(computing.recomputed)
-    from model.precision.fp8.linears import Fp8Linears
+    from model.precision.fp8_linears import Fp8Linears
 
     is_rounded = computing.products == "fp8_power_of_two"
     return Fp8Linears(power_of_two=is_rounded, recomputes_layers=LAYER in computing.recomputed)

@@ -15,7 +15,7 @@ from model.attention.rope import rotate, rotation_table, softmax_scale
 from model.config import ModelConfig
 from model.linear import GradientStore, WeightQueue, WeightSink
 from model.norm import NormSource, RmsNorm
-from model.precision.fp8.linears import Fp8Linears
+from model.precision.fp8_linears import Fp8Linears
 from model.precision.fp8_rows import Fp8Maps, pack_rows
 from tests.kernels.plain import randn
 from tests.model.against_plain import randomize

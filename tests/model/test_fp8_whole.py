@@ -21,7 +21,7 @@ from model.feed_forward import RoutedExperts
 from model.linear import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.objective import LossSums, loss_names
-from model.precision.fp8.linears import Fp8Linears
+from model.precision.fp8_linears import Fp8Linears
 from model.precision.fp8_rows import Fp8Rows, GradientSlot, pack_gradient, pack_rows, placeholder
 from model.precision.linears import LocalRows
 from tests.kernels.plain import randn
