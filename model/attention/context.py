@@ -2,7 +2,7 @@
 
 Each rank computes the queries of its tokens, and receives the latents and rotated keys of all others (576 values per
 token for DeepSeek-V3), from which it expands the keys and values of one rank at a time. Gradients of latents are summed
-here, those of weights by whoever sums the ranks' gradients. Shape legend: as in model/attention/heads.py. C = latent
+here, those of weights by whoever sums the ranks' gradients. Shape legend: as in model/attention/core.py. C = latent
 and shared key.
 """
 
@@ -18,7 +18,7 @@ from kernels.attention.blocks import choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
 from kernels.attention.blocks.reference import BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
-from model.attention.heads import HeadLayout, Rotated
+from model.attention.core import HeadLayout, Rotated
 from model.linear import deliver_gradient
 from model.precision.linears import LatentLinears, LatentOptions, LatentWeights, Linears, NormAndUpGradients
 
