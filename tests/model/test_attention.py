@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
-from model.attention.kv_cache import KvCache
+from model.attention.kv_cache import KvCache, Rotation, rotation_table
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
-from model.attention.rope import Rotation, rotation_table
 from model.block import Block
 from model.config import Computing, ModelConfig, Recomputed, YarnRope
 from model.linear import WeightSink

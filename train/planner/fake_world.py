@@ -15,8 +15,8 @@ from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from dualpipe.ir import Schedule
+from model.attention.kv_cache import rotation_table
 from model.attention.mla import LatentAttention
-from model.attention.rope import rotation_table
 from model.linear import GradientStore
 from model.transformer import Transformer
 from train.config import TrainConfig
