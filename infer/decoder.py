@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from infer.routes import RouteRecorder, RouteStore
-from model.attention.kv_cache import CacheView, KvCache, PromptView, Rotation, StepView, rotation_table
+from model.attention.form import CacheView, KvCache, PromptView, Rotation, StepView, rotation_table
 from model.block import Attended, Block, Moe
 from model.feed_forward import Mlp
 from model.linear import widen

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infer.protocol import PROMPT_SAMPLE, NumberedPrompt, RouteKey, Sample, SampledRoutes
-from model.attention.kv_cache import CacheView, KvCache
+from model.attention.form import CacheView, KvCache
 from model.config import ModelConfig
 from model.router import expert_id_dtype
 

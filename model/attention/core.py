@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from kernels.attention import choose_attention
-from model.attention.kv_cache import rotate, rotate_
+from model.attention.form import rotate, rotate_
 from model.precision.linears import LatentLinears, LatentOptions, LatentShape, LatentWeights, Linears, rows_of_heads
 
 Heads = tuple[Tensor, Tensor, Tensor]

@@ -3,17 +3,18 @@
 Another form is one file with a subclass of `Attention` and an `AttentionForm`. Shape legend: N new tokens.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
 from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
-from model.attention.kv_cache import CacheView
-from model.config import ModelConfig
+from model.config import ModelConfig, PlainRope, YarnRope, yarn_temperature
 from model.linear import WeightSink
 from model.norm import RmsNorm
 from model.precision.linears import Linears
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         """
 
     @abstractmethod
-    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
+    def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: "CacheView") -> Tensor:
         """Returns hidden + attention(norm(hidden)) of new tokens, and writes them to the cache: ND."""
 
 
@@ -52,3 +53,218 @@ class AttentionForm:
     name: str
     build: Callable[[ModelConfig, torch.dtype, str, Linears], Attention]
     values_per_token: Callable[[ModelConfig], int]
+
+
+def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns the radians per position of each pair, [R / 2]: theta^(-2k/R), interpolated by YaRN.
+
+    In float32 each operation is rounded as in the released code, with which weights were trained: thousands of
+    positions multiply an error in the last bit.
+    """
+    size = config.qk_rope_head_dim
+    powers = config.rope_theta ** (torch.arange(0, size, 2).to(dtype) / size)
+    match config.rope_scaling:
+        case PlainRope():
+            return 1 / powers
+        case YarnRope() as yarn:
+
+            def pair_with(rotations: float) -> float:
+                wavelengths = yarn.original_max_position_tokens / (rotations * 2 * math.pi)
+                return size * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+
+            low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+            high = min(math.ceil(pair_with(yarn.beta_slow)), size - 1)
+            pairs = torch.arange(size // 2, dtype=dtype)
+            kept = 1 - ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
+            return 1 / (yarn.factor * powers) * (1 - kept) + 1 / powers * kept
+        case _ as other:
+            assert_never(other)
+
+
+def _temperatures(config: ModelConfig) -> tuple[float, float]:
+    """Returns YaRN's temperatures of cos and sin, before the division by that of scores, and of scores."""
+    match config.rope_scaling:
+        case YarnRope(factor=factor, mscale=mscale, mscale_all_dim=all_dim):
+            return yarn_temperature(factor, mscale), yarn_temperature(factor, all_dim)
+        case _:
+            return 1.0, 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """Returns the factor of attention scores: qk_head_dim^-0.5, times YaRN's squared temperature."""
+    _, temperature = _temperatures(config)
+    return 1 / math.sqrt(config.qk_head_dim) * temperature * temperature
+
+
+def rotation_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of every position and pair, [T, R / 2] each, computed in their type."""
+    angles = torch.arange(num_positions, dtype=dtype)[:, None] * inverse_frequencies(config, dtype)
+    temperature, of_scores = _temperatures(config)
+    factor = temperature / of_scores
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Rotates pairs (x0, x1), (x2, x3), ... by their position's angle; cos and sin may begin with B."""
+    wide_BTHR = x_BTHR.to(cos_TP.dtype).contiguous()
+    # A slice of a single row counts as contiguous at any offset.
+    wide_BTHR = wide_BTHR if _holds_pairs(wide_BTHR) else wide_BTHR.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(wide_BTHR.unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos_TP, sin_TP).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).to(x_BTHR.dtype)
+
+
+def rotate_(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> None:
+    """Applies `rotate` in place; x may be a part of each row of a larger tensor."""
+    if x_BTHR.dtype == cos_TP.dtype and _holds_pairs(x_BTHR):
+        torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))).mul_(torch.complex(cos_TP, sin_TP).unsqueeze(-2))
+    else:
+        x_BTHR.copy_(rotate(x_BTHR, cos_TP, sin_TP))
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cos and sin of each token's position, NP each."""
+
+    cos_NP: Tensor
+    sin_NP: Tensor
+
+    def turn(self, x_NHR: Tensor) -> Tensor:
+        """Returns every head of every token rotated by the token's position, with the same shape and type."""
+        return rotate(x_NHR[None], self.cos_NP, self.sin_NP)[0]
+
+
+def _holds_pairs(x: Tensor) -> bool:
+    """Whether every pair begins at an even offset of the storage, as complex numbers do."""
+    return all(place % 2 == 0 for place in (x.storage_offset(), *x.stride()[:-1]))
+
+
+class KvCache:
+    """Storage for a number of sequences of at most `capacity` tokens, each with its own length.
+
+    The held sequences are rows 0 .. `len(lengths) - 1`. Values beyond a row's length are finite, and no token reads
+    them before they are overwritten.
+    """
+
+    def __init__(
+        self,
+        values_per_token: int,
+        num_layers: int,
+        max_sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, max_sequences, capacity, values_per_token)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._lengths: list[int] = []
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of tokens of each held sequence."""
+        return tuple(self._lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of tokens of a sequence."""
+        return self._values.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of the storage."""
+        return self._values.numel() * self._values.element_size()
+
+    def add(self) -> int:
+        """Adds an empty sequence and returns its row."""
+        assert len(self._lengths) < self._values.shape[1], "more sequences than the cache has rows"
+        self._lengths.append(0)
+        return len(self._lengths) - 1
+
+    def remove(self, row: int) -> None:
+        """Frees a row; the last row moves to its place."""
+        last = len(self._lengths) - 1
+        if row != last:
+            self._values[:, row, : self._lengths[last]] = self._values[:, last, : self._lengths[last]]
+            self._lengths[row] = self._lengths[last]
+        self._lengths.pop()
+
+    def resize(self, row: int, length: int) -> None:
+        """Sets a row's number of tokens: more after a pass has written them, fewer to discard tokens."""
+        assert 0 <= length <= self.capacity, "a row is longer than the cache"
+        self._lengths[row] = length
+
+    def copy_start(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of a row to another one, which then has that length."""
+        self._values[:, target, :length] = self._values[:, source, :length]
+        self.resize(target, length)
+
+    def arrange(self, sources: Sequence[int], lengths: Sequence[int]) -> None:
+        """Replaces the held sequences: row i continues the tokens of row `sources[i]`; -1: it is empty."""
+        assert len(sources) <= self._values.shape[1], "more sequences than the cache has rows"
+        moves = [row for row, source in enumerate(sources) if source not in (row, -1)]
+        # A row may be read after it is overwritten, so all that move are copied first.
+        copies = [self._values[:, sources[row], : lengths[row]].clone() for row in moves]
+        for row, values in zip(moves, copies, strict=True):
+            self._values[:, row, : lengths[row]] = values
+        self._lengths = list(lengths)
+
+    def write_row(self, layer: int, row: int, first: int, values_TC: Tensor) -> None:
+        """Writes one sequence's tokens from position `first` on."""
+        self._values[layer, row, first : first + len(values_TC)] = values_TC
+
+    def write_step(self, layer: int, first_row: int, positions_BS: Tensor, values_BSC: Tensor) -> None:
+        """Writes the new tokens of consecutive rows, each at its position."""
+        rows_B1 = first_row + torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
+        self._values[layer].index_put_((rows_B1, positions_BS), values_BSC)
+
+    def read(self, layer: int, rows: slice, num_positions: int) -> Tensor:
+        """Returns the first positions of consecutive rows, BTC, as a view."""
+        return self._values[layer, rows, :num_positions]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptView:
+    """A layer's cache while whole prompts of `counts` tokens are read into empty rows."""
+
+    cache: KvCache
+    layer: int
+    rows: Sequence[int]
+    counts: Sequence[int]
+    rotation: Rotation
+
+    def write(self, values_NC: Tensor) -> None:
+        """Writes the cached values of each token."""
+        for row, values_TC in zip(self.rows, values_NC.split(list(self.counts)), strict=True):
+            self.cache.write_row(self.layer, row, 0, values_TC)
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """A layer's cache while S new tokens are added to every held sequence, or to one of them.
+
+    Attributes:
+        first_row: row of the first sequence that the view covers; the others follow it.
+        num_positions: T, the number of positions up to the last token.
+        future_BST: True if a token must not see a position; None if every token sees every position.
+    """
+
+    cache: KvCache
+    layer: int
+    first_row: int
+    positions_BS: Tensor
+    num_positions: int
+    future_BST: Tensor | None
+    rotation: Rotation
+
+    def write(self, values_NC: Tensor) -> None:
+        """Writes the cached values of each new token."""
+        values_BSC = values_NC.view(*self.positions_BS.shape, -1)
+        self.cache.write_step(self.layer, self.first_row, self.positions_BS, values_BSC)
+
+    def read(self) -> Tensor:
+        """Returns all positions of the sequences, BTC, as a view."""
+        rows = slice(self.first_row, self.first_row + len(self.positions_BS))
+        return self.cache.read(self.layer, rows, self.num_positions)
+
+
+CacheView = PromptView | StepView

@@ -18,8 +18,17 @@ from comm.protocol import ALONE, ContextGroup
 from kernels.attention.documents import Documents
 from model.attention.context import mix_in_context
 from model.attention.core import mix
-from model.attention.form import Attention, AttentionForm
-from model.attention.kv_cache import CacheView, PromptView, Rotation, StepView, rotate_, rotation_table, softmax_scale
+from model.attention.form import (
+    Attention,
+    AttentionForm,
+    CacheView,
+    PromptView,
+    Rotation,
+    StepView,
+    rotate_,
+    rotation_table,
+    softmax_scale,
+)
 from model.config import ModelConfig
 from model.linear import Projection, WeightSink, widen
 from model.norm import RmsNorm

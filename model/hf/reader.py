@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference import dequantize_128x128
-from model.attention.kv_cache import inverse_frequencies
+from model.attention.form import inverse_frequencies
 from model.config import ModelConfig, PlainRope
 from model.hf.checkpoint import Checkpoint, open_checkpoint
 from model.hf.files import HfError, nearest, shown

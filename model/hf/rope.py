@@ -120,7 +120,7 @@ def _read_yarn(inner: ConfigValues, original_length: int) -> YarnRope:
 
 
 def _read_scales(inner: ConfigValues, factor: float) -> tuple[float, float]:
-    """Returns `mscale` and `mscale_all_dim` with which `model.attention.kv_cache` scales as transformers does."""
+    """Returns `mscale` and `mscale_all_dim` with which `model.attention.form` scales as transformers does."""
     mscale, all_dim = (inner.number(key) if inner.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
     if inner.get("attention_factor") is None:
         if (mscale and all_dim) or factor == 1:

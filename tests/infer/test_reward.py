@@ -22,7 +22,7 @@ from infer.engines.pipelined.plan import NOTHING, Cohort, RoundFormat, RoundPlan
 from infer.generate import generate
 from infer.reward import VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
-from model.attention.kv_cache import KvCache
+from model.attention.form import KvCache
 from model.head import score_states
 from model.hf.convert import load_hf, save_hf
 from model.transformer import Transformer, initialize_weights, named_tensors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.documents import Documents
-from model.attention.kv_cache import KvCache, Rotation, rotation_table
+from model.attention.form import KvCache, Rotation, rotation_table
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention, values_per_token
 from model.block import Block
 from model.config import Computing, ModelConfig, Recomputed, YarnRope

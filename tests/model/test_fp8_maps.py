@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.operands import check_columns
 from kernels.quantize import reference, reference_columns
 from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
-from model.attention.kv_cache import rotate, rotation_table, softmax_scale
+from model.attention.form import rotate, rotation_table, softmax_scale
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
 from model.config import ModelConfig
 from model.linear import GradientStore, WeightQueue, WeightSink

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoConfig, DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from model.attention.kv_cache import rotation_table, softmax_scale
+from model.attention.form import rotation_table, softmax_scale
 from model.config import ModelConfig, PlainRope, YarnRope
 from model.hf.config import read_config, write_config
 from tests.model.hf_checkpoints import FP8_CONFIG, SIZES, YARN, edit_json

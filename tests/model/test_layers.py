@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from model.attention.kv_cache import inverse_frequencies, rotate, rotation_table, softmax_scale
+from model.attention.form import inverse_frequencies, rotate, rotation_table, softmax_scale
 from model.attention.mla import LatentAttention
 from model.config import Computing, ModelConfig, Recomputed, RopeScaling, YarnRope
 from model.feed_forward import Mlp

@@ -15,7 +15,7 @@ from comm.dispatch.local import LocalDispatcher
 from comm.groups import Groups
 from comm.layout import Layout
 from dualpipe.ir import Schedule
-from model.attention.kv_cache import rotation_table
+from model.attention.form import rotation_table
 from model.attention.mla import LatentAttention
 from model.linear import GradientStore
 from model.transformer import Transformer
