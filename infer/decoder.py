@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from infer.routes import RouteRecorder, RouteStore
 from model.attention.form import CacheView, KvCache, PromptView, Rotation, StepView, rotation_table
-from model.block import Attended, Block, Moe
-from model.feed_forward import Mlp
+from model.block import Attended, Block, Mlp, Moe
 from model.linear import widen
 from model.transformer import Transformer
 

@@ -13,9 +13,8 @@ from comm.protocol import ALONE, ContextGroup, Dispatcher
 from kernels.attention.documents import Documents
 from model.attention.form import Attention, AttentionForm
 from model.attention.mla import LATENT_ATTENTION
-from model.block import Block, run_block
+from model.block import Block, RoutedExperts, run_block
 from model.config import LAYER, Computing, ModelConfig
-from model.feed_forward import RoutedExperts
 from model.head import Embedding, MtpBlock
 from model.linear import Projection, WeightSink, widen
 from model.norm import RmsNorm, normed_linear

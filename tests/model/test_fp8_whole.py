@@ -16,8 +16,8 @@ from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm
 from model.attention.mla import LatentAttention
+from model.block import RoutedExperts
 from model.config import ModelConfig, Products
-from model.feed_forward import RoutedExperts
 from model.linear import GradientStore, WeightQueue
 from model.norm import NormSource
 from model.objective import LossSums, loss_names

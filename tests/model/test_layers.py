@@ -14,8 +14,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Rotar
 
 from model.attention.form import inverse_frequencies, rotate, rotation_table, softmax_scale
 from model.attention.mla import LatentAttention
+from model.block import Mlp
 from model.config import Computing, ModelConfig, Recomputed, RopeScaling, YarnRope
-from model.feed_forward import Mlp
 from model.head import MtpBlock
 from model.hf.config import write_config
 from model.linear import GradientStore, Projection, WeightQueue, WeightSink, linear

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from comm.dispatch.local import SortedChoices
 from comm.protocol import Contribution, Rows, SequenceParts, Work, zigzag_parts
 from kernels.attention.documents import Documents
+from model.block import RoutedExperts
 from model.config import Recomputed
-from model.feed_forward import RoutedExperts
 from model.linear import WeightSink
 from model.norm import NormSource
 from model.precision.linears import LocalRows

@@ -21,7 +21,7 @@ from dualpipe.build import build
 from dualpipe.generate.one_f_one_b import sliced_1f1b
 from dualpipe.ir import Schedule
 from infer.engines.local import LocalEngine
-from model.feed_forward import RoutedExperts
+from model.block import RoutedExperts
 from model.objective import LossSums, MicroBatch
 from model.objectives.distillation import TEACHER_STATES, Distillation
 from model.objectives.preference import REFERENCE

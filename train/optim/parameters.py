@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from comm.groups import Groups
 from dualpipe.ir import Schedule
 from dualpipe.runtime.program import first_use_order, reduction_order
-from model.feed_forward import RoutedExperts
+from model.block import RoutedExperts
 from model.stage import Stage
 from model.transformer import Transformer
 from train.checkpoint.state import Slice
