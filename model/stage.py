@@ -12,8 +12,7 @@ from model.linear import GradientStore, WeightSink
 from model.objective import LossSums, MicroBatch, Objective
 from model.offload import ActivationOffload, HostMemoryLink
 from model.phases.block import BalanceLoss, Lane, Phase, block_lanes, block_phases
-from model.phases.compute import Computed, ComputePhase
-from model.phases.exchange import CombinePhase, DispatchPhase
+from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase
 from model.phases.recomputed import RecomputedHead
 from model.router import Routes
 from model.slices import RunPlace

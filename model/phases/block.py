@@ -12,8 +12,7 @@ from kernels.attention.documents import Documents
 from model.block import Attended, Block
 from model.linear import GradientStore, WeightSink
 from model.objective import BALANCE, LossSums
-from model.phases.compute import Computed, ComputePhase
-from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
+from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange
 from model.phases.recomputed import RecomputedAttend, RecomputedCombine, RecomputedExperts, RecomputedPhase
 from model.router import Route, Router, Routes, Routing
 from model.values import ExpertOutput, Hidden, Received, Routed

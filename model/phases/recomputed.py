@@ -14,8 +14,7 @@ from torch import Tensor
 from comm.protocol import MappedWork, Work
 from model.attention.core import recompute_result, recomputes_result
 from model.linear import GradientStore, WeightSink
-from model.phases.compute import Computed, ComputePhase, Out, Recording, record
-from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
+from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Out, Recording, record
 from model.precision.linears import Rows
 from model.values import (
     ExpertGradients,

@@ -13,8 +13,7 @@ from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher, Label
 from model.linear import GradientStore, WeightSink
 from model.phases.block import Lane, Phase, block_lanes
-from model.phases.compute import Computed, ComputePhase
-from model.phases.exchange import CombinePhase, DispatchPhase, Exchange
+from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange
 from model.precision.plain import PlainRows, PlainWire
 from model.stage import StageRun
 from model.values import ExpertOutput, Hidden, Received, Routed
