@@ -10,9 +10,8 @@ from comm.protocol import Label, Work
 from model.block import Block
 from model.linear import GradientStore, WeightSink
 from model.objective import LossSums, MicroBatch, Objective
-from model.offload import ActivationOffload, HostMemoryLink
 from model.phases.block import BalanceLoss, Lane, Phase, block_lanes, block_phases
-from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase
+from model.phases.compute import ActivationOffload, CombinePhase, Computed, ComputePhase, DispatchPhase, HostMemoryLink
 from model.phases.recomputed import RecomputedHead
 from model.router import Routes
 from model.slices import RunPlace
