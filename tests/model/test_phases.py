@@ -17,9 +17,8 @@ from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases.block import BalanceLoss, Phase, block_phases
 from model.phases.compute import Computed, ComputePhase, DispatchPhase, movable_storages
-from model.stage import Stage, StageRun
+from model.stage import BalanceLoss, Phase, Stage, StageRun, block_phases
 from model.transformer import Transformer, initialize_weights
 from model.values import ExpertOutput, Gradients, Hidden, HiddenGradients
 from tests.model.live_memory import LiveMemory, saved_memory

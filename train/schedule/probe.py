@@ -23,8 +23,7 @@ from comm.watchdog.collective_log import CollectiveLog
 from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
 from model.objectives.ranking import SCORE, head_objective
-from model.phases.block import block_lanes
-from model.stage import Stage, StageRun
+from model.stage import Stage, StageRun, block_lanes
 from model.transformer import Part
 from train.config import TrainConfig
 from train.network import ReplicaConfig, build_model, held_experts, weight_dtype

@@ -12,10 +12,9 @@ from torch import Tensor
 from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher, Label
 from model.linear import GradientStore, WeightSink
-from model.phases.block import Lane, Phase, block_lanes
 from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange
 from model.precision.plain import PlainRows, PlainWire
-from model.stage import StageRun
+from model.stage import Lane, Phase, StageRun, block_lanes
 from model.values import ExpertOutput, Hidden, Received, Routed
 from tests.programs.bench.blocks import SleepBlock, SleepLog
 
