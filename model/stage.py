@@ -22,7 +22,7 @@ from model.phases.compute import (
     Exchange,
     HostMemoryLink,
 )
-from model.phases.recomputed import (
+from model.recomputed import (
     RecomputedAttend,
     RecomputedCombine,
     RecomputedExperts,
