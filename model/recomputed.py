@@ -14,7 +14,7 @@ from torch import Tensor
 from comm.protocol import MappedWork, Work
 from model.attention.core import recompute_result, recomputes_result
 from model.linear import GradientStore, WeightSink
-from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Out, Recording, record
+from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange, Out, Recording, record
 from model.precision.linears import Rows
 from model.values import (
     ExpertGradients,

@@ -13,7 +13,7 @@ from kernels.attention.documents import Documents
 from model.block import Attended, Block
 from model.linear import GradientStore, WeightSink
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
-from model.phases.compute import (
+from model.phases import (
     ActivationOffload,
     CombinePhase,
     Computed,

@@ -23,7 +23,7 @@ from dualpipe.transfers import linked_pairs
 from dualpipe.validate import validate_passes
 from model.linear import GradientStore
 from model.objective import BALANCE, LossSums, MicroBatch, Objective
-from model.phases.compute import HostMemoryLink
+from model.phases import HostMemoryLink
 from model.router import Routes
 from model.slices import SlicedRuns
 from model.stage import Stage, StageRun

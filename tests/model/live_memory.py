@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from model.config import Computing, ModelConfig
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases.compute import ComputePhase
+from model.phases import ComputePhase
 from model.size import StageShape
 from model.stage import Stage
 from model.transformer import Transformer

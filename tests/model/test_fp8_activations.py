@@ -17,7 +17,7 @@ from launch.config.run_config import compose_run
 from model.config import RECOMPUTED, Computing, ModelConfig, Products
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, loss_names
-from model.phases.compute import ComputePhase
+from model.phases import ComputePhase
 from model.precision.fp8_rows import Fp8Maps
 from model.size import StageShape
 from model.transformer import Transformer, initialize_weights

@@ -17,7 +17,7 @@ from kernels.attention.documents import Documents
 from model.config import RECOMPUTED, Computing, ModelConfig, Recomputed
 from model.linear import GradientStore
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
-from model.phases.compute import Computed, ComputePhase, DispatchPhase, movable_storages
+from model.phases import Computed, ComputePhase, DispatchPhase, movable_storages
 from model.stage import BalanceLoss, Phase, Stage, StageRun, block_phases
 from model.transformer import Transformer, initialize_weights
 from model.values import ExpertOutput, Gradients, Hidden, HiddenGradients

@@ -12,7 +12,7 @@ from torch import Tensor
 from comm.node_limit import limit_groups
 from comm.protocol import Dispatcher, Label
 from model.linear import GradientStore, WeightSink
-from model.phases.compute import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange
+from model.phases import CombinePhase, Computed, ComputePhase, DispatchPhase, Exchange
 from model.precision.plain import PlainRows, PlainWire
 from model.stage import Lane, Phase, StageRun, block_lanes
 from model.values import ExpertOutput, Hidden, Received, Routed

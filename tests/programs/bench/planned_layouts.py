@@ -18,7 +18,7 @@ from torch import distributed as dist
 from comm.config import ParallelismConfig
 from comm.layout import Layout
 from dualpipe.config import ScheduleConfig
-from model.phases.compute import ComputePhase
+from model.phases import ComputePhase
 from tests.ranks import run_ranks
 from tests.tiny import MODEL, tiny_config, write_text
 from tests.train.job import close_job, configured_schedule, open_job, open_loader

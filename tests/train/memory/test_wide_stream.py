@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comm.protocol import MappedWork, Work
 from model.block import Attended, Block
-from model.phases.compute import CombinePhase, DispatchPhase
+from model.phases import CombinePhase, DispatchPhase
 from model.transformer import Transformer
 from model.values import ExpertGradients, ExpertOutput, Hidden, HiddenGradients, ReceivedGradients, RoutedGradients
 from tests.ranks import run_ranks

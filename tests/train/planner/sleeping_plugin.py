@@ -38,7 +38,7 @@ def _slow(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if "torch" in sys.modules:  # in ranks
-    from model.phases.compute import ComputePhase
+    from model.phases import ComputePhase
 
     for name in SECONDS:
         setattr(ComputePhase, name, _slow(name, getattr(ComputePhase, name)))
