@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from data.loader import Batch
-from model.objectives.policy_loss import PolicyLossConfig
+from model.config import PolicyLossConfig
 from train.config.decode import decode
 
 GRPO = PolicyLossConfig(

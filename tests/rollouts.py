@@ -10,7 +10,7 @@ from dualpipe.config import ScheduleConfig
 from infer.protocol import Group, Sample
 from infer.scoring.reward import RewardConfig, ScoreSheet
 from infer.scoring.score import SCORERS, Answer, Problem, RatingScorer, Score, ScorerConfig, ScorerSpec
-from model.objectives.policy_loss import PolicyLossConfig
+from model.config import PolicyLossConfig
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.config import TokenSchedule, TrainConfig
 from train.config.rollout import RolloutConfig, RolloutLimits

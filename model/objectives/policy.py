@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy.reference import IGNORE, RowScores
+from model.config import PolicyLossConfig
 from model.head import score_rows
 from model.linear import WeightSink
 from model.objective import MAIN, CrossEntropy, MicroBatch, OutputHead, TaskLoss, loss_names
-from model.objectives.policy_loss import PolicyLossConfig
 from model.objectives.policy_terms import (
     KL,
     OFF_POLICY,

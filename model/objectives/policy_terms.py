@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import PolicyLossConfig
 from model.objective import MAIN
-from model.objectives.policy_loss import PolicyLossConfig
 
 KL = "kl"
 ENTROPY = "entropy"

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.loader import Batch
+from model.config import PolicyLossConfig
 from model.objective import CrossEntropy, MicroBatch, Objective, OutputHead
 from model.objectives.pairs import AnswerValues, PairIndex
 from model.objectives.policy import PolicyGradient
-from model.objectives.policy_loss import PolicyLossConfig
 from model.objectives.preference import PAIR, REFERENCE, Preference
 from model.objectives.ranking import MARGIN, SCORE, PairRanking
 from model.objectives.sampled import AnswerIndex

@@ -18,9 +18,9 @@ from data.prepare import Prepared
 from infer.config import Sampling
 from infer.protocol import Group, Request, Sample
 from infer.sample import SequenceRandom
+from model.config import PolicyLossConfig
 from model.hf.names import weights
 from model.objective import MAIN
-from model.objectives.policy_loss import PolicyLossConfig
 from model.transformer import named_tensors
 from train.config import TrainConfig
 from train.config.decode import encode

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kernels.ranges import PositiveFloat, PositiveInt
-from model.config import ModelConfig
-from model.objectives.policy_loss import PolicyLossConfig
+from model.config import ModelConfig, PolicyLossConfig
 from train.config import BatchConfig, TaskConfig
 from train.config.errors import ConfigError
 from train.tasks.registry import TASKS, TaskSpec

@@ -14,8 +14,8 @@ from data.loader import Batch
 from dualpipe.config import ScheduleConfig
 from kernels.attention.documents import Documents
 from launch.config.run_config import check, compose_run
+from model.config import PolicyLossConfig
 from model.objective import LossSums
-from model.objectives.policy_loss import PolicyLossConfig
 from model.transformer import Transformer, initialize_weights
 from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from tests.ranks import run_ranks
