@@ -22,7 +22,6 @@ from model.objective import (
     depth_weights,
 )
 from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
-from model.objectives.sampled import KEPT
 
 PAIR = "pair"
 REFERENCE = "reference_log_probs"
@@ -126,25 +125,3 @@ class Preference:
         )
         loss = self.mtp_factors[head.depth - 1] * nats
         return TaskLoss(loss, {depth_name(head.depth): nats.detach()}, log_probs_BT)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLogProbs:
-    """Objective of a forward-only pass that only records log-probabilities, at the sampler's temperature."""
-
-    temperature: float = 1.0
-    balance: float = 0.0
-
-    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
-        """Computes the log-probabilities at depth 0. The loss is 0."""
-        if head.depth:
-            return TaskLoss(hidden_BTD.new_zeros(()), {})
-        found_BT = score_log_probs(
-            hidden_BTD,
-            head.weight_VD,
-            batch.targets_BT[0],
-            batch.rows(0),
-            temperature=self.temperature,
-            kept_ids_BTK=batch.extras.get(KEPT),
-        )
-        return TaskLoss(found_BT.new_zeros(()), {}, found_BT)

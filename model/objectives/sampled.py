@@ -3,12 +3,16 @@
 Shape legend: R rows with a target, K kept tokens.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.reference import IGNORE, RowScores, RowSlopes
-from model.objective import MicroBatch
+from model.head import score_log_probs
+from model.linear import WeightSink
+from model.objective import MicroBatch, OutputHead, TaskLoss
 
 ANSWER = "answer"
 KEPT = "kept_ids"
@@ -68,3 +72,25 @@ class AnswerIndex:
     def _table(self, values_R: Tensor) -> Tensor:
         empty = torch.zeros(self._size, dtype=torch.float64, device=values_R.device)
         return empty.scatter_add_(0, self.slots_R, values_R.double())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogProbs:
+    """Objective of a forward-only pass that only records log-probabilities, at the sampler's temperature."""
+
+    temperature: float = 1.0
+    balance: float = 0.0
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the log-probabilities at depth 0. The loss is 0."""
+        if head.depth:
+            return TaskLoss(hidden_BTD.new_zeros(()), {})
+        found_BT = score_log_probs(
+            hidden_BTD,
+            head.weight_VD,
+            batch.targets_BT[0],
+            batch.rows(0),
+            temperature=self.temperature,
+            kept_ids_BTK=batch.extras.get(KEPT),
+        )
+        return TaskLoss(found_BT.new_zeros(()), {}, found_BT)

@@ -18,7 +18,7 @@ from kernels.cross_entropy.reference import RowScores
 from model.config import PolicyLossConfig
 from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss
 from model.objectives.policy import AnswerTokens, PolicyGradient, policy_names, policy_terms
-from model.objectives.preference import TokenLogProbs
+from model.objectives.sampled import TokenLogProbs
 from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from train.tasks.next_token import to_micro_batch
 

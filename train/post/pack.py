@@ -17,8 +17,7 @@ from data.loader import Batch
 from data.pack import ANSWER, PADDING_POSITION, WEIGHTS, best_fit_decreasing
 from infer.protocol import NumberedPrompt, Sample
 from model.objectives.policy import ADVANTAGE, OLD, SAMPLER
-from model.objectives.preference import TokenLogProbs
-from model.objectives.sampled import KEPT
+from model.objectives.sampled import KEPT, TokenLogProbs
 from model.router import Routes
 from train.post.routes import replay_answers
 from train.post.sample import AnswerPlace, RolloutRoutes
