@@ -13,10 +13,9 @@ from data.loader import Batch
 from model.config import PolicyLossConfig
 from model.objective import CrossEntropy, MicroBatch, Objective, OutputHead
 from model.objectives.pairs import AnswerValues, PairIndex
-from model.objectives.policy import PolicyGradient
+from model.objectives.policy import AnswerIndex, PolicyGradient
 from model.objectives.preference import PAIR, REFERENCE, Preference
 from model.objectives.ranking import MARGIN, SCORE, PairRanking
-from model.objectives.sampled import AnswerIndex
 from tests.answers import GRPO, draw_answers
 from tests.answers import drawn as sampled_drawn
 from tests.model.live_memory import LiveMemory

@@ -17,8 +17,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.reference import RowScores
 from model.config import PolicyLossConfig
 from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss
-from model.objectives.policy import AnswerTokens, PolicyGradient, policy_names, policy_terms
-from model.objectives.sampled import TokenLogProbs
+from model.objectives.policy import AnswerTokens, PolicyGradient, TokenLogProbs, policy_names, policy_terms
 from tests.answers import GRPO, VARIANTS, draw_answers, drawn, plain_answers, plain_loss
 from train.tasks.next_token import to_micro_batch
 
@@ -233,7 +232,7 @@ def test_head_is_computed_twice_only_if_slopes_depend_on_whole_answers(monkeypat
         calls.append(wants_rows)
         return linear_cross_entropy(*operands, wants_rows=wants_rows, wants_head=wants_head, kept_ids_NK=kept_ids_NK)
 
-    monkeypatch.setattr("model.objectives.sampled.linear_cross_entropy", counted)
+    monkeypatch.setattr("model.objectives.policy.linear_cross_entropy", counted)
     hidden, weight = drawn(1, len(ROWS), LENGTH, HIDDEN).requires_grad_(), drawn(2, VOCAB, HIDDEN)
     others = near_policy(hidden.detach(), weight, micro_batch())
     sweeps: dict[tuple[str, bool], list[bool]] = {}

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from data.loader import Batch
 from data.pack import ANSWER, PADDING_POSITION, WEIGHTS, best_fit_decreasing
 from infer.protocol import NumberedPrompt, Sample
-from model.objectives.policy import ADVANTAGE, OLD, SAMPLER
-from model.objectives.sampled import KEPT, TokenLogProbs
+from model.objectives.policy import ADVANTAGE, KEPT, OLD, SAMPLER, TokenLogProbs
 from model.router import Routes
 from train.post.routes import replay_answers
 from train.post.sample import AnswerPlace, RolloutRoutes

@@ -25,8 +25,7 @@ from model.objective import (
     weights_of_depths,
 )
 from model.objectives.distillation import DIVERGENCE, Distillation, distillation_names
-from model.objectives.policy import OFF_POLICY, PolicyGradient, policy_names
-from model.objectives.sampled import AnswerIndex
+from model.objectives.policy import OFF_POLICY, AnswerIndex, PolicyGradient, policy_names
 from train.config import TaskConfig
 from train.tasks.registry import StepRates
 
