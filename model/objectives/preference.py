@@ -28,7 +28,7 @@ REFERENCE = "reference_log_probs"
 """Names of extras: the pair of the answer whose token a position predicts (+k chosen, -k rejected, else 0), and that
 token's log-probability under the reference model."""
 ACCURACY = "accuracy"
-MARGIN = "margin"
+MARGIN_SUM = "margin"
 CHOSEN = "chosen_log_prob"
 REJECTED = "rejected_log_prob"
 SFT = "sft"
@@ -37,7 +37,7 @@ SFT = "sft"
 def preference_losses(mtp_depth: int) -> tuple[str, ...]:
     """Returns the names of the losses and reported values of preference optimization."""
     depths = (depth_name(depth + 1) for depth in range(mtp_depth))
-    return (MAIN, SFT, ACCURACY, MARGIN, CHOSEN, REJECTED, *depths, BALANCE)
+    return (MAIN, SFT, ACCURACY, MARGIN_SUM, CHOSEN, REJECTED, *depths, BALANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ class Preference:
             MAIN: (losses_BK * is_pair_BK).sum(),
             SFT: (nats_BK * is_pair_BK).sum(),
             ACCURACY: ((margin_BK > 0) & is_pair_BK).sum(),
-            MARGIN: (margin_BK * is_pair_BK).sum(),
+            MARGIN_SUM: (margin_BK * is_pair_BK).sum(),
             CHOSEN: (log_probs.chosen_BK * is_pair_BK).sum(),
             REJECTED: (log_probs.rejected_BK * is_pair_BK).sum(),
         }

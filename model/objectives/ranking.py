@@ -25,13 +25,12 @@ from model.objective import (
     loss_names,
 )
 from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
+from model.objectives.preference import ACCURACY, MARGIN_SUM
 
 SCORE = "score"
 MARGIN = "margin"
 """Names of extras: the pair whose answer ends at a token (+k chosen, -k rejected, else 0), and the margin by which the
 chosen answer must win, at its last token."""
-ACCURACY = "accuracy"
-MARGIN_SUM = "margin"
 CENTRE = "centre"
 RANKING_LOSSES = (MAIN, CENTRE, ACCURACY, MARGIN_SUM, BALANCE)
 
