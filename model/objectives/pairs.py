@@ -7,6 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from kernels.cross_entropy.reference import IGNORE
+from model.head import score_log_probs, score_tokens
+from model.linear import WeightSink
+from model.objective import (
+    BALANCE,
+    MAIN,
+    MicroBatch,
+    OutputHead,
+    TaskLoss,
+    depth_name,
+    depth_weights,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,3 +83,107 @@ class PairLoss:
     loss: Tensor
     slopes_BT: Tensor
     sums: dict[str, Tensor]
+
+
+PAIR = "pair"
+REFERENCE = "reference_log_probs"
+"""Names of extras: the pair of the answer whose token a position predicts (+k chosen, -k rejected, else 0), and that
+token's log-probability under the reference model."""
+ACCURACY = "accuracy"
+MARGIN_SUM = "margin"
+CHOSEN = "chosen_log_prob"
+REJECTED = "rejected_log_prob"
+SFT = "sft"
+
+
+def preference_losses(mtp_depth: int) -> tuple[str, ...]:
+    """Returns the names of the losses and reported values of preference optimization."""
+    depths = (depth_name(depth + 1) for depth in range(mtp_depth))
+    return (MAIN, SFT, ACCURACY, MARGIN_SUM, CHOSEN, REJECTED, *depths, BALANCE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """DPO loss of pairs of answers, whose tokens are the main targets.
+
+    With m = (log-ratio of the chosen answer) - (log-ratio of the rejected one), where the log-ratio of an answer is its
+    log-probability minus that under the reference: -(1 - smoothing) log sigmoid(beta m) - smoothing log sigmoid(-beta
+    m) + sft * (nats per token of the chosen answer).
+
+    Attributes:
+        factor: 1 / (pairs in the global batch).
+        smoothing: probability that a pair's answers are labelled the wrong way round.
+        mtp_factors: factor of the summed cross-entropy of chosen answers at each MTP depth.
+        balance: weight of the balance loss divided by the sequences in the global batch.
+    """
+
+    factor: float
+    beta: float
+    smoothing: float
+    sft: float
+    mtp_factors: tuple[float, ...]
+    balance: float
+
+    def loss(self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None) -> TaskLoss:
+        """Computes the micro-batch's part of the loss at one depth."""
+        if head.depth:
+            return self._predict_further(hidden_BTD, head, batch, sink)
+        targets_BT = batch.targets_BT[0]
+        rows = batch.rows(0)
+        pairs = PairIndex.of(batch.extras[PAIR])
+        reference_BT = batch.extras[REFERENCE]
+        # A slope depends on the log-probabilities of all tokens of both answers. So the head is computed twice.
+        found_BT = score_log_probs(hidden_BTD, head.weight_VD, targets_BT, rows)
+        compared = self.compare(pairs, found_BT, reference_BT)
+        if not torch.is_grad_enabled():
+            return TaskLoss(self.factor * compared.loss, compared.sums, found_BT)
+        loss, _ = score_tokens(
+            hidden_BTD,
+            head.weight_VD,
+            targets_BT,
+            sink,
+            value=lambda log_probs_N: compared.loss.to(log_probs_N.dtype),
+            slopes=compared.slopes_BT.flatten().to(found_BT.dtype),
+            rows=rows,
+        )
+        return TaskLoss(self.factor * loss, compared.sums, found_BT)
+
+    def compare(self, pairs: PairIndex, log_probs_BT: Tensor, reference_BT: Tensor) -> PairLoss:
+        """Computes the summed loss of pairs, its slopes, and reported sums, in float64."""
+        is_pair_BK = pairs.is_pair_BK
+        beta = self.beta
+        smoothing = self.smoothing
+        log_probs = pairs.sums(log_probs_BT)
+        ratios = pairs.sums(log_probs_BT.double() - reference_BT.double())
+        lengths_BK = pairs.sums(torch.ones_like(log_probs_BT)).chosen_BK.clamp_min(1)
+        margin_BK = beta * (ratios.chosen_BK - ratios.rejected_BK)
+        losses_BK = -(1 - smoothing) * functional.logsigmoid(margin_BK) - smoothing * functional.logsigmoid(-margin_BK)
+        nats_BK = -log_probs.chosen_BK / lengths_BK
+        # Slopes are derivatives in -log p: a chosen token's is positive, a rejected one's negative.
+        slope_BK = beta * ((1 - smoothing) * torch.sigmoid(-margin_BK) - smoothing * torch.sigmoid(margin_BK))
+        slopes = AnswerValues((slope_BK + self.sft / lengths_BK) * is_pair_BK, -slope_BK * is_pair_BK)
+        sums = {
+            MAIN: (losses_BK * is_pair_BK).sum(),
+            SFT: (nats_BK * is_pair_BK).sum(),
+            ACCURACY: ((margin_BK > 0) & is_pair_BK).sum(),
+            MARGIN_SUM: (margin_BK * is_pair_BK).sum(),
+            CHOSEN: (log_probs.chosen_BK * is_pair_BK).sum(),
+            REJECTED: (log_probs.rejected_BK * is_pair_BK).sum(),
+        }
+        return PairLoss(sums[MAIN] + self.sft * sums[SFT], pairs.spread(slopes), sums)
+
+    def _predict_further(
+        self, hidden_BTD: Tensor, head: OutputHead, batch: MicroBatch, sink: WeightSink | None
+    ) -> TaskLoss:
+        is_chosen_BT = depth_weights(batch.extras[PAIR] > 0, head.depth)
+        targets_BT = batch.targets_BT[head.depth].masked_fill(~is_chosen_BT, IGNORE)
+        nats, log_probs_BT = score_tokens(
+            hidden_BTD,
+            head.weight_VD,
+            targets_BT,
+            sink,
+            value=lambda log_probs_N: -log_probs_N.sum(),
+            rows=batch.rows(head.depth),
+        )
+        loss = self.mtp_factors[head.depth - 1] * nats
+        return TaskLoss(loss, {depth_name(head.depth): nats.detach()}, log_probs_BT)

@@ -16,7 +16,7 @@ from model.config import PolicyLossConfig
 from model.head import score_log_probs, score_rows
 from model.linear import WeightSink
 from model.objective import MAIN, CrossEntropy, MicroBatch, OutputHead, TaskLoss, loss_names
-from model.objectives.preference import REFERENCE
+from model.objectives.pairs import REFERENCE
 
 ANSWER = "answer"
 KEPT = "kept_ids"

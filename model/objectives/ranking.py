@@ -24,8 +24,7 @@ from model.objective import (
     TaskLoss,
     loss_names,
 )
-from model.objectives.pairs import AnswerValues, PairIndex, PairLoss
-from model.objectives.preference import ACCURACY, MARGIN_SUM
+from model.objectives.pairs import ACCURACY, MARGIN_SUM, AnswerValues, PairIndex, PairLoss
 
 SCORE = "score"
 MARGIN = "margin"

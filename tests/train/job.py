@@ -24,7 +24,7 @@ from infer.engines.local import LocalEngine
 from model.block import RoutedExperts
 from model.objective import LossSums, MicroBatch
 from model.objectives.distillation import TEACHER_STATES, Distillation
-from model.objectives.preference import REFERENCE
+from model.objectives.pairs import REFERENCE
 from model.transformer import Transformer, initialize_weights, named_tensors, routers
 from train.balance import update_router_bias
 from train.checkpoint.save import CheckpointSaver

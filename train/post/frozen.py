@@ -14,8 +14,8 @@ from torch import Tensor
 from dualpipe.ir import Schedule
 from model.objective import Objective
 from model.objectives.distillation import TEACHER_STATES, Distillation, KeepStates
+from model.objectives.pairs import REFERENCE
 from model.objectives.policy import TokenLogProbs
-from model.objectives.preference import REFERENCE
 from model.transformer import named_tensors
 from train.checkpoint.sources import open_source
 from train.config import TrainConfig
