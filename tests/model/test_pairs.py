@@ -12,9 +12,8 @@ from torch.nn import functional
 from data.loader import Batch
 from model.config import PolicyLossConfig
 from model.objective import CrossEntropy, MicroBatch, Objective, OutputHead
-from model.objectives.pairs import PAIR, REFERENCE, AnswerValues, PairIndex, Preference
+from model.objectives.pairs import MARGIN, PAIR, REFERENCE, SCORE, AnswerValues, PairIndex, PairRanking, Preference
 from model.objectives.policy import AnswerIndex, PolicyGradient
-from model.objectives.ranking import MARGIN, SCORE, PairRanking
 from tests.answers import GRPO, draw_answers
 from tests.answers import drawn as sampled_drawn
 from tests.model.live_memory import LiveMemory

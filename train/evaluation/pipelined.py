@@ -17,7 +17,7 @@ from infer.protocol import NumberedPrompt, Request, Rollouts
 from kernels.cross_entropy.reference import greedy_scores
 from model.linear import WeightSink
 from model.objective import MicroBatch, Objective, OutputHead, TaskLoss
-from model.objectives.ranking import KeepScores
+from model.objectives.pairs import KeepScores
 from train.network import link_shapes, sequence_parts
 from train.post.pipeline import ReplicaPipeline
 from train.replica import Replica

@@ -22,7 +22,7 @@ from kernels.attention import SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
 from kernels.launch import without_launches
 from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
-from model.objectives.ranking import SCORE, head_objective
+from model.objectives.pairs import SCORE, head_objective
 from model.size import slice_starts
 from model.slices import RunPlace, SlicedSequences
 from model.stage import Stage, StageRun

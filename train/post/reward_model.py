@@ -14,7 +14,7 @@ from infer.reward import score_answers
 from infer.scoring.judge import RewardModelScorerConfig
 from infer.scoring.score import Score, failure
 from model.objective import MicroBatch
-from model.objectives.ranking import KeepScores
+from model.objectives.pairs import KeepScores
 from model.transformer import Transformer, named_tensors
 from train.checkpoint.manifest import CheckpointError
 from train.checkpoint.sources import is_same_tokenizer, open_source, source_folder

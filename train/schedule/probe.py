@@ -22,7 +22,7 @@ from comm.protocol import ContextGroup, Dispatcher
 from comm.watchdog.collective_log import CollectiveLog
 from model.linear import GradientStore
 from model.objective import LossSums, MicroBatch
-from model.objectives.ranking import SCORE, head_objective
+from model.objectives.pairs import SCORE, head_objective
 from model.stage import Stage, StageRun, block_lanes
 from model.transformer import Part
 from train.config import TrainConfig

@@ -8,8 +8,17 @@ from torch import Tensor
 
 from data.loader import IGNORE, Batch
 from model.objective import BALANCE, MAIN, MicroBatch, depth_name, depth_weights
-from model.objectives.pairs import PAIR, SFT, PairIndex, Preference, preference_losses
-from model.objectives.ranking import CENTRE, RANKING_LOSSES, SCORE, PairRanking
+from model.objectives.pairs import (
+    CENTRE,
+    PAIR,
+    RANKING_LOSSES,
+    SCORE,
+    SFT,
+    PairIndex,
+    PairRanking,
+    Preference,
+    preference_losses,
+)
 from train.tasks.next_token import to_micro_batch
 from train.tasks.registry import StepRates
 
