@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from model.config import HeadKind, ModelConfig, PlainRope, RopeScaling, YarnRope, yarn_temperature
-from model.hf.config_values import ConfigValues
-from model.hf.files import read_json, shown
+from model.hf.files import ConfigValues, read_json, shown
 from model.hf.known_keys import READ_KEYS, check_unknown_keys
 from model.hf.names import BLOCK, StoredDtype
 

@@ -8,8 +8,7 @@ is rejected unless its value is neutral. Any other unknown key is copied, and co
 from collections.abc import Mapping
 from typing import Any
 
-from model.hf.config_values import ConfigValues
-from model.hf.files import shown
+from model.hf.files import ConfigValues, shown
 
 
 def _words(text: str) -> frozenset[str]:
