@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.hf.config import CONFIG_NAME, DTYPE_NAMES, parse_config
+from model.hf.config import CONFIG_NAME, DTYPE_NAMES, carried_keys, parse_config, unknown_keys
 from model.hf.files import HfError, nearest, read_json, shown
 from model.hf.header import TensorEntry, read_header
-from model.hf.known_keys import carried_keys, unknown_keys
 from model.hf.names import (
     BLOCK,
     StoredDtype,

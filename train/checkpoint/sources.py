@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.hf.checkpoint import open_checkpoint
-from model.hf.config import CONFIG_NAME
+from model.hf.config import CONFIG_NAME, unknown_keys
 from model.hf.files import read_json
-from model.hf.known_keys import unknown_keys
 from train.checkpoint.index import WeightsKind
 from train.checkpoint.locate import CHECKPOINTS_NAME, locate
 from train.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, CheckpointError, read_model
