@@ -16,9 +16,8 @@ from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference import dequantize_128x128
 from model.attention.form import inverse_frequencies
 from model.config import ModelConfig, PlainRope
-from model.hf.checkpoint import Checkpoint, open_checkpoint
+from model.hf.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from model.hf.files import HfError, nearest, shown
-from model.hf.header import TensorEntry
 from model.hf.names import BLOCK, StoredDtype, copied_from, is_rotary, scale_name, weights
 
 CHUNK_BYTES = 2**24

@@ -16,10 +16,9 @@ from torch import Tensor
 from kernels.quantize.layout import QuantizedBlocks
 from kernels.quantize.reference import codes_128x128, quantize_128x128
 from model.config import ModelConfig
-from model.hf.checkpoint import INDEX_NAME, SINGLE_NAME
+from model.hf.checkpoint import INDEX_NAME, ITEM_BYTES, SINGLE_NAME, lay_out
 from model.hf.config import CONFIG_NAME, write_config
 from model.hf.files import HfError, create_folder_atomically, write_synced
-from model.hf.header import ITEM_BYTES, lay_out
 from model.hf.names import EMBEDDING, SCALE_SUFFIX, Stored, StoredDtype, copied_from, scale_name, scale_shape
 from model.hf.reader import TORCH_DTYPES
 

@@ -20,8 +20,8 @@ from transformers import DeepseekV3ForCausalLM
 from comm.dispatch.local import LocalDispatcher
 from data.chat.templates import CHAT_TEMPLATES, template_jinja
 from model.config import ModelConfig
+from model.hf.checkpoint import read_header
 from model.hf.files import HfError
-from model.hf.header import read_header
 from model.hf.reader import TORCH_DTYPES
 from model.transformer import Transformer, named_tensors
 from tests.attacks import hostile

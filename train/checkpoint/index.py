@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
+from model.hf.checkpoint import ITEM_BYTES
 from model.hf.files import HfError, read_json, shown
-from model.hf.header import ITEM_BYTES
 from model.hf.names import Stored, StoredDtype, weights
 from train.checkpoint.manifest import CheckpointError, is_file_name
 

@@ -1,7 +1,7 @@
 """Writes and reads the files of a checkpoint's tensors, with one buffer of `CHUNK_BYTES` in memory.
 
 The files have the safetensors format. The library `safetensors` checks their headers. It is not used for the data: its
-writer copies all tensors of a file, and its reader maps whole files (see `model.hf.header`).
+writer copies all tensors of a file, and its reader maps whole files (see `model.hf.checkpoint`).
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from model.hf.checkpoint import ITEM_BYTES, TensorEntry, lay_out, read_header
 from model.hf.files import HfError
-from model.hf.header import ITEM_BYTES, TensorEntry, lay_out, read_header
 from model.hf.names import Stored
 from model.hf.reader import TORCH_DTYPES, stored_dtype
 from train.checkpoint.index import Index, IndexEntry, TensorPart

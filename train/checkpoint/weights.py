@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
-from model.hf.header import ITEM_BYTES
+from model.hf.checkpoint import ITEM_BYTES
 from model.hf.names import StoredDtype, copied_from, is_rotary, layer_of, weights
 from train.checkpoint.index import PREFIXES, ROTARY_PREFIX, WeightsKind, read_index
 from train.checkpoint.manifest import CheckpointError, read_model
