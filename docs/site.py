@@ -16,7 +16,7 @@ API = {
         "Train and generate",
         ["launch.api", "train.callbacks", "infer.config", "infer.generate", "data.tokenizer"],
     ),
-    "model": ("Model", ["model.size", "model.hf.convert", "model.objective", "model.router"]),
+    "model": ("Model", ["model.size", "model.hf.writer", "model.objective", "model.router"]),
     "dualpipe": (
         "Schedules",
         ["dualpipe.ir", "dualpipe.build", "dualpipe.validate", "dualpipe.simulate.simulate", "dualpipe.draw.svg"],

@@ -153,7 +153,7 @@ def load_model(source: WeightsSource, dtype: Dtype, device: Device) -> "Transfor
     precision = source.resolve(dtype)
     torch_dtype = {"float64": torch.float64, "float32": torch.float32}.get(precision, torch.bfloat16)
     if source.is_hf:
-        from model.hf.convert import load_hf
+        from model.hf.writer import load_hf
 
         model = load_hf(source.folder, torch_dtype, drop_mtp=source.drop_mtp)
     else:

@@ -16,7 +16,7 @@ from infer.decoder import Decoder
 from infer.generate import Stream, generate
 from infer.sample import TokenHistory, penalize
 from infer.text import REPLACEMENT, TextStream
-from model.hf.convert import load_hf
+from model.hf.writer import load_hf
 from model.transformer import Transformer
 from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model, whole_pass
 from tests.model.hf_checkpoints import YARN, mtp_tensors, random_tokens, read_tensors, reference_model, write_tensors

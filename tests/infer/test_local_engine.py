@@ -25,7 +25,7 @@ from infer.sample import distribution
 from kernels.quantize import quantize_128x128
 from model.attention.mla import EXPANDED_TOKENS
 from model.config import Computing, Products
-from model.hf.convert import save_hf
+from model.hf.writer import save_hf
 from model.router import Router, Routing
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.infer.models import SHAPES, SMALL, make_foresighted, make_model

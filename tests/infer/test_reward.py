@@ -24,7 +24,7 @@ from infer.reward import VerdictTokens, judge_answers, score_answers
 from kernels.attention.documents import Documents
 from model.attention.form import KvCache
 from model.head import score_states
-from model.hf.convert import load_hf, save_hf
+from model.hf.writer import load_hf, save_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.pairs import batch_of, draw_pairs, scores_at
 from tests.tiny import MODEL

@@ -24,8 +24,8 @@ from kernels.quantize import quantize_128x128
 from launch.generate import main
 from launch.job import find_weights, load_model
 from model.config import InferencePrecision
-from model.hf.convert import save_hf
 from model.hf.files import HfError
+from model.hf.writer import save_hf
 from tests import ROOT
 from tests.infer.models import SMALL, make_foresighted, make_model
 from tests.launch.checkpoints import TEXTS, write_checkpoint, write_run

@@ -30,7 +30,7 @@ from launch.generate import main as run_generate
 from launch.ranks import workers
 from launch.ranks.workers import RankError
 from model.config import CutError
-from model.hf.convert import save_hf
+from model.hf.writer import save_hf
 from model.transformer import named_tensors
 from tests import ROOT
 from tests.data.chat.conversations import chat_tokenizer

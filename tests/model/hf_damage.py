@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.hf.convert import load_hf
 from model.hf.files import HfError
+from model.hf.writer import load_hf
 from tests.model.hf_checkpoints import edit_json, read_tensors, save_checkpoint, write_tensors
 
 Damage = Callable[[Path], Any]

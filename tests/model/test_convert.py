@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, DeepseekV3ForCausalLM
 
-from model.hf.convert import load_hf, save_hf
 from model.hf.names import copied_from
+from model.hf.writer import load_hf, save_hf
 from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, named_tensors
 from tests.model.hf_checkpoints import (

@@ -19,11 +19,10 @@ import model.hf.reader
 from comm.dispatch.local import LocalDispatcher
 from model.config import ModelConfig
 from model.hf.checkpoint import read_header
-from model.hf.convert import load_hf, save_hf
 from model.hf.files import HfError
 from model.hf.names import copied_from, is_quantized, scale_name, stored_tensors, weights
 from model.hf.reader import HfReader
-from model.hf.writer import Extras, Fp8Scales, write_hf
+from model.hf.writer import Extras, Fp8Scales, load_hf, save_hf, write_hf
 from model.transformer import Part, Transformer, initialize_weights, named_tensors
 from tests.model.hf_checkpoints import (
     FP8_CONFIG,

@@ -12,7 +12,6 @@ from data.corpus import DataError
 from data.progress import progress_text
 from data.tokenizer import Tokenizer, find_tokenizer_file
 from model.config import ModelConfig
-from model.hf.convert import rotary_plan
 from model.hf.files import create_folder_atomically, write_synced
 from model.hf.names import (
     BIAS_SUFFIX,
@@ -26,7 +25,7 @@ from model.hf.names import (
     weights,
 )
 from model.hf.reader import TORCH_DTYPES, HfReader
-from model.hf.writer import Extras, Fp8Scales, split_into_shards, write_hf
+from model.hf.writer import Extras, Fp8Scales, rotary_plan, split_into_shards, write_hf
 from train.checkpoint.index import (
     INDEX_NAME,
     PART_SUFFIX,

@@ -27,7 +27,7 @@ from infer.evaluate.protocol import (
 from infer.evaluate.statistics import compare, estimate, mcnemar
 from infer.reward import score_answers
 from kernels.cross_entropy.reference import greedy_scores
-from model.hf.convert import load_hf
+from model.hf.writer import load_hf
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.infer.evaluate.stand_ins import evaluate, open_task
 from tests.infer.models import make_model

@@ -15,7 +15,7 @@ from data.loader import IGNORE, Batch
 from dualpipe.config import ScheduleConfig
 from launch.config.run_config import check
 from model.config import ModelConfig, PlainRope, YarnRope
-from model.hf.convert import load_hf, save_hf
+from model.hf.writer import load_hf, save_hf
 from model.objective import LossSums, MicroBatch, weights_of_depths
 from model.transformer import Transformer, initialize_weights, named_tensors
 from tests.launch.test_config import build
