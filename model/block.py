@@ -1,6 +1,6 @@
-"""A transformer layer as two computations: before dispatch and after it.
+"""A transformer layer as two computations, before dispatch and after it, and its SwiGLU networks.
 
-Shape legend: N = B T, A received rows.
+Shape legend: N = B T, A received rows in the experts' order.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Architecture of a model, a ladder of small models, and the split of layers into stages.
+"""Architecture of a model, a ladder of small models, its split into stages, and the policy loss.
 
 Imports no torch: commands read this and reject an invalid split before any process starts.
 """

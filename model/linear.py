@@ -1,6 +1,7 @@
-"""Linear maps with a split backward: input gradient at once, weight gradient when the schedule says.
+"""Linear maps with a split backward, and the owners of their gradients until the optimizer's step.
 
-Shape legend: A rows, K inputs, N outputs.
+The input gradient is computed at once, the weight gradient when the schedule says. Shape legend: A rows, K inputs, N
+outputs.
 """
 
 from collections import deque

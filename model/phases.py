@@ -1,4 +1,9 @@
-"""A computation as a phase with its own forward and backward, between which the autograd graph is cut."""
+"""Phases of a block, each with its own forward and backward, between which the autograd graph is cut.
+
+A compute phase runs a differentiable function. Two exchange phases take rows to the experts and back. Between forward
+and backward, what a micro-batch keeps may wait in host memory. Only memory moves then: tensors, views and graphs stay
+the same objects, so a tensor that is saved twice is copied once. Shape legend: N = B T, A received rows.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

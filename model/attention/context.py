@@ -2,7 +2,7 @@
 
 Each rank computes the queries of its tokens, and receives the latents and rotated keys of all others (576 values per
 token for DeepSeek-V3), from which it expands the keys and values of one rank at a time. Gradients of latents are summed
-here, those of weights by whoever sums the ranks' gradients. Shape legend: as in model/attention/core.py. C = latent
+here, those of weights by whoever sums the ranks' gradients. Shape legend: as in model/precision/linears.py. C = latent
 and shared key.
 """
 

@@ -1,6 +1,7 @@
 """Core of latent attention: one differentiable function that saves latents instead of heads.
 
-Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/attention/core.py.
+Kernels read queries, keys and values of all heads from one layout. If a kernel requires one width W, narrower ones are
+padded with zeros. Source: arXiv:2412.19437, sections 2.1.1 and 3.2.3. Shape legend: as in model/precision/linears.py.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,6 +1,9 @@
-"""Interface of a model's attention to blocks and decoding, and the form that a configuration selects.
+"""Interface of a model's attention to blocks and decoding: the form, its cache, and rotary positions.
 
-Another form is one file with a subclass of `Attention` and an `AttentionForm`. Shape legend: N new tokens.
+Another form is one file with a subclass of `Attention` and an `AttentionForm`. Latent attention keeps a normalized
+latent and a rotated key for all heads in the cache (arXiv:2412.19437, section 2.1.1). Positions rotate interleaved
+pairs, with YaRN (arXiv:2309.00071; 2412.19437, section 4.3). Shape legend: S new tokens of each sequence, N new tokens
+of all, T positions, C values per token and layer, P rotated pairs, R rotated values per head.
 """
 
 import math

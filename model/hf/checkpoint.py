@@ -1,4 +1,9 @@
-"""Opens a checkpoint's folder and checks everything that can be checked without reading data."""
+"""Opens a checkpoint's folder and checks everything that can be checked without reading data.
+
+The library `safetensors` checks headers of shards. It maps the whole file, so `model.hf.reader` reads the data instead:
+pages of a mapped shard count as memory of the process, and truncating a mapped file kills the process by a signal.
+Imports no torch.
+"""
 
 import json
 import os

@@ -1,7 +1,13 @@
 """Converts a checkpoint's `config.json` to an architecture and back. Imports no torch.
 
 Both spellings of rotary embedding are read: the released one and that of transformers 5 (`rope_parameters`). The
-released one is written, because transformers reads it too.
+released one is written, because transformers reads it too. YaRN follows transformers. With L = ln(factor), cos and sin
+are scaled by `attention_factor`. Its default is (0.1 mscale L + 1) / (0.1 mscale_all_dim L + 1) if both are given and
+not 0, else 0.1 L + 1. Scores are scaled by (0.1 mscale_all_dim L + 1)^2 if `mscale_all_dim` is given.
+
+*Read* keys describe the architecture. *Harmless* keys do not affect what the network computes and are copied. An
+unknown key whose name contains a word of `_WORDS`, such as `sliding_window`, may change the network and is rejected
+unless its value is neutral. Any other unknown key is copied, and commands report it.
 """
 
 import math

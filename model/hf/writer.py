@@ -1,6 +1,6 @@
-"""Writes a checkpoint in Hugging Face form, shard by shard with one tensor in memory at a time.
+"""Loads a whole model from a checkpoint in Hugging Face form, and saves it shard by shard.
 
-It does not use safetensors' writer, which needs all tensors of a shard at once.
+One tensor is in memory at a time. It does not use safetensors' writer, which needs all tensors of a shard at once.
 """
 
 import json

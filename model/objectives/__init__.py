@@ -1,1 +1,1 @@
-"""Objectives over pairs of answers, and the log-probabilities that they need of a reference model."""
+"""Objectives besides cross-entropy: distillation, policy gradients, and pairs of answers."""

@@ -1,6 +1,8 @@
-"""Sums values of tokens by answer of a pair, and spreads values of answers over their tokens.
+"""Objectives of pairs of answers: direct preference optimization, and the ranking of a reward model.
 
-Shape legend: K pairs that a sequence can hold (as many as it has tokens).
+Sources: DPO arXiv:2305.18290, its added cross-entropy arXiv:2407.21783, section 4.1.4; Bradley-Terry ranking
+arXiv:2203.02155, section 3.5, its centring arXiv:2312.09244. Shape legend: K pairs that a sequence can hold (as many as
+it has tokens).
 """
 
 from collections.abc import Callable

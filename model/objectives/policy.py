@@ -1,6 +1,8 @@
 """Objective of sampled answers with advantages: GRPO and its variants, as values of one loss.
 
-Shape legend: B sequences, T tokens, D hidden size, R rows that are scored.
+Tokens are scored under the distribution that their sampler drew from. Terms and slopes are float64. Sources:
+arXiv:2402.03300, 2412.19437 section 5.2.2, 2503.20783, 2503.14476, 2507.18071, 2506.13585, 2505.07291, 2512.02556.
+Shape legend: R rows that are scored, K kept tokens.
 """
 
 import math

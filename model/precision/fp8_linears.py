@@ -2,7 +2,9 @@
 
 A backward recomputes everything possible and ignores `Computing.recomputed`. The products' inputs in FP8 are kept
 instead, or the norm's input if that is kept anyway (section 3.3.3). The norm is computed in float32; its backward reads
-the kept codes. Shape legend: A rows, B bytes of a row, N outputs; latents as in model/precision/linears.py.
+the kept codes. A network keeps its hidden values in FP8 and applies the gate again in the backward. Rows that were
+received in FP8 are operands without conversion. Shape legend: N tokens, A rows in the experts' order, B bytes of a
+packed row, E local experts, H = 2 M, N outputs of a linear map; latents as in model/precision/linears.py.
 """
 
 from collections.abc import Sequence

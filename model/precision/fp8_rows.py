@@ -1,7 +1,9 @@
-"""Rows on their way to experts in FP8, quantized once for local and remote experts.
+"""FP8 codes of rows and weights: linear maps of FP8 operands, and rows on their way to experts.
 
-Autograd does not support codes. A placeholder without memory takes the gradient in their place, and rounding counts as
-the identity (arXiv:2412.19437, section 3.3.3). Shape legend: N tokens, A received rows, B bytes of a packed row.
+Inputs and output gradients have a scale for every 128 numbers along the sum, weights one for every 128 x 128. Rows are
+quantized once for local and remote experts. Autograd does not support codes: a placeholder without memory takes the
+gradient in their place, and rounding counts as the identity (arXiv:2412.19437, sections 3.3 and 3.3.3). Shape legend: N
+tokens or outputs, A received rows, K inputs, B bytes of a packed row.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,9 @@
-"""Interface of the chosen precision: linear layers, experts, and the rows that are sent to experts.
+"""Interface of the chosen precision: linear layers, latent layers, experts, and rows sent to experts.
 
-`model/precision/plain` implements it in the weights' own type, `model/precision/fp8` in FP8 (arXiv:2412.19437, section
-3.3). Shape legend: N tokens, A received rows, E local experts.
+`model/precision/plain` implements it in the weights' own type, `model/precision/fp8_linears` in FP8 (arXiv:2412.19437,
+sections 2.1.1, 3.2.3 and 3.3). Shape legend: N tokens, A received rows. Of attention: L latent size, R latent size of
+queries (or H Q if they have none), C = L plus the rotated key's size, X = R + C, Q size of a query or key, V size of
+all heads' values, E = size of all heads' keys without position, and values. Of experts: E local experts.
 """
 
 from collections.abc import Sequence
