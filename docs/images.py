@@ -25,7 +25,7 @@ from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action
 from dualpipe.simulate.costs import Costs, uniform
 from dualpipe.simulate.simulate import simulate
-from model.phases.block import block_lanes
+from model.stage import block_lanes
 from tests.programs.bench.grouped_stages import measure_spans
 
 FOLDER = Path(__file__).parent / "images"
