@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from comm.context.protocol import ALONE, ContextGroup
-from comm.protocol import Dispatcher, Label, Work
+from comm.protocol import ALONE, ContextGroup, Dispatcher, Label, Work
 from kernels.attention.documents import Documents
 from model.block import Attended, Block
 from model.linear import GradientStore, WeightSink

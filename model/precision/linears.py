@@ -13,8 +13,7 @@ from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 
-from comm.context.protocol import ALONE, ContextGroup
-from comm.protocol import RowOrder
+from comm.protocol import ALONE, ContextGroup, RowOrder
 from kernels.attention.documents import Documents
 from model.linear import WeightSink
 from model.norm import NormSource, RmsNorm
