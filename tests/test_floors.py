@@ -69,7 +69,7 @@ def breaches(path: str, source: str) -> list[str]:
 def may_know(path: str, module: str) -> bool:
     """Allows the import because `load_hf` returns a model for one process, which needs the local dispatcher."""
     is_home = path == "model/hf/writer.py" and is_in(module, "comm.dispatch.local")
-    return is_home or is_in(module, "comm.protocol", "comm.node_limit", *CONTEXT)
+    return is_home or is_in(module, "comm.protocol", "comm.node_limit")
 
 
 def may_communicate(path: str) -> bool:
