@@ -18,7 +18,7 @@ LONG_ALONE := $(addprefix tests/,programs/chaos cluster slurm attacks/test_netwo
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
+.PHONY: faults train post life test test-fast test-long test-exhaustive cluster-test triton-table gpu-test gpu-day gpu-bench \
 	failures bench chaos any-to-any docker docker-cpu docker-check docker-pins docker-test docs harness-test
 
 train: .venv/installed
@@ -70,6 +70,10 @@ failures: .venv/installed-dev
 # half a minute on two cores.
 chaos: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.chaos $(ARGS)
+
+# Puts deliberate faults into a copy of the sources, and prints which test of `make test` finds each. Half an hour.
+faults: .venv/installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.programs.faults $(ARGS)
 
 # Resumes a run in every layout from every other layout's checkpoint: all ordered pairs of 12. Takes about 10 minutes.
 any-to-any: .venv/installed-dev

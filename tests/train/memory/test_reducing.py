@@ -4,11 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from comm.config import ParallelismConfig
 from dualpipe.config import ScheduleConfig
+from model.config import Computing
+from model.size import HeldParameters
+from tests.model.live_memory import make_sizes
 from tests.tiny import BATCH, MODEL, tiny_config
 from train.memory import predict_memory
+from train.memory.static import ReplicaCounts, update_bytes
 
 
 @pytest.mark.parametrize("kind", ["dualpipe", "dualpipe_split", "1f1b"])
@@ -27,3 +32,21 @@ def test_total_covers_passes_and_reductions_next_to_the_last_of_them(kind: str, 
         assert rank.cool_down.total < rank.pipeline.total
         assert rank.total - rank.static - rank.reserve == max(rank.passes, rank.reducing)
         assert rank.update > 0
+
+
+@pytest.mark.parametrize(
+    ("bucket", "expected"),
+    [
+        # Shards of 1000 / 4 and 400 / 2 elements. A bucket is filled and flattened, or the shard's gradients are.
+        (500, 4 * (450 + 500 + 500)),
+        (100, 4 * (450 + 450)),
+        (2000, 4 * (450 + 1400 + 1000)),
+    ],
+)
+def test_update_needs_a_shard_and_two_buckets_or_another_shard(bucket: int, expected: int, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config = replace(config, optim=replace(config.optim, sharding="zero1", bucket_elements=bucket))
+    held = HeldParameters(ordinary=1000, embedding=0, routed=400, num_blocks=1, num_routers=0, code_bytes=0)
+    sizes = make_sizes(MODEL, torch.float32, Computing(), sequences=1, tokens=8, pads_heads=False)
+    replicas = ReplicaCounts(dense=4, embedding=4, experts=2)
+    assert update_bytes(config, held, sizes, replicas) == expected
