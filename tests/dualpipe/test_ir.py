@@ -33,7 +33,8 @@ def test_operations_are_values_that_sort_by_kind_and_numbers() -> None:
         second,
         first.with_kind(Op.BACKWARD_WEIGHT),
     ]
-    assert [str(op) for op in (first, second)] == ["F1.3", "F0.2'"]
+    assert [str(op) for op in (first, second, first.with_kind(Op.BACKWARD_INPUT))] == ["F1.3", "F0.2'", "I1.3"]
+    assert len({first, Operation(Op.FORWARD, 0, 1, 3)}) == 1
     with pytest.raises(AttributeError):
         first.stage = 2  # type: ignore[misc]
 
@@ -83,14 +84,6 @@ def changed(**changes: Any) -> str:
 def test_malformed_json_is_rejected_with_its_place(text: str, place: str) -> None:
     with pytest.raises(ScheduleError, match=place):
         from_json(text)
-
-
-def test_operations_print_short_and_sort() -> None:
-    assert str(Operation(Op.FORWARD, 0, 0, 3)) == "F0.3"
-    assert str(Operation(Op.BACKWARD_INPUT, 1, 5, 12)) == "I5.12'"
-    later, earlier = Operation(Op.FORWARD, 0, 1, 0), Operation(Op.FORWARD, 0, 0, 9)
-    assert sorted([later, earlier]) == [earlier, later]
-    assert len({later, Operation(Op.FORWARD, 0, 1, 0)}) == 1
 
 
 def test_schedule_places_stages_and_splits_micro_batches() -> None:
