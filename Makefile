@@ -79,8 +79,9 @@ faults: .venv/installed-dev
 any-to-any: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tests.train.any_to_any $(ARGS)
 
-# Compares registers, spills and shared memory of every kernel under each supported Triton with recorded tables. Needs
-# no GPU. The first run downloads the versions into .cache/triton. ARGS=--write records the tables.
+# Compares registers, spills and shared memory of every kernel under the oldest and the newest supported Triton with
+# recorded tables; ARGS=--all: under each. Needs no GPU. The first run downloads the versions into .cache/triton.
+# ARGS=--write records the tables of all.
 triton-table: .venv/installed-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.kernels.triton_versions $(ARGS)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.covering import exhaustive
 from tests.docs.pages import PAGES, ROOT, Block, blocks, runners_of
 
 pytestmark = pytest.mark.long
@@ -20,6 +21,17 @@ TRAINS = re.compile(r"-m launch\.(train|submit)\b")
 STARTS_NOTHING = re.compile(r"--help|config_only|dry_run")
 DEPENDS = re.compile(r"(resume|init_from|paths|teacher|path|plugins)=|TIME")
 """What a command has that reads files of the page's folder."""
+REPEATED = re.compile(
+    # Trainings of which another page runs a like one
+    r"'data\.paths=\[notes\.txt\]' data\.validation|name=longer|quickstart schedule=|240 resume=auto|"
+    r"evaluation\.every_steps|out_dir=outputs/second|init_from=outputs/quickstart/TIME model=of_checkpoint|"
+    r"task=dpo|arithmetic_rm|task\.teacher=outputs/scores|task\.answers=student|"
+    # and what reads their results
+    r"ckpt=outputs/reward|score_teacher|TIME,outputs/second|"
+    # Searches that tests/launch and tests/dualpipe run
+    r"search=true|what_if|advice=true|schedule=auto"
+)
+"""Commands that only `make test-exhaustive` runs; otherwise, the configurations of trainings are checked."""
 TIME = re.compile(r"outputs/(\w+)/TIME")
 """A run's folder as pages write it; the reader inserts the time."""
 
@@ -30,8 +42,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trained")
 
 
+@pytest.mark.parametrize("is_whole", [False, *exhaustive(True)], ids=["", "whole"])
 @pytest.mark.parametrize("page", RUNNABLE, ids=[page.relative_to(ROOT).as_posix() for page in RUNNABLE])
-def test_page_blocks_run_as_printed(page: Path, trained: Path, tmp_path: Path) -> None:
+def test_page_blocks_run_as_printed(page: Path, is_whole: bool, trained: Path, tmp_path: Path) -> None:
     shell = make_shell()
     names: list[str] = []
     for block in blocks(page):
@@ -40,13 +53,18 @@ def test_page_blocks_run_as_printed(page: Path, trained: Path, tmp_path: Path) -
         match block.language:
             case "bash" if block.mode == "shortened":
                 for command in block.commands():
-                    run_shortened(block, command, tmp_path, shell, trained)
+                    if is_whole or not REPEATED.search(command):
+                        run_shortened(block, command, tmp_path, shell, trained)
+                    elif TRAINS.search(command):
+                        run(block, _checked(command), tmp_path, shell)
             case "bash":
                 for command in block.commands():
-                    run(block, _checked(command) if block.mode == "checked" else command, tmp_path, shell)
+                    if is_whole or not REPEATED.search(command):
+                        run(block, _checked(command) if block.mode == "checked" else command, tmp_path, shell)
             case "console":
                 for command, expected in sessions(block):
-                    compare(block, run(block, command, tmp_path, shell, codes=(0, 2)), expected)
+                    if is_whole or not REPEATED.search(command):
+                        compare(block, run(block, command, tmp_path, shell, codes=(0, 2)), expected)
             case "python":
                 names.append(with_times(block.text, tmp_path))
                 (tmp_path / "program.py").write_text("\n".join(names), "utf-8")

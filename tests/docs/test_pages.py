@@ -18,27 +18,25 @@ from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, runners_of
 
 LANGUAGES = {"bash", "console", "python", "text", "yaml", "json"}
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
-@every_page
-def test_page_links_lead_to_files_and_headings(page: Path) -> None:
+def test_page_links_lead_to_files_and_headings() -> None:
     broken = []
-    for link in links(page):
-        if re.match(r"[a-z]+:", link):
-            continue
-        name, _, anchor = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
-        if not target.exists():
-            broken.append(f"{link}: no such file")
-        elif anchor and anchor not in anchors(target):
-            broken.append(f"{link}: no such heading, has {sorted(anchors(target))}")
+    for page in PAGES:
+        for link in links(page):
+            if re.match(r"[a-z]+:", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists():
+                broken.append(f"{page.name}: {link}: no such file")
+            elif anchor and anchor not in anchors(target):
+                broken.append(f"{page.name}: {link}: no such heading, has {sorted(anchors(target))}")
     assert not broken, "\n".join(broken)
 
 
-@every_page
-def test_page_blocks_say_how_they_run(page: Path) -> None:
-    for block in blocks(page):
+def test_page_blocks_say_how_they_run_and_shell_commands_parse() -> None:
+    for block in (block for page in PAGES for block in blocks(page)):
         assert block.language in LANGUAGES, f"{block}: language {block.language!r} is not one of {sorted(LANGUAGES)}"
         assert block.mode == "run" or len(block.reason) > 10, f"{block}: give a reason"
         assert block.mode == "run" or block.language in ("bash", "python"), f"{block}: only programs can be left out"
@@ -46,32 +44,28 @@ def test_page_blocks_say_how_they_run(page: Path) -> None:
             json.loads(block.text)
         if block.language == "yaml":
             yaml.safe_load(block.text)
-
-
-@every_page
-def test_page_shell_commands_parse(page: Path) -> None:
-    for block in blocks(page):
         if block.language == "bash":
             done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, f"{block}: {done.stderr}"
 
 
-@every_page
-def test_page_names_tests_make_targets_and_files_that_exist(page: Path) -> None:
-    text = page.read_text("utf-8")
+def test_page_names_tests_make_targets_and_files_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    named = set(re.findall(r"^\s*make ([a-z-]+)", text, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", text))
-    assert named <= targets, named - targets
     folders = "comm|conf|data|docker|docs|dualpipe|infer|kernels|launch|model|tests|train"
-    paths = re.findall(rf"`((?:{folders})/[\w/.*-]+?)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
     example = ("conf/experiment/NAME.yaml", "conf/optim/schedule/sawtooth.yaml")
-    shown_here = set(re.findall(r"`(conf/[\w/]+\.yaml)`[^`]*\n\n```", text))
-    missing = [
-        path
-        for path in paths
-        if path not in example and path not in shown_here and not any(ROOT.glob(path.rstrip("/")))
-    ]
-    assert not missing, missing
+    missing = []
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        named = set(re.findall(r"^\s*make ([a-z-]+)", text, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", text))
+        paths = re.findall(rf"`((?:{folders})/[\w/.*-]+?)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+        shown_here = set(re.findall(r"`(conf/[\w/]+\.yaml)`[^`]*\n\n```", text))
+        missing += [f"{page.name}: make {target}" for target in named - targets]
+        missing += [
+            f"{page.name}: {path}"
+            for path in paths
+            if path not in example and path not in shown_here and not any(ROOT.glob(path.rstrip("/")))
+        ]
+    assert not missing, "\n".join(missing)
 
 
 def test_page_runners_read_their_page() -> None:

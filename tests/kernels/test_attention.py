@@ -61,10 +61,18 @@ def by_query(query: Tensor, key: Tensor, value: Tensor, numbers: list[list[int]]
     return torch.stack(rows).unflatten(0, (batch, size)).transpose(1, 2)
 
 
+AS_THEY_ARE = [
+    (name, False)
+    for name, kernel in ATTENTION.items()
+    if not (kernel.pads_values("cpu") and kernel.pads_values("cuda"))
+]
+"""Kernels that take values without padding."""
+
+
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("places", [None, *PLACES])
-@pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("name", ATTENTION.names())
+@pytest.mark.parametrize(("name", "is_padded"), [*((name, True) for name in ATTENTION.names()), *AS_THEY_ARE])
 def test_attention_equals_reading_query_by_query(
     name: str, is_padded: bool, places: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,8 +81,6 @@ def test_attention_equals_reading_query_by_query(
     monkeypatch.setitem(sys.modules, "flash_attn", emulated(calls))
     if kernel.package not in (None, "flash_attn") and not kernel.is_installed:
         pytest.skip(f"needs the package {kernel.package}")
-    if kernel.pads_values("cpu") and kernel.pads_values("cuda") and not is_padded:
-        pytest.skip("always takes padded values")
     is_forward_only = "cpu" not in kernel.devices and kernel.package is None
     positions = None if places is None else PLACES[places]
     documents = None if positions is None else Documents.from_positions(torch.tensor(positions))
@@ -340,6 +346,7 @@ def attend_by_blocks(
     return found
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("size", SIZES)

@@ -32,6 +32,7 @@ LARGE = 20_011
 CASES = [(7, 5, 11), (1, 3, 2), (0, 4, 9), (200, 3, LARGE), (129, 4, LARGE), (64, 2, LARGE), (5, 1, 1)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -234,6 +235,7 @@ def buckets(logs_NV: Tensor, ids_NK: Tensor) -> Tensor:
     return torch.cat((kept_NK, rest_N[:, None]), -1)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("vocab", [11, LARGE])
 @pytest.mark.parametrize("kept", [0, 4])
@@ -284,6 +286,7 @@ def test_all_tokens_and_the_rest_are_the_whole_divergence(form: Divergence) -> N
     torch.testing.assert_close(one.scores.rows_ND, other.scores.rows_ND, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("kept", [0, 4, 13])
 def test_student_equal_to_its_teacher_has_divergence_and_gradient_zero(form: Divergence, kept: int) -> None:

@@ -146,6 +146,7 @@ def assert_near(found: Found, expected: Found) -> None:
             near(made, exact, 16, sums=32)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(("implementation", "dtype"), TYPES)
@@ -213,6 +214,7 @@ def test_experts_of_many_rows_equal_row_by_row(hidden: int, width: int, dtype: t
             assert float(error) < (1e-12 if dtype == torch.float64 else 0.008), name
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(("implementation", "dtype"), TYPES)

@@ -45,6 +45,7 @@ def loop_unpermute(rows_AD: Tensor, places_TK: Tensor, dtype: torch.dtype) -> Te
     return torch.from_numpy(sum_ND).to(dtype)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_columns", [1, 127, 128, 129])
 def test_permute_copies_the_bits_of_any_dtype(dtype: torch.dtype, num_columns: int) -> None:
@@ -89,6 +90,7 @@ def test_indices_beyond_the_rows_are_rejected(num_rows: int) -> None:
         unpermute(rows, torch.tensor([[-1, 4]]))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(40, 33, 8, 129), (40, 33, 1, 1), (3, 70, 5, 7168), (64, 50, 3, 127)])
 @pytest.mark.parametrize("absent", [0.0, 0.4, 1.0])

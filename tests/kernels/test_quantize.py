@@ -76,6 +76,7 @@ def assert_same(actual: Quantized, expected: Quantized) -> None:
     assert_same_bits(actual.scales, expected.scales)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("num_columns", [1, 127, 128, 129, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -221,6 +222,7 @@ def expected_blocks(values: np.ndarray, power_of_two: bool, min_amax: float) -> 
     return codes, scales
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -359,6 +361,7 @@ def values_of(columns: QuantizedColumns, counts: Sequence[int]) -> Tensor:
     return torch.cat(kept)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,7 @@ SHAPES = [(5, 7), (2, 3, 33), (1, 1), (0, 9), (1, 257), (130, 64)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -18,6 +18,7 @@ from tests.kernels.agreement_fused import assert_codes_near, hidden_and_grad
 from tests.kernels.plain import near, randn, strided
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 7), (6, 33), (1, 1), (0, 9), (65, 64)])
@@ -61,6 +62,7 @@ def some_weights(num_rows: int, dtype: torch.dtype | None) -> Tensor | None:
     return None if dtype is None else randn(num_rows, seed=2).abs().to(dtype)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -79,6 +81,7 @@ def test_operand_is_the_formula_rounded_once_and_hidden_values_are_quantized(
         assert_same_bits(cached.scales, expected.scales)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -114,6 +114,7 @@ def check(
     assert_equals_plain(module, call, plainly, [x_BTD], is_split=is_split, frozen=frozen)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("recomputed", SUBSETS)
@@ -136,6 +137,7 @@ def test_attention_in_bf16_is_as_near_as_bf16_allows(name: str, is_packed: bool)
         check(CONFIGS[name], Computing(recomputed=recomputed), torch.bfloat16, documents, x)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("recomputed", SUBSETS)
 @pytest.mark.parametrize("name", CONFIGS)

@@ -128,6 +128,7 @@ def plain_sum(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
     return (inputs[0] + plain_network(weights, plain.rms_norm(inputs[0], weights["norm.weight"], EPS)),)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("frozen", [(), ("mlp.gate_proj.weight", "mlp.down_proj.weight"), ("mlp.up_proj.weight",)])
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("recomputed", SUBSETS)
@@ -179,6 +180,7 @@ def plain_maps(weights: Weights, inputs: Sequence[Tensor]) -> tuple[Tensor]:
     return (torch.cat((normal @ weights["left.weight"].t(), normal @ weights["right.weight"].t()), -1),)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("frozen", [(), ("left.weight",), ("right.weight", "norm.weight")])
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("keeps_normal", [False, True])

@@ -152,6 +152,7 @@ def test_ratios_and_divergences_without_bounds_overflow_nothing(name: str) -> No
     assert math.isfinite(found[2])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMS)
 def test_policy_that_is_the_old_one_has_ratio_one_to_the_bit(name: str, dtype: torch.dtype) -> None:

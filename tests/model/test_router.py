@@ -234,6 +234,7 @@ def make_experts(dtype: torch.dtype, recomputed: frozenset[Recomputed]) -> Route
     return experts
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("recomputed", SUBSETS)
@@ -259,6 +260,7 @@ def test_experts_of_arrived_rows_equal_row_by_row(
             assert_equals_plain(experts, call, plainly, [given, routed], is_split=is_split, frozen=frozen)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("recomputed", SUBSETS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
