@@ -7,6 +7,7 @@ torchtitan would have to guess. `docs/glossary.md` has the terms.
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,13 +93,20 @@ def private_words(text: str) -> list[str]:
     """Returns a line for each private word in a text: line number, word, and what to write instead."""
     for context in (context for contexts in CONTEXTS.values() for context in contexts):
         text = re.sub(context, lambda match: " " * len(match[0]), text)
-    found = []
-    for words, plain in WORDS.items():
-        # A hyphen joins words of another meaning, and an underscore parts of a name.
-        pattern = rf"(?<![\w-])(?:{words})(?![\w-])".replace(" ", r"\s+")
-        for match in re.finditer(pattern, re.sub(r"[\n#]", " ", text), re.IGNORECASE):
-            found.append(f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}; write {plain}")
-    return found
+    line = re.sub(r"[\n#]", " ", text)
+    if not pattern_of("|".join(WORDS)).search(line):
+        return []
+    return [
+        f"line {text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}; write {plain}"
+        for words, plain in WORDS.items()
+        for match in pattern_of(words).finditer(line)
+    ]
+
+
+@cache
+def pattern_of(words: str) -> re.Pattern[str]:
+    # A hyphen joins words of another meaning, and an underscore parts of a name.
+    return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])".replace(" ", r"\s+"), re.IGNORECASE)
 
 
 def first_line_problem(text: str) -> str | None:

@@ -290,7 +290,7 @@ def test_preparing_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_embedded_corpus_is_prepared_within_its_time(tmp_path: Path) -> None:
     source = EmbeddedSource(kind="embedded")
     config = data_config(tmp_path, source=source, tokenizer_vocab_size=4096, validation_fraction=0.02, fim_rate=0.1)

@@ -79,8 +79,8 @@ def test_every_kernel_is_compiled_for_the_table() -> None:
 
 @pytest.mark.slow
 def test_sample_of_compiled_kernels_keeps_the_rules_and_is_as_recorded() -> None:
-    """Every sixth launch; `make triton-table` compiles all."""
-    found = [row_of(launch) for launch in recorded_launches()[::6]]
+    """Every tenth launch; `make triton-table` compiles all."""
+    found = [row_of(launch) for launch in recorded_launches()[::10]]
     assert [rule for row in found for rule in row.broken_rules()] == []
     if triton.__version__ in VERSIONS:
         recorded = set(file_of(triton.__version__).read_text().splitlines())

@@ -317,7 +317,7 @@ def test_interpreted_slopes_are_near_the_formula(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @interpreted
 def test_interpreted_cross_entropy_is_near_the_formula(dtype: torch.dtype) -> None:
-    for shape in ((7, 5, 11), (1, 3, 7), (33, 4, 300)):
+    for shape in ((7, 5, 11), (1, 3, 7), (13, 4, 300)):
         for chunk_logits in (1, 10 * shape[2], 2**20):
             for has_slopes in (False, True):
                 check_cross_entropy(cross_entropy, "cpu", shape, dtype, chunk_logits, has_slopes)

@@ -33,6 +33,7 @@ from model.objective import (
 )
 from model.transformer import build_linears
 from tests import ROOT
+from tests.covering import exhaustive
 from tests.kernels import plain
 from tests.kernels.plain import randn, strided
 from tests.model.against_plain import Weights, assert_equals_plain, randomize
@@ -327,7 +328,7 @@ def peak_bytes(loss: Loss, hidden: int) -> int:
     return memory.peak_bytes
 
 
-@pytest.mark.parametrize(("hidden", "share"), [(64, 0.07), pytest.param(256, 0.13, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("hidden", "share"), [(64, 0.07), *exhaustive((256, 0.13))])
 def test_cross_entropy_of_v3s_vocabulary_takes_a_small_share_of_whole_logits_memory(hidden: int, share: float) -> None:
     chunked, whole = (peak_bytes(LOSSES[name], hidden) for name in ("in chunks", "whole logits"))
     print(f"hidden {hidden}: {chunked / 2**20:.0f} MiB of {whole / 2**20:.0f}: {chunked / whole:.4f}")
@@ -355,7 +356,7 @@ print(most() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the largest resident set is read from Linux's /proc"
 )

@@ -18,6 +18,7 @@ from infer.evaluate.tasks.questions import OWN_PROGRAMS
 from infer.scoring.code import find
 from infer.scoring.code.scorer import CodeConfig, CodeScorer
 from infer.scoring.ratings import pass_at_k
+from tests.covering import exhaustive
 from tests.data.chat.conversations import chat_tokenizer
 from tests.infer.evaluate.stand_ins import SayingModel, evaluate, open_task
 from tests.infer.scoring.test_python import library
@@ -184,11 +185,12 @@ def test_reasoning_names_the_data_set(library: Path, tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.slow
-def test_code_solutions_pass_and_mutants_fail(sandbox: None) -> None:
-    """20 solutions of the project's own problems pass, and 40 mutants of them fail by a verdict of their tests."""
+@pytest.mark.parametrize("num_mutants", [1, *exhaustive(2)])
+def test_code_solutions_pass_and_mutants_fail(sandbox: None, num_mutants: int) -> None:
+    """20 solutions of the project's own problems pass, and mutants of each fail by a verdict of their tests."""
     programs = {(key, "solution"): line["solution"] for key, line in PROGRAMS.items()}
     for key, line in PROGRAMS.items():
-        for number, (old, new) in enumerate(MUTANTS[key]):
+        for number, (old, new) in enumerate(MUTANTS[key][:num_mutants]):
             assert line["solution"].count(old) == 1
             programs[key, number] = line["solution"].replace(old, new)
     limits = {"cpu_seconds": 5.0, "wall_seconds": 60.0, "memory_mib": 512, "num_sandboxes": 2}
@@ -200,7 +202,7 @@ def test_code_solutions_pass_and_mutants_fail(sandbox: None) -> None:
 
     with ThreadPoolExecutor(2) as threads:
         found = dict(zip(programs, threads.map(outcome, programs.items()), strict=True))
-    assert len(found) == 60
+    assert len(found) == 20 * (1 + num_mutants)
     assert found == {name: "correct" if name[1] == "solution" else "wrong" for name in programs}
 
 

@@ -162,7 +162,7 @@ def test_code_no_verdict_can_be_forged(scorer: CodeScorer, outside: dict[str, ob
     assert time.monotonic() - begin < WALL_SECONDS + 1
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_code_right_and_wrong_programs_of_many_kinds_get_their_verdict(scorer: CodeScorer) -> None:
     assert len(TABLE) >= 60
     with ThreadPoolExecutor(2) as threads:
