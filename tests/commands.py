@@ -130,9 +130,9 @@ def _fork_server(path: str | bytes, arguments: Sequence[str | bytes], passed: Se
     if pid:
         return pid
     try:
-        kept = sorted({*passed, resource_tracker.getfd()})
+        kept = sorted({*passed, resource_tracker.getfd()})  # type: ignore[type-var]
         for below, above in zip([2, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
-            os.closerange(below + 1, above)
+            os.closerange(below + 1, above)  # type: ignore[arg-type, operator]
         exec(program, {})
     finally:
         os._exit(0)

@@ -12,7 +12,7 @@ class Reads(TorchDispatchMode):
     """Returns the names of operations whose result's shape or value the host must wait for."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: list[str] = []
         self.num_seen = 0
 

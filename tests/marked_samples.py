@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from comm.config import ParallelismConfig
-from data.corpus import CorpusFile
 from data.pack import WEIGHTS
-from data.registry import DATA_SOURCES, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
+from data.registry import DATA_SOURCES, CorpusFile, DataSource, DataSourceEntry, Document, SamplePiece, TrainingSample
 from data.tokenizer import Tokenizer
 from dualpipe.config import ScheduleConfig
 from kernels.ranges import PositiveInt
@@ -79,7 +79,7 @@ SFT = SftConfig(
 )
 
 
-def sft_config(folder: Path, *, pipeline: int = 1, data: int = 1, expert: int = 1, **source: object) -> TrainConfig:
+def sft_config(folder: Path, *, pipeline: int = 1, data: int = 1, expert: int = 1, **source: Any) -> TrainConfig:
     """Returns a run of supervised fine-tuning on these samples, with as few micro-batches as DualPipe takes."""
     config = tiny_config(
         folder,
@@ -87,7 +87,7 @@ def sft_config(folder: Path, *, pipeline: int = 1, data: int = 1, expert: int = 
         parallelism=ParallelismConfig(pipeline=pipeline, data=data, expert=expert),
         schedule=ScheduleConfig(kind="1f1b" if pipeline == 1 else "dualpipe", chunks=None, pairing="overlapped"),
     )
-    marked = MarkedSource(kind="marked", **{"num_samples": 160, **source})  # type: ignore[arg-type]
+    marked = MarkedSource(kind="marked", **{"num_samples": 160, **source})
     return replace(
         config,
         data=replace(config.data, source=marked),

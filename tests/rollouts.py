@@ -121,7 +121,7 @@ def header_of(step: int = 1, **values: Any) -> RolloutHeader:
     return RolloutHeader(step=step, **{**known, **values})
 
 
-def rollout_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int = 1, **changes: object) -> TrainConfig:
+def rollout_config(folder: Path, pipeline: int = 1, data: int = 1, expert: int = 1, **changes: Any) -> TrainConfig:
     """Returns a float64 run of two steps, with as few micro-batches as its schedule takes."""
     config = tiny_config(
         folder,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,45 @@ def test_floors_no_file_imports_upward() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in files} == set(FLOORS)
     broken = [line for path in files for line in breaches(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))]
     assert not broken, "\n".join(broken)
+
+
+def imported_files() -> dict[str, set[str]]:
+    """Returns the files that each file imports when it runs; imports for types alone do not count."""
+    files = {path.relative_to(ROOT).as_posix(): path for path in sources()}
+    by_module = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in files}
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text("utf-8"))
+        for_types = {id(part) for node in ast.walk(tree) if is_type_checking(node) for part in ast.walk(node)}
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in for_types]
+        modules = [m for node in nodes for m in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if m]
+        graph[name] = {by_module[module] for module in modules if module in by_module} - {name}
+    return graph
+
+
+def circle_of(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_files_and_no_folders_import_each_other_in_a_circle() -> None:
+    graph = imported_files()
+    assert circle_of(graph) == []
+    folders: dict[str, set[str]] = {}
+    for name, others in graph.items():
+        folder = "/".join(name.split("/")[:-1][:2])
+        inner = {"/".join(other.split("/")[:-1][:2]) for other in others if other.split("/")[0] == name.split("/")[0]}
+        if "/" in folder:
+            folders.setdefault(folder, set()).update(other for other in inner - {folder} if "/" in other)
+    assert circle_of(folders) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []
+    assert circle_of({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_triton_is_imported_only_where_a_kernel_is_compiled() -> None:

@@ -106,7 +106,7 @@ def data_config(folder: Path, **changes: Any) -> DataConfig:
     return replace(config, **changes)
 
 
-def tiny_config(folder: Path, **changes: object) -> TrainConfig:
+def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
     """Returns the configuration of a float64 run in `folder` on the CPU, with one rank by default."""
     config = TrainConfig(
         name="tiny",
@@ -154,7 +154,7 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
         profile=ProfileConfig(steps=(), ranks=(0,), trace=True, memory_snapshot=False),
         plugins=(),
     )
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 def write_text(folder: Path, num_files: int = 60) -> None:

@@ -79,8 +79,8 @@ def _record(folder: Path, rank: str) -> None:
         ticks.write(b".")
         return receive(watchdog_socket, seconds)
 
-    DatagramCodec.encode = recorded  # type: ignore[method-assign]
-    WatchdogSocket.receive = counted  # type: ignore[method-assign]
+    DatagramCodec.encode = recorded  # type: ignore[assignment, method-assign]
+    WatchdogSocket.receive = counted  # type: ignore[assignment, method-assign]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -38,11 +38,11 @@ NORM = "weights.model.norm.weight"
 Spoil = Callable[[Path], object]
 
 
-def change_index(**values: object) -> Spoil:
+def change_index(**values: Any) -> Spoil:
     return lambda folder: hostile.edit_index(folder, lambda record: record.update(values))
 
 
-def change_tensor(**values: object) -> Spoil:
+def change_tensor(**values: Any) -> Spoil:
     """Replaces keys of a tensor in the index."""
     return lambda folder: hostile.edit_index(folder, lambda record: record["tensors"][NORM].update(values))
 
@@ -71,7 +71,7 @@ def split_parts(*parts: tuple[int, int]) -> Spoil:
     return lambda folder: hostile.edit_index(folder, change)
 
 
-def change_header(**values: object) -> Spoil:
+def change_header(**values: Any) -> Spoil:
     """Replaces keys of a tensor in the header of its file."""
     return lambda folder: hostile.edit_header(folder / PART, lambda header: header[NORM].update(values))
 

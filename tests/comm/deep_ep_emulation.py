@@ -9,6 +9,7 @@ Shape legend: T tokens, K experts per token, S rows sent, R rows received, D col
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -55,7 +56,7 @@ class Emulation:
     topk_idx_t: torch.dtype = torch.int64
     calls: list[str] = field(default_factory=list)
 
-    def ElasticBuffer(self, *args: object, **kwargs: object) -> "ElasticBuffer":
+    def ElasticBuffer(self, *args: object, **kwargs: Any) -> "ElasticBuffer":
         """Opens a buffer, like the module's class."""
         return ElasticBuffer(*args, **kwargs, _module=self)  # type: ignore[arg-type]
 

@@ -121,7 +121,7 @@ def test_rows_and_gradients_reach_their_ranks_and_bytes_are_as_predicted(exchang
             parts = [_part(rank, by, dtype) for by in range(size)]
             expected = sum(part.double() for part in parts)
             assert gradient.dtype == dtype
-            assert torch.allclose(gradient.double(), expected, rtol=1e-14 if value == 8 else 2**-8, atol=1e-13)
+            assert torch.allclose(gradient.double(), expected, rtol=1e-14 if value == 8 else 2**-8, atol=1e-13)  # type: ignore[arg-type]
             sent = ContextBytes(forward=total(forward), backward=total(backward))
             again = padding if exchange == "ring" else 0
             exact = replace(predicted, forward=predicted.forward + padding, backward=predicted.backward + again)

@@ -36,7 +36,7 @@ def lane(request: pytest.FixtureRequest) -> Lane:
 
 def test_lane_runs_in_the_order_of_submission(lane: Lane) -> None:
     seen: list[int] = []
-    works = [lane.submit(lambda number=number: seen.append(number)) for number in range(200)]
+    works = [lane.submit(lambda number=number: seen.append(number)) for number in range(200)]  # type: ignore[misc]
     works[-1].wait()
     assert seen == list(range(200))
     lane.close()
@@ -60,7 +60,7 @@ def test_lane_close_waits_for_submitted_functions() -> None:
 
 def test_thread_lane_raises_in_every_wait_and_continues() -> None:
     with ThreadLane("test") as lane:
-        failed = lane.submit(lambda: [][1])
+        failed = lane.submit(lambda: [][1])  # type: ignore[var-annotated]
         after = lane.submit(lambda: 7)
         for _ in range(2):
             with pytest.raises(IndexError):
@@ -102,7 +102,7 @@ def test_thread_lane_frees_captured_tensors_when_a_function_has_ended() -> None:
     freed = threading.Event()
     held = Held()
     with ThreadLane("test") as lane:
-        work = lane.submit(lambda held=held: held.alive)
+        work = lane.submit(lambda held=held: held.alive)  # type: ignore[misc]
         del held
         assert work.wait()
         assert freed.wait(5)
@@ -191,7 +191,7 @@ def test_stream_lane_does_not_block_its_caller_while_a_function_waits_for_the_de
 
 def test_stream_lane_raises_errors_of_a_function_in_wait(streams: tuple[_FakeStream, _FakeStream]) -> None:
     lane = StreamLane(torch.device("cuda"))
-    work = lane.submit(lambda: [][1])
+    work = lane.submit(lambda: [][1])  # type: ignore[var-annotated]
     with pytest.raises(IndexError):
         work.wait()
     lane.close()

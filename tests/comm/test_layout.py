@@ -137,7 +137,7 @@ def test_layout_of_the_published_job_fills_eight_nodes_with_an_expert_group() ->
 def test_layout_rejects_impossible_meshes(mesh: tuple[int, ...], ranks_per_node: int, message: str) -> None:
     axes = dict(zip(("pipeline", "data", "expert", "context"), mesh, strict=False))
     with pytest.raises(LayoutError, match=message):
-        Layout(ParallelismConfig(**axes), ranks_per_node)
+        Layout(ParallelismConfig(**axes), ranks_per_node)  # type: ignore[arg-type]
 
 
 def _members(partition: Iterable[Slices]) -> list[tuple[int, ...]]:

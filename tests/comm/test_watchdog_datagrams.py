@@ -358,8 +358,8 @@ def test_watchdog_drops_malformed_messages_and_verdicts_in_the_name_of_others(
     ):
         endpoints[1].send(0, "verdict", verdict | change)
     for kind in ("state", "verdict", "departure"):
-        endpoints[1].send(0, kind, {})  # type: ignore[arg-type]
-        endpoints[1].send(0, kind, {"waits": 7, "end": {}, "code": [[]]})  # type: ignore[arg-type]
+        endpoints[1].send(0, kind, {})
+        endpoints[1].send(0, kind, {"waits": 7, "end": {}, "code": [[]]})
     assert "state" in _replies(endpoints[2])
     assert ends == []
     endpoints[1].send(0, "verdict", verdict)

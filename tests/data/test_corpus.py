@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -278,7 +279,8 @@ def test_validation_paths_that_cannot_be_held_out_are_refused(tmp_path: Path) ->
 
 def shown(num_items: int, seconds_each: float) -> list[str]:
     """Returns the progress lines of work on items of a megabyte."""
-    now, lines = [0.0], []
+    now = [0.0]
+    lines: list[Any] = []
 
     def work() -> object:
         for _ in range(num_items):
@@ -286,7 +288,7 @@ def shown(num_items: int, seconds_each: float) -> list[str]:
             yield 10**6
 
     progress = ProgressLines(lines.append, lambda: now[0])
-    assert list(progress.over("reading", work(), num_items * 10**6, int)) == [10**6] * num_items
+    assert list(progress.over("reading", work(), num_items * 10**6, int)) == [10**6] * num_items  # type: ignore[arg-type]
     return lines
 
 

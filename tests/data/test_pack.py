@@ -96,7 +96,7 @@ def test_bins_equal_those_of_a_plain_search_for_the_tightest_fit(lengths: list[i
             rooms[rooms.index(min(fitting))] -= size
         else:
             rooms.append(capacity - size)
-    used = np.bincount(np.asarray(bins, dtype=np.int64), weights=lengths, minlength=num_bins) if lengths else []
+    used = np.bincount(np.asarray(bins, dtype=np.int64), weights=lengths, minlength=num_bins) if lengths else []  # type: ignore[var-annotated]
     assert sorted(capacity - np.asarray(used)) == sorted(rooms)
 
 

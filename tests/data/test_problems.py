@@ -154,7 +154,7 @@ def source_of(path: Path) -> ProblemsSource:
 
 
 def read_prompts(prepared: Prepared) -> list[list[int]]:
-    found = []
+    found: list[Any] = []
     for tokens, positions in zip(prepared.train_tokens_NL, prepared.train_positions_NL, strict=True):
         used = int((positions >= 0).sum())
         pieces = np.split(tokens[:used], np.flatnonzero(positions[:used] == 0)[1:])

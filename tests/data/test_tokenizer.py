@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ TOKENIZER = Tokenizer.train(TEXTS, 400)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(alphabet=st.characters(exclude_categories=("Cs",))))
+@given(st.text(alphabet=st.characters(exclude_categories=("Cs",))))  # type: ignore[arg-type]
 def test_any_text_round_trips(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
@@ -217,7 +218,7 @@ def as_it_comes_back(name: str, text: str) -> str:
     return text.removeprefix(" ") if name == "llama2" else text
 
 
-def family_config(folder: Path, tokenizer: Path, **changes: object) -> DataConfig:
+def family_config(folder: Path, tokenizer: Path, **changes: Any) -> DataConfig:
     write_text(folder, num_files=12)
     return data_config(folder, tokenizer=str(tokenizer), fim_rate=0.5, **changes)
 

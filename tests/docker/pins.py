@@ -8,6 +8,7 @@ that it was built with, and torch for CPUs needs none.
 import tomllib
 from collections.abc import Iterable
 from importlib.metadata import distribution
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -34,7 +35,7 @@ def installed(requirements: Iterable[Requirement]) -> dict[str, str]:
     """Returns the versions of these packages and all their dependencies, without local parts such as `+cpu`."""
     found: dict[str, str] = {}
     waiting = [(requirement, "") for requirement in requirements]
-    seen = set()
+    seen: set[Any] = set()
     while waiting:
         requirement, extra = waiting.pop()
         name = canonicalize_name(requirement.name)

@@ -367,7 +367,7 @@ EYES = {
 def test_colors_are_distinct_with_color_blindness(eye: str) -> None:
     colors = [*style.LIGHT.values(), *style.DARK.values(), *style.COPIES.values()]
     seen = [
-        lightness_and_hue([sum(a * b for a, b in zip(row, linear(color), strict=True)) for row in EYES[eye]])
+        lightness_and_hue([sum(a * b for a, b in zip(row, linear(color), strict=True)) for row in EYES[eye]])  # type: ignore[attr-defined]
         for color in colors
     ]
     assert min(dist(one, two) for one, two in combinations(seen, 2)) >= 20

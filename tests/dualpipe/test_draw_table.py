@@ -133,7 +133,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return html(ENTRIES, title="Four <ranks> & more")
+    return html(ENTRIES, title="Four <ranks> & more")  # type: ignore[arg-type]
 
 
 def test_page_closes_what_it_opens(text: str) -> None:
@@ -143,12 +143,12 @@ def test_page_closes_what_it_opens(text: str) -> None:
 def test_page_has_a_line_per_entry_and_a_picture_per_schedule(text: str) -> None:
     page = Reader(text)
     shown = [found for found in ENTRIES if not isinstance(found, UnavailableSchedule)]
-    expected = [value for found in shown for value in cells(found)] + ["odd<kind>", "needs <more> & better ranks"]
+    expected = [value for found in shown for value in cells(found)] + ["odd<kind>", "needs <more> & better ranks"]  # type: ignore[arg-type]
     # Below the comparison is the steady state of the first schedule.
     assert [cell.strip() for cell in page.cells][: len(expected)] == expected
     assert text.count("<button type=") == len(COLUMNS)
     assert len([svg for svg in page.all("svg") if svg.get("class") == "pipeline"]) == 2
-    operations = sum(len(group) for found in shown for groups in found.schedule.ranks for group in groups)
+    operations = sum(len(group) for found in shown for groups in found.schedule.ranks for group in groups)  # type: ignore[attr-defined, misc]
     assert text.count("<title>") == operations + 1
 
 
@@ -240,7 +240,7 @@ addEventListener("load", () => {
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [500, 1400])
 def test_browser_fits_pictures_to_the_window_and_runs_the_script(tmp_path: Path, width: int) -> None:
-    page = html([time_schedule(build("dualpipe", 8, 40), UNIT), *ENTRIES])
+    page = html([time_schedule(build("dualpipe", 8, 40), UNIT), *ENTRIES])  # type: ignore[list-item]
     shown = browse(page, tmp_path, f"--window-size={width},900", script=CHECKS)
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title is not None

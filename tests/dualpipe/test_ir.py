@@ -111,7 +111,7 @@ def test_schedule_draws_itself_in_a_notebook() -> None:
 
 def test_schedule_that_cannot_run_has_no_picture() -> None:
     schedule = build("1f1b", 1, 1)
-    assert replace(schedule, ranks=(schedule.ranks[0][::-1],))._repr_html_() is None
+    assert replace(schedule, ranks=(schedule.ranks[0][::-1],))._repr_html_() is None  # type: ignore[attr-defined]
 
 
 def model_costs(*stages: Any, weights: float = 0.0, offload: float | None = None) -> ModelCosts:
@@ -240,7 +240,7 @@ def test_best_of_kind_has_no_more_stages_than_layers() -> None:
 
 def test_choice_with_weights_prefers_one_copy_within_the_margin() -> None:
     light, heavy = (
-        survey(4, 128, lambda kind, num_stages, weights=weights: with_weights(weights, num_stages))
+        survey(4, 128, lambda kind, num_stages, weights=weights: with_weights(weights, num_stages))  # type: ignore[misc]
         for weights in (0.0, 10.0)
     )
     assert choose(light).schedule.num_directions == 2

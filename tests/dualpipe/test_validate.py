@@ -259,7 +259,7 @@ def put_out_of_range(lists: Lists, generator: random.Random) -> None:
     rank, group, member = somewhere(lists, generator)
     operation = lists[rank][group][member]
     field = generator.choice(["direction", "stage", "micro_batch"])
-    lists[rank][group][member] = operation._replace(**{field: generator.choice([-1, 99])})
+    lists[rank][group][member] = operation._replace(**{field: generator.choice([-1, 99])})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mutate", [swap_within_a_flow, swap_dependent, change_kind, put_out_of_range])

@@ -39,7 +39,7 @@ def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, 
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):
             bias = module.e_score_correction_bias
-            bias.copy_(torch.rand(bias.shape, generator=generator) * 0.2)
+            bias.copy_(torch.rand(bias.shape, generator=generator) * 0.2)  # type: ignore[arg-type, operator]
     return model
 
 

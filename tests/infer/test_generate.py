@@ -25,8 +25,8 @@ PROMPTS = [[5, 9], [1, 2, 3, 4, 5, 6, 7], [8], [100, 200, 300], [7, 7, 7, 7]]
 WARM = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=4)
 
 
-def made(model: Transformer, prompts: list[list[int]], num_tokens: int, **options: object) -> list[list[int]]:
-    generation = generate(model, prompts, max_new_tokens=num_tokens, **options)  # type: ignore[arg-type]
+def made(model: Transformer, prompts: list[list[int]], num_tokens: int, **options: Any) -> list[list[int]]:
+    generation = generate(model, prompts, max_new_tokens=num_tokens, **options)
     return [list(continuation.tokens) for continuation in generation.continuations]
 
 
@@ -158,7 +158,7 @@ def test_generation_records_no_gradients_and_no_load() -> None:
     model = make_model()
     generate(model, PROMPTS, max_new_tokens=4)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module.load.any() for module in model.modules() if hasattr(module, "load"))
+    assert not any(module.load.any() for module in model.modules() if hasattr(module, "load"))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_cannot_be_continued_is_rejected(
     prompts: list[list[int]], options: dict[str, int], parts: list[str]
 ) -> None:
     with pytest.raises(GenerateError) as refused:
-        generate(make_model(), prompts, **{"max_new_tokens": 3, **options})
+        generate(make_model(), prompts, **{"max_new_tokens": 3, **options})  # type: ignore[arg-type]
     for part in parts:
         assert part in str(refused.value)
 
@@ -255,7 +255,7 @@ def test_cached_passes_equal_whole_ones(shape: str, dtype: torch.dtype) -> None:
     for row, length in enumerate(LENGTHS):
         decoder.main.resize(row, length)
         decoder.mtp.resize(row, length)
-        torch.testing.assert_close(logits[row], expected[row][0][length - 1], **close)
+        torch.testing.assert_close(logits[row], expected[row][0][length - 1], **close)  # type: ignore[arg-type]
     lengths = list(LENGTHS)
     for width in STEPS:
         new = torch.tensor([tokens[at : at + width] for tokens, at in zip(text, lengths, strict=True)])
@@ -265,8 +265,8 @@ def test_cached_passes_equal_whole_ones(shape: str, dtype: torch.dtype) -> None:
         drafted_BV = decoder.step_mtp(after, state_BSD, chosen)
         for row, at in enumerate(lengths):
             main, mtp = expected[row]
-            torch.testing.assert_close(logits_BSV[row], main[at : at + width], **close)
-            torch.testing.assert_close(drafted_BV[row], mtp[at + row % width], **close)
+            torch.testing.assert_close(logits_BSV[row], main[at : at + width], **close)  # type: ignore[arg-type]
+            torch.testing.assert_close(drafted_BV[row], mtp[at + row % width], **close)  # type: ignore[arg-type]
             lengths[row] += width
             decoder.main.resize(row, lengths[row])
             decoder.mtp.resize(row, lengths[row])

@@ -335,7 +335,7 @@ def engine(model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def served(engine: VllmEngine) -> list[ServedModel]:
-    return engine._llm.served  # type: ignore[no-any-return]
+    return engine._llm.served
 
 
 def test_rollouts_are_those_of_vllm_by_prompt_and_sample(engine: VllmEngine, model: Transformer) -> None:

@@ -227,7 +227,7 @@ def test_cohort_alternates_with_its_caller_and_ends() -> None:
 
 
 def test_cohort_that_is_closed_leaves_no_thread() -> None:
-    cohort = Cohort(lambda: cohort.exchange(RoundPlan(), torch.tensor([1])) and None, "test")
+    cohort = Cohort(lambda: cohort.exchange(RoundPlan(), torch.tensor([1])) and None, "test")  # type: ignore[arg-type]
     cohort.start()
     thread = cohort._thread
     assert thread.is_alive()

@@ -145,7 +145,7 @@ def test_log_probs_are_those_of_all_tokens_at_the_temperature(temperature: float
 )
 def test_min_p_and_penalties_out_of_range_are_rejected(values: dict[str, float], message: str) -> None:
     with pytest.raises(GenerateError, match=f"^{re.escape(message)}$"):
-        Sampling(**values)
+        Sampling(**values)  # type: ignore[arg-type]
 
 
 VOCAB = 8

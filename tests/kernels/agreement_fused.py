@@ -224,7 +224,7 @@ def check_wants(linear_cross_entropy: Callable[..., RowScores], num_rows: int, v
     rows, head = randn(num_rows, 3, seed=0), randn(vocab_size, 3, seed=1)
     targets = some_targets(num_rows, vocab_size)
     both = linear_cross_entropy(rows, head, targets, wants_rows=True, wants_head=True)
-    assert num_rows or not (both.log_probs_N.any() or both.head_VD.any())
+    assert num_rows or not (both.log_probs_N.any() or both.head_VD.any())  # type: ignore[union-attr]
     for wants_rows, wants_head in ((False, False), (True, False), (False, True)):
         found = linear_cross_entropy(rows, head, targets, wants_rows=wants_rows, wants_head=wants_head)
         assert (found.rows_ND is not None, found.head_VD is not None) == (wants_rows, wants_head)

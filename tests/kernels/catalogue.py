@@ -72,7 +72,7 @@ def quantize_columns(counts: tuple[int, ...], *, from_codes: bool) -> Launch:
         "requantize_columns" if from_codes else "quantize_columns",
         lambda tensors: ((tensors.rows if from_codes else tensors.normal)(num_rows, HIDDEN), counts),
         power_of_two=False,
-        **options,
+        **options,  # type: ignore[arg-type]
     )
 
 

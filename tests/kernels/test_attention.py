@@ -147,7 +147,7 @@ def test_attention_on_a_cpu_saves_nothing_for_pairs_of_tokens(name: str) -> None
     heads = [flatly(randn(2, 3, 13, 12, seed=seed)).requires_grad_() for seed in range(3)]
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
-        ATTENTION.get("sdpa").attend(*heads, SCALE, documents)
+        ATTENTION.get("sdpa").attend(*heads, SCALE, documents)  # type: ignore[arg-type, call-arg]
     assert sum(each.numel() for each in saved) == 4 * heads[0].numel() + heads[0][..., 0].numel()
     assert "mask_B1TT" not in vars(documents)
 
@@ -361,7 +361,7 @@ def test_blocks_of_all_ranks_equal_reading_query_by_query(
     documents = None if positions is None else Documents.from_positions(torch.tensor(positions))
     exact = [randn(2, 3, tokens, 12, seed=seed, dtype=dtype).double().requires_grad_() for seed in range(3)]
     grad = randn(2, 3, tokens, 12, seed=3)
-    expected = by_query(*exact, None if positions is None else documents_of(positions))
+    expected = by_query(*exact, None if positions is None else documents_of(positions))  # type: ignore[arg-type, call-arg]
     expected.backward(grad)
     heads = [flatly(each.detach().to(dtype)) for each in exact]
     made, *gradients = attend_by_blocks(heads, grad.to(dtype), KERNELS[name], size, documents)
@@ -377,10 +377,10 @@ def test_blocks_in_bf16_are_as_near_as_one_call() -> None:
     heads = [flatly(randn(2, 3, tokens, 12, seed=seed, dtype=torch.bfloat16)) for seed in range(3)]
     grad = flatly(randn(2, 3, tokens, 12, seed=3, dtype=torch.bfloat16))
     exact = [each.double().requires_grad_() for each in heads]
-    expected = by_query(*exact, None)
+    expected = by_query(*exact, None)  # type: ignore[arg-type, call-arg]
     expected.backward(grad.double())
     whole = [each.clone().requires_grad_() for each in heads]
-    result = choose_attention("auto", CPU, torch.bfloat16, is_packed=False).attend(*whole, SCALE, None)
+    result = choose_attention("auto", CPU, torch.bfloat16, is_packed=False).attend(*whole, SCALE, None)  # type: ignore[arg-type, call-arg]
     result.backward(grad)
     made = attend_by_blocks(heads, grad, fused.CPU_FLASH, 4, None)
     for ours, called, right in zip(

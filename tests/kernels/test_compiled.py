@@ -199,7 +199,7 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
 def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, kernel: str) -> None:
     """The tuner tries that tiling, and the compiler's pass for it fails on a loop that is known to run once."""
     module = import_module(f"kernels.{name}")
-    launch = partial(call_of(module, kernel, 256, 1), tiling=Tiling(specialize=True, warps=4))
+    launch = partial(call_of(module, kernel, 256, 1), tiling=Tiling(specialize=True, warps=4))  # type: ignore[call-arg]
     assert compile_launch(module, kernel, launch).spill_bytes == 0
 
 

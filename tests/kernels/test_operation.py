@@ -86,7 +86,7 @@ def test_an_operation_runs_its_reference_except_on_cuda_with_equal_arguments(
     for (device, kind), is_tuple in product(DEVICES.items(), (0, 1)):
         operands = [Operand(device) for _ in range(num_operands)]
         if is_tuple:
-            operands[0] = (operands[0], operands[0])  # codes and scales
+            operands[0] = (operands[0], operands[0])  # type: ignore[call-overload]  # codes and scales
             if name in vars(norm):
                 continue
         function(*operands, **options)
@@ -349,7 +349,7 @@ CASES += [("triton", *case) for case in UNDER_TRITON]
 def test_operands_that_do_not_fit_are_named(
     kind: str, function: ChosenFunction[..., Any], operands: tuple[Any, ...], rule: str
 ) -> None:
-    name = function.__name__
+    name = function.__name__  # type: ignore[attr-defined]
     takes_scales = name in ("pack_e5m6", "swiglu_backward_from_codes", "rms_norm_backward_from_codes")
     options = BY_TWO if "quantize" in name and "dequantize" not in name and not takes_scales else {}
     with pytest.raises(ValueError, match=r".") as raised:

@@ -65,7 +65,7 @@ def run_all(folder: Path, config: ModelConfig, shard_bytes: int) -> dict[str, in
         ("checkpoint", "hf_of_checkpoint", "hf"),
         ("fp8", "bf16_of_fp8", "hf"),
     ):
-        peaks[target] = peak_of(folder, source, target, form, shard_bytes)
+        peaks[target] = peak_of(folder, source, target, form, shard_bytes)  # type: ignore[arg-type]
     return peaks
 
 

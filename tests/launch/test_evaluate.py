@@ -60,7 +60,7 @@ def test_results_follow_from_the_samples(run: Path, tmp_path: Path, capsys: pyte
     samples = read(tmp_path / "out" / "samples_choice.jsonl")
     assert [sample["id"] for sample in samples] == [question["id"] for question in QUESTIONS]
     for sample, question in zip(samples, QUESTIONS, strict=True):
-        assert len(sample["loglikelihoods"]) == len(sample["is_greedy"]) == len(question["choices"])
+        assert len(sample["loglikelihoods"]) == len(sample["is_greedy"]) == len(question["choices"])  # type: ignore[arg-type]
         assert sample["chosen"] == max(range(2), key=sample["loglikelihoods"].__getitem__)
         assert sample["answer"] == question["answer"]
     right = [sample["chosen"] == sample["answer"] for sample in samples]

@@ -50,7 +50,7 @@ def expected(run: Path, texts: list[str], num_tokens: int, sampling: Sampling) -
     prompts = [[tokenizer.begin_of_sentence_id, *tokenizer.encode(text)] for text in texts]
     model = load_whole(read_model(folder), folder, torch.float32)
     stop = [tokenizer.end_of_sentence_id]
-    made = generate(model, prompts, max_new_tokens=num_tokens, sampling=sampling, stop=stop).continuations
+    made = generate(model, prompts, max_new_tokens=num_tokens, sampling=sampling, stop=stop).continuations  # type: ignore[arg-type]
     tokens = [list(continuation.tokens) for continuation in made]
     return tokens, [tokenizer.decode(ids) for ids in tokens]
 

@@ -53,7 +53,7 @@ except CallbackError as error:
 
 
 class Kernel:
-    def __init__(self, client: "jupyter_client.BlockingKernelClient") -> None:
+    def __init__(self, client: "jupyter_client.BlockingKernelClient") -> None:  # type: ignore[name-defined]
         self._client = client
         self.comm_messages: list[str] = []
 

@@ -181,7 +181,7 @@ def test_dry_run_of_the_quickstart_equals_arithmetic(capsys: pytest.CaptureFixtu
 
 LARGE = ("cluster=h100", "cluster.memory_bytes=200000000", "cluster.memory_reserve_bytes=0", "model=quickstart")
 
-LARGE += ("batch.micro_sequences=4",)
+LARGE += ("batch.micro_sequences=4",)  # type: ignore[assignment]
 
 MESSAGE = "error: memory: rank "
 

@@ -34,7 +34,7 @@ RATED = "reward.parts=[{kind: exact, weight: 2, boxed: false, ignore_case: false
 @pytest.fixture(autouse=True)
 def more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets more tokens end an answer, so that some answers are finished and others are cut."""
-    found = launch.sample.find_weights
+    found = launch.sample.find_weights  # type: ignore[attr-defined]
     monkeypatch.setattr(
         launch.sample, "find_weights", lambda *names, **how: replace(found(*names, **how), end_ids=END_IDS)
     )
@@ -60,7 +60,7 @@ def rollouts(run: Path) -> list[list[tuple[str, int]]]:
     texts = [tokenizer.decode(each.tokens[:-1] if each.finish == "stop" else each.tokens) for each in made]
     finished = [each.finish == "stop" for each in made]
     pairs = list(zip(texts, finished, strict=True))
-    return [pairs[first : first + NUM_SAMPLES] for first in range(0, len(pairs), NUM_SAMPLES)]
+    return [pairs[first : first + NUM_SAMPLES] for first in range(0, len(pairs), NUM_SAMPLES)]  # type: ignore[misc]
 
 
 def write_problems(path: Path, answers: list[str]) -> str:
@@ -253,7 +253,7 @@ def test_selection_is_as_in_the_table(samples: list, changes: dict, kept: list[i
         ("", V3, False, None, None),
     ],
 )
-def test_message_of_an_answer_is_what_the_template_can_express(
+def test_message_of_an_answer_is_what_the_template_can_express(  # type: ignore[no-untyped-def]
     text: str, template, thinking: bool, content: str | None, thoughts: str | None
 ) -> None:
     message = to_message(text, template, thinking=thinking)

@@ -17,7 +17,7 @@ from tests.commands import run_command
 from train.config.decode import encode
 from train.config.errors import ConfigError
 
-RIGHT, WRONG = (ScoreSheet(total=0.0, outcome=outcome, parts={}) for outcome in ("correct", "wrong"))  # type: ignore[arg-type]
+RIGHT, WRONG = (ScoreSheet(total=0.0, outcome=outcome, parts={}) for outcome in ("correct", "wrong"))
 
 
 class FakeCommand:
@@ -59,7 +59,7 @@ class FakeCommand:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeCommand]:
     FakeCommand.started, FakeCommand.fails_at, FakeCommand.failure = [], None, 0
-    monkeypatch.setattr(launch.workflow.subprocess, "Popen", FakeCommand)
+    monkeypatch.setattr(launch.workflow.subprocess, "Popen", FakeCommand)  # type: ignore[attr-defined]
     return FakeCommand
 
 
@@ -164,7 +164,7 @@ class ForkedCommand:
 @pytest.mark.long
 @pytest.mark.parametrize("name", options("workflow"))
 def test_workflow_runs_with_two_steps_in_each_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.workflow.subprocess, "Popen", ForkedCommand)
+    monkeypatch.setattr(launch.workflow.subprocess, "Popen", ForkedCommand)  # type: ignore[attr-defined]
     steps = ["task.steps=2", "validation.sequences=0", "samples.tokens=0", f"data.cache_dir={tmp_path}/cache"]
     # Untrained models solve nothing. Answers are kept by a rating.
     sizes = ["problems.count=8", "keep.min_reward=-1", "reward.parts=[{kind: repetition, weight: 1, ngram_words: 3}]"]

@@ -87,7 +87,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], num_files: int = 
     if num_files == 1:
         save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, Any] = {}
     for number in range(num_files):
         names = list(tensors)[number::num_files]
         file_name = f"model-{number + 1:05}-of-{num_files:05}.safetensors"

@@ -81,7 +81,7 @@ def edit_entry(name: str, **changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         header, data = split_file(file_of(folder, name))
         header[name] |= changes
-        join_file(file_of(folder, name), header, data)
+        join_file(file_of(folder, name), header, data)  # type: ignore[arg-type]
 
     return edit
 
@@ -90,7 +90,7 @@ def edit_header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     def apply(folder: Path) -> None:
         header, data = split_file(folder / FIRST)
         edit(header)
-        join_file(folder / FIRST, header, data)
+        join_file(folder / FIRST, header, data)  # type: ignore[arg-type]
 
     return apply
 
@@ -130,7 +130,7 @@ def name_file(file: Any) -> Callable[[Path], None]:
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    return lambda folder: (folder / name).write_bytes(content) and None  # type: ignore[return-value]
 
 
 def cut(name: str, keep: Callable[[int], int]) -> Callable[[Path], None]:
@@ -168,7 +168,7 @@ def twice_in_header(folder: Path) -> None:
     header, data = split_file(folder / FIRST)
     name = next(name for name in header if name != "__metadata__")
     text = json.dumps(header)
-    join_file(folder / FIRST, f"{text[:-1]}, {json.dumps(name)}: {json.dumps(header[name])}}}".encode(), data)
+    join_file(folder / FIRST, f"{text[:-1]}, {json.dumps(name)}: {json.dumps(header[name])}}}".encode(), data)  # type: ignore[arg-type]
 
 
 def swap_offsets(header: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def write_published(name: str, folder: Path) -> dict[str, Tensor]:
     if layout.num_files == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return tensors
-    weight_map = {}
+    weight_map: dict[str, Any] = {}
     for number in range(layout.num_files):
         names = sorted(tensors)[number :: layout.num_files]
         file_name = f"model-{number + 1:05}-of-{layout.num_files:06}.safetensors"

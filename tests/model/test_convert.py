@@ -164,13 +164,13 @@ def test_a_model_made_here_loads_in_transformers_with_equal_logits(n_shared_expe
     for name, tensor in named_tensors(model).items():
         tensor.copy_(named_tensors(loaded)[name])
     save_hf(model, tmp_path / "export")
-    exported, info = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    exported, info = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)  # type: ignore[misc]
+    assert not info["missing_keys"]  # type: ignore[has-type]
+    assert not info["unexpected_keys"]  # type: ignore[has-type]
     tokens_BT = random_tokens()
     with torch.no_grad():
         logits_BTV = model(tokens_BT)
-    torch.testing.assert_close(logits_BTV, reference_logits(exported, tokens_BT), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_BTV, reference_logits(exported, tokens_BT), rtol=1e-4, atol=1e-4)  # type: ignore[has-type]
 
 
 IGNORED = -100

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -265,7 +266,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, int]
 
     def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
 
-        def call(*args: object, **kwargs: object) -> object:
+        def call(*args: object, **kwargs: Any) -> object:
             calls[name] = calls.get(name, 0) + 1
             return function(*args, **kwargs)
 
@@ -313,7 +314,7 @@ def test_attention_itself_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
-    def attend(*args: Tensor, **kwargs: object) -> Tensor:
+    def attend(*args: Tensor, **kwargs: Any) -> Tensor:
         seen.extend(each.dtype for each in args)
         return plain(*args, **kwargs)  # type: ignore[arg-type]
 

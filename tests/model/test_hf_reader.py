@@ -374,7 +374,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
 def test_a_rare_type_is_announced_so_that_it_can_be_read(dtype: str, tmp_path: Path) -> None:
     named = named_tensors(random_model())
     plan = stored_tensors(MODEL, dtype="F32", fp8=False)
-    plan[WRITER_NORM] = replace(plan[WRITER_NORM], dtype=dtype)
+    plan[WRITER_NORM] = replace(plan[WRITER_NORM], dtype=dtype)  # type: ignore[arg-type]
     write_hf(tmp_path / "out", MODEL, plan, lambda name: named[name])
     assert torch.equal(
         named_tensors(load_hf(tmp_path / "out", torch.float64))[WRITER_NORM], named[WRITER_NORM].double()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from tests.model.against_plain import Weights, assert_equals_plain, randomize
 from tests.tiny import MODEL
 
 
-def make_router(**changes: object) -> Router:
-    config = replace(MODEL, **changes)  # type: ignore[arg-type]
+def make_router(**changes: Any) -> Router:
+    config = replace(MODEL, **changes)
     router = Router(config, torch.float64)
     generator = torch.Generator().manual_seed(1)
     torch.nn.init.normal_(router.weight, generator=generator)
@@ -200,7 +201,7 @@ def test_balance_loss_of_ranks_that_share_sequences_adds_up_to_the_whole(size: i
         for length in documents:
             positions[sequence, start : start + length] = torch.arange(length)
             start += length
-    documents = Documents.from_positions(positions) if masked else None
+    documents = Documents.from_positions(positions) if masked else None  # type: ignore[assignment]
     whole = x.clone().requires_grad_()
     expected = router(whole).balance(documents)
     expected.backward()

@@ -39,7 +39,7 @@ RELEASED = {
 @pytest.mark.parametrize("name", RELEASED)
 def test_counts_equal_released_ones(name: str) -> None:
     config, expected = preset(name), RELEASED[name]
-    counts = count_parameters(replace(config, **TINY) if name == "quickstart" else config)
+    counts = count_parameters(replace(config, **TINY) if name == "quickstart" else config)  # type: ignore[arg-type]
     assert astuple(counts)[: len(expected)] == expected
 
 

@@ -159,7 +159,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     for name, parameter in ours.items():
         expected = theirs[name]
         if ".mlp.experts." in name:
-            expected = expected[4:8]
+            expected = expected[4:8]  # type: ignore[assignment]
         assert torch.equal(parameter, expected), name
     other = make_model(config, seed=6)
     assert not torch.equal(other.head_weight, full.head_weight)
@@ -214,7 +214,7 @@ class MultiHeadAttention(Attention):
         seen = torch.ones(size, size, dtype=torch.bool).tril()
         if documents is not None:
             seen = seen & (documents.ids_BT[:, None, :, None] == documents.ids_BT[:, None, None, :])
-        out: Tensor = x_BTD + self.o_proj(self._mix(*projected.chunk(3, -1), seen), sink)
+        out: Tensor = x_BTD + self.o_proj(self._mix(*projected.chunk(3, -1), seen), sink)  # type: ignore[call-arg]
         return out
 
     def decode(self, hidden_ND: Tensor, norm: RmsNorm, view: CacheView) -> Tensor:
@@ -228,14 +228,14 @@ class MultiHeadAttention(Attention):
                 seen = torch.ones(len(query), len(query), dtype=torch.bool).tril()
                 mixed.append(self._mix(query[None], key[None], value[None], seen)[0])
             return hidden_ND + self.o_proj(torch.cat(mixed), None)
-        seen = None if view.future_BST is None else ~view.future_BST[:, None]
+        seen = None if view.future_BST is None else ~view.future_BST[:, None]  # type: ignore[assignment]
         key, value = view.read().chunk(2, -1)
         mixed_BSD = self._mix(query_ND.view(*view.positions_BS.shape, -1), key, value, seen)
         return hidden_ND + self.o_proj(mixed_BSD.flatten(0, 1), None)
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
         heads = (each.unflatten(-1, (self._heads, -1)).transpose(1, 2) for each in (query, key, value))
-        return ATTENDED(*heads, attn_mask=seen).transpose(1, 2).flatten(2)
+        return ATTENDED(*heads, attn_mask=seen).transpose(1, 2).flatten(2)  # type: ignore[misc]
 
 
 MULTI_HEAD = AttentionForm(
@@ -285,7 +285,7 @@ def test_it_trains_in_stages(products: Products) -> None:
         losses.append(float(phased(model, 2, batch, store).settle()[0]))
         with torch.no_grad():
             for weight in model.parameters():
-                weight -= 0.1 * store.gradient(weight).clamp(-0.3, 0.3)
+                weight -= 0.1 * store.gradient(weight).clamp(-0.3, 0.3)  # type: ignore[misc]
     assert losses[-1] < 0.9 * losses[0], losses
     assert all(store.gradient(weight).any() for name, weight in model.named_parameters() if "self_attn" in name)
 

@@ -23,7 +23,7 @@ def watch_operations(on_operation: OnOperation) -> None:
         on_operation(name, label)
         return plain(log, group, ranks, name, label, **flags)
 
-    CollectiveLog.start = start  # type: ignore[method-assign]
+    CollectiveLog.start = start  # type: ignore[assignment, method-assign]
 
 
 def watch_drawing(on_operation: OnOperation) -> None:
@@ -36,7 +36,7 @@ def watch_drawing(on_operation: OnOperation) -> None:
         on_operation(DRAWING, None)
         return plain(watch, *arguments)
 
-    PipelineTimeline.draw = draw  # type: ignore[method-assign]
+    PipelineTimeline.draw = draw  # type: ignore[assignment, method-assign]
 
 
 def watch_writing(on_operation: OnOperation) -> None:
@@ -50,6 +50,6 @@ def watch_writing(on_operation: OnOperation) -> None:
 
         return watched
 
-    saver.write_part = before(WRITING, saver.write_part)
+    saver.write_part = before(WRITING, saver.write_part)  # type: ignore[attr-defined]
     os.fsync = before(SYNCING, os.fsync)
     saver.replace_folder = before(MOVING, saver.replace_folder)

@@ -22,4 +22,4 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     train.handle_signals()
-    sys.exit(command("train", main, quiet=train.is_other_rank(os.environ)))
+    sys.exit(command("train", main, quiet=train.is_other_rank(os.environ)))  # type: ignore[attr-defined]

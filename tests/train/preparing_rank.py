@@ -18,7 +18,7 @@ from train.run import main
 
 def slowed(seconds: float, folder: Path) -> None:
     """Has the corpus take so long; a rank named by `victim` ends amid that."""
-    plain = train.corpus.prepare
+    plain = train.corpus.prepare  # type: ignore[attr-defined]
 
     def prepare(*arguments: object) -> object:
         if not (folder / "prepared").exists():
@@ -28,7 +28,7 @@ def slowed(seconds: float, folder: Path) -> None:
             (folder / "prepared").touch()
         return plain(*arguments)  # type: ignore[arg-type]
 
-    train.corpus.prepare = prepare  # type: ignore[assignment]
+    train.corpus.prepare = prepare  # type: ignore[assignment, attr-defined]
 
 
 def end_soon(after_seconds: float) -> None:

@@ -234,9 +234,9 @@ def test_run_writes_the_documented_files(folder: Path) -> None:
         parts = {
             f"{name}_seconds" for name in ("compute", "exposed_exchange", "bubble", "optimizer", "other", "saving")
         }
-        assert line["step_time"].keys() == parts
+        assert line["step_time"].keys() == parts  # type: ignore[attr-defined]
         # Saving happens between the steps.
-        assert sum(line["step_time"].values()) - line["step_time"]["saving_seconds"] == pytest.approx(
+        assert sum(line["step_time"].values()) - line["step_time"]["saving_seconds"] == pytest.approx(  # type: ignore[attr-defined, index]
             line["step_seconds"], rel=0.02
         )
         assert set(documented.split()) <= set(line)

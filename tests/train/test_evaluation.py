@@ -132,7 +132,7 @@ def test_every_layout_has_the_same_means_and_they_are_those_of_the_tokens(config
     alone = run_ranks(1, run_validation, config)[0]
     schedule = ScheduleConfig(kind="dualpipe", chunks=None, pairing="overlapped")
     meshes = ({"pipeline": 2, "data": 2, "expert": 2}, {"pipeline": 2, "context": 2, "expert": 2})
-    wide = [replace(config, parallelism=replace(config.parallelism, **mesh), schedule=schedule) for mesh in meshes]
+    wide = [replace(config, parallelism=replace(config.parallelism, **mesh), schedule=schedule) for mesh in meshes]  # type: ignore[arg-type]
     assert alone.by_position is not None
     assert list(alone.by_position.losses) == list(RANGES)
     for found in (found for each in wide for found in run_ranks(4, run_validation, each)):

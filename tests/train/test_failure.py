@@ -91,7 +91,7 @@ def _steps(rank: int, world_size: int, config: TrainConfig) -> Seen:
     close_job(learner)
     log = learner.world.log
     recent = [operation for _, operation in log.recent()]
-    return log.order_hashes(), {each.group: each.ranks for each in recent}, {each.name for each in recent}
+    return log.order_hashes(), {each.group: each.ranks for each in recent}, {each.name for each in recent}  # type: ignore[misc]
 
 
 def _check_order(seen: list[Seen]) -> set[str]:

@@ -44,7 +44,7 @@ TWO_HOP = TwoHopDispatchConfig(
 )
 
 
-def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> TrainConfig:
+def make_config(folder: Path, pipeline: int, data: int, **changes: Any) -> TrainConfig:
     """Returns the recipe's configuration: bf16 weights and moments, float32 masters, experts over all data ranks."""
     config = tiny_config(
         folder,
@@ -55,7 +55,7 @@ def make_config(folder: Path, pipeline: int, data: int, **changes: object) -> Tr
         batch=replace(BATCH, global_sequences=4 * data),
         model=SHAPE,
     )
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 def masked(config: TrainConfig) -> TrainConfig:

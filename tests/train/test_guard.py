@@ -24,7 +24,6 @@ from tests.train.job import close_job, open_job
 from train.checkpoint.state import Slice
 from train.config import (
     GuardConfig,
-    OptimConfig,
     Precision,
     PrecisionConfig,
     RollBackGuardConfig,
@@ -39,6 +38,7 @@ from train.guard.guard import LOSS, NORM, Guard, read_loss_and_norm
 from train.learner import LearnersByBatchSize
 from train.loop import TrainingLoop
 from train.optim import staged
+from train.optim.config import OptimConfig
 from train.records.reporter import Reporter
 from train.tasks.batch_reader import StepBatch, TaskHook
 
@@ -141,8 +141,8 @@ def _spoil(job: Job, training: TrainingLoop) -> None:
         rank, factor = job.bad.get(-1 - training.num_done, (-1, 1.0))
         return plain_settle(sums) * (factor if rank == dist.get_rank() else 1.0)
 
-    staged.local_norm = local_norm  # type: ignore[assignment]
-    LossSums.settle = settle  # type: ignore[method-assign]
+    staged.local_norm = local_norm
+    LossSums.settle = settle  # type: ignore[assignment, method-assign]
 
 
 def _run(rank: int, world_size: int, jobs: list[Job]) -> list[tuple[str, dict[str, Tensor]]]:

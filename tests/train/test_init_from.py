@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_start_updates_the_optimizer_masters(folder: Path) -> None:
             "mtp",
             "two",
             f"masters_{precision}",
-            precision=PrecisionConfig(kind=precision),  # type: ignore[arg-type]
+            precision=PrecisionConfig(kind=precision),
             optim=replace(OPTIM, sharding="zero1", learning_rate=1e-30),
             task=replace(TASK, steps=1),
         )
@@ -253,9 +254,9 @@ def of_checkpoint(source: Path, *overrides: str) -> TrainConfig:
     )
 
 
-def of_preset(source: Path, model: ModelConfig, **changes: object) -> TrainConfig:
+def of_preset(source: Path, model: ModelConfig, **changes: Any) -> TrainConfig:
     config = of_checkpoint(source)
-    return replace(config, model=replace(model, **changes))  # type: ignore[arg-type]
+    return replace(config, model=replace(model, **changes))
 
 
 def test_check_accepts_what_fits(folder_of_weights: Path) -> None:

@@ -246,10 +246,10 @@ def test_ramp_resumed_across_changes_of_size_equals_uninterrupted_bitwise(tmp_pa
     ramp = "batch.ramp={start_sequences:4,end_tokens:600,num_sizes:3}"
     choices = (ramp, "samples.prompt=", "validation.sequences=0")
     by_tokens = ("optim=adamw_v3", "optim.learning_rate=1e-2", "optim.schedule.warmup=1 steps")
-    by_tokens += ("optim.schedule.decay_start=400 tokens", "optim.schedule.decay_end=1000 tokens")
-    by_tokens += ("optim.schedule.last_start=1200 tokens",)
-    by_tokens += ("task.mtp_loss_weight=[{from_tokens:0,value:0.3},{from_tokens:500,value:0.1}]",)
-    by_tokens += ("task.bias_update_rate=[{from_tokens:0,value:1e-2},{from_tokens:300,value:0}]",)
+    by_tokens += ("optim.schedule.decay_start=400 tokens", "optim.schedule.decay_end=1000 tokens")  # type: ignore[assignment]
+    by_tokens += ("optim.schedule.last_start=1200 tokens",)  # type: ignore[assignment]
+    by_tokens += ("task.mtp_loss_weight=[{from_tokens:0,value:0.3},{from_tokens:500,value:0.1}]",)  # type: ignore[assignment]
+    by_tokens += ("task.bias_update_rate=[{from_tokens:0,value:1e-2},{from_tokens:300,value:0}]",)  # type: ignore[assignment]
     for name, more in (
         ("whole", ("task.steps=6",)),
         ("half", ("task.steps=3",)),

@@ -55,7 +55,7 @@ def test_learning_rate_is_equal_for_every_unit_of_duration(unit: str) -> None:
     scale = {"steps": 1.0, "tokens": 32.0, "%": 2.5}[unit]
     for kind in ("cosine", "linear"):
         spans = [f"{steps * scale:g} {unit}" for steps in (10, 20)]
-        assert rates(decayed(kind, *spans), 40) == rates(decayed(kind), 40)
+        assert rates(decayed(kind, *spans), 40) == rates(decayed(kind), 40)  # type: ignore[arg-type]
 
 
 def test_learning_rate_of_every_kind_fits_a_run_of_any_length() -> None:

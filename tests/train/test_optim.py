@@ -338,7 +338,7 @@ def test_ema_is_the_sum_over_all_updates(dtype: torch.dtype) -> None:
         exact = sum(share * weights[name] for share, weights in zip(shares, seen, strict=True))
         if name.endswith(BIAS):
             exact = seen[-1][name]
-        assert torch.allclose(average.double(), exact, rtol=1e-5, atol=1e-6), name
+        assert torch.allclose(average.double(), exact, rtol=1e-5, atol=1e-6), name  # type: ignore[arg-type]
 
 
 def test_ema_update_returns_before_averaging_and_state_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,9 +219,9 @@ def test_run_draws_when_due_and_writes_the_bubble_of_every_step(tmp_path: Path) 
 CPU = torch.device("cpu")
 
 
-def _config(folder: Path, **changes: object) -> TrainConfig:
+def _config(folder: Path, **changes: Any) -> TrainConfig:
     chosen = ProfileConfig(steps=(2, 4), ranks=(0, 3), trace=True, memory_snapshot=True)
-    config = tiny_config(folder, profile=replace(chosen, **changes))  # type: ignore[arg-type]
+    config = tiny_config(folder, profile=replace(chosen, **changes))
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     return config
 
@@ -316,7 +316,7 @@ def test_mfu_is_left_out_if_the_peak_is_unknown() -> None:
 def test_wandb_receives_the_same_record_offline_and_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: dict[str, list[tuple[dict[str, Any], int]]] = {}
 
-    def init(*, mode: str, **_: object) -> object:
+    def init(*, mode: str, **_: Any) -> object:
         def log(values: dict[str, Any], step: int) -> None:
             logged.setdefault(mode, []).append((values, step))
 

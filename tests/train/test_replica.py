@@ -79,7 +79,7 @@ def _run_one(config: TrainConfig, trains: bool, refers: bool) -> Seen:
         seen.changed[name] = [key for key, weight in first[name].items() if not torch.equal(weight, last[key])]
     dist.barrier()
     for replica in [*references.values(), *([learner] if learner is not None else [])]:
-        replica.close()
+        replica.close()  # type: ignore[attr-defined]
     world.close()
     return seen
 

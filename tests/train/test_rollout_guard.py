@@ -155,7 +155,7 @@ def test_figures_of_another_type_are_no_figures() -> None:
 
 
 def test_answers_without_verdict_end_the_run_with_the_reason_whatever_the_guard() -> None:
-    assert reason(open_guard(UNJUDGED, GOOD | {"no_verdict_share": 0.4}, no_verdict_share=0.5), UNJUDGED) == ""
+    assert reason(open_guard(UNJUDGED, GOOD | {"no_verdict_share": 0.4}, no_verdict_share=0.5), UNJUDGED) == ""  # type: ignore[operator]
     found = open_guard(UNJUDGED, UNJUDGED, no_verdict_share=0.5).judge_rollout(UNJUDGED, 20)
     assert found is not None
     assert found.ends_run
@@ -210,7 +210,7 @@ def metrics_of(*answers: Sample) -> dict[str, Any]:
 @pytest.mark.parametrize("limit", [*LIMITS, "kl"])
 @pytest.mark.parametrize("kind", SCORERS.names())
 def test_each_limit_holds_for_each_reward(kind: str, limit: str) -> None:
-    config = replace(ROLLOUT, limits=replace(NONE, **({"kl": 0.1} if limit == "kl" else {limit: LIMITS[limit]})))
+    config = replace(ROLLOUT, limits=replace(NONE, **({"kl": 0.1} if limit == "kl" else {limit: LIMITS[limit]})))  # type: ignore[arg-type]
     guard = Guard(STOP, rollouts=RolloutGuard(config))
     good = metrics_of(judged(kind, 0), judged(kind, 1, value=0.5))
     broken = {

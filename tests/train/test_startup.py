@@ -36,15 +36,15 @@ from train.startup import compare_ranks
 
 def compared(rank: int, world_size: int, configs: list[TrainConfig], versions: list[str]) -> str:
     """Compares the configurations of ranks, each a node, which claim to have these versions of torch."""
-    kept, version = dict(os.environ), startup.version
+    kept, version = dict(os.environ), startup.version  # type: ignore[attr-defined]
     os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0", "MY_API_KEY": "abc0123456789"}
-    startup.version = lambda name: versions[rank] if name == "torch" else version(name)  # type: ignore[assignment]
+    startup.version = lambda name: versions[rank] if name == "torch" else version(name)  # type: ignore[assignment, attr-defined]
     try:
         return compare_ranks(configs[rank])
     finally:
         os.environ.clear()
         os.environ.update(kept)
-        startup.version = version  # type: ignore[assignment]
+        startup.version = version  # type: ignore[attr-defined]
 
 
 def test_ranks_that_differ_name_nodes_keys_and_values(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import resource
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ LAYOUTS = {
 }
 
 
-def run_config(folder: Path, source: str, layout: str, name: str, **changes: object) -> TrainConfig:
+def run_config(folder: Path, source: str, layout: str, name: str, **changes: Any) -> TrainConfig:
     """A run of two steps from the weights in `folder/source`, with a learning rate that moves them well."""
     parallelism, schedule = LAYOUTS[layout]
     config = tiny_config(
@@ -45,7 +46,7 @@ def run_config(folder: Path, source: str, layout: str, name: str, **changes: obj
         schedule=ScheduleConfig(kind=schedule, chunks=None, pairing="overlapped"),
         task=replace(TASK, bias_update_rate=TokenSchedule.constant(0.01)),
     )
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

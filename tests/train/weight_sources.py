@@ -11,5 +11,5 @@ def make_sources(folder: Path) -> Path:
     write_text(folder)
     sizes = {"vocab_size": 320, "max_position_embeddings": 64}
     reference_model(**sizes).save_pretrained(folder / "plain")
-    save_checkpoint(folder / "mtp", num_files=3, **sizes)
+    save_checkpoint(folder / "mtp", num_files=3, **sizes)  # type: ignore[arg-type]
     return folder

@@ -87,7 +87,7 @@ def test_pairs_are_numbered_by_position_and_unique_in_a_sequence(tmp_path: Path)
             text = tokenizer.decode(tokens[start : targets[0] + 1])
             line = lines[int(values[MARGIN][row, last])] if number > 0 else None
             if line is not None:
-                prompt = encode_prompt([user(line["prompt"])], CHAT_TEMPLATES.get("v3"), tokenizer)
+                prompt = encode_prompt([user(line["prompt"])], CHAT_TEMPLATES.get("v3"), tokenizer)  # type: ignore[arg-type]
                 assert tokens[start : targets[0] + 1] == prompt, text
                 assert tokenizer.decode(tokens[targets[0] + 1 : last]) == line["chosen"]
         assert np.array_equal(pair != 0, values[WEIGHTS][row] != 0)
@@ -164,7 +164,7 @@ def test_tokenizers_trained_on_chats_have_their_tokens_and_others_keep_their_ids
     assert prepare(config_of(plain_source, tmp_path, plain), L).counts["train"].kept > 0
     lines.append(
         {
-            "messages": [
+            "messages": [  # type: ignore[dict-item]
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{}"}]},
             ]
@@ -210,7 +210,7 @@ def broken_chats() -> list[tuple[object, str]]:
         (value, "") for value in (b"{", b"[1", b'{"a": }', b"\xff\xfe", b"3", b'"x"', b"[]")
     ]
     lines += [({"messages": value}, "messages") for value in WRONG_LISTS]
-    lines += [({"messages": [value]}, "messages[0]") for value in (3, "x", [], None)]
+    lines += [({"messages": [value]}, "messages[0]") for value in (3, "x", [], None)]  # type: ignore[var-annotated]
     lines += [({"messages": turns(content=value)}, "messages[1].content") for value in (*WRONG_STRINGS, None)]
     lines += [({"messages": turns(thoughts=value)}, "messages[1].thoughts") for value in WRONG_STRINGS]
     lines += [
@@ -237,11 +237,11 @@ def broken_chats() -> list[tuple[object, str]]:
     lines += [({"messages": turns()[1:]}, "messages[0].role"), ({"messages": turns()[:1]}, "messages[0].role")]
     lines += [({"messages": [*turns(), *turns()[1:]]}, "messages[2].role")]
     lines += [({"messages": [*turns(), {"role": "tool", "content": "x"}]}, "messages[2].role")]
-    lines += [({"messages": turns(), "tools": value}, "tools") for value in (3, "x", {"name": "f"}, [3], [{}])]
+    lines += [({"messages": turns(), "tools": value}, "tools") for value in (3, "x", {"name": "f"}, [3], [{}])]  # type: ignore[var-annotated]
     lines += [({"messages": turns(), "tools": [{"name": "f", "parameters": 3}]}, "tools[0].parameters")]
-    lines += [({"prompt": value, "answer": "b"}, "prompt") for value in (3, None, [], {"role": "user"})]
+    lines += [({"prompt": value, "answer": "b"}, "prompt") for value in (3, None, [], {"role": "user"})]  # type: ignore[var-annotated]
     lines += [({"prompt": turns(), "answer": "b"}, "prompt[1].role")]
-    lines += [({"prompt": "a", "answer": value}, "answer") for value in (3, None, [], {"role": "user"})]
+    lines += [({"prompt": "a", "answer": value}, "answer") for value in (3, None, [], {"role": "user"})]  # type: ignore[var-annotated]
     lines += [({"prompt": "a", "answer": turns()}, "answer[0].role"), ({"prompt": "a"}, "answer")]
     lines += [({"prompt": "a", "answer": "b", "thoughts": 3}, "thoughts"), ({"answer": "b"}, "prompt")]
     lines += [({"prompt": "a", "response": "b"}, "answer"), ({"conversations": []}, "prompt"), ({}, "prompt")]
@@ -253,7 +253,7 @@ def broken_pairs() -> list[tuple[object, str]]:
     """Returns lines of pairs, each with the field that the error must name."""
     lines: list[tuple[object, str]] = []
     for field in GOOD_PAIR:
-        lines += [({**GOOD_PAIR, field: value}, field) for value in (3, None, [], {"x": 1})]
+        lines += [({**GOOD_PAIR, field: value}, field) for value in (3, None, [], {"x": 1})]  # type: ignore[var-annotated]
         lines += [({name: value for name, value in GOOD_PAIR.items() if name != field}, field)]
     lines += [({**GOOD_PAIR, "margin": value}, "margin") for value in ("x", True, [1], float("nan"), float("inf"))]
     lines += [({**GOOD_PAIR, "chosen": "c"}, "rejected"), (GOOD_CHAT, "chosen"), ({"messages": turns()}, "prompt")]

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -49,10 +50,10 @@ class CopyModel:
             asked = re.findall(r"the (\w+ \w+)", question)
             return ", ".join(number for name in asked for key, number in numbers if key == name)
         if question.startswith("All variables"):
-            values = {}
+            values: dict[str, Any] = {}
             for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", body):
                 values[name] = values.get(source, source)
-            wanted = re.search(r"\d+", question)[0]
+            wanted = re.search(r"\d+", question)[0]  # type: ignore[index]
             return ", ".join(name for name, value in values.items() if value == wanted)
         counts = Counter(re.findall(r"(\w+ \w+),", body))
         most = max(counts.values())
@@ -116,7 +117,7 @@ def rollouts_of(
     """Returns rollouts with given tokens, up to where the request ends them."""
     rollouts = []
     for prompt, tokens in zip(prompts, said, strict=True):
-        own = []
+        own: list[Any] = []
         finish = "stop"
         for token in tokens:
             if len(own) == request.max_new_tokens:
@@ -126,11 +127,11 @@ def rollouts_of(
             if stop_condition(prompt.number, token):
                 break
         log_probs = (0.0,) * len(own)
-        rollouts.append(Sample(prompt=prompt.number, sample=0, tokens=tuple(own), log_probs=log_probs, finish=finish))
+        rollouts.append(Sample(prompt=prompt.number, sample=0, tokens=tuple(own), log_probs=log_probs, finish=finish))  # type: ignore[arg-type]
     return Rollouts(rollouts=tuple(rollouts), statistics=Statistics())
 
 
-def open_task(name: str, tokenizer: Tokenizer, max_tokens: int = 512, seed: int = 0, **keys: object) -> OpenTask:
+def open_task(name: str, tokenizer: Tokenizer, max_tokens: int = 512, seed: int = 0, **keys: Any) -> OpenTask:
     """Builds a task with the keys of `conf/evaluate.yaml`, some of them changed."""
     spec = EVALUATION_TASKS.get(name)
     config = decode(spec.config, {**DEFAULTS[name], **keys}, name)

@@ -192,8 +192,8 @@ def test_reward_scores_are_those_of_the_last_token(path: Path) -> None:
     records, _ = evaluate(opened, LocalModel(model, 3), tokenizer, 64)
     for sample, record in zip(opened.task.samples(), records, strict=True):
         for name, request in zip(("chosen", "rejected"), sample.requests, strict=True):
-            assert request.tokens[-1] == tokenizer.end_of_sentence_id
-            assert record[name] == pytest.approx(score_answers(model, [request.tokens])[0], abs=1e-6)
+            assert request.tokens[-1] == tokenizer.end_of_sentence_id  # type: ignore[union-attr]
+            assert record[name] == pytest.approx(score_answers(model, [request.tokens])[0], abs=1e-6)  # type: ignore[union-attr]
     assert len({record["chosen"] for record in records}) == 4
 
 

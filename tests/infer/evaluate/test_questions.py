@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ def write_lines(path: Path, lines: Sequence[dict]) -> str:
     return str(path)
 
 
-def outcomes(name: str, tokenizer: Tokenizer, said: Sequence[str], **keys: object) -> list[str]:
+def outcomes(name: str, tokenizer: Tokenizer, said: Sequence[str], **keys: Any) -> list[str]:
     """Returns the outcome of each answer that a model says."""
     opened = open_task(name, tokenizer, **keys)
     records, _ = evaluate(opened, SayingModel(tokenizer, said), tokenizer)
@@ -142,7 +143,7 @@ def test_maths_digits_are_compared_as_text(tokenizer: Tokenizer) -> None:
     samples = opened.task.samples()
     problems = [sample.source.problem for sample in samples]
     assert all(is_held_out(problem.prompt) for problem in problems)
-    assert [sample.requests[0].prompt for sample in samples] == [problem.prompt for problem in problems]
+    assert [sample.requests[0].prompt for sample in samples] == [problem.prompt for problem in problems]  # type: ignore[union-attr]
     said = [problems[0].answer, problems[1].answer.lstrip("0") + "9", f"\n {problems[2].answer}", ""]
     records, _ = evaluate(opened, SayingModel(tokenizer, said), tokenizer)
     # An answer ends with the first line, which is empty in the third.
@@ -155,14 +156,14 @@ def test_maths_examples_precede_each_question(tmp_path: Path, tokenizer: Tokeniz
     path = write_lines(tmp_path / "questions.jsonl", lines)
     task = open_task("maths", tokenizer, path=path, num_shots=2).task
     shots = "Question: 0+1?\nAnswer: 1\n\nQuestion: 1+1?\nAnswer: 2\n\n"
-    assert [sample.requests[0].prompt for sample in task.samples()] == [
+    assert [sample.requests[0].prompt for sample in task.samples()] == [  # type: ignore[union-attr]
         f"{shots}Question: {number}+1?\nAnswer:" for number in (2, 3)
     ]
     task.close()
     chat = open_task("maths", tokenizer, path=path, chat_template="v3").task
     (request,) = chat.samples()[0].requests
-    assert tokenizer.decode(request.prompt).endswith("<｜User｜>0+1?<｜Assistant｜>")
-    assert request.stop == ()
+    assert tokenizer.decode(request.prompt).endswith("<｜User｜>0+1?<｜Assistant｜>")  # type: ignore[arg-type, union-attr]
+    assert request.stop == ()  # type: ignore[union-attr]
     chat.close()
 
 
@@ -170,7 +171,7 @@ def test_maths_examples_precede_each_question(tmp_path: Path, tokenizer: Tokeniz
 def test_reasoning_is_verified_by_the_library(library: Path, tokenizer: Tokenizer) -> None:
     """The library here is a small one with the same interface."""
     opened = open_task("reasoning", tokenizer, seed=7, dataset="sums", num_problems=4)
-    assert [sample.requests[0].prompt for sample in opened.task.samples()] == [
+    assert [sample.requests[0].prompt for sample in opened.task.samples()] == [  # type: ignore[union-attr]
         f"Question: {number} + {number} =\nAnswer:" for number in (7, 8, 9, 10)
     ]
     records, result = evaluate(opened, SayingModel(tokenizer, [" 14", "16\nQuestion: 1", "3", ""]), tokenizer)
@@ -192,9 +193,9 @@ def test_code_solutions_pass_and_mutants_fail(sandbox: None, num_mutants: int) -
     for key, line in PROGRAMS.items():
         for number, (old, new) in enumerate(MUTANTS[key][:num_mutants]):
             assert line["solution"].count(old) == 1
-            programs[key, number] = line["solution"].replace(old, new)
+            programs[key, number] = line["solution"].replace(old, new)  # type: ignore[index]
     limits = {"cpu_seconds": 5.0, "wall_seconds": 60.0, "memory_mib": 512, "num_sandboxes": 2}
-    scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, **limits))
+    scorer = CodeScorer(CodeConfig(kind="code", weight=1.0, **limits))  # type: ignore[arg-type]
 
     def outcome(case: tuple[tuple[str, object], str]) -> str:
         line = PROGRAMS[case[0][0]]
@@ -225,7 +226,7 @@ def test_code_runs_what_the_model_writes_up_to_the_next_definition(sandbox: None
 def test_code_pass_at_k_is_computed_from_several_programs(sandbox: None, tokenizer: Tokenizer) -> None:
     right, wrong = next(iter(PROGRAMS.values()))["solution"], "    return None\n"
     keys = {"limit": 1, "samples": 4, "temperature": 0.8, "pass_at": [1, 2, 4], "wall_seconds": 60}
-    opened = open_task("code", tokenizer, max_tokens=2048, max_new_tokens=600, **keys)
+    opened = open_task("code", tokenizer, max_tokens=2048, max_new_tokens=600, **keys)  # type: ignore[arg-type]
     _, result = evaluate(opened, SayingModel(tokenizer, [wrong, right, wrong, wrong]), tokenizer, 2048)
     values = {name: metric.value for name, metric in result.estimates.items()}
     assert values == {"accuracy": 0.25, "pass_at_1": 0.25, "pass_at_2": 0.5, "pass_at_4": 1.0}

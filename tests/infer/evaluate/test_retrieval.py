@@ -1,6 +1,7 @@
 """Tests of `needle` and `ruler`: an oracle is always right, guessing is at chance, and prompts have their length."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([text * 20, "The river carries small stones down to the lake. " * 20], 400)
 
 
-def open_needle(tokenizer: Tokenizer, seed: int = 0, **keys: object) -> OpenTask:
+def open_needle(tokenizer: Tokenizer, seed: int = 0, **keys: Any) -> OpenTask:
     return open_task("needle", tokenizer, MOST, seed, **{**NEEDLE, **keys})
 
 
-def open_ruler(tokenizer: Tokenizer, seed: int = 0, **keys: object) -> OpenTask:
+def open_ruler(tokenizer: Tokenizer, seed: int = 0, **keys: Any) -> OpenTask:
     return open_task("ruler", tokenizer, MOST, seed, **{**RULER, **keys})
 
 
@@ -46,14 +47,14 @@ def test_needle_an_oracle_finds_every_needle_and_guessing_none(tokenizer: Tokeni
     assert [(cell["samples"], cell["standard_error"]) for cell in cells] == [(3, 0.0)] * 12
     guessed = evaluate(opened, RandomModel(tokenizer.vocab_size), tokenizer, MOST)[1]
     assert guessed.estimates["accuracy"].value <= guessed.details.values["accuracy_of_guessing"] + 1 / 36
-    assert guessed.estimates["loglikelihood"].value < -10
+    assert guessed.estimates["loglikelihood"].value < -10  # type: ignore[operator]
 
 
 def test_needle_is_where_it_should_be(tokenizer: Tokenizer) -> None:
     for sample in open_needle(tokenizer, lengths=[1024], num_samples=5).task.samples():
         needle = sample.source
         assert abs(100 * needle["actual_depth"] - needle["depth"]) < 4  # a sentence of 1024 tokens
-        text = tokenizer.decode(sample.requests[0].context)
+        text = tokenizer.decode(sample.requests[0].context)  # type: ignore[arg-type, union-attr]
         assert text.count(f" The secret number of the {needle['name']} is {needle['value']}.") == 1
         assert text.endswith(f"\nThe secret number of the {needle['name']} is")
         assert len(needle["value"]) == 4
@@ -81,7 +82,7 @@ def test_ruler_problems_ask_for_what_their_subtask_says(tokenizer: Tokenizer) ->
     counts = {"multi_key": 1, "multi_value": 3, "multi_query": 3, "variable_tracking": 4, "common_words": 3}
     for sample in open_ruler(tokenizer).task.samples():
         expected = sample.source["expected"]
-        text = tokenizer.decode(sample.requests[0].prompt[1:])
+        text = tokenizer.decode(sample.requests[0].prompt[1:])  # type: ignore[arg-type, union-attr]
         assert len(set(expected)) == counts[sample.source["subtask"]]
         assert all(name in text for name in expected)
         if sample.source["subtask"] == "common_words":
@@ -108,8 +109,8 @@ def test_filler_may_be_a_text_of_the_user(tokenizer: Tokenizer, tmp_path: Path) 
     assert len(filler.ends) == 4
     fact = Fact(depth=0.5, parts=(" A fact",))
     prompt = hide(tokenizer, filler, [fact], " Why?", 300, 2)
-    assert len(prompt.ids) == 299  # one more is the begin of sentence
-    text = tokenizer.decode(prompt.ids)
+    assert len(prompt.ids) == 299  # one more is the begin of sentence  # type: ignore[union-attr]
+    text = tokenizer.decode(prompt.ids)  # type: ignore[union-attr]
     assert text.count(" A fact") == 1
     assert text.count("The end") > 1
     assert text.endswith(" Why?")

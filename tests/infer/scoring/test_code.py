@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ WALL_SECONDS = 20.0
 UID = 61184 + os.getpid() % 4096
 
 
-def build(**changes) -> CodeScorer:
+def build(**changes: Any) -> CodeScorer:
     values = {"cpu_seconds": 1, "wall_seconds": WALL_SECONDS, "memory_mib": 512, "num_sandboxes": 2, **changes}
     return CodeScorer(CodeConfig(kind="code", weight=1.0, **values))
 
@@ -128,7 +129,7 @@ HONEST = {
 @pytest.mark.parametrize("name", HONEST)
 def test_code_honest_programs_get_their_verdict(scorer: CodeScorer, name: str) -> None:
     program, tests, expected = HONEST[name]
-    score = run(scorer, program, tests)
+    score = run(scorer, program, tests)  # type: ignore[arg-type]
     assert (score.outcome, score.value) == (expected, float(expected == "correct")), score.detail
 
 
@@ -264,10 +265,10 @@ def test_code_sleep_and_a_busy_machine_are_distinguished(
     monkeypatch: pytest.MonkeyPatch, delays: list[float], speed: float, slept: float, delayed: float
 ) -> None:
     now = iter(range(1, 20))
-    monkeypatch.setattr(supervise.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: float(next(now)))  # type: ignore[attr-defined]
     activity, guest = supervise._Activity(0.0), StandIn(list(delays), speed)
     for _ in range(10):
-        activity.measure([guest])
+        activity.measure([guest])  # type: ignore[list-item]
     assert (activity.slept, activity.delayed) == (pytest.approx(slept), pytest.approx(delayed))
 
 

@@ -51,7 +51,7 @@ def run_attacks(user: str, canary: Path) -> dict:
     canary.chmod(0o666)
     prefix, python, folder = [], sys.executable, ROOT
     if user == "user":
-        prefix, python, folder = as_ordinary_user(), "/mnt/python/bin/python3", "/mnt/checkout"
+        prefix, python, folder = as_ordinary_user(), "/mnt/python/bin/python3", "/mnt/checkout"  # type: ignore[assignment]
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": f"{folder}:/mnt/packages",
@@ -144,7 +144,7 @@ def test_isolation_takes_the_interpreter_of_a_virtual_environment(tmp_path: Path
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{MOUNTS['/mnt/packages']}"}
     command = [tmp_path / "venv" / "bin" / "python", "-c", SCORE_ONE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd="/")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd="/")  # type: ignore[arg-type]
     assert done.stdout.split() == ["bubblewrap", MOUNTS["/mnt/python"], "correct"], (done.stdout, done.stderr[-2000:])
 
 
@@ -210,7 +210,7 @@ def test_isolation_a_sandbox_that_does_not_hold_is_not_used(monkeypatch: pytest.
 
     def check(sandbox: Sandbox) -> None:
         build = sandbox._bubblewrap
-        sandbox._bubblewrap = lambda *values: [*build(*values), "--bind", "/tmp", "/tmp"]
+        sandbox._bubblewrap = lambda *values: [*build(*values), "--bind", "/tmp", "/tmp"]  # type: ignore[method-assign]
         real(sandbox)
 
     monkeypatch.setattr(find, "_check", check)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,9 +80,9 @@ CALLS = [
 ]
 
 
-def config_of(path: Path, **changes: object) -> PythonConfig:
+def config_of(path: Path, **changes: Any) -> PythonConfig:
     values = {"kind": "python", "weight": 1.0, "function": "score", "seconds": 0.5, "num_workers": 1, **changes}
-    return PythonConfig(path=str(path), **values)  # type: ignore[arg-type]
+    return PythonConfig(path=str(path), **values)
 
 
 def write(folder: Path, source: str) -> Path:
@@ -210,9 +211,9 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
-def source_of(**changes: object) -> GymSource:
+def source_of(**changes: Any) -> GymSource:
     values = {"dataset": "sums", "count": 60, "generator_seed": 3, "template": "v3", **changes}
-    return GymSource(kind="reasoning_gym", **values)  # type: ignore[arg-type]
+    return GymSource(kind="reasoning_gym", **values)
 
 
 def scorer_config() -> GymScorerConfig:
@@ -291,7 +292,7 @@ def test_threads_abandon_calls_that_hang_and_keep_the_others(hang: threading.Eve
     )
     assert (one, two) == (1, 2)
     assert broken == failure("error", "test: ValueError: broken")
-    assert {score.outcome for score in (first, second)} == {"unknown"}
+    assert {score.outcome for score in (first, second)} == {"unknown"}  # type: ignore[attr-defined]
 
 
 def test_threads_give_up_if_only_abandoned_calls_follow_each_other(hang: threading.Event) -> None:

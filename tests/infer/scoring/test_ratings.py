@@ -1,5 +1,7 @@
 """Tests of scorers of text, each against a table, and of the reward that sums them."""
 
+from typing import Any
+
 import pytest
 
 from infer.scoring.ratings import (
@@ -46,12 +48,12 @@ FORMATS = [
 ]
 
 
-def format_config(**changes) -> FormatConfig:
+def format_config(**changes: Any) -> FormatConfig:
     values = {"thoughts": "any", "boxed": False, "code": False, "ended": False, **changes}
     return FormatConfig(kind="format", weight=1.0, **values)
 
 
-def answer(text: str, **changes) -> Answer:
+def answer(text: str, **changes: Any) -> Answer:
     return TextAnswer(text=text, num_tokens=1, **changes)
 
 
@@ -110,7 +112,7 @@ def test_format_of_boxes_code_and_ends_is_judged_as_in_the_table(text: str, chan
     ],
 )
 def test_language_share_is_as_in_the_table(text: str, language: str, share: float) -> None:
-    config = LanguageConfig(kind="language", weight=1.0, language=language)
+    config = LanguageConfig(kind="language", weight=1.0, language=language)  # type: ignore[arg-type]
     assert score_language(config, answer(text), Problem(prompt="")).value == share
 
 
@@ -239,7 +241,7 @@ def test_scorers_are_registered_with_a_summary() -> None:
     assert all(spec.summary and issubclass(spec.config, object) for _, spec in SCORERS.items())
 
 
-def plurality_config(**changes) -> PluralityConfig:
+def plurality_config(**changes: Any) -> PluralityConfig:
     values = {"boxed": False, "ignore_case": False, "quorum": 0.5, "ties": "drop", **changes}
     return PluralityConfig(kind="plurality", weight=1.0, **values)
 

@@ -60,7 +60,7 @@ def main(canary: str, port: str, uid: str = "") -> None:
         score = scorer.score(
             TextAnswer(text=f"```python\n{program}\n```", num_tokens=1), Problem(prompt="", tests=TESTS)
         )
-        found[name] = {"outcome": score.outcome, "detail": score.detail, "cpu": used() - before}
+        found[name] = {"outcome": score.outcome, "detail": score.detail, "cpu": used() - before}  # type: ignore[assignment]
     print(json.dumps(found))
 
 

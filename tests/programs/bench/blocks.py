@@ -132,7 +132,7 @@ class SleepBlock:
         self._log.sleep(kind, self._seconds)
 
     def forward(self, x_TD: Tensor, sink: WeightSink) -> Tensor:
-        out: Tensor = _Sleep.apply(x_TD, self.weights[0], self, sink)  # type: ignore[no-untyped-call]
+        out: Tensor = _Sleep.apply(x_TD, self.weights[0], self, sink)
         return out
 
 

@@ -175,7 +175,7 @@ def own_step(schedule: Schedule, rank: int, workload: Workload, transport: Pipel
     links = Links(transport, like_TD)
 
     def run() -> None:
-        execute(program, stages, links)
+        execute(program, stages, links)  # type: ignore[arg-type]
 
     return run
 
@@ -245,7 +245,7 @@ def torch_step(kind: str, rank: int, num_ranks: int, num_micro_batches: int, wor
     if kind == "torch:Schedule1F1B":
         schedule = Schedule1F1B(stages[0], num_micro_batches, loss_fn=_loss, scale_grads=False)
     else:
-        schedule = ScheduleDualPipeV(stages, num_micro_batches, loss_fn=_loss, scale_grads=False)
+        schedule = ScheduleDualPipeV(stages, num_micro_batches, loss_fn=_loss, scale_grads=False)  # type: ignore[arg-type]
     batch_TD = torch.zeros(workload.num_rows * num_micro_batches, workload.hidden)
     arguments = (batch_TD,) if 0 in held else ()
     target = batch_TD if num_stages - 1 in held else None

@@ -183,7 +183,7 @@ class _Job:
         self._links = links
 
     def run(self) -> None:
-        self.execution = execute(self.program, self._stages, self._links)  # type: ignore[arg-type]
+        self.execution = execute(self.program, self._stages, self._links)
 
 
 @contextmanager

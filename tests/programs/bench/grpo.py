@@ -73,9 +73,9 @@ def _serve_trl(num_steps: int, pipe: Connection) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = trl_tokenizer(arithmetic_tokenizer(), folder)
         model = transformers_model()
-        model.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
-        model.config._name_or_path = folder  # from which the trainer loads the reference
+        model.config._name_or_path = folder  # type: ignore[union-attr]  # the trainer loads the reference from it
         texts = [f"<｜begin▁of▁sentence｜><｜User｜>{each.prompt}" for each in problems(0, PROMPTS * num_steps)]
         arguments = GRPOConfig(
             **trl_settings(folder, num_steps),

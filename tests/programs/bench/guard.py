@@ -72,7 +72,7 @@ def main(overrides: Sequence[str]) -> int:
     """Measures and prints the cost."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        store = dist.FileStore(str(Path(folder) / "store"), 1)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         cost = measure(overrides, 5)
         dist.destroy_process_group()

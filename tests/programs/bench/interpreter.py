@@ -44,6 +44,6 @@ def microseconds_per_operation(schedule: Schedule, rank: int, num_repeats: int) 
     seconds = []
     for _ in range(num_repeats):
         begun = time.perf_counter()
-        execute(program, stages, links)
+        execute(program, stages, links)  # type: ignore[arg-type]
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds) / num_operations * 1e6

@@ -68,7 +68,7 @@ class _Slept(torch.autograd.Function):
 
 def _sleep(rows: Tensor, others: Tensor, block: SleepBlock, sink: WeightSink | None) -> Tensor:
     assert sink is not None
-    out: Tensor = _Slept.apply(rows, others, block.weights[0], block, sink)  # type: ignore[no-untyped-call]
+    out: Tensor = _Slept.apply(rows, others, block.weights[0], block, sink)
     return out
 
 

@@ -123,7 +123,7 @@ def _run_rank(
             held = {stage for _, stage in schedule.stages_of(rank)}
             stages = {stage: _uneven_stage(costs[kind].stages[stage], log, like_TD) for stage in held}
             program = compile_rank(schedule, rank, dict.fromkeys(held, ("compute",)), pairing.overlapped)
-            steps[kind] = partial(execute, program, stages, links)  # type: ignore[assignment]
+            steps[kind] = partial(execute, program, stages, links)  # type: ignore[arg-type, assignment]
         for step in steps.values():
             step()
         found: dict[str, list[float]] = {kind: [] for kind in steps}

@@ -52,7 +52,7 @@ def changed(preset: Preset, draws: random.Random) -> Preset:
                 values[name] += draws.choice((-1, 1))
             case _:
                 values[name] = round(values[name] + draws.gauss(0, 0.5), 2)
-    return replace(preset, **{part: Preferences(**values)})
+    return replace(preset, **{part: Preferences(**values)})  # type: ignore[arg-type]
 
 
 def lengths(preset: Preset, among: Sequence[tuple[Pipeline, float]]) -> list[float]:

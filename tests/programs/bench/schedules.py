@@ -180,7 +180,7 @@ def _compare(case: Case, arguments: argparse.Namespace) -> tuple[str, ...]:
     if best is None:
         return (str(case), before, "none", "", "", "", "" if aim is None else f"{aim:g}", "")
     name = f"{best.kind}, {best.chunks}"
-    numbers = tuple(f"{value:.4g}" for value in (best.overhead, best.peak, best.bound))
+    numbers = tuple(f"{value:.4g}" for value in (best.overhead, best.peak, best.bound))  # type: ignore[assignment]
     # Cases without a target must not get longer than before.
     limit = case.before if aim is None else aim
     verdict = "" if limit is None else "reached" if best.overhead <= limit + _ROUNDING else "missed"

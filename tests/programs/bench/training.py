@@ -173,7 +173,7 @@ def _build(contender: Contender) -> tuple[Callable[[Tensor, Tensor], Tensor], to
     from model.objective import CrossEntropy, LossSums, MicroBatch, loss_names
     from model.transformer import Transformer, initialize_weights
 
-    config = parse_config({**_RELEASED_KEYS, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}, "config")
+    config = parse_config({**_RELEASED_KEYS, "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}, "config")  # type: ignore[arg-type]
     model = Transformer(config, LocalDispatcher(config.num_routed_experts), dtype)
     initialize_weights(model, 0)
     objective = CrossEntropy(factors=(1 / (SEQUENCES * TOKENS),), balance=0.0)
@@ -193,9 +193,9 @@ def _build_transformers(
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], torch.nn.Module]:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    config = DeepseekV3Config(**_RELEASED_KEYS, attn_implementation=contender.attention)
+    config = DeepseekV3Config(**_RELEASED_KEYS, attn_implementation=contender.attention)  # type: ignore[call-arg]
     config._experts_implementation = contender.experts
-    model = DeepseekV3ForCausalLM(config).to(dtype).train()
+    model = DeepseekV3ForCausalLM(config).to(dtype).train()  # type: ignore[arg-type]
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits

@@ -100,7 +100,7 @@ def serve_here(config: "TrainConfig", pipe: Connection) -> None:
 
     apply_rank_environment(config.cluster)
     steps = Steps(pipe)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     learner, loader = open_job(config), open_loader(config)
     for step in range(config.task.steps):
         steps.start()
@@ -144,7 +144,7 @@ def serve_trl(trainer_class: Callable[..., Any], num_steps: int, pipe: Connectio
 
     steps = Steps(pipe)
 
-    class Serve(TrainerCallback):  # type: ignore[misc]
+    class Serve(TrainerCallback):
         def on_train_begin(self, *rest: Any, **values: Any) -> None:
             steps.start()
 

@@ -33,7 +33,7 @@ def watched_rank(config: TrainConfig) -> int:
     from train import loop
     from train.run import main as run
 
-    num_operations, steps, plain = [0], [], loop.train_step
+    num_operations, steps, plain = [0], [], loop.train_step  # type: ignore[attr-defined]
 
     def count(*_: object) -> None:
         num_operations[0] += 1
@@ -47,7 +47,7 @@ def watched_rank(config: TrainConfig) -> int:
         return result
 
     watch_operations(count)
-    loop.train_step = step
+    loop.train_step = step  # type: ignore[assignment, attr-defined]
     code = run(config)
     begun, log = time.process_time(), CollectiveLog()
     for _ in range(_NUM_NOTES):

@@ -82,7 +82,7 @@ def _watch(on_moment: Callable[[str, Hashable | None], None], samples: Path) -> 
             file.write(f"{step + 1} {first + index} {hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}\n")
         return read
 
-    Loader.batch = batch  # type: ignore[method-assign]
+    Loader.batch = batch  # type: ignore[assignment, method-assign]
 
 
 class _FaultInjector:

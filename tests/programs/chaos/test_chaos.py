@@ -103,9 +103,9 @@ def test_differences_from_the_uninterrupted_run_are_detected(
                 path.write_text("\n".join(kept))
         case "twice":
             for path in notes_of(command.out_dir).glob("samples-*"):
-                seen = [line.split() for line in path.read_text().splitlines()]
-                first = {place: hashed for step, place, hashed in seen if step == "1"}
-                again = [(step, place, first[place] if step == "2" else hashed) for step, place, hashed in seen]
+                seen = [line.split() for line in path.read_text().splitlines()]  # type: ignore[assignment]
+                first = {place: hashed for step, place, hashed in seen if step == "1"}  # type: ignore[str-unpack]
+                again = [(step, place, first[place] if step == "2" else hashed) for step, place, hashed in seen]  # type: ignore[str-unpack]
                 path.write_text("\n".join(" ".join(each) for each in again))
         case "metrics":
             record = json.loads(metrics.read_text().splitlines()[-1])

@@ -85,10 +85,10 @@ def checks() -> Iterator[Any]:
         (partial(check_permute, permute, "cuda"), (PERMUTE_SHAPES, OPAQUE_DTYPES, [torch.int32, torch.int64])),
         (partial(check_unpermute, permute, "cuda"), (UNPERMUTE_SHAPES, UNPERMUTE_DTYPES)),
         (partial(check_unpermute, permute, "cuda"), (UNPERMUTE_SHAPES[:1], UNPERMUTE_DTYPES, [torch.int32])),
-        (lambda shape, dtype: check_rows(*shape, dtype), (TILED_SHAPES, [*WIDE, torch.float16])),
-        (lambda shape, dtype: check_columns(quantize_columns, "cuda", *shape, dtype), (COLUMNS, NARROW)),
+        (lambda shape, dtype: check_rows(*shape, dtype), (TILED_SHAPES, [*WIDE, torch.float16])),  # type: ignore[call-arg]
+        (lambda shape, dtype: check_columns(quantize_columns, "cuda", *shape, dtype), (COLUMNS, NARROW)),  # type: ignore[call-arg]
         (partial(check_blocks, quantize, "cuda"), (BLOCKS, NARROW)),
-        (lambda shape, dtype: check_e5m6(e5m6, "cuda", *shape, dtype), (PACKED_SHAPES, NARROW)),
+        (lambda shape, dtype: check_e5m6(e5m6, "cuda", *shape, dtype), (PACKED_SHAPES, NARROW)),  # type: ignore[call-arg]
         (partial(check_slopes, cross_entropy, "cuda"), (LOGITS_SHAPES, WIDE)),
         (
             partial(check_cross_entropy, cross_entropy, "cuda"),

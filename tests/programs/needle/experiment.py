@@ -93,7 +93,7 @@ def train(model: Transformer, steps: int, *, is_base: bool, seed: int) -> None:
             group["lr"] = rate * _rate_share(step, steps, is_base=is_base)
         tokens_BT = rows.batch(TOKENS_PER_STEP // length, length)
         optimizer.zero_grad()
-        loss_of(model, tokens_BT).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, tokens_BT).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tests.programs.scale import groups, rendezvous, watchdog
 
@@ -25,7 +26,8 @@ def main() -> int:
     sizes: list[int] = parser.parse_args().num_ranks
     columns: list[dict[str, float]] = []
     for num_ranks in sizes:
-        began, figures = time.perf_counter(), {}
+        began = time.perf_counter()
+        figures: dict[str, Any] = {}
         for measure in MEASUREMENTS:
             figures |= measure(num_ranks)
         columns.append(figures)

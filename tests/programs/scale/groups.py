@@ -4,6 +4,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -79,7 +80,7 @@ def _walk(layout: Layout) -> None:
 def _open_links(layout: Layout) -> None:
     """Opens the links of a bidirectional pipeline, each with its own group as on NCCL."""
     pairs = [(low, low + 1) for low in range(_PIPELINE - 1)]
-    with mock.patch.object(transfers.distributed, "get_backend", return_value="nccl"):
+    with mock.patch.object(transfers.distributed, "get_backend", return_value="nccl"):  # type: ignore[attr-defined]
         transfers.PipelineTransport(layout, pairs, torch.device("cpu"), _TIMEOUT_SECONDS, CollectiveLog())
 
 
@@ -98,8 +99,8 @@ def _counted_calls() -> Iterator[list[bool]]:
     calls: list[bool] = []
     new_group = distributed.new_group
 
-    def counted(*args: object, **options: object) -> object:
-        group = new_group(*args, **options)
+    def counted(*args: object, **options: Any) -> object:
+        group = new_group(*args, **options)  # type: ignore[arg-type]
         calls.append(group is not distributed.GroupMember.NON_GROUP_MEMBER)
         return group
 

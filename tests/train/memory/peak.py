@@ -60,7 +60,7 @@ def _choose_evenly(model: torch.nn.Module, config: TrainConfig) -> None:
     assert num_chosen % ranks == 0
     assert config.model.num_expert_groups == 1
     chosen = [rank * per_rank + index for rank in range(ranks) for index in range(num_chosen // ranks)]
-    for router in routers(model).values():
+    for router in routers(model).values():  # type: ignore[arg-type]
         router.e_score_correction_bias.fill_(0.0)
         router.e_score_correction_bias[chosen] = 10.0
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ TOLERANCE = 0.02
 
 
 def make_config(
-    folder: Path, model: ModelConfig, recompute: tuple[Recomputed, ...], precision: Precision, **changes: object
+    folder: Path, model: ModelConfig, recompute: tuple[Recomputed, ...], precision: Precision, **changes: Any
 ) -> TrainConfig:
     is_fp8, is_full = precision.kind == "fp8", precision.kind == "float32"
     config = tiny_config(folder, model=replace(model, max_position_tokens=256), precision=precision)
@@ -58,7 +59,7 @@ def make_config(
     recompute = RECOMPUTED if is_fp8 and LAYER not in recompute else recompute
     schedule = replace(config.schedule, kind="dualpipe_split")
     given = replace(config, batch=batch, optim=optim, recompute=recompute, schedule=schedule)
-    return replace(given, **changes)  # type: ignore[arg-type]
+    return replace(given, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_ranks_that_share_sequences_keep_what_is_predicted(folder: Path) -> None
         (make_config(folder, *SHAPES[shape], PRECISIONS[precision], parallelism=mesh), None)
         for shape, precision in names
     ]
-    names += (("recomputed layers", "float32"), ("recomputed layers", "fp8"))
+    names += (("recomputed layers", "float32"), ("recomputed layers", "fp8"))  # type: ignore[assignment]
     jobs += [(make_config(folder, BASE, (LAYER,), PRECISIONS[kind], parallelism=mesh), None) for _, kind in names[-2:]]
     results = run_ranks(4, compare_rank, jobs, False)
     for rank, compared in enumerate(results):

@@ -49,7 +49,7 @@ def make_config(folder: Path, number: int) -> TrainConfig:
         schedule=ScheduleConfig(kind=kind, chunks=None, pairing="overlapped"),
     )
     moments = "bf16" if number % 2 else "float32"
-    return replace(config, optim=replace(config.optim, sharding="zero1", moments=moments))
+    return replace(config, optim=replace(config.optim, sharding="zero1", moments=moments))  # type: ignore[arg-type]
 
 
 def measure(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[int, int, int, int]]:
@@ -82,8 +82,8 @@ def _optimizer_bytes(learner: Learner) -> tuple[int, int]:
     """Returns the bytes of DeepSpeed's own tensors, and their number."""
     masters: list[tuple[object, Tensor]] = []
     for _, unit in learner.optimizer._units:
-        optimizer = unit._optimizer  # type: ignore[attr-defined]
-        masters += [(optimizer.optimizer, master) for master in optimizer.single_partition_of_fp32_groups]
+        optimizer = unit._optimizer
+        masters += [(optimizer.optimizer, master) for master in optimizer.single_partition_of_fp32_groups]  # type: ignore[union-attr]
     moments = [moments_of(optimizer, master)[name] for optimizer, master in masters for name in MOMENTS]  # type: ignore[arg-type]
     held = [master for _, master in masters] + moments
     return sum(tensor.untyped_storage().nbytes() for tensor in held), len(masters)

@@ -97,7 +97,7 @@ def test_counts_and_rejections_add_up(tmp_path: Path) -> None:
     assert counts.rejected == sum(group.count for group in result.rejected)
     assert counts.layouts >= counts.rejected + counts.dropped + counts.open
     assert {group.reason.partition(":")[0] for group in result.rejected} >= {"dispatch", "batch.global_sequences"}
-    assert all(found.memory.worst.total <= request.config.cluster.memory_bytes for found in result.found)
+    assert all(found.memory.worst.total <= request.config.cluster.memory_bytes for found in result.found)  # type: ignore[operator]
     assert [found.order for found in result.found] == sorted(found.order for found in result.found)
 
 

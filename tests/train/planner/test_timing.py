@@ -118,7 +118,7 @@ def published() -> TrainConfig:
 
 def with_cluster(**values: float) -> LayerTimes:
     config = published()
-    return scaled_times(rates(), replace(config, cluster=replace(config.cluster, **values)))
+    return scaled_times(rates(), replace(config, cluster=replace(config.cluster, **values)))  # type: ignore[arg-type]
 
 
 def test_reference_layer_has_the_times_of_the_trace() -> None:

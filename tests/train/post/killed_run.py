@@ -86,7 +86,7 @@ def _arm(out_dir: Path) -> None:
         step[0] = number
         return plain(sampler, loader, number)
 
-    PolicySampler.prepare = prepare  # type: ignore[method-assign]
+    PolicySampler.prepare = prepare  # type: ignore[assignment, method-assign]
     # A journal has two files. Between them, the first one is on the disk and the second is not.
     places: dict[str, tuple[Any, str, int]] = {
         "drawing": (PromptOrder, "take", 1),

@@ -184,7 +184,7 @@ def unpack(batch: Batch, column: str | None = None) -> list[tuple[tuple[int, ...
             found.append((piece[:first], piece[first:], tuple(values[start + first - 1 : end - 1].tolist())))
         assert not weights[starts[-1] :].any()
         assert (tokens[starts[-1] :] == PAD).all()
-    return found
+    return found  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 4, 30])

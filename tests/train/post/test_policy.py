@@ -80,7 +80,7 @@ def jobs(folder: Path, layout: tuple[int, int, int], layers: int) -> list[Job]:
     """Returns the run of each variant with a layout; all have the same model."""
     made = []
     for name, changes in VARIANTS.items():
-        config = rollout_config(folder, *layout, **changes)
+        config = rollout_config(folder, *layout, **changes)  # type: ignore[arg-type]
         model = replace(config.model, num_layers=layers)
         out_dir = folder / f"{name}-{'x'.join(map(str, layout))}"
         made.append(Job(config=replace(config, model=model, out_dir=str(out_dir))))
@@ -133,7 +133,7 @@ def sparse_jobs(folder: Path, *, drops: bool) -> list[Job]:
     for name, form in VARIANTS_OF_LOSS.items():
         rollout = replace(FEW_GROUPS, drop_equal_groups=drops, updates=UPDATES.get(name, 1))
         changes = {"task": replace(GRPO, loss=form), "rollout": rollout, "reward": SPARSE}
-        config = rollout_config(folder, **changes)
+        config = rollout_config(folder, **changes)  # type: ignore[arg-type]
         model = replace(config.model, mtp_depth=0)
         made.append(Job(config=replace(config, model=model, out_dir=str(folder / f"{name}-{drops}"))))
     return made

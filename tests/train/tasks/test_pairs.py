@@ -114,8 +114,8 @@ def test_policy_of_the_first_step_is_its_reference_to_the_bit(folder: Path) -> N
     for kind in ("float64", "float32", "bf16"):
         config = run_config(folder, DPO, 2, 1, 1, "dualpipe_split")
         sharding = "zero1" if kind == "bf16" else "replicated"
-        optim = replace(OPTIM, sharding=sharding)
-        configs.append(replace(config, precision=PrecisionConfig(kind=kind), optim=optim))  # type: ignore[arg-type]
+        optim = replace(OPTIM, sharding=sharding)  # type: ignore[arg-type]
+        configs.append(replace(config, precision=PrecisionConfig(kind=kind), optim=optim))
     configs.append(run_config(folder, DPO, 1, 2, 2, "1f1b"))
     for rank in run_ranks(2, first_steps, configs):
         for config, (first, margin) in zip(configs, rank, strict=True):
@@ -299,7 +299,7 @@ def test_reward_model_keeps_the_memory_that_is_predicted(folder: Path) -> None:
         schedule = replace(config.schedule, kind="dualpipe_split")
         jobs.append(
             (replace(config, model=model, optim=optim, schedule=schedule, precision=PrecisionConfig(kind=kind)), None)
-        )  # type: ignore[arg-type]
+        )
     (results,) = run_ranks(1, compare_rank, jobs, False)
     for (config, _), compared in zip(jobs, results, strict=True):
         assert isinstance(compared, Compared)

@@ -78,7 +78,7 @@ def layouts(folder: Path) -> Iterator[tuple[int, list[TrainConfig]]]:
         for expert in experts:
             for micro in (1, 2, 4):
                 for kind in ("1f1b", "dualpipe", "dualpipe_split", "zb_h1", "zb_v"):
-                    config = sized(folder, pipeline, data, expert, micro, kind)  # type: ignore[arg-type]
+                    config = sized(folder, pipeline, data, expert, micro, kind)
                     limit = 2 * pipeline if kind.startswith("dualpipe") else pipeline
                     if config.num_micro_batches >= limit and (pipeline > 1 or kind == "1f1b"):
                         by_size.setdefault(pipeline * data, []).append(config)

@@ -87,7 +87,7 @@ def test_rates_of_another_model_or_precision_or_without_exchange_do_not_apply(tm
     assert untimed_reason(wider, rates).startswith("rates: must be of the run's layers, in which a token uses ")
     deeper = replace(config, model=replace(config.model, num_layers=2 * config.model.num_layers))
     assert untimed_reason(deeper, rates) == ""
-    other = replace(config, precision=replace(config.precision, kind="bf16"))
+    other = replace(config, precision=replace(config.precision, kind="bf16"))  # type: ignore[arg-type]
     assert untimed_reason(other, rates).startswith("rates: must be of a run with precision=bf16, are of ")
     local = replace(rates, expert=1)
     assert untimed_reason(config, local).startswith("rates: must be of a run with experts on several ranks")
@@ -318,7 +318,7 @@ def _without(key: str) -> Callable[[dict[str, Any]], object]:
     return lambda values: values.pop(key)
 
 
-def _with(**changes: object) -> Callable[[dict[str, Any]], object]:
+def _with(**changes: Any) -> Callable[[dict[str, Any]], object]:
     return lambda values: values.update(changes)
 
 
