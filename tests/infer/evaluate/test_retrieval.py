@@ -109,7 +109,7 @@ def test_filler_may_be_a_text_of_the_user(tokenizer: Tokenizer, tmp_path: Path) 
     assert len(filler.ends) == 4
     fact = Fact(depth=0.5, parts=(" A fact",))
     prompt = hide(tokenizer, filler, [fact], " Why?", 300, 2)
-    assert len(prompt.ids) == 299  # one more is the begin of sentence  # type: ignore[union-attr]
+    assert len(prompt.ids) == 299  # type: ignore[union-attr]  # one more is the begin of sentence
     text = tokenizer.decode(prompt.ids)  # type: ignore[union-attr]
     assert text.count(" A fact") == 1
     assert text.count("The end") > 1
