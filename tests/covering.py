@@ -1,7 +1,7 @@
 """Chooses the parameters of a test that `make test` runs: each value, or each pair of values, at least once."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,8 +11,7 @@ import pytest
 def covering(cases: Sequence[Mapping[str, Any]], strength: int = 2) -> set[int]:
     """Returns positions of few cases that hold every combination of `strength` parameters that any case holds.
 
-    Greedy in a seeded order, so that two runs choose the same cases. Values that print alike are the same value, except
-    if the print shows an address.
+    Greedy in a seeded order, so that two processes choose the same cases.
     """
     combinations_of = [_combinations(case, strength) for case in cases]
     missing = set().union(*combinations_of)
@@ -25,10 +24,18 @@ def covering(cases: Sequence[Mapping[str, Any]], strength: int = 2) -> set[int]:
     return chosen
 
 
-def _combinations(case: Mapping[str, Any], strength: int) -> set[tuple[tuple[str, str], ...]]:
+def _combinations(case: Mapping[str, Any], strength: int) -> set[tuple[Hashable, ...]]:
     """Returns the combinations of names and values in a case; one with fewer parameters has a single combination."""
-    values = sorted((name, repr(value)) for name, value in case.items())
+    values = [(name, _key(case[name])) for name in sorted(case)]
     return set(combinations(values, min(strength, len(values))))
+
+
+def _key(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return type(value), value
 
 
 def exhaustive(*values: Any) -> list[Any]:

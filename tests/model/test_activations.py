@@ -52,12 +52,14 @@ def check(config: ModelConfig, dtype: torch.dtype, computing: Computing, tokens:
     assert kept == counted_bytes(config, dtype, computing, tokens)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("recomputed", [*SUBSETS, LAYERS], ids=lambda some: "+".join(sorted(some)) or "none")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_phases_keep_what_is_counted(recomputed: frozenset[Recomputed], dtype: torch.dtype) -> None:
     check(MODEL, dtype, Computing(recomputed=recomputed), 24)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "config",
     [
@@ -73,6 +75,7 @@ def test_phases_of_other_shapes_keep_what_is_counted(config: ModelConfig, recomp
     check(config, torch.float32, Computing(recomputed=recomputed), 17)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("recomputed", [ALL, LAYERS], ids=["all", "layer"])
 @pytest.mark.parametrize(
     "config",

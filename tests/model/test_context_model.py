@@ -25,6 +25,7 @@ from model.norm import RmsNorm
 from model.objective import LossSums, MicroBatch, loss_names
 from model.transformer import Transformer, build_linears, initialize_weights
 from tests.context_parts import join_held, take_held
+from tests.covering import exhaustive
 from tests.kernels.plain import randn
 from tests.model.against_plain import assert_near, randomize
 from tests.model.live_memory import counted_bytes, kept_bytes
@@ -266,9 +267,7 @@ def joined(parts: list[dict[str, Tensor]], name: str) -> Tensor:
     return torch.stack([each.double() for each in tensors]).sum(0)
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long), 4]
-)
+@pytest.mark.parametrize("size", [*exhaustive(1, 3), 2, 4])
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_attention_of_all_ranks_equals_that_of_one(exchange: ContextExchange, size: int) -> None:
     cases = ATTENTION_CASES[::5] if size < 4 else ATTENTION_CASES[::3] if exchange == "ring" else ATTENTION_CASES

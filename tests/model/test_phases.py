@@ -145,6 +145,7 @@ def test_each_kind_of_recomputation_saves_memory(measured: Callable[[frozenset[R
                 assert found[recomputed | {name}] <= size - least[name], (name, recomputed)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("_garbage_collection_disabled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recomputed", SUBSETS)

@@ -80,6 +80,7 @@ def test_names_of_v3_are_the_released_ones() -> None:
     assert named["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 7168)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", ["v3_671b", "v2_lite_16b", "quickstart"])
 @pytest.mark.parametrize("length", [4096, 32768, 131072])
 @pytest.mark.parametrize("slices", [1, 2, 4, 16])
