@@ -33,6 +33,7 @@ from tests.comm.backends import MAX_CHOICES, MAX_TOKENS, watching
 from tests.comm.contract import CASES, NUM_CHOICES, Bench, num_experts_for
 from tests.comm.deep_ep_emulation import Emulation
 from tests.comm.laws import check_laws
+from tests.covering import exhaustive
 from tests.ranks import run_ranks
 
 
@@ -268,7 +269,8 @@ def _check(rank: int, world_size: int, machines: Machines) -> dict[str, str]:
 
 
 @pytest.fixture(
-    scope="module", params=[name if name == "2x1" else pytest.param(name, marks=pytest.mark.slow) for name in _MACHINES]
+    scope="module",
+    params=["2x1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1x1", "2x2")), *exhaustive("1x4")],
 )
 def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     machines = _MACHINES[request.param]
