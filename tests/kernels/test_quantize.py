@@ -262,38 +262,6 @@ def test_every_code_comes_back_from_its_rounded_value(dtype: torch.dtype) -> Non
     assert_same_bits(codes_128x128(values_ND, scales), codes)
 
 
-def test_error_of_a_quantized_weight_is_at_most_half_a_step() -> None:
-    values_ND = torch.randn(200, 300, generator=torch.Generator().manual_seed(4))
-    back_ND = dequantize_128x128(quantize_128x128(values_ND, power_of_two=False), torch.float32)
-    # Four significant bits: half a step is 2^-4 of the value; below the smallest normal code, half of 2^-9 scales.
-    smallest = values_ND.abs().amax() / 448 * 2.0**-10
-    assert ((back_ND - values_ND).abs() <= values_ND.abs() * 2.0**-4 + smallest).all()
-
-
-def test_a_block_that_is_not_finite_leaves_the_others_alone() -> None:
-    values_ND = torch.randn(200, 300, generator=torch.Generator().manual_seed(5))
-    clean = quantize_128x128(values_ND, power_of_two=False)
-    values_ND[150, 290] = torch.inf
-    made = quantize_128x128(values_ND, power_of_two=False)
-    assert made.scales.isnan().nonzero().tolist() == [[1, 2]]
-    assert (made.codes.view(torch.uint8)[128:, 256:] == NAN_CODE).all()
-    assert_same_bits(made.codes[:128].contiguous(), clean.codes[:128].contiguous())
-    assert_same_bits(made.codes[:, :256].contiguous(), clean.codes[:, :256].contiguous())
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_a_matrix_of_no_elements_has_no_codes(shape: tuple[int, int]) -> None:
-    made = quantize_128x128(torch.empty(shape), power_of_two=False)
-    assert made.codes.shape == shape
-    assert made.scales.shape == (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
-    assert dequantize_128x128(made, torch.float32).shape == shape
-
-
-def test_a_bound_from_which_scales_underflow_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"min_amax must be in \[2\*\*-117, 2\*\*127\], got 0"):
-        quantize_128x128(torch.ones(2, 2), power_of_two=False, min_amax=0.0)
-
-
 @pytest.mark.parametrize("power_of_two", [True, False])
 def test_matrices_side_by_side_are_quantized_one_by_one(power_of_two: bool) -> None:
     values = torch.randn(2, 3, 200, 150, generator=torch.Generator().manual_seed(6)).transpose(0, 1)
@@ -321,13 +289,14 @@ def test_the_transpose_of_blocks_is_the_blocks_of_the_transpose(shape: tuple[int
         assert_same_bits(actual.scales, other.scales)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_matrices_of_no_elements_have_no_codes(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_matrices_of_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
     made = quantize_128x128(torch.empty(shape), power_of_two=False)
+    *matrices, rows, columns = shape
     assert made.codes.shape == shape
-    assert made.scales.shape == (shape[0], math.ceil(shape[1] / 128), math.ceil(shape[2] / 128))
+    assert made.scales.shape == (*matrices, math.ceil(rows / 128), math.ceil(columns / 128))
     assert dequantize_128x128(made, torch.float32).shape == shape
-    assert transpose_blocks(made).codes.shape == (shape[0], shape[2], shape[1])
+    assert transpose_blocks(made).codes.shape == (*matrices, columns, rows)
 
 
 COUNTS = [[0, 130, 1, 0, 127, 256, 0], [128], [5]]
@@ -407,18 +376,6 @@ def test_requantizing_powers_of_two_is_exact_if_exponents_allow_it() -> None:
     ).double().mean() > 0.3
 
 
-@pytest.mark.parametrize("power_of_two", [True, False])
-def test_error_is_within_half_a_step_of_the_code_of_columns(power_of_two: bool) -> None:
-    counts = [130, 70]
-    rows_ND = normal_rows(200, 64, 3) * torch.logspace(-6, 6, 64)
-    made = quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=GRADIENTS_MIN_AMAX)
-    ones = torch.ones(made.codes.shape).to(made.codes.dtype)
-    scales_ND = values_of(QuantizedColumns(ones, made.scales), counts)
-    # 3 bits of mantissa: 2**-4 of the number, or half of the smallest code, 2**-9.
-    allowed_ND = torch.maximum(rows_ND.double().abs() * 2.0**-4, scales_ND * 2.0**-10) * (1 + 2.0**-20)
-    assert ((values_of(made, counts) - rows_ND).abs() <= allowed_ND).all()
-
-
 def test_permuting_rows_of_a_tile_permutes_its_codes() -> None:
     rows_ND = normal_rows(128, 30, 4)
     order_N = torch.randperm(128, generator=torch.Generator().manual_seed(5))
@@ -435,18 +392,6 @@ def test_a_group_is_quantized_as_if_alone() -> None:
     codes_DP = torch.cat([part.codes.view(torch.uint8) for part in single], 1)
     assert_same_bits(made.codes.view(torch.uint8), codes_DP)
     assert_same_bits(made.scales, torch.cat([part.scales for part in single], 1))
-
-
-@pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-def test_one_number_that_is_not_finite_poisons_its_tile_alone_of_columns(poison: float) -> None:
-    rows_ND, counts = normal_rows(300, 20, 6), [100, 200]
-    clean = quantize_columns(rows_ND, counts, power_of_two=True)
-    rows_ND[120, 7] = poison  # the second tile: row 120 is of the second group
-    made = quantize_columns(rows_ND, counts, power_of_two=True)
-    clean.codes.view(torch.uint8)[7, 128:256] = NAN_CODE
-    clean.scales[7, 1] = math.nan
-    assert_same_pair(made, clean)
-    assert values_of(made, counts)[100:228, 7].isnan().all()
 
 
 @pytest.mark.parametrize(("counts", "num_columns"), [([0, 0], 5), ([], 5), ([3], 0), ([0], 0)])
