@@ -111,7 +111,7 @@ YARN_CHANGES = [
 ]
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("changes", YARN_CHANGES, ids=lambda changes: "-".join(map(str, changes.values())))
 @pytest.mark.parametrize("factor", [1.0, 8.0])
 def test_yarn_turns_and_scales_as_transformers_does(changes: dict[str, Any], factor: float, tmp_path: Path) -> None:
