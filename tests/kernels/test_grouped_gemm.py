@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kernels.grouped_gemm import deep_gemm, native, reference
 from kernels.grouped_gemm.reference import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
-from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
+from kernels.quantize.layout import QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128
 from kernels.quantize.reference_columns import quantize_columns
 from tests.kernels.agreement_grouped import (
@@ -146,27 +146,6 @@ def test_products_of_quantized_groups_are_near_those_of_the_groups() -> None:
     # A code has four significant bits: uniformly up to 1/16 of a value, 0.026 at the mean, for either operand.
     assert 0.01 < (made - expected).norm() / expected.norm() < 0.05
     assert 0.01 < (gradient - expected_gradient).norm() / expected_gradient.norm() < 0.05
-
-
-def test_operands_that_do_not_fit_are_named() -> None:
-    rows, weights = operands((3, 4), 140, 200)
-    wrong = [
-        (rows, QuantizedBlocks(weights.codes[0], weights.scales), (3, 4), "the matrices must have 3 dimensions, got 2"),
-        (rows, QuantizedBlocks(weights.codes[:, :, 1:], weights.scales), (3, 4), "as many columns as rows, 200, got 1"),
-        (rows, weights, (7,), "counts must be as many as matrices, 2, got 1"),
-        (rows, weights, (3, 5), "counts must add up to the number of rows, 7, got 8"),
-        (rows, weights, (8, -1), "a count of rows must not be negative, got -1; nearest: 0"),
-        (Quantized(rows.codes, rows.scales[1:]), weights, (3, 4), r"rows.scales must be \[7, 2\], got \[6, 2\]"),
-        (rows, QuantizedBlocks(weights.codes, weights.scales[:1]), (3, 4), r"must be \[2, 2, 2\], got \[1, 2, 2\]"),
-    ]
-    for left, right, counts, message in wrong:
-        with pytest.raises(ValueError, match="grouped_rows_fp8: .*" + message):
-            grouped_rows_fp8(left, right, counts, torch.float32)
-    grad, inputs = column_operands((3, 4), 40, 50)
-    with pytest.raises(ValueError, match="grouped_weight_fp8: codes must have 128 columns, as counts fill up to, got"):
-        grouped_weight_fp8(grad, inputs, (3,))
-    with pytest.raises(ValueError, match="grouped_weight_fp8: a count of rows must not be negative"):
-        grouped_weight_fp8(grad, inputs, (256, -1))
 
 
 @pytest.fixture

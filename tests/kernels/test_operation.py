@@ -16,7 +16,7 @@ import kernels.rms_norm as norm
 from kernels import operation
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
 from kernels.gemm_fp8.tiling import Tiling
-from kernels.grouped_gemm import grouped_rows, grouped_rows_fp8, grouped_weight
+from kernels.grouped_gemm import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.grouped_gemm.tiles import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows as triton_rows
 from kernels.launch import without_launches
@@ -247,6 +247,18 @@ EVERYWHERE: list[Case] = [
         "right.scales must be [2, 2], got [1, 2]",
     ),
     (
+        gemm_fp8,
+        (ROWS, QuantizedBlocks(WEIGHT.codes[:, :-1], WEIGHT.scales), F32),
+        "right.codes must have as many columns",
+    ),
+    (gemm_fp8, (Quantized(ROWS.codes, ROWS.scales[:, :1]), WEIGHT, F32), "left.scales must be [3, 2], got [3, 1]"),
+    (gemm_fp8, (ROWS, QuantizedBlocks(BLOCKS.codes, WEIGHT.scales), F32), "right.codes must be a matrix, got 3 dim"),
+    (
+        gemm_fp8_columns,
+        (QuantizedColumns(COLUMNS.codes[:, :100], COLUMNS.scales),) * 2,
+        "left.codes must have a multiple of 128 columns, got 100",
+    ),
+    (
         gemm_fp8_columns,
         (COLUMNS, QuantizedColumns(COLUMNS.codes.view(torch.uint8), COLUMNS.scales)),
         "right.codes must be torch.float8_e4m3fn, got",
@@ -262,6 +274,27 @@ EVERYWHERE: list[Case] = [
         (ROWS, QuantizedBlocks(BLOCKS.codes, BLOCKS.scales[:, :1]), [1, 2], F32),
         "weights.scales must be [2, 2, 2], got [2, 1, 2]",
     ),
+    (grouped_rows_fp8, (ROWS, WEIGHT, [1, 2], F32), "the matrices must have 3 dimensions, got 2"),
+    (
+        grouped_rows_fp8,
+        (ROWS, QuantizedBlocks(BLOCKS.codes[:, :, 1:], BLOCKS.scales), [1, 2], F32),
+        "the matrices must have as many columns as rows, 200, got 199",
+    ),
+    (
+        grouped_rows_fp8,
+        (ROWS, QuantizedBlocks(BLOCKS.codes, BLOCKS.scales[:1]), [1, 2], F32),
+        "weights.scales must be [2, 2, 2], got [1, 2, 2]",
+    ),
+    (grouped_rows_fp8, (ROWS, BLOCKS, [3], F32), "counts must be as many as matrices, 2, got 1"),
+    (grouped_rows_fp8, (ROWS, BLOCKS, [1, 3], F32), "counts must add up to the number of rows, 3, got 4"),
+    (grouped_rows_fp8, (ROWS, BLOCKS, [4, -1], F32), "a count of rows must not be negative, got -1; nearest: 0"),
+    (
+        grouped_rows_fp8,
+        (Quantized(ROWS.codes, ROWS.scales[1:]), BLOCKS, [1, 2], F32),
+        "rows.scales must be [3, 2], got [2, 2]",
+    ),
+    (grouped_weight_fp8, (COLUMNS, COLUMNS, [3, 4]), "codes must have 256 columns, as counts fill up to, got"),
+    (grouped_weight_fp8, (COLUMNS, COLUMNS, [256, -1]), "a count of rows must not be negative"),
     (grouped_rows, (ones(4, 5), ones(2, 3, 5), (1, 2)), "counts must add up to the number of rows, 4, got 3"),
     (grouped_weight, (ones(3, 5), ones(4, 5), (1, 3)), "grad must have as many rows as rows, 4, got 3"),
     (swiglu, (ones(3, 8), ones(1, 8)), "up must be [3, 8], got [1, 8]"),
