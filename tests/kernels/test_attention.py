@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention import ATTENTION, AttentionKernel, choose_attention, makes_dense_masks, pads_values
-from kernels.attention.blocks import BlockKernelError, choose_block_kernel, fused
+from kernels.attention.blocks import BlockKernelError, choose_block_kernel, reference
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
 from kernels.attention.blocks.reference import REFERENCE, BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
@@ -216,7 +216,7 @@ def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: 
 
 
 CPU = torch.device("cpu")
-KERNELS = {"fused": fused.CPU_FLASH, "reference": REFERENCE}
+KERNELS = {"fused": reference.CPU_FLASH, "reference": REFERENCE}
 SIZES = (1, 2, 3, 4)
 SEGMENT = 3
 
@@ -382,7 +382,7 @@ def test_blocks_in_bf16_are_as_near_as_one_call() -> None:
     whole = [each.clone().requires_grad_() for each in heads]
     result = choose_attention("auto", CPU, torch.bfloat16, is_packed=False).attend(*whole, SCALE, None)  # type: ignore[arg-type, call-arg]
     result.backward(grad)
-    made = attend_by_blocks(heads, grad, fused.CPU_FLASH, 4, None)
+    made = attend_by_blocks(heads, grad, reference.CPU_FLASH, 4, None)
     for ours, called, right in zip(
         made, [result.detach(), *(each.grad for each in whole)], [expected, *(each.grad for each in exact)], strict=True
     ):
@@ -393,12 +393,12 @@ def test_blocks_in_bf16_are_as_near_as_one_call() -> None:
 
 def test_block_kernels_are_chosen_by_device_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    assert choose_block_kernel("auto", CPU, torch.bfloat16) is fused.CPU_FLASH
-    assert choose_block_kernel("sdpa", cuda, torch.bfloat16) is fused.CUDA_FLASH
-    assert choose_block_kernel("auto", cuda, torch.float32) is fused.CUDA_EFFICIENT
+    assert choose_block_kernel("auto", CPU, torch.bfloat16) is reference.CPU_FLASH
+    assert choose_block_kernel("sdpa", cuda, torch.bfloat16) is reference.CUDA_FLASH
+    assert choose_block_kernel("auto", cuda, torch.float32) is reference.CUDA_EFFICIENT
     assert choose_block_kernel("auto", cuda, torch.float64) is REFERENCE
-    assert fused.CPU_FLASH.widths(24, 20) == (24, 24)
-    assert fused.CUDA_FLASH.widths(20, 30) == (32, 32)
+    assert reference.CPU_FLASH.widths(24, 20) == (24, 24)
+    assert reference.CUDA_FLASH.widths(20, 30) == (32, 32)
     assert REFERENCE.widths(24, 20) == (24, 20)
     message = r"^attention: must return sums of exponentials .*, is flex; nearest valid: auto, sdpa$"
     with pytest.raises(BlockKernelError, match=message):
@@ -408,7 +408,7 @@ def test_block_kernels_are_chosen_by_device_and_type(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dtype"), [(fused.CUDA_FLASH, torch.bfloat16), (fused.CUDA_EFFICIENT, torch.float32)]
+    ("kernel", "dtype"), [(reference.CUDA_FLASH, torch.bfloat16), (reference.CUDA_EFFICIENT, torch.float32)]
 )
 def test_block_kernels_of_cuda_accept_their_arguments(kernel: BlockKernel, dtype: torch.dtype) -> None:
     """On the meta device, which checks signatures and shapes but computes nothing; no GPU is claimed."""

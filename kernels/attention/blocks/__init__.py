@@ -34,11 +34,11 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
         raise BlockKernelError(
             f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
         )
-    from kernels.attention.blocks import fused, reference
+    from kernels.attention.blocks import reference
 
     if device.type == "cpu" or name == SIZED_CPU:
-        return fused.CPU_FLASH
-    return {2: fused.CUDA_FLASH, 4: fused.CUDA_EFFICIENT}.get(dtype.itemsize, reference.REFERENCE)
+        return reference.CPU_FLASH
+    return {2: reference.CUDA_FLASH, 4: reference.CUDA_EFFICIENT}.get(dtype.itemsize, reference.REFERENCE)
 
 
 def has_blocks(name: str) -> bool:
