@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from comm.protocol import Rows
+from kernels.attention.block_kernels import BlockKernel
 from kernels.attention.blocks import choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
-from kernels.attention.blocks.reference import BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from model.attention.core import HeadLayout, Rotated
 from model.linear import deliver_gradient

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.attention import ATTENTION, AttentionKernel, choose_attention, makes_dense_masks, pads_values
-from kernels.attention.blocks import BlockKernelError, choose_block_kernel, reference
+from kernels.attention import (
+    ATTENTION,
+    AttentionKernel,
+    block_kernels,
+    choose_attention,
+    makes_dense_masks,
+    pads_values,
+)
+from kernels.attention.block_kernels import REFERENCE, BlockKernel
+from kernels.attention.blocks import BlockKernelError, choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward
-from kernels.attention.blocks.reference import REFERENCE, BlockKernel
 from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from kernels.registry import UnknownNameError
@@ -216,7 +223,7 @@ def test_kernel_of_the_documentation_passes_the_contract_from_outside(tmp_path: 
 
 
 CPU = torch.device("cpu")
-KERNELS = {"fused": reference.CPU_FLASH, "reference": REFERENCE}
+KERNELS = {"fused": block_kernels.CPU_FLASH, "reference": REFERENCE}
 SIZES = (1, 2, 3, 4)
 SEGMENT = 3
 
@@ -355,7 +362,7 @@ def test_blocks_of_all_ranks_equal_reading_query_by_query(
     name: str, size: int, is_packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The reference splits its queries too.
-    monkeypatch.setattr("kernels.attention.blocks.reference._MOST_SCORES", 40)
+    monkeypatch.setattr("kernels.attention.block_kernels._MOST_SCORES", 40)
     tokens = 2 * size * SEGMENT
     positions = places(size, 7) if is_packed else None
     documents = None if positions is None else Documents.from_positions(torch.tensor(positions))
@@ -382,7 +389,7 @@ def test_blocks_in_bf16_are_as_near_as_one_call() -> None:
     whole = [each.clone().requires_grad_() for each in heads]
     result = choose_attention("auto", CPU, torch.bfloat16, is_packed=False).attend(*whole, SCALE, None)  # type: ignore[arg-type, call-arg]
     result.backward(grad)
-    made = attend_by_blocks(heads, grad, reference.CPU_FLASH, 4, None)
+    made = attend_by_blocks(heads, grad, block_kernels.CPU_FLASH, 4, None)
     for ours, called, right in zip(
         made, [result.detach(), *(each.grad for each in whole)], [expected, *(each.grad for each in exact)], strict=True
     ):
@@ -393,12 +400,12 @@ def test_blocks_in_bf16_are_as_near_as_one_call() -> None:
 
 def test_block_kernels_are_chosen_by_device_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    assert choose_block_kernel("auto", CPU, torch.bfloat16) is reference.CPU_FLASH
-    assert choose_block_kernel("sdpa", cuda, torch.bfloat16) is reference.CUDA_FLASH
-    assert choose_block_kernel("auto", cuda, torch.float32) is reference.CUDA_EFFICIENT
+    assert choose_block_kernel("auto", CPU, torch.bfloat16) is block_kernels.CPU_FLASH
+    assert choose_block_kernel("sdpa", cuda, torch.bfloat16) is block_kernels.CUDA_FLASH
+    assert choose_block_kernel("auto", cuda, torch.float32) is block_kernels.CUDA_EFFICIENT
     assert choose_block_kernel("auto", cuda, torch.float64) is REFERENCE
-    assert reference.CPU_FLASH.widths(24, 20) == (24, 24)
-    assert reference.CUDA_FLASH.widths(20, 30) == (32, 32)
+    assert block_kernels.CPU_FLASH.widths(24, 20) == (24, 24)
+    assert block_kernels.CUDA_FLASH.widths(20, 30) == (32, 32)
     assert REFERENCE.widths(24, 20) == (24, 20)
     message = r"^attention: must return sums of exponentials .*, is flex; nearest valid: auto, sdpa$"
     with pytest.raises(BlockKernelError, match=message):
@@ -408,7 +415,7 @@ def test_block_kernels_are_chosen_by_device_and_type(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dtype"), [(reference.CUDA_FLASH, torch.bfloat16), (reference.CUDA_EFFICIENT, torch.float32)]
+    ("kernel", "dtype"), [(block_kernels.CUDA_FLASH, torch.bfloat16), (block_kernels.CUDA_EFFICIENT, torch.float32)]
 )
 def test_block_kernels_of_cuda_accept_their_arguments(kernel: BlockKernel, dtype: torch.dtype) -> None:
     """On the meta device, which checks signatures and shapes but computes nothing; no GPU is claimed."""

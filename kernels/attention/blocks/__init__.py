@@ -16,7 +16,7 @@ from kernels.attention import ATTENTION, AUTO, SIZED_CPU
 if TYPE_CHECKING:
     import torch
 
-    from kernels.attention.blocks.reference import BlockKernel
+    from kernels.attention.block_kernels import BlockKernel
 
 
 class BlockKernelError(ValueError):
@@ -34,11 +34,11 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
         raise BlockKernelError(
             f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
         )
-    from kernels.attention.blocks import reference
+    from kernels.attention import block_kernels
 
     if device.type == "cpu" or name == SIZED_CPU:
-        return reference.CPU_FLASH
-    return {2: reference.CUDA_FLASH, 4: reference.CUDA_EFFICIENT}.get(dtype.itemsize, reference.REFERENCE)
+        return block_kernels.CPU_FLASH
+    return {2: block_kernels.CUDA_FLASH, 4: block_kernels.CUDA_EFFICIENT}.get(dtype.itemsize, block_kernels.REFERENCE)
 
 
 def has_blocks(name: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention.blocks.reference import BlockKernel
+from kernels.attention.block_kernels import BlockKernel
 from kernels.attention.blocks.tiles import VisibleTile
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values: BTHQ, BTHQ, BTHV
