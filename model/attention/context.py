@@ -16,8 +16,7 @@ from torch import Tensor
 from comm.protocol import Rows
 from kernels.attention.block_kernels import BlockKernel
 from kernels.attention.blocks import choose_block_kernel
-from kernels.attention.blocks.attend import MergedAttention, MergedBackward
-from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
+from kernels.attention.blocks.attend import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from model.attention.core import HeadLayout, Rotated
 from model.linear import deliver_gradient
 from model.precision.linears import LatentLinears, LatentOptions, LatentWeights, Linears, NormAndUpGradients

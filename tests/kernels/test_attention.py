@@ -22,8 +22,7 @@ from kernels.attention import (
 )
 from kernels.attention.block_kernels import REFERENCE, BlockKernel
 from kernels.attention.blocks import BlockKernelError, choose_block_kernel
-from kernels.attention.blocks.attend import MergedAttention, MergedBackward
-from kernels.attention.blocks.tiles import SegmentCut, VisibleTile, visible_tiles
+from kernels.attention.blocks.attend import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from kernels.registry import UnknownNameError
 from tests import ROOT
