@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.attention.documents import Documents
+# Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
+# queries and K keys of each.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels.attention.block_kernels import BlockKernel
+
 
 AUTO = "auto"
 """Name that selects the best installed kernel for the tensors."""
@@ -45,7 +57,7 @@ class AttentionKernel:
         dtypes: torch's names of the supported types; empty for all.
         pads_values: function of the device type: whether values must be padded to the width of keys.
         makes_dense_masks: function of the device type: whether document masks store a number for each pair of tokens.
-        has_blocks: whether a context group may use it: `kernels.attention.blocks` computes the same by blocks.
+        has_blocks: whether a context group may use it: `kernels.attention` computes the same by blocks.
         suits: function of the device type, the name of a dtype, and whether documents are packed: whether `auto` may
             choose the kernel. The kernel that was registered last is tried first.
     """
@@ -97,3 +109,29 @@ def pads_values(name: str, device: str) -> bool:
 def _automatic(device: str, dtype: str, *, is_packed: bool) -> AttentionKernel:
     kernels = [kernel for _, kernel in ATTENTION.items()]
     return next(each for each in reversed(kernels) if each.suits(device, dtype, is_packed) and each.is_installed)
+
+
+class BlockKernelError(ValueError):
+    """Raised if an attention kernel does not return the logarithms that blocks need."""
+
+
+def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> BlockKernel:
+    """Returns the block kernel of an attention kernel or `auto`; raises BlockKernelError if it has none.
+
+    On a CPU it is torch's flash kernel. On CUDA it is torch's flash kernel for types of 16 bits, its memory-efficient
+    kernel for float32, and the reference for float64, which fused kernels do not support.
+    """
+    if device.type != "meta" and not has_blocks(name):
+        nearest = ", ".join(each for each in (AUTO, *ATTENTION.names()) if has_blocks(each))
+        raise BlockKernelError(
+            f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
+        )
+
+    if device.type == "cpu" or name == SIZED_CPU:
+        return block_kernels.CPU_FLASH
+    return {2: block_kernels.CUDA_FLASH, 4: block_kernels.CUDA_EFFICIENT}.get(dtype.itemsize, block_kernels.REFERENCE)
+
+
+def has_blocks(name: str) -> bool:
+    """Whether an attention kernel, or `auto`, can compute attention by blocks."""
+    return name == AUTO or ATTENTION.get(name).has_blocks

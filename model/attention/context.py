@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from comm.protocol import Rows
+from kernels.attention import choose_block_kernel
 from kernels.attention.block_kernels import BlockKernel
-from kernels.attention.blocks import choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from model.attention.core import HeadLayout, Rotated
 from model.linear import deliver_gradient

@@ -15,13 +15,14 @@ from torch.nn import functional
 from kernels.attention import (
     ATTENTION,
     AttentionKernel,
+    BlockKernelError,
     block_kernels,
     choose_attention,
+    choose_block_kernel,
     makes_dense_masks,
     pads_values,
 )
 from kernels.attention.block_kernels import REFERENCE, BlockKernel
-from kernels.attention.blocks import BlockKernelError, choose_block_kernel
 from kernels.attention.blocks.attend import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from kernels.registry import UnknownNameError
