@@ -16,7 +16,7 @@ from torch import Tensor
 from comm.protocol import Rows
 from kernels.attention import choose_block_kernel
 from kernels.attention.block_kernels import BlockKernel
-from kernels.attention.blocks.attend import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
+from kernels.attention.blocks import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from model.attention.core import HeadLayout, Rotated
 from model.linear import deliver_gradient
 from model.precision.linears import LatentLinears, LatentOptions, LatentWeights, Linears, NormAndUpGradients

@@ -23,7 +23,7 @@ from kernels.attention import (
     pads_values,
 )
 from kernels.attention.block_kernels import REFERENCE, BlockKernel
-from kernels.attention.blocks.attend import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
+from kernels.attention.blocks import MergedAttention, MergedBackward, SegmentCut, VisibleTile, visible_tiles
 from kernels.attention.documents import Documents
 from kernels.registry import UnknownNameError
 from tests import ROOT
