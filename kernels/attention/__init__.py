@@ -16,19 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kernels.attention.documents import Documents
-# Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
-# queries and K keys of each.
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
     from kernels.attention.block_kernels import BlockKernel
-
+    from kernels.attention.documents import Documents
 
 AUTO = "auto"
 """Name that selects the best installed kernel for the tensors."""
@@ -126,6 +115,8 @@ def choose_block_kernel(name: str, device: torch.device, dtype: torch.dtype) -> 
         raise BlockKernelError(
             f"attention: must return sums of exponentials if ranks share sequences, is {name}; nearest valid: {nearest}"
         )
+
+    from kernels.attention import block_kernels
 
     if device.type == "cpu" or name == SIZED_CPU:
         return block_kernels.CPU_FLASH

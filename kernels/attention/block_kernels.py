@@ -1,4 +1,10 @@
-"""Attention of a block by its definition, a few queries at a time: scores of all pairs are not stored."""
+"""Attention of a block: by its definition, a few queries at a time, and by torch's fused kernels.
+
+All return the logarithm of each query's sum of exponentials. The definition never stores the scores of all pairs.
+"""
+
+# Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
+# queries and K keys of each.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,12 @@
-"""Attention over tiles of queries and keys: forward with a merge, and backward from the merged result."""
+"""Attention of some queries over some keys, merged over blocks of keys, and its backward from the merged result.
+
+Each block returns the logarithm of its queries' sums of exponentials, by which blocks are merged (as in FlashAttention,
+arXiv:2205.14135). The backward of a block needs the merged result and logarithm only. Sequences are cut into segments;
+dense tiles cover the visible keys, so that hidden ones cost nothing.
+"""
+
+# Shape legend: B sequences, T tokens, H heads, Q size of a query or key, V size of a value, S sequences of one call, L
+# queries and K keys of each.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,15 +1,22 @@
 """Attention on tensors without memory: allocates what fused kernels allocate."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from kernels.attention import SIZED, SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED, AttentionKernel
-from kernels.attention.documents import Documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.attention.documents import Documents
 
 
 def _on_cpu(
     query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
 ) -> Tensor:
+    import torch
+
     results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query_BHTQ, key_BHTQ, value_BHTV, 0.0, True, scale=scale
     )
@@ -20,6 +27,8 @@ def _on_cpu(
 def _on_cuda(
     query_BHTQ: Tensor, key_BHTQ: Tensor, value_BHTV: Tensor, scale: float, documents: Documents | None
 ) -> Tensor:
+    import torch
+
     # Keeps as much as the other kernels, and takes values that are not as wide as keys.
     results = torch.ops.aten._scaled_dot_product_efficient_attention(
         query_BHTQ, key_BHTQ, value_BHTV, None, True, 0.0, True, scale=scale
