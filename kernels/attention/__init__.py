@@ -68,7 +68,7 @@ class AttentionKernel:
 
 
 ATTENTION = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",), also=(AUTO,))
-SIZED = Registry[AttentionKernel]("attention", modules=("kernels.attention.sized",))
+SIZED = Registry[AttentionKernel]("attention", modules=("kernels.attention.implementations",))
 """Kernels for tensors without memory."""
 
 
