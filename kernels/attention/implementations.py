@@ -1,27 +1,16 @@
-"""Causal attention by fused kernels of torch and other packages. Imports no torch at the top."""
+"""Causal attention by fused kernels of torch and other packages, and what they allocate. Imports no torch at the top."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kernels.attention import ATTENTION, AttentionKernel
+from kernels.attention import ATTENTION, SIZED, SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED, AttentionKernel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.attention.documents import Documents
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from kernels.attention import SIZED, SIZED_CPU, SIZED_CUDA, SIZED_CUDA_PADDED
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kernels.attention.documents import Documents
-
 
 _16_BITS = ("bfloat16", "float16")
 
