@@ -4,6 +4,9 @@
 # of a block), C columns of a tile (128); values of any leading dimensions have no suffix. E5M6: B bytes of a packed
 # row, V numbers of a row (D, or D + 1 if D is odd).
 
+# Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, C columns processed at a time.
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +18,8 @@ from kernels.quantize.layout import (
     PackedE5M6,
     Quantized,
     QuantizedBlocks,
+    QuantizedColumns,
+    check_counts,
     check_min_amax,
     check_numbers,
     check_packed,
@@ -24,6 +29,7 @@ from kernels.quantize.layout import (
     empty_quantized,
     num_pairs,
     num_tiles,
+    padded_rows,
 )
 
 CHUNK_NUMBERS = 2**18  # 1 MB of float32: intermediate values stay in the cache
@@ -219,3 +225,47 @@ def _rounded(scaled: Tensor) -> Tensor:
     large = scaled.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=127 - 14 << 23).add_((17 << 23) + (1 << 22))
     large = large.view(torch.float32)
     return (scaled + large).sub_(large).copysign_(scaled)
+
+
+CHUNK_TILES = 2
+
+
+def quantize_columns(
+    rows_ND: Tensor, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
+) -> QuantizedColumns:
+    """Quantizes the transpose by tiles of 128 rows of a group, as `quantize_1x128` with padded groups."""
+    check_numbers("quantize_columns: rows_ND", rows_ND, 2)
+    check_counts("quantize_columns", counts, rows_ND.shape[0])
+    quantized = quantize_1x128(_pad_groups(rows_ND, counts).t(), power_of_two=power_of_two, min_amax=min_amax)
+    return QuantizedColumns(quantized.codes, quantized.scales)
+
+
+def requantize_columns(
+    quantized: Quantized, counts: Sequence[int], *, power_of_two: bool, min_amax: float = 1e-4
+) -> QuantizedColumns:
+    """Applies `quantize_columns` to FP8 rows; exact if scales are powers of two and exponents permit."""
+    check_quantized("requantize_columns", *quantized)
+    codes_ND, scales_NT = quantized
+    num_rows, num_columns = codes_ND.shape
+    check_counts("requantize_columns", counts, num_rows)
+    num_padded = padded_rows(counts)
+    codes_DP = codes_ND.new_empty(num_columns, num_padded)
+    scales_DT = scales_NT.new_empty(num_columns, num_padded // TILE)
+    for first in range(0, max(1, num_columns), CHUNK_TILES * TILE):
+        chunk = slice(first, first + CHUNK_TILES * TILE)
+        tiles = slice(first // TILE, first // TILE + CHUNK_TILES)
+        rows_NC = dequantize_1x128(Quantized(codes_ND[:, chunk], scales_NT[:, tiles]), torch.float32)
+        made = quantize_columns(rows_NC, counts, power_of_two=power_of_two, min_amax=min_amax)
+        codes_DP[chunk], scales_DT[chunk] = made
+    return QuantizedColumns(codes_DP, scales_DT)
+
+
+def _pad_groups(rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+    if all(count % TILE == 0 for count in counts):
+        return rows_ND
+    rows_PD = rows_ND.new_zeros(padded_rows(counts), rows_ND.shape[1])
+    first = 0
+    for rows_GD in rows_ND.split(list(counts)):
+        rows_PD[first : first + len(rows_GD)] = rows_GD
+        first += padded_rows([len(rows_GD)])
+    return rows_PD

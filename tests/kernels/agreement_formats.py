@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels.quantize.reference as reference_blocks
-import kernels.quantize.reference_columns as reference_columns
+import kernels.quantize.reference as reference_columns
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, ROWS_MIN_AMAX, PackedE5M6, Quantized, QuantizedBlocks
 from kernels.quantize.reference import quantize_1x128
 from tests.kernels.agreement import assert_same_bits, layouts, wild_rows

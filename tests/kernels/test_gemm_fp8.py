@@ -18,8 +18,7 @@ from kernels.gemm_fp8 import deep_gemm, reference
 from kernels.gemm_fp8.tiling import Tiling
 from kernels.gemm_fp8.tuned import TunedProduct, TuningError
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
-from kernels.quantize.reference import quantize_1x128, quantize_128x128
-from kernels.quantize.reference_columns import quantize_columns
+from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns
 from tests.kernels import hopper_sums as hopper
 from tests.kernels.agreement_gemm import (
     assert_product,

@@ -12,8 +12,7 @@ from torch.nn import functional
 from kernels.grouped_gemm import deep_gemm, native, reference
 from kernels.grouped_gemm.reference import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.quantize.layout import QuantizedBlocks, QuantizedColumns, pack, unpack
-from kernels.quantize.reference import quantize_1x128, quantize_128x128
-from kernels.quantize.reference_columns import quantize_columns
+from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns
 from tests.kernels.agreement_grouped import (
     check_empty_fp8,
     check_nan,

@@ -20,9 +20,10 @@ from kernels.quantize.reference import (
     dequantize_128x128,
     quantize_1x128,
     quantize_128x128,
+    quantize_columns,
+    requantize_columns,
     transpose_blocks,
 )
-from kernels.quantize.reference_columns import quantize_columns, requantize_columns
 from tests.kernels.agreement import assert_same_bits, wild_rows
 from tests.kernels.agreement_formats import assert_same_pair, wild_columns
 

@@ -17,9 +17,9 @@ from kernels.quantize.reference import (
     pack_e5m6,
     quantize_1x128,
     quantize_128x128,
+    quantize_columns,
     unpack_e5m6,
 )
-from kernels.quantize.reference_columns import quantize_columns
 from tests.model.against_plain import assert_near
 
 TOLERANCE = 3e-3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.operands import check_columns
-from kernels.quantize import reference, reference_columns
+from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.attention.form import rotate, rotation_table, softmax_scale
 from model.attention.mla import LATENT_NORM_EPS, LatentAttention
@@ -156,7 +156,7 @@ def test_maps_of_rows_that_experts_read_too_equal_the_formula(power_of_two: bool
 @pytest.fixture
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces kernels by ones that reject what Triton's kernels reject."""
-    quantize_1x128, quantize_columns = reference.quantize_1x128, reference_columns.quantize_columns
+    quantize_1x128, quantize_columns = reference.quantize_1x128, reference.quantize_columns
 
     def rows(rows_ND: Tensor, *, power_of_two: bool, min_amax: float = 1e-4) -> Quantized:
         check_columns("rows", rows_ND)
@@ -169,7 +169,7 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
         return quantize_columns(rows_ND, counts, power_of_two=power_of_two, min_amax=min_amax)
 
     monkeypatch.setattr(reference, "quantize_1x128", rows)
-    monkeypatch.setattr(reference_columns, "quantize_columns", columns)
+    monkeypatch.setattr(reference, "quantize_columns", columns)
 
 
 @pytest.mark.usefixtures("_strict")

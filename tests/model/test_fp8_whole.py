@@ -197,8 +197,8 @@ def test_a_gradient_is_taken_from_the_mailbox_once() -> None:
 
 FP8_FUNCTIONS = {
     "quantize_1x128": ("kernels.quantize.reference", "kernels.quantize.triton"),
-    "quantize_columns": ("kernels.quantize.reference_columns", "kernels.quantize.triton_columns"),
-    "requantize_columns": ("kernels.quantize.reference_columns", "kernels.quantize.triton_columns"),
+    "quantize_columns": ("kernels.quantize.reference", "kernels.quantize.triton_columns"),
+    "requantize_columns": ("kernels.quantize.reference", "kernels.quantize.triton_columns"),
     "quantize_128x128": ("kernels.quantize.reference", "kernels.quantize.triton"),
     "transpose_blocks": ("kernels.quantize.reference", "kernels.quantize.triton"),
     "pack_e5m6": ("kernels.quantize.reference", "kernels.quantize.triton_e5m6"),
