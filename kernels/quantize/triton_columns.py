@@ -36,7 +36,7 @@ from kernels.quantize.layout import (
     num_tiles,
     padded_rows,
 )
-from kernels.quantize.tile import compute_codes, compute_scales, largest_bits
+from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.operands import check_columns
 from kernels.quantize.layout import E5M6_MIN_AMAX, TILE, PackedE5M6, check_numbers, check_packed, num_pairs, num_tiles
-from kernels.quantize.tile import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits
+from kernels.quantize.triton import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits
 
 SIGN_BIT = tl.constexpr(-(2**31))
 NAN_HALF = tl.constexpr(0x7E00)
