@@ -25,9 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm_fp8.reference import check_columns, check_rows_by_blocks
-from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, STORED_BY_MASK, Tiling
 from kernels.launch import (
     LARGEST_DESCRIBED_BYTES,
+    OF_COLUMNS,
+    STORED_BY_DESCRIPTOR,
+    STORED_BY_MASK,
+    Tiling,
     allow_descriptors,
     count_programs,
     is_describable,

@@ -13,8 +13,7 @@ import triton
 from torch import Tensor
 
 from kernels.gemm_fp8 import triton as kernel
-from kernels.gemm_fp8.tiling import OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
-from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES
+from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
 P = ParamSpec("P")

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.tiling import check_sides
+from kernels.launch import check_sides
 
 PLACES = tl.constexpr(5)
 KNOWN_MULTIPLE = 16  # Triton specializes kernels for multiples of this number only

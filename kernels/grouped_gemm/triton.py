@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.tiling import resources
 from kernels.grouped_gemm.reference import check_rows, check_weight
 from kernels.grouped_gemm.tiles import (
     GroupedTiling,
@@ -35,7 +34,7 @@ from kernels.grouped_gemm.tiles import (
     plan_row_tiles,
     store_tile,
 )
-from kernels.launch import allow_descriptors, count_programs, make_describable
+from kernels.launch import allow_descriptors, count_programs, make_describable, resources
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.tiling import STORED_BY_MASK, Tiling
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.tiles import (
     compute_depth_bounds,
@@ -33,7 +32,14 @@ from kernels.grouped_gemm.tiles import (
     plan_row_tiles,
     store_tile,
 )
-from kernels.launch import allow_descriptors, count_programs, make_describable, make_rows_contiguous
+from kernels.launch import (
+    STORED_BY_MASK,
+    Tiling,
+    allow_descriptors,
+    count_programs,
+    make_describable,
+    make_rows_contiguous,
+)
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns
 
 OF_ROWS = Tiling()

@@ -8,10 +8,10 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from kernels.gemm_fp8.tiling import Tiling
 from kernels.gemm_fp8.tuned import TunedProduct, round_up
 from kernels.grouped_gemm import triton_fp8
 from kernels.grouped_gemm.tiles import is_stored_at_once
+from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 
 

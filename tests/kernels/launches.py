@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8.tiling import Tiling
+from kernels.launch import Tiling
 from kernels.quantize.layout import PackedE5M6, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles
 
 HIDDEN = 7168

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.gemm_fp8.tiling import Tiling
+from kernels.launch import Tiling
 from kernels.quantize.layout import padded_rows
 from tests.kernels.aot import compile_launch, recorded_launch
 from tests.kernels.catalogue import LAUNCHES

@@ -15,7 +15,6 @@ import torch
 
 import kernels.gemm_fp8.triton as module
 from kernels.gemm_fp8 import tuned
-from kernels.gemm_fp8.tiling import Tiling
 from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.grouped_gemm import reference
@@ -23,6 +22,7 @@ from kernels.grouped_gemm import tuned as grouped_tuned
 from kernels.grouped_gemm.tiles import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows, grouped_weight
 from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
+from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
 from tests.covering import exhaustive
 from tests.kernels.agreement_gemm import check_columns, check_empty, check_gemm, check_nan, column_operands, operands

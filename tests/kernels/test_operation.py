@@ -15,11 +15,10 @@ from torch import Tensor
 import kernels.rms_norm as norm
 from kernels import operation
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
-from kernels.gemm_fp8.tiling import Tiling
 from kernels.grouped_gemm import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.grouped_gemm.tiles import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows as triton_rows
-from kernels.launch import without_launches
+from kernels.launch import Tiling, without_launches
 from kernels.operation import ChosenFunction, has_deep_gemm
 from kernels.permute import permute, unpermute
 from kernels.quantize import (
