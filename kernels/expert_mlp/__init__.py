@@ -6,8 +6,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import reference
-from kernels.grouped_gemm import native
+from kernels.expert_mlp import grouped, reference
 from kernels.operation import ChosenFunction
 
 P = ParamSpec("P")
@@ -21,7 +20,7 @@ def choose_expert_implementation(
     device: torch.device, dtype: torch.dtype, hidden: int, width: int
 ) -> ExpertImplementation:
     """Returns `grouped` if torch's grouped product fits, else `batched` (16 bits on CPU) or `reference`."""
-    if native.supports(device, dtype, hidden, width):
+    if grouped.supports(device, dtype, hidden, width):
         return "grouped"
     return "batched" if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else "reference"
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.grouped_gemm import deep_gemm, native, reference
+from kernels.expert_mlp import grouped
+from kernels.grouped_gemm import deep_gemm, reference
 from kernels.grouped_gemm.reference import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.quantize.layout import QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns
@@ -52,20 +53,20 @@ def test_native_products_equal_reference(counts: tuple[int, ...], dtype: torch.d
         randn(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate([(total, 16), (total, 24), (4, 24, 16)])
     )
     expected = reference.grouped_rows(rows.double(), weight.double(), counts)
-    near(native.grouped_rows(rows, weight, counts), expected, 2)
+    near(grouped.grouped_rows(rows, weight, counts), expected, 2)
     # As the backward calls it: a transposed view of the weights.
     expected = reference.grouped_rows(grad.double(), weight.double().transpose(1, 2), counts)
-    near(native.grouped_rows(grad, weight.transpose(1, 2), counts), expected, 2)
+    near(grouped.grouped_rows(grad, weight.transpose(1, 2), counts), expected, 2)
     expected = reference.grouped_weight(grad.double(), rows.double(), counts)
-    near(native.grouped_weight(grad, rows, counts), expected, 2)
+    near(grouped.grouped_weight(grad, rows, counts), expected, 2)
 
 
 def test_native_products_serve_bf16_on_cuda_with_rows_of_whole_16_bytes() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert native.supports(cuda, torch.bfloat16, 16, 8)
-    assert not native.supports(cuda, torch.bfloat16, 16, 4)
-    assert not native.supports(cuda, torch.float32, 16, 8)
-    assert not native.supports(cpu, torch.bfloat16, 16, 8)
+    assert grouped.supports(cuda, torch.bfloat16, 16, 8)
+    assert not grouped.supports(cuda, torch.bfloat16, 16, 4)
+    assert not grouped.supports(cuda, torch.float32, 16, 8)
+    assert not grouped.supports(cpu, torch.bfloat16, 16, 8)
 
 
 def test_reference_keeps_nan_and_infinity_within_their_group() -> None:
@@ -87,10 +88,10 @@ def test_native_gradient_of_an_empty_group_is_zero(monkeypatch: pytest.MonkeyPat
     for counts in COUNTS:
         grad, rows = (randn(sum(counts), size, seed=size) for size in (24, 16))
         expected = reference.grouped_weight(grad, rows, counts)
-        torch.testing.assert_close(native.grouped_weight(grad, rows, counts), expected)
+        torch.testing.assert_close(grouped.grouped_weight(grad, rows, counts), expected)
 
 
-@pytest.mark.parametrize("product", [reference, native])
+@pytest.mark.parametrize("product", [reference, grouped])
 def test_operands_of_groups_that_do_not_fit_are_named(product: ModuleType) -> None:
     rows, weight, grad = randn(8, 16, seed=0), randn(2, 24, 16, seed=1), randn(8, 24, seed=2)
     for given, rule in (

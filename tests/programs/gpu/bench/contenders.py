@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import kernels.grouped_gemm.native as native
+import kernels.expert_mlp.grouped as native
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.launches import Call, Launch, Product, Tensors
 
