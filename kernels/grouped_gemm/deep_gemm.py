@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.gemm_fp8.deep_gemm import OUTPUTS_MULTIPLE, are_in_order, is_multiple, make_rows_contiguous
 from kernels.grouped_gemm import tuned
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
-from kernels.grouped_gemm.tiles import copy_to_device
+from kernels.grouped_gemm.triton import copy_to_device
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns, num_tiles, padded_rows
 
 OF_NO_GROUP = -1

@@ -20,21 +20,159 @@ group's rows are set to 0 on both sides, so that a NaN in them has no effect.
 
 from collections.abc import Sequence
 
+# Shape legend: T tiles of rows in all groups, E groups.
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.grouped_gemm.reference import check_rows, check_weight
-from kernels.grouped_gemm.tiles import (
-    GroupedTiling,
-    choose_tiling,
-    compute_depth_bounds,
-    locate_matrix_tile,
-    locate_row_tile,
-    plan_row_tiles,
-    store_tile,
-)
-from kernels.launch import allow_descriptors, count_programs, make_describable, resources
+from kernels.launch import allow_descriptors, check_sides, count_programs, make_describable, resources
+
+PLACES = tl.constexpr(5)
+KNOWN_MULTIPLE = 16  # Triton specializes kernels for multiples of this number only
+LARGEST_SIDE = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedTiling:
+    """Tile sizes of the result, and the resources of a program."""
+
+    rows: int = 128  # rows per tile, a power of two; at least 64 for `wgmma` instructions
+    columns: int = 256  # columns per tile, a power of two
+    depth: int = 64  # numbers that are multiplied and added at a time, a power of two
+    height: int = 8  # tile rows that are processed together, column by column
+    programs_per_sm: int = 1  # programs that run at the same time on a multiprocessor
+    warps: int = 8  # warps per program
+    stages: int = 3  # tiles of the operands in shared memory, in flight or in use
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a side is not a power of two in [16, 256]."""
+        check_sides("GroupedTiling", LARGEST_SIDE, rows=self.rows, columns=self.columns, depth=self.depth)
+
+
+OF_16_BITS = GroupedTiling()
+# Unaligned stores take registers for their addresses: a smaller tile avoids spills.
+OF_16_BITS_ONE_BY_ONE = GroupedTiling(columns=128, stages=4)
+# Full float32 does not use tensor cores: sums and operands share the registers.
+OF_32_BITS = GroupedTiling(rows=64, columns=64, depth=32, programs_per_sm=2)
+
+
+def is_stored_at_once(num_columns: int) -> bool:
+    """Whether all rows of so many columns begin at multiples of 16 bytes, the size of a vector store."""
+    return num_columns % KNOWN_MULTIPLE == 0
+
+
+def choose_tiling(subject: str, dtype: torch.dtype, num_columns: int) -> GroupedTiling:
+    """Returns the tiling for a result; raises ValueError if no kernel supports the type of the operands."""
+    if dtype not in DTYPES:
+        valid = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        raise ValueError(f"{subject}: the type must be one of {valid}, got {dtype}; nearest: float32")
+    if dtype == torch.float32:
+        return OF_32_BITS
+    return OF_16_BITS if is_stored_at_once(num_columns) else OF_16_BITS_ONE_BY_ONE
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def locate_row_tile(
+    tile: tl.tensor, places: tl.tensor, num_tile_columns: tl.tensor, BLOCK_ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Returns group, first row, end of the group's rows, and column of a tile; a block shares a matrix."""
+    # Every tile row of the block stores the start of the block.
+    place = places + tile // num_tile_columns * PLACES
+    first_tile_row = tl.load(place).to(tl.int64)
+    height = tl.load(place + 1).to(tl.int64)
+    first_row = tl.load(place + 2)
+    end = tl.load(place + 3)
+    group = tl.load(place + 4)
+    in_block = tile - first_tile_row * num_tile_columns
+    row = first_row + (in_block % height).to(tl.int32) * BLOCK_ROWS
+    return group, row, end, (in_block // height).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def locate_matrix_tile(
+    tile: tl.tensor, num_tile_rows: tl.tensor, num_tile_columns: tl.tensor, HEIGHT: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns group, row and column of a tile of matrices; within one, down HEIGHT rows by column."""
+    tiles_of_matrix = num_tile_rows * num_tile_columns
+    in_matrix = tile % tiles_of_matrix
+    tiles_of_block = HEIGHT * num_tile_columns
+    first_row = in_matrix // tiles_of_block * HEIGHT
+    height = tl.minimum(num_tile_rows - first_row, HEIGHT)
+    in_block = in_matrix % tiles_of_block
+    row = first_row + in_block % height
+    column = in_block // height
+    return (tile // tiles_of_matrix).to(tl.int32), row.to(tl.int32), column.to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_tile(  # noqa: PLR0913
+    out: tl.tensor,
+    total: tl.tensor,
+    rows: tl.tensor,
+    end: tl.tensor,
+    first_column: tl.tensor,
+    num_columns: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    IN_HALVES: tl.constexpr,
+) -> None:
+    """Rounds and stores rows before `end`, and columns before the last.
+
+    IN_HALVES stores the left half of the columns, then the right half, with fewer registers for addresses. Triton 3.6
+    cannot split a tile in a loop with `specialize`, in which each warp has registers for a whole tile.
+    """
+    row_starts = out + rows.to(tl.int64)[:, None] * num_columns
+    inside = (rows < end)[:, None]
+    if not IN_HALVES:
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        tl.store(
+            row_starts + columns[None, :], total.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :]
+        )
+        return
+    halves = total.reshape(BLOCK_ROWS, 2, BLOCK_COLUMNS // 2).permute(0, 2, 1)
+    left, right = tl.split(halves)
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS // 2)
+    tl.store(row_starts + columns[None, :], left.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])
+    columns += BLOCK_COLUMNS // 2
+    tl.store(row_starts + columns[None, :], right.to(out.dtype.element_ty), inside & (columns < num_columns)[None, :])
+
+
+def plan_row_tiles(counts: Sequence[int], block_rows: int, height: int, device: torch.device) -> Tensor:
+    """Returns places_T5, int32, for `locate_row_tile`: tiles of rows in blocks, column by column.
+
+    The five values describe the tile's block: its first tile, its number of tiles, its first row, the end of its
+    group's rows, and its group. A block has at most `height` tiles and never spans two groups.
+    """
+    places: list[tuple[int, ...]] = []
+    first_row = 0
+    for group, count in enumerate(counts):
+        left = triton.cdiv(count, block_rows)
+        row = first_row
+        end = first_row + count
+        while left:
+            tiles = min(height, left)
+            places += [(len(places), tiles, row, end, group)] * tiles
+            left = left - tiles
+            row = row + tiles * block_rows
+        first_row = end
+    return copy_to_device(places, device)
+
+
+def compute_depth_bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Returns the start of each group's sum and the end of the last one: E + 1 numbers, int32."""
+    return copy_to_device(list(accumulate(sizes, initial=0)), device)
+
+
+def copy_to_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Returns host integers as int32 on the device, copied asynchronously."""
+    made = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "num_tiles"])  # type: ignore[untyped-decorator]

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.grouped_gemm.reference import check_rows_fp8, check_weight_fp8
-from kernels.grouped_gemm.tiles import (
+from kernels.grouped_gemm.triton import (
     compute_depth_bounds,
     is_stored_at_once,
     locate_matrix_tile,

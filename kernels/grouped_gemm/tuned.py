@@ -10,7 +10,7 @@ import torch
 
 from kernels.gemm_fp8.tuned import TunedProduct, round_up
 from kernels.grouped_gemm import triton_fp8
-from kernels.grouped_gemm.tiles import is_stored_at_once
+from kernels.grouped_gemm.triton import is_stored_at_once
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 

@@ -19,8 +19,7 @@ from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.grouped_gemm import reference
 from kernels.grouped_gemm import tuned as grouped_tuned
-from kernels.grouped_gemm.tiles import GroupedTiling
-from kernels.grouped_gemm.triton import grouped_rows, grouped_weight
+from kernels.grouped_gemm.triton import GroupedTiling, grouped_rows, grouped_weight
 from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows

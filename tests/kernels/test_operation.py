@@ -16,7 +16,7 @@ import kernels.rms_norm as norm
 from kernels import operation
 from kernels.gemm_fp8 import gemm_fp8, gemm_fp8_columns
 from kernels.grouped_gemm import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
-from kernels.grouped_gemm.tiles import GroupedTiling
+from kernels.grouped_gemm.triton import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows as triton_rows
 from kernels.launch import Tiling, without_launches
 from kernels.operation import ChosenFunction, has_deep_gemm
