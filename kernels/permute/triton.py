@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.permute.reference import check_permute, check_unpermute
 
 # Word type for copying rows, by the largest number up to 16 that divides all their addresses and lengths in bytes.

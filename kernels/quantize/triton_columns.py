@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.quantize.layout import (
     TILE,
     Quantized,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.quantize.layout import E5M6_MIN_AMAX, TILE, PackedE5M6, check_numbers, check_packed, num_pairs, num_tiles
 from kernels.quantize.triton import INFINITY_BITS, NAN_BITS, RECIPROCAL_BITS, largest_bits
 

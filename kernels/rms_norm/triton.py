@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.rms_norm.reference import LARGEST_COLUMNS, check_backward, check_weight
 
 SMALLEST_COLUMNS = 128  # one tile of codes

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized
 from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
 from kernels.rms_norm.reference import check_backward_from_codes, check_weight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.operands import check_operand
+from kernels.operation import check_operand
 from kernels.quantize.layout import Quantized, check_quantized, empty_quantized
 from kernels.quantize.reference import CHUNK_NUMBERS, dequantize_1x128, quantize_1x128
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.swiglu.reference import check_backward, check_halves
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.operands import check_columns
+from kernels.operation import check_columns
 from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedColumns, unpack
 from model.attention.form import rotate, rotation_table, softmax_scale
