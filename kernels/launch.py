@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.operation import META_IS_CUDA
-from kernels.tiles import TILE
+from kernels.operation import META_IS_CUDA, TILE
 
 SMALLEST_SIDE = 16
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import sqrt
 
-from kernels.tiles import TILE, num_tiles
+from kernels.operation import TILE, num_tiles
 from model.config import ModelConfig
 
 _SCALE_BYTES = 4

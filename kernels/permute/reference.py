@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.operation import check_operand
-from kernels.tiles import CHUNK_NUMBERS
+from kernels.operation import CHUNK_NUMBERS, check_operand
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.tiles import TILE as TILE
-from kernels.tiles import num_pairs as num_pairs
-from kernels.tiles import num_tiles as num_tiles
+from kernels.operation import TILE as TILE
+from kernels.operation import num_pairs as num_pairs
+from kernels.operation import num_tiles as num_tiles
 
 LARGEST_CODE = 448.0
 SMALLEST_MIN_AMAX = 2.0**-117

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.operation import CHUNK_NUMBERS
 from kernels.permute.reference import permute, unpermute
-from kernels.tiles import CHUNK_NUMBERS
 from tests.kernels.agreement import assert_same_bits, random_bits, random_indices
 
 DTYPES = [

@@ -12,7 +12,7 @@ from dualpipe.runtime import pairing
 from dualpipe.runtime.compile import compile_rank
 from dualpipe.runtime.program import with_reductions
 from kernels.attention import pads_values
-from kernels.tiles import CHUNK_NUMBERS, num_tiles
+from kernels.operation import CHUNK_NUMBERS, num_tiles
 from model.size import HeldParameters, StageShape, held_parameters, stage_shapes
 from train.config import TrainConfig
 from train.memory.phases import hidden_bytes, sizes_folder, stage_phases
