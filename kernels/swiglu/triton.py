@@ -17,7 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.operation import check_columns
-from kernels.swiglu.reference import check_backward, check_halves
+
+# Shape legend: as there, T tiles of M.
+from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized, num_tiles
+from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
+from kernels.swiglu.reference import check_backward, check_backward_from_codes, check_halves, check_weights, check_width
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -143,3 +147,192 @@ def swiglu_backward(
         enable_fp_fusion=False,
     )
     return out_AH
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_tile(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    values: tl.tensor,
+    row: tl.tensor,
+    tile: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    MIN_AMAX: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Quantizes and stores one tile of each row if it exists; values beyond the last column are zeros."""
+    column = tile * TILE + tl.arange(0, TILE)[None, :]
+    scale = compute_scales(largest_bits(values, 1), MIN_AMAX, POWER_OF_TWO)
+    inside = (row < num_rows) & (column < num_columns)
+    tl.store(codes + row * num_columns + column, compute_codes(values, scale, POWER_OF_TWO), mask=inside)
+    tiles = tl.cdiv(num_columns, TILE)
+    tl.store(scales + row * tiles + tile, scale, mask=row < tl.where(tile < tiles, num_rows, 0))
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+def swiglu_quantize_kernel(
+    hidden: tl.tensor,
+    weights: tl.tensor,
+    gated_codes: tl.tensor,
+    gated_scales: tl.tensor,
+    hidden_codes: tl.tensor,
+    hidden_scales: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
+    hidden_stride: tl.tensor,
+    weights_stride: tl.tensor,
+    HAS_WEIGHTS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MIN_AMAX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Computes one tile of the product, and quantizes its share of the hidden values, two tiles."""
+    tiles = tl.cdiv(width, TILE)
+    row_block = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * tiles
+    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    further = tile + tiles
+    in_rows = row < num_rows
+    column = tile * TILE + tl.arange(0, TILE)[None, :]
+    further_column = further * TILE + tl.arange(0, TILE)[None, :]
+    places = hidden + row * hidden_stride
+    first = tl.load(places + column, mask=in_rows & (column < 2 * width), other=0.0).to(tl.float32)
+    second = tl.load(places + further_column, mask=in_rows & (further_column < 2 * width), other=0.0).to(tl.float32)
+    inside = in_rows & (column < width)
+    ups = second if ALIGNED else tl.load(places + width + column, mask=inside, other=0.0).to(tl.float32)
+    product = first * sigmoid(first) * ups
+    if HAS_WEIGHTS:
+        factors = tl.load(weights + row * weights_stride, mask=in_rows, other=0.0).to(tl.float32)
+        product = product * factors
+    product = tl.where(inside, product, 0.0)
+    _store_tile(gated_codes, gated_scales, product, row, tile, num_rows, width, POWER_OF_TWO, MIN_AMAX, TILE)
+    _store_tile(hidden_codes, hidden_scales, first, row, tile, num_rows, 2 * width, POWER_OF_TWO, MIN_AMAX, TILE)
+    _store_tile(hidden_codes, hidden_scales, second, row, further, num_rows, 2 * width, POWER_OF_TWO, MIN_AMAX, TILE)
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+def swiglu_backward_codes_kernel(
+    grad: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    weights: tl.tensor,
+    grad_hidden: tl.tensor,
+    gated: tl.tensor,
+    grad_weights: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
+    grad_stride: tl.tensor,
+    codes_stride: tl.tensor,
+    scales_stride: tl.tensor,
+    weights_stride: tl.tensor,
+    HAS_WEIGHTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Computes a tile of the product and of both gradient halves, and its share of the weights' gradient."""
+    tiles = tl.cdiv(width, TILE)
+    row_block = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) - row_block * tiles
+    row = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    in_rows = row < num_rows
+    column = tile * TILE + tl.arange(0, TILE)[None, :]
+    inside = in_rows & (column < width)
+    grads = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    code_places = codes + row * codes_stride + column
+    row_scales = scales + row * scales_stride
+    gate_scales = tl.load(row_scales + tile, mask=in_rows, other=0.0)
+    if ALIGNED:
+        up_scales = tl.load(row_scales + tile + tiles, mask=in_rows, other=0.0)
+    else:
+        up_scales = tl.load(row_scales + (width + column) // TILE, mask=inside, other=0.0)
+    gates = tl.load(code_places, mask=inside, other=0.0).to(tl.float32) * gate_scales
+    ups = tl.load(code_places + width, mask=inside, other=0.0).to(tl.float32) * up_scales
+    share = sigmoid(gates)
+    silu = gates * share
+    product = silu * ups
+    if HAS_WEIGHTS:
+        sums = tl.sum(tl.where(inside, product * grads, 0.0), axis=1, keep_dims=True)
+        tl.store(grad_weights + row * tiles + tile, sums, mask=in_rows)
+        factors = tl.load(weights + row * weights_stride, mask=in_rows, other=0.0).to(tl.float32)
+        product = product * factors
+        grads = grads * factors
+    grad_gates = grads * ups * share * (1 + gates * (1 - share))
+    out_type = gated.dtype.element_ty
+    tl.store(gated + row * width + column, product.to(out_type), mask=inside)
+    out_places = grad_hidden + row * width * 2 + column
+    tl.store(out_places, grad_gates.to(out_type), mask=inside)
+    tl.store(out_places + width, (silu * grads).to(out_type), mask=inside)
+
+
+def swiglu_quantize(
+    hidden_AH: Tensor, weights_A: Tensor | None, *, power_of_two: bool, block_rows: int = 8, num_warps: int = 4
+) -> tuple[Quantized, Quantized]:
+    """Implements `reference.swiglu_quantize` for contiguous columns; `block_rows` rows per program."""
+    size, hidden = hidden_AH.shape
+    width = check_width("swiglu_quantize: hidden_AH", hidden)
+    check_weights("swiglu_quantize", weights_A, hidden_AH)
+    gated = empty_quantized(hidden_AH, size, width)
+    cached = empty_quantized(hidden_AH, size, hidden)
+    if size == 0 or width == 0:
+        return gated, cached
+    check_columns("swiglu_quantize: hidden_AH", hidden_AH)
+    swiglu_quantize_kernel[(triton.cdiv(size, block_rows) * num_tiles(width),)](
+        hidden_AH,
+        cached.scales if weights_A is None else weights_A,
+        *gated,
+        *cached,
+        size,
+        width,
+        hidden_AH.stride(0),
+        1 if weights_A is None else weights_A.stride(0),
+        HAS_WEIGHTS=weights_A is not None,
+        POWER_OF_TWO=power_of_two,
+        ALIGNED=width % TILE == 0,
+        MIN_AMAX=ROWS_MIN_AMAX,
+        BLOCK_ROWS=block_rows,
+        TILE=TILE,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    return gated, cached
+
+
+def swiglu_backward_from_codes(
+    grad_AM: Tensor, hidden: Quantized, weights_A: Tensor | None, *, block_rows: int = 8, num_warps: int = 4
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Implements `reference.swiglu_backward_from_codes` for contiguous columns."""
+    size, width = grad_AM.shape
+    check_backward_from_codes("swiglu_backward_from_codes", grad_AM, hidden, weights_A)
+    grad_hidden_AH = grad_AM.new_empty(size, 2 * width)
+    gated_AM = grad_AM.new_empty(size, width)
+    sums_AT = None if weights_A is None else grad_AM.new_empty(size, num_tiles(width), dtype=torch.float32)
+    if size and width:
+        check_columns("swiglu_backward_from_codes: grad_AM", grad_AM)
+        check_columns("swiglu_backward_from_codes: codes", hidden.codes)
+        check_columns("swiglu_backward_from_codes: scales", hidden.scales)
+        swiglu_backward_codes_kernel[(triton.cdiv(size, block_rows) * num_tiles(width),)](
+            grad_AM,
+            *hidden,
+            hidden.scales if weights_A is None else weights_A,
+            grad_hidden_AH,
+            gated_AM,
+            hidden.scales if sums_AT is None else sums_AT,
+            size,
+            width,
+            grad_AM.stride(0),
+            hidden.codes.stride(0),
+            hidden.scales.stride(0),
+            1 if weights_A is None else weights_A.stride(0),
+            HAS_WEIGHTS=weights_A is not None,
+            ALIGNED=width % TILE == 0,
+            BLOCK_ROWS=block_rows,
+            TILE=TILE,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
+    return grad_hidden_AH, gated_AM, None if sums_AT is None else sums_AT.sum(1)

@@ -13,8 +13,8 @@ import kernels.rms_norm.reference as reference
 import kernels.rms_norm.triton as plain
 import kernels.rms_norm.triton_fp8 as fp8
 import kernels.swiglu.reference as swiglu_reference
+import kernels.swiglu.triton as gated_fp8
 import kernels.swiglu.triton as swiglu_plain
-import kernels.swiglu.triton_fp8 as gated_fp8
 from kernels.cross_entropy.triton import linear_cross_entropy, nats_and_slopes_
 from kernels.quantize.layout import Quantized
 from tests.kernels.agreement import assert_same_bits

@@ -207,8 +207,8 @@ FP8_FUNCTIONS = {
     "gemm_fp8_columns": ("kernels.gemm_fp8.reference", "kernels.gemm_fp8.tuned"),
     "grouped_rows_fp8": ("kernels.grouped_gemm.reference", "kernels.grouped_gemm.tuned"),
     "grouped_weight_fp8": ("kernels.grouped_gemm.reference", "kernels.grouped_gemm.tuned"),
-    "swiglu_quantize": ("kernels.swiglu.reference", "kernels.swiglu.triton_fp8"),
-    "swiglu_backward_from_codes": ("kernels.swiglu.reference", "kernels.swiglu.triton_fp8"),
+    "swiglu_quantize": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
+    "swiglu_backward_from_codes": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
     "rms_norm_quantize": ("kernels.rms_norm.reference", "kernels.rms_norm.triton_fp8"),
     "rms_norm_backward_from_codes": ("kernels.rms_norm.reference", "kernels.rms_norm.triton_fp8"),
 }

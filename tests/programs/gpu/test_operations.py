@@ -18,7 +18,7 @@ import kernels.quantize.triton_e5m6 as e5m6
 import kernels.rms_norm.triton as rms_norm
 import kernels.rms_norm.triton_fp8 as rms_norm_fp8
 import kernels.swiglu.triton as swiglu
-import kernels.swiglu.triton_fp8 as swiglu_fp8
+import kernels.swiglu.triton as swiglu_fp8
 from kernels.adamw.reference import Coefficients
 from kernels.adamw.triton import adamw_bf16_moments
 from tests.kernels.agreement import (
