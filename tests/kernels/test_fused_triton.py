@@ -10,8 +10,8 @@ import torch
 
 import kernels.cross_entropy.triton as cross_entropy
 import kernels.rms_norm.reference as reference
+import kernels.rms_norm.triton as fp8
 import kernels.rms_norm.triton as plain
-import kernels.rms_norm.triton_fp8 as fp8
 import kernels.swiglu.reference as swiglu_reference
 import kernels.swiglu.triton as gated_fp8
 import kernels.swiglu.triton as swiglu_plain

@@ -209,8 +209,8 @@ FP8_FUNCTIONS = {
     "grouped_weight_fp8": ("kernels.grouped_gemm.reference", "kernels.grouped_gemm.tuned"),
     "swiglu_quantize": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
     "swiglu_backward_from_codes": ("kernels.swiglu.reference", "kernels.swiglu.triton"),
-    "rms_norm_quantize": ("kernels.rms_norm.reference", "kernels.rms_norm.triton_fp8"),
-    "rms_norm_backward_from_codes": ("kernels.rms_norm.reference", "kernels.rms_norm.triton_fp8"),
+    "rms_norm_quantize": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
+    "rms_norm_backward_from_codes": ("kernels.rms_norm.reference", "kernels.rms_norm.triton"),
 }
 
 

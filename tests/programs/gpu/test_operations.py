@@ -16,7 +16,7 @@ import kernels.quantize.triton as quantize
 import kernels.quantize.triton_columns as quantize_columns
 import kernels.quantize.triton_e5m6 as e5m6
 import kernels.rms_norm.triton as rms_norm
-import kernels.rms_norm.triton_fp8 as rms_norm_fp8
+import kernels.rms_norm.triton as rms_norm_fp8
 import kernels.swiglu.triton as swiglu
 import kernels.swiglu.triton as swiglu_fp8
 from kernels.adamw.reference import Coefficients
