@@ -111,7 +111,7 @@ def locate_matrix_tile(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def store_tile(  # noqa: PLR0913
+def store_tile(
     out: tl.tensor,
     total: tl.tensor,
     rows: tl.tensor,

@@ -20,9 +20,7 @@ rms_norm = operation(reference.rms_norm, cuda="triton", fits=lambda x, *rest: _f
 normalize_backward = operation(
     reference.normalize_backward, cuda="triton", fits=lambda grad, x, *rest: _fit_program(grad, x)
 )
-rms_norm_quantize = operation(
-    reference.rms_norm_quantize, cuda="triton_fp8", fits=lambda x_AD, *rest: _fit_program(x_AD)
-)
+rms_norm_quantize = operation(reference.rms_norm_quantize, cuda="triton", fits=lambda x_AD, *rest: _fit_program(x_AD))
 rms_norm_backward_from_codes = operation(
-    reference.rms_norm_backward_from_codes, cuda="triton_fp8", fits=lambda grad_AD, *rest: _fit_program(grad_AD)
+    reference.rms_norm_backward_from_codes, cuda="triton", fits=lambda grad_AD, *rest: _fit_program(grad_AD)
 )

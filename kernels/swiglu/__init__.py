@@ -5,5 +5,5 @@ from kernels.swiglu import reference
 
 swiglu = operation(reference.swiglu, cuda="triton")
 swiglu_backward = operation(reference.swiglu_backward, cuda="triton")
-swiglu_quantize = operation(reference.swiglu_quantize, cuda="triton_fp8")
-swiglu_backward_from_codes = operation(reference.swiglu_backward_from_codes, cuda="triton_fp8")
+swiglu_quantize = operation(reference.swiglu_quantize, cuda="triton")
+swiglu_backward_from_codes = operation(reference.swiglu_backward_from_codes, cuda="triton")
