@@ -1,6 +1,6 @@
 """Transposed FP8 codes with a scale per column and 128 rows of a group, in Triton.
 
-Results are bit-equal to reference_columns.py. Both kernels are memory-bound: each number is read once and written once,
+Results are bit-equal to reference.py. Both kernels are memory-bound: each number is read once and written once,
 both in contiguous runs. In between, a tile of codes, one byte each, is transposed in shared memory.
 
     kernel     grid                        tile                      accumulator            rounding
@@ -146,7 +146,7 @@ def quantize_columns(
     vector: int = 4,
     num_warps: int = 8,
 ) -> QuantizedColumns:
-    """Implements `reference_columns.quantize_columns`; a thread loads `vector` adjacent columns."""
+    """Implements `reference.quantize_columns`; a thread loads `vector` adjacent columns."""
     check_min_amax(min_amax)
     check_numbers("quantize_columns: rows_ND", rows_ND, 2)
     num_rows, num_columns = rows_ND.shape
@@ -187,7 +187,7 @@ def requantize_columns(
     vector: int = 4,
     num_warps: int = 4,
 ) -> QuantizedColumns:
-    """Implements `reference_columns.requantize_columns`; arguments as `quantize_columns`."""
+    """Implements `reference.requantize_columns`; arguments as `quantize_columns`."""
     check_min_amax(min_amax)
     check_quantized("requantize_columns", *quantized)
     codes_ND, scales_NT = quantized

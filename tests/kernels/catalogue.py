@@ -173,7 +173,7 @@ def swiglu_fp8(num_rows: int, width: int, has_weights: bool, *, is_backward: boo
 
     if is_backward:
         return launch(
-            "swiglu.triton_fp8",
+            "swiglu.triton",
             "swiglu_backward_codes",
             shape,
             8 * num_rows * (width + has_weights) + cached,
@@ -181,7 +181,7 @@ def swiglu_fp8(num_rows: int, width: int, has_weights: bool, *, is_backward: boo
             lambda tensors: (tensors.normal(num_rows, width), tensors.rows(num_rows, 2 * width), row_weights(tensors)),
         )
     return launch(
-        "swiglu.triton_fp8",
+        "swiglu.triton",
         "swiglu_quantize",
         shape,
         4 * num_rows * (width + has_weights) + quantized_bytes(num_rows, width) + cached,
@@ -242,7 +242,7 @@ def rms_norms(width: int) -> list[Launch]:
             ),
         ),
         launch(
-            "rms_norm.triton_fp8",
+            "rms_norm.triton",
             "rms_norm_quantize",
             shape,
             2 * numbers + 4 * TOKENS + 2 * width + codes,
@@ -251,7 +251,7 @@ def rms_norms(width: int) -> list[Launch]:
             power_of_two=False,
         ),
         launch(
-            "rms_norm.triton_fp8",
+            "rms_norm.triton",
             "rms_norm_backward_codes",
             shape,
             4 * numbers + 4 * TOKENS + 6 * width + codes,

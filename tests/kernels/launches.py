@@ -179,7 +179,7 @@ def launch(
         shape=shape,
         bytes_moved=bytes_moved,
         prepare=lambda functions, tensors: partial(getattr(functions, function), *arguments(tensors), **keywords),
-        reference=f"kernels.{module.replace('triton', 'reference')}" if has_reference else None,
+        reference=f"kernels.{module.partition('.')[0]}.reference" if has_reference else None,
         product=product,
         is_timed=tiling is None,
     )
