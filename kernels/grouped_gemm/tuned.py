@@ -31,7 +31,7 @@ def _key(num_groups: int, num_rows: int, depth: int, num_columns: int, dtype: to
     return (dtype, *sizes) if all(sizes) and is_stored_at_once(num_columns) else None
 
 
-CANDIDATES = (
+GROUPED_CANDIDATES = (
     triton_fp8.OF_ROWS,
     Tiling(specialize=True, warps=4),
     Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
@@ -43,5 +43,5 @@ WEIGHT_CANDIDATES = (
     Tiling(outputs=64, warps=8, stages=3, programs_per_sm=2),
     Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
 )
-grouped_rows_fp8 = TunedProduct(triton_fp8.grouped_rows_fp8, rows_key, CANDIDATES)
+grouped_rows_fp8 = TunedProduct(triton_fp8.grouped_rows_fp8, rows_key, GROUPED_CANDIDATES)
 grouped_weight_fp8 = TunedProduct(triton_fp8.grouped_weight_fp8, weight_key, WEIGHT_CANDIDATES)

@@ -326,13 +326,13 @@ LARGE_COUNTS = (500, 0, 37, 640)
 
 def compiled_rows_fp8(num_outputs: int, depth: int, dtype: torch.dtype, candidate: int | None) -> Compiled:
     import kernels.grouped_gemm.triton_fp8 as module
-    from kernels.grouped_gemm.tuned import CANDIDATES
+    from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES
 
     num_rows, num_groups, tiles = sum(LARGE_COUNTS), len(LARGE_COUNTS), -(-depth // 128)
     rows = Quantized(torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn), torch.empty(num_rows, tiles))
     codes = torch.empty(num_groups, num_outputs, depth, dtype=torch.float8_e4m3fn)
     weights = QuantizedBlocks(codes, torch.empty(num_groups, -(-num_outputs // 128), tiles))
-    tiling = None if candidate is None else CANDIDATES[candidate]
+    tiling = None if candidate is None else GROUPED_CANDIDATES[candidate]
     launch = partial(module.grouped_rows_fp8, rows, weights, LARGE_COUNTS, dtype, tiling=tiling)
     return compile_launch(module, "grouped_rows_fp8_kernel", launch)
 
@@ -373,11 +373,11 @@ def assert_pipelined_compiled(compiled: Compiled, operand: str, depth: int) -> N
 
 @pytest.mark.parametrize("candidate", [0, 1, *exhaustive(2, 3)])
 def test_compiled_product_of_groups_is_pipelined_with_any_tiling(candidate: int) -> None:
-    from kernels.grouped_gemm.tuned import CANDIDATES
+    from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES
 
     compiled = compiled_rows_fp8(4096, 7168, torch.bfloat16, candidate)
     assert_pipelined_compiled(compiled, "e4m3", 32)
-    tiling = CANDIDATES[candidate]
+    tiling = GROUPED_CANDIDATES[candidate]
     multiplying = 2 if tiling.specialize else 1
     assert len(compiled.instructions(r"wgmma\.mma_async")) == 4 * multiplying
     # One fused operation adds a number to the sum in float32: both scales were multiplied before.

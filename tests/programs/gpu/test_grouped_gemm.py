@@ -59,13 +59,13 @@ def test_products_of_groups_in_fp8_on_the_gpu_keep_nan_within_its_group_and_take
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
     """Warp specialization above all, which no interpreter runs."""
     from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
-    from kernels.grouped_gemm.tuned import CANDIDATES, WEIGHT_CANDIDATES
+    from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES, WEIGHT_CANDIDATES
 
     for widths in ((576, 1024), (192, 7168), (2048, 129)):
         on_cpu = operands(MANY, *widths)
         rows, weights = on("cuda", on_cpu[0]), on("cuda", on_cpu[1])
         expected_AN = grouped_rows_fp8(rows, weights, MANY, torch.float32)
-        made_AN = grouped_rows_fp8(rows, weights, MANY, torch.float32, tiling=CANDIDATES[candidate])
+        made_AN = grouped_rows_fp8(rows, weights, MANY, torch.float32, tiling=GROUPED_CANDIDATES[candidate])
         assert torch.equal(made_AN, expected_AN)
         grad, inputs = (on("cuda", each) for each in column_operands(MANY, *widths))
         expected_ENK = grouped_weight_fp8(grad, inputs, MANY)
