@@ -1,6 +1,6 @@
 """Multiplies matrices in FP8."""
 
-from kernels.gemm_fp8 import reference
+from kernels.grouped_gemm import reference
 from kernels.operation import operation
 
 gemm_fp8 = operation(reference.gemm_fp8, cuda="tuned", hopper="deep_gemm")

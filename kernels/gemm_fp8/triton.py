@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gemm_fp8.reference import check_columns, check_rows_by_blocks
+from kernels.grouped_gemm.reference import check_columns, check_rows_by_blocks
 from kernels.launch import (
     LARGEST_DESCRIBED_BYTES,
     OF_COLUMNS,
