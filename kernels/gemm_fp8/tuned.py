@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.gemm_fp8 import triton as kernel
+from kernels.grouped_gemm import triton_fp8 as kernel
 from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 

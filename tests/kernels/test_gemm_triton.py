@@ -13,14 +13,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import kernels.gemm_fp8.triton as module
+import kernels.grouped_gemm.triton_fp8 as module
 from kernels.gemm_fp8 import tuned
-from kernels.gemm_fp8.triton import gemm_fp8, gemm_fp8_columns
 from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.grouped_gemm import reference
 from kernels.grouped_gemm import tuned as grouped_tuned
 from kernels.grouped_gemm.triton import GroupedTiling, grouped_rows, grouped_weight
-from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
+from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
 from tests.covering import exhaustive
