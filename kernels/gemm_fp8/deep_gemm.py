@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.gemm_fp8 import tuned
+from kernels.grouped_gemm import tuned
 from kernels.grouped_gemm.reference import check_columns, check_rows_by_blocks
 from kernels.launch import ALIGNMENT_BYTES
 from kernels.quantize.layout import TILE, Quantized, QuantizedBlocks, QuantizedColumns

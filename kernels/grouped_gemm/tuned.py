@@ -4,15 +4,146 @@ Row counts are rounded up to the next power of two, for any distribution over th
 a multiple of 16 keep the default tiling: unaligned stores take registers that other tilings do not have.
 """
 
-from collections.abc import Hashable, Sequence
+import logging
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import pairwise
+from textwrap import shorten
+from typing import Any, Generic, ParamSpec
 
 import torch
+import triton
+from torch import Tensor
 
-from kernels.gemm_fp8.tuned import TunedProduct, round_up
 from kernels.grouped_gemm import triton_fp8
+from kernels.grouped_gemm import triton_fp8 as kernel
 from kernels.grouped_gemm.triton import is_stored_at_once
-from kernels.launch import Tiling
+from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
+
+P = ParamSpec("P")
+
+LOGGER = logging.getLogger("kernels")
+Milliseconds = Callable[[Callable[[], Any]], float]  # measures a call
+_NUM_WARM_UPS = 2
+_NUM_CALLS = 9
+_LONGEST_CAUSE = 200  # characters
+
+
+def stream_milliseconds(call: Callable[[], Any]) -> float:
+    """Returns the median time of a compiled call on the current stream, with overlapping launches.
+
+    It waits only for this stream: another one may hold a message that another rank answers after this product.
+    """
+    for _ in range(_NUM_WARM_UPS):
+        call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_NUM_CALLS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    marks[-1].synchronize()
+    return statistics.median(float(begin.elapsed_time(end)) for begin, end in pairwise(marks))
+
+
+class TuningError(RuntimeError):
+    """No candidate tiling of a product compiles and runs on this GPU."""
+
+
+class TunedProduct(Generic[P]):
+    """Runs a product with the fastest tiling of its shape, which it caches; all give the same result.
+
+    The first product of a shape takes as long as all candidates, including their compilation, and cannot be captured in
+    a CUDA graph. A candidate that Triton or ptxas cannot compile, or that needs more shared memory or registers than
+    the GPU has, is skipped, and logged with its cause the first time.
+    """
+
+    def __init__(
+        self,
+        product: Callable[..., Tensor],
+        key_of: Callable[P, Hashable | None],
+        candidates: Sequence[Tiling],
+        milliseconds: Milliseconds | None = None,
+    ) -> None:
+        """Creates the product; `key_of` returns what its fastest tiling depends on, None for the default."""
+        self._product = product
+        self._key_of = key_of
+        self._candidates = candidates
+        self._milliseconds = milliseconds
+        self._chosen: dict[Hashable, Tiling] = {}
+        self._logged: set[Tiling] = set()
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """Computes the product; raises TuningError with all causes if every candidate of its shape fails."""
+        left: Any = args[0]
+        is_measured = left.codes.device.type == "cuda" or self._milliseconds is not None
+        key = self._key_of(*args, **kwargs) if is_measured else None
+        call = partial(self._product, *args, **kwargs)
+        if key is None:
+            return call()
+        if key not in self._chosen:
+            self._chosen[key] = self._fastest(call)
+        return call(tiling=self._chosen[key])
+
+    def _fastest(self, call: Callable[..., Tensor]) -> Tiling:
+        """Returns the candidate that runs a product fastest; the first of equally fast ones."""
+        measure = self._milliseconds or stream_milliseconds
+        name = self._product.__name__
+        times: dict[Tiling, float] = {}
+        causes: dict[Tiling, Exception] = {}
+        for tiling in self._candidates:
+            try:
+                times[tiling] = measure(partial(call, tiling=tiling))
+            except Exception as error:
+                causes[tiling] = error
+                if tiling not in self._logged:
+                    self._logged.add(tiling)
+                    LOGGER.warning("%s: %s is not used: %s", name, tiling, _summary(error))
+        if not times:
+            listed = "; ".join(f"{tiling}: {_summary(error)}" for tiling, error in causes.items())
+            raise TuningError(f"{name}: no tiling compiles and runs here: {listed}") from causes[self._candidates[0]]
+        return min(times, key=times.__getitem__)
+
+
+def _summary(error: Exception) -> str:
+    """Returns an error's type and message on one line, shortened because compilers print whole programs."""
+    return f"{type(error).__name__}: {shorten(str(error), _LONGEST_CAUSE, placeholder=' ...')}"
+
+
+def round_up(num_rows: int) -> int:
+    """Returns the next power of two: products of about as many rows share a tiling."""
+    return triton.next_power_of_2(num_rows) if num_rows else 0
+
+
+def gemm_key(
+    left: Quantized | QuantizedColumns, right: QuantizedBlocks | QuantizedColumns, dtype: torch.dtype = torch.float32
+) -> Hashable | None:
+    """Returns sizes and type of a product."""
+    num_outputs, depth = right.codes.shape
+    sizes = (round_up(len(left.codes)), num_outputs, depth)
+    # Results that are not stored by descriptor need addresses, which take registers that other tilings do not have.
+    is_stored_by_mask = num_outputs * dtype.itemsize % ALIGNMENT_BYTES or dtype.itemsize > LARGEST_DESCRIBED_BYTES
+    return None if is_stored_by_mask or 0 in sizes else (dtype, *sizes)
+
+
+CANDIDATES = (
+    STORED_BY_DESCRIPTOR,
+    Tiling(specialize=True, warps=4),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=2, programs_per_sm=3),
+    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
+    Tiling(outputs=64),
+)
+COLUMN_CANDIDATES = (
+    OF_COLUMNS,
+    Tiling(specialize=True, warps=4),
+    Tiling(rows=64, warps=4, stages=3, programs_per_sm=2),
+    Tiling(rows=64, warps=4, stages=2, programs_per_sm=2),
+    Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
+)
+gemm_fp8 = TunedProduct(kernel.gemm_fp8, gemm_key, CANDIDATES)
+gemm_fp8_columns = TunedProduct(kernel.gemm_fp8_columns, gemm_key, COLUMN_CANDIDATES)
 
 
 def rows_key(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Hashable | None:

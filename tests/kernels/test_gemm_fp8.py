@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from kernels.gemm_fp8 import deep_gemm
-from kernels.gemm_fp8.tuned import TunedProduct, TuningError
 from kernels.grouped_gemm import reference
+from kernels.grouped_gemm.tuned import TunedProduct, TuningError
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns

@@ -14,12 +14,11 @@ import pytest
 import torch
 
 import kernels.grouped_gemm.triton_fp8 as module
-from kernels.gemm_fp8 import tuned
-from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
-from kernels.grouped_gemm import reference
+from kernels.grouped_gemm import reference, tuned
 from kernels.grouped_gemm import tuned as grouped_tuned
 from kernels.grouped_gemm.triton import GroupedTiling, grouped_rows, grouped_weight
 from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
+from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
 from tests.covering import exhaustive

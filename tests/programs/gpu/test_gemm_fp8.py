@@ -53,8 +53,8 @@ def test_product_on_the_gpu_carries_nan_and_takes_nothing() -> None:
 @pytest.mark.parametrize("candidate", range(6))
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
     """Warp specialization above all, which no interpreter runs."""
-    from kernels.gemm_fp8.tuned import CANDIDATES, COLUMN_CANDIDATES
     from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns
+    from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES
 
     tiling = CANDIDATES[candidate]
     for shape in ((130, 256, 4096), (1000, 576, 7168), (4000, 1536, 512)):
@@ -68,7 +68,7 @@ def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
 
 
 def test_tuned_products_are_near_the_exact_ones() -> None:
-    from kernels.gemm_fp8 import tuned
+    from kernels.grouped_gemm import tuned
 
     for shape in ((130, 256, 4096), (150, 256, 4096), (33, 131, 200)):
         check_gemm(tuned.gemm_fp8, "cuda", shape, torch.bfloat16, HOPPER_SUMS)
@@ -97,7 +97,7 @@ def test_product_outpaces_bfloat16() -> None:
     """The aim: 1.4 times torch's own product in bfloat16."""
     from triton.testing import do_bench
 
-    from kernels.gemm_fp8 import tuned
+    from kernels.grouped_gemm import tuned
 
     num_rows, num_outputs, depth = LARGE
     left, right = operands(LARGE)
