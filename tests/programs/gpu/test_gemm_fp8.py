@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.gemm_fp8 import deep_gemm
+from kernels.grouped_gemm import deep_gemm
 from kernels.operation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 from tests.kernels.agreement_gemm import (
