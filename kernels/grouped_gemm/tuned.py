@@ -1,7 +1,8 @@
-"""Grouped products in FP8 with the fastest tiling, measured at the first product of a shape.
+"""Products in FP8 with the fastest tiling on this GPU, measured at the first product of a shape.
 
-Row counts are rounded up to the next power of two, for any distribution over the groups. Results whose columns are not
-a multiple of 16 keep the default tiling: unaligned stores take registers that other tilings do not have.
+Row counts of grouped products are rounded up to the next power of two, for any distribution over the groups. Their
+results keep the default tiling unless columns are a multiple of 16: unaligned stores take registers that other tilings
+do not have.
 """
 
 import logging
@@ -17,7 +18,6 @@ import triton
 from torch import Tensor
 
 from kernels.grouped_gemm import triton_fp8
-from kernels.grouped_gemm import triton_fp8 as kernel
 from kernels.grouped_gemm.triton import is_stored_at_once
 from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
@@ -142,8 +142,8 @@ COLUMN_CANDIDATES = (
     Tiling(rows=64, warps=4, stages=2, programs_per_sm=2),
     Tiling(rows=64, outputs=64, warps=4, programs_per_sm=2),
 )
-gemm_fp8 = TunedProduct(kernel.gemm_fp8, gemm_key, CANDIDATES)
-gemm_fp8_columns = TunedProduct(kernel.gemm_fp8_columns, gemm_key, COLUMN_CANDIDATES)
+gemm_fp8 = TunedProduct(triton_fp8.gemm_fp8, gemm_key, CANDIDATES)
+gemm_fp8_columns = TunedProduct(triton_fp8.gemm_fp8_columns, gemm_key, COLUMN_CANDIDATES)
 
 
 def rows_key(rows: Quantized, weights: QuantizedBlocks, counts: Sequence[int], dtype: torch.dtype) -> Hashable | None:

@@ -325,7 +325,7 @@ TUNED = (FIRST, "o_proj")
 def gemm(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """Outputs of a map; or the gradient of the inputs of one with as many inputs as this has outputs."""
     return launch(
-        "gemm_fp8.triton",
+        "grouped_gemm.triton_fp8",
         "gemm",
         f"{TOKENS} x {inputs} x {outputs}, {name}",
         quantized_bytes(TOKENS, inputs) + blocks_bytes(outputs, inputs) + 2 * TOKENS * outputs,
@@ -339,7 +339,7 @@ def gemm(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> 
 def gemm_columns(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """Returns the product of the gradient of a map's weight."""
     return launch(
-        "gemm_fp8.triton",
+        "grouped_gemm.triton_fp8",
         "gemm",
         f"{outputs} x {TOKENS} x {inputs}, gradient, {name}",
         quantized_bytes(inputs + outputs, TOKENS) + 4 * inputs * outputs,
