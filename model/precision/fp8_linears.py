@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from comm.protocol import RowOrder
-from kernels.grouped_gemm import grouped_rows_fp8, grouped_weight_fp8
+from kernels.gemm import grouped_rows_fp8, grouped_weight_fp8
 from kernels.quantize import pack_e5m6, quantize_1x128, quantize_columns, requantize_columns, unpack_e5m6
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, PackedE5M6, Quantized, unpack
 from kernels.rms_norm import rms_norm_backward_from_codes, rms_norm_quantize

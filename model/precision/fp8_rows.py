@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.grouped_gemm import gemm_fp8, gemm_fp8_columns
+from kernels.gemm import gemm_fp8, gemm_fp8_columns
 from kernels.quantize import (
     quantize_1x128,
     quantize_128x128,

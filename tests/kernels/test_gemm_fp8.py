@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kernels.grouped_gemm import deep_gemm, reference
+from kernels.gemm import deep_gemm, reference
 from kernels.grouped_gemm.tuned import TunedProduct, TuningError
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import kernels.grouped_gemm.triton_fp8 as module
-from kernels.grouped_gemm import reference, tuned
-from kernels.grouped_gemm import tuned as grouped_tuned
+from kernels.gemm import reference, tuned
+from kernels.gemm import tuned as grouped_tuned
 from kernels.grouped_gemm.triton import GroupedTiling, grouped_rows, grouped_weight
 from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
 from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct

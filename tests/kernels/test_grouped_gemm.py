@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.expert_mlp import grouped
-from kernels.grouped_gemm import deep_gemm, reference
+from kernels.gemm import deep_gemm, reference
 from kernels.grouped_gemm.reference import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.quantize.layout import QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns

@@ -14,14 +14,8 @@ from torch import Tensor
 
 import kernels.rms_norm as norm
 from kernels import operation
-from kernels.grouped_gemm import (
-    gemm_fp8,
-    gemm_fp8_columns,
-    grouped_rows,
-    grouped_rows_fp8,
-    grouped_weight,
-    grouped_weight_fp8,
-)
+from kernels.gemm import gemm_fp8, gemm_fp8_columns, grouped_rows, grouped_rows_fp8, grouped_weight
+from kernels.grouped_gemm import grouped_weight_fp8
 from kernels.grouped_gemm.triton import GroupedTiling
 from kernels.grouped_gemm.triton import grouped_rows as triton_rows
 from kernels.launch import Tiling, without_launches
@@ -180,7 +174,7 @@ def test_the_reference_loads_neither_triton_nor_deep_gemm_and_attention_no_torch
         "import kernels.attention, kernels.operation, kernels.operation\n"
         "assert 'torch' not in sys.modules\n"
         "import torch\n"
-        "from kernels.grouped_gemm import gemm_fp8\n"
+        "from kernels.gemm import gemm_fp8\n"
         "from kernels.permute import permute\n"
         "from kernels.quantize import quantize_1x128, quantize_128x128\n"
         "permute(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64))\n"

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from comm.dispatch.local import LocalDispatcher, SortedChoices
 from comm.protocol import RankLocalDispatcher
-from kernels.grouped_gemm import reference as grouped_reference
+from kernels.gemm import reference as grouped_reference
 from kernels.quantize import reference
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from kernels.rms_norm.reference import rms_norm

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.grouped_gemm import deep_gemm
+from kernels.gemm import deep_gemm
 from kernels.operation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 from tests.kernels.agreement_gemm import (
@@ -68,7 +68,7 @@ def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
 
 
 def test_tuned_products_are_near_the_exact_ones() -> None:
-    from kernels.grouped_gemm import tuned
+    from kernels.gemm import tuned
 
     for shape in ((130, 256, 4096), (150, 256, 4096), (33, 131, 200)):
         check_gemm(tuned.gemm_fp8, "cuda", shape, torch.bfloat16, HOPPER_SUMS)
@@ -97,7 +97,7 @@ def test_product_outpaces_bfloat16() -> None:
     """The aim: 1.4 times torch's own product in bfloat16."""
     from triton.testing import do_bench
 
-    from kernels.grouped_gemm import tuned
+    from kernels.gemm import tuned
 
     num_rows, num_outputs, depth = LARGE
     left, right = operands(LARGE)

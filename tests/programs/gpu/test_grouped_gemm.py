@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.expert_mlp import grouped
-from kernels.grouped_gemm import deep_gemm
+from kernels.gemm import deep_gemm
 from kernels.operation import has_deep_gemm
 from kernels.quantize.layout import Quantized, QuantizedBlocks
 from tests.kernels.agreement_gemm import HOPPER_SUMS
@@ -75,7 +75,7 @@ def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
 
 @pytest.mark.usefixtures("_hopper")
 def test_tuned_products_of_groups_are_near_the_exact_ones() -> None:
-    from kernels.grouped_gemm import tuned
+    from kernels.gemm import tuned
 
     for widths in ((576, 1024), (131, 200)):
         check_rows_fp8(tuned.grouped_rows_fp8, "cuda", MANY, widths, torch.bfloat16, HOPPER_SUMS)
@@ -129,7 +129,7 @@ def test_product_of_groups_in_fp8_outpaces_bfloat16(num_outputs: int, depth: int
     """The aim: 1.3 times torch's own grouped product in bfloat16."""
     from triton.testing import do_bench
 
-    from kernels.grouped_gemm import tuned
+    from kernels.gemm import tuned
 
     tensors = Tensors(torch.device("cuda"))
     rows, weights = tensors.rows(sum(COUNTS), depth), tensors.blocks(len(COUNTS), num_outputs, depth)

@@ -60,8 +60,8 @@ def contenders(launch: Launch, device: torch.device, makers: Sequence[Mapping[st
 
 def _tuned() -> SimpleNamespace:
     """Returns our products in FP8, which cache the tuned tiling of every shape."""
-    from kernels.grouped_gemm import tuned as gemm
-    from kernels.grouped_gemm import tuned as grouped
+    from kernels.gemm import tuned as gemm
+    from kernels.gemm import tuned as grouped
 
     found = {name: getattr(gemm, name) for name in PRODUCTS}
     return SimpleNamespace(**found, **{name: getattr(grouped, name) for name in GROUPED_PRODUCTS})

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 PACKAGES = "hydra omegaconf deepspeed wandb tokenizers safetensors rich flash_attn deep_gemm deep_ep pytest xdist"
-MODULES = ("launch.config.compose", "train.run", "train.optim.zero1", "kernels.grouped_gemm")
+MODULES = ("launch.config.compose", "train.run", "train.optim.zero1", "kernels.gemm")
 
 
 def main() -> int:

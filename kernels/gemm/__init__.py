@@ -1,6 +1,6 @@
 """Multiplies matrices: in FP8, and rows sorted by group with one matrix per group, in the rows' type or in FP8."""
 
-from kernels.grouped_gemm import reference
+from kernels.gemm import reference
 from kernels.operation import operation
 
 gemm_fp8 = operation(reference.gemm_fp8, cuda="tuned", hopper="deep_gemm")
