@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.grouped_gemm.reference import check_rows, check_weight
+from kernels.gemm.reference import check_rows, check_weight
 from kernels.operation import runs_as_on_cuda
 from kernels.swiglu.reference import swiglu, swiglu_backward
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.grouped_gemm.reference import check_rows, check_weight
+from kernels.gemm.reference import check_rows, check_weight
 from kernels.launch import allow_descriptors, check_sides, count_programs, make_describable, resources
 
 PLACES = tl.constexpr(5)

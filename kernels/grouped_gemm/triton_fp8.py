@@ -1,4 +1,4 @@
-"""Grouped products in FP8 codes and scales, in Triton; see kernels/grouped_gemm/reference.py.
+"""Grouped products in FP8 codes and scales, in Triton; see kernels/gemm/reference.py.
 
 One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
 tile of the result.
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.grouped_gemm.reference import check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
+from kernels.gemm.reference import check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
 from kernels.grouped_gemm.triton import (
     compute_depth_bounds,
     is_stored_at_once,

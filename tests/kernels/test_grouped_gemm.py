@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kernels.expert_mlp import grouped
 from kernels.gemm import deep_gemm, reference
-from kernels.grouped_gemm.reference import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
+from kernels.gemm.reference import grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.quantize.layout import QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns
 from tests.kernels.agreement_grouped import (

@@ -43,7 +43,7 @@ PRODUCT = Product(num_rows=48, num_columns=160, depth=256)
 def launch_of(product: Product | None, bytes_moved: int = 10**6, kernel: str = "gemm_kernel") -> Launch:
     """Returns a launch that records and does nothing."""
     return Launch(
-        module="kernels.grouped_gemm.reference",
+        module="kernels.gemm.reference",
         kernel=kernel,
         shape="4096 x 7168 x 2048, any",
         bytes_moved=bytes_moved,
