@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm.reference import check_columns, check_rows_by_blocks, check_rows_fp8, check_weight_fp8
-from kernels.grouped_gemm.triton import (
+from kernels.gemm.triton import (
     compute_depth_bounds,
     is_stored_at_once,
     locate_matrix_tile,

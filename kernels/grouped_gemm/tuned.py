@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from kernels.gemm import triton_fp8
-from kernels.grouped_gemm.triton import is_stored_at_once
+from kernels.gemm.triton import is_stored_at_once
 from kernels.launch import ALIGNMENT_BYTES, LARGEST_DESCRIBED_BYTES, OF_COLUMNS, STORED_BY_DESCRIPTOR, Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns
 

@@ -16,7 +16,7 @@ import torch
 import kernels.grouped_gemm.triton_fp8 as module
 from kernels.gemm import reference, tuned
 from kernels.gemm import tuned as grouped_tuned
-from kernels.grouped_gemm.triton import GroupedTiling, grouped_rows, grouped_weight
+from kernels.gemm.triton import GroupedTiling, grouped_rows, grouped_weight
 from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
 from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.launch import Tiling
@@ -409,7 +409,7 @@ def test_compiled_products_of_groups_of_odd_width_are_sound(dtype: torch.dtype) 
 
 
 def compiled_16_bits(dtype: torch.dtype, num_outputs: int, across: bool) -> Compiled:
-    import kernels.grouped_gemm.triton as module
+    import kernels.gemm.triton as module
 
     rows = torch.empty(sum(LARGE_COUNTS), 7168, dtype=dtype)
     weight = torch.empty(len(LARGE_COUNTS), num_outputs, 7168, dtype=dtype)
@@ -419,7 +419,7 @@ def compiled_16_bits(dtype: torch.dtype, num_outputs: int, across: bool) -> Comp
 
 
 def compiled_weight_16_bits(dtype: torch.dtype, num_inputs: int) -> Compiled:
-    import kernels.grouped_gemm.triton as module
+    import kernels.gemm.triton as module
 
     grad = torch.empty(sum(LARGE_COUNTS), 4096, dtype=dtype)
     rows = torch.empty(sum(LARGE_COUNTS), num_inputs, dtype=dtype)

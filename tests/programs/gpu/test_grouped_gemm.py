@@ -97,7 +97,7 @@ def test_deep_gemm_on_the_gpu_is_near_the_exact_products_of_groups() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("counts", AWKWARD)
 def test_products_of_groups_on_the_gpu_are_near_the_exact_ones(counts: tuple[int, ...], dtype: torch.dtype) -> None:
-    from kernels.grouped_gemm.triton import grouped_rows, grouped_weight
+    from kernels.gemm.triton import grouped_rows, grouped_weight
 
     for widths in WIDTHS:
         for across in (False, True):
