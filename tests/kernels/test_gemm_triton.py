@@ -13,11 +13,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import kernels.grouped_gemm.triton_fp8 as module
+import kernels.gemm.triton_fp8 as module
 from kernels.gemm import reference, tuned
 from kernels.gemm import tuned as grouped_tuned
 from kernels.gemm.triton import GroupedTiling, grouped_rows, grouped_weight
-from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
+from kernels.gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
 from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
@@ -323,7 +323,7 @@ LARGE_COUNTS = (500, 0, 37, 640)
 
 
 def compiled_rows_fp8(num_outputs: int, depth: int, dtype: torch.dtype, candidate: int | None) -> Compiled:
-    import kernels.grouped_gemm.triton_fp8 as module
+    import kernels.gemm.triton_fp8 as module
     from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES
 
     num_rows, num_groups, tiles = sum(LARGE_COUNTS), len(LARGE_COUNTS), -(-depth // 128)
@@ -336,7 +336,7 @@ def compiled_rows_fp8(num_outputs: int, depth: int, dtype: torch.dtype, candidat
 
 
 def compiled_weight_fp8(num_outputs: int, num_inputs: int, candidate: int | None) -> Compiled:
-    import kernels.grouped_gemm.triton_fp8 as module
+    import kernels.gemm.triton_fp8 as module
     from kernels.grouped_gemm.tuned import WEIGHT_CANDIDATES
 
     num_padded = padded_rows(LARGE_COUNTS)

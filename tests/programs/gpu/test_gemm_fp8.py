@@ -30,21 +30,21 @@ def _hopper(_cuda: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_on_the_gpu_is_near_the_exact_one(dtype: torch.dtype) -> None:
-    from kernels.grouped_gemm.triton_fp8 import gemm_fp8
+    from kernels.gemm.triton_fp8 import gemm_fp8
 
     for shape in SHAPES:
         check_gemm(gemm_fp8, "cuda", shape, dtype, HOPPER_SUMS)
 
 
 def test_product_over_rows_on_the_gpu_is_near_the_exact_one() -> None:
-    from kernels.grouped_gemm.triton_fp8 import gemm_fp8_columns
+    from kernels.gemm.triton_fp8 import gemm_fp8_columns
 
     for shape in ((1, 1, 128), (130, 131, 256), (2048, 512, 4096)):
         check_columns(gemm_fp8_columns, "cuda", shape, HOPPER_SUMS)
 
 
 def test_product_on_the_gpu_carries_nan_and_takes_nothing() -> None:
-    from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns
+    from kernels.gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns
 
     check_nan(gemm_fp8, gemm_fp8_columns, "cuda")
     check_empty(gemm_fp8, gemm_fp8_columns, "cuda")
@@ -53,7 +53,7 @@ def test_product_on_the_gpu_carries_nan_and_takes_nothing() -> None:
 @pytest.mark.parametrize("candidate", range(6))
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
     """Warp specialization above all, which no interpreter runs."""
-    from kernels.grouped_gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns
+    from kernels.gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns
     from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES
 
     tiling = CANDIDATES[candidate]
@@ -76,7 +76,7 @@ def test_tuned_products_are_near_the_exact_ones() -> None:
 
 
 def test_product_reaches_numbers_beyond_two_gigabytes() -> None:
-    from kernels.grouped_gemm.triton_fp8 import gemm_fp8
+    from kernels.gemm.triton_fp8 import gemm_fp8
 
     depth = 2**20
     num_rows = 2**31 // depth + 2

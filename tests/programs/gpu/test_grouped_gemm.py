@@ -38,7 +38,7 @@ def _hopper(_cuda: None) -> None:
 @pytest.mark.usefixtures("_hopper")
 @pytest.mark.parametrize("counts", AWKWARD)
 def test_products_of_groups_in_fp8_on_the_gpu_are_near_the_exact_ones(counts: tuple[int, ...]) -> None:
-    from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
+    from kernels.gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
 
     for widths in WIDTHS:
         for dtype in (torch.float32, torch.bfloat16):
@@ -48,7 +48,7 @@ def test_products_of_groups_in_fp8_on_the_gpu_are_near_the_exact_ones(counts: tu
 
 @pytest.mark.usefixtures("_hopper")
 def test_products_of_groups_in_fp8_on_the_gpu_keep_nan_within_its_group_and_take_nothing() -> None:
-    from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
+    from kernels.gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
 
     check_nan_fp8(grouped_rows_fp8, grouped_weight_fp8, "cuda")
     check_empty_fp8(grouped_rows_fp8, grouped_weight_fp8, "cuda")
@@ -58,7 +58,7 @@ def test_products_of_groups_in_fp8_on_the_gpu_keep_nan_within_its_group_and_take
 @pytest.mark.parametrize("candidate", range(4))
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
     """Warp specialization above all, which no interpreter runs."""
-    from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
+    from kernels.gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
     from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES, WEIGHT_CANDIDATES
 
     for widths in ((576, 1024), (192, 7168), (2048, 129)):
@@ -108,7 +108,7 @@ def test_products_of_groups_on_the_gpu_are_near_the_exact_ones(counts: tuple[int
 
 @pytest.mark.usefixtures("_hopper")
 def test_product_of_groups_reaches_numbers_beyond_two_gigabytes() -> None:
-    from kernels.grouped_gemm.triton_fp8 import grouped_rows_fp8
+    from kernels.gemm.triton_fp8 import grouped_rows_fp8
 
     counts, num_outputs = (3, 2**21), 1024
     codes = torch.zeros(sum(counts), 128, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)

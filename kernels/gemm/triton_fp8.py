@@ -11,7 +11,7 @@ tile of the result.
                         a group at a time           3.3.2)
 
 Tiles are ordered, loaded and stored as in `triton.py`; a descriptor cannot store a tile at the end of a group. Values
-of another group never enter a sum. `specialize` is that of kernels/grouped_gemm/triton_fp8.py.
+of another group never enter a sum. `specialize` is that of kernels/gemm/triton_fp8.py.
 """
 
 # Shape legend: as in the reference, and T tiles.
