@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import compute_coefficients
-from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, GROUPED_CANDIDATES, WEIGHT_CANDIDATES
+from kernels.gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, GROUPED_CANDIDATES, WEIGHT_CANDIDATES
 from kernels.launch import Tiling
 from kernels.quantize.layout import GRADIENTS_MIN_AMAX, padded_rows
 from tests.kernels.launches import (

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from kernels.gemm import deep_gemm, reference
-from kernels.grouped_gemm.tuned import TunedProduct, TuningError
+from kernels.gemm.tuned import TunedProduct, TuningError
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, pack, unpack
 from kernels.quantize.reference import quantize_1x128, quantize_128x128, quantize_columns

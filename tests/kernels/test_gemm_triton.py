@@ -18,7 +18,7 @@ from kernels.gemm import reference, tuned
 from kernels.gemm import tuned as grouped_tuned
 from kernels.gemm.triton import GroupedTiling, grouped_rows, grouped_weight
 from kernels.gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns, grouped_rows_fp8, grouped_weight_fp8
-from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
+from kernels.gemm.tuned import CANDIDATES, COLUMN_CANDIDATES, TunedProduct
 from kernels.launch import Tiling
 from kernels.quantize.layout import Quantized, QuantizedBlocks, QuantizedColumns, padded_rows
 from tests.covering import exhaustive
@@ -324,7 +324,7 @@ LARGE_COUNTS = (500, 0, 37, 640)
 
 def compiled_rows_fp8(num_outputs: int, depth: int, dtype: torch.dtype, candidate: int | None) -> Compiled:
     import kernels.gemm.triton_fp8 as module
-    from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES
+    from kernels.gemm.tuned import GROUPED_CANDIDATES
 
     num_rows, num_groups, tiles = sum(LARGE_COUNTS), len(LARGE_COUNTS), -(-depth // 128)
     rows = Quantized(torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn), torch.empty(num_rows, tiles))
@@ -337,7 +337,7 @@ def compiled_rows_fp8(num_outputs: int, depth: int, dtype: torch.dtype, candidat
 
 def compiled_weight_fp8(num_outputs: int, num_inputs: int, candidate: int | None) -> Compiled:
     import kernels.gemm.triton_fp8 as module
-    from kernels.grouped_gemm.tuned import WEIGHT_CANDIDATES
+    from kernels.gemm.tuned import WEIGHT_CANDIDATES
 
     num_padded = padded_rows(LARGE_COUNTS)
     grad, rows = (
@@ -371,7 +371,7 @@ def assert_pipelined_compiled(compiled: Compiled, operand: str, depth: int) -> N
 
 @pytest.mark.parametrize("candidate", [0, 1, *exhaustive(2, 3)])
 def test_compiled_product_of_groups_is_pipelined_with_any_tiling(candidate: int) -> None:
-    from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES
+    from kernels.gemm.tuned import GROUPED_CANDIDATES
 
     compiled = compiled_rows_fp8(4096, 7168, torch.bfloat16, candidate)
     assert_pipelined_compiled(compiled, "e4m3", 32)
@@ -391,7 +391,7 @@ def test_compiled_product_of_groups_is_pipelined_with_any_tiling(candidate: int)
 
 @pytest.mark.parametrize("candidate", [0, *exhaustive(1, 2, 3)])
 def test_compiled_gradient_of_groups_is_pipelined_with_any_tiling(candidate: int) -> None:
-    from kernels.grouped_gemm.tuned import WEIGHT_CANDIDATES
+    from kernels.gemm.tuned import WEIGHT_CANDIDATES
 
     compiled = compiled_weight_fp8(4096, 7168, candidate)
     assert_pipelined_compiled(compiled, "e4m3", 32)

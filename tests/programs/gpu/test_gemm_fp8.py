@@ -54,7 +54,7 @@ def test_product_on_the_gpu_carries_nan_and_takes_nothing() -> None:
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
     """Warp specialization above all, which no interpreter runs."""
     from kernels.gemm.triton_fp8 import gemm_fp8, gemm_fp8_columns
-    from kernels.grouped_gemm.tuned import CANDIDATES, COLUMN_CANDIDATES
+    from kernels.gemm.tuned import CANDIDATES, COLUMN_CANDIDATES
 
     tiling = CANDIDATES[candidate]
     for shape in ((130, 256, 4096), (1000, 576, 7168), (4000, 1536, 512)):

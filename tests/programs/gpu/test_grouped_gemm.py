@@ -59,7 +59,7 @@ def test_products_of_groups_in_fp8_on_the_gpu_keep_nan_within_its_group_and_take
 def test_every_tiling_on_the_gpu_gives_the_same_bits(candidate: int) -> None:
     """Warp specialization above all, which no interpreter runs."""
     from kernels.gemm.triton_fp8 import grouped_rows_fp8, grouped_weight_fp8
-    from kernels.grouped_gemm.tuned import GROUPED_CANDIDATES, WEIGHT_CANDIDATES
+    from kernels.gemm.tuned import GROUPED_CANDIDATES, WEIGHT_CANDIDATES
 
     for widths in ((576, 1024), (192, 7168), (2048, 129)):
         on_cpu = operands(MANY, *widths)
