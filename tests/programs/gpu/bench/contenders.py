@@ -87,7 +87,7 @@ def others_of(launch: Launch, has_deep_gemm: bool) -> list[dict[str, Make]]:
 
 def deep_gemm(product: Product) -> object:
     """Returns the package's products, which reject unsupported operands."""
-    module = import_module("kernels.grouped_gemm.deep_gemm")
+    module = import_module("kernels.gemm.deep_gemm")
     names = GROUPED_PRODUCTS if product.counts else PRODUCTS
     return SimpleNamespace(**{name: partial(getattr(module, name), fallback=_refuse) for name in names})
 
