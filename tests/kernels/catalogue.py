@@ -325,7 +325,7 @@ TUNED = (FIRST, "o_proj")
 def gemm(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """Outputs of a map; or the gradient of the inputs of one with as many inputs as this has outputs."""
     return launch(
-        "grouped_gemm.triton_fp8",
+        "gemm.triton_fp8",
         "gemm",
         f"{TOKENS} x {inputs} x {outputs}, {name}",
         quantized_bytes(TOKENS, inputs) + blocks_bytes(outputs, inputs) + 2 * TOKENS * outputs,
@@ -339,7 +339,7 @@ def gemm(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> 
 def gemm_columns(name: str, inputs: int, outputs: int, tiling: Tiling | None = None) -> Launch:
     """Returns the product of the gradient of a map's weight."""
     return launch(
-        "grouped_gemm.triton_fp8",
+        "gemm.triton_fp8",
         "gemm",
         f"{outputs} x {TOKENS} x {inputs}, gradient, {name}",
         quantized_bytes(inputs + outputs, TOKENS) + 4 * inputs * outputs,
@@ -375,7 +375,7 @@ def grouped_rows(
     product = Product(num_rows=ROWS, num_columns=outputs, depth=inputs, counts=COUNTS, is_fp8=is_fp8)
     if is_fp8:
         return launch(
-            "grouped_gemm.triton_fp8",
+            "gemm.triton_fp8",
             "grouped_rows_fp8",
             shape,
             quantized_bytes(ROWS, inputs) + EXPERTS * blocks_bytes(outputs, inputs) + 2 * ROWS * outputs,
@@ -385,7 +385,7 @@ def grouped_rows(
             tiling=tiling,
         )
     return launch(
-        "grouped_gemm.triton",
+        "gemm.triton",
         "grouped_rows",
         shape,
         2 * (ROWS * (inputs + outputs) + EXPERTS * inputs * outputs),
@@ -407,7 +407,7 @@ def grouped_weights(name: str, inputs: int, outputs: int, tiling: Tiling | None 
     product = Product(num_rows=outputs, num_columns=inputs, depth=ROWS, counts=COUNTS, is_gradient=True, is_fp8=is_fp8)
     if is_fp8:
         return launch(
-            "grouped_gemm.triton_fp8",
+            "gemm.triton_fp8",
             "grouped_weight_fp8",
             shape,
             quantized_bytes(inputs + outputs, PADDED) + 4 * EXPERTS * inputs * outputs,
@@ -417,7 +417,7 @@ def grouped_weights(name: str, inputs: int, outputs: int, tiling: Tiling | None 
             tiling=tiling,
         )
     return launch(
-        "grouped_gemm.triton",
+        "gemm.triton",
         "grouped_weight",
         shape,
         2 * (ROWS * (inputs + outputs) + EXPERTS * inputs * outputs),

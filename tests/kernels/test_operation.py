@@ -43,7 +43,7 @@ from tests.kernels.plain import randn
 DEVICES = {"cpu": "reference", "meta": "reference", "cuda:1": "triton"}
 OPERATIONS = {
     name: function
-    for folder in ("adamw", "cross_entropy", "gemm_fp8", "grouped_gemm", "permute", "quantize", "rms_norm", "swiglu")
+    for folder in ("adamw", "cross_entropy", "gemm", "permute", "quantize", "rms_norm", "swiglu")
     for name, function in vars(import_module(f"kernels.{folder}")).items()
     if isinstance(function, ChosenFunction)
 }

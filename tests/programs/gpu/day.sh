@@ -132,7 +132,7 @@ case $PART in
     step "one rank, FP8" 140 bash "$SELF" run train_one_rank one_fp8 precision=fp8
     ;;
 2)
-    BENCH=(--sections gemm_fp8 grouped_gemm --rounds 11 --json "$OUT/products.json")
+    BENCH=(--sections gemm --rounds 11 --json "$OUT/products.json")
     OTHERS=(--sections quantize permute swiglu rms_norm cross_entropy adamw --rounds 7 --json "$OUT/others.json")
     TAIL=30 step attention 60 "$PYTHON" -m tests.programs.gpu.day.attention
     TAIL=60 step "V3 layer, bf16" 120 "$PYTHON" -m tests.programs.gpu.day.layer bf16 --out "$OUT"

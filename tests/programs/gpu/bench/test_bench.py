@@ -92,7 +92,7 @@ def test_table_gives_rates_shares_and_ratios() -> None:
     assert report.table(rows).splitlines() == [
         "| kernel | shape | microseconds | rate | of floor | x plain torch | x torch bf16 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| gemm_fp8.gemm | 4096 x 7168 x 2048, any | 2.0 | 100 TFLOP/s | 50% |  | 1.50 |",
+        "| gemm.gemm | 4096 x 7168 x 2048, any | 2.0 | 100 TFLOP/s | 50% |  | 1.50 |",
         "| gemm_fp8.quantize | 4096 x 7168 x 2048, any | 4.0 | 250 GB/s | 25% | 2.50 |  |",
     ]
 
@@ -127,7 +127,7 @@ def test_a_kernel_that_fails_keeps_no_other_from_being_measured() -> None:
     findings = Findings()
     for launch in (replace(good, prepare=failing), good):
         measure(launch, CPU, seconds_of_all, ROOFS, findings)
-    assert findings.failures == ["FAIL: gemm_fp8.gemm, 4096 x 7168 x 2048, any: RuntimeError: out of registers"]
+    assert findings.failures == ["FAIL: gemm.gemm, 4096 x 7168 x 2048, any: RuntimeError: out of registers"]
     assert [row.seconds for row in findings.rows] == [{OURS: 1e-6}]
 
 
@@ -222,7 +222,7 @@ def test_the_first_alternative_that_runs_is_timed_and_the_others_are_named() -> 
     ]
     calls, refusals = contenders(launch, CPU, makers)
     assert list(calls) == [OURS, "second"]
-    line = "gemm_fp8.gemm, 4096 x 7168 x 2048, any: {}: RuntimeError: not on this device"
+    line = "gemm.gemm, 4096 x 7168 x 2048, any: {}: RuntimeError: not on this device"
     assert refusals == [line.format("first"), line.format("none")]
 
 
