@@ -12,9 +12,17 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels.cross_entropy.reference as module
-from kernels.cross_entropy.reference import IGNORE, chunk_rows, linear_cross_entropy
+from kernels.cross_entropy.reference import (
+    IGNORE,
+    Divergence,
+    DivergenceKind,
+    Teacher,
+    TeacherStates,
+    TeacherTopK,
+    chunk_rows,
+    linear_cross_entropy,
+)
 from kernels.distillation import linear_distillation
-from kernels.distillation.reference import Divergence, DivergenceKind, Teacher, TeacherStates, TeacherTopK
 from tests.kernels.agreement_fused import (
     assert_same_scores,
     check_kept,

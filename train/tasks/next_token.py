@@ -13,7 +13,7 @@ from torch import Tensor
 from data.loader import IGNORE, Batch
 from data.pack import WEIGHTS
 from kernels.attention.documents import Documents
-from kernels.distillation.reference import Divergence
+from kernels.cross_entropy.reference import Divergence
 from model.objective import (
     BALANCE,
     MAIN,
