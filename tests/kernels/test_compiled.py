@@ -195,7 +195,7 @@ def call_of(module: Any, kernel: str, num_outputs: int, depth: int) -> Callable[
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kernel"),
-    [("gemm.triton_fp8", "gemm_kernel"), ("grouped_gemm.triton_fp8", "grouped_rows_fp8_kernel")],
+    [("gemm.triton_fp8", "gemm_kernel"), ("gemm.triton_fp8", "grouped_rows_fp8_kernel")],
 )
 def test_kernel_with_specialized_warps_compiles_if_the_depth_is_one(name: str, kernel: str) -> None:
     """The tuner tries that tiling, and the compiler's pass for it fails on a loop that is known to run once."""
