@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.cross_entropy import linear_distillation
 from kernels.cross_entropy.reference import Divergence, RowScores, Teacher, TeacherStates, TeacherTopK
-from kernels.distillation import linear_distillation
 from model.head import score_rows
 from model.linear import WeightSink
 from model.objective import CrossEntropy, MicroBatch, OutputHead, TaskLoss, depth_name, loss_names

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels.cross_entropy.reference as module
+from kernels.cross_entropy import linear_distillation
 from kernels.cross_entropy.reference import (
     IGNORE,
     Divergence,
@@ -22,7 +23,6 @@ from kernels.cross_entropy.reference import (
     chunk_rows,
     linear_cross_entropy,
 )
-from kernels.distillation import linear_distillation
 from tests.kernels.agreement_fused import (
     assert_same_scores,
     check_kept,
