@@ -1,5 +1,5 @@
 """Turns text into batches of token sequences."""
 
-from kernels.checkout import share_comm
+from kernels import share_comm
 
 share_comm()

@@ -1,7 +1,7 @@
 """Generates, validates, simulates, draws and executes pipeline schedules."""
 
 from dualpipe.ir import Schedule, ScheduleError
-from kernels.checkout import share_comm
+from kernels import share_comm
 
 share_comm()
 

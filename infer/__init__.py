@@ -1,5 +1,5 @@
 """Generation with trained weights."""
 
-from kernels.checkout import share_comm
+from kernels import share_comm
 
 share_comm()

@@ -2,7 +2,7 @@
 
 import sys
 
-from kernels.checkout import share_comm
+from kernels import share_comm
 
 # `python -m launch.NAME` imports this package before the command's module and before any slow import.
 if sys.argv[:1] == ["-m"]:

@@ -1,5 +1,5 @@
 """Defines the network as phases."""
 
-from kernels.checkout import share_comm
+from kernels import share_comm
 
 share_comm()

@@ -1,5 +1,5 @@
 """Assembles a training run and runs it."""
 
-from kernels.checkout import share_comm
+from kernels import share_comm
 
 share_comm()
