@@ -9,9 +9,6 @@ import importlib
 import sys
 from pathlib import Path
 
-share_comm()
-
-
 _COMM = Path(__file__).parents[1] / "comm"
 
 
@@ -20,3 +17,6 @@ def share_comm() -> None:
     loaded = sys.modules.get("comm") or importlib.import_module("comm")
     if str(_COMM) not in loaded.__path__:
         loaded.__path__.append(str(_COMM))
+
+
+share_comm()

@@ -1,5 +1,6 @@
-"""Computes log-probabilities of targets under a linear head, and gradients of losses."""
+"""Computes log-probabilities of targets under a linear head, its divergence from a teacher, and gradients of losses."""
 
+from kernels.cross_entropy import reference
 from kernels.cross_entropy.reference import linear_distillation as linear_distillation
 from kernels.operation import operation
 
