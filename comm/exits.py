@@ -1,4 +1,7 @@
-"""Records that a process is to be preempted. Does not import torch, as it is imported first."""
+"""Defines exit codes, which report why a rank's process ended, and records that it is to be preempted.
+
+Does not import torch, as it is imported first.
+"""
 
 import signal
 from types import FrameType

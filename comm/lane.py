@@ -1,4 +1,4 @@
-"""Runs exchanges next to computation: on a worker thread on CPU, on a stream on CUDA, or inline."""
+"""Runs exchanges and copies next to computation: on worker threads on CPU, on streams on CUDA, or inline."""
 
 import queue
 import threading

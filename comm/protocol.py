@@ -1,6 +1,11 @@
-"""Defines the Dispatcher protocol and its results: the only part of the exchange that the model uses.
+"""Defines what the model knows of exchanges between ranks: the protocols of the dispatcher and of the context group.
 
 Shape legend: A arrived rows, E local experts.
+
+The ranks of a context group share each sequence. They exchange rows: what attention of other tokens needs of a rank's
+tokens, as a tuple of tensors whose shapes are equal on all ranks. Every rank of the group must make the same calls in
+the same order. Sequences are cut into 2c equal segments, of which rank i of c holds segments i and 2c - 1 - i. A token
+attends to all tokens before it, so a rank with an early and a late segment has as much work as every other rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,7 @@
-"""Sends and receives activations and gradients between pipeline ranks."""
+"""Sends and receives activations and gradients between pipeline ranks.
+
+Messages have headers and enter the log. With gloo they pass through host memory.
+"""
 
 import itertools
 import math

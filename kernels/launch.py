@@ -1,4 +1,7 @@
-"""Descriptors of Hopper's tensor memory accelerator (TMA) and persistent grids, for launchers."""
+"""Tile sizes of FP8 products, descriptors of the tensor memory accelerator (TMA), persistent grids, and meta launches.
+
+Every tiling gives the same numbers.
+"""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -1,4 +1,7 @@
-"""Chooses among the implementations of an operation. Imports no torch."""
+"""What operations share: the choice of an implementation, checks of operands, and counts of tiles. Imports no torch.
+
+Without the checks a kernel would silently access memory out of bounds.
+"""
 
 from __future__ import annotations
 

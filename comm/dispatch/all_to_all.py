@@ -1,9 +1,11 @@
-"""Implements the dispatcher that sends rows to their experts' ranks with one all-to-all each way."""
+"""Implements the dispatcher that sends rows to their experts' ranks with one all-to-all each way.
 
-# Shape legend: S copies sent, A arrived rows, B bytes of a row as sent.
+A plan says how many rows each rank sends to each other rank, and in which order.
+"""
 
-# Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, A arrived rows, E experts of
-# the layer, L = E / R local experts, N nodes of the group.
+# Shape legend: R ranks of the expert group, T tokens of this rank, K experts per token, S copies sent, A arrived rows,
+# E experts of the layer, L = E / R local experts, N nodes of the group, B bytes of a row as sent.
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -1,6 +1,7 @@
-"""Builds the dispatcher and the comm lane of a run."""
+"""Builds the dispatcher and the comm lane of a run, and wraps a dispatcher so that rows are sent to experts in FP8."""
 
 # Shape legend: A arrived rows, B bytes of a packed row.
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,8 +1,11 @@
-"""Implements the dispatcher of one rank that holds every expert, as the executable specification."""
+"""Implements the dispatcher of one rank that holds every expert, as the executable specification.
 
-from dataclasses import dataclass
+Copies of tokens are sorted by expert, then by token, so that the order never depends on timing.
+"""
 
 # Shape legend: N = T K choices, A choices sent.
+
+from dataclasses import dataclass
 from typing import Self
 
 import torch

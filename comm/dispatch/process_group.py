@@ -1,11 +1,13 @@
-"""Runs all-to-alls over one process group, and logs and counts each of them."""
+"""Runs all-to-alls over one process group, and logs and counts each of them.
 
-# Shape legend: R ranks of the group, C numbers for each, N rows sent, M rows received, B bytes of a row.
+A row and the values sent with it are packed into consecutive bytes, so that one message carries both.
+"""
+
+# Shape legend: R ranks of the group, C numbers for each, N rows sent, M rows received, B bytes of a row as sent, K
+# numbers of a part, S rows taken, P places of each token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-# Shape legend: B bytes of a row as sent, K numbers of a part, S rows taken, P places of each token.
 from itertools import accumulate
 from math import prod
 from typing import Self

@@ -1,4 +1,10 @@
-"""Defines the messages between watchdogs, and sends one to all ranks along the tree of ranks."""
+"""Exchanges messages between watchdogs: their fields, the addresses of ranks, and the socket.
+
+A message to all ranks travels along the tree of ranks. An address takes 6 bytes for each rank. Addresses come down the
+tree from rank 0 as datagrams: a request names a block, and the reply holds up to 16 consecutive blocks. A job of one
+block requests none, because its ranks have all addresses. Datagrams are authenticated, and separate from the job's
+other traffic.
+"""
 
 import os
 import selectors

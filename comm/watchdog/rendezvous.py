@@ -10,6 +10,12 @@
 
 Each rank ends with the addresses of its groups: those of its block, and of the leaders above it. Rank 0 has those
 of all ranks. The others receive the rest as datagrams, after the start.
+
+In a gather, each rank publishes its record. The leader of a block reads the records of its block and publishes one that
+combines them, the leader of 64 blocks combines theirs, and so on up to rank 0. Then each rank reads the combined
+records of the groups that it is in: one per level. The work of the store grows linearly with the number of ranks. A
+record that is not authentic counts as absent. Each rank rewrites its own records until it has those that it needs, and
+a leader until the ranks below it have theirs.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Derives a verdict from the ranks' states: the missing ranks, a text and an exit code."""
+"""Derives a verdict from the ranks' states: the missing ranks, a text and an exit code.
+
+A state says what a rank waits for, and whether its main thread computes.
+"""
 
 import sys
 import threading

@@ -1,14 +1,13 @@
 """Log-probabilities and gradients of a linear head, without storing the logits of all rows.
 
 Every objective that scores tokens is computed here: its gradient in a row's hidden state is one number, the slope,
-times the gradient of the row's cross-entropy, -log p.
+times the gradient of the row's cross-entropy, -log p. So is the divergence from a teacher's distribution.
 """
 
 # Shape legend: N rows, C rows of a chunk, D hidden size, V vocabulary, K kept tokens of a row, M rows whose target has
-# the largest logit.
+# the largest logit. Distillation: B buckets of a distribution, S hidden size of the teacher, K kept tokens of the
+# teacher.
 
-# Shape legend: N rows, C rows of a chunk, B buckets of a distribution, D hidden size, V vocabulary, S hidden size of
-# the teacher, K kept tokens of the teacher.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,9 @@
-"""SwiGLU experts as grouped products over the rows of all experts, for parallel devices."""
+"""SwiGLU experts as grouped products over the rows of all experts, for parallel devices.
+
+A product of all experts is one call of torch's grouped product, for CUDA and bf16. Two cases are handled here: torch
+rejects a weight gradient over no rows (pytorch#192497), and on some GPUs it leaves the result of an empty group
+uninitialized (pytorch#172439). Rows and columns must be multiples of 16 bytes long.
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate

@@ -1,10 +1,13 @@
-"""Grouped products in FP8 by the package `deep_gemm` (version 2), if it supports the operands.
+"""Products in FP8 by the package `deep_gemm` (version 2), or by a fallback if it does not support the operands.
 
-On Hopper each group's rows must begin at a multiple of 128. Unless all counts are such multiples, rows are gathered
-into padded groups and results are gathered back. Otherwise strided rows, such as those of a packed message, are copied.
-A gradient requires the columns of each group to be contiguous, one group after the other, so codes are copied into that
-order and scales are transposed. Results for rows are only bfloat16. Gradients are float32, added to the result's
+On Hopper it requires both operands with K contiguous and scales in float32. It transposes row scales itself, so that
+they begin at multiples of 16 bytes for each 128 of K. Strided rows, such as those of a packed message, are copied
+first. A weight with block scales gives only bfloat16. Row scales on both sides give float32, added to the result's
 previous content.
+
+In grouped products each group's rows must begin at a multiple of 128. Unless all counts are such multiples, rows are
+gathered into padded groups and results are gathered back. A gradient requires the columns of each group to be
+contiguous, one group after the other, so codes are copied into that order and scales are transposed.
 """
 
 from collections.abc import Callable, Sequence

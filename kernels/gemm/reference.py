@@ -1,7 +1,14 @@
-"""Products of rows, also in FP8, sorted by group with one matrix per group, in plain PyTorch."""
+"""Products of matrices, also in FP8, and of rows sorted by group with one matrix per group, in plain PyTorch.
+
+A value in FP8 is its code times its scale, rounded to float32; values are then multiplied and added in float32. The
+kernels instead multiply codes and scale the sum over each 128 of K. Both are equally exact: rounding a value costs at
+most 2^-24 of it, and nothing if scales are powers of two, which is at most the rounding of a product as it enters a
+sum. One product of whole matrices is the fastest on a CPU: a pass over the result for every 128 of K costs more than
+one over the operands.
+"""
 
 # Shape legend: A rows (all groups together), P rows after every group is padded to whole tiles, E groups, K and N inner
-# and outer width. `counts` is on the host.
+# and outer width, M rows of the left operand without groups. `counts` is on the host.
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,9 +27,6 @@ from kernels.quantize.layout import (
     num_tiles,
     padded_rows,
 )
-
-# Shape legend: M rows of the left operand, N rows of the right one, K numbers in a row of both, P rows of all groups,
-# each padded to a multiple of 128.
 from kernels.quantize.reference import dequantize_1x128, dequantize_128x128
 
 

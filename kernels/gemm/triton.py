@@ -9,18 +9,20 @@ tile of the result.
     grouped_weight  block_outputs x block_inputs, block_depth    float32 in registers    likewise
                     rows of a group at a time
 
-Float32 is multiplied in full precision, without tensor cores. Tiles of rows are ordered block by block. A block never
-spans two groups, so a group's matrix is read from memory once. Tiles of operands are loaded by descriptor (TMA);
-matrices whose rows do not begin at multiples of 16 bytes are copied first. Results are stored under masks, because a
-tile at the end of a group overlaps the next group's rows, which other programs store. In a sum over rows, the next
-group's rows are set to 0 on both sides, so that a NaN in them has no effect.
+Float32 is multiplied in full precision, without tensor cores. Groups have any number of rows. A tile of rows begins at
+the start of its group or a whole number of tiles after it, so it may overlap the next group; those rows are computed
+but not stored. Tile positions are computed on the host from the counts and copied asynchronously. Tiles of rows are
+ordered block by block. A block never spans two groups, so a group's matrix is read from memory once.
+
+Tiles of operands are loaded by descriptor (TMA); matrices whose rows do not begin at multiples of 16 bytes are copied
+first. Results are stored under masks, because a tile at the end of a group overlaps the next group's rows, which other
+programs store. In a sum over rows, the next group's rows are set to 0 on both sides, so that a NaN in them has no
+effect.
 """
 
-# Shape legend: as there, and T tiles.
+# Shape legend: as there, and T tiles of rows in all groups.
 
 from collections.abc import Sequence
-
-# Shape legend: T tiles of rows in all groups, E groups.
 from dataclasses import dataclass
 from itertools import accumulate
 

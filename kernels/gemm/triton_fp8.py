@@ -1,17 +1,31 @@
-"""Grouped products in FP8 codes and scales, in Triton; see kernels/gemm/reference.py.
+"""Products of matrices in FP8 codes and scales, also grouped, in Triton; see kernels/gemm/reference.py.
 
 One launch computes all groups: in a persistent grid, `programs_per_sm` programs per multiprocessor process tile after
 tile of the result.
 
     kernel              tile of the result          accumulator                            rounding
-    grouped_rows_fp8    block_rows x block_outputs, per 128 of K float32, of which the     once, to nearest even, into
-                        128 of K at a time          tensor cores keep 14 bits or so;       the result's dtype
-    grouped_weight_fp8  block_outputs x             these are scaled and added in float32  none, float32
-                        block_inputs, 128 rows of   registers (arXiv:2412.19437, section
-                        a group at a time           3.3.2)
+    gemm                rows x outputs, 128 of K    per 128 of K float32, of which the     once, to nearest even, into
+                        at a time                   tensor cores keep 14 bits or so;       the result's dtype
+    grouped_rows_fp8    block_rows x block_outputs, these are scaled and added in float32  likewise
+                        128 of K at a time          registers (arXiv:2412.19437, section
+    grouped_weight_fp8  block_outputs x             3.3.2)                                 none, float32
+                        block_inputs, 128 rows of
+                        a group at a time
 
-Tiles are ordered, loaded and stored as in `triton.py`; a descriptor cannot store a tile at the end of a group. Values
-of another group never enter a sum. `specialize` is that of kernels/gemm/triton_fp8.py.
+A multiprocessor's registers hold two sums: that of the tensor cores, and the float32 sum to which it is added after
+every 128 of K ("increasing accumulation precision" in section 3.3.2). This limits tiles to 128 x 128. If one of the two
+scales covers the whole tile, the scales are multiplied first, which leaves one fused operation per number; underflow of
+that product below 2^-126 changes a result by less than 2^-124 for every 128 of K. With `specialize`, one group of warps
+loads and two groups multiply, each one half of the rows of a tile: while one adds to its sum, the products of the other
+keep the tensor cores busy.
+
+`gemm` processes tiles in groups of `group` tile rows, so that concurrent programs share operands in the cache. Tiles of
+the operands are loaded by descriptor (TMA). This requires rows at multiples of 16 bytes; other codes are copied first,
+because masked loads of single bytes would cost far more. Tiles of its result are stored by descriptor if rows are
+aligned, else under a mask. Values beyond the last row, output or number of K are read as 0.
+
+Tiles of groups are ordered and stored as in `triton.py`; a descriptor cannot store a tile at the end of a group. Values
+of another group never enter a sum.
 """
 
 # Shape legend: as in the reference, and T tiles.

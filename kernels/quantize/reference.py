@@ -1,10 +1,9 @@
-"""FP8 codes with a scale per 1 x 128 of rows or 128 x 128 of weights, and rows in 12 bits per number."""
+"""FP8 codes with a scale per 128 of a row or of a group's column, or 128 x 128, and rows in 12 bits per number."""
 
 # Shape legend: E matrices, N rows, D columns, T tiles in a row, M blocks in a column, R rows processed at a time (128
-# of a block), C columns of a tile (128); values of any leading dimensions have no suffix. E5M6: B bytes of a packed
-# row, V numbers of a row (D, or D + 1 if D is odd).
+# of a block), C columns of a tile (128), P rows after every group is padded to whole tiles; values of any leading
+# dimensions have no suffix. E5M6: B bytes of a packed row, V numbers of a row (D, or D + 1 if D is odd).
 
-# Shape legend: N rows, D columns, P rows after every group is padded to whole tiles, C columns processed at a time.
 from collections.abc import Sequence
 
 import torch

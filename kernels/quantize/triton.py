@@ -1,6 +1,7 @@
 """FP8 codes with a scale per 1 x 128 of rows or 128 x 128 of weights, bit-equal to reference.py.
 
-All kernels are memory-bound: each number is read once and written once.
+All kernels are memory-bound: each number is read once and written once. The first functions apply the reference's rule
+to numbers in the registers of any kernel, and so give the same bits.
 
     kernel            grid                    tile              accumulator         rounding
     quantize          N / block_rows * tiles  rows x 128        amax in int32, so   scale: division to nearest even, or

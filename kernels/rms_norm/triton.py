@@ -1,21 +1,30 @@
-"""Root-mean-square normalization and its backward, in Triton, one pass each; see reference.py.
+"""Root-mean-square normalization, also to FP8, and its backward, in Triton, one pass each; see reference.py.
 
-Both are memory-bound: a program holds whole rows in registers, so that each number is read once.
+All are memory-bound: a program holds whole rows in registers, so that each number is read once and written once.
 
-    kernel   grid                      tile                accumulator              rounding
-    forward  (A / block_rows)          rows x all columns  float32 (float64 of      to the type after the scale and
-                                                           float64) in registers    after the weight, to nearest even
-    backward (programs with sums),     rows x all columns  as above; the weight's   once, to nearest even
-             each taking every so                          gradient in registers
-             many-th block of rows                         per program, then over
-                                                           programs
+    kernel         grid                      tile                accumulator              rounding
+    forward        (A / block_rows)          rows x all columns  float32 (float64 of      to the type after the scale
+                                                                 float64) in registers    and after the weight, to
+                                                                                          nearest even
+    backward       (programs with sums),     rows x all columns  as above; the weight's   once, to nearest even
+                   each taking every so                          gradient in registers
+                   many-th block of rows                         per program, then over
+                                                                 programs
+    quantize       (A / block_rows)          rows x T x 128      float32 in registers;    once, to e4m3, by the rule of
+                                                                 amax in int32            kernels/quantize
+    backward_codes as backward               rows x T x 128      float32 in registers;    once, to nearest even, into
+                                                                 the weight's gradient    the gradient's type
+                                                                 as in backward
 
 The weight's gradient is summed per program and then over programs: there are no atomics, and the order depends only on
 the shape. In the backward, rows of more than 4096 columns spill registers if they do not begin at multiples of 16 bytes
 or are float64: results are correct, but slow. The inverse root is an exact square root and an exact division.
+
+To FP8, a row is summed in another order than in torch. Its scale may therefore differ in the last bits, and so may the
+code of a number close to a rounding tie.
 """
 
-# Shape legend: ... leading dims, A rows, D normalized size, P programs.
+# Shape legend: ... leading dims, A rows, D normalized size, T tiles of a row, P programs.
 
 from dataclasses import dataclass
 
@@ -25,8 +34,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.operation import check_columns
-
-# Shape legend: A rows, D normalized size, T tiles of a row, P programs.
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized
 from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
 from kernels.rms_norm.reference import LARGEST_COLUMNS, check_backward, check_backward_from_codes, check_weight

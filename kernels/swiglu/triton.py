@@ -1,15 +1,26 @@
-"""SwiGLU's gate and its backward in Triton, as in reference.py, but rounded only once, at the end.
+"""SwiGLU's gate and its backward, also between two FP8 products, in Triton; see reference.py.
 
-Both are memory-bound: each number is read once and written once.
+All are memory-bound: each number is read once and written once. A program owns its tiles of all results, so there are
+no atomics. Results are rounded only once, at the end.
 
-    kernel   grid                                tile                  accumulator            rounding
-    forward  A / block_rows * M / block_columns  rows x block_columns  float32 (float64 of    once, to nearest even,
-    backward A / block_rows * M / block_columns  rows x block_columns  float64) in registers  into the result's type
+    kernel         grid                                tile                accumulator            rounding
+    swiglu,        A / block_rows * M / block_columns  rows x              float32 (float64 of    once, to nearest even,
+    swiglu_backward                                    block_columns       float64) in registers  into the result's type
+    quantize       A / block_rows * tiles of M         rows x 128 columns  float32 in registers;  once, to e4m3, by the
+                                                       of M, and two of H  amax in int32          rule of quantize
+    backward_codes A / block_rows * tiles of M         rows x 128 columns  float32 in registers;  once, to nearest even,
+                                                       of M                sums of a row per      into the gradient's
+                                                                           tile, then over tiles  type
 
-Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. The
-sigmoid has an exact division; `exp` is the hardware instruction, which differs from torch's by a few units in the last
-place of float32.
+Tiles of the same rows are adjacent in the grid, so that concurrent programs read memory sequentially. The sigmoid has
+an exact division; `exp` is the hardware instruction, which differs from torch's by a few units in the last place of
+float32. So a product close to a rounding tie may get the other code.
+
+Tiles of M coincide with tiles of H if 128 divides M. Otherwise `quantize` reads the up values twice, the second time
+from a cache, and `backward_codes` reads a scale for every up value.
 """
+
+# Shape legend: as there, T tiles of M.
 
 import torch
 import triton
@@ -17,8 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.operation import check_columns
-
-# Shape legend: as there, T tiles of M.
 from kernels.quantize.layout import ROWS_MIN_AMAX, TILE, Quantized, empty_quantized, num_tiles
 from kernels.quantize.triton import compute_codes, compute_scales, largest_bits
 from kernels.swiglu.reference import check_backward, check_backward_from_codes, check_halves, check_weights, check_width

@@ -1,4 +1,7 @@
-"""Registers the dispatcher that uses DeepEP's kernels. Does not import torch."""
+"""Registers the dispatcher that uses DeepEP's kernels (deep_ep 2.1.0), and checks that they support a run's sizes.
+
+Does not import torch.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -2,11 +2,13 @@
 
 A row is sent to its relay, the rank with the same index on the other node, which forwards it within the node. In the
 opposite direction each node sends one partial sum (arXiv:2412.19437, section 3.2.2). The micro-batch is sent in chunks:
-one crosses nodes while the previous one is forwarded within the node.
+one crosses nodes while the previous one is forwarded within the node. Messages are numbered: 0 to C - 1 are chunks that
+cross nodes, C contains the rows that stay on their node.
 """
 
 # Shape legend: A rows of this rank's experts, X rows that arrive at this rank (one for all of its experts), P partial
-# sums of a token, M rows of a message, S rows that a relay forwards, Y rows that return to this rank, B bytes of a row.
+# sums of a token, M rows of a message, S rows that a relay forwards, Y rows that return to this rank, B bytes of a row
+# as sent, C chunks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +21,6 @@ from torch.distributed import ProcessGroup
 from comm.config import TwoHopDispatchConfig
 from comm.dispatch.all_to_all import PlannedHandle, num_local_experts
 from comm.dispatch.local import ExpertOrder, dense, restore_values
-
-# Shape legend: X rows that arrive, Y rows that return, B bytes of a row as sent, M rows of a received message.
 from comm.dispatch.process_group import ExchangeGroup, Observers, PendingExchange, RowFormat, RowPart
 from comm.dispatch.traffic import Spread, Traffic
 from comm.dispatch.two_hop.plan import CountLayout, Hop, RelayOrder, RowRouter, TwoHopCounts, TwoHopPlanner, TwoHopRoute

@@ -1,17 +1,18 @@
-"""Plans a two-hop exchange with one exchange of counts and one host synchronization."""
+"""Plans a two-hop exchange with one exchange of counts and one host synchronization.
+
+The layout of counts says which counts each rank sends, and derives the splits of all messages from those received.
+Destinations of rows follow from the expert ids that are sent with them, without a host synchronization.
+"""
 
 # Shape legend: R ranks of the expert group, N nodes, C chunks of Q = ceil(T / C) tokens (the last one padded), W counts
-# sent to each member, G ranks of the home node, P = N - 1 + G partial sums of a token (one for each other node and each
-# rank of the home node), X rows that arrive.
+# sent to each member, G ranks of a node (in the layout of counts, of the fullest one), P = N - 1 + G partial sums of a
+# token (one for each other node and each rank of the home node), L = E / R local experts, M rows that a relay receives,
+# S rows that it forwards, X rows that arrive at their experts' rank, A rows of its experts. In `select`, N entries, S
+# of them marked.
 
-# Shape legend: R ranks of the expert group, N nodes, G ranks of the fullest node, L = E / R experts of each rank, C
-# chunks.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-
-# Shape legend: L local experts, G ranks of the node, M rows that a relay receives, S rows that it forwards, X rows that
-# arrive at their experts' rank, A rows of its experts. In `select`, N entries, S of them marked.
 from typing import NamedTuple
 
 import torch
