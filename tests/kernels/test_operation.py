@@ -14,10 +14,9 @@ from torch import Tensor
 
 import kernels.rms_norm as norm
 from kernels import operation
-from kernels.gemm import gemm_fp8, gemm_fp8_columns, grouped_rows, grouped_rows_fp8, grouped_weight
+from kernels.gemm import gemm_fp8, gemm_fp8_columns, grouped_rows, grouped_rows_fp8, grouped_weight, grouped_weight_fp8
 from kernels.gemm.triton import GroupedTiling
 from kernels.gemm.triton import grouped_rows as triton_rows
-from kernels.grouped_gemm import grouped_weight_fp8
 from kernels.launch import Tiling, without_launches
 from kernels.operation import ChosenFunction, has_deep_gemm
 from kernels.permute import permute, unpermute
