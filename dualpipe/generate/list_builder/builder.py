@@ -22,8 +22,9 @@ from dualpipe.generate.list_builder.pipeline import (
     BuilderRank,
     PartialOrder,
     Pipeline,
+    Preferences,
+    Preset,
 )
-from dualpipe.generate.list_builder.preferences import Preferences, Preset
 from dualpipe.ir import Group, Op, Operation
 from dualpipe.simulate.costs import overlapped_time
 
