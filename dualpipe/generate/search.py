@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dualpipe.generate.list_builder.builder import build_order
-from dualpipe.generate.list_builder.pipeline import PRESETS, Pipeline, Preset
+from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preset
 from dualpipe.generate.steady import SteadyState, extend, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError
 from dualpipe.simulate.bounds import lower_bound

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from dualpipe.generate.list_builder.pipeline import (
+from dualpipe.generate.list_pipeline import (
     EPSILON,
     FORWARD,
     NEVER,

@@ -13,7 +13,7 @@ from itertools import product
 
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.list_builder.builder import build_order
-from dualpipe.generate.list_builder.pipeline import PRESETS, Pipeline, Preferences, Preset
+from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preferences, Preset
 from dualpipe.ir import straight_placement
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import Costs, uniform
