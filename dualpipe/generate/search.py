@@ -7,7 +7,7 @@ the given cap is kept, so the orders of a smaller cap are a subset of those of a
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dualpipe.generate.list_builder.builder import build_order
+from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preset
 from dualpipe.generate.steady import SteadyState, extend, find_steady_state
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError

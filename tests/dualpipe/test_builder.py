@@ -9,7 +9,7 @@ import pytest
 from dualpipe.generate import cache
 from dualpipe.generate.cache import load_or_make
 from dualpipe.generate.dualpipe_interleaved import dualpipe_interleaved, dualpipe_split, empty
-from dualpipe.generate.list_builder.builder import build_order
+from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline, read_presets
 from dualpipe.generate.search import in_sequence
 from dualpipe.ir import MemoryCapError, Schedule, straight_placement

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields, replace
 from itertools import product
 
 from dualpipe.generate.dualpipe_interleaved import empty
-from dualpipe.generate.list_builder.builder import build_order
+from dualpipe.generate.list_builder import build_order
 from dualpipe.generate.list_pipeline import PRESETS, Pipeline, Preferences, Preset
 from dualpipe.ir import straight_placement
 from dualpipe.simulate.bounds import lower_bound
