@@ -13,8 +13,7 @@ from dualpipe.generate.search import search
 from dualpipe.generate.steady import lengthen
 from dualpipe.ir import Group, Op, Schedule, mirrored_placement
 from dualpipe.optimize.fuse import exchanges, fuse
-from dualpipe.optimize.weights import place_weights
-from dualpipe.passes import split_backwards
+from dualpipe.passes import place_weights, split_backwards
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import makespan_of, peak_memory

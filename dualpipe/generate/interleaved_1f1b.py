@@ -11,7 +11,7 @@ from random import Random
 from dualpipe.generate.greedy import POLICIES, ChunkOrder, GreedyRun, InterleavedPipeline, Policy, change
 from dualpipe.generate.search import check_cap, in_sequence
 from dualpipe.ir import Group, Op, Operation, Schedule, ScheduleError, straight_placement
-from dualpipe.optimize.weights import place_weights
+from dualpipe.passes import place_weights
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel

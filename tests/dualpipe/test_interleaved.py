@@ -12,8 +12,7 @@ from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.dualpipe_interleaved import dualpipe_split, empty, known_orders
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError, from_json, to_json
-from dualpipe.optimize.weights import place_weights
-from dualpipe.passes import forward_only, split_backwards
+from dualpipe.passes import forward_only, place_weights, split_backwards
 from dualpipe.registry import SCHEDULES, check_slices
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, uniform
