@@ -8,7 +8,7 @@ from dualpipe.ir import Group, Op, Operation, Schedule
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import Simulation, simulate
 
-_TOLERANCE = 1e-6
+_PERIOD_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def find_steady_state(schedule: Schedule, simulation: Simulation, shift: int) ->
     if len(periods) < len(found):
         return None
     times = [time for _, _, time in periods]
-    if max(times) - min(times) > _TOLERANCE * max(times):
+    if max(times) - min(times) > _PERIOD_TOLERANCE * max(times):
         return None
     starts, lengths, _ = zip(*periods, strict=True)
     return SteadyState(shift=shift, starts=starts, lengths=lengths, time=max(times))

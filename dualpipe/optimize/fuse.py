@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.passes import _ROUNDING
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.timing import NumberedGroup, Timing, TimingProgress
 
 _MAX_SWEEPS = 6
 # Groups of two first: groups of three are then only formed where they help, so they never make a schedule longer.
 _SIZES = (2, 3)
-_ROUNDING = 1e-9
 # Maximum number of ranks for which every pair of groups is tried in every sweep.
 _MOST_THOROUGH = 16
 

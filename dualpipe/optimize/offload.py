@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dualpipe.ir import Group, Op, Operation, Schedule
+from dualpipe.passes import _ROUNDING
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import peak_memory, simulate
 
-_ROUNDING = 1e-9
 _MAX_ROUNDS = 3
 
 
