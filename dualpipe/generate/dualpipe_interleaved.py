@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.lockstep import lockstep
-from dualpipe.generate.search import search
-from dualpipe.generate.steady import lengthen
+from dualpipe.generate.search import lengthen, search
 from dualpipe.ir import Group, Op, Schedule, mirrored_placement
 from dualpipe.optimize.fuse import exchanges, fuse
 from dualpipe.passes import place_weights, split_backwards

@@ -11,7 +11,7 @@ from dualpipe.generate.dualpipe import dualpipe, dualpipe_v, published_idle
 from dualpipe.generate.dualpipe_interleaved import empty
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
-from dualpipe.generate.steady import lengthen
+from dualpipe.generate.search import lengthen
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
 from dualpipe.optimize.fuse import fuse
