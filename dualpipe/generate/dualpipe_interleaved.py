@@ -11,8 +11,7 @@ from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.search import lengthen, search
 from dualpipe.ir import Group, Op, Schedule, mirrored_placement
-from dualpipe.optimize.fuse import exchanges, fuse
-from dualpipe.passes import place_weights, split_backwards
+from dualpipe.passes import exchanges, fuse, place_weights, split_backwards
 from dualpipe.registry import SCHEDULES, IdleFormula, ScheduleSpec
 from dualpipe.simulate.costs import CostModel
 from dualpipe.simulate.simulate import makespan_of, peak_memory

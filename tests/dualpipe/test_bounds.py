@@ -8,7 +8,7 @@ import pytest
 
 from dualpipe.build import build
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
-from dualpipe.optimize.fuse import fuse
+from dualpipe.passes import fuse
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform

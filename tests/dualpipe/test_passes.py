@@ -13,8 +13,7 @@ from dualpipe.generate.lockstep import lockstep
 from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.zero_bubble import zb_h1, zb_v
 from dualpipe.ir import Op, Operation, Schedule
-from dualpipe.optimize.fuse import exchanges, fuse
-from dualpipe.passes import order_members, place_weights, split_backwards, ungroup
+from dualpipe.passes import exchanges, fuse, order_members, place_weights, split_backwards, ungroup
 from dualpipe.runtime.pairing import overlapped, sequential
 from dualpipe.runtime.program import Action, first_use_order, reduction_order, with_reductions
 from dualpipe.simulate.costs import Costs, uniform

@@ -14,8 +14,7 @@ from dualpipe.generate.one_f_one_b import one_f_one_b
 from dualpipe.generate.search import lengthen
 from dualpipe.generate.zero_bubble import zb_v
 from dualpipe.ir import Op, Operation, Schedule, ScheduleError
-from dualpipe.optimize.fuse import fuse
-from dualpipe.passes import forward_only
+from dualpipe.passes import forward_only, fuse
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel, Costs, StageCosts, resampled, uniform
 from dualpipe.simulate.pace import Pace, pace_of
