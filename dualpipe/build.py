@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dualpipe.generate.cache import load_or_make
 from dualpipe.ir import MemoryCapError, Schedule, ScheduleError
-from dualpipe.optimize.offload import offload
+from dualpipe.passes import offload
 from dualpipe.registry import FALLBACK, SCHEDULES, ScheduleSpec, check_size, check_slices
 from dualpipe.simulate.costs import CostModel, Costs, uniform
 from dualpipe.simulate.simulate import activation_cap, peak_memory, simulate

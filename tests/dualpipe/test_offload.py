@@ -21,7 +21,7 @@ from dualpipe.ir import (
     to_json,
     v_placement,
 )
-from dualpipe.optimize.offload import offload
+from dualpipe.passes import offload
 from dualpipe.registry import SCHEDULES, ScheduleSpec
 from dualpipe.simulate.bounds import lower_bound
 from dualpipe.simulate.costs import CostModel, Costs, uniform
