@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from dualpipe.build import schedules_folder
 from dualpipe.choose import best_of_kind, choose, survey
 from dualpipe.config import ModelCosts, ScheduleConfig
 from dualpipe.decode import decode as decode_schedule
@@ -17,7 +18,6 @@ from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table
 from dualpipe.draw.text import decode_summary, grid, summary
 from dualpipe.draw.trace import trace
-from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, ScheduleError, to_json
 from dualpipe.passes import ungroup
 from dualpipe.registry import FALLBACK, SCHEDULES, candidates, check_size, check_slices

@@ -10,9 +10,8 @@ from torch import distributed as dist
 
 from comm.config import Cut
 from comm.layout import Layout
-from dualpipe.build import build
+from dualpipe.build import build, schedules_folder
 from dualpipe.choose import choose, survey
-from dualpipe.generate.cache import schedules_folder
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel

@@ -7,8 +7,7 @@ from comm.dispatch.registry import DISPATCHERS, DispatchRequirementError
 from data.chat.templates import CHAT_TEMPLATES
 from data.config import ramp_sizes
 from data.registry import DATA_SOURCES
-from dualpipe.build import build
-from dualpipe.generate.cache import schedules_folder
+from dualpipe.build import build, schedules_folder
 from dualpipe.ir import ScheduleError
 from dualpipe.registry import candidates, check_size, check_slices
 from infer.scoring.judge import JudgeConfig

@@ -3,8 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from dualpipe.build import build
-from dualpipe.generate.cache import schedules_folder
+from dualpipe.build import build, schedules_folder
 from dualpipe.ir import Placement, ScheduleError
 from dualpipe.registry import FALLBACK
 from model.config import cut_at, cut_layers

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from dualpipe.generate.cache import write_if_possible
+from dualpipe.build import write_if_possible
 from model.config import LAYER
 from model.size import StageShape
 from train.memory.sizes import PartName, PhaseBytes, Sizes

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dualpipe.build import build
-from dualpipe.generate.cache import schedules_folder
+from dualpipe.build import build, schedules_folder
 from dualpipe.ir import Group, Op, Schedule
 from dualpipe.registry import FALLBACK
 from dualpipe.simulate.costs import CostModel

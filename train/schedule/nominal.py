@@ -5,8 +5,7 @@ Memory reaches its peak once the pipeline is full, so a few micro-batches for ea
 
 from dataclasses import replace
 
-from dualpipe.build import build
-from dualpipe.generate.cache import schedules_folder
+from dualpipe.build import build, schedules_folder
 from dualpipe.generate.dualpipe import dualpipe
 from dualpipe.ir import Schedule, ScheduleError
 from dualpipe.passes import split_backwards
