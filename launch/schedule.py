@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from dualpipe.build import decode as decode_schedule
 from dualpipe.build import schedules_folder
 from dualpipe.choose import best_of_kind, choose, survey
 from dualpipe.config import ModelCosts, ScheduleConfig
-from dualpipe.decode import decode as decode_schedule
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html, table

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe.build import build
-from dualpipe.decode import decode
+from dualpipe.build import build, decode
 from dualpipe.ir import (
     MemoryCapError,
     Op,

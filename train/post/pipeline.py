@@ -10,7 +10,7 @@ from torch import distributed as dist
 from comm.agreement import exchange_reports, gather_present
 from comm.dispatch.process_group import Observers
 from comm.transfers import DECODING_KINDS, PipelineTransport
-from dualpipe.decode import decode
+from dualpipe.build import decode
 from dualpipe.ir import Schedule
 from dualpipe.runtime.clock import open_clock
 from dualpipe.runtime.compile import compile_rank
