@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from dualpipe.build import best_of_kind, choose, schedules_folder, survey
 from dualpipe.build import decode as decode_schedule
-from dualpipe.build import schedules_folder
-from dualpipe.choose import best_of_kind, choose, survey
 from dualpipe.config import ModelCosts, ScheduleConfig
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.svg import svg

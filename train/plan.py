@@ -10,8 +10,7 @@ from torch import distributed as dist
 
 from comm.config import Cut
 from comm.layout import Layout
-from dualpipe.build import build, schedules_folder
-from dualpipe.choose import choose, survey
+from dualpipe.build import build, choose, schedules_folder, survey
 from dualpipe.ir import Schedule, ScheduleError, from_json, to_json
 from dualpipe.registry import SCHEDULES
 from dualpipe.simulate.costs import CostModel

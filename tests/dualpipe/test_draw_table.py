@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe.build import build
-from dualpipe.choose import Alternatives, by_makespan
+from dualpipe.build import Alternatives, build, by_makespan
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule, time_schedule
 from dualpipe.draw.table import COLUMNS, cells, html, table
 from dualpipe.generate.dualpipe import dualpipe_v

@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dualpipe.build import build
-from dualpipe.choose import MARGIN, best_of_kind, choose, survey
+from dualpipe.build import MARGIN, best_of_kind, build, choose, survey
 from dualpipe.config import ModelCosts, StageEntry
 from dualpipe.draw.entry import TimedSchedule, UnavailableSchedule
 from dualpipe.ir import MemoryCapError, Op, Operation, Schedule, ScheduleError, from_json, to_json

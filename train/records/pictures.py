@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from comm.groups import make_group
-from dualpipe.choose import Alternatives, by_makespan
+from dualpipe.build import Alternatives, by_makespan
 from dualpipe.draw.entry import TimedSchedule, size, time_schedule
 from dualpipe.draw.svg import svg
 from dualpipe.draw.table import html
