@@ -23,6 +23,7 @@ _LARGE = 1_500
 """Number of stages times micro-batches from which a pipeline is large."""
 _LEAST_ATTEMPTS = 4
 _TOLERANCE = 1e-9
+_PERIOD_TOLERANCE = 1e-6
 # Up to this number of periods, orders are built for all micro-batches; above it for few, and extended.
 _MOST_PERIODS = 8
 _FEW_PERIODS = 6
@@ -329,6 +330,3 @@ class _Level:
         stages = self._best.costs.stages
         work = sum(stage.forward + stage.backward_input + stage.backward_weight for stage in stages)
         return self._best.makespan - self._added() * work / self._best.shape.num_ranks + _TOLERANCE
-
-
-_PERIOD_TOLERANCE = 1e-6
